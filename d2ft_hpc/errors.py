@@ -1,0 +1,33 @@
+"""Faults that the user can mend. The text of each is the whole message: what is wrong, where, and the fix."""
+
+
+class D2ftError(Exception):
+    """Base of every fault that ends a run with one message instead of a traceback."""
+
+
+class ConfigError(D2ftError):
+    """A configuration key is unknown, of the wrong type or out of range."""
+
+
+class LaunchError(D2ftError):
+    """The launcher did not start what it promised, or the ranks cannot reach or agree with each other."""
+
+
+class DataError(D2ftError):
+    """A data set is missing or does not have the form that its reader expects."""
+
+
+class UnsupportedModelError(D2ftError):
+    """The model is not a timm VisionTransformer whose blocks can be cut by head."""
+
+
+class PlanError(D2ftError):
+    """No plan satisfies the budgets, the scores are unusable, or a plan does not fit the model or the engine."""
+
+
+class ResultsError(D2ftError):
+    """A results file cannot be written, or is not one of ours."""
+
+
+class CheckpointError(D2ftError):
+    """A checkpoint is missing, damaged or belongs to another run."""
