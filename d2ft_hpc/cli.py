@@ -1,0 +1,91 @@
+"""The command `d2ft-hpc`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from d2ft_hpc import __version__
+from d2ft_hpc.config import RunConfig, load_config
+from d2ft_hpc.errors import ConfigError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns the exit status: 0 done, 1 fault, 2 wrong usage, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    return int(options.run(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="d2ft-hpc", description="Distributed dynamic fine-tuning of vision transformers")
+    parser.add_argument("--version", action="version", version=__version__)
+    # The deepspeed launcher puts this before a script's own arguments; the rank comes from the environment.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="fine-tune under a skip plan; start it alone or with mpirun, srun, torchrun or deepspeed",
+        description="Fine-tunes a model as a YAML file says. Keys can be set after it: plan.compute_budget=0.5",
+    )
+    train.add_argument("config", type=Path, help="YAML file")
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    train.set_defaults(run=_train)
+
+    report = commands.add_parser("report", help="compare finished or running runs in a table and a picture")
+    report.add_argument("runs", nargs="+", type=Path, help="run folders or results files; the first is the baseline")
+    report.add_argument("--png", type=Path, help="where to write the picture")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from d2ft_hpc.launch import run_guarded
+
+    return run_guarded(None, lambda: _train_connected(_read_config(options)))
+
+
+def _read_config(options: argparse.Namespace) -> RunConfig:
+    from d2ft_hpc.launch.agree import AgreedError
+
+    try:
+        return load_config(options.config, options.overrides)
+    except ConfigError as error:
+        raise error from AgreedError()  # every rank reads the same configuration
+
+
+def _train_connected(config: RunConfig) -> int:
+    import torch
+
+    from d2ft_hpc.launch import connect, detect, run_guarded
+
+    environment = detect()
+    device_type = config.engine.device
+    if device_type == "auto":
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    control = connect(environment, device_type=device_type, timeout_seconds=config.launch.timeout_seconds)
+
+    def run() -> None:
+        from d2ft_hpc.training.loop import train
+
+        results = train(config, control, torch.device(device_type), environment.launcher)
+        if control.rank == 0:
+            print(f"results in {results}")
+
+    return run_guarded(control, run, run_folder=config.run_folder)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from d2ft_hpc.launch import run_guarded
+    from d2ft_hpc.report import report
+
+    def run() -> None:
+        print(report(options.runs, options.png))
+
+    return run_guarded(None, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""The configuration of a run: a YAML file plus dotted overrides onto a strict schema.
+
+Single fields are checked by their types and ranges, relations between fields in `RunConfig`; both before any rank
+starts work. Every message names the key, the value and, for an unknown key, the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from d2ft_hpc.errors import ConfigError
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys and wrong types are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    name: str = Field(default="run", pattern=r"^[\w.-]+$")
+    """Name of the run and of its folder."""
+    folder: str = "runs"
+    """Where run folders are made."""
+    seed: int = Field(default=0, ge=0)
+
+
+class ModelConfig(Section):
+    name: str
+    """A timm VisionTransformer's name."""
+    weights: str | None = None
+    """A safetensors file in timm's names; "pretrained" for the weights that the model's name stands for; null for
+    random ones."""
+    options: dict[str, Any] = {}
+    """Further keyword arguments of timm.create_model (img_size, drop_path_rate, ...)."""
+    embeddings: Literal["frozen", "complete_path", "trained"] = "frozen"
+    """Parameters below every block, whose gradient is biased by each skip above them: frozen, trained by the
+    micro-batches that are FULL everywhere, or trained by all."""
+    shared: Literal["flow", "frozen"] = "flow"
+    """Norms, LayerScale and row biases of the blocks: trained by what flows through FULL heads, or frozen."""
+
+
+class DataConfig(Section):
+    name: Literal["digits", "cifar10", "cifar100", "image_folder"]
+    root: str | None = None
+    """Folder of the data set, for those that are not bundled."""
+    image_size: int = Field(default=32, gt=0)
+    """Height and width, pixels."""
+    classes: list[int] | None = None
+    """Classes to keep, relabelled 0, 1, ...; null for all."""
+    micro_batch_size: int = Field(gt=0)
+    """Samples of one micro-batch."""
+    slots: int = Field(gt=0)
+    """Micro-batches of one replica in a batch."""
+    workers: int = Field(default=0, ge=0)
+    """Data-loader processes of each rank."""
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    """AdamW's."""
+    epsilon: float = Field(default=1e-8, gt=0)
+    """AdamW's, added to the root of the second moment."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """SGD's."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+
+
+class TrainConfig(Section):
+    epochs: int = Field(gt=0)
+    evaluate_every_epochs: int = Field(default=1, gt=0)
+    checkpoint_every_epochs: int | None = Field(default=None, gt=0)
+    """null: only the finished model is saved."""
+    resume: bool = False
+    """Continue the run in its folder from its newest checkpoint."""
+
+
+class ReplanConfig(Section):
+    every: int | None = Field(default=None, gt=0)
+    """null: one plan for the whole run."""
+    unit: Literal["steps", "epochs"] = "epochs"
+
+
+class PlanConfig(Section):
+    planner: Literal["dense", "paper", "joint", "greedy", "random"] = "joint"
+    compute_budget: Fraction = 0.6
+    """Share of the dense run's training FLOPs that each device may spend."""
+    communication_budget: Fraction | None = None
+    """Share of the dense run's messages between subnets (the paper's cost model); null: no limit."""
+    forward_score: Literal["fisher"] = "fisher"
+    backward_score: Literal["weight_magnitude", "fisher"] = "weight_magnitude"
+    probe_batches: int = Field(default=1, gt=0)
+    """Batches over which scores are averaged; their cost is charged to the run."""
+    full_share: Fraction = 0.8
+    """Planner `paper` and `random`: most of the budget that FULL may take before FORWARD_ONLY."""
+    coverage: int = Field(default=0, ge=0)
+    """Planner `joint`: least number of FULL micro-batches that each subnet gets in a batch."""
+    time_limit_seconds: float = Field(default=10.0, gt=0)
+    """Planner `joint`: after this the best plan so far, or the greedy one, is taken."""
+    replan: ReplanConfig = ReplanConfig()
+
+
+class EngineConfig(Section):
+    name: Literal["deepspeed", "plain"] = "deepspeed"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    gradient_clipping: float | None = Field(default=None, gt=0)
+    """Largest norm of the gradient; null: no clipping."""
+    deepspeed: dict[str, Any] = {}
+    """Further settings for DeepSpeed, in its own names."""
+
+
+class LaunchConfig(Section):
+    timeout_seconds: float = Field(default=25.0, gt=0)
+    """How long ranks wait for each other at the start and whenever they agree on something."""
+
+
+class ResultsConfig(Section):
+    flush_seconds: float = Field(default=5.0, gt=0)
+    """Most that a killed run loses of its records."""
+
+
+class RunConfig(Section):
+    """Everything that decides a run."""
+
+    run: RunSection = RunSection()
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    plan: PlanConfig = PlanConfig()
+    engine: EngineConfig = EngineConfig()
+    launch: LaunchConfig = LaunchConfig()
+    results: ResultsConfig = ResultsConfig()
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> RunConfig:
+        if self.engine.name == "plain" and self.engine.precision == "fp16":
+            raise ValueError("engine.precision=fp16: the plain engine does not scale losses; use bf16, or deepspeed")
+        if self.engine.name == "plain" and self.engine.deepspeed:
+            raise ValueError("engine.deepspeed: the plain engine does not read it; remove it, or engine.name=deepspeed")
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run.folder) / self.run.name
+
+    def to_yaml(self) -> str:
+        """The effective configuration, every default filled in."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump()))
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file and applies overrides such as `plan.compute_budget=0.5`.
+
+    Raises ConfigError with one line a fault.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(_checked(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not a readable YAML configuration: {error}") from None
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error))) from None
+
+
+def _checked(overrides: Sequence[str]) -> list[str]:
+    for override in overrides:
+        if "=" not in override or override.startswith(("=", "-")):
+            raise ConfigError(f"{override!r} is not an override: write key=value, such as plan.compute_budget=0.5")
+    return list(overrides)
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    """One line for each fault: key, value, what is wrong, what would be right."""
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            yield f"{key}: unknown key (value {fault['input']!r}){_nearest(key)}"
+        elif fault["type"] == "missing":
+            yield f"{key}: missing; set it in the file or as {key}=VALUE"
+        elif not key:
+            yield fault["msg"].removeprefix("Value error, ")
+        else:
+            yield f"{key}={fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def _nearest(key: str) -> str:
+    """The valid key that was likely meant: by its whole path, else by its last part in whatever section."""
+    by_last_part = {valid.rsplit(".", 1)[-1]: valid for valid in _keys(RunConfig)}
+    close = difflib.get_close_matches(key, list(_keys(RunConfig)), n=1, cutoff=0.7) or [
+        by_last_part[part] for part in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_last_part), n=1)
+    ]
+    return f"; did you mean {close[0]}?" if close else f"; valid sections: {', '.join(RunConfig.model_fields)}"
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, info in section.model_fields.items():
+        yield prefix + name
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            yield from _keys(info.annotation, f"{prefix}{name}.")

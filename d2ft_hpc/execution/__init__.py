@@ -1,0 +1,1 @@
+"""Execution: the blocks of a model run the operations that a plan gives them."""

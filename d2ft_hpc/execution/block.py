@@ -1,0 +1,132 @@
+"""One transformer block under a plan: FULL, FORWARD_ONLY and SHORTCUT heads (arXiv 2504.12471, section 3).
+
+For input x, FULL heads F, FORWARD_ONLY heads O and sg = stop-gradient:
+
+    x' = x  + ls1(sum_{h in F} A_h(norm1 x)  + sg(sum_{h in O} A_h(norm1 x))  + b_proj)
+    y  = x' + ls2(sum_{h in F} M_h(norm2 x') + sg(sum_{h in O} M_h(norm2 x')) + b_fc2)
+
+A_h and M_h are a head's attention through its columns of `proj` and its FFN slice through its columns of `fc2`.
+With no head active a branch is the identity. With no FULL head nothing of the block gets a gradient, while the
+residual stays on the autograd graph. What is skipped is not computed and not stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor
+
+from d2ft_hpc.model.subnets import HeadAxis
+
+HeadAxes = dict[str, HeadAxis]
+
+
+@dataclass(frozen=True)
+class BlockHeads:
+    """The heads that one block runs for one micro-batch: int64 [n] on the model's device, None where there is none."""
+
+    full: Tensor | None
+    forward_only: Tensor | None
+    is_dense: bool
+    """All heads are FULL: the block's own forward runs, bit for bit."""
+
+    @property
+    def is_shortcut(self) -> bool:
+        return self.full is None and self.forward_only is None
+
+
+def run_block(
+    block: Block,
+    x: Tensor,
+    heads: BlockHeads,
+    head_axes: HeadAxes,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """Runs a block that is not dense.
+
+    x: [sample, token, channel]; returns the same shape and dtype. attn_mask must broadcast over the heads.
+    """
+    if heads.is_shortcut:
+        return x
+    if attn_mask is not None and attn_mask.dim() > 3 and attn_mask.shape[1] > 1:
+        raise ValueError("an attention mask that differs between heads is not supported under a plan")
+
+    def attend(normed: Tensor, chosen: Tensor, bias: Tensor | None) -> Tensor:
+        return _attention_heads(block, head_axes, normed, chosen, bias, attn_mask, is_causal)
+
+    def feed_forward(normed: Tensor, chosen: Tensor, bias: Tensor | None) -> Tensor:
+        return _ffn_slices(block, head_axes, normed, chosen, bias)
+
+    def end_attention(branch: Tensor) -> Tensor:
+        return block.drop_path1(block.ls1(block.attn.proj_drop(branch)))
+
+    def end_feed_forward(branch: Tensor) -> Tensor:
+        return block.drop_path2(block.ls2(block.mlp.drop2(branch)))
+
+    x = x + _branch(x, heads, block.norm1, attend, block.attn.proj.bias, end_attention)
+    return x + _branch(x, heads, block.norm2, feed_forward, block.mlp.fc2.bias, end_feed_forward)
+
+
+def _branch(
+    x: Tensor,
+    heads: BlockHeads,
+    norm: Callable[[Tensor], Tensor],
+    compute: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    bias: Tensor | None,
+    end: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """A residual branch: `compute` for each set of heads, their sum through `end`."""
+    if heads.full is None:
+        assert heads.forward_only is not None
+        with torch.no_grad():
+            # Detached, because autocast would cache a copy of a leaf parameter that carries no gradient.
+            return end(compute(norm(x), heads.forward_only, None if bias is None else bias.detach()))
+    normed = norm(x)
+    branch = compute(normed, heads.full, bias)
+    if heads.forward_only is not None:
+        with torch.no_grad():
+            branch.add_(compute(normed, heads.forward_only, None))
+    return end(branch)
+
+
+def _attention_heads(
+    block: Block,
+    head_axes: HeadAxes,
+    normed: Tensor,
+    heads: Tensor,
+    bias: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+) -> Tensor:
+    """Sum of the heads' attention outputs through `proj`, plus `bias`; [sample, token, channel]."""
+    attn = block.attn
+    samples, tokens, _ = normed.shape
+    qkv_weight = head_axes["attn.qkv.weight"].select(attn.qkv.weight, heads)
+    qkv_bias = None if attn.qkv.bias is None else head_axes["attn.qkv.bias"].select(attn.qkv.bias, heads)
+    qkv = F.linear(normed, qkv_weight, qkv_bias)
+    query, key, value = qkv.view(samples, tokens, 3, heads.numel(), -1).permute(2, 0, 3, 1, 4).unbind(0)
+    mixed = F.scaled_dot_product_attention(
+        attn.q_norm(query),
+        attn.k_norm(key),
+        value,
+        attn_mask=attn_mask,
+        dropout_p=attn.attn_drop.p if attn.training else 0.0,
+        is_causal=is_causal,
+        scale=attn.scale,
+    )
+    mixed = mixed.transpose(1, 2).reshape(samples, tokens, -1)
+    return F.linear(mixed, head_axes["attn.proj.weight"].select(attn.proj.weight, heads), bias)
+
+
+def _ffn_slices(block: Block, head_axes: HeadAxes, normed: Tensor, heads: Tensor, bias: Tensor | None) -> Tensor:
+    """Sum of the heads' FFN slices through `fc2`, plus `bias`; [sample, token, channel]."""
+    mlp = block.mlp
+    fc1_weight = head_axes["mlp.fc1.weight"].select(mlp.fc1.weight, heads)
+    fc1_bias = None if mlp.fc1.bias is None else head_axes["mlp.fc1.bias"].select(mlp.fc1.bias, heads)
+    hidden = mlp.drop1(mlp.act(F.linear(normed, fc1_weight, fc1_bias)))
+    return F.linear(hidden, head_axes["mlp.fc2.weight"].select(mlp.fc2.weight, heads), bias)

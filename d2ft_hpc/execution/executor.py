@@ -1,0 +1,153 @@
+"""Attaches a plan to a model: its blocks read which heads to run from the row of the current micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor
+
+from d2ft_hpc.errors import PlanError
+from d2ft_hpc.execution.block import BlockHeads, run_block
+from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
+from d2ft_hpc.planning.plan import Operation, SkipPlan
+
+EmbeddingPolicy = Literal["frozen", "complete_path", "trained"]
+SharedPolicy = Literal["flow", "frozen"]
+
+
+class PlanExecutor:
+    """The plan that one model follows in training; evaluation mode is always dense.
+
+    The blocks keep their class, their parameter names and their parameters: only their `forward` looks the plan up.
+    Made by `attach`.
+    """
+
+    def __init__(self, model: VisionTransformer, embeddings: EmbeddingPolicy) -> None:
+        self.subnets = SubnetMap.of(model)
+        self.plan: SkipPlan | None = None
+        """The plan in force; None means dense."""
+        self._detach_incomplete = embeddings == "complete_path"
+        self._slots: list[list[BlockHeads]] = []
+        self._slot: int | None = None
+        self._any_parameter = next(model.parameters())
+
+    def load(self, plan: SkipPlan, replica: int) -> None:
+        """Makes the rows of `replica` in `plan` the ones that the next micro-batches follow.
+
+        Raises PlanError if the plan was made for another number of blocks or heads, or for fewer replicas.
+        """
+        if (plan.num_blocks, plan.num_heads) != self.subnets.shape:
+            raise PlanError(
+                f"the plan is for {plan.num_blocks} blocks x {plan.num_heads} heads, "
+                f"the model has {self.subnets.num_blocks} x {self.subnets.num_heads}: solve a plan for this model"
+            )
+        if not 0 <= replica < plan.replicas:
+            raise PlanError(f"the plan is for {plan.replicas} replicas and has no replica {replica}")
+        self._slots = self._rows(plan.for_replica(replica))
+        self.plan = plan
+
+    def unload(self) -> None:
+        """Back to dense training."""
+        self.plan, self._slots = None, []
+
+    @contextmanager
+    def micro_batch(self, slot: int) -> Iterator[None]:
+        """Marks the forward *and* the backward of the micro-batch in place `slot` of the batch.
+
+        Backward belongs inside because activation checkpointing runs the blocks again there.
+        """
+        if self._slots and not 0 <= slot < len(self._slots):
+            raise PlanError(f"micro-batch {slot} has no row in a plan of {len(self._slots)} micro-batches a replica")
+        self._slot = slot
+        try:
+            yield
+        finally:
+            self._slot = None
+
+    @contextmanager
+    def temporarily(self, operations: np.ndarray) -> Iterator[None]:
+        """Every micro-batch inside follows `operations`, uint8 [block, head]; afterwards the plan is as before."""
+        before = self._slots, self._slot
+        self._slots, self._slot = self._rows(operations[None]), 0
+        try:
+            yield
+        finally:
+            self._slots, self._slot = before
+
+    def run(self, block: Block, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Block `index` under the current row; `args` are the block's own."""
+        if not self._slots or not block.training:
+            return _dense_forward(block, x, *args, **kwargs)
+        if self._slot is None:
+            raise PlanError(
+                "a model with a plan was called in training mode without saying which micro-batch this is: "
+                "wrap forward and backward in `with executor.micro_batch(slot):`, or call executor.unload()"
+            )
+        row = self._slots[self._slot]
+        if index == 0 and self._detach_incomplete and not all(heads.is_dense for heads in row):
+            x = x.detach()
+        if row[index].is_dense:
+            return _dense_forward(block, x, *args, **kwargs)
+        return run_block(block, x, row[index], self.subnets.head_axes, *args, **kwargs)
+
+    def _rows(self, operations: np.ndarray) -> list[list[BlockHeads]]:
+        return [[self._heads(cells) for cells in row] for row in operations]
+
+    def _heads(self, cells: np.ndarray) -> BlockHeads:
+        def indices(operation: Operation) -> Tensor | None:
+            (chosen,) = np.nonzero(cells == operation)
+            return torch.from_numpy(chosen).to(self._any_parameter.device) if chosen.size else None
+
+        full, forward_only = indices(Operation.FULL), indices(Operation.FORWARD_ONLY)
+        return BlockHeads(full, forward_only, is_dense=full is not None and full.numel() == cells.size)
+
+
+class _BlockLink:
+    """What a block keeps: its executor and its place. A plain object, so that the module tree stays timm's."""
+
+    def __init__(self, executor: PlanExecutor, index: int) -> None:
+        self.executor, self.index = executor, index
+
+
+def attach(
+    model: VisionTransformer,
+    *,
+    embeddings: EmbeddingPolicy = "frozen",
+    shared: SharedPolicy = "flow",
+) -> PlanExecutor:
+    """Lets a timm VisionTransformer follow skip plans.
+
+    embeddings: what becomes of the parameters below every block, whose gradient is biased by every skip above them:
+        "frozen" (default), "complete_path" (trained by the micro-batches that are FULL everywhere) or "trained".
+    shared: norms, LayerScale, row biases of the blocks: "flow" (trained by what flows through FULL heads) or "frozen".
+    The classifier always trains; parameters that are frozen already stay so.
+
+    Raises UnsupportedModelError where the model cannot be cut by head.
+    """
+    if any(hasattr(block, "_d2ft") for block in model.blocks):
+        raise PlanError("the model has an executor already: attach once and keep what attach returned")
+    executor = PlanExecutor(model, embeddings)
+    frozen = {ParameterClass.EMBEDDING: embeddings == "frozen", ParameterClass.SHARED: shared == "frozen"}
+    for name, parameter in model.named_parameters():
+        if frozen.get(executor.subnets.classify(name), False):
+            parameter.requires_grad_(False)
+    for index, block in enumerate(model.blocks):
+        block._d2ft = _BlockLink(executor, index)
+        block.forward = MethodType(_planned_forward, block)
+    return executor
+
+
+def _planned_forward(block: Block, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    link: _BlockLink = block._d2ft
+    return link.executor.run(block, link.index, x, *args, **kwargs)
+
+
+def _dense_forward(block: Block, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    result: Tensor = type(block).forward(block, x, *args, **kwargs)
+    return result

@@ -1,0 +1,1 @@
+"""The model: a timm vision transformer, the map of its subnets, and its weights."""

@@ -1,0 +1,23 @@
+"""Passes over a model that leave no trace in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def probe(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Training or evaluation mode for every module inside; afterwards modes and random states are as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
+        try:
+            model.train(training)
+            yield
+        finally:
+            for module, was_training in modes:
+                module.training = was_training

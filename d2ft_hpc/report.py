@@ -1,0 +1,1 @@
+/work/wt/results/d2ft_hpc/report.py

@@ -1,0 +1,86 @@
+"""Fisher information of each subnet: the sum of squared gradients over its weights.
+
+The gradients of a linear layer's weight and bias follow from its input and the gradient of its output, so a probe
+needs only those: it asks autograd for the output gradients of the blocks' linear layers and forms weight gradients
+itself. No parameter's `.grad` and no gradient hook of an engine is ever touched, and gradients of single samples
+come from the same pass as those of a whole micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from d2ft_hpc.model.probe import probe
+from d2ft_hpc.model.subnets import SubnetMap
+
+Granularity = Literal["micro_batch", "sample"]
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+_LINEAR_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+def fisher_information(
+    model: VisionTransformer,
+    subnets: SubnetMap,
+    images: Tensor,
+    labels: Tensor,
+    loss_function: LossFunction,
+    granularity: Granularity = "micro_batch",
+) -> Tensor:
+    """Sum of squared gradients over each subnet's weights, of one micro-batch or of each of its samples.
+
+    images: [sample, channel, height, width]; labels: [sample, ...]; loss_function returns the *mean* over the
+    samples. A sample's score is that of its own loss, not of its share in the mean. Runs the dense model in
+    evaluation mode; model, gradients and random state stay as they were.
+
+    Returns float32 [1, block, head] for "micro_batch", [sample, block, head] for "sample".
+    """
+    with probe(model, training=False), _recorded(model) as records:
+        loss = loss_function(model(images), labels)
+        output_gradients = torch.autograd.grad(loss, [output for _, _, _, output in records])
+    groups = 1 if granularity == "micro_batch" else images.shape[0]
+    scores = torch.zeros(groups, *subnets.shape, device=images.device)
+    for (block, name, layer_input, _), output_gradient in zip(records, output_gradients, strict=True):
+        # A sample's own gradient is `samples` times its share in the gradient of the mean loss.
+        inputs = layer_input.float().reshape(groups, -1, layer_input.shape[-1])
+        gradients = groups * output_gradient.float().reshape(groups, -1, output_gradient.shape[-1])
+        weight_gradient = torch.einsum("gto,gti->goi", gradients, inputs)
+        scores[:, block] += subnets.head_axes[f"{name}.weight"].sum_by_head(weight_gradient.square())
+        if f"{name}.bias" in subnets.head_axes:
+            scores[:, block] += subnets.head_axes[f"{name}.bias"].sum_by_head(gradients.sum(1).square())
+    return scores
+
+
+_Record = tuple[int, str, Tensor, Tensor]
+"""Block, layer name, the layer's input, the layer's output."""
+
+
+@contextmanager
+def _recorded(model: VisionTransformer) -> Iterator[list[_Record]]:
+    """Records input and output of every linear layer of the blocks for one forward pass."""
+    records: list[_Record] = []
+
+    def hook_for(block: int, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad:  # everything up to here is frozen
+                output.requires_grad_()
+            records.append((block, name, inputs[0].detach(), output))
+
+        return record
+
+    handles = [
+        block.get_submodule(name).register_forward_hook(hook_for(index, name))
+        for index, block in enumerate(model.blocks)
+        for name in _LINEAR_LAYERS
+    ]
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,20 @@
+"""Weight magnitude of each subnet: the sum of |w| over its weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from d2ft_hpc.model.subnets import SubnetMap
+
+
+@torch.no_grad()
+def weight_magnitude(model: nn.Module, subnets: SubnetMap) -> Tensor:
+    """Sum of |w| over each subnet's weights; float32 [block, head]. The same for every micro-batch."""
+    scores: Tensor | None = None
+    for block, name, parameter in subnets.parameters(model):
+        if scores is None:
+            scores = torch.zeros(subnets.shape, device=parameter.device)
+        scores[block] += subnets.head_axes[name].sum_by_head(parameter.float().abs())
+    assert scores is not None
+    return scores

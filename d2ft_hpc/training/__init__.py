@@ -1,0 +1,1 @@
+"""A training run: data, model, plan and engine together, every step recorded."""

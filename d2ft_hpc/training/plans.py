@@ -1,0 +1,112 @@
+"""Scores, plans and their broadcast during a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2ft_hpc.config import PlanConfig
+from d2ft_hpc.data.loader import train_loader
+from d2ft_hpc.engines.engine import LossFunction, MicroBatch
+from d2ft_hpc.launch import Control, share
+from d2ft_hpc.planning import PlanProblem, SkipPlan, solve
+from d2ft_hpc.scores import fisher_information, weight_magnitude
+from d2ft_hpc.training.job import Job
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Contribution scores, float32 [row, block, head]; row = slot * replicas + replica."""
+
+    forward: np.ndarray
+    backward: np.ndarray
+    seconds: float
+    """Time that measuring them took, charged to the run."""
+
+
+def is_due(config: PlanConfig, *, epoch: int, step_of_epoch: int, steps_done: int) -> bool:
+    """Whether a plan is to be made before this step; steps and epochs count from 0."""
+    every = config.replan.every
+    if every is None:
+        return steps_done == 0
+    if config.replan.unit == "epochs":
+        return step_of_epoch == 0 and epoch % every == 0
+    return steps_done % every == 0
+
+
+def measure_scores(job: Job, loss_function: LossFunction) -> Scores | None:
+    """Scores averaged over the first batches of the sampler's epoch; on all ranks together, the same on each.
+
+    None for planners that read no scores.
+    """
+    config = job.config.plan
+    if config.planner in ("dense", "random"):
+        return None
+    start = time.perf_counter()
+    of_slots = [
+        torch.cat([fisher_information(job.model, job.executor.subnets, *pair, loss_function) for pair in batch])
+        for batch in islice(batches_of(job, num_workers=0), config.probe_batches)
+    ]
+    fisher = _rows_of_all(job.control, torch.stack(of_slots).mean(0))
+    backward = fisher
+    if config.backward_score == "weight_magnitude":
+        magnitude = weight_magnitude(job.model, job.executor.subnets).cpu().numpy()
+        backward = np.broadcast_to(magnitude, fisher.shape)
+    return Scores(fisher, backward, time.perf_counter() - start)
+
+
+def make_plan(job: Job, scores: Scores | None) -> SkipPlan:
+    """Rank 0 solves; every rank gets the same plan or raises the same PlanError."""
+    return SkipPlan.from_bytes(share(job.control, lambda: _solve(job, scores).to_bytes(), "the plan"))
+
+
+def batches_of(job: Job, *, num_workers: int) -> Iterator[list[MicroBatch]]:
+    """This replica's micro-batches of each batch that is left of the sampler's epoch, in slot order."""
+    loader = iter(train_loader(job.train_set, job.sampler, num_workers=num_workers))
+    while batch := [
+        (images.to(job.device), labels.to(job.device)) for images, labels in islice(loader, job.config.data.slots)
+    ]:
+        yield batch
+
+
+def _solve(job: Job, scores: Scores | None) -> SkipPlan:
+    config, replicas = job.config.plan, job.control.world_size
+    if config.planner == "dense":
+        rows, blocks, heads = job.plan_shape
+        return SkipPlan.dense(rows // replicas, replicas, blocks, heads)
+    equal = np.ones(job.plan_shape)
+    problem = PlanProblem.data_parallel(
+        equal if scores is None else scores.forward.astype(np.float64),
+        equal if scores is None else scores.backward.astype(np.float64),
+        replicas=replicas,
+        compute_budget=config.compute_budget,
+        communication_budget=config.communication_budget,
+        forward_cost=job.costs.forward_share,
+        always_share=job.costs.always_share,
+    )
+    return solve(problem, config.planner, **_planner_options(config, job.config.run.seed))
+
+
+def _planner_options(config: PlanConfig, seed: int) -> dict[str, float]:
+    match config.planner:
+        case "paper":
+            return {"full_share": config.full_share}
+        case "random":
+            return {"full_share": config.full_share, "seed": seed}
+        case "joint":
+            return {"time_limit_seconds": config.time_limit_seconds, "coverage": config.coverage}
+        case _:
+            return {}
+
+
+def _rows_of_all(control: Control, own: Tensor) -> np.ndarray:
+    """[row, block, head] of all replicas from each replica's own [slot, block, head]."""
+    of_slots = own.cpu().numpy().astype("<f4")
+    parts = [np.frombuffer(part, "<f4").reshape(of_slots.shape) for part in control.all_gather(of_slots.tobytes())]
+    return np.stack(parts, axis=1).reshape(-1, *of_slots.shape[1:])

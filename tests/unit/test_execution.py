@@ -1,0 +1,262 @@
+"""Skip execution against plain autograd."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+
+from d2ft_hpc.errors import PlanError
+from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.planning.plan import SkipPlan
+from tests.models import DEPTH, HEADS, random_batch, tiny_vit
+from tests.reference import FORWARD_ONLY, FULL, SHORTCUT, reference_forward
+
+VARIANTS = {
+    "plain": {},
+    "layer scale, q/k norm, registers": {"init_values": 0.1, "qk_norm": True, "reg_tokens": 2},
+    "no biases, average pooling": {"qkv_bias": False, "proj_bias": False, "global_pool": "avg", "class_token": False},
+    "pre-norm, fc_norm": {"pre_norm": True, "fc_norm": True},
+}
+
+
+def special_rows() -> dict[str, np.ndarray]:
+    """Rows [block, head] at the edges, and random ones."""
+    rng = np.random.default_rng(3)
+    last_skipped = rng.integers(0, 3, (DEPTH, HEADS))
+    last_skipped[-1] = SHORTCUT
+    first_forward_only = rng.integers(0, 3, (DEPTH, HEADS))
+    first_forward_only[0] = FORWARD_ONLY
+    alternating = np.array([[FULL] * HEADS, [SHORTCUT] * HEADS] * (DEPTH // 2))
+    rows = {
+        "all full": np.full((DEPTH, HEADS), FULL),
+        "all forward only": np.full((DEPTH, HEADS), FORWARD_ONLY),
+        "all shortcut": np.full((DEPTH, HEADS), SHORTCUT),
+        "whole blocks": alternating,
+        "last block skipped": last_skipped,
+        "first block forward only": first_forward_only,
+        "full and shortcut": np.array([[FULL, SHORTCUT, FULL]] * DEPTH),
+        "forward only and shortcut": np.array([[FORWARD_ONLY, SHORTCUT, SHORTCUT]] * DEPTH),
+    }
+    for seed in range(6):
+        rows[f"random {seed}"] = np.random.default_rng(seed).integers(0, 3, (DEPTH, HEADS))
+    return {name: row.astype(np.uint8) for name, row in rows.items()}
+
+
+def loss_and_gradients(model, forward, images, labels):
+    model.zero_grad(set_to_none=True)
+    loss = F.cross_entropy(forward(images).float(), labels)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def planned(model: VisionTransformer, row: np.ndarray, **options):
+    executor = attach(model, embeddings="trained", **options)
+    executor.load(SkipPlan(row[None], replicas=1), replica=0)
+    return executor
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("row", special_rows().values(), ids=special_rows())
+def test_gradients_equal_reference_in_fp32(variant: str, row: np.ndarray) -> None:
+    reference = tiny_vit(**VARIANTS[variant])
+    model = copy.deepcopy(reference)
+    images, labels = random_batch(1)
+    executor = planned(model, row)
+    with executor.micro_batch(0):
+        loss, gradients = loss_and_gradients(model, model, images, labels)
+    expected_loss, expected = loss_and_gradients(
+        reference, lambda x: reference_forward(reference, x, row), images, labels
+    )
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=1e-6)
+    for name, gradient in expected.items():
+        own = gradients[name]
+        assert (own is None) == (gradient is None), name
+        if gradient is not None and own is not None:
+            scale = max(1.0, float(gradient.abs().max()))
+            assert float((own - gradient).abs().max()) <= 1e-6 * scale, name
+
+
+@pytest.mark.parametrize("row", special_rows().values(), ids=special_rows())
+def test_bf16_error_is_at_most_twice_the_dense_engines(row: np.ndarray) -> None:
+    exact, half = tiny_vit().double(), tiny_vit().bfloat16()
+    images, labels = random_batch(2)
+
+    def error_under(operations: np.ndarray, attached: bool) -> float:
+        model = copy.deepcopy(half)
+        executor = planned(model, operations) if attached else None
+        if executor is None:
+            _, gradients = loss_and_gradients(model, model, images.bfloat16(), labels)
+        else:
+            with executor.micro_batch(0):
+                _, gradients = loss_and_gradients(model, model, images.bfloat16(), labels)
+        copied = copy.deepcopy(exact)
+        _, expected = loss_and_gradients(
+            copied, lambda x: reference_forward(copied, x, operations), images.double(), labels
+        )
+        differences = [
+            (gradients[name].double() - gradient).square().sum()
+            for name, gradient in expected.items()
+            if gradient is not None
+        ]
+        norms = [gradient.square().sum() for gradient in expected.values() if gradient is not None]
+        return float(torch.stack(differences).sum().sqrt() / torch.stack(norms).sum().sqrt())
+
+    dense_error = error_under(np.full((DEPTH, HEADS), FULL, np.uint8), attached=False)
+    assert error_under(row, attached=True) <= 2 * dense_error
+
+
+def test_all_full_is_the_dense_model_bit_for_bit() -> None:
+    dense = tiny_vit()
+    model = copy.deepcopy(dense)
+    executor = planned(model, np.full((DEPTH, HEADS), FULL, np.uint8))
+    images, labels = random_batch(1)
+    with executor.micro_batch(0):
+        loss, gradients = loss_and_gradients(model, model, images, labels)
+    expected_loss, expected = loss_and_gradients(dense, dense, images, labels)
+    assert torch.equal(loss, expected_loss)
+    for name, gradient in expected.items():
+        assert torch.equal(gradients[name], gradient), name
+
+
+def test_evaluation_is_dense_and_names_and_weights_stay_timms() -> None:
+    dense = tiny_vit()
+    model = copy.deepcopy(dense)
+    planned(model, np.zeros((DEPTH, HEADS), np.uint8))
+    images, _ = random_batch(1)
+    assert torch.equal(model.eval()(images), dense.eval()(images))
+    assert list(model.state_dict()) == list(dense.state_dict())
+    tiny_vit(seed=5).load_state_dict(model.state_dict(), strict=True)
+
+
+def test_skipped_heads_store_nothing_for_backward() -> None:
+    images, labels = random_batch(1, samples=16)
+
+    def stored_bytes(row: np.ndarray) -> int:
+        model = tiny_vit()
+        executor = planned(model, row)
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        stored: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                stored[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with executor.micro_batch(0), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            F.cross_entropy(model(images), labels)
+        return sum(stored.values())
+
+    nothing = stored_bytes(np.full((DEPTH, HEADS), SHORTCUT, np.uint8))
+    assert stored_bytes(np.full((DEPTH, HEADS), FORWARD_ONLY, np.uint8)) == nothing
+    one_full = np.full((DEPTH, HEADS), FORWARD_ONLY, np.uint8)
+    one_full[:, 0] = FULL
+    with_shortcuts = np.where(one_full == FORWARD_ONLY, SHORTCUT, one_full).astype(np.uint8)
+    assert stored_bytes(one_full) == stored_bytes(with_shortcuts) < stored_bytes(np.full((DEPTH, HEADS), FULL, np.uint8))
+
+
+def test_micro_batches_follow_their_own_rows_with_activation_checkpointing() -> None:
+    rows = np.random.default_rng(0).integers(0, 3, (3, DEPTH, HEADS)).astype(np.uint8)
+    reference = tiny_vit()
+    model = copy.deepcopy(reference)
+    model.set_grad_checkpointing()
+    executor = attach(model, embeddings="trained")
+    executor.load(SkipPlan(rows, replicas=1), replica=0)
+    for slot, row in enumerate(rows):
+        images, labels = random_batch(slot)
+        with executor.micro_batch(slot):
+            F.cross_entropy(model(images), labels).backward()
+        F.cross_entropy(reference_forward(reference, images, row), labels).backward()
+    for (name, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+        if other.grad is None:
+            assert parameter.grad is None, name
+        else:
+            torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_inside_one_context_keeps_gradients() -> None:
+    """A leaf cast without gradient in one micro-batch must not be reused by the next from autocast's cache."""
+    rows = np.array([[[FORWARD_ONLY] * HEADS] * DEPTH, [[FULL, FULL, SHORTCUT]] * DEPTH], np.uint8)
+    model = tiny_vit()
+    executor = attach(model)
+    executor.load(SkipPlan(rows, replicas=1), replica=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for slot in range(2):
+            images, labels = random_batch(slot)
+            with executor.micro_batch(slot):
+                loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    for name in ("attn.proj.bias", "mlp.fc2.bias", "attn.qkv.weight", "norm1.weight"):
+        assert model.blocks[1].get_parameter(name).grad is not None, name
+
+
+@pytest.mark.parametrize("policy", ["frozen", "complete_path", "trained"])
+def test_embedding_policies(policy: str) -> None:
+    rows = np.full((2, DEPTH, HEADS), FULL, np.uint8)
+    rows[0, 2, 1] = FORWARD_ONLY
+    model = tiny_vit()
+    executor = attach(model, embeddings=policy)  # type: ignore[arg-type]
+    executor.load(SkipPlan(rows, replicas=1), replica=0)
+    trained = []
+    for slot in range(2):
+        model.zero_grad(set_to_none=True)
+        images, labels = random_batch(slot)
+        with executor.micro_batch(slot):
+            F.cross_entropy(model(images), labels).backward()
+        trained.append(model.pos_embed.grad is not None)
+        assert model.head.weight.grad is not None
+    assert trained == {"frozen": [False, False], "complete_path": [False, True], "trained": [True, True]}[policy]
+
+
+def test_shared_parameters_can_be_frozen() -> None:
+    model = tiny_vit(init_values=0.1)
+    attach(model, shared="frozen")
+    trainable = {name for name, parameter in model.blocks[0].named_parameters() if parameter.requires_grad}
+    assert trainable == {
+        "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight",
+    }  # fmt: skip
+
+
+def test_copies_follow_their_own_executor() -> None:
+    model = tiny_vit()
+    planned(model, np.zeros((DEPTH, HEADS), np.uint8))
+    copied = copy.deepcopy(model)
+    assert copied.blocks[0].forward.__self__ is copied.blocks[0]
+    assert copied.blocks[0]._d2ft.executor is not model.blocks[0]._d2ft.executor
+
+
+def test_drop_path_and_dropout_run_under_a_plan() -> None:
+    model = tiny_vit(drop_path_rate=0.5, proj_drop_rate=0.1, attn_drop_rate=0.1)
+    executor = planned(model, special_rows()["random 1"])
+    images, labels = random_batch(1)
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        with executor.micro_batch(0):
+            loss, gradients = loss_and_gradients(model, model, images, labels)
+        losses.append(loss)
+        assert all(torch.isfinite(gradient).all() for gradient in gradients.values() if gradient is not None)
+    assert torch.equal(*losses)
+
+
+def test_misuse_is_refused() -> None:
+    model = tiny_vit()
+    executor = planned(model, np.zeros((DEPTH, HEADS), np.uint8))
+    images, _ = random_batch(1)
+    with pytest.raises(PlanError, match="which micro-batch"):
+        model(images)
+    with pytest.raises(PlanError, match="no row"), executor.micro_batch(1):
+        pass
+    with pytest.raises(PlanError, match="4 x 3"):
+        executor.load(SkipPlan.dense(1, 1, DEPTH, HEADS + 1), replica=0)
+    with pytest.raises(PlanError, match="no replica 1"):
+        executor.load(SkipPlan.dense(1, 1, DEPTH, HEADS), replica=1)
+    with pytest.raises(PlanError, match="already"):
+        attach(model)
+    executor.unload()
+    assert model(images).requires_grad

@@ -1,0 +1,58 @@
+"""Counted FLOPs against formulas and against the plan's promise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.metering import measure_costs, meter
+from d2ft_hpc.planning.plan import SkipPlan
+from tests.models import DEPTH, HEADS, random_batch, tiny_vit
+
+TOKENS, WIDTH, HEAD_DIM, UNITS = 17, 48, 16, 64
+
+
+def test_costs_equal_the_formulas_of_a_vit() -> None:
+    model = tiny_vit()
+    costs = measure_costs(model, attach(model), (3, 16, 16))
+    linear = 2 * TOKENS * WIDTH * (4 * HEAD_DIM + 2 * UNITS)
+    attention = 2 * 2 * TOKENS * TOKENS * HEAD_DIM
+    assert costs.forward_only_flops == linear + attention
+    # Each linear layer runs twice more in backward; attention backward recomputes its scores: five products for two.
+    assert costs.full_flops == 3 * linear + 3.5 * attention
+    patches, classifier = 2 * 16 * (3 * 4 * 4) * WIDTH, 2 * WIDTH * 10
+    assert costs.always_flops == patches + 3 * classifier
+    assert 0.32 < costs.forward_share < 0.34
+
+
+@pytest.mark.parametrize("embeddings", ["frozen", "trained"])
+def test_a_step_executes_what_the_plan_promises(embeddings: str) -> None:
+    model = tiny_vit()
+    executor = attach(model, embeddings=embeddings)  # type: ignore[arg-type]
+    costs = measure_costs(model, executor, (3, 16, 16))
+    rows = np.random.default_rng(1).integers(0, 3, (3, DEPTH, HEADS)).astype(np.uint8)
+    rows[:, 0, 0] = 2
+    plan = SkipPlan(rows, replicas=1)
+    executor.load(plan, replica=0)
+    with meter() as metered:
+        for slot in range(3):
+            images, labels = random_batch(slot)
+            with executor.micro_batch(slot):
+                F.cross_entropy(model(images), labels).backward()
+    assert metered.flops == costs.planned_flops(rows).sum() * len(labels)
+    assert costs.planned_share(plan) == pytest.approx(metered.flops / (3 * len(labels) * costs.dense_flops))
+    assert metered.bytes_sent == {}
+
+
+def test_measuring_costs_leaves_no_trace() -> None:
+    model = tiny_vit(proj_drop_rate=0.5).eval()
+    executor = attach(model)
+    state = torch.get_rng_state()
+    measure_costs(model, executor, (3, 16, 16))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training
+    assert executor.plan is None
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,0 +1,98 @@
+"""The map of subnets onto timm's parameters, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from timm.layers import SwiGLU
+from timm.models.vision_transformer import Block, ParallelScalingBlock
+from torch import nn
+
+from d2ft_hpc.errors import UnsupportedModelError
+from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
+from tests.models import DEPTH, HEADS, tiny_vit
+
+
+def test_every_entry_of_a_subnets_parameters_belongs_to_one_head() -> None:
+    model = tiny_vit()
+    subnets = SubnetMap.of(model)
+    assert subnets.shape == (DEPTH, HEADS)
+    for _, name, parameter in subnets.parameters(model):
+        counts = subnets.head_axes[name].sum_by_head(torch.ones_like(parameter))
+        assert counts.tolist() == [parameter.numel() / HEADS] * HEADS
+        parts = [subnets.head_axes[name].select(parameter, torch.tensor([head])) for head in range(HEADS)]
+        assert sum(part.numel() for part in parts) == parameter.numel()
+        assert torch.equal(
+            torch.cat([part.flatten() for part in parts]).sort().values, parameter.detach().flatten().sort().values
+        )
+
+
+def test_selected_slices_are_timms_rows_and_columns() -> None:
+    block = tiny_vit().blocks[0]
+    axes = SubnetMap.of(tiny_vit()).head_axes
+    dim, units, head = 16, 64, 1
+    own = torch.tensor([head])
+    qkv = block.attn.qkv.weight.view(3, HEADS, dim, 48)
+    assert torch.equal(axes["attn.qkv.weight"].select(block.attn.qkv.weight, own), qkv[:, head].reshape(-1, 48))
+    assert torch.equal(axes["attn.proj.weight"].select(block.attn.proj.weight, own), block.attn.proj.weight[:, 16:32])
+    assert torch.equal(axes["mlp.fc1.bias"].select(block.mlp.fc1.bias, own), block.mlp.fc1.bias[units : 2 * units])
+    assert torch.equal(axes["mlp.fc2.weight"].select(block.mlp.fc2.weight, own), block.mlp.fc2.weight[:, 64:128])
+
+
+def test_every_parameter_has_a_class() -> None:
+    model = tiny_vit(init_values=0.1, qk_norm=True, reg_tokens=1, pre_norm=True, fc_norm=True)
+    subnets = SubnetMap.of(model)
+    classes = {name: subnets.classify(name) for name, _ in model.named_parameters()}
+    for name in ("pos_embed", "cls_token", "reg_token", "patch_embed.proj.weight", "norm_pre.weight"):
+        assert classes[name] is ParameterClass.EMBEDDING, name
+    for name in ("norm1.weight", "attn.q_norm.weight", "attn.proj.bias", "mlp.fc2.bias", "ls1.gamma"):
+        assert classes[f"blocks.0.{name}"] is ParameterClass.SHARED, name
+    for name in ("fc_norm.weight", "head.weight"):
+        assert classes[name] is ParameterClass.CLASSIFIER, name
+    assert classes["blocks.3.attn.qkv.bias"] is ParameterClass.SUBNET
+
+
+class _GatedBlock(Block):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"block_fn": ParallelScalingBlock}, "ParallelScalingBlock"),
+        ({"block_fn": _GatedBlock}, "_GatedBlock"),
+        ({"mlp_layer": SwiGLU}, "SwiGLU"),
+        ({"scale_attn_norm": True}, "scale_attn_norm"),
+        ({"scale_mlp_norm": True}, "scale_mlp_norm"),
+        ({"mlp_ratio": 4.05}, "not divisible by 3 heads"),
+    ],
+)
+def test_models_that_cannot_be_cut_are_refused_by_name(options: dict[str, object], reason: str) -> None:
+    try:
+        model = tiny_vit(**options)
+    except TypeError:
+        pytest.skip("this timm has no such option")
+    with pytest.raises(UnsupportedModelError, match=reason) as caught:
+        SubnetMap.of(model)
+    assert "Supported: timm VisionTransformer" in str(caught.value)
+
+
+def test_other_models_and_replaced_layers_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="not a timm VisionTransformer"):
+        SubnetMap.of(timm.create_model("resnet18", num_classes=2))
+    model = tiny_vit()
+    model.blocks[2].mlp.fc1 = nn.Sequential(model.blocks[2].mlp.fc1)
+    with pytest.raises(UnsupportedModelError, match=r"block 2 has mlp.fc1 of class Sequential"):
+        SubnetMap.of(model)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch16_224", "vit_small_patch14_dinov2", "deit3_small_patch16_224"]
+)
+def test_timms_common_models_fit(name: str) -> None:
+    if not timm.is_model(name):
+        pytest.skip(f"this timm has no {name}")
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=10)
+    assert SubnetMap.of(model).shape == (12, 6)
