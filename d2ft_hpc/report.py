@@ -1,1 +1,0 @@
-/work/wt/results/d2ft_hpc/report.py
