@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.data.loader import test_loader
+from d2ft_hpc.data.loader import evaluation_loader, train_loader
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
@@ -65,9 +65,10 @@ def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, positi
     runner = StepRunner(job, engine)
     if position.steps_done == 0:
         _evaluate(job, writer, progress, position)
+    loader = train_loader(job.train_set, job.sampler, num_workers=config.data.workers)
     for epoch in range(position.epochs_done, config.train.epochs):
         job.sampler.set_epoch(epoch)
-        batches = batches_of(job, num_workers=config.data.workers)
+        batches = batches_of(job, loader)
         for step_of_epoch in range(job.sampler.batches_per_epoch):
             if is_due(config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=position.steps_done):
                 position = _replan(job, writer, progress, position)
@@ -124,7 +125,7 @@ def _replan(job: Job, writer: ResultsWriter | None, progress: Progress, position
 
 
 def _evaluate(job: Job, writer: ResultsWriter | None, progress: Progress, position: Position) -> None:
-    batches = test_loader(
+    batches = evaluation_loader(
         job.test_set,
         batch_size=4 * job.config.data.micro_batch_size,
         replicas=job.control.world_size,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -49,9 +49,10 @@ def measure_scores(job: Job, loss_function: LossFunction) -> Scores | None:
     if config.planner in ("dense", "random"):
         return None
     start = time.perf_counter()
+    loader = train_loader(job.train_set, job.sampler)
     of_slots = [
         torch.cat([fisher_information(job.model, job.executor.subnets, *pair, loss_function) for pair in batch])
-        for batch in islice(batches_of(job, num_workers=0), config.probe_batches)
+        for batch in islice(batches_of(job, loader), config.probe_batches)
     ]
     fisher = _rows_of_all(job.control, torch.stack(of_slots).mean(0))
     backward = fisher
@@ -66,12 +67,10 @@ def make_plan(job: Job, scores: Scores | None) -> SkipPlan:
     return SkipPlan.from_bytes(share(job.control, lambda: _solve(job, scores).to_bytes(), "the plan"))
 
 
-def batches_of(job: Job, *, num_workers: int) -> Iterator[list[MicroBatch]]:
-    """This replica's micro-batches of each batch that is left of the sampler's epoch, in slot order."""
-    loader = iter(train_loader(job.train_set, job.sampler, num_workers=num_workers))
-    while batch := [
-        (images.to(job.device), labels.to(job.device)) for images, labels in islice(loader, job.config.data.slots)
-    ]:
+def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
+    """Groups what a loader over the job's sampler yields into batches on the job's device, in slot order."""
+    on_device = ((images.to(job.device), labels.to(job.device)) for images, labels in micro_batches)
+    while batch := list(islice(on_device, job.config.data.slots)):
         yield batch
 
 

@@ -13,8 +13,9 @@ class Progress:
         self._shown = rank == 0
         self._total_steps = total_steps
         self._every_seconds = every_seconds
-        self._started = self._last = time.perf_counter()
+        self._last = float("-inf")
         self._steps = 0
+        self._first_ended = 0.0
 
     def say(self, text: str) -> None:
         """A line of its own."""
@@ -24,11 +25,13 @@ class Progress:
     def step(self, epoch: int, step: int, loss: float, learning_rate: float, compute_share: float) -> None:
         """One optimiser step is done. `compute_share` is the plan's FLOPs over the dense ones."""
         now = time.perf_counter()
+        if self._steps == 0:  # slower than the rest: planning and metering
+            self._first_ended = now
         self._steps += 1
         if now - self._last < self._every_seconds and step != self._total_steps:
             return
         self._last = now
-        seconds_per_step = (now - self._started) / self._steps
+        seconds_per_step = (now - self._first_ended) / max(self._steps - 1, 1)
         remaining = round((self._total_steps - step) * seconds_per_step)
         self.say(
             f"epoch {epoch:3d}  step {step:5d}/{self._total_steps}  loss {loss:7.4f}  lr {learning_rate:.2e}  "

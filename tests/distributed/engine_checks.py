@@ -119,33 +119,6 @@ def check_bf16(control: Control, kind: str, stage: int) -> dict[str, float]:
     return {"plan": error(kind), "dense": error("full")}
 
 
-def check_fp16_overflow(control: Control) -> dict[str, Any]:
-    """A loss scale that must overflow: ours and an engine without us drop the same updates."""
-
-    def train(ours: bool) -> tuple[list[float], dict[str, nn.Parameter]]:
-        model = tiny_vit()
-        fp16 = {"enabled": True, "initial_scale_power": 30, "hysteresis": 1, "loss_scale_window": 100}
-        engine = deepspeed_engine(model, "sgd", 0, precision="fp16", fp16=fp16)
-        rates, batches = [], 12
-        plan = SkipPlan.dense(SLOTS, control.world_size, DEPTH, HEADS)
-        if ours:
-            engine.executor.load(plan, control.rank)
-        for step in range(batches):
-            rows = [slot * control.world_size + control.rank for slot in range(SLOTS)]
-            batch = [random_batch(step * 100 + row, 4) for row in rows]
-            if ours:
-                engine.step(batch)
-            else:
-                for images, labels in batch:
-                    engine.engine.backward(loss_function(engine.engine(images.half()), labels))
-                    engine.engine.step()
-            rates.append(engine.engine.get_lr()[0])
-        return [float(engine.engine.skipped_steps), *rates], dict(model.named_parameters())
-
-    (with_us, own), (without_us, expected) = train(True), train(False)
-    return {"with us": with_us, "without us": without_us, "difference": largest_difference(own, expected)}
-
-
 def check_bytes(control: Control) -> dict[str, Any]:
     """Bytes of a step's all-reduce as counted, beside the gradients' size."""
     from d2ft_hpc.metering import meter

@@ -1,0 +1,151 @@
+"""`d2ft-hpc train` with faults that users make: all ranks end within 30 s, with one message and a non-zero status."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from d2ft_hpc.demo.model import DEMO_WEIGHTS
+from tests.distributed.launching import REPOSITORY, mpirun, run
+
+LIMIT_SECONDS = 30
+QUICK = ["data.slots=1", "data.micro_batch_size=4", "train.epochs=1"]
+
+
+def train(folder: Path, *overrides: str, ranks: int = 2, **environment: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    start = time.monotonic()
+    arguments = ["-m", "d2ft_hpc", "train", "configs/demo.yaml", f"run.folder={folder}", *QUICK, *overrides]
+    return run(arguments, ranks=ranks, timeout_seconds=60, **environment), time.monotonic() - start
+
+
+def assert_ended_with(
+    ended: tuple[subprocess.CompletedProcess[str], float], *words: str, limit_seconds: float = LIMIT_SECONDS
+) -> None:
+    """One message of ours that has all the words, no traceback, a non-zero status, in time."""
+    finished, seconds = ended
+    messages = [line for line in finished.stderr.splitlines() if re.match(r"(d2ft-hpc: error:|\[rank \d)", line)]
+    assert finished.returncode != 0, finished.stderr
+    assert len(messages) == 1, finished.stderr
+    for word in words:
+        assert word in messages[0], (word, messages[0])
+    assert "Traceback" not in finished.stderr + finished.stdout, finished.stderr
+    assert seconds < limit_seconds
+
+
+def test_wrong_model(tmp_path: Path) -> None:
+    assert_ended_with(train(tmp_path, "model.name=vit_digit_demo", "model.weights=null"), "vit_digit_demo", "did you mean")
+
+
+def test_model_that_cannot_be_cut(tmp_path: Path) -> None:
+    ended = train(tmp_path, "model.name=resnet18", "model.weights=null", "engine.name=plain", ranks=1)
+    assert_ended_with(ended, "resnet18", "not a timm VisionTransformer")
+
+
+def test_missing_data(tmp_path: Path) -> None:
+    ended = train(tmp_path, "data.name=cifar10", f"data.root={tmp_path}/absent", "data.classes=null")
+    assert_ended_with(ended, f"{tmp_path}/absent", "unpack")
+
+
+def test_unknown_key(tmp_path: Path) -> None:
+    assert_ended_with(train(tmp_path, "plan.compute_buget=0.5"), "plan.compute_buget", "0.5", "plan.compute_budget")
+
+
+def test_budget_of_zero(tmp_path: Path) -> None:
+    assert_ended_with(train(tmp_path, "plan.compute_budget=0"), "plan.compute_budget=0", "greater than 0")
+
+
+def test_impossible_budget(tmp_path: Path) -> None:
+    assert_ended_with(train(tmp_path, "plan.compute_budget=0.0001"), "rank 0", "0.0001", "least")
+
+
+def test_scores_that_are_not_numbers(tmp_path: Path) -> None:
+    weights = {name: tensor.float() for name, tensor in load_file(DEMO_WEIGHTS).items()}
+    weights["blocks.3.mlp.fc1.weight"][5, 7] = torch.nan
+    save_file(weights, tmp_path / "nan.safetensors")
+    assert_ended_with(train(tmp_path, f"model.weights={tmp_path}/nan.safetensors"), "score", "block", "nan")
+
+
+def test_damaged_weights(tmp_path: Path) -> None:
+    (tmp_path / "cut.safetensors").write_bytes(DEMO_WEIGHTS.read_bytes()[:5000])
+    assert_ended_with(train(tmp_path, f"model.weights={tmp_path}/cut.safetensors"), "cut.safetensors", "safetensors file")
+
+
+def test_one_rank_fewer_than_promised(tmp_path: Path) -> None:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29631"}
+    ended = train(
+        tmp_path, "launch.timeout_seconds=8", ranks=1, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", **address
+    )
+    assert_ended_with(ended, "WORLD_SIZE=2", "rank 1")
+
+
+def test_output_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    assert_ended_with(train(tmp_path / "file"), str(tmp_path / "file"))
+
+
+def test_results_that_exist_already(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "results.h5").write_bytes(b"of an earlier run")
+    assert_ended_with(train(tmp_path), "results.h5", "run.name")
+    assert (tmp_path / "demo" / "results.h5").read_bytes() == b"of an earlier run"
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system cannot be mounted here: needs root")
+    try:
+        assert_ended_with(train(disk, "results.flush_seconds=0.01"), "results", "space")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_killed_rank(tmp_path: Path) -> None:
+    command = [mpirun(), "-n", "2", sys.executable, "-m", "d2ft_hpc", "train", "configs/demo.yaml"]
+    job = subprocess.Popen(
+        [*command, f"run.folder={tmp_path}", "train.epochs=50", "results.flush_seconds=0.1"],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert job.stdout is not None
+    for line in job.stdout:
+        if line.startswith("epoch "):
+            break
+    ranks = subprocess.run(["pgrep", "-f", f"run.folder={tmp_path}"], capture_output=True, text=True).stdout.split()
+    pythons = [int(pid) for pid in ranks if "mpirun" not in Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0]]
+    pythons = [pid for pid in pythons if "python" in os.readlink(f"/proc/{pid}/exe")]
+    os.kill(pythons[-1], signal.SIGKILL)
+    start = time.monotonic()
+    rest, _ = job.communicate(timeout=LIMIT_SECONDS)
+    assert job.returncode != 0
+    assert time.monotonic() - start < LIMIT_SECONDS
+    assert "KILLED BY SIGNAL: 9" in rest or "[rank " in rest, rest
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pythons)
+
+
+def test_corrupt_checkpoint(tmp_path: Path) -> None:
+    finished, _ = train(tmp_path, "train.checkpoint_every_epochs=1", "data.micro_batch_size=64")
+    assert finished.returncode == 0, finished.stderr
+    (state,) = (tmp_path / "demo" / "checkpoints" / "epoch-0001").rglob("mp_rank_00_model_states.pt")
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    before = shutil.copy(tmp_path / "demo" / "results.h5", tmp_path / "before.h5")
+    resumed = train(tmp_path, "train.epochs=2", "train.resume=true", "data.micro_batch_size=64")
+    assert_ended_with(resumed, "epoch-0001", "damaged")
+    assert (tmp_path / "demo" / "results.h5").read_bytes() == Path(before).read_bytes()
