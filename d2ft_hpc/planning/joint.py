@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,7 +95,10 @@ def solve_joint(
         try:
             solution = _solve(knapsacks, deadline - time.monotonic(), relative_gap, demand)
         except _InfeasibleError as error:
-            raise PlanError(_least_budget_for(problem, knapsacks, demand)) from error
+            raise PlanError(
+                f"No plan within the budgets gives every block and head {coverage} FULL rows (coverage): "
+                f"{error}. {_least_budget_for(problem, knapsacks, demand)}"
+            ) from error
         chosen, status = solution.operations, solution.status
         bound = min(bound, solution.bound)
 
@@ -113,7 +117,7 @@ def solve_joint(
 
 
 class _InfeasibleError(Exception):
-    """No plan meets the coverage, or none was found in time."""
+    """No plan meets the coverage, or none was found; the text says why."""
 
 
 def _solve(
@@ -121,6 +125,8 @@ def _solve(
 ) -> _Solution:
     """The better of HiGHS's plan and the greedy one, for knapsacks that a demand couples or a single one."""
     greedy_plan = _greedy(knapsacks, demand)
+    if greedy_plan is None and demand is not None and _is_even(knapsacks, demand):
+        raise _InfeasibleError("infeasible")
     greedy_score = -math.inf if greedy_plan is None else _objective(knapsacks, greedy_plan)
     bound = sum(upper_bound(knapsack) for knapsack in knapsacks)
     if greedy_plan is not None and greedy_score >= bound * (1 - 1e-9):
@@ -130,7 +136,7 @@ def _solve(
     bound = min(bound, solver_bound)
     if plan is not None:
         plan = [greedy(knapsack, start) for knapsack, start in zip(knapsacks, plan, strict=True)]
-        if _objective(knapsacks, plan) >= greedy_score or (status == OPTIMAL and greedy_plan is None):
+        if _objective(knapsacks, plan) >= greedy_score:
             return _Solution(plan, bound, status)
     if greedy_plan is None:
         raise _InfeasibleError(status)
@@ -302,37 +308,36 @@ def _cover(knapsacks: Sequence[Knapsack], capacity: Ints, demand: _Coverage) -> 
     return plan
 
 
+def _is_even(knapsacks: Sequence[Knapsack], demand: _Coverage) -> bool:
+    """Whether every device has equally many rows of every subnet, as in data parallel."""
+    rows = [np.bincount(knapsack.cells % demand.subnets, minlength=demand.subnets) for knapsack in knapsacks]
+    return all(its_rows.min() == its_rows.max() for its_rows in rows)
+
+
 def _least_budget_for(problem: PlanProblem, knapsacks: Sequence[Knapsack], demand: _Coverage) -> str:
-    """The message for a demand that the budgets cannot meet: which budget to raise, and to what."""
-    text = f"The budgets cannot pay for coverage {demand.rows} (FULL rows of every block and head). "
-    budgets = problem.budgets()
+    """Which budget to raise so that the demand can be met, and to what share of the dense step."""
     costs = np.array([problem.compute_cost, problem.communication_cost])
-    cells = problem.cells_per_device()
-    for column, name in ((0, "compute"), (1, "communication")):
+    dense = problem.cells_per_device()[:, None] * costs[:, Operation.FULL]
+    shortcut = problem.cells_per_device()[:, None] * costs[:, Operation.SHORTCUT]
+    for column, (name, always_share) in enumerate(
+        (("compute", problem.always_share), ("communication", 0.0))
+    ):
 
-        def is_enough(share: float, column: int = column) -> bool:
-            """Whether coverage is possible with this share of the devices' dense costs, the rest as it is."""
-            raised = budgets.copy()
-            dense = cells * costs[column, Operation.FULL]
-            raised[:, column] = np.maximum(budgets[:, column], dense * (share + BUDGET_EPSILON / 2))
-            left = raised - cells[:, None] * costs[:, Operation.SHORTCUT]
-            capacity = [_most_full(knapsack, each) for knapsack, each in zip(knapsacks, left, strict=True)]
-            return _cover(knapsacks, np.array(capacity), demand) is not None
+        def is_enough(step: int, column: int = column, always_share: float = always_share) -> bool:
+            """Whether coverage is possible with step / 10000 of the dense step, the other budget as it is."""
+            share = max(0.0, step / 10_000 - always_share) / (1 - always_share) + BUDGET_EPSILON / 2
+            raised = problem.budgets()
+            raised[:, column] = np.maximum(raised[:, column], dense[:, column] * share)
+            capacity = map(_most_full, knapsacks, raised - shortcut)
+            return _cover(knapsacks, np.array(list(capacity)), demand) is not None
 
-        if not is_enough(1.0):
-            continue
-        low, high = 0.0, 1.0
-        while high - low > 1e-5:
-            middle = (low + high) / 2
-            low, high = (low, middle) if is_enough(middle) else (middle, high)
-        share = high
-        if column == 0:
-            share = problem.always_share + (1 - problem.always_share) * share
-        return text + (
-            f"The least feasible {name} budget is {math.ceil(share * 1e4) / 1e4:g} of the dense step's on "
-            f"every device; raise it or lower the coverage."
-        )
-    return text + "Raise both the compute and the communication budget, or lower the coverage."
+        if is_enough(10_000):
+            least = bisect_left(range(10_000), True, key=is_enough) / 10_000
+            return (
+                f"The least feasible {name} budget is {least:g} of the dense step's on every device; "
+                f"raise it or lower the coverage."
+            )
+    return "Raise both the compute and the communication budget, or lower the coverage."
 
 
 def _summary(statuses: dict[str, str]) -> str:

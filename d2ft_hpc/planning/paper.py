@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.problem import Floats, PlanProblem
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
 
 
 def solve_paper(problem: PlanProblem, *, full_share: float = 0.8) -> SkipPlan:
@@ -47,12 +47,13 @@ def two_levels(
     costs = np.array([problem.compute_cost, problem.communication_cost])  # [resource, operation]
     forward_step = costs[:, Operation.FORWARD_ONLY] - costs[:, Operation.SHORTCUT]
     upgrade_step = costs[:, Operation.FULL] - costs[:, Operation.FORWARD_ONLY]
+    most = costs[:, Operation.FULL] * (1 + BUDGET_EPSILON / 2)  # more than dense buys nothing
     cells = problem.cells_per_device()
     operations = np.full(problem.forward_score.shape, Operation.SHORTCUT, dtype=np.uint8)
     for device, budget in enumerate(problem.budgets()):
         mine = problem.device == device
         rows = mine.sum(axis=0)  # [block, head]
-        per_row = np.minimum(budget / max(int(cells[device]), 1), costs[:, Operation.FULL])
+        per_row = np.minimum(budget / max(int(cells[device]), 1), most)
         per_row = per_row - costs[:, Operation.SHORTCUT]
         left = per_row[:, None, None] * rows  # [resource, block, head]
 

@@ -273,7 +273,10 @@ class SkipPlan:
             if type(fields[name]) is not kind:
                 raise PlanError(f"{source} is damaged: {name} is {fields[name]!r}, not {kind.__name__}.")
         stated = fields.pop("hash")
-        plan = cls(operations, **fields)
+        try:
+            plan = cls(operations, **fields)
+        except PlanError as error:
+            raise PlanError(f"{source} is damaged: {error}") from error
         if plan.hash != stated:
             raise PlanError(f"{source} is damaged: its operations do not match its hash.")
         return plan
