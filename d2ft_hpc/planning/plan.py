@@ -308,7 +308,6 @@ def _read_operations(file: h5py.File) -> npt.NDArray[np.uint8] | None:
         or dataset.ndim != 3
         or dataset.external is not None
         or dataset.is_virtual
-        or dataset.chunks is not None
         or dataset.id.get_storage_size() != dataset.size
     ):
         return None

@@ -62,7 +62,11 @@ def problems(draw, max_cells=7):
     device = draw(st.lists(st.integers(0, devices - 1), min_size=size, max_size=size))
     costs, budgets = [], []
     for _ in range(2):
-        steps = draw(st.sampled_from([(0, 1 / 3, 1), (0, 0.5, 1), (0, 0.3517, 1), (0, 0, 1), (0.1, 0.4, 2)]))
+        steps = draw(
+            st.sampled_from(
+                [(0, 1 / 3, 1), (0, 0.5, 1), (0, 0.3517, 1), (0, 0.8, 1), (0, 0, 1), (0.1, 0.4, 2)]
+            )
+        )
         costs.append(steps)
         cells = np.bincount(device, minlength=devices)
         share = np.array([draw(st.sampled_from([0.0, 0.2, 0.5, 0.61, 0.8, 1.0, math.inf])) for _ in cells])
