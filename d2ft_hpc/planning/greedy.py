@@ -1,0 +1,88 @@
+"""Greedy planning: the steps with the best gain for their cost first. Instant and near the optimum."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from d2ft_hpc.planning.knapsack import (
+    Knapsack,
+    Steps,
+    best_steps,
+    device_knapsacks,
+    next_steps,
+    plan_with_bound,
+)
+from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.problem import PlanProblem
+
+
+def solve_greedy(
+    problem: PlanProblem, *, forward_weight: float = 1.0, backward_weight: float = 1.0
+) -> SkipPlan:
+    """Maximise the objective of `solve_joint` by score for cost, device by device.
+
+    The bound is that of the relaxed knapsacks (`knapsack.upper_bound`). Raises PlanError if a weight is not
+    finite or below 0.
+    """
+    operations = np.full(problem.forward_score.size, Operation.SHORTCUT, dtype=np.uint8)
+    for knapsack in device_knapsacks(problem, forward_weight, backward_weight):
+        operations[knapsack.cells] = greedy(knapsack)
+    return plan_with_bound(
+        problem,
+        operations.reshape(problem.forward_score.shape),
+        planner="greedy",
+        status="greedy",
+        forward_weight=forward_weight,
+        backward_weight=backward_weight,
+    )
+
+
+def greedy(knapsack: Knapsack, start: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
+    """Operations uint8 [cell] within the budgets: the best of the orders that the two budgets suggest.
+
+    start: operations that the result may raise and never lowers; within the budgets. None = all SHORTCUT.
+    """
+    if start is None:
+        start = np.full(len(knapsack.cells), Operation.SHORTCUT, dtype=np.uint8)
+    candidates = []
+    for price in knapsack.prices():
+        operations = start.copy()
+        _climb(knapsack, operations, best_steps(knapsack, price))
+        fill(knapsack, operations, price)
+        candidates.append(operations)
+    if not candidates:  # no budget is limited
+        return np.full(len(knapsack.cells), Operation.FULL, dtype=np.uint8)
+    return max(candidates, key=knapsack.objective)
+
+
+def fill(knapsack: Knapsack, operations: npt.NDArray[np.uint8], price: npt.NDArray[np.float64]) -> None:
+    """Raise operations uint8 [cell] in place by single steps until nothing more fits."""
+    while True:
+        before = operations.copy()
+        _climb(knapsack, operations, next_steps(knapsack, operations, price))
+        if np.array_equal(before, operations):
+            return
+
+
+def _climb(knapsack: Knapsack, operations: npt.NDArray[np.uint8], steps: Steps) -> None:
+    """Take the steps in their order, in place, leaving out what does not fit.
+
+    All steps of a kind cost the same and the budget only shrinks: a kind that does not fit once is done.
+    """
+    forward_fits = True
+    while True:
+        now = operations[steps.cell]
+        # FORWARD_ONLY -> FULL waits behind its own SHORTCUT -> FORWARD_ONLY, if that can still come.
+        steps = steps.select((now == steps.start) | ((now < steps.start) & forward_fits))
+        forward = np.cumsum(steps.start == Operation.SHORTCUT)
+        backward = np.cumsum(steps.target == Operation.FULL)
+        spent = forward[:, None] * knapsack.forward_step + backward[:, None] * knapsack.backward_step
+        misfits = np.flatnonzero((knapsack.used(operations) + spent > knapsack.budget).any(axis=1))
+        count = int(misfits[0]) if len(misfits) else len(steps.cell)
+        operations[steps.cell[:count]] = steps.target[:count]
+        if not len(misfits):
+            return
+        start, target = steps.start[count], steps.target[count]
+        forward_fits &= target != Operation.FORWARD_ONLY
+        steps = steps.select((steps.start != start) | (steps.target != target))

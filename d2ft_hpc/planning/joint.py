@@ -1,0 +1,351 @@
+"""The optimal planner: both levels of the knapsack at once, as a mixed-integer program that HiGHS proves."""
+
+from __future__ import annotations
+
+import math
+import time
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import highspy
+import numpy as np
+import numpy.typing as npt
+
+from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.greedy import greedy
+from d2ft_hpc.planning.knapsack import Ints, Knapsack, device_knapsacks, plan_with_bound, upper_bound
+from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
+
+Operations = npt.NDArray[np.uint8]
+
+LARGEST_MODEL = 5_000
+"""Cells of the largest model that HiGHS is given. In larger ones it looks at its clock too rarely, and there
+the greedy plan comes within about 1e-5 of its bound anyway."""
+
+OPTIMAL = "optimal"
+
+_FEASIBLE = 2  # HiGHS: kSolutionStatusFeasible
+_ROW_WISE, _MAXIMISE, _INTEGER = 2, -1, 1  # HiGHS: MatrixFormat, ObjSense, HighsVarType
+
+
+@dataclass(frozen=True)
+class _Coverage:
+    """Every subnet has at least `rows` FULL rows. A cell's subnet is its flat index modulo `subnets`."""
+
+    rows: int
+    subnets: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Solution:
+    """Operations uint8 [cell] for each knapsack, a bound on what any could score, and how it ended."""
+
+    operations: list[Operations]
+    bound: float
+    status: str
+
+
+def solve_joint(
+    problem: PlanProblem,
+    *,
+    forward_weight: float = 1.0,
+    backward_weight: float = 1.0,
+    time_limit_seconds: float = 10.0,
+    relative_gap: float = 1e-4,
+    coverage: int = 0,
+) -> SkipPlan:
+    """Maximise forward_weight * (forward score of all cells that run) + backward_weight * (backward score of
+    the FULL ones) under every device's budgets; scores are divided by their means (`PlanProblem.gains`).
+
+    time_limit_seconds: wall-clock time for all devices together.
+    relative_gap: a plan that is proved to be this near its optimum is good enough, in [0, 1).
+    coverage: least number of FULL rows that every (block, head) gets over the whole batch; 0 = no demand.
+
+    Without coverage the devices share nothing: each is solved by itself and the bounds add up. Coverage
+    couples them: if the devices' own plans do not happen to meet it, one model of all of them is solved.
+    Where HiGHS runs out of time or fails, the greedy plan takes its place if it is the better one: the
+    status is then "greedy: <reason>" and the bound still holds. The same problem gives the same plan, unless
+    time runs out.
+
+    Raises PlanError if an option is out of range, or if the budgets cannot pay for the coverage (the message
+    states the least feasible budget).
+    """
+    if not time_limit_seconds > 0:
+        raise PlanError(f"time_limit_seconds must be > 0, got {time_limit_seconds}.")
+    if not 0 <= relative_gap < 1:
+        raise PlanError(f"relative_gap must be in [0, 1), got {relative_gap}.")
+    shape = problem.forward_score.shape
+    if not 0 <= coverage <= shape[0]:
+        raise PlanError(f"coverage must be from 0 to the number of rows, {shape[0]}, got {coverage}.")
+    deadline = time.monotonic() + time_limit_seconds
+    knapsacks = device_knapsacks(problem, forward_weight, backward_weight)
+
+    solutions = []
+    for index, knapsack in enumerate(knapsacks):
+        seconds = (deadline - time.monotonic()) / (len(knapsacks) - index)
+        solutions.append(_solve([knapsack], seconds, relative_gap))
+    chosen = [solution.operations[0] for solution in solutions]
+    bound = sum(solution.bound for solution in solutions)
+    status = _summary(dict(zip(problem.device_names, (s.status for s in solutions), strict=True)))
+
+    demand = _Coverage(coverage, shape[1] * shape[2])
+    if not _covers(knapsacks, chosen, demand):
+        try:
+            solution = _solve(knapsacks, deadline - time.monotonic(), relative_gap, demand)
+        except _InfeasibleError as error:
+            raise PlanError(
+                f"No plan within the budgets gives every block and head {coverage} FULL rows (coverage): "
+                f"{error}. {_least_budget_for(problem, knapsacks, demand)}"
+            ) from error
+        chosen, status = solution.operations, solution.status
+        bound = min(bound, solution.bound)
+
+    operations = np.empty(problem.forward_score.size, dtype=np.uint8)
+    for knapsack, its_operations in zip(knapsacks, chosen, strict=True):
+        operations[knapsack.cells] = its_operations
+    return plan_with_bound(
+        problem,
+        operations.reshape(shape),
+        planner="joint",
+        status=status,
+        forward_weight=forward_weight,
+        backward_weight=backward_weight,
+        bound=bound,
+    )
+
+
+class _InfeasibleError(Exception):
+    """No plan meets the coverage, or none was found; the text says why."""
+
+
+def _solve(
+    knapsacks: Sequence[Knapsack], seconds: float, relative_gap: float, demand: _Coverage | None = None
+) -> _Solution:
+    """The better of HiGHS's plan and the greedy one, for knapsacks that a demand couples or a single one."""
+    greedy_plan = _greedy(knapsacks, demand)
+    if greedy_plan is None and demand is not None and _is_even(knapsacks, demand):
+        raise _InfeasibleError("infeasible")
+    greedy_score = -math.inf if greedy_plan is None else _objective(knapsacks, greedy_plan)
+    bound = sum(upper_bound(knapsack) for knapsack in knapsacks)
+    if greedy_plan is not None and greedy_score >= bound * (1 - 1e-9):
+        return _Solution(greedy_plan, bound, OPTIMAL)
+
+    plan, solver_bound, status = _solve_with_highs(knapsacks, seconds, relative_gap, demand)
+    bound = min(bound, solver_bound)
+    if plan is not None:
+        plan = [greedy(knapsack, start) for knapsack, start in zip(knapsacks, plan, strict=True)]
+        if _objective(knapsacks, plan) >= greedy_score:
+            return _Solution(plan, bound, status)
+    if greedy_plan is None:
+        raise _InfeasibleError(status)
+    return _Solution(greedy_plan, bound, OPTIMAL if status == OPTIMAL else f"greedy: {status}")
+
+
+def _solve_with_highs(
+    knapsacks: Sequence[Knapsack], seconds: float, relative_gap: float, demand: _Coverage | None
+) -> tuple[list[Operations] | None, float, str]:
+    """HiGHS's plan (None if it has none that keeps the budgets), its bound, and how it ended."""
+    cells = sum(len(knapsack.cells) for knapsack in knapsacks)
+    if cells > LARGEST_MODEL:
+        return None, math.inf, f"{cells} cells are more than HiGHS is given ({LARGEST_MODEL})"
+    if seconds <= 0:
+        return None, math.inf, "time limit"
+    solver = highspy.Highs()  # type: ignore[no-untyped-call]
+    options = {
+        "output_flag": False,
+        "threads": 1,  # another number could not be changed later in this process, and breaks forks
+        "time_limit": seconds,
+        "mip_rel_gap": relative_gap,
+        "mip_feasibility_tolerance": 1e-9,  # of the order of BUDGET_EPSILON
+        "primal_feasibility_tolerance": 1e-9,
+    }
+    for name, value in options.items():
+        solver.setOptionValue(name, value)
+    if _pass_model(solver, knapsacks, demand) == highspy.HighsStatus.kError:
+        return None, math.inf, "HiGHS refused the model"
+    if solver.run() == highspy.HighsStatus.kError:
+        return None, math.inf, "HiGHS failed"
+
+    info = solver.getInfo()
+    ending = solver.getModelStatus()
+    bound = float(info.mip_dual_bound)
+    if not math.isfinite(bound):
+        bound = math.inf
+    if ending == highspy.HighsModelStatus.kOptimal:
+        status = OPTIMAL
+    elif ending == highspy.HighsModelStatus.kTimeLimit:
+        status = "time limit"
+    else:
+        status = f"HiGHS ended with {solver.modelStatusToString(ending)}"
+    if int(info.primal_solution_status) != _FEASIBLE:
+        return None, bound, status
+    runs = np.rint(np.asarray(solver.getSolution().col_value)).astype(np.uint8).reshape(2, cells)
+    ends = np.cumsum([len(knapsack.cells) for knapsack in knapsacks])[:-1]
+    plan = np.split(np.where(runs[1], Operation.FULL, runs[0]).astype(np.uint8), ends)
+    within = all(
+        (k.used(operations) <= k.budget).all() for k, operations in zip(knapsacks, plan, strict=True)
+    )
+    if not within or not _covers(knapsacks, plan, demand):
+        return None, bound, "HiGHS's plan breaks a budget"
+    return plan, bound, status
+
+
+def _pass_model(
+    solver: highspy.Highs, knapsacks: Sequence[Knapsack], demand: _Coverage | None
+) -> highspy.HighsStatus:
+    """Give HiGHS the model.
+
+    Binary variables: forward[cell] (the cell runs), then backward[cell] (it runs FULL), cells in the order of
+    the knapsacks. Rows: forward >= backward; each limited budget; the demand for each subnet.
+    """
+    cells = np.concatenate([knapsack.cells for knapsack in knapsacks])
+    count = len(cells)
+    lengths = [np.full(count, 2)]
+    indices = [np.arange(2 * count).reshape(2, count).T.ravel()]
+    values = [np.tile([1.0, -1.0], count)]
+    lower, upper = [np.zeros(count)], [np.full(count, math.inf)]
+
+    first = 0
+    for knapsack in knapsacks:
+        own = np.arange(first, first + len(knapsack.cells))
+        first += len(knapsack.cells)
+        for step, backward_step, budget in zip(
+            knapsack.forward_step, knapsack.backward_step, knapsack.budget, strict=True
+        ):
+            if math.isinf(budget):
+                continue
+            parts = [(own, step), (own + count, backward_step)]
+            parts = [(columns, cost) for columns, cost in parts if cost > 0]
+            lengths.append(np.array([sum(len(columns) for columns, _ in parts)]))
+            indices.extend(columns for columns, _ in parts)
+            values.extend(np.full(len(columns), cost) for columns, cost in parts)
+            lower.append(np.array([-math.inf]))
+            upper.append(np.array([budget]))
+    if demand is not None:
+        subnet = cells % demand.subnets
+        lengths.append(np.bincount(subnet, minlength=demand.subnets))
+        indices.append(count + np.argsort(subnet, kind="stable"))
+        values.append(np.ones(count))
+        lower.append(np.full(demand.subnets, float(demand.rows)))
+        upper.append(np.full(demand.subnets, math.inf))
+
+    gains = np.concatenate([k.forward_gain for k in knapsacks] + [k.backward_gain for k in knapsacks])
+    row_lengths = np.concatenate(lengths)
+    starts = np.concatenate([[0], np.cumsum(row_lengths)[:-1]]).astype(np.int32)
+    return solver.passModel(
+        2 * count,
+        len(row_lengths),
+        int(row_lengths.sum()),
+        _ROW_WISE,
+        _MAXIMISE,
+        0.0,
+        gains,
+        np.zeros(2 * count),
+        np.ones(2 * count),
+        np.concatenate(lower),
+        np.concatenate(upper),
+        starts,
+        np.concatenate(indices).astype(np.int32),
+        np.concatenate(values),
+        np.full(2 * count, _INTEGER, dtype=np.int32),
+    )
+
+
+def _objective(knapsacks: Sequence[Knapsack], plan: Sequence[Operations]) -> float:
+    return sum(k.objective(operations) for k, operations in zip(knapsacks, plan, strict=True))
+
+
+def _covers(knapsacks: Sequence[Knapsack], plan: Sequence[Operations], demand: _Coverage | None) -> bool:
+    if demand is None:
+        return True
+    full = [k.cells[operations == Operation.FULL] for k, operations in zip(knapsacks, plan, strict=True)]
+    rows = np.bincount(np.concatenate(full) % demand.subnets, minlength=demand.subnets)
+    return bool((rows >= demand.rows).all())
+
+
+def _greedy(knapsacks: Sequence[Knapsack], demand: _Coverage | None) -> list[Operations] | None:
+    """The greedy plan; None if it finds none that meets the demand."""
+    if demand is None:
+        return [greedy(knapsack) for knapsack in knapsacks]
+    capacity = np.array([_most_full(knapsack, knapsack.budget) for knapsack in knapsacks])
+    start = _cover(knapsacks, capacity, demand)
+    if start is None:
+        return None
+    return [greedy(knapsack, its_start) for knapsack, its_start in zip(knapsacks, start, strict=True)]
+
+
+def _most_full(knapsack: Knapsack, budget: Floats) -> int:
+    """How many FULL cells, the rest SHORTCUT, a budget float64 [2] pays for."""
+    step = knapsack.forward_step + knapsack.backward_step
+    affordable = [left / cost for left, cost in zip(budget, step, strict=True) if cost > 0]
+    return int(min([len(knapsack.cells), *affordable]))
+
+
+def _cover(knapsacks: Sequence[Knapsack], capacity: Ints, demand: _Coverage) -> list[Operations] | None:
+    """FULL cells, the others SHORTCUT, that meet the demand with at most `capacity` int64 [knapsack] in each.
+
+    Takes the cell with the largest gain on the device with the most room. If every device has equally many
+    rows of every subnet (data parallel), this finds a way wherever there is one; if not it may return None.
+    """
+    plan = [np.full(len(knapsack.cells), Operation.SHORTCUT, dtype=np.uint8) for knapsack in knapsacks]
+    waiting: list[list[list[int]]] = []  # [knapsack][subnet]: its cells, the best last
+    for knapsack in knapsacks:
+        queues: list[list[int]] = [[] for _ in range(demand.subnets)]
+        for cell in np.argsort(knapsack.forward_gain + knapsack.backward_gain, kind="stable"):
+            queues[knapsack.cells[cell] % demand.subnets].append(int(cell))
+        waiting.append(queues)
+    room = capacity.copy()
+    for subnet in range(demand.subnets):
+        for _ in range(demand.rows):
+            having = [index for index in range(len(knapsacks)) if room[index] > 0 and waiting[index][subnet]]
+            if not having:
+                return None
+            index = max(having, key=lambda index: int(room[index]))
+            plan[index][waiting[index][subnet].pop()] = Operation.FULL
+            room[index] -= 1
+    return plan
+
+
+def _is_even(knapsacks: Sequence[Knapsack], demand: _Coverage) -> bool:
+    """Whether every device has equally many rows of every subnet, as in data parallel."""
+    rows = [np.bincount(knapsack.cells % demand.subnets, minlength=demand.subnets) for knapsack in knapsacks]
+    return all(its_rows.min() == its_rows.max() for its_rows in rows)
+
+
+def _least_budget_for(problem: PlanProblem, knapsacks: Sequence[Knapsack], demand: _Coverage) -> str:
+    """Which budget to raise so that the demand can be met, and to what share of the dense step."""
+    costs = np.array([problem.compute_cost, problem.communication_cost])
+    dense = problem.cells_per_device()[:, None] * costs[:, Operation.FULL]
+    shortcut = problem.cells_per_device()[:, None] * costs[:, Operation.SHORTCUT]
+    for column, (name, always_share) in enumerate(
+        (("compute", problem.always_share), ("communication", 0.0))
+    ):
+
+        def is_enough(step: int, column: int = column, always_share: float = always_share) -> bool:
+            """Whether coverage is possible with step / 10000 of the dense step, the other budget as it is."""
+            share = max(0.0, step / 10_000 - always_share) / (1 - always_share) + BUDGET_EPSILON / 2
+            raised = problem.budgets()
+            raised[:, column] = np.maximum(raised[:, column], dense[:, column] * share)
+            capacity = map(_most_full, knapsacks, raised - shortcut)
+            return _cover(knapsacks, np.array(list(capacity)), demand) is not None
+
+        if is_enough(10_000):
+            least = bisect_left(range(10_000), True, key=is_enough) / 10_000
+            return (
+                f"The least feasible {name} budget is {least:g} of the dense step's on every device; "
+                f"raise it or lower the coverage."
+            )
+    return "Raise both the compute and the communication budget, or lower the coverage."
+
+
+def _summary(statuses: dict[str, str]) -> str:
+    """One status for all devices: the common one, or those that are not optimal with their devices."""
+    if len(set(statuses.values())) == 1:
+        return next(iter(statuses.values()))
+    devices: dict[str, list[str]] = {}
+    for device, status in statuses.items():
+        if status != OPTIMAL:
+            devices.setdefault(status, []).append(device)
+    return "; ".join(f"{status} ({', '.join(names)})" for status, names in devices.items())

@@ -1,0 +1,221 @@
+"""One device's knapsack: its gains, the costs of a step up from SHORTCUT, and a bound on the optimum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.problem import Floats, PlanProblem
+
+Ints = npt.NDArray[np.int64]
+
+_ROUNDING = 1e-12  # by which sums of the same costs in another order may differ
+
+
+@dataclass(frozen=True, eq=False)
+class Knapsack:
+    """One device's part of a problem, measured from "every cell SHORTCUT".
+
+    cells: int64 [cell], flat indices into [row, block, head].
+    forward_gain, backward_gain: float64 [cell], for running forward, and for running backward on top.
+    forward_step, backward_step: float64 [2], what SHORTCUT -> FORWARD_ONLY and FORWARD_ONLY -> FULL add in
+        compute and communication.
+    budget: float64 [2], the most that whole steps can use of what is left for them; inf = no limit.
+    """
+
+    cells: Ints
+    forward_gain: Floats
+    backward_gain: Floats
+    forward_step: Floats
+    backward_step: Floats
+    budget: Floats
+
+    def used(self, operations: npt.NDArray[np.uint8]) -> Floats:
+        """Compute and communication of operations uint8 [cell], float64 [2]."""
+        forward = np.count_nonzero(operations >= Operation.FORWARD_ONLY)
+        backward = np.count_nonzero(operations == Operation.FULL)
+        return np.asarray(forward * self.forward_step + backward * self.backward_step)
+
+    def objective(self, operations: npt.NDArray[np.uint8]) -> float:
+        return float(
+            self.forward_gain[operations >= Operation.FORWARD_ONLY].sum()
+            + self.backward_gain[operations == Operation.FULL].sum()
+        )
+
+    def prices(self) -> Iterator[Floats]:
+        """Ways to weigh compute against communication, float64 [2]: each alone, then both by scarcity.
+
+        Any weighting of the two budgets gives a knapsack with one budget, and with it a bound and an order
+        in which to take steps.
+        """
+        limited = np.isfinite(self.budget)
+        if not limited.any():
+            return
+        for resource in np.flatnonzero(limited):
+            yield np.eye(2)[resource]
+        if limited.all() and (self.budget > 0).all():
+            yield 1 / self.budget
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """Steps up, best gain for their price first; all arrays are [step].
+
+    cell: index into the knapsack's cells. start, target: operation before and after. gain: float64.
+    price: float64, cost of the step as weighed.
+    """
+
+    cell: Ints
+    start: npt.NDArray[np.uint8]
+    target: npt.NDArray[np.uint8]
+    gain: Floats
+    price: Floats
+
+    def select(self, which: Ints | npt.NDArray[np.bool_]) -> Steps:
+        return Steps(
+            self.cell[which], self.start[which], self.target[which], self.gain[which], self.price[which]
+        )
+
+
+def best_steps(knapsack: Knapsack, price: Floats) -> Steps:
+    """The steps from SHORTCUT everywhere, in order of gain for price.
+
+    A cell whose backward pays better than its forward goes to FULL in one step: to stop half-way would
+    never be best. So in this order every cell's steps come one after the other.
+    """
+    forward_price = float(price @ knapsack.forward_step)
+    backward_price = float(price @ knapsack.backward_step)
+    whole_price = forward_price + backward_price
+    at_once = knapsack.backward_gain * forward_price > knapsack.forward_gain * backward_price
+    apart, joined = np.flatnonzero(~at_once), np.flatnonzero(at_once)
+    kinds = [
+        (apart, Operation.SHORTCUT, Operation.FORWARD_ONLY, knapsack.forward_gain[apart], forward_price),
+        (apart, Operation.FORWARD_ONLY, Operation.FULL, knapsack.backward_gain[apart], backward_price),
+        (
+            joined,
+            Operation.SHORTCUT,
+            Operation.FULL,
+            knapsack.forward_gain[joined] + knapsack.backward_gain[joined],
+            whole_price,
+        ),
+    ]
+    return _ordered(kinds)
+
+
+def next_steps(knapsack: Knapsack, operations: npt.NDArray[np.uint8], price: Floats) -> Steps:
+    """The single steps up from `operations`, in order of gain for price."""
+    idle = np.flatnonzero(operations == Operation.SHORTCUT)
+    running = np.flatnonzero(operations == Operation.FORWARD_ONLY)
+    forward_price = float(price @ knapsack.forward_step)
+    backward_price = float(price @ knapsack.backward_step)
+    kinds = [
+        (idle, Operation.SHORTCUT, Operation.FORWARD_ONLY, knapsack.forward_gain[idle], forward_price),
+        (running, Operation.FORWARD_ONLY, Operation.FULL, knapsack.backward_gain[running], backward_price),
+    ]
+    return _ordered(kinds)
+
+
+def _ordered(kinds: list[tuple[Ints, Operation, Operation, Floats, float]]) -> Steps:
+    steps = Steps(
+        cell=np.concatenate([cell for cell, *_ in kinds]),
+        start=np.concatenate([np.full(len(cell), start, np.uint8) for cell, start, *_ in kinds]),
+        target=np.concatenate([np.full(len(cell), target, np.uint8) for cell, _, target, *_ in kinds]),
+        gain=np.concatenate([gain for *_, gain, _ in kinds]),
+        price=np.concatenate([np.full(len(cell), price) for cell, *_, price in kinds]),
+    )
+    value = np.full(len(steps.gain), np.inf)  # of steps that cost nothing
+    np.divide(steps.gain, steps.price, out=value, where=steps.price > 0)
+    return steps.select(np.argsort(-value, kind="stable"))
+
+
+def upper_bound(knapsack: Knapsack) -> float:
+    """No plan of the device scores more: the best bound of its one-budget relaxations.
+
+    Each takes the steps in order and a fraction of the first that does not fit (Dantzig 1957; with choices
+    of several steps, Sinha and Zoltners 1979).
+    """
+    bound = float(knapsack.forward_gain.sum() + knapsack.backward_gain.sum())
+    for price in knapsack.prices():
+        steps = best_steps(knapsack, price)
+        budget = float(price[price > 0] @ knapsack.budget[price > 0])
+        spent = np.cumsum(steps.price)
+        count = int(np.searchsorted(spent, budget, side="right"))
+        total = float(steps.gain[:count].sum())
+        if count < len(spent):
+            before = float(spent[count - 1]) if count else 0.0
+            total += float(steps.gain[count]) * (budget - before) / float(steps.price[count])
+        bound = min(bound, total)
+    return bound
+
+
+def device_knapsacks(problem: PlanProblem, forward_weight: float, backward_weight: float) -> list[Knapsack]:
+    """One knapsack for each device."""
+    forward_gain, backward_gain = (gain.ravel() for gain in problem.gains(forward_weight, backward_weight))
+    shortcut, forward, full = np.array([problem.compute_cost, problem.communication_cost]).T
+    owner = problem.device.ravel()
+    forward_step, backward_step = forward - shortcut, full - forward
+    knapsacks = []
+    for device, budget in enumerate(problem.budgets()):
+        cells = np.flatnonzero(owner == device)
+        left = budget - len(cells) * shortcut
+        limits = [
+            _largest_use(len(cells), *each) for each in zip(forward_step, backward_step, left, strict=True)
+        ]
+        knapsacks.append(
+            Knapsack(
+                cells,
+                forward_gain[cells],
+                backward_gain[cells],
+                forward_step,
+                backward_step,
+                np.array(limits),
+            )
+        )
+    return knapsacks
+
+
+def _largest_use(cells: int, forward_step: float, backward_step: float, budget: float) -> float:
+    """The largest cost within `budget` that whole numbers of steps can have; inf if all of them fit.
+
+    As a limit it cuts off no plan; without it a bound would count on gains from the unusable rest.
+    """
+    if cells * (forward_step + backward_step) <= budget:
+        return math.inf
+    backward = np.arange(cells + 1)
+    left = budget - backward * backward_step
+    most = np.floor(left / forward_step) if forward_step > 0 else np.full(cells + 1, float(cells))
+    forward = np.minimum(most, cells)
+    use = backward * backward_step + forward * forward_step
+    return float(use[(forward >= backward) & (left >= 0)].max(initial=0.0)) * (1 + _ROUNDING)
+
+
+def plan_with_bound(
+    problem: PlanProblem,
+    operations: npt.NDArray[np.uint8],
+    *,
+    planner: str,
+    status: str,
+    forward_weight: float = 1.0,
+    backward_weight: float = 1.0,
+    bound: float | None = None,
+) -> SkipPlan:
+    """The plan with its objective, bound (by default the sum of the devices' upper bounds) and gap."""
+    if bound is None:
+        knapsacks = device_knapsacks(problem, forward_weight, backward_weight)
+        bound = sum(upper_bound(knapsack) for knapsack in knapsacks)
+    objective = problem.objective(operations, forward_weight, backward_weight)
+    bound = max(bound, objective)  # they may differ by float error
+    return SkipPlan(
+        operations,
+        problem.replicas,
+        planner=planner,
+        objective=objective,
+        bound=bound,
+        gap=(bound - objective) / bound if bound > 0 else 0.0,
+        status=status,
+    )

@@ -1,0 +1,319 @@
+"""The plan: which operation every attention head of every block runs on every row of one global batch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+import uuid
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from d2ft_hpc.errors import PlanError
+
+_MAGIC = b"D2FTPLAN"
+_VERSION = 1
+_PREFIX = struct.Struct("<8sHI")  # magic, version, length of the JSON header in bytes
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_SHIFTS = np.array([0, 2, 4, 6], dtype=np.uint8)
+_HDF5_FORMAT = "d2ft-plan"
+_FIELDS: dict[str, type] = {
+    "replicas": int,
+    "planner": str,
+    "objective": float,
+    "bound": float,
+    "gap": float,
+    "status": str,
+    "solve_seconds": float,
+    "hash": str,
+}
+
+
+class Operation(IntEnum):
+    """What a subnet (one head with its slice of the FFN) does with a row.
+
+    FULL runs forward and backward, FORWARD_ONLY runs forward without gradient, SHORTCUT runs nothing:
+    activations and gradients pass along the residual. (arXiv 2504.12471: p_f, p_o, p_s.)
+    """
+
+    SHORTCUT = 0
+    FORWARD_ONLY = 1
+    FULL = 2
+
+
+@dataclass(frozen=True, eq=False)
+class SkipPlan:
+    """The operations of one global batch, with the evidence of how good they are. A value: never changes.
+
+    operations: uint8 [row, block, head] of `Operation` values, read-only; block and head are timm's indices.
+    replicas: number of data-parallel replicas; row = slot * replicas + replica. A slot is the place in a
+        replica's batch: a micro-batch, or a single sample.
+    planner: name of what made the plan.
+    objective: normalised score of the plan (`PlanProblem.objective`); NaN if it was made without scores.
+    bound: no plan that keeps the budgets scores more than this; NaN if not known.
+    gap: (bound - objective) / bound, from 0 (proved optimal) to 1; NaN if not known.
+    status: how the planner ended, one line.
+    solve_seconds: wall-clock time of planning.
+
+    Two plans are equal if their `hash` is: the evidence does not count.
+
+    Raises PlanError if shape, values, replicas or the texts are not as said.
+    """
+
+    operations: npt.NDArray[np.uint8]
+    replicas: int
+    planner: str = "manual"
+    objective: float = math.nan
+    bound: float = math.nan
+    gap: float = math.nan
+    status: str = ""
+    solve_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        given = np.asarray(self.operations)
+        if given.ndim != 3 or given.size == 0:
+            raise PlanError(f"A plan needs operations [row, block, head], got the shape {given.shape}.")
+        if given.dtype.kind not in "ui":
+            raise PlanError(f"A plan's operations must be integers, got the type {given.dtype}.")
+        wrong = np.argwhere((given < Operation.SHORTCUT) | (given > Operation.FULL))
+        if len(wrong):
+            row, block, head = (int(index) for index in wrong[0])
+            raise PlanError(
+                f"A plan's operations are 0 (SHORTCUT), 1 (FORWARD_ONLY) or 2 (FULL), "
+                f"got {given[row, block, head]} at row {row}, block {block}, head {head}."
+            )
+        if isinstance(self.replicas, bool) or not isinstance(self.replicas, int | np.integer):
+            raise PlanError(f"A plan's replicas must be an integer, got {self.replicas!r}.")
+        if self.replicas < 1 or given.shape[0] % self.replicas:
+            raise PlanError(f"{given.shape[0]} rows cannot be divided over {self.replicas} replicas.")
+        for name in ("planner", "status"):
+            text = getattr(self, name)
+            if not isinstance(text, str) or not text.isprintable():
+                raise PlanError(f"A plan's {name} must be one line of printable text, got {text!r}.")
+        # An array over bytes can never be made writeable again.
+        frozen = np.frombuffer(given.astype(np.uint8).tobytes(), dtype=np.uint8).reshape(given.shape)
+        object.__setattr__(self, "operations", frozen)
+        object.__setattr__(self, "replicas", int(self.replicas))
+        for name in ("objective", "bound", "gap", "solve_seconds"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+
+    @classmethod
+    def dense(cls, slots: int, replicas: int, num_blocks: int, num_heads: int) -> SkipPlan:
+        """The plan that skips nothing: every subnet FULL in every row."""
+        if min(slots, replicas, num_blocks, num_heads) < 1:
+            raise PlanError(
+                f"A plan needs at least one slot, replica, block and head, "
+                f"got {slots}, {replicas}, {num_blocks} and {num_heads}."
+            )
+        shape = (slots * replicas, num_blocks, num_heads)
+        operations = np.full(shape, Operation.FULL, dtype=np.uint8)
+        return cls(operations, replicas, planner="dense", gap=0.0, status="dense")
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 (hex) of shape, replicas and operations."""
+        head = struct.pack("<4q", *self.operations.shape, self.replicas)
+        return hashlib.sha256(head + self.operations.tobytes()).hexdigest()
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.operations.shape[0])
+
+    @property
+    def slots(self) -> int:
+        """Rows of one replica."""
+        return self.num_rows // self.replicas
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.operations.shape[1])
+
+    @property
+    def num_heads(self) -> int:
+        return int(self.operations.shape[2])
+
+    @cached_property
+    def is_dense(self) -> bool:
+        return bool((self.operations == Operation.FULL).all())
+
+    def __eq__(self, other: object) -> bool:
+        return self.hash == other.hash if isinstance(other, SkipPlan) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
+    def for_replica(self, replica: int) -> npt.NDArray[np.uint8]:
+        """The operations of one replica, uint8 [slot, block, head], read-only."""
+        if not 0 <= replica < self.replicas:
+            raise PlanError(f"The plan has replicas 0 to {self.replicas - 1}, asked for {replica}.")
+        return self.operations[replica :: self.replicas]
+
+    def shares(self) -> dict[Operation, float]:
+        """The fraction of all entries that run each operation; the fractions sum to 1."""
+        counts = np.bincount(self.operations.ravel(), minlength=len(Operation))
+        return {operation: float(counts[operation] / self.operations.size) for operation in Operation}
+
+    def differs_from(self, other: SkipPlan) -> dict[tuple[Operation, Operation], int]:
+        """How many entries change from each operation (here) to each other one (there); empty if none.
+
+        Raises PlanError if the plans are of different shapes.
+        """
+        if (self.operations.shape, self.replicas) != (other.operations.shape, other.replicas):
+            raise PlanError(
+                f"Plans of different shapes cannot be compared: {self.operations.shape} with "
+                f"{self.replicas} replicas and {other.operations.shape} with {other.replicas}."
+            )
+        changes = {
+            (before, after): int(np.count_nonzero((self.operations == before) & (other.operations == after)))
+            for before in Operation
+            for after in Operation
+            if before != after
+        }
+        return {change: count for change, count in changes.items() if count}
+
+    def to_bytes(self) -> bytes:
+        """The plan as a message: a JSON header and 2 bits an entry, with a checksum over all of it."""
+        header = {name: getattr(self, name) for name in _FIELDS} | {"shape": list(self.operations.shape)}
+        text = json.dumps(header).encode()
+        body = _PREFIX.pack(_MAGIC, _VERSION, len(text)) + text + _pack(self.operations)
+        return body + hashlib.sha256(body).digest()
+
+    @classmethod
+    def from_bytes(cls, message: bytes) -> SkipPlan:
+        """The plan that `to_bytes` wrote.
+
+        Raises PlanError if the message is foreign, damaged, cut short or of another version. Nothing is
+        allocated on the word of the header alone.
+        """
+        message = bytes(message)
+        if len(message) < _PREFIX.size + _DIGEST_BYTES or not message.startswith(_MAGIC):
+            raise PlanError(f"These {len(message)} bytes are not a plan.")
+        body, digest = message[:-_DIGEST_BYTES], message[-_DIGEST_BYTES:]
+        _, version, header_bytes = _PREFIX.unpack_from(body)
+        if version != _VERSION:
+            raise PlanError(f"The plan is of format version {version}, this program reads {_VERSION}.")
+        if hashlib.sha256(body).digest() != digest:
+            raise PlanError("The plan is damaged: its checksum does not match.")
+        packed = body[_PREFIX.size + header_bytes :]
+        try:
+            header = json.loads(body[_PREFIX.size : _PREFIX.size + header_bytes])
+        except (ValueError, RecursionError) as error:
+            raise PlanError("The plan is damaged: its header is not JSON.") from error
+        if not isinstance(header, dict) or set(header) != {*_FIELDS, "shape"}:
+            raise PlanError("The plan is damaged: its header does not have the fields of a plan.")
+        shape = header.pop("shape")
+        if (
+            not isinstance(shape, list)
+            or len(shape) != 3
+            or not all(type(length) is int and length > 0 for length in shape)
+            or len(packed) != (math.prod(shape) + 3) // 4
+        ):
+            raise PlanError(f"The plan is damaged: {len(packed)} bytes do not hold the shape it states.")
+        operations = _unpack(packed, shape)
+        if _pack(operations) != packed:
+            raise PlanError("The plan is damaged: the bits after its last entry are not zero.")
+        return cls._from_fields(operations, header, "The plan")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as HDF5: dataset `operations` and one attribute a field. Replaces `path` at once.
+
+        Raises PlanError if the file cannot be written; an older file of that name is then unharmed.
+        """
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with h5py.File(temporary, "w") as file:
+                file.create_dataset("operations", data=self.operations)
+                file.attrs["format"] = _HDF5_FORMAT
+                file.attrs["version"] = _VERSION
+                for name in _FIELDS:
+                    file.attrs[name] = getattr(self, name)
+            with open(temporary, "rb+") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # h5py raises RuntimeError when closing on a full disk
+            raise PlanError(f"The plan cannot be written to {path}: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SkipPlan:
+        """Read a plan that `save` wrote. Raises PlanError if the file is missing, foreign or damaged."""
+        try:
+            with h5py.File(path, "r") as file:
+                if file.attrs.get("format") != _HDF5_FORMAT:
+                    raise PlanError(f"{os.fspath(path)} is an HDF5 file, but not a plan.")
+                if file.attrs.get("version") != _VERSION:
+                    raise PlanError(
+                        f"{os.fspath(path)} is a plan of format version {file.attrs.get('version')!r}, "
+                        f"this program reads {_VERSION}."
+                    )
+                operations = _read_operations(file)
+                fields = {name: _plain(file.attrs.get(name)) for name in _FIELDS}
+        except PlanError:
+            raise
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise PlanError(f"{os.fspath(path)} cannot be read as a plan: {error}") from error
+        if operations is None:
+            raise PlanError(f"{os.fspath(path)} is damaged: it has no operations uint8 [row, block, head].")
+        return cls._from_fields(operations, fields, os.fspath(path))
+
+    @classmethod
+    def _from_fields(cls, operations: npt.NDArray[np.uint8], fields: dict[str, Any], source: str) -> SkipPlan:
+        for name, kind in _FIELDS.items():
+            if type(fields[name]) is not kind:
+                raise PlanError(f"{source} is damaged: {name} is {fields[name]!r}, not {kind.__name__}.")
+        stated = fields.pop("hash")
+        try:
+            plan = cls(operations, **fields)
+        except PlanError as error:
+            raise PlanError(f"{source} is damaged: {error}") from error
+        if plan.hash != stated:
+            raise PlanError(f"{source} is damaged: its operations do not match its hash.")
+        return plan
+
+
+def _pack(operations: npt.NDArray[np.uint8]) -> bytes:
+    """Four entries a byte, the first in the lowest bits, zero bits at the end."""
+    flat = operations.ravel()
+    padded = np.zeros((flat.size + 3) // 4 * 4, dtype=np.uint8)
+    padded[: flat.size] = flat
+    packed: npt.NDArray[np.uint8] = np.bitwise_or.reduce(padded.reshape(-1, 4) << _SHIFTS, axis=1)
+    return packed.tobytes()
+
+
+def _unpack(packed: bytes, shape: list[int]) -> npt.NDArray[np.uint8]:
+    quads = (np.frombuffer(packed, dtype=np.uint8)[:, None] >> _SHIFTS) & 3
+    return quads.ravel()[: math.prod(shape)].reshape(shape).astype(np.uint8)
+
+
+def _read_operations(file: h5py.File) -> npt.NDArray[np.uint8] | None:
+    """The dataset, if its bytes lie in the file itself as `save` lays them: no link out of the file, no
+    filter that could blow up a small file into a large array."""
+    if not isinstance(file.get("operations", getlink=True), h5py.HardLink):
+        return None
+    dataset = file["operations"]
+    if (
+        not isinstance(dataset, h5py.Dataset)
+        or dataset.dtype != np.uint8
+        or dataset.ndim != 3
+        or dataset.external is not None
+        or dataset.is_virtual
+        or dataset.id.get_storage_size() != dataset.size
+    ):
+        return None
+    return np.asarray(dataset[()], dtype=np.uint8)
+
+
+def _plain(value: Any) -> Any:
+    """An HDF5 attribute as the Python value that was written."""
+    return value.item() if isinstance(value, np.generic) else value

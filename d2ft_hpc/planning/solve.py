@@ -1,0 +1,53 @@
+"""One entry for all planners."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any, Literal
+
+import numpy as np
+
+from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.greedy import solve_greedy
+from d2ft_hpc.planning.joint import solve_joint
+from d2ft_hpc.planning.paper import solve_paper
+from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.problem import PlanProblem, check
+from d2ft_hpc.planning.random_schedule import solve_random
+
+Planner = Literal["dense", "paper", "joint", "greedy", "random"]
+
+
+def solve(problem: PlanProblem, planner: Planner, **options: Any) -> SkipPlan:
+    """The plan of the named planner, checked against the budgets, with `solve_seconds` filled in.
+
+    options: keyword options of solve_paper, solve_joint, solve_greedy or solve_random; none for "dense".
+
+    Raises PlanError if the planner is unknown, an option is out of range, or no plan keeps the budgets (for
+    "dense": any budget below the dense cost).
+    """
+    start = time.perf_counter()
+    match planner:
+        case "dense":
+            plan = _solve_dense(problem, **options)
+        case "paper":
+            plan = solve_paper(problem, **options)
+        case "joint":
+            plan = solve_joint(problem, **options)
+        case "greedy":
+            plan = solve_greedy(problem, **options)
+        case "random":
+            plan = solve_random(problem, **options)
+        case _:
+            raise PlanError(f"There is no planner {planner!r}; choose dense, paper, joint, greedy or random.")
+    check(plan, problem)
+    return dataclasses.replace(plan, solve_seconds=time.perf_counter() - start)
+
+
+def _solve_dense(problem: PlanProblem) -> SkipPlan:
+    operations = np.full(problem.forward_score.shape, Operation.FULL, dtype=np.uint8)
+    objective = problem.objective(operations)
+    return SkipPlan(
+        operations, problem.replicas, "dense", objective=objective, bound=objective, gap=0.0, status="dense"
+    )
