@@ -22,7 +22,7 @@ class UnsupportedModelError(D2ftError):
 
 
 class PlanError(D2ftError):
-    """No plan satisfies the budgets, the scores are unusable, or a plan does not fit the model or the engine."""
+    """No plan satisfies the budgets, the scores are unusable, or a plan does not fit the model or engine."""
 
 
 class ResultsError(D2ftError):

@@ -1,0 +1,66 @@
+"""Which samples make up each micro-batch: the same on every rank for the same seed, epoch and batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from d2ft_hpc.errors import DataError
+
+
+class MicroBatchSampler(Sampler[list[int]]):
+    """Yields this replica's micro-batches as lists of sample indices, in slot order, `slots` for each batch.
+
+    A batch has slots * replicas rows (micro-batches); row = slot * replicas + replica. One permutation per
+    (seed, epoch), identical on all replicas, is cut into batches and each batch into its rows. The last batch
+    of an epoch, if partial, is spread over the rows so that their sizes differ by at most one; with fewer
+    samples than rows it is dropped. So every replica has the same number of batches and micro-batches.
+    Raises DataError if an epoch would have no batch.
+    """
+
+    def __init__(
+        self, num_samples: int, *, micro_batch_size: int, slots: int, replicas: int, replica: int, seed: int
+    ) -> None:
+        self.rows = slots * replicas
+        if num_samples < self.rows:
+            raise DataError(
+                f"the training data has {num_samples} samples, fewer than the {self.rows} micro-batches of "
+                f"one batch ({slots} slots x {replicas} replicas): use fewer slots or ranks, or more data"
+            )
+        if not 0 <= replica < replicas:
+            raise ValueError(f"replica {replica} of {replicas}")
+        self.num_samples = num_samples
+        self.slots = slots
+        self.replicas = replicas
+        self.replica = replica
+        self.seed = seed
+        self.batch_size = micro_batch_size * self.rows
+        full, rest = divmod(num_samples, self.batch_size)
+        self.batches_per_epoch = full + (rest >= self.rows)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose the epoch that the next iteration draws, and how many of its first batches to skip."""
+        self.epoch = epoch
+        self.start_batch = start_batch
+
+    def batch_rows(self, batch: int) -> list[np.ndarray]:
+        """Sample indices (int64) of all rows of one batch of this epoch, in row order."""
+        return self._cut(self._permutation(), batch)
+
+    def __len__(self) -> int:
+        return max(self.batches_per_epoch - self.start_batch, 0) * self.slots
+
+    def __iter__(self) -> Iterator[list[int]]:
+        permutation = self._permutation()
+        for batch in range(self.start_batch, self.batches_per_epoch):
+            for row in self._cut(permutation, batch)[self.replica :: self.replicas]:
+                yield row.tolist()
+
+    def _permutation(self) -> np.ndarray:
+        return np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)
+
+    def _cut(self, permutation: np.ndarray, batch: int) -> list[np.ndarray]:
+        return np.array_split(permutation[batch * self.batch_size :][: self.batch_size], self.rows)

@@ -1,0 +1,1 @@
+"""A small pretrained vision transformer that ships with the package."""
