@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from d2ft_hpc import errors
@@ -129,7 +129,8 @@ def _tell(control: Control | None, error: D2ftError) -> int:
         if rank == 0:
             print_line(f"d2ft-hpc: error: {error}")
         if control is not None:
-            control.close()
+            with suppress(LaunchError):  # the error has been told; another rank may be gone already
+                control.close()
         return 1
     if control is not None:
         control.abort(f"error: {error}")

@@ -104,7 +104,7 @@ def test_two_mpi_jobs_at_once_with_deepspeed_and_data_loader_workers() -> None:
 def test_launchers_without_mpi() -> None:
     port = free_port()
     deepspeed = ("deepspeed", "--num_gpus=2", f"--master_port={port}", "--no_local_rank")
-    jobs = torchrun(2, "agreement"), start(*deepspeed, str(PROGRAM), "agreement deepspeed")
+    jobs = torchrun(2, "agreement"), start(*deepspeed, str(PROGRAM), "agreement")
     ports(jobs[0].end(), 2, "GlooControl")
     assert ports(jobs[1].end(), 2, "GlooControl") == str(port)
 
