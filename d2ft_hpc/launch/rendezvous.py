@@ -73,23 +73,30 @@ def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> St
 def _await_all(store: Store, environment: LaunchEnvironment, timeout_seconds: float) -> None:
     rank, world_size = environment.rank, environment.world_size
     master = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    deadline = time.monotonic() + timeout_seconds
     if store.add(f"rank {rank}", 1) > 1:
         raise LaunchError(
             f"two processes say that they are rank {rank} at MASTER_ADDR:MASTER_PORT {master}. If two jobs"
             " share the host, give one of them another MASTER_PORT; otherwise look at RANK."
         )
-    arrived = store.add("arrived", 1)
+    if not _all_arrive(store, "arrived", world_size, timeout_seconds):
+        missing = [str(r) for r in range(world_size) if not store.check([f"rank {r}"])]
+        raise LaunchError(
+            f"{len(missing)} of the {world_size} ranks that WORLD_SIZE={world_size} promises did not come"
+            f" to {master} within {timeout_seconds:g} s: rank {', '.join(missing)}. Start every rank,"
+            " with the same MASTER_ADDR and MASTER_PORT, or correct WORLD_SIZE."
+        ) from AgreedError()
+
+
+def _all_arrive(store: Store, where: str, world_size: int, timeout_seconds: float) -> bool:
+    """Count this rank in and wait for the others; False if they do not come in time."""
+    deadline = time.monotonic() + timeout_seconds
+    arrived = store.add(where, 1)
     while arrived < world_size:
         if time.monotonic() > deadline:
-            missing = [str(r) for r in range(world_size) if not store.check([f"rank {r}"])]
-            raise LaunchError(
-                f"{len(missing)} of the {world_size} ranks that WORLD_SIZE={world_size} promises did not come"
-                f" to {master} within {timeout_seconds:g} s: rank {', '.join(missing)}. Start every rank,"
-                " with the same MASTER_ADDR and MASTER_PORT, or correct WORLD_SIZE."
-            ) from AgreedError()
-        time.sleep(0.05)
-        arrived = store.add("arrived", 0)
+            return False
+        time.sleep(0.02)
+        arrived = store.add(where, 0)
+    return True
 
 
 def start_process_group(
@@ -112,9 +119,11 @@ def start_process_group(
         )
 
     # gloo has one timeout for connecting and for all that follows. A short-lived group finds out within
-    # `timeout_seconds` whether the ranks reach each other.
+    # `timeout_seconds` whether the ranks reach each other; it must live until all of them have connected.
     try:
         start("trial", "gloo", timeout_seconds)
+        if not _all_arrive(store, "trial connected", environment.world_size, timeout_seconds):
+            raise RuntimeError("another rank failed to connect")
         distributed.destroy_process_group()
         start("default", backend, collective_timeout_seconds)
     except RuntimeError as error:
