@@ -1,0 +1,195 @@
+"""Ranks that fail together: one rank's fault becomes the same error on all ranks, told once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from d2ft_hpc import errors
+from d2ft_hpc.errors import D2ftError, LaunchError
+from d2ft_hpc.launch.control import GRACE_SECONDS, Control, describe_ranks, print_line
+from d2ft_hpc.launch.environment import detect
+
+# Faults of the world outside; anything else is a bug and keeps its traceback.
+FAULTS = (D2ftError, OSError, ValueError, RuntimeError)
+
+
+class AgreedError(Exception):
+    """The cause of an error that every rank raises alike, so that rank 0 alone needs to tell it."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        super().__init__("every rank raises this error; rank 0 tells it")
+        self.__cause__ = failure
+
+
+def is_agreed(error: BaseException) -> bool:
+    """Whether every rank raises this error."""
+    return isinstance(error.__cause__, AgreedError)
+
+
+@contextmanager
+def agreed(control: Control, what: str) -> Iterator[None]:
+    """Run a step on every rank; if it fails on any rank, raise the same error on all of them at its end.
+
+    `what` says what is being done, as in "reading the data set". A D2ftError, OSError, ValueError or
+    RuntimeError in the block is exchanged. The error raised has the class of the failures if they share one
+    of d2ft_hpc.errors, LaunchError otherwise; its text merges equal messages and names the ranks and hosts.
+    Other exceptions pass through on their own rank; `run_guarded` then ends the other ranks.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except FAULTS as error:
+        if is_agreed(error):
+            raise
+        failure = error
+    envelopes = control.all_gather(b"" if failure is None else _pack(failure))
+    if any(envelopes):
+        raise _merge(envelopes, control.hosts, what) from AgreedError(failure)
+
+
+def share(control: Control, make: Callable[[], bytes], what: str) -> bytes:
+    """Return on every rank the bytes that `make` computes on rank 0, equal by their SHA-256.
+
+    If `make` raises a D2ftError, OSError, ValueError or RuntimeError, every rank raises the same error, as in
+    `agreed`. If a rank holds other bytes than rank 0, every rank raises a LaunchError that names it.
+    """
+    packed = None
+    failure: Exception | None = None
+    if control.rank == 0:
+        try:
+            packed = b"+" + make()
+        except FAULTS as error:
+            if is_agreed(error):
+                raise
+            failure = error
+            packed = b"-" + _pack(error)
+    packed = control.broadcast(packed)
+    digests = control.all_gather(hashlib.sha256(packed).digest())
+    deviating = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if deviating:
+        raise LaunchError(
+            f"{what}: {describe_ranks(deviating, control.hosts)} received other bytes than rank 0 sent"
+            f" (SHA-256 {digests[deviating[0]].hex()[:12]} instead of {digests[0].hex()[:12]}). Look for a"
+            " faulty network, or for different versions of the software on the nodes."
+        ) from AgreedError()
+    if packed[:1] == b"-":
+        envelopes = [packed[1:]] + [b""] * (control.world_size - 1)
+        raise _merge(envelopes, control.hosts, what) from AgreedError(failure)
+    return packed[1:]
+
+
+def run_guarded(
+    control: Control | None, function: Callable[[], int | None], *, run_folder: Path | None = None
+) -> int:
+    """Run a program and return its exit status (None counts as 0), or make all ranks end with one message.
+
+    - A D2ftError that all ranks raised: rank 0 prints `d2ft-hpc: error: ...`; status 1.
+    - A D2ftError of this rank alone: this rank prints it in one line and ends all ranks.
+    - Any other exception: a bug. Its traceback goes to `<run_folder>/errors/rank-R.txt`, or to stderr without
+      a run folder; then as before. What only reports the end of another rank gives that rank and the launcher
+      a few seconds to speak first.
+    - Ctrl-C: status 130, quietly; with several ranks the process ends here and now.
+    The control plane is closed at the end, except after Ctrl-C. `control` is None before `connect`: then this
+    rank tells its own errors and ends itself. Guards may be nested; the inner one deals with the error.
+    """
+    try:
+        status = function() or 0
+        if control is not None:
+            control.close()
+        return status
+    except KeyboardInterrupt:
+        if control is not None and control.world_size > 1:
+            sys.stdout.flush()
+            os._exit(130)  # the threads of gloo and MPI would make a noise at an orderly exit
+        return 130
+    except D2ftError as error:
+        return _tell(control, error)
+    except Exception as error:
+        if _reports_a_lost_rank(error):
+            time.sleep(GRACE_SECONDS)
+        message = f"unexpected {type(error).__name__}: {error}{_save_traceback(control, error, run_folder)}"
+        if control is None:
+            print_line(f"d2ft-hpc: error: {message}")
+            return 1
+        control.abort(message)
+
+
+def _tell(control: Control | None, error: D2ftError) -> int:
+    """Print a fault once and return the exit status, or abort if the other ranks do not know of it."""
+    rank, world_size = _place(control)
+    if world_size == 1 or is_agreed(error):
+        if rank == 0:
+            print_line(f"d2ft-hpc: error: {error}")
+        if control is not None:
+            with suppress(LaunchError):  # the error has been told; another rank may be gone already
+                control.close()
+        return 1
+    if control is not None:
+        control.abort(f"error: {error}")
+    print_line(f"d2ft-hpc: error: [rank {rank}] {error}")
+    return 1
+
+
+def _place(control: Control | None) -> tuple[int, int]:
+    if control is not None:
+        return control.rank, control.world_size
+    try:
+        environment = detect()
+    except LaunchError:  # the very error that is being told, on every rank
+        return 0, 1
+    return environment.rank, environment.world_size
+
+
+def _save_traceback(control: Control | None, error: Exception, run_folder: Path | None) -> str:
+    """Write the traceback; return the words that say where it is."""
+    if run_folder is not None:
+        path = run_folder / "errors" / f"rank-{_place(control)[0]}.txt"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        except OSError:
+            pass  # a full or unwritable disk may be the very fault: stderr is left
+        else:
+            return f" (traceback in {path})"
+    traceback.print_exception(error)
+    return " (traceback above)"
+
+
+def _reports_a_lost_rank(error: Exception) -> bool:
+    """Whether torch.distributed raised this because another rank went away."""
+    text = str(error)
+    return any(kind.__name__ == "DistError" for kind in type(error).__mro__) or (
+        "Connection closed by peer" in text or "Connection reset by peer" in text
+    )
+
+
+def _pack(error: Exception) -> bytes:
+    """The name of the error's class in d2ft_hpc.errors ("" if it has none) and its text, as JSON."""
+    ours = next((kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__), None)
+    text = str(error) if ours else f"{type(error).__name__}: {error}"
+    return json.dumps([ours.__name__ if ours else "", text]).encode()
+
+
+def _merge(envelopes: Sequence[bytes], hosts: Sequence[str], what: str) -> D2ftError:
+    """One error for the envelopes [world_size] of all ranks, of which b"" means success."""
+    ranks_of: dict[str, list[int]] = {}
+    kinds = set()
+    for rank, envelope in enumerate(envelopes):
+        if envelope:
+            kind, text = json.loads(envelope)
+            kinds.add(kind)
+            ranks_of.setdefault(text, []).append(rank)
+    if len(hosts) == 1:
+        told = "; ".join(ranks_of)
+    else:
+        told = "; ".join(f"{text} ({describe_ranks(ranks, hosts)})" for text, ranks in ranks_of.items())
+    shared: type[D2ftError] = getattr(errors, kinds.pop(), LaunchError) if len(kinds) == 1 else LaunchError
+    return shared(f"{what}: {told}")

@@ -1,0 +1,162 @@
+"""Join the ranks that a launcher started: check their number, start torch.distributed, return the control."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Literal
+
+from d2ft_hpc.errors import LaunchError
+from d2ft_hpc.launch.agree import AgreedError, agreed, share
+from d2ft_hpc.launch.control import Control, GlooControl, MpiControl, SoloControl
+from d2ft_hpc.launch.environment import LAUNCHERS, LaunchEnvironment
+
+if TYPE_CHECKING:
+    from d2ft_hpc.launch.rendezvous import Store
+
+DeviceType = Literal["cpu", "cuda"]
+
+
+def connect(
+    environment: LaunchEnvironment,
+    *,
+    device_type: DeviceType,
+    timeout_seconds: float = 25.0,
+    collective_timeout_seconds: float = 1800.0,
+) -> Control:
+    """Meet the other ranks and start torch.distributed's default process group; every rank must call this.
+
+    The group is gloo for "cpu" and gloo plus NCCL for "cuda", whose current device is set as well. RANK,
+    WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are put into os.environ where absent. LOCAL_RANK is 0
+    for a process that sees a single GPU, since it serves as the index of the device. A default process group
+    that exists already is used, and left open at the end. Call `detect` before: afterwards it sees the
+    variables set here.
+
+    `timeout_seconds` is how long the ranks may take to meet; `collective_timeout_seconds` is the deadline of
+    every later collective of the control plane and of torch.distributed.
+
+    Raises LaunchError if the number of ranks is not what the launcher promised, if ranks are missing, or if
+    they cannot reach each other.
+    """
+    from torch import distributed
+
+    device_index = _choose_device(device_type, environment.local_rank)
+    adopted = distributed.is_initialized()
+    if adopted and distributed.get_world_size() != environment.world_size:
+        raise LaunchError(
+            f"torch.distributed already runs with {distributed.get_world_size()} ranks, but the launcher"
+            f" ({environment.launcher}) started {environment.world_size}"
+        ) from AgreedError()
+
+    def start(store: Store) -> None:
+        from d2ft_hpc.launch.rendezvous import start_process_group
+
+        start_process_group(
+            store,
+            environment,
+            "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
+            timeout_seconds=timeout_seconds,
+            collective_timeout_seconds=collective_timeout_seconds,
+        )
+
+    if environment.world_size == 1:
+        solo = SoloControl()
+        if not adopted:
+            start(_meet(solo, environment, device_index, timeout_seconds))
+            solo.owns_process_group = True
+        return solo
+    if environment.uses_mpi:
+        mpi = MpiControl(
+            environment.local_rank,
+            init_timeout_seconds=timeout_seconds,
+            timeout_seconds=collective_timeout_seconds,
+        )
+        _check_world(environment, mpi)
+        if not adopted:
+            store = _meet(mpi, environment, device_index, timeout_seconds)
+            with agreed(mpi, "starting torch.distributed"):
+                start(store)
+            mpi.owns_process_group = True
+        return mpi
+    if not adopted:
+        from d2ft_hpc.launch.rendezvous import meet_at_master
+
+        start(meet_at_master(environment, timeout_seconds))
+    return GlooControl(
+        environment.local_rank, timeout_seconds=collective_timeout_seconds, owns_process_group=not adopted
+    )
+
+
+def _choose_device(device_type: DeviceType, local_rank: int) -> int:
+    """Make this process's GPU the current one and return the value for LOCAL_RANK."""
+    if device_type == "cpu":
+        return local_rank
+    import torch
+
+    if not torch.cuda.is_available():
+        raise LaunchError(
+            "device cuda was asked for, but torch sees no GPU here: ask for cpu, or start on a GPU node"
+        )
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 else local_rank
+    if index >= count:
+        raise LaunchError(
+            f"local rank {local_rank} has no GPU: this host shows {count} GPUs. Start at most {count} ranks a"
+            " node."
+        )
+    torch.cuda.set_device(index)
+    return index
+
+
+def _check_world(environment: LaunchEnvironment, control: MpiControl) -> None:
+    if control.world_size == environment.world_size:
+        return
+    names = LAUNCHERS[environment.launcher].world_size
+    promise = " or ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+    if environment.launcher in ("srun", "PMIx"):
+        fix = (
+            "Start with `srun --mpi=pmi2` for MPICH and Intel MPI or `srun --mpi=pmix` for Open MPI (`srun"
+            " --mpi=list` shows what Slurm has), or with the mpirun of that MPI"
+        )
+    else:
+        fix = (
+            f"Start with the mpirun that belongs to {control.library}, or install an mpi4py that loads the"
+            " MPI of your mpirun"
+        )
+    raise LaunchError(
+        f"{environment.launcher} promised {environment.world_size} ranks ({promise}), but the MPI library"
+        f" that mpi4py loaded ({control.library}) sees a world of {control.world_size}: launcher and library"
+        f" do not talk to each other, as when the mpirun of one MPI meets the libmpi of another. {fix}."
+    ) from AgreedError()
+
+
+def _meet(
+    control: Control, environment: LaunchEnvironment, device_index: int, timeout_seconds: float
+) -> Store:
+    """Serve a store on rank 0, tell the others where, and set the environment of torch.distributed.
+
+    The kernel chooses the port, unless MASTER_PORT is set, and the store never lets go of it: no other job
+    can take it between choosing and using.
+    """
+    from d2ft_hpc.launch.rendezvous import address_for, connect_store, serve_store
+
+    store: Store | None = None
+
+    def serve() -> bytes:
+        nonlocal store
+        address = os.environ.get("MASTER_ADDR") or address_for(control.hosts)
+        store = serve_store(address, int(os.environ.get("MASTER_PORT") or 0), timeout_seconds)
+        return json.dumps([address, store.port]).encode()
+
+    address, port = json.loads(share(control, serve, "opening the rendezvous port of torch.distributed"))
+    with agreed(control, "connecting to rank 0"):
+        store = store or connect_store(address, port, timeout_seconds)
+    for name, value in {
+        "RANK": environment.rank,
+        "WORLD_SIZE": environment.world_size,
+        "LOCAL_RANK": device_index,
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }.items():
+        os.environ.setdefault(name, str(value))
+    return store

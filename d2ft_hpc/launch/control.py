@@ -1,0 +1,376 @@
+"""The control plane: small messages between all ranks, each with a deadline, over MPI, gloo or nothing.
+
+Tensors never travel here. Payloads are plain bytes, never pickles. Every collective begins with a barrier, so
+that rank 0 names the ranks that do not come before any data moves. The other ranks are a little more patient
+than rank 0 (`GRACE_SECONDS`): by the time that they would complain, its message has been seen and the
+launcher has ended the job.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from d2ft_hpc.errors import LaunchError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GRACE_SECONDS = 3.0
+
+
+class Control(Protocol):
+    """Every rank calls the same methods in the same order. A missed deadline or a lost rank is a LaunchError,
+    after which only `abort` is of use."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    host: str
+    hosts: tuple[str, ...]
+    """The host of each rank, [world_size]."""
+
+    def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
+        """Return the payload of rank `root`, whose own argument must not be None, on every rank."""
+
+    def all_gather(self, payload: bytes) -> list[bytes]:
+        """Return the payload of each rank, in rank order; lengths may differ."""
+
+    def barrier(self, timeout_seconds: float) -> None:
+        """Wait until every rank is here."""
+
+    def abort(self, message: str) -> NoReturn:
+        """Print one line and end all ranks at once with a non-zero status."""
+
+    def close(self) -> None:
+        """End MPI and torch.distributed where `connect` started them; every rank must come. Idempotent."""
+
+
+def describe_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    """Name some of the ranks: "all ranks", "rank 2 on nodeB" or "ranks 0-3, 6 on nodeA, rank 8 on nodeB"."""
+    if len(ranks) == len(hosts) > 1:
+        return "all ranks"
+    by_host: dict[str, list[int]] = {}
+    for rank in sorted(ranks):
+        by_host.setdefault(hosts[rank], []).append(rank)
+    return ", ".join(
+        f"rank{'s' if len(members) > 1 else ''} {_ranges(members)} on {host}"
+        for host, members in by_host.items()
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def print_line(text: str) -> None:
+    """Write one line to stderr in one piece, after what this process wrote before it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.write(2, (" ".join(text.splitlines()) + "\n").encode(errors="replace"))
+
+
+class SoloControl:
+    """The control plane of a single process."""
+
+    def __init__(self, *, owns_process_group: bool = False) -> None:
+        self.rank = 0
+        self.local_rank = 0
+        self.world_size = 1
+        self.host = socket.gethostname()
+        self.hosts: tuple[str, ...] = (self.host,)
+        self.owns_process_group = owns_process_group
+
+    def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
+        return _own_payload(payload)
+
+    def all_gather(self, payload: bytes) -> list[bytes]:
+        return [payload]
+
+    def barrier(self, timeout_seconds: float) -> None:
+        pass
+
+    def abort(self, message: str) -> NoReturn:
+        print_line(f"[rank 0 on {self.host}] {message}")
+        sys.exit(1)
+
+    def close(self) -> None:
+        if self.owns_process_group:
+            self.owns_process_group = False
+            _destroy_process_group()
+
+
+class GlooControl:
+    """The control plane over a gloo group of its own, for launchers that start no MPI.
+
+    `timeout_seconds` is the deadline of `broadcast` and `all_gather`. torch.distributed must be initialized.
+    """
+
+    def __init__(self, local_rank: int, *, timeout_seconds: float, owns_process_group: bool = False) -> None:
+        from torch import distributed
+
+        timeout = timedelta(seconds=timeout_seconds)
+        self._group: Any = distributed.new_group(backend="gloo", timeout=timeout)
+        self._timeout_seconds = timeout_seconds
+        self.owns_process_group = owns_process_group
+        self.rank = distributed.get_rank()
+        self.local_rank = local_rank
+        self.world_size = distributed.get_world_size()
+        self.host = socket.gethostname()
+        self.hosts: tuple[str, ...] = ("an unknown host",) * self.world_size
+        self.hosts = tuple(host.decode() for host in self.all_gather(self.host.encode()))
+
+    def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
+        import torch
+        from torch import distributed
+
+        self.barrier(self._timeout_seconds)
+        data = _own_payload(payload) if self.rank == root else b""
+        try:
+            size = torch.tensor([len(data)])
+            distributed.broadcast(size, root, group=self._group)
+            buffer = _padded(data, int(size))
+            distributed.broadcast(buffer, root, group=self._group)
+        except RuntimeError as error:
+            self._lost("a rank", error)
+        return _unpadded(buffer, int(size))
+
+    def all_gather(self, payload: bytes) -> list[bytes]:
+        import torch
+        from torch import distributed
+
+        self.barrier(self._timeout_seconds)
+        try:
+            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+            distributed.all_gather(sizes, torch.tensor([len(payload)]), group=self._group)
+            longest = max(int(size) for size in sizes)
+            buffers = [_padded(b"", longest) for _ in sizes]
+            distributed.all_gather(buffers, _padded(payload, longest), group=self._group)
+        except RuntimeError as error:
+            self._lost("a rank", error)
+        return [_unpadded(buffer, int(size)) for buffer, size in zip(buffers, sizes, strict=True)]
+
+    def barrier(self, timeout_seconds: float) -> None:
+        from torch import distributed
+
+        patience = timeout_seconds if self.rank == 0 else timeout_seconds + GRACE_SECONDS
+        started = time.monotonic()
+        try:
+            distributed.monitored_barrier(self._group, timedelta(seconds=patience), wait_all_ranks=True)
+        except RuntimeError as error:
+            # Rank 0's error names the ranks, and comes at once when a connection breaks.
+            found = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
+            ranks = [int(number) for number in found[1].split(",")] if found else [0]
+            missing = describe_ranks(ranks, self.hosts)
+            if time.monotonic() - started < timeout_seconds:
+                self._lost(missing, error)
+            raise LaunchError(f"{missing} did not come to a barrier within {timeout_seconds:g} s") from error
+
+    def abort(self, message: str) -> NoReturn:
+        # The closed connections wake the ranks that wait for this one; launchers end the rest.
+        print_line(f"[rank {self.rank} on {self.host}] {message}")
+        os._exit(1)
+
+    def close(self) -> None:
+        if self.owns_process_group:
+            self.owns_process_group = False
+            self.barrier(self._timeout_seconds)
+            _destroy_process_group()
+
+    def _lost(self, whom: str, error: Exception) -> NoReturn:
+        time.sleep(GRACE_SECONDS)  # the rank that failed knows why: let its message come first
+        raise LaunchError(f"lost the connection to {whom}: it ended or cannot be reached") from error
+
+
+class MpiControl:
+    """The control plane over a duplicate of MPI_COMM_WORLD.
+
+    `init_timeout_seconds` is the deadline of MPI_Init, `timeout_seconds` that of `broadcast` and
+    `all_gather`. MPI is not finalized when a process exits without `close`, so that launchers see a rank that
+    ends early as a failure and end the others.
+
+    Raises LaunchError if mpi4py or its MPI library cannot be loaded.
+    """
+
+    def __init__(self, local_rank: int, *, init_timeout_seconds: float, timeout_seconds: float) -> None:
+        self._mpi, self._owns_mpi = _start_mpi(init_timeout_seconds)
+        self._comm = self._mpi.COMM_WORLD.Dup()
+        self._timeout_seconds = timeout_seconds
+        self._unfinished: list[Any] = []  # MPI still writes into their buffers
+        self._closed = False
+        self.owns_process_group = False
+        self.rank: int = self._comm.Get_rank()
+        self.local_rank = local_rank
+        self.world_size: int = self._comm.Get_size()
+        self.host = socket.gethostname()
+        self.hosts: tuple[str, ...] = ("an unknown host",) * self.world_size
+        self.hosts = tuple(host.decode() for host in self.all_gather(self.host.encode()))
+
+    @property
+    def library(self) -> str:
+        """Name and version of the MPI library, such as "MPICH 5.0.2"."""
+        vendor, version = self._mpi.get_vendor()
+        return f"{vendor} {'.'.join(map(str, version))}"
+
+    def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
+        self.barrier(self._timeout_seconds)
+        deadline = time.monotonic() + self._timeout_seconds
+        data = _own_payload(payload) if self.rank == root else b""
+        size = bytearray(len(data).to_bytes(8, "little"))
+        self._wait(self._comm.Ibcast([size, self._mpi.BYTE], root), deadline)
+        buffer = bytearray(data) if self.rank == root else bytearray(int.from_bytes(size, "little"))
+        self._wait(self._comm.Ibcast([buffer, self._mpi.BYTE], root), deadline)
+        return bytes(buffer)
+
+    def all_gather(self, payload: bytes) -> list[bytes]:
+        self.barrier(self._timeout_seconds)
+        deadline = time.monotonic() + self._timeout_seconds
+        byte = self._mpi.BYTE
+        own_size, all_sizes = len(payload).to_bytes(8, "little"), bytearray(8 * self.world_size)
+        self._wait(self._comm.Iallgather([own_size, byte], [all_sizes, 8, byte]), deadline)
+        sizes = [int.from_bytes(all_sizes[8 * r : 8 * r + 8], "little") for r in range(self.world_size)]
+        starts = [sum(sizes[:r]) for r in range(self.world_size)]
+        gathered = bytearray(sum(sizes))
+        self._wait(self._comm.Iallgatherv([payload, byte], [gathered, (sizes, starts), byte]), deadline)
+        return [bytes(gathered[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
+
+    def barrier(self, timeout_seconds: float) -> None:
+        # Arrivals go to rank 0 one by one, because MPI_Ibarrier cannot tell who is missing.
+        deadline = time.monotonic() + timeout_seconds
+        byte = self._mpi.BYTE
+        if self.rank == 0:
+            arrivals = {r: self._comm.Irecv([bytearray(1), byte], r) for r in range(1, self.world_size)}
+            pause = 0.0
+            while arrivals := {r: request for r, request in arrivals.items() if not request.Test()}:
+                if time.monotonic() > deadline:
+                    self._unfinished += arrivals.values()
+                    missing = describe_ranks(list(arrivals), self.hosts)
+                    raise LaunchError(f"{missing} did not come to a barrier within {timeout_seconds:g} s")
+                pause = _rest(pause)
+        else:
+            deadline += GRACE_SECONDS
+            self._wait(self._comm.Isend([b"!", byte], 0), deadline)
+        self._wait(self._comm.Ibarrier(), deadline)
+
+    def abort(self, message: str) -> NoReturn:
+        print_line(f"[rank {self.rank} on {self.host}] {message}")
+        time.sleep(0.5)  # mpirun drops what it has not passed on when it ends the job
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the MPI library would add a line of its own
+        self._mpi.COMM_WORLD.Abort(1)
+        os._exit(1)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self.barrier(self._timeout_seconds)
+        if self.owns_process_group:
+            _destroy_process_group()
+        self._comm.Free()
+        if self._owns_mpi:
+            self._mpi.Finalize()
+
+    def _wait(self, request: Any, deadline: float) -> None:
+        pause = 0.0
+        while not request.Test():
+            if time.monotonic() > deadline:
+                self._unfinished.append(request)
+                raise LaunchError(
+                    "the ranks did not all answer over MPI in time: one of them hangs or is gone"
+                )
+            pause = _rest(pause)
+
+
+def _start_mpi(timeout_seconds: float) -> tuple[Any, bool]:
+    """Load and initialize MPI; return mpi4py's MPI module and whether it was started here."""
+    try:
+        import mpi4py
+
+        mpi4py.rc(initialize=False, finalize=False)
+        from mpi4py import MPI
+    except (ImportError, RuntimeError, OSError) as error:
+        raise LaunchError(
+            f"an MPI launcher started this process, but mpi4py cannot load MPI ({error}). Install both with"
+            " `pip install mpi4py mpich`, or load your cluster's MPI module, or start with torchrun instead."
+        ) from error
+    if MPI.Is_initialized():
+        return MPI, False
+    rank_hint = os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or "?"
+    with _Watchdog(
+        timeout_seconds + (0 if rank_hint == "0" else GRACE_SECONDS),
+        f"[rank {rank_hint} on {socket.gethostname()}] MPI_Init did not return within {timeout_seconds:g} s:"
+        " a rank that the launcher promised ended early or never started",
+    ):
+        MPI.Init_thread(MPI.THREAD_FUNNELED)  # control messages come from the main thread alone
+    return MPI, True
+
+
+class _Watchdog(AbstractContextManager[None]):
+    """Kills this process with a message unless the block ends in time.
+
+    MPI_Init holds the GIL, so no thread or signal handler of this process could do it: a child process does.
+    It ends when this process closes its stdin or dies.
+    """
+
+    _PROGRAM = (
+        "import os, select, sys\n"
+        "if not select.select([0], [], [], float(sys.argv[1]))[0]:\n"
+        "    os.write(2, sys.argv[2].encode() + b'\\n')\n"
+        "    os.kill(int(sys.argv[3]), 9)\n"
+    )
+
+    def __init__(self, timeout_seconds: float, message: str) -> None:
+        arguments = [str(timeout_seconds), message, str(os.getpid())]
+        self._child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", self._PROGRAM, *arguments], stdin=subprocess.PIPE
+        )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._child.communicate()
+
+
+def _rest(pause: float) -> float:
+    """Sleep for `pause` seconds and return the next, longer pause (5 ms at most)."""
+    time.sleep(pause)
+    return min(pause + 5e-5, 5e-3)
+
+
+def _own_payload(payload: bytes | None) -> bytes:
+    if payload is None:
+        raise ValueError("the root of a broadcast needs a payload")
+    return payload
+
+
+def _padded(data: bytes, size: int) -> Tensor:
+    """Return a uint8 tensor [max(size, 1)] that starts with the data."""
+    import torch
+
+    return torch.frombuffer(bytearray(data.ljust(max(size, 1), b"\0")), dtype=torch.uint8)
+
+
+def _unpadded(buffer: Tensor, size: int) -> bytes:
+    return bytes(buffer[:size].numpy().tobytes())
+
+
+def _destroy_process_group() -> None:
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

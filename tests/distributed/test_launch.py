@@ -1,0 +1,208 @@
+"""Ranks started by the real launchers: they meet, agree, and end together."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).with_name("launch_ranks.py")
+BIN = Path(sys.executable).parent
+HOST = socket.gethostname()
+LIMIT_SECONDS = 90  # far above what any launch takes, below the deadlines that only a hang would reach
+LAUNCHER_VARIABLE = re.compile(
+    r"RANK$|WORLD_SIZE$|LOCAL_|MASTER_|CROSS_|PMI|OMPI|MPI_|SLURM_|TORCHELASTIC_|HYD"
+)
+pytestmark = pytest.mark.skipif(shutil.which("mpirun", path=BIN) is None, reason="needs the mpich wheel")
+
+
+@dataclass
+class Job:
+    process: subprocess.Popen[str]
+
+    def end(self) -> Job:
+        try:
+            self.out, self.err = self.process.communicate(timeout=LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.out, self.err = self.process.communicate()
+            pytest.fail(f"hung: {self.out}\n{self.err}")
+        self.status = self.process.returncode
+        return self
+
+    def messages(self) -> list[str]:
+        """The lines that d2ft_hpc itself wrote to stderr."""
+        return [line for line in self.err.splitlines() if line.startswith(("d2ft-hpc: ", "[rank "))]
+
+
+def start(*command: str, **variables: str) -> Job:
+    environ = {name: value for name, value in os.environ.items() if not LAUNCHER_VARIABLE.search(name)}
+    root = str(Path(__file__).parents[2])
+    environ |= {
+        "PATH": f"{BIN}:{environ['PATH']}",
+        "PYTHONPATH": f"{root}:{environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "FATAL",  # gloo's own lines, which also begin with [rank
+        **variables,
+    }
+    pipe = subprocess.PIPE
+    return Job(
+        subprocess.Popen(
+            command,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            start_new_session=True,
+        )
+    )
+
+
+def mpirun(ranks: int, *arguments: str, **variables: str) -> Job:
+    return start("mpirun", "-n", str(ranks), sys.executable, str(PROGRAM), *arguments, **variables)
+
+
+def torchrun(ranks: int, *arguments: str, **variables: str) -> Job:
+    return start("torchrun", f"--nproc_per_node={ranks}", str(PROGRAM), *arguments, **variables)
+
+
+def by_hand(rank: int, world_size: int, port: int, *arguments: str) -> Job:
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    strings = {name: str(value) for name, value in variables.items()}
+    return start(sys.executable, str(PROGRAM), *arguments, MASTER_ADDR="127.0.0.1", **strings)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def ports(job: Job, ranks: int, control: str) -> str:
+    assert job.status == 0, f"{job.out}\n{job.err}"
+    assert job.messages() == []
+    found = re.findall(rf"rank (\d) ok, port (\d+), {control}", job.out)
+    assert sorted(int(rank) for rank, _ in found) == list(range(ranks))
+    (port,) = {port for _, port in found}
+    return str(port)
+
+
+def test_two_mpi_jobs_at_once_with_deepspeed_and_data_loader_workers() -> None:
+    jobs = mpirun(2, "agreement deepspeed workers"), mpirun(4, "agreement")
+    assert ports(jobs[0].end(), 2, "MpiControl") != ports(jobs[1].end(), 4, "MpiControl")
+
+
+def test_launchers_without_mpi() -> None:
+    port = free_port()
+    deepspeed = ("deepspeed", "--num_gpus=2", f"--master_port={port}", "--no_local_rank")
+    jobs = torchrun(2, "agreement"), start(*deepspeed, str(PROGRAM), "agreement")
+    ports(jobs[0].end(), 2, "GlooControl")
+    assert ports(jobs[1].end(), 2, "GlooControl") == str(port)
+
+
+def test_single_process_needs_no_mpi_and_reports_its_faults() -> None:
+    good, wrong = (start(sys.executable, str(PROGRAM), scene) for scene in ("meet", "user error"))
+    ports(good.end(), 1, "SoloControl")
+    wrong.end()
+    assert (wrong.status, wrong.messages()) == (1, ["d2ft-hpc: error: reading the data: no such folder"])
+
+
+def test_agreed_fault_is_told_once_under_mpirun() -> None:
+    job = mpirun(2, "user error").end()
+    assert job.status == 1
+    assert job.messages() == ["d2ft-hpc: error: reading the data: no such folder (all ranks)"]
+    assert "Traceback" not in job.err
+
+
+@pytest.mark.parametrize("launch", [mpirun, torchrun])
+def test_bug_on_one_rank_ends_all_and_leaves_its_traceback(launch: object, tmp_path: Path) -> None:
+    job = launch(2, "bug", RUN_FOLDER=str(tmp_path)).end()  # type: ignore[operator]
+    trace = tmp_path / "errors" / "rank-1.txt"
+    assert job.status != 0
+    assert job.messages() == [
+        rf"[rank 1 on {HOST}] unexpected KeyError: 'a bug\nin two lines' (traceback in {trace})"
+    ]
+    assert "KeyError" in trace.read_text()
+    assert [path.name for path in trace.parent.iterdir()] == [trace.name]
+
+
+def test_fault_of_one_rank_killed_rank_and_late_rank_under_mpirun() -> None:
+    jobs = [mpirun(2, scene) for scene in ("lonely error", "killed", "hang")]
+    lonely, killed, late = (job.end() for job in jobs)
+    assert lonely.status != 0
+    assert lonely.messages() == [f"[rank 1 on {HOST}] error: the disk is full"]
+    assert killed.status != 0
+    assert "ok" not in killed.out
+    assert late.status != 0
+    assert late.messages() == [
+        f"[rank 0 on {HOST}] error: rank 1 on {HOST} did not come to a barrier within 2 s"
+    ]
+
+
+def test_interrupt_is_quiet() -> None:
+    port = free_port()
+    jobs = by_hand(1, 2, port, "interrupt"), by_hand(0, 2, port, "interrupt"), mpirun(2, "interrupt")
+    gloo, _, mpi = (job.end() for job in jobs)
+    for job in (gloo, mpi):
+        assert (job.status, job.messages()) == (130, [])
+        assert "KeyboardInterrupt" not in job.err
+        assert "terminate" not in job.err
+
+
+def test_killed_rank_without_a_launcher_is_noticed_by_the_other() -> None:
+    port = free_port()
+    jobs = [by_hand(rank, 2, port, "killed") for rank in range(2)]
+    survivor = jobs[0].end()
+    assert jobs[1].end().status == -signal.SIGKILL
+    assert survivor.status == 1
+    assert survivor.messages() == [
+        f"[rank 0 on {HOST}] error: lost the connection to rank 1 on {HOST}: it ended or cannot be reached"
+    ]
+
+
+def test_rank_that_never_comes() -> None:
+    port = free_port()
+    jobs = by_hand(0, 2, port, "meet", "2"), by_hand(1, 2, free_port(), "meet", "2"), mpirun(2, "absent", "2")
+    alone, lost, mpi = (job.end() for job in jobs)
+    assert alone.status == 1
+    (message,) = alone.messages()
+    assert re.search(
+        r"1 of the 2 ranks that WORLD_SIZE=2 promises did not come .* within 2 s: rank 1\.", message
+    )
+    assert lost.status == 1
+    (message,) = lost.messages()
+    assert re.search(r"\[rank 1\] .* did not reach rank 0 at 127\.0\.0\.1:\d+ within 2 s", message)
+    assert mpi.status != 0
+    (message,) = mpi.messages()
+    assert message.startswith(f"[rank 0 on {HOST}] MPI_Init did not return within 2 s")
+
+
+def test_port_in_use_is_named() -> None:
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        job = mpirun(2, "meet", MASTER_PORT=str(port)).end()
+    assert job.status == 1
+    (message,) = job.messages()
+    assert re.search(rf"cannot serve .* at 127\.0\.0\.1:{port}: the port is in use", message)
+
+
+def test_worlds_of_one_are_refused() -> None:
+    slurm = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+    jobs = [start(sys.executable, str(PROGRAM), "meet", SLURM_PROCID=str(r), **slurm) for r in range(2)]
+    told, silent = (job.end() for job in jobs)
+    assert (told.status, silent.status) == (1, 1)
+    (message,) = told.messages()
+    for part in ("srun promised 2 ranks (SLURM_NTASKS=2)", "MPICH", "a world of 1", "srun --mpi=pmi2"):
+        assert part in message
+    assert silent.messages() == []
