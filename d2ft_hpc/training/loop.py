@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.data.loader import evaluation_loader, train_loader
+from d2ft_hpc.data.loader import eval_loader, train_loader
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
@@ -125,7 +125,7 @@ def _replan(job: Job, writer: ResultsWriter | None, progress: Progress, position
 
 
 def _evaluate(job: Job, writer: ResultsWriter | None, progress: Progress, position: Position) -> None:
-    batches = evaluation_loader(
+    batches = eval_loader(
         job.test_set,
         batch_size=4 * job.config.data.micro_batch_size,
         replicas=job.control.world_size,
