@@ -209,7 +209,7 @@ def assert_same(left: list, right: list) -> None:
 
 class TestLoaders:
     def test_workers_and_resume_change_nothing(self):
-        """Two real worker processes, started without fork, against none, over two epochs of the same workers."""
+        """Two real worker processes, not forked, against none; both epochs use the same workers."""
         digits = load("digits", image_size=8, split="train", classes=[0, 1], augment=True)
         order = sampler(len(digits), micro_batch_size=16)
         alone, helped = train_loader(digits, order), train_loader(digits, order, num_workers=2)
