@@ -29,7 +29,7 @@ def train_loader(
         _SeededDraws(dataset, sampler.seed),
         batch_sampler=_Draws(sampler),
         pin_memory=pin_memory,
-        **_workers(num_workers),
+        **_options(num_workers),
     )
 
 
@@ -47,16 +47,18 @@ def eval_loader(
     Shares differ by at most one sample, so the number of batches may differ between replicas.
     """
     share = Subset(dataset, range(replica, len(dataset), replicas))  # type: ignore[arg-type]
-    return DataLoader(share, batch_size=batch_size, pin_memory=pin_memory, **_workers(num_workers))
+    return DataLoader(share, batch_size=batch_size, pin_memory=pin_memory, **_options(num_workers))
 
 
-def _workers(num_workers: int) -> dict[str, Any]:
-    """Worker processes that are never forked from this one: a fork after MPI_Init is undefined."""
+def _options(num_workers: int) -> dict[str, Any]:
+    # A generator of its own: otherwise each iteration would draw from the caller's.
+    options: dict[str, Any] = {"num_workers": num_workers, "generator": torch.Generator()}
     if num_workers == 0:
-        return {"num_workers": 0}
+        return options
+    # Workers are never forked from this process: a fork after MPI_Init is undefined.
     methods = multiprocessing.get_all_start_methods()
     context = "forkserver" if "forkserver" in methods else "spawn"
-    return {"num_workers": num_workers, "multiprocessing_context": context, "persistent_workers": True}
+    return {**options, "multiprocessing_context": context, "persistent_workers": True}
 
 
 class _Draws(Sampler[list[tuple[int, int]]]):

@@ -1,0 +1,71 @@
+# make demo | test | lint | test-oldest | wheel | clean
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+OLDEST_VENV := .venv-oldest
+# The ranks share the cores: one thread each.
+export OMP_NUM_THREADS := 1
+
+# The newest Python of 3.10 to 3.13 that runs and can make venvs; a name on PATH may be a shim that does neither.
+find_python = for p in $(1); do \
+	if "$$p" -c 'import sys, ensurepip, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; \
+	then python="$$p"; break; fi; done; \
+	: "$${python:?no Python found among: $(1); install one with its venv module}"
+
+PYTHONS ?= python3.13 python3.12 python3.11 python3.10 python3 $(wildcard $(HOME)/.pyenv/versions/3.1[0-3].*/bin/python)
+PYTHON310S ?= python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python)
+
+.PHONY: help demo test lint test-oldest wheel clean
+help:
+	@sed -n 1s/..//p Makefile
+
+$(BIN)/python:
+	@$(call find_python,$(PYTHONS))
+	"$$python" -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+
+# Editable, so that only a changed pyproject.toml needs a new installation.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -e '.[mpi]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -e '.[mpi,test,lint]'
+	touch $@
+
+demo: $(VENV)/.installed
+	export PATH="$(CURDIR)/$(BIN):$$PATH"
+	rm -rf runs/demo-dense runs/demo
+	mpirun -n 2 d2ft-hpc train configs/demo.yaml run.name=demo-dense plan.planner=dense
+	mpirun -n 2 d2ft-hpc train configs/demo.yaml
+	d2ft-hpc report runs/demo-dense runs/demo --png runs/demo.png
+
+# The tests start mpirun, torchrun and deepspeed by name.
+test: $(VENV)/.installed-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(OLDEST_VENV)/.installed: pyproject.toml tests/oldest-requirements.txt
+	@$(call find_python,$(PYTHON310S))
+	"$$python" -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install -q --upgrade pip
+	$(OLDEST_VENV)/bin/python -m pip install -e '.[mpi,test]' -c tests/oldest-requirements.txt
+	touch $@
+
+test-oldest: $(OLDEST_VENV)/.installed
+	PATH="$(CURDIR)/$(OLDEST_VENV)/bin:$$PATH" python -m pytest $(PYTEST_ARGS)
+
+wheel: | $(BIN)/python
+	$(BIN)/python -m pip wheel -q --no-deps -w dist .
+
+clean:
+	rm -rf $(VENV) $(OLDEST_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,253 @@
+"""Data sets read from real files, the sampler's promises, and loaders with real worker processes."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+from d2ft_hpc.data.datasets import load
+from d2ft_hpc.data.loader import eval_loader, train_loader
+from d2ft_hpc.data.sampler import MicroBatchSampler
+from d2ft_hpc.errors import DataError
+
+
+def sampler(num_samples: int = 100, replica: int = 0, **changes: int) -> MicroBatchSampler:
+    options = {"micro_batch_size": 4, "slots": 3, "replicas": 2, "seed": 7, **changes}
+    return MicroBatchSampler(num_samples, replica=replica, **options)
+
+
+class TestSampler:
+    @given(
+        st.integers(1, 300),
+        st.integers(1, 6),
+        st.integers(1, 4),
+        st.integers(1, 4),
+        st.integers(0, 5),
+    )
+    def test_replicas_share_out_every_batch(self, num_samples, micro_batch_size, slots, replicas, epoch):
+        rows = slots * replicas
+        sizes = {"micro_batch_size": micro_batch_size, "slots": slots, "replicas": replicas}
+        if num_samples < rows:
+            with pytest.raises(DataError, match=f"{num_samples} samples, fewer than the {rows}"):
+                sampler(num_samples, **sizes)
+            return
+        per_replica = []
+        for replica in range(replicas):
+            one = sampler(num_samples, replica, **sizes)
+            one.set_epoch(epoch)
+            per_replica.append(list(one))
+            assert len(per_replica[-1]) == len(one) == one.batches_per_epoch * slots
+        drawn = [i for rows_of_one in per_replica for row in rows_of_one for i in row]
+        assert len(drawn) == len(set(drawn))
+        rest = num_samples % (rows * micro_batch_size)
+        assert len(drawn) == num_samples - (rest if rest < rows else 0)
+        for batch in range(one.batches_per_epoch):
+            # Row = slot * replicas + replica: put the replicas' lists back together in that order.
+            together = [
+                per_replica[replica][batch * slots + slot]
+                for slot in range(slots)
+                for replica in range(replicas)
+            ]
+            assert [row.tolist() for row in one.batch_rows(batch)] == together
+            lengths = {len(row) for row in together}
+            if batch < num_samples // (rows * micro_batch_size):
+                assert lengths == {micro_batch_size}
+            else:
+                assert max(lengths) - min(lengths) <= 1
+
+    def test_seed_and_epoch_choose_the_order(self):
+        one, other = sampler(), sampler(seed=8)
+        first = list(one)
+        assert list(one) == first == list(sampler())
+        assert list(other) != first
+        one.set_epoch(1)
+        assert list(one) != first
+
+    def test_start_batch_resumes_in_mid_epoch(self):
+        one = sampler()  # 4 full batches of 24 samples; 4 left over are fewer than the 6 rows
+        whole = list(one)
+        assert one.batches_per_epoch == 4
+        one.set_epoch(0, start_batch=3)
+        assert list(one) == whole[9:]
+        assert len(one) == 3
+        one.set_epoch(0)
+        assert list(one) == whole
+
+
+class TestDigits:
+    def test_form(self):
+        train = load("digits", image_size=32, split="train")
+        test = load("digits", image_size=32, split="test")
+        assert len(train) + len(test) == 1797
+        assert len(test) == 360
+        assert train.num_classes == 10
+        image, label = train[0]
+        assert image.shape == (3, 32, 32)
+        assert image.dtype == torch.float32
+        assert isinstance(label, int)
+        pixels = torch.stack([train[i][0] for i in range(50)])
+        assert pixels.min() >= -1
+        assert pixels.max() <= 1
+        assert pixels.max() - pixels.min() > 1.5
+        counts = np.bincount(test.labels)  # stratified
+        assert counts.max() - counts.min() <= 2
+
+    def test_splits_are_disjoint_and_fixed(self):
+        train, test, again = (
+            load("digits", image_size=8, split=split, mean=(0, 0, 0), std=(1, 1, 1))
+            for split in ("train", "test", "train")
+        )
+        assert torch.equal(train[5][0], again[5][0])
+        images = {image.numpy().tobytes() for image, _ in train}
+        assert len(images) > 1400
+        assert not images & {image.numpy().tobytes() for image, _ in test}
+
+    def test_classes_are_kept_and_relabelled(self):
+        plain = load("digits", image_size=8, split="test")
+        kept = load("digits", image_size=8, split="test", classes=[9, 5])
+        assert kept.num_classes == 2
+        expected = [(image, [9, 5].index(label)) for image, label in plain if label in (5, 9)]
+        assert [label for _, label in expected] == kept.labels
+        assert all(torch.equal(image, kept[i][0]) for i, (image, _) in enumerate(expected))
+
+    @pytest.mark.parametrize(
+        ("classes", "fault"), [([3, 12], r"no image of \[12\]"), ([3, 3], "named twice")]
+    )
+    def test_bad_classes(self, classes, fault):
+        with pytest.raises(DataError, match=fault):
+            load("digits", image_size=8, split="test", classes=classes)
+
+    def test_augmentation_is_for_training(self):
+        train = load("digits", image_size=8, split="train", augment=True)
+        assert not torch.equal(train[0][0], train[0][0])
+        test = load("digits", image_size=8, split="test", augment=True)
+        assert torch.equal(test[0][0], test[0][0])
+
+
+class TestFiles:
+    def test_unknown_name(self):
+        with pytest.raises(DataError, match=r"imagenet.*digits, cifar10"):
+            load("imagenet", image_size=8, split="train")
+
+    @pytest.mark.parametrize("name", ["cifar10", "cifar100", "image_folder"])
+    def test_missing_root(self, name, tmp_path):
+        with pytest.raises(DataError, match=r"data\.root is not set"):
+            load(name, image_size=8, split="train")
+        with pytest.raises(DataError, match=str(tmp_path / "nowhere")):
+            load(name, image_size=8, split="train", root=tmp_path / "nowhere")
+
+    def test_cifar10_from_its_own_file_format(self, tmp_path, monkeypatch):
+        folder = tmp_path / CIFAR10.base_folder
+        folder.mkdir()
+        pixels = np.random.default_rng(0).integers(0, 256, (20, 3, 32, 32), np.uint8)
+        files = {
+            "data_batch_1": {"data": pixels.reshape(20, -1), "labels": [i % 10 for i in range(20)]},
+            "test_batch": {"data": pixels[:5].reshape(5, -1), "labels": [1, 2, 3, 4, 5]},
+            "batches.meta": {"label_names": [str(i) for i in range(10)]},
+        }
+        sums = {}
+        for name, content in files.items():
+            data = pickle.dumps(content)
+            (folder / name).write_bytes(data)
+            sums[name] = hashlib.md5(data).hexdigest()
+        monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", sums["data_batch_1"]]])
+        monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+        meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
+        monkeypatch.setattr(CIFAR10, "meta", meta)
+
+        test = load("cifar10", root=tmp_path, image_size=32, split="test", mean=(0, 0, 0), std=(1, 1, 1))
+        assert test.labels == [0, 1, 2, 3, 4]  # of the classes that are there
+        torch.testing.assert_close(test[3][0], torch.from_numpy(pixels[3]).float() / 255)
+        train = load("cifar10", root=tmp_path, image_size=16, split="train")
+        assert train.num_classes == 10
+        assert train[0][0].shape == (3, 16, 16)
+
+        (folder / "data_batch_1").write_bytes(b"damaged")
+        with pytest.raises(DataError, match=r"missing or damaged.*data_batch_1"):
+            load("cifar10", root=tmp_path, image_size=32, split="train")
+
+    def test_image_folder(self, tmp_path):
+        def put(path: str, red: int) -> None:
+            file = tmp_path / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (30, 20), (red, 0, 0)).save(file)
+
+        put("train/cat/a.png", 255)
+        put("train/dog/b.png", 0)
+        with pytest.raises(DataError, match=r"test and .*val: no such folder"):
+            load("image_folder", root=tmp_path, image_size=8, split="test")
+        put("val/dog/c.png", 255)
+        with pytest.raises(DataError, match="these differ: cat"):
+            load("image_folder", root=tmp_path, image_size=8, split="test")
+        put("val/cat/d.png", 0)
+        test = load("image_folder", root=tmp_path, image_size=8, split="test")
+        assert [test[i][0].amax().item() for i in range(2)] == [-1, 1]
+        assert test.labels == [0, 1]
+        train = load("image_folder", root=tmp_path, image_size=8, split="train")
+        assert train[1][0].shape == (3, 8, 8)
+        assert train.num_classes == 2
+        (tmp_path / "empty" / "train").mkdir(parents=True)
+        with pytest.raises(DataError, match="empty"):
+            load("image_folder", root=tmp_path / "empty", image_size=8, split="train")
+
+
+def assert_same(left: list, right: list) -> None:
+    assert len(left) == len(right) > 0
+    for (images, labels), (other_images, other_labels) in zip(left, right, strict=True):
+        assert torch.equal(images, other_images)
+        assert torch.equal(labels, other_labels)
+
+
+class TestLoaders:
+    def test_workers_and_resume_change_nothing(self):
+        """Two real worker processes, not forked, against none; both epochs use the same workers."""
+        digits = load("digits", image_size=8, split="train", classes=[0, 1], augment=True)
+        order = sampler(len(digits), micro_batch_size=16)
+        alone, helped = train_loader(digits, order), train_loader(digits, order, num_workers=2)
+        epochs = []
+        for epoch in range(2):
+            order.set_epoch(epoch)
+            state = torch.get_rng_state()
+            epochs.append(list(alone))
+            assert_same(epochs[-1], list(helped))
+            assert torch.equal(state, torch.get_rng_state())
+        assert len(alone) == len(order)
+        order.set_epoch(1, start_batch=1)
+        assert_same(list(alone), epochs[1][3:])
+
+    def test_augmentation_differs_between_epochs_and_samples(self):
+        digits = load("digits", image_size=8, split="train", classes=[0], augment=True)
+        order = sampler(len(digits), micro_batch_size=1, slots=1, replicas=1)
+        loader = train_loader(digits, order)
+        seen = []
+        for epoch in range(2):
+            order.set_epoch(epoch)
+            seen.append({indices[0]: images for indices, (images, _) in zip(order, loader, strict=True)})
+        assert not any(torch.equal(seen[0][i], seen[1][i]) for i in range(len(digits)))
+
+    def test_evaluation_shares_have_every_sample_once(self):
+        digits = load("digits", image_size=8, split="test")
+        shares = [
+            list(eval_loader(digits, batch_size=50, replicas=7, replica=replica)) for replica in range(7)
+        ]
+        images = torch.cat([images for share in shares for images, _ in share])
+        assert len(images) == len(digits)
+        expected = {image.numpy().tobytes() for image, _ in digits}
+        assert {image.numpy().tobytes() for image in images} == expected
+        sizes = [sum(len(labels) for _, labels in share) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_no_file_is_made(tmp_path: Path):
+    with pytest.raises(DataError):
+        load("cifar10", root=tmp_path, image_size=8, split="train")
+    assert not list(tmp_path.iterdir())
