@@ -107,7 +107,7 @@ class RunResults:
         """The run's resolved configuration as plain dicts, lists and scalars ({} if none was stored)."""
         with _faults_of(self.path):
             data, _ = self._group("config")
-            return yaml.safe_load(str(data["yaml"])) if "yaml" in data else {}
+            return yaml.safe_load(str(data.get("yaml", ""))) or {}
 
     def table(self, name: str) -> dict[str, Array]:
         """All columns of "steps", "evaluations" or "events", each [row] or [row, rank] (see `schema`)."""
@@ -275,7 +275,7 @@ def _segment_names(main: Any, path: Path) -> list[str]:
 
 
 def _outside_files(group: Any) -> Iterator[str]:
-    """The files that links and virtual datasets in `group` and its subgroups name; resolves none of them."""
+    """The files that links in `group` and its subgroups name. Neither these nor any dataset is opened."""
     pending = [(group, 0)]
     while pending:
         group, depth = pending.pop()
@@ -286,13 +286,10 @@ def _outside_files(group: Any) -> Iterator[str]:
                 continue
             if kind != h5py.h5l.TYPE_HARD:
                 raise _refuse(f"{group.name}/{name} is a soft link")
-            child = group[name]
-            if isinstance(child, h5py.Dataset):
-                if child.is_virtual:
-                    yield from (source.file_name.replace("%%", "%") for source in child.virtual_sources())
-            elif depth:
-                raise _refuse(f"{child.name} is nested too deeply")
-            else:
+            if depth == 0:
+                child = group[name]
+                if not isinstance(child, h5py.Group):
+                    raise _refuse(f"{child.name} is not a group")
                 pending.append((child, depth + 1))
 
 
@@ -309,17 +306,11 @@ def _attributes(item: Any) -> dict[str, Scalar]:
     values: dict[str, Scalar] = {}
     for name in item.attrs:
         attribute = item.attrs.get_id(name)
-        if attribute.shape != () or not _is_plain(attribute.dtype):
-            raise _refuse(f"the attribute {name!r} of {item.name} is not a number or a text")
-        value = item.attrs[name]
-        if isinstance(value, bytes):
-            value = value.decode()
-        values[name] = value.item() if isinstance(value, np.generic) else value
+        if attribute.shape != () or attribute.dtype.kind not in "biufS":
+            raise _refuse(f"the attribute {name!r} of {item.name} is not a number or a text of fixed length")
+        value = item.attrs[name].item()
+        values[name] = value.decode() if isinstance(value, bytes) else value
     return values
-
-
-def _is_plain(dtype: Any) -> bool:
-    return dtype.kind in "biuf" or h5py.check_string_dtype(dtype) is not None
 
 
 def _read(dataset: Any, field: Field) -> Array | str:
@@ -329,11 +320,7 @@ def _read(dataset: Any, field: Field) -> Array | str:
         raise _refuse(f"{where} is not a plain dataset")
     if dataset.id.get_create_plist().get_nfilters():
         raise _refuse(f"{where} is compressed or filtered")
-    if dataset.shape is None or not _is_plain(dataset.dtype):
-        raise _refuse(f"{where} is of type {dataset.dtype}")
-    if (dataset.dtype.kind in "SO") != (field.kind == "text") or (
-        dataset.dtype.kind == "O" and dataset.shape
-    ):
+    if dataset.shape is None or dataset.dtype.kind not in ("S" if field.kind == "text" else "biuf"):
         raise _refuse(f"{where} is of type {dataset.dtype}")
     if dataset.size * dataset.dtype.itemsize > dataset.file.id.get_filesize():
         raise _refuse(f"{where} claims to be larger than its file")

@@ -16,9 +16,13 @@ carry their unit in their name:
 
 Tables, one dataset a column, all columns of a table equally long, one row a record (`TABLES`). Columns with a
 rank axis are [row, rank], the others [row]. What a row did not give is NaN (floats), -1 (integers) or ""
-(text). Text columns are UTF-8 of fixed width.
+(text).
 
 Every dataset has the attributes `units` ("1" for pure numbers) and `description`.
+
+All texts, in attributes too, are UTF-8 of fixed length. HDF5 keeps texts of variable length in its global
+heap, the one structure without a checksum, where a few damaged bytes can send the library into an endless
+loop.
 """
 
 from collections.abc import Iterable

@@ -358,11 +358,12 @@ def _stack(table: str, rows: list[dict[str, Array]]) -> dict[str, Array]:
     return columns
 
 
-def _stored(values: Array) -> Array:
-    """A column as it is stored: text as UTF-8 of the width of the longest."""
-    if values.dtype.kind != "U":
-        return values
-    encoded = np.char.encode(values, "utf-8")
+def _stored(values: Array | str) -> Array:
+    """An array or a text as it is stored: text as UTF-8 of the width of the longest."""
+    array = np.asarray(values)
+    if array.dtype.kind != "U":
+        return array
+    encoded = np.char.encode(array, "utf-8")
     return encoded.astype(h5py.string_dtype("utf-8", max(encoded.dtype.itemsize, 1)))
 
 
@@ -386,22 +387,22 @@ def _describe(name: str, contents: Contents) -> _Segment:
 def _encode(contents: Contents, attributes: Mapping[str, Scalar]) -> bytes:
     image = io.BytesIO()
     with h5py.File(image, "w", libver=_FORMAT_VERSIONS) as file:
-        file.attrs.update(attributes)
+        _set_attributes(file, attributes)
         for table, columns in contents.tables.items():
             for column, values in columns.items():
                 _label(file.create_dataset(f"{table}/{column}", data=_stored(values)), TABLES[table][column])
         for path, (data, group_attributes) in contents.groups.items():
             group = file.require_group(path)
-            group.attrs.update(group_attributes)
+            _set_attributes(group, group_attributes)
             for name, value in data.items():
-                _label(group.create_dataset(name, data=value), GROUPS[path.split("/")[0]][name])
+                _label(group.create_dataset(name, data=_stored(value)), GROUPS[path.split("/")[0]][name])
     return image.getvalue()
 
 
 def _encode_links(segments: list[_Segment], folder: str, attributes: Mapping[str, Scalar]) -> bytes:
     image = io.BytesIO()
     with h5py.File(image, "w", libver=_FORMAT_VERSIONS) as file:
-        file.attrs.update(attributes)
+        _set_attributes(file, attributes)
         for table, fields in TABLES.items():
             for field in fields.values():
                 _label(_virtual_column(file, f"{table}/{field.name}", field, segments, folder), field)
@@ -437,8 +438,12 @@ def _virtual_column(file: Any, path: str, field: Field, segments: list[_Segment]
 
 
 def _label(dataset: Any, field: Field) -> None:
-    dataset.attrs["units"] = field.units
-    dataset.attrs["description"] = field.description
+    _set_attributes(dataset, {"units": field.units, "description": field.description})
+
+
+def _set_attributes(item: Any, attributes: Mapping[str, Scalar]) -> None:
+    for name, value in attributes.items():
+        item.attrs[name] = _stored(value) if isinstance(value, str) else value
 
 
 def _write_atomically(path: Path, image: bytes) -> None:
