@@ -329,7 +329,7 @@ def _read(dataset: Any, field: Field) -> Array | str:
         return np.asarray(value, dtype=field.kind)
     if dataset.shape == ():
         return bytes(value).decode()
-    return np.char.decode(value, "utf-8")
+    return np.array([text.decode() for text in value.flat], dtype=str).reshape(value.shape)
 
 
 def _read_table(file: Any, name: str) -> dict[str, Array]:

@@ -345,7 +345,7 @@ def _stack(table: str, rows: list[dict[str, Array]]) -> dict[str, Array]:
     for field in TABLES[table].values():
         if field.kind == "text":
             texts = [bytes(row.get(field.name, np.array(b"")).item()).decode() for row in rows]
-            columns[field.name] = np.array(texts, dtype=None if texts else "U1")
+            columns[field.name] = np.array(texts, dtype=str)
             continue
         shape = (len(rows), width) if field.axes else (len(rows),)
         column = np.full(shape, MISSING[field.kind], dtype=field.kind)
@@ -363,7 +363,7 @@ def _stored(values: Array | str) -> Array:
     array = np.asarray(values)
     if array.dtype.kind != "U":
         return array
-    encoded = np.char.encode(array, "utf-8")
+    encoded = np.array([text.encode() for text in array.flat], dtype=bytes).reshape(array.shape)
     return encoded.astype(h5py.string_dtype("utf-8", max(encoded.dtype.itemsize, 1)))
 
 
