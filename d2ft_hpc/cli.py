@@ -19,7 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="d2ft-hpc", description="Distributed dynamic fine-tuning of vision transformers")
+    parser = argparse.ArgumentParser(
+        prog="d2ft-hpc", description="Distributed dynamic fine-tuning of vision transformers"
+    )
     parser.add_argument("--version", action="version", version=__version__)
     # The deepspeed launcher puts this before a script's own arguments; the rank comes from the environment.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -35,7 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     report = commands.add_parser("report", help="compare finished or running runs in a table and a picture")
-    report.add_argument("runs", nargs="+", type=Path, help="run folders or results files; the first is the baseline")
+    report.add_argument(
+        "runs", nargs="+", type=Path, help="run folders or results files; the first is the baseline"
+    )
     report.add_argument("--png", type=Path, help="where to write the picture")
     report.set_defaults(run=_report)
     return parser

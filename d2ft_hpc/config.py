@@ -151,9 +151,13 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_relations(self) -> RunConfig:
         if self.engine.name == "plain" and self.engine.precision == "fp16":
-            raise ValueError("engine.precision=fp16: the plain engine does not scale losses; use bf16, or deepspeed")
+            raise ValueError(
+                "engine.precision=fp16: the plain engine does not scale losses; use bf16, or deepspeed"
+            )
         if self.engine.name == "plain" and self.engine.deepspeed:
-            raise ValueError("engine.deepspeed: the plain engine does not read it; remove it, or engine.name=deepspeed")
+            raise ValueError(
+                "engine.deepspeed: the plain engine does not read it; remove it, or engine.name=deepspeed"
+            )
         return self
 
     @property
@@ -186,7 +190,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def _checked(overrides: Sequence[str]) -> list[str]:
     for override in overrides:
         if "=" not in override or override.startswith(("=", "-")):
-            raise ConfigError(f"{override!r} is not an override: write key=value, such as plan.compute_budget=0.5")
+            raise ConfigError(
+                f"{override!r} is not an override: write key=value, such as plan.compute_budget=0.5"
+            )
     return list(overrides)
 
 
@@ -208,9 +214,12 @@ def _nearest(key: str) -> str:
     """The valid key that was likely meant: by its whole path, else by its last part in whatever section."""
     by_last_part = {valid.rsplit(".", 1)[-1]: valid for valid in _keys(RunConfig)}
     close = difflib.get_close_matches(key, list(_keys(RunConfig)), n=1, cutoff=0.7) or [
-        by_last_part[part] for part in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_last_part), n=1)
+        by_last_part[part]
+        for part in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_last_part), n=1)
     ]
-    return f"; did you mean {close[0]}?" if close else f"; valid sections: {', '.join(RunConfig.model_fields)}"
+    return (
+        f"; did you mean {close[0]}?" if close else f"; valid sections: {', '.join(RunConfig.model_fields)}"
+    )
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -22,7 +22,9 @@ def reference_forward(model: VisionTransformer, images: Tensor, operations: np.n
 
 
 def reference_block(block: Block, x: Tensor, row: np.ndarray) -> Tensor:
-    x = _residual(x, row, block.norm1, lambda z, h: attention_head(block, z, h), block.attn.proj.bias, block.ls1)
+    x = _residual(
+        x, row, block.norm1, lambda z, h: attention_head(block, z, h), block.attn.proj.bias, block.ls1
+    )
     return _residual(x, row, block.norm2, lambda z, h: ffn_slice(block, z, h), block.mlp.fc2.bias, block.ls2)
 
 
@@ -48,7 +50,9 @@ def attention_head(block: Block, z: Tensor, head: int) -> Tensor:
     projected = []
     for part in range(3):
         rows = slice((part * heads + head) * dim, (part * heads + head + 1) * dim)
-        projected.append(F.linear(z, attn.qkv.weight[rows], None if attn.qkv.bias is None else attn.qkv.bias[rows]))
+        projected.append(
+            F.linear(z, attn.qkv.weight[rows], None if attn.qkv.bias is None else attn.qkv.bias[rows])
+        )
     query, key, value = attn.q_norm(projected[0]), attn.k_norm(projected[1]), projected[2]
     weights = (query * dim**-0.5 @ key.transpose(-2, -1)).softmax(-1)
     return F.linear(weights @ value, attn.proj.weight[:, head * dim : (head + 1) * dim])

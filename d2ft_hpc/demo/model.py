@@ -26,7 +26,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-@register_model
+@register_model  # type: ignore[untyped-decorator]
 def vit_digits_demo(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """A ViT for 32x32 images: 6 blocks of 4 heads, width 128, 65 tokens (4x4 patches and cls), 1.2 M weights.
 

@@ -44,7 +44,7 @@ class PlainEngine:
                 with report.timed("forward"), self._autocast(images.device):
                     loss = self._loss_function(self._model(images), labels)
                 with report.timed("backward"):
-                    (loss / len(micro_batches)).backward()
+                    torch.autograd.backward(loss / len(micro_batches))
             losses.append(loss.detach())
         with report.timed("optimizer"):
             zero_missing_gradients(self._model)

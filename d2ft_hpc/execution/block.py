@@ -63,10 +63,12 @@ def run_block(
         return _ffn_slices(block, head_axes, normed, chosen, bias)
 
     def end_attention(branch: Tensor) -> Tensor:
-        return block.drop_path1(block.ls1(block.attn.proj_drop(branch)))
+        ended: Tensor = block.drop_path1(block.ls1(block.attn.proj_drop(branch)))
+        return ended
 
     def end_feed_forward(branch: Tensor) -> Tensor:
-        return block.drop_path2(block.ls2(block.mlp.drop2(branch)))
+        ended: Tensor = block.drop_path2(block.ls2(block.mlp.drop2(branch)))
+        return ended
 
     x = x + _branch(x, heads, block.norm1, attend, block.attn.proj.bias, end_attention)
     return x + _branch(x, heads, block.norm2, feed_forward, block.mlp.fc2.bias, end_feed_forward)
@@ -123,7 +125,9 @@ def _attention_heads(
     return F.linear(mixed, head_axes["attn.proj.weight"].select(attn.proj.weight, heads), bias)
 
 
-def _ffn_slices(block: Block, head_axes: HeadAxes, normed: Tensor, heads: Tensor, bias: Tensor | None) -> Tensor:
+def _ffn_slices(
+    block: Block, head_axes: HeadAxes, normed: Tensor, heads: Tensor, bias: Tensor | None
+) -> Tensor:
     """Sum of the heads' FFN slices through `fc2`, plus `bias`; [sample, token, channel]."""
     mlp = block.mlp
     fc1_weight = head_axes["mlp.fc1.weight"].select(mlp.fc1.weight, heads)

@@ -63,7 +63,9 @@ class PlanExecutor:
         Backward belongs inside because activation checkpointing runs the blocks again there.
         """
         if self._slots and not 0 <= slot < len(self._slots):
-            raise PlanError(f"micro-batch {slot} has no row in a plan of {len(self._slots)} micro-batches a replica")
+            raise PlanError(
+                f"micro-batch {slot} has no row in a plan of {len(self._slots)} micro-batches a replica"
+            )
         self._slot = slot
         try:
             yield

@@ -42,7 +42,9 @@ class StepCosts:
         """Training FLOPs of one sample under each row; rows: uint8 [row, block, head], returns float64 [row]."""
         full = (rows == Operation.FULL).sum(axis=(1, 2))
         forward_only = (rows == Operation.FORWARD_ONLY).sum(axis=(1, 2))
-        flops: np.ndarray = self.always_flops + full * self.full_flops + forward_only * self.forward_only_flops
+        flops: np.ndarray = (
+            self.always_flops + full * self.full_flops + forward_only * self.forward_only_flops
+        )
         return flops
 
     def planned_share(self, plan: SkipPlan) -> float:

@@ -72,13 +72,13 @@ def _group_size(args: Any) -> int:
 
 
 def _flash_forward(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    return int(sdpa_flop_count(query, key, value))
 
 
 def _flash_backward(
     grad_out: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
-    return sdpa_backward_flop_count(grad_out, query, key, value)
+    return int(sdpa_backward_flop_count(grad_out, query, key, value))
 
 
 # torch 2.6's counter does not know the CPU's attention kernel.

@@ -30,8 +30,12 @@ def build_model(
     """
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models("*vit*"), n=1, cutoff=0.3)
-        raise ConfigError(f"model.name={name!r}: timm has no such model" + (f"; did you mean {close[0]}?" if close else ""))
-    source = {} if weights in (None, PRETRAINED) else {"pretrained_cfg_overlay": _weights_file(Path(str(weights)))}
+        raise ConfigError(
+            f"model.name={name!r}: timm has no such model" + (f"; did you mean {close[0]}?" if close else "")
+        )
+    source = (
+        {} if weights in (None, PRETRAINED) else {"pretrained_cfg_overlay": _weights_file(Path(str(weights)))}
+    )
     try:
         model = timm.create_model(
             name, pretrained=weights is not None, num_classes=num_classes, **source, **(options or {})
@@ -41,9 +45,13 @@ def build_model(
     except Exception as error:  # timm, the hub and torch raise many kinds here
         if weights is None:
             raise
-        raise CheckpointError(f"model.weights={weights}: cannot be loaded into {name}: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"model.weights={weights}: cannot be loaded into {name}: {_first_line(error)}"
+        ) from error
     if not isinstance(model, VisionTransformer):
-        raise UnsupportedModelError(f"model.name={name!r} is a {type(model).__name__}, not a timm VisionTransformer")
+        raise UnsupportedModelError(
+            f"model.name={name!r} is a {type(model).__name__}, not a timm VisionTransformer"
+        )
     if source:
         _check_complete(Path(str(weights)), model, name)
     return model
@@ -67,7 +75,9 @@ def _shapes(path: Path) -> dict[str, list[int]]:
 
 def _check_complete(path: Path, model: VisionTransformer, name: str) -> None:
     """timm fills what a file lacks with random weights; only the classifier may be new."""
-    lacking = [key for key in model.state_dict() if key not in _shapes(path) and not key.startswith(CLASSIFIER)]
+    lacking = [
+        key for key in model.state_dict() if key not in _shapes(path) and not key.startswith(CLASSIFIER)
+    ]
     if lacking:
         raise CheckpointError(
             f"model.weights={path}: lacks {len(lacking)} of {name}'s parameters, first {lacking[0]!r}: "

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from timm.layers import Mlp
@@ -133,14 +134,16 @@ def _head_axes(block: Block) -> dict[str, HeadAxis]:
     return {name: axis for name, axis in axes.items() if name in names}
 
 
-def _misfits(block: nn.Module) -> list[str]:
+def _misfits(block: Any) -> list[str]:
     """Why a block cannot be cut by head; empty if it can."""
     if type(block) is not Block:
         return [f"is a {type(block).__name__}, not timm's Block"]
     if type(block.attn) is not Attention:
         return [f"has attention of class {type(block.attn).__name__}, not timm's Attention"]
     if type(block.mlp) is not Mlp:
-        return [f"has an MLP of class {type(block.mlp).__name__} (SwiGLU and gated MLPs are not supported), not Mlp"]
+        return [
+            f"has an MLP of class {type(block.mlp).__name__} (SwiGLU and gated MLPs are not supported), not Mlp"
+        ]
     reasons = []
     if getattr(block.attn, "gate", None) is not None:
         reasons.append("has gated attention")
@@ -152,13 +155,17 @@ def _misfits(block: nn.Module) -> list[str]:
         if type(block.get_submodule(name)) is not nn.Linear:
             reasons.append(f"has {name} of class {type(block.get_submodule(name)).__name__}, not Linear")
     if not reasons and block.mlp.fc1.out_features % block.attn.num_heads:
-        reasons.append(f"has {block.mlp.fc1.out_features} hidden units, not divisible by {block.attn.num_heads} heads")
+        reasons.append(
+            f"has {block.mlp.fc1.out_features} hidden units, not divisible by {block.attn.num_heads} heads"
+        )
     return reasons
 
 
 def _unsupported(model: nn.Module, reasons: list[str]) -> UnsupportedModelError:
     shown = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
-    return UnsupportedModelError(f"model {type(model).__name__} is not supported: {shown}. Supported: {SUPPORTED}.")
+    return UnsupportedModelError(
+        f"model {type(model).__name__} is not supported: {shown}. Supported: {SUPPORTED}."
+    )
 
 
 def _product(sizes: tuple[int, ...]) -> int:

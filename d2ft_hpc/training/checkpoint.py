@@ -28,7 +28,9 @@ class Position:
     plans_made: int = 0
 
 
-def save_checkpoint(folder: Path, engine: Engine, plan: SkipPlan, position: Position, control: Control) -> Path:
+def save_checkpoint(
+    folder: Path, engine: Engine, plan: SkipPlan, position: Position, control: Control
+) -> Path:
     """Writes checkpoint `folder/epoch-N`; on all ranks together. Until it is complete it has another name."""
     target = folder / f"epoch-{position.epochs_done:04d}"
     building = target.with_suffix(".building")
@@ -52,9 +54,13 @@ def save_checkpoint(folder: Path, engine: Engine, plan: SkipPlan, position: Posi
 
 def newest_checkpoint(folder: Path) -> Path:
     """The newest complete checkpoint. Raises CheckpointError if there is none."""
-    complete = sorted(path.parent for path in folder.glob(f"epoch-*/{MANIFEST}") if path.parent.suffix != ".building")
+    complete = sorted(
+        path.parent for path in folder.glob(f"epoch-*/{MANIFEST}") if path.parent.suffix != ".building"
+    )
     if not complete:
-        raise CheckpointError(f"train.resume=true: no checkpoint in {folder}; set train.checkpoint_every_epochs")
+        raise CheckpointError(
+            f"train.resume=true: no checkpoint in {folder}; set train.checkpoint_every_epochs"
+        )
     return complete[-1]
 
 
@@ -67,7 +73,9 @@ def load_checkpoint(checkpoint: Path, engine: Engine, control: Control) -> tuple
         if control.rank == 0:
             _verify(checkpoint)
         if not (checkpoint / _random_state_name(control.rank)).exists():
-            raise CheckpointError(f"{checkpoint}: saved by fewer ranks than now run; resume with the same number")
+            raise CheckpointError(
+                f"{checkpoint}: saved by fewer ranks than now run; resume with the same number"
+            )
     engine.load(checkpoint)
     torch.set_rng_state(torch.load(checkpoint / _random_state_name(control.rank), weights_only=True))
     position = Position(**json.loads((checkpoint / "position.json").read_text()))
@@ -79,9 +87,13 @@ def _verify(checkpoint: Path) -> None:
         checksums: dict[str, str] = json.loads((checkpoint / MANIFEST).read_text())
         damaged = [name for name, checksum in checksums.items() if _sha256(checkpoint / name) != checksum]
     except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{checkpoint}: damaged ({error}); delete it to resume from the one before") from None
+        raise CheckpointError(
+            f"{checkpoint}: damaged ({error}); delete it to resume from the one before"
+        ) from None
     if damaged:
-        raise CheckpointError(f"{checkpoint}: {damaged[0]} is damaged; delete the folder to resume from the one before")
+        raise CheckpointError(
+            f"{checkpoint}: {damaged[0]} is damaged; delete the folder to resume from the one before"
+        )
 
 
 def _files(folder: Path) -> list[Path]:

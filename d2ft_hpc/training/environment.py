@@ -10,7 +10,18 @@ import torch
 
 from d2ft_hpc.launch import Control
 
-_PACKAGES = ("d2ft-hpc", "torch", "torchvision", "timm", "deepspeed", "mpi4py", "mpich", "highspy", "h5py", "numpy")
+_PACKAGES = (
+    "d2ft-hpc",
+    "torch",
+    "torchvision",
+    "timm",
+    "deepspeed",
+    "mpi4py",
+    "mpich",
+    "highspy",
+    "h5py",
+    "numpy",
+)
 
 
 def describe_environment(control: Control, launcher: str, device: torch.device) -> dict[str, str | int]:

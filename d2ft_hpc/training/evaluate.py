@@ -39,7 +39,9 @@ def evaluate(
             logits = model(images.to(device, dtype)).float()
             correct = (logits.argmax(-1) == labels).sum()
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([correct.double(), loss.double(), torch.tensor(float(len(labels))).to(loss).double()])
+            sums += torch.stack(
+                [correct.double(), loss.double(), torch.tensor(float(len(labels))).to(loss).double()]
+            )
     model.train(was_training)
     gathered = control.all_gather(sums.cpu().numpy().tobytes())
     correct_sum, loss_sum, samples = np.sum([np.frombuffer(part) for part in gathered], axis=0)

@@ -87,12 +87,17 @@ def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, positi
             progress.step(epoch + 1, position.steps_done, record.of_rank["loss"], record.learning_rate, share)
         position = replace(position, epochs_done=epoch + 1)
         recorder.gather()
-        if position.epochs_done % config.train.evaluate_every_epochs == 0 or position.epochs_done == config.train.epochs:
+        if (
+            position.epochs_done % config.train.evaluate_every_epochs == 0
+            or position.epochs_done == config.train.epochs
+        ):
             _evaluate(job, writer, progress, position)
         every = config.train.checkpoint_every_epochs
         if every is not None and position.epochs_done % every == 0:
             assert job.executor.plan is not None
-            saved = save_checkpoint(config.run_folder / CHECKPOINTS, engine, job.executor.plan, position, control)
+            saved = save_checkpoint(
+                config.run_folder / CHECKPOINTS, engine, job.executor.plan, position, control
+            )
             _note(writer, position, "checkpoint", str(saved.name))
 
 
@@ -202,9 +207,12 @@ def _record_plan(
     _note(writer, position, "plan", plan.hash)
 
 
-def _note(writer: ResultsWriter | None, position: Position, kind: str, text: str, seconds: float = 0.0) -> None:
+def _note(
+    writer: ResultsWriter | None, position: Position, kind: str, text: str, seconds: float = 0.0
+) -> None:
     if writer is not None:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         writer.append(
-            "events", {"step": position.steps_done, "time": now, "kind": kind, "text": text, "seconds": seconds}
+            "events",
+            {"step": position.steps_done, "time": now, "kind": kind, "text": text, "seconds": seconds},
         )

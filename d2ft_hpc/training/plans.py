@@ -51,7 +51,9 @@ def measure_scores(job: Job, loss_function: LossFunction) -> Scores | None:
     start = time.perf_counter()
     loader = train_loader(job.train_set, job.sampler)
     of_slots = [
-        torch.cat([fisher_information(job.model, job.executor.subnets, *pair, loss_function) for pair in batch])
+        torch.cat(
+            [fisher_information(job.model, job.executor.subnets, *pair, loss_function) for pair in batch]
+        )
         for batch in islice(batches_of(job, loader), config.probe_batches)
     ]
     fisher = _rows_of_all(job.control, torch.stack(of_slots).mean(0))
@@ -107,5 +109,7 @@ def _planner_options(config: PlanConfig, seed: int) -> dict[str, float]:
 def _rows_of_all(control: Control, own: Tensor) -> np.ndarray:
     """[row, block, head] of all replicas from each replica's own [slot, block, head]."""
     of_slots = own.cpu().numpy().astype("<f4")
-    parts = [np.frombuffer(part, "<f4").reshape(of_slots.shape) for part in control.all_gather(of_slots.tobytes())]
+    parts = [
+        np.frombuffer(part, "<f4").reshape(of_slots.shape) for part in control.all_gather(of_slots.tobytes())
+    ]
     return np.stack(parts, axis=1).reshape(-1, *of_slots.shape[1:])

@@ -54,10 +54,14 @@ class StepRecorder:
 
     def gather(self) -> None:
         """Writes what is pending; on all ranks together."""
-        own = np.array([[record.of_rank[column] for column in RANK_COLUMNS] for record in self._pending], "<f8")
+        own = np.array(
+            [[record.of_rank[column] for column in RANK_COLUMNS] for record in self._pending], "<f8"
+        )
         parts = self._control.all_gather(own.tobytes())
         if self._writer is not None and self._pending:
-            values = np.stack([np.frombuffer(part, "<f8").reshape(own.shape) for part in parts])  # [rank, step, column]
+            values = np.stack(
+                [np.frombuffer(part, "<f8").reshape(own.shape) for part in parts]
+            )  # [rank, step, column]
             for index, record in enumerate(self._pending):
                 by_column = dict(zip(RANK_COLUMNS, values[:, index].T, strict=True))
                 losses, samples = by_column.pop("loss"), by_column.pop("samples")

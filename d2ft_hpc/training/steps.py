@@ -25,7 +25,9 @@ class StepRunner:
         self._metered = Metered()
         self._metered_planned_flops = 1.0
 
-    def run(self, micro_batches: list[MicroBatch], *, step: int, epoch: int, plan: int, data_seconds: float) -> StepRecord:
+    def run(
+        self, micro_batches: list[MicroBatch], *, step: int, epoch: int, plan: int, data_seconds: float
+    ) -> StepRecord:
         """One optimiser step on this replica's micro-batches; on all ranks together."""
         planned = self._planned_flops(micro_batches)
         start = time.perf_counter()

@@ -53,10 +53,14 @@ def loss_function(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def optimizer_config(name: str) -> OptimizerConfig:
     # AdamW divides by the gradient's size: with its usual epsilon, rounding in the smallest gradients becomes steps.
-    return OptimizerConfig(name=name, learning_rate=0.05 if name == "sgd" else 1e-3, epsilon=1e-6, warmup_steps=2)
+    return OptimizerConfig(
+        name=name, learning_rate=0.05 if name == "sgd" else 1e-3, epsilon=1e-6, warmup_steps=2
+    )
 
 
-def reference_parameters(model: nn.Module, kind: str, optimizer_name: str, clipping: float | None, replicas: int) -> Any:
+def reference_parameters(
+    model: nn.Module, kind: str, optimizer_name: str, clipping: float | None, replicas: int
+) -> Any:
     """What one process gets from the same rows."""
     executor = attach(model)
     optimizer = build_optimizer(model, optimizer_config(optimizer_name))
@@ -72,7 +76,13 @@ def reference_parameters(model: nn.Module, kind: str, optimizer_name: str, clipp
 
 
 def deepspeed_engine(
-    model: nn.Module, optimizer_name: str, stage: int, *, precision: str = "fp32", clipping: float | None = None, **more: Any
+    model: nn.Module,
+    optimizer_name: str,
+    stage: int,
+    *,
+    precision: str = "fp32",
+    clipping: float | None = None,
+    **more: Any,
 ) -> DeepSpeedEngine:
     optimizer = build_optimizer(model, optimizer_config(optimizer_name))
     schedule = build_schedule(optimizer, optimizer_config(optimizer_name), STEPS)
@@ -83,7 +93,9 @@ def deepspeed_engine(
     return DeepSpeedEngine(model, attach(model), optimizer, schedule, loss_function, {**config, **more})
 
 
-def trained_parameters(control: Control, model: nn.Module, engine: DeepSpeedEngine, kind: str) -> dict[str, nn.Parameter]:
+def trained_parameters(
+    control: Control, model: nn.Module, engine: DeepSpeedEngine, kind: str
+) -> dict[str, nn.Parameter]:
     for step in range(STEPS):
         plan = plan_of(kind, step, control.world_size)
         engine.executor.load(plan, control.rank)
@@ -93,10 +105,14 @@ def trained_parameters(control: Control, model: nn.Module, engine: DeepSpeedEngi
 
 
 def largest_difference(one: Any, other: Any) -> float:
-    return max(float((one[name].detach().double() - other[name].detach().double()).abs().max()) for name in other)
+    return max(
+        float((one[name].detach().double() - other[name].detach().double()).abs().max()) for name in other
+    )
 
 
-def check_fp32(control: Control, kind: str, stage: int, optimizer_name: str, clipping: float | None = None) -> float:
+def check_fp32(
+    control: Control, kind: str, stage: int, optimizer_name: str, clipping: float | None = None
+) -> float:
     # A key bias has a gradient of zero but for rounding, which AdamW would turn into steps of full size.
     options = {"qkv_bias": optimizer_name == "sgd"}
     model = tiny_vit(**options)
@@ -111,7 +127,9 @@ def check_bf16(control: Control, kind: str, stage: int) -> dict[str, float]:
 
     def error(of_kind: str) -> float:
         model = tiny_vit()
-        own = trained_parameters(control, model, deepspeed_engine(model, "sgd", stage, precision="bf16"), of_kind)
+        own = trained_parameters(
+            control, model, deepspeed_engine(model, "sgd", stage, precision="bf16"), of_kind
+        )
         exact = reference_parameters(tiny_vit().double(), of_kind, "sgd", None, control.world_size)
         squares = [(own[name].double() - exact[name]).square().flatten() for name in exact]
         return float(torch.cat(squares).mean().sqrt())
@@ -129,7 +147,10 @@ def check_bytes(control: Control) -> dict[str, Any]:
     with meter() as metered:
         engine.step([micro_batch(0, slot, SLOTS) for slot in range(SLOTS)])
     gradients = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
-    return {"counted": metered.bytes_sent, "ring": 2 * (control.world_size - 1) / control.world_size * gradients}
+    return {
+        "counted": metered.bytes_sent,
+        "ring": 2 * (control.world_size - 1) / control.world_size * gradients,
+    }
 
 
 def checks(world_size: int) -> dict[str, Callable[[Control], Any]]:

@@ -22,7 +22,12 @@ def mpirun() -> str:
 
 
 def run(
-    arguments: list[str], *, ranks: int = 1, timeout_seconds: float = 120, cwd: Path | None = None, **environment: str
+    arguments: list[str],
+    *,
+    ranks: int = 1,
+    timeout_seconds: float = 120,
+    cwd: Path | None = None,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Runs `python ARGUMENTS` alone or on MPI ranks of one thread each."""
     command = [sys.executable, *arguments]

@@ -22,7 +22,9 @@ LIMIT_SECONDS = 30
 QUICK = ["data.slots=1", "data.micro_batch_size=4", "train.epochs=1"]
 
 
-def train(folder: Path, *overrides: str, ranks: int = 2, **environment: str) -> tuple[subprocess.CompletedProcess[str], float]:
+def train(
+    folder: Path, *overrides: str, ranks: int = 2, **environment: str
+) -> tuple[subprocess.CompletedProcess[str], float]:
     start = time.monotonic()
     arguments = ["-m", "d2ft_hpc", "train", "configs/demo.yaml", f"run.folder={folder}", *QUICK, *overrides]
     return run(arguments, ranks=ranks, timeout_seconds=60, **environment), time.monotonic() - start
@@ -33,7 +35,9 @@ def assert_ended_with(
 ) -> None:
     """One message of ours that has all the words, no traceback, a non-zero status, in time."""
     finished, seconds = ended
-    messages = [line for line in finished.stderr.splitlines() if re.match(r"(d2ft-hpc: error:|\[rank \d)", line)]
+    messages = [
+        line for line in finished.stderr.splitlines() if re.match(r"(d2ft-hpc: error:|\[rank \d)", line)
+    ]
     assert finished.returncode != 0, finished.stderr
     assert len(messages) == 1, finished.stderr
     for word in words:
@@ -43,7 +47,9 @@ def assert_ended_with(
 
 
 def test_wrong_model(tmp_path: Path) -> None:
-    assert_ended_with(train(tmp_path, "model.name=vit_digit_demo", "model.weights=null"), "vit_digit_demo", "did you mean")
+    assert_ended_with(
+        train(tmp_path, "model.name=vit_digit_demo", "model.weights=null"), "vit_digit_demo", "did you mean"
+    )
 
 
 def test_model_that_cannot_be_cut(tmp_path: Path) -> None:
@@ -57,7 +63,9 @@ def test_missing_data(tmp_path: Path) -> None:
 
 
 def test_unknown_key(tmp_path: Path) -> None:
-    assert_ended_with(train(tmp_path, "plan.compute_buget=0.5"), "plan.compute_buget", "0.5", "plan.compute_budget")
+    assert_ended_with(
+        train(tmp_path, "plan.compute_buget=0.5"), "plan.compute_buget", "0.5", "plan.compute_budget"
+    )
 
 
 def test_budget_of_zero(tmp_path: Path) -> None:
@@ -77,7 +85,9 @@ def test_scores_that_are_not_numbers(tmp_path: Path) -> None:
 
 def test_damaged_weights(tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(DEMO_WEIGHTS.read_bytes()[:5000])
-    assert_ended_with(train(tmp_path, f"model.weights={tmp_path}/cut.safetensors"), "cut.safetensors", "safetensors file")
+    assert_ended_with(
+        train(tmp_path, f"model.weights={tmp_path}/cut.safetensors"), "cut.safetensors", "safetensors file"
+    )
 
 
 def test_one_rank_fewer_than_promised(tmp_path: Path) -> None:
@@ -103,7 +113,9 @@ def test_results_that_exist_already(tmp_path: Path) -> None:
 def test_full_disk(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("a small file system cannot be mounted here: needs root")
     try:
@@ -126,8 +138,12 @@ def test_killed_rank(tmp_path: Path) -> None:
     for line in job.stdout:
         if line.startswith("epoch "):
             break
-    ranks = subprocess.run(["pgrep", "-f", f"run.folder={tmp_path}"], capture_output=True, text=True).stdout.split()
-    pythons = [int(pid) for pid in ranks if "mpirun" not in Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0]]
+    ranks = subprocess.run(
+        ["pgrep", "-f", f"run.folder={tmp_path}"], capture_output=True, text=True
+    ).stdout.split()
+    pythons = [
+        int(pid) for pid in ranks if "mpirun" not in Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0]
+    ]
     pythons = [pid for pid in pythons if "python" in os.readlink(f"/proc/{pid}/exe")]
     os.kill(pythons[-1], signal.SIGKILL)
     start = time.monotonic()

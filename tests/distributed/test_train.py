@@ -17,11 +17,19 @@ from d2ft_hpc import results
 from d2ft_hpc.planning import SkipPlan
 from tests.distributed.launching import run
 
-QUICK = ["configs/demo.yaml", "data.micro_batch_size=8", "data.slots=2", "plan.compute_budget=0.5", "plan.planner=paper"]
+QUICK = [
+    "configs/demo.yaml",
+    "data.micro_batch_size=8",
+    "data.slots=2",
+    "plan.compute_budget=0.5",
+    "plan.planner=paper",
+]
 
 
 def train(folder: Path, *overrides: str, ranks: int = 2, before: tuple[str, ...] = ("-m", "d2ft_hpc")) -> str:
-    finished = run([*before, "train", *QUICK, f"run.folder={folder}", *overrides], ranks=ranks, timeout_seconds=240)
+    finished = run(
+        [*before, "train", *QUICK, f"run.folder={folder}", *overrides], ranks=ranks, timeout_seconds=240
+    )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout
 
@@ -71,7 +79,10 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished_run: Path, tmp_
     shutil.copytree(finished_run, tmp_path / "demo")
     shutil.rmtree(tmp_path / "demo" / "checkpoints" / "epoch-0002")
     train(tmp_path, "train.epochs=2", "plan.replan.every=1", "train.resume=true")
-    with h5py.File(finished_run / "results.h5") as whole, h5py.File(tmp_path / "demo" / "results.h5") as resumed:
+    with (
+        h5py.File(finished_run / "results.h5") as whole,
+        h5py.File(tmp_path / "demo" / "results.h5") as resumed,
+    ):
         for column in ("step", "loss", "learning_rate", "plan"):
             np.testing.assert_array_equal(resumed["steps"][column], whole["steps"][column])
     one, other = (load_file(folder / "model.safetensors") for folder in (finished_run, tmp_path / "demo"))

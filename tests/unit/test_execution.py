@@ -19,7 +19,12 @@ from tests.reference import FORWARD_ONLY, FULL, SHORTCUT, reference_forward
 VARIANTS = {
     "plain": {},
     "layer scale, q/k norm, registers": {"init_values": 0.1, "qk_norm": True, "reg_tokens": 2},
-    "no biases, average pooling": {"qkv_bias": False, "proj_bias": False, "global_pool": "avg", "class_token": False},
+    "no biases, average pooling": {
+        "qkv_bias": False,
+        "proj_bias": False,
+        "global_pool": "avg",
+        "class_token": False,
+    },
     "pre-norm, fc_norm": {"pre_norm": True, "fc_norm": True},
 }
 
@@ -157,7 +162,11 @@ def test_skipped_heads_store_nothing_for_backward() -> None:
     one_full = np.full((DEPTH, HEADS), FORWARD_ONLY, np.uint8)
     one_full[:, 0] = FULL
     with_shortcuts = np.where(one_full == FORWARD_ONLY, SHORTCUT, one_full).astype(np.uint8)
-    assert stored_bytes(one_full) == stored_bytes(with_shortcuts) < stored_bytes(np.full((DEPTH, HEADS), FULL, np.uint8))
+    assert (
+        stored_bytes(one_full)
+        == stored_bytes(with_shortcuts)
+        < stored_bytes(np.full((DEPTH, HEADS), FULL, np.uint8))
+    )
 
 
 def test_micro_batches_follow_their_own_rows_with_activation_checkpointing() -> None:
@@ -210,7 +219,9 @@ def test_embedding_policies(policy: str) -> None:
             F.cross_entropy(model(images), labels).backward()
         trained.append(model.pos_embed.grad is not None)
         assert model.head.weight.grad is not None
-    assert trained == {"frozen": [False, False], "complete_path": [False, True], "trained": [True, True]}[policy]
+    assert (
+        trained == {"frozen": [False, False], "complete_path": [False, True], "trained": [True, True]}[policy]
+    )
 
 
 def test_shared_parameters_can_be_frozen() -> None:

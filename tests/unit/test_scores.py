@@ -26,15 +26,21 @@ def fisher_by_autograd(model: nn.Module, subnets: SubnetMap, images: Tensor, lab
     return scores
 
 
-@pytest.mark.parametrize("options", [{}, {"qkv_bias": False, "proj_bias": False, "init_values": 0.1, "qk_norm": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"qkv_bias": False, "proj_bias": False, "init_values": 0.1, "qk_norm": True}]
+)
 def test_fisher_equals_squared_gradients(options: dict[str, object]) -> None:
     model = tiny_vit(drop_path_rate=0.3, **options)
     subnets = SubnetMap.of(model)
     images, labels = random_batch(0)
     of_batch = fisher_information(model, subnets, images, labels, F.cross_entropy)
-    torch.testing.assert_close(of_batch[0], fisher_by_autograd(model, subnets, images, labels), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(
+        of_batch[0], fisher_by_autograd(model, subnets, images, labels), rtol=1e-4, atol=1e-9
+    )
     of_samples = fisher_information(model, subnets, images, labels, F.cross_entropy, "sample")
-    expected = [fisher_by_autograd(model, subnets, images[i : i + 1], labels[i : i + 1]) for i in range(len(labels))]
+    expected = [
+        fisher_by_autograd(model, subnets, images[i : i + 1], labels[i : i + 1]) for i in range(len(labels))
+    ]
     torch.testing.assert_close(of_samples, torch.stack(expected), rtol=1e-4, atol=1e-9)
 
 

@@ -24,7 +24,8 @@ def test_every_entry_of_a_subnets_parameters_belongs_to_one_head() -> None:
         parts = [subnets.head_axes[name].select(parameter, torch.tensor([head])) for head in range(HEADS)]
         assert sum(part.numel() for part in parts) == parameter.numel()
         assert torch.equal(
-            torch.cat([part.flatten() for part in parts]).sort().values, parameter.detach().flatten().sort().values
+            torch.cat([part.flatten() for part in parts]).sort().values,
+            parameter.detach().flatten().sort().values,
         )
 
 
@@ -34,10 +35,18 @@ def test_selected_slices_are_timms_rows_and_columns() -> None:
     dim, units, head = 16, 64, 1
     own = torch.tensor([head])
     qkv = block.attn.qkv.weight.view(3, HEADS, dim, 48)
-    assert torch.equal(axes["attn.qkv.weight"].select(block.attn.qkv.weight, own), qkv[:, head].reshape(-1, 48))
-    assert torch.equal(axes["attn.proj.weight"].select(block.attn.proj.weight, own), block.attn.proj.weight[:, 16:32])
-    assert torch.equal(axes["mlp.fc1.bias"].select(block.mlp.fc1.bias, own), block.mlp.fc1.bias[units : 2 * units])
-    assert torch.equal(axes["mlp.fc2.weight"].select(block.mlp.fc2.weight, own), block.mlp.fc2.weight[:, 64:128])
+    assert torch.equal(
+        axes["attn.qkv.weight"].select(block.attn.qkv.weight, own), qkv[:, head].reshape(-1, 48)
+    )
+    assert torch.equal(
+        axes["attn.proj.weight"].select(block.attn.proj.weight, own), block.attn.proj.weight[:, 16:32]
+    )
+    assert torch.equal(
+        axes["mlp.fc1.bias"].select(block.mlp.fc1.bias, own), block.mlp.fc1.bias[units : 2 * units]
+    )
+    assert torch.equal(
+        axes["mlp.fc2.weight"].select(block.mlp.fc2.weight, own), block.mlp.fc2.weight[:, 64:128]
+    )
 
 
 def test_every_parameter_has_a_class() -> None:
