@@ -1,4 +1,4 @@
-"""The report against numbers worked out by hand, its picture, and the analysis scripts as a user runs them."""
+"""The report against numbers worked out by hand, its picture, and the analysis scripts run as users do."""
 
 import json
 import os
