@@ -6,9 +6,10 @@ references, compound types and filters are refused, and an array is never larger
 """
 
 import errno
+import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -149,9 +150,10 @@ class RunResults:
         """
         table = self.table("steps")
         costs = [*zip(table["step"], slowest(table["step_seconds"]), strict=True)]
-        costs += [(a.get("step", 0), a.get("seconds", 0.0)) for _, a in self.groups("scores")]
-        costs += [(a.get("first_step", 0), a.get("solve_seconds", 0.0)) for _, a in self.groups("plans")]
+        costs += [(number(a, "step"), number(a, "seconds")) for _, a in self.groups("scores")]
+        costs += [(number(a, "first_step"), number(a, "solve_seconds")) for _, a in self.groups("plans")]
         when, seconds = np.array(costs, dtype=np.float64).reshape(-1, 2).T
+        when = np.nan_to_num(when)
         order = np.argsort(when, kind="stable")
         total = np.concatenate([[0.0], np.nancumsum(seconds[order])])
         return np.asarray(total[np.searchsorted(when[order], steps, side="right")])
@@ -216,6 +218,12 @@ def _open_segment(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     return h5py.File(path, "r", locking=False)
+
+
+def number(attributes: Mapping[str, Scalar], name: str) -> float:
+    """A numeric attribute, NaN if it is missing or a text."""
+    value = attributes.get(name)
+    return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 @contextmanager
@@ -324,12 +332,13 @@ def _read(dataset: Any, field: Field) -> Array | str:
         raise _refuse(f"{where} is of type {dataset.dtype}")
     if dataset.size * dataset.dtype.itemsize > dataset.file.id.get_filesize():
         raise _refuse(f"{where} claims to be larger than its file")
-    value = dataset[()]
+    value: Any = dataset[()]
     if field.kind != "text":
         return np.asarray(value, dtype=field.kind)
     if dataset.shape == ():
         return bytes(value).decode()
-    return np.array([text.decode() for text in value.flat], dtype=str).reshape(value.shape)
+    texts: list[str] = [text.decode() for text in value.flat]
+    return np.asarray(texts, dtype=str).reshape(len(texts))
 
 
 def _read_table(file: Any, name: str) -> dict[str, Array]:
@@ -380,6 +389,8 @@ def _read_group(group: Any, kind: str) -> Group:
         dataset = _child(group, field.name)
         if dataset is not None:
             data[field.name] = _read(dataset, field)
+            if np.ndim(data[field.name]) != len(field.axes):
+                raise _refuse(f"{dataset.name} has a wrong number of dimensions")
     return data, _attributes(group)
 
 
