@@ -43,7 +43,7 @@ class _CollectiveCounter(TorchDispatchMode):
     """Sees torch.distributed's collectives as the dispatcher does (the `c10d` operators)."""
 
     def __init__(self, bytes_sent: dict[str, int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._bytes_sent = bytes_sent
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
