@@ -20,7 +20,7 @@ from tests.distributed.launching import run
 QUICK = [
     "configs/demo.yaml",
     "data.micro_batch_size=8",
-    "data.slots=2",
+    "data.slots=4",
     "plan.compute_budget=0.5",
     "plan.planner=paper",
 ]
@@ -59,7 +59,7 @@ def test_the_results_file_holds_the_whole_run(finished_run: Path) -> None:
     plans = opened.groups("plans")
     assert [attributes["first_step"] for _, attributes in plans] == [0, len(steps["step"]) // 2]
     for (data, attributes), (scores, _) in zip(plans, opened.groups("scores"), strict=True):
-        assert data["operations"].shape == scores["forward"].shape == (4, 6, 4)
+        assert data["operations"].shape == scores["forward"].shape == (8, 6, 4)
         assert SkipPlan(data["operations"], replicas=2).hash == attributes["hash"]
         assert attributes["planned_compute"] <= 0.5
 
@@ -98,7 +98,7 @@ def test_one_process_without_a_launcher(tmp_path: Path, engine: str) -> None:
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_launchers_without_mpi(tmp_path: Path, launcher: str) -> None:
     if launcher == "torchrun":
-        before = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "-m", "d2ft_hpc")
+        before = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "d2ft_hpc")
     else:
         command = str(Path(sys.executable).with_name("deepspeed"))
         before = (command, "--num_gpus", "2", "--master_port", "29644", "--module", "d2ft_hpc")
