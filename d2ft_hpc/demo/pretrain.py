@@ -1,8 +1,7 @@
 """Makes DEMO_WEIGHTS: `python -m d2ft_hpc.demo.pretrain [FILE]`, a few minutes on 2 cores.
 
 Trains on scikit-learn's digits 0-4 under random affine maps; the demo's task, digits 5-9, stays unseen. Each
-image is turned by a random multiple of 90 degrees and the model must name digit and turn (20 classes): the
-harder task gives features that transfer better to the unseen digits.
+image is turned by a random multiple of 90 degrees and the model must name digit and turn (20 classes).
 """
 
 from __future__ import annotations
