@@ -164,7 +164,7 @@ def device_knapsacks(problem: PlanProblem, forward_weight: float, backward_weigh
         cells = np.flatnonzero(owner == device)
         left = budget - len(cells) * shortcut
         limits = [
-            _largest_use(len(cells), *each) for each in zip(forward_step, backward_step, left, strict=True)
+            largest_use(len(cells), *each) for each in zip(forward_step, backward_step, left, strict=True)
         ]
         knapsacks.append(
             Knapsack(
@@ -179,7 +179,7 @@ def device_knapsacks(problem: PlanProblem, forward_weight: float, backward_weigh
     return knapsacks
 
 
-def _largest_use(cells: int, forward_step: float, backward_step: float, budget: float) -> float:
+def largest_use(cells: int, forward_step: float, backward_step: float, budget: float) -> float:
     """The largest cost within `budget` that whole numbers of steps can have; inf if all of them fit.
 
     As a limit it cuts off no plan; without it a bound would count on gains from the unusable rest.

@@ -80,7 +80,7 @@ def _solve(job: Job, scores: Scores | None) -> SkipPlan:
         rows, blocks, heads = job.plan_shape
         return SkipPlan.dense(rows // replicas, replicas, blocks, heads)
     equal = np.ones(job.plan_shape)
-    problem = PlanProblem.data_parallel(
+    problem = PlanProblem.parallel(
         equal if scores is None else scores.forward.astype(np.float64),
         equal if scores is None else scores.backward.astype(np.float64),
         replicas=replicas,

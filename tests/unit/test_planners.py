@@ -87,7 +87,7 @@ def problems(draw, max_cells=7):
 def random_problem(seed=0, shape=(10, 4, 3), replicas=2, **options):
     generator = np.random.default_rng(seed)
     forward, backward = generator.lognormal(0, 1.5, (2, *shape))
-    return PlanProblem.data_parallel(
+    return PlanProblem.parallel(
         forward, backward, replicas=replicas, **({"compute_budget": 0.6} | options)
     )
 
@@ -178,7 +178,7 @@ def test_the_paper_planner_solves_both_of_its_levels(rows, share, full_share, se
 
 def test_the_paper_planner_keeps_ties_in_row_order():
     equal = np.ones((5, 2, 2))
-    problem = PlanProblem.data_parallel(equal, equal, replicas=1, compute_budget=0.6)
+    problem = PlanProblem.parallel(equal, equal, replicas=1, compute_budget=0.6)
     plan = solve(problem, "paper")
     np.testing.assert_array_equal(plan.operations[:, 0, 0], [2, 2, 1, 1, 1])
     assert (plan.operations == plan.operations[:, :1, :1]).all()
@@ -204,7 +204,7 @@ def test_joint_uses_its_budget_better_than_the_others():
 
 @pytest.mark.parametrize("scores", [np.zeros((4, 2, 3)), np.full((4, 2, 3), 7.0), np.full((4, 2, 3), 1e308)])
 def test_scores_without_differences_are_legal(scores):
-    problem = PlanProblem.data_parallel(scores, scores, replicas=2, compute_budget=0.5)
+    problem = PlanProblem.parallel(scores, scores, replicas=2, compute_budget=0.5)
     for planner, options in OPTIONS.items():
         plan = solve(problem, planner, **options)
         assert 0 < plan.objective <= 48
@@ -243,7 +243,7 @@ def test_unusable_scores_are_named(name, value):
     scores = {"forward_score": np.ones((4, 2, 3)), "backward_score": np.ones((4, 2, 3))}
     scores[name][3, 1, 2] = value
     with pytest.raises(PlanError, match=f"{name} is {value} at row 3, block 1, head 2"):
-        PlanProblem.data_parallel(**scores, replicas=2, compute_budget=0.5)
+        PlanProblem.parallel(**scores, replicas=2, compute_budget=0.5)
 
 
 @pytest.mark.parametrize(
@@ -314,12 +314,12 @@ def test_a_problem_must_be_consistent():
 def test_float_error_in_a_budget_decides_nothing():
     scores = np.ones((3, 1, 1))
     for budget in (0.1 + 0.2, 0.3, 0.3 - 1e-13):  # of which the first is above the second
-        problem = PlanProblem.data_parallel(
+        problem = PlanProblem.parallel(
             np.ones((10, 1, 1)), np.ones((10, 1, 1)), replicas=1, compute_budget=budget
         )
         for planner in ("joint", "greedy"):
             assert problem.used_compute(solve(problem, planner))[0] == pytest.approx(3.0)
-    third = PlanProblem.data_parallel(scores, scores, replicas=1, compute_budget=1 / 3 - BUDGET_EPSILON / 3)
+    third = PlanProblem.parallel(scores, scores, replicas=1, compute_budget=1 / 3 - BUDGET_EPSILON / 3)
     assert solve(third, "joint").shares()[1] == 1  # three forwards, each a third
 
 
@@ -347,7 +347,7 @@ def test_coverage_feeds_heads_that_would_starve_and_states_the_least_budget():
     backward[:, :2] = 1e-3
 
     def problem(budget, **options):
-        return PlanProblem.data_parallel(
+        return PlanProblem.parallel(
             np.ones_like(backward), backward, replicas=2, compute_budget=budget, **options
         )
 
