@@ -38,7 +38,47 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", type=Path, help="run folders or results files; the first is the baseline")
     report.add_argument("--png", type=Path, help="where to write the picture")
     report.set_defaults(run=_report)
+
+    bench = commands.add_parser("bench", help="measure the package's own parts")
+    benches = bench.add_subparsers(required=True, metavar="WHAT")
+    planner = benches.add_parser(
+        "planner",
+        help="time and quality of every planner on synthetic scores",
+        description="Solves one synthetic problem with every planner; needs no GPU and no MPI.",
+    )
+    planner.add_argument("--blocks", type=int, required=True)
+    planner.add_argument("--heads", type=int, required=True)
+    planner.add_argument("--micro-batches", type=int, required=True)
+    planner.add_argument("--ranks", type=int, required=True, help="tensor-parallel ranks")
+    planner.add_argument("--stages", type=int, default=1, help="pipeline stages")
+    planner.add_argument("--heterogeneous", action="store_true", help="ranks of different speeds")
+    planner.add_argument("--equal-scores", action="store_true", help="no head is better than another")
+    planner.add_argument("--in-order", action="store_true", help="heads stay where timm has them")
+    planner.add_argument("--seed", type=int, default=0, help="of the scores")
+    planner.add_argument("--json", action="store_true", help="end with one line of JSON")
+    planner.set_defaults(run=_bench_planner)
     return parser
+
+
+def _bench_planner(options: argparse.Namespace) -> int:
+    from d2ft_hpc.bench.planner import benchmark, report
+    from d2ft_hpc.launch import run_guarded
+
+    def run() -> None:
+        results = benchmark(
+            blocks=options.blocks,
+            heads=options.heads,
+            micro_batches=options.micro_batches,
+            ranks=options.ranks,
+            stages=options.stages,
+            heterogeneous=options.heterogeneous,
+            equal_scores=options.equal_scores,
+            placed=not options.in_order,
+            seed=options.seed,
+        )
+        print(report(results, as_json=options.json))
+
+    return run_guarded(None, run)
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -17,17 +17,18 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from d2ft_hpc.planning.highs import OPTIMAL, Rows, maximise
+from d2ft_hpc.planning.highs import OPTIMAL, LinearProgram, Rows, maximise_integer
 from d2ft_hpc.planning.problem import Floats, Ints
 
-RELATIVE_GAP = 2e-6
+RELATIVE_GAP = 1e-5
 """A choice that is proved to be this near its optimum is good enough."""
 
+_TRIAL_SCALES = (0.7, 0.85, 1.0, 1.2, 1.4)  # of first prices, to find options that may be worth it
 _ROUNDING = 1e-12  # by which sums of the same numbers in another order may differ
 _CORE_OPTIONS = 3_000  # undecided ones: HiGHS settles so many in milliseconds, or overshoots its time by as little
 _CORE_SECONDS = 0.5
@@ -74,7 +75,11 @@ def choose(value: Floats, limits: Sequence[Limit], *, deadline: float) -> Choice
     """
     prices = [np.zeros(len(limit.most)) for limit in limits]
     scarce = [i for i, limit in enumerate(limits) if _can_be_exceeded(limit)]
-    some = [limits[i] for i in scarce]
+    some = [_without_unusable_rest(limits[i]) for i in scarce]
+    for limit in some:
+        alone_too_much = limit.use > limit.most[:, None]  # [group, option]
+        if alone_too_much.any():
+            value = np.where(alone_too_much[limit.group], -np.inf, value)
     if len(some) == 1:
         its_prices, option = _price(value, some[0])
     else:
@@ -97,6 +102,15 @@ def _can_be_exceeded(limit: Limit) -> bool:
     return bool((classes * limit.use.max() > limit.most).any())
 
 
+def _without_unusable_rest(limit: Limit) -> Limit:
+    """The limit in whole multiples of the smallest use, if all uses are: what is less than that helps nobody."""
+    unit = limit.use[limit.use > 0].min(initial=np.inf)
+    multiples = limit.use / unit
+    if np.abs(multiples - np.rint(multiples)).max() > _ROUNDING * multiples.max():
+        return limit
+    return replace(limit, most=np.floor(limit.most / unit * (1 + _ROUNDING)) * unit)
+
+
 def _worth(value: Floats, option: Ints) -> float:
     return float(value[np.arange(len(value)), option].sum())
 
@@ -110,9 +124,9 @@ def _less_price(value: Floats, limits: Sequence[Limit], prices: Sequence[Floats]
 
 def _independent(classes: int, limits: Sequence[Limit]) -> Ints:
     """Groups of classes that no limit couples, int64 [class]: those of the limits if all have the same, else one."""
-    if limits and all(np.array_equal(limit.group, limits[0].group) for limit in limits):
-        return limits[0].group
-    return np.zeros(classes, dtype=np.int64)
+    if any(not np.array_equal(limit.group, limits[0].group) for limit in limits[1:]) or not limits:
+        return np.zeros(classes, dtype=np.int64)
+    return limits[0].group
 
 
 def _bounds(value: Floats, limits: Sequence[Limit], prices: Sequence[Floats]) -> Floats:
@@ -121,7 +135,7 @@ def _bounds(value: Floats, limits: Sequence[Limit], prices: Sequence[Floats]) ->
     bounds = np.bincount(group, _less_price(value, limits, prices).max(axis=1))
     for limit, price in zip(limits, prices, strict=True):
         worth = price * np.where(price > 0, limit.most, 0.0)
-        bounds = bounds + (worth[: len(bounds)] if limit.group is group else worth.sum())
+        bounds = bounds + (worth if len(bounds) > 1 else worth.sum())
     return bounds
 
 
@@ -182,51 +196,61 @@ def _prices_of_several(
     prices = _first_prices(value, limits)
     pool = np.zeros(value.shape, dtype=bool)
     pool[:, 0] = True
-    for scale in itertools.product((0.6, 1.0, 1.6), repeat=min(2, len(limits))):
+    for scale in itertools.product(_TRIAL_SCALES, repeat=min(2, len(limits))):
         scales = (*scale, *[1.0] * (len(limits) - len(scale)))
         trial = [price * factor for price, factor in zip(prices, scales, strict=True)]
         pool[classes, _less_price(value, limits, trial).argmax(axis=1)] = True
 
+    unit = np.abs(value[pool]).max() or 1.0
+    groups = [len(limit.most) for limit in limits]
+    program = LinearProgram(
+        np.concatenate([np.ones(len(value)), np.full(sum(groups), -math.inf)]),
+        np.concatenate([np.ones(len(value)), *[limit.most for limit in limits]]),
+    )
+    its_class, its_option = newcomers = np.nonzero(pool)
     best, option = math.inf, np.zeros(len(value), dtype=np.int64)
     while True:
-        its_class, its_option = np.nonzero(pool)
-        unit = np.abs(value[pool]).max() or 1.0
-        solution = maximise(
-            value[pool] / unit,
-            _rows(len(value), limits, [limit.most for limit in limits], its_class, its_option),
-            integer=False,
-            seconds=deadline - time.monotonic(),
-        )
+        program.add(value[newcomers] / unit, *_entries(len(value), limits, *newcomers))
+        solution = program.solve(deadline - time.monotonic())
         if solution.duals is None or solution.values is None:
             return prices, option
-        ends = np.cumsum([len(value), *[len(limit.most) for limit in limits]])
-        duals = [np.maximum(dual, 0.0) * unit for dual in np.split(solution.duals, ends[:-1])[1:]]
-        bound = float(_bounds(value, limits, duals).sum())
+        duals = np.maximum(solution.duals[len(value) :], 0.0) * unit
+        trial = np.split(duals, np.cumsum(groups)[:-1])
+        bound = float(_bounds(value, limits, trial).sum())
         if bound < best:
-            best, prices = bound, duals
+            best, prices = bound, trial
         whole = solution.values > 1 - 1e-6
         option = np.zeros(len(value), dtype=np.int64)  # classes that the program splits between options run nothing
         option[its_class[whole]] = its_option[whole]
-        newcomers = _less_price(value, limits, duals).argmax(axis=1)
-        if best - solution.bound * unit <= RELATIVE_GAP / 20 * abs(best) or pool[classes, newcomers].all():
+        wanted = _less_price(value, limits, trial).argmax(axis=1)
+        is_new = ~pool[classes, wanted]
+        if best - solution.bound * unit <= RELATIVE_GAP / 100 * abs(best) or not is_new.any():
             return prices, option
-        pool[classes, newcomers] = True
+        newcomers = classes[is_new], wanted[is_new]
+        pool[newcomers] = True
+        its_class, its_option = np.append(its_class, newcomers[0]), np.append(its_option, newcomers[1])
 
 
 def _first_prices(value: Floats, limits: Sequence[Limit]) -> list[Floats]:
-    """One price for all limits together, each weighed by how scarce it is."""
-    scarcity = [len(value) / limit.most.sum() for limit in limits]
+    """One price for all limits of a group together, each weighed by how scarce it is."""
+    group = _independent(len(value), limits)
+    classes = np.bincount(group)
+    scarcity = [len(value) / (limit.most.sum() or 1.0) for limit in limits]
     use = np.sum([limit.use * scarce for limit, scarce in zip(limits, scarcity, strict=True)], axis=0)
-    everything = np.zeros(len(value), dtype=np.int64)
-    (price,), _ = _price(value, Limit(use, everything, np.array([float(len(limits) * len(value))])))
-    return [np.full(len(limit.most), price[0] * scarce) for limit, scarce in zip(limits, scarcity, strict=True)]
+    (price,), _ = _price(value, Limit(use, group, len(limits) * classes.astype(np.float64)))
+    return [
+        scarce * (price if len(price) > 1 else np.full(len(limit.most), price[0]))
+        for limit, scarce in zip(limits, scarcity, strict=True)
+    ]
 
 
-def _rows(
-    classes: int, limits: Sequence[Limit], most: Sequence[Floats], its_class: Ints, its_option: Ints
-) -> Rows:
-    """One variable for each of the given options: one option for every class, `most` in each group of each limit."""
-    variables = np.arange(len(its_class))
+def _entries(
+    classes: int, limits: Sequence[Limit], its_class: Ints, its_option: Ints
+) -> tuple[Ints, Ints, Floats]:
+    """Column, row and value of one variable for each of the given options.
+
+    The rows: one for every class, which gets one option, then one for every group of every limit.
+    """
     rows, values = [its_class], [np.ones(len(its_class))]
     first = classes
     for limit in limits:
@@ -235,13 +259,8 @@ def _rows(
         first += len(limit.most)
     value = np.concatenate(values)
     some = value != 0
-    return Rows(
-        row=np.concatenate(rows)[some],
-        column=np.tile(variables, 1 + len(limits))[some],
-        value=value[some],
-        lower=np.concatenate([np.ones(classes), np.full(first - classes, -math.inf)]),
-        upper=np.concatenate([np.ones(classes), *most]),
-    )
+    column = np.tile(np.arange(len(its_class)), 1 + len(limits))
+    return column[some], np.concatenate(rows)[some], value[some]
 
 
 def _fill(value: Floats, limits: Sequence[Limit], option: Ints) -> Ints:
@@ -280,7 +299,7 @@ def _decide_core(
     reduced = _less_price(value, limits, prices)
     loss = reduced.max(axis=1, keepdims=True) - reduced
     loss[classes, option] = 0.0
-    core = loss <= (gap + RELATIVE_GAP / 100 * np.abs(bounds))[group, None]
+    core = loss <= (gap + RELATIVE_GAP / 1000 * np.abs(bounds))[group, None]
     is_complete = np.count_nonzero(core) <= _CORE_OPTIONS + len(value)
     if not is_complete:
         core &= loss < np.partition(loss[core], _CORE_OPTIONS + len(value))[_CORE_OPTIONS + len(value)]
@@ -295,12 +314,20 @@ def _decide_core(
     most = [limit.most - used for limit, used in zip(limits, fixed, strict=True)]
     gain = value[undecided[its_class], its_option] - value[undecided, option[undecided]][its_class]
     unit = bound / len(value)
-    solution = maximise(
+    column, row, use = _entries(len(undecided), here, its_class, its_option)
+    one_each = np.ones(len(undecided))
+    solution = maximise_integer(
         gain / unit,
-        _rows(len(undecided), here, most, its_class, its_option),
-        integer=True,
+        Rows(
+            row,
+            column,
+            use,
+            lower=np.concatenate([one_each, *[np.full(len(limit.most), -math.inf) for limit in here]]),
+            upper=np.concatenate([one_each, *most]),
+        ),
         seconds=min(_CORE_SECONDS, deadline - time.monotonic()),
         absolute_gap=RELATIVE_GAP / 2 * len(value),
+        relative_gap=0.0,
     )
     worth = _worth(value, option)
     if is_complete:

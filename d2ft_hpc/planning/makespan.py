@@ -197,15 +197,15 @@ def _choose_pipeline(problem: PlanProblem, teams: list[Team], deadline: float) -
     """
     row_time = _row_time(problem, teams)
     splits = _splits(problem, teams, row_time)  # backward part of each
-    even = [choose(team.levels.value, [_row_limit(team, row_time)], deadline=deadline) for team in teams]
+    no_time = -math.inf  # for HiGHS: prices will do here
+    even = [choose(team.levels.value, [_row_limit(team, row_time)], deadline=no_time) for team in teams]
     promise = np.full(len(splits), sum(choice.bound for choice in even))
     backward = [team.levels.backward_time[c.option].sum() / len(team.rows) for team, c in zip(teams, even, strict=True)]
     split = int(np.abs(splits - np.mean(backward)).argmin())
     best: list[Choice] = []
     best_value = -math.inf
-    tried = set()
-    while True:
-        tried.add(split)
+    enough = -math.inf  # a split that promises no more than this is not worth a try
+    while promise[split] > enough and time.monotonic() < deadline or not best:
         choices = []
         promises = np.zeros(len(splits))
         for team in teams:
@@ -226,9 +226,9 @@ def _choose_pipeline(problem: PlanProblem, teams: list[Team], deadline: float) -
         value = sum(choice.value for choice in choices)
         if value > best_value:
             best, best_value = choices, value
+        enough = max(enough, best_value * (1 + RELATIVE_GAP), promise[split])
         split = int(promise.argmax())
-        if split in tried or promise[split] <= best_value * (1 + RELATIVE_GAP) or time.monotonic() > deadline:
-            return best, float(promise.max())
+    return best, float(promise.max())
 
 
 def _row_time(problem: PlanProblem, teams: list[Team]) -> float:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
+from scipy.optimize import linear_sum_assignment
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.problem import Ints
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,25 +24,42 @@ def in_order(blocks: int, heads: int, ranks: int) -> Ints:
     return np.tile(np.repeat(np.arange(ranks), heads // ranks), (blocks, 1))
 
 
-def snake(score: npt.ArrayLike, ranks: int) -> Ints:
-    """An owner map int64 [block, head] that gives every rank of a block its share of strong and weak heads.
+def spread(problem: PlanProblem, ranks: int) -> Ints:
+    """An owner map int64 [block, head] under which ranks that run equally many heads lose little by it.
 
-    score: float [block, head], or [row, block, head], of which the mean over the rows counts.
+    problem: scores and costs; its own owner map does not matter. The means over the rows count.
 
-    The heads are dealt from the strongest to the weakest, to ranks 0, 1, ..., n-1, n-1, ..., 1, 0, 0, 1, ...: ranks
-    that run equally many heads then lose little against a free choice. Raises PlanError as `in_order` does.
+    A head is worth running forward up to some price of compute, and worth running backward up to another. In every
+    block the heads are put in order of the one price and cut into groups of `ranks` heads, and again by the other;
+    every rank then gets exactly one head of each group of both kinds. That is always possible (the groups of both
+    kinds and their heads form a regular bipartite graph: Koenig, 1916), one perfect matching a rank.
+
+    Raises PlanError if the heads cannot be divided evenly.
     """
-    score = np.asarray(score, dtype=np.float64)
-    if score.ndim == 3:
-        score = score.mean(axis=0)
-    blocks, heads = score.shape
-    in_order(blocks, heads, ranks)
-    there_and_back = np.concatenate([np.arange(ranks), np.arange(ranks)[::-1]])
-    deal = np.resize(there_and_back, heads)
-    owner = np.empty((blocks, heads), dtype=np.int64)
-    strongest_first = np.argsort(-score, axis=1, kind="stable")
-    np.put_along_axis(owner, strongest_first, np.tile(deal, (blocks, 1)), axis=1)
+    forward_gain, backward_gain = (gain.mean(axis=0) for gain in problem.gains())
+    shortcut, forward_only, full = problem.compute_cost
+    both = (forward_gain + backward_gain) / max(full - shortcut, BUDGET_EPSILON)
+    forward_price = np.maximum(forward_gain / max(forward_only - shortcut, BUDGET_EPSILON), both)
+    backward_price = np.minimum(backward_gain / max(full - forward_only, BUDGET_EPSILON), both)
+    owner = in_order(*both.shape, ranks)
+    for block in range(len(owner)):
+        groups = [_place(price[block]) // ranks for price in (forward_price, backward_price)]
+        heads_of: dict[tuple[int, int], list[int]] = {}
+        for head, pair in enumerate(zip(*groups, strict=True)):
+            heads_of.setdefault(pair, []).append(head)
+        left = np.zeros((len(owner[block]) // ranks,) * 2)
+        for pair, heads in heads_of.items():
+            left[pair] = len(heads)
+        for rank in range(ranks):
+            for pair in zip(*linear_sum_assignment(left > 0, maximize=True), strict=True):
+                owner[block, heads_of[pair].pop(0)] = rank
+                left[pair] -= 1
     return owner
+
+
+def _place(price: Floats) -> Ints:
+    """Place of each head in the order of falling prices, int64 [head]."""
+    return np.argsort(np.argsort(-price, kind="stable"), kind="stable")
 
 
 def head_order(owner: Ints) -> Ints:

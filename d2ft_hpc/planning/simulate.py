@@ -29,6 +29,19 @@ class Timing:
         return np.asarray(1 - self.busy / self.step if self.step > 0 else np.zeros_like(self.busy))
 
 
+def waste(plan: SkipPlan, problem: PlanProblem) -> float:
+    """Simulated step over the ideal one, minus 1; 0 if the plan is done before that.
+
+    The ideal step spends the compute budgets, and nobody waits in it but where a pipeline fills and drains.
+    """
+    rows = problem.forward_score.shape[0] // problem.replicas
+    cells = problem.cells_per_device()
+    budget = np.minimum(problem.compute_budget, cells * problem.compute_cost[Operation.FULL])
+    ideal = float((budget / problem.device_speed).max()) * (rows + problem.stages - 1) / rows
+    step = simulate(plan, problem).step
+    return max(0.0, step / ideal - 1) if ideal > 0 else 0.0
+
+
 def simulate(plan: SkipPlan, problem: PlanProblem) -> Timing:
     """The plan's step with tensor-parallel ranks that meet after the forward and the backward of every block, a 1F1B
     pipeline over the stages, and replicas that meet at the end. SHORTCUT's own cost counts as forward.
