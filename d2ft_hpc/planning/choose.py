@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from d2ft_hpc.planning.highs import OPTIMAL, LinearProgram, Rows, maximise_integer
 from d2ft_hpc.planning.problem import Floats, Ints
@@ -47,7 +46,7 @@ class Limit:
 
     def used(self, option: Ints) -> Floats:
         """float64 [group]; option: int64 [class]."""
-        return np.bincount(self.group, self.use[option], len(self.most))
+        return np.bincount(self.group, self.use[option], len(self.most)).astype(np.float64)
 
     def left(self, option: Ints) -> Floats:
         return self.most * (1 + _ROUNDING) - self.used(option)
@@ -132,7 +131,7 @@ def _independent(classes: int, limits: Sequence[Limit]) -> Ints:
 def _bounds(value: Floats, limits: Sequence[Limit], prices: Sequence[Floats]) -> Floats:
     """What the prices prove for each independent group, float64 [group]."""
     group = _independent(len(value), limits)
-    bounds = np.bincount(group, _less_price(value, limits, prices).max(axis=1))
+    bounds: Floats = np.bincount(group, _less_price(value, limits, prices).max(axis=1)).astype(np.float64)
     for limit, price in zip(limits, prices, strict=True):
         worth = price * np.where(price > 0, limit.most, 0.0)
         bounds = bounds + (worth if len(bounds) > 1 else worth.sum())
@@ -149,7 +148,8 @@ def _price(value: Floats, limit: Limit) -> tuple[list[Floats], Ints]:
     groups = len(limit.most)
 
     def totals(option: Ints) -> tuple[Floats, Floats]:
-        return np.bincount(limit.group, value[classes, option], groups), limit.used(option)
+        worth = np.bincount(limit.group, value[classes, option], groups).astype(np.float64)
+        return worth, limit.used(option)
 
     under = np.zeros(len(value), dtype=np.int64)
     over = value.argmax(axis=1)

@@ -6,6 +6,7 @@ skipped one.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Literal
 
@@ -17,7 +18,7 @@ from d2ft_hpc.planning.choose import Limit, choose
 from d2ft_hpc.planning.highs import OPTIMAL
 from d2ft_hpc.planning.knapsack import plan_with_bound
 from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.problem import PlanProblem, round_up
+from d2ft_hpc.planning.problem import Floats, Ints, PlanProblem, round_up
 
 
 def solve_depth(
@@ -55,10 +56,18 @@ def solve_depth(
     operations = np.empty(problem.forward_score.shape, dtype=np.uint8)
     bound, statuses = 0.0, set()
     for replica in range(problem.replicas):
-        choice = choose(value[replica :: problem.replicas], _limits(problem, replica, option_operations), deadline=deadline)
-        operations[replica :: problem.replicas] = option_operations[choice.option][:, :, None]
-        bound += choice.bound
-        statuses.add(choice.status)
+        rows = slice(replica, None, problem.replicas)
+        limits = _limits(problem, replica, option_operations)
+        total = _most_blocks(limits, depths, len(value[rows]))
+        if total is None:
+            choice = choose(value[rows], limits, deadline=deadline)
+            option, status = choice.option, choice.status
+            bound += choice.bound
+        else:
+            option, status = _best_options(value[rows], depths, total), OPTIMAL
+            bound += float(value[rows][np.arange(len(option)), option].sum())
+        operations[rows] = option_operations[option][:, :, None]
+        statuses.add(status)
     return plan_with_bound(
         problem,
         operations,
@@ -98,3 +107,34 @@ def _limits(problem: PlanProblem, replica: int, option_operations: npt.NDArray[n
     scarce = [limit for limit in limits if np.isfinite(limit.most).all() and limit.use.max() > 0]
     different = {limit.use.tobytes() + limit.most.tobytes(): limit for limit in scarce}
     return list(different.values())
+
+
+def _most_blocks(limits: list[Limit], depths: Ints, rows: int) -> int | None:
+    """The sum of all rows' depths that the limits allow; None if they say more than such a sum can."""
+    total = rows * int(depths[-1])
+    for limit in limits:
+        of_block = limit.use[-1] / depths[-1]
+        if len(limit.most) > 1 or not np.allclose(limit.use, of_block * depths, rtol=1e-12, atol=0):
+            return None
+        total = min(total, math.floor(limit.most[0] / of_block * (1 + 1e-12)))
+    return total
+
+
+def _best_options(value: Floats, depths: Ints, total: int) -> Ints:
+    """The option of each row, int64 [row], of the largest value in all whose depths add up to at most `total`.
+
+    Row by row: the best value for every sum of depths so far (dynamic programming), then back from the best end.
+    """
+    best = np.zeros(total + 1)  # [sum of depths at most]
+    chosen = np.zeros((len(value), total + 1), dtype=np.int64)
+    for row in range(len(value)):
+        candidates = np.full((len(depths), total + 1), -np.inf)
+        for option, depth in enumerate(depths[depths <= total]):
+            candidates[option, depth:] = best[: total + 1 - depth] + value[row, option]
+        chosen[row] = candidates.argmax(axis=0)
+        best = candidates.max(axis=0)
+    options = np.empty(len(value), dtype=np.int64)
+    for row in reversed(range(len(value))):
+        options[row] = chosen[row, total]
+        total -= int(depths[options[row]])
+    return options

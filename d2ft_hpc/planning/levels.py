@@ -7,7 +7,7 @@ backward, as it gets done in those times. Which heads these are is then each ran
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ class Levels:
 
     forward_gain, backward_gain: float64 [head, rank, class], the gains of every rank's heads.
     value: float64 [class, level], the largest sum of gains, over all ranks.
-    forward_time, backward_time: float64 [level]; level 0 runs nothing.
+    forward_time, backward_time: float64 [level]; level 0 runs least.
     forward_heads, backward_heads: int64 [level, rank], heads that run forward, and those of them that are FULL.
     """
 
@@ -35,6 +35,18 @@ class Levels:
     backward_time: Floats
     forward_heads: Ints
     backward_heads: Ints
+
+    def that_run(self, heads: int) -> Levels:
+        """Only the levels at which every rank runs at least so many heads forward."""
+        keep = np.flatnonzero((self.forward_heads >= heads).all(axis=1))
+        return replace(
+            self,
+            value=np.ascontiguousarray(self.value[:, keep]),
+            forward_time=self.forward_time[keep],
+            backward_time=self.backward_time[keep],
+            forward_heads=self.forward_heads[keep],
+            backward_heads=self.backward_heads[keep],
+        )
 
     def operations(self, level: Ints) -> npt.NDArray[np.uint8]:
         """The best heads at the level of each class, uint8 [head, rank, class]; level: int64 [class]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from d2ft_hpc.planning.highs import OPTIMAL
 from d2ft_hpc.planning.knapsack import largest_use, plan_with_bound
 from d2ft_hpc.planning.levels import Levels, make_levels
 from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem, round_up
 
 
 _EVENNESS = 1e-6  # of a class's mean value: what plans may lose by it is below what counts as no gap
@@ -61,6 +61,7 @@ def solve_makespan(
     *,
     forward_weight: float = 1.0,
     backward_weight: float = 1.0,
+    most_shortcut: float = 1.0,
     time_limit_seconds: float = 10.0,
 ) -> SkipPlan:
     """Maximise the objective of `solve_joint` with all ranks of a stage in lock step (`levels`).
@@ -69,10 +70,14 @@ def solve_makespan(
     every stage gets the same time for the forward of every row, and the same for every backward, so that no stage
     of the pipeline waits for another; how the two share the row's time is chosen, too.
 
+    most_shortcut: share in [0, 1] of every rank's heads that may be SHORTCUT in a (row, block).
+    time_limit_seconds: wall-clock time, > 0.
+
     Bound and gap are those of this problem: no other plan in lock step (and with such rows) scores more.
     Where time runs out, the plan that the prices suggest is taken; the status says so.
 
-    Raises PlanError if an option is out of range, or if ranks do not hold equally many heads in all blocks.
+    Raises PlanError if an option is out of range, if ranks do not hold equally many heads in all blocks, or if the
+    budgets do not pay for `most_shortcut` (the message names the device and the least feasible budget).
     """
     if not time_limit_seconds > 0:
         raise PlanError(f"time_limit_seconds must be > 0, got {time_limit_seconds}.")
@@ -80,7 +85,7 @@ def solve_makespan(
     operations = np.full(problem.forward_score.shape, Operation.SHORTCUT, dtype=np.uint8)
     bound, statuses = 0.0, set()
     for replica in range(problem.replicas):
-        teams = [make_team(problem, replica, stage, forward_weight, backward_weight) for stage in range(problem.stages)]
+        teams = make_teams(problem, replica, forward_weight, backward_weight, most_shortcut)
         if len(teams) == 1:
             choices = [choose(teams[0].levels.value, _step_limits(problem, teams[0]), deadline=deadline)]
             bound += choices[0].bound
@@ -102,10 +107,28 @@ def solve_makespan(
     )
 
 
-def make_team(
-    problem: PlanProblem, replica: int, stage: int, forward_weight: float = 1.0, backward_weight: float = 1.0
+def make_teams(
+    problem: PlanProblem, replica: int, forward_weight: float, backward_weight: float, most_shortcut: float
+) -> list[Team]:
+    """The teams of all stages of a replica. Raises PlanError as `solve_makespan` does."""
+    if not 0 <= most_shortcut <= 1:
+        raise PlanError(f"most_shortcut is a share of a rank's heads in [0, 1], got {most_shortcut}.")
+    teams = []
+    for stage in range(problem.stages):
+        team = _make_team(problem, replica, stage, forward_weight, backward_weight)
+        heads = len(team.levels.forward_gain)
+        least = heads - math.floor(most_shortcut * heads + BUDGET_EPSILON)
+        team = replace(team, levels=team.levels.that_run(least))
+        if not fitting_levels(problem, team)[0]:
+            raise PlanError(_unpaid(problem, team, least))
+        teams.append(team)
+    return teams
+
+
+def _make_team(
+    problem: PlanProblem, replica: int, stage: int, forward_weight: float, backward_weight: float
 ) -> Team:
-    """The ranks of a stage with their levels. Raises PlanError if a rank's number of heads varies by block."""
+    """The ranks of a stage with all levels. Raises PlanError if a rank's number of heads varies by block."""
     rows = np.arange(replica, problem.forward_score.shape[0], problem.replicas)
     blocks = np.flatnonzero(problem.stage == stage)
     devices = (replica * problem.stages + stage) * problem.ranks + np.arange(problem.ranks)
@@ -150,8 +173,13 @@ def _step_limits(problem: PlanProblem, team: Team) -> list[Limit]:
         cells = len(levels.value) * len(levels.forward_gain)
         most = largest_use(cells, *_head_times(problem, team), most)
     everything = np.zeros(len(levels.value), dtype=np.int64)
-    time_limit = Limit(levels.forward_time + levels.backward_time, everything, np.array([most]))
+    time_limit = _limit(levels.forward_time + levels.backward_time, everything, np.array([most]))
     return [time_limit, *_other_limits(problem, team)]
+
+
+def _limit(use: Floats, group: Ints, most: Floats) -> Limit:
+    """The limit on what levels use above level 0, which every class has at least."""
+    return Limit(use - use[0], group, most - np.bincount(group, minlength=len(most)) * use[0])
 
 
 def fitting_levels(problem: PlanProblem, team: Team) -> npt.NDArray[np.bool_]:
@@ -175,10 +203,32 @@ def _other_limits(problem: PlanProblem, team: Team) -> list[Limit]:
         most = problem.budgets()[devices, 1].min() - cells[rank] * shortcut
         memory = np.full(len(team.rows), problem.memory_budget[devices].min())
         limits += [
-            Limit(message, np.zeros_like(row), np.array([most])),
-            Limit(levels.backward_heads[:, rank].astype(np.float64), row, memory),
+            _limit(message, np.zeros_like(row), np.array([most])),
+            _limit(levels.backward_heads[:, rank].astype(np.float64), row, memory),
         ]
     return [limit for limit in limits if np.isfinite(limit.most).all()]
+
+
+def _unpaid(problem: PlanProblem, team: Team, least: int) -> str:
+    """The message for budgets that do not pay for `least` heads of every rank in each class."""
+    cells = problem.cells_per_device()[team.devices]
+    share = least / len(team.levels.forward_gain)
+    needs = [
+        ("compute", problem.compute_cost, problem.budgets()[team.devices, 0], problem.always_share),
+        ("communication", problem.communication_cost, problem.budgets()[team.devices, 1], 0.0),
+    ]
+    for resource, (shortcut, forward, full), budget, always_share in needs:
+        need = cells * (shortcut + share * (forward - shortcut))
+        index = int((budget - need).argmin())
+        if need[index] > budget[index]:
+            of_dense = always_share + (1 - always_share) * need[index] / (cells[index] * full)
+            return (
+                f"The {resource} budget of {problem.device_names[team.devices[index]]} is {budget[index]:g}, but "
+                f"{share:.0%} of its heads running forward use {need[index]:g} (most_shortcut). The least feasible "
+                f"{resource} budget is {round_up(of_dense):g} of its dense step; raise it or most_shortcut."
+            )
+    slowest = problem.device_names[team.devices[int(problem.device_speed[team.devices].argmin())]]
+    return f"In lock step with {slowest}, the budgets do not pay for {least} heads running forward on every rank."
 
 
 def _head_times(problem: PlanProblem, team: Team) -> tuple[float, float]:
@@ -219,7 +269,7 @@ def _choose_pipeline(problem: PlanProblem, teams: list[Team], deadline: float) -
                 price = float(choice.prices[part].sum())
                 if price > 0:
                     most = np.array([_whole_heads(problem, team, part, time) for time in parts])
-                    its_promises += price * (most - limits[part].most[0])
+                    its_promises += price * (most - most[split])
             its_promises[split] = choice.bound + slack
             promises += its_promises
         promise = np.minimum(promise, promises)
@@ -243,12 +293,12 @@ def _splits(problem: PlanProblem, teams: list[Team], row_time: float) -> Floats:
     _, head_time = _head_times(problem, largest)
     count = len(largest.blocks) * len(largest.levels.forward_gain)
     splits = np.arange(count + 1) * head_time
-    return splits[splits <= row_time]
+    return splits[splits <= row_time - max(len(t.blocks) * t.levels.forward_time[0] for t in teams)]
 
 
 def _row_limit(team: Team, row_time: float) -> Limit:
     times = team.levels.forward_time + team.levels.backward_time
-    return Limit(times, team.row_of_class, np.full(len(team.rows), row_time))
+    return _limit(times, team.row_of_class, np.full(len(team.rows), row_time))
 
 
 def _row_limits(problem: PlanProblem, team: Team, forward_time: float, backward_time: float) -> list[Limit]:
@@ -258,7 +308,7 @@ def _row_limits(problem: PlanProblem, team: Team, forward_time: float, backward_
         ((team.levels.forward_time, forward_time), (team.levels.backward_time, backward_time))
     ):
         most = _whole_heads(problem, team, part, time_)
-        parts.append(Limit(use, team.row_of_class, np.full(len(team.rows), most)))
+        parts.append(_limit(use, team.row_of_class, np.full(len(team.rows), most)))
     return [*parts, *_other_limits(problem, team)]
 
 
@@ -277,7 +327,7 @@ def _unevenness(team: Team, limits: list[Limit]) -> Floats:
     """
     levels = team.levels
     distance = np.zeros(len(levels.forward_time))
-    for use, limit in ((levels.forward_time, limits[0]), (levels.backward_time, limits[1])):
-        if use.max() > 0:
-            distance += ((use - limit.most[0] / len(team.blocks)) / use.max()) ** 2
+    for limit in limits[:2]:
+        if limit.use.max() > 0:
+            distance += ((limit.use - limit.most[0] / len(team.blocks)) / limit.use.max()) ** 2
     return np.asarray(_EVENNESS * levels.value.max(axis=1).mean() * distance[None, :])
