@@ -86,7 +86,9 @@ class LinearProgram:
         return _solution(self._solver, is_integer=False)
 
 
-def maximise_integer(gain: Floats, rows: Rows, *, seconds: float, absolute_gap: float, relative_gap: float) -> Solution:
+def maximise_integer(
+    gain: Floats, rows: Rows, *, seconds: float, absolute_gap: float = 0.0, relative_gap: float = 0.0
+) -> Solution:
     """Maximise gain @ variables over variables that are 0 or 1.
 
     seconds: wall-clock limit. absolute_gap, relative_gap: a solution this near its bound is optimal.

@@ -133,10 +133,12 @@ def _make_team(
     blocks = np.flatnonzero(problem.stage == stage)
     devices = (replica * problem.stages + stage) * problem.ranks + np.arange(problem.ranks)
     counts = np.stack([(problem.rank[blocks] == rank).sum(axis=1) for rank in range(problem.ranks)])
-    if len(blocks) == 0 or (counts != counts[:, :1]).any() or (counts[:, 0] != counts[0, 0]).any():
+    if len(blocks) == 0:
+        raise PlanError(f"Stage {stage} holds no block. Number the stages from 0 without gaps.")
+    if counts.min() != counts.max():
         raise PlanError(
             f"Planning in lock step needs equally many heads on every rank in every block, but on stage {stage} the "
-            f"numbers go from {counts.min(initial=0)} to {counts.max(initial=0)}. Divide the heads evenly."
+            f"numbers go from {counts.min()} to {counts.max()}. Divide the heads evenly."
         )
     owned = np.argsort(problem.rank[blocks], axis=1, kind="stable")
     heads = owned.reshape(len(blocks), problem.ranks, -1).transpose(0, 2, 1)  # [block, head, rank]
@@ -284,7 +286,7 @@ def _choose_pipeline(problem: PlanProblem, teams: list[Team], deadline: float) -
 def _row_time(problem: PlanProblem, teams: list[Team]) -> float:
     """What every stage gets for a row: the step's share of the stage that is done first, at most a dense row's."""
     dense = [len(t.blocks) * (t.levels.forward_time.max() + t.levels.backward_time.max()) for t in teams]
-    return min(*(team.time_budget / len(team.rows) for team in teams), max(dense) * (1 + BUDGET_EPSILON))
+    return float(min(*(team.time_budget / len(team.rows) for team in teams), max(dense) * (1 + BUDGET_EPSILON)))
 
 
 def _splits(problem: PlanProblem, teams: list[Team], row_time: float) -> Floats:
@@ -293,7 +295,8 @@ def _splits(problem: PlanProblem, teams: list[Team], row_time: float) -> Floats:
     _, head_time = _head_times(problem, largest)
     count = len(largest.blocks) * len(largest.levels.forward_gain)
     splits = np.arange(count + 1) * head_time
-    return splits[splits <= row_time - max(len(t.blocks) * t.levels.forward_time[0] for t in teams)]
+    least = max(len(t.blocks) * float(t.levels.forward_time[0]) for t in teams)
+    return np.asarray(splits[splits <= row_time - least])
 
 
 def _row_limit(team: Team, row_time: float) -> Limit:
@@ -326,7 +329,7 @@ def _unevenness(team: Team, limits: list[Limit]) -> Floats:
     Without it, prices could not tell one level from another, and no whole number of the extreme ones fits.
     """
     levels = team.levels
-    distance = np.zeros(len(levels.forward_time))
+    distance: Floats = np.zeros(len(levels.forward_time))
     for limit in limits[:2]:
         if limit.use.max() > 0:
             distance += ((limit.use - limit.most[0] / len(team.blocks)) / limit.use.max()) ** 2

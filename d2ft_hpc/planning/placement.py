@@ -41,7 +41,7 @@ def spread(problem: PlanProblem, ranks: int) -> Ints:
     both = (forward_gain + backward_gain) / max(full - shortcut, BUDGET_EPSILON)
     forward_price = np.maximum(forward_gain / max(forward_only - shortcut, BUDGET_EPSILON), both)
     backward_price = np.minimum(backward_gain / max(full - forward_only, BUDGET_EPSILON), both)
-    owner = in_order(*both.shape, ranks)
+    owner = in_order(len(both), both.shape[1], ranks)
     for block in range(len(owner)):
         groups = [_place(price[block]) // ranks for price in (forward_price, backward_price)]
         heads_of: dict[tuple[int, int], list[int]] = {}

@@ -160,7 +160,7 @@ class PlanProblem:
         speed = np.asarray([1.0] * devices if device_speed is None else device_speed, dtype=np.float64)
         if speed.shape != (devices,):
             raise PlanError(f"device_speed needs {devices} numbers > 0, got {device_speed}.")
-        unlimited = np.full(devices, math.inf)
+        unlimited: Floats = np.full(devices, math.inf)
         problem = cls(
             forward_score=forward,
             backward_score=np.asarray(backward_score, dtype=np.float64),
@@ -187,10 +187,11 @@ class PlanProblem:
                 f"plan says (embedding, classifier). The least feasible compute_budget is {round_up(least):g}."
             )
         cells_of_row = cells / (forward.shape[0] // replicas)
+        communication: Floats = unlimited if communication_budget is None else communication_budget * cells
         return replace(
             problem,
             compute_budget=np.clip((share - always_share) / (1 - always_share), 0.0, 1.0) * cells,
-            communication_budget=unlimited if communication_budget is None else communication_budget * cells,
+            communication_budget=communication,
             memory_budget=unlimited if memory_budget is None else np.floor(memory_budget * cells_of_row + 1e-9),
         )
 
@@ -230,7 +231,9 @@ class PlanProblem:
 
     def cells_per_device(self) -> npt.NDArray[np.int64]:
         """Number of cells of each device, int64 [device]."""
-        return np.bincount(self.device.ravel(), minlength=self.num_devices).astype(np.int64)
+        device_of_replica = self.stage[:, None] * self.ranks + self.rank
+        heads = np.bincount(device_of_replica.ravel(), minlength=self.stages * self.ranks)
+        return np.tile(heads * (self.forward_score.shape[0] // self.replicas), self.replicas)
 
     def gains(self, forward_weight: float = 1.0, backward_weight: float = 1.0) -> tuple[Floats, Floats]:
         """Both scores, each divided by its mean over the problem and weighted: float64 [row, block, head].
