@@ -42,7 +42,104 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--png", type=Path, help="where to write the picture")
     report.set_defaults(run=_report)
+
+    plan = commands.add_parser(
+        "plan",
+        help="plan from saved scores, or look at a saved plan; needs no GPU and no MPI",
+        description="Prints each device's share of the work, the predicted step time and the gap to the optimum.",
+    )
+    plan.add_argument("scores", type=Path, help="run folder or results file with scores")
+    plan.add_argument("--index", type=int, default=-1, help="which of the file's scores (default: the last)")
+    plan.add_argument("--planner", default="makespan", help="paper, joint, makespan, static, depth, ...")
+    plan.add_argument("--load", type=Path, metavar="PLAN", help="look at this plan instead of solving one")
+    plan.add_argument("--ranks", type=int, default=1, help="tensor-parallel ranks")
+    plan.add_argument("--stages", type=int, default=1, help="pipeline stages")
+    plan.add_argument("--speeds", type=_numbers, metavar="A,B,...", help="relative speed of each rank")
+    plan.add_argument("--placed", action="store_true", help="spread the heads over the ranks by their scores")
+    plan.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
+    plan.add_argument("--communication-budget", type=float, help="share of the dense step")
+    plan.add_argument("--memory-budget", type=float, help="share of the activations of a dense row")
+    plan.add_argument("--save", type=Path, metavar="PLAN", help="where to save the plan")
+    plan.add_argument("--diff", type=Path, metavar="PLAN", help="count what changes from this plan")
+    plan.add_argument("--png", type=Path, help="where to write a heat map")
+    plan.set_defaults(run=_plan)
+
+    bench = commands.add_parser("bench", help="measure the package's own parts")
+    benches = bench.add_subparsers(required=True, metavar="WHAT")
+    planner = benches.add_parser(
+        "planner",
+        help="time and quality of every planner on synthetic scores",
+        description="Solves one synthetic problem with every planner; needs no GPU and no MPI.",
+    )
+    planner.add_argument("--blocks", type=int, required=True)
+    planner.add_argument("--heads", type=int, required=True)
+    planner.add_argument("--micro-batches", type=int, required=True)
+    planner.add_argument("--ranks", type=int, required=True, help="tensor-parallel ranks")
+    planner.add_argument("--stages", type=int, default=1, help="pipeline stages")
+    planner.add_argument("--heterogeneous", action="store_true", help="ranks of different speeds")
+    planner.add_argument("--equal-scores", action="store_true", help="no head is better than another")
+    planner.add_argument("--in-order", action="store_true", help="heads stay where timm has them")
+    planner.add_argument("--seed", type=int, default=0, help="of the scores")
+    planner.add_argument("--json", action="store_true", help="end with one line of JSON")
+    planner.set_defaults(run=_bench_planner)
     return parser
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from d2ft_hpc.launch import run_guarded
+
+    def run() -> None:
+        from d2ft_hpc import plan_report
+        from d2ft_hpc.planning import SkipPlan, solve
+
+        problem = plan_report.pose(
+            plan_report.read_scores(options.scores, options.index),
+            ranks=options.ranks,
+            stages=options.stages,
+            speeds=options.speeds,
+            placed=options.placed,
+            compute_budget=options.compute_budget,
+            communication_budget=options.communication_budget,
+            memory_budget=options.memory_budget,
+        )
+        if options.load is not None:
+            plan = plan_report.load_checked(options.load, problem)
+        else:
+            plan = solve(problem, options.planner, **({"seed": 0} if options.planner == "random" else {}))
+        print(plan_report.describe(plan, problem))
+        if options.diff is not None:
+            print(plan_report.describe_difference(SkipPlan.load(options.diff), plan))
+        if options.save is not None:
+            plan.save(options.save)
+        if options.png is not None:
+            plan_report.save_heat_map(plan, options.png)
+
+    return run_guarded(None, run)
+
+
+def _bench_planner(options: argparse.Namespace) -> int:
+    from d2ft_hpc.bench.planner import benchmark, report
+    from d2ft_hpc.launch import run_guarded
+
+    def run() -> None:
+        results = benchmark(
+            blocks=options.blocks,
+            heads=options.heads,
+            micro_batches=options.micro_batches,
+            ranks=options.ranks,
+            stages=options.stages,
+            heterogeneous=options.heterogeneous,
+            equal_scores=options.equal_scores,
+            placed=not options.in_order,
+            seed=options.seed,
+        )
+        print(report(results, as_json=options.json))
+
+    return run_guarded(None, run)
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -96,11 +96,14 @@ class ReplanConfig(Section):
 
 
 class PlanConfig(Section):
-    planner: Literal["dense", "paper", "joint", "greedy", "random"] = "joint"
+    planner: Literal["dense", "paper", "joint", "makespan", "static", "depth", "greedy", "random"] = "joint"
     compute_budget: Fraction = 0.6
     """Share of the dense run's training FLOPs that each device may spend."""
     communication_budget: Fraction | None = None
     """Share of the dense run's messages between subnets (the paper's cost model); null: no limit."""
+    memory_budget: Fraction | None = None
+    """Share of the activations of a dense micro-batch that a device keeps for the backward; null: no limit. Planners
+    `paper` and `random` do not know it and are refused where they exceed it."""
     forward_score: Literal["fisher"] = "fisher"
     backward_score: Literal["weight_magnitude", "fisher"] = "weight_magnitude"
     probe_batches: int = Field(default=1, gt=0)
@@ -109,8 +112,14 @@ class PlanConfig(Section):
     """Planner `paper` and `random`: most of the budget that FULL may take before FORWARD_ONLY."""
     coverage: int = Field(default=0, ge=0)
     """Planner `joint`: least number of FULL micro-batches that each subnet gets in a batch."""
+    most_shortcut: float = Field(default=1.0, ge=0, le=1)
+    """Planner `makespan` and `static`: most of a block's heads that may be SHORTCUT in a micro-batch."""
+    below: Literal["forward_only", "shortcut"] = "forward_only"
+    """Planner `depth`: what the blocks below the FULL ones do."""
+    whole_rows: bool = False
+    """Planner `depth`: each micro-batch is FULL in all blocks or in none."""
     time_limit_seconds: float = Field(default=10.0, gt=0)
-    """Planner `joint`: after this the best plan so far, or the greedy one, is taken."""
+    """Planner `joint`, `makespan` and `depth`: after this the best plan so far, or the greedy one, is taken."""
     replan: ReplanConfig = ReplanConfig()
 
 

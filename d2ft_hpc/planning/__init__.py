@@ -1,12 +1,17 @@
 """From scores, costs and budgets (`PlanProblem`) to what every head runs on every row (`SkipPlan`)."""
 
+from d2ft_hpc.planning.depth import solve_depth
 from d2ft_hpc.planning.greedy import solve_greedy
 from d2ft_hpc.planning.joint import solve_joint
+from d2ft_hpc.planning.makespan import solve_makespan
 from d2ft_hpc.planning.paper import solve_paper
+from d2ft_hpc.planning.placement import head_order, in_order, permute_heads, spread
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem, check
 from d2ft_hpc.planning.random_schedule import solve_random
+from d2ft_hpc.planning.simulate import Timing, simulate, waste
 from d2ft_hpc.planning.solve import Planner, solve
+from d2ft_hpc.planning.static import solve_static
 
 __all__ = [
     "BUDGET_EPSILON",
@@ -14,10 +19,20 @@ __all__ = [
     "PlanProblem",
     "Planner",
     "SkipPlan",
+    "Timing",
     "check",
+    "head_order",
+    "in_order",
+    "permute_heads",
+    "simulate",
     "solve",
+    "solve_depth",
     "solve_greedy",
     "solve_joint",
+    "solve_makespan",
     "solve_paper",
     "solve_random",
+    "solve_static",
+    "spread",
+    "waste",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -42,25 +44,45 @@ def greedy(knapsack: Knapsack, start: npt.NDArray[np.uint8] | None = None) -> np
     """Operations uint8 [cell] within the budgets: the best of the orders that the two budgets suggest.
 
     start: operations that the result may raise and never lowers; within the budgets. None = all SHORTCUT.
+
+    Where memory is scarce, only the cells of a row that gain most from their backward may become FULL.
     """
     if start is None:
         start = np.full(len(knapsack.cells), Operation.SHORTCUT, dtype=np.uint8)
+    start = start.copy()
+    barred = _barred_from_full(knapsack, start)
     candidates = []
     for price in knapsack.prices():
         operations = start.copy()
-        _climb(knapsack, operations, best_steps(knapsack, price))
-        fill(knapsack, operations, price)
+        _climb(knapsack, operations, best_steps(knapsack, price, barred))
+        fill(knapsack, operations, price, barred)
         candidates.append(operations)
     if not candidates:  # no budget is limited
-        return np.full(len(knapsack.cells), Operation.FULL, dtype=np.uint8)
+        return np.where(barred, Operation.FORWARD_ONLY, Operation.FULL).astype(np.uint8)
     return max(candidates, key=knapsack.objective)
 
 
-def fill(knapsack: Knapsack, operations: npt.NDArray[np.uint8], price: npt.NDArray[np.float64]) -> None:
+def _barred_from_full(knapsack: Knapsack, start: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """bool [cell]: cells for whose backward the memory has no room, once those with more gain have theirs."""
+    barred = np.zeros(len(knapsack.cells), dtype=bool)
+    if knapsack.memory < math.inf:
+        order = np.lexsort((-knapsack.backward_gain, start != Operation.FULL, knapsack.row))
+        rows = knapsack.row[order]
+        place = np.arange(len(rows)) - np.searchsorted(rows, rows)
+        barred[order[place >= knapsack.memory]] = True
+    return barred
+
+
+def fill(
+    knapsack: Knapsack,
+    operations: npt.NDArray[np.uint8],
+    price: npt.NDArray[np.float64],
+    barred: npt.NDArray[np.bool_],
+) -> None:
     """Raise operations uint8 [cell] in place by single steps until nothing more fits."""
     while True:
         before = operations.copy()
-        _climb(knapsack, operations, next_steps(knapsack, operations, price))
+        _climb(knapsack, operations, next_steps(knapsack, operations, price, barred))
         if np.array_equal(before, operations):
             return
 

@@ -8,26 +8,17 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import highspy
 import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.greedy import greedy
+from d2ft_hpc.planning.highs import OPTIMAL, Rows, maximise_integer
 from d2ft_hpc.planning.knapsack import Ints, Knapsack, device_knapsacks, plan_with_bound, upper_bound
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
 
 Operations = npt.NDArray[np.uint8]
-
-LARGEST_MODEL = 5_000
-"""Cells of the largest model that HiGHS is given. In larger ones it looks at its clock too rarely, and there
-the greedy plan comes within about 1e-5 of its bound anyway."""
-
-OPTIMAL = "optimal"
-
-_FEASIBLE = 2  # HiGHS: kSolutionStatusFeasible
-_ROW_WISE, _MAXIMISE, _INTEGER = 2, -1, 1  # HiGHS: MatrixFormat, ObjSense, HighsVarType
 
 
 @dataclass(frozen=True)
@@ -125,7 +116,8 @@ def _solve(
 ) -> _Solution:
     """The better of HiGHS's plan and the greedy one, for knapsacks that a demand couples or a single one."""
     greedy_plan = _greedy(knapsacks, demand)
-    if greedy_plan is None and demand is not None and _is_even(knapsacks, demand):
+    has_memory = all(math.isinf(knapsack.memory) for knapsack in knapsacks)
+    if greedy_plan is None and demand is not None and has_memory and _is_even(knapsacks, demand):
         raise _InfeasibleError("infeasible")
     greedy_score = -math.inf if greedy_plan is None else _objective(knapsacks, greedy_plan)
     bound = sum(upper_bound(knapsack) for knapsack in knapsacks)
@@ -148,108 +140,66 @@ def _solve_with_highs(
 ) -> tuple[list[Operations] | None, float, str]:
     """HiGHS's plan (None if it has none that keeps the budgets), its bound, and how it ended."""
     cells = sum(len(knapsack.cells) for knapsack in knapsacks)
-    if cells > LARGEST_MODEL:
-        return None, math.inf, f"{cells} cells are more than HiGHS is given ({LARGEST_MODEL})"
-    if seconds <= 0:
-        return None, math.inf, "time limit"
-    solver = highspy.Highs()  # type: ignore[no-untyped-call]
-    options = {
-        "output_flag": False,
-        "threads": 1,  # another number could not be changed later in this process, and breaks forks
-        "time_limit": seconds,
-        "mip_rel_gap": relative_gap,
-        "mip_feasibility_tolerance": 1e-9,  # of the order of BUDGET_EPSILON
-        "primal_feasibility_tolerance": 1e-9,
-    }
-    for name, value in options.items():
-        solver.setOptionValue(name, value)
-    if _pass_model(solver, knapsacks, demand) == highspy.HighsStatus.kError:
-        return None, math.inf, "HiGHS refused the model"
-    if solver.run() == highspy.HighsStatus.kError:
-        return None, math.inf, "HiGHS failed"
-
-    info = solver.getInfo()
-    ending = solver.getModelStatus()
-    bound = float(info.mip_dual_bound)
-    if not math.isfinite(bound):
-        bound = math.inf
-    if ending == highspy.HighsModelStatus.kOptimal:
-        status = OPTIMAL
-    elif ending == highspy.HighsModelStatus.kTimeLimit:
-        status = "time limit"
-    else:
-        status = f"HiGHS ended with {solver.modelStatusToString(ending)}"
-    if int(info.primal_solution_status) != _FEASIBLE:
-        return None, bound, status
-    runs = np.rint(np.asarray(solver.getSolution().col_value)).astype(np.uint8).reshape(2, cells)
+    gains = [knapsack.forward_gain for knapsack in knapsacks] + [knapsack.backward_gain for knapsack in knapsacks]
+    solution = maximise_integer(
+        np.concatenate(gains), _rows(knapsacks, demand), seconds=seconds, relative_gap=relative_gap
+    )
+    if solution.values is None:
+        return None, solution.bound, solution.status
+    runs = np.rint(solution.values).astype(np.uint8).reshape(2, cells)
     ends = np.cumsum([len(knapsack.cells) for knapsack in knapsacks])[:-1]
     plan = np.split(np.where(runs[1], Operation.FULL, runs[0]).astype(np.uint8), ends)
     within = all(
-        (k.used(operations) <= k.budget).all() for k, operations in zip(knapsacks, plan, strict=True)
+        (k.used(operations) <= k.budget).all() and k.fits_memory(operations)
+        for k, operations in zip(knapsacks, plan, strict=True)
     )
     if not within or not _covers(knapsacks, plan, demand):
-        return None, bound, "HiGHS's plan breaks a budget"
-    return plan, bound, status
+        return None, solution.bound, "HiGHS's plan breaks a budget"
+    return plan, solution.bound, solution.status
 
 
-def _pass_model(
-    solver: highspy.Highs, knapsacks: Sequence[Knapsack], demand: _Coverage | None
-) -> highspy.HighsStatus:
-    """Give HiGHS the model.
-
-    Binary variables: forward[cell] (the cell runs), then backward[cell] (it runs FULL), cells in the order of
-    the knapsacks. Rows: forward >= backward; each limited budget; the demand for each subnet.
+def _rows(knapsacks: Sequence[Knapsack], demand: _Coverage | None) -> Rows:
+    """The constraints on binary variables forward[cell] (the cell runs), then backward[cell] (it runs FULL), cells
+    in the order of the knapsacks: forward >= backward; the limited budgets; memory; the demand for each subnet.
     """
     cells = np.concatenate([knapsack.cells for knapsack in knapsacks])
     count = len(cells)
-    lengths = [np.full(count, 2)]
-    indices = [np.arange(2 * count).reshape(2, count).T.ravel()]
-    values = [np.tile([1.0, -1.0], count)]
-    lower, upper = [np.zeros(count)], [np.full(count, math.inf)]
+    every = np.arange(count)
+    row, column = [every, every], [every, every + count]
+    value, upper = [np.full(count, -1.0), np.ones(count)], [np.zeros(count)]  # backward - forward <= 0
+    rows = count
 
     first = 0
     for knapsack in knapsacks:
         own = np.arange(first, first + len(knapsack.cells))
-        first += len(knapsack.cells)
-        for step, backward_step, budget in zip(
-            knapsack.forward_step, knapsack.backward_step, knapsack.budget, strict=True
-        ):
-            if math.isinf(budget):
-                continue
-            parts = [(own, step), (own + count, backward_step)]
-            parts = [(columns, cost) for columns, cost in parts if cost > 0]
-            lengths.append(np.array([sum(len(columns) for columns, _ in parts)]))
-            indices.extend(columns for columns, _ in parts)
-            values.extend(np.full(len(columns), cost) for columns, cost in parts)
-            lower.append(np.array([-math.inf]))
-            upper.append(np.array([budget]))
+        first += len(own)
+        for resource in np.flatnonzero(np.isfinite(knapsack.budget)):
+            for columns, step in ((own, knapsack.forward_step), (own + count, knapsack.backward_step)):
+                if step[resource] > 0:
+                    row.append(np.full(len(own), rows))
+                    column.append(columns)
+                    value.append(np.full(len(own), step[resource]))
+            upper.append(knapsack.budget[[resource]])
+            rows += 1
+        if math.isfinite(knapsack.memory) and len(own):
+            of_row = np.unique(knapsack.row, return_inverse=True)[1]
+            row.append(rows + of_row)
+            column.append(own + count)
+            value.append(np.ones(len(own)))
+            upper.append(np.full(of_row.max() + 1, knapsack.memory))
+            rows += int(of_row.max()) + 1
     if demand is not None:
-        subnet = cells % demand.subnets
-        lengths.append(np.bincount(subnet, minlength=demand.subnets))
-        indices.append(count + np.argsort(subnet, kind="stable"))
-        values.append(np.ones(count))
-        lower.append(np.full(demand.subnets, float(demand.rows)))
-        upper.append(np.full(demand.subnets, math.inf))
-
-    gains = np.concatenate([k.forward_gain for k in knapsacks] + [k.backward_gain for k in knapsacks])
-    row_lengths = np.concatenate(lengths)
-    starts = np.concatenate([[0], np.cumsum(row_lengths)[:-1]]).astype(np.int32)
-    return solver.passModel(
-        2 * count,
-        len(row_lengths),
-        int(row_lengths.sum()),
-        _ROW_WISE,
-        _MAXIMISE,
-        0.0,
-        gains,
-        np.zeros(2 * count),
-        np.ones(2 * count),
-        np.concatenate(lower),
-        np.concatenate(upper),
-        starts,
-        np.concatenate(indices).astype(np.int32),
-        np.concatenate(values),
-        np.full(2 * count, _INTEGER, dtype=np.int32),
+        row.append(rows + cells % demand.subnets)
+        column.append(every + count)
+        value.append(np.full(count, -1.0))
+        upper.append(np.full(demand.subnets, -float(demand.rows)))
+        rows += demand.subnets
+    return Rows(
+        np.concatenate(row),
+        np.concatenate(column),
+        np.concatenate(value),
+        lower=np.full(rows, -math.inf),
+        upper=np.concatenate(upper),
     )
 
 
@@ -271,7 +221,7 @@ def _greedy(knapsacks: Sequence[Knapsack], demand: _Coverage | None) -> list[Ope
         return [greedy(knapsack) for knapsack in knapsacks]
     capacity = np.array([_most_full(knapsack, knapsack.budget) for knapsack in knapsacks])
     start = _cover(knapsacks, capacity, demand)
-    if start is None:
+    if start is None or not all(k.fits_memory(its_start) for k, its_start in zip(knapsacks, start, strict=True)):
         return None
     return [greedy(knapsack, its_start) for knapsack, its_start in zip(knapsacks, start, strict=True)]
 

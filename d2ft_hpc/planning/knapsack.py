@@ -26,6 +26,7 @@ class Knapsack:
     forward_step, backward_step: float64 [2], what SHORTCUT -> FORWARD_ONLY and FORWARD_ONLY -> FULL add in
         compute and communication.
     budget: float64 [2], the most that whole steps can use of what is left for them; inf = no limit.
+    row: int64 [cell], the cell's row. memory: most FULL cells of one row; inf = no limit.
     """
 
     cells: Ints
@@ -34,6 +35,12 @@ class Knapsack:
     forward_step: Floats
     backward_step: Floats
     budget: Floats
+    row: Ints
+    memory: float
+
+    def fits_memory(self, operations: npt.NDArray[np.uint8]) -> bool:
+        """Whether no row of operations uint8 [cell] has more FULL cells than the memory holds."""
+        return bool(np.bincount(self.row[operations == Operation.FULL]).max(initial=0) <= self.memory)
 
     def used(self, operations: npt.NDArray[np.uint8]) -> Floats:
         """Compute and communication of operations uint8 [cell], float64 [2]."""
@@ -82,20 +89,23 @@ class Steps:
         )
 
 
-def best_steps(knapsack: Knapsack, price: Floats) -> Steps:
+def best_steps(knapsack: Knapsack, price: Floats, barred: npt.NDArray[np.bool_] | None = None) -> Steps:
     """The steps from SHORTCUT everywhere, in order of gain for price.
 
     A cell whose backward pays better than its forward goes to FULL in one step: to stop half-way would
     never be best. So in this order every cell's steps come one after the other.
+
+    barred: bool [cell], cells that never become FULL; None = none.
     """
+    may = np.ones(len(knapsack.cells), dtype=bool) if barred is None else ~barred
     forward_price = float(price @ knapsack.forward_step)
     backward_price = float(price @ knapsack.backward_step)
     whole_price = forward_price + backward_price
-    at_once = knapsack.backward_gain * forward_price > knapsack.forward_gain * backward_price
-    apart, joined = np.flatnonzero(~at_once), np.flatnonzero(at_once)
+    at_once = may & (knapsack.backward_gain * forward_price > knapsack.forward_gain * backward_price)
+    apart, later, joined = np.flatnonzero(~at_once), np.flatnonzero(may & ~at_once), np.flatnonzero(at_once)
     kinds = [
         (apart, Operation.SHORTCUT, Operation.FORWARD_ONLY, knapsack.forward_gain[apart], forward_price),
-        (apart, Operation.FORWARD_ONLY, Operation.FULL, knapsack.backward_gain[apart], backward_price),
+        (later, Operation.FORWARD_ONLY, Operation.FULL, knapsack.backward_gain[later], backward_price),
         (
             joined,
             Operation.SHORTCUT,
@@ -107,10 +117,12 @@ def best_steps(knapsack: Knapsack, price: Floats) -> Steps:
     return _ordered(kinds)
 
 
-def next_steps(knapsack: Knapsack, operations: npt.NDArray[np.uint8], price: Floats) -> Steps:
-    """The single steps up from `operations`, in order of gain for price."""
+def next_steps(
+    knapsack: Knapsack, operations: npt.NDArray[np.uint8], price: Floats, barred: npt.NDArray[np.bool_]
+) -> Steps:
+    """The single steps up from `operations`, in order of gain for price; `barred` cells never become FULL."""
     idle = np.flatnonzero(operations == Operation.SHORTCUT)
-    running = np.flatnonzero(operations == Operation.FORWARD_ONLY)
+    running = np.flatnonzero((operations == Operation.FORWARD_ONLY) & ~barred)
     forward_price = float(price @ knapsack.forward_step)
     backward_price = float(price @ knapsack.backward_step)
     kinds = [
@@ -158,13 +170,14 @@ def device_knapsacks(problem: PlanProblem, forward_weight: float, backward_weigh
     forward_gain, backward_gain = (gain.ravel() for gain in problem.gains(forward_weight, backward_weight))
     shortcut, forward, full = np.array([problem.compute_cost, problem.communication_cost]).T
     owner = problem.device.ravel()
+    cells_of_row = problem.forward_score[0].size
     forward_step, backward_step = forward - shortcut, full - forward
     knapsacks = []
     for device, budget in enumerate(problem.budgets()):
         cells = np.flatnonzero(owner == device)
         left = budget - len(cells) * shortcut
         limits = [
-            _largest_use(len(cells), *each) for each in zip(forward_step, backward_step, left, strict=True)
+            largest_use(len(cells), *each) for each in zip(forward_step, backward_step, left, strict=True)
         ]
         knapsacks.append(
             Knapsack(
@@ -174,12 +187,14 @@ def device_knapsacks(problem: PlanProblem, forward_weight: float, backward_weigh
                 forward_step,
                 backward_step,
                 np.array(limits),
+                cells // cells_of_row,
+                float(problem.memory_budget[device]),
             )
         )
     return knapsacks
 
 
-def _largest_use(cells: int, forward_step: float, backward_step: float, budget: float) -> float:
+def largest_use(cells: int, forward_step: float, backward_step: float, budget: float) -> float:
     """The largest cost within `budget` that whole numbers of steps can have; inf if all of them fit.
 
     As a limit it cuts off no plan; without it a bound would count on gains from the unusable rest.

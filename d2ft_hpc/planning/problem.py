@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,22 +19,28 @@ BUDGET_EPSILON = 1e-9
 
 Costs = tuple[float, float, float]
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class PlanProblem:
     """Scores, costs and budgets of one global batch. Arrays are copied and read-only.
 
-    A cell is one (row, block, head). Costs and budgets are in one unit: the cost of a FULL cell is 1 by
-    custom, and a device's use is the sum over its cells.
+    A cell is one (row, block, head). Every cell runs on one device: a device is one tensor-parallel rank of
+    one pipeline stage of one data-parallel replica, numbered (replica * stages + stage) * ranks + rank.
+    Costs and budgets are in one unit: the cost of a FULL cell is 1 by custom, and a device's use is the sum
+    over its cells.
 
     forward_score, backward_score: float64 [row, block, head], finite and >= 0: what the cell gives when its
         forward runs, and what it gives on top when its backward runs too.
     replicas: data-parallel replicas; row = slot * replicas + replica.
-    device: int32 [row, block, head], the device that runs the cell.
-    device_names: one for each device, for messages.
+    rank: int64 [block, head], the owner map: the tensor-parallel rank that holds the head.
+    stage: int64 [block], the pipeline stage that holds the block.
+    device_speed: float64 [device], > 0: cost that the device gets done in a unit of time.
     compute_cost, communication_cost: of a cell under SHORTCUT, FORWARD_ONLY and FULL, not decreasing.
     compute_budget, communication_budget: float64 [device]; inf = unlimited.
+    memory_budget: float64 [device], most FULL cells of one row (their activations wait for the backward);
+        inf = unlimited.
     always_share: fraction of the dense step's training compute that runs whatever the plan says (embedding,
         classifier). It is in no cost or budget here; messages use it to speak in shares of the whole step.
 
@@ -43,33 +50,45 @@ class PlanProblem:
     forward_score: Floats
     backward_score: Floats
     replicas: int
-    device: npt.NDArray[np.int32]
-    device_names: tuple[str, ...]
+    rank: Ints
+    stage: Ints
+    device_speed: Floats
     compute_cost: Costs
     communication_cost: Costs
     compute_budget: Floats
     communication_budget: Floats
+    memory_budget: Floats
     always_share: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("forward_score", "backward_score", "compute_budget", "communication_budget"):
+        for name in ("forward_score", "backward_score", "device_speed"):
             self._freeze(name, np.float64)
-        self._freeze("device", np.int32)
+        for name in ("compute_budget", "communication_budget", "memory_budget"):
+            self._freeze(name, np.float64)
+        for name in ("rank", "stage"):
+            self._freeze(name, np.int64)
         shape = self.forward_score.shape
         if len(shape) != 3 or self.forward_score.size == 0:
             raise PlanError(f"forward_score must be [row, block, head], got the shape {shape}.")
-        for name in ("backward_score", "device"):
-            if getattr(self, name).shape != shape:
+        for name, its_shape in (("backward_score", shape), ("rank", shape[1:]), ("stage", shape[1:2])):
+            if getattr(self, name).shape != its_shape:
                 raise PlanError(f"{name} has the shape {getattr(self, name).shape}, forward_score {shape}.")
         if self.replicas < 1 or shape[0] % self.replicas:
             raise PlanError(f"{shape[0]} rows cannot be divided over {self.replicas} replicas.")
         for name in ("forward_score", "backward_score"):
             _check_score(name, getattr(self, name))
-        devices = len(self.device_names)
-        if self.device.min() < 0 or self.device.max() >= devices:
+        speed, teams = self.device_speed, self.replicas * self.stages
+        if self.stage.min() < 0 or speed.ndim != 1 or not len(speed) or len(speed) % teams:
             raise PlanError(
-                f"Cells lie on devices {self.device.min()} to {self.device.max()}, "
-                f"but only 0 to {devices - 1} have a name."
+                f"device_speed needs a number for every rank of {self.replicas} replicas x {self.stages} "
+                f"stages, got the shape {speed.shape}."
+            )
+        if not (np.isfinite(speed) & (speed > 0)).all():
+            raise PlanError(f"device_speed must be finite and > 0, got {speed.tolist()}.")
+        if self.rank.min() < 0 or self.rank.max() >= self.ranks:
+            raise PlanError(
+                f"Heads lie on ranks {self.rank.min()} to {self.rank.max()}, "
+                f"but device_speed knows only ranks 0 to {self.ranks - 1}."
             )
         for resource in ("compute", "communication"):
             costs = tuple(float(cost) for cost in getattr(self, f"{resource}_cost"))
@@ -80,33 +99,41 @@ class PlanProblem:
                 )
             object.__setattr__(self, f"{resource}_cost", costs)
             self._check_budget(resource, getattr(self, f"{resource}_budget"), costs[Operation.SHORTCUT])
+        self._check_budget("memory", self.memory_budget, 0.0)
         if not 0 <= self.always_share < 1:
             raise PlanError(f"always_share must be in [0, 1), got {self.always_share}.")
 
     @classmethod
-    def data_parallel(
+    def parallel(
         cls,
         forward_score: npt.ArrayLike,
         backward_score: npt.ArrayLike,
         *,
-        replicas: int,
+        replicas: int = 1,
+        rank: npt.ArrayLike | None = None,
+        stage: npt.ArrayLike | None = None,
         compute_budget: float,
         communication_budget: float | None = None,
+        memory_budget: float | None = None,
         forward_cost: float = 1 / 3,
         always_share: float = 0.0,
         device_speed: Sequence[float] | None = None,
     ) -> PlanProblem:
-        """The problem of `replicas` devices that each run the whole model on their own rows.
+        """The problem of data-parallel replicas, each cut into pipeline stages and tensor-parallel ranks.
 
         forward_score, backward_score: [row, block, head].
+        rank: int [block, head], owner map of the tensor-parallel ranks; None = one rank.
+        stage: int [block], pipeline stage of each block; None = one stage.
         compute_budget: fraction in (0, 1] of the dense step's training compute, always-run parts included.
         communication_budget: fraction in (0, 1] of what the dense step's cells send (FULL 1, FORWARD_ONLY
             0.5, SHORTCUT 0: arXiv 2504.12471); None = unlimited.
+        memory_budget: fraction in (0, 1] of the activations that a device keeps for the backward of a dense
+            row; None = unlimited.
         forward_cost: cost of FORWARD_ONLY, a fraction in [0, 1] of the cost of FULL.
         always_share: fraction in [0, 1) of the dense compute that runs regardless of the plan; it is paid
             out of `compute_budget` first.
-        device_speed: relative speed of each replica's device; None = all equal. The work is shared out so
-            that all devices finish together, no device getting more than its dense step.
+        device_speed: relative speed of each device; None = all equal. The work is shared out so that all
+            devices finish together, no device getting more than its dense step.
 
         Raises PlanError if a value is out of range, or if a device's budget does not reach `always_share`
         (the message names the device, its budget and the least feasible `compute_budget`).
@@ -119,6 +146,7 @@ class PlanProblem:
         for name, value in (
             ("compute_budget", compute_budget),
             ("communication_budget", communication_budget),
+            ("memory_budget", memory_budget),
         ):
             if value is not None and not 0 < value <= 1:
                 raise PlanError(f"{name} is a share of the dense step in (0, 1], got {value}.")
@@ -126,45 +154,86 @@ class PlanProblem:
             raise PlanError(f"forward_cost is a share of the cost of FULL in [0, 1], got {forward_cost}.")
         if not 0 <= always_share < 1:
             raise PlanError(f"always_share must be in [0, 1), got {always_share}.")
-        speed = np.asarray([1.0] * replicas if device_speed is None else device_speed, dtype=np.float64)
-        if speed.shape != (replicas,) or not (np.isfinite(speed) & (speed > 0)).all():
-            raise PlanError(f"device_speed needs {replicas} numbers > 0, got {device_speed}.")
-
-        names = tuple(f"rank {replica}" for replica in range(replicas))
-        share = _finish_together(speed, compute_budget)
-        slowest = int(share.argmin())
-        if share[slowest] < always_share - BUDGET_EPSILON:
-            least = float(np.minimum(1.0, always_share * speed / speed[slowest]).mean())
-            raise PlanError(
-                f"compute_budget {compute_budget:g} gives {names[slowest]} {share[slowest]:.4f} of its dense "
-                f"step, but {always_share:.4f} of it runs whatever the plan says (embedding, classifier). "
-                f"The least feasible compute_budget is {_round_up(least):g}."
-            )
-        cells = forward.size // replicas
-        cell_budget = np.clip((share - always_share) / (1 - always_share), 0.0, 1.0) * cells
-        owner = np.arange(forward.shape[0], dtype=np.int32) % replicas
-        return cls(
+        rank = np.zeros(forward.shape[1:]) if rank is None else np.asarray(rank)
+        stage = np.zeros(forward.shape[1]) if stage is None else np.asarray(stage)
+        devices = replicas * (int(np.max(stage, initial=0)) + 1) * (int(np.max(rank, initial=0)) + 1)
+        speed = np.asarray([1.0] * devices if device_speed is None else device_speed, dtype=np.float64)
+        if speed.shape != (devices,):
+            raise PlanError(f"device_speed needs {devices} numbers > 0, got {device_speed}.")
+        unlimited: Floats = np.full(devices, math.inf)
+        problem = cls(
             forward_score=forward,
             backward_score=np.asarray(backward_score, dtype=np.float64),
             replicas=replicas,
-            device=np.broadcast_to(owner[:, None, None], forward.shape),
-            device_names=names,
+            rank=rank.astype(np.int64),
+            stage=stage.astype(np.int64),
+            device_speed=speed,
             compute_cost=(0.0, forward_cost, 1.0),
             communication_cost=(0.0, 0.5, 1.0),
-            compute_budget=cell_budget,
-            communication_budget=np.full(
-                replicas, math.inf if communication_budget is None else communication_budget * cells
-            ),
+            compute_budget=unlimited,
+            communication_budget=unlimited,
+            memory_budget=unlimited,
             always_share=always_share,
+        )
+        cells = problem.cells_per_device()
+        share = _finish_together(speed, cells, compute_budget)
+        slowest = int(share.argmin())
+        if share[slowest] < always_share - BUDGET_EPSILON:
+            time = always_share * cells[slowest] / speed[slowest]
+            least = float(np.minimum(cells, time * speed).sum() / cells.sum())
+            raise PlanError(
+                f"compute_budget {compute_budget:g} gives {problem.device_names[slowest]} "
+                f"{share[slowest]:.4f} of its dense step, but {always_share:.4f} of it runs whatever the "
+                f"plan says (embedding, classifier). The least feasible compute_budget is {round_up(least):g}."
+            )
+        cells_of_row = cells / (forward.shape[0] // replicas)
+        communication: Floats = unlimited if communication_budget is None else communication_budget * cells
+        return replace(
+            problem,
+            compute_budget=np.clip((share - always_share) / (1 - always_share), 0.0, 1.0) * cells,
+            communication_budget=communication,
+            memory_budget=unlimited if memory_budget is None else np.floor(memory_budget * cells_of_row + 1e-9),
         )
 
     @property
     def num_devices(self) -> int:
-        return len(self.device_names)
+        return len(self.device_speed)
+
+    @property
+    def stages(self) -> int:
+        """Number of pipeline stages."""
+        return int(self.stage.max()) + 1
+
+    @property
+    def ranks(self) -> int:
+        """Number of tensor-parallel ranks of each stage."""
+        return self.num_devices // (self.replicas * self.stages)
+
+    @cached_property
+    def device(self) -> Ints:
+        """The device that runs each cell, int64 [row, block, head]."""
+        replica = np.arange(self.forward_score.shape[0]) % self.replicas
+        team = replica[:, None] * self.stages + self.stage
+        return team[:, :, None] * self.ranks + self.rank
+
+    @cached_property
+    def device_names(self) -> tuple[str, ...]:
+        """For messages: "rank 3", "stage 1, rank 3", "replica 0, stage 1", ...: what there are several of."""
+        sizes = {"replica": self.replicas, "stage": self.stages, "rank": self.ranks}
+        several = [kind for kind, size in sizes.items() if size > 1]
+        if several in ([], ["replica"]):
+            return tuple(f"rank {device}" for device in range(self.num_devices))
+        names = []
+        for places in np.ndindex(*sizes.values()):
+            place = dict(zip(sizes, places, strict=True))
+            names.append(", ".join(f"{kind} {place[kind]}" for kind in several))
+        return tuple(names)
 
     def cells_per_device(self) -> npt.NDArray[np.int64]:
         """Number of cells of each device, int64 [device]."""
-        return np.bincount(self.device.ravel(), minlength=self.num_devices).astype(np.int64)
+        device_of_replica = self.stage[:, None] * self.ranks + self.rank
+        heads = np.bincount(device_of_replica.ravel(), minlength=self.stages * self.ranks)
+        return np.tile(heads * (self.forward_score.shape[0] // self.replicas), self.replicas)
 
     def gains(self, forward_weight: float = 1.0, backward_weight: float = 1.0) -> tuple[Floats, Floats]:
         """Both scores, each divided by its mean over the problem and weighted: float64 [row, block, head].
@@ -200,6 +269,14 @@ class PlanProblem:
     def used_communication(self, plan: SkipPlan) -> Floats:
         """Communication that each device's cells use, float64 [device]."""
         return self._used(plan, self.communication_cost)
+
+    def used_memory(self, plan: SkipPlan) -> Floats:
+        """The most FULL cells that each device has in one row, float64 [device]."""
+        self.require_shape(plan)
+        rows = np.arange(plan.num_rows)[:, None, None]
+        keys = (rows * self.num_devices + self.device)[plan.operations == Operation.FULL]
+        counts = np.bincount(keys, minlength=plan.num_rows * self.num_devices)
+        return np.asarray(counts.reshape(plan.num_rows, -1).max(axis=0), dtype=np.float64)
 
     def budgets(self, tolerance: float = BUDGET_EPSILON / 2) -> Floats:
         """float64 [device, 2] (compute, communication) with `tolerance` times the dense cost on top.
@@ -249,14 +326,15 @@ def check(plan: SkipPlan, problem: PlanProblem) -> None:
     """Raise PlanError, naming device, use and budget, if the plan exceeds a budget or has another shape."""
     problem.require_shape(plan)
     allowed = problem.budgets(BUDGET_EPSILON)
-    for column, resource, used in (
-        (0, "compute", problem.used_compute(plan)),
-        (1, "communication", problem.used_communication(plan)),
+    for resource, used, budget in (
+        ("compute", problem.used_compute(plan), allowed[:, 0]),
+        ("communication", problem.used_communication(plan), allowed[:, 1]),
+        ("memory", problem.used_memory(plan), problem.memory_budget),
     ):
-        for index in np.flatnonzero(used > allowed[:, column]):
+        for index in np.flatnonzero(used > budget):
             raise PlanError(
                 f"The {plan.planner} plan exceeds the {resource} budget of {problem.device_names[index]}: "
-                f"it uses {used[index]:g}, allowed are {allowed[index, column]:g}. "
+                f"it uses {used[index]:g}, allowed are {budget[index]:g}. "
                 f"Raise the {resource} budget or choose another planner."
             )
 
@@ -279,20 +357,23 @@ def _divide_by_mean(score: Floats) -> Floats:
     return np.asarray(scaled / scaled.mean(), dtype=np.float64)
 
 
-def _finish_together(speed: Floats, mean_share: float) -> Floats:
-    """Each device's share of its dense step: min(1, speed * time) with the time that gives the mean."""
-    share = np.ones_like(speed)
-    open_ = np.ones(len(speed), dtype=bool)  # devices that the budget does not let run densely
+def _finish_together(speed: Floats, cells: Ints, mean_share: float) -> Floats:
+    """Each device's share of its dense step, float64 [device]: what it gets done in one time for all, or 1.
+
+    speed, cells: [device]. The time is the one in which `mean_share` of all cells get done.
+    """
+    share = np.ones(len(speed))
+    open_ = cells > 0  # devices that the budget does not let run densely
     while open_.any():
-        time = (mean_share * len(speed) - np.count_nonzero(~open_)) / speed[open_].sum()
-        dense = open_ & (speed * time >= 1)
+        time = (mean_share * cells.sum() - cells[~open_].sum()) / speed[open_].sum()
+        dense = open_ & (speed * time >= cells)
         if not dense.any():
-            share[open_] = speed[open_] * time
+            share[open_] = speed[open_] * time / cells[open_]
             break
         open_ &= ~dense
     return share
 
 
-def _round_up(value: float) -> float:
+def round_up(value: float) -> float:
     """To four digits, upwards, so that a message's number can be typed in and works."""
     return math.ceil(value * 1e4 - 1e-6) / 1e4

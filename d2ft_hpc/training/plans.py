@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,19 +83,20 @@ def _solve(job: Job, scores: Scores | None) -> SkipPlan:
         rows, blocks, heads = job.plan_shape
         return SkipPlan.dense(rows // replicas, replicas, blocks, heads)
     equal = np.ones(job.plan_shape)
-    problem = PlanProblem.data_parallel(
+    problem = PlanProblem.parallel(
         equal if scores is None else scores.forward.astype(np.float64),
         equal if scores is None else scores.backward.astype(np.float64),
         replicas=replicas,
         compute_budget=config.compute_budget,
         communication_budget=config.communication_budget,
+        memory_budget=config.memory_budget,
         forward_cost=job.costs.forward_share,
         always_share=job.costs.always_share,
     )
     return solve(problem, config.planner, **_planner_options(config, job.config.run.seed))
 
 
-def _planner_options(config: PlanConfig, seed: int) -> dict[str, float]:
+def _planner_options(config: PlanConfig, seed: int) -> dict[str, Any]:
     match config.planner:
         case "paper":
             return {"full_share": config.full_share}
@@ -102,6 +104,16 @@ def _planner_options(config: PlanConfig, seed: int) -> dict[str, float]:
             return {"full_share": config.full_share, "seed": seed}
         case "joint":
             return {"time_limit_seconds": config.time_limit_seconds, "coverage": config.coverage}
+        case "makespan":
+            return {"time_limit_seconds": config.time_limit_seconds, "most_shortcut": config.most_shortcut}
+        case "static":
+            return {"most_shortcut": config.most_shortcut}
+        case "depth":
+            return {
+                "time_limit_seconds": config.time_limit_seconds,
+                "below": config.below,
+                "whole_rows": config.whole_rows,
+            }
         case _:
             return {}
 

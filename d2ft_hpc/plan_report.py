@@ -1,0 +1,177 @@
+"""`d2ft-hpc plan`: plan from saved scores, or look at a saved plan, without a GPU and without MPI."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from d2ft_hpc.errors import PlanError, ResultsError
+from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, check, in_order, simulate, solve, spread
+
+
+@dataclass(frozen=True, eq=False)
+class SavedScores:
+    """Scores float64 [row, block, head] of one results file, and what it knows of the costs.
+
+    replicas: data-parallel replicas of the run. forward_cost, always_share: as in `PlanProblem.parallel`.
+    """
+
+    forward: npt.NDArray[np.float64]
+    backward: npt.NDArray[np.float64]
+    replicas: int
+    forward_cost: float
+    always_share: float
+
+
+def read_scores(path: Path, index: int = -1) -> SavedScores:
+    """The scores of a run folder or results file. index: which of the run's; -1 = the last.
+
+    Raises ResultsError if the file is none of ours or holds no such scores.
+    """
+    from d2ft_hpc.results import open_run
+
+    with open_run(path) as run:
+        found = run.groups("scores")
+        model, environment = run.attributes("model"), run.attributes("environment")
+    if not found:
+        raise ResultsError(f"{path} holds no scores: its planner read none. Run with another planner, such as joint.")
+    if not -len(found) <= index < len(found):
+        raise ResultsError(f"{path} holds scores 0 to {len(found) - 1}, asked for {index}.")
+    data, _ = found[index]
+    cells = int(model["num_blocks"]) * int(model["num_heads"])
+    always, full = float(model["always_flops"]), float(model["full_flops"])
+    return SavedScores(
+        np.asarray(data["forward"], dtype=np.float64),
+        np.asarray(data["backward"], dtype=np.float64),
+        replicas=int(environment["world_size"]),
+        forward_cost=float(model["forward_only_flops"]) / full,
+        always_share=always / (always + cells * full),
+    )
+
+
+def pose(
+    scores: SavedScores,
+    *,
+    ranks: int = 1,
+    stages: int = 1,
+    speeds: Sequence[float] | None = None,
+    placed: bool = False,
+    **budgets: float | None,
+) -> PlanProblem:
+    """The problem of the scores' run on another layout.
+
+    speeds: of the tensor-parallel ranks of every stage; None = all equal. placed: heads are spread over the ranks by
+    their scores (`spread`). budgets: as in `PlanProblem.parallel`.
+
+    Raises PlanError if heads or blocks cannot be divided evenly, or a budget is out of range.
+    """
+    _, blocks, heads = scores.forward.shape
+    if stages < 1 or blocks % stages:
+        raise PlanError(f"{blocks} blocks cannot be divided evenly over {stages} stages.")
+    if speeds is not None and len(speeds) != ranks:
+        raise PlanError(f"There are {ranks} ranks but {len(speeds)} speeds: give one for each rank.")
+    options: dict[str, Any] = {
+        "replicas": scores.replicas,
+        "stage": np.arange(blocks) * stages // blocks,
+        "forward_cost": scores.forward_cost,
+        "always_share": scores.always_share,
+        "device_speed": None if speeds is None else list(speeds) * (scores.replicas * stages),
+        **budgets,
+    }
+    problem = PlanProblem.parallel(scores.forward, scores.backward, rank=in_order(blocks, heads, ranks), **options)
+    if not placed:
+        return problem
+    return PlanProblem.parallel(scores.forward, scores.backward, rank=spread(problem, ranks), **options)
+
+
+def describe(plan: SkipPlan, problem: PlanProblem) -> str:
+    """What the plan is, what each device does under it, and the time of its step."""
+    shares = ", ".join(f"{share:.1%} {operation.name}" for operation, share in plan.shares().items())
+    evidence = f"gap {plan.gap:.1e} ({plan.status})" if plan.gap == plan.gap else "gap not known"
+    lines = [
+        f"{plan.planner} plan {plan.hash[:12]}: {plan.num_rows} rows x {plan.num_blocks} blocks x {plan.num_heads} heads",
+        f"{shares}; {evidence}, solved in {1e3 * plan.solve_seconds:.1f} ms",
+        "",
+        *_device_table(plan, problem),
+        "",
+        *_times(plan, problem),
+    ]
+    return "\n".join(lines)
+
+
+def _device_table(plan: SkipPlan, problem: PlanProblem) -> list[str]:
+    """Each device's shares of its dense step, and how long it waits for others."""
+    timing = simulate(plan, problem)
+    cells = problem.cells_per_device()
+    compute = problem.used_compute(plan) / (cells * problem.compute_cost[Operation.FULL])
+    messages = problem.used_communication(plan) / (cells * problem.communication_cost[Operation.FULL])
+    memory = problem.used_memory(plan) / (cells / plan.slots)
+    width = max(len(name) for name in problem.device_names)
+    lines = [f"{'device':<{width}} {'compute':>8} {'messages':>9} {'memory':>7} {'waiting':>8}  (shares)"]
+    for device, name in enumerate(problem.device_names):
+        lines.append(
+            f"{name:<{width}} {compute[device]:>8.1%} {messages[device]:>9.1%} {memory[device]:>7.1%} "
+            f"{timing.idle[device]:>8.1%}"
+        )
+    return lines
+
+
+def _times(plan: SkipPlan, problem: PlanProblem) -> list[str]:
+    """Predicted step time against the dense one, beside that of the paper's plan under the same budgets."""
+    dense_plan = SkipPlan.dense(plan.slots, plan.replicas, plan.num_blocks, plan.num_heads)
+    dense = simulate(dense_plan, problem).step
+
+    def share(of: SkipPlan) -> float:
+        return problem.always_share + (1 - problem.always_share) * simulate(of, problem).step / dense
+
+    lines = [f"predicted step time: {share(plan):.1%} of the dense step (what always runs included)"]
+    try:
+        paper = solve(problem, "paper")
+        lines.append(f"of the paper's plan: {share(paper):.1%}")
+    except PlanError as error:
+        lines.append(f"the paper's planner has no plan here: {error}")
+    return lines
+
+
+def describe_difference(plan: SkipPlan, other: SkipPlan) -> str:
+    """One line: how many entries change, by operation."""
+    changes = plan.differs_from(other)
+    if not changes:
+        return "the plans are the same"
+    parts = [f"{count} {before.name} -> {after.name}" for (before, after), count in changes.items()]
+    return f"{sum(changes.values())} of {plan.operations.size} entries change: " + ", ".join(parts)
+
+
+def save_heat_map(plan: SkipPlan, path: Path) -> None:
+    """A PNG: the share of rows in which each (block, head) runs forward, and in which it is FULL.
+
+    Raises PlanError if the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 0.6 + 4.5 * max(0.4, min(1.6, plan.num_blocks / plan.num_heads))), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, operation, title in zip(
+        axes, (Operation.FORWARD_ONLY, Operation.FULL), ("runs forward", "FULL"), strict=True
+    ):
+        share = (plan.operations >= operation).mean(axis=0)
+        image = axis.imshow(share, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
+        axis.set(title=f"share of rows in which a head {'is ' * (title == 'FULL')}{title}", xlabel="head")
+    axes[0].set_ylabel("block")
+    figure.colorbar(image, ax=axes)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise PlanError(f"The picture cannot be written to {path}: {error}") from error
+
+
+def load_checked(path: Path, problem: PlanProblem) -> SkipPlan:
+    """A saved plan; raises PlanError if it is damaged, or does not fit the problem's shape or budgets."""
+    plan = SkipPlan.load(path)
+    check(plan, problem)
+    return plan

@@ -1,0 +1,140 @@
+"""Planning by depth: the top blocks of a row train, the blocks below only run forward.
+
+FORWARD_ONLY below the lowest FULL block biases no gradient: whatever flows down to a FULL head has passed no
+skipped one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.choose import Limit, choose
+from d2ft_hpc.planning.highs import OPTIMAL
+from d2ft_hpc.planning.knapsack import plan_with_bound
+from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.problem import Floats, Ints, PlanProblem, round_up
+
+
+def solve_depth(
+    problem: PlanProblem,
+    *,
+    below: Literal["forward_only", "shortcut"] = "forward_only",
+    whole_rows: bool = False,
+    forward_weight: float = 1.0,
+    backward_weight: float = 1.0,
+    time_limit_seconds: float = 10.0,
+) -> SkipPlan:
+    """Maximise the objective of `solve_joint` by one depth for each row: that many top blocks FULL.
+
+    below: what the blocks below do.
+    whole_rows: depths are 0 and all blocks only, so that each row is trained everywhere or nowhere.
+
+    The budgets of every device hold. Bound and gap are those of plans of this form. Raises PlanError if an option
+    is out of range, or if a device's budget does not pay for `below` everywhere.
+    """
+    if below not in ("forward_only", "shortcut"):
+        raise PlanError(f"below must be forward_only or shortcut, got {below!r}.")
+    if not time_limit_seconds > 0:
+        raise PlanError(f"time_limit_seconds must be > 0, got {time_limit_seconds}.")
+    deadline = time.monotonic() + time_limit_seconds
+    rest = Operation.FORWARD_ONLY if below == "forward_only" else Operation.SHORTCUT
+    blocks = problem.forward_score.shape[1]
+    depths = np.array([0, blocks]) if whole_rows else np.arange(blocks + 1)
+    is_full = np.arange(blocks) >= blocks - depths[:, None]  # [option, block]
+    option_operations = np.where(is_full, Operation.FULL, rest).astype(np.uint8)  # [option, block]
+    forward_gain, backward_gain = (
+        gain.sum(axis=2) for gain in problem.gains(forward_weight, backward_weight)
+    )
+    value = forward_gain @ (option_operations >= Operation.FORWARD_ONLY).T + backward_gain @ is_full.T
+
+    operations = np.empty(problem.forward_score.shape, dtype=np.uint8)
+    bound, statuses = 0.0, set()
+    for replica in range(problem.replicas):
+        rows = slice(replica, None, problem.replicas)
+        limits = _limits(problem, replica, option_operations)
+        total = _most_blocks(limits, depths, len(value[rows]))
+        if total is None:
+            choice = choose(value[rows], limits, deadline=deadline)
+            option, status = choice.option, choice.status
+            bound += choice.bound
+        else:
+            option, status = _best_options(value[rows], depths, total), OPTIMAL
+            bound += float(value[rows][np.arange(len(option)), option].sum())
+        operations[rows] = option_operations[option][:, :, None]
+        statuses.add(status)
+    return plan_with_bound(
+        problem,
+        operations,
+        planner="depth",
+        status=OPTIMAL if statuses == {OPTIMAL} else "; ".join(sorted(statuses - {OPTIMAL})),
+        forward_weight=forward_weight,
+        backward_weight=backward_weight,
+        bound=bound,
+    )
+
+
+def _limits(problem: PlanProblem, replica: int, option_operations: npt.NDArray[np.uint8]) -> list[Limit]:
+    """Every budget of every device of a replica, less what option 0 uses everywhere."""
+    rows = problem.forward_score.shape[0] // problem.replicas
+    everything = np.zeros(rows, dtype=np.int64)
+    limits: list[Limit] = []
+    for device in range(replica * problem.stages * problem.ranks, (replica + 1) * problem.stages * problem.ranks):
+        stage, rank = divmod(device % (problem.stages * problem.ranks), problem.ranks)
+        heads = np.where(problem.stage == stage, (problem.rank == rank).sum(axis=1), 0)  # [block]
+        for resource, costs, budget in (
+            ("compute", problem.compute_cost, problem.budgets()[device, 0]),
+            ("communication", problem.communication_cost, problem.budgets()[device, 1]),
+        ):
+            use = np.asarray(costs)[option_operations] @ heads  # [option]
+            if use[0] * rows > budget:
+                least = use[0] / (costs[Operation.FULL] * heads.sum())
+                if resource == "compute":
+                    least = problem.always_share + (1 - problem.always_share) * least
+                raise PlanError(
+                    f"The {resource} budget of {problem.device_names[device]} is {budget:g}, but FORWARD_ONLY in "
+                    f"every block of every row uses {use[0] * rows:g}. The least feasible {resource} budget is "
+                    f"{round_up(least):g} of its dense step; or let the blocks below be SHORTCUT."
+                )
+            limits.append(Limit(use - use[0], everything, np.array([budget - use[0] * rows])))
+        in_row = (option_operations == Operation.FULL) @ heads
+        limits.append(Limit(in_row.astype(float), np.arange(rows), np.full(rows, problem.memory_budget[device])))
+    scarce = [limit for limit in limits if np.isfinite(limit.most).all() and limit.use.max() > 0]
+    different = {limit.use.tobytes() + limit.most.tobytes(): limit for limit in scarce}
+    return list(different.values())
+
+
+def _most_blocks(limits: list[Limit], depths: Ints, rows: int) -> int | None:
+    """The sum of all rows' depths that the limits allow; None if they say more than such a sum can."""
+    total = rows * int(depths[-1])
+    for limit in limits:
+        of_block = limit.use[-1] / depths[-1]
+        if len(limit.most) > 1 or not np.allclose(limit.use, of_block * depths, rtol=1e-12, atol=0):
+            return None
+        total = min(total, math.floor(limit.most[0] / of_block * (1 + 1e-12)))
+    return total
+
+
+def _best_options(value: Floats, depths: Ints, total: int) -> Ints:
+    """The option of each row, int64 [row], of the largest value in all whose depths add up to at most `total`.
+
+    Row by row: the best value for every sum of depths so far (dynamic programming), then back from the best end.
+    """
+    best = np.zeros(total + 1)  # [sum of depths at most]
+    chosen = np.zeros((len(value), total + 1), dtype=np.int64)
+    for row in range(len(value)):
+        candidates = np.full((len(depths), total + 1), -np.inf)
+        for option, depth in enumerate(depths[depths <= total]):
+            candidates[option, depth:] = best[: total + 1 - depth] + value[row, option]
+        chosen[row] = candidates.argmax(axis=0)
+        best = candidates.max(axis=0)
+    options = np.empty(len(value), dtype=np.int64)
+    for row in reversed(range(len(value))):
+        options[row] = chosen[row, total]
+        total -= int(depths[options[row]])
+    return options
