@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import highspy
 import numpy as np
+import numpy.typing as npt
 
 from d2ft_hpc.planning.problem import Floats, Ints
 
@@ -87,9 +88,17 @@ class LinearProgram:
 
 
 def maximise_integer(
-    gain: Floats, rows: Rows, *, seconds: float, absolute_gap: float = 0.0, relative_gap: float = 0.0
+    gain: Floats,
+    rows: Rows,
+    *,
+    seconds: float,
+    largest: Floats | None = None,
+    is_integer: npt.NDArray[np.bool_] | None = None,
+    absolute_gap: float = 0.0,
+    relative_gap: float = 0.0,
 ) -> Solution:
-    """Maximise gain @ variables over variables that are 0 or 1.
+    """Maximise gain @ variables over variables from 0 to `largest` (1 if not given), whole where `is_integer`
+    says so (everywhere if not given).
 
     seconds: wall-clock limit. absolute_gap, relative_gap: a solution this near its bound is optimal.
     """
@@ -112,13 +121,13 @@ def maximise_integer(
         0.0,
         gain,
         np.zeros(len(gain)),
-        np.ones(len(gain)),
+        np.ones(len(gain)) if largest is None else largest,
         rows.lower,
         rows.upper,
         (np.cumsum(lengths) - lengths).astype(np.int32),
         rows.column[order].astype(np.int32),
         rows.value[order],
-        np.ones(len(gain), dtype=np.int32),
+        np.ones(len(gain), dtype=np.int32) if is_integer is None else is_integer.astype(np.int32),
     )
     if passed == highspy.HighsStatus.kError:
         return Solution(None, None, math.inf, "HiGHS refused the model")

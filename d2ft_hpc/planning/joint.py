@@ -139,14 +139,23 @@ def _solve_with_highs(
     knapsacks: Sequence[Knapsack], seconds: float, relative_gap: float, demand: _Coverage | None
 ) -> tuple[list[Operations] | None, float, str]:
     """HiGHS's plan (None if it has none that keeps the budgets), its bound, and how it ended."""
-    cells = sum(len(knapsack.cells) for knapsack in knapsacks)
+    counts = np.repeat([float(len(knapsack.cells)) for knapsack in knapsacks], 2)
+    cells = int(counts.sum()) // 2
     gains = [knapsack.forward_gain for knapsack in knapsacks] + [knapsack.backward_gain for knapsack in knapsacks]
+    # Once the counts are whole numbers, the rest is a transportation problem, whose solutions are whole by
+    # themselves: branching on two counts a device instead of on every cell. Memory and coverage break that.
+    cells_branch = demand is not None or any(math.isfinite(knapsack.memory) for knapsack in knapsacks)
     solution = maximise_integer(
-        np.concatenate(gains), _rows(knapsacks, demand), seconds=seconds, relative_gap=relative_gap
+        np.concatenate([*gains, np.zeros(len(counts))]),
+        _rows(knapsacks, demand),
+        seconds=seconds,
+        largest=np.concatenate([np.ones(2 * cells), counts]),
+        is_integer=np.concatenate([np.full(2 * cells, cells_branch), np.ones(len(counts), dtype=bool)]),
+        relative_gap=relative_gap,
     )
     if solution.values is None:
         return None, solution.bound, solution.status
-    runs = np.rint(solution.values).astype(np.uint8).reshape(2, cells)
+    runs = np.rint(solution.values[: 2 * cells]).astype(np.uint8).reshape(2, cells)
     ends = np.cumsum([len(knapsack.cells) for knapsack in knapsacks])[:-1]
     plan = np.split(np.where(runs[1], Operation.FULL, runs[0]).astype(np.uint8), ends)
     within = all(
@@ -159,46 +168,58 @@ def _solve_with_highs(
 
 
 def _rows(knapsacks: Sequence[Knapsack], demand: _Coverage | None) -> Rows:
-    """The constraints on binary variables forward[cell] (the cell runs), then backward[cell] (it runs FULL), cells
-    in the order of the knapsacks: forward >= backward; the limited budgets; memory; the demand for each subnet.
+    """The constraints on variables forward[cell] (the cell runs), backward[cell] (it runs FULL), cells in the order
+    of the knapsacks, and for each knapsack how many run and how many run FULL: forward >= backward; the sums;
+    the limited budgets; memory; the demand for each subnet.
     """
     cells = np.concatenate([knapsack.cells for knapsack in knapsacks])
     count = len(cells)
     every = np.arange(count)
     row, column = [every, every], [every, every + count]
     value, upper = [np.full(count, -1.0), np.ones(count)], [np.zeros(count)]  # backward - forward <= 0
+    lower = [np.full(count, -math.inf)]
     rows = count
 
+    def add(columns: Ints, values: Floats, least: float, most: float) -> None:
+        nonlocal rows
+        row.append(np.full(len(columns), rows))
+        column.append(columns)
+        value.append(values)
+        lower.append(np.array([least]))
+        upper.append(np.array([most]))
+        rows += 1
+
     first = 0
-    for knapsack in knapsacks:
+    for index, knapsack in enumerate(knapsacks):
         own = np.arange(first, first + len(knapsack.cells))
         first += len(own)
+        totals = 2 * count + 2 * index + np.arange(2)
+        for total, columns in zip(totals, (own, own + count), strict=True):
+            add(np.append(columns, total), np.append(np.ones(len(own)), -1.0), 0.0, 0.0)
         for resource in np.flatnonzero(np.isfinite(knapsack.budget)):
-            for columns, step in ((own, knapsack.forward_step), (own + count, knapsack.backward_step)):
-                if step[resource] > 0:
-                    row.append(np.full(len(own), rows))
-                    column.append(columns)
-                    value.append(np.full(len(own), step[resource]))
-            upper.append(knapsack.budget[[resource]])
-            rows += 1
+            steps = np.array([knapsack.forward_step[resource], knapsack.backward_step[resource]])
+            if (steps > 0).any():
+                add(totals[steps > 0], steps[steps > 0], -math.inf, float(knapsack.budget[resource]))
         if math.isfinite(knapsack.memory) and len(own):
             of_row = np.unique(knapsack.row, return_inverse=True)[1]
             row.append(rows + of_row)
             column.append(own + count)
             value.append(np.ones(len(own)))
             upper.append(np.full(of_row.max() + 1, knapsack.memory))
+            lower.append(np.full(of_row.max() + 1, -math.inf))
             rows += int(of_row.max()) + 1
     if demand is not None:
         row.append(rows + cells % demand.subnets)
         column.append(every + count)
         value.append(np.full(count, -1.0))
         upper.append(np.full(demand.subnets, -float(demand.rows)))
+        lower.append(np.full(demand.subnets, -math.inf))
         rows += demand.subnets
     return Rows(
         np.concatenate(row),
         np.concatenate(column),
         np.concatenate(value),
-        lower=np.full(rows, -math.inf),
+        lower=np.concatenate(lower),
         upper=np.concatenate(upper),
     )
 
