@@ -184,7 +184,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError with one line a fault.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(_checked(overrides)))
+        loaded = OmegaConf.load(path)
+        if not OmegaConf.is_dict(loaded):
+            raise ConfigError(f"{path}: holds no sections (run, model, data, ...) but something else")
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(_checked(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None

@@ -52,7 +52,13 @@ def deepspeed_config(
                 f"engine.deepspeed.{key}: set by the run (data.micro_batch_size, data.slots, engine.precision, "
                 f"engine.gradient_clipping, optimizer): remove it"
             )
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    zero = {"stage": 1 if precision == "fp16" else 0, **settings.get("zero_optimization", {})}
+    stage = zero["stage"]
+    if precision == "fp16" and stage == 0:
+        raise ConfigError(
+            "engine.deepspeed.zero_optimization.stage=0 with engine.precision=fp16: DeepSpeed's fp16 optimiser divides "
+            "by the loss scale, with which its engine multiplies the loss under ZeRO only. Use stage 1, or bf16"
+        )
     if stage not in (0, 1):
         raise ConfigError(
             f"engine.deepspeed.zero_optimization.stage={stage}: a plan that skips blocks is exact under stages 0 and 1 "
@@ -66,7 +72,8 @@ def deepspeed_config(
     }
     if precision != "fp32":
         ours[precision] = {"enabled": True}
-    return {"zero_allow_untested_optimizer": True, "steps_per_print": 10**9, **settings, **ours}
+    quiet = {"zero_allow_untested_optimizer": True, "steps_per_print": 10**9}
+    return {**quiet, **settings, "zero_optimization": zero, **ours}
 
 
 class DeepSpeedEngine:

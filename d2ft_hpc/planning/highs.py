@@ -14,7 +14,7 @@ from d2ft_hpc.planning.problem import Floats, Ints
 OPTIMAL = "optimal"
 
 LARGEST_MODEL = 10_000
-"""Variables of the largest mixed-integer model that HiGHS is given. In larger ones it looks at its clock too
+"""Integer variables of the largest model that HiGHS is given. In larger ones it looks at its clock too
 rarely to be stopped in time; models up to this size overshoot their time by fractions of a second."""
 
 _FEASIBLE = 2  # HiGHS: kSolutionStatusFeasible
@@ -102,8 +102,10 @@ def maximise_integer(
 
     seconds: wall-clock limit. absolute_gap, relative_gap: a solution this near its bound is optimal.
     """
-    if len(gain) > LARGEST_MODEL:
-        return Solution(None, None, math.inf, f"{len(gain)} variables are more than HiGHS is given ({LARGEST_MODEL})")
+    branching = len(gain) if is_integer is None else int(is_integer.sum())
+    if branching > LARGEST_MODEL:
+        reason = f"{branching} integer variables are more than HiGHS is given ({LARGEST_MODEL})"
+        return Solution(None, None, math.inf, reason)
     if seconds <= 0:
         return Solution(None, None, math.inf, "time limit")
     solver = _new_solver()

@@ -22,6 +22,9 @@ from d2ft_hpc.model.subnets import SubnetMap
 Granularity = Literal["micro_batch", "sample"]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
+_FP16_SCALE = 2.0**10
+"""Keeps the gradients of a mean loss within fp16's range."""
+
 _LINEAR_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
@@ -35,21 +38,23 @@ def fisher_information(
 ) -> Tensor:
     """Sum of squared gradients over each subnet's weights, of one micro-batch or of each of its samples.
 
-    images: [sample, channel, height, width]; labels: [sample, ...]; loss_function returns the *mean* over the
+    images: [sample, channel, height, width], cast to the model's dtype; labels: [sample, ...]; loss_function returns the *mean* over the
     samples. A sample's score is that of its own loss, not of its share in the mean. Runs the dense model in
     evaluation mode; model, gradients and random state stay as they were.
 
     Returns float32 [1, block, head] for "micro_batch", [sample, block, head] for "sample".
     """
+    dtype = next(model.parameters()).dtype
+    scale = _FP16_SCALE if dtype == torch.float16 else 1.0
     with probe(model, training=False), _recorded(model) as records:
-        loss = loss_function(model(images), labels)
-        output_gradients = torch.autograd.grad(loss, [output for _, _, _, output in records])
+        loss = loss_function(model(images.to(dtype)), labels)
+        output_gradients = torch.autograd.grad(loss * scale, [output for _, _, _, output in records])
     groups = 1 if granularity == "micro_batch" else images.shape[0]
     scores = torch.zeros(groups, *subnets.shape, device=images.device)
     for (block, name, layer_input, _), output_gradient in zip(records, output_gradients, strict=True):
         # A sample's own gradient is `samples` times its share in the gradient of the mean loss.
         inputs = layer_input.float().reshape(groups, -1, layer_input.shape[-1])
-        gradients = groups * output_gradient.float().reshape(groups, -1, output_gradient.shape[-1])
+        gradients = groups / scale * output_gradient.float().reshape(groups, -1, output_gradient.shape[-1])
         weight_gradient = torch.einsum("gto,gti->goi", gradients, inputs)
         scores[:, block] += subnets.head_axes[f"{name}.weight"].sum_by_head(weight_gradient.square())
         if f"{name}.bias" in subnets.head_axes:

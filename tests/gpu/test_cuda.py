@@ -55,7 +55,7 @@ def test_an_fp16_overflow_drops_the_same_updates_as_without_us() -> None:
     def train(ours: bool) -> tuple[list[float], dict[str, nn.Parameter]]:
         model = tiny_vit().cuda()
         fp16 = {"enabled": True, "initial_scale_power": 30, "hysteresis": 1, "loss_scale_window": 100}
-        wrapper = deepspeed_engine(model, "sgd", 0, precision="fp16", fp16=fp16)
+        wrapper = deepspeed_engine(model, "sgd", 1, precision="fp16", fp16=fp16)
         engine, rates = wrapper.engine, []
         if ours:
             wrapper.executor.load(SkipPlan.dense(2, 1, DEPTH, HEADS), 0)

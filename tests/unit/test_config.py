@@ -1,0 +1,113 @@
+"""The configuration: overrides, and messages that name key, value and fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2ft_hpc.config import RunConfig, load_config
+from d2ft_hpc.engines.deepspeed import deepspeed_config
+from d2ft_hpc.errors import ConfigError
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+
+
+def test_overrides_replace_the_files_values() -> None:
+    config = load_config(
+        DEMO, ["plan.compute_budget=0.5", "optimizer.learning_rate=2e-4", "data.classes=[1,2]"]
+    )
+    assert config.plan.compute_budget == 0.5
+    assert config.optimizer.learning_rate == 2e-4
+    assert config.data.classes == [1, 2]
+    assert config.run.name == "demo"
+
+
+def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
+    config = load_config(DEMO, ["plan.replan.every=3"])
+    (tmp_path / "effective.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "effective.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("plan.compute_buget=0.5", ["plan.compute_buget", "0.5", "did you mean plan.compute_budget?"]),
+        ("compute_budget=0.5", ["compute_budget", "did you mean plan.compute_budget?"]),
+        ("plan.replan.evry=2", ["plan.replan.evry", "did you mean plan.replan.every?"]),
+        ("nonsense=1", ["nonsense", "valid sections: run, model"]),
+        ("plan.compute_budget=0", ["plan.compute_budget=0", "greater than 0"]),
+        ("plan.compute_budget=1.5", ["plan.compute_budget=1.5", "less than or equal to 1"]),
+        ("data.slots=1.5", ["data.slots=1.5", "integer"]),
+        ("train.epochs=many", ["train.epochs='many'", "integer"]),
+        ("plan.planner=magic", ["plan.planner='magic'", "'joint'"]),
+        ("run.name=a/b", ["run.name='a/b'"]),
+        ("engine.precision=fp8", ["engine.precision='fp8'", "'bf16'"]),
+        ("no_value", ["'no_value'", "key=value"]),
+    ],
+)
+def test_faults_name_key_value_and_fix(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(DEMO, [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_faults_between_fields_and_all_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.precision=fp16"):
+        load_config(DEMO, ["engine.name=plain", "engine.precision=fp16"])
+    with pytest.raises(ConfigError) as caught:
+        load_config(DEMO, ["data.slots=0", "train.epochs=0"])
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "\x00", ""])
+def test_files_that_are_no_configuration(tmp_path: Path, content: str) -> None:
+    (tmp_path / "bad.yaml").write_text(content)
+    with pytest.raises(ConfigError):
+        load_config(tmp_path / "bad.yaml")
+    with pytest.raises(ConfigError, match="no such"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_yaml_tags_make_no_objects(tmp_path: Path) -> None:
+    (tmp_path / "evil.yaml").write_text(f"run: !!python/object/apply:os.mkdir ['{tmp_path}/made']")
+    with pytest.raises(ConfigError):
+        load_config(tmp_path / "evil.yaml")
+    assert not (tmp_path / "made").exists()
+
+
+def test_every_field_is_documented_or_says_it_all() -> None:
+    undocumented = [
+        f"{section}.{name}"
+        for section, info in RunConfig.model_fields.items()
+        for name, field in info.annotation.model_fields.items()  # type: ignore[union-attr]
+        if field.description is None
+    ]
+    assert set(undocumented) <= {
+        "run.seed", "data.name", "optimizer.name", "optimizer.learning_rate", "optimizer.weight_decay",
+        "optimizer.schedule", "optimizer.warmup_steps", "train.epochs", "train.evaluate_every_epochs",
+        "plan.planner", "plan.forward_score", "plan.backward_score", "plan.replan", "engine.name", "engine.precision",
+    }  # fmt: skip
+
+
+def complete(settings: dict[str, Any], precision: str = "fp32") -> dict[str, Any]:
+    return deepspeed_config(
+        settings, micro_batch_size=4, slots=2, precision=precision, gradient_clipping=None
+    )
+
+
+def test_deepspeed_settings_that_cannot_run_plans_are_refused() -> None:
+    assert complete({})["gradient_clipping"] == 0.0
+    assert complete({}, "fp16")["zero_optimization"]["stage"] == 1
+    assert complete({"zero_optimization": {"stage": 1, "overlap_comm": False}})["zero_optimization"] == {
+        "stage": 1,
+        "overlap_comm": False,
+    }
+    with pytest.raises(ConfigError, match=r"stage=3.*Use stage 0 or 1"):
+        complete({"zero_optimization": {"stage": 3}})
+    with pytest.raises(ConfigError, match=r"stage=0 with engine\.precision=fp16"):
+        complete({"zero_optimization": {"stage": 0}}, "fp16")
+    with pytest.raises(ConfigError, match=r"engine\.deepspeed\.train_batch_size"):
+        complete({"train_batch_size": 8})
