@@ -39,7 +39,9 @@ def read_scores(path: Path, index: int = -1) -> SavedScores:
         found = run.groups("scores")
         model, environment = run.attributes("model"), run.attributes("environment")
     if not found:
-        raise ResultsError(f"{path} holds no scores: its planner read none. Run with another planner, such as joint.")
+        raise ResultsError(
+            f"{path} holds no scores: its planner read none. Run with another planner, such as joint."
+        )
     if not -len(found) <= index < len(found):
         raise ResultsError(f"{path} holds scores 0 to {len(found) - 1}, asked for {index}.")
     data, _ = found[index]
@@ -83,7 +85,9 @@ def pose(
         "device_speed": None if speeds is None else list(speeds) * (scores.replicas * stages),
         **budgets,
     }
-    problem = PlanProblem.parallel(scores.forward, scores.backward, rank=in_order(blocks, heads, ranks), **options)
+    problem = PlanProblem.parallel(
+        scores.forward, scores.backward, rank=in_order(blocks, heads, ranks), **options
+    )
     if not placed:
         return problem
     return PlanProblem.parallel(scores.forward, scores.backward, rank=spread(problem, ranks), **options)
@@ -94,7 +98,8 @@ def describe(plan: SkipPlan, problem: PlanProblem) -> str:
     shares = ", ".join(f"{share:.1%} {operation.name}" for operation, share in plan.shares().items())
     evidence = f"gap {plan.gap:.1e} ({plan.status})" if plan.gap == plan.gap else "gap not known"
     lines = [
-        f"{plan.planner} plan {plan.hash[:12]}: {plan.num_rows} rows x {plan.num_blocks} blocks x {plan.num_heads} heads",
+        f"{plan.planner} plan {plan.hash[:12]}: {plan.num_rows} rows x {plan.num_blocks} blocks "
+        f"x {plan.num_heads} heads",
         f"{shares}; {evidence}, solved in {1e3 * plan.solve_seconds:.1f} ms",
         "",
         *_device_table(plan, problem),
@@ -154,7 +159,9 @@ def save_heat_map(plan: SkipPlan, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 0.6 + 4.5 * max(0.4, min(1.6, plan.num_blocks / plan.num_heads))), layout="constrained")
+    figure = Figure(
+        figsize=(10, 0.6 + 4.5 * max(0.4, min(1.6, plan.num_blocks / plan.num_heads))), layout="constrained"
+    )
     axes = figure.subplots(1, 2, sharey=True)
     for axis, operation, title in zip(
         axes, (Operation.FORWARD_ONLY, Operation.FULL), ("runs forward", "FULL"), strict=True

@@ -103,7 +103,12 @@ def synthetic_problem(
 
     def problem(rank: npt.NDArray[np.int64]) -> PlanProblem:
         return PlanProblem.parallel(
-            forward, backward, rank=rank, stage=stage, compute_budget=COMPUTE_BUDGET, device_speed=speed.tolist()
+            forward,
+            backward,
+            rank=rank,
+            stage=stage,
+            compute_budget=COMPUTE_BUDGET,
+            device_speed=speed.tolist(),
         )
 
     plain = problem(in_order(blocks, heads, ranks))

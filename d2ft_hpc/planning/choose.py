@@ -29,8 +29,11 @@ RELATIVE_GAP = 1e-5
 
 _TRIAL_SCALES = (0.7, 0.85, 1.0, 1.2, 1.4)  # of first prices, to find options that may be worth it
 _ROUNDING = 1e-12  # by which sums of the same numbers in another order may differ
-_CORE_OPTIONS = 3_000  # undecided ones: HiGHS settles so many in milliseconds, or overshoots its time by as little
+_CORE_OPTIONS = (
+    3_000  # undecided ones: HiGHS settles so many in milliseconds, or overshoots its time by as little
+)
 _CORE_SECONDS = 0.5
+_PRICE_STEPS = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +52,7 @@ class Limit:
         return np.bincount(self.group, self.use[option], len(self.most)).astype(np.float64)
 
     def left(self, option: Ints) -> Floats:
-        return self.most * (1 + _ROUNDING) - self.used(option)
+        return self.most - self.used(option)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +77,8 @@ def choose(value: Floats, limits: Sequence[Limit], *, deadline: float) -> Choice
     """
     prices = [np.zeros(len(limit.most)) for limit in limits]
     scarce = [i for i, limit in enumerate(limits) if _can_be_exceeded(limit)]
-    some = [_without_unusable_rest(limits[i]) for i in scarce]
+    some = [_rounded(limits[i]) for i in scarce]
+    of_all_options = value
     for limit in some:
         alone_too_much = limit.use > limit.most[:, None]  # [group, option]
         if alone_too_much.any():
@@ -87,7 +91,8 @@ def choose(value: Floats, limits: Sequence[Limit], *, deadline: float) -> Choice
         prices[i] = price
     option = _fill(value, some, option)
     worth = _worth(value, option)
-    bound = price_bound = max(worth, float(_bounds(value, some, its_prices).sum()))
+    bound = max(worth, float(_bounds(value, some, its_prices).sum()))
+    price_bound = max(worth, float(_bounds(of_all_options, some, its_prices).sum()))
     status = OPTIMAL
     if worth < bound * (1 - RELATIVE_GAP):
         option, bound, status = _decide_core(value, some, its_prices, option, deadline)
@@ -101,13 +106,15 @@ def _can_be_exceeded(limit: Limit) -> bool:
     return bool((classes * limit.use.max() > limit.most).any())
 
 
-def _without_unusable_rest(limit: Limit) -> Limit:
-    """The limit in whole multiples of the smallest use, if all uses are: what is less than that helps nobody."""
+def _rounded(limit: Limit) -> Limit:
+    """The limit with float error granted, and in whole multiples of the smallest use if all uses are such: what is
+    left over then helps nobody."""
+    most = limit.most
     unit = limit.use[limit.use > 0].min(initial=np.inf)
     multiples = limit.use / unit
-    if np.abs(multiples - np.rint(multiples)).max() > _ROUNDING * multiples.max():
-        return limit
-    return replace(limit, most=np.floor(limit.most / unit * (1 + _ROUNDING)) * unit)
+    if np.abs(multiples - np.rint(multiples)).max() <= _ROUNDING * multiples.max():
+        most = np.floor(most / unit + 10 * _ROUNDING * multiples.max()) * unit
+    return replace(limit, most=most + _ROUNDING * np.maximum(most, limit.use.max()))
 
 
 def _worth(value: Floats, option: Ints) -> float:
@@ -157,7 +164,9 @@ def _price(value: Floats, limit: Limit) -> tuple[list[Floats], Ints]:
     price = np.zeros(groups)
     open_ = over_use > limit.most
     under = np.where(open_[limit.group], under, over)
-    while open_.any():
+    for _ in range(_PRICE_STEPS):  # float error can send the two round in circles; every price proves a bound
+        if not open_.any():
+            break
         slope = (over_worth - under_worth)[open_] / (over_use - under_use)[open_]
         price[open_] = slope
         option = _less_price(value, [limit], [price]).argmax(axis=1)
@@ -182,9 +191,7 @@ def _price(value: Floats, limit: Limit) -> tuple[list[Floats], Ints]:
     return [price], under
 
 
-def _prices_of_several(
-    value: Floats, limits: Sequence[Limit], deadline: float
-) -> tuple[list[Floats], Ints]:
+def _prices_of_several(value: Floats, limits: Sequence[Limit], deadline: float) -> tuple[list[Floats], Ints]:
     """The best prices of several limits, and a choice that fits.
 
     A linear program over a pool of options finds prices; options that beat the pool at these prices join it, until
@@ -220,7 +227,9 @@ def _prices_of_several(
         if bound < best:
             best, prices = bound, trial
         whole = solution.values > 1 - 1e-6
-        option = np.zeros(len(value), dtype=np.int64)  # classes that the program splits between options run nothing
+        option = np.zeros(
+            len(value), dtype=np.int64
+        )  # classes that the program splits between options run nothing
         option[its_class[whole]] = its_option[whole]
         wanted = _less_price(value, limits, trial).argmax(axis=1)
         is_new = ~pool[classes, wanted]
@@ -313,7 +322,7 @@ def _decide_core(
     here = [Limit(limit.use, limit.group[undecided], limit.most) for limit in limits]
     most = [limit.most - used for limit, used in zip(limits, fixed, strict=True)]
     gain = value[undecided[its_class], its_option] - value[undecided, option[undecided]][its_class]
-    unit = bound / len(value)
+    unit = max(abs(bound), 1e-300) / len(value)
     column, row, use = _entries(len(undecided), here, its_class, its_option)
     one_each = np.ones(len(undecided))
     solution = maximise_integer(
@@ -339,4 +348,8 @@ def _decide_core(
     better[undecided[its_class[taken]]] = its_option[taken]
     if _worth(value, better) < worth or any((limit.left(better) < 0).any() for limit in limits):
         return option, bound, "prices" if solution.status == OPTIMAL else f"prices: {solution.status}"
-    return better, bound, solution.status if is_complete else f"{solution.status} among the most promising levels"
+    return (
+        better,
+        bound,
+        solution.status if is_complete else f"{solution.status} among the most promising levels",
+    )

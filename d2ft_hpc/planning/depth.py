@@ -84,7 +84,9 @@ def _limits(problem: PlanProblem, replica: int, option_operations: npt.NDArray[n
     rows = problem.forward_score.shape[0] // problem.replicas
     everything = np.zeros(rows, dtype=np.int64)
     limits: list[Limit] = []
-    for device in range(replica * problem.stages * problem.ranks, (replica + 1) * problem.stages * problem.ranks):
+    for device in range(
+        replica * problem.stages * problem.ranks, (replica + 1) * problem.stages * problem.ranks
+    ):
         stage, rank = divmod(device % (problem.stages * problem.ranks), problem.ranks)
         heads = np.where(problem.stage == stage, (problem.rank == rank).sum(axis=1), 0)  # [block]
         for resource, costs, budget in (
@@ -103,7 +105,9 @@ def _limits(problem: PlanProblem, replica: int, option_operations: npt.NDArray[n
                 )
             limits.append(Limit(use - use[0], everything, np.array([budget - use[0] * rows])))
         in_row = (option_operations == Operation.FULL) @ heads
-        limits.append(Limit(in_row.astype(float), np.arange(rows), np.full(rows, problem.memory_budget[device])))
+        limits.append(
+            Limit(in_row.astype(float), np.arange(rows), np.full(rows, problem.memory_budget[device]))
+        )
     scarce = [limit for limit in limits if np.isfinite(limit.most).all() and limit.use.max() > 0]
     different = {limit.use.tobytes() + limit.most.tobytes(): limit for limit in scarce}
     return list(different.values())

@@ -141,7 +141,9 @@ def _solve_with_highs(
     """HiGHS's plan (None if it has none that keeps the budgets), its bound, and how it ended."""
     counts = np.repeat([float(len(knapsack.cells)) for knapsack in knapsacks], 2)
     cells = int(counts.sum()) // 2
-    gains = [knapsack.forward_gain for knapsack in knapsacks] + [knapsack.backward_gain for knapsack in knapsacks]
+    gains = [knapsack.forward_gain for knapsack in knapsacks] + [
+        knapsack.backward_gain for knapsack in knapsacks
+    ]
     # Once the counts are whole numbers, the rest is a transportation problem, whose solutions are whole by
     # themselves: branching on two counts a device instead of on every cell. Memory and coverage break that.
     cells_branch = demand is not None or any(math.isfinite(knapsack.memory) for knapsack in knapsacks)
@@ -242,7 +244,9 @@ def _greedy(knapsacks: Sequence[Knapsack], demand: _Coverage | None) -> list[Ope
         return [greedy(knapsack) for knapsack in knapsacks]
     capacity = np.array([_most_full(knapsack, knapsack.budget) for knapsack in knapsacks])
     start = _cover(knapsacks, capacity, demand)
-    if start is None or not all(k.fits_memory(its_start) for k, its_start in zip(knapsacks, start, strict=True)):
+    if start is None or not all(
+        k.fits_memory(its_start) for k, its_start in zip(knapsacks, start, strict=True)
+    ):
         return None
     return [greedy(knapsack, its_start) for knapsack, its_start in zip(knapsacks, start, strict=True)]
 

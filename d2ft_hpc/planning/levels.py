@@ -101,11 +101,13 @@ def make_levels(
 
 def _times(cost: float, speed: Floats, heads: int) -> tuple[Floats, Ints]:
     """Times, float64 [time], at which some rank finishes a head, and how many each rank has then, [time, rank]."""
-    if cost == 0:
-        return np.zeros(1), np.full((1, len(speed)), heads)
+    if cost == 0:  # takes no time, but may still send messages or keep activations
+        return np.zeros(heads + 1), np.repeat(np.arange(heads + 1)[:, None], len(speed), axis=1)
     finished = np.arange(heads + 1)[:, None] * cost / speed
     times = np.unique(finished)
-    keep = np.append(np.diff(times) > BUDGET_EPSILON * times[-1], True)  # float error makes no times of its own
+    keep = np.append(
+        np.diff(times) > BUDGET_EPSILON * times[-1], True
+    )  # float error makes no times of its own
     counts = np.floor(times[keep, None] * speed / cost + BUDGET_EPSILON * heads)
     return times[keep], np.minimum(counts, heads).astype(np.int64)
 

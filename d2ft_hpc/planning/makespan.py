@@ -17,7 +17,6 @@ from d2ft_hpc.planning.levels import Levels, make_levels
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem, round_up
 
-
 _EVENNESS = 1e-6  # of a class's mean value: what plans may lose by it is below what counts as no gap
 
 
@@ -45,8 +44,8 @@ class Team:
     @property
     def is_even(self) -> bool:
         """Whether all ranks are equally fast, so that a level is the same number of heads on each."""
-        heads = self.levels.forward_heads
-        return bool((heads == heads[:, :1]).all())
+        runs = np.concatenate([self.levels.forward_heads, self.levels.backward_heads])
+        return bool((runs == runs[:, :1]).all())
 
     def write(self, level: Ints, operations: npt.NDArray[np.uint8]) -> None:
         """Put the best heads at the level int64 [class] of each class into operations [row, block, head]."""
@@ -201,12 +200,13 @@ def _other_limits(problem: PlanProblem, team: Team) -> list[Limit]:
     limits = []
     for rank in range(1 if team.is_even else len(team.devices)):
         devices = team.devices if team.is_even else team.devices[rank : rank + 1]
-        message = (forward - shortcut) * levels.forward_heads[:, rank] + (full - forward) * levels.backward_heads[:, rank]
+        runs, trains = levels.forward_heads[:, rank], levels.backward_heads[:, rank]
+        message = (forward - shortcut) * runs + (full - forward) * trains
         most = problem.budgets()[devices, 1].min() - cells[rank] * shortcut
         memory = np.full(len(team.rows), problem.memory_budget[devices].min())
         limits += [
             _limit(message, np.zeros_like(row), np.array([most])),
-            _limit(levels.backward_heads[:, rank].astype(np.float64), row, memory),
+            _limit(trains.astype(np.float64), row, memory),
         ]
     return [limit for limit in limits if np.isfinite(limit.most).all()]
 
@@ -252,12 +252,15 @@ def _choose_pipeline(problem: PlanProblem, teams: list[Team], deadline: float) -
     no_time = -math.inf  # for HiGHS: prices will do here
     even = [choose(team.levels.value, [_row_limit(team, row_time)], deadline=no_time) for team in teams]
     promise = np.full(len(splits), sum(choice.bound for choice in even))
-    backward = [team.levels.backward_time[c.option].sum() / len(team.rows) for team, c in zip(teams, even, strict=True)]
+    backward = [
+        team.levels.backward_time[c.option].sum() / len(team.rows)
+        for team, c in zip(teams, even, strict=True)
+    ]
     split = int(np.abs(splits - np.mean(backward)).argmin())
     best: list[Choice] = []
     best_value = -math.inf
     enough = -math.inf  # a split that promises no more than this is not worth a try
-    while promise[split] > enough and time.monotonic() < deadline or not best:
+    while (promise[split] > enough and time.monotonic() < deadline) or not best:
         choices = []
         promises = np.zeros(len(splits))
         for team in teams:
@@ -286,7 +289,9 @@ def _choose_pipeline(problem: PlanProblem, teams: list[Team], deadline: float) -
 def _row_time(problem: PlanProblem, teams: list[Team]) -> float:
     """What every stage gets for a row: the step's share of the stage that is done first, at most a dense row's."""
     dense = [len(t.blocks) * (t.levels.forward_time.max() + t.levels.backward_time.max()) for t in teams]
-    return float(min(*(team.time_budget / len(team.rows) for team in teams), max(dense) * (1 + BUDGET_EPSILON)))
+    return float(
+        min(*(team.time_budget / len(team.rows) for team in teams), max(dense) * (1 + BUDGET_EPSILON))
+    )
 
 
 def _splits(problem: PlanProblem, teams: list[Team], row_time: float) -> Floats:

@@ -187,12 +187,16 @@ class PlanProblem:
                 f"plan says (embedding, classifier). The least feasible compute_budget is {round_up(least):g}."
             )
         cells_of_row = cells / (forward.shape[0] // replicas)
-        communication: Floats = unlimited if communication_budget is None else communication_budget * cells
+        communication = (
+            unlimited if communication_budget is None else np.asarray(communication_budget * cells)
+        )
         return replace(
             problem,
             compute_budget=np.clip((share - always_share) / (1 - always_share), 0.0, 1.0) * cells,
             communication_budget=communication,
-            memory_budget=unlimited if memory_budget is None else np.floor(memory_budget * cells_of_row + 1e-9),
+            memory_budget=unlimited
+            if memory_budget is None
+            else np.floor(memory_budget * cells_of_row + 1e-9),
         )
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from d2ft_hpc.planning.knapsack import plan_with_bound
-from d2ft_hpc.planning.makespan import fitting_levels, make_teams
+from d2ft_hpc.planning.makespan import Team, fitting_levels, make_teams
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import PlanProblem
 
@@ -19,6 +19,8 @@ def solve_static(
 ) -> SkipPlan:
     """Maximise the objective of `solve_joint` with one level for all blocks and rows of a replica.
 
+    Stages whose ranks differ in speed have levels of their own, and then one for each stage.
+
     On every rank each (row, block) then has the same number of heads of each operation: shapes never change. Which
     heads these are follows the scores. All levels are tried, so the plan is the best of its kind: bound = objective,
     gap = 0. Options and errors are those of `solve_makespan`.
@@ -26,11 +28,12 @@ def solve_static(
     operations = np.full(problem.forward_score.shape, Operation.SHORTCUT, dtype=np.uint8)
     for replica in range(problem.replicas):
         teams = make_teams(problem, replica, forward_weight, backward_weight, most_shortcut)
-        value = sum(team.levels.value.sum(axis=0) for team in teams)
-        fits = np.logical_and.reduce([fitting_levels(problem, team) for team in teams])
-        level = int(np.argmax(np.where(fits, value, -np.inf)))
-        for team in teams:
-            team.write(np.full(len(team.levels.value), level), operations)
+        for alike in [teams] if _have_the_same_levels(teams) else [[team] for team in teams]:
+            value = sum(team.levels.value.sum(axis=0) for team in alike)
+            fits = np.logical_and.reduce([fitting_levels(problem, team) for team in alike])
+            level = int(np.argmax(np.where(fits, value, -np.inf)))
+            for team in alike:
+                team.write(np.full(len(team.levels.value), level), operations)
     objective = problem.objective(operations, forward_weight, backward_weight)
     return plan_with_bound(
         problem,
@@ -40,4 +43,13 @@ def solve_static(
         forward_weight=forward_weight,
         backward_weight=backward_weight,
         bound=objective,
+    )
+
+
+def _have_the_same_levels(teams: list[Team]) -> bool:
+    first = teams[0].levels
+    return all(
+        np.array_equal(team.levels.forward_heads, first.forward_heads)
+        and np.array_equal(team.levels.backward_heads, first.backward_heads)
+        for team in teams
     )

@@ -38,9 +38,9 @@ def fisher_information(
 ) -> Tensor:
     """Sum of squared gradients over each subnet's weights, of one micro-batch or of each of its samples.
 
-    images: [sample, channel, height, width], cast to the model's dtype; labels: [sample, ...]; loss_function returns the *mean* over the
-    samples. A sample's score is that of its own loss, not of its share in the mean. Runs the dense model in
-    evaluation mode; model, gradients and random state stay as they were.
+    images: [sample, channel, height, width], cast to the model's dtype; labels: [sample, ...]; loss_function
+    returns the *mean* over the samples. A sample's score is that of its own loss, not of its share in the mean.
+    Runs the dense model in evaluation mode; model, gradients and random state stay as they were.
 
     Returns float32 [1, block, head] for "micro_batch", [sample, block, head] for "sample".
     """

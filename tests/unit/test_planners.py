@@ -81,7 +81,9 @@ def problems(draw, max_cells=7):
     )
     ranks, stages = draw(st.sampled_from([(1, 1), (2, 1), (3, 1), (1, 2)]))
     heads = shape[1] * shape[2]
-    rank = np.array(draw(st.lists(st.integers(0, ranks - 1), min_size=heads, max_size=heads))).reshape(shape[1:])
+    rank = np.array(draw(st.lists(st.integers(0, ranks - 1), min_size=heads, max_size=heads))).reshape(
+        shape[1:]
+    )
     stage = np.minimum(np.arange(shape[1]), stages - 1)
     devices = replicas * (int(stage.max()) + 1) * ranks
     memory = draw(st.sampled_from([math.inf, math.inf, 1.0, 2.0]))
@@ -116,9 +118,7 @@ def problems(draw, max_cells=7):
 def random_problem(seed=0, shape=(10, 4, 3), replicas=2, **options):
     generator = np.random.default_rng(seed)
     forward, backward = generator.lognormal(0, 1.5, (2, *shape))
-    return PlanProblem.parallel(
-        forward, backward, replicas=replicas, **({"compute_budget": 0.6} | options)
-    )
+    return PlanProblem.parallel(forward, backward, replicas=replicas, **({"compute_budget": 0.6} | options))
 
 
 @settings(max_examples=150, deadline=None)
@@ -146,7 +146,7 @@ def test_no_planner_exceeds_a_budget(problem):
         try:
             plan = solve(problem, planner, **options)
         except PlanError as error:  # some planners cannot plan every problem, and say so
-            assert any(reason in str(error) for reason in REASONS[planner]), error
+            assert any(reason in str(error) for reason in REASONS[planner]), error  # noqa: PT017
             continue
         for costs, budgets, used in (
             (problem.compute_cost, problem.compute_budget, problem.used_compute(plan)),
@@ -156,7 +156,9 @@ def test_no_planner_exceeds_a_budget(problem):
             by_hand = [cost[problem.device == device].sum() for device in range(problem.num_devices)]
             np.testing.assert_allclose(used, by_hand, atol=1e-12)
             assert (by_hand <= budgets + 1e-6).all()
-        full = (plan.operations == 2)[..., None] * (problem.device[..., None] == np.arange(problem.num_devices))
+        full = (plan.operations == 2)[..., None] * (
+            problem.device[..., None] == np.arange(problem.num_devices)
+        )
         np.testing.assert_array_equal(problem.used_memory(plan), full.sum(axis=(1, 2)).max(axis=0))
         assert (problem.used_memory(plan) <= problem.memory_budget).all()
         assert 0 <= plan.gap <= 1

@@ -136,7 +136,9 @@ def test_makespan_finds_the_best_of_all_plans_that_are_done_in_time(problem):
     assert keeps_time(problem, plan.operations[None]).all()
     is_even = len(set(problem.device_speed)) == 1
     only_time = np.isinf([problem.communication_budget, problem.memory_budget]).all()
-    if not only_time and is_even:  # an idle rank saves no time, but it saves messages and memory: not in lock step
+    if (
+        not only_time and is_even
+    ):  # an idle rank saves no time, but it saves messages and memory: not in lock step
         plans = plans[in_lock_step(problem, plans)]
     best = scores_of(problem, plans).max()
     # ranks of different speed: a pipeline's splits are tried on a grid
@@ -157,7 +159,7 @@ def test_most_shortcut_is_kept_or_refused(problem, most_shortcut):
         try:
             plan = solve(problem, planner, most_shortcut=most_shortcut)
         except PlanError as error:
-            assert "least feasible" in str(error) or "lock step with" in str(error)
+            assert "least feasible" in str(error) or "lock step with" in str(error)  # noqa: PT017
             continue
         for rank in range(problem.ranks):
             runs = ((plan.operations >= 1) & (problem.rank == rank)).sum(axis=2)
@@ -237,7 +239,12 @@ def large_problem(stages=1, speeds=(1.0,), equal=False, seed=0):
     stage = np.arange(24) * stages // 24
     speed = np.tile(np.resize(speeds, 4), stages).tolist()
     return PlanProblem.parallel(
-        *scores, rank=in_order(24, 16, 4), stage=stage, compute_budget=0.6, forward_cost=0.3517, device_speed=speed
+        *scores,
+        rank=in_order(24, 16, 4),
+        stage=stage,
+        compute_budget=0.6,
+        forward_cost=0.3517,
+        device_speed=speed,
     )
 
 
@@ -278,7 +285,7 @@ def test_ranks_with_unlike_numbers_of_heads_are_refused_for_lock_step():
     rank[1, 0] = 1
     problem = PlanProblem.parallel(np.ones((2, 2, 4)), np.ones((2, 2, 4)), rank=rank, compute_budget=0.5)
     for planner in ("makespan", "static"):
-        with pytest.raises(PlanError, match="equally many heads on every rank in every block.*from 1 to 3"):
+        with pytest.raises(PlanError, match=r"equally many heads on every rank in every block.*from 1 to 3"):
             solve(problem, planner)
 
 
@@ -300,12 +307,20 @@ def test_options_out_of_range_are_named(planner, options, message):
 def test_an_infeasible_budget_names_the_device_and_the_least_feasible_one():
     scores = np.ones((2, 2, 2, 4))
     speeds = {"rank": in_order(2, 4, 2), "device_speed": [1.0, 0.5]}
-    with pytest.raises(PlanError, match=r"compute budget of rank 1 .*most_shortcut.*least feasible .* is 0\.3334"):
+    with pytest.raises(
+        PlanError, match=r"compute budget of rank 1 .*most_shortcut.*least feasible .* is 0\.3334"
+    ):
         solve(PlanProblem.parallel(*scores, compute_budget=0.4, **speeds), "makespan", most_shortcut=0.0)
-    with pytest.raises(PlanError, match=r"compute budget of rank 1 .*FORWARD_ONLY.*least feasible .* is 0\.3334"):
+    with pytest.raises(
+        PlanError, match=r"compute budget of rank 1 .*FORWARD_ONLY.*least feasible .* is 0\.3334"
+    ):
         solve(PlanProblem.parallel(*scores, compute_budget=0.4, **speeds), "depth")
     with pytest.raises(PlanError, match=r"communication budget of rank 0 .*least feasible .* is 0\.5"):
-        solve(PlanProblem.parallel(*scores, compute_budget=0.4, communication_budget=0.4), "static", most_shortcut=0.0)
+        solve(
+            PlanProblem.parallel(*scores, compute_budget=0.4, communication_budget=0.4),
+            "static",
+            most_shortcut=0.0,
+        )
 
 
 @settings(max_examples=150, deadline=None)
@@ -313,12 +328,16 @@ def test_an_infeasible_budget_names_the_device_and_the_least_feasible_one():
 def test_choose_finds_the_best_choice(seed, number_of_limits, shared_groups):
     generator = np.random.default_rng(seed)
     classes, options = generator.integers(1, 6), generator.integers(2, 5)
-    value = generator.choice([generator.normal(0, 1, (classes, options)), generator.integers(0, 3, (classes, options))])
+    value = generator.choice(
+        [generator.normal(0, 1, (classes, options)), generator.integers(0, 3, (classes, options))]
+    )
     value = value.astype(float)
     limits = []
     group = generator.integers(0, 2, classes)
     for _ in range(number_of_limits):
-        use = generator.choice([generator.uniform(0, 2, options), generator.integers(0, 4, options).astype(float)])
+        use = generator.choice(
+            [generator.uniform(0, 2, options), generator.integers(0, 4, options).astype(float)]
+        )
         use[0] = 0
         its_group = group if shared_groups else generator.integers(0, 2, classes)
         limits.append(Limit(use, its_group, generator.uniform(0, 2 * classes, 2)))
@@ -336,7 +355,9 @@ def test_choose_finds_the_best_choice(seed, number_of_limits, shared_groups):
 
 def test_a_pipeline_takes_turns():
     one = np.ones((3, 4))
-    assert pipeline_time(one, 2 * one) == pytest.approx(3 * (4 + 2))  # rows plus stages - 1 that fill and drain
+    assert pipeline_time(one, 2 * one) == pytest.approx(
+        3 * (4 + 2)
+    )  # rows plus stages - 1 that fill and drain
     assert pipeline_time(one[:1], 2 * one[:1]) == pytest.approx(12)
     assert pipeline_time(one[:, :1], 2 * one[:, :1]) == pytest.approx(9)
     slow = one.copy()
