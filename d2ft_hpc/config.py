@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from inspect import isclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -237,5 +238,9 @@ def _nearest(key: str) -> str:
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, info in section.model_fields.items():
         yield prefix + name
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+        if (
+            isclass(info.annotation)
+            and not get_args(info.annotation)
+            and issubclass(info.annotation, Section)
+        ):
             yield from _keys(info.annotation, f"{prefix}{name}.")

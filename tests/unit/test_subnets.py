@@ -78,10 +78,7 @@ class _GatedBlock(Block):
     ],
 )
 def test_models_that_cannot_be_cut_are_refused_by_name(options: dict[str, object], reason: str) -> None:
-    try:
-        model = tiny_vit(**options)
-    except TypeError:
-        pytest.skip("this timm has no such option")
+    model = tiny_vit(**options)
     with pytest.raises(UnsupportedModelError, match=reason) as caught:
         SubnetMap.of(model)
     assert "Supported: timm VisionTransformer" in str(caught.value)
@@ -102,6 +99,5 @@ def test_other_models_and_replaced_layers_are_refused() -> None:
 def test_timms_common_models_fit(name: str) -> None:
     if not timm.is_model(name):
         pytest.skip(f"this timm has no {name}")
-    with torch.device("meta"):
-        model = timm.create_model(name, num_classes=10)
+    model = timm.create_model(name, num_classes=10)
     assert SubnetMap.of(model).shape == (12, 6)
