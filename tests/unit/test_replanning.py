@@ -19,5 +19,7 @@ from d2ft_hpc.training.plans import is_due
 )
 def test_plans_are_due_at_the_start_and_every_k_epochs_or_steps(replan: ReplanConfig, due: list[int]) -> None:
     config = PlanConfig(replan=replan)
-    steps = [step for step in range(12) if is_due(config, epoch=step // 3, step_of_epoch=step % 3, steps_done=step)]
+    steps = [
+        step for step in range(12) if is_due(config, epoch=step // 3, step_of_epoch=step % 3, steps_done=step)
+    ]
     assert steps == due
