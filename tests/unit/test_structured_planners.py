@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning import Operation, PlanProblem, check, simulate, solve, spread, waste
-from d2ft_hpc.planning.choose import Limit, choose
+from d2ft_hpc.planning.choose import choose
 from d2ft_hpc.planning.placement import in_order
+from d2ft_hpc.planning.prices import Limit
 from d2ft_hpc.planning.simulate import pipeline_time
 
 SHAPES = [  # rows, blocks, heads, ranks, stages, replicas
