@@ -34,9 +34,10 @@ from d2ft_hpc.planning.prices import (
 )
 from d2ft_hpc.planning.problem import Floats, Ints
 
-_CORE_OPTIONS = (
-    3_000  # undecided ones: HiGHS settles so many in milliseconds, or overshoots its time by as little
-)
+_EXCHANGES = 20
+_EXCHANGE_OPTIONS = 300
+# Undecided ones: HiGHS settles so many in milliseconds, or overshoots its time by as little.
+_CORE_OPTIONS = 3_000
 _CORE_SECONDS = 0.5
 
 
@@ -56,10 +57,13 @@ class Choice:
     status: str
 
 
-def choose(value: Floats, limits: Sequence[Limit], *, deadline: float) -> Choice:
+def choose(
+    value: Floats, limits: Sequence[Limit], *, deadline: float, relative_gap: float = RELATIVE_GAP
+) -> Choice:
     """Maximise the value of the options taken. The same input gives the same choice, unless time runs out.
 
     value: float64 [class, option]. deadline: of time.monotonic(); if it passes, the best choice so far is taken.
+    relative_gap: a choice that is proved to be this near its optimum is good enough.
     """
     given = value
     prices = [np.zeros(len(limit.most)) for limit in limits]
@@ -76,12 +80,14 @@ def choose(value: Floats, limits: Sequence[Limit], *, deadline: float) -> Choice
     for i, price in zip(scarce, its_prices, strict=True):
         prices[i] = price
     option = _fill(value, some, option)
+    if len(some) == 1 and len(some[0].most) == 1:
+        option = _exchange(value, some[0], float(its_prices[0][0]), option)
     worth = _worth(value, option)
     bound = max(worth, float(bounds_of(value, some, its_prices).sum()))
     price_bound = max(worth, float(bounds_of(given, limits, prices).sum()))
     status = OPTIMAL
-    if worth < bound * (1 - RELATIVE_GAP):
-        option, bound, status = _decide_core(value, some, its_prices, option, deadline)
+    if worth < bound * (1 - relative_gap):
+        option, bound, status = _decide_core(value, some, its_prices, option, deadline, relative_gap)
         option = _fill(value, some, option)
         worth = _worth(value, option)
     return Choice(option, worth, max(bound, worth), prices, price_bound, status)
@@ -131,8 +137,40 @@ def _fill(value: Floats, limits: Sequence[Limit], option: Ints) -> Ints:
     return option
 
 
+def _exchange(value: Floats, limit: Limit, price: float, option: Ints) -> Ints:
+    """Changes two classes at once, as long as that gains: one gives way so that another fits. For a single group.
+
+    Only changes that lose little at the price are worth a look.
+    """
+    option = option.copy()
+    classes = np.arange(len(value))
+    for _ in range(_EXCHANGES):
+        gain = value - value[classes, option][:, None]
+        extra = limit.use - limit.use[option][:, None]
+        reduced = np.where(gain != 0, gain - price * extra, -np.inf).ravel()
+        count = min(_EXCHANGE_OPTIONS, reduced.size)
+        places = np.sort(np.argpartition(-reduced, count - 1)[:count])
+        places = places[np.isfinite(reduced[places])]
+        its_class, its_option = np.divmod(places, value.shape[1])
+        its_gain, its_extra = gain.ravel()[places], extra.ravel()[places]
+        together = its_gain[:, None] + its_gain
+        together[its_extra[:, None] + its_extra > limit.left(option)[0]] = -np.inf
+        together[its_class[:, None] == its_class] = -np.inf
+        best = int(together.argmax()) if together.size else 0
+        if not together.size or together.flat[best] <= ROUNDING * np.abs(value[:, 0]).max(initial=1.0):
+            break
+        pair = np.array(divmod(best, len(places)))
+        option[its_class[pair]] = its_option[pair]
+    return option
+
+
 def _decide_core(
-    value: Floats, limits: Sequence[Limit], prices: Sequence[Floats], option: Ints, deadline: float
+    value: Floats,
+    limits: Sequence[Limit],
+    prices: Sequence[Floats],
+    option: Ints,
+    deadline: float,
+    relative_gap: float,
 ) -> tuple[Ints, float, str]:
     """The best choice among options that can be in one better than `option`; a bound, and how it ended."""
     classes = np.arange(len(value))
@@ -143,7 +181,7 @@ def _decide_core(
     reduced = less_price(value, limits, prices)
     loss = reduced.max(axis=1, keepdims=True) - reduced
     loss[classes, option] = 0.0
-    core = loss <= (gap + RELATIVE_GAP / 1000 * np.abs(bounds))[group, None]
+    core = loss <= (gap + 1e-8 * np.abs(bounds))[group, None]
     is_complete = np.count_nonzero(core) <= _CORE_OPTIONS + len(value)
     if not is_complete:
         core &= loss < np.partition(loss[core], _CORE_OPTIONS + len(value))[_CORE_OPTIONS + len(value)]
@@ -170,7 +208,7 @@ def _decide_core(
             upper=np.concatenate([one_each, *most]),
         ),
         seconds=min(_CORE_SECONDS, deadline - time.monotonic()),
-        absolute_gap=RELATIVE_GAP / 2 * len(value),
+        absolute_gap=relative_gap / 2 * len(value),
         relative_gap=0.0,
     )
     worth = _worth(value, option)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import replace
 
 import numpy as np
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.choose import choose
+from d2ft_hpc.planning.choose import Choice, choose
 from d2ft_hpc.planning.highs import OPTIMAL
 from d2ft_hpc.planning.knapsack import plan_with_bound
-from d2ft_hpc.planning.pipeline import choose_pipeline
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import PlanProblem
-from d2ft_hpc.planning.teams import make_teams, step_limits
+from d2ft_hpc.planning.split import choose_by_split
+from d2ft_hpc.planning.teams import Team, make_teams, step_limits
 
 
 def solve_makespan(
@@ -46,12 +48,8 @@ def solve_makespan(
     bound, statuses = 0.0, set()
     for replica in range(problem.replicas):
         teams = make_teams(problem, replica, forward_weight, backward_weight, most_shortcut)
-        if len(teams) == 1:
-            choices = [choose(teams[0].levels.value, step_limits(problem, teams[0]), deadline=deadline)]
-            bound += choices[0].bound
-        else:
-            choices, its_bound = choose_pipeline(problem, teams, deadline)
-            bound += its_bound
+        choices, its_bound = _choose_levels(problem, teams, deadline)
+        bound += its_bound
         for team, choice in zip(teams, choices, strict=True):
             team.write(choice.option, operations)
             statuses.add(choice.status)
@@ -65,3 +63,20 @@ def solve_makespan(
         backward_weight=backward_weight,
         bound=bound,
     )
+
+
+def _choose_levels(problem: PlanProblem, teams: list[Team], deadline: float) -> tuple[list[Choice], float]:
+    """Levels for every stage of a replica, and a bound."""
+    if len(teams) > 1:
+        return choose_by_split(problem, teams, deadline)
+    (team,) = teams
+    search_until = (
+        -math.inf if team.is_even else deadline
+    )  # ranks of one speed have a better way than to search
+    choice = choose(team.levels.value, step_limits(problem, team), deadline=search_until)
+    if choice.status == OPTIMAL or not team.is_even or time.monotonic() > deadline:
+        return [choice], choice.bound
+    (by_split,), bound = choose_by_split(problem, teams, deadline)
+    if choice.value > by_split.value:  # which can be only where time ran out, or by less than counts
+        by_split = replace(choice, status=by_split.status)
+    return [by_split], min(bound, choice.bound)

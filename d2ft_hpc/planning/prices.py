@@ -13,8 +13,8 @@ import numpy as np
 from d2ft_hpc.planning.highs import LinearProgram
 from d2ft_hpc.planning.problem import Floats, Ints
 
-RELATIVE_GAP = 1e-5
-"""A choice that is proved to be this near its optimum is good enough."""
+RELATIVE_GAP = 2.5e-5
+"""A choice that is proved to be this near its optimum is good enough, if nothing else is said."""
 
 ROUNDING = 1e-12
 """By which sums of the same numbers in another order may differ."""
@@ -154,7 +154,7 @@ def prices_of_several(value: Floats, limits: Sequence[Limit], deadline: float) -
         option[its_class[whole]] = its_option[whole]
         wanted = less_price(value, limits, trial).argmax(axis=1)
         is_new = ~pool[classes, wanted]
-        if best - solution.bound * unit <= RELATIVE_GAP / 100 * abs(best) or not is_new.any():
+        if best - solution.bound * unit <= 1e-7 * abs(best) or not is_new.any():
             return prices, option
         newcomers = classes[is_new], wanted[is_new]
         pool[newcomers] = True

@@ -31,12 +31,21 @@ class Team:
     devices: Ints
     levels: Levels
     time_budget: float
+    group: Ints
     is_even: bool
 
     @property
     def row_of_class(self) -> Ints:
         """int64 [class], places in `rows`."""
         return np.repeat(np.arange(len(self.rows)), len(self.blocks))
+
+    @property
+    def groups(self) -> int:
+        return int(self.group.max()) + 1
+
+    @property
+    def classes_of_group(self) -> int:
+        return len(self.group) // self.groups
 
     def write(self, level: Ints, operations: npt.NDArray[np.uint8]) -> None:
         """Put the best heads at the level int64 [class] of each class into operations [row, block, head]."""
@@ -96,7 +105,9 @@ def _make_team(
         speed=speed,
     )
     is_even = bool((speed == speed[0]).all())
-    return Team(rows, blocks, heads, devices, levels, time_budget(problem, devices), is_even)
+    row_of_class = np.repeat(np.arange(len(rows)), len(blocks))
+    group = row_of_class if problem.stages > 1 else np.zeros_like(row_of_class)
+    return Team(rows, blocks, heads, devices, levels, time_budget(problem, devices), group, is_even)
 
 
 def time_budget(problem: PlanProblem, devices: Ints) -> float:
