@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.problem import Floats, PlanProblem
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,8 @@ def waste(plan: SkipPlan, problem: PlanProblem) -> float:
     budget = np.minimum(problem.compute_budget, cells * problem.compute_cost[Operation.FULL])
     ideal = float((budget / problem.device_speed).max()) * (rows + problem.stages - 1) / rows
     step = simulate(plan, problem).step
-    return max(0.0, step / ideal - 1) if ideal > 0 else 0.0
+    excess = step / ideal - 1 if ideal > 0 else 0.0
+    return excess if excess > BUDGET_EPSILON else 0.0
 
 
 def simulate(plan: SkipPlan, problem: PlanProblem) -> Timing:

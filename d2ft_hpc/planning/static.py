@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from d2ft_hpc.planning.knapsack import plan_with_bound
-from d2ft_hpc.planning.makespan import Team, fitting_levels, make_teams
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import PlanProblem
+from d2ft_hpc.planning.teams import Team, fitting_levels, make_teams
 
 
 def solve_static(

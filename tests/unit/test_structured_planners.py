@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning import Operation, PlanProblem, check, simulate, solve, spread, waste
-from d2ft_hpc.planning.choose import Limit, choose
+from d2ft_hpc.planning.choose import choose
 from d2ft_hpc.planning.placement import in_order
+from d2ft_hpc.planning.prices import Limit
 from d2ft_hpc.planning.simulate import pipeline_time
 
 SHAPES = [  # rows, blocks, heads, ranks, stages, replicas
@@ -143,7 +144,7 @@ def test_makespan_finds_the_best_of_all_plans_that_are_done_in_time(problem):
     best = scores_of(problem, plans).max()
     # ranks of different speed: a pipeline's splits are tried on a grid
     if is_even or (only_time and problem.stages == 1):
-        assert plan.objective >= best * (1 - 1e-5) - 1e-9
+        assert plan.objective >= best * (1 - 3e-5) - 1e-9
         assert plan.bound >= best * (1 - 1e-9)
     assert plan.objective <= best * (1 + 1e-9) + 1e-9
     assert plan.gap <= (1e-4 if is_even else 1)
@@ -212,7 +213,7 @@ def test_depth_is_the_best_plan_of_its_form(problem, below, whole_rows):
         return
     plan = solve(problem, "depth", below=below, whole_rows=whole_rows)
     best = scores_of(problem, plans[allowed]).max()
-    assert best * (1 - 1e-5) - 1e-9 <= plan.objective <= best * (1 + 1e-9) + 1e-9
+    assert best * (1 - 3e-5) - 1e-9 <= plan.objective <= best * (1 + 1e-9) + 1e-9
     assert plan.bound >= best * (1 - 1e-9)
     assert any((plan.operations == operations).all() for operations in plans[allowed])
 
@@ -229,7 +230,7 @@ def test_the_order_of_rows_and_heads_does_not_matter(seed, speeds):
     there = PlanProblem.parallel(*scores[:, rows][..., heads], rank=rank[:, heads], **options)
     for planner in ("makespan", "static", "depth"):
         one, two = solve(here, planner), solve(there, planner)
-        assert two.objective == pytest.approx(one.objective, rel=2e-5)
+        assert two.objective == pytest.approx(one.objective, rel=4e-5)
         assert max(one.objective, two.objective) <= min(one.bound, two.bound) * (1 + 1e-9)
 
 
@@ -254,7 +255,7 @@ def test_large_plans_are_proved_and_waste_nothing(stages, speeds, equal):
     problem = large_problem(stages, speeds, equal)
     plan = solve(problem, "makespan")
     assert plan.status == "optimal"
-    assert plan.gap <= 1e-5
+    assert plan.gap <= (1e-5 if stages > 1 else 3e-5)
     assert waste(plan, problem) == pytest.approx(0, abs=1e-9)
     check(plan, problem)
     if len(speeds) == 1:
@@ -268,6 +269,16 @@ def test_balance_over_the_batch_is_not_enough():
         plan = solve(problem, planner)
         assert waste(plan, problem) > least
         assert simulate(plan, problem).idle.max() > least / (1 + least)
+
+
+@pytest.mark.parametrize("forward_cost", [1 / 3, 0.3541, 0.3609])
+def test_small_problems_with_any_cost_are_proved_at_once(forward_cost):
+    for seed in range(4):
+        scores = np.random.default_rng(seed).lognormal(0, 1, (2, 5, 6, 4))
+        options = {"rank": in_order(6, 4, 2), "compute_budget": 0.6, "forward_cost": forward_cost}
+        plan = solve(PlanProblem.parallel(*scores, **options), "makespan")
+        assert plan.status == "optimal"
+        assert plan.gap <= 3e-5
 
 
 def test_without_time_the_prices_give_a_plan():
@@ -349,7 +360,7 @@ def test_choose_finds_the_best_choice(seed, number_of_limits, shared_groups):
     found = choose(value, limits, deadline=math.inf)
     assert all((limit.used(found.option) <= limit.most + 1e-9).all() for limit in limits)
     assert found.value == pytest.approx(value[np.arange(classes), found.option].sum())
-    assert found.value == pytest.approx(best, rel=2e-5, abs=1e-6)
+    assert found.value == pytest.approx(best, rel=4e-5, abs=1e-6)
     assert found.bound >= best - 1e-9
 
 

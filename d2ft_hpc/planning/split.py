@@ -1,0 +1,123 @@
+"""Levels within a time that is split into one part for the forwards and one for the backwards.
+
+A pipeline wants that: if every stage has the same two parts for every row, no stage waits for another. And ranks of
+one speed gain by it: a split is two whole numbers of heads, and for given numbers the best levels need no search (the
+linear program over them has whole solutions, because a level's value is M-natural-concave in its heads of each kind).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+
+from d2ft_hpc.planning.choose import Choice, choose
+from d2ft_hpc.planning.prices import Limit
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
+from d2ft_hpc.planning.teams import Team, head_times, limit_above_least, other_limits
+
+_RELATIVE_GAP = 5e-6
+"""Splits are tried until the best is proved to be this near the optimum."""
+
+_EVENNESS = 1e-6  # of a class's mean value: what plans may lose by it is below what counts as no gap
+
+
+def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) -> tuple[list[Choice], float]:
+    """Levels for every stage of one replica, and a bound.
+
+    The time of a group of classes (of a row in a pipeline, else of all) is split the same way for all groups and
+    stages. One split is solved; its prices say how good any other could be; the most promising one is solved next,
+    until none promises more than the best one has.
+    """
+    group_time = _group_time(problem, teams)
+    splits = _splits(problem, teams, group_time)  # backward part of each
+    no_time = -math.inf  # for HiGHS: prices will do here
+    even = [choose(team.levels.value, [_group_limit(team, group_time)], deadline=no_time) for team in teams]
+    promise = np.full(len(splits), sum(choice.bound for choice in even))
+    backward = [
+        team.levels.backward_time[c.option].sum() / team.groups for team, c in zip(teams, even, strict=True)
+    ]
+    split = int(np.abs(splits - np.mean(backward)).argmin())
+    best: list[Choice] = []
+    best_value = -math.inf
+    enough = -math.inf  # a split that promises no more than this is not worth a try
+    while (promise[split] > enough and time.monotonic() < deadline) or not best:
+        choices = []
+        promises = np.zeros(len(splits))
+        for team in teams:
+            limits = _part_limits(problem, team, group_time - splits[split], splits[split])
+            penalty = _unevenness(team, limits)
+            choice = choose(
+                team.levels.value - penalty, limits, deadline=deadline, relative_gap=_RELATIVE_GAP
+            )
+            choices.append(choice)
+            slack = float(penalty.max(axis=1).sum())
+            its_promises = np.full(len(splits), choice.price_bound + slack)
+            for part, parts in ((0, group_time - splits), (1, splits)):
+                price = float(choice.prices[part].sum())
+                if price > 0:
+                    most = np.array([_whole_heads(problem, team, part, time) for time in parts])
+                    its_promises += price * (most - most[split])
+            its_promises[split] = choice.bound + slack
+            promises += its_promises
+        promise = np.minimum(promise, promises)
+        value = sum(choice.value for choice in choices)
+        if value > best_value:
+            best, best_value = choices, value
+        enough = max(enough, best_value * (1 + _RELATIVE_GAP), promise[split])
+        split = int(promise.argmax())
+    return best, float(promise.max())
+
+
+def _group_time(problem: PlanProblem, teams: list[Team]) -> float:
+    """What every stage gets for a group: the share of the stage that is done first, at most what a dense one takes."""
+    dense = [t.classes_of_group * (t.levels.forward_time.max() + t.levels.backward_time.max()) for t in teams]
+    return float(min(*(team.time_budget / team.groups for team in teams), max(dense) * (1 + BUDGET_EPSILON)))
+
+
+def _splits(problem: PlanProblem, teams: list[Team], group_time: float) -> Floats:
+    """Times for a group's backwards that are worth a try, float64 [split]: whole heads on the slowest rank."""
+    largest = max(teams, key=lambda team: team.classes_of_group)
+    _, head_time = head_times(problem, largest)
+    count = largest.classes_of_group * len(largest.levels.forward_gain)
+    splits = np.arange(count + 1) * head_time
+    least = max(t.classes_of_group * float(t.levels.forward_time[0]) for t in teams)
+    return np.asarray(splits[splits <= group_time - least])
+
+
+def _group_limit(team: Team, group_time: float) -> Limit:
+    times = team.levels.forward_time + team.levels.backward_time
+    return limit_above_least(times, team.group, np.full(team.groups, group_time))
+
+
+def _part_limits(problem: PlanProblem, team: Team, forward_time: float, backward_time: float) -> list[Limit]:
+    """The parts of a group's time first, then the team's other limits."""
+    parts = []
+    for part, (use, time_) in enumerate(
+        ((team.levels.forward_time, forward_time), (team.levels.backward_time, backward_time))
+    ):
+        most = _whole_heads(problem, team, part, time_)
+        parts.append(limit_above_least(use, team.group, np.full(team.groups, most)))
+    return [*parts, *other_limits(problem, team)]
+
+
+def _whole_heads(problem: PlanProblem, team: Team, part: int, time_: float) -> float:
+    """`time_` less what no whole number of heads can use; part: 0 forward, 1 backward."""
+    head_time = head_times(problem, team)[part]
+    if not team.is_even or head_time == 0:
+        return time_
+    return math.floor(time_ / head_time + BUDGET_EPSILON) * head_time
+
+
+def _unevenness(team: Team, limits: list[Limit]) -> Floats:
+    """A tiny cost of levels far from the mean, float64 [1, level], so that equal scores get even levels.
+
+    Without it, prices could not tell one level from another, and no whole number of the extreme ones fits.
+    """
+    levels = team.levels
+    distance: Floats = np.zeros(len(levels.forward_time))
+    for limit in limits[:2]:
+        if limit.use.max() > 0:
+            distance += ((limit.use - limit.most[0] / team.classes_of_group) / limit.use.max()) ** 2
+    return np.asarray(_EVENNESS * levels.value.max(axis=1).mean() * distance[None, :])

@@ -1,0 +1,194 @@
+"""The tensor-parallel ranks of one pipeline stage, as planning in lock step sees them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.knapsack import largest_use
+from d2ft_hpc.planning.levels import Levels, make_levels
+from d2ft_hpc.planning.plan import Operation
+from d2ft_hpc.planning.prices import Limit
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem, round_up
+
+
+@dataclass(frozen=True, eq=False)
+class Team:
+    """The ranks of one stage of one replica, which run every (row, block) together.
+
+    rows, blocks: int64 [row], [block], what the team runs; its classes are these pairs, row by row.
+    heads: int64 [block, head, rank], timm's index of each rank's heads. devices: int64 [rank].
+    levels: what the team can run in a class. time_budget: for all its classes; inf = no limit.
+    """
+
+    rows: Ints
+    blocks: Ints
+    heads: Ints
+    devices: Ints
+    levels: Levels
+    time_budget: float
+    group: Ints
+    is_even: bool
+
+    @property
+    def row_of_class(self) -> Ints:
+        """int64 [class], places in `rows`."""
+        return np.repeat(np.arange(len(self.rows)), len(self.blocks))
+
+    @property
+    def groups(self) -> int:
+        return int(self.group.max()) + 1
+
+    @property
+    def classes_of_group(self) -> int:
+        return len(self.group) // self.groups
+
+    def write(self, level: Ints, operations: npt.NDArray[np.uint8]) -> None:
+        """Put the best heads at the level int64 [class] of each class into operations [row, block, head]."""
+        chosen = self.levels.operations(level)
+        chosen = chosen.reshape(*chosen.shape[:2], len(self.rows), len(self.blocks))
+        rows, blocks = self.rows[:, None, None, None], self.blocks[:, None, None]
+        operations[rows, blocks, self.heads] = chosen.transpose(2, 3, 0, 1)
+
+
+def make_teams(
+    problem: PlanProblem, replica: int, forward_weight: float, backward_weight: float, most_shortcut: float
+) -> list[Team]:
+    """The teams of all stages of a replica. Raises PlanError as `solve_makespan` does."""
+    if not 0 <= most_shortcut <= 1:
+        raise PlanError(f"most_shortcut is a share of a rank's heads in [0, 1], got {most_shortcut}.")
+    teams = []
+    for stage in range(problem.stages):
+        team = _make_team(problem, replica, stage, forward_weight, backward_weight)
+        heads = len(team.levels.forward_gain)
+        least = heads - math.floor(most_shortcut * heads + BUDGET_EPSILON)
+        team = replace(team, levels=team.levels.that_run(least))
+        if not fitting_levels(problem, team)[0]:
+            raise PlanError(_unpaid(problem, team, least))
+        teams.append(team)
+    return teams
+
+
+def _make_team(
+    problem: PlanProblem, replica: int, stage: int, forward_weight: float, backward_weight: float
+) -> Team:
+    """The ranks of a stage with all levels. Raises PlanError if a rank's number of heads varies by block."""
+    rows = np.arange(replica, problem.forward_score.shape[0], problem.replicas)
+    blocks = np.flatnonzero(problem.stage == stage)
+    devices = (replica * problem.stages + stage) * problem.ranks + np.arange(problem.ranks)
+    counts = np.stack([(problem.rank[blocks] == rank).sum(axis=1) for rank in range(problem.ranks)])
+    if len(blocks) == 0:
+        raise PlanError(f"Stage {stage} holds no block. Number the stages from 0 without gaps.")
+    if counts.min() != counts.max():
+        raise PlanError(
+            f"Planning in lock step needs equally many heads on every rank in every block, but on stage {stage} the "
+            f"numbers go from {counts.min()} to {counts.max()}. Divide the heads evenly."
+        )
+    owned = np.argsort(problem.rank[blocks], axis=1, kind="stable")
+    heads = owned.reshape(len(blocks), problem.ranks, -1).transpose(0, 2, 1)  # [block, head, rank]
+    gains = [
+        gain[rows[:, None, None, None], blocks[:, None, None], heads]  # [row, block, head, rank]
+        .transpose(2, 3, 0, 1)
+        .reshape(*heads.shape[1:], -1)
+        for gain in problem.gains(forward_weight, backward_weight)
+    ]
+    costs = problem.compute_cost
+    speed = problem.device_speed[devices]
+    levels = make_levels(
+        *gains,
+        forward_cost=costs[Operation.FORWARD_ONLY] - costs[Operation.SHORTCUT],
+        backward_cost=costs[Operation.FULL] - costs[Operation.FORWARD_ONLY],
+        speed=speed,
+    )
+    is_even = bool((speed == speed[0]).all())
+    row_of_class = np.repeat(np.arange(len(rows)), len(blocks))
+    group = row_of_class if problem.stages > 1 else np.zeros_like(row_of_class)
+    return Team(rows, blocks, heads, devices, levels, time_budget(problem, devices), group, is_even)
+
+
+def time_budget(problem: PlanProblem, devices: Ints) -> float:
+    """Time until the first of the devices has used up its compute budget; inf if all may run densely."""
+    cells = problem.cells_per_device()[devices]
+    budget = problem.budgets()[devices, 0]
+    scarce = budget < cells * problem.compute_cost[Operation.FULL]
+    left = budget - cells * problem.compute_cost[Operation.SHORTCUT]
+    return float(min((left / problem.device_speed[devices])[scarce], default=math.inf))
+
+
+def fitting_levels(problem: PlanProblem, team: Team) -> npt.NDArray[np.bool_]:
+    """Whether the team's budgets pay for a level in all its classes, bool [level]."""
+    fits = np.ones(len(team.levels.forward_time), dtype=bool)
+    for limit in step_limits(problem, team):
+        classes = np.bincount(limit.group, minlength=len(limit.most))
+        fits &= (limit.use[:, None] * classes <= limit.most * (1 + BUDGET_EPSILON / 10)).all(axis=1)
+    return fits
+
+
+def step_limits(problem: PlanProblem, team: Team) -> list[Limit]:
+    """What a team without a pipeline may use: the time of all its classes together."""
+    levels = team.levels
+    most = team.time_budget
+    if team.is_even and math.isfinite(most):
+        cells = len(levels.value) * len(levels.forward_gain)
+        most = largest_use(cells, *head_times(problem, team), most)
+    everything = np.zeros(len(levels.value), dtype=np.int64)
+    time_limit = limit_above_least(levels.forward_time + levels.backward_time, everything, np.array([most]))
+    return [time_limit, *other_limits(problem, team)]
+
+
+def other_limits(problem: PlanProblem, team: Team) -> list[Limit]:
+    """The communication of a device in the batch and its memory in a row, as far as they are limited."""
+    levels, cells = team.levels, problem.cells_per_device()[team.devices]
+    shortcut, forward, full = problem.communication_cost
+    row = team.row_of_class
+    limits = []
+    for rank in range(1 if team.is_even else len(team.devices)):
+        devices = team.devices if team.is_even else team.devices[rank : rank + 1]
+        message = (forward - shortcut) * levels.forward_heads[:, rank] + (
+            full - forward
+        ) * levels.backward_heads[:, rank]
+        most = problem.budgets()[devices, 1].min() - cells[rank] * shortcut
+        memory = np.full(len(team.rows), problem.memory_budget[devices].min())
+        limits += [
+            limit_above_least(message, np.zeros_like(row), np.array([most])),
+            limit_above_least(levels.backward_heads[:, rank].astype(np.float64), row, memory),
+        ]
+    return [limit for limit in limits if np.isfinite(limit.most).all()]
+
+
+def limit_above_least(use: Floats, group: Ints, most: Floats) -> Limit:
+    """The limit on what levels use above level 0, which every class has at least."""
+    return Limit(use - use[0], group, most - np.bincount(group, minlength=len(most)) * use[0])
+
+
+def head_times(problem: PlanProblem, team: Team) -> tuple[float, float]:
+    """Time of one head's forward, and of its backward on top, on the slowest of the team's ranks."""
+    shortcut, forward, full = problem.compute_cost
+    speed = float(problem.device_speed[team.devices].min())
+    return (forward - shortcut) / speed, (full - forward) / speed
+
+
+def _unpaid(problem: PlanProblem, team: Team, least: int) -> str:
+    """The message for budgets that do not pay for `least` heads of every rank in each class."""
+    cells = problem.cells_per_device()[team.devices]
+    share = least / len(team.levels.forward_gain)
+    needs = [
+        ("compute", problem.compute_cost, problem.budgets()[team.devices, 0], problem.always_share),
+        ("communication", problem.communication_cost, problem.budgets()[team.devices, 1], 0.0),
+    ]
+    for resource, (shortcut, forward, full), budget, always_share in needs:
+        need = cells * (shortcut + share * (forward - shortcut))
+        index = int((budget - need).argmin())
+        if need[index] > budget[index]:
+            of_dense = always_share + (1 - always_share) * need[index] / (cells[index] * full)
+            return (
+                f"The {resource} budget of {problem.device_names[team.devices[index]]} is {budget[index]:g}, but "
+                f"{share:.0%} of its heads running forward use {need[index]:g} (most_shortcut). The least feasible "
+                f"{resource} budget is {round_up(of_dense):g} of its dense step; raise it or most_shortcut."
+            )
+    slowest = problem.device_names[team.devices[int(problem.device_speed[team.devices].argmin())]]
+    return f"In lock step with {slowest}, the budgets do not pay for {least} heads running forward on every rank."

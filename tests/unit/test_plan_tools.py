@@ -1,0 +1,106 @@
+"""`d2ft-hpc plan` and `d2ft-hpc bench planner`: what they read, print and write."""
+
+import json
+
+import numpy as np
+import pytest
+
+from d2ft_hpc.bench.planner import PLANNERS, benchmark, report, synthetic_problem
+from d2ft_hpc.errors import PlanError, ResultsError
+from d2ft_hpc.plan_report import (
+    SavedScores,
+    describe,
+    describe_difference,
+    load_checked,
+    pose,
+    read_scores,
+    save_heat_map,
+)
+from d2ft_hpc.planning import solve
+
+
+def saved_scores():
+    forward, backward = np.random.default_rng(0).lognormal(0, 1, (2, 4, 6, 4))
+    return SavedScores(forward, backward, replicas=1, forward_cost=0.35, always_share=0.1)
+
+
+def test_the_bench_ends_with_one_line_of_json_for_every_planner():
+    results = benchmark(blocks=4, heads=4, micro_batches=4, ranks=2, stages=2, repeats=1)
+    lines = report(results, as_json=True).splitlines()
+    read = json.loads(lines[-1])
+    assert read == results
+    for planner in PLANNERS:
+        assert {"seconds", "gap", "score", "waste", "bound"} <= set(read[planner])
+        assert 0 < read[planner]["score"] <= read[planner]["bound"] * (1 + 1e-9) <= 1 + 1e-9
+    assert read["makespan"]["waste"] == pytest.approx(0, abs=1e-9)
+    assert read["makespan"]["score"] <= read["bound"]
+    assert "{" not in report(results, as_json=False)
+
+
+def test_the_bench_is_reproducible_and_notes_what_has_no_plan():
+    options = {"blocks": 4, "heads": 8, "micro_batches": 4, "ranks": 4, "heterogeneous": True, "repeats": 1}
+    one, two = benchmark(**options), benchmark(**options)
+    assert one["makespan"]["score"] == two["makespan"]["score"]
+    assert "depth" not in one
+    assert "FORWARD_ONLY in every block" in one["notes"][0]
+    with pytest.raises(PlanError, match="4 blocks cannot be divided evenly over 3 stages"):
+        benchmark(blocks=4, heads=4, micro_batches=4, ranks=2, stages=3)
+
+
+def test_synthetic_scores_differ_by_seed_alone():
+    one, same, other = (synthetic_problem((4, 3, 4), ranks=2, seed=seed).forward_score for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert not np.array_equal(one, other)
+
+
+def test_a_plan_is_described_device_by_device_with_its_time(tmp_path):
+    problem = pose(saved_scores(), ranks=2, stages=2, placed=True, compute_budget=0.6)
+    plan = solve(problem, "makespan")
+    text = describe(plan, problem)
+    assert text.count("stage 1, rank 1") == 1
+    assert "gap" in text
+    shares = [
+        float(line.split(":")[1].split("%")[0]) for line in text.splitlines() if "of the dense step (" in line
+    ]
+    assert 50 < shares[0] <= 60.5  # not more than the budget
+    paper = [float(line.split(":")[1].split("%")[0]) for line in text.splitlines() if "paper's plan:" in line]
+    assert paper[0] > shares[0]
+    plan.save(tmp_path / "plan.h5")
+    assert load_checked(tmp_path / "plan.h5", problem) == plan
+    assert describe_difference(plan, plan) == "the plans are the same"
+    assert "entries change: " in describe_difference(solve(problem, "paper"), plan)
+    with pytest.raises(PlanError, match="exceeds the compute budget"):
+        load_checked(tmp_path / "plan.h5", pose(saved_scores(), ranks=2, compute_budget=0.4))
+    save_heat_map(plan, tmp_path / "heat.png")
+    assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(PlanError, match="picture cannot be written"):
+        save_heat_map(plan, tmp_path / "missing" / "heat.png")
+
+
+def test_layouts_that_do_not_divide_are_refused():
+    for options, message in (
+        ({"stages": 4}, "6 blocks cannot be divided evenly over 4 stages"),
+        ({"ranks": 3}, "4 heads cannot be divided evenly over 3 ranks"),
+        ({"ranks": 2, "speeds": [1.0]}, "2 ranks but 1 speeds"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            pose(saved_scores(), compute_budget=0.6, **options)
+
+
+def test_scores_are_read_from_a_results_file(tmp_path):
+    results = pytest.importorskip("d2ft_hpc.results")
+    scores = saved_scores()
+    with results.ResultsWriter(tmp_path / "results.h5") as writer:
+        writer.put("environment", {}, {"world_size": 2})
+        flops = {"always_flops": 24.0, "full_flops": 10.0, "forward_only_flops": 3.5}
+        writer.put("model", {}, {"num_blocks": 6, "num_heads": 4, **flops})
+        for index, factor in enumerate((1, 2)):
+            data = {"forward": scores.forward.astype("f4") * factor, "backward": scores.backward.astype("f4")}
+            writer.put(f"scores/{index}", data, {"step": index})
+    for index, factor in ((0, 1), (1, 2), (-1, 2)):
+        read = read_scores(tmp_path, index)
+        np.testing.assert_allclose(read.forward, scores.forward * factor, rtol=1e-6)
+    assert (read.replicas, read.forward_cost) == (2, 0.35)
+    assert read.always_share == pytest.approx(24 / 264)
+    with pytest.raises(ResultsError, match="holds scores 0 to 1, asked for 2"):
+        read_scores(tmp_path, 2)
