@@ -75,9 +75,8 @@ def _shapes(path: Path) -> dict[str, list[int]]:
 
 def _check_complete(path: Path, model: VisionTransformer, name: str) -> None:
     """timm fills what a file lacks with random weights; only the classifier may be new."""
-    lacking = [
-        key for key in model.state_dict() if key not in _shapes(path) and not key.startswith(CLASSIFIER)
-    ]
+    in_file = _shapes(path)
+    lacking = [key for key in model.state_dict() if key not in in_file and not key.startswith(CLASSIFIER)]
     if lacking:
         raise CheckpointError(
             f"model.weights={path}: lacks {len(lacking)} of {name}'s parameters, first {lacking[0]!r}: "

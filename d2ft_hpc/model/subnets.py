@@ -7,12 +7,12 @@ biases) and columns of `proj` and `fc2`. All other parameters belong to no subne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import torch
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class HeadAxis:
 
         tensor: [..., *parameter.shape] with any leading dimensions. Returns [..., head].
         """
-        leading = tensor.dim() - (len(self.parameter_shape))
+        leading = tensor.dim() - len(self.parameter_shape)
         viewed = tensor.reshape(*tensor.shape[:leading], *self.view_shape)
         return viewed.movedim(leading + self.axis, leading).flatten(leading + 1).sum(-1)
 
@@ -68,8 +68,8 @@ class HeadAxis:
     def parameter_shape(self) -> tuple[int, ...]:
         if self.splits_rows:
             rows = self.view_shape[: self.axis + 2]
-            return (_product(rows), *self.view_shape[self.axis + 2 :])
-        return (self.view_shape[0], _product(self.view_shape[1:]))
+            return (math.prod(rows), *self.view_shape[self.axis + 2 :])
+        return (self.view_shape[0], math.prod(self.view_shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,3 @@ def _unsupported(model: nn.Module, reasons: list[str]) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"model {type(model).__name__} is not supported: {shown}. Supported: {SUPPORTED}."
     )
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    return int(torch.Size(sizes).numel())
