@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -87,8 +88,11 @@ class DeepSpeedEngine:
         schedule: LRScheduler,
         loss_function: LossFunction,
         config: Mapping[str, Any],
+        *,
+        mpu: Any = None,
     ) -> None:
-        deepspeed = _import_deepspeed()
+        """mpu: DeepSpeed's process groups where the model is cut over ranks."""
+        deepspeed = import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False)
         self.engine, *_ = deepspeed.initialize(
             model=model,
@@ -96,6 +100,7 @@ class DeepSpeedEngine:
             optimizer=optimizer,
             lr_scheduler=schedule,
             config=dict(config),
+            mpu=mpu,
         )
         self._model, self.executor, self._loss_function = model, executor, loss_function
         self._dtype = next(model.parameters()).dtype
@@ -120,6 +125,9 @@ class DeepSpeedEngine:
         report.loss = float(torch.stack(losses).mean())
         return report
 
+    def refresh(self, model: VisionTransformer) -> None:
+        """Nothing to do: the run's model is the one that is trained."""
+
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
 
@@ -127,7 +135,7 @@ class DeepSpeedEngine:
         self.engine.load_checkpoint(str(folder), tag="deepspeed")
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
     """DeepSpeed, quiet, and without the minute that its first use on a CPU would spend on compiling an all-reduce."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed

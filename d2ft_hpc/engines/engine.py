@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from d2ft_hpc.execution.executor import PlanExecutor
 
 MicroBatch = tuple[Tensor, Tensor]
 """Images [sample, channel, height, width] and labels [sample], on the model's device."""
@@ -42,10 +45,16 @@ class StepReport:
 
 
 class Engine(Protocol):
-    """Trains one replica of a model by the plan in its executor."""
+    """Trains one replica of a model, or this rank's part of it, by the plan in its executor."""
+
+    executor: PlanExecutor
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
         """Forward and backward of each micro-batch in its slot, then one optimiser step; on all ranks together."""
+        ...
+
+    def refresh(self, model: VisionTransformer) -> None:
+        """Brings the trained weights into the whole `model` that the engine was made from; on all ranks together."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -29,7 +30,7 @@ class PlainEngine:
         autocast_dtype: torch.dtype | None = None,
         gradient_clipping: float | None = None,
     ) -> None:
-        self._model, self._executor = model, executor
+        self._model, self.executor = model, executor
         self._optimizer, self._schedule = optimizer, schedule
         self._loss_function = loss_function
         self._autocast_dtype = autocast_dtype
@@ -40,7 +41,7 @@ class PlainEngine:
         losses = []
         self._model.train()
         for slot, (images, labels) in enumerate(micro_batches):
-            with self._executor.micro_batch(slot):
+            with self.executor.micro_batch(slot):
                 with report.timed("forward"), self._autocast(images.device):
                     loss = self._loss_function(self._model(images), labels)
                 with report.timed("backward"):
@@ -55,6 +56,9 @@ class PlainEngine:
             self._optimizer.zero_grad()
         report.loss = float(torch.stack(losses).mean())
         return report
+
+    def refresh(self, model: VisionTransformer) -> None:
+        """Nothing to do: the run's model is the one that is trained."""
 
     def save(self, folder: Path) -> None:
         state = {"optimizer": self._optimizer.state_dict(), "schedule": self._schedule.state_dict()}

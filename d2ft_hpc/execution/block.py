@@ -27,7 +27,8 @@ HeadAxes = dict[str, HeadAxis]
 
 @dataclass(frozen=True)
 class BlockHeads:
-    """The heads that one block runs for one micro-batch: int64 [n] on the model's device, None where there is none."""
+    """The heads that one block runs for one micro-batch: int64 [n] in rising order on the model's device, None where
+    there is none."""
 
     full: Tensor | None
     forward_only: Tensor | None
@@ -57,10 +58,10 @@ def run_block(
         raise ValueError("an attention mask that differs between heads is not supported under a plan")
 
     def attend(normed: Tensor, chosen: Tensor, bias: Tensor | None) -> Tensor:
-        return _attention_heads(block, head_axes, normed, chosen, bias, attn_mask, is_causal)
+        return attention_heads(block, head_axes, normed, chosen, bias, attn_mask, is_causal)
 
     def feed_forward(normed: Tensor, chosen: Tensor, bias: Tensor | None) -> Tensor:
-        return _ffn_slices(block, head_axes, normed, chosen, bias)
+        return ffn_slices(block, head_axes, normed, chosen, bias)
 
     def end_attention(branch: Tensor) -> Tensor:
         ended: Tensor = block.drop_path1(block.ls1(block.attn.proj_drop(branch)))
@@ -96,7 +97,7 @@ def _branch(
     return end(branch)
 
 
-def _attention_heads(
+def attention_heads(
     block: Block,
     head_axes: HeadAxes,
     normed: Tensor,
@@ -104,17 +105,23 @@ def _attention_heads(
     bias: Tensor | None,
     attn_mask: Tensor | None,
     is_causal: bool,
+    q_norm: Callable[[Tensor], Tensor] | None = None,
+    k_norm: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Sum of the heads' attention outputs through `proj`, plus `bias`; [sample, token, channel]."""
+    """Sum of the heads' attention outputs through `proj`, plus `bias`; [sample, token, channel].
+
+    q_norm, k_norm: in the place of the block's own.
+    """
     attn = block.attn
+    q_norm, k_norm = q_norm or attn.q_norm, k_norm or attn.k_norm
     samples, tokens, _ = normed.shape
-    qkv_weight = head_axes["attn.qkv.weight"].select(attn.qkv.weight, heads)
-    qkv_bias = None if attn.qkv.bias is None else head_axes["attn.qkv.bias"].select(attn.qkv.bias, heads)
+    qkv_weight = _part(head_axes["attn.qkv.weight"], attn.qkv.weight, heads)
+    qkv_bias = None if attn.qkv.bias is None else _part(head_axes["attn.qkv.bias"], attn.qkv.bias, heads)
     qkv = F.linear(normed, qkv_weight, qkv_bias)
     query, key, value = qkv.view(samples, tokens, 3, heads.numel(), -1).permute(2, 0, 3, 1, 4).unbind(0)
     mixed = F.scaled_dot_product_attention(
-        attn.q_norm(query),
-        attn.k_norm(key),
+        q_norm(query),
+        k_norm(key),
         value,
         attn_mask=attn_mask,
         dropout_p=attn.attn_drop.p if attn.training else 0.0,
@@ -122,15 +129,22 @@ def _attention_heads(
         scale=attn.scale,
     )
     mixed = mixed.transpose(1, 2).reshape(samples, tokens, -1)
-    return F.linear(mixed, head_axes["attn.proj.weight"].select(attn.proj.weight, heads), bias)
+    return F.linear(mixed, _part(head_axes["attn.proj.weight"], attn.proj.weight, heads), bias)
 
 
-def _ffn_slices(
+def ffn_slices(
     block: Block, head_axes: HeadAxes, normed: Tensor, heads: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Sum of the heads' FFN slices through `fc2`, plus `bias`; [sample, token, channel]."""
     mlp = block.mlp
-    fc1_weight = head_axes["mlp.fc1.weight"].select(mlp.fc1.weight, heads)
-    fc1_bias = None if mlp.fc1.bias is None else head_axes["mlp.fc1.bias"].select(mlp.fc1.bias, heads)
+    fc1_weight = _part(head_axes["mlp.fc1.weight"], mlp.fc1.weight, heads)
+    fc1_bias = None if mlp.fc1.bias is None else _part(head_axes["mlp.fc1.bias"], mlp.fc1.bias, heads)
     hidden = mlp.drop1(mlp.act(F.linear(normed, fc1_weight, fc1_bias)))
-    return F.linear(hidden, head_axes["mlp.fc2.weight"].select(mlp.fc2.weight, heads), bias)
+    return F.linear(hidden, _part(head_axes["mlp.fc2.weight"], mlp.fc2.weight, heads), bias)
+
+
+def _part(axis: HeadAxis, parameter: Tensor, heads: Tensor) -> Tensor:
+    """The heads' part of a parameter. As heads are in rising order, all of them are the parameter, without a copy."""
+    if heads.numel() == axis.view_shape[axis.axis]:
+        return parameter.view_as(parameter)  # a view, because autocast would cache a leaf's cast without gradient
+    return axis.select(parameter, heads)

@@ -66,11 +66,16 @@ class PlanExecutor:
             raise PlanError(
                 f"micro-batch {slot} has no row in a plan of {len(self._slots)} micro-batches a replica"
             )
-        self._slot = slot
+        before, self._slot = self._slot, slot
         try:
             yield
         finally:
-            self._slot = None
+            self._slot = before
+
+    @property
+    def slot(self) -> int | None:
+        """The micro-batch that runs now; None outside of any."""
+        return self._slot
 
     @contextmanager
     def temporarily(self, operations: np.ndarray) -> Iterator[None]:
@@ -84,8 +89,16 @@ class PlanExecutor:
 
     def run(self, block: Block, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Block `index` under the current row; `args` are the block's own."""
-        if not self._slots or not block.training:
+        heads, x = self.lookup(block, index, x)
+        if heads is None or heads.is_dense:
             return _dense_forward(block, x, *args, **kwargs)
+        return run_block(block, x, heads, self.subnets.head_axes, *args, **kwargs)
+
+    def lookup(self, block: Block, index: int, x: Tensor) -> tuple[BlockHeads | None, Tensor]:
+        """What block `index` runs now, None where no plan is followed; and its input, cut off from what lies below
+        where the plan's row is not to train it."""
+        if not self._slots or not block.training:
+            return None, x
         if self._slot is None:
             raise PlanError(
                 "a model with a plan was called in training mode without saying which micro-batch this is: "
@@ -94,14 +107,18 @@ class PlanExecutor:
         row = self._slots[self._slot]
         if index == 0 and self._detach_incomplete and not all(heads.is_dense for heads in row):
             x = x.detach()
-        if row[index].is_dense:
-            return _dense_forward(block, x, *args, **kwargs)
-        return run_block(block, x, row[index], self.subnets.head_axes, *args, **kwargs)
+        return row[index], x
+
+    def link(self, block: Block, index: int) -> None:
+        """Lets a block of the model, its copy or its part follow this executor as block `index`."""
+        block._d2ft = _BlockLink(self, index)
+        block.forward = MethodType(_planned_forward, block)
 
     def _rows(self, operations: np.ndarray) -> list[list[BlockHeads]]:
-        return [[self._heads(cells) for cells in row] for row in operations]
+        return [[self._heads(cells, index) for index, cells in enumerate(row)] for row in operations]
 
-    def _heads(self, cells: np.ndarray) -> BlockHeads:
+    def _heads(self, cells: np.ndarray, index: int) -> BlockHeads:
+        """What block `index` runs. cells: uint8 [head]."""
         def indices(operation: Operation) -> Tensor | None:
             (chosen,) = np.nonzero(cells == operation)
             return torch.from_numpy(chosen).to(self._any_parameter.device) if chosen.size else None
@@ -140,8 +157,7 @@ def attach(
         if frozen.get(executor.subnets.classify(name), False):
             parameter.requires_grad_(False)
     for index, block in enumerate(model.blocks):
-        block._d2ft = _BlockLink(executor, index)
-        block.forward = MethodType(_planned_forward, block)
+        executor.link(block, index)
     return executor
 
 

@@ -1,0 +1,82 @@
+"""What engines share whose ranks hold a part of the model each: cutting the model, and putting it together again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, distributed, nn
+
+from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.launch import Control
+from d2ft_hpc.parallel.gather import gather_into
+from d2ft_hpc.parallel.layout import Layout
+from d2ft_hpc.parallel.messages import ReplicatedTokens
+from d2ft_hpc.parallel.part import ModelPart
+from d2ft_hpc.parallel.stages import stage_of_blocks
+from d2ft_hpc.parallel.tensor import share_blocks
+from d2ft_hpc.planning.problem import Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Which rank holds which subnet.
+
+    stages: the blocks of each pipeline stage. owner: int64 [block, head], the tensor-parallel rank of each of timm's
+    heads.
+    """
+
+    layout: Layout
+    stages: list[range]
+    owner: Ints
+
+    @property
+    def stage(self) -> Ints:
+        """Pipeline stage of each block, int64 [block]."""
+        return stage_of_blocks(self.stages)
+
+    @property
+    def blocks(self) -> range:
+        """This rank's blocks."""
+        return self.stages[self.layout.stage]
+
+
+def share_part(
+    part: ModelPart, executor: PlanExecutor, placement: Placement, group: distributed.ProcessGroup
+) -> PlanExecutor:
+    """Cuts a part by head over a tensor-parallel group; returns the executor that its blocks follow from now on."""
+    layout = placement.layout
+    if layout.tensor_ranks > 1:
+        messages = ReplicatedTokens(group, layout.tensor_rank)
+        blocks = {int(index): block for index, block in part.blocks.items()}
+        executor = part.executor = share_blocks(blocks, executor, placement.owner, messages)
+    for parameter in part.parameters():
+        if layout.tensor_rank == 0:
+            # DeepSpeed counts these in gradient norms on every rank, all others on the first of all stages only.
+            parameter.model_parallel = True  # type: ignore[attr-defined]
+    return executor
+
+
+def gather_model(
+    model: VisionTransformer, part: nn.Module, executor: PlanExecutor, placement: Placement, control: Control
+) -> None:
+    """Copies the trained weights of all ranks' parts into the whole `model`; on all ranks together."""
+    gather_into(
+        model,
+        part,
+        _full_precision,
+        subnets=executor.subnets,
+        layout=placement.layout,
+        stage=placement.stage,
+        owner=placement.owner,
+        control=control,
+    )
+
+
+def _full_precision(parameter: nn.Parameter) -> Tensor:
+    """The optimiser's fp32 weights where it keeps such."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+    return parameter.detach().to(torch.float32) if full is None else full

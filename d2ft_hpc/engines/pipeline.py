@@ -1,0 +1,118 @@
+"""DeepSpeed's pipeline engine, ZeRO stages 0 and 1, with or without tensor parallelism in its stages.
+
+Each rank holds one stage: a `ModelPart`. Hooks around the stage's forward tell its blocks which micro-batch this is,
+in the order of the schedule (1F1B), which is that of the slots on every stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from d2ft_hpc.engines.deepspeed import import_deepspeed
+from d2ft_hpc.engines.deepspeed_private import loss_of_replica, topology_of
+from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StepReport, zero_missing_gradients
+from d2ft_hpc.engines.model_parallel import Placement, gather_model, share_part
+from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.launch import Control
+from d2ft_hpc.parallel.part import ModelPart
+
+MakeOptimizer = Callable[[nn.Module], tuple[Optimizer, LRScheduler]]
+
+
+class PipelineEngine:
+    """Trains one stage of one replica. torch.distributed must be initialised."""
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        executor: PlanExecutor,
+        placement: Placement,
+        make_optimizer: MakeOptimizer,
+        loss_function: LossFunction,
+        config: Mapping[str, Any],
+        control: Control,
+    ) -> None:
+        """model: the whole one, of which the ranks copy their parts; its attached executor. config: DeepSpeed's."""
+        deepspeed = import_deepspeed()
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+        from deepspeed.pipe import LayerSpec, PipelineModule
+
+        layers = [LayerSpec(ModelPart, model, blocks, executor) for blocks in placement.stages]
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its cut, of one layer a stage
+            self._module = PipelineModule(
+                layers,
+                topology=topology_of(placement.layout),
+                loss_fn=loss_function,
+                partition_method="uniform",
+                dynamic_shape=True,  # the micro-batches of an epoch's last batch differ in size
+            )
+        (self._part,) = (child for child in self._module.children() if isinstance(child, ModelPart))
+        group = self._module.mpu().get_slice_parallel_group()
+        self.executor = share_part(self._part, executor, placement, group)
+        self._placement, self._control = placement, control
+        optimizer, schedule = make_optimizer(self._part)
+        self.engine, *_ = deepspeed.initialize(
+            model=self._module,
+            model_parameters=[parameter for parameter in self._part.parameters() if parameter.requires_grad],
+            optimizer=optimizer,
+            lr_scheduler=schedule,
+            config={**config, "pipeline": {**_WHOLE_MESSAGES, **config.get("pipeline", {})}},
+        )
+        self._slot = 0
+        self._row: AbstractContextManager[None] | None = None
+        self._forward_seconds = self._started = 0.0
+        self._module.register_forward_pre_hook(self._before_forward)
+        self._module.register_forward_hook(self._after_forward)
+
+    def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
+        """`seconds` has under "backward" all that is not the stage's forward: messages, waiting, the optimiser."""
+        report = StepReport(learning_rate=self.engine.get_lr()[0])
+        dtype = next(self._part.parameters()).dtype
+        self._slot, self._forward_seconds = 0, 0.0
+        started = time.perf_counter()
+        # Before the first backward, because the engine reduces gradients as soon as the last one is done.
+        zero_missing_gradients(self._part)
+        self.engine.train_batch(iter([(images.to(dtype), labels) for images, labels in micro_batches]))
+        report.seconds["forward"] = self._forward_seconds
+        report.seconds["backward"] = time.perf_counter() - started - self._forward_seconds
+        norm = self.engine.get_global_grad_norm()
+        report.gradient_norm = float("nan") if norm is None else float(norm)
+        report.loss = loss_of_replica(self.engine)
+        return report
+
+    def refresh(self, model: VisionTransformer) -> None:
+        gather_model(model, self._part, self.executor, self._placement, self._control)
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        self.engine.load_checkpoint(str(folder), tag="deepspeed")
+
+    def _before_forward(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if module.training:
+            self._row = self.executor.micro_batch(self._slot)
+            self._row.__enter__()
+            self._slot += 1
+            self._started = time.perf_counter()
+
+    def _after_forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if self._row is not None:
+            self._forward_seconds += time.perf_counter() - self._started
+            self._row.__exit__(None, None, None)
+            self._row = None
+
+
+_WHOLE_MESSAGES = {"pipe_partitioned": False, "grad_partitioned": False}
+"""DeepSpeed would cut a message between stages over the tensor-parallel ranks, for one size of micro-batch only."""

@@ -1,0 +1,42 @@
+"""DeepSpeed's data parallelism over models that are cut by head: each replica is a group of tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+
+from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, import_deepspeed
+from d2ft_hpc.engines.deepspeed_private import grid_of
+from d2ft_hpc.engines.engine import LossFunction
+from d2ft_hpc.engines.model_parallel import Placement, gather_model, share_part
+from d2ft_hpc.engines.pipeline import MakeOptimizer
+from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.launch import Control
+from d2ft_hpc.parallel.part import ModelPart
+
+
+class TensorParallelEngine(DeepSpeedEngine):
+    """Trains one tensor-parallel rank's heads of one replica. torch.distributed must be initialised."""
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        executor: PlanExecutor,
+        placement: Placement,
+        make_optimizer: MakeOptimizer,
+        loss_function: LossFunction,
+        config: Mapping[str, Any],
+        control: Control,
+    ) -> None:
+        """model: the whole one, of which the ranks copy their parts; its attached executor. config: DeepSpeed's."""
+        import_deepspeed().init_distributed(auto_mpi_discovery=False)
+        grid = grid_of(placement.layout)
+        self._part = ModelPart(model, placement.blocks, executor)
+        shared = share_part(self._part, executor, placement, grid.get_slice_parallel_group())
+        self._placement, self._control = placement, control
+        super().__init__(self._part, shared, *make_optimizer(self._part), loss_function, config, mpu=grid)
+
+    def refresh(self, model: VisionTransformer) -> None:
+        gather_model(model, self._part, self.executor, self._placement, self._control)

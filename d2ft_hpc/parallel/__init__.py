@@ -1,0 +1,1 @@
+"""Models cut over ranks: which rank holds what, blocks cut by head, messages between tensor-parallel ranks, stages."""

@@ -1,0 +1,92 @@
+"""Blocks cut by head: each rank keeps the rows and columns of the heads that the owner map gives it.
+
+The owner map is int64 [block, head] in timm's head indices, with the rank that holds each head. A rank's heads lie in
+its parameters in the order of their indices; ranks may hold different numbers of heads, in each block others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from d2ft_hpc.errors import PlanError
+from d2ft_hpc.model.subnets import HeadAxis, SubnetMap
+from d2ft_hpc.planning.problem import Ints
+
+
+def even_owner(blocks: int, heads: int, ranks: int) -> Ints:
+    """The owner map that gives each rank a run of neighbouring heads; the numbers differ by at most one.
+
+    Raises PlanError if there are more ranks than heads.
+    """
+    if not 1 <= ranks <= heads:
+        raise PlanError(f"{heads} heads cannot be divided over {ranks} tensor-parallel ranks: use at most {heads}")
+    return np.tile(np.arange(heads) * ranks // heads, (blocks, 1))
+
+
+def check_owner(owner: Ints, shape: tuple[int, int], ranks: int) -> None:
+    """Raises PlanError unless `owner` maps every head of `shape` to one of `ranks`, each with a head in each block."""
+    if owner.shape != shape:
+        raise PlanError(f"the owner map is for {owner.shape} blocks and heads, the model has {shape}")
+    for block, row in enumerate(owner):
+        if set(row.tolist()) != set(range(ranks)):
+            raise PlanError(
+                f"the owner map of block {block} names the ranks {sorted(set(row.tolist()))}; each of the {ranks} "
+                f"tensor-parallel ranks must hold at least one head of each block"
+            )
+
+
+def heads_of(owner: Ints, block: int, rank: int) -> Tensor:
+    """The heads of a block that a rank holds, int64 [n], timm's indices in rising order."""
+    return torch.from_numpy(np.flatnonzero(owner[block] == rank))
+
+
+def local_axis(axis: HeadAxis, heads: int) -> HeadAxis:
+    """The split of a parameter of which `heads` heads are left."""
+    shape = (*axis.view_shape[: axis.axis], heads, *axis.view_shape[axis.axis + 1 :])
+    return replace(axis, view_shape=shape)
+
+
+def cut_block(block: Block, head_axes: Mapping[str, HeadAxis], heads: Tensor) -> None:
+    """Leaves in a block the parameters of these heads only, and all that no head owns.
+
+    The parameters that are cut are new ones, marked `tensor_model_parallel` as DeepSpeed and Megatron do.
+    """
+    for name, axis in head_axes.items():
+        layer_name, parameter_name = name.rsplit(".", 1)
+        layer, whole = block.get_submodule(layer_name), block.get_parameter(name)
+        part = axis.select(whole.detach(), heads.to(whole.device)).clone()
+        parameter = nn.Parameter(part, requires_grad=whole.requires_grad)
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        setattr(layer, parameter_name, parameter)
+    for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+        layer.out_features, layer.in_features = layer.weight.shape
+    block.attn.num_heads = heads.numel()
+    block.attn.attn_dim = heads.numel() * block.attn.head_dim
+
+
+def join(axis: HeadAxis, parts: Sequence[Tensor], heads: Sequence[Tensor]) -> Tensor:
+    """The whole parameter in timm's order from every rank's part and heads; undoes `HeadAxis.select`."""
+    whole = parts[0].new_empty(axis.view_shape)
+    for part, its_heads in zip(parts, heads, strict=True):
+        shape = local_axis(axis, its_heads.numel()).view_shape
+        whole.index_copy_(axis.axis, its_heads.to(part.device), part.reshape(shape))
+    return whole.reshape(axis.parameter_shape)
+
+
+def join_block(
+    parts: Sequence[Mapping[str, Tensor]], subnets: SubnetMap, owner: Ints, block: int
+) -> dict[str, Tensor]:
+    """A block's parameters by their names inside the block, from the parts of all tensor-parallel ranks."""
+    heads = [heads_of(owner, block, rank) for rank in range(len(parts))]
+    return {
+        name: join(subnets.head_axes[name], [part[name] for part in parts], heads)
+        if name in subnets.head_axes
+        else tensor
+        for name, tensor in parts[0].items()
+    }

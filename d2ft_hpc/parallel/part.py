@@ -1,0 +1,63 @@
+"""The part of a timm vision transformer that one rank holds, under timm's parameter names."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.model.subnets import ParameterClass
+
+
+class ModelPart(VisionTransformer):
+    """Neighbouring blocks of a model, with all that lies before the first block or after the last.
+
+    A copy: the model stays whole. Its blocks follow the model's executor under their own indices. With timm's
+    `grad_checkpointing` each block keeps only its input and runs again in the backward, under the row that it had.
+    """
+
+    def __init__(self, model: VisionTransformer, blocks: range, executor: PlanExecutor) -> None:
+        nn.Module.__init__(self)  # timm's would make new weights
+        own = {name: value for name, value in vars(model).items() if name not in vars(self)}
+        vars(self).update(own)
+        self.executor = executor
+        self.is_first = blocks.start == 0
+        self.is_last = blocks.stop == executor.subnets.num_blocks
+        memo = {id(executor): executor}
+        for name, parameter in model._parameters.items():
+            self.register_parameter(name, copy.deepcopy(parameter) if self._keeps(name) else None)
+        for name, module in model.named_children():
+            if name != "blocks" and (self._keeps(name) or not list(module.parameters())):
+                self.add_module(name, copy.deepcopy(module))
+        of_model = list(model.blocks)
+        self.blocks = nn.ModuleDict({str(index): copy.deepcopy(of_model[index], memo) for index in blocks})
+
+    def _keeps(self, name: str) -> bool:
+        is_below = self.executor.subnets.classify(name) is ParameterClass.EMBEDDING
+        return self.is_first if is_below else self.is_last
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images, or the part below's output [sample, token, channel], to this part's output or the logits."""
+        if self.is_first:
+            x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        for block in self.blocks.values():
+            x = self._again_in_backward(block, x) if self.grad_checkpointing and self.training else block(x)
+        if self.is_last:
+            return self.forward_head(self.norm(x))  # type: ignore[no-any-return]
+        # A pipeline sends a gradient back into every output, also where nothing here is trained.
+        return x if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_()
+
+    def _again_in_backward(self, block: nn.Module, x: Tensor) -> Tensor:
+        slot = self.executor.slot  # by the time of the backward another micro-batch may be under way
+
+        def run(x: Tensor) -> Tensor:
+            if slot is None:
+                return block(x)  # type: ignore[no-any-return]
+            with self.executor.micro_batch(slot):
+                return block(x)  # type: ignore[no-any-return]
+
+        return checkpoint(run, x, use_reentrant=False)  # type: ignore[no-any-return]

@@ -1,0 +1,91 @@
+"""Where a pipeline's stages are cut: the slowest stage of the dense model as fast as can be, none without a block."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.metering import StepCosts, meter
+from d2ft_hpc.model.probe import probe
+from d2ft_hpc.planning.problem import Ints
+
+
+def layer_flops(model: VisionTransformer, costs: StepCosts, image_shape: tuple[int, int, int]) -> list[float]:
+    """Training FLOPs of one sample in the dense model: of what lies below the blocks, of each block, of what lies above.
+
+    image_shape: (channel, height, width). costs: of the whole model.
+    """
+    below = _flops_below(model, image_shape)
+    blocks = len(list(model.blocks))
+    of_block = costs.num_subnets * costs.full_flops / blocks
+    return [below, *[of_block] * blocks, costs.always_flops - below]
+
+
+def _flops_below(model: VisionTransformer, image_shape: tuple[int, int, int]) -> float:
+    embedding = model.patch_embed
+    trained = [parameter for parameter in embedding.parameters() if parameter.requires_grad]
+    parameter = next(embedding.parameters())
+    image = torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype)
+    with probe(model, training=True), meter() as metered:
+        tokens = embedding(image)
+        if trained:
+            torch.autograd.grad(tokens.sum(), trained)
+    return float(metered.flops)
+
+
+def cut_stages(flops: list[float], stages: int) -> list[range]:
+    """The blocks of each stage, so that the largest sum of a stage's costs is least.
+
+    flops: of what lies below the blocks, of each block, and of what lies above (`layer_flops`).
+    Raises ConfigError if there are more stages than blocks.
+    """
+    below, *of_blocks, above = flops
+    blocks = len(of_blocks)
+    if stages > blocks:
+        raise ConfigError(
+            f"engine.pipeline_stages={stages}: the model has only {blocks} blocks, and each stage needs one; "
+            f"use at most {blocks} stages"
+        )
+    edges = np.concatenate([[0.0], np.cumsum(of_blocks)])
+    edges[1:] += below
+    edges[-1] += above
+    # slowest[s, b]: the least cost of the slowest stage when s stages share the first b blocks; cut[s, b]: the last's start
+    slowest = np.full((stages + 1, blocks + 1), np.inf)
+    cut = np.zeros((stages + 1, blocks + 1), dtype=int)
+    slowest[0, 0] = 0.0
+    for stage in range(1, stages + 1):
+        for end in range(stage, blocks + 1):
+            starts = np.arange(stage - 1, end)
+            worst = np.maximum(slowest[stage - 1, starts], edges[end] - edges[starts])
+            best = int(worst.argmin())
+            slowest[stage, end], cut[stage, end] = worst[best], starts[best]
+    ranges: list[range] = []
+    end = blocks
+    for stage in range(stages, 0, -1):
+        ranges.insert(0, range(cut[stage, end], end))
+        end = int(cut[stage, end])
+    return ranges
+
+
+def stage_shares(flops: list[float], stages: list[range]) -> list[float]:
+    """Each stage's share of the dense training FLOPs."""
+    sums = [sum(flops[1 + block] for block in blocks) for blocks in stages]
+    sums[0] += flops[0]
+    sums[-1] += flops[-1]
+    return [part / sum(sums) for part in sums]
+
+
+def stage_of_blocks(stages: list[range]) -> Ints:
+    """int64 [block]."""
+    return np.repeat(np.arange(len(stages)), [len(blocks) for blocks in stages])
+
+
+def describe_stages(flops: list[float], stages: list[range]) -> str:
+    """One line: each stage's blocks and its share of the dense training FLOPs."""
+    parts = [
+        f"blocks {blocks.start}-{blocks.stop - 1} {share:.1%}"
+        for blocks, share in zip(stages, stage_shares(flops, stages), strict=True)
+    ]
+    return f"pipeline stages (share of the dense FLOPs): {'; '.join(parts)}"

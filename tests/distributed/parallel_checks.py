@@ -1,0 +1,232 @@
+"""Run under a launcher: pipelines and tensor-parallel groups train and are compared with one process; rank 0 prints JSON.
+
+A check's result is the largest difference of any parameter, or a dict of facts; the tests judge them.
+`--all` runs the whole matrix. A rank that hangs writes every thread's stack to stderr and ends.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from d2ft_hpc.engines.deepspeed import deepspeed_config
+from d2ft_hpc.engines.model_parallel import Placement
+from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
+from d2ft_hpc.engines.pipeline import PipelineEngine
+from d2ft_hpc.engines.plain import PlainEngine
+from d2ft_hpc.engines.tensor import TensorParallelEngine
+from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.launch import Control, connect, detect
+from d2ft_hpc.metering import meter
+from d2ft_hpc.parallel.layout import Layout
+from d2ft_hpc.parallel.stages import cut_stages
+from d2ft_hpc.planning import SkipPlan
+from tests.distributed.engine_checks import STEPS, largest_difference, loss_function, micro_batch, optimizer_config
+from tests.models import DEPTH, HEADS, tiny_vit
+
+SLOTS = 3
+HANG_SECONDS = 60
+
+KINDS = ("full", "same", "random", "whole blocks", "whole stages")
+
+
+def plan_of(kind: str, step: int, replicas: int) -> SkipPlan:
+    """Rows [slot * replicas + replica]; for every kind but "full" and "same" they differ between replicas."""
+    rng = np.random.default_rng((11, step))
+    operations = rng.integers(0, 3, (SLOTS * replicas, DEPTH, HEADS)).astype(np.uint8)
+    if kind == "full":
+        operations[:] = 2
+    elif kind == "same":
+        operations = np.repeat(operations[:SLOTS], replicas, axis=0)
+    elif kind == "whole blocks":
+        operations[rng.random((SLOTS * replicas, DEPTH)) < 0.5] = 0
+        operations[rng.random((SLOTS * replicas, DEPTH)) < 0.3] = 1
+        operations[:, 1] = 0  # a block that nobody runs
+        operations[:, 2, 1:] = 0  # a block that one head alone runs
+    elif kind == "whole stages":
+        operations[0, : DEPTH // 2] = 0
+        operations[1, DEPTH // 2 :] = 0
+        operations[1, : DEPTH // 2] = 1  # nothing of the first stage is trained
+        operations[2] = 0
+    return SkipPlan(operations, replicas)
+
+
+def owner_of(tensor_ranks: int) -> np.ndarray:
+    """Uneven and in no order: the ranks hold other heads, and other numbers of them, in each block."""
+    rows = [(0, 1, 0), (1, 0, 1), (0, 0, 1), (1, 0, 0)] if tensor_ranks == 2 else [(0,) * HEADS] * DEPTH
+    return np.array(rows)
+
+
+def build(
+    control: Control,
+    model: VisionTransformer,
+    optimizer_name: str,
+    *,
+    stages: int,
+    tensor_ranks: int,
+    zero: int = 0,
+    precision: str = "fp32",
+    clipping: float | None = None,
+    recompute: bool = False,
+) -> PipelineEngine | TensorParallelEngine:
+    model.set_grad_checkpointing(recompute)
+    executor = attach(model)
+    layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
+    placement = Placement(layout, cut_stages([0.1, *[1.0] * DEPTH, 0.1], stages), owner_of(tensor_ranks))
+    config = deepspeed_config(
+        {"zero_optimization": {"stage": zero}},
+        micro_batch_size=4,
+        slots=SLOTS,
+        precision=precision,
+        gradient_clipping=clipping,
+    )
+
+    def make_optimizer(part: torch.nn.Module) -> Any:
+        optimizer = build_optimizer(part, optimizer_config(optimizer_name))
+        return optimizer, build_schedule(optimizer, optimizer_config(optimizer_name), STEPS)
+
+    kind = PipelineEngine if stages > 1 else TensorParallelEngine
+    return kind(model, executor, placement, make_optimizer, loss_function, config, control)
+
+
+def trained(control: Control, model: VisionTransformer, optimizer_name: str, kind: str, **options: Any) -> Any:
+    """The whole model's parameters after some steps, gathered on every rank."""
+    engine = build(control, model, optimizer_name, **options)
+    layout = Layout.of(
+        control.world_size, control.rank, stages=options["stages"], tensor_ranks=options["tensor_ranks"]
+    )
+    for step in range(STEPS):
+        plan = plan_of(kind, step, layout.replicas)
+        engine.executor.load(plan, layout.replica)
+        rows = [slot * layout.replicas + layout.replica for slot in range(SLOTS)]
+        engine.step([micro_batch(step, row, plan.num_rows) for row in rows])
+    engine.refresh(model)
+    return dict(model.named_parameters())
+
+
+def reference(
+    model: VisionTransformer, optimizer_name: str, kind: str, clipping: float | None, replicas: int
+) -> Any:
+    """What one process gets from the same rows."""
+    executor = attach(model)
+    optimizer = build_optimizer(model, optimizer_config(optimizer_name))
+    schedule = build_schedule(optimizer, optimizer_config(optimizer_name), STEPS)
+    engine = PlainEngine(model, executor, optimizer, schedule, loss_function, gradient_clipping=clipping)
+    dtype = next(model.parameters()).dtype
+    for step in range(STEPS):
+        plan = plan_of(kind, step, replicas)
+        executor.load(SkipPlan(plan.operations, replicas=1), 0)
+        batch = [micro_batch(step, row, plan.num_rows) for row in range(plan.num_rows)]
+        engine.step([(images.to(dtype), labels) for images, labels in batch])
+    return dict(model.named_parameters())
+
+
+def check_fp32(
+    control: Control, kind: str, optimizer_name: str, qk_norm: bool = False, **options: Any
+) -> float:
+    # A key bias has a gradient of zero but for rounding, which AdamW would turn into steps of full size.
+    model_options = {"qkv_bias": optimizer_name == "sgd", "qk_norm": qk_norm, "init_values": 0.5}
+    own = trained(control, tiny_vit(**model_options), optimizer_name, kind, **options)
+    replicas = control.world_size // (options["stages"] * options["tensor_ranks"])
+    expected = reference(tiny_vit(**model_options), optimizer_name, kind, options.get("clipping"), replicas)
+    return largest_difference(own, expected)
+
+
+def check_bf16(control: Control, kind: str, optimizer_name: str, **options: Any) -> dict[str, float]:
+    """Root-mean-square distance from fp64, of the plan and of the dense model under the same engine."""
+    replicas = control.world_size // (options["stages"] * options["tensor_ranks"])
+    model_options = {"qkv_bias": optimizer_name == "sgd"}
+
+    def error(of_kind: str) -> float:
+        own = trained(
+            control, tiny_vit(**model_options), optimizer_name, of_kind, precision="bf16", **options
+        )
+        exact = reference(tiny_vit(**model_options).double(), optimizer_name, of_kind, None, replicas)
+        squares = [(own[name].double() - exact[name]).square().flatten() for name in exact]
+        return float(torch.cat(squares).mean().sqrt())
+
+    return {"plan": error(kind), "dense": error("full")}
+
+
+def check_messages(control: Control) -> dict[str, Any]:
+    """Collectives of one tensor-parallel step, by the plan's rows."""
+    engine = build(control, tiny_vit(), "sgd", stages=1, tensor_ranks=2)
+    sent = {}
+    rows = {"full": 2, "forward only": 1, "shortcut": 0}
+    for name, operation in rows.items():
+        engine.executor.load(SkipPlan(np.full((SLOTS, DEPTH, HEADS), operation, np.uint8), 1), 0)
+        with meter() as metered:
+            engine.step([micro_batch(0, slot, SLOTS) for slot in range(SLOTS)])
+        sent[name] = metered.bytes_sent
+    lonely = np.zeros((SLOTS, DEPTH, HEADS), np.uint8)
+    lonely[:, :, 0] = 2
+    engine.executor.load(SkipPlan(lonely, 1), 0)
+    with meter() as metered:
+        engine.step([micro_batch(0, slot, SLOTS) for slot in range(SLOTS)])
+    sent["one head"] = metered.bytes_sent
+    return {"sent": sent, "sum": 4 * 17 * 48 * 4}
+
+
+def checks(world_size: int, everything: bool) -> dict[str, Callable[[Control], Any]]:
+    layouts = {2: [(2, 1), (1, 2)], 4: [(2, 1), (1, 2), (2, 2), (4, 1)]}[world_size]
+    named: dict[str, Callable[[Control], Any]] = {}
+
+    def add(kind: str, stages: int, tensor: int, optimizer: str, precision: str = "fp32", **more: Any) -> None:
+        extra = "".join(f" {key}={value}" for key, value in more.items())
+        name = f"{precision} pp{stages} tp{tensor} {kind} {optimizer}{extra}"
+        check = check_fp32 if precision == "fp32" else check_bf16
+        options = {"stages": stages, "tensor_ranks": tensor, **more}
+        named[name] = lambda control: check(control, kind, optimizer, **options)
+
+    for stages, tensor in layouts:
+        for kind in KINDS:
+            for optimizer in ("sgd", "adamw"):
+                for precision in ("fp32", "bf16"):
+                    for zero in (0, 1):
+                        usual = (kind, optimizer, zero) in (
+                            ("random", "adamw", 1),
+                            ("whole stages", "sgd", 0),
+                            ("whole blocks", "adamw", 0),
+                        )
+                        if everything or (usual and precision == "fp32"):
+                            add(kind, stages, tensor, optimizer, precision, zero=zero)
+        add("whole blocks", stages, tensor, "sgd", "bf16", zero=1)
+        add("random", stages, tensor, "adamw", clipping=0.05)
+        add("random", stages, tensor, "sgd", zero=1, clipping=0.05)
+        if stages > 1:
+            add("whole stages", stages, tensor, "sgd", recompute=True)
+        if tensor > 1:
+            add("whole blocks", stages, tensor, "adamw", zero=1, qk_norm=True)
+    if world_size == 2:
+        named["messages"] = check_messages
+    return named
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    control = connect(detect(), device_type="cpu")
+    only = sys.argv[2:] if "--only" in sys.argv else []
+    results = {}
+    for name, check in checks(control.world_size, "--all" in sys.argv or bool(only)).items():
+        if only and not all(part in name for part in only):
+            continue
+        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
+        results[name] = check(control)
+        gathered = control.all_gather(json.dumps(results[name]).encode())
+        if control.rank == 0 and isinstance(results[name], float):
+            results[name] = max(json.loads(part) for part in gathered)
+        faulthandler.cancel_dump_traceback_later()
+    if control.rank == 0:
+        print("RESULTS " + json.dumps(results))
+    control.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
