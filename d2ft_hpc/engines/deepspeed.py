@@ -1,24 +1,20 @@
-"""DeepSpeed's data parallelism, ZeRO stages 0 and 1.
-
-Replicas may follow different rows: a parameter that a replica's micro-batches did not touch gets a zero gradient
-before the reduction, so that all replicas reduce the same tensors. ZeRO 2 and 3 reduce during backward, where a
-skipped block would stall or corrupt the reduction, and are refused.
-"""
+"""DeepSpeed's data parallelism, ZeRO stages 0 to 3, in the training loop."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StepReport, zero_missing_gradients
+from d2ft_hpc.engines.deepspeed_private import import_deepspeed
+from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StepReport
+from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
 
@@ -54,17 +50,6 @@ def deepspeed_config(
                 f"engine.gradient_clipping, optimizer): remove it"
             )
     zero = {"stage": 1 if precision == "fp16" else 0, **settings.get("zero_optimization", {})}
-    stage = zero["stage"]
-    if precision == "fp16" and stage == 0:
-        raise ConfigError(
-            "engine.deepspeed.zero_optimization.stage=0 with engine.precision=fp16: DeepSpeed's fp16 optimiser divides "
-            "by the loss scale, with which its engine multiplies the loss under ZeRO only. Use stage 1, or bf16"
-        )
-    if stage not in (0, 1):
-        raise ConfigError(
-            f"engine.deepspeed.zero_optimization.stage={stage}: a plan that skips blocks is exact under stages 0 and 1 "
-            f"only; stages 2 and 3 reduce gradients while backward still runs. Use stage 0 or 1"
-        )
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": slots,
@@ -73,8 +58,15 @@ def deepspeed_config(
     }
     if precision != "fp32":
         ours[precision] = {"enabled": True}
-    quiet = {"zero_allow_untested_optimizer": True, "steps_per_print": 10**9}
-    return {**quiet, **settings, "zero_optimization": zero, **ours}
+    quiet = {
+        "zero_allow_untested_optimizer": True,
+        # Offloaded optimisers may be torch's own, as everywhere else here.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    config = {**quiet, **settings, "zero_optimization": zero, **ours}
+    ZeroRules.of(config, where="engine.deepspeed.")
+    return config
 
 
 class DeepSpeedEngine:
@@ -94,6 +86,9 @@ class DeepSpeedEngine:
         """mpu: DeepSpeed's process groups where the model is cut over ranks."""
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False)
+        self.rules = ZeroRules.of(config)
+        self._twin = self.rules.twin_of(model)
+        self.rules.prepare(model, executor)
         self.engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -113,8 +108,6 @@ class DeepSpeedEngine:
             with self.executor.micro_batch(slot):
                 with report.timed("forward"):
                     loss = self._loss_function(self.engine(images.to(self._dtype)).float(), labels)
-                if slot == len(micro_batches) - 1:
-                    zero_missing_gradients(self._model)
                 with report.timed("backward"):
                     self.engine.backward(loss)
             with report.timed("optimizer"):
@@ -125,22 +118,11 @@ class DeepSpeedEngine:
         report.loss = float(torch.stack(losses).mean())
         return report
 
-    def refresh(self, model: VisionTransformer) -> None:
-        """Nothing to do: the run's model is the one that is trained."""
-
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
 
     def load(self, folder: Path) -> None:
         self.engine.load_checkpoint(str(folder), tag="deepspeed")
 
-
-def import_deepspeed() -> Any:
-    """DeepSpeed, quiet, and without the minute that its first use on a CPU would spend on compiling an all-reduce."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    import deepspeed
-    import deepspeed.ops
-
-    if "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
+    def full_model(self) -> AbstractContextManager[nn.Module]:
+        return self.rules.full_model(self._model, self._twin)

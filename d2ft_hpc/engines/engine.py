@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from d2ft_hpc.execution.executor import PlanExecutor
@@ -53,8 +52,11 @@ class Engine(Protocol):
         """Forward and backward of each micro-batch in its slot, then one optimiser step; on all ranks together."""
         ...
 
-    def refresh(self, model: VisionTransformer) -> None:
-        """Brings the trained weights into the whole `model` that the engine was made from; on all ranks together."""
+    def full_model(self) -> AbstractContextManager[nn.Module]:
+        """A model with the present weights, all of them on this rank, in timm's names and order of heads.
+
+        Entered by all ranks together; inside, no rank needs another to run it.
+        """
         ...
 
     def save(self, folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -58,10 +60,11 @@ def share_part(
     return executor
 
 
-def gather_model(
+@contextmanager
+def full_model(
     model: VisionTransformer, part: nn.Module, executor: PlanExecutor, placement: Placement, control: Control
-) -> None:
-    """Copies the trained weights of all ranks' parts into the whole `model`; on all ranks together."""
+) -> Iterator[VisionTransformer]:
+    """The whole `model` with the trained weights of all ranks' parts; entered by all ranks together."""
     gather_into(
         model,
         part,
@@ -72,6 +75,7 @@ def gather_model(
         owner=placement.owner,
         control=control,
     )
+    yield model
 
 
 def _full_precision(parameter: nn.Parameter) -> Tensor:

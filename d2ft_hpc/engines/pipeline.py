@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from d2ft_hpc.engines.deepspeed import import_deepspeed
-from d2ft_hpc.engines.deepspeed_private import loss_of_replica, topology_of
+from d2ft_hpc.engines.deepspeed_private import import_deepspeed, loss_of_replica, topology_of
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StepReport, zero_missing_gradients
-from d2ft_hpc.engines.model_parallel import Placement, gather_model, share_part
+from d2ft_hpc.engines.model_parallel import Placement, full_model, share_part
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
 from d2ft_hpc.parallel.part import ModelPart
@@ -60,7 +59,7 @@ class PipelineEngine:
         (self._part,) = (child for child in self._module.children() if isinstance(child, ModelPart))
         group = self._module.mpu().get_slice_parallel_group()
         self.executor = share_part(self._part, executor, placement, group)
-        self._placement, self._control = placement, control
+        self._model, self._placement, self._control = model, placement, control
         optimizer, schedule = make_optimizer(self._part)
         self.engine, *_ = deepspeed.initialize(
             model=self._module,
@@ -91,8 +90,8 @@ class PipelineEngine:
         report.loss = loss_of_replica(self.engine)
         return report
 
-    def refresh(self, model: VisionTransformer) -> None:
-        gather_model(model, self._part, self.executor, self._placement, self._control)
+    def full_model(self) -> AbstractContextManager[nn.Module]:
+        return full_model(self._model, self._part, self.executor, self._placement, self._control)
 
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)

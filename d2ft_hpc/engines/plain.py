@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -57,9 +56,6 @@ class PlainEngine:
         report.loss = float(torch.stack(losses).mean())
         return report
 
-    def refresh(self, model: VisionTransformer) -> None:
-        """Nothing to do: the run's model is the one that is trained."""
-
     def save(self, folder: Path) -> None:
         state = {"optimizer": self._optimizer.state_dict(), "schedule": self._schedule.state_dict()}
         torch.save({"model": self._model.state_dict(), **state}, folder / "plain.pt")
@@ -69,6 +65,9 @@ class PlainEngine:
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
+
+    def full_model(self) -> AbstractContextManager[nn.Module]:
+        return nullcontext(self._model)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
         if self._autocast_dtype is None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
-from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, import_deepspeed
-from d2ft_hpc.engines.deepspeed_private import grid_of
+from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
+from d2ft_hpc.engines.deepspeed_private import grid_of, import_deepspeed
 from d2ft_hpc.engines.engine import LossFunction
-from d2ft_hpc.engines.model_parallel import Placement, gather_model, share_part
+from d2ft_hpc.engines.model_parallel import Placement, full_model, share_part
 from d2ft_hpc.engines.pipeline import MakeOptimizer
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
@@ -35,8 +37,8 @@ class TensorParallelEngine(DeepSpeedEngine):
         grid = grid_of(placement.layout)
         self._part = ModelPart(model, placement.blocks, executor)
         shared = share_part(self._part, executor, placement, grid.get_slice_parallel_group())
-        self._placement, self._control = placement, control
+        self._whole, self._placement, self._control = model, placement, control
         super().__init__(self._part, shared, *make_optimizer(self._part), loss_function, config, mpu=grid)
 
-    def refresh(self, model: VisionTransformer) -> None:
-        gather_model(model, self._part, self.executor, self._placement, self._control)
+    def full_model(self) -> AbstractContextManager[nn.Module]:
+        return full_model(self._whole, self._part, self.executor, self._placement, self._control)

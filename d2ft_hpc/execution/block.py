@@ -146,5 +146,7 @@ def ffn_slices(
 def _part(axis: HeadAxis, parameter: Tensor, heads: Tensor) -> Tensor:
     """The heads' part of a parameter. As heads are in rising order, all of them are the parameter, without a copy."""
     if heads.numel() == axis.view_shape[axis.axis]:
-        return parameter.view_as(parameter)  # a view, because autocast would cache a leaf's cast without gradient
+        return parameter.view_as(
+            parameter
+        )  # a view, because autocast would cache a leaf's cast without gradient
     return axis.select(parameter, heads)

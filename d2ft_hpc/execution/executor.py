@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.block import BlockHeads, run_block
+from d2ft_hpc.execution.gradients import Reduction, one_point, require_input_gradient, zero_gradient
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 
@@ -34,8 +35,22 @@ class PlanExecutor:
         """The plan in force; None means dense."""
         self._detach_incomplete = embeddings == "complete_path"
         self._slots: list[list[BlockHeads]] = []
+        self._one_point: list[list[bool]] = []  # [slot][block]: gradients must be complete and in order
         self._slot: int | None = None
+        self._slot_source: Callable[[], int] | None = None
+        self._reduction = Reduction.AFTER_BACKWARD
+        self._first_block = model.blocks[0]
         self._any_parameter = next(model.parameters())
+
+    def follow(self, slot_source: Callable[[], int] | None, reduction: Reduction) -> None:
+        """Fits the executor to an engine that counts micro-batches itself, or reduces gradients during backward.
+
+        slot_source: gives the place in the batch of the micro-batch that runs; None: `micro_batch` marks it.
+        reduction: when the engine reduces gradients; without an engine, AFTER_BACKWARD.
+        """
+        self._slot_source, self._reduction = slot_source, reduction
+        if reduction is Reduction.BY_BLOCK:
+            require_input_gradient(self._first_block)
 
     def load(self, plan: SkipPlan, replica: int) -> None:
         """Makes the rows of `replica` in `plan` the ones that the next micro-batches follow.
@@ -50,11 +65,19 @@ class PlanExecutor:
         if not 0 <= replica < plan.replicas:
             raise PlanError(f"the plan is for {plan.replicas} replicas and has no replica {replica}")
         self._slots = self._rows(plan.for_replica(replica))
+        # Where all replicas run a block densely their gradients come alike, and nothing need be done.
+        all_dense = (
+            (plan.operations == Operation.FULL).all(axis=2).reshape(plan.slots, plan.replicas, -1).all(1)
+        )
+        self._one_point = [
+            [self._reduction.happens_in(slot, plan.slots) and not dense for dense in all_dense[slot]]
+            for slot in range(plan.slots)
+        ]
         self.plan = plan
 
     def unload(self) -> None:
         """Back to dense training."""
-        self.plan, self._slots = None, []
+        self.plan, self._slots, self._one_point = None, [], []
 
     @contextmanager
     def micro_batch(self, slot: int) -> Iterator[None]:
@@ -74,40 +97,46 @@ class PlanExecutor:
 
     @property
     def slot(self) -> int | None:
-        """The micro-batch that runs now; None outside of any."""
-        return self._slot
+        """The place in the batch of the micro-batch that runs now; None outside of any."""
+        return self._slot if self._slot_source is None else self._slot_source()
 
     @contextmanager
     def temporarily(self, operations: np.ndarray) -> Iterator[None]:
         """Every micro-batch inside follows `operations`, uint8 [block, head]; afterwards the plan is as before."""
-        before = self._slots, self._slot
-        self._slots, self._slot = self._rows(operations[None]), 0
+        before = self._slots, self._one_point, self._slot, self._slot_source
+        self._slots, self._one_point = self._rows(operations[None]), [[False] * len(operations)]
+        self._slot, self._slot_source = 0, None
         try:
             yield
         finally:
-            self._slots, self._slot = before
+            self._slots, self._one_point, self._slot, self._slot_source = before
 
     def run(self, block: Block, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Block `index` under the current row; `args` are the block's own."""
-        heads, x = self.lookup(block, index, x)
-        if heads is None or heads.is_dense:
-            return _dense_forward(block, x, *args, **kwargs)
-        return run_block(block, x, heads, self.subnets.head_axes, *args, **kwargs)
-
-    def lookup(self, block: Block, index: int, x: Tensor) -> tuple[BlockHeads | None, Tensor]:
-        """What block `index` runs now, None where no plan is followed; and its input, cut off from what lies below
-        where the plan's row is not to train it."""
         if not self._slots or not block.training:
-            return None, x
-        if self._slot is None:
+            return self._run(block, index, None, x, *args, **kwargs)
+        slot = self.slot
+        if slot is None:
             raise PlanError(
                 "a model with a plan was called in training mode without saying which micro-batch this is: "
                 "wrap forward and backward in `with executor.micro_batch(slot):`, or call executor.unload()"
             )
-        row = self._slots[self._slot]
-        if index == 0 and self._detach_incomplete and not all(heads.is_dense for heads in row):
-            x = x.detach()
-        return row[index], x
+        heads = self._slots[slot][index]
+        if index == 0 and self._detach_incomplete and not all(each.is_dense for each in self._slots[slot]):
+            # Embeddings take no part in this micro-batch; a reduction during backward still waits for them.
+            x = x.detach() if self._reduction is Reduction.AFTER_BACKWARD else zero_gradient(x)
+        if self._one_point[slot][index]:
+            with one_point(block, x, gives_gradients=heads.full is not None) as x:
+                return self._run(block, index, heads, x, *args, **kwargs)
+        return self._run(block, index, heads, x, *args, **kwargs)
+
+    def _run(
+        self, block: Block, index: int, heads: BlockHeads | None, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Block `index` with these heads; None: all of them."""
+        if heads is None or heads.is_dense:
+            return _dense_forward(block, x, *args, **kwargs)
+        return run_block(block, x, heads, self.subnets.head_axes, *args, **kwargs)
 
     def link(self, block: Block, index: int) -> None:
         """Lets a block of the model, its copy or its part follow this executor as block `index`."""
@@ -119,6 +148,7 @@ class PlanExecutor:
 
     def _heads(self, cells: np.ndarray, index: int) -> BlockHeads:
         """What block `index` runs. cells: uint8 [head]."""
+
         def indices(operation: Operation) -> Tensor | None:
             (chosen,) = np.nonzero(cells == operation)
             return torch.from_numpy(chosen).to(self._any_parameter.device) if chosen.size else None

@@ -32,7 +32,9 @@ def gather_into(
     read: a parameter's current value, of its own shape. stage: int64 [block]; owner: int64 [block, head], timm's heads.
     A block at a time goes over the control plane.
     """
-    values = {name: read(parameter).detach().cpu().contiguous() for name, parameter in part.named_parameters()}
+    values = {
+        name: read(parameter).detach().cpu().contiguous() for name, parameter in part.named_parameters()
+    }
     targets = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in _gathered(values, subnets, layout, stage, owner, control):
@@ -58,7 +60,9 @@ def _gathered(
         whole = join_block([load(packed[rank]) for rank in holders], subnets, owner, block)
         yield from ((prefix + name, value) for name, value in whole.items())
     rest = {name: value for name, value in values.items() if not name.startswith("blocks.")}
-    packed = control.all_gather(save(rest) if rest and layout.replica == 0 and layout.tensor_rank == 0 else b"")
+    packed = control.all_gather(
+        save(rest) if rest and layout.replica == 0 and layout.tensor_rank == 0 else b""
+    )
     for part in packed:
         if part:
             yield from load(part).items()

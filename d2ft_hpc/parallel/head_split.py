@@ -25,7 +25,9 @@ def even_owner(blocks: int, heads: int, ranks: int) -> Ints:
     Raises PlanError if there are more ranks than heads.
     """
     if not 1 <= ranks <= heads:
-        raise PlanError(f"{heads} heads cannot be divided over {ranks} tensor-parallel ranks: use at most {heads}")
+        raise PlanError(
+            f"{heads} heads cannot be divided over {ranks} tensor-parallel ranks: use at most {heads}"
+        )
     return np.tile(np.arange(heads) * ranks // heads, (blocks, 1))
 
 

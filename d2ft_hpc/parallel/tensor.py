@@ -50,15 +50,23 @@ class TensorParallelExecutor(PlanExecutor):
         self.unload()
         self._owner, self._messages = owner, messages
         self._axes = [
-            {name: local_axis(axis, int((row == messages.rank).sum())) for name, axis in whole.subnets.head_axes.items()}
+            {
+                name: local_axis(axis, int((row == messages.rank).sum()))
+                for name, axis in whole.subnets.head_axes.items()
+            }
             for row in owner
         ]
-        self._dense = [self._heads(np.full(row.shape, Operation.FULL), block) for block, row in enumerate(owner)]
+        self._dense = [
+            self._heads(np.full(row.shape, Operation.FULL), block) for block, row in enumerate(owner)
+        ]
 
-    def run(self, block: Block, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _run(
+        self, block: Block, index: int, heads: BlockHeads | None, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         if args or any(value is not None and value is not False for value in kwargs.values()):
-            raise UnsupportedModelError("attention masks are not supported with engine.tensor_parallel > 1: remove the mask")
-        heads, x = self.lookup(block, index, x)
+            raise UnsupportedModelError(
+                "attention masks are not supported with engine.tensor_parallel > 1: remove the mask"
+            )
         heads = self._dense[index] if heads is None else heads
         assert isinstance(heads, SharedHeads)
         return run_shared_block(block, x, heads, self._axes[index], self._messages)
@@ -118,7 +126,9 @@ def run_shared_block(
 
     by_head = {f"{name}.{inner}": p for name, norm in norms.items() for inner, p in norm.named_parameters()}
     x = x + _branch(x, heads, block.norm1, by_head, attend, block.attn.proj.bias, end_attention, messages)
-    return x + _branch(x, heads, block.norm2, {}, feed_forward, block.mlp.fc2.bias, end_feed_forward, messages)
+    return x + _branch(
+        x, heads, block.norm2, {}, feed_forward, block.mlp.fc2.bias, end_feed_forward, messages
+    )
 
 
 def _branch(
@@ -155,5 +165,7 @@ def _with_parameters(
     module: nn.Module, name: str, parameters: dict[str, Tensor]
 ) -> Callable[[Tensor], Tensor]:
     """The module's function with those of `parameters` that are named after it."""
-    own = {key.removeprefix(f"{name}."): value for key, value in parameters.items() if key.startswith(f"{name}.")}
+    own = {
+        key.removeprefix(f"{name}."): value for key, value in parameters.items() if key.startswith(f"{name}.")
+    }
     return lambda x: functional_call(module, own, (x,))  # type: ignore[no-any-return]

@@ -82,11 +82,12 @@ def deepspeed_engine(
     *,
     precision: str = "fp32",
     clipping: float | None = None,
+    zero: dict[str, Any] | None = None,
     **more: Any,
 ) -> DeepSpeedEngine:
     optimizer = build_optimizer(model, optimizer_config(optimizer_name))
     schedule = build_schedule(optimizer, optimizer_config(optimizer_name), STEPS)
-    settings = {"zero_optimization": {"stage": stage}}
+    settings = {"zero_optimization": {"stage": stage, **(zero or {})}}
     config = deepspeed_config(
         settings, micro_batch_size=4, slots=SLOTS, precision=precision, gradient_clipping=clipping
     )
@@ -101,7 +102,8 @@ def trained_parameters(
         engine.executor.load(plan, control.rank)
         rows = [slot * control.world_size + control.rank for slot in range(SLOTS)]
         engine.step([micro_batch(step, row, plan.num_rows) for row in rows])
-    return dict(model.named_parameters())
+    with engine.full_model() as full:
+        return dict(full.named_parameters())
 
 
 def largest_difference(one: Any, other: Any) -> float:

@@ -28,7 +28,13 @@ from d2ft_hpc.metering import meter
 from d2ft_hpc.parallel.layout import Layout
 from d2ft_hpc.parallel.stages import cut_stages
 from d2ft_hpc.planning import SkipPlan
-from tests.distributed.engine_checks import STEPS, largest_difference, loss_function, micro_batch, optimizer_config
+from tests.distributed.engine_checks import (
+    STEPS,
+    largest_difference,
+    loss_function,
+    micro_batch,
+    optimizer_config,
+)
 from tests.models import DEPTH, HEADS, tiny_vit
 
 SLOTS = 3
@@ -96,7 +102,9 @@ def build(
     return kind(model, executor, placement, make_optimizer, loss_function, config, control)
 
 
-def trained(control: Control, model: VisionTransformer, optimizer_name: str, kind: str, **options: Any) -> Any:
+def trained(
+    control: Control, model: VisionTransformer, optimizer_name: str, kind: str, **options: Any
+) -> Any:
     """The whole model's parameters after some steps, gathered on every rank."""
     engine = build(control, model, optimizer_name, **options)
     layout = Layout.of(
@@ -107,8 +115,8 @@ def trained(control: Control, model: VisionTransformer, optimizer_name: str, kin
         engine.executor.load(plan, layout.replica)
         rows = [slot * layout.replicas + layout.replica for slot in range(SLOTS)]
         engine.step([micro_batch(step, row, plan.num_rows) for row in rows])
-    engine.refresh(model)
-    return dict(model.named_parameters())
+    with engine.full_model() as full:
+        return dict(full.named_parameters())
 
 
 def reference(
@@ -178,7 +186,9 @@ def checks(world_size: int, everything: bool) -> dict[str, Callable[[Control], A
     layouts = {2: [(2, 1), (1, 2)], 4: [(2, 1), (1, 2), (2, 2), (4, 1)]}[world_size]
     named: dict[str, Callable[[Control], Any]] = {}
 
-    def add(kind: str, stages: int, tensor: int, optimizer: str, precision: str = "fp32", **more: Any) -> None:
+    def add(
+        kind: str, stages: int, tensor: int, optimizer: str, precision: str = "fp32", **more: Any
+    ) -> None:
         extra = "".join(f" {key}={value}" for key, value in more.items())
         name = f"{precision} pp{stages} tp{tensor} {kind} {optimizer}{extra}"
         check = check_fp32 if precision == "fp32" else check_bf16
@@ -206,7 +216,20 @@ def checks(world_size: int, everything: bool) -> dict[str, Callable[[Control], A
             add("whole blocks", stages, tensor, "adamw", zero=1, qk_norm=True)
     if world_size == 2:
         named["messages"] = check_messages
+        named["adam"] = check_adam
     return named
+
+
+def check_adam(control):
+    out = {}
+    for iv in (0.5, None):
+        mo = {"qkv_bias": False, "init_values": iv}
+        own = trained(control, tiny_vit(**mo), "adamw", "whole blocks", stages=1, tensor_ranks=2)
+        one = reference(tiny_vit(**mo), "adamw", "whole blocks", None, 1)
+        exact = reference(tiny_vit(**mo).double(), "adamw", "whole blocks", None, 1)
+        worst = max(one, key=lambda n: float((own[n].double() - one[n].double()).abs().max()))
+        out[str(iv)] = [worst, largest_difference(own, one), largest_difference(own, exact), largest_difference(one, exact)]
+    return out
 
 
 def main() -> None:

@@ -1,0 +1,107 @@
+"""Gradients for engines that reduce them while the backward pass still runs (DeepSpeed's ZeRO, overlapped or not).
+
+Such an engine fills its messages in the order in which parameters get their gradients. A replica that skips a block,
+or runs part of its heads, gives fewer gradients or in another order than the replicas that it reduces with: the
+messages would differ between replicas, which stalls or silently corrupts the sum. `one_point` makes every trainable
+parameter of a block get its gradient at one point of the backward pass, in the block's own order, zero where nothing
+flowed, whatever ran inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+
+class Reduction(Enum):
+    """When an engine reduces gradients between replicas."""
+
+    AFTER_BACKWARD = "after the backward pass"
+    LAST_MICRO_BATCH = "during the backward pass of a batch's last micro-batch"
+    EVERY_MICRO_BATCH = "during the backward pass of every micro-batch"
+    BY_BLOCK = (
+        "by whole blocks, where the engine itself fills what is missing with zeros (ZeRO-3's leaf modules)"
+    )
+
+    def happens_in(self, slot: int, slots: int) -> bool:
+        """Whether gradients must be complete and in order in the backward pass of micro-batch `slot` of `slots`."""
+        match self:
+            case Reduction.EVERY_MICRO_BATCH:
+                return True
+            case Reduction.LAST_MICRO_BATCH:
+                return slot == slots - 1
+            case _:
+                return False
+
+
+@contextmanager
+def one_point(block: Block, x: Tensor, *, gives_gradients: bool) -> Iterator[Tensor]:
+    """Inside, `block` computes with stand-ins of its trainable parameters; yields what stands in for its input `x`.
+
+    gives_gradients: whether anything that runs inside takes gradients of the block's parameters.
+    """
+    owners = [
+        (module, name, parameter)
+        for module in block.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    ]
+    through = _OnePoint.apply(x, *(parameter for _, _, parameter in owners))
+    # An input without a gradient (frozen embeddings below) keeps none, unless the pass must go through it.
+    stand_in, parameters = through[0] if x.requires_grad or not gives_gradients else x, through[1:]
+    for (module, name, _), parameter in zip(owners, parameters, strict=True):
+        module._parameters[name] = parameter
+    try:
+        yield stand_in
+    finally:
+        for module, name, parameter in owners:
+            module._parameters[name] = parameter
+
+
+def zero_gradient(x: Tensor) -> Tensor:
+    """`x`, whose gradient is zero instead of absent."""
+    result: Tensor = _ZeroGradient.apply(x)
+    return result
+
+
+def require_input_gradient(block: Block) -> None:
+    """Makes the input of `block` take a gradient in training, also above frozen embeddings.
+
+    torch runs a module's full backward hook before the module's own gradients exist where no input needs one.
+    """
+
+    def with_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *others = inputs
+        if module.training and torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()
+        return (x, *others)
+
+    block.register_forward_pre_hook(with_gradient)
+
+
+class _OnePoint(torch.autograd.Function):
+    """The identity of all its arguments. Gradients that never came are zeros, as autograd makes them by default."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return gradients
+
+
+class _ZeroGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.zeros_like(gradient)
