@@ -131,8 +131,23 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_clipping: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient; null: no clipping."""
+    pipeline_stages: int = Field(default=1, ge=1)
+    """Ranks that each hold neighbouring blocks of one replica; 1: no pipeline."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Ranks that share each block of one replica by its heads. DeepSpeed's `tensor_parallel.autotp_size` in
+    `engine.deepspeed` says the same."""
+    head_placement: Literal["in_order", "spread"] = "in_order"
+    """Which tensor-parallel rank holds which heads: neighbouring ones, or such that by their scores each rank's are
+    worth the same, for which scores are measured once before training."""
+    activation_checkpointing: bool = False
+    """Keep each block's input only and run the block again in the backward, under the same row of the plan."""
     deepspeed: dict[str, Any] = {}
     """Further settings for DeepSpeed, in its own names."""
+
+    @property
+    def tensor_ranks(self) -> int:
+        """Tensor-parallel ranks of a replica, whichever key says so."""
+        return int(self.deepspeed.get("tensor_parallel", {}).get("autotp_size", self.tensor_parallel))
 
 
 class LaunchConfig(Section):
@@ -168,7 +183,41 @@ class RunConfig(Section):
             raise ValueError(
                 "engine.deepspeed: the plain engine does not read it; remove it, or engine.name=deepspeed"
             )
+        self._check_parts()
         return self
+
+    def _check_parts(self) -> None:
+        """What cannot run where each rank holds a part of the model."""
+        engine = self.engine
+        autotp = engine.deepspeed.get("tensor_parallel", {})
+        if autotp and set(autotp) != {"autotp_size"}:
+            extra = sorted(set(autotp) - {"autotp_size"})
+            raise ValueError(
+                f"engine.deepspeed.tensor_parallel.{extra[0] if extra else 'autotp_size'}: blocks are cut by head; "
+                f"keep autotp_size alone, or set engine.tensor_parallel"
+            )
+        if autotp and engine.tensor_parallel not in (1, autotp["autotp_size"]):
+            raise ValueError(
+                f"engine.tensor_parallel={engine.tensor_parallel}, but engine.deepspeed.tensor_parallel.autotp_size="
+                f"{autotp['autotp_size']}: remove one of them"
+            )
+        if engine.pipeline_stages * engine.tensor_ranks == 1:
+            return
+        parts = (
+            f"engine.pipeline_stages={engine.pipeline_stages}, engine.tensor_parallel={engine.tensor_ranks}"
+        )
+        if engine.name == "plain":
+            raise ValueError(f"{parts}: the plain engine is one process; use engine.name=deepspeed")
+        if engine.precision == "fp16":
+            raise ValueError(
+                f"engine.precision=fp16 with {parts}: loss scaling was never tested there; use bf16"
+            )
+        stage = engine.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        if engine.pipeline_stages > 1 and stage > 1:
+            raise ValueError(
+                f"engine.deepspeed.zero_optimization.stage={stage} with {parts}: a pipeline's stages keep their "
+                f"gradients until the batch's end, and DeepSpeed refuses; use stage 0 or 1"
+            )
 
     @property
     def run_folder(self) -> Path:

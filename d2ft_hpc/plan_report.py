@@ -50,7 +50,7 @@ def read_scores(path: Path, index: int = -1) -> SavedScores:
     return SavedScores(
         np.asarray(data["forward"], dtype=np.float64),
         np.asarray(data["backward"], dtype=np.float64),
-        replicas=int(environment["world_size"]),
+        replicas=int(environment.get("replicas", environment["world_size"])),
         forward_cost=float(model["forward_only_flops"]) / full,
         always_share=always / (always + cells * full),
     )

@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
 from d2ft_hpc.engines.engine import Engine, LossFunction
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
+from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.plain import PlainEngine
+from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.launch import Control
+from d2ft_hpc.parallel.layout import Placement
 
 
 def build_engine(
-    config: RunConfig, model: nn.Module, executor: PlanExecutor, total_steps: int, loss_function: LossFunction
+    config: RunConfig,
+    model: VisionTransformer,
+    executor: PlanExecutor,
+    placement: Placement,
+    total_steps: int,
+    loss_function: LossFunction,
+    control: Control,
 ) -> Engine:
-    """On all ranks together. Raises ConfigError where the engine cannot run what is asked."""
-    optimizer = build_optimizer(model, config.optimizer)
-    schedule = build_schedule(optimizer, config.optimizer, total_steps)
+    """On all ranks together. Raises ConfigError where the engine cannot run what is asked.
+
+    model: the whole one; where each rank holds a part of it only, the engine trains a copy of that part.
+    """
+    model.set_grad_checkpointing(config.engine.activation_checkpointing)
+
+    def make_optimizer(part: nn.Module) -> tuple[Optimizer, LRScheduler]:
+        optimizer = build_optimizer(part, config.optimizer)
+        return optimizer, build_schedule(optimizer, config.optimizer, total_steps)
+
     if config.engine.name == "plain":
         return PlainEngine(
             model,
             executor,
-            optimizer,
-            schedule,
+            *make_optimizer(model),
             loss_function,
             autocast_dtype=torch.bfloat16 if config.engine.precision == "bf16" else None,
             gradient_clipping=config.engine.gradient_clipping,
@@ -36,4 +55,7 @@ def build_engine(
         precision=config.engine.precision,
         gradient_clipping=config.engine.gradient_clipping,
     )
-    return DeepSpeedEngine(model, executor, optimizer, schedule, loss_function, settings)
+    if not placement.layout.is_cut:
+        return DeepSpeedEngine(model, executor, *make_optimizer(model), loss_function, settings)
+    kind = PipelineEngine if placement.layout.stages > 1 else TensorParallelEngine
+    return kind(model, executor, placement, make_optimizer, loss_function, settings, control)

@@ -65,6 +65,7 @@ def deepspeed_config(
         "steps_per_print": 10**9,
     }
     config = {**quiet, **settings, "zero_optimization": zero, **ours}
+    config.pop("tensor_parallel", None)  # blocks are cut by head, not by DeepSpeed
     ZeroRules.of(config, where="engine.deepspeed.")
     return config
 

@@ -1,4 +1,4 @@
-"""Every use of what DeepSpeed does not document, so that an upgrade breaks one file, and its test names what is gone."""
+"""Every use of what DeepSpeed does not document: an upgrade breaks one file, and its test names what is gone."""
 
 from __future__ import annotations
 

@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
 from d2ft_hpc.parallel.gather import gather_into
-from d2ft_hpc.parallel.layout import Layout
+from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.messages import ReplicatedTokens
 from d2ft_hpc.parallel.part import ModelPart
-from d2ft_hpc.parallel.stages import stage_of_blocks
 from d2ft_hpc.parallel.tensor import share_blocks
-from d2ft_hpc.planning.problem import Ints
 
+PLACEMENT = "placement.json"
+"""What a checkpoint calls the file that says which rank held what."""
 
-@dataclass(frozen=True, eq=False)
-class Placement:
-    """Which rank holds which subnet.
-
-    stages: the blocks of each pipeline stage. owner: int64 [block, head], the tensor-parallel rank of each of timm's
-    heads.
-    """
-
-    layout: Layout
-    stages: list[range]
-    owner: Ints
-
-    @property
-    def stage(self) -> Ints:
-        """Pipeline stage of each block, int64 [block]."""
-        return stage_of_blocks(self.stages)
-
-    @property
-    def blocks(self) -> range:
-        """This rank's blocks."""
-        return self.stages[self.layout.stage]
+MakeOptimizer = Callable[[nn.Module], tuple[Optimizer, LRScheduler]]
+"""Makes optimiser and schedule for a model or a part of one."""
 
 
 def share_part(
@@ -56,7 +38,7 @@ def share_part(
     for parameter in part.parameters():
         if layout.tensor_rank == 0:
             # DeepSpeed counts these in gradient norms on every rank, all others on the first of all stages only.
-            parameter.model_parallel = True  # type: ignore[attr-defined]
+            parameter.model_parallel = True
     return executor
 
 
@@ -80,7 +62,10 @@ def full_model(
 
 def _full_precision(parameter: nn.Parameter) -> Tensor:
     """The optimiser's fp32 weights where it keeps such."""
-    from deepspeed.utils import safe_get_full_fp32_param
+    import deepspeed
 
-    full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-    return parameter.detach().to(torch.float32) if full is None else full
+    full = deepspeed.utils.safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+    if full is not None:
+        return full  # type: ignore[no-any-return]
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().to(torch.float32, copy=True)

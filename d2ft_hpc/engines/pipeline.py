@@ -9,24 +9,21 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed, loss_of_replica, topology_of
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StepReport, zero_missing_gradients
-from d2ft_hpc.engines.model_parallel import Placement, full_model, share_part
+from d2ft_hpc.engines.model_parallel import PLACEMENT, MakeOptimizer, full_model, share_part
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
+from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.part import ModelPart
-
-MakeOptimizer = Callable[[nn.Module], tuple[Optimizer, LRScheduler]]
 
 
 class PipelineEngine:
@@ -94,6 +91,8 @@ class PipelineEngine:
         return full_model(self._model, self._part, self.executor, self._placement, self._control)
 
     def save(self, folder: Path) -> None:
+        if self._control.rank == 0:
+            self._placement.save(folder / PLACEMENT)
         self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
 
     def load(self, folder: Path) -> None:

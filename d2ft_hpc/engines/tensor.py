@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
@@ -12,10 +13,10 @@ from torch import nn
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import grid_of, import_deepspeed
 from d2ft_hpc.engines.engine import LossFunction
-from d2ft_hpc.engines.model_parallel import Placement, full_model, share_part
-from d2ft_hpc.engines.pipeline import MakeOptimizer
+from d2ft_hpc.engines.model_parallel import PLACEMENT, MakeOptimizer, full_model, share_part
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
+from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.part import ModelPart
 
 
@@ -39,6 +40,11 @@ class TensorParallelEngine(DeepSpeedEngine):
         shared = share_part(self._part, executor, placement, grid.get_slice_parallel_group())
         self._whole, self._placement, self._control = model, placement, control
         super().__init__(self._part, shared, *make_optimizer(self._part), loss_function, config, mpu=grid)
+
+    def save(self, folder: Path) -> None:
+        if self._control.rank == 0:
+            self._placement.save(folder / PLACEMENT)
+        super().save(folder)
 
     def full_model(self) -> AbstractContextManager[nn.Module]:
         return full_model(self._whole, self._part, self.executor, self._placement, self._control)

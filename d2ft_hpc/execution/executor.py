@@ -39,7 +39,7 @@ class PlanExecutor:
         self._slot: int | None = None
         self._slot_source: Callable[[], int] | None = None
         self._reduction = Reduction.AFTER_BACKWARD
-        self._first_block = model.blocks[0]
+        self.first_block = model.blocks[0]
         self._any_parameter = next(model.parameters())
 
     def follow(self, slot_source: Callable[[], int] | None, reduction: Reduction) -> None:
@@ -50,7 +50,7 @@ class PlanExecutor:
         """
         self._slot_source, self._reduction = slot_source, reduction
         if reduction is Reduction.BY_BLOCK:
-            require_input_gradient(self._first_block)
+            require_input_gradient(self.first_block)
 
     def load(self, plan: SkipPlan, replica: int) -> None:
         """Makes the rows of `replica` in `plan` the ones that the next micro-batches follow.

@@ -1,10 +1,16 @@
-"""Which part of a run each rank does: pipeline stage, data-parallel replica, tensor-parallel rank."""
+"""Which part of a run each rank does: pipeline stage, data-parallel replica, tensor-parallel rank; its subnets."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.planning.problem import Ints
 
 
 @dataclass(frozen=True)
@@ -25,8 +31,8 @@ class Layout:
         parts = stages * tensor_ranks
         if world_size % parts:
             raise ConfigError(
-                f"engine.pipeline_stages={stages} x engine.tensor_parallel={tensor_ranks}: {world_size} ranks cannot be "
-                f"divided into replicas of {parts}; start a multiple of {parts} ranks"
+                f"engine.pipeline_stages={stages} x engine.tensor_parallel={tensor_ranks}: {world_size} ranks cannot "
+                f"be divided into replicas of {parts}; start a multiple of {parts} ranks"
             )
         return Layout(stages, world_size // parts, tensor_ranks, rank)
 
@@ -54,3 +60,42 @@ class Layout:
 
     def rank_of(self, *, stage: int = 0, replica: int = 0, tensor_rank: int = 0) -> int:
         return (stage * self.replicas + replica) * self.tensor_ranks + tensor_rank
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Which rank of a replica holds which subnet.
+
+    stages: the blocks of each pipeline stage. owner: int64 [block, head], the tensor-parallel rank of each of timm's
+    heads.
+    """
+
+    layout: Layout
+    stages: list[range]
+    owner: Ints
+
+    @property
+    def stage(self) -> Ints:
+        """Pipeline stage of each block, int64 [block]."""
+        return np.repeat(np.arange(len(self.stages)), [len(blocks) for blocks in self.stages])
+
+    @property
+    def blocks(self) -> range:
+        """This rank's blocks."""
+        return self.stages[self.layout.stage]
+
+    @property
+    def own(self) -> npt.NDArray[np.bool_]:
+        """This rank's subnets, bool [block, head]."""
+        here = self.stage[:, None] == self.layout.stage
+        return np.asarray(here & (self.owner == self.layout.tensor_rank))
+
+    def save(self, path: Path) -> None:
+        edges = [[blocks.start, blocks.stop] for blocks in self.stages]
+        path.write_text(json.dumps({"stages": edges, "owner": self.owner.tolist()}))
+
+    @staticmethod
+    def load(path: Path, layout: Layout) -> Placement:
+        """What `save` wrote, for one process of `layout`."""
+        saved = json.loads(path.read_text())
+        return Placement(layout, [range(*edges) for edges in saved["stages"]], np.array(saved["owner"]))

@@ -27,12 +27,15 @@ class ReplicatedTokens:
     group: distributed.ProcessGroup
     rank: int
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReplicatedTokens:
+        return self  # process groups cannot be copied
+
     def enter(self, tensors: Sequence[Tensor], ranks: Ranks) -> tuple[Tensor, ...]:
         """The same tensors; in the backward, their gradients are summed over the group.
 
         ranks: those whose gradient is not zero. The rest of the branch must reach `leave` on every rank.
         """
-        entered: tuple[Tensor, ...] = _Enter.apply(self, ranks, *tensors)  # type: ignore[no-untyped-call]
+        entered: tuple[Tensor, ...] = _Enter.apply(self, ranks, *tensors)
         return entered
 
     def leave(self, own: Tensor, entered: Sequence[Tensor], ranks: Ranks) -> Tensor:
@@ -41,7 +44,7 @@ class ReplicatedTokens:
         entered: what `enter` gave: ties its backward to that of the sum on ranks that computed nothing, too.
         ranks: those whose `own` is not zero.
         """
-        total: Tensor = _Leave.apply(self, ranks, own, *entered)  # type: ignore[no-untyped-call]
+        total: Tensor = _Leave.apply(self, ranks, own, *entered)
         return total
 
     def sum(self, tensor: Tensor, ranks: Ranks) -> Tensor:

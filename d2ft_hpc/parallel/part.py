@@ -13,7 +13,7 @@ from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.model.subnets import ParameterClass
 
 
-class ModelPart(VisionTransformer):
+class ModelPart(VisionTransformer):  # type: ignore[misc]
     """Neighbouring blocks of a model, with all that lies before the first block or after the last.
 
     A copy: the model stays whole. Its blocks follow the model's executor under their own indices. With timm's
@@ -22,8 +22,9 @@ class ModelPart(VisionTransformer):
 
     def __init__(self, model: VisionTransformer, blocks: range, executor: PlanExecutor) -> None:
         nn.Module.__init__(self)  # timm's would make new weights
-        own = {name: value for name, value in vars(model).items() if name not in vars(self)}
-        vars(self).update(own)
+        self.__dict__.update(
+            {name: value for name, value in vars(model).items() if name not in self.__dict__}
+        )
         self.executor = executor
         self.is_first = blocks.start == 0
         self.is_last = blocks.stop == executor.subnets.num_blocks
@@ -60,4 +61,4 @@ class ModelPart(VisionTransformer):
             with self.executor.micro_batch(slot):
                 return block(x)  # type: ignore[no-any-return]
 
-        return checkpoint(run, x, use_reentrant=False)  # type: ignore[no-any-return]
+        return checkpoint(run, x, use_reentrant=False)

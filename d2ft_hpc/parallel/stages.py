@@ -9,11 +9,10 @@ from timm.models.vision_transformer import VisionTransformer
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.metering import StepCosts, meter
 from d2ft_hpc.model.probe import probe
-from d2ft_hpc.planning.problem import Ints
 
 
 def layer_flops(model: VisionTransformer, costs: StepCosts, image_shape: tuple[int, int, int]) -> list[float]:
-    """Training FLOPs of one sample in the dense model: of what lies below the blocks, of each block, of what lies above.
+    """Training FLOPs of one sample in the dense model: of what lies below the blocks, of each block, of the rest.
 
     image_shape: (channel, height, width). costs: of the whole model.
     """
@@ -51,7 +50,7 @@ def cut_stages(flops: list[float], stages: int) -> list[range]:
     edges = np.concatenate([[0.0], np.cumsum(of_blocks)])
     edges[1:] += below
     edges[-1] += above
-    # slowest[s, b]: the least cost of the slowest stage when s stages share the first b blocks; cut[s, b]: the last's start
+    # When s stages share the first b blocks: slowest[s, b], least cost of the slowest; cut[s, b], start of the last.
     slowest = np.full((stages + 1, blocks + 1), np.inf)
     cut = np.zeros((stages + 1, blocks + 1), dtype=int)
     slowest[0, 0] = 0.0
@@ -75,11 +74,6 @@ def stage_shares(flops: list[float], stages: list[range]) -> list[float]:
     sums[0] += flops[0]
     sums[-1] += flops[-1]
     return [part / sum(sums) for part in sums]
-
-
-def stage_of_blocks(stages: list[range]) -> Ints:
-    """int64 [block]."""
-    return np.repeat(np.arange(len(stages)), [len(blocks) for blocks in stages])
 
 
 def describe_stages(flops: list[float], stages: list[range]) -> str:

@@ -50,11 +50,8 @@ class TensorParallelExecutor(PlanExecutor):
         self.unload()
         self._owner, self._messages = owner, messages
         self._axes = [
-            {
-                name: local_axis(axis, int((row == messages.rank).sum()))
-                for name, axis in whole.subnets.head_axes.items()
-            }
-            for row in owner
+            {name: local_axis(axis, int(own)) for name, axis in whole.subnets.head_axes.items()}
+            for own in (owner == messages.rank).sum(axis=1)
         ]
         self._dense = [
             self._heads(np.full(row.shape, Operation.FULL), block) for block, row in enumerate(owner)
@@ -85,7 +82,7 @@ def share_blocks(
 ) -> TensorParallelExecutor:
     """Cuts blocks that are attached to `whole`, by their index in the model, down to this rank's heads.
 
-    Raises UnsupportedModelError where ranks would draw different random numbers, PlanError if the owner map does not fit.
+    Raises UnsupportedModelError where ranks would draw other random numbers, PlanError if the owner map does not fit.
     """
     for index, block in blocks.items():
         for name in ("attn.attn_drop", "mlp.drop1"):
@@ -95,6 +92,7 @@ def share_blocks(
                     f"it to 0, or engine.tensor_parallel=1"
                 )
     executor = TensorParallelExecutor(whole, owner, messages)
+    executor.first_block = blocks[min(blocks)]
     for index, block in blocks.items():
         cut_block(block, whole.subnets.head_axes, heads_of(owner, index, messages.rank))
         executor.link(block, index)
@@ -168,4 +166,4 @@ def _with_parameters(
     own = {
         key.removeprefix(f"{name}."): value for key, value in parameters.items() if key.startswith(f"{name}.")
     }
-    return lambda x: functional_call(module, own, (x,))  # type: ignore[no-any-return]
+    return lambda x: functional_call(module, own, (x,))

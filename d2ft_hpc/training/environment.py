@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from d2ft_hpc.launch import Control
+from d2ft_hpc.parallel.layout import Layout
 
 _PACKAGES = (
     "d2ft-hpc",
@@ -24,11 +25,16 @@ _PACKAGES = (
 )
 
 
-def describe_environment(control: Control, launcher: str, device: torch.device) -> dict[str, str | int]:
+def describe_environment(
+    control: Control, layout: Layout, launcher: str, device: torch.device
+) -> dict[str, str | int]:
     """Attributes for the results file."""
     described: dict[str, str | int] = {
         "launcher": launcher,
         "world_size": control.world_size,
+        "replicas": layout.replicas,
+        "pipeline_stages": layout.stages,
+        "tensor_ranks": layout.tensor_ranks,
         "host": control.host,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu_count": os.cpu_count() or 0,

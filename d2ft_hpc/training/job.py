@@ -17,6 +17,7 @@ from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.model.build import build_model
+from d2ft_hpc.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Job:
     train_set: LabelledImages
     test_set: LabelledImages
     sampler: MicroBatchSampler
+    layout: Layout
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.config.run_folder / "checkpoints"
 
     @property
     def total_steps(self) -> int:
@@ -38,11 +44,17 @@ class Job:
     @property
     def plan_shape(self) -> tuple[int, int, int]:
         """Rows, blocks, heads."""
-        return (self.config.data.slots * self.control.world_size, *self.executor.subnets.shape)
+        return (self.config.data.slots * self.layout.replicas, *self.executor.subnets.shape)
 
 
 def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     """Makes a job's parts; no rank waits for another here, so that each can fail on its own."""
+    layout = Layout.of(
+        control.world_size,
+        control.rank,
+        stages=config.engine.pipeline_stages,
+        tensor_ranks=config.engine.tensor_ranks,
+    )
     random.seed(config.run.seed)
     np.random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
@@ -51,8 +63,8 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         len(train_set),
         micro_batch_size=config.data.micro_batch_size,
         slots=config.data.slots,
-        replicas=control.world_size,
-        replica=control.rank,
+        replicas=layout.replicas,
+        replica=layout.replica,
         seed=config.run.seed,
     )
     model = build_model(
@@ -63,7 +75,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     ).to(device)
     executor = attach(model, embeddings=config.model.embeddings, shared=config.model.shared)
     costs = measure_costs(model, executor, (3, config.data.image_size, config.data.image_size))
-    return Job(config, control, device, model, executor, costs, train_set, test_set, sampler)
+    return Job(config, control, device, model, executor, costs, train_set, test_set, sampler, layout)
 
 
 def _load_data(config: RunConfig, split: Split) -> LabelledImages:

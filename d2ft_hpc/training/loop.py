@@ -16,14 +16,18 @@ from torch import Tensor
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.data.loader import eval_loader, train_loader
 from d2ft_hpc.engines.build import build_engine
+from d2ft_hpc.engines.check import check_plan
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
+from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.stages import describe_stages
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.training.checkpoint import Position, load_checkpoint, newest_checkpoint, save_checkpoint
 from d2ft_hpc.training.environment import describe_environment
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.job import Job, set_up
+from d2ft_hpc.training.placing import flops_of_layers, place
 from d2ft_hpc.training.plans import Scores, batches_of, is_due, make_plan, measure_scores
 from d2ft_hpc.training.progress import Progress
 from d2ft_hpc.training.records import StepRecorder
@@ -31,7 +35,6 @@ from d2ft_hpc.training.steps import StepRunner
 
 RESULTS = "results.h5"
 MODEL = "model.safetensors"
-CHECKPOINTS = "checkpoints"
 
 
 def train(config: RunConfig, control: Control, device: torch.device, launcher: str) -> Path:
@@ -41,37 +44,42 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     """
     with agreed(control, "set-up"):
         job = set_up(config, control, device)
-    engine = build_engine(config, job.model, job.executor, job.total_steps, _loss)
+    placement = place(job, _loss)
+    if control.rank == 0 and placement.layout.stages > 1:
+        print(describe_stages(flops_of_layers(job), placement.stages), flush=True)
+    engine = build_engine(config, job.model, job.executor, placement, job.total_steps, _loss, control)
     position = Position()
     if config.train.resume:
-        position = _resume(job, engine)
+        position = _resume(job, engine, placement)
     with ExitStack() as stack:
         writer = None
         with agreed(control, "opening the results file"):
             if control.rank == 0:
                 writer = stack.enter_context(_open_results(job, launcher, position))
-        _train_epochs(job, engine, writer, position)
-    with agreed(control, "saving the model"):
+        _train_epochs(job, engine, placement, writer, position)
+    with engine.full_model() as model, agreed(control, "saving the model"):
         if control.rank == 0:
-            weights = {name: tensor.contiguous() for name, tensor in job.model.state_dict().items()}
+            weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
             save_file(weights, config.run_folder / MODEL)
     return config.run_folder / RESULTS
 
 
-def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, position: Position) -> None:
+def _train_epochs(
+    job: Job, engine: Engine, placement: Placement, writer: ResultsWriter | None, position: Position
+) -> None:
     config, control = job.config, job.control
     progress = Progress(control.rank, job.total_steps)
     recorder = StepRecorder(control, writer)
-    runner = StepRunner(job, engine)
+    runner = StepRunner(job, engine, placement)
     if position.steps_done == 0:
-        _evaluate(job, writer, progress, position)
+        _evaluate(job, engine, writer, progress, position)
     loader = train_loader(job.train_set, job.sampler, num_workers=config.data.workers)
     for epoch in range(position.epochs_done, config.train.epochs):
         job.sampler.set_epoch(epoch)
         batches = batches_of(job, loader)
         for step_of_epoch in range(job.sampler.batches_per_epoch):
             if is_due(config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=position.steps_done):
-                position = _replan(job, writer, progress, position)
+                position = _replan(job, engine, placement, writer, progress, position)
             start = time.perf_counter()
             micro_batches = next(batches)
             record = runner.run(
@@ -91,13 +99,11 @@ def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, positi
             position.epochs_done % config.train.evaluate_every_epochs == 0
             or position.epochs_done == config.train.epochs
         ):
-            _evaluate(job, writer, progress, position)
+            _evaluate(job, engine, writer, progress, position)
         every = config.train.checkpoint_every_epochs
         if every is not None and position.epochs_done % every == 0:
-            assert job.executor.plan is not None
-            saved = save_checkpoint(
-                config.run_folder / CHECKPOINTS, engine, job.executor.plan, position, control
-            )
+            assert engine.executor.plan is not None
+            saved = save_checkpoint(job.checkpoints, engine, engine.executor.plan, position, control)
             _note(writer, position, "checkpoint", str(saved.name))
 
 
@@ -105,20 +111,30 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels)
 
 
-def _resume(job: Job, engine: Engine) -> Position:
+def _resume(job: Job, engine: Engine, placement: Placement) -> Position:
     with agreed(job.control, "looking for a checkpoint"):
-        checkpoint = newest_checkpoint(job.config.run_folder / CHECKPOINTS)
+        checkpoint = newest_checkpoint(job.checkpoints)
     plan, position = load_checkpoint(checkpoint, engine, job.control)
-    job.executor.load(plan, job.control.rank)
+    check_plan(plan, placement, job.config.data.slots)
+    engine.executor.load(plan, job.layout.replica)
     return position
 
 
-def _replan(job: Job, writer: ResultsWriter | None, progress: Progress, position: Position) -> Position:
+def _replan(
+    job: Job,
+    engine: Engine,
+    placement: Placement,
+    writer: ResultsWriter | None,
+    progress: Progress,
+    position: Position,
+) -> Position:
     """Makes the next plan, puts it in force on this rank and records it."""
     start = time.perf_counter()
-    scores = measure_scores(job, _loss)
-    plan = make_plan(job, scores)
-    job.executor.load(plan, job.control.rank)
+    with engine.full_model() as model:
+        scores = measure_scores(job, model, _loss)
+    plan = make_plan(job, placement, scores)
+    check_plan(plan, placement, job.config.data.slots)
+    engine.executor.load(plan, job.layout.replica)
     planned = job.costs.planned_share(plan)
     progress.say(
         f"plan {position.plans_made} ({plan.planner}, {plan.status}, gap {plan.gap:.1e}): {planned:.1%} of the dense "
@@ -129,14 +145,17 @@ def _replan(job: Job, writer: ResultsWriter | None, progress: Progress, position
     return replace(position, plans_made=position.plans_made + 1)
 
 
-def _evaluate(job: Job, writer: ResultsWriter | None, progress: Progress, position: Position) -> None:
+def _evaluate(
+    job: Job, engine: Engine, writer: ResultsWriter | None, progress: Progress, position: Position
+) -> None:
     batches = eval_loader(
         job.test_set,
         batch_size=4 * job.config.data.micro_batch_size,
         replicas=job.control.world_size,
         replica=job.control.rank,
     )
-    result = evaluate(job.model, batches, job.control, job.device)
+    with engine.full_model() as model:
+        result = evaluate(model, batches, job.control, job.device)
     progress.say(
         f"evaluation after {position.epochs_done} epochs: accuracy {result.accuracy:.2%}, loss {result.loss:.4f} "
         f"({result.samples} images, {result.seconds:.1f} s)"
@@ -163,7 +182,7 @@ def _open_results(job: Job, launcher: str, position: Position) -> ResultsWriter:
         return writer
     writer = ResultsWriter(path, flush_seconds=flush_seconds)
     writer.put("config", {"yaml": job.config.to_yaml()})
-    writer.put("environment", {}, describe_environment(job.control, launcher, job.device))
+    writer.put("environment", {}, describe_environment(job.control, job.layout, launcher, job.device))
     writer.put(
         "model",
         {},

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch
-from d2ft_hpc.launch import Control, share
+from d2ft_hpc.launch import share
+from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.planning import PlanProblem, SkipPlan, solve
 from d2ft_hpc.scores import fisher_information, weight_magnitude
 from d2ft_hpc.training.job import Job
@@ -41,9 +43,10 @@ def is_due(config: PlanConfig, *, epoch: int, step_of_epoch: int, steps_done: in
     return steps_done % every == 0
 
 
-def measure_scores(job: Job, loss_function: LossFunction) -> Scores | None:
+def measure_scores(job: Job, model: VisionTransformer, loss_function: LossFunction) -> Scores | None:
     """Scores averaged over the first batches of the sampler's epoch; on all ranks together, the same on each.
 
+    model: the whole one, with the present weights.
     None for planners that read no scores.
     """
     config = job.config.plan
@@ -52,22 +55,22 @@ def measure_scores(job: Job, loss_function: LossFunction) -> Scores | None:
     start = time.perf_counter()
     loader = train_loader(job.train_set, job.sampler)
     of_slots = [
-        torch.cat(
-            [fisher_information(job.model, job.executor.subnets, *pair, loss_function) for pair in batch]
-        )
+        torch.cat([fisher_information(model, job.executor.subnets, *pair, loss_function) for pair in batch])
         for batch in islice(batches_of(job, loader), config.probe_batches)
     ]
-    fisher = _rows_of_all(job.control, torch.stack(of_slots).mean(0))
+    fisher = _rows_of_all(job, torch.stack(of_slots).mean(0))
     backward = fisher
     if config.backward_score == "weight_magnitude":
-        magnitude = weight_magnitude(job.model, job.executor.subnets).cpu().numpy()
+        magnitude = weight_magnitude(model, job.executor.subnets).cpu().numpy()
         backward = np.broadcast_to(magnitude, fisher.shape)
     return Scores(fisher, backward, time.perf_counter() - start)
 
 
-def make_plan(job: Job, scores: Scores | None) -> SkipPlan:
+def make_plan(job: Job, placement: Placement, scores: Scores | None) -> SkipPlan:
     """Rank 0 solves; every rank gets the same plan or raises the same PlanError."""
-    return SkipPlan.from_bytes(share(job.control, lambda: _solve(job, scores).to_bytes(), "the plan"))
+    return SkipPlan.from_bytes(
+        share(job.control, lambda: _solve(job, placement, scores).to_bytes(), "the plan")
+    )
 
 
 def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
@@ -77,8 +80,8 @@ def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[M
         yield batch
 
 
-def _solve(job: Job, scores: Scores | None) -> SkipPlan:
-    config, replicas = job.config.plan, job.control.world_size
+def _solve(job: Job, placement: Placement, scores: Scores | None) -> SkipPlan:
+    config, replicas = job.config.plan, job.layout.replicas
     if config.planner == "dense":
         rows, blocks, heads = job.plan_shape
         return SkipPlan.dense(rows // replicas, replicas, blocks, heads)
@@ -87,6 +90,8 @@ def _solve(job: Job, scores: Scores | None) -> SkipPlan:
         equal if scores is None else scores.forward.astype(np.float64),
         equal if scores is None else scores.backward.astype(np.float64),
         replicas=replicas,
+        rank=placement.owner,
+        stage=placement.stage,
         compute_budget=config.compute_budget,
         communication_budget=config.communication_budget,
         memory_budget=config.memory_budget,
@@ -118,10 +123,10 @@ def _planner_options(config: PlanConfig, seed: int) -> dict[str, Any]:
             return {}
 
 
-def _rows_of_all(control: Control, own: Tensor) -> np.ndarray:
+def _rows_of_all(job: Job, own: Tensor) -> np.ndarray:
     """[row, block, head] of all replicas from each replica's own [slot, block, head]."""
     of_slots = own.cpu().numpy().astype("<f4")
-    parts = [
-        np.frombuffer(part, "<f4").reshape(of_slots.shape) for part in control.all_gather(of_slots.tobytes())
-    ]
+    packed = job.control.all_gather(of_slots.tobytes() if job.layout.leads_replica else b"")
+    leaders = [job.layout.rank_of(replica=replica) for replica in range(job.layout.replicas)]
+    parts = [np.frombuffer(packed[rank], "<f4").reshape(of_slots.shape) for rank in leaders]
     return np.stack(parts, axis=1).reshape(-1, *of_slots.shape[1:])

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import torch
 
 from d2ft_hpc.engines.engine import Engine, MicroBatch
 from d2ft_hpc.metering import Metered, meter
+from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.planning import Operation
 from d2ft_hpc.training.job import Job
+from d2ft_hpc.training.placing import costs_of_rank
 from d2ft_hpc.training.records import StepRecord
 
 
@@ -19,8 +23,9 @@ class StepRunner:
     ones times their share of samples, and their bytes are the metered ones.
     """
 
-    def __init__(self, job: Job, engine: Engine) -> None:
-        self._job, self._engine = job, engine
+    def __init__(self, job: Job, engine: Engine, placement: Placement) -> None:
+        self._job, self._engine, self._own = job, engine, placement.own
+        self._costs = costs_of_rank(job, placement)
         self._metered_plan = -1
         self._metered = Metered()
         self._metered_planned_flops = 1.0
@@ -49,8 +54,9 @@ class StepRunner:
             gradient_norm=report.gradient_norm,
             of_rank={
                 "loss": report.loss,
-                "samples": samples,
-                "dense_flops": self._job.costs.dense_flops * samples,
+                # Ranks that share a replica's samples count them once.
+                "samples": samples if self._job.layout.leads_replica else 0,
+                "dense_flops": self._costs.dense_flops * samples,
                 "planned_flops": planned,
                 "executed_flops": self._metered.flops * planned / self._metered_planned_flops,
                 "bytes_sent": sum(self._metered.bytes_sent.values()),
@@ -61,8 +67,9 @@ class StepRunner:
         )
 
     def _planned_flops(self, micro_batches: list[MicroBatch]) -> float:
-        """What the plan promises for these micro-batches."""
-        plan = self._job.executor.plan
+        """What the plan promises of this rank for these micro-batches."""
+        plan = self._engine.executor.plan
         assert plan is not None
-        rows = self._job.costs.planned_flops(plan.for_replica(self._job.control.rank))
+        operations = np.where(self._own, plan.for_replica(self._job.layout.replica), Operation.SHORTCUT)
+        rows = self._costs.planned_flops(operations)
         return float(sum(flops * len(labels) for flops, (_, labels) in zip(rows, micro_batches, strict=True)))

@@ -1,4 +1,6 @@
-"""Run under a launcher: pipelines and tensor-parallel groups train and are compared with one process; rank 0 prints JSON.
+"""Run under a launcher: pipelines and tensor-parallel groups train and are compared with one process.
+
+Rank 0 prints JSON.
 
 A check's result is the largest difference of any parameter, or a dict of facts; the tests judge them.
 `--all` runs the whole matrix. A rank that hangs writes every thread's stack to stderr and ends.
@@ -17,7 +19,6 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from d2ft_hpc.engines.deepspeed import deepspeed_config
-from d2ft_hpc.engines.model_parallel import Placement
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.plain import PlainEngine
@@ -25,7 +26,7 @@ from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.metering import meter
-from d2ft_hpc.parallel.layout import Layout
+from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages
 from d2ft_hpc.planning import SkipPlan
 from tests.distributed.engine_checks import (
@@ -212,6 +213,11 @@ def checks(world_size: int, everything: bool) -> dict[str, Callable[[Control], A
         add("random", stages, tensor, "sgd", zero=1, clipping=0.05)
         if stages > 1:
             add("whole stages", stages, tensor, "sgd", recompute=True)
+        if tensor > 1 and stages == 1:
+            for zero in (2, 3):
+                add("random", stages, tensor, "adamw", zero=zero)
+                add("whole blocks", stages, tensor, "sgd", zero=zero)
+                add("whole blocks", stages, tensor, "sgd", "bf16", zero=zero)
         if tensor > 1:
             add("whole blocks", stages, tensor, "adamw", zero=1, qk_norm=True)
     if world_size == 2:
@@ -228,7 +234,12 @@ def check_adam(control):
         one = reference(tiny_vit(**mo), "adamw", "whole blocks", None, 1)
         exact = reference(tiny_vit(**mo).double(), "adamw", "whole blocks", None, 1)
         worst = max(one, key=lambda n: float((own[n].double() - one[n].double()).abs().max()))
-        out[str(iv)] = [worst, largest_difference(own, one), largest_difference(own, exact), largest_difference(one, exact)]
+        out[str(iv)] = [
+            worst,
+            largest_difference(own, one),
+            largest_difference(own, exact),
+            largest_difference(one, exact),
+        ]
     return out
 
 

@@ -1,0 +1,59 @@
+"""Where a run's subnets are placed: pipeline stages by measured cost, heads in order or by their scores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from d2ft_hpc.engines.engine import LossFunction
+from d2ft_hpc.engines.model_parallel import PLACEMENT
+from d2ft_hpc.launch import agreed
+from d2ft_hpc.metering import StepCosts
+from d2ft_hpc.parallel.head_split import even_owner
+from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.stages import cut_stages, layer_flops
+from d2ft_hpc.planning import PlanProblem, spread
+from d2ft_hpc.training.checkpoint import newest_checkpoint
+from d2ft_hpc.training.job import Job
+from d2ft_hpc.training.plans import measure_scores
+
+
+def place(job: Job, loss_function: LossFunction) -> Placement:
+    """The same on every rank; on all ranks together. A resumed run keeps the placement of its checkpoint.
+
+    Raises ConfigError or PlanError where the model has too few blocks or heads.
+    """
+    config, layout = job.config, job.layout
+    with agreed(job.control, "placing the model's parts"):
+        if config.train.resume and layout.is_cut:
+            return Placement.load(newest_checkpoint(job.checkpoints) / PLACEMENT, layout)
+        stages = cut_stages(flops_of_layers(job), layout.stages)
+        owner = even_owner(*job.executor.subnets.shape, layout.tensor_ranks)
+    if config.engine.head_placement == "spread" and layout.tensor_ranks > 1:
+        scores = measure_scores(job, job.model, loss_function)
+        if scores is not None:
+            with agreed(job.control, "placing the heads"):
+                problem = PlanProblem.parallel(
+                    scores.forward.astype(np.float64),
+                    scores.backward.astype(np.float64),
+                    replicas=layout.replicas,
+                    compute_budget=1.0,
+                    forward_cost=job.costs.forward_share,
+                )
+                owner = spread(problem, layout.tensor_ranks)
+    return Placement(layout, stages, owner)
+
+
+def flops_of_layers(job: Job) -> list[float]:
+    """As `layer_flops`, at the run's image size."""
+    size = job.config.data.image_size
+    return layer_flops(job.model, job.costs, (3, size, size))
+
+
+def costs_of_rank(job: Job, placement: Placement) -> StepCosts:
+    """Costs of this rank's part of the dense model; what always runs does so on every tensor-parallel rank."""
+    below, *_, above = flops_of_layers(job)
+    layout = placement.layout
+    always = (below if layout.stage == 0 else 0.0) + (above if layout.stage == layout.stages - 1 else 0.0)
+    return replace(job.costs, always_flops=always, num_subnets=int(placement.own.sum()))
