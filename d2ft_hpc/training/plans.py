@@ -16,7 +16,7 @@ from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch
 from d2ft_hpc.launch import Control, share
-from d2ft_hpc.planning import PlanProblem, SkipPlan, solve
+from d2ft_hpc.planning import PlanProblem, SkipPlan, plan_samples, solve
 from d2ft_hpc.scores import fisher_information, weight_magnitude
 from d2ft_hpc.training.job import Job
 
@@ -47,7 +47,7 @@ def measure_scores(job: Job, loss_function: LossFunction) -> Scores | None:
     None for planners that read no scores.
     """
     config = job.config.plan
-    if config.planner in ("dense", "random"):
+    if config.planner in ("dense", "random", "samples"):
         return None
     start = time.perf_counter()
     loader = train_loader(job.train_set, job.sampler)
@@ -82,6 +82,16 @@ def _solve(job: Job, scores: Scores | None) -> SkipPlan:
     if config.planner == "dense":
         rows, blocks, heads = job.plan_shape
         return SkipPlan.dense(rows // replicas, replicas, blocks, heads)
+    if config.planner == "samples":
+        return plan_samples(
+            samples=job.config.data.slots * job.config.data.micro_batch_size,
+            slots=job.config.data.slots,
+            replicas=replicas,
+            num_blocks=job.executor.subnets.num_blocks,
+            num_heads=job.executor.subnets.num_heads,
+            compute_budget=config.compute_budget,
+            score_cost=job.costs.score_flops / job.costs.dense_flops,
+        )
     equal = np.ones(job.plan_shape)
     problem = PlanProblem.parallel(
         equal if scores is None else scores.forward.astype(np.float64),
