@@ -97,7 +97,7 @@ class ReplanConfig(Section):
 
 
 class SamplesConfig(Section):
-    """Planner `samples`: every sample is scored by a forward pass at a low resolution, then some train, drawn by score."""
+    """Planner `samples`: a forward pass at a low resolution scores every sample, then some train, drawn by score."""
 
     image_size: int | None = Field(default=None, gt=0)
     """Height and width at which samples are scored, pixels, a multiple of the patch size; null: half of

@@ -72,7 +72,8 @@ def score_samples(logits: Tensor, targets: Tensor, score: SampleScore) -> Tensor
         return F.cross_entropy(logits, targets, reduction="none")
     if targets.ndim == 1:
         targets = F.one_hot(targets, logits.shape[1])
-    return torch.linalg.vector_norm(logits.softmax(1) - targets, dim=1)
+    error: Tensor = torch.linalg.vector_norm(logits.softmax(1) - targets, dim=1)
+    return error
 
 
 def _of_any_size(model: VisionTransformer) -> VisionTransformer:

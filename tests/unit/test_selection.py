@@ -33,7 +33,8 @@ def generator(seed: int = 0) -> torch.Generator:
 def test_the_draw_has_the_asked_number_of_different_samples(scores: torch.Tensor, count: int) -> None:
     probabilities = inclusion_probabilities(scores, count, 0.25)
     assert probabilities.sum().item() == pytest.approx(count)
-    assert 0 < probabilities.min() and probabilities.max() <= 1
+    assert probabilities.min() > 0
+    assert probabilities.max() <= 1
     for seed in range(20):
         drawn, of_drawn = draw_by_score(scores, count, uniform_share=0.25, generator=generator(seed))
         assert len(set(drawn.tolist())) == count
@@ -81,7 +82,7 @@ def test_a_full_size_score_is_the_models_own_error() -> None:
 
 
 def test_a_half_size_score_is_that_of_timms_model_of_any_size() -> None:
-    options = dict(embed_dim=32, depth=2, num_heads=2, patch_size=8, num_classes=5)
+    options = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "num_classes": 5}
     model = timm.models.VisionTransformer(img_size=32, **options)
     reference = timm.models.VisionTransformer(img_size=32, dynamic_img_size=True, **options).eval()
     reference.load_state_dict(model.state_dict())
@@ -136,9 +137,10 @@ def test_unbiased_weights_give_the_whole_batchs_gradient_on_average() -> None:
 
 @pytest.mark.parametrize("budget", [0.25, 0.4, 0.6, 1.0])
 def test_a_sample_plan_is_the_largest_within_its_budget(budget: float) -> None:
-    sizes = dict(samples=40, slots=5, replicas=2, num_blocks=3, num_heads=2)
+    sizes = {"samples": 40, "slots": 5, "replicas": 2, "num_blocks": 3, "num_heads": 2}
     plan = plan_samples(**sizes, compute_budget=budget, score_cost=0.08)
-    assert plan.binding == "sample" and plan.operations.shape == (80, 3, 2)
+    assert plan.binding == "sample"
+    assert plan.operations.shape == (80, 3, 2)
     for replica in range(2):
         full = (plan.for_replica(replica) == Operation.FULL).all(axis=(1, 2))
         assert (full == (np.arange(40) < full.sum())).all(), "the first samples in the draw's order run"
