@@ -139,6 +139,7 @@ class PlanConfig(Section):
     time_limit_seconds: float = Field(default=10.0, gt=0)
     """Planner `joint`, `makespan` and `depth`: after this the best plan so far, or the greedy one, is taken."""
     samples: SamplesConfig = SamplesConfig()
+    """How planner `samples` scores and draws."""
     replan: ReplanConfig = ReplanConfig()
 
 
