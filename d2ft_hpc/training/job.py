@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.data.datasets import LabelledImages, Split, load
+from d2ft_hpc.data.datasets import LabelledImages, Split, load_configured
+from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import StepCosts, measure_costs
-from d2ft_hpc.model.build import build_model
+from d2ft_hpc.model.build import build_model, pixel_statistics
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,22 @@ class Job:
     executor: PlanExecutor
     costs: StepCosts
     train_set: LabelledImages
-    test_set: LabelledImages
+    evaluation_set: LabelledImages
     sampler: MicroBatchSampler
 
     @property
     def total_steps(self) -> int:
         return self.config.train.epochs * self.sampler.batches_per_epoch
+
+    @property
+    def mixing(self) -> Mixing:
+        """Mixup and CutMix of the training images."""
+        data = self.config.data
+        return Mixing(self.train_set.num_classes, data.mixup_alpha, data.cutmix_alpha)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy; labels int64 [sample], or float [sample, class] if they are mixed."""
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.train.label_smoothing)
 
     @property
     def plan_shape(self) -> tuple[int, int, int]:
@@ -46,7 +58,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     random.seed(config.run.seed)
     np.random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
-    train_set, test_set = _load_data(config, "train"), _load_data(config, "test")
+    train_set, evaluation_set = _load_data(config, "train"), _load_data(config, config.data.evaluate_on)
     sampler = MicroBatchSampler(
         len(train_set),
         micro_batch_size=config.data.micro_batch_size,
@@ -63,15 +75,9 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     ).to(device)
     executor = attach(model, embeddings=config.model.embeddings, shared=config.model.shared)
     costs = measure_costs(model, executor, (3, config.data.image_size, config.data.image_size))
-    return Job(config, control, device, model, executor, costs, train_set, test_set, sampler)
+    return Job(config, control, device, model, executor, costs, train_set, evaluation_set, sampler)
 
 
 def _load_data(config: RunConfig, split: Split) -> LabelledImages:
-    settings = config.data
-    return load(
-        settings.name,
-        image_size=settings.image_size,
-        split=split,
-        root=None if settings.root is None else Path(settings.root),
-        classes=settings.classes,
-    )
+    mean, std = pixel_statistics(config.model.name, config.model.weights)
+    return load_configured(config.data, split, mean, std)

@@ -9,12 +9,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.data.loader import eval_loader, train_loader
+from d2ft_hpc.data.loader import Batches, eval_loader, train_loader
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
@@ -41,7 +39,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     """
     with agreed(control, "set-up"):
         job = set_up(config, control, device)
-    engine = build_engine(config, job.model, job.executor, job.total_steps, _loss)
+    engine = build_engine(config, job.model, job.executor, job.total_steps, job.loss)
     position = Position()
     if config.train.resume:
         position = _resume(job, engine)
@@ -63,9 +61,19 @@ def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, positi
     progress = Progress(control.rank, job.total_steps)
     recorder = StepRecorder(control, writer)
     runner = StepRunner(job, engine)
+    evaluation = eval_loader(
+        job.evaluation_set,
+        batch_size=4 * config.data.micro_batch_size,
+        replicas=control.world_size,
+        replica=control.rank,
+        num_workers=config.data.workers,
+        device=job.device,
+    )
     if position.steps_done == 0:
-        _evaluate(job, writer, progress, position)
-    loader = train_loader(job.train_set, job.sampler, num_workers=config.data.workers)
+        _evaluate(job, evaluation, writer, progress, position)
+    loader = train_loader(
+        job.train_set, job.sampler, num_workers=config.data.workers, device=job.device, mixing=job.mixing
+    )
     for epoch in range(position.epochs_done, config.train.epochs):
         job.sampler.set_epoch(epoch)
         batches = batches_of(job, loader)
@@ -91,7 +99,7 @@ def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, positi
             position.epochs_done % config.train.evaluate_every_epochs == 0
             or position.epochs_done == config.train.epochs
         ):
-            _evaluate(job, writer, progress, position)
+            _evaluate(job, evaluation, writer, progress, position)
         every = config.train.checkpoint_every_epochs
         if every is not None and position.epochs_done % every == 0:
             assert job.executor.plan is not None
@@ -99,10 +107,6 @@ def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, positi
                 config.run_folder / CHECKPOINTS, engine, job.executor.plan, position, control
             )
             _note(writer, position, "checkpoint", str(saved.name))
-
-
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels)
 
 
 def _resume(job: Job, engine: Engine) -> Position:
@@ -116,7 +120,7 @@ def _resume(job: Job, engine: Engine) -> Position:
 def _replan(job: Job, writer: ResultsWriter | None, progress: Progress, position: Position) -> Position:
     """Makes the next plan, puts it in force on this rank and records it."""
     start = time.perf_counter()
-    scores = measure_scores(job, _loss)
+    scores = measure_scores(job, job.loss)
     plan = make_plan(job, scores)
     job.executor.load(plan, job.control.rank)
     planned = job.costs.planned_share(plan)
@@ -129,13 +133,9 @@ def _replan(job: Job, writer: ResultsWriter | None, progress: Progress, position
     return replace(position, plans_made=position.plans_made + 1)
 
 
-def _evaluate(job: Job, writer: ResultsWriter | None, progress: Progress, position: Position) -> None:
-    batches = eval_loader(
-        job.test_set,
-        batch_size=4 * job.config.data.micro_batch_size,
-        replicas=job.control.world_size,
-        replica=job.control.rank,
-    )
+def _evaluate(
+    job: Job, batches: Batches, writer: ResultsWriter | None, progress: Progress, position: Position
+) -> None:
     result = evaluate(job.model, batches, job.control, job.device)
     progress.say(
         f"evaluation after {position.epochs_done} epochs: accuracy {result.accuracy:.2%}, loss {result.loss:.4f} "

@@ -50,7 +50,7 @@ def measure_scores(job: Job, loss_function: LossFunction) -> Scores | None:
     if config.planner in ("dense", "random"):
         return None
     start = time.perf_counter()
-    loader = train_loader(job.train_set, job.sampler)
+    loader = train_loader(job.train_set, job.sampler, device=job.device)
     of_slots = [
         torch.cat(
             [fisher_information(job.model, job.executor.subnets, *pair, loss_function) for pair in batch]
