@@ -100,7 +100,8 @@ class OptimizerConfig(Section):
 
 
 class TrainConfig(Section):
-    epochs: int = Field(gt=0)
+    epochs: float = Field(gt=0)
+    """May be a fraction: 1.8 is three epochs less 40 % of the steps. The learning-rate schedule ends with them."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each label that is spread evenly over all classes."""
     evaluate_every_epochs: int = Field(default=1, gt=0)

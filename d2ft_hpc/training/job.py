@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.data.datasets import LabelledImages, Split, load_configured
+from d2ft_hpc.data.loader import Batches, eval_loader, train_loader
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.execution.executor import PlanExecutor, attach
@@ -35,13 +38,36 @@ class Job:
 
     @property
     def total_steps(self) -> int:
-        return self.config.train.epochs * self.sampler.batches_per_epoch
+        return max(round(self.config.train.epochs * self.sampler.batches_per_epoch), 1)
 
     @property
-    def mixing(self) -> Mixing:
-        """Mixup and CutMix of the training images."""
+    def num_epochs(self) -> int:
+        """Epochs begun; the last may be cut short."""
+        return math.ceil(self.total_steps / self.sampler.batches_per_epoch)
+
+    def steps_of_epoch(self, epoch: int) -> int:
+        return min(self.sampler.batches_per_epoch, self.total_steps - epoch * self.sampler.batches_per_epoch)
+
+    @cached_property
+    def train_batches(self) -> Batches:
+        """Micro-batches of this replica, in the sampler's order."""
         data = self.config.data
-        return Mixing(self.train_set.num_classes, data.mixup_alpha, data.cutmix_alpha)
+        mixing = Mixing(self.train_set.num_classes, data.mixup_alpha, data.cutmix_alpha)
+        return train_loader(
+            self.train_set, self.sampler, num_workers=data.workers, device=self.device, mixing=mixing
+        )
+
+    @cached_property
+    def evaluation_batches(self) -> Batches:
+        """This replica's share of the evaluation images."""
+        return eval_loader(
+            self.evaluation_set,
+            batch_size=4 * self.config.data.micro_batch_size,
+            replicas=self.control.world_size,
+            replica=self.control.rank,
+            num_workers=self.config.data.workers,
+            device=self.device,
+        )
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy; labels int64 [sample], or float [sample, class] if they are mixed."""

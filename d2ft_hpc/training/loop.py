@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.data.loader import Batches, eval_loader, train_loader
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
@@ -61,23 +60,12 @@ def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, positi
     progress = Progress(control.rank, job.total_steps)
     recorder = StepRecorder(control, writer)
     runner = StepRunner(job, engine)
-    evaluation = eval_loader(
-        job.evaluation_set,
-        batch_size=4 * config.data.micro_batch_size,
-        replicas=control.world_size,
-        replica=control.rank,
-        num_workers=config.data.workers,
-        device=job.device,
-    )
     if position.steps_done == 0:
-        _evaluate(job, evaluation, writer, progress, position)
-    loader = train_loader(
-        job.train_set, job.sampler, num_workers=config.data.workers, device=job.device, mixing=job.mixing
-    )
-    for epoch in range(position.epochs_done, config.train.epochs):
+        _evaluate(job, writer, progress, position)
+    for epoch in range(position.epochs_done, job.num_epochs):
         job.sampler.set_epoch(epoch)
-        batches = batches_of(job, loader)
-        for step_of_epoch in range(job.sampler.batches_per_epoch):
+        batches = batches_of(job, job.train_batches)
+        for step_of_epoch in range(job.steps_of_epoch(epoch)):
             if is_due(config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=position.steps_done):
                 position = _replan(job, writer, progress, position)
             start = time.perf_counter()
@@ -97,9 +85,9 @@ def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, positi
         recorder.gather()
         if (
             position.epochs_done % config.train.evaluate_every_epochs == 0
-            or position.epochs_done == config.train.epochs
+            or position.epochs_done == job.num_epochs
         ):
-            _evaluate(job, evaluation, writer, progress, position)
+            _evaluate(job, writer, progress, position)
         every = config.train.checkpoint_every_epochs
         if every is not None and position.epochs_done % every == 0:
             assert job.executor.plan is not None
@@ -133,10 +121,8 @@ def _replan(job: Job, writer: ResultsWriter | None, progress: Progress, position
     return replace(position, plans_made=position.plans_made + 1)
 
 
-def _evaluate(
-    job: Job, batches: Batches, writer: ResultsWriter | None, progress: Progress, position: Position
-) -> None:
-    result = evaluate(job.model, batches, job.control, job.device)
+def _evaluate(job: Job, writer: ResultsWriter | None, progress: Progress, position: Position) -> None:
+    result = evaluate(job.model, job.evaluation_batches, job.control, job.device)
     progress.say(
         f"evaluation after {position.epochs_done} epochs: accuracy {result.accuracy:.2%}, loss {result.loss:.4f} "
         f"({result.samples} images, {result.seconds:.1f} s)"
