@@ -100,8 +100,9 @@ class OptimizerConfig(Section):
 
 
 class TrainConfig(Section):
-    epochs: float = Field(gt=0)
-    """May be a fraction: 1.8 is three epochs less 40 % of the steps. The learning-rate schedule ends with them."""
+    epochs: int = Field(gt=0)
+    steps_share: Fraction = 1.0
+    """Share of the epochs' steps that are run; the learning-rate schedule ends with them."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each label that is spread evenly over all classes."""
     evaluate_every_epochs: int = Field(default=1, gt=0)
@@ -118,7 +119,20 @@ class ReplanConfig(Section):
 
 
 class PlanConfig(Section):
-    planner: Literal["dense", "paper", "joint", "makespan", "static", "depth", "greedy", "random"] = "joint"
+    planner: Literal[
+        "dense",
+        "paper",
+        "joint",
+        "makespan",
+        "static",
+        "depth",
+        "greedy",
+        "random",
+        "last_blocks",
+        "stochastic_depth",
+        "pruning",
+        "routing",
+    ] = "joint"
     compute_budget: Fraction = 0.6
     """Share of the dense run's training FLOPs that each device may spend."""
     communication_budget: Fraction | None = None
@@ -126,10 +140,15 @@ class PlanConfig(Section):
     memory_budget: Fraction | None = None
     """Share of the activations of a dense micro-batch that a device keeps for the backward; null: no limit. Planners
     `paper` and `random` do not know it and are refused where they exceed it."""
-    forward_score: Literal["fisher"] = "fisher"
-    backward_score: Literal["weight_magnitude", "fisher"] = "weight_magnitude"
+    forward_score: Literal["fisher", "gradient_magnitude", "taylor", "weight_magnitude"] = "fisher"
+    """What a subnet's forward gives to a micro-batch. fisher: sum of squared gradients over its weights (the paper's);
+    gradient_magnitude: of |g|; taylor: of |w g|; weight_magnitude: of |w|."""
+    backward_score: Literal["fisher", "gradient_magnitude", "taylor", "weight_magnitude"] = "weight_magnitude"
+    """The same for its backward; weight_magnitude is the paper's."""
     probe_batches: int = Field(default=1, gt=0)
     """Batches over which scores are averaged; their cost is charged to the run."""
+    score_cache: str | None = None
+    """Folder that keeps measured scores for runs with the same weights, probe images and settings; null: none."""
     full_share: Fraction = 0.8
     """Planner `paper` and `random`: most of the budget that FULL may take before FORWARD_ONLY."""
     coverage: int = Field(default=0, ge=0)
@@ -138,6 +157,8 @@ class PlanConfig(Section):
     """Planner `makespan` and `static`: most of a block's heads that may be SHORTCUT in a micro-batch."""
     below: Literal["forward_only", "shortcut"] = "forward_only"
     """Planner `depth`: what the blocks below the FULL ones do."""
+    capacity_factor: float = Field(default=1.25, gt=0)
+    """Planner `routing`: most rows that a head takes, in multiples of its fair share."""
     whole_rows: bool = False
     """Planner `depth`: each micro-batch is FULL in all blocks or in none."""
     time_limit_seconds: float = Field(default=10.0, gt=0)

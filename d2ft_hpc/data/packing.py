@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,8 +93,9 @@ def pack(
     except (OSError, RuntimeError) as error:
         raise DataError(f"{output}: cannot be written: {error}") from error
     finally:
-        flat.unlink(missing_ok=True)
-        building.unlink(missing_ok=True)
+        for temporary in (flat, building):
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def _write_split(group: Any, source: Source, encoder: _Encoder, flat: Path, workers: int) -> None:

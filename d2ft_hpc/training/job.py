@@ -38,7 +38,8 @@ class Job:
 
     @property
     def total_steps(self) -> int:
-        return max(round(self.config.train.epochs * self.sampler.batches_per_epoch), 1)
+        train = self.config.train
+        return max(round(train.epochs * self.sampler.batches_per_epoch * train.steps_share), 1)
 
     @property
     def num_epochs(self) -> int:

@@ -17,11 +17,12 @@ from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
+from d2ft_hpc.scores import Scores
 from d2ft_hpc.training.checkpoint import Position, load_checkpoint, newest_checkpoint, save_checkpoint
 from d2ft_hpc.training.environment import describe_environment
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.job import Job, set_up
-from d2ft_hpc.training.plans import Scores, batches_of, is_due, make_plan, measure_scores
+from d2ft_hpc.training.plans import batches_of, is_due, make_plan, measure_scores
 from d2ft_hpc.training.progress import Progress
 from d2ft_hpc.training.records import StepRecorder
 from d2ft_hpc.training.steps import StepRunner
@@ -109,7 +110,7 @@ def _replan(job: Job, writer: ResultsWriter | None, progress: Progress, position
     """Makes the next plan, puts it in force on this rank and records it."""
     start = time.perf_counter()
     scores = measure_scores(job, job.loss)
-    plan = make_plan(job, scores)
+    plan = make_plan(job, scores, position.plans_made)
     job.executor.load(plan, job.control.rank)
     planned = job.costs.planned_share(plan)
     progress.say(
@@ -172,7 +173,14 @@ def _record_plan(
         writer.put(
             f"scores/{position.plans_made}",
             {"forward": scores.forward, "backward": scores.backward},
-            {"step": position.steps_done, "seconds": scores.seconds},
+            {
+                "step": position.steps_done,
+                "seconds": scores.seconds,
+                "flops": scores.flops,
+                "forward_name": scores.forward_name,
+                "backward_name": scores.backward_name,
+                "cached": scores.cached,
+            },
         )
     writer.put(
         f"plans/{position.plans_made}",
