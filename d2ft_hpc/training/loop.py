@@ -9,22 +9,20 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.data.loader import eval_loader, train_loader
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
+from d2ft_hpc.scores import Scores
 from d2ft_hpc.training.checkpoint import Position, load_checkpoint, newest_checkpoint, save_checkpoint
 from d2ft_hpc.training.environment import describe_environment
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.job import Job, set_up
-from d2ft_hpc.training.plans import Scores, batches_of, is_due, make_plan, measure_scores
+from d2ft_hpc.training.plans import batches_of, is_due, make_plan, measure_scores
 from d2ft_hpc.training.progress import Progress
 from d2ft_hpc.training.records import StepRecorder
 from d2ft_hpc.training.steps import StepRunner
@@ -41,7 +39,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     """
     with agreed(control, "set-up"):
         job = set_up(config, control, device)
-    engine = build_engine(config, job.model, job.executor, job.total_steps, _loss)
+    engine = build_engine(config, job.model, job.executor, job.total_steps, job.loss)
     position = Position()
     if config.train.resume:
         position = _resume(job, engine)
@@ -65,11 +63,10 @@ def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, positi
     runner = StepRunner(job, engine)
     if position.steps_done == 0:
         _evaluate(job, writer, progress, position)
-    loader = train_loader(job.train_set, job.sampler, num_workers=config.data.workers)
-    for epoch in range(position.epochs_done, config.train.epochs):
+    for epoch in range(position.epochs_done, job.num_epochs):
         job.sampler.set_epoch(epoch)
-        batches = batches_of(job, loader)
-        for step_of_epoch in range(job.sampler.batches_per_epoch):
+        batches = batches_of(job, job.train_batches)
+        for step_of_epoch in range(job.steps_of_epoch(epoch)):
             if is_due(config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=position.steps_done):
                 position = _replan(job, writer, progress, position)
             start = time.perf_counter()
@@ -89,7 +86,7 @@ def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, positi
         recorder.gather()
         if (
             position.epochs_done % config.train.evaluate_every_epochs == 0
-            or position.epochs_done == config.train.epochs
+            or position.epochs_done == job.num_epochs
         ):
             _evaluate(job, writer, progress, position)
         every = config.train.checkpoint_every_epochs
@@ -99,10 +96,6 @@ def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, positi
                 config.run_folder / CHECKPOINTS, engine, job.executor.plan, position, control
             )
             _note(writer, position, "checkpoint", str(saved.name))
-
-
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels)
 
 
 def _resume(job: Job, engine: Engine) -> Position:
@@ -116,8 +109,8 @@ def _resume(job: Job, engine: Engine) -> Position:
 def _replan(job: Job, writer: ResultsWriter | None, progress: Progress, position: Position) -> Position:
     """Makes the next plan, puts it in force on this rank and records it."""
     start = time.perf_counter()
-    scores = measure_scores(job, _loss)
-    plan = make_plan(job, scores)
+    scores = measure_scores(job, job.loss)
+    plan = make_plan(job, scores, position.plans_made)
     job.executor.load(plan, job.control.rank)
     planned = job.costs.planned_share(plan)
     progress.say(
@@ -130,13 +123,7 @@ def _replan(job: Job, writer: ResultsWriter | None, progress: Progress, position
 
 
 def _evaluate(job: Job, writer: ResultsWriter | None, progress: Progress, position: Position) -> None:
-    batches = eval_loader(
-        job.test_set,
-        batch_size=4 * job.config.data.micro_batch_size,
-        replicas=job.control.world_size,
-        replica=job.control.rank,
-    )
-    result = evaluate(job.model, batches, job.control, job.device)
+    result = evaluate(job.model, job.evaluation_batches, job.control, job.device)
     progress.say(
         f"evaluation after {position.epochs_done} epochs: accuracy {result.accuracy:.2%}, loss {result.loss:.4f} "
         f"({result.samples} images, {result.seconds:.1f} s)"
@@ -186,7 +173,14 @@ def _record_plan(
         writer.put(
             f"scores/{position.plans_made}",
             {"forward": scores.forward, "backward": scores.backward},
-            {"step": position.steps_done, "seconds": scores.seconds},
+            {
+                "step": position.steps_done,
+                "seconds": scores.seconds,
+                "flops": scores.flops,
+                "forward_name": scores.forward_name,
+                "backward_name": scores.backward_name,
+                "cached": scores.cached,
+            },
         )
     writer.put(
         f"plans/{position.plans_made}",
