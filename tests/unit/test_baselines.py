@@ -31,19 +31,9 @@ def test_budgets_are_kept_and_used(name: str, slots: int, replicas: int, blocks:
     plan = solve(posed, name, **options(name))
     check(plan, posed)
     slack = posed.budgets()[:, 0] - posed.used_compute(plan)
-    # One more block in one row, or one more head in all rows (of which routing may drop some).
-    least = {
-        "last_blocks": 3 * 2 / 3,
-        "stochastic_depth": 3,
-        "pruning": slots,
-        "routing": slots * (1 + blocks),
-    }
-    cells = slots * blocks * 3
-    assert (
-        (slack < least[name] + 1e-6).all()
-        or posed.used_compute(plan).min() > cells - 1e-6
-        or name == "routing"
-    )
+    # What the next step would cost: a block of 3 heads in one row, or a head in all rows. Routing drops some.
+    step = {"last_blocks": 3 * 2 / 3, "stochastic_depth": 3, "pruning": slots, "routing": np.inf}[name]
+    assert plan.is_dense or (slack < step + 1e-6).all()
 
 
 def test_last_blocks() -> None:
