@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -35,7 +34,7 @@ def build_engine(
     """
     model.set_grad_checkpointing(config.engine.activation_checkpointing)
 
-    def make_optimizer(part: nn.Module) -> tuple[Optimizer, LRScheduler]:
+    def make_optimizer(part: VisionTransformer) -> tuple[Optimizer, LRScheduler]:
         optimizer = build_optimizer(part, config.optimizer)
         return optimizer, build_schedule(optimizer, config.optimizer, total_steps)
 

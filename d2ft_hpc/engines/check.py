@@ -24,7 +24,7 @@ def check_plan(plan: SkipPlan, placement: Placement, slots: int) -> None:
             f"{layout.stages} pipeline stages x {layout.tensor_ranks} tensor-parallel ranks each): solve a plan for "
             f"{layout.replicas}, or change the number of ranks"
         )
-    if plan.slots != slots:
+    if plan.binding == "slot" and plan.slots != slots:
         raise PlanError(
             f"the plan has rows for {plan.slots} micro-batches a replica, but a step has {slots} "
             f"(gradient accumulation): set data.slots={plan.slots}, or solve a plan for {slots}"

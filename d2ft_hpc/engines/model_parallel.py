@@ -22,7 +22,7 @@ from d2ft_hpc.parallel.tensor import share_blocks
 PLACEMENT = "placement.json"
 """What a checkpoint calls the file that says which rank held what."""
 
-MakeOptimizer = Callable[[nn.Module], tuple[Optimizer, LRScheduler]]
+MakeOptimizer = Callable[[VisionTransformer], tuple[Optimizer, LRScheduler]]
 """Makes optimiser and schedule for a model or a part of one."""
 
 

@@ -41,6 +41,10 @@ class ModelPart(VisionTransformer):  # type: ignore[misc]
         is_below = self.executor.subnets.classify(name) is ParameterClass.EMBEDDING
         return self.is_first if is_below else self.is_last
 
+    def get_classifier(self) -> nn.Module:
+        """timm's; one without parameters where this part has none."""
+        return super().get_classifier() if self.is_last else nn.Identity()
+
     def forward(self, x: Tensor) -> Tensor:
         """Images, or the part below's output [sample, token, channel], to this part's output or the logits."""
         if self.is_first:

@@ -9,12 +9,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.data.loader import eval_loader, train_loader
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.check import check_plan
 from d2ft_hpc.engines.engine import Engine
@@ -23,12 +20,13 @@ from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.stages import describe_stages
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
+from d2ft_hpc.scores import Scores
 from d2ft_hpc.training.checkpoint import Position, load_checkpoint, newest_checkpoint, save_checkpoint
 from d2ft_hpc.training.environment import describe_environment
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.job import Job, set_up
 from d2ft_hpc.training.placing import flops_of_layers, place
-from d2ft_hpc.training.plans import Scores, batches_of, is_due, make_plan, measure_scores
+from d2ft_hpc.training.plans import batches_of, is_due, make_plan, measure_scores
 from d2ft_hpc.training.progress import Progress
 from d2ft_hpc.training.records import StepRecorder
 from d2ft_hpc.training.steps import StepRunner
@@ -44,10 +42,10 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     """
     with agreed(control, "set-up"):
         job = set_up(config, control, device)
-    placement = place(job, _loss)
+    placement = place(job)
     if control.rank == 0 and placement.layout.stages > 1:
         print(describe_stages(flops_of_layers(job), placement.stages), flush=True)
-    engine = build_engine(config, job.model, job.executor, placement, job.total_steps, _loss, control)
+    engine = build_engine(config, job.model, job.executor, placement, job.total_steps, job.loss, control)
     position = Position()
     if config.train.resume:
         position = _resume(job, engine, placement)
@@ -73,11 +71,10 @@ def _train_epochs(
     runner = StepRunner(job, engine, placement)
     if position.steps_done == 0:
         _evaluate(job, engine, writer, progress, position)
-    loader = train_loader(job.train_set, job.sampler, num_workers=config.data.workers)
-    for epoch in range(position.epochs_done, config.train.epochs):
+    for epoch in range(position.epochs_done, job.num_epochs):
         job.sampler.set_epoch(epoch)
-        batches = batches_of(job, loader)
-        for step_of_epoch in range(job.sampler.batches_per_epoch):
+        batches = batches_of(job, job.train_batches)
+        for step_of_epoch in range(job.steps_of_epoch(epoch)):
             if is_due(config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=position.steps_done):
                 position = _replan(job, engine, placement, writer, progress, position)
             start = time.perf_counter()
@@ -97,7 +94,7 @@ def _train_epochs(
         recorder.gather()
         if (
             position.epochs_done % config.train.evaluate_every_epochs == 0
-            or position.epochs_done == config.train.epochs
+            or position.epochs_done == job.num_epochs
         ):
             _evaluate(job, engine, writer, progress, position)
         every = config.train.checkpoint_every_epochs
@@ -105,10 +102,6 @@ def _train_epochs(
             assert engine.executor.plan is not None
             saved = save_checkpoint(job.checkpoints, engine, engine.executor.plan, position, control)
             _note(writer, position, "checkpoint", str(saved.name))
-
-
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels)
 
 
 def _resume(job: Job, engine: Engine, placement: Placement) -> Position:
@@ -131,8 +124,8 @@ def _replan(
     """Makes the next plan, puts it in force on this rank and records it."""
     start = time.perf_counter()
     with engine.full_model() as model:
-        scores = measure_scores(job, model, _loss)
-    plan = make_plan(job, placement, scores)
+        scores = measure_scores(job, model, job.loss)
+    plan = make_plan(job, placement, scores, position.plans_made)
     check_plan(plan, placement, job.config.data.slots)
     engine.executor.load(plan, job.layout.replica)
     planned = job.costs.planned_share(plan)
@@ -148,14 +141,8 @@ def _replan(
 def _evaluate(
     job: Job, engine: Engine, writer: ResultsWriter | None, progress: Progress, position: Position
 ) -> None:
-    batches = eval_loader(
-        job.test_set,
-        batch_size=4 * job.config.data.micro_batch_size,
-        replicas=job.control.world_size,
-        replica=job.control.rank,
-    )
     with engine.full_model() as model:
-        result = evaluate(model, batches, job.control, job.device)
+        result = evaluate(model, job.evaluation_batches, job.control, job.device)
     progress.say(
         f"evaluation after {position.epochs_done} epochs: accuracy {result.accuracy:.2%}, loss {result.loss:.4f} "
         f"({result.samples} images, {result.seconds:.1f} s)"
@@ -205,7 +192,14 @@ def _record_plan(
         writer.put(
             f"scores/{position.plans_made}",
             {"forward": scores.forward, "backward": scores.backward},
-            {"step": position.steps_done, "seconds": scores.seconds},
+            {
+                "step": position.steps_done,
+                "seconds": scores.seconds,
+                "flops": scores.flops,
+                "forward_name": scores.forward_name,
+                "backward_name": scores.backward_name,
+                "cached": scores.cached,
+            },
         )
     writer.put(
         f"plans/{position.plans_made}",
@@ -214,6 +208,7 @@ def _record_plan(
             "hash": plan.hash,
             "planner": plan.planner,
             "replicas": plan.replicas,
+            "binding": plan.binding,
             "objective": plan.objective,
             "bound": plan.bound,
             "gap": plan.gap,

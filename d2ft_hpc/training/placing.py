@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from d2ft_hpc.engines.engine import LossFunction
 from d2ft_hpc.engines.model_parallel import PLACEMENT
 from d2ft_hpc.launch import agreed
 from d2ft_hpc.metering import StepCosts
@@ -19,7 +18,7 @@ from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.plans import measure_scores
 
 
-def place(job: Job, loss_function: LossFunction) -> Placement:
+def place(job: Job) -> Placement:
     """The same on every rank; on all ranks together. A resumed run keeps the placement of its checkpoint.
 
     Raises ConfigError or PlanError where the model has too few blocks or heads.
@@ -31,7 +30,7 @@ def place(job: Job, loss_function: LossFunction) -> Placement:
         stages = cut_stages(flops_of_layers(job), layout.stages)
         owner = even_owner(*job.executor.subnets.shape, layout.tensor_ranks)
     if config.engine.head_placement == "spread" and layout.tensor_ranks > 1:
-        scores = measure_scores(job, job.model, loss_function)
+        scores = measure_scores(job, job.model, job.loss)
         if scores is not None:
             with agreed(job.control, "placing the heads"):
                 problem = PlanProblem.parallel(
