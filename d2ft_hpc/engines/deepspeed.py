@@ -12,11 +12,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from d2ft_hpc.engines.check import check_plan
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StepReport
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.planning import SkipPlan
 
 OURS = (
     "train_batch_size",
@@ -124,6 +126,11 @@ class DeepSpeedEngine:
 
     def load(self, folder: Path) -> None:
         self.engine.load_checkpoint(str(folder), tag="deepspeed")
+
+    def check(self, plan: SkipPlan) -> None:
+        check_plan(
+            plan, slots=self.engine.gradient_accumulation_steps(), replicas=int(self.engine.dp_world_size)
+        )
 
     def full_model(self) -> AbstractContextManager[nn.Module]:
         return self.rules.full_model(self._model, self._twin)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.planning import SkipPlan
 
 MicroBatch = tuple[Tensor, Tensor]
 """Images [sample, channel, height, width] and labels [sample], on the model's device."""
@@ -50,6 +51,10 @@ class Engine(Protocol):
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
         """Forward and backward of each micro-batch in its slot, then one optimiser step; on all ranks together."""
+        ...
+
+    def check(self, plan: SkipPlan) -> None:
+        """Raises PlanError, with reason and fix, where this engine cannot run `plan` exactly."""
         ...
 
     def full_model(self) -> AbstractContextManager[nn.Module]:

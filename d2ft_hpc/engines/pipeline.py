@@ -17,6 +17,7 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from d2ft_hpc.engines.check import check_plan
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed, loss_of_replica, topology_of
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StepReport, zero_missing_gradients
 from d2ft_hpc.engines.model_parallel import PLACEMENT, MakeOptimizer, full_model, share_part
@@ -24,6 +25,7 @@ from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.part import ModelPart
+from d2ft_hpc.planning import SkipPlan
 
 
 class PipelineEngine:
@@ -86,6 +88,11 @@ class PipelineEngine:
         report.gradient_norm = float("nan") if norm is None else float(norm)
         report.loss = loss_of_replica(self.engine)
         return report
+
+    def check(self, plan: SkipPlan) -> None:
+        check_plan(
+            plan, slots=self.engine.gradient_accumulation_steps(), replicas=self._placement.layout.replicas
+        )
 
     def full_model(self) -> AbstractContextManager[nn.Module]:
         return full_model(self._model, self._part, self.executor, self._placement, self._control)

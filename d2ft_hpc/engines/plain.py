@@ -11,8 +11,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from d2ft_hpc.engines.check import check_plan
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StepReport, zero_missing_gradients
 from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.planning import SkipPlan
 
 
 class PlainEngine:
@@ -65,6 +67,9 @@ class PlainEngine:
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
+
+    def check(self, plan: SkipPlan) -> None:
+        check_plan(plan, slots=plan.slots, replicas=1)
 
     def full_model(self) -> AbstractContextManager[nn.Module]:
         return nullcontext(self._model)

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.engines.build import build_engine
-from d2ft_hpc.engines.check import check_plan
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.parallel.layout import Placement
@@ -48,7 +47,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     engine = build_engine(config, job.model, job.executor, placement, job.total_steps, job.loss, control)
     position = Position()
     if config.train.resume:
-        position = _resume(job, engine, placement)
+        position = _resume(job, engine)
     with ExitStack() as stack:
         writer = None
         with agreed(control, "opening the results file"):
@@ -104,11 +103,11 @@ def _train_epochs(
             _note(writer, position, "checkpoint", str(saved.name))
 
 
-def _resume(job: Job, engine: Engine, placement: Placement) -> Position:
+def _resume(job: Job, engine: Engine) -> Position:
     with agreed(job.control, "looking for a checkpoint"):
         checkpoint = newest_checkpoint(job.checkpoints)
     plan, position = load_checkpoint(checkpoint, engine, job.control)
-    check_plan(plan, placement, job.config.data.slots)
+    engine.check(plan)
     engine.executor.load(plan, job.layout.replica)
     return position
 
@@ -126,7 +125,7 @@ def _replan(
     with engine.full_model() as model:
         scores = measure_scores(job, model, job.loss)
     plan = make_plan(job, placement, scores, position.plans_made)
-    check_plan(plan, placement, job.config.data.slots)
+    engine.check(plan)
     engine.executor.load(plan, job.layout.replica)
     planned = job.costs.planned_share(plan)
     progress.say(
