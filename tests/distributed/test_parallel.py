@@ -1,0 +1,62 @@
+"""Pipelines and tensor-parallel groups on real ranks against one process (parallel_checks.py is what the ranks run)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from tests.distributed.launching import results_of
+from tests.distributed.parallel_checks import SLOTS, checks
+from tests.models import DEPTH
+
+EVERYTHING = bool(os.environ.get("D2FT_WHOLE_MATRIX"))
+"""Set by `make test-matrix`."""
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=lambda ranks: f"{ranks} ranks")
+def results(request: pytest.FixtureRequest) -> dict[str, Any]:
+    found = results_of(
+        "tests.distributed.parallel_checks",
+        *(["--all"] if EVERYTHING else []),
+        ranks=request.param,
+        timeout_seconds=1800 if EVERYTHING else 400,
+    )
+    assert set(found) == set(checks(request.param, EVERYTHING))
+    return found
+
+
+def test_parameters_equal_one_process_in_fp32(results: dict[str, Any]) -> None:
+    """To 1e-6. Where one process is itself further than that from fp64 (AdamW divides rounding by tiny gradients), the
+    ranks are at most twice as far as it is."""
+    fp32 = {name: result for name, result in results.items() if name.startswith("fp32")}
+    assert fp32
+    wrong = {
+        name: result
+        for name, result in fp32.items()
+        if not result["difference"] <= 1e-6 and not result["own error"] <= 2 * result["one process's error"]
+    }
+    assert wrong == {}
+    assert all(result["difference"] <= 1e-6 for name, result in fp32.items() if "sgd" in name)
+    assert max(result["one process's error"] for result in fp32.values()) < 5e-6
+
+
+def test_bf16_error_is_at_most_twice_the_dense_engines(results: dict[str, Any]) -> None:
+    errors = {name: result for name, result in results.items() if name.startswith("bf16")}
+    assert errors
+    assert {name: both for name, both in errors.items() if not both["plan"] <= 2 * both["dense"]} == {}
+
+
+def test_tensor_parallel_messages_follow_the_plan(results: dict[str, Any]) -> None:
+    """A sum after each branch forward, and one before it backward; none where the plan leaves nothing to send."""
+    if "messages" in results:
+        sent, one_sum = results["messages"]["sent"], results["messages"]["one sum"]
+        sums = (
+            2 * DEPTH * SLOTS
+        )  # one a branch, forward; over two ranks each byte is sent once, half of it in a broadcast
+        assert sent["shortcut"].get("allreduce", 0) == 0
+        assert sent["forward only"] == {"allreduce": sums * one_sum}
+        assert sent["full"] == {"allreduce": 2 * sums * one_sum}
+        assert sent["one head"].get("allreduce", 0) == 0
+        assert sent["one head"]["broadcast"] == sums * one_sum
