@@ -14,6 +14,7 @@ from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
+from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
 from d2ft_hpc.parallel.layout import Placement
@@ -32,7 +33,8 @@ def build_engine(
 
     model: the whole one; where each rank holds a part of it only, the engine trains a copy of that part.
     """
-    model.set_grad_checkpointing(config.engine.activation_checkpointing)
+    if config.engine.activation_checkpointing:
+        _recompute_blocks(model)
 
     def make_optimizer(part: VisionTransformer) -> tuple[Optimizer, LRScheduler]:
         optimizer = build_optimizer(part, config.optimizer)
@@ -58,3 +60,17 @@ def build_engine(
         return DeepSpeedEngine(model, executor, *make_optimizer(model), loss_function, settings)
     kind = PipelineEngine if placement.layout.stages > 1 else TensorParallelEngine
     return kind(model, executor, placement, make_optimizer, loss_function, settings, control)
+
+
+def _recompute_blocks(model: VisionTransformer) -> None:
+    """Lets timm recompute blocks in the backward without torch's reentrant way, which loses the gradients of a block
+    above frozen embeddings."""
+    try:
+        from timm.layers import set_reentrant_ckpt
+    except ImportError:
+        raise ConfigError(
+            "engine.activation_checkpointing=true: this timm always recomputes in torch's reentrant way, which loses "
+            "gradients above frozen embeddings; update timm, or do without"
+        ) from None
+    set_reentrant_ckpt(False)
+    model.set_grad_checkpointing(True)
