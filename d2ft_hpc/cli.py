@@ -95,6 +95,21 @@ def _parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="pack a data set into one file, or look at a packed one")
     _add_data_commands(data)
+    parallel = benches.add_parser(
+        "parallel",
+        help="step time of pipeline and tensor parallelism under a makespan plan, against dense and the prediction",
+        description="Times one engine under a dense and a makespan plan in turn; start it with mpirun -n N.",
+    )
+    parallel.add_argument("--pipeline-stages", type=int, default=1)
+    parallel.add_argument("--tensor-parallel", type=int, default=1)
+    parallel.add_argument("--blocks", type=int, default=8)
+    parallel.add_argument("--heads", type=int, default=4)
+    parallel.add_argument("--micro-batches", type=int, default=8, help="of each replica")
+    parallel.add_argument("--samples", type=int, default=8, help="of a micro-batch")
+    parallel.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
+    parallel.add_argument("--repeats", type=int, default=15, help="steps of each plan")
+    parallel.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parallel.set_defaults(run=_bench_parallel)
     return parser
 
 
@@ -230,6 +245,28 @@ def _data_info(options: argparse.Namespace) -> int:
         print(describe(options.file))
 
     return run_guarded(None, run)
+
+
+def _bench_parallel(options: argparse.Namespace) -> int:
+    from d2ft_hpc.launch import connect, detect, run_guarded
+
+    control = connect(detect(), device_type="cpu")
+
+    def run() -> None:
+        from d2ft_hpc.bench.parallel import Sizes, benchmark, report
+
+        result = benchmark(
+            control,
+            stages=options.pipeline_stages,
+            tensor_ranks=options.tensor_parallel,
+            sizes=Sizes(options.blocks, options.heads, options.micro_batches, options.samples),
+            compute_budget=options.compute_budget,
+            repeats=options.repeats,
+        )
+        if control.rank == 0:
+            print(report(result, as_json=options.json))
+
+    return run_guarded(control, run)
 
 
 def _train(options: argparse.Namespace) -> int:

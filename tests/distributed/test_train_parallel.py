@@ -1,0 +1,74 @@
+"""Runs whose ranks hold a part of the model each, as users start them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import timm
+from safetensors.torch import load_file
+
+import d2ft_hpc.demo.model  # noqa: F401
+from d2ft_hpc import results
+from tests.distributed.launching import run
+
+QUICK = [
+    "configs/demo.yaml",
+    "data.micro_batch_size=16",
+    "data.slots=4",
+    "plan.planner=makespan",
+    "train.epochs=2",
+]
+PIPELINE = ["engine.pipeline_stages=2", "engine.activation_checkpointing=true"]
+TENSOR = ['engine.deepspeed={"tensor_parallel":{"autotp_size":2}}', "engine.head_placement=spread"]
+
+
+def train(folder: Path, *overrides: str, ranks: int) -> str:
+    arguments = ["-m", "d2ft_hpc", "train", *QUICK, f"run.folder={folder}", *overrides]
+    finished = run(arguments, ranks=ranks, timeout_seconds=240)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+@pytest.mark.parametrize("layout", [PIPELINE, TENSOR], ids=["pipeline", "tensor"])
+def test_train_resume_and_export(tmp_path: Path, layout: list[str]) -> None:
+    shown = train(tmp_path, *layout, "train.checkpoint_every_epochs=1", "plan.replan.every=1", ranks=2)
+    if layout is PIPELINE:
+        assert "pipeline stages (share of the dense FLOPs): blocks 0-2 50." in shown
+    folder = tmp_path / "demo"
+    steps = results.open_run(folder).table("steps")
+    np.testing.assert_allclose(steps["executed_flops"], steps["planned_flops"], rtol=1e-3)
+    assert steps["samples"].sum() == 2 * 716
+    assert results.open_run(folder).attributes("environment")["replicas"] == 1
+    weights = load_file(folder / "model.safetensors")
+    timm.create_model("vit_digits_demo", num_classes=5).load_state_dict(weights, strict=True)
+    accuracy = results.open_run(folder).table("evaluations")["accuracy"]
+    assert accuracy[-1] > accuracy[0] + 0.3
+
+    resumed = tmp_path / "resumed"
+    shutil.copytree(folder, resumed / "demo")
+    shutil.rmtree(resumed / "demo" / "checkpoints" / "epoch-0002")
+    train(resumed, *layout, "plan.replan.every=1", "train.resume=true", ranks=2)
+    with h5py.File(folder / "results.h5") as one, h5py.File(resumed / "demo" / "results.h5") as other:
+        np.testing.assert_array_equal(one["steps"]["loss"], other["steps"]["loss"])
+    again = load_file(resumed / "demo" / "model.safetensors")
+    assert all(bool((weights[name] == again[name]).all()) for name in weights)
+
+
+def test_an_export_goes_on_in_another_layout(tmp_path: Path) -> None:
+    """Four ranks of two stages by two tensor ranks; then the file they saved, in one process."""
+    train(tmp_path, *TENSOR, "engine.pipeline_stages=2", "train.epochs=1", ranks=4)
+    before = results.open_run(tmp_path / "demo").table("evaluations")
+    train(
+        tmp_path,
+        "run.name=on",
+        f"model.weights={tmp_path}/demo/model.safetensors",
+        "train.epochs=1",
+        "plan.planner=dense",
+        ranks=1,
+    )
+    after = results.open_run(tmp_path / "on").table("evaluations")
+    assert after["loss"][0] == pytest.approx(before["loss"][-1], rel=1e-6)
