@@ -1,4 +1,4 @@
-# make demo | test | lint | test-oldest | wheel | clean
+# make demo | test | test-matrix | lint | test-oldest | wheel | clean
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -20,7 +20,7 @@ find_python = for p in $(1); do \
 PYTHONS ?= python3.13 python3.12 python3.11 python3.10 python3 $(wildcard $(HOME)/.pyenv/versions/3.1[0-3].*/bin/python)
 PYTHON310S ?= python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python)
 
-.PHONY: help demo test lint test-oldest wheel clean
+.PHONY: help demo test test-matrix lint test-oldest wheel clean
 help:
 	@sed -n 1s/..//p Makefile
 
@@ -48,6 +48,11 @@ demo: $(VENV)/.installed
 # The tests start mpirun, torchrun and deepspeed by name.
 test: $(VENV)/.installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest $(PYTEST_ARGS)
+
+# Every engine x plan x precision x optimiser; minutes.
+test-matrix: $(VENV)/.installed-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" D2FT_WHOLE_MATRIX=1 python -m pytest tests/distributed/test_engines.py \
+		tests/distributed/test_parallel.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

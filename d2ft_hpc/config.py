@@ -293,6 +293,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"engine.precision=fp16 with {parts}: loss scaling was never tested there; use bf16"
             )
+        for key in ("pipe_partitioned", "grad_partitioned"):
+            if engine.deepspeed.get("pipeline", {}).get(key, False):
+                raise ValueError(
+                    f"engine.deepspeed.pipeline.{key}: DeepSpeed then keeps the first micro-batch's size, which the "
+                    f"last batch of an epoch does not have; remove it"
+                )
         stage = engine.deepspeed.get("zero_optimization", {}).get("stage", 0)
         if engine.pipeline_stages > 1 and stage > 1:
             raise ValueError(

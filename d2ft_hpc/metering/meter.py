@@ -35,6 +35,8 @@ def meter() -> Iterator[Metered]:
 
 def _ring_bytes(name: str, payload_bytes: int, world_size: int) -> float:
     """Bytes that one rank sends for a collective over `payload_bytes` (the full tensor) with a ring algorithm."""
+    if name in ("send", "recv"):
+        return payload_bytes if name == "send" else 0
     share = (world_size - 1) / world_size
     return payload_bytes * (2 * share if name == "allreduce" else share)
 

@@ -1,0 +1,66 @@
+"""Settings of engines whose ranks hold a part of the model: what is refused, and with which fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from d2ft_hpc.config import load_config
+from d2ft_hpc.engines.deepspeed import deepspeed_config
+from d2ft_hpc.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["engine.pipeline_stages=2", "engine.name=plain"],
+            ["engine.pipeline_stages=2", "engine.name=deepspeed"],
+        ),
+        (["engine.tensor_parallel=2", "engine.precision=fp16"], ["engine.precision=fp16", "use bf16"]),
+        (["engine.tensor_parallel=2", "plan.planner=samples"], ["plan.planner=samples", "another planner"]),
+        (
+            ["engine.pipeline_stages=2", "engine.deepspeed={zero_optimization: {stage: 2}}"],
+            ["zero_optimization.stage=2", "use stage 0 or 1"],
+        ),
+        (
+            ["engine.pipeline_stages=2", "engine.deepspeed={pipeline: {pipe_partitioned: true}}"],
+            ["pipe_partitioned", "remove it"],
+        ),
+        (
+            ["engine.tensor_parallel=4", "engine.deepspeed={tensor_parallel: {autotp_size: 2}}"],
+            ["engine.tensor_parallel=4", "autotp_size=2", "remove one"],
+        ),
+        (
+            ["engine.deepspeed={tensor_parallel: {autotp_size: 2, partition_config: {}}}"],
+            ["tensor_parallel.partition_config", "cut by head"],
+        ),
+        (["engine.tensor_parallel=0"], ["engine.tensor_parallel=0", "greater than or equal to 1"]),
+    ],
+)
+def test_refused(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config(CONFIGS / "demo.yaml", overrides)
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+def test_autotps_key_says_how_many_ranks_share_a_block() -> None:
+    config = load_config(
+        CONFIGS / "demo.yaml", ["engine.deepspeed={tensor_parallel: {autotp_size: 2}}", "plan.planner=joint"]
+    )
+    assert config.engine.tensor_ranks == 2
+    settings = deepspeed_config(
+        config.engine.deepspeed, micro_batch_size=4, slots=2, precision="fp32", gradient_clipping=None
+    )
+    assert "tensor_parallel" not in settings  # DeepSpeed would cut the blocks again
+
+
+@pytest.mark.parametrize(("file", "parts"), [("demo_pipeline.yaml", (2, 1)), ("demo_tensor.yaml", (1, 2))])
+def test_ready_configurations(file: str, parts: tuple[int, int]) -> None:
+    config = load_config(CONFIGS / file)
+    assert (config.engine.pipeline_stages, config.engine.tensor_ranks) == parts
+    assert config.plan.planner == "makespan"
+    assert config.model.weights == "pretrained"
