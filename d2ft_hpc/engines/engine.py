@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from d2ft_hpc.planning import SkipPlan
 
 MicroBatch = tuple[Tensor, Tensor]
 """Images [sample, channel, height, width] and labels [sample], on the model's device."""
@@ -43,6 +46,22 @@ class StepReport:
 
 class Engine(Protocol):
     """Trains one replica of a model by the plan in its executor."""
+
+    @property
+    def same_rows(self) -> str | None:
+        """Why all replicas must follow the same rows of a plan; None where they need not."""
+        ...
+
+    def check(self, plan: SkipPlan) -> None:
+        """Raises PlanError or ConfigError, with reason and fix, where this engine cannot run `plan` exactly."""
+        ...
+
+    def full_model(self) -> AbstractContextManager[VisionTransformer]:
+        """The model with its present weights, all on this rank, that no other rank is needed to run.
+
+        The model itself, or a copy where its weights are spread over ranks; made by all ranks together.
+        """
+        ...
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
         """Forward and backward of each micro-batch in its slot, then one optimiser step; on all ranks together."""

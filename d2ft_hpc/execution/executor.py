@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -40,6 +41,8 @@ class PlanExecutor:
         self._slot_source: Callable[[], int] | None = None
         self._reduction = Reduction.AFTER_BACKWARD
         self._first_block = model.blocks[0]
+        self.lookup_seconds = 0.0
+        """Time spent on following plans so far, on this rank: everything but the blocks' own work."""
         self._any_parameter = next(model.parameters())
 
     def follow(self, slot_source: Callable[[], int] | None, reduction: Reduction) -> None:
@@ -66,7 +69,9 @@ class PlanExecutor:
             raise PlanError(f"the plan is for {plan.replicas} replicas and has no replica {replica}")
         self._slots = self._rows(plan.for_replica(replica))
         # Where all replicas run a block densely their gradients come alike, and nothing need be done.
-        all_dense = (plan.operations == Operation.FULL).all(axis=2).reshape(plan.slots, plan.replicas, -1).all(1)
+        all_dense = (
+            (plan.operations == Operation.FULL).all(axis=2).reshape(plan.slots, plan.replicas, -1).all(1)
+        )
         self._one_point = [
             [self._reduction.happens_in(slot, plan.slots) and not dense for dense in all_dense[slot]]
             for slot in range(plan.slots)
@@ -108,6 +113,7 @@ class PlanExecutor:
         """Block `index` under the current row; `args` are the block's own."""
         if not self._slots or not block.training:
             return _dense_forward(block, x, *args, **kwargs)
+        start = time.perf_counter()
         slot = self._slot if self._slot_source is None else self._slot_source()
         if slot is None:
             raise PlanError(
@@ -120,7 +126,9 @@ class PlanExecutor:
             x = x.detach() if self._reduction is Reduction.AFTER_BACKWARD else zero_gradient(x)
         if self._one_point[slot][index]:
             with one_point(block, x, gives_gradients=heads.full is not None) as x:
+                self.lookup_seconds += time.perf_counter() - start
                 return self._run(block, heads, x, *args, **kwargs)
+        self.lookup_seconds += time.perf_counter() - start
         return self._run(block, heads, x, *args, **kwargs)
 
     def _run(self, block: Block, heads: BlockHeads, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

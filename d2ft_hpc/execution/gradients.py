@@ -25,7 +25,9 @@ class Reduction(Enum):
     AFTER_BACKWARD = "after the backward pass"
     LAST_MICRO_BATCH = "during the backward pass of a batch's last micro-batch"
     EVERY_MICRO_BATCH = "during the backward pass of every micro-batch"
-    BY_BLOCK = "by whole blocks, where the engine itself fills what is missing with zeros (ZeRO-3's leaf modules)"
+    BY_BLOCK = (
+        "by whole blocks, where the engine itself fills what is missing with zeros (ZeRO-3's leaf modules)"
+    )
 
     def happens_in(self, slot: int, slots: int) -> bool:
         """Whether gradients must be complete and in order in the backward pass of micro-batch `slot` of `slots`."""
@@ -91,7 +93,7 @@ class _OnePoint(torch.autograd.Function):
         return tensors
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         return gradients
 
 
@@ -101,5 +103,5 @@ class _ZeroGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return torch.zeros_like(gradient)

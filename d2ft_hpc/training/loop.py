@@ -51,9 +51,9 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
             if control.rank == 0:
                 writer = stack.enter_context(_open_results(job, launcher, position))
         _train_epochs(job, engine, writer, position)
-    with agreed(control, "saving the model"):
+    with engine.full_model() as model, agreed(control, "saving the model"):
         if control.rank == 0:
-            weights = {name: tensor.contiguous() for name, tensor in job.model.state_dict().items()}
+            weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
             save_file(weights, config.run_folder / MODEL)
     return config.run_folder / RESULTS
 
@@ -64,14 +64,14 @@ def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, positi
     recorder = StepRecorder(control, writer)
     runner = StepRunner(job, engine)
     if position.steps_done == 0:
-        _evaluate(job, writer, progress, position)
+        _evaluate(job, engine, writer, progress, position)
     loader = train_loader(job.train_set, job.sampler, num_workers=config.data.workers)
     for epoch in range(position.epochs_done, config.train.epochs):
         job.sampler.set_epoch(epoch)
         batches = batches_of(job, loader)
         for step_of_epoch in range(job.sampler.batches_per_epoch):
             if is_due(config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=position.steps_done):
-                position = _replan(job, writer, progress, position)
+                position = _replan(job, engine, writer, progress, position)
             start = time.perf_counter()
             micro_batches = next(batches)
             record = runner.run(
@@ -91,7 +91,7 @@ def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, positi
             position.epochs_done % config.train.evaluate_every_epochs == 0
             or position.epochs_done == config.train.epochs
         ):
-            _evaluate(job, writer, progress, position)
+            _evaluate(job, engine, writer, progress, position)
         every = config.train.checkpoint_every_epochs
         if every is not None and position.epochs_done % every == 0:
             assert job.executor.plan is not None
@@ -109,15 +109,22 @@ def _resume(job: Job, engine: Engine) -> Position:
     with agreed(job.control, "looking for a checkpoint"):
         checkpoint = newest_checkpoint(job.config.run_folder / CHECKPOINTS)
     plan, position = load_checkpoint(checkpoint, engine, job.control)
+    engine.check(plan)
     job.executor.load(plan, job.control.rank)
     return position
 
 
-def _replan(job: Job, writer: ResultsWriter | None, progress: Progress, position: Position) -> Position:
+def _replan(
+    job: Job, engine: Engine, writer: ResultsWriter | None, progress: Progress, position: Position
+) -> Position:
     """Makes the next plan, puts it in force on this rank and records it."""
     start = time.perf_counter()
-    scores = measure_scores(job, _loss)
-    plan = make_plan(job, scores)
+    with engine.full_model() as model:
+        scores = measure_scores(job, model, _loss)
+    if engine.same_rows is not None and position.plans_made == 0:
+        progress.say(f"one plan for all replicas: {engine.same_rows}")
+    plan = make_plan(job, scores, same_rows=engine.same_rows is not None)
+    engine.check(plan)
     job.executor.load(plan, job.control.rank)
     planned = job.costs.planned_share(plan)
     progress.say(
@@ -129,14 +136,17 @@ def _replan(job: Job, writer: ResultsWriter | None, progress: Progress, position
     return replace(position, plans_made=position.plans_made + 1)
 
 
-def _evaluate(job: Job, writer: ResultsWriter | None, progress: Progress, position: Position) -> None:
+def _evaluate(
+    job: Job, engine: Engine, writer: ResultsWriter | None, progress: Progress, position: Position
+) -> None:
     batches = eval_loader(
         job.test_set,
         batch_size=4 * job.config.data.micro_batch_size,
         replicas=job.control.world_size,
         replica=job.control.rank,
     )
-    result = evaluate(job.model, batches, job.control, job.device)
+    with engine.full_model() as model:
+        result = evaluate(model, batches, job.control, job.device)
     progress.say(
         f"evaluation after {position.epochs_done} epochs: accuracy {result.accuracy:.2%}, loss {result.loss:.4f} "
         f"({result.samples} images, {result.seconds:.1f} s)"

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch
 from d2ft_hpc.launch import Control, share
+from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.planning import PlanProblem, SkipPlan, solve
 from d2ft_hpc.scores import fisher_information, weight_magnitude
 from d2ft_hpc.training.job import Job
@@ -41,9 +43,10 @@ def is_due(config: PlanConfig, *, epoch: int, step_of_epoch: int, steps_done: in
     return steps_done % every == 0
 
 
-def measure_scores(job: Job, loss_function: LossFunction) -> Scores | None:
+def measure_scores(job: Job, model: VisionTransformer, loss_function: LossFunction) -> Scores | None:
     """Scores averaged over the first batches of the sampler's epoch; on all ranks together, the same on each.
 
+    model: the job's model, or a copy with its present weights.
     None for planners that read no scores.
     """
     config = job.config.plan
@@ -52,22 +55,36 @@ def measure_scores(job: Job, loss_function: LossFunction) -> Scores | None:
     start = time.perf_counter()
     loader = train_loader(job.train_set, job.sampler)
     of_slots = [
-        torch.cat(
-            [fisher_information(job.model, job.executor.subnets, *pair, loss_function) for pair in batch]
-        )
+        torch.cat([fisher_information(model, job.executor.subnets, *pair, loss_function) for pair in batch])
         for batch in islice(batches_of(job, loader), config.probe_batches)
     ]
     fisher = _rows_of_all(job.control, torch.stack(of_slots).mean(0))
     backward = fisher
     if config.backward_score == "weight_magnitude":
-        magnitude = weight_magnitude(job.model, job.executor.subnets).cpu().numpy()
+        magnitude = weight_magnitude(model, job.executor.subnets).cpu().numpy()
         backward = np.broadcast_to(magnitude, fisher.shape)
     return Scores(fisher, backward, time.perf_counter() - start)
 
 
-def make_plan(job: Job, scores: Scores | None) -> SkipPlan:
-    """Rank 0 solves; every rank gets the same plan or raises the same PlanError."""
-    return SkipPlan.from_bytes(share(job.control, lambda: _solve(job, scores).to_bytes(), "the plan"))
+def make_plan(job: Job, scores: Scores | None, same_rows: bool = False) -> SkipPlan:
+    """Rank 0 solves; every rank gets the same plan or raises the same PlanError.
+
+    same_rows: all replicas follow the same rows.
+    """
+
+    def solve_here() -> SkipPlan:
+        return solve_configured(
+            job.config.plan,
+            scores,
+            job.costs,
+            slots=job.config.data.slots,
+            replicas=job.control.world_size,
+            subnets=job.executor.subnets.shape,
+            seed=job.config.run.seed,
+            same_rows=same_rows,
+        )
+
+    return SkipPlan.from_bytes(share(job.control, lambda: solve_here().to_bytes(), "the plan"))
 
 
 def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
@@ -77,23 +94,50 @@ def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[M
         yield batch
 
 
-def _solve(job: Job, scores: Scores | None) -> SkipPlan:
-    config, replicas = job.config.plan, job.control.world_size
+def solve_configured(
+    config: PlanConfig,
+    scores: Scores | None,
+    costs: StepCosts,
+    *,
+    slots: int,
+    replicas: int,
+    subnets: tuple[int, int],
+    seed: int,
+    same_rows: bool = False,
+) -> SkipPlan:
+    """The plan that `config` asks for, on this rank alone.
+
+    subnets: (blocks, heads). same_rows: one replica's plan, by the scores' mean over the replicas, for all of them.
+    """
     if config.planner == "dense":
-        rows, blocks, heads = job.plan_shape
-        return SkipPlan.dense(rows // replicas, replicas, blocks, heads)
-    equal = np.ones(job.plan_shape)
+        return SkipPlan.dense(slots, replicas, *subnets)
+    posed_replicas = 1 if same_rows else replicas
+
+    def posed(values: np.ndarray) -> np.ndarray:
+        by_copy = values.astype(np.float64).reshape(slots, -1, posed_replicas, *subnets)
+        mean: np.ndarray = by_copy.mean(axis=1).reshape(-1, *subnets)
+        return mean
+
+    equal = np.ones((slots * replicas, *subnets))
     problem = PlanProblem.parallel(
-        equal if scores is None else scores.forward.astype(np.float64),
-        equal if scores is None else scores.backward.astype(np.float64),
-        replicas=replicas,
+        posed(equal if scores is None else scores.forward),
+        posed(equal if scores is None else scores.backward),
+        replicas=posed_replicas,
         compute_budget=config.compute_budget,
         communication_budget=config.communication_budget,
         memory_budget=config.memory_budget,
-        forward_cost=job.costs.forward_share,
-        always_share=job.costs.always_share,
+        forward_cost=costs.forward_share,
+        always_share=costs.always_share,
     )
-    return solve(problem, config.planner, **_planner_options(config, job.config.run.seed))
+    plan = solve(problem, config.planner, **_planner_options(config, seed))
+    copies = replicas // posed_replicas
+    return replace(
+        plan,
+        operations=plan.operations.repeat(copies, axis=0),
+        replicas=replicas,
+        objective=plan.objective * copies,
+        bound=plan.bound * copies,
+    )
 
 
 def _planner_options(config: PlanConfig, seed: int) -> dict[str, Any]:
