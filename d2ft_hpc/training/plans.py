@@ -58,7 +58,7 @@ def measure_scores(job: Job, model: VisionTransformer, loss_function: LossFuncti
         torch.cat([fisher_information(model, job.executor.subnets, *pair, loss_function) for pair in batch])
         for batch in islice(batches_of(job, loader), config.probe_batches)
     ]
-    fisher = _rows_of_all(job.control, torch.stack(of_slots).mean(0))
+    fisher = rows_of_all(job.control, torch.stack(of_slots).mean(0))
     backward = fisher
     if config.backward_score == "weight_magnitude":
         magnitude = weight_magnitude(model, job.executor.subnets).cpu().numpy()
@@ -162,7 +162,7 @@ def _planner_options(config: PlanConfig, seed: int) -> dict[str, Any]:
             return {}
 
 
-def _rows_of_all(control: Control, own: Tensor) -> np.ndarray:
+def rows_of_all(control: Control, own: Tensor) -> np.ndarray:
     """[row, block, head] of all replicas from each replica's own [slot, block, head]."""
     of_slots = own.cpu().numpy().astype("<f4")
     parts = [

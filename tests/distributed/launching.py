@@ -44,9 +44,9 @@ def run(
     )
 
 
-def results_of(module: str, *, ranks: int, timeout_seconds: float = 240) -> dict[str, Any]:
+def results_of(module: str, *arguments: str, ranks: int, timeout_seconds: float = 240) -> dict[str, Any]:
     """What a module of checks printed as JSON after the word RESULTS."""
-    finished = run(["-m", module], ranks=ranks, timeout_seconds=timeout_seconds)
+    finished = run(["-m", module, *arguments], ranks=ranks, timeout_seconds=timeout_seconds)
     lines = [line for line in finished.stdout.splitlines() if line.startswith("RESULTS ")]
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert len(lines) == 1, finished.stdout + finished.stderr
