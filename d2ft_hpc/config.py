@@ -333,7 +333,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(error))) from None
+        raise ConfigError("\n".join(explain(error, RunConfig))) from None
 
 
 def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[Any]:
@@ -360,12 +360,15 @@ def _checked(overrides: Sequence[str]) -> list[str]:
     return list(overrides)
 
 
-def _explain(error: ValidationError) -> Iterator[str]:
-    """One line for each fault: key, value, what is wrong, what would be right."""
+def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """One line for each fault: key, value, what is wrong, what would be right.
+
+    schema: what was validated; prefix: stands before its keys, as in "d2ft.".
+    """
     for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"])
+        key = prefix + ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            yield f"{key}: unknown key (value {fault['input']!r}){_nearest(key)}"
+            yield f"{key}: unknown key (value {fault['input']!r}){_nearest(key, schema, prefix)}"
         elif fault["type"] == "missing":
             yield f"{key}: missing; set it in the file or as {key}=VALUE"
         elif not key:
@@ -374,16 +377,15 @@ def _explain(error: ValidationError) -> Iterator[str]:
             yield f"{key}={fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
-def _nearest(key: str) -> str:
+def _nearest(key: str, schema: type[BaseModel], prefix: str) -> str:
     """The valid key that was likely meant: by its whole path, else by its last part in whatever section."""
-    by_last_part = {valid.rsplit(".", 1)[-1]: valid for valid in _keys(RunConfig)}
-    close = difflib.get_close_matches(key, list(_keys(RunConfig)), n=1, cutoff=0.7) or [
+    valid_keys = list(_keys(schema, prefix))
+    by_last_part = {valid.rsplit(".", 1)[-1]: valid for valid in valid_keys}
+    close = difflib.get_close_matches(key, valid_keys, n=1, cutoff=0.7) or [
         by_last_part[part]
         for part in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_last_part), n=1)
     ]
-    return (
-        f"; did you mean {close[0]}?" if close else f"; valid sections: {', '.join(RunConfig.model_fields)}"
-    )
+    return f"; did you mean {close[0]}?" if close else f"; valid here: {', '.join(schema.model_fields)}"
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

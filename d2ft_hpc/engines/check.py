@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from d2ft_hpc.errors import PlanError
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.planning import SkipPlan
 
 
-def check_plan(plan: SkipPlan, *, slots: int, replicas: int) -> None:
+def check_plan(plan: SkipPlan, *, slots: int, replicas: int, same_rows: str | None) -> None:
     """Raises PlanError with reason and fix where the engine would hang, or train something else than the plan says.
 
-    slots: micro-batches of one replica in a batch; replicas: those that the engine has.
+    slots: micro-batches of one replica in a batch; replicas: those that the engine has; same_rows: why all replicas
+    must follow the same rows, None if they need not.
     """
     if plan.binding == "slot" and plan.slots != slots:
         raise PlanError(
@@ -21,3 +25,32 @@ def check_plan(plan: SkipPlan, *, slots: int, replicas: int) -> None:
             f"the plan is for {plan.replicas} replicas, the engine has {replicas}: solve a plan for {replicas}, or "
             f"start as many data-parallel ranks as the plan has replicas"
         )
+    if same_rows is not None:
+        by_slot = plan.operations.reshape(plan.slots, plan.replicas, -1)
+        differing = (by_slot != by_slot[:, :1]).any(axis=(1, 2))
+        if differing.any():
+            raise PlanError(
+                f"the replicas' rows differ in micro-batch {int(differing.argmax())}, but {same_rows}. Solve a plan "
+                f"for one replica that all follow, or change the engine"
+            )
+
+
+def check_recompute(model: nn.Module) -> None:
+    """Raises ConfigError where activation checkpointing would lose gradients.
+
+    Reentrant checkpointing gives no gradient at all to a block whose input needs none, as the first one's above
+    frozen embeddings: torch only warns.
+    """
+    if isinstance(model, VisionTransformer) and model.grad_checkpointing and _is_reentrant():
+        raise ConfigError(
+            "activation checkpointing is reentrant, which loses the gradients of a block above frozen embeddings: call "
+            "timm.layers.set_reentrant_ckpt(False), or with an older timm, which lacks it, do without checkpointing"
+        )
+
+
+def _is_reentrant() -> bool:
+    try:
+        from timm.layers import use_reentrant_ckpt
+    except ImportError:  # older timm leaves it to torch, whose default is reentrant
+        return True
+    return bool(use_reentrant_ckpt())

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from d2ft_hpc.engines.check import check_plan
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StepReport
+from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
 from d2ft_hpc.engines.zero import ZeroRules
+from d2ft_hpc.engines.zero_state import collect, restore
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.planning import SkipPlan
@@ -121,16 +124,23 @@ class DeepSpeedEngine:
         report.loss = float(torch.stack(losses).mean())
         return report
 
-    def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
-
-    def load(self, folder: Path) -> None:
-        self.engine.load_checkpoint(str(folder), tag="deepspeed")
+    @property
+    def same_rows(self) -> str | None:
+        return self.rules.same_rows(self._model)
 
     def check(self, plan: SkipPlan) -> None:
-        check_plan(
-            plan, slots=self.engine.gradient_accumulation_steps(), replicas=int(self.engine.dp_world_size)
-        )
+        self.rules.check(plan, self._model, self.engine)
 
-    def full_model(self) -> AbstractContextManager[nn.Module]:
+    def full_model(self) -> AbstractContextManager[VisionTransformer]:
         return self.rules.full_model(self._model, self._twin)
+
+    def save(self, folder: Path) -> None:
+        state = collect(self._model, self.engine)
+        if dist.get_rank() == 0:
+            state.schedule = schedule_numbers(self.engine.lr_scheduler)
+            state.save(folder)
+
+    def load(self, folder: Path) -> None:
+        state = PortableState.load(folder)
+        restore(state, self._model, self.engine)
+        restore_schedule(self.engine.lr_scheduler, state.schedule)

@@ -1,27 +1,42 @@
-"""Every use of what DeepSpeed does not document: an upgrade breaks one file, and its test names what is gone."""
+"""Every use of what DeepSpeed does not document: an upgrade breaks this file alone, and its test names what is gone."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from d2ft_hpc.parallel.layout import Layout
 
 SURFACE = (
     "deepspeed.ops:__compatible_ops__",
     "deepspeed.runtime.engine:DeepSpeedEngine.gradient_accumulation_steps",
-    "deepspeed.runtime.engine:DeepSpeedEngine.is_gradient_accumulation_boundary",
-    "deepspeed.runtime.engine:DeepSpeedEngine.zero_optimization_stage",
+    "deepspeed.runtime.engine:DeepSpeedEngine.get_global_grad_norm",
+    "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler",
+    "deepspeed.runtime.pipe.module:PipelineModule.mpu",
     "deepspeed.runtime.pipe.topology:PipeModelDataParallelTopology",
     "deepspeed.runtime.pipe.topology:PipelineParallelGrid.get_slice_parallel_group",
-    "deepspeed.runtime.pipe.module:PipelineModule.mpu",
 )
-"""What is used here and in this package beyond DeepSpeed's documentation, as module:attribute."""
+"""Attributes of modules and classes that are used here, as module:attribute."""
+
+ENGINE_ATTRIBUTES = ("micro_steps", "dp_world_size", "basic_optimizer", "global_steps", "optimizer")
+"""Attributes of a DeepSpeed engine that exist only once it is made."""
+
+MASTER_WEIGHTS = {
+    1: "single_partition_of_fp32_groups",
+    2: "single_partition_of_fp32_groups",
+    3: "fp32_partitioned_groups_flat",
+}
+"""The optimiser's attribute that holds its flat float32 weights, by ZeRO stage; BF16_MASTER_WEIGHTS for bf16 without
+ZeRO."""
+BF16_MASTER_WEIGHTS = "fp32_groups_flat_partition"
 
 
 def import_deepspeed() -> Any:
@@ -48,8 +63,82 @@ def loss_scale(engine: Any) -> float:
     return float(scale) / int(engine.gradient_accumulation_steps())
 
 
-def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    raise NotImplementedError
+def flat_master_weights(engine: Any) -> list[Tensor] | None:
+    """This rank's flat float32 partitions of the trained weights, which the optimiser's states belong to.
+
+    None without ZeRO: torch's optimiser then has a state for each parameter.
+    """
+    for name in {*MASTER_WEIGHTS.values(), BF16_MASTER_WEIGHTS}:
+        partitions = getattr(engine.optimizer, name, None)
+        if partitions is not None:
+            return list(partitions)
+    return None
+
+
+def unpartitioned_master_weights(model: nn.Module, engine: Any) -> dict[str, Tensor]:
+    """Without ZeRO: what the optimiser steps for each trained parameter, by the parameter's name in `model`.
+
+    The parameter itself in fp32, DeepSpeed's float32 copy of it in bf16.
+    """
+    copies = {
+        id(parameter): copy
+        for own, kept in zip(
+            getattr(engine.optimizer, "fp16_groups", ()),
+            getattr(engine.optimizer, "fp32_groups", ()),
+            strict=True,
+        )
+        for parameter, copy in zip(own, kept, strict=True)
+    }
+    return {
+        name: copies.get(id(parameter), parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def write_master_weight(parameter: nn.Parameter, value: Tensor) -> None:
+    """Puts `value`, float32 of the parameter's full shape, into the partitions of all ranks' master weights."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if not hasattr(parameter, "ds_tensor"):
+        safe_set_full_fp32_param(parameter, value)
+        return
+    # ZeRO-3's own setter of full values fails where the ranks' number does not divide the parameter's size.
+    part = parameter.ds_tensor.ds_numel
+    group = parameter.ds_process_group  # type: ignore[attr-defined]
+    ranks, own = dist.get_world_size(group), dist.get_rank(group)
+    padded = torch.nn.functional.pad(value.flatten(), (0, part * ranks - value.numel()))
+    safe_set_local_fp32_param(parameter, padded.narrow(0, part * own, part))
+
+
+def loss_scaler_numbers(engine: Any) -> dict[str, float]:
+    """What a dynamic loss scaler of fp16 counts; empty for other precisions."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is None or not getattr(scaler, "dynamic", False):
+        return {}
+    return {name: float(getattr(scaler, name)) for name in _SCALER_COUNTERS}
+
+
+def restore_loss_scaler(engine: Any, numbers: Mapping[str, float]) -> None:
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    for name in _SCALER_COUNTERS:
+        if scaler is not None and name in numbers and getattr(scaler, "dynamic", False):
+            setattr(scaler, name, type(getattr(scaler, name))(numbers[name]))
+
+
+_SCALER_COUNTERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+@contextmanager
+def whole(parameter: nn.Parameter, *, written: bool = False) -> Iterator[Tensor]:
+    """The parameter's data, gathered from all ranks where ZeRO-3 spreads it; written: what rank 0 writes stays."""
+    import deepspeed
+
+    if not hasattr(parameter, "ds_tensor"):
+        yield parameter.data
+        return
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if written else None):
+        yield parameter.data
 
 
 def grid_of(layout: Layout) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from d2ft_hpc.execution.executor import PlanExecutor
@@ -49,19 +50,24 @@ class Engine(Protocol):
 
     executor: PlanExecutor
 
-    def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
-        """Forward and backward of each micro-batch in its slot, then one optimiser step; on all ranks together."""
+    @property
+    def same_rows(self) -> str | None:
+        """Why all replicas must follow the same rows of a plan; None where they need not."""
         ...
 
     def check(self, plan: SkipPlan) -> None:
-        """Raises PlanError, with reason and fix, where this engine cannot run `plan` exactly."""
+        """Raises PlanError or ConfigError, with reason and fix, where this engine cannot run `plan` exactly."""
         ...
 
-    def full_model(self) -> AbstractContextManager[nn.Module]:
-        """A model with the present weights, all of them on this rank, in timm's names and order of heads.
+    def full_model(self) -> AbstractContextManager[VisionTransformer]:
+        """The model with its present weights, all on this rank, that no other rank is needed to run.
 
-        Entered by all ranks together; inside, no rank needs another to run it.
+        The model itself, or a copy where its weights are spread over ranks; made by all ranks together.
         """
+        ...
+
+    def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
+        """Forward and backward of each micro-batch in its slot, then one optimiser step; on all ranks together."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from d2ft_hpc.engines.deepspeed_private import whole
+from d2ft_hpc.engines.portable import PortableState, schedule_numbers
+from d2ft_hpc.engines.zero_state import collect, restore
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
-from d2ft_hpc.parallel.gather import gather_into
+from d2ft_hpc.parallel.gather import gather, part_of
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.messages import ReplicatedTokens
 from d2ft_hpc.parallel.part import ModelPart
@@ -47,25 +53,82 @@ def full_model(
     model: VisionTransformer, part: nn.Module, executor: PlanExecutor, placement: Placement, control: Control
 ) -> Iterator[VisionTransformer]:
     """The whole `model` with the trained weights of all ranks' parts; entered by all ranks together."""
-    gather_into(
-        model,
-        part,
-        _full_precision,
-        subnets=executor.subnets,
-        layout=placement.layout,
-        stage=placement.stage,
-        owner=placement.owner,
-        control=control,
-    )
+    own = {name: full_precision(parameter) for name, parameter in part.named_parameters()}
+    targets = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in gather(own, executor.subnets, placement, control).items():
+            targets[name].copy_(value)
     yield model
 
 
-def _full_precision(parameter: nn.Parameter) -> Tensor:
-    """The optimiser's fp32 weights where it keeps such."""
+def save_state(
+    folder: Path,
+    part: nn.Module,
+    engine: Any,
+    executor: PlanExecutor,
+    placement: Placement,
+    control: Control,
+) -> None:
+    """Writes the whole model's portable state and the placement; on all ranks together.
+
+    engine: DeepSpeed's.
+    """
+    own = collect(part, engine)
+    state = PortableState(
+        gather(own.weights, executor.subnets, placement, control),
+        {
+            kind: gather(own.moments.get(kind, {}), executor.subnets, placement, control)
+            for kind in _kinds_of_all(own, control)
+        },
+        own.numbers,
+        schedule_numbers(engine.lr_scheduler),
+    )
+    if control.rank == 0:
+        state.save(folder)
+        placement.save(folder / PLACEMENT)
+
+
+def load_state(
+    folder: Path, part: nn.Module, engine: Any, executor: PlanExecutor, placement: Placement
+) -> None:
+    """Puts this rank's part of a portable state in force, whatever layout saved it; on all ranks together."""
+    state = PortableState.load(folder)
+    names = {name for name, _ in part.named_parameters()}
+
+    def of_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return part_of(tensors, names, executor.subnets, placement)
+
+    own = PortableState(
+        of_part(state.weights),
+        {kind: of_part(tensors) for kind, tensors in state.moments.items()},
+        state.numbers,
+    )
+    restore(own, part, engine)
+    schedule: LambdaLR = engine.lr_scheduler
+    # A part has other parameter groups than the whole model or another part: only the step counts.
+    schedule.load_state_dict(
+        {**schedule.state_dict(), **{key: state.schedule[key] for key in ("last_epoch", "_step_count")}}
+    )
+    schedule._last_lr = [
+        base * factor(schedule.last_epoch)
+        for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+        group["lr"] = rate
+
+
+def _kinds_of_all(state: PortableState, control: Control) -> list[str]:
+    """The optimiser's names for its moments, of all ranks."""
+    packed = control.all_gather(json.dumps(sorted(state.moments)).encode())
+    return sorted({kind for of_rank in packed for kind in json.loads(of_rank)})
+
+
+def full_precision(parameter: nn.Parameter) -> Tensor:
+    """The optimiser's fp32 weights where it keeps such; whole where ZeRO spreads them over replicas."""
     import deepspeed
 
     full = deepspeed.utils.safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
     if full is not None:
         return full  # type: ignore[no-any-return]
-    with deepspeed.zero.GatheredParameters([parameter]):
-        return parameter.detach().to(torch.float32, copy=True)
+    with whole(parameter) as data:
+        return data.detach().to(torch.float32, copy=True)

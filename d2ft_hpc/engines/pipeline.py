@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from d2ft_hpc.engines.check import check_plan
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed, loss_of_replica, topology_of
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StepReport, zero_missing_gradients
-from d2ft_hpc.engines.model_parallel import PLACEMENT, MakeOptimizer, full_model, share_part
+from d2ft_hpc.engines.model_parallel import MakeOptimizer, full_model, load_state, save_state, share_part
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
 from d2ft_hpc.parallel.layout import Placement
@@ -89,21 +89,26 @@ class PipelineEngine:
         report.loss = loss_of_replica(self.engine)
         return report
 
+    @property
+    def same_rows(self) -> str | None:
+        return None
+
     def check(self, plan: SkipPlan) -> None:
         check_plan(
-            plan, slots=self.engine.gradient_accumulation_steps(), replicas=self._placement.layout.replicas
+            plan,
+            slots=self.engine.gradient_accumulation_steps(),
+            replicas=self._placement.layout.replicas,
+            same_rows=None,
         )
 
-    def full_model(self) -> AbstractContextManager[nn.Module]:
+    def full_model(self) -> AbstractContextManager[VisionTransformer]:
         return full_model(self._model, self._part, self.executor, self._placement, self._control)
 
     def save(self, folder: Path) -> None:
-        if self._control.rank == 0:
-            self._placement.save(folder / PLACEMENT)
-        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+        save_state(folder, self._part, self.engine, self.executor, self._placement, self._control)
 
     def load(self, folder: Path) -> None:
-        self.engine.load_checkpoint(str(folder), tag="deepspeed")
+        load_state(folder, self._part, self.engine, self.executor, self._placement)
 
     def _before_forward(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if module.training:

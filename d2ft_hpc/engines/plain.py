@@ -7,12 +7,20 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from d2ft_hpc.engines.check import check_plan
+from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StepReport, zero_missing_gradients
+from d2ft_hpc.engines.portable import (
+    PortableState,
+    collect_plain,
+    restore_plain,
+    restore_schedule,
+    schedule_numbers,
+)
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.planning import SkipPlan
 
@@ -58,21 +66,27 @@ class PlainEngine:
         report.loss = float(torch.stack(losses).mean())
         return report
 
-    def save(self, folder: Path) -> None:
-        state = {"optimizer": self._optimizer.state_dict(), "schedule": self._schedule.state_dict()}
-        torch.save({"model": self._model.state_dict(), **state}, folder / "plain.pt")
-
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / "plain.pt", weights_only=True, map_location="cpu")
-        self._model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
+    @property
+    def same_rows(self) -> str | None:
+        return None
 
     def check(self, plan: SkipPlan) -> None:
-        check_plan(plan, slots=plan.slots, replicas=1)
+        check_recompute(self._model)
+        check_plan(plan, slots=plan.slots, replicas=1, same_rows=None)
 
-    def full_model(self) -> AbstractContextManager[nn.Module]:
+    def full_model(self) -> AbstractContextManager[VisionTransformer]:
         return nullcontext(self._model)
+
+    def save(self, folder: Path) -> None:
+        state = collect_plain(self._model, self._optimizer)
+        state.schedule = schedule_numbers(self._schedule)
+        state.save(folder)
+
+    def load(self, folder: Path) -> None:
+        state = PortableState.load(folder)
+        state.check_fits({name: tensor.shape for name, tensor in self._model.state_dict().items()})
+        restore_plain(state, self._model, self._optimizer)
+        restore_schedule(self._schedule, state.schedule)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
         if self._autocast_dtype is None:

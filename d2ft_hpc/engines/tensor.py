@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import grid_of, import_deepspeed
 from d2ft_hpc.engines.engine import LossFunction
-from d2ft_hpc.engines.model_parallel import PLACEMENT, MakeOptimizer, full_model, share_part
+from d2ft_hpc.engines.model_parallel import MakeOptimizer, full_model, load_state, save_state, share_part
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
 from d2ft_hpc.parallel.layout import Placement
@@ -42,9 +41,10 @@ class TensorParallelEngine(DeepSpeedEngine):
         super().__init__(self._part, shared, *make_optimizer(self._part), loss_function, config, mpu=grid)
 
     def save(self, folder: Path) -> None:
-        if self._control.rank == 0:
-            self._placement.save(folder / PLACEMENT)
-        super().save(folder)
+        save_state(folder, self._part, self.engine, self.executor, self._placement, self._control)
 
-    def full_model(self) -> AbstractContextManager[nn.Module]:
+    def load(self, folder: Path) -> None:
+        load_state(folder, self._part, self.engine, self.executor, self._placement)
+
+    def full_model(self) -> AbstractContextManager[VisionTransformer]:
         return full_model(self._whole, self._part, self.executor, self._placement, self._control)

@@ -12,14 +12,31 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from d2ft_hpc.engines.deepspeed_private import import_deepspeed
+from d2ft_hpc.engines.check import check_plan, check_recompute
+from d2ft_hpc.engines.deepspeed_private import import_deepspeed, whole
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.planning import SkipPlan
 
-_REFUSED = {
-    "pipeline": "",
+_REDUCTIONS = {
+    0: Reduction.LAST_MICRO_BATCH,
+    1: Reduction.LAST_MICRO_BATCH,
+    2: Reduction.EVERY_MICRO_BATCH,
+    3: Reduction.BY_BLOCK,
 }
+
+_NEVER_TRIED = {
+    "zero_optimization.zenflow": "reduces chosen columns of gradients",
+    "zero_optimization.zero_quantized_gradients": "reduces rounded gradients",
+    "zero_optimization.zero_hpz_partition_size": "partitions weights a second time",
+    "zero_optimization.mics_shard_size": "partitions weights over part of the ranks",
+    "compile.deepcompile": "compiles the dense graph",
+    "hybrid_engine.enabled": "replaces blocks for inference",
+    "sparse_gradients": "sends gradients in another form",
+    "sequence_parallel_size": "splits samples over ranks",
+}
+"""Settings of DeepSpeed under which no plan was ever compared with one process, and why they matter."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +61,31 @@ class ZeroRules:
             )
         if stage not in (0, 1, 2, 3):
             raise ConfigError(f"{where}zero_optimization.stage={stage!r}: ZeRO has the stages 0, 1, 2 and 3")
-        return ZeroRules(
-            stage=stage,
-            reduction={2: Reduction.EVERY_MICRO_BATCH, 3: Reduction.BY_BLOCK}.get(
-                stage, Reduction.LAST_MICRO_BATCH
-            ),
+        for key, what in _NEVER_TRIED.items():
+            value = _get(config, key)
+            if value and value != 1:
+                raise ConfigError(
+                    f"{where}{key}={value!r} {what}, and was never tried under a plan that skips: remove it"
+                )
+        return ZeroRules(stage, _REDUCTIONS[stage])
+
+    def same_rows(self, model: nn.Module) -> str | None:
+        """Why all replicas must follow the same rows; None where they may differ."""
+        if self.stage == 3 and getattr(model, "grad_checkpointing", False):
+            return (
+                "ZeRO-3 with activation checkpointing gathers a block's weights again where the block is recomputed, "
+                "which only happens on replicas that have FULL heads in it"
+            )
+        return None
+
+    def check(self, plan: SkipPlan, model: nn.Module, engine: Any) -> None:
+        """Raises PlanError or ConfigError where `engine` cannot run `plan` exactly."""
+        check_recompute(model)
+        check_plan(
+            plan,
+            slots=int(engine.gradient_accumulation_steps()),
+            replicas=int(engine.dp_world_size),
+            same_rows=self.same_rows(model),
         )
 
     def prepare(
@@ -74,14 +111,20 @@ class ZeroRules:
         if twin is None:
             yield model
             return
-        deepspeed = import_deepspeed()
-        device = torch.device(deepspeed.get_accelerator().current_device_name())
         own = dict(model.named_parameters())
+        device = next(iter(own.values())).device
         full = copy.deepcopy(twin).to_empty(device=device)
         with torch.no_grad():
             for name, parameter in full.named_parameters():
-                with deepspeed.zero.GatheredParameters([own[name]]):
-                    parameter.data = own[name].detach().clone()
+                with whole(own[name]) as data:
+                    parameter.data = data.clone()
             for (_, buffer), (_, other) in zip(full.named_buffers(), model.named_buffers(), strict=True):
                 buffer.copy_(other)
         yield full.train(model.training)
+
+
+def _get(config: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = config
+    for part in dotted.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -40,6 +41,8 @@ class PlanExecutor:
         self._slot_source: Callable[[], int] | None = None
         self._reduction = Reduction.AFTER_BACKWARD
         self.first_block = model.blocks[0]
+        self.lookup_seconds = 0.0
+        """Time spent on following plans so far, on this rank: everything but the blocks' own work."""
         self._any_parameter = next(model.parameters())
         # Each shape is compiled for itself: kernels for shapes that may vary are slower.
         self._dense_forward = torch.compile(_dense_forward, dynamic=False) if compile else _dense_forward
@@ -128,6 +131,7 @@ class PlanExecutor:
         """Block `index` under the current row; `args` are the block's own."""
         if not self._slots or not block.training:
             return self._run(block, index, None, x, *args, **kwargs)
+        start = time.perf_counter()
         slot = self.slot
         if slot is None:
             raise PlanError(
@@ -140,7 +144,9 @@ class PlanExecutor:
             x = x.detach() if self._reduction is Reduction.AFTER_BACKWARD else zero_gradient(x)
         if self._one_point[slot][index]:
             with one_point(block, x, gives_gradients=heads.full is not None) as x:
+                self.lookup_seconds += time.perf_counter() - start
                 return self._run(block, index, heads, x, *args, **kwargs)
+        self.lookup_seconds += time.perf_counter() - start
         return self._run(block, index, heads, x, *args, **kwargs)
 
     def _run(

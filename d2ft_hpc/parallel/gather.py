@@ -1,54 +1,29 @@
-"""The whole model from the parts that ranks hold: timm's names and head indices, whatever the layout."""
+"""Whole tensors from the parts that ranks hold, and back: timm's names and head indices, whatever the layout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 
-import torch
 from safetensors.torch import load, save
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from d2ft_hpc.launch import Control
 from d2ft_hpc.model.subnets import SubnetMap
-from d2ft_hpc.parallel.head_split import join_block
-from d2ft_hpc.parallel.layout import Layout
-from d2ft_hpc.planning.problem import Ints
+from d2ft_hpc.parallel.head_split import heads_of, join_block
+from d2ft_hpc.parallel.layout import Placement
 
 
-def gather_into(
-    model: VisionTransformer,
-    part: nn.Module,
-    read: Callable[[nn.Parameter], Tensor],
-    *,
-    subnets: SubnetMap,
-    layout: Layout,
-    stage: Ints,
-    owner: Ints,
-    control: Control,
-) -> None:
-    """Copies the weights that all ranks' parts hold into the whole `model`; on all ranks together.
+def gather(
+    part: Mapping[str, Tensor], subnets: SubnetMap, placement: Placement, control: Control
+) -> dict[str, Tensor]:
+    """The whole model's tensors on every rank, on the CPU; on all ranks together.
 
-    read: a parameter's current value, of its own shape. stage: int64 [block]; owner: int64 [block, head], timm's heads.
+    part: this rank's by timm's names; any that have a parameter's shape (weights, moments of an optimiser).
     A block at a time goes over the control plane.
     """
-    values = {
-        name: read(parameter).detach().cpu().contiguous() for name, parameter in part.named_parameters()
-    }
-    targets = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in _gathered(values, subnets, layout, stage, owner, control):
-            targets[name].copy_(value)
-
-
-def _gathered(
-    values: Mapping[str, Tensor],
-    subnets: SubnetMap,
-    layout: Layout,
-    stage: Ints,
-    owner: Ints,
-    control: Control,
-) -> Iterator[tuple[str, Tensor]]:
+    layout, stage = placement.layout, placement.stage
+    values = {name: value.detach().cpu().contiguous() for name, value in part.items()}
+    whole: dict[str, Tensor] = {}
     for block in range(subnets.num_blocks):
         prefix = f"blocks.{block}."
         own = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
@@ -57,12 +32,27 @@ def _gathered(
             layout.rank_of(stage=int(stage[block]), tensor_rank=tensor_rank)
             for tensor_rank in range(layout.tensor_ranks)
         ]
-        whole = join_block([load(packed[rank]) for rank in holders], subnets, owner, block)
-        yield from ((prefix + name, value) for name, value in whole.items())
+        if packed[holders[0]]:
+            joined = join_block([load(packed[rank]) for rank in holders], subnets, placement.owner, block)
+            whole |= {prefix + name: value for name, value in joined.items()}
     rest = {name: value for name, value in values.items() if not name.startswith("blocks.")}
-    packed = control.all_gather(
-        save(rest) if rest and layout.replica == 0 and layout.tensor_rank == 0 else b""
-    )
-    for part in packed:
-        if part:
-            yield from load(part).items()
+    speaks = rest and layout.replica == 0 and layout.tensor_rank == 0
+    for packed_rest in control.all_gather(save(rest) if speaks else b""):
+        whole |= load(packed_rest) if packed_rest else {}
+    return whole
+
+
+def part_of(
+    whole: Mapping[str, Tensor], names: set[str], subnets: SubnetMap, placement: Placement
+) -> dict[str, Tensor]:
+    """This rank's part of the tensors that have these names; undoes `gather`."""
+    part: dict[str, Tensor] = {}
+    for name in names & whole.keys():
+        tensor = whole[name]
+        if name.startswith("blocks."):
+            _, block, inner = name.split(".", 2)
+            if inner in subnets.head_axes:
+                heads = heads_of(placement.owner, int(block), placement.layout.tensor_rank)
+                tensor = subnets.head_axes[inner].select(tensor, heads)
+        part[name] = tensor
+    return part

@@ -90,6 +90,11 @@ class Placement:
         here = self.stage[:, None] == self.layout.stage
         return np.asarray(here & (self.owner == self.layout.tensor_rank))
 
+    @property
+    def fits(self) -> bool:
+        """It was made for as many stages and tensor-parallel ranks as the layout has."""
+        return (len(self.stages), int(self.owner.max()) + 1) == (self.layout.stages, self.layout.tensor_ranks)
+
     def save(self, path: Path) -> None:
         edges = [[blocks.start, blocks.stop] for blocks in self.stages]
         path.write_text(json.dumps({"stages": edges, "owner": self.owner.tolist()}))

@@ -124,7 +124,11 @@ def _replan(
     start = time.perf_counter()
     with engine.full_model() as model:
         scores = measure_scores(job, model, job.loss)
-    plan = make_plan(job, placement, scores, position.plans_made)
+    if engine.same_rows is not None and position.plans_made == 0:
+        progress.say(f"one plan for all replicas: {engine.same_rows}")
+    plan = make_plan(
+        job, placement, scores, index=position.plans_made, same_rows=engine.same_rows is not None
+    )
     engine.check(plan)
     engine.executor.load(plan, job.layout.replica)
     planned = job.costs.planned_share(plan)

@@ -19,14 +19,17 @@ from d2ft_hpc.training.plans import measure_scores
 
 
 def place(job: Job) -> Placement:
-    """The same on every rank; on all ranks together. A resumed run keeps the placement of its checkpoint.
+    """The same on every rank; on all ranks together. A resumed run keeps the placement of its checkpoint
+    where it has as many stages and tensor-parallel ranks.
 
     Raises ConfigError or PlanError where the model has too few blocks or heads.
     """
     config, layout = job.config, job.layout
     with agreed(job.control, "placing the model's parts"):
         if config.train.resume and layout.is_cut:
-            return Placement.load(newest_checkpoint(job.checkpoints) / PLACEMENT, layout)
+            saved = newest_checkpoint(job.checkpoints) / PLACEMENT
+            if saved.exists() and (placement := Placement.load(saved, layout)).fits:
+                return placement
         stages = cut_stages(flops_of_layers(job), layout.stages)
         owner = even_owner(*job.executor.subnets.shape, layout.tensor_ranks)
     if config.engine.head_placement == "spread" and layout.tensor_ranks > 1:

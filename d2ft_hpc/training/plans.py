@@ -6,6 +6,7 @@ import hashlib
 import struct
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from d2ft_hpc import __version__
 from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch
-from d2ft_hpc.launch import agreed, share
-from d2ft_hpc.metering import meter
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.errors import PlanError
+from d2ft_hpc.launch import Control, agreed, share
+from d2ft_hpc.metering import StepCosts, meter
+from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.planning import PlanProblem, SkipPlan, plan_samples, solve
 from d2ft_hpc.scores import Scores, gradient_scores, weight_magnitude
 from d2ft_hpc.scores.gradients import GradientScore
@@ -83,9 +85,10 @@ def _measure(
             for batch in (batches if gradient_names else [])
         ]
     rows: dict[str, np.ndarray] = {
-        name: _rows_of_all(
-            job,
+        name: rows_of_all(
+            job.control,
             torch.stack([torch.cat([of_pair[name] for of_pair in batch]) for batch in measured]).mean(0),
+            job.layout,
         )
         for name in gradient_names
     }
@@ -115,14 +118,40 @@ def _cache_key(job: Job, model: VisionTransformer, batches: list[list[MicroBatch
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def make_plan(job: Job, placement: Placement, scores: Scores | None, index: int) -> SkipPlan:
+def make_plan(
+    job: Job, placement: Placement, scores: Scores | None, *, index: int, same_rows: bool = False
+) -> SkipPlan:
     """Rank 0 solves; every rank gets the same plan or raises the same PlanError.
 
-    index: how many plans were made before; planners that draw draw anew for each.
+    index: how many plans were made before; planners that draw draw anew for each. same_rows: all replicas follow the
+    same rows.
     """
-    return SkipPlan.from_bytes(
-        share(job.control, lambda: _solve(job, placement, scores, index).to_bytes(), "the plan")
-    )
+    config = job.config
+
+    def solve_here() -> SkipPlan:
+        if config.plan.planner == "samples":
+            return plan_samples(
+                samples=config.data.slots * config.data.micro_batch_size,
+                slots=config.data.slots,
+                replicas=job.layout.replicas,
+                num_blocks=job.executor.subnets.num_blocks,
+                num_heads=job.executor.subnets.num_heads,
+                compute_budget=config.plan.compute_budget,
+                score_cost=job.costs.score_flops / job.costs.dense_flops,
+            )
+        return solve_configured(
+            config.plan,
+            scores,
+            job.costs,
+            slots=config.data.slots,
+            replicas=job.layout.replicas,
+            subnets=job.executor.subnets.shape,
+            seed=(config.run.seed, index),
+            same_rows=same_rows,
+            placement=placement,
+        )
+
+    return SkipPlan.from_bytes(share(job.control, lambda: solve_here().to_bytes(), "the plan"))
 
 
 def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
@@ -132,38 +161,59 @@ def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[M
         yield batch
 
 
-def _solve(job: Job, placement: Placement, scores: Scores | None, index: int) -> SkipPlan:
-    config, replicas = job.config.plan, job.layout.replicas
+def solve_configured(
+    config: PlanConfig,
+    scores: Scores | None,
+    costs: StepCosts,
+    *,
+    slots: int,
+    replicas: int,
+    subnets: tuple[int, int],
+    seed: int | tuple[int, int],
+    same_rows: bool = False,
+    placement: Placement | None = None,
+) -> SkipPlan:
+    """The plan that `config` asks for, on this rank alone.
+
+    subnets: (blocks, heads). same_rows: one replica's plan, by the scores' mean over the replicas, for all of them.
+    placement: where the subnets of a replica are; None: all on one rank.
+    """
     if config.planner == "dense":
-        rows, blocks, heads = job.plan_shape
-        return SkipPlan.dense(rows // replicas, replicas, blocks, heads)
+        return SkipPlan.dense(slots, replicas, *subnets)
     if config.planner == "samples":
-        return plan_samples(
-            samples=job.config.data.slots * job.config.data.micro_batch_size,
-            slots=job.config.data.slots,
-            replicas=replicas,
-            num_blocks=job.executor.subnets.num_blocks,
-            num_heads=job.executor.subnets.num_heads,
-            compute_budget=config.compute_budget,
-            score_cost=job.costs.score_flops / job.costs.dense_flops,
-        )
-    equal = np.ones(job.plan_shape)
+        raise PlanError("plan.planner=samples draws samples in d2ft-hpc train alone: use another planner")
+    posed_replicas = 1 if same_rows else replicas
+
+    def posed(values: np.ndarray) -> np.ndarray:
+        by_copy = values.astype(np.float64).reshape(slots, -1, posed_replicas, *subnets)
+        mean: np.ndarray = by_copy.mean(axis=1).reshape(-1, *subnets)
+        return mean
+
+    equal = np.ones((slots * replicas, *subnets))
     problem = PlanProblem.parallel(
-        equal if scores is None else scores.forward.astype(np.float64),
-        equal if scores is None else scores.backward.astype(np.float64),
-        replicas=replicas,
-        rank=placement.owner,
-        stage=placement.stage,
+        posed(equal if scores is None else scores.forward),
+        posed(equal if scores is None else scores.backward),
+        replicas=posed_replicas,
+        rank=None if placement is None else placement.owner,
+        stage=None if placement is None else placement.stage,
         compute_budget=config.compute_budget,
         communication_budget=config.communication_budget,
         memory_budget=config.memory_budget,
-        forward_cost=job.costs.forward_share,
-        always_share=job.costs.always_share,
+        forward_cost=costs.forward_share,
+        always_share=costs.always_share,
     )
-    return solve(problem, config.planner, **_planner_options(config, (job.config.run.seed, index)))
+    plan = solve(problem, config.planner, **_planner_options(config, seed))
+    copies = replicas // posed_replicas
+    return replace(
+        plan,
+        operations=plan.operations.repeat(copies, axis=0),
+        replicas=replicas,
+        objective=plan.objective * copies,
+        bound=plan.bound * copies,
+    )
 
 
-def _planner_options(config: PlanConfig, seed: tuple[int, int]) -> dict[str, Any]:
+def _planner_options(config: PlanConfig, seed: int | tuple[int, int]) -> dict[str, Any]:
     match config.planner:
         case "paper":
             return {"full_share": config.full_share}
@@ -189,10 +239,14 @@ def _planner_options(config: PlanConfig, seed: tuple[int, int]) -> dict[str, Any
             return {}
 
 
-def _rows_of_all(job: Job, own: Tensor) -> np.ndarray:
-    """[row, block, head] of all replicas from each replica's own [slot, block, head]."""
+def rows_of_all(control: Control, own: Tensor, layout: Layout | None = None) -> np.ndarray:
+    """[row, block, head] of all replicas from each replica's own [slot, block, head].
+
+    layout: which ranks speak for their replicas; None: each is one.
+    """
     of_slots = own.cpu().numpy().astype("<f4")
-    packed = job.control.all_gather(of_slots.tobytes() if job.layout.leads_replica else b"")
-    leaders = [job.layout.rank_of(replica=replica) for replica in range(job.layout.replicas)]
+    layout = layout or Layout.of(control.world_size, control.rank)
+    packed = control.all_gather(of_slots.tobytes() if layout.leads_replica else b"")
+    leaders = [layout.rank_of(replica=replica) for replica in range(layout.replicas)]
     parts = [np.frombuffer(packed[rank], "<f4").reshape(of_slots.shape) for rank in leaders]
     return np.stack(parts, axis=1).reshape(-1, *of_slots.shape[1:])

@@ -1,29 +1,46 @@
 """Run under a launcher: each check trains through DeepSpeed and compares with one process; rank 0 prints JSON.
 
-A check's result is the largest difference of any parameter, or a dict of facts; the tests judge them.
+    mpirun -n 2 python -m tests.distributed.engine_checks [--all] [--only WORDS]
+
+A check's result is the largest difference of any parameter, or a dict of facts; the tests judge them. A check that
+takes too long ends its rank with the stacks of all threads, and the launcher then ends the others.
 """
 
 from __future__ import annotations
 
+import argparse
+import faulthandler
 import json
+import logging
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+import d2ft_hpc
 from d2ft_hpc.config import OptimizerConfig
+from d2ft_hpc.engines import deepspeed_private as private
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.plain import PlainEngine
+from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.scores import fisher_information
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
+SECONDS_A_CHECK = 60
 SLOTS, STEPS = 2, 3
 
 
@@ -95,15 +112,16 @@ def deepspeed_engine(
 
 
 def trained_parameters(
-    control: Control, model: nn.Module, engine: DeepSpeedEngine, kind: str
-) -> dict[str, nn.Parameter]:
-    for step in range(STEPS):
+    control: Control, engine: DeepSpeedEngine, kind: str, steps: Iterable[int] = range(STEPS)
+) -> dict[str, torch.Tensor]:
+    for step in steps:
         plan = plan_of(kind, step, control.world_size)
+        engine.check(plan)
         engine.executor.load(plan, control.rank)
         rows = [slot * control.world_size + control.rank for slot in range(SLOTS)]
         engine.step([micro_batch(step, row, plan.num_rows) for row in rows])
     with engine.full_model() as full:
-        return dict(full.named_parameters())
+        return {name: parameter.detach().clone() for name, parameter in full.named_parameters()}
 
 
 def largest_difference(one: Any, other: Any) -> float:
@@ -112,31 +130,119 @@ def largest_difference(one: Any, other: Any) -> float:
     )
 
 
+def model_for(optimizer_name: str) -> VisionTransformer:
+    """A key bias has a gradient of zero but for rounding, which AdamW would turn into steps of full size."""
+    return tiny_vit(qkv_bias=optimizer_name == "sgd")
+
+
 def check_fp32(
-    control: Control, kind: str, stage: int, optimizer_name: str, clipping: float | None = None
+    control: Control,
+    kind: str,
+    stage: int,
+    optimizer_name: str,
+    clipping: float | None = None,
+    zero: dict[str, Any] | None = None,
+    recompute: bool = False,
 ) -> float:
-    # A key bias has a gradient of zero but for rounding, which AdamW would turn into steps of full size.
-    options = {"qkv_bias": optimizer_name == "sgd"}
-    model = tiny_vit(**options)
-    engine = deepspeed_engine(model, optimizer_name, stage, clipping=clipping)
-    own = trained_parameters(control, model, engine, kind)
-    expected = reference_parameters(tiny_vit(**options), kind, optimizer_name, clipping, control.world_size)
-    return largest_difference(own, expected)
+    model = model_for(optimizer_name)
+    model.set_grad_checkpointing(recompute)
+    engine = deepspeed_engine(model, optimizer_name, stage, clipping=clipping, zero=zero)
+    own = trained_parameters(control, engine, kind)
+    return largest_difference(
+        own,
+        reference_parameters(model_for(optimizer_name), kind, optimizer_name, clipping, control.world_size),
+    )
 
 
-def check_bf16(control: Control, kind: str, stage: int) -> dict[str, float]:
+def check_bf16(control: Control, kind: str, stage: int, optimizer_name: str) -> dict[str, float]:
     """Root-mean-square distance from fp64, of the plan under DeepSpeed and of the dense model under DeepSpeed."""
 
     def error(of_kind: str) -> float:
-        model = tiny_vit()
-        own = trained_parameters(
-            control, model, deepspeed_engine(model, "sgd", stage, precision="bf16"), of_kind
+        engine = deepspeed_engine(model_for(optimizer_name), optimizer_name, stage, precision="bf16")
+        own = trained_parameters(control, engine, of_kind)
+        exact = reference_parameters(
+            model_for(optimizer_name).double(), of_kind, optimizer_name, None, control.world_size
         )
-        exact = reference_parameters(tiny_vit().double(), of_kind, "sgd", None, control.world_size)
         squares = [(own[name].double() - exact[name]).square().flatten() for name in exact]
         return float(torch.cat(squares).mean().sqrt())
 
     return {"plan": error(kind), "dense": error("full")}
+
+
+def check_resume(control: Control, saved_by: int, resumed_by: int, precision: str) -> dict[str, Any]:
+    """Difference from an uninterrupted run after a checkpoint goes from one ZeRO stage to another."""
+    folder = Path(control.broadcast(tempfile.mkdtemp().encode()).decode())
+    engine = deepspeed_engine(model_for("adamw"), "adamw", saved_by, precision=precision)
+    trained_parameters(control, engine, "random", [0])
+    engine.save(folder)
+    control.barrier(30)
+    uninterrupted = trained_parameters(control, engine, "random", [1, 2])
+    other = deepspeed_engine(tiny_vit(seed=1, qkv_bias=False), "adamw", resumed_by, precision=precision)
+    other.load(folder)
+    difference = largest_difference(trained_parameters(control, other, "random", [1, 2]), uninterrupted)
+    plain = model_for("adamw")
+    plain.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    return {"difference": difference}
+
+
+def check_user_loop(control: Control, stage: int) -> dict[str, float]:
+    """A loop of the user's own around `d2ft_hpc.initialize`: one dense batch, then the plan that it gave."""
+    replicas, rank = control.world_size, control.rank
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": SLOTS,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "d2ft": {"planner": "joint", "compute_budget": 0.6},
+    }
+    model, reference = model_for("sgd"), model_for("sgd")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    engine, *_ = d2ft_hpc.initialize(model=model, optimizer=optimizer, config=config)
+    for step in range(STEPS):
+        for slot in range(SLOTS):
+            images, labels = micro_batch(step, slot * replicas + rank, SLOTS * replicas)
+            engine.backward(loss_function(engine(images), labels))
+            engine.step()
+    follower = engine.d2ft
+    executor = attach(reference)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.05)
+    batches = [[micro_batch(s, r, SLOTS * replicas) for r in range(SLOTS * replicas)] for s in range(STEPS)]
+    fisher = [fisher_information(reference, executor.subnets, *pair, loss_function) for pair in batches[0]]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    plain = PlainEngine(reference, executor, optimizer, schedule, loss_function)
+    for step, batch in enumerate(batches):
+        if step == 1:
+            executor.load(SkipPlan(follower.plan.operations, replicas=1), 0)
+        plain.step(batch)
+    own = {}
+    with follower._rules.full_model(model, follower._twin) as full:
+        own = {name: parameter.detach().clone() for name, parameter in full.named_parameters()}
+    scores = torch.from_numpy(follower.scores.forward.copy())
+    return {
+        "parameters": largest_difference(own, dict(reference.named_parameters())),
+        "scores": float((scores / torch.cat(fisher) - 1).abs().max()),
+        "planned compute": float(follower._costs.planned_share(follower.plan)),
+    }
+
+
+def check_one_plan_for_all(control: Control) -> dict[str, str]:
+    """ZeRO-3 with activation checkpointing says why rows must be the same, and refuses others."""
+    model = model_for("adamw")
+    model.set_grad_checkpointing(True)
+    engine = deepspeed_engine(model, "adamw", 3)
+    with pytest.raises(PlanError) as refused:
+        engine.check(plan_of("random", 0, control.world_size))
+    return {"why": engine.same_rows or "", "refused": str(refused.value)}
+
+
+def check_private_names(control: Control, stage: int, precision: str) -> dict[str, list[str]]:
+    """What this DeepSpeed's engine lacks of the undocumented attributes that the package uses."""
+    engine = deepspeed_engine(model_for("adamw"), "adamw", stage, precision=precision).engine
+    missing = [name for name in private.ENGINE_ATTRIBUTES if not hasattr(engine, name)]
+    if stage in private.MASTER_WEIGHTS and private.flat_master_weights(engine) is None:
+        missing.append(f"optimizer.{private.MASTER_WEIGHTS[stage]}")
+    return {"missing": missing}
 
 
 def check_bytes(control: Control) -> dict[str, Any]:
@@ -155,32 +261,86 @@ def check_bytes(control: Control) -> dict[str, Any]:
     }
 
 
-def checks(world_size: int) -> dict[str, Callable[[Control], Any]]:
+SMALL_BUCKETS = {
+    "reduce_bucket_size": 1000,
+    "overlap_comm": True,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_prefetch_bucket_size": 5000,
+}
+UNEVEN = {"reduce_bucket_size": 1000, "overlap_comm": False, "contiguous_gradients": False}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "small overlapped buckets": {"zero": SMALL_BUCKETS},
+    "scattered gradients": {"zero": UNEVEN},
+    "offload": {"zero": OFFLOAD},
+    "recompute": {"zero": SMALL_BUCKETS, "recompute": True},
+}
+
+
+def checks(world_size: int, everything: bool = False) -> dict[str, Callable[[Control], Any]]:
+    """By name. `everything`: the whole matrix; else what the default tests run."""
     named: dict[str, Callable[[Control], Any]] = {}
-    for kind in ("full", "same", "random", "whole blocks"):
-        for stage in (0, 1):
-            for optimizer_name in ("sgd", "adamw"):
-                if world_size == 2 or kind == "random":
-                    named[f"fp32 {kind} zero{stage} {optimizer_name}"] = (
-                        lambda c, k=kind, s=stage, o=optimizer_name: check_fp32(c, k, s, o)
+    few = world_size == 2
+    for stage in range(4):
+        for kind in ("full", "same", "random", "whole blocks"):
+            for optimizer in ("sgd", "adamw"):
+                shown = f"{kind} zero{stage} {optimizer}"
+                if everything or (few and optimizer == "adamw") or kind == "random":
+                    named[f"fp32 {shown}"] = partial(
+                        check_fp32, kind=kind, stage=stage, optimizer_name=optimizer
                     )
-    named["fp32 random zero1 adamw clipped"] = lambda c: check_fp32(c, "random", 1, "adamw", 0.05)
-    if world_size == 2:
-        named["bf16 random zero0"] = lambda c: check_bf16(c, "random", 0)
-        named["bf16 whole blocks zero1"] = lambda c: check_bf16(c, "whole blocks", 1)
+                if everything or (few and kind == "random" and optimizer == "adamw" and stage > 0):
+                    named[f"bf16 {shown}"] = partial(
+                        check_bf16, kind=kind, stage=stage, optimizer_name=optimizer
+                    )
+        named[f"fp32 random zero{stage} clipped"] = partial(
+            check_fp32, kind="random", stage=stage, optimizer_name="adamw", clipping=0.05
+        )
+        for variant, options in VARIANTS.items():
+            if (stage == 0 and variant != "recompute") or not (everything or few):
+                continue
+            kinds = ("same",) if variant == "recompute" and stage == 3 else ("random", "whole blocks")
+            for kind in kinds if everything else kinds[:1]:
+                named[f"fp32 {kind} zero{stage} {variant}"] = partial(
+                    check_fp32, kind=kind, stage=stage, optimizer_name="adamw", **options
+                )
+        for precision in ("fp32", "bf16"):
+            if few:
+                named[f"names zero{stage} {precision}"] = partial(
+                    check_private_names, stage=stage, precision=precision
+                )
+            for resumed_by in range(4) if everything else (stage, (stage + 3) % 4) if few else ():
+                named[f"resume {precision} zero{stage} -> zero{resumed_by}"] = partial(
+                    check_resume, saved_by=stage, resumed_by=resumed_by, precision=precision
+                )
+        if few or everything:
+            named[f"user loop zero{stage}"] = partial(check_user_loop, stage=stage)
+    if few:
+        named["one plan for all"] = check_one_plan_for_all
         named["bytes"] = check_bytes
     return named
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--only", default="", help="part of the names of the checks to run")
+    options = parser.parse_args()
     torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
     control = connect(detect(), device_type="cpu")
     results = {}
-    for name, check in checks(control.world_size).items():
+    for name, check in checks(control.world_size, options.all).items():
+        if options.only not in name:
+            continue
+        faulthandler.dump_traceback_later(SECONDS_A_CHECK, exit=True)
+        if control.rank == 0:
+            print(name, file=sys.stderr, flush=True)
         results[name] = check(control)
         gathered = control.all_gather(json.dumps(results[name]).encode())
         if control.rank == 0 and isinstance(results[name], float):
             results[name] = max(json.loads(part) for part in gathered)
+    faulthandler.cancel_dump_traceback_later()
     if control.rank == 0:
         print("RESULTS " + json.dumps(results))
     control.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -9,24 +10,64 @@ import pytest
 from tests.distributed.engine_checks import checks
 from tests.distributed.launching import results_of
 
+EVERYTHING = bool(os.environ.get("D2FT_WHOLE_MATRIX"))
+"""Set by `make test-matrix`."""
+
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda ranks: f"{ranks} ranks")
 def results(request: pytest.FixtureRequest) -> dict[str, Any]:
-    found = results_of("tests.distributed.engine_checks", ranks=request.param)
-    assert set(found) == set(checks(request.param))
+    found = results_of(
+        "tests.distributed.engine_checks",
+        *(["--all"] if EVERYTHING else []),
+        ranks=request.param,
+        timeout_seconds=1800 if EVERYTHING else 400,
+    )
+    assert set(found) == set(checks(request.param, EVERYTHING))
     return found
 
 
+def of_kind(results: dict[str, Any], kind: str) -> dict[str, Any]:
+    return {name: result for name, result in results.items() if name.startswith(kind)}
+
+
 def test_parameters_equal_one_process_in_fp32(results: dict[str, Any]) -> None:
-    differences = {name: difference for name, difference in results.items() if name.startswith("fp32")}
+    differences = of_kind(results, "fp32")
     assert differences
     assert {name: difference for name, difference in differences.items() if not difference <= 1e-6} == {}
 
 
 def test_bf16_error_is_at_most_twice_the_dense_engines(results: dict[str, Any]) -> None:
-    for name, errors in results.items():
-        if name.startswith("bf16"):
-            assert errors["plan"] <= 2 * errors["dense"], name
+    errors = of_kind(results, "bf16")
+    assert {name: both for name, both in errors.items() if not both["plan"] <= 2 * both["dense"]} == {}
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(results: dict[str, Any]) -> None:
+    """Bitwise under the same stage; else as near as two stages are to each other."""
+    for name, result in of_kind(results, "resume").items():
+        _, precision, saved_by, _, resumed_by = name.split()
+        if saved_by == resumed_by:
+            assert result["difference"] == 0, name
+        else:
+            assert result["difference"] <= (1e-6 if precision == "fp32" else 2e-2), name
+
+
+def test_a_loop_of_ones_own_trains_as_its_plan_says(results: dict[str, Any]) -> None:
+    for name, result in of_kind(results, "user loop").items():
+        assert result["parameters"] <= 1e-6, name
+        assert result["scores"] <= 1e-4, name
+        assert 0.4 < result["planned compute"] <= 0.6, name
+
+
+def test_rows_that_must_be_the_same_are_told_and_others_refused(results: dict[str, Any]) -> None:
+    if "one plan for all" in results:
+        assert "recomputed" in results["one plan for all"]["why"]
+        assert "micro-batch 0" in results["one plan for all"]["refused"]
+        assert "Solve a plan for one replica" in results["one plan for all"]["refused"]
+
+
+def test_deepspeed_still_has_the_undocumented_names_that_we_use(results: dict[str, Any]) -> None:
+    for name, result in of_kind(results, "names").items():
+        assert result["missing"] == [], name
 
 
 def test_counted_bytes_are_those_of_a_ring_all_reduce_of_the_gradients(results: dict[str, Any]) -> None:

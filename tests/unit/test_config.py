@@ -38,7 +38,7 @@ def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
         ("plan.compute_buget=0.5", ["plan.compute_buget", "0.5", "did you mean plan.compute_budget?"]),
         ("compute_budget=0.5", ["compute_budget", "did you mean plan.compute_budget?"]),
         ("plan.replan.evry=2", ["plan.replan.evry", "did you mean plan.replan.every?"]),
-        ("nonsense=1", ["nonsense", "valid sections: run, model"]),
+        ("nonsense=1", ["nonsense", "valid here: run, model"]),
         ("plan.compute_budget=0", ["plan.compute_budget=0", "greater than 0"]),
         ("plan.compute_budget=1.5", ["plan.compute_budget=1.5", "less than or equal to 1"]),
         ("data.slots=1.5", ["data.slots=1.5", "integer"]),

@@ -1,0 +1,140 @@
+"""A training state that does not depend on how an engine spreads it: full tensors under timm's parameter names.
+
+Every engine writes and reads it, so that a run goes on under another ZeRO stage, or without DeepSpeed. On disk it is
+two safetensors files: `model.safetensors`, which plain timm loads strictly, and `optimizer.safetensors`. An engine
+that holds part of the parameters on each rank collects its own part under timm's names and merges the parts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from d2ft_hpc.errors import CheckpointError
+
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+
+
+@dataclass
+class PortableState:
+    weights: dict[str, Tensor]
+    """Every parameter and buffer of the model by timm's name; trained ones in float32, as the optimiser keeps them."""
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """By the optimiser's name for it ("exp_avg", "momentum_buffer"), then by parameter: float32, parameter's shape."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    """The optimiser's counters ("step"), the same for all parameters, and a loss scaler's."""
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """The learning-rate schedule's state_dict, as far as it is numbers."""
+
+    def save(self, folder: Path) -> None:
+        """Raises CheckpointError where the files cannot be written."""
+        named = {f"{kind}/{name}": t for kind, of_kind in self.moments.items() for name, t in of_kind.items()}
+        about = {"numbers": json.dumps(self.numbers), "schedule": json.dumps(self.schedule)}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(_compact(self.weights), folder / MODEL)
+            save_file(_compact(named), folder / OPTIMIZER, metadata=about)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder}: the training state cannot be written: {error}") from None
+
+    @classmethod
+    def load(cls, folder: Path) -> PortableState:
+        """Raises CheckpointError where the files are missing or damaged."""
+        try:
+            weights, _ = _read(folder / MODEL)
+            named, about = _read(folder / OPTIMIZER)
+            state = cls(weights, {}, json.loads(about["numbers"]), json.loads(about["schedule"]))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{folder}: no readable training state ({error})") from None
+        for path, tensor in named.items():
+            kind, name = path.split("/", 1)
+            state.moments.setdefault(kind, {})[name] = tensor
+        return state
+
+    def check_fits(self, model_shapes: Mapping[str, torch.Size]) -> None:
+        """Raises CheckpointError where the weights are not those of a model with these names and shapes."""
+        own = {name: tensor.shape for name, tensor in self.weights.items()}
+        differing = sorted(
+            name for name in own.keys() | model_shapes.keys() if own.get(name) != model_shapes.get(name)
+        )
+        if differing:
+            raise CheckpointError(
+                f"the checkpoint is of another model: {len(differing)} weights differ in name or shape, "
+                f"first {differing[0]!r}"
+            )
+
+
+def collect_plain(
+    model: nn.Module, optimizer: Optimizer, masters: Mapping[str, Tensor] | None = None
+) -> PortableState:
+    """The state of an optimiser that keeps a state for each trained parameter.
+
+    masters: what the optimiser steps in place of a parameter, by the parameter's name; None: the parameters.
+    """
+    masters = dict(model.named_parameters()) if masters is None else masters
+    state = PortableState(
+        {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    )
+    for name, master in masters.items():
+        state.weights[name] = master.detach().cpu().clone()
+        for kind, value in optimizer.state.get(master, {}).items():
+            if isinstance(value, Tensor) and value.shape == master.shape:
+                state.moments.setdefault(kind, {})[name] = value.detach().cpu().clone()
+            elif value is not None:
+                state.numbers[kind] = float(value)
+    return state
+
+
+def restore_plain(
+    state: PortableState, model: nn.Module, optimizer: Optimizer, masters: Mapping[str, Tensor] | None = None
+) -> None:
+    """Puts `state` into `model` and its optimiser; `masters` as in `collect_plain`."""
+    model.load_state_dict(state.weights, strict=True)
+    masters = dict(model.named_parameters()) if masters is None else masters
+    for name, master in masters.items():
+        master.data.copy_(state.weights[name])
+        own = {kind: of_kind[name] for kind, of_kind in state.moments.items() if name in of_kind}
+        if own:
+            optimizer.state[master] = {
+                **{kind: torch.tensor(number) for kind, number in state.numbers.items()},
+                **{kind: tensor.to(master.device, copy=True) for kind, tensor in own.items()},
+            }
+
+
+def schedule_numbers(schedule: LRScheduler) -> dict[str, Any]:
+    """What of a schedule's state is plain numbers; its functions come from the configuration."""
+    return {key: value for key, value in schedule.state_dict().items() if _is_plain(value)}
+
+
+def restore_schedule(schedule: LRScheduler, numbers: Mapping[str, Any]) -> None:
+    """Puts the numbers in force, in the schedule and in its optimiser's learning rates."""
+    schedule.load_state_dict({**schedule.state_dict(), **numbers})
+    for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = rate
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(_is_plain(item) for item in value)
+    return isinstance(value, (bool, int, float, str))
+
+
+def _compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        names: Iterable[str] = file.keys()
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}

@@ -1,0 +1,63 @@
+"""Fisher information of each subnet from training steps that run anyway, for loops whose loss we do not know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from d2ft_hpc.model.subnets import SubnetMap
+
+_LINEAR_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+class GradientObserver:
+    """Adds up squared weight gradients of dense micro-batches, by slot, block and head, until `close`.
+
+    A linear layer's gradients follow from its input and its output's gradient; parameters and their hooks are not
+    touched, so that it works wherever an engine keeps them.
+    """
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        subnets: SubnetMap,
+        slots: int,
+        current_slot: Callable[[], int],
+        loss_scale: Callable[[], float],
+    ) -> None:
+        """current_slot: the place in its batch of the micro-batch that runs; loss_scale: what the engine multiplies
+        each loss by before its backward pass."""
+        device = next(model.parameters()).device
+        self.sums = torch.zeros(slots, *subnets.shape, device=device)
+        """float32 [slot, block, head]"""
+        self._subnets, self._current_slot, self._loss_scale = subnets, current_slot, loss_scale
+        self._handles = [
+            block.get_submodule(name).register_forward_hook(self._hook(index, name))
+            for index, block in enumerate(model.blocks)
+            for name in _LINEAR_LAYERS
+        ]
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _hook(self, block: int, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def observe(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if layer.training and output.requires_grad:
+                slot, layer_input = self._current_slot(), inputs[0].detach()
+                output.register_hook(lambda gradient: self._add(slot, block, name, layer_input, gradient))
+
+        return observe
+
+    @torch.no_grad()
+    def _add(self, slot: int, block: int, name: str, layer_input: Tensor, output_gradient: Tensor) -> None:
+        axes = self._subnets.head_axes
+        gradient = output_gradient.float().flatten(0, -2) / self._loss_scale()
+        weight_gradient = gradient.T @ layer_input.float().flatten(0, -2)
+        self.sums[slot, block] += axes[f"{name}.weight"].sum_by_head(weight_gradient.square())
+        if f"{name}.bias" in axes:
+            self.sums[slot, block] += axes[f"{name}.bias"].sum_by_head(gradient.sum(0).square())

@@ -1,0 +1,59 @@
+"""The "d2ft" section of a DeepSpeed configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from d2ft_hpc.config import PlanConfig, explain
+from d2ft_hpc.errors import ConfigError
+
+SECTION = "d2ft"
+
+
+class D2ftSection(PlanConfig):
+    """Planning as in a run's `plan` section, and what `attach` takes."""
+
+    plan: str | None = None
+    """A saved plan to follow from the first step; null: solve one."""
+    embeddings: Literal["frozen", "complete_path", "trained"] = "frozen"
+    """Parameters below every block: frozen, trained by micro-batches that are FULL everywhere, or trained by all."""
+    shared: Literal["flow", "frozen"] = "flow"
+    """Norms, LayerScale and row biases of the blocks: trained by what flows through FULL heads, or frozen."""
+    seed: int = Field(default=0, ge=0)
+    """Of planner `random`."""
+
+
+def split(config: str | Mapping[str, Any]) -> tuple[dict[str, Any], D2ftSection]:
+    """A DeepSpeed configuration (a dict, or the path of a JSON file) without its "d2ft" section, and the section.
+
+    Raises ConfigError where the file is missing or no JSON, or the section has unknown keys or bad values.
+    """
+    settings = dict(config) if isinstance(config, Mapping) else _read(Path(config))
+    section = settings.pop(SECTION, {})
+    try:
+        parsed = D2ftSection.model_validate(section)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error, D2ftSection, f"{SECTION}."))) from None
+    if parsed.replan.every is not None and parsed.replan.unit == "epochs":
+        raise ConfigError(
+            f"{SECTION}.replan.unit='epochs': only the training loop knows its epochs; count steps "
+            f'("replan": {{"every": N, "unit": "steps"}})'
+        )
+    return settings, parsed
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: DeepSpeed's configuration cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: DeepSpeed's configuration is no JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: DeepSpeed's configuration must be an object")
+    return settings
