@@ -94,12 +94,8 @@ class PipelineEngine:
         return None
 
     def check(self, plan: SkipPlan) -> None:
-        check_plan(
-            plan,
-            slots=self.engine.gradient_accumulation_steps(),
-            replicas=self._placement.layout.replicas,
-            same_rows=None,
-        )
+        slots, replicas = self.engine.gradient_accumulation_steps(), self._placement.layout.replicas
+        check_plan(plan, slots=slots, replicas=replicas, same_rows=None)
 
     def full_model(self) -> AbstractContextManager[VisionTransformer]:
         return full_model(self._model, self._part, self.executor, self._placement, self._control)

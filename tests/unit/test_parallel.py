@@ -142,8 +142,8 @@ def test_a_placement_survives_its_file(tmp_path: Path) -> None:
 
 def test_a_plan_for_other_ranks_or_micro_batches_is_refused() -> None:
     plan = SkipPlan.dense(3, 2, DEPTH, HEADS)
-    check_plan(plan, slots=3, replicas=2)
+    check_plan(plan, slots=3, replicas=2, same_rows=None)
     with pytest.raises(PlanError, match="accumulates 4"):
-        check_plan(plan, slots=4, replicas=2)
-    with pytest.raises(PlanError, match="solve a plan for 1"):
-        check_plan(plan, slots=3, replicas=1)
+        check_plan(plan, slots=4, replicas=2, same_rows=None)
+    with pytest.raises(PlanError, match="the engine has 1"):
+        check_plan(plan, slots=3, replicas=1, same_rows=None)
