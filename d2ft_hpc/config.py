@@ -143,6 +143,12 @@ class LaunchConfig(Section):
 class ResultsConfig(Section):
     flush_seconds: float = Field(default=5.0, gt=0)
     """Most that a killed run loses of its records."""
+    locking: Literal["yes", "no", "best-effort"] = "best-effort"
+    """Whether a lock keeps other processes from writing the same run; best-effort: where the file system has locks."""
+    file_per_rank: bool = False
+    """Each rank writes its own figures to results.ranks/, which results.h5 joins; for thousands of ranks."""
+    tensorboard: bool = False
+    """Also write TensorBoard's files, to the run's folder tensorboard/."""
 
 
 class RunConfig(Section):

@@ -49,11 +49,11 @@ class PlainEngine:
         with report.timed("optimizer"):
             zero_missing_gradients(self._model)
             trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-            report.gradient_norm = float(nn.utils.clip_grad_norm_(trained, self._max_norm))
+            report.gradient_norm = nn.utils.clip_grad_norm_(trained, self._max_norm)
             self._optimizer.step()
             self._schedule.step()
             self._optimizer.zero_grad()
-        report.loss = float(torch.stack(losses).mean())
+        report.loss = torch.stack(losses).mean()
         return report
 
     def save(self, folder: Path) -> None:

@@ -258,10 +258,8 @@ def _link_column(group: Any, field: Field, segments: Sequence[Segment], folder: 
             piece, stored = segment.columns[path]
             if 0 not in piece:
                 name = f"{folder}/{segment.name}".replace("%", "%%")
-                inside = tuple(slice(size) for size in piece[1:])
-                layout[(slice(start, start + rows), *inside)] = h5py.VirtualSource(
-                    name, path, piece, dtype=stored
-                )
+                place = (slice(start, start + rows), *(slice(size) for size in piece[1:]))
+                layout[place] = h5py.VirtualSource(name, path, piece, dtype=stored)
         start += rows
     fill = None if field.kind == "text" else MISSING[field.kind]
     _label(group.create_virtual_dataset(field.name, layout, fillvalue=fill), field)

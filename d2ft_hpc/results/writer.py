@@ -24,7 +24,7 @@ from d2ft_hpc.results.reader import open_run
 from d2ft_hpc.results.schema import GROUPS, TABLES, Array, Field, Group, Scalar
 from d2ft_hpc.results.segments import Contents, Segments, cannot_write
 
-Locking = bool | Literal["best-effort"]
+Locking = Literal["yes", "no", "best-effort"]
 _Row = dict[str, Array | str]
 
 
@@ -254,7 +254,7 @@ class ResultsWriter:
             try:
                 self.flush()
                 refused = False
-            except ResultsError as fault:
+            except Exception as fault:  # whatever it is, the next flush may succeed, and `close` reports it
                 if not refused:
                     logging.getLogger(__name__).warning("%s (kept in memory, tried again)", fault)
                 refused = True
@@ -275,7 +275,7 @@ class ResultsWriter:
 
 def _lock(path: Path, locking: Locking) -> int | None:
     """An exclusive lock that ends with this process; its file descriptor, None without a lock."""
-    if locking is False:
+    if locking == "no":
         return None
     descriptor = None
     try:
@@ -286,9 +286,9 @@ def _lock(path: Path, locking: Locking) -> int | None:
         taken = True
     except OSError as fault:
         taken = False
-        if locking is True:
+        if locking == "yes":
             raise ResultsError(
-                f"cannot lock {path}: {fault.strerror}; set results.locking to false or best-effort"
+                f"cannot lock {path}: {fault.strerror}; set results.locking to no or best-effort"
             ) from fault
     if descriptor is not None:
         with suppress(OSError):

@@ -202,7 +202,7 @@ def test_an_exception_keeps_what_was_computed(tmp_path):
 @pytest.mark.parametrize("how", ["killed", "closed"])
 def test_resume_continues_after_the_checkpoint(tmp_path, how):
     path = tmp_path / "results.h5"
-    writer = ResultsWriter(path, flush_seconds=0, locking=False)  # a kill leaves no lock
+    writer = ResultsWriter(path, flush_seconds=0, locking="no")  # a kill leaves no lock
     writer.put("config", {"yaml": "a: 1"})
     writer.put("environment", {}, {"device": "old"})
     for step in range(10):
@@ -235,7 +235,7 @@ def test_a_run_has_one_writer(tmp_path):
     with ResultsWriter(tmp_path / "results.h5") as writer:
         with pytest.raises(ResultsError, match="another process writes this run"):
             ResultsWriter.resume(writer.path, last_step=0)
-        ResultsWriter.resume(writer.path, last_step=0, locking=False)
+        ResultsWriter.resume(writer.path, last_step=0, locking="no")
     with pytest.raises(ResultsError, match="closed"):
         writer.append("steps", step_row(0))
 
