@@ -111,6 +111,8 @@ class TrainConfig(Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each label that is spread evenly over all classes."""
     evaluate_every_epochs: int = Field(default=1, gt=0)
+    evaluate_at_start: bool = True
+    """Whether the model is evaluated before its first step too."""
     checkpoint_every_epochs: int | None = Field(default=None, gt=0)
     """null: only the finished model is saved."""
     resume: bool = False

@@ -80,7 +80,7 @@ def _train_epochs(
     config, control = job.config, job.control
     progress = Progress(control.rank, job.total_steps)
     runner = StepRunner(job, engine)
-    if position.steps_done == 0:
+    if position.steps_done == 0 and config.train.evaluate_at_start:
         _evaluate(job, writer, board, progress, position)
     for epoch in range(position.epochs_done, job.num_epochs):
         job.sampler.set_epoch(epoch)
