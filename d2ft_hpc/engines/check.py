@@ -15,7 +15,7 @@ def check_plan(plan: SkipPlan, *, slots: int, replicas: int, same_rows: str | No
     slots: micro-batches of one replica in a batch; replicas: those that the engine has; same_rows: why all replicas
     must follow the same rows, None if they need not.
     """
-    if plan.slots != slots:
+    if plan.binding == "slot" and plan.slots != slots:
         raise PlanError(
             f"the plan has rows for {plan.slots} micro-batches a replica, the engine accumulates {slots} into a step: "
             f"solve a plan for {slots} (data.slots, or gradient_accumulation_steps in DeepSpeed's JSON)"

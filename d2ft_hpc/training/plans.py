@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,24 +16,20 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from d2ft_hpc import __version__
 from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch
-from d2ft_hpc.launch import Control, share
-from d2ft_hpc.metering import StepCosts
-from d2ft_hpc.planning import PlanProblem, SkipPlan, solve
-from d2ft_hpc.scores import fisher_information, weight_magnitude
+from d2ft_hpc.launch import Control, agreed, share
+from d2ft_hpc.metering import StepCosts, meter
+from d2ft_hpc.planning import PlanProblem, SkipPlan, plan_samples, solve
+from d2ft_hpc.scores import Scores, gradient_scores, weight_magnitude
+from d2ft_hpc.scores.gradients import GradientScore
+from d2ft_hpc.scores.measured import ScoreCache, digest
 from d2ft_hpc.training.job import Job
 
-
-@dataclass(frozen=True)
-class Scores:
-    """Contribution scores, float32 [row, block, head]; row = slot * replicas + replica."""
-
-    forward: np.ndarray
-    backward: np.ndarray
-    seconds: float
-    """Time that measuring them took, charged to the run."""
+UNSCORED = ("dense", "samples", "random", "last_blocks", "stochastic_depth")
+"""Planners that read no scores."""
 
 
 def is_due(config: PlanConfig, *, epoch: int, step_of_epoch: int, steps_done: int) -> bool:
@@ -46,45 +45,84 @@ def is_due(config: PlanConfig, *, epoch: int, step_of_epoch: int, steps_done: in
 def measure_scores(job: Job, model: VisionTransformer, loss_function: LossFunction) -> Scores | None:
     """Scores averaged over the first batches of the sampler's epoch; on all ranks together, the same on each.
 
-    model: the job's model, or a copy with its present weights.
-    None for planners that read no scores.
+    model: the job's model, or a copy with its present weights. None for planners that read no scores.
     """
     config = job.config.plan
-    if config.planner in ("dense", "random"):
+    if config.planner in UNSCORED:
         return None
     start = time.perf_counter()
-    loader = train_loader(job.train_set, job.sampler)
-    of_slots = [
-        torch.cat([fisher_information(model, job.executor.subnets, *pair, loss_function) for pair in batch])
-        for batch in islice(batches_of(job, loader), config.probe_batches)
-    ]
-    fisher = rows_of_all(job.control, torch.stack(of_slots).mean(0))
-    backward = fisher
-    if config.backward_score == "weight_magnitude":
-        magnitude = weight_magnitude(model, job.executor.subnets).cpu().numpy()
-        backward = np.broadcast_to(magnitude, fisher.shape)
-    return Scores(fisher, backward, time.perf_counter() - start)
+    loader = train_loader(job.train_set, job.sampler, device=job.device)
+    batches = list(islice(batches_of(job, loader), config.probe_batches))
+    if config.score_cache is None:
+        return _measure(job, model, batches, loss_function, start)
+    cache = ScoreCache(Path(config.score_cache))
+    key = _cache_key(job, model, batches)
+    if kept := share(job.control, lambda: cache.read(key), "the cached scores"):
+        return Scores.from_bytes(kept)
+    scores = _measure(job, model, batches, loss_function, start)
+    with agreed(job.control, "keeping the scores"):
+        if job.control.rank == 0:
+            cache.write(key, scores)
+    return scores
 
 
-def make_plan(job: Job, scores: Scores | None, same_rows: bool = False) -> SkipPlan:
+def _measure(
+    job: Job,
+    model: VisionTransformer,
+    batches: list[list[MicroBatch]],
+    loss_function: LossFunction,
+    start: float,
+) -> Scores:
+    config, subnets = job.config.plan, job.executor.subnets
+    names = (config.forward_score, config.backward_score)
+    gradient_names: list[GradientScore] = [name for name in names if name != "weight_magnitude"]
+    with meter() as metered:
+        measured = [
+            [gradient_scores(model, subnets, *pair, loss_function, gradient_names) for pair in batch]
+            for batch in (batches if gradient_names else [])
+        ]
+    rows: dict[str, np.ndarray] = {
+        name: rows_of_all(
+            job.control,
+            torch.stack([torch.cat([of_pair[name] for of_pair in batch]) for batch in measured]).mean(0),
+        )
+        for name in gradient_names
+    }
+    if "weight_magnitude" in names:
+        magnitude = weight_magnitude(model, subnets).cpu().numpy()
+        rows["weight_magnitude"] = np.broadcast_to(magnitude, job.plan_shape)
+    flops = sum(
+        struct.unpack("<d", part)[0] for part in job.control.all_gather(struct.pack("<d", metered.flops))
+    )
+    forward, backward = (rows[name] for name in names)
+    return Scores(forward, backward, time.perf_counter() - start, *names, flops)
+
+
+def _cache_key(job: Job, model: VisionTransformer, batches: list[list[MicroBatch]]) -> str:
+    """Of all ranks' weights and images and of the settings that decide the scores."""
+    config = job.config
+    settings = {
+        "version": __version__,
+        "scores": [config.plan.forward_score, config.plan.backward_score],
+        "label_smoothing": config.train.label_smoothing,
+        "precision": config.engine.precision,
+        "shape": job.plan_shape,
+        "batches": len(batches),
+    }
+    tensors = [tensor for batch in batches for pair in batch for tensor in pair]
+    parts = job.control.all_gather(digest(model, tensors, settings))
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def make_plan(job: Job, scores: Scores | None, index: int, *, same_rows: bool = False) -> SkipPlan:
     """Rank 0 solves; every rank gets the same plan or raises the same PlanError.
 
+    index: how many plans were made before; planners that draw draw anew for each.
     same_rows: all replicas follow the same rows.
     """
-
-    def solve_here() -> SkipPlan:
-        return solve_configured(
-            job.config.plan,
-            scores,
-            job.costs,
-            slots=job.config.data.slots,
-            replicas=job.control.world_size,
-            subnets=job.executor.subnets.shape,
-            seed=job.config.run.seed,
-            same_rows=same_rows,
-        )
-
-    return SkipPlan.from_bytes(share(job.control, lambda: solve_here().to_bytes(), "the plan"))
+    return SkipPlan.from_bytes(
+        share(job.control, lambda: _solve(job, scores, index, same_rows).to_bytes(), "the plan")
+    )
 
 
 def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
@@ -92,6 +130,30 @@ def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[M
     on_device = ((images.to(job.device), labels.to(job.device)) for images, labels in micro_batches)
     while batch := list(islice(on_device, job.config.data.slots)):
         yield batch
+
+
+def _solve(job: Job, scores: Scores | None, index: int, same_rows: bool) -> SkipPlan:
+    config, replicas = job.config.plan, job.control.world_size
+    if config.planner == "samples":
+        return plan_samples(
+            samples=job.config.data.slots * job.config.data.micro_batch_size,
+            slots=job.config.data.slots,
+            replicas=replicas,
+            num_blocks=job.executor.subnets.num_blocks,
+            num_heads=job.executor.subnets.num_heads,
+            compute_budget=config.compute_budget,
+            score_cost=job.costs.score_flops / job.costs.dense_flops,
+        )
+    return solve_configured(
+        config,
+        scores,
+        job.costs,
+        slots=job.config.data.slots,
+        replicas=replicas,
+        subnets=job.executor.subnets.shape,
+        seed=(job.config.run.seed, index),
+        same_rows=same_rows,
+    )
 
 
 def solve_configured(
@@ -102,10 +164,10 @@ def solve_configured(
     slots: int,
     replicas: int,
     subnets: tuple[int, int],
-    seed: int,
+    seed: tuple[int, int],
     same_rows: bool = False,
 ) -> SkipPlan:
-    """The plan that `config` asks for, on this rank alone.
+    """The plan of micro-batches that `config` asks for, on this rank alone.
 
     subnets: (blocks, heads). same_rows: one replica's plan, by the scores' mean over the replicas, for all of them.
     """
@@ -129,6 +191,7 @@ def solve_configured(
         forward_cost=costs.forward_share,
         always_share=costs.always_share,
     )
+    assert config.planner != "samples", "plans of samples are another kind"
     plan = solve(problem, config.planner, **_planner_options(config, seed))
     copies = replicas // posed_replicas
     return replace(
@@ -140,12 +203,16 @@ def solve_configured(
     )
 
 
-def _planner_options(config: PlanConfig, seed: int) -> dict[str, Any]:
+def _planner_options(config: PlanConfig, seed: tuple[int, int]) -> dict[str, Any]:
     match config.planner:
         case "paper":
             return {"full_share": config.full_share}
         case "random":
             return {"full_share": config.full_share, "seed": seed}
+        case "stochastic_depth":
+            return {"seed": seed}
+        case "routing":
+            return {"capacity_factor": config.capacity_factor}
         case "joint":
             return {"time_limit_seconds": config.time_limit_seconds, "coverage": config.coverage}
         case "makespan":
