@@ -63,7 +63,7 @@ class ZeroRules:
             raise ConfigError(f"{where}zero_optimization.stage={stage!r}: ZeRO has the stages 0, 1, 2 and 3")
         for key, what in _NEVER_TRIED.items():
             value = _get(config, key)
-            if value and value != 1:
+            if value is True or (value and value != 1):  # a size of 1 is none
                 raise ConfigError(
                     f"{where}{key}={value!r} {what}, and was never tried under a plan that skips: remove it"
                 )
