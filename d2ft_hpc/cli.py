@@ -37,11 +37,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
     train.set_defaults(run=_train)
 
-    report = commands.add_parser("report", help="compare finished or running runs in a table and a picture")
+    report = commands.add_parser("report", help="compare finished or running runs in a table and on a page")
     report.add_argument(
         "runs", nargs="+", type=Path, help="run folders or results files; the first is the baseline"
     )
-    report.add_argument("--png", type=Path, help="where to write the picture")
+    report.add_argument(
+        "--html", type=Path, default=Path("report.html"), help="page to write (default: report.html)"
+    )
+    report.add_argument("--png", type=Path, help="also write a picture of compute and time")
     report.set_defaults(run=_report)
 
     plan = commands.add_parser(
@@ -83,6 +86,29 @@ def _parser() -> argparse.ArgumentParser:
     planner.add_argument("--seed", type=int, default=0, help="of the scores")
     planner.add_argument("--json", action="store_true", help="end with one line of JSON")
     planner.set_defaults(run=_bench_planner)
+
+    for name, what in (
+        ("overhead", "DeepSpeed's step time with an all-FULL plan over that without us"),
+        ("speed", "DeepSpeed's step time under a plan over the dense one, beside the plan's promise"),
+    ):
+        engine = benches.add_parser(
+            name,
+            help=what,
+            description=f"{what}; start it alone or with mpirun, srun, torchrun or deepspeed.",
+        )
+        engine.add_argument("--model", default="vit_tiny_patch16_224", help="a timm VisionTransformer's name")
+        engine.add_argument("--image-size", type=int, default=64, help="pixels")
+        engine.add_argument("--micro-batch-size", type=int, default=8, help="samples")
+        engine.add_argument("--slots", type=int, default=2, help="micro-batches of a replica in a step")
+        engine.add_argument("--stage", type=int, default=1, choices=range(4), help="of ZeRO")
+        engine.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+        engine.add_argument("--steps", type=int, default=100, help="measured steps of each")
+        engine.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+        if name == "speed":
+            engine.add_argument("--planner", default="makespan")
+            engine.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
+        engine.set_defaults(run=_bench_engine, bench=name)
+
     images = benches.add_parser(
         "data",
         help="images a second that a configuration's training data delivers",
@@ -110,28 +136,6 @@ def _parser() -> argparse.ArgumentParser:
     parallel.add_argument("--repeats", type=int, default=15, help="steps of each plan")
     parallel.add_argument("--json", action="store_true", help="end with one line of JSON")
     parallel.set_defaults(run=_bench_parallel)
-
-    for name, what in (
-        ("overhead", "DeepSpeed's step time with an all-FULL plan over that without us"),
-        ("speed", "DeepSpeed's step time under a plan over the dense one, beside the plan's promise"),
-    ):
-        engine = benches.add_parser(
-            name,
-            help=what,
-            description=f"{what}; start it alone or with mpirun, srun, torchrun or deepspeed.",
-        )
-        engine.add_argument("--model", default="vit_tiny_patch16_224", help="a timm VisionTransformer's name")
-        engine.add_argument("--image-size", type=int, default=64, help="pixels")
-        engine.add_argument("--micro-batch-size", type=int, default=8, help="samples")
-        engine.add_argument("--slots", type=int, default=2, help="micro-batches of a replica in a step")
-        engine.add_argument("--stage", type=int, default=1, choices=range(4), help="of ZeRO")
-        engine.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-        engine.add_argument("--steps", type=int, default=100, help="measured steps of each")
-        engine.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-        if name == "speed":
-            engine.add_argument("--planner", default="makespan")
-            engine.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
-        engine.set_defaults(run=_bench_engine, bench=name)
     return parser
 
 
@@ -221,6 +225,39 @@ def _bench_planner(options: argparse.Namespace) -> int:
     return run_guarded(None, run)
 
 
+def _bench_engine(options: argparse.Namespace) -> int:
+    import torch
+
+    from d2ft_hpc.launch import connect, detect, run_guarded
+
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    control = connect(detect(), device_type=device)
+
+    def run() -> None:
+        from d2ft_hpc.bench.engine import Workload, overhead, speed
+
+        workload = Workload(
+            model=options.model,
+            image_size=options.image_size,
+            micro_batch_size=options.micro_batch_size,
+            slots=options.slots,
+            stage=options.stage,
+            precision=options.precision,
+            steps=options.steps,
+            device=torch.device(device),
+        )
+        if options.bench == "overhead":
+            told = overhead(workload, control)
+        else:
+            told = speed(workload, control, options.planner, options.compute_budget)
+        if control.rank == 0:
+            print(told)
+
+    return run_guarded(control, run)
+
+
 def _bench_data(options: argparse.Namespace) -> int:
     from d2ft_hpc.launch import run_guarded
 
@@ -291,39 +328,6 @@ def _bench_parallel(options: argparse.Namespace) -> int:
     return run_guarded(control, run)
 
 
-def _bench_engine(options: argparse.Namespace) -> int:
-    import torch
-
-    from d2ft_hpc.launch import connect, detect, run_guarded
-
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    control = connect(detect(), device_type=device)
-
-    def run() -> None:
-        from d2ft_hpc.bench.engine import Workload, overhead, speed
-
-        workload = Workload(
-            model=options.model,
-            image_size=options.image_size,
-            micro_batch_size=options.micro_batch_size,
-            slots=options.slots,
-            stage=options.stage,
-            precision=options.precision,
-            steps=options.steps,
-            device=torch.device(device),
-        )
-        if options.bench == "overhead":
-            told = overhead(workload, control)
-        else:
-            told = speed(workload, control, options.planner, options.compute_budget)
-        if control.rank == 0:
-            print(told)
-
-    return run_guarded(control, run)
-
-
 def _train(options: argparse.Namespace) -> int:
     from d2ft_hpc.launch import run_guarded
 
@@ -371,7 +375,8 @@ def _report(options: argparse.Namespace) -> int:
     from d2ft_hpc.report import report
 
     def run() -> None:
-        print(report(options.runs, options.png))
+        print(report(options.runs, page=options.html, png=options.png))
+        print(f"page: {options.html}")
 
     return run_guarded(None, run)
 

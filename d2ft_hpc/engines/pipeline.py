@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StepReport, zero_m
 from d2ft_hpc.engines.model_parallel import MakeOptimizer, full_model, load_state, save_state, share_part
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
+from d2ft_hpc.metering.phases import phase
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.part import ModelPart
 from d2ft_hpc.planning import SkipPlan
@@ -68,22 +68,19 @@ class PipelineEngine:
             config={**config, "pipeline": {**_WHOLE_MESSAGES, **config.get("pipeline", {})}},
         )
         self._slot = 0
-        self._row: AbstractContextManager[None] | None = None
-        self._forward_seconds = self._started = 0.0
+        self._row: ExitStack | None = None
         self._module.register_forward_pre_hook(self._before_forward)
         self._module.register_forward_hook(self._after_forward)
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
-        """`seconds` has under "backward" all that is not the stage's forward: messages, waiting, the optimiser."""
+        """All that is neither the stage's forward nor communication counts as backward, the optimiser too."""
         report = StepReport(learning_rate=self.engine.get_lr()[0])
         dtype = next(self._part.parameters()).dtype
-        self._slot, self._forward_seconds = 0, 0.0
-        started = time.perf_counter()
+        self._slot = 0
         # Before the first backward, because the engine reduces gradients as soon as the last one is done.
         zero_missing_gradients(self._part)
-        self.engine.train_batch(iter([(images.to(dtype), labels) for images, labels in micro_batches]))
-        report.seconds["forward"] = self._forward_seconds
-        report.seconds["backward"] = time.perf_counter() - started - self._forward_seconds
+        with report.timed("backward"):
+            self.engine.train_batch(iter([(images.to(dtype), labels) for images, labels in micro_batches]))
         norm = self.engine.get_global_grad_norm()
         report.gradient_norm = float("nan") if norm is None else float(norm)
         report.loss = loss_of_replica(self.engine)
@@ -108,15 +105,14 @@ class PipelineEngine:
 
     def _before_forward(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if module.training:
-            self._row = self.executor.micro_batch(self._slot)
-            self._row.__enter__()
+            self._row = ExitStack()
+            self._row.enter_context(self.executor.micro_batch(self._slot))
+            self._row.enter_context(phase("forward"))
             self._slot += 1
-            self._started = time.perf_counter()
 
     def _after_forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self._row is not None:
-            self._forward_seconds += time.perf_counter() - self._started
-            self._row.__exit__(None, None, None)
+            self._row.close()
             self._row = None
 
 

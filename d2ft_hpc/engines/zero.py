@@ -14,7 +14,7 @@ from torch import nn
 
 from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed, whole
-from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.planning import SkipPlan
@@ -63,7 +63,7 @@ class ZeroRules:
             raise ConfigError(f"{where}zero_optimization.stage={stage!r}: ZeRO has the stages 0, 1, 2 and 3")
         for key, what in _NEVER_TRIED.items():
             value = _get(config, key)
-            if value and value != 1:
+            if value is True or (value and value != 1):  # a size of 1 is none
                 raise ConfigError(
                     f"{where}{key}={value!r} {what}, and was never tried under a plan that skips: remove it"
                 )
@@ -81,6 +81,11 @@ class ZeroRules:
     def check(self, plan: SkipPlan, model: nn.Module, engine: Any) -> None:
         """Raises PlanError or ConfigError where `engine` cannot run `plan` exactly."""
         check_recompute(model)
+        if plan.binding == "sample" and self.stage == 3:
+            raise PlanError(
+                "planner samples scores images with a second model that shares the first one's weights, which ZeRO-3 "
+                "spreads over ranks: use zero_optimization.stage 0, 1 or 2"
+            )
         check_plan(
             plan,
             slots=int(engine.gradient_accumulation_steps()),

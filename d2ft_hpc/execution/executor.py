@@ -82,14 +82,18 @@ class PlanExecutor:
                 )
         self._slots = [] if plan.binding == "sample" else self._rows(rows)
         # Where all replicas run a block densely their gradients come alike, and nothing need be done.
-        all_dense = (
-            (plan.operations == Operation.FULL).all(axis=2).reshape(plan.slots, plan.replicas, -1).all(1)
-        )
+        all_full = (plan.operations == Operation.FULL).all(axis=2)
+        all_dense = all_full.reshape(plan.slots, plan.replicas, -1).all(axis=1)
         self._one_point = [
             [self._reduction.happens_in(slot, plan.slots) and not dense for dense in all_dense[slot]]
-            for slot in range(plan.slots)
+            for slot in range(len(self._slots))
         ]
         self.plan = plan
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every block runs densely on every micro-batch; it may be one of chosen samples."""
+        return self.plan is None or self.plan.binding == "sample" or self.plan.is_dense
 
     def unload(self) -> None:
         """Back to dense training."""

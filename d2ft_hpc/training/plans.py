@@ -20,7 +20,6 @@ from d2ft_hpc import __version__
 from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch
-from d2ft_hpc.errors import PlanError
 from d2ft_hpc.launch import Control, agreed, share
 from d2ft_hpc.metering import StepCosts, meter
 from d2ft_hpc.parallel.layout import Layout, Placement
@@ -47,8 +46,7 @@ def is_due(config: PlanConfig, *, epoch: int, step_of_epoch: int, steps_done: in
 def measure_scores(job: Job, model: VisionTransformer, loss_function: LossFunction) -> Scores | None:
     """Scores averaged over the first batches of the sampler's epoch; on all ranks together, the same on each.
 
-    model: the whole one, with the present weights.
-    None for planners that read no scores.
+    model: the job's model, or a copy with its present weights. None for planners that read no scores.
     """
     config = job.config.plan
     if config.planner in UNSCORED:
@@ -119,39 +117,16 @@ def _cache_key(job: Job, model: VisionTransformer, batches: list[list[MicroBatch
 
 
 def make_plan(
-    job: Job, placement: Placement, scores: Scores | None, *, index: int, same_rows: bool = False
+    job: Job, placement: Placement, scores: Scores | None, index: int, *, same_rows: bool = False
 ) -> SkipPlan:
     """Rank 0 solves; every rank gets the same plan or raises the same PlanError.
 
-    index: how many plans were made before; planners that draw draw anew for each. same_rows: all replicas follow the
-    same rows.
+    index: how many plans were made before; planners that draw draw anew for each.
+    same_rows: all replicas follow the same rows.
     """
-    config = job.config
-
-    def solve_here() -> SkipPlan:
-        if config.plan.planner == "samples":
-            return plan_samples(
-                samples=config.data.slots * config.data.micro_batch_size,
-                slots=config.data.slots,
-                replicas=job.layout.replicas,
-                num_blocks=job.executor.subnets.num_blocks,
-                num_heads=job.executor.subnets.num_heads,
-                compute_budget=config.plan.compute_budget,
-                score_cost=job.costs.score_flops / job.costs.dense_flops,
-            )
-        return solve_configured(
-            config.plan,
-            scores,
-            job.costs,
-            slots=config.data.slots,
-            replicas=job.layout.replicas,
-            subnets=job.executor.subnets.shape,
-            seed=(config.run.seed, index),
-            same_rows=same_rows,
-            placement=placement,
-        )
-
-    return SkipPlan.from_bytes(share(job.control, lambda: solve_here().to_bytes(), "the plan"))
+    return SkipPlan.from_bytes(
+        share(job.control, lambda: _solve(job, placement, scores, index, same_rows).to_bytes(), "the plan")
+    )
 
 
 def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
@@ -159,6 +134,31 @@ def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[M
     on_device = ((images.to(job.device), labels.to(job.device)) for images, labels in micro_batches)
     while batch := list(islice(on_device, job.config.data.slots)):
         yield batch
+
+
+def _solve(job: Job, placement: Placement, scores: Scores | None, index: int, same_rows: bool) -> SkipPlan:
+    config, replicas = job.config.plan, job.layout.replicas
+    if config.planner == "samples":
+        return plan_samples(
+            samples=job.config.data.slots * job.config.data.micro_batch_size,
+            slots=job.config.data.slots,
+            replicas=replicas,
+            num_blocks=job.executor.subnets.num_blocks,
+            num_heads=job.executor.subnets.num_heads,
+            compute_budget=config.compute_budget,
+            score_cost=job.costs.score_flops / job.costs.dense_flops,
+        )
+    return solve_configured(
+        config,
+        scores,
+        job.costs,
+        slots=job.config.data.slots,
+        replicas=replicas,
+        subnets=job.executor.subnets.shape,
+        seed=(job.config.run.seed, index),
+        same_rows=same_rows,
+        placement=placement,
+    )
 
 
 def solve_configured(
@@ -169,19 +169,17 @@ def solve_configured(
     slots: int,
     replicas: int,
     subnets: tuple[int, int],
-    seed: int | tuple[int, int],
+    seed: tuple[int, int],
     same_rows: bool = False,
     placement: Placement | None = None,
 ) -> SkipPlan:
-    """The plan that `config` asks for, on this rank alone.
+    """The plan of micro-batches that `config` asks for, on this rank alone.
 
     subnets: (blocks, heads). same_rows: one replica's plan, by the scores' mean over the replicas, for all of them.
-    placement: where the subnets of a replica are; None: all on one rank.
+    placement: where a replica's subnets are; None: all on one rank.
     """
     if config.planner == "dense":
         return SkipPlan.dense(slots, replicas, *subnets)
-    if config.planner == "samples":
-        raise PlanError("plan.planner=samples draws samples in d2ft-hpc train alone: use another planner")
     posed_replicas = 1 if same_rows else replicas
 
     def posed(values: np.ndarray) -> np.ndarray:
@@ -202,6 +200,7 @@ def solve_configured(
         forward_cost=costs.forward_share,
         always_share=costs.always_share,
     )
+    assert config.planner != "samples", "plans of samples are another kind"
     plan = solve(problem, config.planner, **_planner_options(config, seed))
     copies = replicas // posed_replicas
     return replace(
@@ -213,7 +212,7 @@ def solve_configured(
     )
 
 
-def _planner_options(config: PlanConfig, seed: int | tuple[int, int]) -> dict[str, Any]:
+def _planner_options(config: PlanConfig, seed: tuple[int, int]) -> dict[str, Any]:
     match config.planner:
         case "paper":
             return {"full_share": config.full_share}

@@ -20,7 +20,7 @@ from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.scores import Scores, weight_magnitude
 from d2ft_hpc.scores.observe import GradientObserver
-from d2ft_hpc.training.plans import rows_of_all, solve_configured
+from d2ft_hpc.training.plans import UNSCORED, rows_of_all, solve_configured
 from d2ft_hpc.user_loop.section import D2ftSection
 
 
@@ -50,6 +50,7 @@ class PlanFollower:
         self._observer: GradientObserver | None = None
         self._batches = 0  # begun since the newest plan was made
         self._seen = -1
+        self._plans_made = 0
         # Before DeepSpeed's own hooks, which gather weights.
         model.register_forward_pre_hook(self._before_forward)
 
@@ -100,7 +101,7 @@ class PlanFollower:
 
     @property
     def _needs_scores(self) -> bool:
-        return self.section.planner not in ("dense", "random")
+        return self.section.planner not in UNSCORED
 
     def _before_forward(self, model: nn.Module, inputs: Any) -> None:
         if not model.training or not torch.is_grad_enabled() or self._engine is None:
@@ -139,11 +140,12 @@ class PlanFollower:
                 slots=int(self._engine.gradient_accumulation_steps()),
                 replicas=int(self._engine.dp_world_size),
                 subnets=self.executor.subnets.shape,
-                seed=self.section.seed,
+                seed=(self.section.seed, self._plans_made),
                 same_rows=self._rules.same_rows(self._model) is not None,
             ).to_bytes()
 
         plan = SkipPlan.from_bytes(share(self.control, solve, "the plan"))
+        self._plans_made += 1
         self.follow(plan)
         seconds = time.perf_counter() - start
         self.planning_seconds += seconds
@@ -155,11 +157,12 @@ class PlanFollower:
     def _collect_scores(self, observer: GradientObserver) -> Scores:
         observer.close()
         fisher = rows_of_all(self.control, observer.sums / self.section.probe_batches)
+        names = (self.section.forward_score, self.section.backward_score)
         if self.section.backward_score == "fisher":
-            return Scores(fisher, fisher, 0.0)
+            return Scores(fisher, fisher, 0.0, *names, 0)
         with self._rules.full_model(self._model, self._twin) as model:
             magnitude = weight_magnitude(model, self.executor.subnets).cpu().numpy()
-        return Scores(fisher, np.broadcast_to(magnitude, fisher.shape), 0.0)
+        return Scores(fisher, np.broadcast_to(magnitude, fisher.shape), 0.0, *names, 0)
 
     def _say(self, text: str) -> None:
         if self.control.rank == 0:

@@ -14,6 +14,13 @@ from d2ft_hpc.errors import ConfigError
 
 SECTION = "d2ft"
 
+_USABLE: dict[str, tuple[str | None, ...]] = {
+    "forward_score": ("fisher",),
+    "backward_score": ("fisher", "weight_magnitude"),
+    "score_cache": (None,),
+}
+"""What scores a user's own steps can give."""
+
 
 class D2ftSection(PlanConfig):
     """Planning as in a run's `plan` section, and what `attach` takes."""
@@ -39,6 +46,17 @@ def split(config: str | Mapping[str, Any]) -> tuple[dict[str, Any], D2ftSection]
         parsed = D2ftSection.model_validate(section)
     except ValidationError as error:
         raise ConfigError("\n".join(explain(error, D2ftSection, f"{SECTION}."))) from None
+    for key, usable in _USABLE.items():
+        value = getattr(parsed, key)
+        if value not in usable:
+            raise ConfigError(
+                f"{SECTION}.{key}={value!r}: only d2ft-hpc train can do that; "
+                f"in a loop of your own: {', '.join(map(repr, usable))}"
+            )
+    if parsed.planner == "samples":
+        raise ConfigError(
+            f"{SECTION}.planner='samples' composes batches anew, which only d2ft-hpc train can do; use another planner"
+        )
     if parsed.replan.every is not None and parsed.replan.unit == "epochs":
         raise ConfigError(
             f"{SECTION}.replan.unit='epochs': only the training loop knows its epochs; count steps "

@@ -37,7 +37,7 @@ from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.planning import SkipPlan
-from d2ft_hpc.scores import fisher_information
+from d2ft_hpc.scores import gradient_scores
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
 SECONDS_A_CHECK = 60
@@ -208,7 +208,10 @@ def check_user_loop(control: Control, stage: int) -> dict[str, float]:
     executor = attach(reference)
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.05)
     batches = [[micro_batch(s, r, SLOTS * replicas) for r in range(SLOTS * replicas)] for s in range(STEPS)]
-    fisher = [fisher_information(reference, executor.subnets, *pair, loss_function) for pair in batches[0]]
+    fisher = [
+        gradient_scores(reference, executor.subnets, *pair, loss_function, ["fisher"])["fisher"]
+        for pair in batches[0]
+    ]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     plain = PlainEngine(reference, executor, optimizer, schedule, loss_function)
     for step, batch in enumerate(batches):

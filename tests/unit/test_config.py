@@ -109,9 +109,11 @@ def test_deepspeed_settings_that_cannot_run_plans_are_refused() -> None:
         "stage": 1,
         "overlap_comm": False,
     }
-    with pytest.raises(ConfigError, match=r"stage=7.*ZeRO has the stages 0, 1, 2 and 3"):
-        complete({"zero_optimization": {"stage": 7}})
-    with pytest.raises(ConfigError, match=r"stage=0 with engine\.precision=fp16"):
+    with pytest.raises(ConfigError, match=r"stage=4: ZeRO has the stages 0, 1, 2 and 3"):
+        complete({"zero_optimization": {"stage": 4}})
+    with pytest.raises(ConfigError, match=r"engine\.deepspeed\.sparse_gradients=True.*remove it"):
+        complete({"sparse_gradients": True})
+    with pytest.raises(ConfigError, match=r"stage=0 with fp16"):
         complete({"zero_optimization": {"stage": 0}}, "fp16")
     with pytest.raises(ConfigError, match=r"engine\.deepspeed\.train_batch_size"):
         complete({"train_batch_size": 8})

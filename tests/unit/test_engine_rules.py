@@ -1,0 +1,122 @@
+"""What is refused before the first step, the section of DeepSpeed's JSON, portable states, undocumented names."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm.layers
+import torch
+from safetensors.torch import load_file
+
+from d2ft_hpc.engines.check import check_plan, check_recompute
+from d2ft_hpc.engines.deepspeed_private import SURFACE
+from d2ft_hpc.engines.portable import PortableState, collect_plain, restore_plain
+from d2ft_hpc.engines.zero import ZeroRules
+from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
+from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.user_loop.section import split
+from tests.models import DEPTH, HEADS, random_batch, tiny_vit
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"slots": 3}, "rows for 2 micro-batches a replica, the engine accumulates 3"),
+        ({"replicas": 4}, "for 2 replicas, the engine has 4"),
+        ({"same_rows": "the pipes cross"}, "rows differ in micro-batch 1, but the pipes cross"),
+    ],
+)
+def test_plans_that_do_not_fit_the_engine_are_refused(asked: dict[str, Any], told: str) -> None:
+    operations = np.full((4, DEPTH, HEADS), 2, np.uint8)
+    operations[3, 0, 0] = 0
+    plan = SkipPlan(operations, replicas=2)
+    check_plan(plan, slots=2, replicas=2, same_rows=None)
+    with pytest.raises(PlanError, match=told):
+        check_plan(plan, **{"slots": 2, "replicas": 2, "same_rows": None, **asked})
+
+
+def test_reentrant_recomputation_is_refused() -> None:
+    if not hasattr(timm.layers, "set_reentrant_ckpt"):
+        pytest.skip("this timm is always reentrant")
+    model = tiny_vit()
+    model.set_grad_checkpointing()
+    check_recompute(model)
+    timm.layers.set_reentrant_ckpt(True)
+    try:
+        with pytest.raises(ConfigError, match="set_reentrant_ckpt"):
+            check_recompute(model)
+    finally:
+        timm.layers.set_reentrant_ckpt(False)
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"compute_bugdet": 0.5}, r"d2ft\.compute_bugdet: unknown key.*did you mean d2ft\.compute_budget\?"),
+        ({"compute_budget": 2.0}, r"d2ft\.compute_budget=2\.0"),
+        ({"replan": {"every": 2}}, "count steps"),
+        ({"planner": "samples"}, "only d2ft-hpc train"),
+        ({"forward_score": "gradient_norm"}, r"d2ft\.forward_score"),
+    ],
+)
+def test_a_bad_section_is_told(section: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        split({"d2ft": section})
+
+
+def test_a_configuration_file_that_is_none_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.json.*cannot be read"):
+        split(str(tmp_path / "absent.json"))
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ConfigError, match="is no JSON"):
+        split(str(tmp_path / "broken.json"))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_the_shipped_deepspeed_configurations_can_run_plans(path: Path) -> None:
+    settings, section = split(str(path))
+    assert ZeroRules.of(settings).stage == int(path.stem[len("zero")])
+    assert "d2ft" not in settings
+    assert section.compute_budget == json.loads(path.read_text())["d2ft"]["compute_budget"]
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_deepspeed_still_has_what_it_does_not_document(name: str) -> None:
+    module, _, path = name.partition(":")
+    found: Any = import_module(module)
+    for part in path.split("."):
+        assert hasattr(found, part), (
+            f"this DeepSpeed lacks {name}: mend d2ft_hpc/engines/deepspeed_private.py"
+        )
+        found = getattr(found, part)
+
+
+def test_a_portable_state_comes_back_bitwise_and_names_what_does_not_fit(tmp_path: Path) -> None:
+    model, other = tiny_vit(), tiny_vit(seed=1)
+    optimizers = [torch.optim.AdamW(each.parameters(), lr=1e-3) for each in (model, other)]
+    images, labels = random_batch(0)
+    for _ in range(2):
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+    collect_plain(model, optimizers[0]).save(tmp_path)
+    restore_plain(PortableState.load(tmp_path), other, optimizers[1])
+    for each, optimizer in zip((model, other), optimizers, strict=True):
+        torch.nn.functional.cross_entropy(each(images), labels).backward()
+        optimizer.step()
+    assert all(bool((a == b).all()) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    tiny_vit().load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+    state = PortableState.load(tmp_path)
+    del state.weights["head.bias"]
+    with pytest.raises(CheckpointError, match=r"of another model.*head\.bias"):
+        state.check_fits({name: tensor.shape for name, tensor in model.state_dict().items()})
+    (tmp_path / "optimizer.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="no readable training state"):
+        PortableState.load(tmp_path)
