@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.block import BlockHeads, run_block
@@ -45,7 +46,7 @@ class PlanExecutor:
         """Time spent on following plans so far, on this rank: everything but the blocks' own work."""
         self._any_parameter = next(model.parameters())
         # Each shape is compiled for itself: kernels for shapes that may vary are slower.
-        self._dense_forward = torch.compile(_dense_forward, dynamic=False) if compile else _dense_forward
+        self._compiled = torch.compile(_dense_forward, dynamic=False) if compile else None
 
     def follow(self, slot_source: Callable[[], int] | None, reduction: Reduction) -> None:
         """Fits the executor to an engine that counts micro-batches itself, or reduces gradients during backward.
@@ -158,13 +159,21 @@ class PlanExecutor:
     ) -> Tensor:
         """Block `index` with these heads; None: all of them."""
         if heads is None or heads.is_dense:
-            return self._dense_forward(block, x, *args, **kwargs)
+            return self._run_dense(block, x, *args, **kwargs)
         return run_block(block, x, heads, self.subnets.head_axes, *args, **kwargs)
 
     def link(self, block: Block, index: int) -> None:
         """Lets a block of the model, its copy or its part follow this executor as block `index`."""
         block._d2ft = _BlockLink(self, index)
         block.forward = MethodType(_planned_forward, block)
+
+    def _run_dense(self, block: Block, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # A mode that counts operators sees none in a compiled block, and one that is on when a block would be compiled
+        # keeps it from being compiled for good.
+        if self._compiled is None or _get_current_dispatch_mode() is not None:
+            return _dense_forward(block, x, *args, **kwargs)
+        result: Tensor = self._compiled(block, x, *args, **kwargs)
+        return result
 
     def _rows(self, operations: np.ndarray) -> list[list[BlockHeads]]:
         return [[self._heads(cells, index) for index, cells in enumerate(row)] for row in operations]
