@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,10 +23,10 @@ def probe(model: nn.Module, *, training: bool) -> Iterator[None]:
         try:
             model.train(training)
             if recomputes:
-                model.set_grad_checkpointing(False)
+                cast(Any, model).set_grad_checkpointing(False)
             yield
         finally:
             if recomputes:
-                model.set_grad_checkpointing(True)
+                cast(Any, model).set_grad_checkpointing(True)
             for module, was_training in modes:
                 module.training = was_training

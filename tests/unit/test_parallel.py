@@ -16,6 +16,7 @@ from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.model.subnets import SubnetMap
+from d2ft_hpc.parallel.gather import part_of
 from d2ft_hpc.parallel.head_split import check_owner, cut_block, even_owner, heads_of, join_block
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.part import ModelPart
@@ -59,6 +60,31 @@ def test_blocks_cut_by_head_join_to_the_same_block(options: dict[str, object]) -
         assert all(torch.equal(joined[name], expected[name]) for name in expected)
         cut = own[0]["attn.qkv.weight"].numel() + own[1]["attn.qkv.weight"].numel()
         assert cut == expected["attn.qkv.weight"].numel()
+
+
+def test_a_ranks_part_of_whole_tensors_is_what_it_holds() -> None:
+    """What a checkpoint gives each rank is what cutting the model gave it; all parts make the whole again."""
+    owner = np.array([(0, 1, 0), (1, 0, 1), (0, 0, 1), (1, 0, 0)])
+    whole = tiny_vit(qk_norm=True)
+    subnets, state = SubnetMap.of(whole), dict(whole.named_parameters())
+    names = {name for name in state if name.startswith("blocks.")}
+    parts = []
+    for rank in range(2):
+        placement = Placement(Layout.of(2, rank, tensor_ranks=2), [range(DEPTH)], owner)
+        own, cut = part_of(state, names, subnets, placement), tiny_vit(qk_norm=True)
+        for index, block in enumerate(cut.blocks):
+            cut_block(block, subnets.head_axes, heads_of(owner, index, rank))
+        expected = dict(cut.named_parameters())
+        assert all(torch.equal(own[name], expected[name]) for name in names)
+        parts.append(own)
+    for index in range(DEPTH):
+        prefix = f"blocks.{index}."
+        inner = [
+            {name.removeprefix(prefix): part[name] for name in part if name.startswith(prefix)}
+            for part in parts
+        ]
+        joined = join_block(inner, subnets, owner, index)
+        assert all(torch.equal(joined[name], state[prefix + name]) for name in joined)
 
 
 @given(st.integers(1, 5), st.integers(1, 12), st.integers(1, 12))
