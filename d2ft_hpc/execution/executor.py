@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.block import BlockHeads, run_block
@@ -45,7 +46,7 @@ class PlanExecutor:
         """Time spent on following plans so far, on this rank: everything but the blocks' own work."""
         self._any_parameter = next(model.parameters())
         # Each shape is compiled for itself: kernels for shapes that may vary are slower.
-        self._dense_forward = torch.compile(_dense_forward, dynamic=False) if compile else _dense_forward
+        self._compiled = torch.compile(_dense_forward, dynamic=False) if compile else None
 
     def follow(self, slot_source: Callable[[], int] | None, reduction: Reduction) -> None:
         """Fits the executor to an engine that counts micro-batches itself, or reduces gradients during backward.
@@ -129,7 +130,7 @@ class PlanExecutor:
     def run(self, block: Block, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Block `index` under the current row; `args` are the block's own."""
         if not self._slots or not block.training:
-            return self._dense_forward(block, x, *args, **kwargs)
+            return self._run_dense(block, x, *args, **kwargs)
         start = time.perf_counter()
         slot = self._slot if self._slot_source is None else self._slot_source()
         if slot is None:
@@ -150,8 +151,16 @@ class PlanExecutor:
 
     def _run(self, block: Block, heads: BlockHeads, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if heads.is_dense:
-            return self._dense_forward(block, x, *args, **kwargs)
+            return self._run_dense(block, x, *args, **kwargs)
         return run_block(block, x, heads, self.subnets.head_axes, *args, **kwargs)
+
+    def _run_dense(self, block: Block, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # A mode that counts operators sees none in a compiled block, and one that is on when a block would be compiled
+        # keeps it from being compiled for good.
+        if self._compiled is None or _get_current_dispatch_mode() is not None:
+            return _dense_forward(block, x, *args, **kwargs)
+        result: Tensor = self._compiled(block, x, *args, **kwargs)
+        return result
 
     def _rows(self, operations: np.ndarray) -> list[list[BlockHeads]]:
         return [[self._heads(cells) for cells in row] for row in operations]
