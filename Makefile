@@ -1,4 +1,4 @@
-# make demo | test | test-matrix | lint | test-oldest | wheel | clean
+# make demo | test | lint | test-oldest | test-matrix | test-deepspeed | wheel | clean
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -20,7 +20,7 @@ find_python = for p in $(1); do \
 PYTHONS ?= python3.13 python3.12 python3.11 python3.10 python3 $(wildcard $(HOME)/.pyenv/versions/3.1[0-3].*/bin/python)
 PYTHON310S ?= python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python)
 
-.PHONY: help demo test test-matrix lint test-oldest wheel clean
+.PHONY: help demo test lint test-oldest test-matrix test-deepspeed wheel clean
 help:
 	@sed -n 1s/..//p Makefile
 
@@ -49,11 +49,6 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest $(PYTEST_ARGS)
 
-# Every engine x plan x precision x optimiser; minutes.
-test-matrix: $(VENV)/.installed-dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" D2FT_WHOLE_MATRIX=1 python -m pytest tests/distributed/test_engines.py \
-		tests/distributed/test_parallel.py $(PYTEST_ARGS)
-
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,6 +63,18 @@ $(OLDEST_VENV)/.installed: pyproject.toml tests/oldest-requirements.txt
 
 test-oldest: $(OLDEST_VENV)/.installed
 	PATH="$(CURDIR)/$(OLDEST_VENV)/bin:$$PATH" python -m pytest $(PYTEST_ARGS)
+
+# Every engine, plan, precision and optimiser on 2 and 4 ranks; `make test` runs a choice of them.
+test-matrix: $(VENV)/.installed-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" D2FT_WHOLE_MATRIX=1 python -m pytest tests/distributed/test_engines.py \
+		tests/distributed/test_parallel.py
+
+# The engines on the newest DeepSpeed that pip finds and on the oldest supported one.
+DEEPSPEED_TESTS := tests/unit/test_engine_rules.py tests/distributed/test_engines.py tests/distributed/test_user_loop.py
+test-deepspeed: $(VENV)/.installed-dev $(OLDEST_VENV)/.installed
+	$(BIN)/python -m pip install -q --upgrade deepspeed
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest $(DEEPSPEED_TESTS)
+	PATH="$(CURDIR)/$(OLDEST_VENV)/bin:$$PATH" python -m pytest $(DEEPSPEED_TESTS)
 
 wheel: | $(BIN)/python
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .

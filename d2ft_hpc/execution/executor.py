@@ -16,7 +16,14 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.block import BlockHeads, run_block
-from d2ft_hpc.execution.gradients import Reduction, one_point, require_input_gradient, zero_gradient
+from d2ft_hpc.execution.gradients import (
+    Owners,
+    Reduction,
+    one_point,
+    owners_of,
+    require_input_gradient,
+    zero_gradient,
+)
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 
@@ -41,7 +48,9 @@ class PlanExecutor:
         self._slot: int | None = None
         self._slot_source: Callable[[], int] | None = None
         self._reduction = Reduction.AFTER_BACKWARD
-        self.first_block = model.blocks[0]
+        self.blocks: dict[int, Block] = {}
+        """The blocks that follow this executor, by index; `link` adds them."""
+        self._owners: dict[int, Owners] = {}
         self.lookup_seconds = 0.0
         """Time spent on following plans so far, on this rank: everything but the blocks' own work."""
         self._any_parameter = next(model.parameters())
@@ -56,7 +65,7 @@ class PlanExecutor:
         """
         self._slot_source, self._reduction = slot_source, reduction
         if reduction is Reduction.BY_BLOCK:
-            require_input_gradient(self.first_block)
+            require_input_gradient(self.blocks[0])
 
     def load(self, plan: SkipPlan, replica: int) -> None:
         """Makes the rows of `replica` in `plan` the ones that the next micro-batches follow.
@@ -89,6 +98,7 @@ class PlanExecutor:
             [self._reduction.happens_in(slot, plan.slots) and not dense for dense in all_dense[slot]]
             for slot in range(len(self._slots))
         ]
+        self._owners = {index: owners_of(block) for index, block in self.blocks.items()}
         self.plan = plan
 
     @property
@@ -148,7 +158,7 @@ class PlanExecutor:
             # Embeddings take no part in this micro-batch; a reduction during backward still waits for them.
             x = x.detach() if self._reduction is Reduction.AFTER_BACKWARD else zero_gradient(x)
         if self._one_point[slot][index]:
-            with one_point(block, x, gives_gradients=heads.full is not None) as x:
+            with one_point(self._owners[index], x, gives_gradients=heads.full is not None) as x:
                 self.lookup_seconds += time.perf_counter() - start
                 return self._run(block, index, heads, x, *args, **kwargs)
         self.lookup_seconds += time.perf_counter() - start
@@ -164,6 +174,7 @@ class PlanExecutor:
 
     def link(self, block: Block, index: int) -> None:
         """Lets a block of the model, its copy or its part follow this executor as block `index`."""
+        self.blocks[index] = block
         block._d2ft = _BlockLink(self, index)
         block.forward = MethodType(_planned_forward, block)
 

@@ -40,28 +40,35 @@ class Reduction(Enum):
                 return False
 
 
-@contextmanager
-def one_point(block: Block, x: Tensor, *, gives_gradients: bool) -> Iterator[Tensor]:
-    """Inside, `block` computes with stand-ins of its trainable parameters; yields what stands in for its input `x`.
+Owners = list[tuple[dict[str, Any], str, nn.Parameter]]
+"""Of each trainable parameter of a block: the dictionary that its module keeps it in, its name there, itself."""
 
-    gives_gradients: whether anything that runs inside takes gradients of the block's parameters.
-    """
-    owners = [
-        (module, name, parameter)
+
+def owners_of(block: Block) -> Owners:
+    return [
+        (module._parameters, name, parameter)
         for module in block.modules()
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.requires_grad
     ]
+
+
+@contextmanager
+def one_point(owners: Owners, x: Tensor, *, gives_gradients: bool) -> Iterator[Tensor]:
+    """Inside, a block computes with stand-ins of its trainable parameters; yields what stands in for its input `x`.
+
+    gives_gradients: whether anything that runs inside takes gradients of the block's parameters.
+    """
     through = _OnePoint.apply(x, *(parameter for _, _, parameter in owners))
     # An input without a gradient (frozen embeddings below) keeps none, unless the pass must go through it.
-    stand_in, parameters = through[0] if x.requires_grad or not gives_gradients else x, through[1:]
-    for (module, name, _), parameter in zip(owners, parameters, strict=True):
-        module._parameters[name] = parameter
+    stand_in = through[0] if x.requires_grad or not gives_gradients else x
+    for (kept, name, _), parameter in zip(owners, through[1:], strict=True):
+        kept[name] = parameter
     try:
         yield stand_in
     finally:
-        for module, name, parameter in owners:
-            module._parameters[name] = parameter
+        for kept, name, parameter in owners:
+            kept[name] = parameter
 
 
 def zero_gradient(x: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ class TensorParallelExecutor(PlanExecutor):
         ranks = messages.group.size()
         check_owner(owner, whole.subnets.shape, ranks)
         vars(self).update(vars(whole))
+        self.blocks = dict(whole.blocks)
         self.unload()
         self._owner, self._messages = owner, messages
         self._axes = [
@@ -92,7 +93,6 @@ def share_blocks(
                     f"it to 0, or engine.tensor_parallel=1"
                 )
     executor = TensorParallelExecutor(whole, owner, messages)
-    executor.first_block = blocks[min(blocks)]
     for index, block in blocks.items():
         cut_block(block, whole.subnets.head_axes, heads_of(owner, index, messages.rank))
         executor.link(block, index)

@@ -86,6 +86,7 @@ def _train_epochs(
     config, control = job.config, job.control
     progress = Progress(control.rank, job.total_steps)
     runner = StepRunner(job, engine, placement)
+    start_step = position.steps_done
     if position.steps_done == 0 and config.train.evaluate_at_start:
         _evaluate(job, engine, writer, board, progress, position)
     for epoch in range(position.epochs_done, job.num_epochs):
@@ -116,6 +117,8 @@ def _train_epochs(
                 writer.flush()
             saved = save_checkpoint(job.checkpoints, engine, engine.executor.plan, position, control)
             _note(writer, position, "checkpoint", str(saved.name))
+    per_step = engine.executor.lookup_seconds / max(position.steps_done - start_step, 1)
+    progress.say(f"following the plan took {1e6 * per_step:.0f} us a step, beside the blocks' own work")
 
 
 def _profile(job: Job) -> PassProfile:

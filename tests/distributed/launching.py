@@ -33,6 +33,13 @@ def run(
     command = [sys.executable, *arguments]
     if ranks > 1:
         command = [mpirun(), "-n", str(ranks), *command]
+    return run_command(command, timeout_seconds=timeout_seconds, cwd=cwd, **environment)
+
+
+def run_command(
+    command: list[str], *, timeout_seconds: float, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a launcher's whole command line, from the repository unless `cwd` is given."""
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
         command,

@@ -89,6 +89,22 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished_run: Path, tmp_
     assert all(bool((one[name] == other[name]).all()) for name in one)
 
 
+def test_a_run_goes_on_under_another_zero_stage(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run, tmp_path / "demo")
+    shutil.rmtree(tmp_path / "demo" / "checkpoints" / "epoch-0002")
+    train(
+        tmp_path,
+        "train.epochs=2",
+        "plan.replan.every=1",
+        "train.resume=true",
+        "engine.deepspeed.zero_optimization.stage=3",
+    )
+    with h5py.File(finished_run / "results.h5") as one, h5py.File(tmp_path / "demo" / "results.h5") as other:
+        np.testing.assert_allclose(other["steps"]["loss"], one["steps"]["loss"], rtol=2e-3)
+    model = timm.create_model("vit_digits_demo", num_classes=5)
+    model.load_state_dict(load_file(tmp_path / "demo" / "model.safetensors"), strict=True)
+
+
 @pytest.mark.parametrize("engine", ["plain", "deepspeed"])
 def test_one_process_without_a_launcher(tmp_path: Path, engine: str) -> None:
     train(tmp_path, "train.epochs=1", f"engine.name={engine}", ranks=1)
