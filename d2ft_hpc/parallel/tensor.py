@@ -92,6 +92,17 @@ def share_blocks(
                     f"block {index} has dropout in {name}, of which every tensor-parallel rank would draw its own: set "
                     f"it to 0, or engine.tensor_parallel=1"
                 )
+        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+            added = [
+                part
+                for part, _ in block.get_submodule(name).named_parameters()
+                if part not in ("weight", "bias")
+            ]
+            if added:
+                raise UnsupportedModelError(
+                    f"block {index} has {added[0]} in {name} (LoRA?), which tensor-parallel ranks would not sum up: "
+                    f"train the whole weights, or set engine.tensor_parallel=1"
+                )
     executor = TensorParallelExecutor(whole, owner, messages)
     for index, block in blocks.items():
         cut_block(block, whole.subnets.head_axes, heads_of(owner, index, messages.rank))
