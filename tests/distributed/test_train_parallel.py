@@ -40,7 +40,10 @@ def test_train_resume_and_export(tmp_path: Path, layout: list[str]) -> None:
         assert "pipeline stages (share of the dense FLOPs): blocks 0-2 50." in shown
     folder = tmp_path / "demo"
     steps = results.open_run(folder).table("steps")
-    np.testing.assert_allclose(steps["executed_flops"], steps["planned_flops"], rtol=1e-3)
+    if layout is TENSOR:
+        np.testing.assert_allclose(steps["executed_flops"], steps["planned_flops"], rtol=1e-3)
+    else:  # what is recomputed is on top of the plan
+        assert (steps["executed_flops"] > 1.05 * steps["planned_flops"]).all()
     assert steps["samples"].sum() == 2 * 716
     assert results.open_run(folder).attributes("environment")["replicas"] == 1
     weights = load_file(folder / "model.safetensors")
