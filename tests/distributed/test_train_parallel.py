@@ -67,11 +67,11 @@ def test_an_export_goes_on_in_another_layout(tmp_path: Path) -> None:
     before = results.open_run(tmp_path / "demo").table("evaluations")
     train(
         tmp_path,
-        "run.name=on",
+        "run.name=continued",
         f"model.weights={tmp_path}/demo/model.safetensors",
         "train.epochs=1",
         "plan.planner=dense",
         ranks=1,
     )
-    after = results.open_run(tmp_path / "on").table("evaluations")
+    after = results.open_run(tmp_path / "continued").table("evaluations")
     assert after["loss"][0] == pytest.approx(before["loss"][-1], rel=1e-6)
