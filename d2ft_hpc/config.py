@@ -313,6 +313,11 @@ class RunConfig(Section):
                     f"last batch of an epoch does not have; remove it"
                 )
         stage = engine.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        if engine.pipeline_stages > 1 and stage == 1 and self.optimizer.classifier_factor != 1:
+            raise ValueError(
+                f"optimizer.classifier_factor={self.optimizer.classifier_factor} with {parts} and ZeRO 1: DeepSpeed sums "
+                f"norms by parameter group, and only the last stage has the classifier's; use 1, or ZeRO 0"
+            )
         if engine.pipeline_stages > 1 and stage > 1:
             raise ValueError(
                 f"engine.deepspeed.zero_optimization.stage={stage} with {parts}: a pipeline's stages keep their "

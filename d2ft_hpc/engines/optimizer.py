@@ -16,7 +16,9 @@ from d2ft_hpc.config import OptimizerConfig
 
 def build_optimizer(model: VisionTransformer, config: OptimizerConfig) -> Optimizer:
     """timm's optimiser of that name over the trainable parameters; no weight decay on norms and biases."""
-    classifier = {id(parameter) for parameter in model.get_classifier().parameters()}
+    # Groups of its own only where needed: a pipeline's ZeRO-1 sums norms group by group on all stages alike.
+    own_rate = config.classifier_factor != 1
+    classifier = {id(parameter) for parameter in model.get_classifier().parameters() if own_rate}
     groups = []
     for group in param_groups_weight_decay(model, config.weight_decay):
         body: list[nn.Parameter] = []
