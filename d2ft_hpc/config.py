@@ -315,8 +315,8 @@ class RunConfig(Section):
         stage = engine.deepspeed.get("zero_optimization", {}).get("stage", 0)
         if engine.pipeline_stages > 1 and stage == 1 and self.optimizer.classifier_factor != 1:
             raise ValueError(
-                f"optimizer.classifier_factor={self.optimizer.classifier_factor} with {parts} and ZeRO 1: DeepSpeed sums "
-                f"norms by parameter group, and only the last stage has the classifier's; use 1, or ZeRO 0"
+                f"optimizer.classifier_factor={self.optimizer.classifier_factor} with {parts} and ZeRO 1: DeepSpeed "
+                f"sums norms by parameter group, and only the last stage has the classifier's; use 1, or ZeRO 0"
             )
         if engine.pipeline_stages > 1 and stage > 1:
             raise ValueError(
