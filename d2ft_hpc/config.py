@@ -118,9 +118,25 @@ class ReplanConfig(Section):
     unit: Literal["steps", "epochs"] = "epochs"
 
 
+class SamplesConfig(Section):
+    """Planner `samples`: a forward pass at a low resolution scores every sample, then some train, drawn by score."""
+
+    image_size: int | None = Field(default=None, gt=0)
+    """Height and width at which samples are scored, pixels, a multiple of the patch size; null: half of
+    data.image_size, rounded up to whole patches."""
+    score: Literal["error", "loss"] = "error"
+    """error: how far the predicted probabilities are from the label (it bounds the gradient's norm); loss: the cross
+    entropy."""
+    uniform_share: float = Field(default=0.25, ge=0)
+    """Multiple of the mean score that every score gets on top, so that easy samples are drawn too."""
+    weights: Literal["none", "unbiased"] = "none"
+    """unbiased: drawn samples are weighted so that the expected gradient is the whole batch's."""
+
+
 class PlanConfig(Section):
     planner: Literal[
         "dense",
+        "samples",
         "paper",
         "joint",
         "makespan",
@@ -163,6 +179,7 @@ class PlanConfig(Section):
     """Planner `depth`: each micro-batch is FULL in all blocks or in none."""
     time_limit_seconds: float = Field(default=10.0, gt=0)
     """Planner `joint`, `makespan` and `depth`: after this the best plan so far, or the greedy one, is taken."""
+    samples: SamplesConfig = SamplesConfig()
     replan: ReplanConfig = ReplanConfig()
 
 
@@ -175,6 +192,9 @@ class EngineConfig(Section):
     """Largest norm of the gradient; null: no clipping."""
     deepspeed: dict[str, Any] = {}
     """Further settings for DeepSpeed, in its own names."""
+    compile: bool = False
+    """Whether torch.compile makes the kernels of dense blocks: those of planners `dense` and `samples`, of scoring and
+    of evaluation. Blocks that skip heads run without it."""
 
 
 class LaunchConfig(Section):

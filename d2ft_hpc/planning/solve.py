@@ -85,5 +85,11 @@ def _solve_dense(problem: PlanProblem) -> SkipPlan:
     operations = np.full(problem.forward_score.shape, Operation.FULL, dtype=np.uint8)
     objective = problem.objective(operations)
     return SkipPlan(
-        operations, problem.replicas, "dense", objective=objective, bound=objective, gap=0.0, status="dense"
+        operations,
+        problem.replicas,
+        planner="dense",
+        objective=objective,
+        bound=objective,
+        gap=0.0,
+        status="dense",
     )

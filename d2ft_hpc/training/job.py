@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -20,8 +20,9 @@ from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.launch import Control
-from d2ft_hpc.metering import StepCosts, measure_costs
+from d2ft_hpc.metering import StepCosts, measure_costs, meter
 from d2ft_hpc.model.build import build_model, pixel_statistics
+from d2ft_hpc.selection import SampleScorer, SampleSelection
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Job:
     train_set: LabelledImages
     evaluation_set: LabelledImages
     sampler: MicroBatchSampler
+    selection: SampleSelection | None
+    """What draws the samples that train; None where all of them do."""
 
     @property
     def total_steps(self) -> int:
@@ -100,9 +103,41 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         weights=config.model.weights,
         options=config.model.options,
     ).to(device)
-    executor = attach(model, embeddings=config.model.embeddings, shared=config.model.shared)
-    costs = measure_costs(model, executor, (3, config.data.image_size, config.data.image_size))
-    return Job(config, control, device, model, executor, costs, train_set, evaluation_set, sampler)
+    executor = attach(
+        model,
+        embeddings=config.model.embeddings,
+        shared=config.model.shared,
+        compile=config.engine.compile,
+    )
+    image_shape = (3, config.data.image_size, config.data.image_size)
+    costs = measure_costs(model, executor, image_shape)
+    selection = None
+    if config.plan.planner == "samples":
+        scorer = _scorer(config, model)
+        selection = SampleSelection(
+            scorer,
+            uniform_share=config.plan.samples.uniform_share,
+            weights=config.plan.samples.weights,
+            seed=config.run.seed,
+            replica=control.rank,
+        )
+        with meter() as metered:
+            scorer(
+                torch.zeros(1, *image_shape, device=device), torch.zeros(1, device=device, dtype=torch.long)
+            )
+        costs = replace(costs, score_flops=metered.flops)
+    return Job(config, control, device, model, executor, costs, train_set, evaluation_set, sampler, selection)
+
+
+def _scorer(config: RunConfig, model: VisionTransformer) -> SampleScorer:
+    patch_size = model.patch_embed.patch_size[0]
+    half = -(-config.data.image_size // (2 * patch_size)) * patch_size
+    return SampleScorer(
+        model,
+        config.plan.samples.image_size or half,
+        score=config.plan.samples.score,
+        autocast_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.engine.precision),
+    )
 
 
 def _load_data(config: RunConfig, split: Split) -> LabelledImages:

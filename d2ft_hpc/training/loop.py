@@ -189,6 +189,7 @@ def _record_plan(
             "hash": plan.hash,
             "planner": plan.planner,
             "replicas": plan.replicas,
+            "binding": plan.binding,
             "objective": plan.objective,
             "bound": plan.bound,
             "gap": plan.gap,

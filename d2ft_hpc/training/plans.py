@@ -20,13 +20,13 @@ from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch
 from d2ft_hpc.launch import Control, agreed, share
 from d2ft_hpc.metering import meter
-from d2ft_hpc.planning import PlanProblem, SkipPlan, solve
+from d2ft_hpc.planning import PlanProblem, SkipPlan, plan_samples, solve
 from d2ft_hpc.scores import Scores, gradient_scores, weight_magnitude
 from d2ft_hpc.scores.gradients import GradientScore
 from d2ft_hpc.scores.measured import ScoreCache, digest
 from d2ft_hpc.training.job import Job
 
-UNSCORED = ("dense", "random", "last_blocks", "stochastic_depth")
+UNSCORED = ("dense", "samples", "random", "last_blocks", "stochastic_depth")
 """Planners that read no scores."""
 
 
@@ -126,6 +126,16 @@ def _solve(job: Job, scores: Scores | None, index: int) -> SkipPlan:
     if config.planner == "dense":
         rows, blocks, heads = job.plan_shape
         return SkipPlan.dense(rows // replicas, replicas, blocks, heads)
+    if config.planner == "samples":
+        return plan_samples(
+            samples=job.config.data.slots * job.config.data.micro_batch_size,
+            slots=job.config.data.slots,
+            replicas=replicas,
+            num_blocks=job.executor.subnets.num_blocks,
+            num_heads=job.executor.subnets.num_heads,
+            compute_budget=config.compute_budget,
+            score_cost=job.costs.score_flops / job.costs.dense_flops,
+        )
     equal = np.ones(job.plan_shape)
     problem = PlanProblem.parallel(
         equal if scores is None else scores.forward.astype(np.float64),
