@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from d2ft_hpc.model.probe import probe
-from d2ft_hpc.model.subnets import SubnetMap
+from d2ft_hpc.model.subnets import LINEAR_LAYERS, SubnetMap
 
 GradientScore = Literal["fisher", "gradient_magnitude", "taylor"]
 Granularity = Literal["micro_batch", "sample"]
@@ -27,8 +27,6 @@ _FP16_SCALE = 2.0**10
 """Keeps the gradients of a mean loss within fp16's range."""
 _GRADIENT_BYTES = 1 << 28
 """Weight gradients of so many samples as fit are formed at a time."""
-
-_LINEAR_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 def gradient_scores(
@@ -122,7 +120,7 @@ def _recorded(model: VisionTransformer) -> Iterator[list[_Record]]:
     handles = [
         block.get_submodule(name).register_forward_hook(hook_for(index, name))
         for index, block in enumerate(model.blocks)
-        for name in _LINEAR_LAYERS
+        for name in LINEAR_LAYERS
     ]
     try:
         yield records

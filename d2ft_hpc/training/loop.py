@@ -15,6 +15,7 @@ from d2ft_hpc.config import RunConfig
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
+from d2ft_hpc.model.lora import timm_state
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.scores import Scores
@@ -51,7 +52,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
         _train_epochs(job, engine, writer, position)
     with agreed(control, "saving the model"):
         if control.rank == 0:
-            weights = {name: tensor.contiguous() for name, tensor in job.model.state_dict().items()}
+            weights = {name: tensor.contiguous() for name, tensor in timm_state(job.model).items()}
             save_file(weights, config.run_folder / MODEL)
     return config.run_folder / RESULTS
 
