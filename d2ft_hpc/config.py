@@ -110,8 +110,13 @@ class OptimizerConfig(Section):
     """AdamW's, added to the root of the second moment."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """SGD's."""
+    classifier_factor: float = Field(default=1.0, gt=0)
+    """The classifier's learning rate in multiples of the others'; a new classifier learns better with 10 or more."""
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
+    """Least number of steps of linear warm-up."""
+    warmup_share: float = Field(default=0.0, ge=0, lt=1)
+    """Least share of all steps that warm up."""
 
 
 class TrainConfig(Section):
@@ -195,6 +200,7 @@ class PlanConfig(Section):
     time_limit_seconds: float = Field(default=10.0, gt=0)
     """Planner `joint`, `makespan` and `depth`: after this the best plan so far, or the greedy one, is taken."""
     samples: SamplesConfig = SamplesConfig()
+    """How planner `samples` scores and draws."""
     replan: ReplanConfig = ReplanConfig()
 
 
