@@ -37,6 +37,7 @@ def gradient_scores(
     loss_function: LossFunction,
     names: Iterable[GradientScore],
     granularity: Granularity = "micro_batch",
+    autocast_dtype: torch.dtype | None = None,
 ) -> dict[GradientScore, Tensor]:
     """Scores of one micro-batch or of each of its samples, with g the gradient of the loss and w the weight.
 
@@ -45,26 +46,31 @@ def gradient_scores(
 
     images: [sample, channel, height, width], cast to the model's dtype; labels: [sample, ...]; loss_function
     returns the *mean* over the samples. A sample's score is that of its own loss, not of its share in the mean.
+    autocast_dtype: of the pass and of the products that give weight gradients, as in training under autocast; None:
+    the model's own, products in float32 unless the model is in bfloat16.
     Runs the dense model in evaluation mode; model, gradients and random state stay as they were.
 
     Returns for each name float32 [1, block, head] for "micro_batch", [sample, block, head] for "sample".
     """
     dtype = next(model.parameters()).dtype
     scale = _FP16_SCALE if dtype == torch.float16 else 1.0
+    autocast = torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None)
+    product_dtype = torch.bfloat16 if torch.bfloat16 in (dtype, autocast_dtype) else torch.float32
     with probe(model, training=False), _recorded(model) as records:
-        loss = loss_function(model(images.to(dtype)), labels)
+        with autocast:
+            loss = loss_function(model(images.to(dtype)), labels)
         output_gradients = torch.autograd.grad(loss * scale, [output for _, _, _, output in records])
     groups = 1 if granularity == "micro_batch" else images.shape[0]
     scores = {name: torch.zeros(groups, *subnets.shape, device=images.device) for name in names}
     for (block, name, layer_input, _), output_gradient in zip(records, output_gradients, strict=True):
         layer = model.blocks[block].get_submodule(name)
         # A sample's own gradient is `samples` times its share in the gradient of the mean loss.
-        inputs = layer_input.float().reshape(groups, -1, layer_input.shape[-1])
+        inputs = layer_input.to(product_dtype).reshape(groups, -1, layer_input.shape[-1])
         gradients = groups / scale * output_gradient.float().reshape(groups, -1, output_gradient.shape[-1])
         at_a_time = max(_GRADIENT_BYTES // (4 * layer.weight.numel()), 1)
         for part in torch.arange(groups).split(at_a_time):
             rows = slice(int(part[0]), int(part[-1]) + 1)
-            of_weight = torch.einsum("gto,gti->goi", gradients[rows], inputs[rows])
+            of_weight = torch.einsum("gto,gti->goi", gradients[rows].to(product_dtype), inputs[rows]).float()
             of_bias = gradients[rows].sum(1)
             for parameter, value, gradient in (
                 ("weight", layer.weight, of_weight),

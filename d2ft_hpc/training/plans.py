@@ -68,9 +68,15 @@ def _measure(job: Job, batches: list[list[MicroBatch]], loss_function: LossFunct
     config, subnets = job.config.plan, job.executor.subnets
     names = (config.forward_score, config.backward_score)
     gradient_names: list[GradientScore] = [name for name in names if name != "weight_magnitude"]
+    autocast_dtype = torch.bfloat16 if job.config.engine.precision == "bf16" else None
     with meter() as metered:
         measured = [
-            [gradient_scores(job.model, subnets, *pair, loss_function, gradient_names) for pair in batch]
+            [
+                gradient_scores(
+                    job.model, subnets, *pair, loss_function, gradient_names, autocast_dtype=autocast_dtype
+                )
+                for pair in batch
+            ]
             for batch in (batches if gradient_names else [])
         ]
     rows: dict[str, np.ndarray] = {
