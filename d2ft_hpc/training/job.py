@@ -141,6 +141,7 @@ def _scorer(config: RunConfig, model: VisionTransformer) -> SampleScorer:
         config.plan.samples.image_size or half,
         score=config.plan.samples.score,
         autocast_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.engine.precision),
+        cuda_graphs=config.engine.cuda_graphs and next(model.parameters()).device.type == "cuda",
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,12 +16,15 @@ from d2ft_hpc.config import RunConfig
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
+from d2ft_hpc.metering.profile import PassProfile, profile_passes
 from d2ft_hpc.model.lora import timm_state
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
+from d2ft_hpc.results.segments import rank_file
 from d2ft_hpc.scores import Scores
+from d2ft_hpc.training.board import Board
 from d2ft_hpc.training.checkpoint import Position, load_checkpoint, newest_checkpoint, save_checkpoint
-from d2ft_hpc.training.environment import describe_environment
+from d2ft_hpc.training.environment import describe_environment, describe_parameters
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.job import Job, set_up
 from d2ft_hpc.training.plans import batches_of, is_due, make_plan, measure_scores
@@ -31,6 +35,8 @@ from d2ft_hpc.training.steps import StepRunner
 RESULTS = "results.h5"
 MODEL = "model.safetensors"
 CHECKPOINTS = "checkpoints"
+CONFUSION_CLASSES = 256
+"""With more classes, evaluations record the accuracy of each class but no confusion."""
 
 
 def train(config: RunConfig, control: Control, device: torch.device, launcher: str) -> Path:
@@ -44,12 +50,18 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     position = Position()
     if config.train.resume:
         position = _resume(job, engine)
+    profile = _profile(job)
     with ExitStack() as stack:
-        writer = None
+        writer, own_writer, board = None, None, None
         with agreed(control, "opening the results file"):
             if control.rank == 0:
-                writer = stack.enter_context(_open_results(job, launcher, position))
-        _train_epochs(job, engine, writer, position)
+                writer = stack.enter_context(_open_results(job, launcher, position, profile))
+                if config.results.tensorboard:
+                    board = stack.enter_context(closing(Board(config.run_folder / "tensorboard")))
+            if config.results.file_per_rank:
+                own_writer = stack.enter_context(_open_own_results(job, position))
+        recorder = stack.enter_context(StepRecorder(control, writer, own_writer, board))
+        _train_epochs(job, engine, writer, recorder, board, profile, position)
     with agreed(control, "saving the model"):
         if control.rank == 0:
             weights = {name: tensor.contiguous() for name, tensor in timm_state(job.model).items()}
@@ -57,46 +69,57 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     return config.run_folder / RESULTS
 
 
-def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, position: Position) -> None:
+def _train_epochs(
+    job: Job,
+    engine: Engine,
+    writer: ResultsWriter | None,
+    recorder: StepRecorder,
+    board: Board | None,
+    profile: PassProfile,
+    position: Position,
+) -> None:
     config, control = job.config, job.control
     progress = Progress(control.rank, job.total_steps)
-    recorder = StepRecorder(control, writer)
     runner = StepRunner(job, engine)
-    if position.steps_done == 0:
-        _evaluate(job, writer, progress, position)
+    if position.steps_done == 0 and config.train.evaluate_at_start:
+        _evaluate(job, writer, board, progress, position)
     for epoch in range(position.epochs_done, job.num_epochs):
         job.sampler.set_epoch(epoch)
         batches = batches_of(job, job.train_batches)
         for step_of_epoch in range(job.steps_of_epoch(epoch)):
             if is_due(config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=position.steps_done):
                 position = _replan(job, writer, progress, position)
-            start = time.perf_counter()
-            micro_batches = next(batches)
-            record = runner.run(
-                micro_batches,
-                step=position.steps_done,
-                epoch=epoch,
-                plan=position.plans_made - 1,
-                data_seconds=time.perf_counter() - start,
-            )
+            record = runner.run(batches, step=position.steps_done, epoch=epoch, plan=position.plans_made - 1)
             recorder.add(record)
             position = replace(position, steps_done=position.steps_done + 1)
-            share = record.of_rank["planned_flops"] / record.of_rank["dense_flops"]
-            progress.step(epoch + 1, position.steps_done, record.of_rank["loss"], record.learning_rate, share)
+            if progress.is_due(position.steps_done):
+                share = record.of_rank["planned_flops"] / record.of_rank["dense_flops"]
+                ideal = config.data.slots * profile.ideal_seconds(share, job.costs)
+                loss = float(record.loss)
+                progress.step(epoch + 1, position.steps_done, loss, record.learning_rate, share, ideal)
         position = replace(position, epochs_done=epoch + 1)
-        recorder.gather()
         if (
             position.epochs_done % config.train.evaluate_every_epochs == 0
             or position.epochs_done == job.num_epochs
         ):
-            _evaluate(job, writer, progress, position)
+            _evaluate(job, writer, board, progress, position)
         every = config.train.checkpoint_every_epochs
         if every is not None and position.epochs_done % every == 0:
             assert job.executor.plan is not None
+            recorder.finish()  # a resumed run finds every step before its checkpoint
+            if writer is not None:
+                writer.flush()
             saved = save_checkpoint(
                 config.run_folder / CHECKPOINTS, engine, job.executor.plan, position, control
             )
             _note(writer, position, "checkpoint", str(saved.name))
+
+
+def _profile(job: Job) -> PassProfile:
+    data = job.config.data
+    shape = (data.micro_batch_size, 3, data.image_size, data.image_size)
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return profile_passes(job.model, job.executor, shape, precision[job.config.engine.precision])
 
 
 def _resume(job: Job, engine: Engine) -> Position:
@@ -119,12 +142,15 @@ def _replan(job: Job, writer: ResultsWriter | None, progress: Progress, position
         f"compute, made in {time.perf_counter() - start:.2f} s"
     )
     if writer is not None:
-        _record_plan(writer, plan, planned, scores, position)
+        _record_plan(job, writer, plan, scores, position)
     return replace(position, plans_made=position.plans_made + 1)
 
 
-def _evaluate(job: Job, writer: ResultsWriter | None, progress: Progress, position: Position) -> None:
+def _evaluate(
+    job: Job, writer: ResultsWriter | None, board: Board | None, progress: Progress, position: Position
+) -> None:
     result = evaluate(job.model, job.evaluation_batches, job.control, job.device)
+    progress.evaluated(result.accuracy, result.seconds)
     progress.say(
         f"evaluation after {position.epochs_done} epochs: accuracy {result.accuracy:.2%}, loss {result.loss:.4f} "
         f"({result.samples} images, {result.seconds:.1f} s)"
@@ -139,22 +165,31 @@ def _evaluate(job: Job, writer: ResultsWriter | None, progress: Progress, positi
                 "loss": result.loss,
                 "samples": result.samples,
                 "seconds": result.seconds,
+                "class_accuracy": result.class_accuracy,
+                **({"confusion": result.confusion} if len(result.confusion) <= CONFUSION_CLASSES else {}),
             },
         )
+    if board is not None:
+        board.evaluation(position.steps_done, result)
 
 
-def _open_results(job: Job, launcher: str, position: Position) -> ResultsWriter:
-    path, flush_seconds = job.config.run_folder / RESULTS, job.config.results.flush_seconds
+def _open_results(job: Job, launcher: str, position: Position, profile: PassProfile) -> ResultsWriter:
+    path, settings = job.config.run_folder / RESULTS, job.config.results
+    options: dict[str, Any] = {
+        "flush_seconds": settings.flush_seconds,
+        "locking": settings.locking,
+        "rank_files": job.control.world_size if settings.file_per_rank else 0,
+    }
     if job.config.train.resume:
-        writer = ResultsWriter.resume(path, last_step=position.steps_done - 1, flush_seconds=flush_seconds)
+        writer = ResultsWriter.resume(path, last_step=position.steps_done - 1, **options)
         _note(writer, position, "resume", f"after epoch {position.epochs_done}")
         return writer
-    writer = ResultsWriter(path, flush_seconds=flush_seconds)
+    writer = ResultsWriter(path, **options)
     writer.put("config", {"yaml": job.config.to_yaml()})
     writer.put("environment", {}, describe_environment(job.control, launcher, job.device))
     writer.put(
         "model",
-        {},
+        describe_parameters(job.model, job.executor.subnets),
         {
             "name": job.config.model.name,
             "num_blocks": job.executor.subnets.num_blocks,
@@ -162,31 +197,44 @@ def _open_results(job: Job, launcher: str, position: Position) -> ResultsWriter:
             "always_flops": job.costs.always_flops,
             "full_flops": job.costs.full_flops,
             "forward_only_flops": job.costs.forward_only_flops,
+            "dense_pass_seconds": profile.dense_seconds,
+            "always_pass_seconds": profile.always_seconds,
         },
     )
     return writer
 
 
+def _open_own_results(job: Job, position: Position) -> ResultsWriter:
+    """This rank's own file, in runs with a file for each rank."""
+    path, settings = rank_file(job.config.run_folder / RESULTS, job.control.rank), job.config.results
+    options: dict[str, Any] = {"flush_seconds": settings.flush_seconds, "locking": settings.locking}
+    if job.config.train.resume and path.exists():
+        return ResultsWriter.resume(path, last_step=position.steps_done - 1, **options)
+    return ResultsWriter(path, **options)
+
+
 def _record_plan(
-    writer: ResultsWriter, plan: SkipPlan, planned_share: float, scores: Scores | None, position: Position
+    job: Job, writer: ResultsWriter, plan: SkipPlan, scores: Scores | None, position: Position
 ) -> None:
     if scores is not None:
-        writer.put(
-            f"scores/{position.plans_made}",
-            {"forward": scores.forward, "backward": scores.backward},
+        writer.append(
+            "scores",
             {
                 "step": position.steps_done,
-                "seconds": scores.seconds,
-                "flops": scores.flops,
+                "forward": scores.forward,
+                "backward": scores.backward,
                 "forward_name": scores.forward_name,
                 "backward_name": scores.backward_name,
+                "seconds": scores.seconds,
+                "flops": scores.flops,
                 "cached": scores.cached,
             },
         )
-    writer.put(
-        f"plans/{position.plans_made}",
-        {"operations": plan.operations},
+    writer.append(
+        "plans",
         {
+            "step": position.steps_done,
+            "operations": plan.operations,
             "hash": plan.hash,
             "planner": plan.planner,
             "replicas": plan.replicas,
@@ -196,8 +244,11 @@ def _record_plan(
             "gap": plan.gap,
             "status": plan.status,
             "solve_seconds": plan.solve_seconds,
-            "first_step": position.steps_done,
-            "planned_compute": planned_share,
+            "planned_compute": job.costs.planned_share(plan),
+            "planned_time": max(
+                float(job.costs.planned_flops(plan.for_replica(replica)).mean()) / job.costs.dense_flops
+                for replica in range(plan.replicas)
+            ),
         },
     )
     _note(writer, position, "plan", plan.hash)
