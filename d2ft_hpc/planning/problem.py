@@ -176,7 +176,7 @@ class PlanProblem:
             always_share=always_share,
         )
         cells = problem.cells_per_device()
-        share = _finish_together(speed, cells, compute_budget)
+        share = finish_together(speed, cells, compute_budget)
         slowest = int(share.argmin())
         if share[slowest] < always_share - BUDGET_EPSILON:
             time = always_share * cells[slowest] / speed[slowest]
@@ -361,7 +361,7 @@ def _divide_by_mean(score: Floats) -> Floats:
     return np.asarray(scaled / scaled.mean(), dtype=np.float64)
 
 
-def _finish_together(speed: Floats, cells: Ints, mean_share: float) -> Floats:
+def finish_together(speed: Floats, cells: Ints, mean_share: float) -> Floats:
     """Each device's share of its dense step, float64 [device]: what it gets done in one time for all, or 1.
 
     speed, cells: [device]. The time is the one in which `mean_share` of all cells get done.

@@ -319,7 +319,7 @@ def test_always_run_parts_are_paid_first():
         random_problem(compute_budget=0.1, always_share=0.2)
 
 
-def test_devices_of_different_speed_finish_together():
+def test_devices_of_different_speedfinish_together():
     speed = np.array([1.0, 2.0, 4.0])
     problem = random_problem(
         shape=(6, 4, 3), replicas=3, compute_budget=0.5, always_share=0.1, device_speed=speed
