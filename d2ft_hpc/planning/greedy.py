@@ -66,7 +66,9 @@ def _barred_from_full(knapsack: Knapsack, start: npt.NDArray[np.uint8]) -> npt.N
     """bool [cell]: cells for whose backward the memory has no room, once those with more gain have theirs."""
     barred = np.zeros(len(knapsack.cells), dtype=bool)
     if knapsack.memory < math.inf:
-        order = np.lexsort((-knapsack.backward_gain, start != Operation.FULL, knapsack.row))
+        order = np.lexsort(
+            (-knapsack.forward_gain, -knapsack.backward_gain, start != Operation.FULL, knapsack.row)
+        )
         rows = knapsack.row[order]
         place = np.arange(len(rows)) - np.searchsorted(rows, rows)
         barred[order[place >= knapsack.memory]] = True

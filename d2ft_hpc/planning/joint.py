@@ -16,6 +16,7 @@ from d2ft_hpc.planning.greedy import greedy
 from d2ft_hpc.planning.highs import OPTIMAL, Rows, maximise_integer
 from d2ft_hpc.planning.knapsack import Ints, Knapsack, device_knapsacks, plan_with_bound, upper_bound
 from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.prices import RELATIVE_GAP
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
 
 Operations = npt.NDArray[np.uint8]
@@ -44,7 +45,7 @@ def solve_joint(
     forward_weight: float = 1.0,
     backward_weight: float = 1.0,
     time_limit_seconds: float = 10.0,
-    relative_gap: float = 1e-4,
+    relative_gap: float = RELATIVE_GAP,
     coverage: int = 0,
 ) -> SkipPlan:
     """Maximise forward_weight * (forward score of all cells that run) + backward_weight * (backward score of
@@ -121,7 +122,7 @@ def _solve(
         raise _InfeasibleError("infeasible")
     greedy_score = -math.inf if greedy_plan is None else _objective(knapsacks, greedy_plan)
     bound = sum(upper_bound(knapsack) for knapsack in knapsacks)
-    if greedy_plan is not None and greedy_score >= bound * (1 - 1e-9):
+    if greedy_plan is not None and greedy_score >= bound * (1 - relative_gap):
         return _Solution(greedy_plan, bound, OPTIMAL)
 
     plan, solver_bound, status = _solve_with_highs(knapsacks, seconds, relative_gap, demand)

@@ -114,7 +114,7 @@ def best_steps(knapsack: Knapsack, price: Floats, barred: npt.NDArray[np.bool_] 
             whole_price,
         ),
     ]
-    return _ordered(kinds)
+    return _ordered(knapsack, kinds)
 
 
 def next_steps(
@@ -129,10 +129,11 @@ def next_steps(
         (idle, Operation.SHORTCUT, Operation.FORWARD_ONLY, knapsack.forward_gain[idle], forward_price),
         (running, Operation.FORWARD_ONLY, Operation.FULL, knapsack.backward_gain[running], backward_price),
     ]
-    return _ordered(kinds)
+    return _ordered(knapsack, kinds)
 
 
-def _ordered(kinds: list[tuple[Ints, Operation, Operation, Floats, float]]) -> Steps:
+def _ordered(knapsack: Knapsack, kinds: list[tuple[Ints, Operation, Operation, Floats, float]]) -> Steps:
+    """In order of gain for price; of equal ones the kinds in order, and first the cells that gain most in all."""
     steps = Steps(
         cell=np.concatenate([cell for cell, *_ in kinds]),
         start=np.concatenate([np.full(len(cell), start, np.uint8) for cell, start, *_ in kinds]),
@@ -142,7 +143,9 @@ def _ordered(kinds: list[tuple[Ints, Operation, Operation, Floats, float]]) -> S
     )
     value = np.full(len(steps.gain), np.inf)  # of steps that cost nothing
     np.divide(steps.gain, steps.price, out=value, where=steps.price > 0)
-    return steps.select(np.argsort(-value, kind="stable"))
+    kind = np.repeat(np.arange(len(kinds)), [len(cell) for cell, *_ in kinds])
+    whole_gain = knapsack.forward_gain + knapsack.backward_gain
+    return steps.select(np.lexsort((-whole_gain[steps.cell], kind, -value)))
 
 
 def upper_bound(knapsack: Knapsack) -> float:
