@@ -112,9 +112,11 @@ class PlanConfig(Section):
     full_share: Fraction = 0.8
     """Planner `paper` and `random`: most of the budget that FULL may take before FORWARD_ONLY."""
     coverage: int = Field(default=0, ge=0)
-    """Planner `joint`: least number of FULL micro-batches that each subnet gets in a batch."""
+    """Planner `joint`, `makespan`, `static` and `depth`: least number of FULL micro-batches that each subnet gets in a
+    batch."""
     most_shortcut: float = Field(default=1.0, ge=0, le=1)
-    """Planner `makespan` and `static`: most of a block's heads that may be SHORTCUT in a micro-batch."""
+    """Planner `joint`, `makespan` and `static`: most of a device's heads in a block that may be SHORTCUT in a
+    micro-batch."""
     below: Literal["forward_only", "shortcut"] = "forward_only"
     """Planner `depth`: what the blocks below the FULL ones do."""
     whole_rows: bool = False

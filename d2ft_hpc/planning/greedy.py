@@ -43,13 +43,14 @@ def solve_greedy(
 def greedy(knapsack: Knapsack, start: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
     """Operations uint8 [cell] within the budgets: the best of the orders that the two budgets suggest.
 
-    start: operations that the result may raise and never lowers; within the budgets. None = all SHORTCUT.
+    start: operations that the result may raise and never lowers; within the budgets, also once as many cells run as
+        must. None = all SHORTCUT.
 
     Where memory is scarce, only the cells of a row that gain most from their backward may become FULL.
     """
     if start is None:
         start = np.full(len(knapsack.cells), Operation.SHORTCUT, dtype=np.uint8)
-    start = start.copy()
+    start = knapsack.raised_to_least(start)
     barred = _barred_from_full(knapsack, start)
     candidates = []
     for price in knapsack.prices():

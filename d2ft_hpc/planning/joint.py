@@ -17,7 +17,7 @@ from d2ft_hpc.planning.highs import OPTIMAL, Rows, maximise_integer
 from d2ft_hpc.planning.knapsack import Ints, Knapsack, device_knapsacks, plan_with_bound, upper_bound
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.prices import RELATIVE_GAP
-from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem, round_up
 
 Operations = npt.NDArray[np.uint8]
 
@@ -47,6 +47,7 @@ def solve_joint(
     time_limit_seconds: float = 10.0,
     relative_gap: float = RELATIVE_GAP,
     coverage: int = 0,
+    most_shortcut: float = 1.0,
 ) -> SkipPlan:
     """Maximise forward_weight * (forward score of all cells that run) + backward_weight * (backward score of
     the FULL ones) under every device's budgets; scores are divided by their means (`PlanProblem.gains`).
@@ -54,6 +55,7 @@ def solve_joint(
     time_limit_seconds: wall-clock time for all devices together.
     relative_gap: a plan that is proved to be this near its optimum is good enough, in [0, 1).
     coverage: least number of FULL rows that every (block, head) gets over the whole batch; 0 = no demand.
+    most_shortcut: share in [0, 1] of a device's heads in a (row, block) that may be SHORTCUT.
 
     Without coverage the devices share nothing: each is solved by itself and the bounds add up. Coverage
     couples them: if the devices' own plans do not happen to meet it, one model of all of them is solved.
@@ -61,8 +63,8 @@ def solve_joint(
     status is then "greedy: <reason>" and the bound still holds. The same problem gives the same plan, unless
     time runs out.
 
-    Raises PlanError if an option is out of range, or if the budgets cannot pay for the coverage (the message
-    states the least feasible budget).
+    Raises PlanError if an option is out of range, or if the budgets cannot pay for the coverage or for `most_shortcut`
+    (the message states the least feasible budget).
     """
     if not time_limit_seconds > 0:
         raise PlanError(f"time_limit_seconds must be > 0, got {time_limit_seconds}.")
@@ -71,8 +73,11 @@ def solve_joint(
     shape = problem.forward_score.shape
     if not 0 <= coverage <= shape[0]:
         raise PlanError(f"coverage must be from 0 to the number of rows, {shape[0]}, got {coverage}.")
+    if not 0 <= most_shortcut <= 1:
+        raise PlanError(f"most_shortcut is a share of a device's heads in [0, 1], got {most_shortcut}.")
     deadline = time.monotonic() + time_limit_seconds
-    knapsacks = device_knapsacks(problem, forward_weight, backward_weight)
+    knapsacks = device_knapsacks(problem, forward_weight, backward_weight, most_shortcut)
+    _require_paid(problem, knapsacks)
 
     solutions = []
     for index, knapsack in enumerate(knapsacks):
@@ -108,6 +113,26 @@ def solve_joint(
     )
 
 
+def _require_paid(problem: PlanProblem, knapsacks: Sequence[Knapsack]) -> None:
+    """Raise PlanError if a device's budgets do not pay for as many running heads as must run."""
+    cells = problem.cells_per_device()
+    for index, knapsack in enumerate(knapsacks):
+        need = knapsack.used(knapsack.raised_to_least(np.zeros(len(knapsack.cells), dtype=np.uint8)))
+        for resource, costs, always_share in (
+            ("compute", problem.compute_cost, problem.always_share),
+            ("communication", problem.communication_cost, 0.0),
+        ):
+            place = int(resource == "communication")
+            if need[place] > knapsack.budget[place]:
+                used = need[place] + cells[index] * costs[Operation.SHORTCUT]
+                least = always_share + (1 - always_share) * used / (cells[index] * costs[Operation.FULL])
+                raise PlanError(
+                    f"The {resource} budget of {problem.device_names[index]} does not pay for the heads that "
+                    f"most_shortcut makes run forward. The least feasible {resource} budget is {round_up(least):g} of "
+                    f"its dense step; raise it or most_shortcut."
+                )
+
+
 class _InfeasibleError(Exception):
     """No plan meets the coverage, or none was found; the text says why."""
 
@@ -117,8 +142,8 @@ def _solve(
 ) -> _Solution:
     """The better of HiGHS's plan and the greedy one, for knapsacks that a demand couples or a single one."""
     greedy_plan = _greedy(knapsacks, demand)
-    has_memory = all(math.isinf(knapsack.memory) for knapsack in knapsacks)
-    if greedy_plan is None and demand is not None and has_memory and _is_even(knapsacks, demand):
+    is_plain = all(math.isinf(k.memory) and not k.least.any() for k in knapsacks)
+    if greedy_plan is None and demand is not None and is_plain and _is_even(knapsacks, demand):
         raise _InfeasibleError("infeasible")
     greedy_score = -math.inf if greedy_plan is None else _objective(knapsacks, greedy_plan)
     bound = sum(upper_bound(knapsack) for knapsack in knapsacks)
@@ -146,8 +171,9 @@ def _solve_with_highs(
         knapsack.backward_gain for knapsack in knapsacks
     ]
     # Once the counts are whole numbers, the rest is a transportation problem, whose solutions are whole by
-    # themselves: branching on two counts a device instead of on every cell. Memory and coverage break that.
-    cells_branch = demand is not None or any(math.isfinite(knapsack.memory) for knapsack in knapsacks)
+    # themselves: branching on two counts a device instead of on every cell. Memory, coverage and most_shortcut
+    # break that.
+    cells_branch = demand is not None or any(math.isfinite(k.memory) or k.least.any() for k in knapsacks)
     solution = maximise_integer(
         np.concatenate([*gains, np.zeros(len(counts))]),
         _rows(knapsacks, demand),
@@ -162,7 +188,7 @@ def _solve_with_highs(
     ends = np.cumsum([len(knapsack.cells) for knapsack in knapsacks])[:-1]
     plan = np.split(np.where(runs[1], Operation.FULL, runs[0]).astype(np.uint8), ends)
     within = all(
-        (k.used(operations) <= k.budget).all() and k.fits_memory(operations)
+        (k.used(operations) <= k.budget).all() and k.fits_memory(operations) and k.runs_enough(operations)
         for k, operations in zip(knapsacks, plan, strict=True)
     )
     if not within or not _covers(knapsacks, plan, demand):
@@ -211,6 +237,13 @@ def _rows(knapsacks: Sequence[Knapsack], demand: _Coverage | None) -> Rows:
             upper.append(np.full(of_row.max() + 1, knapsack.memory))
             lower.append(np.full(of_row.max() + 1, -math.inf))
             rows += int(of_row.max()) + 1
+        if knapsack.least.any():
+            row.append(rows + knapsack.group)
+            column.append(own)
+            value.append(np.ones(len(own)))
+            upper.append(np.full(len(knapsack.least), math.inf))
+            lower.append(knapsack.least.astype(np.float64))
+            rows += len(knapsack.least)
     if demand is not None:
         row.append(rows + cells % demand.subnets)
         column.append(every + count)
@@ -246,7 +279,8 @@ def _greedy(knapsacks: Sequence[Knapsack], demand: _Coverage | None) -> list[Ope
     capacity = np.array([_most_full(knapsack, knapsack.budget) for knapsack in knapsacks])
     start = _cover(knapsacks, capacity, demand)
     if start is None or not all(
-        k.fits_memory(its_start) for k, its_start in zip(knapsacks, start, strict=True)
+        k.fits_memory(its_start) and (k.used(k.raised_to_least(its_start)) <= k.budget).all()
+        for k, its_start in zip(knapsacks, start, strict=True)
     ):
         return None
     return [greedy(knapsack, its_start) for knapsack, its_start in zip(knapsacks, start, strict=True)]

@@ -102,17 +102,20 @@ def _planner_options(config: PlanConfig, seed: int) -> dict[str, Any]:
             return {"full_share": config.full_share}
         case "random":
             return {"full_share": config.full_share, "seed": seed}
-        case "joint":
-            return {"time_limit_seconds": config.time_limit_seconds, "coverage": config.coverage}
-        case "makespan":
-            return {"time_limit_seconds": config.time_limit_seconds, "most_shortcut": config.most_shortcut}
+        case "joint" | "makespan":
+            return {
+                "time_limit_seconds": config.time_limit_seconds,
+                "coverage": config.coverage,
+                "most_shortcut": config.most_shortcut,
+            }
         case "static":
-            return {"most_shortcut": config.most_shortcut}
+            return {"coverage": config.coverage, "most_shortcut": config.most_shortcut}
         case "depth":
             return {
                 "time_limit_seconds": config.time_limit_seconds,
                 "below": config.below,
                 "whole_rows": config.whole_rows,
+                "coverage": config.coverage,
             }
         case _:
             return {}

@@ -417,7 +417,7 @@ def test_coverage_feeds_heads_that_would_starve_and_states_the_least_budget():
 
 def test_without_time_the_greedy_plan_comes_with_a_bound_that_holds():
     problem = random_problem(shape=(10, 12, 6))
-    late = solve_joint(problem, time_limit_seconds=1e-9)
+    late = solve_joint(problem, time_limit_seconds=1e-9, relative_gap=0.0)
     proved = solve_joint(problem)
     assert late.status == "greedy: time limit"
     check(late, problem)
@@ -456,3 +456,26 @@ def test_planner_options_out_of_range_are_named(planner, options, message):
 def test_solving_is_timed():
     assert solve(random_problem(), "joint").solve_seconds > 0
     assert solve_joint(random_problem()).solve_seconds == 0  # `solve` fills it in
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(max_cells=7), st.sampled_from([0.0, 0.34, 0.5, 0.67]), st.integers(0, 1))
+def test_joint_runs_as_many_heads_of_each_block_as_must(problem, most_shortcut, coverage):
+    plans, allowed = every_plan(problem)
+    shaped = plans.reshape(-1, *problem.forward_score.shape)
+    for device in range(problem.num_devices):
+        mine = problem.device == device
+        held = mine.sum(axis=2)
+        running = ((shaped >= 1) & mine).sum(axis=3)
+        allowed &= (held - running <= most_shortcut * held + 1e-9).all(axis=(1, 2))
+    allowed &= ((shaped == 2).sum(axis=1) >= coverage).all(axis=(1, 2))
+    options = {"most_shortcut": most_shortcut, "coverage": coverage}
+    if not allowed.any():
+        with pytest.raises(PlanError, match=r"most_shortcut|coverage"):
+            solve(problem, "joint", **options)
+        return
+    best = scores_of(problem, plans[allowed]).max()
+    plan = solve(problem, "joint", **options)
+    assert allowed[(plans == plan.operations.ravel()).all(axis=1).argmax()]
+    assert best * (1 - 1e-4) - 1e-9 <= plan.objective <= best * (1 + 1e-9) + 1e-9
+    assert plan.bound >= best * (1 - 1e-9)

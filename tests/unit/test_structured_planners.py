@@ -168,6 +168,50 @@ def test_most_shortcut_is_kept_or_refused(problem, most_shortcut):
 
 
 @settings(max_examples=80, deadline=None)
+@given(problems(), st.sampled_from(["makespan", "static", "depth"]), st.integers(1, 2))
+def test_coverage_is_kept_or_refused(problem, planner, coverage):
+    rows = problem.forward_score.shape[0]
+    try:
+        free = solve(problem, planner)
+        plan = solve(problem, planner, coverage=min(coverage, rows))
+    except PlanError as error:
+        assert "coverage" in str(error) or "FORWARD_ONLY in" in str(error)  # noqa: PT017
+        return
+    assert (plan.operations == Operation.FULL).sum(axis=0).min() >= min(coverage, rows)
+    assert plan.objective <= free.bound * (1 + 1e-9)
+    assert plan.bound >= plan.objective
+
+
+@pytest.mark.parametrize("planner", ["makespan", "static", "depth"])
+@pytest.mark.parametrize("kind", ["different", "equal", "starving"])
+@pytest.mark.parametrize(("stages", "speeds"), [(1, [1.0]), (2, [1.0]), (1, [1.0, 0.8])])
+def test_no_head_starves_where_the_budget_feeds_all(planner, kind, stages, speeds):
+    shape = (10, 4, 8)
+    scores = np.random.default_rng(1).lognormal(0, 1, (2, *shape))
+    if kind == "equal":
+        scores[:] = 1.0
+    if kind == "starving":
+        scores[:, :, :2] *= 1e-3
+    problem = PlanProblem.parallel(
+        *scores,
+        rank=in_order(4, 8, 2),
+        stage=np.arange(4) * stages // 4,
+        compute_budget=0.6,
+        device_speed=np.resize(speeds, 2 * stages).tolist(),
+    )
+    options = {"below": "shortcut"} if planner == "depth" else {}
+    for coverage in (1, 3):
+        plan = solve(problem, planner, coverage=coverage, **options)
+        assert (plan.operations == Operation.FULL).sum(axis=0).min() >= coverage
+        if planner == "makespan" and kind == "different":
+            assert plan.gap < 0.02 * coverage
+    with pytest.raises(PlanError, match="coverage"):
+        solve(problem, planner, coverage=9, **options)
+    with pytest.raises(PlanError, match="coverage must be from 0 to the number of rows, 10, got 11"):
+        solve(problem, planner, coverage=11, **options)
+
+
+@settings(max_examples=80, deadline=None)
 @given(problems(uneven_speeds=False))
 def test_static_is_the_best_plan_of_constant_shape(problem):
     plans = every_plan(problem)
