@@ -20,25 +20,25 @@ from d2ft_hpc.planning.teams import Team, head_times
 _FIRST_REWARD, _GROWTH, _ROUNDS = 0.02, 2.0, 20  # in units of a head's mean gain
 
 
-def demand_of(problem: PlanProblem, coverage: int, replica: int) -> int:
-    """The replica's part of the FULL rows that every head gets. Raises PlanError if coverage is out of range."""
+def demand_of(problem: PlanProblem, coverage: int, replicas: Ints) -> int:
+    """The FULL rows that every head gets on each of these replicas. Raises PlanError if coverage is out of range."""
     rows = problem.forward_score.shape[0]
     if not 0 <= coverage <= rows:
         raise PlanError(f"coverage must be from 0 to the number of rows, {rows}, got {coverage}.")
-    return coverage // problem.replicas + (replica < coverage % problem.replicas)
+    return coverage // problem.replicas + int(replicas.min() < coverage % problem.replicas)
 
 
 def short_blocks(team: Team, level: Ints, demand: int) -> npt.NDArray[np.bool_]:
     """Which blocks have too few FULL heads on some rank, bool [block]. level: int64 [class]."""
-    full = team.levels.backward_heads[level].reshape(len(team.rows), len(team.blocks), -1).sum(axis=0)
+    full = team.levels.backward_heads[level].reshape(team.slots, len(team.blocks), -1).sum(axis=0)
     return np.asarray((full < demand * len(team.levels.forward_gain)).any(axis=1))
 
 
 def rewarded(team: Team, reward: Floats, demand: int) -> Team:
     """The team with `reward` float64 [block] for every FULL head up to as many as even turns need in each row."""
-    even_turns = demand * len(team.levels.forward_gain) / len(team.rows)
+    even_turns = demand * len(team.levels.forward_gain) / team.slots
     counted = np.minimum(team.levels.backward_heads.min(axis=1), even_turns)  # [level]
-    of_class = np.tile(reward, len(team.rows))
+    of_class = np.tile(reward, team.slots)
     return replace(team, levels=replace(team.levels, value=team.levels.value + of_class[:, None] * counted))
 
 
@@ -52,17 +52,16 @@ def take_turns(team: Team, operations: npt.NDArray[np.uint8], demand: int) -> No
 
     A head with too few takes over a row from one with more than enough, where that costs least; no level changes.
     """
-    heads, ranks, _ = team.levels.forward_gain.shape
     gains = np.stack(
         [np.zeros_like(team.levels.forward_gain), team.levels.forward_gain, team.levels.backward_gain]
-    )
-    gains = gains.cumsum(axis=0).reshape(3, heads, ranks, len(team.rows), len(team.blocks))
-    for index, block in enumerate(team.blocks):
-        for rank in range(ranks):
-            place = np.ix_(team.rows, [block], team.heads[index, :, rank])
-            chosen = operations[place][:, 0]  # [row, head]
+    ).cumsum(axis=0)
+    gains = gains.reshape(*gains.shape[:3], team.slots, len(team.blocks))
+    for member, rows, heads in team.members():
+        for index, block in enumerate(team.blocks):
+            place = np.ix_(rows, [block], heads[index])
+            chosen = operations[place][:, 0]  # [slot, head]
             if (chosen == Operation.FULL).sum(axis=0).min() < demand:
-                operations[place] = _exchanged(chosen, gains[:, :, rank, :, index], demand)[:, None]
+                operations[place] = _exchanged(chosen, gains[:, :, member, :, index], demand)[:, None]
 
 
 def _exchanged(chosen: npt.NDArray[np.uint8], gain: Floats, demand: int) -> npt.NDArray[np.uint8]:

@@ -67,7 +67,7 @@ def solve_depth(
         limits = _limits(problem, replica, option_operations)
         option, its_bound, status = _best_depths(value[rows], limits, depths, deadline)
         bound += its_bound
-        demand = demand_of(problem, coverage, replica)
+        demand = demand_of(problem, coverage, np.array([replica]))
         if (option == len(depths) - 1).sum() < demand:
             fed = _with_full_rows(value[rows], limits, depths, demand, deadline)
             if fed is None:
@@ -146,8 +146,19 @@ def _limits(problem: PlanProblem, replica: int, option_operations: npt.NDArray[n
             ("communication", problem.communication_cost, problem.budgets()[device, 1]),
         ):
             use = np.asarray(costs)[option_operations] @ heads  # [option]
+            if resource == "communication":
+                here = option_operations[:, problem.stage == stage]  # [option, block]
+                for cost, kind in zip(
+                    problem.meeting_cost, (Operation.FORWARD_ONLY, Operation.FULL), strict=True
+                ):
+                    use = use + cost * (here >= kind).sum(axis=1)
             if use[0] * rows > budget:
-                least = use[0] / (costs[Operation.FULL] * heads.sum())
+                dense = rows * costs[Operation.FULL] * heads.sum()
+                least = (
+                    use[0]
+                    * rows
+                    / (dense if resource == "compute" else problem.dense_communication()[device])
+                )
                 if resource == "compute":
                     least = problem.always_share + (1 - problem.always_share) * least
                 raise PlanError(

@@ -24,7 +24,7 @@ from d2ft_hpc.planning.knapsack import plan_with_bound
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import PlanProblem
 from d2ft_hpc.planning.split import choose_by_split
-from d2ft_hpc.planning.teams import Team, make_teams, step_limits
+from d2ft_hpc.planning.teams import Team, make_teams, meeting_replicas, step_limits
 
 
 def solve_makespan(
@@ -58,11 +58,11 @@ def solve_makespan(
     deadline = time.monotonic() + time_limit_seconds
     operations = np.full(problem.forward_score.shape, Operation.SHORTCUT, dtype=np.uint8)
     bound, statuses = 0.0, set()
-    for replica in range(problem.replicas):
-        teams = make_teams(problem, replica, forward_weight, backward_weight, most_shortcut)
+    for replicas in meeting_replicas(problem):
+        teams = make_teams(problem, replicas, forward_weight, backward_weight, most_shortcut)
         choices, its_bound = _choose_levels(problem, teams, deadline)
         bound += its_bound
-        demand = demand_of(problem, coverage, replica)
+        demand = demand_of(problem, coverage, replicas)
         for team in teams:
             if not is_affordable(problem, team, demand):
                 raise PlanError(unpaid_coverage(problem, team, coverage))

@@ -9,7 +9,7 @@ from d2ft_hpc.planning.coverage import demand_of, take_turns, unpaid_coverage
 from d2ft_hpc.planning.knapsack import plan_with_bound
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import PlanProblem
-from d2ft_hpc.planning.teams import Team, fitting_levels, make_teams
+from d2ft_hpc.planning.teams import Team, fitting_levels, make_teams, meeting_replicas
 
 
 def solve_static(
@@ -30,14 +30,14 @@ def solve_static(
     """
     operations = np.full(problem.forward_score.shape, Operation.SHORTCUT, dtype=np.uint8)
     bound = 0.0
-    for replica in range(problem.replicas):
-        teams = make_teams(problem, replica, forward_weight, backward_weight, most_shortcut)
-        demand = demand_of(problem, coverage, replica)
+    for replicas in meeting_replicas(problem):
+        teams = make_teams(problem, replicas, forward_weight, backward_weight, most_shortcut)
+        demand = demand_of(problem, coverage, replicas)
         for alike in [teams] if _have_the_same_levels(teams) else [[team] for team in teams]:
             value = sum(team.levels.value.sum(axis=0) for team in alike)
             fits = np.logical_and.reduce([fitting_levels(problem, team) for team in alike])
             for team in alike:
-                full = team.levels.backward_heads.min(axis=1) * len(team.rows)
+                full = team.levels.backward_heads.min(axis=1) * team.slots
                 fits &= full >= demand * len(team.levels.forward_gain)
             if not fits.any():
                 raise PlanError(unpaid_coverage(problem, alike[0], coverage))
