@@ -94,6 +94,9 @@ class ReplanConfig(Section):
     every: int | None = Field(default=None, gt=0)
     """null: one plan for the whole run."""
     unit: Literal["steps", "epochs"] = "epochs"
+    overlap: bool = False
+    """Solve while training goes on under the old plan. The first step under the new one depends on the clock and is
+    recorded; if false, the step at which a plan is due waits for it."""
 
 
 class PlanConfig(Section):

@@ -34,7 +34,9 @@ class Replicas:
     engine: "zero0" (also plain data parallelism), "zero1", "zero2", "zero3", "fsdp2".
     replicas: how many reduce together. slots: micro-batches of each in a step.
     gradient_bytes: of all trained parameters' gradients as they are reduced. parameter_bytes: of all parameters as
-        they are gathered for a micro-batch; updated_bytes: of the trained ones.
+        they are gathered; updated_bytes: of the trained ones.
+    gathers: how often zero3 and fsdp2 gather all weights in a step; None: for the forward and again for the backward
+        of every micro-batch. (ZeRO 3 keeps weights that are needed again soon, small models as a whole: 1.)
     """
 
     engine: DataParallel
@@ -43,24 +45,26 @@ class Replicas:
     gradient_bytes: float
     parameter_bytes: float
     updated_bytes: float
+    gathers: int | None = None
 
     def bytes_of_step(self) -> dict[str, float]:
         """By collective, what one rank sends in a step. No plan changes it: a gradient that nobody computed is reduced
         as zeros, and a block that nobody runs is gathered, because the collectives' order is fixed.
 
-        zero0 sums gradients once; zero1 sums them once and gathers what each rank updated; zero2 scatters gradients in
-        every micro-batch; zero3 and fsdp2 gather the weights for the forward and again for the backward of every
-        micro-batch (zero3 less where its thresholds keep small or soon-needed weights).
+        zero0 sums gradients once; zero1 sums them once and gathers what each rank updated; zero2 sums them in every
+        micro-batch (DeepSpeed sums whole buckets, of which each rank keeps its part); zero3 and fsdp2 scatter the sums
+        in every micro-batch and gather the weights `gathers` times.
         """
-        gathered, reduced = {
-            "zero0": (0.0, 0.0),
-            "zero1": (self.updated_bytes, 0.0),
-            "zero2": (self.updated_bytes, self.slots * self.gradient_bytes),
-            "zero3": (2 * self.slots * self.parameter_bytes, self.slots * self.gradient_bytes),
-            "fsdp2": (2 * self.slots * self.parameter_bytes, self.slots * self.gradient_bytes),
-        }[self.engine]
-        summed = self.gradient_bytes if self.engine in ("zero0", "zero1") else 0.0
-        payloads = {"allreduce": summed, "allgather": gathered, "reduce_scatter": reduced}
+        sums = self.slots if self.engine == "zero2" else 1
+        if self.engine in ("zero3", "fsdp2"):
+            gathers = 2 * self.slots if self.gathers is None else self.gathers
+            payloads = {
+                "allgather": gathers * self.parameter_bytes,
+                "reduce_scatter": self.slots * self.gradient_bytes,
+            }
+        else:
+            updated = 0.0 if self.engine == "zero0" else self.updated_bytes
+            payloads = {"allreduce": sums * self.gradient_bytes, "allgather": updated}
         return {
             name: ring_bytes(name, payload, self.replicas) for name, payload in payloads.items() if payload
         }

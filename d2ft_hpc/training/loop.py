@@ -6,6 +6,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,9 +25,10 @@ from d2ft_hpc.training.checkpoint import Position, load_checkpoint, newest_check
 from d2ft_hpc.training.environment import describe_environment
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.job import Job, set_up
-from d2ft_hpc.training.plans import Scores, batches_of, is_due, make_plan, measure_scores
+from d2ft_hpc.training.plans import Scores, batches_of, is_due, make_plan, measure_scores, solve_here
 from d2ft_hpc.training.progress import Progress
 from d2ft_hpc.training.records import StepRecorder
+from d2ft_hpc.training.replanning import Replanner
 from d2ft_hpc.training.steps import StepRunner
 
 RESULTS = "results.h5"
@@ -63,6 +65,7 @@ def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, positi
     progress = Progress(control.rank, job.total_steps)
     recorder = StepRecorder(control, writer)
     runner = StepRunner(job, engine)
+    replanner = Replanner(control)
     if position.steps_done == 0:
         _evaluate(job, writer, progress, position)
     loader = train_loader(job.train_set, job.sampler, num_workers=config.data.workers)
@@ -71,7 +74,8 @@ def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, positi
         batches = batches_of(job, loader)
         for step_of_epoch in range(job.sampler.batches_per_epoch):
             if is_due(config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=position.steps_done):
-                position = _replan(job, writer, progress, position)
+                position = _replan(job, writer, progress, position, replanner)
+            position = _take_over(job, writer, progress, position, replanner)
             start = time.perf_counter()
             micro_batches = next(batches)
             record = runner.run(
@@ -94,6 +98,7 @@ def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, positi
             _evaluate(job, writer, progress, position)
         every = config.train.checkpoint_every_epochs
         if every is not None and position.epochs_done % every == 0:
+            position = _take_over(job, writer, progress, position, replanner, wait=True)
             assert job.executor.plan is not None
             saved = save_checkpoint(
                 config.run_folder / CHECKPOINTS, engine, job.executor.plan, position, control
@@ -113,19 +118,64 @@ def _resume(job: Job, engine: Engine) -> Position:
     return position
 
 
-def _replan(job: Job, writer: ResultsWriter | None, progress: Progress, position: Position) -> Position:
-    """Makes the next plan, puts it in force on this rank and records it."""
+def _replan(
+    job: Job, writer: ResultsWriter | None, progress: Progress, position: Position, replanner: Replanner
+) -> Position:
+    """Makes the next plan and puts it in force; or begins with it, if it may come while training goes on."""
     start = time.perf_counter()
+    if job.config.plan.replan.overlap and position.plans_made > 0:
+        if replanner.is_under_way:
+            _note(writer, position, "replan", "skipped: the plan before is still being solved")
+            return position
+        scores = measure_scores(job, _loss)
+        replanner.start(partial(solve_here, job, scores))
+        if scores is not None and writer is not None:
+            _record_scores(writer, scores, position)
+        _note(writer, position, "replan", "scores measured, solving begins", time.perf_counter() - start)
+        return position
     scores = measure_scores(job, _loss)
     plan = make_plan(job, scores)
+    if scores is not None and writer is not None:
+        _record_scores(writer, scores, position)
+    return _put_in_force(job, writer, progress, position, plan, time.perf_counter() - start)
+
+
+def _take_over(
+    job: Job,
+    writer: ResultsWriter | None,
+    progress: Progress,
+    position: Position,
+    replanner: Replanner,
+    *,
+    wait: bool = False,
+) -> Position:
+    """Puts a plan in force that was solved meanwhile."""
+    made = replanner.at_boundary(wait=wait)
+    if made is None:
+        return position
+    if made.plan is None:
+        progress.say(f"no new plan, the old one stays: {made.fault}")
+        _note(writer, position, "replan", f"failed: {made.fault}", made.seconds)
+        return position
+    return _put_in_force(job, writer, progress, position, made.plan, made.seconds)
+
+
+def _put_in_force(
+    job: Job,
+    writer: ResultsWriter | None,
+    progress: Progress,
+    position: Position,
+    plan: SkipPlan,
+    seconds: float,
+) -> Position:
     job.executor.load(plan, job.control.rank)
     planned = job.costs.planned_share(plan)
     progress.say(
         f"plan {position.plans_made} ({plan.planner}, {plan.status}, gap {plan.gap:.1e}): {planned:.1%} of the dense "
-        f"compute, made in {time.perf_counter() - start:.2f} s"
+        f"compute, made in {seconds:.2f} s"
     )
     if writer is not None:
-        _record_plan(writer, plan, planned, scores, position)
+        _record_plan(writer, plan, planned, position, seconds)
     return replace(position, plans_made=position.plans_made + 1)
 
 
@@ -179,15 +229,18 @@ def _open_results(job: Job, launcher: str, position: Position) -> ResultsWriter:
     return writer
 
 
+def _record_scores(writer: ResultsWriter, scores: Scores, position: Position) -> None:
+    """Of the plan that is made next."""
+    writer.put(
+        f"scores/{position.plans_made}",
+        {"forward": scores.forward, "backward": scores.backward},
+        {"step": position.steps_done, "seconds": scores.seconds},
+    )
+
+
 def _record_plan(
-    writer: ResultsWriter, plan: SkipPlan, planned_share: float, scores: Scores | None, position: Position
+    writer: ResultsWriter, plan: SkipPlan, planned_share: float, position: Position, seconds: float
 ) -> None:
-    if scores is not None:
-        writer.put(
-            f"scores/{position.plans_made}",
-            {"forward": scores.forward, "backward": scores.backward},
-            {"step": position.steps_done, "seconds": scores.seconds},
-        )
     writer.put(
         f"plans/{position.plans_made}",
         {"operations": plan.operations},
@@ -204,7 +257,7 @@ def _record_plan(
             "planned_compute": planned_share,
         },
     )
-    _note(writer, position, "plan", plan.hash)
+    _note(writer, position, "plan", plan.hash, seconds)
 
 
 def _note(

@@ -67,7 +67,7 @@ def measure_scores(job: Job, loss_function: LossFunction) -> Scores | None:
 
 def make_plan(job: Job, scores: Scores | None) -> SkipPlan:
     """Rank 0 solves; every rank gets the same plan or raises the same PlanError."""
-    return SkipPlan.from_bytes(share(job.control, lambda: _solve(job, scores).to_bytes(), "the plan"))
+    return SkipPlan.from_bytes(share(job.control, lambda: solve_here(job, scores).to_bytes(), "the plan"))
 
 
 def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
@@ -77,7 +77,8 @@ def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[M
         yield batch
 
 
-def _solve(job: Job, scores: Scores | None) -> SkipPlan:
+def solve_here(job: Job, scores: Scores | None) -> SkipPlan:
+    """The plan that the configuration asks for, on this rank alone."""
     config, replicas = job.config.plan, job.control.world_size
     if config.planner == "dense":
         rows, blocks, heads = job.plan_shape
