@@ -108,6 +108,12 @@ class PlanConfig(Section):
     memory_budget: Fraction | None = None
     """Share of the activations of a dense micro-batch that a device keeps for the backward; null: no limit. Planners
     `paper` and `random` do not know it and are refused where they exceed it."""
+    costs: Literal["flops", "measured", "paper"] = "flops"
+    """What planners take for the cost of FORWARD_ONLY and of what always runs: counted FLOPs; seconds of a short
+    profile on every rank at the start (kept for the same hardware and model), which also gives the ranks' speeds; or
+    the paper's constants."""
+    device_speed: list[Annotated[float, Field(gt=0)]] | None = None
+    """Relative speed of each rank, in place of the measured ones or of equal ones."""
     forward_score: Literal["fisher"] = "fisher"
     backward_score: Literal["weight_magnitude", "fisher"] = "weight_magnitude"
     probe_batches: int = Field(default=1, gt=0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from d2ft_hpc.training.checkpoint import Position, load_checkpoint, newest_check
 from d2ft_hpc.training.environment import describe_environment
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.job import Job, set_up
+from d2ft_hpc.training.plan_costs import PlanCosts, find_costs
 from d2ft_hpc.training.plans import Scores, batches_of, is_due, make_plan, measure_scores, solve_here
 from d2ft_hpc.training.progress import Progress
 from d2ft_hpc.training.records import StepRecorder
@@ -43,6 +45,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     """
     with agreed(control, "set-up"):
         job = set_up(config, control, device)
+    costs = find_costs(job)
     engine = build_engine(config, job.model, job.executor, job.total_steps, _loss)
     position = Position()
     if config.train.resume:
@@ -51,8 +54,8 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
         writer = None
         with agreed(control, "opening the results file"):
             if control.rank == 0:
-                writer = stack.enter_context(_open_results(job, launcher, position))
-        _train_epochs(job, engine, writer, position)
+                writer = stack.enter_context(_open_results(job, costs, launcher, position))
+        _train_epochs(job, costs, engine, writer, position)
     with agreed(control, "saving the model"):
         if control.rank == 0:
             weights = {name: tensor.contiguous() for name, tensor in job.model.state_dict().items()}
@@ -60,7 +63,9 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     return config.run_folder / RESULTS
 
 
-def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, position: Position) -> None:
+def _train_epochs(
+    job: Job, costs: PlanCosts, engine: Engine, writer: ResultsWriter | None, position: Position
+) -> None:
     config, control = job.config, job.control
     progress = Progress(control.rank, job.total_steps)
     recorder = StepRecorder(control, writer)
@@ -74,7 +79,7 @@ def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, positi
         batches = batches_of(job, loader)
         for step_of_epoch in range(job.sampler.batches_per_epoch):
             if is_due(config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=position.steps_done):
-                position = _replan(job, writer, progress, position, replanner)
+                position = _replan(job, costs, writer, progress, position, replanner)
             position = _take_over(job, writer, progress, position, replanner)
             start = time.perf_counter()
             micro_batches = next(batches)
@@ -119,7 +124,12 @@ def _resume(job: Job, engine: Engine) -> Position:
 
 
 def _replan(
-    job: Job, writer: ResultsWriter | None, progress: Progress, position: Position, replanner: Replanner
+    job: Job,
+    costs: PlanCosts,
+    writer: ResultsWriter | None,
+    progress: Progress,
+    position: Position,
+    replanner: Replanner,
 ) -> Position:
     """Makes the next plan and puts it in force; or begins with it, if it may come while training goes on."""
     start = time.perf_counter()
@@ -128,13 +138,13 @@ def _replan(
             _note(writer, position, "replan", "skipped: the plan before is still being solved")
             return position
         scores = measure_scores(job, _loss)
-        replanner.start(partial(solve_here, job, scores))
+        replanner.start(partial(solve_here, job, costs, scores))
         if scores is not None and writer is not None:
             _record_scores(writer, scores, position)
         _note(writer, position, "replan", "scores measured, solving begins", time.perf_counter() - start)
         return position
     scores = measure_scores(job, _loss)
-    plan = make_plan(job, scores)
+    plan = make_plan(job, costs, scores)
     if scores is not None and writer is not None:
         _record_scores(writer, scores, position)
     return _put_in_force(job, writer, progress, position, plan, time.perf_counter() - start)
@@ -205,7 +215,7 @@ def _evaluate(job: Job, writer: ResultsWriter | None, progress: Progress, positi
         )
 
 
-def _open_results(job: Job, launcher: str, position: Position) -> ResultsWriter:
+def _open_results(job: Job, costs: PlanCosts, launcher: str, position: Position) -> ResultsWriter:
     path, flush_seconds = job.config.run_folder / RESULTS, job.config.results.flush_seconds
     if job.config.train.resume:
         writer = ResultsWriter.resume(path, last_step=position.steps_done - 1, flush_seconds=flush_seconds)
@@ -224,6 +234,7 @@ def _open_results(job: Job, launcher: str, position: Position) -> ResultsWriter:
             "always_flops": job.costs.always_flops,
             "full_flops": job.costs.full_flops,
             "forward_only_flops": job.costs.forward_only_flops,
+            "plan_costs": json.dumps(asdict(costs)),
         },
     )
     return writer

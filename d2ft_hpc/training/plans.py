@@ -19,6 +19,7 @@ from d2ft_hpc.launch import Control, share
 from d2ft_hpc.planning import PlanProblem, SkipPlan, solve
 from d2ft_hpc.scores import fisher_information, weight_magnitude
 from d2ft_hpc.training.job import Job
+from d2ft_hpc.training.plan_costs import PlanCosts
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,11 @@ def measure_scores(job: Job, loss_function: LossFunction) -> Scores | None:
     return Scores(fisher, backward, time.perf_counter() - start)
 
 
-def make_plan(job: Job, scores: Scores | None) -> SkipPlan:
+def make_plan(job: Job, costs: PlanCosts, scores: Scores | None) -> SkipPlan:
     """Rank 0 solves; every rank gets the same plan or raises the same PlanError."""
-    return SkipPlan.from_bytes(share(job.control, lambda: solve_here(job, scores).to_bytes(), "the plan"))
+    return SkipPlan.from_bytes(
+        share(job.control, lambda: solve_here(job, costs, scores).to_bytes(), "the plan")
+    )
 
 
 def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
@@ -77,7 +80,7 @@ def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[M
         yield batch
 
 
-def solve_here(job: Job, scores: Scores | None) -> SkipPlan:
+def solve_here(job: Job, costs: PlanCosts, scores: Scores | None) -> SkipPlan:
     """The plan that the configuration asks for, on this rank alone."""
     config, replicas = job.config.plan, job.control.world_size
     if config.planner == "dense":
@@ -91,8 +94,9 @@ def solve_here(job: Job, scores: Scores | None) -> SkipPlan:
         compute_budget=config.compute_budget,
         communication_budget=config.communication_budget,
         memory_budget=config.memory_budget,
-        forward_cost=job.costs.forward_share,
-        always_share=job.costs.always_share,
+        forward_cost=costs.forward_share,
+        always_share=costs.always_share,
+        device_speed=costs.device_speed,
     )
     return solve(problem, config.planner, **_planner_options(config, job.config.run.seed))
 
