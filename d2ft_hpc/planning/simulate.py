@@ -26,7 +26,10 @@ class Timing:
     @property
     def idle(self) -> Floats:
         """Share of the step in which each device waits for others, float64 [device]."""
-        return np.asarray(1 - self.busy / self.step if self.step > 0 else np.zeros_like(self.busy))
+        if self.step == 0:
+            return np.zeros_like(self.busy)
+        idle = 1 - self.busy / self.step
+        return np.where(idle > BUDGET_EPSILON, idle, 0.0)  # less is float error
 
 
 def waste(plan: SkipPlan, problem: PlanProblem) -> float:
