@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--ranks", type=int, default=1, help="tensor-parallel ranks")
     plan.add_argument("--stages", type=int, default=1, help="pipeline stages")
     plan.add_argument("--speeds", type=_numbers, metavar="A,B,...", help="relative speed of each rank")
-    plan.add_argument("--placed", action="store_true", help="spread the heads over the ranks by their scores")
+    plan.add_argument("--placed", action="store_true", help="place the heads on the ranks by their scores")
     plan.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
     plan.add_argument("--communication-budget", type=float, help="share of the dense step")
     plan.add_argument("--memory-budget", type=float, help="share of the activations of a dense row")

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError, ResultsError
-from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, check, in_order, simulate, solve, spread
+from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, check, in_order, place, simulate, solve
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ def pose(
     """The problem of the scores' run on another layout.
 
     speeds: of the tensor-parallel ranks of every stage; None = all equal. placed: heads are spread over the ranks by
-    their scores (`spread`). budgets: as in `PlanProblem.parallel`.
+    their scores (`place`). budgets: as in `PlanProblem.parallel`.
 
     Raises PlanError if heads or blocks cannot be divided evenly, or a budget is out of range.
     """
@@ -90,7 +90,7 @@ def pose(
     )
     if not placed:
         return problem
-    return PlanProblem.parallel(scores.forward, scores.backward, rank=spread(problem, ranks), **options)
+    return PlanProblem.parallel(scores.forward, scores.backward, rank=place(problem, ranks), **options)
 
 
 def describe_alone(plan: SkipPlan) -> str:
