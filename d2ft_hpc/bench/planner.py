@@ -37,10 +37,11 @@ def benchmark(
 ) -> dict[str, Any]:
     """Every planner on one problem: {planner: {seconds, gap, score, waste, ...}, "bound": ...}.
 
-    seconds: the fastest of `repeats` times on the clock; cpu_seconds: of the processor. placement_seconds: what the
-    placement of the heads took, once for a run and in no planner's seconds. score and bound: shares of what the dense plan scores. bound (of each
-    planner): what no plan of its kind exceeds. "bound": what no plan within the devices' budgets exceeds, from the
-    linear relaxation of their knapsacks. waste: simulated step over the ideal one, minus 1. score_loss: against joint.
+    seconds, cpu_seconds: the fastest of `repeats` times, on the clock and of the processor.
+    placement_seconds: what the placement of the heads took, once for a run and in no planner's seconds.
+    score and bound: shares of what the dense plan scores. bound (of each planner): what no plan of its kind exceeds.
+    "bound": what no plan within the devices' budgets exceeds, from the linear relaxation of their knapsacks.
+    waste: simulated step over the ideal one, minus 1. score_loss: against joint.
 
     Raises PlanError if heads or blocks cannot be divided evenly.
     """
@@ -104,7 +105,7 @@ def synthetic_problem(
     """Log-normal scores of that [row, block, head] on `ranks` x `stages` devices, at 60 % of the compute.
 
     Heads differ much (standard deviation of the logarithm 1 forward, 0.5 backward, correlation 0.3), blocks less (0.5
-    and 0.2), and a head's scores by 10 % from row to row. placed: heads are placed on the ranks by their scores (`place`).
+    and 0.2), and a head's scores by 10 % from row to row. placed: heads are placed on the ranks by their scores.
     """
     _, blocks, heads = shape
     stage = np.arange(blocks) * stages // blocks
@@ -143,8 +144,9 @@ def report(results: dict[str, Any], *, as_json: bool) -> str:
     for name, result in results.items():
         if name in PLANNERS:
             lines.append(
-                f"{name:<10} {1e3 * result['seconds']:>9.1f} {1e3 * result['cpu_seconds']:>9.1f} {result['gap']:>9.1e} {result['score']:>8.4f} "
-                f"{result['score_loss']:>8.2%} {result['waste']:>8.2%}  {result['status']}"
+                f"{name:<10} {1e3 * result['seconds']:>9.1f} {1e3 * result['cpu_seconds']:>9.1f} "
+                f"{result['gap']:>9.1e} {result['score']:>8.4f} {result['score_loss']:>8.2%} {result['waste']:>8.2%}  "
+                f"{result['status']}"
             )
     lines.extend(results.get("notes", []))
     lines.append(f"heads were placed in {results['placement_seconds']:.2f} s, once for a run")
