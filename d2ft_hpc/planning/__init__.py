@@ -9,9 +9,10 @@ from d2ft_hpc.planning.placement import head_order, in_order, place, spread
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem, check
 from d2ft_hpc.planning.random_schedule import solve_random
-from d2ft_hpc.planning.row_counts import RowCosts, RowCounts, solve_row_counts
+from d2ft_hpc.planning.row_counts import RowCosts, RowCounts
 from d2ft_hpc.planning.simulate import Timing, simulate, waste
 from d2ft_hpc.planning.solve import Planner, solve
+from d2ft_hpc.planning.solve_row_counts import solve_row_counts
 from d2ft_hpc.planning.static import solve_static
 
 __all__ = [

@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.choose import choose
-from d2ft_hpc.planning.coverage import demand_of
 from d2ft_hpc.planning.highs import OPTIMAL
 from d2ft_hpc.planning.knapsack import plan_with_bound
+from d2ft_hpc.planning.level_coverage import demand_of
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.prices import Limit
 from d2ft_hpc.planning.problem import Floats, Ints, PlanProblem, round_up

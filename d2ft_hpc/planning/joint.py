@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,20 +13,13 @@ import numpy.typing as npt
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.greedy import greedy
 from d2ft_hpc.planning.highs import OPTIMAL, Rows, maximise_integer
+from d2ft_hpc.planning.joint_coverage import Coverage, cover, covers, is_even, least_budget_for, most_full
 from d2ft_hpc.planning.knapsack import Ints, Knapsack, device_knapsacks, plan_with_bound, upper_bound
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.prices import RELATIVE_GAP
-from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem, round_up
+from d2ft_hpc.planning.problem import Floats, PlanProblem, round_up
 
 Operations = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class _Coverage:
-    """Every subnet has at least `rows` FULL rows. A cell's subnet is its flat index modulo `subnets`."""
-
-    rows: int
-    subnets: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,14 +79,14 @@ def solve_joint(
     bound = sum(solution.bound for solution in solutions)
     status = _summary(dict(zip(problem.device_names, (s.status for s in solutions), strict=True)))
 
-    demand = _Coverage(coverage, shape[1] * shape[2])
-    if not _covers(knapsacks, chosen, demand):
+    demand = Coverage(coverage, shape[1] * shape[2])
+    if not covers(knapsacks, chosen, demand):
         try:
             solution = _solve(knapsacks, deadline - time.monotonic(), relative_gap, demand)
         except _InfeasibleError as error:
             raise PlanError(
                 f"No plan within the budgets gives every block and head {coverage} FULL rows (coverage): "
-                f"{error}. {_least_budget_for(problem, knapsacks, demand)}"
+                f"{error}. {least_budget_for(problem, knapsacks, demand)}"
             ) from error
         chosen, status = solution.operations, solution.status
         bound = min(bound, solution.bound)
@@ -138,12 +130,12 @@ class _InfeasibleError(Exception):
 
 
 def _solve(
-    knapsacks: Sequence[Knapsack], seconds: float, relative_gap: float, demand: _Coverage | None = None
+    knapsacks: Sequence[Knapsack], seconds: float, relative_gap: float, demand: Coverage | None = None
 ) -> _Solution:
     """The better of HiGHS's plan and the greedy one, for knapsacks that a demand couples or a single one."""
     greedy_plan = _greedy(knapsacks, demand)
     is_plain = all(math.isinf(k.memory) and not k.least.any() for k in knapsacks)
-    if greedy_plan is None and demand is not None and is_plain and _is_even(knapsacks, demand):
+    if greedy_plan is None and demand is not None and is_plain and is_even(knapsacks, demand):
         raise _InfeasibleError("infeasible")
     greedy_score = -math.inf if greedy_plan is None else _objective(knapsacks, greedy_plan)
     bound = sum(upper_bound(knapsack) for knapsack in knapsacks)
@@ -162,7 +154,7 @@ def _solve(
 
 
 def _solve_with_highs(
-    knapsacks: Sequence[Knapsack], seconds: float, relative_gap: float, demand: _Coverage | None
+    knapsacks: Sequence[Knapsack], seconds: float, relative_gap: float, demand: Coverage | None
 ) -> tuple[list[Operations] | None, float, str]:
     """HiGHS's plan (None if it has none that keeps the budgets), its bound, and how it ended."""
     counts = np.repeat([float(len(knapsack.cells)) for knapsack in knapsacks], 2)
@@ -191,12 +183,12 @@ def _solve_with_highs(
         (k.used(operations) <= k.budget).all() and k.fits_memory(operations) and k.runs_enough(operations)
         for k, operations in zip(knapsacks, plan, strict=True)
     )
-    if not within or not _covers(knapsacks, plan, demand):
+    if not within or not covers(knapsacks, plan, demand):
         return None, solution.bound, "HiGHS's plan breaks a budget"
     return plan, solution.bound, solution.status
 
 
-def _rows(knapsacks: Sequence[Knapsack], demand: _Coverage | None) -> Rows:
+def _rows(knapsacks: Sequence[Knapsack], demand: Coverage | None) -> Rows:
     """The constraints on variables forward[cell] (the cell runs), backward[cell] (it runs FULL), cells in the order
     of the knapsacks, and for each knapsack how many run and how many run FULL: forward >= backward; the sums;
     the limited budgets; memory; the demand for each subnet.
@@ -264,90 +256,18 @@ def _objective(knapsacks: Sequence[Knapsack], plan: Sequence[Operations]) -> flo
     return sum(k.objective(operations) for k, operations in zip(knapsacks, plan, strict=True))
 
 
-def _covers(knapsacks: Sequence[Knapsack], plan: Sequence[Operations], demand: _Coverage | None) -> bool:
-    if demand is None:
-        return True
-    full = [k.cells[operations == Operation.FULL] for k, operations in zip(knapsacks, plan, strict=True)]
-    rows = np.bincount(np.concatenate(full) % demand.subnets, minlength=demand.subnets)
-    return bool((rows >= demand.rows).all())
-
-
-def _greedy(knapsacks: Sequence[Knapsack], demand: _Coverage | None) -> list[Operations] | None:
+def _greedy(knapsacks: Sequence[Knapsack], demand: Coverage | None) -> list[Operations] | None:
     """The greedy plan; None if it finds none that meets the demand."""
     if demand is None:
         return [greedy(knapsack) for knapsack in knapsacks]
-    capacity = np.array([_most_full(knapsack, knapsack.budget) for knapsack in knapsacks])
-    start = _cover(knapsacks, capacity, demand)
+    capacity = np.array([most_full(knapsack, knapsack.budget) for knapsack in knapsacks])
+    start = cover(knapsacks, capacity, demand)
     if start is None or not all(
         k.fits_memory(its_start) and (k.used(k.raised_to_least(its_start)) <= k.budget).all()
         for k, its_start in zip(knapsacks, start, strict=True)
     ):
         return None
     return [greedy(knapsack, its_start) for knapsack, its_start in zip(knapsacks, start, strict=True)]
-
-
-def _most_full(knapsack: Knapsack, budget: Floats) -> int:
-    """How many FULL cells, the rest SHORTCUT, a budget float64 [2] pays for."""
-    step = knapsack.forward_step + knapsack.backward_step
-    affordable = [left / cost for left, cost in zip(budget, step, strict=True) if cost > 0]
-    return int(min([len(knapsack.cells), *affordable]))
-
-
-def _cover(knapsacks: Sequence[Knapsack], capacity: Ints, demand: _Coverage) -> list[Operations] | None:
-    """FULL cells, the others SHORTCUT, that meet the demand with at most `capacity` int64 [knapsack] in each.
-
-    Takes the cell with the largest gain on the device with the most room. If every device has equally many
-    rows of every subnet (data parallel), this finds a way wherever there is one; if not it may return None.
-    """
-    plan = [np.full(len(knapsack.cells), Operation.SHORTCUT, dtype=np.uint8) for knapsack in knapsacks]
-    waiting: list[list[list[int]]] = []  # [knapsack][subnet]: its cells, the best last
-    for knapsack in knapsacks:
-        queues: list[list[int]] = [[] for _ in range(demand.subnets)]
-        for cell in np.argsort(knapsack.forward_gain + knapsack.backward_gain, kind="stable"):
-            queues[knapsack.cells[cell] % demand.subnets].append(int(cell))
-        waiting.append(queues)
-    room = capacity.copy()
-    for subnet in range(demand.subnets):
-        for _ in range(demand.rows):
-            having = [index for index in range(len(knapsacks)) if room[index] > 0 and waiting[index][subnet]]
-            if not having:
-                return None
-            index = max(having, key=lambda index: int(room[index]))
-            plan[index][waiting[index][subnet].pop()] = Operation.FULL
-            room[index] -= 1
-    return plan
-
-
-def _is_even(knapsacks: Sequence[Knapsack], demand: _Coverage) -> bool:
-    """Whether every device has equally many rows of every subnet, as in data parallel."""
-    rows = [np.bincount(knapsack.cells % demand.subnets, minlength=demand.subnets) for knapsack in knapsacks]
-    return all(its_rows.min() == its_rows.max() for its_rows in rows)
-
-
-def _least_budget_for(problem: PlanProblem, knapsacks: Sequence[Knapsack], demand: _Coverage) -> str:
-    """Which budget to raise so that the demand can be met, and to what share of the dense step."""
-    costs = np.array([problem.compute_cost, problem.communication_cost])
-    dense = problem.cells_per_device()[:, None] * costs[:, Operation.FULL]
-    shortcut = problem.cells_per_device()[:, None] * costs[:, Operation.SHORTCUT]
-    for column, (name, always_share) in enumerate(
-        (("compute", problem.always_share), ("communication", 0.0))
-    ):
-
-        def is_enough(step: int, column: int = column, always_share: float = always_share) -> bool:
-            """Whether coverage is possible with step / 10000 of the dense step, the other budget as it is."""
-            share = max(0.0, step / 10_000 - always_share) / (1 - always_share) + BUDGET_EPSILON / 2
-            raised = problem.budgets()
-            raised[:, column] = np.maximum(raised[:, column], dense[:, column] * share)
-            capacity = map(_most_full, knapsacks, raised - shortcut)
-            return _cover(knapsacks, np.array(list(capacity)), demand) is not None
-
-        if is_enough(10_000):
-            least = bisect_left(range(10_000), True, key=is_enough) / 10_000
-            return (
-                f"The least feasible {name} budget is {least:g} of the dense step's on every device; "
-                f"raise it or lower the coverage."
-            )
-    return "Raise both the compute and the communication budget, or lower the coverage."
 
 
 def _summary(statuses: dict[str, str]) -> str:

@@ -10,7 +10,9 @@ import numpy as np
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.choose import Choice, choose
-from d2ft_hpc.planning.coverage import (
+from d2ft_hpc.planning.highs import OPTIMAL
+from d2ft_hpc.planning.knapsack import plan_with_bound
+from d2ft_hpc.planning.level_coverage import (
     demand_of,
     is_affordable,
     rewarded,
@@ -19,8 +21,6 @@ from d2ft_hpc.planning.coverage import (
     take_turns,
     unpaid_coverage,
 )
-from d2ft_hpc.planning.highs import OPTIMAL
-from d2ft_hpc.planning.knapsack import plan_with_bound
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import PlanProblem
 from d2ft_hpc.planning.split import choose_by_split

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.coverage import demand_of, take_turns, unpaid_coverage
 from d2ft_hpc.planning.knapsack import plan_with_bound
+from d2ft_hpc.planning.level_coverage import demand_of, take_turns, unpaid_coverage
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import PlanProblem
 from d2ft_hpc.planning.teams import Team, fitting_levels, make_teams, meeting_replicas

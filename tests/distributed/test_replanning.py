@@ -29,7 +29,6 @@ def test_training_goes_on_while_the_next_plan_is_solved(tmp_path: Path) -> None:
         "data.micro_batch_size": 8,
         "data.slots": 4,
         "plan.planner": "joint",
-        "plan.coverage": 1,
         "plan.costs": "measured",
         "plan.device_speed": "[1.0,0.5]",
         "plan.replan.every": 4,
