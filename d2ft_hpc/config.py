@@ -104,7 +104,10 @@ class PlanConfig(Section):
     compute_budget: Fraction = 0.6
     """Share of the dense run's training FLOPs that each device may spend."""
     communication_budget: Fraction | None = None
-    """Share of the dense run's messages between subnets (the paper's cost model); null: no limit."""
+    """Share of the dense run's messages between subnets; null: no limit."""
+    messages: Literal["by_head", "by_meeting"] = "by_head"
+    """What these messages are: by_head counts FULL 1 and FORWARD_ONLY 0.5 for every head (the paper's cost model),
+    by_meeting the all-reduces of tensor-parallel ranks, which a block without any active head does not need."""
     memory_budget: Fraction | None = None
     """Share of the activations of a dense micro-batch that a device keeps for the backward; null: no limit. Planners
     `paper` and `random` do not know it and are refused where they exceed it."""

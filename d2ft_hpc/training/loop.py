@@ -20,6 +20,7 @@ from d2ft_hpc.data.loader import eval_loader, train_loader
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
+from d2ft_hpc.metering.times import AllReduceSeconds, measure_all_reduce
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.training.checkpoint import Position, load_checkpoint, newest_checkpoint, save_checkpoint
@@ -47,6 +48,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
         job = set_up(config, control, device)
     costs = find_costs(job)
     engine = build_engine(config, job.model, job.executor, job.total_steps, _loss)
+    all_reduce = measure_all_reduce(device)
     position = Position()
     if config.train.resume:
         position = _resume(job, engine)
@@ -54,7 +56,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
         writer = None
         with agreed(control, "opening the results file"):
             if control.rank == 0:
-                writer = stack.enter_context(_open_results(job, costs, launcher, position))
+                writer = stack.enter_context(_open_results(job, costs, all_reduce, launcher, position))
         _train_epochs(job, costs, engine, writer, position)
     with agreed(control, "saving the model"):
         if control.rank == 0:
@@ -215,7 +217,9 @@ def _evaluate(job: Job, writer: ResultsWriter | None, progress: Progress, positi
         )
 
 
-def _open_results(job: Job, costs: PlanCosts, launcher: str, position: Position) -> ResultsWriter:
+def _open_results(
+    job: Job, costs: PlanCosts, all_reduce: AllReduceSeconds, launcher: str, position: Position
+) -> ResultsWriter:
     path, flush_seconds = job.config.run_folder / RESULTS, job.config.results.flush_seconds
     if job.config.train.resume:
         writer = ResultsWriter.resume(path, last_step=position.steps_done - 1, flush_seconds=flush_seconds)
@@ -235,6 +239,8 @@ def _open_results(job: Job, costs: PlanCosts, launcher: str, position: Position)
             "full_flops": job.costs.full_flops,
             "forward_only_flops": job.costs.forward_only_flops,
             "plan_costs": json.dumps(asdict(costs)),
+            "all_reduce_seconds": all_reduce.latency,
+            "all_reduce_seconds_per_byte": all_reduce.per_byte,
         },
     )
     return writer

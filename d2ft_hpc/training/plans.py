@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2ft_hpc.config import PlanConfig
+from d2ft_hpc.config import EngineConfig, PlanConfig
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch
 from d2ft_hpc.launch import Control, share
@@ -73,6 +73,12 @@ def make_plan(job: Job, costs: PlanCosts, scores: Scores | None) -> SkipPlan:
     )
 
 
+def meets_every_block(engine: EngineConfig) -> bool:
+    """Whether replicas wait for each other in every block, as under ZeRO 3, which gathers each block's weights."""
+    zero = engine.deepspeed.get("zero_optimization")
+    return engine.name == "deepspeed" and isinstance(zero, dict) and zero.get("stage") == 3
+
+
 def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
     """Groups what a loader over the job's sampler yields into batches on the job's device, in slot order."""
     on_device = ((images.to(job.device), labels.to(job.device)) for images, labels in micro_batches)
@@ -97,6 +103,8 @@ def solve_here(job: Job, costs: PlanCosts, scores: Scores | None) -> SkipPlan:
         forward_cost=costs.forward_share,
         always_share=costs.always_share,
         device_speed=costs.device_speed,
+        messages=config.messages,
+        replicas_meet=meets_every_block(job.config.engine),
     )
     return solve(problem, config.planner, **_planner_options(config, job.config.run.seed))
 

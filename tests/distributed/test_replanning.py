@@ -58,6 +58,7 @@ def test_training_goes_on_while_the_next_plan_is_solved(tmp_path: Path) -> None:
     # The costs are of this machine's own clock, and are in the run's records.
     costs = json.loads((tmp_path / "demo" / "costs.json").read_text())
     assert json.loads(opened.attributes("model")["plan_costs"]) == costs
+    assert opened.attributes("model")["all_reduce_seconds"] > 0
     (measured,) = (tmp_path / "cache").glob("passes-*.json")
     passes = PassSeconds(**json.loads(measured.read_text()))
     assert 0 < passes.always < passes.forward_only < passes.full

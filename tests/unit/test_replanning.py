@@ -7,11 +7,11 @@ import threading
 import numpy as np
 import pytest
 
-from d2ft_hpc.config import PlanConfig, ReplanConfig
+from d2ft_hpc.config import EngineConfig, PlanConfig, ReplanConfig
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.planning import SkipPlan
-from d2ft_hpc.training.plans import is_due
+from d2ft_hpc.training.plans import is_due, meets_every_block
 from d2ft_hpc.training.replanning import Replanner
 
 
@@ -30,6 +30,14 @@ def test_plans_are_due_at_the_start_and_every_k_epochs_or_steps(replan: ReplanCo
         step for step in range(12) if is_due(config, epoch=step // 3, step_of_epoch=step % 3, steps_done=step)
     ]
     assert steps == due
+
+
+def test_replicas_meet_in_every_block_under_zero_3_alone() -> None:
+    for stage in range(4):
+        engine = EngineConfig(deepspeed={"zero_optimization": {"stage": stage}})
+        assert meets_every_block(engine) == (stage == 3)
+    assert not meets_every_block(EngineConfig())
+    assert not meets_every_block(EngineConfig(name="plain"))
 
 
 def a_plan(value: int) -> SkipPlan:
