@@ -10,6 +10,7 @@ from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem, check
 from d2ft_hpc.planning.random_schedule import solve_random
 from d2ft_hpc.planning.row_counts import RowCosts, RowCounts
+from d2ft_hpc.planning.samples import plan_samples
 from d2ft_hpc.planning.simulate import Timing, simulate, waste
 from d2ft_hpc.planning.solve import Planner, solve
 from d2ft_hpc.planning.solve_row_counts import solve_row_counts
@@ -28,6 +29,7 @@ __all__ = [
     "head_order",
     "in_order",
     "place",
+    "plan_samples",
     "simulate",
     "solve",
     "solve_depth",

@@ -11,6 +11,12 @@ from typing import Any, Literal
 import numpy as np
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.baselines import (
+    solve_last_blocks,
+    solve_pruning,
+    solve_routing,
+    solve_stochastic_depth,
+)
 from d2ft_hpc.planning.depth import solve_depth
 from d2ft_hpc.planning.greedy import solve_greedy
 from d2ft_hpc.planning.joint import solve_joint
@@ -21,7 +27,20 @@ from d2ft_hpc.planning.problem import PlanProblem, check
 from d2ft_hpc.planning.random_schedule import solve_random
 from d2ft_hpc.planning.static import solve_static
 
-Planner = Literal["dense", "paper", "joint", "makespan", "static", "depth", "greedy", "random"]
+Planner = Literal[
+    "dense",
+    "paper",
+    "joint",
+    "makespan",
+    "static",
+    "depth",
+    "greedy",
+    "random",
+    "last_blocks",
+    "stochastic_depth",
+    "pruning",
+    "routing",
+]
 
 
 def solve(problem: PlanProblem, planner: Planner, **options: Any) -> SkipPlan:
@@ -42,6 +61,10 @@ def solve(problem: PlanProblem, planner: Planner, **options: Any) -> SkipPlan:
         "depth": solve_depth,
         "greedy": solve_greedy,
         "random": solve_random,
+        "last_blocks": solve_last_blocks,
+        "stochastic_depth": solve_stochastic_depth,
+        "pruning": solve_pruning,
+        "routing": solve_routing,
     }
     if planner not in functions:
         raise PlanError(f"There is no planner {planner!r}; choose one of {', '.join(functions)}.")
@@ -62,5 +85,11 @@ def solve_dense(problem: PlanProblem) -> SkipPlan:
     operations = np.full(problem.forward_score.shape, Operation.FULL, dtype=np.uint8)
     objective = problem.objective(operations)
     return SkipPlan(
-        operations, problem.replicas, "dense", objective=objective, bound=objective, gap=0.0, status="dense"
+        operations,
+        problem.replicas,
+        planner="dense",
+        objective=objective,
+        bound=objective,
+        gap=0.0,
+        status="dense",
     )

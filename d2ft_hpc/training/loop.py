@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.data.loader import eval_loader, train_loader
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
-from d2ft_hpc.metering.times import AllReduceSeconds, measure_all_reduce
+from d2ft_hpc.metering.all_reduce import AllReduceSeconds, measure_all_reduce
+from d2ft_hpc.metering.profile import PassProfile, profile_passes
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
+from d2ft_hpc.results.segments import rank_file
+from d2ft_hpc.scores import Scores
+from d2ft_hpc.training.board import Board
 from d2ft_hpc.training.checkpoint import Position, load_checkpoint, newest_checkpoint, save_checkpoint
-from d2ft_hpc.training.environment import describe_environment
+from d2ft_hpc.training.environment import describe_environment, describe_parameters
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.job import Job, set_up
 from d2ft_hpc.training.plan_costs import PlanCosts, find_costs
-from d2ft_hpc.training.plans import Scores, batches_of, is_due, make_plan, measure_scores, solve_here
+from d2ft_hpc.training.plans import batches_of, is_due, make_plan, measure_scores, solve_here
 from d2ft_hpc.training.progress import Progress
 from d2ft_hpc.training.records import StepRecorder
 from d2ft_hpc.training.replanning import Replanner
@@ -37,6 +39,8 @@ from d2ft_hpc.training.steps import StepRunner
 RESULTS = "results.h5"
 MODEL = "model.safetensors"
 CHECKPOINTS = "checkpoints"
+CONFUSION_CLASSES = 256
+"""With more classes, evaluations record the accuracy of each class but no confusion."""
 
 
 def train(config: RunConfig, control: Control, device: torch.device, launcher: str) -> Path:
@@ -46,18 +50,25 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     """
     with agreed(control, "set-up"):
         job = set_up(config, control, device)
-    costs = find_costs(job)
-    engine = build_engine(config, job.model, job.executor, job.total_steps, _loss)
-    all_reduce = measure_all_reduce(device)
+    engine = build_engine(config, job.model, job.executor, job.total_steps, job.loss)
     position = Position()
     if config.train.resume:
         position = _resume(job, engine)
+    profile, all_reduce = _profile(job), measure_all_reduce(device)
+    costs = find_costs(job, profile)
     with ExitStack() as stack:
-        writer = None
+        writer, own_writer, board = None, None, None
         with agreed(control, "opening the results file"):
             if control.rank == 0:
-                writer = stack.enter_context(_open_results(job, costs, all_reduce, launcher, position))
-        _train_epochs(job, costs, engine, writer, position)
+                writer = stack.enter_context(
+                    _open_results(job, launcher, position, profile, costs, all_reduce)
+                )
+                if config.results.tensorboard:
+                    board = stack.enter_context(closing(Board(config.run_folder / "tensorboard")))
+            if config.results.file_per_rank:
+                own_writer = stack.enter_context(_open_own_results(job, position))
+        recorder = stack.enter_context(StepRecorder(control, writer, own_writer, board))
+        _train_epochs(job, engine, writer, recorder, board, profile, costs, position)
     with agreed(control, "saving the model"):
         if control.rank == 0:
             weights = {name: tensor.contiguous() for name, tensor in job.model.state_dict().items()}
@@ -66,55 +77,60 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
 
 
 def _train_epochs(
-    job: Job, costs: PlanCosts, engine: Engine, writer: ResultsWriter | None, position: Position
+    job: Job,
+    engine: Engine,
+    writer: ResultsWriter | None,
+    recorder: StepRecorder,
+    board: Board | None,
+    profile: PassProfile,
+    costs: PlanCosts,
+    position: Position,
 ) -> None:
     config, control = job.config, job.control
     progress = Progress(control.rank, job.total_steps)
-    recorder = StepRecorder(control, writer)
     runner = StepRunner(job, engine)
     replanner = Replanner(control)
-    if position.steps_done == 0:
-        _evaluate(job, writer, progress, position)
-    loader = train_loader(job.train_set, job.sampler, num_workers=config.data.workers)
-    for epoch in range(position.epochs_done, config.train.epochs):
+    if position.steps_done == 0 and config.train.evaluate_at_start:
+        _evaluate(job, writer, board, progress, position)
+    for epoch in range(position.epochs_done, job.num_epochs):
         job.sampler.set_epoch(epoch)
-        batches = batches_of(job, loader)
-        for step_of_epoch in range(job.sampler.batches_per_epoch):
+        batches = batches_of(job, job.train_batches)
+        for step_of_epoch in range(job.steps_of_epoch(epoch)):
             if is_due(config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=position.steps_done):
                 position = _replan(job, costs, writer, progress, position, replanner)
             position = _take_over(job, writer, progress, position, replanner)
-            start = time.perf_counter()
-            micro_batches = next(batches)
-            record = runner.run(
-                micro_batches,
-                step=position.steps_done,
-                epoch=epoch,
-                plan=position.plans_made - 1,
-                data_seconds=time.perf_counter() - start,
-            )
+            record = runner.run(batches, step=position.steps_done, epoch=epoch, plan=position.plans_made - 1)
             recorder.add(record)
             position = replace(position, steps_done=position.steps_done + 1)
-            share = record.of_rank["planned_flops"] / record.of_rank["dense_flops"]
-            progress.step(epoch + 1, position.steps_done, record.of_rank["loss"], record.learning_rate, share)
+            if progress.is_due(position.steps_done):
+                share = record.of_rank["planned_flops"] / record.of_rank["dense_flops"]
+                ideal = config.data.slots * profile.ideal_seconds(share, job.costs)
+                loss = float(record.loss)
+                progress.step(epoch + 1, position.steps_done, loss, record.learning_rate, share, ideal)
         position = replace(position, epochs_done=epoch + 1)
-        recorder.gather()
         if (
             position.epochs_done % config.train.evaluate_every_epochs == 0
-            or position.epochs_done == config.train.epochs
+            or position.epochs_done == job.num_epochs
         ):
-            _evaluate(job, writer, progress, position)
+            _evaluate(job, writer, board, progress, position)
         every = config.train.checkpoint_every_epochs
         if every is not None and position.epochs_done % every == 0:
             position = _take_over(job, writer, progress, position, replanner, wait=True)
             assert job.executor.plan is not None
+            recorder.finish()  # a resumed run finds every step before its checkpoint
+            if writer is not None:
+                writer.flush()
             saved = save_checkpoint(
                 config.run_folder / CHECKPOINTS, engine, job.executor.plan, position, control
             )
             _note(writer, position, "checkpoint", str(saved.name))
 
 
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels)
+def _profile(job: Job) -> PassProfile:
+    data = job.config.data
+    shape = (data.micro_batch_size, 3, data.image_size, data.image_size)
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return profile_passes(job.model, job.executor, shape, precision[job.config.engine.precision])
 
 
 def _resume(job: Job, engine: Engine) -> Position:
@@ -135,20 +151,18 @@ def _replan(
 ) -> Position:
     """Makes the next plan and puts it in force; or begins with it, if it may come while training goes on."""
     start = time.perf_counter()
-    if job.config.plan.replan.overlap and position.plans_made > 0:
-        if replanner.is_under_way:
-            _note(writer, position, "replan", "skipped: the plan before is still being solved")
-            return position
-        scores = measure_scores(job, _loss)
-        replanner.start(partial(solve_here, job, costs, scores))
-        if scores is not None and writer is not None:
-            _record_scores(writer, scores, position)
-        _note(writer, position, "replan", "scores measured, solving begins", time.perf_counter() - start)
+    overlaps = job.config.plan.replan.overlap and position.plans_made > 0
+    if overlaps and replanner.is_under_way:
+        _note(writer, position, "replan", "skipped: the plan before is still being solved")
         return position
-    scores = measure_scores(job, _loss)
-    plan = make_plan(job, costs, scores)
+    scores = measure_scores(job, job.loss)
     if scores is not None and writer is not None:
         _record_scores(writer, scores, position)
+    if overlaps:
+        replanner.start(partial(solve_here, job, costs, scores, position.plans_made))
+        _note(writer, position, "replan", "scores measured, solving begins", time.perf_counter() - start)
+        return position
+    plan = make_plan(job, costs, scores, position.plans_made)
     return _put_in_force(job, writer, progress, position, plan, time.perf_counter() - start)
 
 
@@ -187,18 +201,15 @@ def _put_in_force(
         f"compute, made in {seconds:.2f} s"
     )
     if writer is not None:
-        _record_plan(writer, plan, planned, position, seconds)
+        _record_plan(job, writer, plan, position, seconds)
     return replace(position, plans_made=position.plans_made + 1)
 
 
-def _evaluate(job: Job, writer: ResultsWriter | None, progress: Progress, position: Position) -> None:
-    batches = eval_loader(
-        job.test_set,
-        batch_size=4 * job.config.data.micro_batch_size,
-        replicas=job.control.world_size,
-        replica=job.control.rank,
-    )
-    result = evaluate(job.model, batches, job.control, job.device)
+def _evaluate(
+    job: Job, writer: ResultsWriter | None, board: Board | None, progress: Progress, position: Position
+) -> None:
+    result = evaluate(job.model, job.evaluation_batches, job.control, job.device)
+    progress.evaluated(result.accuracy, result.seconds)
     progress.say(
         f"evaluation after {position.epochs_done} epochs: accuracy {result.accuracy:.2%}, loss {result.loss:.4f} "
         f"({result.samples} images, {result.seconds:.1f} s)"
@@ -213,24 +224,38 @@ def _evaluate(job: Job, writer: ResultsWriter | None, progress: Progress, positi
                 "loss": result.loss,
                 "samples": result.samples,
                 "seconds": result.seconds,
+                "class_accuracy": result.class_accuracy,
+                **({"confusion": result.confusion} if len(result.confusion) <= CONFUSION_CLASSES else {}),
             },
         )
+    if board is not None:
+        board.evaluation(position.steps_done, result)
 
 
 def _open_results(
-    job: Job, costs: PlanCosts, all_reduce: AllReduceSeconds, launcher: str, position: Position
+    job: Job,
+    launcher: str,
+    position: Position,
+    profile: PassProfile,
+    costs: PlanCosts,
+    all_reduce: AllReduceSeconds,
 ) -> ResultsWriter:
-    path, flush_seconds = job.config.run_folder / RESULTS, job.config.results.flush_seconds
+    path, settings = job.config.run_folder / RESULTS, job.config.results
+    options: dict[str, Any] = {
+        "flush_seconds": settings.flush_seconds,
+        "locking": settings.locking,
+        "rank_files": job.control.world_size if settings.file_per_rank else 0,
+    }
     if job.config.train.resume:
-        writer = ResultsWriter.resume(path, last_step=position.steps_done - 1, flush_seconds=flush_seconds)
+        writer = ResultsWriter.resume(path, last_step=position.steps_done - 1, **options)
         _note(writer, position, "resume", f"after epoch {position.epochs_done}")
         return writer
-    writer = ResultsWriter(path, flush_seconds=flush_seconds)
+    writer = ResultsWriter(path, **options)
     writer.put("config", {"yaml": job.config.to_yaml()})
     writer.put("environment", {}, describe_environment(job.control, launcher, job.device))
     writer.put(
         "model",
-        {},
+        describe_parameters(job.model, job.executor.subnets),
         {
             "name": job.config.model.name,
             "num_blocks": job.executor.subnets.num_blocks,
@@ -238,6 +263,8 @@ def _open_results(
             "always_flops": job.costs.always_flops,
             "full_flops": job.costs.full_flops,
             "forward_only_flops": job.costs.forward_only_flops,
+            "dense_pass_seconds": profile.dense_seconds,
+            "always_pass_seconds": profile.always_seconds,
             "plan_costs": json.dumps(asdict(costs)),
             "all_reduce_seconds": all_reduce.latency,
             "all_reduce_seconds_per_byte": all_reduce.per_byte,
@@ -246,32 +273,52 @@ def _open_results(
     return writer
 
 
+def _open_own_results(job: Job, position: Position) -> ResultsWriter:
+    """This rank's own file, in runs with a file for each rank."""
+    path, settings = rank_file(job.config.run_folder / RESULTS, job.control.rank), job.config.results
+    options: dict[str, Any] = {"flush_seconds": settings.flush_seconds, "locking": settings.locking}
+    if job.config.train.resume and path.exists():
+        return ResultsWriter.resume(path, last_step=position.steps_done - 1, **options)
+    return ResultsWriter(path, **options)
+
+
 def _record_scores(writer: ResultsWriter, scores: Scores, position: Position) -> None:
     """Of the plan that is made next."""
-    writer.put(
-        f"scores/{position.plans_made}",
-        {"forward": scores.forward, "backward": scores.backward},
-        {"step": position.steps_done, "seconds": scores.seconds},
+    writer.append(
+        "scores",
+        {
+            "step": position.steps_done,
+            "forward": scores.forward,
+            "backward": scores.backward,
+            "forward_name": scores.forward_name,
+            "backward_name": scores.backward_name,
+            "seconds": scores.seconds,
+            "flops": scores.flops,
+            "cached": scores.cached,
+        },
     )
 
 
-def _record_plan(
-    writer: ResultsWriter, plan: SkipPlan, planned_share: float, position: Position, seconds: float
-) -> None:
-    writer.put(
-        f"plans/{position.plans_made}",
-        {"operations": plan.operations},
+def _record_plan(job: Job, writer: ResultsWriter, plan: SkipPlan, position: Position, seconds: float) -> None:
+    writer.append(
+        "plans",
         {
+            "step": position.steps_done,
+            "operations": plan.operations,
             "hash": plan.hash,
             "planner": plan.planner,
             "replicas": plan.replicas,
+            "binding": plan.binding,
             "objective": plan.objective,
             "bound": plan.bound,
             "gap": plan.gap,
             "status": plan.status,
             "solve_seconds": plan.solve_seconds,
-            "first_step": position.steps_done,
-            "planned_compute": planned_share,
+            "planned_compute": job.costs.planned_share(plan),
+            "planned_time": max(
+                float(job.costs.planned_flops(plan.for_replica(replica)).mean()) / job.costs.dense_flops
+                for replica in range(plan.replicas)
+            ),
         },
     )
     _note(writer, position, "plan", plan.hash, seconds)

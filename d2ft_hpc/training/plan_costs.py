@@ -17,7 +17,7 @@ import torch
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.launch import share
-from d2ft_hpc.metering.times import PassSeconds, measure_passes
+from d2ft_hpc.metering.profile import PassProfile
 from d2ft_hpc.training.job import Job
 
 COSTS = "costs.json"
@@ -43,16 +43,19 @@ class PlanCosts:
     source: str
 
 
-def find_costs(job: Job) -> PlanCosts:
+def find_costs(job: Job, profile: PassProfile) -> PlanCosts:
     """What `plan.costs` and `plan.device_speed` ask for; on all ranks together, the same on each.
 
-    A resumed run takes what it planned with before. Raises ConfigError if the speeds are not as many as the ranks.
+    profile: this rank's. An older one of the same hardware and model takes its place, if the cache folder has one, so
+    that runs do not differ by the noise of a measurement. A resumed run takes what it planned with before.
+
+    Raises ConfigError if the speeds are not as many as the ranks, or if there is nothing measured.
     """
     config, control = job.config, job.control
     path = config.run_folder / COSTS
-    own = _own_passes(job) if config.plan.costs == "measured" else PassSeconds(0.0, 0.0, 0.0)
+    own = _kept(job, profile) if config.plan.costs == "measured" else profile
     of_ranks = [
-        PassSeconds(**json.loads(part)) for part in control.all_gather(json.dumps(asdict(own)).encode())
+        PassProfile(**json.loads(part)) for part in control.all_gather(json.dumps(asdict(own)).encode())
     ]
 
     def decide() -> bytes:
@@ -65,7 +68,7 @@ def find_costs(job: Job) -> PlanCosts:
     return PlanCosts(**json.loads(share(control, decide, "costs of the plans")))
 
 
-def _costs(job: Job, of_ranks: Sequence[PassSeconds]) -> PlanCosts:
+def _costs(job: Job, of_ranks: Sequence[PassProfile]) -> PlanCosts:
     ranks = len(of_ranks)
     table = job.config.plan.device_speed
     if table is not None and len(table) != ranks:
@@ -79,8 +82,12 @@ def _costs(job: Job, of_ranks: Sequence[PassSeconds]) -> PlanCosts:
         case "paper":
             return PlanCosts(PAPER_FORWARD_COST, 0.0, speed, "paper")
         case "measured":
+            if not np.isfinite([passes.dense_seconds for passes in of_ranks]).all():
+                raise ConfigError(
+                    "plan.costs='measured': a dense micro-batch did not fit on some rank; use flops"
+                )
             if table is None:
-                speed = relative_speeds([passes.full for passes in of_ranks])
+                speed = relative_speeds([passes.dense_seconds for passes in of_ranks])
             return PlanCosts(
                 float(np.median([passes.forward_share for passes in of_ranks])),
                 float(np.median([passes.always_share for passes in of_ranks])),
@@ -99,18 +106,14 @@ def relative_speeds(seconds: Sequence[float]) -> list[float]:
     return [float(value) for value in speed / speed.mean()]
 
 
-def _own_passes(job: Job) -> PassSeconds:
-    """This rank's, measured once for the same hardware and model and kept in the cache folder."""
-    path = cache_folder() / f"passes-{_key(job)}.json"
+def _kept(job: Job, profile: PassProfile) -> PassProfile:
+    """The profile that the cache folder keeps for this hardware and model; it keeps this one if it has none."""
+    path = cache_folder() / f"profile-{_key(job)}.json"
     try:
-        return PassSeconds(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):  # none yet, or damaged: measure
-        pass
-    data = job.config.data
-    images_shape = (data.micro_batch_size, 3, data.image_size, data.image_size)
-    passes = measure_passes(job.model, job.executor, images_shape)
-    _write(path, json.dumps(asdict(passes)).encode())
-    return passes
+        return PassProfile(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):  # none yet, or damaged
+        _write(path, json.dumps(asdict(profile)).encode())
+        return profile
 
 
 def cache_folder() -> Path:
@@ -132,6 +135,7 @@ def _key(job: Job) -> str:
         config.model.model_dump(exclude={"weights"}),
         config.data.image_size,
         config.data.micro_batch_size,
+        config.engine.precision,
         str(next(job.model.parameters()).dtype),
     ]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:24]

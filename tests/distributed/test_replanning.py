@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from d2ft_hpc import results
-from d2ft_hpc.metering.times import PassSeconds
+from d2ft_hpc.metering.profile import PassProfile
 from tests.distributed.launching import run
 
 
@@ -40,7 +40,8 @@ def test_training_goes_on_while_the_next_plan_is_solved(tmp_path: Path) -> None:
     }
     train(overrides, tmp_path / "cache")
     opened = results.open_run(tmp_path / "demo")
-    first_steps = [int(attributes["first_step"]) for _, attributes in opened.groups("plans")]
+    plans = opened.table("plans")
+    first_steps = plans["step"].tolist()
     steps = opened.table("steps")
     assert len(first_steps) >= 2
     assert first_steps[0] == 0
@@ -59,14 +60,14 @@ def test_training_goes_on_while_the_next_plan_is_solved(tmp_path: Path) -> None:
     costs = json.loads((tmp_path / "demo" / "costs.json").read_text())
     assert json.loads(opened.attributes("model")["plan_costs"]) == costs
     assert opened.attributes("model")["all_reduce_seconds"] > 0
-    (measured,) = (tmp_path / "cache").glob("passes-*.json")
-    passes = PassSeconds(**json.loads(measured.read_text()))
-    assert 0 < passes.always < passes.forward_only < passes.full
+    (measured,) = (tmp_path / "cache").glob("profile-*.json")
+    passes = PassProfile(**json.loads(measured.read_text()))
+    assert 0 < passes.always_seconds < passes.forward_only_seconds < passes.dense_seconds
+    assert costs["forward_share"] == pytest.approx(passes.forward_share)
     assert costs["source"] == "measured"
     assert costs["device_speed"] == [1.0, 0.5]
     # The slower rank got half as much.
-    for data, _ in opened.groups("plans"):
-        operations = np.asarray(data["operations"])
+    for operations in plans["operations"]:
         work = np.array(
             [
                 (costs["forward_share"] * (o == 1) + (o == 2)).sum()
@@ -80,4 +81,4 @@ def test_training_goes_on_while_the_next_plan_is_solved(tmp_path: Path) -> None:
     measured.unlink()
     train(overrides | {"train.epochs": 2, "train.resume": "true"}, tmp_path / "cache")
     assert json.loads((tmp_path / "demo" / "costs.json").read_text()) == costs
-    assert len(list((tmp_path / "cache").glob("passes-*.json"))) == 1
+    assert len(list((tmp_path / "cache").glob("profile-*.json"))) == 1

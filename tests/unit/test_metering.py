@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.metering import measure_costs, meter
-from d2ft_hpc.metering.times import AllReduceSeconds, measure_all_reduce, measure_passes
+from d2ft_hpc.metering.all_reduce import AllReduceSeconds, measure_all_reduce
+from d2ft_hpc.metering.profile import profile_passes
 from d2ft_hpc.planning.plan import SkipPlan
 from d2ft_hpc.training.plan_costs import relative_speeds
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
@@ -65,8 +66,8 @@ def test_timed_passes_leave_no_trace_and_order_the_operations() -> None:
     executor = attach(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random_state = torch.get_rng_state()
-    passes = measure_passes(model, executor, (8, 3, 16, 16))
-    assert 0 < passes.always <= passes.forward_only <= passes.full
+    passes = profile_passes(model, executor, (64, 3, 16, 16), torch.float32)
+    assert 0 < passes.always_seconds < passes.dense_seconds
     assert 0 <= passes.forward_share <= 1
     assert 0 <= passes.always_share < 1
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
