@@ -13,7 +13,15 @@ import numpy.typing as npt
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.greedy import greedy
 from d2ft_hpc.planning.highs import OPTIMAL, Rows, maximise_integer
-from d2ft_hpc.planning.joint_coverage import Coverage, cover, covers, is_even, least_budget_for, most_full
+from d2ft_hpc.planning.joint_coverage import (
+    Coverage,
+    cover,
+    covers,
+    is_even,
+    least_budget_for,
+    most_full,
+    price_coverage,
+)
 from d2ft_hpc.planning.knapsack import Ints, Knapsack, device_knapsacks, plan_with_bound, upper_bound
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.prices import RELATIVE_GAP
@@ -49,8 +57,8 @@ def solve_joint(
     coverage: least number of FULL rows that every (block, head) gets over the whole batch; 0 = no demand.
     most_shortcut: share in [0, 1] of a device's heads in a (row, block) that may be SHORTCUT.
 
-    Without coverage the devices share nothing: each is solved by itself and the bounds add up. Coverage
-    couples them: if the devices' own plans do not happen to meet it, one model of all of them is solved.
+    Without coverage the devices share nothing: each is solved by itself and the bounds add up. Coverage may
+    couple them: if the devices' own plans do not happen to meet it, all of them are solved together.
     Where HiGHS runs out of time or fails, the greedy plan takes its place if it is the better one: the
     status is then "greedy: <reason>" and the bound still holds. The same problem gives the same plan, unless
     time runs out.
@@ -133,12 +141,15 @@ def _solve(
     knapsacks: Sequence[Knapsack], seconds: float, relative_gap: float, demand: Coverage | None = None
 ) -> _Solution:
     """The better of HiGHS's plan and the greedy one, for knapsacks that a demand couples or a single one."""
-    greedy_plan = _greedy(knapsacks, demand)
+    priced = None if demand is None else price_coverage(knapsacks, demand)
+    greedy_plan = _greedy(knapsacks, demand, None if priced is None else priced.loss)
     is_plain = all(math.isinf(k.memory) and not k.least.any() for k in knapsacks)
     if greedy_plan is None and demand is not None and is_plain and is_even(knapsacks, demand):
         raise _InfeasibleError("infeasible")
     greedy_score = -math.inf if greedy_plan is None else _objective(knapsacks, greedy_plan)
     bound = sum(upper_bound(knapsack) for knapsack in knapsacks)
+    if priced is not None:
+        bound = max(min(bound, priced.bound), greedy_score)
     if greedy_plan is not None and greedy_score >= bound * (1 - relative_gap):
         return _Solution(greedy_plan, bound, OPTIMAL)
 
@@ -256,12 +267,14 @@ def _objective(knapsacks: Sequence[Knapsack], plan: Sequence[Operations]) -> flo
     return sum(k.objective(operations) for k, operations in zip(knapsacks, plan, strict=True))
 
 
-def _greedy(knapsacks: Sequence[Knapsack], demand: Coverage | None) -> list[Operations] | None:
+def _greedy(
+    knapsacks: Sequence[Knapsack], demand: Coverage | None, loss: Sequence[Floats] | None
+) -> list[Operations] | None:
     """The greedy plan; None if it finds none that meets the demand."""
     if demand is None:
         return [greedy(knapsack) for knapsack in knapsacks]
     capacity = np.array([most_full(knapsack, knapsack.budget) for knapsack in knapsacks])
-    start = cover(knapsacks, capacity, demand)
+    start = cover(knapsacks, capacity, demand, loss)
     if start is None or not all(
         k.fits_memory(its_start) and (k.used(k.raised_to_least(its_start)) <= k.budget).all()
         for k, its_start in zip(knapsacks, start, strict=True)
