@@ -6,11 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from d2ft_hpc import __version__
 from d2ft_hpc.config import RunConfig, load_config
-from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.errors import ConfigError, PlanError
+
+if TYPE_CHECKING:
+    from d2ft_hpc.planning import SkipPlan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,14 +60,25 @@ def _parser() -> argparse.ArgumentParser:
         help="plan from saved scores, or look at a saved plan; needs no GPU and no MPI",
         description="Prints each device's share of the work, the predicted step time and the gap to the optimum.",
     )
-    plan.add_argument("scores", type=Path, help="run folder or results file with scores")
+    plan.add_argument(
+        "scores",
+        type=Path,
+        nargs="?",
+        help="run folder or results file with scores; not needed to look at a saved plan",
+    )
     plan.add_argument("--index", type=int, default=-1, help="which of the file's scores (default: the last)")
     plan.add_argument("--planner", default="makespan", help="paper, joint, makespan, static, depth, ...")
     plan.add_argument("--load", type=Path, metavar="PLAN", help="look at this plan instead of solving one")
+    plan.add_argument(
+        "--coverage", type=int, default=0, help="least FULL micro-batches of every head in a batch"
+    )
+    plan.add_argument(
+        "--most-shortcut", type=float, default=1.0, help="most of a block's heads that may not run"
+    )
     plan.add_argument("--ranks", type=int, default=1, help="tensor-parallel ranks")
     plan.add_argument("--stages", type=int, default=1, help="pipeline stages")
     plan.add_argument("--speeds", type=_numbers, metavar="A,B,...", help="relative speed of each rank")
-    plan.add_argument("--placed", action="store_true", help="spread the heads over the ranks by their scores")
+    plan.add_argument("--placed", action="store_true", help="place the heads on the ranks by their scores")
     plan.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
     plan.add_argument("--communication-budget", type=float, help="share of the dense step")
     plan.add_argument("--memory-budget", type=float, help="share of the activations of a dense row")
@@ -155,6 +169,15 @@ def _plan(options: argparse.Namespace) -> int:
         from d2ft_hpc import plan_report
         from d2ft_hpc.planning import SkipPlan, solve
 
+        if options.scores is None:
+            if options.load is None:
+                raise PlanError(
+                    "There is nothing to plan from: name a run with scores, or a saved plan with --load."
+                )
+            plan = SkipPlan.load(options.load)
+            print(plan_report.describe_alone(plan))
+            finish(plan)
+            return
         problem = plan_report.pose(
             plan_report.read_scores(options.scores, options.index),
             ranks=options.ranks,
@@ -168,8 +191,23 @@ def _plan(options: argparse.Namespace) -> int:
         if options.load is not None:
             plan = plan_report.load_checked(options.load, problem)
         else:
-            plan = solve(problem, options.planner, **({"seed": 0} if options.planner == "random" else {}))
+            plan = solve(problem, options.planner, **planner_options())
         print(plan_report.describe(plan, problem))
+        finish(plan)
+
+    def planner_options() -> dict[str, object]:
+        """Options that were given; a planner that does not know one refuses it."""
+        given: dict[str, object] = {"seed": 0} if options.planner == "random" else {}
+        if options.coverage:
+            given["coverage"] = options.coverage
+        if options.most_shortcut < 1:
+            given["most_shortcut"] = options.most_shortcut
+        return given
+
+    def finish(plan: SkipPlan) -> None:
+        from d2ft_hpc import plan_report
+        from d2ft_hpc.planning import SkipPlan
+
         if options.diff is not None:
             print(plan_report.describe_difference(SkipPlan.load(options.diff), plan))
         if options.save is not None:
