@@ -75,7 +75,7 @@ def draw(numbers: dict[str, Any]) -> Figure:
                 va="bottom",
             )
             begin = float(left.max())
-        axis.set(xlim=(0, begin or 1), ylim=(-0.6, ranks - 0.1 + 0.35 * (1 + ranks / 12)))
+        axis.set(xlim=(0, begin or 1), ylim=(-0.6, ranks + 0.04 * ranks))
         axis.set_yticks(range(0, ranks, max(1, ranks // 16)))
     handles = {
         label: handle

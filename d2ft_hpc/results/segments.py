@@ -280,7 +280,8 @@ def _link_rank_files(group: Any, field: Field, path: Path, ranks: int) -> None:
 
 
 def _encode(contents: Contents, attributes: Mapping[str, Scalar]) -> bytes:
-    """A segment. Only plans are compressed: the rest is soon merged or joined."""
+    """A segment, without what the linking file says of its datasets. Only plans are compressed: the rest is soon
+    merged or joined."""
     image = io.BytesIO()
     with h5py.File(image, "w", libver=_FORMAT_VERSIONS) as file:
         _set_attributes(file, attributes)
@@ -291,7 +292,7 @@ def _encode(contents: Contents, attributes: Mapping[str, Scalar]) -> bytes:
                 if TABLES[table][name].kind == "uint8":
                     _create(group, TABLES[table][name], stored.shape, stored.dtype)[...] = stored
                 else:
-                    _label(group.create_dataset(name, data=stored), TABLES[table][name])
+                    group.create_dataset(name, data=stored)
         for name, group in contents.groups.items():
             _write_group(file, name, group)
     return image.getvalue()
