@@ -140,7 +140,7 @@ def _write(path: Path, rows: Iterator[dict[str, Any]], flush_every: int) -> dict
         seconds["append"] += time.perf_counter() - start
         if step % _EVALUATE_EVERY == _EVALUATE_EVERY - 1:
             confusion = random.integers(0, 100, (100, 100))
-            accuracy = {"accuracy": random.random(), "class_accuracy": random.random(100)}
+            accuracy: dict[str, Any] = {"accuracy": random.random(), "class_accuracy": random.random(100)}
             writer.append("evaluations", {"step": step + 1, "confusion": confusion, **accuracy})
         if step % flush_every == flush_every - 1:
             flushed = _timed(writer.flush)

@@ -22,7 +22,7 @@ from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.metering.profile import PassProfile, profile_passes
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
-from d2ft_hpc.results.segments import rank_file
+from d2ft_hpc.results.layout import rank_file
 from d2ft_hpc.training.board import Board
 from d2ft_hpc.training.checkpoint import Position, load_checkpoint, newest_checkpoint, save_checkpoint
 from d2ft_hpc.training.environment import describe_environment, describe_parameters

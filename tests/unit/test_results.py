@@ -15,8 +15,8 @@ import pytest
 
 from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.results import ResultsWriter, open_run
+from d2ft_hpc.results.layout import rank_file
 from d2ft_hpc.results.schema import TABLES
-from d2ft_hpc.results.segments import rank_file
 
 RANKS = 2
 
