@@ -13,8 +13,9 @@ from typing import Any
 import h5py
 import numpy as np
 
+from d2ft_hpc import results
 from d2ft_hpc.report import report
-from d2ft_hpc.results import ResultsWriter, open_run
+from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.results.schema import RANK_FIELDS, TABLES
 
 _FLUSH_SECONDS = 5.0
@@ -33,7 +34,7 @@ def benchmark(*, steps: int, ranks: int, step_seconds: float, folder: Path | Non
         path = Path(temporary) / "run" / "results.h5"
         every = max(1, round(_FLUSH_SECONDS / step_seconds))
         written = _write(path, _rows(steps, ranks), every)
-        opened = _timed(lambda: open_run(path).close())
+        opened = _timed(lambda: results.open(path).close())
         whole = _timed(lambda: _read_all(path))
         table = _timed(lambda: report([path]))
         page = _timed(lambda: report([path], page=Path(temporary) / "report.html"))
@@ -174,7 +175,7 @@ def _write_rival(path: Path, rows: Iterator[dict[str, Any]], flush_every: int, r
 
 
 def _read_all(path: Path) -> None:
-    with open_run(path) as run:
+    with results.open(path) as run:
         run.contents()
 
 

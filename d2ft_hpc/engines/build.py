@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from timm.models.vision_transformer import VisionTransformer
 
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
@@ -14,7 +14,11 @@ from d2ft_hpc.execution.executor import PlanExecutor
 
 
 def build_engine(
-    config: RunConfig, model: nn.Module, executor: PlanExecutor, total_steps: int, loss_function: LossFunction
+    config: RunConfig,
+    model: VisionTransformer,
+    executor: PlanExecutor,
+    total_steps: int,
+    loss_function: LossFunction,
 ) -> Engine:
     """On all ranks together. Raises ConfigError where the engine cannot run what is asked."""
     optimizer = build_optimizer(model, config.optimizer)
@@ -28,6 +32,7 @@ def build_engine(
             loss_function,
             autocast_dtype=torch.bfloat16 if config.engine.precision == "bf16" else None,
             gradient_clipping=config.engine.gradient_clipping,
+            cuda_graphs=config.engine.cuda_graphs and next(model.parameters()).device.type == "cuda",
         )
     settings = deepspeed_config(
         config.engine.deepspeed,

@@ -165,6 +165,12 @@ TABLES: dict[str, dict[str, Field]] = {
         Field("hash", "text", "1", "SHA-256 of the plan"),
         Field("planner", "text", "1", "what made it"),
         Field("replicas", "int64", "1", "data-parallel replicas; row = slot * replicas + replica"),
+        Field(
+            "binding",
+            "text",
+            "1",
+            "what a slot is: slot (a micro-batch's place) or sample (one drawn anew each step)",
+        ),
         Field("objective", "float64", "1", "total score of the plan"),
         Field("bound", "float64", "1", "no plan within the budgets has a larger objective"),
         Field("gap", "float64", "1", "(bound - objective) / bound"),
@@ -180,6 +186,8 @@ TABLES: dict[str, dict[str, Field]] = {
         Field("forward_name", "text", "1", "what `forward` is"),
         Field("backward_name", "text", "1", "what `backward` is"),
         Field("seconds", "float64", "s", "time that measuring took, charged to the run"),
+        Field("flops", "float64", "FLOP", "what measuring computed, over all ranks"),
+        Field("cached", "uint8", "1", "1 if they came from the cache"),
     ),
 }
 

@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.data.loader import eval_loader, train_loader
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
@@ -23,12 +20,13 @@ from d2ft_hpc.metering.profile import PassProfile, profile_passes
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.results.layout import rank_file
+from d2ft_hpc.scores import Scores
 from d2ft_hpc.training.board import Board
 from d2ft_hpc.training.checkpoint import Position, load_checkpoint, newest_checkpoint, save_checkpoint
 from d2ft_hpc.training.environment import describe_environment, describe_parameters
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.job import Job, set_up
-from d2ft_hpc.training.plans import Scores, batches_of, is_due, make_plan, measure_scores
+from d2ft_hpc.training.plans import batches_of, is_due, make_plan, measure_scores
 from d2ft_hpc.training.progress import Progress
 from d2ft_hpc.training.records import StepRecorder
 from d2ft_hpc.training.steps import StepRunner
@@ -47,7 +45,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     """
     with agreed(control, "set-up"):
         job = set_up(config, control, device)
-    engine = build_engine(config, job.model, job.executor, job.total_steps, _loss)
+    engine = build_engine(config, job.model, job.executor, job.total_steps, job.loss)
     position = Position()
     if config.train.resume:
         position = _resume(job, engine)
@@ -82,13 +80,12 @@ def _train_epochs(
     config, control = job.config, job.control
     progress = Progress(control.rank, job.total_steps)
     runner = StepRunner(job, engine)
-    if position.steps_done == 0:
+    if position.steps_done == 0 and config.train.evaluate_at_start:
         _evaluate(job, writer, board, progress, position)
-    loader = train_loader(job.train_set, job.sampler, num_workers=config.data.workers)
-    for epoch in range(position.epochs_done, config.train.epochs):
+    for epoch in range(position.epochs_done, job.num_epochs):
         job.sampler.set_epoch(epoch)
-        batches = batches_of(job, loader)
-        for step_of_epoch in range(job.sampler.batches_per_epoch):
+        batches = batches_of(job, job.train_batches)
+        for step_of_epoch in range(job.steps_of_epoch(epoch)):
             if is_due(config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=position.steps_done):
                 position = _replan(job, writer, progress, position)
             record = runner.run(batches, step=position.steps_done, epoch=epoch, plan=position.plans_made - 1)
@@ -102,7 +99,7 @@ def _train_epochs(
         position = replace(position, epochs_done=epoch + 1)
         if (
             position.epochs_done % config.train.evaluate_every_epochs == 0
-            or position.epochs_done == config.train.epochs
+            or position.epochs_done == job.num_epochs
         ):
             _evaluate(job, writer, board, progress, position)
         every = config.train.checkpoint_every_epochs
@@ -124,10 +121,6 @@ def _profile(job: Job) -> PassProfile:
     return profile_passes(job.model, job.executor, shape, precision[job.config.engine.precision])
 
 
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels)
-
-
 def _resume(job: Job, engine: Engine) -> Position:
     with agreed(job.control, "looking for a checkpoint"):
         checkpoint = newest_checkpoint(job.config.run_folder / CHECKPOINTS)
@@ -139,8 +132,8 @@ def _resume(job: Job, engine: Engine) -> Position:
 def _replan(job: Job, writer: ResultsWriter | None, progress: Progress, position: Position) -> Position:
     """Makes the next plan, puts it in force on this rank and records it."""
     start = time.perf_counter()
-    scores = measure_scores(job, _loss)
-    plan = make_plan(job, scores)
+    scores = measure_scores(job, job.loss)
+    plan = make_plan(job, scores, position.plans_made)
     job.executor.load(plan, job.control.rank)
     planned = job.costs.planned_share(plan)
     progress.say(
@@ -155,13 +148,7 @@ def _replan(job: Job, writer: ResultsWriter | None, progress: Progress, position
 def _evaluate(
     job: Job, writer: ResultsWriter | None, board: Board | None, progress: Progress, position: Position
 ) -> None:
-    batches = eval_loader(
-        job.test_set,
-        batch_size=4 * job.config.data.micro_batch_size,
-        replicas=job.control.world_size,
-        replica=job.control.rank,
-    )
-    result = evaluate(job.model, batches, job.control, job.device)
+    result = evaluate(job.model, job.evaluation_batches, job.control, job.device)
     progress.evaluated(result.accuracy, result.seconds)
     progress.say(
         f"evaluation after {position.epochs_done} epochs: accuracy {result.accuracy:.2%}, loss {result.loss:.4f} "
@@ -235,9 +222,11 @@ def _record_plan(
                 "step": position.steps_done,
                 "forward": scores.forward,
                 "backward": scores.backward,
-                "forward_name": job.config.plan.forward_score,
-                "backward_name": job.config.plan.backward_score,
+                "forward_name": scores.forward_name,
+                "backward_name": scores.backward_name,
                 "seconds": scores.seconds,
+                "flops": scores.flops,
+                "cached": scores.cached,
             },
         )
     writer.append(
@@ -248,6 +237,7 @@ def _record_plan(
             "hash": plan.hash,
             "planner": plan.planner,
             "replicas": plan.replicas,
+            "binding": plan.binding,
             "objective": plan.objective,
             "bound": plan.bound,
             "gap": plan.gap,

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from d2ft_hpc.engines.engine import Engine, MicroBatch
+from d2ft_hpc.engines.engine import Engine, MicroBatch, StepReport
 from d2ft_hpc.metering import Metered, meter
 from d2ft_hpc.metering.memory import reset_peak, used_bytes
 from d2ft_hpc.metering.phases import phase, timed_step
+from d2ft_hpc.planning import Operation
 from d2ft_hpc.results.schema import BYTE_KINDS
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.records import StepRecord
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a step's plan asks of this replica. A row is a micro-batch, or a sample if the plan binds samples; it counts
+    as FULL if any of its subnets is."""
+
+    planned_flops: float
+    full_rows: int
+    forward_only_rows: int
+    left_out_rows: int
 
 
 class StepRunner:
@@ -36,13 +49,12 @@ class StepRunner:
         with timed_step(device) as times:
             with phase("data"):
                 micro_batches = next(batches)
-            planned = self._planned_flops(micro_batches)
             if plan == self._metered_plan:
-                report = self._engine.step(micro_batches)
+                report, work = self._step(micro_batches, step)
             else:
                 with meter() as self._metered:
-                    report = self._engine.step(micro_batches)
-                self._metered_plan, self._metered_planned_flops = plan, planned
+                    report, work = self._step(micro_batches, step)
+                self._metered_plan, self._metered_planned_flops = plan, work.planned_flops
             loss, gradient_norm = _on_host(report.loss), _on_host(report.gradient_norm)
         samples = sum(len(labels) for _, labels in micro_batches)
         return StepRecord(
@@ -56,20 +68,37 @@ class StepRunner:
             of_rank={
                 "rank_samples": samples,
                 "dense_flops": self._job.costs.dense_flops * samples,
-                "planned_flops": planned,
-                "executed_flops": self._metered.flops * planned / self._metered_planned_flops,
+                "planned_flops": work.planned_flops,
+                "executed_flops": self._metered.flops * work.planned_flops / self._metered_planned_flops,
+                "full_rows": work.full_rows,
+                "forward_only_rows": work.forward_only_rows,
+                "left_out_rows": work.left_out_rows,
                 "bytes_sent": sum(self._metered.bytes_sent.values()),
                 **_bytes_by_kind(self._metered.bytes_sent),
                 "memory_bytes": used_bytes(device),
             },
         )
 
-    def _planned_flops(self, micro_batches: list[MicroBatch]) -> float:
-        """What the plan promises for these micro-batches."""
-        plan = self._job.executor.plan
+    def _step(self, micro_batches: list[MicroBatch], step: int) -> tuple[StepReport, _Work]:
+        """Trains on these micro-batches, or on those of their samples that the plan lets train."""
+        plan, costs = self._job.executor.plan, self._job.costs
         assert plan is not None
-        rows = self._job.costs.planned_flops(plan.for_replica(self._job.control.rank))
-        return float(sum(flops * len(labels) for flops, (_, labels) in zip(rows, micro_batches, strict=True)))
+        operations = plan.for_replica(self._job.control.rank)
+        if plan.binding == "slot":
+            flops = zip(costs.planned_flops(operations), micro_batches, strict=True)
+            planned = float(sum(each * len(labels) for each, (_, labels) in flops))
+            most = operations.reshape(len(operations), -1).max(1)
+            full, forward_only, left_out = (
+                int((most == operation).sum()) for operation in sorted(Operation, reverse=True)
+            )
+            return self._engine.step(micro_batches), _Work(planned, full, forward_only, left_out)
+        assert self._job.selection is not None
+        share = float((operations == Operation.FULL).mean())
+        with phase("forward"):
+            chosen = self._job.selection(micro_batches, step, share)
+        scored, trained = (sum(len(labels) for _, labels in batch) for batch in (micro_batches, chosen))
+        planned = scored * costs.score_flops + trained * costs.dense_flops
+        return self._engine.step(chosen), _Work(planned, trained, 0, scored - trained)
 
 
 def _on_host(value: float | Tensor) -> float | Tensor:
