@@ -211,8 +211,9 @@ def document() -> str:
         "",
         *(__doc__ or "").strip().splitlines(),
         "",
-        "In plain h5py: `h5py.File('results.h5')['steps/step_seconds'][:]`, [step, rank]. In xarray, without this package:",
-        "`xarray.open_dataset('results.h5', group='steps', engine='h5netcdf')`. With it: `d2ft_hpc.results.open(path)`.",
+        "In plain h5py: `h5py.File('results.h5')['steps/step_seconds'][:]`, [step, rank]. In xarray, without this",
+        "package: `xarray.open_dataset('results.h5', group='steps', engine='h5netcdf')`. With it:",
+        "`d2ft_hpc.results.open(path)`.",
     ]
     for table, fields in TABLES.items():
         lines += ["", f"## Table `{table}`", "", *_document_fields(fields, ROW_AXES[table])]

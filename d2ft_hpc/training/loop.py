@@ -45,11 +45,11 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     """
     with agreed(control, "set-up"):
         job = set_up(config, control, device)
+    profile = _profile(job)
     engine = build_engine(config, job.model, job.executor, job.total_steps, job.loss)
     position = Position()
     if config.train.resume:
         position = _resume(job, engine)
-    profile = _profile(job)
     with ExitStack() as stack:
         writer, own_writer, board = None, None, None
         with agreed(control, "opening the results file"):
