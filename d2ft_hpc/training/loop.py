@@ -61,10 +61,10 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
                 own_writer = stack.enter_context(_open_own_results(job, position))
         recorder = stack.enter_context(StepRecorder(control, writer, own_writer, board))
         _train_epochs(job, engine, writer, recorder, board, profile, position)
-    with agreed(control, "saving the model"):
-        if control.rank == 0:
-            weights = {name: tensor.contiguous() for name, tensor in job.model.state_dict().items()}
-            save_file(weights, config.run_folder / MODEL)
+        with agreed(control, "saving the model"):
+            if control.rank == 0:
+                weights = {name: tensor.contiguous() for name, tensor in job.model.state_dict().items()}
+                save_file(weights, config.run_folder / MODEL)
     return config.run_folder / RESULTS
 
 
