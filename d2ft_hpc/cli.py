@@ -105,6 +105,18 @@ def _parser() -> argparse.ArgumentParser:
     planner.add_argument("--seed", type=int, default=0, help="of the scores")
     planner.add_argument("--json", action="store_true", help="end with one line of JSON")
     planner.set_defaults(run=_bench_planner)
+    recording = benches.add_parser(
+        "results",
+        help="what recording costs, and how fast its file opens",
+        description="Writes, opens, summarises and draws the records of a synthetic run.",
+    )
+    recording.add_argument("--steps", type=int, default=10_000)
+    recording.add_argument("--ranks", type=int, default=64)
+    recording.add_argument("--step-seconds", type=float, default=0.1, help="how long a step would take")
+    recording.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
+    recording.add_argument("--json", action="store_true", help="print the measurements as JSON")
+    recording.set_defaults(run=_bench_results)
+
     images = benches.add_parser(
         "data",
         help="images a second that a configuration's training data delivers",
@@ -235,6 +247,19 @@ def _bench_planner(options: argparse.Namespace) -> int:
             seed=options.seed,
         )
         print(report(results, as_json=options.json))
+
+    return run_guarded(None, run)
+
+
+def _bench_results(options: argparse.Namespace) -> int:
+    from d2ft_hpc.bench.results import benchmark, report_text
+    from d2ft_hpc.launch import run_guarded
+
+    def run() -> None:
+        measured = benchmark(
+            steps=options.steps, ranks=options.ranks, step_seconds=options.step_seconds, folder=options.folder
+        )
+        print(report_text(measured, options.json))
 
     return run_guarded(None, run)
 
