@@ -6,11 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from d2ft_hpc import __version__
 from d2ft_hpc.config import RunConfig, load_config
-from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.errors import ConfigError, PlanError
+
+if TYPE_CHECKING:
+    from d2ft_hpc.planning import SkipPlan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,14 +60,25 @@ def _parser() -> argparse.ArgumentParser:
         help="plan from saved scores, or look at a saved plan; needs no GPU and no MPI",
         description="Prints each device's share of the work, the predicted step time and the gap to the optimum.",
     )
-    plan.add_argument("scores", type=Path, help="run folder or results file with scores")
+    plan.add_argument(
+        "scores",
+        type=Path,
+        nargs="?",
+        help="run folder or results file with scores; not needed to look at a saved plan",
+    )
     plan.add_argument("--index", type=int, default=-1, help="which of the file's scores (default: the last)")
     plan.add_argument("--planner", default="makespan", help="paper, joint, makespan, static, depth, ...")
     plan.add_argument("--load", type=Path, metavar="PLAN", help="look at this plan instead of solving one")
+    plan.add_argument(
+        "--coverage", type=int, default=0, help="least FULL micro-batches of every head in a batch"
+    )
+    plan.add_argument(
+        "--most-shortcut", type=float, default=1.0, help="most of a block's heads that may not run"
+    )
     plan.add_argument("--ranks", type=int, default=1, help="tensor-parallel ranks")
     plan.add_argument("--stages", type=int, default=1, help="pipeline stages")
     plan.add_argument("--speeds", type=_numbers, metavar="A,B,...", help="relative speed of each rank")
-    plan.add_argument("--placed", action="store_true", help="spread the heads over the ranks by their scores")
+    plan.add_argument("--placed", action="store_true", help="place the heads on the ranks by their scores")
     plan.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
     plan.add_argument("--communication-budget", type=float, help="share of the dense step")
     plan.add_argument("--memory-budget", type=float, help="share of the activations of a dense row")
@@ -91,6 +105,18 @@ def _parser() -> argparse.ArgumentParser:
     planner.add_argument("--seed", type=int, default=0, help="of the scores")
     planner.add_argument("--json", action="store_true", help="end with one line of JSON")
     planner.set_defaults(run=_bench_planner)
+    recording = benches.add_parser(
+        "results",
+        help="what recording costs, and how fast its file opens",
+        description="Writes, opens, summarises and draws the records of a synthetic run.",
+    )
+    recording.add_argument("--steps", type=int, default=10_000)
+    recording.add_argument("--ranks", type=int, default=64)
+    recording.add_argument("--step-seconds", type=float, default=0.1, help="how long a step would take")
+    recording.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
+    recording.add_argument("--json", action="store_true", help="print the measurements as JSON")
+    recording.set_defaults(run=_bench_results)
+
     images = benches.add_parser(
         "data",
         help="images a second that a configuration's training data delivers",
@@ -155,6 +181,15 @@ def _plan(options: argparse.Namespace) -> int:
         from d2ft_hpc import plan_report
         from d2ft_hpc.planning import SkipPlan, solve
 
+        if options.scores is None:
+            if options.load is None:
+                raise PlanError(
+                    "There is nothing to plan from: name a run with scores, or a saved plan with --load."
+                )
+            plan = SkipPlan.load(options.load)
+            print(plan_report.describe_alone(plan))
+            finish(plan)
+            return
         problem = plan_report.pose(
             plan_report.read_scores(options.scores, options.index),
             ranks=options.ranks,
@@ -168,8 +203,23 @@ def _plan(options: argparse.Namespace) -> int:
         if options.load is not None:
             plan = plan_report.load_checked(options.load, problem)
         else:
-            plan = solve(problem, options.planner, **({"seed": 0} if options.planner == "random" else {}))
+            plan = solve(problem, options.planner, **planner_options())
         print(plan_report.describe(plan, problem))
+        finish(plan)
+
+    def planner_options() -> dict[str, object]:
+        """Options that were given; a planner that does not know one refuses it."""
+        given: dict[str, object] = {"seed": 0} if options.planner == "random" else {}
+        if options.coverage:
+            given["coverage"] = options.coverage
+        if options.most_shortcut < 1:
+            given["most_shortcut"] = options.most_shortcut
+        return given
+
+    def finish(plan: SkipPlan) -> None:
+        from d2ft_hpc import plan_report
+        from d2ft_hpc.planning import SkipPlan
+
         if options.diff is not None:
             print(plan_report.describe_difference(SkipPlan.load(options.diff), plan))
         if options.save is not None:
@@ -197,6 +247,19 @@ def _bench_planner(options: argparse.Namespace) -> int:
             seed=options.seed,
         )
         print(report(results, as_json=options.json))
+
+    return run_guarded(None, run)
+
+
+def _bench_results(options: argparse.Namespace) -> int:
+    from d2ft_hpc.bench.results import benchmark, report_text
+    from d2ft_hpc.launch import run_guarded
+
+    def run() -> None:
+        measured = benchmark(
+            steps=options.steps, ranks=options.ranks, step_seconds=options.step_seconds, folder=options.folder
+        )
+        print(report_text(measured, options.json))
 
     return run_guarded(None, run)
 
