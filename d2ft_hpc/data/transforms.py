@@ -187,7 +187,7 @@ def seeded(entropy: Sequence[int]) -> Iterator[None]:
         # torch.manual_seed would also reseed the accelerators, which fork_rng does not give back here.
         torch.default_generator.manual_seed(int(words[0]))
         random.seed(int(words[1]))
-        np.random.seed(int(words[2] & 0xFFFFFFFF))
+        np.random.seed(int(words[2]) & 0xFFFFFFFF)
         try:
             yield
         finally:
