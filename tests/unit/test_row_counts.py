@@ -65,7 +65,7 @@ def test_no_counts_within_the_budget_have_less_variance(data):
         least = least_variance(weight, costs.backward, its_rows, left)
         assert (weight / plan.counts[replica]).sum() == pytest.approx(least, rel=1e-9)
     assert plan.bound <= plan.objective
-    assert plan.gap == pytest.approx(0.0, abs=1e-9)
+    assert plan.gap <= 1e-7  # HiGHS keeps constraints to 1e-9 of their size
 
 
 def test_the_linear_profile_is_the_accuracy_study_s_own():
