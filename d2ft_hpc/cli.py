@@ -37,7 +37,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tunes a model as a YAML file says. Keys can be set after it: plan.compute_budget=0.5",
     )
     train.add_argument("config", type=Path, help="YAML file")
-    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    train.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="settings that replace the file's; or further YAML files",
+    )
     train.set_defaults(run=_train)
 
     report = commands.add_parser("report", help="compare finished or running runs in a table and on a page")
@@ -100,6 +105,18 @@ def _parser() -> argparse.ArgumentParser:
     planner.add_argument("--seed", type=int, default=0, help="of the scores")
     planner.add_argument("--json", action="store_true", help="end with one line of JSON")
     planner.set_defaults(run=_bench_planner)
+    recording = benches.add_parser(
+        "results",
+        help="what recording costs, and how fast its file opens",
+        description="Writes, opens, summarises and draws the records of a synthetic run.",
+    )
+    recording.add_argument("--steps", type=int, default=10_000)
+    recording.add_argument("--ranks", type=int, default=64)
+    recording.add_argument("--step-seconds", type=float, default=0.1, help="how long a step would take")
+    recording.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
+    recording.add_argument("--json", action="store_true", help="print the measurements as JSON")
+    recording.set_defaults(run=_bench_results)
+
     images = benches.add_parser(
         "data",
         help="images a second that a configuration's training data delivers",
@@ -109,6 +126,15 @@ def _parser() -> argparse.ArgumentParser:
     images.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
     images.add_argument("--seconds", type=float, default=10.0, help="how long to read (default: 10)")
     images.set_defaults(run=_bench_data)
+    scores = benches.add_parser(
+        "scores",
+        help="what measuring scores costs beside dense training",
+        description="Scores a micro-batch of random images, by micro-batch and by sample, between dense passes.",
+    )
+    scores.add_argument("config", type=Path, help="YAML file")
+    scores.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    scores.add_argument("--repeats", type=int, default=10, help="of each (default: 10)")
+    scores.set_defaults(run=_bench_scores)
 
     data = commands.add_parser("data", help="pack a data set into one file, or look at a packed one")
     _add_data_commands(data)
@@ -225,6 +251,19 @@ def _bench_planner(options: argparse.Namespace) -> int:
     return run_guarded(None, run)
 
 
+def _bench_results(options: argparse.Namespace) -> int:
+    from d2ft_hpc.bench.results import benchmark, report_text
+    from d2ft_hpc.launch import run_guarded
+
+    def run() -> None:
+        measured = benchmark(
+            steps=options.steps, ranks=options.ranks, step_seconds=options.step_seconds, folder=options.folder
+        )
+        print(report_text(measured, options.json))
+
+    return run_guarded(None, run)
+
+
 def _bench_data(options: argparse.Namespace) -> int:
     from d2ft_hpc.launch import run_guarded
 
@@ -239,6 +278,25 @@ def _bench_data(options: argparse.Namespace) -> int:
             f"{measured['images_per_second']:.0f} images/s of {config.data.image_size} px to {measured['device']} with "
             f"{measured['workers']} workers; first batch after {measured['first_batch_seconds']:.2f} s"
         )
+
+    return run_guarded(None, run)
+
+
+def _bench_scores(options: argparse.Namespace) -> int:
+    from d2ft_hpc.launch import run_guarded
+
+    def run() -> None:
+        import torch
+
+        from d2ft_hpc.bench.scores import benchmark
+
+        config = load_config(options.config, options.overrides)
+        measured = benchmark(config, torch.device(_device_type(config)), options.repeats)
+        for granularity, (seconds, flops) in measured.items():
+            each = granularity.replace("_", "-")
+            print(
+                f"Fisher by {each}: {seconds:.2f} of the time and {flops:.2f} of the FLOPs of dense training"
+            )
 
     return run_guarded(None, run)
 
@@ -276,7 +334,35 @@ def _data_info(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from d2ft_hpc.launch import run_guarded
 
+    files = [options.config, *(Path(text) for text in options.overrides if text.endswith((".yaml", ".yml")))]
+    if len(files) > 1:
+        overrides = [text for text in options.overrides if not text.endswith((".yaml", ".yml"))]
+        return run_guarded(None, lambda: _train_each(files, overrides))
     return run_guarded(None, lambda: _train_connected(_read_config(options)))
+
+
+def _train_each(files: Sequence[Path], overrides: Sequence[str]) -> int:
+    """Each configuration in a process of its own, one after the other; 1 if any failed."""
+    import subprocess
+
+    from d2ft_hpc.errors import LaunchError
+    from d2ft_hpc.launch import detect
+
+    if detect().world_size > 1:
+        raise LaunchError(f"{len(files)} configurations under one launcher: start each one, or an array job")
+    for file in files:
+        load_config(file, overrides)  # faults show before the first run starts
+    failed = []
+    for file in files:
+        print(f"==> {file}", flush=True)
+        status = subprocess.run([sys.executable, "-m", "d2ft_hpc", "train", str(file), *overrides]).returncode
+        if status == 130:
+            return status
+        if status:
+            failed.append(str(file))
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
 
 
 def _read_config(options: argparse.Namespace) -> RunConfig:

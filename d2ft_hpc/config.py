@@ -36,6 +36,19 @@ class RunSection(Section):
     seed: int = Field(default=0, ge=0)
 
 
+class LoraSection(Section):
+    """Low-rank adaptation of the blocks' linear layers; all else but the classifier is frozen. Needs peft."""
+
+    rank: int = Field(default=8, gt=0)
+    alpha: int = Field(default=16, gt=0)
+    """The low-rank product counts alpha / rank times."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of what the low-rank product gets."""
+    layers: list[Literal["qkv", "proj", "fc1", "fc2"]] = Field(
+        default=["qkv", "proj", "fc1", "fc2"], min_length=1
+    )
+
+
 class ModelConfig(Section):
     name: str
     """A timm VisionTransformer's name."""
@@ -44,6 +57,8 @@ class ModelConfig(Section):
     "hf-hub:OWNER/NAME" for others, both from the hub or (HF_HUB_OFFLINE=1) its cache; null for random ones."""
     options: dict[str, Any] = {}
     """Further keyword arguments of timm.create_model (img_size, drop_path_rate, ...)."""
+    lora: LoraSection | None = None
+    """null: the weights themselves are trained."""
     embeddings: Literal["frozen", "complete_path", "trained"] = "frozen"
     """Parameters below every block, whose gradient is biased by each skip above them: frozen, trained by the
     micro-batches that are FULL everywhere, or trained by all."""

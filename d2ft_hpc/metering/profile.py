@@ -78,7 +78,11 @@ def _time_pass(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = trained[0].device
     images = torch.zeros(images_shape, device=device, dtype=trained[0].dtype)
-    half = nullcontext() if precision == torch.float32 else torch.autocast(device.type, dtype=precision)
+    half = (
+        nullcontext()
+        if precision == torch.float32
+        else torch.autocast(device.type, dtype=precision, cache_enabled=False)
+    )
     seconds = []
     with probe(model, training=True), executor.temporarily(operations):
         for _ in range(1 + _REPEATS):

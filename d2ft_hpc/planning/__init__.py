@@ -9,11 +9,9 @@ from d2ft_hpc.planning.placement import head_order, in_order, place, spread
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem, check
 from d2ft_hpc.planning.random_schedule import solve_random
-from d2ft_hpc.planning.row_counts import RowCosts, RowCounts
 from d2ft_hpc.planning.samples import plan_samples
 from d2ft_hpc.planning.simulate import Timing, simulate, waste
 from d2ft_hpc.planning.solve import Planner, solve
-from d2ft_hpc.planning.solve_row_counts import solve_row_counts
 from d2ft_hpc.planning.static import solve_static
 
 __all__ = [
@@ -21,8 +19,6 @@ __all__ = [
     "Operation",
     "PlanProblem",
     "Planner",
-    "RowCosts",
-    "RowCounts",
     "SkipPlan",
     "Timing",
     "check",
@@ -38,7 +34,6 @@ __all__ = [
     "solve_makespan",
     "solve_paper",
     "solve_random",
-    "solve_row_counts",
     "solve_static",
     "spread",
     "waste",

@@ -20,9 +20,10 @@ from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds, measure_all_reduce
 from d2ft_hpc.metering.profile import PassProfile, profile_passes
+from d2ft_hpc.model.lora import timm_state
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
-from d2ft_hpc.results.segments import rank_file
+from d2ft_hpc.results.layout import rank_file
 from d2ft_hpc.scores import Scores
 from d2ft_hpc.training.board import Board
 from d2ft_hpc.training.checkpoint import Position, load_checkpoint, newest_checkpoint, save_checkpoint
@@ -50,11 +51,12 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     """
     with agreed(control, "set-up"):
         job = set_up(config, control, device)
+    profile = _profile(job)
     engine = build_engine(config, job.model, job.executor, job.total_steps, job.loss)
     position = Position()
     if config.train.resume:
         position = _resume(job, engine)
-    profile, all_reduce = _profile(job), measure_all_reduce(device)
+    all_reduce = measure_all_reduce(device)
     costs = find_costs(job, profile)
     with ExitStack() as stack:
         writer, own_writer, board = None, None, None
@@ -69,10 +71,10 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
                 own_writer = stack.enter_context(_open_own_results(job, position))
         recorder = stack.enter_context(StepRecorder(control, writer, own_writer, board))
         _train_epochs(job, engine, writer, recorder, board, profile, costs, position)
-    with agreed(control, "saving the model"):
-        if control.rank == 0:
-            weights = {name: tensor.contiguous() for name, tensor in job.model.state_dict().items()}
-            save_file(weights, config.run_folder / MODEL)
+        with agreed(control, "saving the model"):
+            if control.rank == 0:
+                weights = {name: tensor.contiguous() for name, tensor in timm_state(job.model).items()}
+                save_file(weights, config.run_folder / MODEL)
     return config.run_folder / RESULTS
 
 

@@ -50,29 +50,38 @@ def measure_scores(job: Job, loss_function: LossFunction) -> Scores | None:
     if config.planner in UNSCORED:
         return None
     start = time.perf_counter()
-    loader = train_loader(job.train_set, job.sampler, device=job.device)
-    batches = list(islice(batches_of(job, loader), config.probe_batches))
     if config.score_cache is None:
-        return _measure(job, batches, loss_function, start)
+        return _measure(job, loss_function, start)
     cache = ScoreCache(Path(config.score_cache))
-    key = _cache_key(job, batches)
+    key = _cache_key(job)
     if kept := share(job.control, lambda: cache.read(key), "the cached scores"):
         return Scores.from_bytes(kept)
-    scores = _measure(job, batches, loss_function, start)
+    scores = _measure(job, loss_function, start)
     with agreed(job.control, "keeping the scores"):
         if job.control.rank == 0:
             cache.write(key, scores)
     return scores
 
 
-def _measure(job: Job, batches: list[list[MicroBatch]], loss_function: LossFunction, start: float) -> Scores:
+def _probe(job: Job) -> Iterator[list[MicroBatch]]:
+    loader = train_loader(job.train_set, job.sampler, device=job.device)
+    return islice(batches_of(job, loader), job.config.plan.probe_batches)
+
+
+def _measure(job: Job, loss_function: LossFunction, start: float) -> Scores:
     config, subnets = job.config.plan, job.executor.subnets
     names = (config.forward_score, config.backward_score)
     gradient_names: list[GradientScore] = [name for name in names if name != "weight_magnitude"]
+    autocast_dtype = torch.bfloat16 if job.config.engine.precision == "bf16" else None
     with meter() as metered:
         measured = [
-            [gradient_scores(job.model, subnets, *pair, loss_function, gradient_names) for pair in batch]
-            for batch in (batches if gradient_names else [])
+            [
+                gradient_scores(
+                    job.model, subnets, *pair, loss_function, gradient_names, autocast_dtype=autocast_dtype
+                )
+                for pair in batch
+            ]
+            for batch in (_probe(job) if gradient_names else ())
         ]
     rows: dict[str, np.ndarray] = {
         name: _rows_of_all(
@@ -91,7 +100,7 @@ def _measure(job: Job, batches: list[list[MicroBatch]], loss_function: LossFunct
     return Scores(forward, backward, time.perf_counter() - start, *names, flops)
 
 
-def _cache_key(job: Job, batches: list[list[MicroBatch]]) -> str:
+def _cache_key(job: Job) -> str:
     """Of all ranks' weights and images and of the settings that decide the scores."""
     config = job.config
     settings = {
@@ -100,9 +109,8 @@ def _cache_key(job: Job, batches: list[list[MicroBatch]]) -> str:
         "label_smoothing": config.train.label_smoothing,
         "precision": config.engine.precision,
         "shape": job.plan_shape,
-        "batches": len(batches),
     }
-    tensors = [tensor for batch in batches for pair in batch for tensor in pair]
+    tensors = (tensor for batch in _probe(job) for pair in batch for tensor in pair)
     parts = job.control.all_gather(digest(job.model, tensors, settings))
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
