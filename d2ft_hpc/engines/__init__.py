@@ -1,1 +1,5 @@
-"""Engines: what carries out a training step. `plain` is one process; `deepspeed` is DeepSpeed's data parallelism."""
+"""Engines: what carries out a training step. `plain` is one process; `deepspeed` is DeepSpeed's data parallelism.
+
+`zero` knows what each ZeRO stage needs and refuses, `check` compares a plan with an engine, `portable` is the state
+that every engine saves, and what DeepSpeed does not document is in `deepspeed_private`.
+"""

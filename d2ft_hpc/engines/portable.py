@@ -107,9 +107,19 @@ def restore_plain(
         own = {kind: of_kind[name] for kind, of_kind in state.moments.items() if name in of_kind}
         if own:
             optimizer.state[master] = {
-                **{kind: torch.tensor(number) for kind, number in state.numbers.items()},
+                **counters(state, optimizer, master),
                 **{kind: tensor.to(master.device, copy=True) for kind, tensor in own.items()},
             }
+
+
+def counters(state: PortableState, optimizer: Optimizer, stepped: Tensor) -> dict[str, Any]:
+    """The step count in the form in which `optimizer` keeps it beside the moments of what it steps."""
+    if "step" not in state.numbers or "step" in optimizer.param_groups[0]:
+        return {}
+    if type(optimizer).__module__.startswith("deepspeed"):
+        return {"step": int(state.numbers["step"])}
+    on_device = any(optimizer.param_groups[0].get(key) for key in ("fused", "capturable"))
+    return {"step": torch.tensor(state.numbers["step"], device=stepped.device if on_device else "cpu")}
 
 
 def schedule_numbers(schedule: LRScheduler) -> dict[str, Any]:
