@@ -26,9 +26,10 @@ def measure(runs: Sequence[Run]) -> dict[str, Any]:
 
     Of each metric: values, mean, standard deviation, half the 95 % interval of the mean, and against the reference
     the difference and the p-value of Welch's t-test, Holm-corrected over the groups. What one run cannot say is NaN.
+    Runs that did not end in order are left out, unless there are no others.
     """
     groups: dict[str, list[Run]] = {}
-    for run in runs:
+    for run in [run for run in runs if run.complete] or runs:
         settings = {key: value for key, value in (run.config or {}).items() if key != "run"}
         groups.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
     configs = [_flat(members[0].config or {}) for members in groups.values()]
