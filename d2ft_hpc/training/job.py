@@ -22,6 +22,7 @@ from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import StepCosts, measure_costs, meter
 from d2ft_hpc.model.build import build_model, pixel_statistics
+from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.selection import SampleScorer, SampleSelection
 
 
@@ -102,7 +103,10 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         num_classes=train_set.num_classes,
         weights=config.model.weights,
         options=config.model.options,
-    ).to(device)
+    )
+    if config.model.lora is not None:
+        add_lora(model, **config.model.lora.model_dump())
+    model.to(device)
     executor = attach(
         model,
         embeddings=config.model.embeddings,

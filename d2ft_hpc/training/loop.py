@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from d2ft_hpc.config import RunConfig
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
+from d2ft_hpc.metering.all_reduce import AllReduceSeconds, measure_all_reduce
 from d2ft_hpc.metering.profile import PassProfile, profile_passes
+from d2ft_hpc.model.lora import timm_state
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.results.layout import rank_file
@@ -26,9 +30,11 @@ from d2ft_hpc.training.checkpoint import Position, load_checkpoint, newest_check
 from d2ft_hpc.training.environment import describe_environment, describe_parameters
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.job import Job, set_up
-from d2ft_hpc.training.plans import batches_of, is_due, make_plan, measure_scores
+from d2ft_hpc.training.plan_costs import PlanCosts, find_costs
+from d2ft_hpc.training.plans import batches_of, is_due, make_plan, measure_scores, solve_here
 from d2ft_hpc.training.progress import Progress
 from d2ft_hpc.training.records import StepRecorder
+from d2ft_hpc.training.replanning import Replanner
 from d2ft_hpc.training.steps import StepRunner
 
 RESULTS = "results.h5"
@@ -50,20 +56,24 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     position = Position()
     if config.train.resume:
         position = _resume(job, engine)
+    all_reduce = measure_all_reduce(device)
+    costs = find_costs(job, profile)
     with ExitStack() as stack:
         writer, own_writer, board = None, None, None
         with agreed(control, "opening the results file"):
             if control.rank == 0:
-                writer = stack.enter_context(_open_results(job, launcher, position, profile))
+                writer = stack.enter_context(
+                    _open_results(job, launcher, position, profile, costs, all_reduce)
+                )
                 if config.results.tensorboard:
                     board = stack.enter_context(closing(Board(config.run_folder / "tensorboard")))
             if config.results.file_per_rank:
                 own_writer = stack.enter_context(_open_own_results(job, position))
         recorder = stack.enter_context(StepRecorder(control, writer, own_writer, board))
-        _train_epochs(job, engine, writer, recorder, board, profile, position)
+        _train_epochs(job, engine, writer, recorder, board, profile, costs, position)
         with agreed(control, "saving the model"):
             if control.rank == 0:
-                weights = {name: tensor.contiguous() for name, tensor in job.model.state_dict().items()}
+                weights = {name: tensor.contiguous() for name, tensor in timm_state(job.model).items()}
                 save_file(weights, config.run_folder / MODEL)
     return config.run_folder / RESULTS
 
@@ -75,11 +85,13 @@ def _train_epochs(
     recorder: StepRecorder,
     board: Board | None,
     profile: PassProfile,
+    costs: PlanCosts,
     position: Position,
 ) -> None:
     config, control = job.config, job.control
     progress = Progress(control.rank, job.total_steps)
     runner = StepRunner(job, engine)
+    replanner = Replanner(control)
     if position.steps_done == 0 and config.train.evaluate_at_start:
         _evaluate(job, writer, board, progress, position)
     for epoch in range(position.epochs_done, job.num_epochs):
@@ -87,7 +99,8 @@ def _train_epochs(
         batches = batches_of(job, job.train_batches)
         for step_of_epoch in range(job.steps_of_epoch(epoch)):
             if is_due(config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=position.steps_done):
-                position = _replan(job, writer, progress, position)
+                position = _replan(job, costs, writer, progress, position, replanner)
+            position = _take_over(job, writer, progress, position, replanner)
             record = runner.run(batches, step=position.steps_done, epoch=epoch, plan=position.plans_made - 1)
             recorder.add(record)
             position = replace(position, steps_done=position.steps_done + 1)
@@ -104,6 +117,7 @@ def _train_epochs(
             _evaluate(job, writer, board, progress, position)
         every = config.train.checkpoint_every_epochs
         if every is not None and position.epochs_done % every == 0:
+            position = _take_over(job, writer, progress, position, replanner, wait=True)
             assert job.executor.plan is not None
             recorder.finish()  # a resumed run finds every step before its checkpoint
             if writer is not None:
@@ -129,19 +143,67 @@ def _resume(job: Job, engine: Engine) -> Position:
     return position
 
 
-def _replan(job: Job, writer: ResultsWriter | None, progress: Progress, position: Position) -> Position:
-    """Makes the next plan, puts it in force on this rank and records it."""
+def _replan(
+    job: Job,
+    costs: PlanCosts,
+    writer: ResultsWriter | None,
+    progress: Progress,
+    position: Position,
+    replanner: Replanner,
+) -> Position:
+    """Makes the next plan and puts it in force; or begins with it, if it may come while training goes on."""
     start = time.perf_counter()
+    overlaps = job.config.plan.replan.overlap and position.plans_made > 0
+    if overlaps and replanner.is_under_way:
+        _note(writer, position, "replan", "skipped: the plan before is still being solved")
+        return position
     scores = measure_scores(job, job.loss)
-    plan = make_plan(job, scores, position.plans_made)
+    if scores is not None and writer is not None:
+        _record_scores(writer, scores, position)
+    if overlaps:
+        replanner.start(partial(solve_here, job, costs, scores, position.plans_made))
+        _note(writer, position, "replan", "scores measured, solving begins", time.perf_counter() - start)
+        return position
+    plan = make_plan(job, costs, scores, position.plans_made)
+    return _put_in_force(job, writer, progress, position, plan, time.perf_counter() - start)
+
+
+def _take_over(
+    job: Job,
+    writer: ResultsWriter | None,
+    progress: Progress,
+    position: Position,
+    replanner: Replanner,
+    *,
+    wait: bool = False,
+) -> Position:
+    """Puts a plan in force that was solved meanwhile."""
+    made = replanner.at_boundary(wait=wait)
+    if made is None:
+        return position
+    if made.plan is None:
+        progress.say(f"no new plan, the old one stays: {made.fault}")
+        _note(writer, position, "replan", f"failed: {made.fault}", made.seconds)
+        return position
+    return _put_in_force(job, writer, progress, position, made.plan, made.seconds)
+
+
+def _put_in_force(
+    job: Job,
+    writer: ResultsWriter | None,
+    progress: Progress,
+    position: Position,
+    plan: SkipPlan,
+    seconds: float,
+) -> Position:
     job.executor.load(plan, job.control.rank)
     planned = job.costs.planned_share(plan)
     progress.say(
         f"plan {position.plans_made} ({plan.planner}, {plan.status}, gap {plan.gap:.1e}): {planned:.1%} of the dense "
-        f"compute, made in {time.perf_counter() - start:.2f} s"
+        f"compute, made in {seconds:.2f} s"
     )
     if writer is not None:
-        _record_plan(job, writer, plan, scores, position)
+        _record_plan(job, writer, plan, position, seconds)
     return replace(position, plans_made=position.plans_made + 1)
 
 
@@ -172,7 +234,14 @@ def _evaluate(
         board.evaluation(position.steps_done, result)
 
 
-def _open_results(job: Job, launcher: str, position: Position, profile: PassProfile) -> ResultsWriter:
+def _open_results(
+    job: Job,
+    launcher: str,
+    position: Position,
+    profile: PassProfile,
+    costs: PlanCosts,
+    all_reduce: AllReduceSeconds,
+) -> ResultsWriter:
     path, settings = job.config.run_folder / RESULTS, job.config.results
     options: dict[str, Any] = {
         "flush_seconds": settings.flush_seconds,
@@ -198,6 +267,9 @@ def _open_results(job: Job, launcher: str, position: Position, profile: PassProf
             "forward_only_flops": job.costs.forward_only_flops,
             "dense_pass_seconds": profile.dense_seconds,
             "always_pass_seconds": profile.always_seconds,
+            "plan_costs": json.dumps(asdict(costs)),
+            "all_reduce_seconds": all_reduce.latency,
+            "all_reduce_seconds_per_byte": all_reduce.per_byte,
         },
     )
     return writer
@@ -212,23 +284,24 @@ def _open_own_results(job: Job, position: Position) -> ResultsWriter:
     return ResultsWriter(path, **options)
 
 
-def _record_plan(
-    job: Job, writer: ResultsWriter, plan: SkipPlan, scores: Scores | None, position: Position
-) -> None:
-    if scores is not None:
-        writer.append(
-            "scores",
-            {
-                "step": position.steps_done,
-                "forward": scores.forward,
-                "backward": scores.backward,
-                "forward_name": scores.forward_name,
-                "backward_name": scores.backward_name,
-                "seconds": scores.seconds,
-                "flops": scores.flops,
-                "cached": scores.cached,
-            },
-        )
+def _record_scores(writer: ResultsWriter, scores: Scores, position: Position) -> None:
+    """Of the plan that is made next."""
+    writer.append(
+        "scores",
+        {
+            "step": position.steps_done,
+            "forward": scores.forward,
+            "backward": scores.backward,
+            "forward_name": scores.forward_name,
+            "backward_name": scores.backward_name,
+            "seconds": scores.seconds,
+            "flops": scores.flops,
+            "cached": scores.cached,
+        },
+    )
+
+
+def _record_plan(job: Job, writer: ResultsWriter, plan: SkipPlan, position: Position, seconds: float) -> None:
     writer.append(
         "plans",
         {
@@ -250,7 +323,7 @@ def _record_plan(
             ),
         },
     )
-    _note(writer, position, "plan", plan.hash)
+    _note(writer, position, "plan", plan.hash, seconds)
 
 
 def _note(
