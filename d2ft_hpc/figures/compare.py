@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import COLOURS, name_ticks, new_figure, number
+from d2ft_hpc.figures.style import COLOURS, name_ticks, new_figure, number, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,7 +117,7 @@ def _test(groups: list[dict[str, Any]], metric: str) -> None:
 def draw(numbers: dict[str, Any]) -> Figure:
     """A panel for each metric: every run, and the mean with its 95 % interval."""
     groups = numbers["groups"]
-    figure = new_figure(max(12, 2 + 3 * len(groups)), 5.4)
+    figure = new_figure(max(12, 2 + 4 * len(groups)), 5.4)
     for axis, (metric, (label, factor)) in zip(
         figure.subplots(1, len(_METRICS)), _METRICS.items(), strict=True
     ):
@@ -162,4 +162,4 @@ def draw(numbers: dict[str, Any]) -> Figure:
 
 
 def _wrapped(label: str) -> str:
-    return "\n".join(part.strip() for part in label.split(",")[:4])
+    return "\n".join(short(part.strip(), 15) for part in label.split(",")[:4])

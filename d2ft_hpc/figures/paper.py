@@ -36,7 +36,7 @@ DATA_SETS = ("cifar10", "cifar100", "stanford_cars")
 
 
 def measure(runs: Sequence[Run]) -> dict[str, Any]:
-    """Each run that is not dense against the mean of the dense runs with the same model and data.
+    """Each run that is not dense against the mean of the dense runs with the same model, data and ranks.
 
     Savings are of a step: shares of what the dense model would have computed, and of what the dense runs' steps sent
     and took. Drops are in points, against dense runs of as many steps if there are any. Runs that did not end in order
@@ -75,9 +75,11 @@ def _steps(run: Run) -> int:
 
 
 def _task(run: Run) -> tuple[Any, ...]:
+    """What two runs must share to be compared: the model's name, the data's, and how a step is spread over ranks."""
     config = run.config or {}
     data = config.get("data", {})
-    return config.get("model", {}).get("name"), data.get("name"), str(data.get("classes"))
+    spread = [data.get(key) for key in ("classes", "micro_batch_size", "slots")]
+    return config.get("model", {}).get("name"), data.get("name"), str(spread), run.world_size
 
 
 def table(numbers: dict[str, Any]) -> list[list[str]]:
