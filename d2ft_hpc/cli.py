@@ -6,14 +6,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from d2ft_hpc import __version__
 from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.errors import ConfigError
 
+if TYPE_CHECKING:
+    from d2ft_hpc.launch.signals import StopSignals
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns the exit status: 0 done, 1 fault, 2 wrong usage, 130 interrupted."""
+    """Runs one subcommand and returns the exit status.
+
+    0 done, 1 fault, 2 wrong usage, 75 stopped and to be continued, 130 interrupted.
+    """
     options = _parser().parse_args(arguments)
     return int(options.run(options))
 
@@ -145,7 +152,13 @@ def _bench_planner(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from d2ft_hpc.launch import run_guarded
 
-    return run_guarded(None, lambda: _train_connected(_read_config(options)))
+    def run() -> int:
+        from d2ft_hpc.launch.signals import StopSignals
+
+        config = _read_config(options)
+        return _train_connected(config, StopSignals(config.launch.stop_signals))
+
+    return run_guarded(None, run)
 
 
 def _read_config(options: argparse.Namespace) -> RunConfig:
@@ -157,10 +170,11 @@ def _read_config(options: argparse.Namespace) -> RunConfig:
         raise error from AgreedError()  # every rank reads the same configuration
 
 
-def _train_connected(config: RunConfig) -> int:
+def _train_connected(config: RunConfig, signals: StopSignals) -> int:
     import torch
 
     from d2ft_hpc.launch import connect, detect, run_guarded
+    from d2ft_hpc.launch.watch import UNFINISHED, Watch
 
     environment = detect()
     device_type = config.engine.device
@@ -168,14 +182,27 @@ def _train_connected(config: RunConfig) -> int:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     control = connect(environment, device_type=device_type, timeout_seconds=config.launch.timeout_seconds)
 
-    def run() -> None:
-        from d2ft_hpc.training.loop import train
+    def run_watched() -> int:
+        with Watch(
+            control,
+            silence_seconds=config.launch.silence_seconds,
+            stall_seconds=config.launch.stall_seconds,
+            run_folder=config.run_folder,
+            signals=signals,
+        ) as watch:
 
-        results = train(config, control, torch.device(device_type), environment.launcher)
-        if control.rank == 0:
-            print(f"results in {results}")
+            def run() -> int:
+                from d2ft_hpc.training.loop import train
 
-    return run_guarded(control, run, run_folder=config.run_folder)
+                if not train(config, control, torch.device(device_type), environment.launcher, watch):
+                    return UNFINISHED
+                if control.rank == 0:
+                    print(f"results in {config.run_folder / 'results.h5'}")
+                return 0
+
+            return run_guarded(control, run, run_folder=config.run_folder, before_abort=watch.fail)
+
+    return run_guarded(control, run_watched, run_folder=config.run_folder)
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -38,6 +38,8 @@ class Control(Protocol):
     host: str
     hosts: tuple[str, ...]
     """The host of each rank, [world_size]."""
+    timeout_seconds: float
+    """Deadline of `broadcast` and `all_gather`."""
 
     def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
         """Return the payload of rank `root`, whose own argument must not be None, on every rank."""
@@ -94,6 +96,7 @@ class SoloControl:
         self.world_size = 1
         self.host = socket.gethostname()
         self.hosts: tuple[str, ...] = (self.host,)
+        self.timeout_seconds = float("inf")
         self.owns_process_group = owns_process_group
 
     def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
@@ -126,7 +129,7 @@ class GlooControl:
 
         timeout = timedelta(seconds=timeout_seconds)
         self._group: Any = distributed.new_group(backend="gloo", timeout=timeout)
-        self._timeout_seconds = timeout_seconds
+        self.timeout_seconds = timeout_seconds
         self.owns_process_group = owns_process_group
         self.rank = distributed.get_rank()
         self.local_rank = local_rank
@@ -139,7 +142,7 @@ class GlooControl:
         import torch
         from torch import distributed
 
-        self.barrier(self._timeout_seconds)
+        self.barrier(self.timeout_seconds)
         data = _own_payload(payload) if self.rank == root else b""
         try:
             size = torch.tensor([len(data)])
@@ -154,7 +157,7 @@ class GlooControl:
         import torch
         from torch import distributed
 
-        self.barrier(self._timeout_seconds)
+        self.barrier(self.timeout_seconds)
         try:
             sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
             distributed.all_gather(sizes, torch.tensor([len(payload)]), group=self._group)
@@ -189,7 +192,7 @@ class GlooControl:
     def close(self) -> None:
         if self.owns_process_group:
             self.owns_process_group = False
-            self.barrier(self._timeout_seconds)
+            self.barrier(self.timeout_seconds)
             _destroy_process_group()
 
     def _lost(self, whom: str, error: Exception) -> NoReturn:
@@ -210,7 +213,7 @@ class MpiControl:
     def __init__(self, local_rank: int, *, init_timeout_seconds: float, timeout_seconds: float) -> None:
         self._mpi, self._owns_mpi = _start_mpi(init_timeout_seconds)
         self._comm = self._mpi.COMM_WORLD.Dup()
-        self._timeout_seconds = timeout_seconds
+        self.timeout_seconds = timeout_seconds
         self._unfinished: list[Any] = []  # MPI still writes into their buffers
         self._closed = False
         self.owns_process_group = False
@@ -228,8 +231,8 @@ class MpiControl:
         return f"{vendor} {'.'.join(map(str, version))}"
 
     def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
-        self.barrier(self._timeout_seconds)
-        deadline = time.monotonic() + self._timeout_seconds
+        self.barrier(self.timeout_seconds)
+        deadline = time.monotonic() + self.timeout_seconds
         data = _own_payload(payload) if self.rank == root else b""
         size = bytearray(len(data).to_bytes(8, "little"))
         self._wait(self._comm.Ibcast([size, self._mpi.BYTE], root), deadline)
@@ -238,8 +241,8 @@ class MpiControl:
         return bytes(buffer)
 
     def all_gather(self, payload: bytes) -> list[bytes]:
-        self.barrier(self._timeout_seconds)
-        deadline = time.monotonic() + self._timeout_seconds
+        self.barrier(self.timeout_seconds)
+        deadline = time.monotonic() + self.timeout_seconds
         byte = self._mpi.BYTE
         own_size, all_sizes = len(payload).to_bytes(8, "little"), bytearray(8 * self.world_size)
         self._wait(self._comm.Iallgather([own_size, byte], [all_sizes, 8, byte]), deadline)
@@ -278,7 +281,7 @@ class MpiControl:
         if self._closed:
             return
         self._closed = True
-        self.barrier(self._timeout_seconds)
+        self.barrier(self.timeout_seconds)
         if self.owns_process_group:
             _destroy_process_group()
         self._comm.Free()

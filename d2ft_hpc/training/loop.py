@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import datetime, timezone
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,105 +17,122 @@ from d2ft_hpc.data.loader import eval_loader, train_loader
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
+from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
-from d2ft_hpc.training.checkpoint import Position, load_checkpoint, newest_checkpoint, save_checkpoint
+from d2ft_hpc.training import run_folder
+from d2ft_hpc.training.boundary import StepBoundary
+from d2ft_hpc.training.checkpoint import Position, load_checkpoint
 from d2ft_hpc.training.environment import describe_environment
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.job import Job, set_up
 from d2ft_hpc.training.plans import Scores, batches_of, is_due, make_plan, measure_scores
 from d2ft_hpc.training.progress import Progress
-from d2ft_hpc.training.records import StepRecorder
+from d2ft_hpc.training.records import StepRecorder, note
+from d2ft_hpc.training.resume import Start, choose_start, fitted_to_ranks
+from d2ft_hpc.training.saver import CheckpointSaver
 from d2ft_hpc.training.steps import StepRunner
 
-RESULTS = "results.h5"
-MODEL = "model.safetensors"
-CHECKPOINTS = "checkpoints"
+BEFORE_ALL = -2
+"""A step before that of the first evaluation, -1."""
 
 
-def train(config: RunConfig, control: Control, device: torch.device, launcher: str) -> Path:
-    """Runs the whole job on this rank, together with all others, and returns the path of the results file.
+def train(config: RunConfig, control: Control, device: torch.device, launcher: str, watch: Watch) -> bool:
+    """Runs the whole job on this rank, together with all others; false if a signal stopped it and it can go on.
 
     launcher: what started the ranks, for the records.
     """
+    start = choose_start(config, control)
+    if start.finished:
+        if control.rank == 0:
+            print(f"{config.run_folder} is finished: nothing is left to do")
+        return True
     with agreed(control, "set-up"):
-        job = set_up(config, control, device)
-    engine = build_engine(config, job.model, job.executor, job.total_steps, _loss)
-    position = Position()
-    if config.train.resume:
-        position = _resume(job, engine)
+        job = set_up(fitted_to_ranks(config, start.position, control.world_size), control, device)
+    engine = build_engine(job.config, job.model, job.executor, job.total_steps, _loss)
+    if start.checkpoint is not None:
+        job.executor.load(load_checkpoint(start.checkpoint, engine, control), control.rank)
     with ExitStack() as stack:
         writer = None
-        with agreed(control, "opening the results file"):
+        with agreed(control, "opening the run's folder"):
             if control.rank == 0:
-                writer = stack.enter_context(_open_results(job, launcher, position))
-        _train_epochs(job, engine, writer, position)
-    with agreed(control, "saving the model"):
-        if control.rank == 0:
-            weights = {name: tensor.contiguous() for name, tensor in job.model.state_dict().items()}
-            save_file(weights, config.run_folder / MODEL)
-    return config.run_folder / RESULTS
+                environment = describe_environment(control, launcher, device)
+                writer = stack.enter_context(_open_results(job, environment, start))
+                run_folder.record_launch(
+                    config, control, environment, str(start.checkpoint or "the beginning")
+                )
+            run_folder.open_log(config.run_folder, control.rank)
+        finished = _train_epochs(job, engine, writer, start.position, watch)
+        with agreed(control, "saving the model"):
+            if control.rank == 0 and finished:
+                _save_model(job)
+        if writer is not None:
+            writer.close(complete=finished)
+    return finished
 
 
-def _train_epochs(job: Job, engine: Engine, writer: ResultsWriter | None, position: Position) -> None:
+def _train_epochs(
+    job: Job, engine: Engine, writer: ResultsWriter | None, position: Position, watch: Watch
+) -> bool:
+    """False if it was stopped and saved before the end."""
     config, control = job.config, job.control
     progress = Progress(control.rank, job.total_steps)
     recorder = StepRecorder(control, writer)
     runner = StepRunner(job, engine)
     if position.steps_done == 0:
-        _evaluate(job, writer, progress, position)
+        _evaluate(job, writer, progress, position, watch)
     loader = train_loader(job.train_set, job.sampler, num_workers=config.data.workers)
-    for epoch in range(position.epochs_done, config.train.epochs):
-        job.sampler.set_epoch(epoch)
-        batches = batches_of(job, loader)
-        for step_of_epoch in range(job.sampler.batches_per_epoch):
-            if is_due(config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=position.steps_done):
-                position = _replan(job, writer, progress, position)
-            start = time.perf_counter()
-            micro_batches = next(batches)
-            record = runner.run(
-                micro_batches,
-                step=position.steps_done,
-                epoch=epoch,
-                plan=position.plans_made - 1,
-                data_seconds=time.perf_counter() - start,
-            )
-            recorder.add(record)
-            position = replace(position, steps_done=position.steps_done + 1)
-            share = record.of_rank["planned_flops"] / record.of_rank["dense_flops"]
-            progress.step(epoch + 1, position.steps_done, record.of_rank["loss"], record.learning_rate, share)
-        position = replace(position, epochs_done=epoch + 1)
-        recorder.gather()
-        if (
-            position.epochs_done % config.train.evaluate_every_epochs == 0
-            or position.epochs_done == config.train.epochs
-        ):
-            _evaluate(job, writer, progress, position)
-        every = config.train.checkpoint_every_epochs
-        if every is not None and position.epochs_done % every == 0:
-            assert job.executor.plan is not None
-            saved = save_checkpoint(
-                config.run_folder / CHECKPOINTS, engine, job.executor.plan, position, control
-            )
-            _note(writer, position, "checkpoint", str(saved.name))
+    folder = config.run_folder / run_folder.CHECKPOINTS
+    with CheckpointSaver(folder, control, keep=config.train.keep_checkpoints) as saver:
+        saver.newest_step = position.steps_done
+        boundary = StepBoundary(job, engine, saver, recorder, writer, progress, watch)
+        position = replace(position, rows=job.sampler.rows, ranks=control.world_size)
+        for epoch in range(position.epochs_done, config.train.epochs):
+            job.sampler.set_epoch(epoch, start_batch=position.batches_done)
+            batches = batches_of(job, loader)
+            for step_of_epoch in range(position.batches_done, job.sampler.batches_per_epoch):
+                if not boundary.cross(position):
+                    return False
+                if is_due(
+                    config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=position.steps_done
+                ):
+                    position = _replan(job, writer, progress, position, watch)
+                start = time.perf_counter()
+                micro_batches = next(batches)
+                record = runner.run(
+                    micro_batches,
+                    step=position.steps_done,
+                    epoch=epoch,
+                    plan=position.plans_made - 1,
+                    data_seconds=time.perf_counter() - start,
+                )
+                recorder.add(record)
+                position = position.after_step()
+                share = record.of_rank["planned_flops"] / record.of_rank["dense_flops"]
+                progress.step(
+                    epoch + 1, position.steps_done, record.of_rank["loss"], record.learning_rate, share
+                )
+            position = position.after_epoch()
+            recorder.gather()
+            if (
+                position.epochs_done % config.train.evaluate_every_epochs == 0
+                or position.epochs_done == config.train.epochs
+            ):
+                _evaluate(job, writer, progress, position, watch)
+        boundary.end(position)
+    return True
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels)
 
 
-def _resume(job: Job, engine: Engine) -> Position:
-    with agreed(job.control, "looking for a checkpoint"):
-        checkpoint = newest_checkpoint(job.config.run_folder / CHECKPOINTS)
-    plan, position = load_checkpoint(checkpoint, engine, job.control)
-    job.executor.load(plan, job.control.rank)
-    return position
-
-
-def _replan(job: Job, writer: ResultsWriter | None, progress: Progress, position: Position) -> Position:
+def _replan(
+    job: Job, writer: ResultsWriter | None, progress: Progress, position: Position, watch: Watch
+) -> Position:
     """Makes the next plan, puts it in force on this rank and records it."""
     start = time.perf_counter()
-    scores = measure_scores(job, _loss)
+    scores = measure_scores(job, _loss, watch)
     plan = make_plan(job, scores)
     job.executor.load(plan, job.control.rank)
     planned = job.costs.planned_share(plan)
@@ -129,14 +145,16 @@ def _replan(job: Job, writer: ResultsWriter | None, progress: Progress, position
     return replace(position, plans_made=position.plans_made + 1)
 
 
-def _evaluate(job: Job, writer: ResultsWriter | None, progress: Progress, position: Position) -> None:
+def _evaluate(
+    job: Job, writer: ResultsWriter | None, progress: Progress, position: Position, watch: Watch
+) -> None:
     batches = eval_loader(
         job.test_set,
         batch_size=4 * job.config.data.micro_batch_size,
         replicas=job.control.world_size,
         replica=job.control.rank,
     )
-    result = evaluate(job.model, batches, job.control, job.device)
+    result = evaluate(job.model, watch.along(batches), job.control, job.device)
     progress.say(
         f"evaluation after {position.epochs_done} epochs: accuracy {result.accuracy:.2%}, loss {result.loss:.4f} "
         f"({result.samples} images, {result.seconds:.1f} s)"
@@ -145,7 +163,7 @@ def _evaluate(job: Job, writer: ResultsWriter | None, progress: Progress, positi
         writer.append(
             "evaluations",
             {
-                "step": position.steps_done,
+                "step": position.steps_done - 1,
                 "epoch": position.epochs_done,
                 "accuracy": result.accuracy,
                 "loss": result.loss,
@@ -155,15 +173,19 @@ def _evaluate(job: Job, writer: ResultsWriter | None, progress: Progress, positi
         )
 
 
-def _open_results(job: Job, launcher: str, position: Position) -> ResultsWriter:
-    path, flush_seconds = job.config.run_folder / RESULTS, job.config.results.flush_seconds
-    if job.config.train.resume:
-        writer = ResultsWriter.resume(path, last_step=position.steps_done - 1, flush_seconds=flush_seconds)
-        _note(writer, position, "resume", f"after epoch {position.epochs_done}")
+def _open_results(job: Job, environment: Mapping[str, str | int], start: Start) -> ResultsWriter:
+    path, flush_seconds = job.config.run_folder / run_folder.RESULTS, job.config.results.flush_seconds
+    if start.checkpoint is not None:
+        last_step = start.position.steps_done - 1
+        writer = ResultsWriter.resume(path, last_step=last_step, flush_seconds=flush_seconds)
+        note(writer, last_step, "resume", f"from {start.checkpoint.name} on {job.control.world_size} ranks")
         return writer
-    writer = ResultsWriter(path, flush_seconds=flush_seconds)
+    if job.config.train.resume == "auto" and path.exists():  # ended before its first checkpoint
+        writer = ResultsWriter.resume(path, last_step=BEFORE_ALL, flush_seconds=flush_seconds)
+    else:
+        writer = ResultsWriter(path, flush_seconds=flush_seconds)
     writer.put("config", {"yaml": job.config.to_yaml()})
-    writer.put("environment", {}, describe_environment(job.control, launcher, job.device))
+    writer.put("environment", {}, environment)
     writer.put(
         "model",
         {},
@@ -204,15 +226,12 @@ def _record_plan(
             "planned_compute": planned_share,
         },
     )
-    _note(writer, position, "plan", plan.hash)
+    note(writer, position.steps_done, "plan", plan.hash)
 
 
-def _note(
-    writer: ResultsWriter | None, position: Position, kind: str, text: str, seconds: float = 0.0
-) -> None:
-    if writer is not None:
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        writer.append(
-            "events",
-            {"step": position.steps_done, "time": now, "kind": kind, "text": text, "seconds": seconds},
-        )
+def _save_model(job: Job) -> None:
+    weights = {name: tensor.contiguous() for name, tensor in job.model.state_dict().items()}
+    path = job.config.run_folder / run_folder.MODEL
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(weights, temporary)
+    temporary.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch
 from d2ft_hpc.launch import Control, share
+from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.planning import PlanProblem, SkipPlan, solve
 from d2ft_hpc.scores import fisher_information, weight_magnitude
 from d2ft_hpc.training.job import Job
@@ -41,7 +43,7 @@ def is_due(config: PlanConfig, *, epoch: int, step_of_epoch: int, steps_done: in
     return steps_done % every == 0
 
 
-def measure_scores(job: Job, loss_function: LossFunction) -> Scores | None:
+def measure_scores(job: Job, loss_function: LossFunction, watch: Watch) -> Scores | None:
     """Scores averaged over the first batches of the sampler's epoch; on all ranks together, the same on each.
 
     None for planners that read no scores.
@@ -50,12 +52,15 @@ def measure_scores(job: Job, loss_function: LossFunction) -> Scores | None:
     if config.planner in ("dense", "random"):
         return None
     start = time.perf_counter()
-    loader = train_loader(job.train_set, job.sampler)
+    # The epoch's first batches, also where the run resumed in mid-epoch.
+    sampler = copy.copy(job.sampler)
+    sampler.set_epoch(job.sampler.epoch)
+    loader = train_loader(job.train_set, sampler)
     of_slots = [
         torch.cat(
             [fisher_information(job.model, job.executor.subnets, *pair, loss_function) for pair in batch]
         )
-        for batch in islice(batches_of(job, loader), config.probe_batches)
+        for batch in watch.along(islice(batches_of(job, loader), config.probe_batches))
     ]
     fisher = _rows_of_all(job.control, torch.stack(of_slots).mean(0))
     backward = fisher

@@ -1,0 +1,54 @@
+"""Signals that ask a run to stop: noticed at once, acted upon at a step boundary (`watch`)."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+
+from d2ft_hpc.errors import ConfigError
+
+
+class StopSignals:
+    """Catches signals from the moment it is made, so that one that comes during start-up is not lost.
+
+    The interpreter's own C handler writes each signal's number to a pipe: this works while the main thread is
+    inside a collective, where no Python handler would run. Make it in the main thread.
+
+    names: such as ["USR2", "TERM"]. Raises ConfigError for one that the system does not have or cannot catch.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._numbers = {number_of(name): name for name in names}
+        self._reading, writing = os.pipe()
+        os.set_blocking(self._reading, False)
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        for number in self._numbers:
+            signal.signal(number, _leave_it_to_the_pipe)
+
+    def fileno(self) -> int:
+        """Readable when a signal has come."""
+        return self._reading
+
+    def caught(self) -> str | None:
+        """The name of a signal that came since the last call, None if none of ours did."""
+        try:
+            numbers = os.read(self._reading, 512)
+        except BlockingIOError:
+            return None
+        return next((self._numbers[number] for number in numbers if number in self._numbers), None)
+
+
+def number_of(name: str) -> int:
+    """The number of a signal by its name without SIG. Raises ConfigError."""
+    number = getattr(signal, f"SIG{name}", None)
+    if number is None or number in (signal.SIGKILL, signal.SIGSTOP):
+        raise ConfigError(
+            f"launch.stop_signals: {name!r} is no signal that can be caught; use names such as USR1, USR2, TERM"
+        )
+    return int(number)
+
+
+def _leave_it_to_the_pipe(number: int, frame: object) -> None:
+    """A handler must exist for the pipe to be written."""
