@@ -31,9 +31,13 @@ from d2ft_hpc.training.checkpoint import complete_checkpoints, verify
 from tests.distributed.launching import REPOSITORY, mpirun
 
 RANKS = 2
+MARK = "D2FT_SOAK"
+"""Variable by which the processes of a run are told from all others."""
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
 LIMIT_SECONDS = 60
 """After the kill, within which the job must have ended."""
+LONGEST_WAIT_SECONDS = 14.0
+"""Of the kill, after the start."""
 OPTIONS = [
     "data.micro_batch_size=4",
     "data.slots=2",
@@ -51,7 +55,7 @@ OPTIONS = [
 
 def start(folder: Path, log: Path) -> subprocess.Popen[bytes]:
     command = [mpirun(), "-n", str(RANKS), sys.executable, "-m", "d2ft_hpc", "train", "configs/demo.yaml"]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), MARK: str(folder)}
     with log.open("ab") as output:
         return subprocess.Popen(
             [*command, f"run.folder={folder}", *OPTIONS],
@@ -60,28 +64,28 @@ def start(folder: Path, log: Path) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,
         )
 
 
-def processes(session: int) -> dict[int, list[str]]:
-    """Those of a session that still run, with their environments."""
+def processes(folder: Path) -> dict[int, list[str]]:
+    """Those that `start` brought about and that still run, with their environments."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[3]) == session and fields[0] != "Z":
-                    found[int(entry.name)] = (entry / "environ").read_text(errors="replace").split("\0")
+                environ = (entry / "environ").read_text(errors="replace").split("\0")
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                if f"{MARK}={folder}" in environ and state != "Z":
+                    found[int(entry.name)] = environ
             except OSError:
                 continue
     return found
 
 
-def rank_processes(session: int, folder: Path) -> dict[int, int]:
+def rank_processes(folder: Path) -> dict[int, int]:
     """Process by rank."""
     found = {}
-    for pid, environ in processes(session).items():
+    for pid, environ in processes(folder).items():
         try:
             arguments = Path(f"/proc/{pid}/cmdline").read_text()
         except OSError:
@@ -99,7 +103,7 @@ def kill_one(job: subprocess.Popen[bytes], folder: Path, seconds: float, choice:
         if job.poll() is not None:
             return None
         time.sleep(0.02)
-    victims = rank_processes(job.pid, folder)
+    victims = rank_processes(folder)
     if not victims:
         return None
     rank, number = choice.choice(sorted(victims)), choice.choice(SIGNALS)
@@ -158,7 +162,7 @@ def one_launch(root: Path, seconds: float, choice: random.Random, record: dict[s
         }
         record["ended_after_seconds"] = round(time.monotonic() - signalled, 2)
     time.sleep(0.2)
-    left = processes(job.pid)
+    left = processes(folder)
     if left:
         record["faults"].append(f"{len(left)} processes left behind")
         for pid in left:
@@ -201,7 +205,7 @@ def main() -> int:
         record: dict[str, Any] = {"launch": len(records), "faults": []}
         root = scratch / "killed"
         root.mkdir(exist_ok=True)
-        one_launch(root, choice.uniform(0.0, 16.0), choice, record)
+        one_launch(root, choice.uniform(0.0, LONGEST_WAIT_SECONDS), choice, record)
         kills += "signal" in record
         if record["finished"]:
             shutil.rmtree(root)
@@ -222,8 +226,9 @@ def summary(records: list[dict[str, Any]]) -> str:
         for name in counts
     }
     faulty = [record for record in records if record["faults"]]
+    by_signal = ", ".join(f"{number} {name}" for name, number in sorted(counts.items()))
     lines = [
-        f"{len(killed)} kills ({', '.join(f'{n} {name}' for name, n in sorted(counts.items()))}) in {len(records)} launches,"
+        f"{len(killed)} kills ({by_signal}) in {len(records)} launches,"
         f" {sum(record['finished'] for record in records)} runs finished, {len(faulty)} launches with faults",
         "longest time from the signal to the end of the job: "
         + ", ".join(f"{seconds:.1f} s after {name}" for name, seconds in sorted(longest.items())),
