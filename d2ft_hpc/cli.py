@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", type=Path, help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
     train.set_defaults(run=_train)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="check what a run needs before it waits in a queue; start it as the run",
+        description="Checks launcher, network, GPUs, file system, data, weights and time limit. Status 1: a run "
+        "would fail.",
+    )
+    doctor.add_argument("config", type=Path, help="YAML file")
+    doctor.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    doctor.add_argument("--json", action="store_true", help="print one line of JSON")
+    doctor.set_defaults(run=_doctor)
 
     report = commands.add_parser("report", help="compare finished or running runs in a table and a picture")
     report.add_argument(
@@ -200,9 +212,23 @@ def _train_connected(config: RunConfig, signals: StopSignals) -> int:
                     print(f"results in {config.run_folder / 'results.h5'}")
                 return 0
 
-            return run_guarded(control, run, run_folder=config.run_folder, before_abort=watch.fail)
+            status = run_guarded(control, run, run_folder=config.run_folder, before_abort=watch.fail)
+        if control.world_size > 1:
+            # Nobody watches the interpreter's own end any more, which takes a while: a rank that hung in it would
+            # keep the launcher, and so the job, waiting.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
 
     return run_guarded(control, run_watched, run_folder=config.run_folder)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from d2ft_hpc.doctor import examine
+    from d2ft_hpc.launch import run_guarded
+
+    return run_guarded(None, lambda: examine(options.config, options.overrides, json=options.json))
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ launcher has ended the job.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import re
 import socket
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GRACE_SECONDS = 3.0
+_FINALIZE_SECONDS = 30.0
 
 
 class Control(Protocol):
@@ -286,7 +288,10 @@ class MpiControl:
             _destroy_process_group()
         self._comm.Free()
         if self._owns_mpi:
+            # It waits for all ranks and holds the GIL, so that only a thread without it can end a hang.
+            faulthandler.dump_traceback_later(_FINALIZE_SECONDS, exit=True)
             self._mpi.Finalize()
+            faulthandler.cancel_dump_traceback_later()
 
     def _wait(self, request: Any, deadline: float) -> None:
         pause = 0.0

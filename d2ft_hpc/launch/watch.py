@@ -97,6 +97,7 @@ class Watch:
         self._when_dumped: Callable[[], None] = lambda: None
         self._all_dumped = threading.Event()
         self._exit_at = float("inf")
+        self._done: set[int] = set()  # ranks that are through
         self._closed = False
         if control.world_size > 1:
             later, control.timeout_seconds = control.timeout_seconds, silence_seconds
@@ -141,11 +142,11 @@ class Watch:
         self._all_dumped.wait(GRACE_SECONDS)
 
     def close(self) -> None:
-        """Stops watching; the ranks may come here at different times. Idempotent."""
+        """Waits, watched to the last moment, until every rank has come here: then all end at once. Idempotent."""
         if self._closed:
             return
         self._do(self._leave)
-        self._thread.join(GRACE_SECONDS)
+        self._thread.join()
         for peer in self._peers.values():
             peer.close()
 
@@ -267,8 +268,7 @@ class Watch:
 
     def _want(self, action: Action, reason: str) -> None:
         if self.control.rank != 0:
-            for rank_0 in self._peers.values():  # none, if rank 0 is through with all its steps
-                rank_0.send("want", action, reason)
+            self._peers[0].send("want", action, reason)
             return
         if action in (wanted for wanted, _ in self._wanted):
             return
@@ -348,6 +348,9 @@ class Watch:
     # Ends.
 
     def _lost(self, rank: int, how: str) -> None:
+        if rank == 0 and 0 in self._done:
+            self._closed = True  # rank 0 was the first to go
+            return
         self._drop(rank)
         message = f"error: {self._name(rank)} {how}"
         if self._ending:
@@ -410,24 +413,26 @@ class Watch:
         except OSError:
             pass  # the message has been told
 
-    def _on_bye(self, rank: int) -> None:
-        self._drop(rank)
-        if self._wanted:
-            self._end_round_if_complete()
+    def _leave(self) -> None:
+        self._on_done(self.control.rank)
+        if self.control.rank != 0:
+            self._peers[0].send("done")
+
+    def _on_done(self, rank: int) -> None:
+        """Rank 0 collects all ranks, then tells all."""
+        self._done.add(rank)
+        if self.control.rank != 0:
+            self._closed = rank == 0
+        elif self._done >= {0, *self._peers}:
+            for peer in self._peers.values():
+                peer.send("done")
+            self._closed = True
 
     def _drop(self, rank: int) -> None:
         self._selector.unregister(self._peers[rank])
         self._peers.pop(rank).close()
         del self._heard[rank]
         self._stalled.pop(rank, None)
-
-    def _leave(self) -> None:
-        for peer in self._peers.values():
-            peer.send("bye")
-        self._closed = True
-        with self._boundary:
-            self._holding = False
-            self._boundary.notify_all()
 
 
 def _read(connection: socket.socket, size: int) -> bytes:
