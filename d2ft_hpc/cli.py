@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from d2ft_hpc import __version__
 from d2ft_hpc.config import RunConfig, load_config
@@ -101,7 +101,48 @@ def _parser() -> argparse.ArgumentParser:
     planner.add_argument("--seed", type=int, default=0, help="of the scores")
     planner.add_argument("--json", action="store_true", help="end with one line of JSON")
     planner.set_defaults(run=_bench_planner)
+    images = benches.add_parser(
+        "data",
+        help="images a second that a configuration's training data delivers",
+        description="Reads as one replica of a run does, without a model: compare with what the model consumes.",
+    )
+    images.add_argument("config", type=Path, help="YAML file")
+    images.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    images.add_argument("--seconds", type=float, default=10.0, help="how long to read (default: 10)")
+    images.set_defaults(run=_bench_data)
+
+    data = commands.add_parser("data", help="pack a data set into one file, or look at a packed one")
+    _add_data_commands(data)
     return parser
+
+
+def _add_data_commands(data: argparse.ArgumentParser) -> None:
+    commands = data.add_subparsers(required=True, metavar="WHAT")
+    pack = commands.add_parser(
+        "pack",
+        help="put a data set into one HDF5 file, which data.name=packed data.root=FILE reads",
+        description="Parallel file systems are slow with many small files: pack them once.",
+    )
+    pack.add_argument(
+        "name", choices=["cifar10", "cifar100", "stanford_cars", "image_folder", "arrays"],
+        help="the data set as data.name; arrays: an .npz or HDF5 file of your own",
+    )  # fmt: skip
+    pack.add_argument("output", type=Path, help="the file to make")
+    pack.add_argument("--root", type=Path, required=True, help="its folder as data.root; of arrays the file")
+    pack.add_argument(
+        "--encoding",
+        choices=["auto", "pixels", "original", "jpeg"],
+        default="auto",
+        help="pixels: fastest, images of one size; original: the files' bytes; jpeg: encoded anew; "
+        "auto: original if there are files, else pixels",
+    )
+    pack.add_argument("--size", type=int, help="resize the shorter side to this many pixels")
+    pack.add_argument("--quality", type=int, default=95, help="of jpeg (default: 95)")
+    pack.add_argument("--workers", type=int, default=0, help="processes that read and encode")
+    pack.set_defaults(run=_data_pack)
+    info = commands.add_parser("info", help="what a packed file holds, and whether it is undamaged")
+    info.add_argument("file", type=Path)
+    info.set_defaults(run=_data_info)
 
 
 def _numbers(text: str) -> list[float]:
@@ -161,6 +202,54 @@ def _bench_planner(options: argparse.Namespace) -> int:
     return run_guarded(None, run)
 
 
+def _bench_data(options: argparse.Namespace) -> int:
+    from d2ft_hpc.launch import run_guarded
+
+    def run() -> None:
+        import torch
+
+        from d2ft_hpc.bench.data import benchmark
+
+        config = load_config(options.config, options.overrides)
+        measured = benchmark(config, torch.device(_device_type(config)), options.seconds)
+        print(
+            f"{measured['images_per_second']:.0f} images/s of {config.data.image_size} px to {measured['device']} with "
+            f"{measured['workers']} workers; first batch after {measured['first_batch_seconds']:.2f} s"
+        )
+
+    return run_guarded(None, run)
+
+
+def _data_pack(options: argparse.Namespace) -> int:
+    from d2ft_hpc.launch import run_guarded
+
+    def run() -> None:
+        from d2ft_hpc.data.packing import pack_by_name
+
+        pack_by_name(
+            options.name,
+            options.root,
+            options.output,
+            encoding=options.encoding,
+            size=options.size,
+            quality=options.quality,
+            workers=options.workers,
+        )
+
+    return run_guarded(None, run)
+
+
+def _data_info(options: argparse.Namespace) -> int:
+    from d2ft_hpc.launch import run_guarded
+
+    def run() -> None:
+        from d2ft_hpc.data.packed import describe
+
+        print(describe(options.file))
+
+    return run_guarded(None, run)
+
+
 def _train(options: argparse.Namespace) -> int:
     from d2ft_hpc.launch import run_guarded
 
@@ -189,9 +278,7 @@ def _train_connected(config: RunConfig, signals: StopSignals) -> int:
     from d2ft_hpc.launch.watch import UNFINISHED, Watch
 
     environment = detect()
-    device_type = config.engine.device
-    if device_type == "auto":
-        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    device_type = _device_type(config)
     control = connect(environment, device_type=device_type, timeout_seconds=config.launch.timeout_seconds)
 
     def run_watched() -> int:
@@ -229,6 +316,14 @@ def _doctor(options: argparse.Namespace) -> int:
     from d2ft_hpc.launch import run_guarded
 
     return run_guarded(None, lambda: examine(options.config, options.overrides, json=options.json))
+
+
+def _device_type(config: RunConfig) -> Literal["cpu", "cuda"]:
+    import torch
+
+    if config.engine.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.engine.device
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -40,8 +40,8 @@ class ModelConfig(Section):
     name: str
     """A timm VisionTransformer's name."""
     weights: str | None = None
-    """A safetensors file in timm's names; "pretrained" for the weights that the model's name stands for; null for
-    random ones."""
+    """A safetensors file in timm's names or a folder with one; "pretrained" for those that the model's name stands for,
+    "hf-hub:OWNER/NAME" for others, both from the hub or (HF_HUB_OFFLINE=1) its cache; null for random ones."""
     options: dict[str, Any] = {}
     """Further keyword arguments of timm.create_model (img_size, drop_path_rate, ...)."""
     embeddings: Literal["frozen", "complete_path", "trained"] = "frozen"
@@ -52,19 +52,37 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    name: Literal["digits", "cifar10", "cifar100", "image_folder"]
+    name: Literal["digits", "cifar10", "cifar100", "stanford_cars", "image_folder", "packed"]
     root: str | None = None
-    """Folder of the data set, for those that are not bundled."""
+    """Folder of the data set, for those that are not bundled; for packed ones the file."""
     image_size: int = Field(default=32, gt=0)
-    """Height and width, pixels."""
+    """Height and width that the model sees, pixels."""
     classes: list[int] | None = None
     """Classes to keep, relabelled 0, 1, ...; null for all."""
+    validation_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the training set that is held out of it, to choose settings on."""
+    train_fraction: Fraction = 1.0
+    """Share of the rest of the training set that is trained on."""
+    split_seed: int = Field(default=0, ge=0)
+    """Decides which images these two shares are; both are stratified by class."""
+    evaluate_on: Literal["test", "validation"] = "test"
+    """Choose settings on validation images, report on test images."""
+    augment: Literal["auto", "none", "shift", "resized_crop", "timm"] = "auto"
+    """Of training images. shift: by up to an eighth, and flips; resized_crop: crops of 50 to 100 % of the area, and
+    flips; timm: timm.data.create_transform. auto: none for digits, shift for small images (up to 64 x 64 pixels, not
+    single files), else resized_crop."""
+    timm: dict[str, Any] = {}
+    """Options of timm.data.create_transform (auto_augment, color_jitter, re_prob, ...) for augment=timm."""
+    mixup_alpha: float = Field(default=0.0, ge=0)
+    """Mixup: alpha of Beta(alpha, alpha); 0: none. With CutMix on too, each micro-batch takes one of them."""
+    cutmix_alpha: float = Field(default=0.0, ge=0)
+    """CutMix: the same."""
     micro_batch_size: int = Field(gt=0)
     """Samples of one micro-batch."""
     slots: int = Field(gt=0)
     """Micro-batches of one replica in a batch."""
     workers: int = Field(default=0, ge=0)
-    """Data-loader processes of each rank."""
+    """Processes of each rank that read and decode; small packed images need none."""
 
 
 class OptimizerConfig(Section):
@@ -77,12 +95,21 @@ class OptimizerConfig(Section):
     """AdamW's, added to the root of the second moment."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """SGD's."""
+    classifier_factor: float = Field(default=1.0, gt=0)
+    """The classifier's learning rate in multiples of the others'; a new classifier learns better with 10 or more."""
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
+    """Least number of steps of linear warm-up."""
+    warmup_share: float = Field(default=0.0, ge=0, lt=1)
+    """Least share of all steps that warm up."""
 
 
 class TrainConfig(Section):
     epochs: int = Field(gt=0)
+    steps_share: Fraction = 1.0
+    """Share of the epochs' steps that are run; the learning-rate schedule ends with them."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each label that is spread evenly over all classes."""
     evaluate_every_epochs: int = Field(default=1, gt=0)
     checkpoint_every_minutes: float | None = Field(default=10.0, gt=0)
     """How often a checkpoint is saved while training goes on; null: not by the clock."""
@@ -101,8 +128,37 @@ class ReplanConfig(Section):
     unit: Literal["steps", "epochs"] = "epochs"
 
 
+class SamplesConfig(Section):
+    """Planner `samples`: a forward pass at a low resolution scores every sample, then some train, drawn by score."""
+
+    image_size: int | None = Field(default=None, gt=0)
+    """Height and width at which samples are scored, pixels, a multiple of the patch size; null: half of
+    data.image_size, rounded up to whole patches."""
+    score: Literal["error", "loss"] = "error"
+    """error: how far the predicted probabilities are from the label (it bounds the gradient's norm); loss: the cross
+    entropy."""
+    uniform_share: float = Field(default=0.25, ge=0)
+    """Multiple of the mean score that every score gets on top, so that easy samples are drawn too."""
+    weights: Literal["none", "unbiased"] = "none"
+    """unbiased: drawn samples are weighted so that the expected gradient is the whole batch's."""
+
+
 class PlanConfig(Section):
-    planner: Literal["dense", "paper", "joint", "makespan", "static", "depth", "greedy", "random"] = "joint"
+    planner: Literal[
+        "dense",
+        "samples",
+        "paper",
+        "joint",
+        "makespan",
+        "static",
+        "depth",
+        "greedy",
+        "random",
+        "last_blocks",
+        "stochastic_depth",
+        "pruning",
+        "routing",
+    ] = "joint"
     compute_budget: Fraction = 0.6
     """Share of the dense run's training FLOPs that each device may spend."""
     communication_budget: Fraction | None = None
@@ -110,10 +166,15 @@ class PlanConfig(Section):
     memory_budget: Fraction | None = None
     """Share of the activations of a dense micro-batch that a device keeps for the backward; null: no limit. Planners
     `paper` and `random` do not know it and are refused where they exceed it."""
-    forward_score: Literal["fisher"] = "fisher"
-    backward_score: Literal["weight_magnitude", "fisher"] = "weight_magnitude"
+    forward_score: Literal["fisher", "gradient_magnitude", "taylor", "weight_magnitude"] = "fisher"
+    """What a subnet's forward gives to a micro-batch. fisher: sum of squared gradients over its weights (the paper's);
+    gradient_magnitude: of |g|; taylor: of |w g|; weight_magnitude: of |w|."""
+    backward_score: Literal["fisher", "gradient_magnitude", "taylor", "weight_magnitude"] = "weight_magnitude"
+    """The same for its backward; weight_magnitude is the paper's."""
     probe_batches: int = Field(default=1, gt=0)
     """Batches over which scores are averaged; their cost is charged to the run."""
+    score_cache: str | None = None
+    """Folder that keeps measured scores for runs with the same weights, probe images and settings; null: none."""
     full_share: Fraction = 0.8
     """Planner `paper` and `random`: most of the budget that FULL may take before FORWARD_ONLY."""
     coverage: int = Field(default=0, ge=0)
@@ -122,10 +183,14 @@ class PlanConfig(Section):
     """Planner `makespan` and `static`: most of a block's heads that may be SHORTCUT in a micro-batch."""
     below: Literal["forward_only", "shortcut"] = "forward_only"
     """Planner `depth`: what the blocks below the FULL ones do."""
+    capacity_factor: float = Field(default=1.25, gt=0)
+    """Planner `routing`: most rows that a head takes, in multiples of its fair share."""
     whole_rows: bool = False
     """Planner `depth`: each micro-batch is FULL in all blocks or in none."""
     time_limit_seconds: float = Field(default=10.0, gt=0)
     """Planner `joint`, `makespan` and `depth`: after this the best plan so far, or the greedy one, is taken."""
+    samples: SamplesConfig = SamplesConfig()
+    """How planner `samples` scores and draws."""
     replan: ReplanConfig = ReplanConfig()
 
 
@@ -138,6 +203,9 @@ class EngineConfig(Section):
     """Largest norm of the gradient; null: no clipping."""
     deepspeed: dict[str, Any] = {}
     """Further settings for DeepSpeed, in its own names."""
+    compile: bool = False
+    """Whether torch.compile makes the kernels of dense blocks: those of planners `dense` and `samples`, of scoring and
+    of evaluation. Blocks that skip heads run without it."""
 
 
 class LaunchConfig(Section):
@@ -175,6 +243,14 @@ class RunConfig(Section):
             raise ValueError(
                 "engine.precision=fp16: the plain engine does not scale losses; use bf16, or deepspeed"
             )
+        if self.data.evaluate_on == "validation" and self.data.validation_fraction == 0:
+            raise ValueError(
+                "data.evaluate_on=validation: there are no validation images; set data.validation_fraction, such as 0.1"
+            )
+        if self.data.timm and self.data.augment != "timm":
+            raise ValueError(
+                f"data.timm: not read with data.augment={self.data.augment}; remove it, or data.augment=timm"
+            )
         if self.engine.name == "plain" and self.engine.deepspeed:
             raise ValueError(
                 "engine.deepspeed: the plain engine does not read it; remove it, or engine.name=deepspeed"
@@ -193,13 +269,13 @@ class RunConfig(Section):
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file and applies overrides such as `plan.compute_budget=0.5`.
 
+    A top-level `base: OTHER.yaml`, a path from the file's own folder, takes everything from there that the file does
+    not set itself.
+
     Raises ConfigError with one line a fault.
     """
     try:
-        loaded = OmegaConf.load(path)
-        if not OmegaConf.is_dict(loaded):
-            raise ConfigError(f"{path}: holds no sections (run, model, data, ...) but something else")
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(_checked(overrides)))
+        merged = OmegaConf.merge(*_with_bases(path), OmegaConf.from_dotlist(_checked(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
@@ -209,6 +285,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(error))) from None
+
+
+def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[Any]:
+    """What the file and the files below it say, the deepest base first."""
+    if path.resolve() in above:
+        raise ConfigError(f"base: {path} is a base of itself")
+    loaded = OmegaConf.load(path)
+    if not OmegaConf.is_dict(loaded):
+        raise ConfigError(f"{path}: holds no sections (run, model, data, ...) but something else")
+    base = loaded.pop("base", None)  # type: ignore[call-arg, arg-type]
+    if base is None:
+        return [loaded]
+    if not (path.parent / str(base)).is_file():
+        raise ConfigError(f"base={base}: no such file beside {path}")
+    return [*_with_bases(path.parent / str(base), (*above, path.resolve())), loaded]
 
 
 def _checked(overrides: Sequence[str]) -> list[str]:

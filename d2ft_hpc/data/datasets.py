@@ -1,59 +1,111 @@
-"""Labelled image data sets by name: float32 images [3, image_size, image_size] and int labels."""
+"""Labelled images as training and evaluation read them: a part of a source, with its transforms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import datasets as tv
-from torchvision.transforms import v2
 
+from d2ft_hpc.config import DataConfig
+from d2ft_hpc.data.images import PixelImages, Source
+from d2ft_hpc.data.sources import open_source
+from d2ft_hpc.data.subsets import training_and_validation
+from d2ft_hpc.data.transforms import (
+    DRAWS,
+    Augmentation,
+    BatchTransform,
+    SampleTransform,
+    sample_transform,
+    seeded,
+    uniform_draws,
+)
 from d2ft_hpc.errors import DataError
 
-Split = Literal["train", "test"]
-Transform = Callable[[Any], Tensor]
+Split = Literal["train", "validation", "test"]
+Entropy = Sequence[int]
 
-NAMES = ("digits", "cifar10", "cifar100", "image_folder")
+SMALL_PIXELS = 64
+"""Images up to this side show one object that fills them: they are shifted, larger ones cropped."""
+
+
+class RawBatch(NamedTuple):
+    """Samples after stage 1 (see transforms.py)."""
+
+    images: Tensor
+    """uint8 or float32 [sample, 3, height, width]."""
+    labels: Tensor
+    """int64 [sample]."""
+    draws: Tensor
+    """float32 [sample, DRAWS] in [0, 1)."""
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]]):
-    """Images with labels 0..num_classes-1; `source[i][0]` is image i before `transform`.
-
-    `classes` keeps only those of the source's labels; `classes[k]` becomes label k.
-    Raises DataError if a kept class has no image.
-    """
+    """Some images of a source with labels 0..num_classes-1."""
 
     def __init__(
         self,
-        source: Any,
-        source_labels: Sequence[int],
-        transform: Transform,
-        classes: Sequence[int],
+        source: Source,
+        indices: npt.NDArray[np.int64],
+        labels: npt.NDArray[np.int64],
+        num_classes: int,
+        of_sample: SampleTransform | None,
+        of_batch: BatchTransform | None,
     ) -> None:
-        label_of = {original: label for label, original in enumerate(classes)}
-        self._source = source
-        self._transform = transform
-        self._indices = [i for i, label in enumerate(source_labels) if label in label_of]
-        self.labels = [label_of[source_labels[i]] for i in self._indices]
-        self.num_classes = len(classes)
-        absent = sorted(set(classes) - {source_labels[i] for i in self._indices})
-        if absent or len(label_of) < len(classes):
-            fault = f"no image of {absent}" if absent else "a class named twice"
-            raise DataError(
-                f"data.classes = {list(classes)}: {fault}; the data set has the classes "
-                f"{sorted(set(source_labels))}: choose each at most once"
-            )
+        """labels: of `indices`. of_sample None: the images are pixels of one size and go to stage 2 as they are.
+        of_batch None: what `of_sample` returns is normalised already."""
+        self._images, self._indices = source.images, indices
+        self._labels = labels
+        self._of_sample, self._of_batch = of_sample, of_batch
+        self.num_classes = num_classes
+
+    @property
+    def labels(self) -> list[int]:
+        labels: list[int] = self._labels.tolist()
+        return labels
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self._source[self._indices[index]][0]
-        return self._transform(image), self.labels[index]
+        """A finished image, float32 [3, image_size, image_size], drawn from torch's own generator, and its label."""
+        images, labels = self.finish(self.read([index], [[int(torch.randint(2**62, ()))]]))
+        return images[0], int(labels[0])
+
+    def read(self, indices: Sequence[int], entropies: Sequence[Entropy] | None) -> RawBatch:
+        """Stage 1; `entropies` decide each sample's draws (None: there are none, as in evaluation)."""
+        rows = self._indices[np.asarray(indices, np.int64)]
+        labels = torch.from_numpy(self._labels[np.asarray(indices, np.int64)])
+        draws = np.zeros((len(rows), DRAWS), np.float32)
+        if entropies is not None:
+            draws = np.stack([uniform_draws(entropy) for entropy in entropies])
+        if self._of_sample is None:
+            assert isinstance(self._images, PixelImages)
+            images = self._images.take(rows)
+        elif entropies is None:
+            images = torch.stack([self._of_sample(self._images.picture(int(row))) for row in rows])
+        else:
+            images = torch.stack(
+                [self._sample(int(row), entropy) for row, entropy in zip(rows, entropies, strict=True)]
+            )
+        return RawBatch(images, labels, torch.from_numpy(draws))
+
+    def finish(self, batch: RawBatch) -> tuple[Tensor, Tensor]:
+        """Stage 2, on the batch's device: images float32 [sample, 3, image_size, image_size] and labels."""
+        if self._of_batch is None:
+            return batch.images, batch.labels
+        return self._of_batch(batch.images, batch.draws), batch.labels
+
+    def _sample(self, row: int, entropy: Entropy) -> Tensor:
+        assert self._of_sample is not None
+        picture = self._images.picture(row)
+        with seeded(entropy):
+            return self._of_sample(picture)
 
 
 def load(
@@ -63,108 +115,112 @@ def load(
     split: Split,
     root: Path | None = None,
     classes: Sequence[int] | None = None,
-    augment: bool | None = None,
+    augment: Augmentation | Literal["auto"] = "auto",
+    timm_options: Mapping[str, Any] | None = None,
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     std: Sequence[float] = (0.5, 0.5, 0.5),
+    train_fraction: float = 1.0,
+    validation_fraction: float = 0.0,
     split_seed: int = 0,
 ) -> LabelledImages:
-    """Open a data set; nothing is ever downloaded.
+    """Open a data set (see `open_source` for names and roots).
 
-    - `digits`: scikit-learn's 8x8 handwritten digits, in the installation itself; `split_seed` fixes the
-      stratified 80/20 split.
-    - `cifar10`, `cifar100`: `root` holds the unpacked python version, as torchvision keeps it.
-    - `image_folder`: `root/train/CLASS/*` and `root/test/CLASS/*` (or `root/val`).
-
-    `classes` keeps and relabels (see LabelledImages). `augment` applies to the training split only and is
-    on by default except for digits: crops and flips for photographs, small affine maps for digits. Values in
-    [0, 1] become (value - mean) / std per channel.
-    Raises DataError if the name is unknown or the files are absent or damaged.
+    split: "validation" is `validation_fraction` of the training set, held out of it; "train" is `train_fraction` of
+    the rest. Both are stratified and decided by `split_seed` alone.
+    classes: keeps only these of the source's labels; `classes[k]` becomes label k.
+    augment: of the training split only. "auto": none for digits, "shift" for pixels up to 64 x 64, else "resized_crop".
+    Pixels in [0, 1] become (pixel - mean) / std per channel.
+    Raises DataError if files are absent or damaged, or a class would have no image.
     """
-    if name not in NAMES:
-        raise DataError(f"data.name = {name!r}: unknown; the data sets are {', '.join(NAMES)}")
-    if augment is None:
-        augment = name != "digits"
-    augment = augment and split == "train"
-    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    pixels: list[Any]
-    source: Any
-    if name == "digits":
-        source, labels = _digits(split, split_seed)
-        pixels = [v2.Resize([image_size, image_size])]
-        if augment:
-            pixels.append(v2.RandomAffine(15, translate=(0.1, 0.1), scale=(0.8, 1.2), shear=10))
-    elif name == "image_folder":
-        source = _image_folder(_needed_root(name, root), split)
-        labels = source.targets
-        if augment:
-            pixels = [v2.RandomResizedCrop(image_size, scale=(0.5, 1.0)), v2.RandomHorizontalFlip()]
-        else:
-            pixels = [v2.Resize(image_size * 8 // 7), v2.CenterCrop(image_size)]
-        pixels += to_tensor
-    else:
-        source = _cifar(name, _needed_root(name, root), split)
-        labels = source.targets
-        pixels = [v2.Resize([image_size, image_size])]
-        if augment:
-            pad = image_size // 8
-            pixels += [
-                v2.RandomCrop(image_size, padding=pad, padding_mode="reflect"),
-                v2.RandomHorizontalFlip(),
-            ]
-        pixels += to_tensor
-    transform = v2.Compose([*pixels, v2.Normalize(list(mean), list(std))])
-    return LabelledImages(source, labels, transform, sorted(set(labels)) if classes is None else classes)
-
-
-def _digits(split: Split, split_seed: int) -> tuple[list[tuple[Tensor]], list[int]]:
-    """Images [3, 8, 8] in [0, 1] of one split of scikit-learn's digits."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    bunch = load_digits()
-    images = torch.from_numpy(bunch.images / bunch.images.max()).float()
-    parts = train_test_split(
-        range(len(images)), test_size=0.2, stratify=bunch.target, random_state=split_seed
+    source = open_source(name, root, "test" if split == "test" else "train")
+    kept = _label_of(source, classes)
+    chosen = np.flatnonzero(kept >= 0)
+    if split != "test":
+        parts = training_and_validation(
+            kept[chosen],
+            train_fraction=train_fraction,
+            validation_fraction=validation_fraction,
+            seed=split_seed,
+        )
+        chosen = chosen[parts[0 if split == "train" else 1]]
+        if not len(chosen):
+            raise DataError("data.validation_fraction=0 leaves no validation split: set it, such as 0.1")
+    if augment == "auto":
+        augment = _automatic(name, source)
+    return LabelledImages(
+        source,
+        chosen,
+        kept[chosen],
+        len(source.class_names if classes is None else classes),
+        *_transforms(
+            source, augment, image_size, split == "train", tuple(mean), tuple(std), timm_options or {}
+        ),
     )
-    chosen = sorted(parts[0] if split == "train" else parts[1])
-    return [(images[i].expand(3, 8, 8),) for i in chosen], [int(bunch.target[i]) for i in chosen]
 
 
-def _needed_root(name: str, root: Path | None) -> Path:
-    if root is None:
-        raise DataError(f"data.root is not set: {name} needs the folder that holds its files")
-    return root
+def load_configured(
+    config: DataConfig, split: Split, mean: Sequence[float], std: Sequence[float]
+) -> LabelledImages:
+    """The split that a run's configuration describes; see `load`."""
+    return load(
+        config.name,
+        image_size=config.image_size,
+        split=split,
+        root=None if config.root is None else Path(config.root),
+        classes=config.classes,
+        augment=config.augment,
+        timm_options=config.timm,
+        mean=mean,
+        std=std,
+        train_fraction=config.train_fraction,
+        validation_fraction=config.validation_fraction,
+        split_seed=config.split_seed,
+    )
 
 
-def _cifar(name: str, root: Path, split: Split) -> tv.CIFAR10:
-    reader = {"cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}[name]
-    try:
-        # torchvision compares every file with a known checksum before it reads it.
-        return reader(str(root), train=split == "train", download=False)
-    except RuntimeError as error:
-        folder = root / reader.base_folder
+def _label_of(source: Source, classes: Sequence[int] | None) -> npt.NDArray[np.int64]:
+    """The label of each image of the source, -1 for those of classes that are not kept."""
+    if classes is None:
+        return source.labels
+    present = set(np.unique(source.labels).tolist())
+    absent = sorted(set(classes) - present)
+    if absent or len(set(classes)) < len(classes):
+        fault = f"no image of {absent}" if absent else "a class named twice"
         raise DataError(
-            f"{folder}: {name} is missing or damaged; unpack {reader.filename} into {root} so that "
-            f"{folder / reader.train_list[0][0]} exists"
-        ) from error
+            f"data.classes = {list(classes)}: {fault}; the data set has the classes {sorted(present)}: "
+            "choose each at most once"
+        )
+    new_label = np.full(len(source.class_names), -1, np.int64)
+    new_label[list(classes)] = np.arange(len(classes))
+    return new_label[source.labels]
 
 
-def _image_folder(root: Path, split: Split) -> tv.ImageFolder:
-    folders = [root / "train"] if split == "train" else [root / "test", root / "val"]
-    folder = next((f for f in folders if f.is_dir()), None)
-    if folder is None:
-        tried = " and ".join(str(f) for f in folders)
-        raise DataError(f"{tried}: no such folder; put the images of each class into {folders[0]}/CLASS/")
-    try:
-        images = tv.ImageFolder(str(folder))
-    except FileNotFoundError as error:  # no class folder, or one without an image
-        raise DataError(f"{folder}: {error}; put the images of each class into {folder}/CLASS/") from error
-    if split == "test":
-        # Labels are places in the sorted class names, so both splits must have the same names.
-        known = sorted(f.name for f in (root / "train").glob("*") if f.is_dir())
-        if known and known != images.classes:
-            differing = ", ".join(sorted(set(known) ^ set(images.classes)))
-            raise DataError(
-                f"{folder} and {root / 'train'} must have the same class folders; these differ: {differing}"
-            )
-    return images
+def _automatic(name: str, source: Source) -> Augmentation:
+    if name == "digits":
+        return "none"
+    small = isinstance(source.images, PixelImages) and max(source.images.size) <= SMALL_PIXELS
+    return "shift" if small else "resized_crop"
+
+
+def _transforms(
+    source: Source,
+    augment: Augmentation,
+    image_size: int,
+    training: bool,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    timm_options: Mapping[str, Any],
+) -> tuple[SampleTransform | None, BatchTransform | None]:
+    cropped = augment in ("resized_crop", "timm")
+    shift = training and augment == "shift"
+    flip = training and augment in ("shift", "resized_crop")
+    by_timm = training and augment == "timm"
+    if isinstance(source.images, PixelImages) and not by_timm:
+        crop: Literal["whole", "central", "random"] = "whole"
+        if cropped:
+            crop = "random" if training else "central"
+        return None, BatchTransform(image_size, mean, std, crop, shift, flip)
+    of_sample = sample_transform(
+        augment, image_size, training=training, mean=mean, std=std, timm_options=timm_options
+    )
+    return of_sample, None if by_timm else BatchTransform(image_size, mean, std, "whole", shift, flip)

@@ -1,64 +1,104 @@
-"""Torch data loaders over a MicroBatchSampler and over a replica's share of an evaluation set."""
+"""Batches on the model's device, over a MicroBatchSampler or over a replica's share of an evaluation set."""
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from d2ft_hpc.data.datasets import LabelledImages, RawBatch
+from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
+from d2ft_hpc.data.workers import worker_options
 
-Images = Dataset[tuple[Tensor, int]]
-Batches = DataLoader[Any]  # yields images float32 [samples, 3, size, size] and labels int64 [samples]
+CPU = torch.device("cpu")
+
+_Drawn = tuple[RawBatch, tuple[int, ...]]
+"""A batch and the entropy (seed, epoch, first sample) of what is drawn for the batch as a whole."""
+
+
+class Batches:
+    """Yields images float32 [sample, 3, size, size] and labels (int64 [sample], or float32 [sample, class] if mixed).
+
+    Workers read and decode ahead; resizing, cropping, flipping, normalising and mixing happen here, on `device`.
+    """
+
+    def __init__(
+        self, loader: DataLoader[Any], finish: Callable[[_Drawn], tuple[Tensor, Tensor]], device: torch.device
+    ) -> None:
+        self._loader, self._finish, self._device = loader, finish, device
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for raw, entropy in self._loader:
+            moved = RawBatch(*(tensor.to(self._device, non_blocking=True) for tensor in raw))
+            yield self._finish((moved, tuple(entropy)))
 
 
 def train_loader(
-    dataset: Images, sampler: MicroBatchSampler, *, num_workers: int = 0, pin_memory: bool = False
+    dataset: LabelledImages,
+    sampler: MicroBatchSampler,
+    *,
+    num_workers: int = 0,
+    device: torch.device = CPU,
+    mixing: Mixing | None = None,
 ) -> Batches:
     """Micro-batches of one replica in the sampler's order; call `sampler.set_epoch` before each iteration.
 
-    Random augmentation depends on (sampler.seed, epoch, sample) alone: the number of workers, the replica
-    that drew the sample and a resume in mid-epoch change nothing; the caller's random state stays as it was.
+    What is drawn for a sample depends on (sampler.seed, epoch, sample) alone: the number of workers, the replica
+    that drew the sample and a resume in mid-epoch change nothing; the caller's random state stays as it was. Mixing
+    draws depend on the micro-batch in the same way.
     """
-    return DataLoader(
-        _SeededDraws(dataset, sampler.seed),
-        batch_sampler=_Draws(sampler),
-        pin_memory=pin_memory,
-        **_options(num_workers),
-    )
+
+    def finish(drawn: _Drawn) -> tuple[Tensor, Tensor]:
+        images, labels = dataset.finish(drawn[0])
+        return (images, labels) if mixing is None else mixing(images, labels, drawn[1])
+
+    return _batches(_Drawing(dataset, sampler.seed), _Draws(sampler), finish, num_workers, device)
 
 
 def eval_loader(
-    dataset: Images,
+    dataset: LabelledImages,
     *,
     batch_size: int,
     replicas: int = 1,
     replica: int = 0,
     num_workers: int = 0,
-    pin_memory: bool = False,
+    device: torch.device = CPU,
 ) -> Batches:
     """This replica's share of a data set, in order: every sample is in exactly one replica's share.
 
     Shares differ by at most one sample, so the number of batches may differ between replicas.
     """
-    share = Subset(dataset, range(replica, len(dataset), replicas))  # type: ignore[arg-type]
-    return DataLoader(share, batch_size=batch_size, pin_memory=pin_memory, **_options(num_workers))
+    share = range(replica, len(dataset), replicas)
+    order = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
+    return _batches(_InOrder(dataset), order, lambda drawn: dataset.finish(drawn[0]), num_workers, device)
 
 
-def _options(num_workers: int) -> dict[str, Any]:
-    # A generator of its own: otherwise each iteration would draw from the caller's.
-    options: dict[str, Any] = {"num_workers": num_workers, "generator": torch.Generator()}
-    if num_workers == 0:
-        return options
-    # Workers are never forked from this process: a fork after MPI_Init is undefined.
-    methods = multiprocessing.get_all_start_methods()
-    context = "forkserver" if "forkserver" in methods else "spawn"
-    return {**options, "multiprocessing_context": context, "persistent_workers": True}
+def _batches(
+    reader: Dataset[Any],
+    order: Any,
+    finish: Callable[[_Drawn], tuple[Tensor, Tensor]],
+    num_workers: int,
+    device: torch.device,
+) -> Batches:
+    loader = DataLoader(
+        reader,
+        batch_sampler=order,
+        collate_fn=_as_it_is,
+        pin_memory=device.type == "cuda",
+        **worker_options(num_workers),
+    )
+    return Batches(loader, finish, device)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class _Draws(Sampler[list[tuple[int, int]]]):
@@ -75,17 +115,22 @@ class _Draws(Sampler[list[tuple[int, int]]]):
             yield [(self._sampler.epoch, index) for index in indices]
 
 
-class _SeededDraws(Dataset[tuple[Tensor, int]]):
-    """Reads sample `index` with the random generator set by (seed, epoch, index)."""
+class _Drawing(Dataset[Any]):
+    """Reads micro-batches of (epoch, index), each sample with its own entropy (seed, epoch, index)."""
 
-    def __init__(self, dataset: Images, seed: int) -> None:
+    def __init__(self, dataset: LabelledImages, seed: int) -> None:
+        self._dataset, self._seed = dataset, seed
+
+    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> _Drawn:
+        entropies = [(self._seed, epoch, index) for epoch, index in draws]
+        return self._dataset.read([index for _, index in draws], entropies), entropies[0]
+
+
+class _InOrder(Dataset[Any]):
+    """Reads batches of indices without draws."""
+
+    def __init__(self, dataset: LabelledImages) -> None:
         self._dataset = dataset
-        self._seed = seed
 
-    def __getitem__(self, draw: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = draw
-        state = np.random.SeedSequence((self._seed, epoch, index)).generate_state(1, np.uint64)
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would also reseed the accelerators, which fork_rng does not give back here.
-            torch.default_generator.manual_seed(int(state[0]))
-            return self._dataset[index]
+    def __getitems__(self, indices: Sequence[int]) -> _Drawn:
+        return self._dataset.read(indices, None), ()

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torchvision.transforms import v2
 
 from d2ft_hpc.data.datasets import load
 from d2ft_hpc.data.loader import eval_loader, train_loader
@@ -30,7 +31,7 @@ def pretrain(file: Path) -> float:
     """Train from scratch, write the weights without the classifier as fp16, return `accuracy`."""
     torch.manual_seed(SEED)
     model = vit_digits_demo(num_classes=TURNS * len(DIGITS))
-    train = load("digits", image_size=32, split="train", classes=DIGITS, augment=True)
+    train = load("digits", image_size=32, split="train", classes=DIGITS)
     sampler = MicroBatchSampler(len(train), micro_batch_size=BATCH, slots=1, replicas=1, replica=0, seed=SEED)
     batches = train_loader(train, sampler)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
@@ -44,7 +45,7 @@ def pretrain(file: Path) -> float:
         begin, total = time.perf_counter(), 0.0
         for images, labels in batches:
             turns = torch.randint(TURNS, labels.shape)
-            loss = cross_entropy(model(turned(images, turns)), labels + len(DIGITS) * turns)
+            loss = cross_entropy(model(turned(moved(images), turns)), labels + len(DIGITS) * turns)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -66,6 +67,12 @@ def pretrain(file: Path) -> float:
     }
     save_file(weights, file, metadata=about)
     return top1
+
+
+def moved(images: Tensor) -> Tensor:
+    """Each image [3, height, width], -1 to 1, under a random affine map of its own."""
+    affine = v2.RandomAffine(15, translate=(0.1, 0.1), scale=(0.8, 1.2), shear=10, fill=-1)
+    return torch.stack([affine(image) for image in images])
 
 
 def turned(images: Tensor, turns: Tensor) -> Tensor:

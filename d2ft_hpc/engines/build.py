@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from timm.models.vision_transformer import VisionTransformer
 
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
@@ -14,7 +14,11 @@ from d2ft_hpc.execution.executor import PlanExecutor
 
 
 def build_engine(
-    config: RunConfig, model: nn.Module, executor: PlanExecutor, total_steps: int, loss_function: LossFunction
+    config: RunConfig,
+    model: VisionTransformer,
+    executor: PlanExecutor,
+    total_steps: int,
+    loss_function: LossFunction,
 ) -> Engine:
     """On all ranks together. Raises ConfigError where the engine cannot run what is asked."""
     optimizer = build_optimizer(model, config.optimizer)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from timm.optim import create_optimizer_v2
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -12,28 +14,44 @@ from torch.optim.lr_scheduler import LambdaLR
 from d2ft_hpc.config import OptimizerConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+def build_optimizer(model: VisionTransformer, config: OptimizerConfig) -> Optimizer:
     """timm's optimiser of that name over the trainable parameters; no weight decay on norms and biases."""
-    options = (
+    classifier = {id(parameter) for parameter in model.get_classifier().parameters()}
+    groups = []
+    for group in param_groups_weight_decay(model, config.weight_decay):
+        body: list[nn.Parameter] = []
+        head: list[nn.Parameter] = []
+        for parameter in group["params"]:
+            (head if id(parameter) in classifier else body).append(parameter)
+        groups.append({**group, "params": body})
+        groups.append({**group, "params": head, "lr": config.learning_rate * config.classifier_factor})
+    options: dict[str, Any] = (
         {"momentum": config.momentum}
         if config.name == "sgd"
         else {"betas": tuple(config.betas), "eps": config.epsilon}
     )
+    if next(model.parameters()).device.type == "cuda":
+        options["fused"] = True
     optimizer: Optimizer = create_optimizer_v2(
-        model, opt=config.name, lr=config.learning_rate, weight_decay=config.weight_decay, **options
+        [group for group in groups if group["params"]],
+        opt=config.name,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        **options,
     )
     return optimizer
 
 
 def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: int) -> LambdaLR:
-    """Linear warm-up over `warmup_steps`, then constant or a cosine to zero at `total_steps`."""
+    """Linear warm-up, then constant or a cosine to zero at `total_steps`."""
+    warmup_steps = max(config.warmup_steps, round(config.warmup_share * total_steps))
 
     def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
         if config.schedule == "constant":
             return 1.0
-        remaining = max(total_steps - config.warmup_steps, 1)
-        return 0.5 * (1 + math.cos(math.pi * min((step - config.warmup_steps) / remaining, 1.0)))
+        remaining = max(total_steps - warmup_steps, 1)
+        return 0.5 * (1 + math.cos(math.pi * min((step - warmup_steps) / remaining, 1.0)))
 
     return LambdaLR(optimizer, factor)

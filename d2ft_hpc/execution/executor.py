@@ -28,7 +28,7 @@ class PlanExecutor:
     Made by `attach`.
     """
 
-    def __init__(self, model: VisionTransformer, embeddings: EmbeddingPolicy) -> None:
+    def __init__(self, model: VisionTransformer, embeddings: EmbeddingPolicy, compile: bool) -> None:
         self.subnets = SubnetMap.of(model)
         self.plan: SkipPlan | None = None
         """The plan in force; None means dense."""
@@ -36,11 +36,17 @@ class PlanExecutor:
         self._slots: list[list[BlockHeads]] = []
         self._slot: int | None = None
         self._any_parameter = next(model.parameters())
+        # Each shape is compiled for itself: kernels for shapes that may vary are slower.
+        self._dense_forward = torch.compile(_dense_forward, dynamic=False) if compile else _dense_forward
 
     def load(self, plan: SkipPlan, replica: int) -> None:
         """Makes the rows of `replica` in `plan` the ones that the next micro-batches follow.
 
-        Raises PlanError if the plan was made for another number of blocks or heads, or for fewer replicas.
+        A plan that binds samples must run each sample in all heads or in none; the blocks then run densely on what
+        the trainer gives them, which is the chosen samples alone.
+
+        Raises PlanError if the plan was made for another number of blocks or heads, or for fewer replicas, or skips
+        parts of samples.
         """
         if (plan.num_blocks, plan.num_heads) != self.subnets.shape:
             raise PlanError(
@@ -49,7 +55,14 @@ class PlanExecutor:
             )
         if not 0 <= replica < plan.replicas:
             raise PlanError(f"the plan is for {plan.replicas} replicas and has no replica {replica}")
-        self._slots = self._rows(plan.for_replica(replica))
+        rows = plan.for_replica(replica)
+        if plan.binding == "sample":
+            whole = np.isin(rows.reshape(len(rows), -1).sum(1), (0, Operation.FULL * rows[0].size))
+            if not whole.all():
+                raise PlanError(
+                    "the plan binds samples and skips parts of some: only whole samples can be skipped"
+                )
+        self._slots = [] if plan.binding == "sample" else self._rows(rows)
         self.plan = plan
 
     def unload(self) -> None:
@@ -85,7 +98,7 @@ class PlanExecutor:
     def run(self, block: Block, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Block `index` under the current row; `args` are the block's own."""
         if not self._slots or not block.training:
-            return _dense_forward(block, x, *args, **kwargs)
+            return self._dense_forward(block, x, *args, **kwargs)
         if self._slot is None:
             raise PlanError(
                 "a model with a plan was called in training mode without saying which micro-batch this is: "
@@ -95,7 +108,7 @@ class PlanExecutor:
         if index == 0 and self._detach_incomplete and not all(heads.is_dense for heads in row):
             x = x.detach()
         if row[index].is_dense:
-            return _dense_forward(block, x, *args, **kwargs)
+            return self._dense_forward(block, x, *args, **kwargs)
         return run_block(block, x, row[index], self.subnets.head_axes, *args, **kwargs)
 
     def _rows(self, operations: np.ndarray) -> list[list[BlockHeads]]:
@@ -122,19 +135,21 @@ def attach(
     *,
     embeddings: EmbeddingPolicy = "frozen",
     shared: SharedPolicy = "flow",
+    compile: bool = False,
 ) -> PlanExecutor:
     """Lets a timm VisionTransformer follow skip plans.
 
     embeddings: what becomes of the parameters below every block, whose gradient is biased by every skip above them:
         "frozen" (default), "complete_path" (trained by the micro-batches that are FULL everywhere) or "trained".
     shared: norms, LayerScale, row biases of the blocks: "flow" (trained by what flows through FULL heads) or "frozen".
+    compile: whether dense blocks run through torch.compile, one set of kernels for each shape of input.
     The classifier always trains; parameters that are frozen already stay so.
 
     Raises UnsupportedModelError where the model cannot be cut by head.
     """
     if any(hasattr(block, "_d2ft") for block in model.blocks):
         raise PlanError("the model has an executor already: attach once and keep what attach returned")
-    executor = PlanExecutor(model, embeddings)
+    executor = PlanExecutor(model, embeddings, compile)
     frozen = {ParameterClass.EMBEDDING: embeddings == "frozen", ParameterClass.SHARED: shared == "frozen"}
     for name, parameter in model.named_parameters():
         if frozen.get(executor.subnets.classify(name), False):

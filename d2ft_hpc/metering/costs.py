@@ -16,12 +16,14 @@ from d2ft_hpc.planning.plan import Operation, SkipPlan
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Training FLOPs of one sample: of what always runs, and of one subnet under FULL and under FORWARD_ONLY."""
+    """FLOPs of one sample: of what always runs, of one subnet under FULL and under FORWARD_ONLY, and of scoring it."""
 
     always_flops: float
     full_flops: float
     forward_only_flops: float
     num_subnets: int
+    score_flops: float = 0.0
+    """0 where samples are not scored one by one."""
 
     @property
     def forward_share(self) -> float:
@@ -48,7 +50,9 @@ class StepCosts:
         return flops
 
     def planned_share(self, plan: SkipPlan) -> float:
-        """The plan's training FLOPs over the dense ones, always-run parts included in both."""
+        """The plan's training FLOPs over the dense ones, always-run parts and scoring included."""
+        if plan.binding == "sample":
+            return plan.shares()[Operation.FULL] + self.score_flops / self.dense_flops
         return float(self.planned_flops(plan.operations).mean() / self.dense_flops)
 
 

@@ -9,6 +9,7 @@ from d2ft_hpc.planning.placement import head_order, in_order, permute_heads, spr
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem, check
 from d2ft_hpc.planning.random_schedule import solve_random
+from d2ft_hpc.planning.samples import plan_samples
 from d2ft_hpc.planning.simulate import Timing, simulate, waste
 from d2ft_hpc.planning.solve import Planner, solve
 from d2ft_hpc.planning.static import solve_static
@@ -24,6 +25,7 @@ __all__ = [
     "head_order",
     "in_order",
     "permute_heads",
+    "plan_samples",
     "simulate",
     "solve",
     "solve_depth",

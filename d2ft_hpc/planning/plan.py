@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -28,6 +28,7 @@ _SHIFTS = np.array([0, 2, 4, 6], dtype=np.uint8)
 _HDF5_FORMAT = "d2ft-plan"
 _FIELDS: dict[str, type] = {
     "replicas": int,
+    "binding": str,
     "planner": str,
     "objective": float,
     "bound": float,
@@ -55,8 +56,9 @@ class SkipPlan:
     """The operations of one global batch, with the evidence of how good they are. A value: never changes.
 
     operations: uint8 [row, block, head] of `Operation` values, read-only; block and head are timm's indices.
-    replicas: number of data-parallel replicas; row = slot * replicas + replica. A slot is the place in a
-        replica's batch: a micro-batch, or a single sample.
+    replicas: number of data-parallel replicas; row = slot * replicas + replica.
+    binding: what a slot is. "slot": a micro-batch's place in the replica's batch. "sample": a sample's place in the
+        order in which the replica draws its batch's samples, anew at each step.
     planner: name of what made the plan.
     objective: normalised score of the plan (`PlanProblem.objective`); NaN if it was made without scores.
     bound: no plan that keeps the budgets scores more than this; NaN if not known.
@@ -71,6 +73,7 @@ class SkipPlan:
 
     operations: npt.NDArray[np.uint8]
     replicas: int
+    binding: Literal["slot", "sample"] = "slot"
     planner: str = "manual"
     objective: float = math.nan
     bound: float = math.nan
@@ -95,6 +98,8 @@ class SkipPlan:
             raise PlanError(f"A plan's replicas must be an integer, got {self.replicas!r}.")
         if self.replicas < 1 or given.shape[0] % self.replicas:
             raise PlanError(f"{given.shape[0]} rows cannot be divided over {self.replicas} replicas.")
+        if self.binding not in ("slot", "sample"):
+            raise PlanError(f"A plan's binding must be 'slot' or 'sample', got {self.binding!r}.")
         for name in ("planner", "status"):
             text = getattr(self, name)
             if not isinstance(text, str) or not text.isprintable():
@@ -120,8 +125,10 @@ class SkipPlan:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 (hex) of shape, replicas and operations."""
+        """SHA-256 (hex) of shape, replicas, operations and, unless it is "slot", the binding."""
         head = struct.pack("<4q", *self.operations.shape, self.replicas)
+        if self.binding != "slot":
+            head += self.binding.encode()
         return hashlib.sha256(head + self.operations.tobytes()).hexdigest()
 
     @property

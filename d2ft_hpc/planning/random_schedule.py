@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from d2ft_hpc.planning.knapsack import plan_with_bound
@@ -10,8 +12,8 @@ from d2ft_hpc.planning.plan import SkipPlan
 from d2ft_hpc.planning.problem import PlanProblem
 
 
-def solve_random(problem: PlanProblem, *, seed: int, full_share: float = 0.8) -> SkipPlan:
-    """The plan of `solve_paper` with random numbers for scores; the same for the same seed (an int >= 0).
+def solve_random(problem: PlanProblem, *, seed: int | Sequence[int], full_share: float = 0.8) -> SkipPlan:
+    """The plan of `solve_paper` with random numbers for scores; the same for the same seed (numbers >= 0).
 
     Objective, bound and gap are those of the real scores: how far random is from what the budgets permit.
     """

@@ -9,6 +9,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.baselines import (
+    solve_last_blocks,
+    solve_pruning,
+    solve_routing,
+    solve_stochastic_depth,
+)
 from d2ft_hpc.planning.depth import solve_depth
 from d2ft_hpc.planning.greedy import solve_greedy
 from d2ft_hpc.planning.joint import solve_joint
@@ -19,7 +25,20 @@ from d2ft_hpc.planning.problem import PlanProblem, check
 from d2ft_hpc.planning.random_schedule import solve_random
 from d2ft_hpc.planning.static import solve_static
 
-Planner = Literal["dense", "paper", "joint", "makespan", "static", "depth", "greedy", "random"]
+Planner = Literal[
+    "dense",
+    "paper",
+    "joint",
+    "makespan",
+    "static",
+    "depth",
+    "greedy",
+    "random",
+    "last_blocks",
+    "stochastic_depth",
+    "pruning",
+    "routing",
+]
 
 
 def solve(problem: PlanProblem, planner: Planner, **options: Any) -> SkipPlan:
@@ -48,6 +67,14 @@ def solve(problem: PlanProblem, planner: Planner, **options: Any) -> SkipPlan:
             plan = solve_greedy(problem, **options)
         case "random":
             plan = solve_random(problem, **options)
+        case "last_blocks":
+            plan = solve_last_blocks(problem, **options)
+        case "stochastic_depth":
+            plan = solve_stochastic_depth(problem, **options)
+        case "pruning":
+            plan = solve_pruning(problem, **options)
+        case "routing":
+            plan = solve_routing(problem, **options)
         case _:
             raise PlanError(f"There is no planner {planner!r}; choose one of {', '.join(get_args(Planner))}.")
     check(plan, problem)
@@ -58,5 +85,11 @@ def _solve_dense(problem: PlanProblem) -> SkipPlan:
     operations = np.full(problem.forward_score.shape, Operation.FULL, dtype=np.uint8)
     objective = problem.objective(operations)
     return SkipPlan(
-        operations, problem.replicas, "dense", objective=objective, bound=objective, gap=0.0, status="dense"
+        operations,
+        problem.replicas,
+        planner="dense",
+        objective=objective,
+        bound=objective,
+        gap=0.0,
+        status="dense",
     )

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import random
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.data.datasets import LabelledImages, Split, load
+from d2ft_hpc.data.datasets import LabelledImages, Split, load_configured
+from d2ft_hpc.data.loader import Batches, eval_loader, train_loader
+from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.launch import Control
-from d2ft_hpc.metering import StepCosts, measure_costs
-from d2ft_hpc.model.build import build_model
+from d2ft_hpc.metering import StepCosts, measure_costs, meter
+from d2ft_hpc.model.build import build_model, pixel_statistics
+from d2ft_hpc.selection import SampleScorer, SampleSelection
 
 
 @dataclass(frozen=True)
@@ -28,12 +34,48 @@ class Job:
     executor: PlanExecutor
     costs: StepCosts
     train_set: LabelledImages
-    test_set: LabelledImages
+    evaluation_set: LabelledImages
     sampler: MicroBatchSampler
+    selection: SampleSelection | None
+    """What draws the samples that train; None where all of them do."""
 
     @property
     def total_steps(self) -> int:
-        return self.config.train.epochs * self.sampler.batches_per_epoch
+        train = self.config.train
+        return max(round(train.epochs * self.sampler.batches_per_epoch * train.steps_share), 1)
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs begun; the last may be cut short."""
+        return math.ceil(self.total_steps / self.sampler.batches_per_epoch)
+
+    def steps_of_epoch(self, epoch: int) -> int:
+        return min(self.sampler.batches_per_epoch, self.total_steps - epoch * self.sampler.batches_per_epoch)
+
+    @cached_property
+    def train_batches(self) -> Batches:
+        """Micro-batches of this replica, in the sampler's order."""
+        data = self.config.data
+        mixing = Mixing(self.train_set.num_classes, data.mixup_alpha, data.cutmix_alpha)
+        return train_loader(
+            self.train_set, self.sampler, num_workers=data.workers, device=self.device, mixing=mixing
+        )
+
+    @cached_property
+    def evaluation_batches(self) -> Batches:
+        """This replica's share of the evaluation images."""
+        return eval_loader(
+            self.evaluation_set,
+            batch_size=4 * self.config.data.micro_batch_size,
+            replicas=self.control.world_size,
+            replica=self.control.rank,
+            num_workers=self.config.data.workers,
+            device=self.device,
+        )
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy; labels int64 [sample], or float [sample, class] if they are mixed."""
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.train.label_smoothing)
 
     @property
     def plan_shape(self) -> tuple[int, int, int]:
@@ -46,7 +88,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     random.seed(config.run.seed)
     np.random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
-    train_set, test_set = _load_data(config, "train"), _load_data(config, "test")
+    train_set, evaluation_set = _load_data(config, "train"), _load_data(config, config.data.evaluate_on)
     sampler = MicroBatchSampler(
         len(train_set),
         micro_batch_size=config.data.micro_batch_size,
@@ -61,17 +103,43 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         weights=config.model.weights,
         options=config.model.options,
     ).to(device)
-    executor = attach(model, embeddings=config.model.embeddings, shared=config.model.shared)
-    costs = measure_costs(model, executor, (3, config.data.image_size, config.data.image_size))
-    return Job(config, control, device, model, executor, costs, train_set, test_set, sampler)
+    executor = attach(
+        model,
+        embeddings=config.model.embeddings,
+        shared=config.model.shared,
+        compile=config.engine.compile,
+    )
+    image_shape = (3, config.data.image_size, config.data.image_size)
+    costs = measure_costs(model, executor, image_shape)
+    selection = None
+    if config.plan.planner == "samples":
+        scorer = _scorer(config, model)
+        selection = SampleSelection(
+            scorer,
+            uniform_share=config.plan.samples.uniform_share,
+            weights=config.plan.samples.weights,
+            seed=config.run.seed,
+            replica=control.rank,
+        )
+        with meter() as metered:
+            scorer(
+                torch.zeros(1, *image_shape, device=device), torch.zeros(1, device=device, dtype=torch.long)
+            )
+        costs = replace(costs, score_flops=metered.flops)
+    return Job(config, control, device, model, executor, costs, train_set, evaluation_set, sampler, selection)
+
+
+def _scorer(config: RunConfig, model: VisionTransformer) -> SampleScorer:
+    patch_size = model.patch_embed.patch_size[0]
+    half = -(-config.data.image_size // (2 * patch_size)) * patch_size
+    return SampleScorer(
+        model,
+        config.plan.samples.image_size or half,
+        score=config.plan.samples.score,
+        autocast_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.engine.precision),
+    )
 
 
 def _load_data(config: RunConfig, split: Split) -> LabelledImages:
-    settings = config.data
-    return load(
-        settings.name,
-        image_size=settings.image_size,
-        split=split,
-        root=None if settings.root is None else Path(settings.root),
-        classes=settings.classes,
-    )
+    mean, std = pixel_statistics(config.model.name, config.model.weights)
+    return load_configured(config.data, split, mean, std)

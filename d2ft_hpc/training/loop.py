@@ -8,25 +8,23 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.data.loader import eval_loader, train_loader
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
+from d2ft_hpc.scores import Scores
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.boundary import StepBoundary
 from d2ft_hpc.training.checkpoint import Position, load_checkpoint
 from d2ft_hpc.training.environment import describe_environment
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.job import Job, set_up
-from d2ft_hpc.training.plans import Scores, batches_of, is_due, make_plan, measure_scores
+from d2ft_hpc.training.plans import batches_of, is_due, make_plan, measure_scores
 from d2ft_hpc.training.progress import Progress
 from d2ft_hpc.training.records import StepRecorder, note
 from d2ft_hpc.training.resume import Start, choose_start, fitted_to_ranks
@@ -49,7 +47,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
         return True
     with agreed(control, "set-up"):
         job = set_up(fitted_to_ranks(config, start.position, control.world_size), control, device)
-    engine = build_engine(job.config, job.model, job.executor, job.total_steps, _loss)
+    engine = build_engine(job.config, job.model, job.executor, job.total_steps, job.loss)
     if start.checkpoint is not None:
         job.executor.load(load_checkpoint(start.checkpoint, engine, control), control.rank)
     with ExitStack() as stack:
@@ -81,16 +79,15 @@ def _train_epochs(
     runner = StepRunner(job, engine)
     if position.steps_done == 0:
         _evaluate(job, writer, progress, position, watch)
-    loader = train_loader(job.train_set, job.sampler, num_workers=config.data.workers)
     folder = config.run_folder / run_folder.CHECKPOINTS
     with CheckpointSaver(folder, control, keep=config.train.keep_checkpoints) as saver:
         saver.newest_step = position.steps_done
         boundary = StepBoundary(job, engine, saver, recorder, writer, progress, watch)
         position = replace(position, rows=job.sampler.rows, ranks=control.world_size)
-        for epoch in range(position.epochs_done, config.train.epochs):
+        for epoch in range(position.epochs_done, job.num_epochs):
             job.sampler.set_epoch(epoch, start_batch=position.batches_done)
-            batches = batches_of(job, loader)
-            for step_of_epoch in range(position.batches_done, job.sampler.batches_per_epoch):
+            batches = batches_of(job, job.train_batches)
+            for step_of_epoch in range(position.batches_done, job.steps_of_epoch(epoch)):
                 if not boundary.cross(position):
                     return False
                 if is_due(
@@ -116,15 +113,11 @@ def _train_epochs(
             recorder.gather()
             if (
                 position.epochs_done % config.train.evaluate_every_epochs == 0
-                or position.epochs_done == config.train.epochs
+                or position.epochs_done == job.num_epochs
             ):
                 _evaluate(job, writer, progress, position, watch)
         boundary.end(position)
     return True
-
-
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels)
 
 
 def _replan(
@@ -132,8 +125,8 @@ def _replan(
 ) -> Position:
     """Makes the next plan, puts it in force on this rank and records it."""
     start = time.perf_counter()
-    scores = measure_scores(job, _loss, watch)
-    plan = make_plan(job, scores)
+    scores = measure_scores(job, job.loss, watch)
+    plan = make_plan(job, scores, position.plans_made)
     job.executor.load(plan, job.control.rank)
     planned = job.costs.planned_share(plan)
     progress.say(
@@ -148,13 +141,7 @@ def _replan(
 def _evaluate(
     job: Job, writer: ResultsWriter | None, progress: Progress, position: Position, watch: Watch
 ) -> None:
-    batches = eval_loader(
-        job.test_set,
-        batch_size=4 * job.config.data.micro_batch_size,
-        replicas=job.control.world_size,
-        replica=job.control.rank,
-    )
-    result = evaluate(job.model, watch.along(batches), job.control, job.device)
+    result = evaluate(job.model, watch.along(job.evaluation_batches), job.control, job.device)
     progress.say(
         f"evaluation after {position.epochs_done} epochs: accuracy {result.accuracy:.2%}, loss {result.loss:.4f} "
         f"({result.samples} images, {result.seconds:.1f} s)"
@@ -208,7 +195,14 @@ def _record_plan(
         writer.put(
             f"scores/{position.plans_made}",
             {"forward": scores.forward, "backward": scores.backward},
-            {"step": position.steps_done, "seconds": scores.seconds},
+            {
+                "step": position.steps_done,
+                "seconds": scores.seconds,
+                "flops": scores.flops,
+                "forward_name": scores.forward_name,
+                "backward_name": scores.backward_name,
+                "cached": scores.cached,
+            },
         )
     writer.put(
         f"plans/{position.plans_made}",
@@ -217,6 +211,7 @@ def _record_plan(
             "hash": plan.hash,
             "planner": plan.planner,
             "replicas": plan.replicas,
+            "binding": plan.binding,
             "objective": plan.objective,
             "bound": plan.bound,
             "gap": plan.gap,

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import struct
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from d2ft_hpc import __version__
 from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch
-from d2ft_hpc.launch import Control, share
+from d2ft_hpc.launch import Control, agreed, share
 from d2ft_hpc.launch.watch import Watch
-from d2ft_hpc.planning import PlanProblem, SkipPlan, solve
-from d2ft_hpc.scores import fisher_information, weight_magnitude
+from d2ft_hpc.metering import meter
+from d2ft_hpc.planning import PlanProblem, SkipPlan, plan_samples, solve
+from d2ft_hpc.scores import Scores, gradient_scores, weight_magnitude
+from d2ft_hpc.scores.gradients import GradientScore
+from d2ft_hpc.scores.measured import ScoreCache, digest
 from d2ft_hpc.training.job import Job
 
-
-@dataclass(frozen=True)
-class Scores:
-    """Contribution scores, float32 [row, block, head]; row = slot * replicas + replica."""
-
-    forward: np.ndarray
-    backward: np.ndarray
-    seconds: float
-    """Time that measuring them took, charged to the run."""
+UNSCORED = ("dense", "samples", "random", "last_blocks", "stochastic_depth")
+"""Planners that read no scores."""
 
 
 def is_due(config: PlanConfig, *, epoch: int, step_of_epoch: int, steps_done: int) -> bool:
@@ -49,30 +48,75 @@ def measure_scores(job: Job, loss_function: LossFunction, watch: Watch) -> Score
     None for planners that read no scores.
     """
     config = job.config.plan
-    if config.planner in ("dense", "random"):
+    if config.planner in UNSCORED:
         return None
     start = time.perf_counter()
     # The epoch's first batches, also where the run resumed in mid-epoch.
     sampler = copy.copy(job.sampler)
     sampler.set_epoch(job.sampler.epoch)
-    loader = train_loader(job.train_set, sampler)
-    of_slots = [
-        torch.cat(
-            [fisher_information(job.model, job.executor.subnets, *pair, loss_function) for pair in batch]
+    loader = train_loader(job.train_set, sampler, device=job.device)
+    batches = list(watch.along(islice(batches_of(job, loader), config.probe_batches)))
+    if config.score_cache is None:
+        return _measure(job, batches, loss_function, start)
+    cache = ScoreCache(Path(config.score_cache))
+    key = _cache_key(job, batches)
+    if kept := share(job.control, lambda: cache.read(key), "the cached scores"):
+        return Scores.from_bytes(kept)
+    scores = _measure(job, batches, loss_function, start)
+    with agreed(job.control, "keeping the scores"):
+        if job.control.rank == 0:
+            cache.write(key, scores)
+    return scores
+
+
+def _measure(job: Job, batches: list[list[MicroBatch]], loss_function: LossFunction, start: float) -> Scores:
+    config, subnets = job.config.plan, job.executor.subnets
+    names = (config.forward_score, config.backward_score)
+    gradient_names: list[GradientScore] = [name for name in names if name != "weight_magnitude"]
+    with meter() as metered:
+        measured = [
+            [gradient_scores(job.model, subnets, *pair, loss_function, gradient_names) for pair in batch]
+            for batch in (batches if gradient_names else [])
+        ]
+    rows: dict[str, np.ndarray] = {
+        name: _rows_of_all(
+            job.control,
+            torch.stack([torch.cat([of_pair[name] for of_pair in batch]) for batch in measured]).mean(0),
         )
-        for batch in watch.along(islice(batches_of(job, loader), config.probe_batches))
-    ]
-    fisher = _rows_of_all(job.control, torch.stack(of_slots).mean(0))
-    backward = fisher
-    if config.backward_score == "weight_magnitude":
-        magnitude = weight_magnitude(job.model, job.executor.subnets).cpu().numpy()
-        backward = np.broadcast_to(magnitude, fisher.shape)
-    return Scores(fisher, backward, time.perf_counter() - start)
+        for name in gradient_names
+    }
+    if "weight_magnitude" in names:
+        magnitude = weight_magnitude(job.model, subnets).cpu().numpy()
+        rows["weight_magnitude"] = np.broadcast_to(magnitude, job.plan_shape)
+    flops = sum(
+        struct.unpack("<d", part)[0] for part in job.control.all_gather(struct.pack("<d", metered.flops))
+    )
+    forward, backward = (rows[name] for name in names)
+    return Scores(forward, backward, time.perf_counter() - start, *names, flops)
 
 
-def make_plan(job: Job, scores: Scores | None) -> SkipPlan:
-    """Rank 0 solves; every rank gets the same plan or raises the same PlanError."""
-    return SkipPlan.from_bytes(share(job.control, lambda: _solve(job, scores).to_bytes(), "the plan"))
+def _cache_key(job: Job, batches: list[list[MicroBatch]]) -> str:
+    """Of all ranks' weights and images and of the settings that decide the scores."""
+    config = job.config
+    settings = {
+        "version": __version__,
+        "scores": [config.plan.forward_score, config.plan.backward_score],
+        "label_smoothing": config.train.label_smoothing,
+        "precision": config.engine.precision,
+        "shape": job.plan_shape,
+        "batches": len(batches),
+    }
+    tensors = [tensor for batch in batches for pair in batch for tensor in pair]
+    parts = job.control.all_gather(digest(job.model, tensors, settings))
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def make_plan(job: Job, scores: Scores | None, index: int) -> SkipPlan:
+    """Rank 0 solves; every rank gets the same plan or raises the same PlanError.
+
+    index: how many plans were made before; planners that draw draw anew for each.
+    """
+    return SkipPlan.from_bytes(share(job.control, lambda: _solve(job, scores, index).to_bytes(), "the plan"))
 
 
 def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
@@ -82,11 +126,21 @@ def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[M
         yield batch
 
 
-def _solve(job: Job, scores: Scores | None) -> SkipPlan:
+def _solve(job: Job, scores: Scores | None, index: int) -> SkipPlan:
     config, replicas = job.config.plan, job.control.world_size
     if config.planner == "dense":
         rows, blocks, heads = job.plan_shape
         return SkipPlan.dense(rows // replicas, replicas, blocks, heads)
+    if config.planner == "samples":
+        return plan_samples(
+            samples=job.config.data.slots * job.config.data.micro_batch_size,
+            slots=job.config.data.slots,
+            replicas=replicas,
+            num_blocks=job.executor.subnets.num_blocks,
+            num_heads=job.executor.subnets.num_heads,
+            compute_budget=config.compute_budget,
+            score_cost=job.costs.score_flops / job.costs.dense_flops,
+        )
     equal = np.ones(job.plan_shape)
     problem = PlanProblem.parallel(
         equal if scores is None else scores.forward.astype(np.float64),
@@ -98,15 +152,19 @@ def _solve(job: Job, scores: Scores | None) -> SkipPlan:
         forward_cost=job.costs.forward_share,
         always_share=job.costs.always_share,
     )
-    return solve(problem, config.planner, **_planner_options(config, job.config.run.seed))
+    return solve(problem, config.planner, **_planner_options(config, (job.config.run.seed, index)))
 
 
-def _planner_options(config: PlanConfig, seed: int) -> dict[str, Any]:
+def _planner_options(config: PlanConfig, seed: tuple[int, int]) -> dict[str, Any]:
     match config.planner:
         case "paper":
             return {"full_share": config.full_share}
         case "random":
             return {"full_share": config.full_share, "seed": seed}
+        case "stochastic_depth":
+            return {"seed": seed}
+        case "routing":
+            return {"capacity_factor": config.capacity_factor}
         case "joint":
             return {"time_limit_seconds": config.time_limit_seconds, "coverage": config.coverage}
         case "makespan":

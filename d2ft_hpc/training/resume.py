@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "train.checkpoint_",
     "train.keep_checkpoints",
     "train.resume",
+    "plan.score_cache",
     "launch.",
     "results.",
 )

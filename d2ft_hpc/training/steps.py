@@ -6,8 +6,9 @@ import time
 
 import torch
 
-from d2ft_hpc.engines.engine import Engine, MicroBatch
+from d2ft_hpc.engines.engine import Engine, MicroBatch, StepReport
 from d2ft_hpc.metering import Metered, meter
+from d2ft_hpc.planning import Operation
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.records import StepRecord
 
@@ -29,18 +30,17 @@ class StepRunner:
         self, micro_batches: list[MicroBatch], *, step: int, epoch: int, plan: int, data_seconds: float
     ) -> StepRecord:
         """One optimiser step on this replica's micro-batches; on all ranks together."""
-        planned = self._planned_flops(micro_batches)
+        samples = sum(len(labels) for _, labels in micro_batches)
         start = time.perf_counter()
         if plan == self._metered_plan:
-            report = self._engine.step(micro_batches)
+            report, planned = self._step(micro_batches, step)
         else:
             with meter() as self._metered:
-                report = self._engine.step(micro_batches)
+                report, planned = self._step(micro_batches, step)
             self._metered_plan, self._metered_planned_flops = plan, planned
         if self._job.device.type == "cuda":
             torch.cuda.synchronize(self._job.device)
         step_seconds = time.perf_counter() - start
-        samples = sum(len(labels) for _, labels in micro_batches)
         return StepRecord(
             step=step,
             epoch=epoch,
@@ -60,9 +60,18 @@ class StepRunner:
             },
         )
 
-    def _planned_flops(self, micro_batches: list[MicroBatch]) -> float:
-        """What the plan promises for these micro-batches."""
-        plan = self._job.executor.plan
+    def _step(self, micro_batches: list[MicroBatch], step: int) -> tuple[StepReport, float]:
+        """Trains on these micro-batches, or on what the plan's samples are of them; also the FLOPs that it promises."""
+        plan, costs = self._job.executor.plan, self._job.costs
         assert plan is not None
-        rows = self._job.costs.planned_flops(plan.for_replica(self._job.control.rank))
-        return float(sum(flops * len(labels) for flops, (_, labels) in zip(rows, micro_batches, strict=True)))
+        operations = plan.for_replica(self._job.control.rank)
+        if plan.binding == "slot":
+            flops = zip(costs.planned_flops(operations), micro_batches, strict=True)
+            return self._engine.step(micro_batches), float(
+                sum(each * len(labels) for each, (_, labels) in flops)
+            )
+        assert self._job.selection is not None
+        share = float((operations == Operation.FULL).mean())
+        chosen = self._job.selection(micro_batches, step, share)
+        scored, trained = (sum(len(labels) for _, labels in batch) for batch in (micro_batches, chosen))
+        return self._engine.step(chosen), scored * costs.score_flops + trained * costs.dense_flops

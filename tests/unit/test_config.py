@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 
+import d2ft_hpc.demo.model  # noqa: F401
 from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.engines.deepspeed import deepspeed_config
 from d2ft_hpc.errors import ConfigError
@@ -43,6 +45,8 @@ def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
         ("train.epochs=many", ["train.epochs='many'", "integer"]),
         ("plan.planner=magic", ["plan.planner='magic'", "'joint'"]),
         ("run.name=a/b", ["run.name='a/b'"]),
+        ("data.evaluate_on=validation", ["there are no validation images", "data.validation_fraction"]),
+        ("data.timm={re_prob: 0.1}", ["data.timm: not read with data.augment=auto"]),
         ("engine.precision=fp8", ["engine.precision='fp8'", "'bf16'"]),
         ("no_value", ["'no_value'", "key=value"]),
     ],
@@ -111,3 +115,26 @@ def test_deepspeed_settings_that_cannot_run_plans_are_refused() -> None:
         complete({"zero_optimization": {"stage": 0}}, "fp16")
     with pytest.raises(ConfigError, match=r"engine\.deepspeed\.train_batch_size"):
         complete({"train_batch_size": 8})
+
+
+def test_a_base_is_overridden_by_the_file_and_both_by_overrides(tmp_path: Path) -> None:
+    (tmp_path / "middle.yaml").write_text(
+        f"base: {DEMO}\nplan: {{compute_budget: 0.5}}\ntrain: {{epochs: 2.5}}"
+    )
+    (tmp_path / "top.yaml").write_text("base: middle.yaml\nplan: {compute_budget: 0.4}")
+    config = load_config(tmp_path / "top.yaml", ["optimizer.learning_rate=3e-4"])
+    assert (config.plan.compute_budget, config.train.epochs) == (0.4, 2)
+    assert config.optimizer.learning_rate == 3e-4
+    assert config.data == load_config(DEMO).data
+    (tmp_path / "middle.yaml").write_text("base: top.yaml")
+    with pytest.raises(ConfigError, match="a base of itself"):
+        load_config(tmp_path / "top.yaml")
+    (tmp_path / "middle.yaml").write_text("base: absent.yaml")
+    with pytest.raises(ConfigError, match=r"base=absent\.yaml: no such file"):
+        load_config(tmp_path / "top.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(DEMO.parent.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_configurations_are_valid(path: Path) -> None:
+    config = load_config(path)
+    assert timm.is_model(config.model.name)

@@ -1,18 +1,12 @@
-"""Data sets read from real files, the sampler's promises, and loaders with real worker processes."""
+"""The sampler's promises, the bundled digits, and loaders with real worker processes."""
 
 from __future__ import annotations
-
-import hashlib
-import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
-from torchvision.datasets import CIFAR10
 
 from d2ft_hpc.data.datasets import load
 from d2ft_hpc.data.loader import eval_loader, train_loader
@@ -127,77 +121,10 @@ class TestDigits:
             load("digits", image_size=8, split="test", classes=classes)
 
     def test_augmentation_is_for_training(self):
-        train = load("digits", image_size=8, split="train", augment=True)
-        assert not torch.equal(train[0][0], train[0][0])
-        test = load("digits", image_size=8, split="test", augment=True)
+        train = load("digits", image_size=8, split="train", augment="shift")
+        assert len({train[0][0].numpy().tobytes() for _ in range(10)}) > 1
+        test = load("digits", image_size=8, split="test", augment="shift")
         assert torch.equal(test[0][0], test[0][0])
-
-
-class TestFiles:
-    def test_unknown_name(self):
-        with pytest.raises(DataError, match=r"imagenet.*digits, cifar10"):
-            load("imagenet", image_size=8, split="train")
-
-    @pytest.mark.parametrize("name", ["cifar10", "cifar100", "image_folder"])
-    def test_missing_root(self, name, tmp_path):
-        with pytest.raises(DataError, match=r"data\.root is not set"):
-            load(name, image_size=8, split="train")
-        with pytest.raises(DataError, match=str(tmp_path / "nowhere")):
-            load(name, image_size=8, split="train", root=tmp_path / "nowhere")
-
-    def test_cifar10_from_its_own_file_format(self, tmp_path, monkeypatch):
-        folder = tmp_path / CIFAR10.base_folder
-        folder.mkdir()
-        pixels = np.random.default_rng(0).integers(0, 256, (20, 3, 32, 32), np.uint8)
-        files = {
-            "data_batch_1": {"data": pixels.reshape(20, -1), "labels": [i % 10 for i in range(20)]},
-            "test_batch": {"data": pixels[:5].reshape(5, -1), "labels": [1, 2, 3, 4, 5]},
-            "batches.meta": {"label_names": [str(i) for i in range(10)]},
-        }
-        sums = {}
-        for name, content in files.items():
-            data = pickle.dumps(content)
-            (folder / name).write_bytes(data)
-            sums[name] = hashlib.md5(data).hexdigest()
-        monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", sums["data_batch_1"]]])
-        monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
-        meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
-        monkeypatch.setattr(CIFAR10, "meta", meta)
-
-        test = load("cifar10", root=tmp_path, image_size=32, split="test", mean=(0, 0, 0), std=(1, 1, 1))
-        assert test.labels == [0, 1, 2, 3, 4]  # of the classes that are there
-        torch.testing.assert_close(test[3][0], torch.from_numpy(pixels[3]).float() / 255)
-        train = load("cifar10", root=tmp_path, image_size=16, split="train")
-        assert train.num_classes == 10
-        assert train[0][0].shape == (3, 16, 16)
-
-        (folder / "data_batch_1").write_bytes(b"damaged")
-        with pytest.raises(DataError, match=r"missing or damaged.*data_batch_1"):
-            load("cifar10", root=tmp_path, image_size=32, split="train")
-
-    def test_image_folder(self, tmp_path):
-        def put(path: str, red: int) -> None:
-            file = tmp_path / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (30, 20), (red, 0, 0)).save(file)
-
-        put("train/cat/a.png", 255)
-        put("train/dog/b.png", 0)
-        with pytest.raises(DataError, match=r"test and .*val: no such folder"):
-            load("image_folder", root=tmp_path, image_size=8, split="test")
-        put("val/dog/c.png", 255)
-        with pytest.raises(DataError, match="these differ: cat"):
-            load("image_folder", root=tmp_path, image_size=8, split="test")
-        put("val/cat/d.png", 0)
-        test = load("image_folder", root=tmp_path, image_size=8, split="test")
-        assert [test[i][0].amax().item() for i in range(2)] == [-1, 1]
-        assert test.labels == [0, 1]
-        train = load("image_folder", root=tmp_path, image_size=8, split="train")
-        assert train[1][0].shape == (3, 8, 8)
-        assert train.num_classes == 2
-        (tmp_path / "empty" / "train").mkdir(parents=True)
-        with pytest.raises(DataError, match="empty"):
-            load("image_folder", root=tmp_path / "empty", image_size=8, split="train")
 
 
 def assert_same(left: list, right: list) -> None:
@@ -210,7 +137,7 @@ def assert_same(left: list, right: list) -> None:
 class TestLoaders:
     def test_workers_and_resume_change_nothing(self):
         """Two real worker processes, not forked, against none; both epochs use the same workers."""
-        digits = load("digits", image_size=8, split="train", classes=[0, 1], augment=True)
+        digits = load("digits", image_size=8, split="train", classes=[0, 1], augment="shift")
         order = sampler(len(digits), micro_batch_size=16)
         alone, helped = train_loader(digits, order), train_loader(digits, order, num_workers=2)
         epochs = []
@@ -225,14 +152,15 @@ class TestLoaders:
         assert_same(list(alone), epochs[1][3:])
 
     def test_augmentation_differs_between_epochs_and_samples(self):
-        digits = load("digits", image_size=8, split="train", classes=[0], augment=True)
+        digits = load("digits", image_size=32, split="train", classes=[0], augment="shift")
         order = sampler(len(digits), micro_batch_size=1, slots=1, replicas=1)
         loader = train_loader(digits, order)
         seen = []
         for epoch in range(2):
             order.set_epoch(epoch)
             seen.append({indices[0]: images for indices, (images, _) in zip(order, loader, strict=True)})
-        assert not any(torch.equal(seen[0][i], seen[1][i]) for i in range(len(digits)))
+        alike = [torch.equal(seen[0][i], seen[1][i]) for i in range(len(digits))]
+        assert sum(alike) < len(digits) / 20  # 162 shifts and flips: few come twice
 
     def test_evaluation_shares_have_every_sample_once(self):
         digits = load("digits", image_size=8, split="test")
@@ -245,9 +173,3 @@ class TestLoaders:
         assert {image.numpy().tobytes() for image in images} == expected
         sizes = [sum(len(labels) for _, labels in share) for share in shares]
         assert max(sizes) - min(sizes) <= 1
-
-
-def test_no_file_is_made(tmp_path: Path):
-    with pytest.raises(DataError):
-        load("cifar10", root=tmp_path, image_size=8, split="train")
-    assert not list(tmp_path.iterdir())

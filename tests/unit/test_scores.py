@@ -3,45 +3,64 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2ft_hpc.errors import DataError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.planning.plan import SkipPlan
-from d2ft_hpc.scores import fisher_information, weight_magnitude
+from d2ft_hpc.scores import Scores, fisher_information, gradient_scores, weight_magnitude
+from d2ft_hpc.scores import gradients as gradients_module
+from d2ft_hpc.scores.measured import ScoreCache, digest
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
+OF_PARAMETER = {
+    "fisher": lambda weight: weight.grad.square(),
+    "gradient_magnitude": lambda weight: weight.grad.abs(),
+    "taylor": lambda weight: (weight * weight.grad).detach().abs(),
+}
 
-def fisher_by_autograd(model: nn.Module, subnets: SubnetMap, images: Tensor, labels: Tensor) -> Tensor:
+
+def by_autograd(score: str, model: nn.Module, subnets: SubnetMap, images: Tensor, labels: Tensor) -> Tensor:
     model = copy.deepcopy(model).eval()
     model.zero_grad()
     F.cross_entropy(model(images), labels).backward()
     scores = torch.zeros(subnets.shape)
     for block, name, parameter in subnets.parameters(model):
-        scores[block] += subnets.head_axes[name].sum_by_head(parameter.grad.square())
+        scores[block] += subnets.head_axes[name].sum_by_head(OF_PARAMETER[score](parameter))
     return scores
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"qkv_bias": False, "proj_bias": False, "init_values": 0.1, "qk_norm": True}]
 )
-def test_fisher_equals_squared_gradients(options: dict[str, object]) -> None:
+def test_scores_are_those_of_autograds_gradients(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_vit(drop_path_rate=0.3, **options)
     subnets = SubnetMap.of(model)
     images, labels = random_batch(0)
-    of_batch = fisher_information(model, subnets, images, labels, F.cross_entropy)
-    torch.testing.assert_close(
-        of_batch[0], fisher_by_autograd(model, subnets, images, labels), rtol=1e-4, atol=1e-9
-    )
-    of_samples = fisher_information(model, subnets, images, labels, F.cross_entropy, "sample")
-    expected = [
-        fisher_by_autograd(model, subnets, images[i : i + 1], labels[i : i + 1]) for i in range(len(labels))
-    ]
-    torch.testing.assert_close(of_samples, torch.stack(expected), rtol=1e-4, atol=1e-9)
+    of_batch = gradient_scores(model, subnets, images, labels, F.cross_entropy, OF_PARAMETER)
+    of_samples = gradient_scores(model, subnets, images, labels, F.cross_entropy, OF_PARAMETER, "sample")
+    monkeypatch.setattr(gradients_module, "_GRADIENT_BYTES", 2 * 4 * 3 * 48 * 48)  # two or one at a time
+    of_parts = gradient_scores(model, subnets, images, labels, F.cross_entropy, OF_PARAMETER, "sample")
+    for score in OF_PARAMETER:
+        expected = by_autograd(score, model, subnets, images, labels)
+        torch.testing.assert_close(of_batch[score][0], expected, rtol=1e-4, atol=1e-9)
+        each = [
+            by_autograd(score, model, subnets, images[i : i + 1], labels[i : i + 1])
+            for i in range(len(labels))
+        ]
+        torch.testing.assert_close(of_samples[score], torch.stack(each), rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(of_parts[score], of_samples[score])
+    fisher = fisher_information(model, subnets, images, labels, F.cross_entropy, "sample")
+    assert torch.equal(fisher, of_samples["fisher"])
 
 
 def test_a_probe_leaves_model_gradients_and_random_state_as_they_were() -> None:
@@ -94,3 +113,41 @@ def test_weight_magnitude_sums_to_the_l1_norm() -> None:
         model.blocks[2].attn.proj.weight[:, 16:32] *= 3
     changed = (weight_magnitude(model, subnets) != scores).nonzero().tolist()
     assert changed == [[2, 1]]
+
+
+def test_the_cache_gives_back_what_it_got_and_nothing_else(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    forward, backward = rng.random((2, 4, 2, 3), np.float32)
+    scores = Scores(forward, backward, 1.5, "fisher", "taylor", 2e9)
+    cache = ScoreCache(tmp_path / "cache")
+    assert cache.read("k") == b""
+    cache.write("k", scores)
+    kept = Scores.from_bytes(cache.read("k"))
+    assert np.array_equal(kept.forward, forward)
+    assert np.array_equal(kept.backward, backward)
+    assert (kept.seconds, kept.flops, kept.forward_name, kept.backward_name) == (1.5, 2e9, "fisher", "taylor")
+    assert kept.cached
+    assert not scores.cached
+    assert cache.read("other") == b""
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_bytes(file.read_bytes()[:500])
+    assert cache.read("k") == b""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"plan\.score_cache=.*cannot be written"):
+        ScoreCache(tmp_path / "file").write("k", scores)
+
+
+def test_the_cache_key_changes_with_any_weight_image_or_setting() -> None:
+    images, labels = random_batch(0)
+    known = digest(tiny_vit(), [images, labels], {"a": 1})
+    assert digest(tiny_vit(), [images, labels], {"a": 1}) == known
+    changed = tiny_vit()
+    with torch.no_grad():
+        changed.head.bias[0] += 1e-3
+    others = [
+        digest(changed, [images, labels], {"a": 1}),
+        digest(tiny_vit(), [images + 1e-3, labels], {"a": 1}),
+        digest(tiny_vit(), [images, labels.roll(1)], {"a": 1}),
+        digest(tiny_vit(), [images, labels], {"a": 2}),
+    ]
+    assert len({known, *others}) == 5

@@ -1,4 +1,4 @@
-"""Fisher information of each subnet: the sum of squared gradients over its weights.
+"""Scores from gradients: Fisher information, gradient magnitude and Taylor importance of each subnet.
 
 The gradients of a linear layer's weight and bias follow from its input and the gradient of its output, so a probe
 needs only those: it asks autograd for the output gradients of the blocks' linear layers and forms weight gradients
@@ -8,7 +8,7 @@ come from the same pass as those of a whole micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -19,13 +19,64 @@ from torch import Tensor, nn
 from d2ft_hpc.model.probe import probe
 from d2ft_hpc.model.subnets import SubnetMap
 
+GradientScore = Literal["fisher", "gradient_magnitude", "taylor"]
 Granularity = Literal["micro_batch", "sample"]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 _FP16_SCALE = 2.0**10
 """Keeps the gradients of a mean loss within fp16's range."""
+_GRADIENT_BYTES = 1 << 28
+"""Weight gradients of so many samples as fit are formed at a time."""
 
 _LINEAR_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+def gradient_scores(
+    model: VisionTransformer,
+    subnets: SubnetMap,
+    images: Tensor,
+    labels: Tensor,
+    loss_function: LossFunction,
+    names: Iterable[GradientScore],
+    granularity: Granularity = "micro_batch",
+) -> dict[GradientScore, Tensor]:
+    """Scores of one micro-batch or of each of its samples, with g the gradient of the loss and w the weight.
+
+    fisher: sum of g^2 over a subnet's weights (arXiv 2504.12471). gradient_magnitude: sum of |g|. taylor: sum of
+    |w g| (arXiv 1906.10771).
+
+    images: [sample, channel, height, width], cast to the model's dtype; labels: [sample, ...]; loss_function
+    returns the *mean* over the samples. A sample's score is that of its own loss, not of its share in the mean.
+    Runs the dense model in evaluation mode; model, gradients and random state stay as they were.
+
+    Returns for each name float32 [1, block, head] for "micro_batch", [sample, block, head] for "sample".
+    """
+    dtype = next(model.parameters()).dtype
+    scale = _FP16_SCALE if dtype == torch.float16 else 1.0
+    with probe(model, training=False), _recorded(model) as records:
+        loss = loss_function(model(images.to(dtype)), labels)
+        output_gradients = torch.autograd.grad(loss * scale, [output for _, _, _, output in records])
+    groups = 1 if granularity == "micro_batch" else images.shape[0]
+    scores = {name: torch.zeros(groups, *subnets.shape, device=images.device) for name in names}
+    for (block, name, layer_input, _), output_gradient in zip(records, output_gradients, strict=True):
+        layer = model.blocks[block].get_submodule(name)
+        # A sample's own gradient is `samples` times its share in the gradient of the mean loss.
+        inputs = layer_input.float().reshape(groups, -1, layer_input.shape[-1])
+        gradients = groups / scale * output_gradient.float().reshape(groups, -1, output_gradient.shape[-1])
+        at_a_time = max(_GRADIENT_BYTES // (4 * layer.weight.numel()), 1)
+        for part in torch.arange(groups).split(at_a_time):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            of_weight = torch.einsum("gto,gti->goi", gradients[rows], inputs[rows])
+            of_bias = gradients[rows].sum(1)
+            for parameter, value, gradient in (
+                ("weight", layer.weight, of_weight),
+                ("bias", layer.bias, of_bias),
+            ):
+                axis = subnets.head_axes.get(f"{name}.{parameter}")
+                if axis is not None:
+                    for score, total in scores.items():
+                        total[rows, block] += axis.sum_by_head(_contribution(score, gradient, value))
+    return scores
 
 
 def fisher_information(
@@ -36,30 +87,19 @@ def fisher_information(
     loss_function: LossFunction,
     granularity: Granularity = "micro_batch",
 ) -> Tensor:
-    """Sum of squared gradients over each subnet's weights, of one micro-batch or of each of its samples.
+    """Sum of squared gradients over each subnet's weights; see `gradient_scores`."""
+    scores = gradient_scores(model, subnets, images, labels, loss_function, ("fisher",), granularity)
+    return scores["fisher"]
 
-    images: [sample, channel, height, width], cast to the model's dtype; labels: [sample, ...]; loss_function
-    returns the *mean* over the samples. A sample's score is that of its own loss, not of its share in the mean.
-    Runs the dense model in evaluation mode; model, gradients and random state stay as they were.
 
-    Returns float32 [1, block, head] for "micro_batch", [sample, block, head] for "sample".
-    """
-    dtype = next(model.parameters()).dtype
-    scale = _FP16_SCALE if dtype == torch.float16 else 1.0
-    with probe(model, training=False), _recorded(model) as records:
-        loss = loss_function(model(images.to(dtype)), labels)
-        output_gradients = torch.autograd.grad(loss * scale, [output for _, _, _, output in records])
-    groups = 1 if granularity == "micro_batch" else images.shape[0]
-    scores = torch.zeros(groups, *subnets.shape, device=images.device)
-    for (block, name, layer_input, _), output_gradient in zip(records, output_gradients, strict=True):
-        # A sample's own gradient is `samples` times its share in the gradient of the mean loss.
-        inputs = layer_input.float().reshape(groups, -1, layer_input.shape[-1])
-        gradients = groups / scale * output_gradient.float().reshape(groups, -1, output_gradient.shape[-1])
-        weight_gradient = torch.einsum("gto,gti->goi", gradients, inputs)
-        scores[:, block] += subnets.head_axes[f"{name}.weight"].sum_by_head(weight_gradient.square())
-        if f"{name}.bias" in subnets.head_axes:
-            scores[:, block] += subnets.head_axes[f"{name}.bias"].sum_by_head(gradients.sum(1).square())
-    return scores
+def _contribution(score: GradientScore, gradient: Tensor, value: Tensor) -> Tensor:
+    match score:
+        case "fisher":
+            return gradient.square()
+        case "gradient_magnitude":
+            return gradient.abs()
+        case "taylor":
+            return (gradient * value.detach().float()).abs()
 
 
 _Record = tuple[int, str, Tensor, Tensor]

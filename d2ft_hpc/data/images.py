@@ -1,0 +1,147 @@
+"""Where images lie: as pixels in an array, or encoded (JPEG, PNG, ...) in files or in one mapped buffer."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from d2ft_hpc.errors import DataError
+
+
+class MappedArray:
+    """A read-only array inside a file. Each process maps it anew, and all share the system's cache of the file."""
+
+    def __init__(self, path: Path, offset: int, shape: tuple[int, ...], dtype: str) -> None:
+        self._path, self._offset, self._dtype = path, offset, dtype
+        self.shape = shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> npt.NDArray[Any]:
+        return np.asarray(self._mapped[key])
+
+    @cached_property
+    def _mapped(self) -> npt.NDArray[Any]:
+        try:
+            return np.memmap(self._path, self._dtype, "r", self._offset, self.shape)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self._path}: cannot be read: {error}") from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MappedArray, (self._path, self._offset, self.shape, self._dtype)
+
+
+@dataclass(frozen=True)
+class PixelImages:
+    """Images of one size, as pixels: uint8 0 to 255 or float32 0 to 1, [image, 3, height, width]."""
+
+    pixels: npt.NDArray[Any] | MappedArray
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.pixels.shape[2], self.pixels.shape[3]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def take(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Tensor:
+        """The images [index, 3, height, width] as a copy."""
+        return torch.from_numpy(self.pixels[np.asarray(indices)])
+
+    def picture(self, index: int) -> Image.Image:
+        pixels = self.pixels[index]
+        if pixels.dtype != np.uint8:
+            pixels = (pixels * 255).round().astype(np.uint8)
+        return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+
+class Blobs(Protocol):
+    """Encoded images, one bytes object each."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> bytes: ...
+
+    def name(self, index: int) -> str:
+        """For messages."""
+        ...
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Images of any size and format that PIL reads."""
+
+    blobs: Blobs
+
+    def __len__(self) -> int:
+        return len(self.blobs)
+
+    def picture(self, index: int) -> Image.Image:
+        """Image `index` in RGB. Raises DataError if it cannot be decoded."""
+        try:
+            return Image.open(io.BytesIO(self.blobs[index])).convert("RGB")
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"{self.blobs.name(index)}: not a readable image: {error}") from error
+
+
+Images = PixelImages | EncodedImages
+
+
+@dataclass(frozen=True)
+class FileBlobs:
+    """A file for each image."""
+
+    paths: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> bytes:
+        try:
+            return self.paths[index].read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.paths[index]}: cannot be read: {error}") from error
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+
+@dataclass(frozen=True)
+class BufferBlobs:
+    """All images in one buffer: image i is bytes [offsets[i], offsets[i + 1])."""
+
+    buffer: npt.NDArray[np.uint8] | MappedArray
+    offsets: npt.NDArray[np.int64]
+    source: str
+    """The file's name, for messages."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.buffer[int(self.offsets[index]) : int(self.offsets[index + 1])].tobytes()
+
+    def name(self, index: int) -> str:
+        return f"image {index} of {self.source}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split of a data set as it is stored."""
+
+    images: Images
+    labels: npt.NDArray[np.int64]
+    """[image], 0 to number of classes - 1."""
+    class_names: tuple[str, ...]

@@ -1,0 +1,122 @@
+"""The data sets by name, each in its own file format; nothing is ever downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from torchvision import datasets as tv
+
+from d2ft_hpc.data.images import EncodedImages, FileBlobs, PixelImages, Source
+from d2ft_hpc.data.packed import open_packed
+from d2ft_hpc.errors import DataError
+
+StoredSplit = Literal["train", "test"]
+
+
+def open_source(name: str, root: Path | None, split: StoredSplit) -> Source:
+    """One split of a data set.
+
+    - `digits`: scikit-learn's 8x8 handwritten digits, in the installation itself; a fixed stratified 80/20 split.
+    - `cifar10`, `cifar100`: `root` holds the unpacked python version, as torchvision keeps it.
+    - `stanford_cars`: `root/stanford_cars/` as torchvision keeps it.
+    - `image_folder`: `root/train/CLASS/*` and `root/test/CLASS/*` (or `root/val`).
+    - `packed`: `root` is a file that `d2ft-hpc data pack` made.
+
+    Raises DataError if the name is unknown or the files are absent or damaged.
+    """
+    if name == "digits":
+        return _digits(split)
+    if name not in _READERS:
+        raise DataError(f"data.name = {name!r}: unknown; the data sets are digits, {', '.join(_READERS)}")
+    if root is None:
+        raise DataError(
+            f"data.root is not set: {name} needs the folder (packed: the file) that holds its images"
+        )
+    return _READERS[name](root, split)
+
+
+def _digits(split: StoredSplit) -> Source:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    parts = train_test_split(range(len(bunch.images)), test_size=0.2, stratify=bunch.target, random_state=0)
+    chosen = sorted(parts[0] if split == "train" else parts[1])
+    grey = (bunch.images[chosen] / bunch.images.max()).astype(np.float32)
+    pixels = np.repeat(grey[:, None], 3, axis=1)
+    return Source(PixelImages(pixels), bunch.target[chosen].astype(np.int64), tuple("0123456789"))
+
+
+def _cifar(reader: type[tv.CIFAR10]) -> Callable[[Path, StoredSplit], Source]:
+    def open_it(root: Path, split: StoredSplit) -> Source:
+        try:
+            # torchvision compares every file with a known checksum before it reads it.
+            images = reader(str(root), train=split == "train", download=False)
+        except RuntimeError as error:
+            folder = root / reader.base_folder
+            raise DataError(
+                f"{folder}: {reader.__name__} is missing or damaged; unpack {reader.filename} into {root} so that "
+                f"{folder / reader.train_list[0][0]} exists"
+            ) from error
+        pixels = np.ascontiguousarray(images.data.transpose(0, 3, 1, 2))
+        return Source(PixelImages(pixels), np.array(images.targets, np.int64), tuple(images.classes))
+
+    return open_it
+
+
+_CARS_FILES = (
+    "devkit/cars_meta.mat",
+    "devkit/cars_train_annos.mat",
+    "cars_test_annos_withlabels.mat",
+    "cars_train/00001.jpg ...",
+    "cars_test/00001.jpg ...",
+)
+
+
+def _stanford_cars(root: Path, split: StoredSplit) -> Source:
+    try:
+        cars = tv.StanfordCars(str(root), split=split, download=False)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{root / 'stanford_cars'}: Stanford Cars is missing or damaged ({error}). Its original address is gone "
+            f"and torchvision cannot download it: take a copy (cars_train.tgz, cars_test.tgz, car_devkit.tgz and "
+            f"cars_test_annos_withlabels.mat) and unpack it so that {root / 'stanford_cars'} has "
+            f"{', '.join(_CARS_FILES)}"
+        ) from error
+    paths, labels = zip(*cars._samples, strict=True)
+    images = EncodedImages(FileBlobs(tuple(Path(path) for path in paths)))
+    return Source(images, np.array(labels, np.int64), tuple(str(name) for name in cars.classes))
+
+
+def _image_folder(root: Path, split: StoredSplit) -> Source:
+    folders = [root / "train"] if split == "train" else [root / "test", root / "val"]
+    folder = next((f for f in folders if f.is_dir()), None)
+    if folder is None:
+        tried = " and ".join(str(f) for f in folders)
+        raise DataError(f"{tried}: no such folder; put the images of each class into {folders[0]}/CLASS/")
+    try:
+        images = tv.ImageFolder(str(folder))
+    except FileNotFoundError as error:  # no class folder, or one without an image
+        raise DataError(f"{folder}: {error}; put the images of each class into {folder}/CLASS/") from error
+    if split == "test":
+        # Labels are places in the sorted class names, so both splits must have the same names.
+        known = sorted(f.name for f in (root / "train").glob("*") if f.is_dir())
+        if known and known != images.classes:
+            differing = ", ".join(sorted(set(known) ^ set(images.classes)))
+            raise DataError(
+                f"{folder} and {root / 'train'} must have the same class folders; these differ: {differing}"
+            )
+    blobs = FileBlobs(tuple(Path(path) for path, _ in images.samples))
+    return Source(EncodedImages(blobs), np.array(images.targets, np.int64), tuple(images.classes))
+
+
+_READERS: dict[str, Callable[[Path, StoredSplit], Source]] = {
+    "cifar10": _cifar(tv.CIFAR10),
+    "cifar100": _cifar(tv.CIFAR100),
+    "stanford_cars": _stanford_cars,
+    "image_folder": _image_folder,
+    "packed": open_packed,
+}

@@ -1,0 +1,44 @@
+"""Parts of a training set: a validation split held out of it, and a fraction of the rest; stratified and seeded."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from d2ft_hpc.errors import DataError
+
+Indices = npt.NDArray[np.int64]
+
+
+def hold_out(labels: Indices, fraction: float, seed: int) -> tuple[Indices, Indices]:
+    """Sorted indices of (the rest, the held-out `fraction`); each class is in both by its share.
+
+    Raises DataError if a class would be missing in either.
+    """
+    everything = np.arange(len(labels))
+    if fraction == 0:
+        return everything, everything[:0]
+    from sklearn.model_selection import train_test_split
+
+    try:
+        rest, held_out = train_test_split(everything, test_size=fraction, stratify=labels, random_state=seed)
+    except ValueError as error:
+        raise DataError(
+            f"a fraction {fraction} of {len(labels)} images cannot keep every class: {error}"
+        ) from error
+    return np.sort(rest), np.sort(held_out)
+
+
+def training_and_validation(
+    labels: Indices, *, train_fraction: float, validation_fraction: float, seed: int
+) -> tuple[Indices, Indices]:
+    """Sorted indices of the images to train on and of those to validate on.
+
+    The validation images do not depend on `train_fraction`, which is a share of what they leave.
+    Raises DataError if a class would be missing in either.
+    """
+    rest, validation = hold_out(labels, validation_fraction, seed)
+    if train_fraction < 1:
+        _, chosen = hold_out(labels[rest], train_fraction, seed)
+        rest = rest[chosen]
+    return rest, validation

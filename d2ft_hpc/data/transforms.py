@@ -1,0 +1,186 @@
+"""From a stored image to what the model sees, in two stages.
+
+1. Of one sample, on the CPU (`sample_transform`): decoding and whatever needs the image at its own size, to uint8
+   [3, height, width] of one size. Images stored as pixels need none.
+2. Of a whole batch, on the model's device (`BatchTransform`): resize, crop, flip, normalise. Small images so travel
+   to the device as they are stored.
+
+Each sample's random draws belong to (seed, epoch, sample) alone, in both stages.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torchvision.ops import roi_align
+from torchvision.transforms import v2
+
+from d2ft_hpc.errors import ConfigError
+
+Augmentation = Literal["none", "shift", "resized_crop", "timm"]
+"""none: the whole image. shift: the whole image, shifted by up to an eighth, and flips. resized_crop: random crops of
+50 to 100 % of the area, and flips. timm: timm.data.create_transform."""
+
+DRAWS = 5
+_SHIFT_Y, _SHIFT_X, _FLIP, _AREA, _RATIO = range(DRAWS)
+CROPPED_SHARE = 7 / 8
+"""Of the shorter side, in evaluation beside training by random crops."""
+AREA = (0.5, 1.0)
+RATIO = (3 / 4, 4 / 3)
+
+SampleTransform = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True)
+class BatchTransform:
+    """Stage 2. Elementwise in the samples: a sample's result depends on its own pixels and draws alone."""
+
+    image_size: int
+    """Height and width of the result, pixels."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop: Literal["whole", "central", "random"] = "whole"
+    shift: bool = False
+    """By up to an eighth of the size in both directions, borders mirrored."""
+    flip: bool = False
+    """Half of the images, left to right."""
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """images: uint8 0 to 255 or float32 0 to 1, [sample, 3, height, width]; draws: float32 [sample, DRAWS],
+        uniform in [0, 1), on the same device. Returns float32 [sample, 3, image_size, image_size]."""
+        x = images.float() / 255 if images.dtype == torch.uint8 else images
+        x = self._resized(x, draws)
+        if self.shift or self.flip:
+            x = self._moved(x, draws)
+        return (x - x.new_tensor(self.mean).view(3, 1, 1)) / x.new_tensor(self.std).view(3, 1, 1)
+
+    def _resized(self, x: Tensor, draws: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        size = (self.image_size, self.image_size)
+        if self.crop == "random":
+            cut: Tensor = roi_align(x, list(_boxes(height, width, draws).unsqueeze(1)), size, aligned=True)
+            return cut
+        if self.crop == "central":
+            side = round(min(height, width) * CROPPED_SHARE)
+            top, left = (height - side) // 2, (width - side) // 2
+            x = x[:, :, top : top + side, left : left + side]
+        if x.shape[-2:] == size:
+            return x
+        return F.interpolate(x, size, mode="bilinear", antialias=True)
+
+    def _moved(self, x: Tensor, draws: Tensor) -> Tensor:
+        size, far = self.image_size, self.image_size // 8 if self.shift else 0
+        places = torch.arange(size, device=x.device)
+        rows, columns = (
+            _mirrored(places + torch.floor(draws[:, draw, None] * (2 * far + 1)).long() - far, size)
+            for draw in (_SHIFT_Y, _SHIFT_X)
+        )
+        if self.flip:
+            columns = torch.where(draws[:, _FLIP, None] < 0.5, columns.flip(1), columns)
+        samples, channels = torch.arange(len(x), device=x.device), torch.arange(3, device=x.device)
+        return x[
+            samples[:, None, None, None],
+            channels[None, :, None, None],
+            rows[:, None, :, None],
+            columns[:, None, None, :],
+        ]
+
+
+def _mirrored(places: Tensor, size: int) -> Tensor:
+    """Places outside 0..size-1 mirrored at the border, whose pixel is not repeated."""
+    return (size - 1) - ((size - 1) - places.abs()).abs()
+
+
+def _boxes(height: int, width: int, draws: Tensor) -> Tensor:
+    """A random box (left, top, right, bottom) in pixels of each sample: area and aspect ratio as in AREA and RATIO,
+    sides cut to the image's."""
+    area = (AREA[0] + (AREA[1] - AREA[0]) * draws[:, _AREA]) * height * width
+    low, high = np.log(RATIO[0]), np.log(RATIO[1])
+    ratio = torch.exp(low + (high - low) * draws[:, _RATIO])
+    box_width = (area * ratio).sqrt().clamp(max=width)
+    box_height = (area / ratio).sqrt().clamp(max=height)
+    left, top = draws[:, _SHIFT_X] * (width - box_width), draws[:, _SHIFT_Y] * (height - box_height)
+    return torch.stack([left, top, left + box_width, top + box_height], dim=1)
+
+
+def sample_transform(
+    augmentation: Augmentation,
+    image_size: int,
+    *,
+    training: bool,
+    mean: Sequence[float],
+    std: Sequence[float],
+    timm_options: Mapping[str, Any] | None = None,
+) -> SampleTransform:
+    """Stage 1 for pictures of any size; uint8 [3, image_size, image_size], or float32, normalised, of timm's training.
+
+    timm_options: of timm.data.create_transform. Raises ConfigError if it does not know one.
+    """
+    if augmentation == "timm" and training:
+        return _timm_transform(image_size, tuple(mean), tuple(std), timm_options or {})
+    steps: list[Any]
+    if augmentation in ("none", "shift"):
+        steps = [v2.Resize([image_size, image_size])]
+    elif training:
+        steps = [v2.RandomResizedCrop(image_size, scale=AREA, ratio=RATIO)]
+    else:
+        steps = [v2.Resize(round(image_size / CROPPED_SHARE)), v2.CenterCrop(image_size)]
+    transform: SampleTransform = v2.Compose([*steps, v2.PILToTensor()])
+    return transform
+
+
+def _timm_transform(
+    image_size: int, mean: tuple[float, ...], std: tuple[float, ...], options: Mapping[str, Any]
+) -> SampleTransform:
+    known = set(inspect.signature(create_transform).parameters)
+    ours = {"input_size", "is_training", "mean", "std"}
+    wrong = sorted(set(options) - known | set(options) & ours)
+    if wrong:
+        raise ConfigError(
+            f"data.timm.{wrong[0]}={options[wrong[0]]!r}: not an option to set; timm.data.create_transform has "
+            f"{', '.join(sorted(known - ours))}"
+        )
+    try:
+        transform: SampleTransform = create_transform(
+            image_size, is_training=True, mean=mean, std=std, **options
+        )
+        transform(Image.new("RGB", (8, 8)))
+    except Exception as error:  # timm raises many kinds, some at first use
+        raise ConfigError(f"data.timm={dict(options)}: not accepted by timm: {error}") from error
+    return transform
+
+
+def uniform_draws(entropy: Sequence[int]) -> np.ndarray:
+    """float32 [DRAWS] in [0, 1), decided by `entropy` alone."""
+    # 24 bits: what float32 can hold below 1.
+    words = np.random.SeedSequence(entropy).generate_state(DRAWS) >> 8
+    draws: np.ndarray = words.astype(np.float32) / np.float32(2**24)
+    return draws
+
+
+@contextmanager
+def seeded(entropy: Sequence[int]) -> Iterator[None]:
+    """Python's, numpy's and torch's (CPU) generators decided by `entropy`; afterwards they are as before."""
+    words = np.random.SeedSequence(entropy).generate_state(3, np.uint64)
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would also reseed the accelerators, which fork_rng does not give back here.
+        torch.default_generator.manual_seed(int(words[0]))
+        random.seed(int(words[1]))
+        np.random.seed(int(words[2] & 0xFFFFFFFF))
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)

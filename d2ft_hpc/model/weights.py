@@ -1,0 +1,95 @@
+"""Where a model's weights come from: the hub, a safetensors file, or a folder as the hub keeps models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from d2ft_hpc.errors import CheckpointError
+
+PRETRAINED = "pretrained"
+HUB = "hf-hub:"
+CLASSIFIER = "head."
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """`overlay` tells timm where the weights are and how they were trained; empty: as the model's name says."""
+
+    overlay: dict[str, Any] = field(default_factory=dict)
+    file: Path | None = None
+    """Where they are in a file of the user's."""
+
+
+def find_weights(weights: str | None) -> WeightsSource | None:
+    """What `model.weights` stands for; None for random weights.
+
+    None, "pretrained" (those of the model's name, from the hub or its cache), "hf-hub:OWNER/NAME", a safetensors file
+    in timm's names, or a folder that holds one (as `model.safetensors`, or alone) and maybe a config.json of timm's.
+
+    Raises CheckpointError if there is no such file or it is not a safetensors file.
+    """
+    if weights is None:
+        return None
+    if weights == PRETRAINED:
+        return WeightsSource()
+    if weights.startswith(HUB):
+        return WeightsSource({"hf_hub_id": weights.removeprefix(HUB)})
+    path = Path(weights)
+    described: dict[str, Any] = {}
+    if path.is_dir():
+        described = _description(path / "config.json")
+        path = _file_in(path)
+    num_classes = _shapes(path).get(f"{CLASSIFIER}weight", [0])[0]
+    return WeightsSource({**described, "file": str(path), "num_classes": num_classes}, path)
+
+
+def check_complete(path: Path, model: nn.Module, name: str) -> None:
+    """timm fills what a file lacks with random weights; only the classifier may be new. Raises CheckpointError."""
+    in_file = _shapes(path)
+    lacking = [key for key in model.state_dict() if key not in in_file and not key.startswith(CLASSIFIER)]
+    if lacking:
+        raise CheckpointError(
+            f"model.weights={path}: lacks {len(lacking)} of {name}'s parameters, first {lacking[0]!r}: "
+            f"use weights of the same model in timm's names"
+        )
+
+
+def _file_in(folder: Path) -> Path:
+    files = sorted(folder.glob("*.safetensors"))
+    named = folder / "model.safetensors"
+    if named in files:
+        return named
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "no safetensors file"
+        raise CheckpointError(
+            f"model.weights={folder}: has {found}; it needs model.safetensors, or name the file itself"
+        )
+    return files[0]
+
+
+def _description(config: Path) -> dict[str, Any]:
+    """The pixels' mean and standard deviation from a config.json as timm writes it; empty without one."""
+    if not config.exists():
+        return {}
+    try:
+        described = json.loads(config.read_text())
+        described = {**described, **described.get("pretrained_cfg", {})}
+        return {key: tuple(map(float, described[key])) for key in ("mean", "std") if key in described}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{config}: not a readable description of a model: {error}") from error
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise CheckpointError(f"model.weights={path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"model.weights={path}: not a readable safetensors file: {error}") from None

@@ -1,0 +1,56 @@
+"""Plans by whole samples: how many samples of each replica's batch run, in all blocks and heads.
+
+Which samples those are is decided at each step by their scores (`d2ft_hpc.selection`). In experiments this structure,
+and it alone, kept the accuracy of dense training (analysis/plan_structure).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.plan import Operation, SkipPlan
+
+
+def plan_samples(
+    *,
+    samples: int,
+    slots: int,
+    replicas: int,
+    num_blocks: int,
+    num_heads: int,
+    compute_budget: float,
+    score_cost: float,
+) -> SkipPlan:
+    """The most samples that a replica can train on within its compute budget after scoring all of them.
+
+    samples: of one replica's batch; the number that runs is a multiple of `slots`, its micro-batches.
+    compute_budget: share of the dense batch's training compute. score_cost: of scoring one sample, in units of its
+        training.
+
+    Returns a plan whose rows are samples in the order of the draw, uint8 [sample * replicas, block, head]: the
+    first rows of each replica FULL, the others SHORTCUT. It is the optimum: samples cost the same and more is better.
+
+    Raises PlanError, naming the least feasible budget, if not even one sample a micro-batch fits.
+    """
+    per_slot = int((compute_budget - score_cost) * samples / slots + 1e-9)
+    if per_slot < 1:
+        least = score_cost + slots / samples
+        raise PlanError(
+            f"plan.compute_budget={compute_budget:g}: scoring {samples} samples takes {score_cost:.3f} of the dense "
+            f"compute and leaves less than one sample for each of {slots} micro-batches; at least {least:.3f}, or a "
+            f"smaller plan.samples.image_size"
+        )
+    trained = min(per_slot * slots, samples)
+    operations = np.full((samples, replicas, num_blocks, num_heads), Operation.SHORTCUT, dtype=np.uint8)
+    operations[:trained] = Operation.FULL
+    return SkipPlan(
+        operations.reshape(samples * replicas, num_blocks, num_heads),
+        replicas,
+        binding="sample",
+        planner="samples",
+        objective=trained / samples,
+        bound=trained / samples,
+        gap=0.0,
+        status="optimal",
+    )

@@ -1,0 +1,91 @@
+"""A score for every sample from a forward pass of the model itself at a lower resolution."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Format
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from d2ft_hpc.errors import ConfigError
+
+SampleScore = Literal["error", "loss"]
+
+
+class SampleScorer:
+    """Scores samples by how wrong the model is on their images at `image_size` pixels.
+
+    score: "error" is the Euclidean norm of softmax - target, which bounds the norm of a sample's gradient up to a
+        factor common to all samples (Katharopoulos and Fleuret, arXiv 1803.00942, section 3.3); "loss" is the cross
+        entropy. At half the resolution the pass costs about a twelfth of a training step.
+
+    Drop-outs are off; the model's parameters and mode stay as they are. Raises ConfigError if the size does not fit.
+    """
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        image_size: int,
+        *,
+        score: SampleScore = "error",
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        patch_size = model.patch_embed.patch_size[0]
+        if image_size < patch_size or image_size % patch_size:
+            raise ConfigError(
+                f"plan.samples.image_size={image_size}: must be a multiple of the model's patches of {patch_size} "
+                f"pixels; nearest: {max(patch_size, round(image_size / patch_size) * patch_size)}"
+            )
+        self._image_size, self._score, self._autocast_dtype = image_size, score, autocast_dtype
+        self._model = _of_any_size(model)
+
+    @property
+    def num_classes(self) -> int:
+        return int(self._model.num_classes)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
+        """images: [sample, channel, height, width]; targets: int64 [sample] or probabilities [sample, class].
+
+        Returns float32 [sample].
+        """
+        small = images
+        if images.shape[-1] != self._image_size:
+            small = F.interpolate(images, self._image_size, mode="bilinear", antialias=True)
+        training = self._model.training
+        self._model.eval()
+        with torch.autocast(
+            images.device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None
+        ):
+            logits = self._model(small)
+        self._model.train(training)
+        return score_samples(logits.float(), targets, self._score)
+
+
+def score_samples(logits: Tensor, targets: Tensor, score: SampleScore) -> Tensor:
+    """float32 [sample] of logits float32 [sample, class] and targets as `SampleScorer` takes them."""
+    if score == "loss":
+        return F.cross_entropy(logits, targets, reduction="none")
+    if targets.ndim == 1:
+        targets = F.one_hot(targets, logits.shape[1])
+    error: Tensor = torch.linalg.vector_norm(logits.softmax(1) - targets, dim=1)
+    return error
+
+
+def _of_any_size(model: VisionTransformer) -> VisionTransformer:
+    """The same model, its modules and parameters shared, with position embeddings resampled to any image size.
+
+    What timm builds for dynamic_img_size=True, made from a model that was not built so.
+    """
+    twin: VisionTransformer = copy.copy(model)
+    twin._modules = dict(model._modules)
+    twin.patch_embed = copy.copy(model.patch_embed)
+    twin.patch_embed.strict_img_size = False
+    twin.patch_embed.flatten = False
+    twin.patch_embed.output_fmt = Format.NHWC
+    twin.dynamic_img_size = True
+    return twin

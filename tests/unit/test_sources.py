@@ -1,0 +1,136 @@
+"""Data sets in the file formats in which they are distributed."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from d2ft_hpc.data.datasets import load
+from d2ft_hpc.errors import DataError
+
+PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+
+
+def put_image(file: Path, red: int, size: tuple[int, int] = (30, 20)) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (red, 0, 0)).save(file)
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(DataError, match=r"imagenet.*digits, cifar10"):
+        load("imagenet", image_size=8, split="train")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stanford_cars", "image_folder", "packed"])
+def test_missing_root(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.root is not set"):
+        load(name, image_size=8, split="train")
+    with pytest.raises(DataError, match=str(tmp_path / "nowhere")):
+        load(name, image_size=8, split="train", root=tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())
+
+
+def put_cifar(monkeypatch: pytest.MonkeyPatch, root: Path, reader: type[CIFAR10]) -> np.ndarray:
+    """Batches, labels and class names pickled as the data set's own, and the checksums that torchvision expects."""
+    folder = root / reader.base_folder
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 3, 32, 32), np.uint8)
+    labels = "labels" if reader is CIFAR10 else "fine_labels"
+    train, test = ("data_batch_1", "test_batch") if reader is CIFAR10 else ("train", "test")
+    meta, key = reader.meta["filename"], reader.meta["key"]
+    files = {
+        train: {"data": pixels.reshape(20, -1), labels: [i % 10 for i in range(20)]},
+        test: {"data": pixels[:5].reshape(5, -1), labels: [1, 2, 3, 4, 5]},
+        meta: {key: [f"class {i}" for i in range(10)]},
+    }
+    sums = {}
+    for name, content in files.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(reader, "train_list", [[train, sums[train]]])
+    monkeypatch.setattr(reader, "test_list", [[test, sums[test]]])
+    monkeypatch.setattr(reader, "meta", {"filename": meta, "key": key, "md5": sums[meta]})
+    return pixels
+
+
+@pytest.mark.parametrize(("name", "reader"), [("cifar10", CIFAR10), ("cifar100", CIFAR100)])
+def test_cifar(name: str, reader: type[CIFAR10], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = put_cifar(monkeypatch, tmp_path, reader)
+    test = load(name, root=tmp_path, image_size=32, split="test", **PLAIN)
+    assert test.labels == [1, 2, 3, 4, 5]
+    assert test.num_classes == 10
+    torch.testing.assert_close(test[3][0], torch.from_numpy(pixels[3]).float() / 255)
+    train = load(name, root=tmp_path, image_size=16, split="train")
+    assert len(train) == 20
+    assert train[0][0].shape == (3, 16, 16)
+    first = reader.train_list[0][0]
+    (tmp_path / reader.base_folder / first).write_bytes(b"damaged")
+    with pytest.raises(DataError, match=f"missing or damaged.*{first}"):
+        load(name, root=tmp_path, image_size=32, split="train")
+
+
+def test_stanford_cars(tmp_path: Path) -> None:
+    """MATLAB annotations as the devkit has them: labels from 1, file names beside bounding boxes."""
+    folder = tmp_path / "stanford_cars"
+    fields = [
+        ("bbox_x1", "O"),
+        ("bbox_y1", "O"),
+        ("bbox_x2", "O"),
+        ("bbox_y2", "O"),
+        ("class", "O"),
+        ("fname", "O"),
+    ]
+    (folder / "devkit").mkdir(parents=True)
+
+    def annotate(file: Path, classes: list[int]) -> None:
+        rows = [(1, 1, 20, 15, label, f"{i:05}.jpg") for i, label in enumerate(classes, 1)]
+        savemat(file, {"annotations": np.array(rows, dtype=fields).reshape(1, -1)})
+
+    annotate(folder / "devkit" / "cars_train_annos.mat", [2, 1, 2])
+    annotate(folder / "cars_test_annos_withlabels.mat", [1, 2])
+    names = np.array([["AM General Hummer SUV 2000", "Acura RL Sedan 2012"]], dtype=object)
+    savemat(folder / "devkit" / "cars_meta.mat", {"class_names": names})
+    for i, red in enumerate((0, 100, 255), 1):
+        put_image(folder / "cars_train" / f"{i:05}.jpg", red)
+    with pytest.raises(DataError, match=r"original address is gone.*cars_test_annos_withlabels\.mat"):
+        load("stanford_cars", root=tmp_path / "elsewhere", image_size=8, split="train")
+    with pytest.raises(DataError, match="missing or damaged"):
+        load("stanford_cars", root=tmp_path, image_size=8, split="test")
+    for i in (1, 2):
+        put_image(folder / "cars_test" / f"{i:05}.jpg", 255)
+    train = load("stanford_cars", root=tmp_path, image_size=8, split="train", **PLAIN)
+    assert train.labels == [1, 0, 1]
+    assert train.num_classes == 2
+    assert [round(float(train[i][0][0].mean()), 1) for i in range(3)] == [0.0, 0.4, 1.0]
+    assert load("stanford_cars", root=tmp_path, image_size=8, split="test").labels == [0, 1]
+
+
+def test_image_folder(tmp_path: Path) -> None:
+    put_image(tmp_path / "train/cat/a.png", 255)
+    put_image(tmp_path / "train/dog/b.png", 0)
+    with pytest.raises(DataError, match=r"test and .*val: no such folder"):
+        load("image_folder", root=tmp_path, image_size=8, split="test")
+    put_image(tmp_path / "val/dog/c.png", 255)
+    with pytest.raises(DataError, match="these differ: cat"):
+        load("image_folder", root=tmp_path, image_size=8, split="test")
+    put_image(tmp_path / "val/cat/d.png", 0)
+    test = load("image_folder", root=tmp_path, image_size=8, split="test")
+    assert [test[i][0].amax().item() for i in range(2)] == [-1, 1]
+    assert test.labels == [0, 1]
+    train = load("image_folder", root=tmp_path, image_size=8, split="train")
+    assert train[1][0].shape == (3, 8, 8)
+    assert train.num_classes == 2
+    (tmp_path / "train/dog/b.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"b\.png: not a readable image"):
+        train[1]
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    with pytest.raises(DataError, match="empty"):
+        load("image_folder", root=tmp_path / "empty", image_size=8, split="train")
