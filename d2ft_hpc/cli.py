@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,7 +14,11 @@ from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
+    from d2ft_hpc.launch import Control
     from d2ft_hpc.launch.signals import StopSignals
+    from d2ft_hpc.launch.watch import Watch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +58,16 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
     doctor.add_argument("--json", action="store_true", help="print one line of JSON")
     doctor.set_defaults(run=_doctor)
+
+    score = commands.add_parser(
+        "score",
+        help="measure scores without training; start it as the run",
+        description="Measures what a run would measure before its first step; `d2ft-hpc plan` reads the file.",
+    )
+    score.add_argument("output", type=Path, help="the file to write, such as scores.h5")
+    score.add_argument("config", type=Path, help="YAML file")
+    score.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    score.set_defaults(run=_score)
 
     report = commands.add_parser("report", help="compare finished or running runs in a table and a picture")
     report.add_argument(
@@ -272,16 +286,55 @@ def _read_config(options: argparse.Namespace) -> RunConfig:
 
 
 def _train_connected(config: RunConfig, signals: StopSignals) -> int:
+    from d2ft_hpc.launch.watch import UNFINISHED
+
+    def train(control: Control, device: torch.device, launcher: str, watch: Watch) -> int:
+        from d2ft_hpc.training.loop import train
+
+        if not train(config, control, device, launcher, watch):
+            return UNFINISHED
+        if control.rank == 0:
+            print(f"results in {config.run_folder / 'results.h5'}")
+        return 0
+
+    return _watched(config, train, signals)
+
+
+def _score(options: argparse.Namespace) -> int:
+    from d2ft_hpc.launch import run_guarded
+
+    def run() -> int:
+        config = _read_config(options)
+
+        def score(control: Control, device: torch.device, launcher: str, watch: Watch) -> int:
+            from d2ft_hpc.training.score import score
+
+            score(options.output, config, control, device, launcher, watch)
+            if control.rank == 0:
+                print(f"scores in {options.output}")
+            return 0
+
+        return _watched(config, score)
+
+    return run_guarded(None, run)
+
+
+def _watched(
+    config: RunConfig,
+    function: Callable[[Control, torch.device, str, Watch], int],
+    signals: StopSignals | None = None,
+) -> int:
+    """Runs `function` on all ranks that the launcher started, watching each other, and returns the exit status."""
     import torch
 
     from d2ft_hpc.launch import connect, detect, run_guarded
-    from d2ft_hpc.launch.watch import UNFINISHED, Watch
+    from d2ft_hpc.launch.watch import Watch
 
     environment = detect()
     device_type = _device_type(config)
     control = connect(environment, device_type=device_type, timeout_seconds=config.launch.timeout_seconds)
 
-    def run_watched() -> int:
+    def run() -> int:
         with Watch(
             control,
             silence_seconds=config.launch.silence_seconds,
@@ -289,17 +342,12 @@ def _train_connected(config: RunConfig, signals: StopSignals) -> int:
             run_folder=config.run_folder,
             signals=signals,
         ) as watch:
-
-            def run() -> int:
-                from d2ft_hpc.training.loop import train
-
-                if not train(config, control, torch.device(device_type), environment.launcher, watch):
-                    return UNFINISHED
-                if control.rank == 0:
-                    print(f"results in {config.run_folder / 'results.h5'}")
-                return 0
-
-            status = run_guarded(control, run, run_folder=config.run_folder, before_abort=watch.fail)
+            status = run_guarded(
+                control,
+                lambda: function(control, torch.device(device_type), environment.launcher, watch),
+                run_folder=config.run_folder,
+                before_abort=watch.fail,
+            )
         if control.world_size > 1:
             # Nobody watches the interpreter's own end any more, which takes a while: a rank that hung in it would
             # keep the launcher, and so the job, waiting.
@@ -308,7 +356,7 @@ def _train_connected(config: RunConfig, signals: StopSignals) -> int:
             os._exit(status)
         return status
 
-    return run_guarded(control, run_watched, run_folder=config.run_folder)
+    return run_guarded(control, run, run_folder=config.run_folder)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -114,7 +114,9 @@ class TrainConfig(Section):
     checkpoint_every_minutes: float | None = Field(default=10.0, gt=0)
     """How often a checkpoint is saved while training goes on; null: not by the clock."""
     checkpoint_every_epochs: int | None = Field(default=None, gt=0)
+    """null: not by the number of epochs."""
     checkpoint_every_steps: int | None = Field(default=None, gt=0)
+    """null: not by the number of steps."""
     keep_checkpoints: int = Field(default=2, gt=0)
     """The newest ones, which stay."""
     resume: bool | Literal["auto"] = False
@@ -159,6 +161,8 @@ class PlanConfig(Section):
         "pruning",
         "routing",
     ] = "joint"
+    file: str | None = None
+    """A saved plan (d2ft-hpc plan --save) to follow instead of making one; null: make one."""
     compute_budget: Fraction = 0.6
     """Share of the dense run's training FLOPs that each device may spend."""
     communication_budget: Fraction | None = None

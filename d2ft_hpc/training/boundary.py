@@ -12,7 +12,8 @@ from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.training.checkpoint import Position
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.progress import Progress
-from d2ft_hpc.training.records import StepRecorder, note
+from d2ft_hpc.training.recorded import note
+from d2ft_hpc.training.records import StepRecorder
 from d2ft_hpc.training.saver import CheckpointSaver
 
 

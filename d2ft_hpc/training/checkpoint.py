@@ -84,8 +84,7 @@ def load_checkpoint(checkpoint: Path, engine: Engine, control: Control) -> SkipP
     own = checkpoint / random_state_name(control.rank)
     if own.exists():  # a rank that was not there when the checkpoint was saved goes on with its own
         restore_random_state(torch.load(own, weights_only=True))
-    plan = SkipPlan.load(checkpoint / PLAN)
-    return replace(plan, replicas=control.world_size)
+    return SkipPlan.load(checkpoint / PLAN)
 
 
 def random_state_name(rank: int) -> str:

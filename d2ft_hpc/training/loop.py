@@ -15,9 +15,7 @@ from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.launch.watch import Watch
-from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
-from d2ft_hpc.scores import Scores
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.boundary import StepBoundary
 from d2ft_hpc.training.checkpoint import Position, load_checkpoint
@@ -26,7 +24,8 @@ from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.job import Job, set_up
 from d2ft_hpc.training.plans import batches_of, is_due, make_plan, measure_scores
 from d2ft_hpc.training.progress import Progress
-from d2ft_hpc.training.records import StepRecorder, note
+from d2ft_hpc.training.recorded import note, record_job, record_plan
+from d2ft_hpc.training.records import StepRecorder
 from d2ft_hpc.training.resume import Start, choose_start, fitted_to_ranks
 from d2ft_hpc.training.saver import CheckpointSaver
 from d2ft_hpc.training.steps import StepRunner
@@ -49,7 +48,8 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
         job = set_up(fitted_to_ranks(config, start.position, control.world_size), control, device)
     engine = build_engine(job.config, job.model, job.executor, job.total_steps, job.loss)
     if start.checkpoint is not None:
-        job.executor.load(load_checkpoint(start.checkpoint, engine, control), control.rank)
+        plan = load_checkpoint(start.checkpoint, engine, control)
+        job.executor.load(replace(plan, replicas=job.sampler.replicas), job.sampler.replica)
     with ExitStack() as stack:
         writer = None
         with agreed(control, "opening the run's folder"):
@@ -134,7 +134,7 @@ def _replan(
         f"compute, made in {time.perf_counter() - start:.2f} s"
     )
     if writer is not None:
-        _record_plan(writer, plan, planned, scores, position)
+        record_plan(writer, plan, planned, scores, position.plans_made, position.steps_done)
     return replace(position, plans_made=position.plans_made + 1)
 
 
@@ -171,57 +171,8 @@ def _open_results(job: Job, environment: Mapping[str, str | int], start: Start) 
         writer = ResultsWriter.resume(path, last_step=BEFORE_ALL, flush_seconds=flush_seconds)
     else:
         writer = ResultsWriter(path, flush_seconds=flush_seconds)
-    writer.put("config", {"yaml": job.config.to_yaml()})
-    writer.put("environment", {}, environment)
-    writer.put(
-        "model",
-        {},
-        {
-            "name": job.config.model.name,
-            "num_blocks": job.executor.subnets.num_blocks,
-            "num_heads": job.executor.subnets.num_heads,
-            "always_flops": job.costs.always_flops,
-            "full_flops": job.costs.full_flops,
-            "forward_only_flops": job.costs.forward_only_flops,
-        },
-    )
+    record_job(writer, job, environment)
     return writer
-
-
-def _record_plan(
-    writer: ResultsWriter, plan: SkipPlan, planned_share: float, scores: Scores | None, position: Position
-) -> None:
-    if scores is not None:
-        writer.put(
-            f"scores/{position.plans_made}",
-            {"forward": scores.forward, "backward": scores.backward},
-            {
-                "step": position.steps_done,
-                "seconds": scores.seconds,
-                "flops": scores.flops,
-                "forward_name": scores.forward_name,
-                "backward_name": scores.backward_name,
-                "cached": scores.cached,
-            },
-        )
-    writer.put(
-        f"plans/{position.plans_made}",
-        {"operations": plan.operations},
-        {
-            "hash": plan.hash,
-            "planner": plan.planner,
-            "replicas": plan.replicas,
-            "binding": plan.binding,
-            "objective": plan.objective,
-            "bound": plan.bound,
-            "gap": plan.gap,
-            "status": plan.status,
-            "solve_seconds": plan.solve_seconds,
-            "first_step": position.steps_done,
-            "planned_compute": planned_share,
-        },
-    )
-    note(writer, position.steps_done, "plan", plan.hash)
 
 
 def _save_model(job: Job) -> None:

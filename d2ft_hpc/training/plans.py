@@ -7,6 +7,7 @@ import hashlib
 import struct
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from d2ft_hpc import __version__
 from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch
+from d2ft_hpc.errors import PlanError
 from d2ft_hpc.launch import Control, agreed, share
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.metering import meter
@@ -48,7 +50,7 @@ def measure_scores(job: Job, loss_function: LossFunction, watch: Watch) -> Score
     None for planners that read no scores.
     """
     config = job.config.plan
-    if config.planner in UNSCORED:
+    if config.planner in UNSCORED or config.file is not None:
         return None
     start = time.perf_counter()
     # The epoch's first batches, also where the run resumed in mid-epoch.
@@ -128,6 +130,8 @@ def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[M
 
 def _solve(job: Job, scores: Scores | None, index: int) -> SkipPlan:
     config, replicas = job.config.plan, job.control.world_size
+    if config.file is not None:
+        return _saved_plan(Path(config.file), job)
     if config.planner == "dense":
         rows, blocks, heads = job.plan_shape
         return SkipPlan.dense(rows // replicas, replicas, blocks, heads)
@@ -153,6 +157,16 @@ def _solve(job: Job, scores: Scores | None, index: int) -> SkipPlan:
         always_share=job.costs.always_share,
     )
     return solve(problem, config.planner, **_planner_options(config, (job.config.run.seed, index)))
+
+
+def _saved_plan(path: Path, job: Job) -> SkipPlan:
+    plan = SkipPlan.load(path)
+    if plan.operations.shape != job.plan_shape:
+        raise PlanError(
+            f"plan.file={path} has {plan.operations.shape} rows, blocks and heads, but this run {job.plan_shape}: "
+            "score and plan with the same model, data.slots and number of ranks"
+        )
+    return replace(plan, replicas=job.sampler.replicas)
 
 
 def _planner_options(config: PlanConfig, seed: tuple[int, int]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timezone
 
 import numpy as np
 
@@ -80,10 +79,3 @@ class StepRecorder:
                     },
                 )
         self._pending = []
-
-
-def note(writer: ResultsWriter | None, step: int, kind: str, text: str, seconds: float = 0.0) -> None:
-    """Records an event. `step` is the last step before it; a run that resumes from after that step keeps the event."""
-    if writer is not None:
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        writer.append("events", {"step": step, "time": now, "kind": kind, "text": text, "seconds": seconds})

@@ -7,6 +7,7 @@ killing its process 1 is what a crash is. Users' scripts run on it as they would
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -53,6 +54,7 @@ KillWait=10
 InactiveLimit=0
 MinJobAge=3600
 JobRequeue=1
+FirstJobId={first_job}
 {nodes}
 PartitionName=all Nodes=tn[1-{count}] Default=YES State=UP MaxTime=1440 DefaultTime=10
 """
@@ -88,6 +90,7 @@ class Cluster:
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self._munge: subprocess.Popen[bytes] | None = None
         self._controller: subprocess.Popen[bytes] | None = None
+        self.first_job = int(time.time()) % 60_000_000 + 1  # so that no older job's output has its number
         self.environ = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "PMI", "OMPI"))},
             "PATH": _path(),
@@ -107,7 +110,12 @@ class Cluster:
         ]
         (self.folder / "state").mkdir(parents=True)
         configuration = CONFIGURATION.format(
-            host=host, port=port, folder=self.folder, nodes="\n".join(lines), count=NODES
+            host=host,
+            port=port,
+            folder=self.folder,
+            nodes="\n".join(lines),
+            count=NODES,
+            first_job=self.first_job,
         )
         (self.folder / "slurm.conf").write_text(configuration)
         addresses = [f"127.0.1.{i} {name}" for i, name in enumerate(names, start=1)]
@@ -138,6 +146,10 @@ class Cluster:
             if process is not None:
                 process.terminate()
                 process.wait(20)
+        for path in REPOSITORY.glob("logs/*.out"):
+            number = re.search(r"-(\d+)(_\d+)?\.out$", path.name)
+            if number and self.first_job <= int(number[1]) < self.first_job + 1000:
+                path.unlink()
 
     def start_node(self, name: str) -> None:
         namespaces = ["--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
