@@ -26,4 +26,4 @@ points=(
 config=${1:?usage: sbatch slurm/sweep.sh configs/X.yaml [key=value ...]}
 shift
 point=${points[SLURM_ARRAY_TASK_ID]}
-train "$config" "$point" run.folder="runs/sweep-$SLURM_ARRAY_JOB_ID" run.name="$point" "$@"
+train "$config" "$point" run.folder="runs/sweep-$SLURM_ARRAY_JOB_ID" run.name="${point//=/-}" "$@"

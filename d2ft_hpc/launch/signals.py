@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from d2ft_hpc.errors import ConfigError
 
+INTERRUPT = "INT"
+
 
 class StopSignals:
     """Catches signals from the moment it is made, so that one that comes during start-up is not lost.
@@ -23,8 +25,9 @@ class StopSignals:
         self._reading, writing = os.pipe()
         os.set_blocking(self._reading, False)
         os.set_blocking(writing, False)
+        self._numbers.setdefault(signal.SIGINT, INTERRUPT)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        for number in self._numbers:
+        for number in self._numbers.keys() - {signal.SIGINT}:
             signal.signal(number, _leave_it_to_the_pipe)
 
     def fileno(self) -> int:
@@ -32,18 +35,18 @@ class StopSignals:
         return self._reading
 
     def caught(self) -> str | None:
-        """The name of a signal that came since the last call, None if none of ours did."""
+        """The name of a signal that came since the last call, None if none of ours did; INT for Ctrl-C as well."""
         try:
             numbers = os.read(self._reading, 512)
         except BlockingIOError:
             return None
-        return next((self._numbers[number] for number in numbers if number in self._numbers), None)
+        return next((self._numbers[number] for number in reversed(numbers) if number in self._numbers), None)
 
 
 def number_of(name: str) -> int:
     """The number of a signal by its name without SIG. Raises ConfigError."""
     number = getattr(signal, f"SIG{name}", None)
-    if number is None or number in (signal.SIGKILL, signal.SIGSTOP):
+    if number is None or number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGINT):
         raise ConfigError(
             f"launch.stop_signals: {name!r} is no signal that can be caught; use names such as USR1, USR2, TERM"
         )

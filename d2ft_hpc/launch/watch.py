@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import queue
-import secrets
 import selectors
 import socket
 import sys
@@ -23,22 +22,21 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from d2ft_hpc.errors import LaunchError
-from d2ft_hpc.launch.agree import agreed, share
+from d2ft_hpc.launch.boundary import Action, BoundaryGate
 from d2ft_hpc.launch.channel import Channel, ClosedError
 from d2ft_hpc.launch.control import GRACE_SECONDS, Control, describe_ranks, print_line
-from d2ft_hpc.launch.rendezvous import address_for
-from d2ft_hpc.launch.signals import StopSignals
+from d2ft_hpc.launch.links import connect_links
+from d2ft_hpc.launch.signals import INTERRUPT, StopSignals
 
 UNFINISHED = 75
 """Exit status (EX_TEMPFAIL) of a run that did not fail by itself: start it again, and it goes on."""
 
 BEAT_SECONDS = 1.0
 
-Action = Literal["save", "stop"]
 Item = TypeVar("Item")
 
 # Frames of a thread that waits for other ranks.
@@ -68,10 +66,7 @@ class Watch:
         self.control, self._run_folder, self._signals = control, run_folder, signals
         self._silence_seconds, self._stall_seconds = silence_seconds, stall_seconds
         self._main_thread = threading.get_ident()
-        self._boundary = threading.Condition()
-        self._holding = False
-        self._begun = 0  # steps that the main thread has begun, or may have
-        self._due: dict[Action, int] = {}
+        self._boundary = BoundaryGate()
         self._progress: float | None = None  # when the main thread last moved on
         self.reason = ""
         """Who asked for the stop: a signal's name and the rank that got it."""
@@ -85,12 +80,10 @@ class Watch:
         self._peers: dict[int, Channel] = {}  # on rank 0 all others, elsewhere rank 0
         self._heard: dict[int, float] = {}
         self._last_tick = self._last_beat = time.monotonic()
-        self._stalled: dict[
-            int, tuple[float, bool, str]
-        ] = {}  # rank 0: age of progress, whether waiting, place
-        self._wanted: list[
-            tuple[Action, str]
-        ] = []  # rank 0: rounds of agreement to come; the first is under way
+        # On rank 0: each rank's age of progress, whether it waits, and where it is.
+        self._states: dict[int, tuple[float, bool, str]] = {}
+        # On rank 0: what is to be agreed on, with the reason; the first is under way. Steps begun by rank.
+        self._wanted: list[tuple[Action, str]] = []
         self._replies: dict[int, int] = {}
         self._ending = False
         self._undumped: set[int] = set()  # peers that are yet to write where they were
@@ -99,10 +92,12 @@ class Watch:
         self._exit_at = float("inf")
         self._done: set[int] = set()  # ranks that are through
         self._closed = False
-        if control.world_size > 1:
-            later, control.timeout_seconds = control.timeout_seconds, silence_seconds
-            self._connect()
-            control.timeout_seconds = later
+        # Nobody watches the ranks while they meet: so they are patient no longer than the watch itself.
+        later, control.timeout_seconds = control.timeout_seconds, silence_seconds
+        for rank, peer in connect_links(control).items():
+            self._peers[rank], self._heard[rank] = peer, time.monotonic()
+            self._selector.register(peer, selectors.EVENT_READ, partial(self._receive, rank))
+        control.timeout_seconds = later
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -117,15 +112,8 @@ class Watch:
 
         After "save" the step follows; after "stop" there is none.
         """
-        with self._boundary:
-            self._progress = time.monotonic()
-            while self._holding:
-                self._boundary.wait()
-            due = {action for action, step in self._due.items() if steps_done >= step}
-            for action in due:
-                del self._due[action]
-            self._begun = steps_done + 1
-        return "stop" if "stop" in due else "save" if due else None
+        self._progress = time.monotonic()
+        return self._boundary.cross(steps_done)
 
     def along(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items; each one shows that the main thread moves on, in what takes longer than a step."""
@@ -156,54 +144,6 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # Connecting.
-
-    def _connect(self) -> None:
-        server: socket.socket | None = None
-
-        def serve() -> bytes:
-            nonlocal server
-            dual = socket.has_dualstack_ipv6()
-            server = socket.create_server(
-                ("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual, backlog=1024
-            )
-            address = os.environ.get("MASTER_ADDR") or address_for(self.control.hosts)
-            return f"{address} {server.getsockname()[1]} {secrets.token_hex()}".encode()
-
-        address, port, token = share(self.control, serve, "opening the port of the watch").decode().split()
-        with agreed(self.control, "connecting to rank 0's watch"):
-            if server is None:
-                connection = socket.create_connection((address, int(port)), timeout=GRACE_SECONDS * 5)
-                connection.sendall(f"{token} {self.control.rank:08d}\n".encode())
-                self._add(0, connection)
-            else:
-                with server:
-                    self._accept_all(server, token)
-
-    def _accept_all(self, server: socket.socket, token: str) -> None:
-        deadline = time.monotonic() + GRACE_SECONDS * 6
-        while len(self._peers) < self.control.world_size - 1:
-            server.settimeout(max(deadline - time.monotonic(), 0.01))
-            try:
-                connection, _ = server.accept()
-                connection.settimeout(GRACE_SECONDS)
-                greeting = _read(connection, len(token) + 10)
-            except TimeoutError:
-                missing = set(range(1, self.control.world_size)) - set(self._peers)
-                raise LaunchError(
-                    f"{describe_ranks(sorted(missing), self.control.hosts)} did not reach the watch of rank 0"
-                ) from None
-            word, _, rank = greeting.decode(errors="replace").strip().partition(" ")
-            if secrets.compare_digest(word, token) and rank.isdecimal():
-                self._add(int(rank), connection)
-            else:  # a port scanner
-                connection.close()
-
-    def _add(self, rank: int, connection: socket.socket) -> None:
-        self._peers[rank] = channel = Channel(connection)
-        self._heard[rank] = time.monotonic()
-        self._selector.register(channel, selectors.EVENT_READ, lambda: self._receive(rank))
-
     # The watching thread. Everything below runs in it.
 
     def _do(self, job: Callable[[], None]) -> None:
@@ -225,7 +165,9 @@ class Watch:
     def _on_signal(self) -> None:
         assert self._signals is not None
         name = self._signals.caught()
-        if name is not None:
+        if name == INTERRUPT:
+            self._ending = True  # by Ctrl-C all ranks end, quietly
+        elif name is not None:
             self._want("stop", f"signal {name} to {self._name(self.control.rank)}")
 
     def _tick(self) -> None:
@@ -280,18 +222,13 @@ class Watch:
         self._want(action, reason)
 
     def _begin_round(self) -> None:
-        self._replies = {0: self._hold()}
+        self._replies = {0: self._boundary.hold()}
         for peer in self._peers.values():
             peer.send("hold")
         self._end_round_if_complete()
 
     def _on_hold(self, rank: int) -> None:
-        self._peers[0].send("begun", self._hold())
-
-    def _hold(self) -> int:
-        with self._boundary:
-            self._holding = True
-            return self._begun
+        self._peers[0].send("begun", self._boundary.hold())
 
     def _on_begun(self, rank: int, steps: int) -> None:
         self._replies[rank] = steps
@@ -309,11 +246,8 @@ class Watch:
             self._begin_round()
 
     def _on_at(self, rank: int, action: Action, step: int, reason: str) -> None:
-        with self._boundary:
-            self._due[action] = step
-            self.reason = reason or self.reason
-            self._holding = False
-            self._boundary.notify_all()
+        self.reason = reason or self.reason
+        self._boundary.release(action, step)
 
     # Stalls.
 
@@ -329,12 +263,12 @@ class Watch:
 
     def _on_beat(self, rank: int, age: float, waiting: bool, place: str) -> None:
         if self.control.rank == 0:
-            self._stalled[rank] = (age, waiting, place)
+            self._states[rank] = (age, waiting, place)
 
     def _look_for_a_stall(self, own: tuple[float, bool, str]) -> None:
         if self.control.rank != 0:
             return
-        states = {**self._stalled, 0: own}
+        states = {**self._states, 0: own}
         if min(age for age, _, _ in states.values()) < self._stall_seconds:
             return
         hung = [rank for rank, (_, waiting, _) in states.items() if not waiting] or list(states)
@@ -432,12 +366,4 @@ class Watch:
         self._selector.unregister(self._peers[rank])
         self._peers.pop(rank).close()
         del self._heard[rank]
-        self._stalled.pop(rank, None)
-
-
-def _read(connection: socket.socket, size: int) -> bytes:
-    """`size` bytes, fewer if the connection ends; not one more, since messages follow."""
-    data = b""
-    while len(data) < size and (more := connection.recv(size - len(data))):
-        data += more
-    return data
+        self._states.pop(rank, None)

@@ -107,7 +107,7 @@ def test_a_sweep_and_the_analysis_that_waits_for_it(cluster: Cluster, tmp_path: 
     table = cluster.submit(f"--dependency=afterok:{sweep}", "slurm/analyse.sh", str(tmp_path))
     assert cluster.wait(table) == "COMPLETED", cluster.output(sweep) + cluster.output(table)
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    for point in ("plan.planner=dense", "plan.compute_budget=0.8", "plan.compute_budget=0.6"):
+    for point in ("plan.planner-dense", "plan.compute_budget-0.8", "plan.compute_budget-0.6"):
         assert point in cluster.output(table)
         assert open_run(tmp_path / point).complete
 
