@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "unshare")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "unshare", "setpriv")
 NODES = 4
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
@@ -229,9 +229,10 @@ class Cluster:
             time.sleep(0.05)
 
     def _spawn(self, command: list[str]) -> subprocess.Popen[bytes]:
+        # They end with this process, however it ends.
         with (self.folder / "daemons.log").open("ab") as log:
             return subprocess.Popen(
-                command,
+                ["setpriv", "--pdeathsig", "KILL", *command],
                 env=self.environ,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

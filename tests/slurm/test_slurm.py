@@ -24,11 +24,12 @@ from tests.slurm.cluster import REPOSITORY, Cluster, why_not
 DEMO = "configs/demo.yaml"
 SHORT = ["train.epochs=1", "data.micro_batch_size=16", "data.slots=2", "plan.planner=paper"]
 LONG = [
-    "train.epochs=2",
+    "train.epochs=1",
     "data.micro_batch_size=8",
     "data.slots=2",
     "plan.planner=paper",
-    "plan.replan.every=1",
+    "plan.replan.every=9",
+    "plan.replan.unit=steps",
     "train.checkpoint_every_steps=3",
 ]
 
@@ -75,7 +76,7 @@ def test_a_signal_saves_and_requeues_and_the_losses_are_the_same(
     assert cluster.field(job, "Restarts") == "1"
     assert_same_run(tmp_path / "demo", uninterrupted)
 
-    again = cluster.submit(*arguments)
+    again = cluster.submit("--ntasks-per-node=1", *arguments)
     assert cluster.wait(again) == "COMPLETED"
     assert "is finished: nothing is left to do" in cluster.output(again)
 
@@ -103,7 +104,7 @@ def test_a_lost_node_is_named_and_the_run_goes_on_without_it(
 
 
 def test_a_sweep_and_the_analysis_that_waits_for_it(cluster: Cluster, tmp_path: Path) -> None:
-    sweep = cluster.submit("slurm/sweep.sh", DEMO, *SHORT, f"run.folder={tmp_path}")
+    sweep = cluster.submit("slurm/sweep.sh", DEMO, *SHORT, "engine.name=plain", f"run.folder={tmp_path}")
     table = cluster.submit(f"--dependency=afterok:{sweep}", "slurm/analyse.sh", str(tmp_path))
     assert cluster.wait(table) == "COMPLETED", cluster.output(sweep) + cluster.output(table)
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
