@@ -69,11 +69,14 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
     score.set_defaults(run=_score)
 
-    report = commands.add_parser("report", help="compare finished or running runs in a table and a picture")
+    report = commands.add_parser("report", help="compare finished or running runs in a table and on a page")
     report.add_argument(
         "runs", nargs="+", type=Path, help="run folders or results files; the first is the baseline"
     )
-    report.add_argument("--png", type=Path, help="where to write the picture")
+    report.add_argument(
+        "--html", type=Path, default=Path("report.html"), help="page to write (default: report.html)"
+    )
+    report.add_argument("--png", type=Path, help="also write a picture of compute and time")
     report.set_defaults(run=_report)
 
     plan = commands.add_parser(
@@ -379,7 +382,8 @@ def _report(options: argparse.Namespace) -> int:
     from d2ft_hpc.report import report
 
     def run() -> None:
-        print(report(options.runs, options.png))
+        print(report(options.runs, page=options.html, png=options.png))
+        print(f"page: {options.html}")
 
     return run_guarded(None, run)
 

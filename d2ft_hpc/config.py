@@ -111,6 +111,8 @@ class TrainConfig(Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each label that is spread evenly over all classes."""
     evaluate_every_epochs: int = Field(default=1, gt=0)
+    evaluate_at_start: bool = True
+    """Whether the model is evaluated before its first step too."""
     checkpoint_every_minutes: float | None = Field(default=10.0, gt=0)
     """How often a checkpoint is saved while training goes on; null: not by the clock."""
     checkpoint_every_epochs: int | None = Field(default=None, gt=0)
@@ -210,6 +212,9 @@ class EngineConfig(Section):
     compile: bool = False
     """Whether torch.compile makes the kernels of dense blocks: those of planners `dense` and `samples`, of scoring and
     of evaluation. Blocks that skip heads run without it."""
+    cuda_graphs: bool = False
+    """Engine `plain` on a GPU, planners `dense` and `samples`: whether a micro-batch's forward and backward, and the
+    scoring, are launched as one CUDA graph each. It pays where the GPU waits for the processor."""
 
 
 class LaunchConfig(Section):
@@ -226,6 +231,12 @@ class LaunchConfig(Section):
 class ResultsConfig(Section):
     flush_seconds: float = Field(default=5.0, gt=0)
     """Most that a killed run loses of its records."""
+    locking: Literal["yes", "no", "best-effort"] = "best-effort"
+    """Whether a lock keeps other processes from writing the same run; best-effort: where the file system has locks."""
+    file_per_rank: bool = False
+    """Each rank writes its own figures to results.ranks/, which results.h5 joins; for thousands of ranks."""
+    tensorboard: bool = False
+    """Also write TensorBoard's files, to the run's folder tensorboard/."""
 
 
 class RunConfig(Section):
@@ -255,6 +266,8 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.timm: not read with data.augment={self.data.augment}; remove it, or data.augment=timm"
             )
+        if self.engine.name == "deepspeed" and self.engine.cuda_graphs:
+            raise ValueError("engine.cuda_graphs=true: only the plain engine has them; set engine.name=plain")
         if self.engine.name == "plain" and self.engine.deepspeed:
             raise ValueError(
                 "engine.deepspeed: the plain engine does not read it; remove it, or engine.name=deepspeed"

@@ -33,23 +33,24 @@ def read_scores(path: Path, index: int = -1) -> SavedScores:
 
     Raises ResultsError if the file is none of ours or holds no such scores.
     """
-    from d2ft_hpc.results import open_run
+    from d2ft_hpc import results
 
-    with open_run(path) as run:
-        found = run.groups("scores")
+    with results.open(path) as run:
+        found = len(run.table("scores", ["step"])["step"])
+        if -found <= index < found:
+            forward, backward = run.score(index, "forward"), run.score(index, "backward")
         model, environment = run.attributes("model"), run.attributes("environment")
     if not found:
         raise ResultsError(
             f"{path} holds no scores: its planner read none. Run with another planner, such as joint."
         )
-    if not -len(found) <= index < len(found):
-        raise ResultsError(f"{path} holds scores 0 to {len(found) - 1}, asked for {index}.")
-    data, _ = found[index]
+    if not -found <= index < found:
+        raise ResultsError(f"{path} holds scores 0 to {found - 1}, asked for {index}.")
     cells = int(model["num_blocks"]) * int(model["num_heads"])
     always, full = float(model["always_flops"]), float(model["full_flops"])
     return SavedScores(
-        np.asarray(data["forward"], dtype=np.float64),
-        np.asarray(data["backward"], dtype=np.float64),
+        np.asarray(forward, dtype=np.float64),
+        np.asarray(backward, dtype=np.float64),
         replicas=int(environment["world_size"]),
         forward_cost=float(model["forward_only_flops"]) / full,
         always_share=always / (always + cells * full),

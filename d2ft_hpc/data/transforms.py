@@ -10,6 +10,7 @@ Each sample's random draws belong to (seed, epoch, sample) alone, in both stages
 
 from __future__ import annotations
 
+import functools
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,7 +64,8 @@ class BatchTransform:
         x = self._resized(x, draws)
         if self.shift or self.flip:
             x = self._moved(x, draws)
-        return (x - x.new_tensor(self.mean).view(3, 1, 1)) / x.new_tensor(self.std).view(3, 1, 1)
+        mean, std = _on_device(self.mean, x.device), _on_device(self.std, x.device)
+        return (x - mean) / std
 
     def _resized(self, x: Tensor, draws: Tensor) -> Tensor:
         height, width = x.shape[-2:]
@@ -95,6 +97,12 @@ class BatchTransform:
             rows[:, None, :, None],
             columns[:, None, None, :],
         ]
+
+
+@functools.cache
+def _on_device(channels: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 [channel, 1, 1]; made once, because a copy to a GPU waits for it."""
+    return torch.tensor(channels, device=device).view(-1, 1, 1)
 
 
 def _mirrored(places: Tensor, size: int) -> Tensor:

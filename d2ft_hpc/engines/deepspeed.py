@@ -116,8 +116,8 @@ class DeepSpeedEngine:
                 self.engine.step()
             losses.append(loss.detach())
         norm = self.engine.get_global_grad_norm()
-        report.gradient_norm = float("nan") if norm is None else float(norm)
-        report.loss = float(torch.stack(losses).mean())
+        report.gradient_norm = float("nan") if norm is None else norm
+        report.loss = torch.stack(losses).mean()
         return report
 
     def save(self, folder: Path, write: StateWriter) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from d2ft_hpc.metering import phases
 
 MicroBatch = tuple[Tensor, Tensor]
 """Images [sample, channel, height, width] and labels [sample], on the model's device."""
@@ -21,27 +22,20 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 StateWriter = Callable[[Any, Path], None]
 """Takes a file's content (nested dicts and lists of tensors and numbers) and the file that `torch.load` shall read."""
 
-PHASES = ("forward", "backward", "optimizer")
-
 
 @dataclass
 class StepReport:
     """What one optimiser step did on this rank."""
 
-    loss: float = float("nan")
-    """Mean of the losses of this rank's micro-batches."""
-    gradient_norm: float = float("nan")
+    loss: float | Tensor = float("nan")
+    """Mean of the losses of this rank's micro-batches; a tensor, because reading it would wait for the GPU."""
+    gradient_norm: float | Tensor = float("nan")
     """Before clipping, over all ranks; NaN where the engine does not compute it."""
     learning_rate: float = float("nan")
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    """By phase. On a GPU until the phase is queued, not until it is done."""
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Adds the seconds spent inside to `phase`."""
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - start
+    def timed(self, phase: Literal["forward", "backward", "optimizer"]) -> AbstractContextManager[None]:
+        """What is inside counts as this phase of the step, but for the communication in it."""
+        return phases.phase(phase)
 
 
 class Engine(Protocol):

@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StateWriter, StepReport, zero_missing_gradients
+from d2ft_hpc.execution.cuda_graph import CudaGraphs
 from d2ft_hpc.execution.executor import PlanExecutor
 
 
@@ -28,12 +29,17 @@ class PlainEngine:
         *,
         autocast_dtype: torch.dtype | None = None,
         gradient_clipping: float | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
+        """cuda_graphs: whether the forward and backward of a micro-batch under a dense plan is one CUDA graph; its time
+        then counts as backward."""
         self._model, self._executor = model, executor
         self._optimizer, self._schedule = optimizer, schedule
         self._loss_function = loss_function
         self._autocast_dtype = autocast_dtype
         self._max_norm = float("inf") if gradient_clipping is None else gradient_clipping
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._graphs: dict[int, CudaGraphs] | None = {} if cuda_graphs else None
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
         report = StepReport(learning_rate=self._optimizer.param_groups[0]["lr"])
@@ -41,20 +47,41 @@ class PlainEngine:
         self._model.train()
         for slot, (images, labels) in enumerate(micro_batches):
             with self._executor.micro_batch(slot):
-                with report.timed("forward"), self._autocast(images.device):
-                    loss = self._loss_function(self._model(images), labels)
-                with report.timed("backward"):
-                    torch.autograd.backward(loss / len(micro_batches))
-            losses.append(loss.detach())
+                losses.append(self._accumulate(report, images, labels, len(micro_batches)))
         with report.timed("optimizer"):
             zero_missing_gradients(self._model)
-            trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-            report.gradient_norm = float(nn.utils.clip_grad_norm_(trained, self._max_norm))
+            report.gradient_norm = nn.utils.clip_grad_norm_(self._trained, self._max_norm)
             self._optimizer.step()
             self._schedule.step()
-            self._optimizer.zero_grad()
-        report.loss = float(torch.stack(losses).mean())
+            self._optimizer.zero_grad(set_to_none=self._graphs is None)
+        report.loss = torch.stack(losses).mean()
         return report
+
+    def _accumulate(self, report: StepReport, images: Tensor, labels: Tensor, micro_batches: int) -> Tensor:
+        """Adds a micro-batch's share of the gradient; returns its loss."""
+        if self._graphs is None or not self._executor.is_dense:
+            with report.timed("forward"):
+                loss = self._loss(images, labels)
+            with report.timed("backward"):
+                torch.autograd.backward(loss / micro_batches)
+            return loss.detach()
+
+        def both(images: Tensor, labels: Tensor) -> Tensor:
+            loss = self._loss(images, labels)
+            torch.autograd.backward(loss / micro_batches)
+            return loss.detach()
+
+        zero_missing_gradients(self._model)  # a graph adds to gradients that are there when it is captured
+        graphs = self._graphs.setdefault(micro_batches, CudaGraphs(both, self._gradients))
+        with report.timed("backward"):
+            return graphs(images, labels).clone()
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._trained if parameter.grad is not None]
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        with self._autocast(images.device):
+            return self._loss_function(self._model(images), labels)
 
     def save(self, folder: Path, write: StateWriter) -> None:
         state = {"optimizer": self._optimizer.state_dict(), "schedule": self._schedule.state_dict()}
@@ -69,4 +96,4 @@ class PlainEngine:
     def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
         if self._autocast_dtype is None:
             return nullcontext()
-        return torch.autocast(device.type, dtype=self._autocast_dtype)
+        return torch.autocast(device.type, dtype=self._autocast_dtype, cache_enabled=False)

@@ -65,6 +65,11 @@ class PlanExecutor:
         self._slots = [] if plan.binding == "sample" else self._rows(rows)
         self.plan = plan
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether every block runs densely on every micro-batch; it may be one of chosen samples."""
+        return self.plan is None or self.plan.binding == "sample" or self.plan.is_dense
+
     def unload(self) -> None:
         """Back to dense training."""
         self.plan, self._slots = None, []

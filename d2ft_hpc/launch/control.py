@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from d2ft_hpc.errors import LaunchError
+from d2ft_hpc.launch.gather import DoneGather, GlooGather, MpiGather, PendingGather
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +49,10 @@ class Control(Protocol):
 
     def all_gather(self, payload: bytes) -> list[bytes]:
         """Return the payload of each rank, in rank order; lengths may differ."""
+
+    def start_gather(self, payload: bytes) -> PendingGather:
+        """Begin to gather payloads of one length at rank 0, without waiting for any rank. Gathers end in the order
+        in which they were started."""
 
     def barrier(self, timeout_seconds: float) -> None:
         """Wait until every rank is here."""
@@ -107,6 +112,9 @@ class SoloControl:
     def all_gather(self, payload: bytes) -> list[bytes]:
         return [payload]
 
+    def start_gather(self, payload: bytes) -> PendingGather:
+        return DoneGather(payload)
+
     def barrier(self, timeout_seconds: float) -> None:
         pass
 
@@ -132,6 +140,7 @@ class GlooControl:
         timeout = timedelta(seconds=timeout_seconds)
         self._group: Any = distributed.new_group(backend="gloo", timeout=timeout)
         self.timeout_seconds = timeout_seconds
+        self._gathering: Any = None
         self.owns_process_group = owns_process_group
         self.rank = distributed.get_rank()
         self.local_rank = local_rank
@@ -169,6 +178,13 @@ class GlooControl:
         except RuntimeError as error:
             self._lost("a rank", error)
         return [_unpadded(buffer, int(size)) for buffer, size in zip(buffers, sizes, strict=True)]
+
+    def start_gather(self, payload: bytes) -> PendingGather:
+        from torch import distributed
+
+        if self._gathering is None:  # no deadline: ranks may be a whole step apart
+            self._gathering = distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+        return GlooGather(self._gathering, payload)
 
     def barrier(self, timeout_seconds: float) -> None:
         from torch import distributed
@@ -216,6 +232,7 @@ class MpiControl:
         self._mpi, self._owns_mpi = _start_mpi(init_timeout_seconds)
         self._comm = self._mpi.COMM_WORLD.Dup()
         self.timeout_seconds = timeout_seconds
+        self._gathering: Any = None
         self._unfinished: list[Any] = []  # MPI still writes into their buffers
         self._closed = False
         self.owns_process_group = False
@@ -254,6 +271,11 @@ class MpiControl:
         self._wait(self._comm.Iallgatherv([payload, byte], [gathered, (sizes, starts), byte]), deadline)
         return [bytes(gathered[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
 
+    def start_gather(self, payload: bytes) -> PendingGather:
+        if self._gathering is None:
+            self._gathering = self._comm.Dup()
+        return MpiGather(self._gathering, self._mpi.BYTE, payload)
+
     def barrier(self, timeout_seconds: float) -> None:
         # Arrivals go to rank 0 one by one, because MPI_Ibarrier cannot tell who is missing.
         deadline = time.monotonic() + timeout_seconds
@@ -286,6 +308,8 @@ class MpiControl:
         self.barrier(self.timeout_seconds)
         if self.owns_process_group:
             _destroy_process_group()
+        if self._gathering is not None:
+            self._gathering.Free()
         self._comm.Free()
         if self._owns_mpi:
             # It waits for all ranks and holds the GIL, so that only a thread without it can end a hang.

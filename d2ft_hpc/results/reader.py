@@ -1,57 +1,51 @@
-"""Read a results file without trusting it.
+"""Open a run's results: during the run, after a kill, or years later.
 
-A file may come from anybody, so nothing in it is followed blindly: links and virtual datasets are never
-resolved by HDF5 (the segments are opened by this module, by name, in the run's own segments folder),
-references, compound types and filters are refused, and an array is never larger than the file that holds it.
+The segments of a run that goes on, and the files of single ranks, are opened by name in the run's own folders; HDF5
+never follows a link or a virtual dataset.
 """
 
 import errno
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import h5py
 import numpy as np
 import yaml
 
 from d2ft_hpc.errors import ResultsError
-from d2ft_hpc.results import schema
-from d2ft_hpc.results.schema import (
-    FORMAT,
-    GROUPS,
-    NUMBERED,
-    SCHEMA_VERSION,
-    TABLES,
-    Array,
-    Field,
-    Group,
-    Scalar,
+from d2ft_hpc.results import columns, schema
+from d2ft_hpc.results.schema import GROUPS, RANK_FIELDS, ROW_AXES, TABLES, Array, Group, Scalar, Table
+from d2ft_hpc.results.segments import Contents, rank_file, segments_folder
+from d2ft_hpc.results.untrusted import (
+    check_root,
+    child,
+    outside_files,
+    read_attributes,
+    read_group,
+    read_groups,
+    read_table,
+    refuse,
 )
+from d2ft_hpc.results.version1 import read_version1_table
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
 
 _SEGMENT_NAME = re.compile(r"\d{8}\.h5")
-_MEMBER_NAME = re.compile(r"\d{1,9}")
 _ATTEMPTS = 5
 
 
-class Contents(NamedTuple):
-    """What one or several files hold: every column of every table, and the static groups by path."""
-
-    tables: dict[str, dict[str, Array]]
-    groups: dict[str, Group]
-
-
-def segments_folder(path: Path) -> Path:
-    """The folder beside `path` that holds its segments while the run goes on."""
-    return path.with_name(path.name.removesuffix(".h5") + ".segments")
-
-
-def open_run(path: Path | str) -> "RunResults":
+def open_run(path: Path | str, *, locking: bool | Literal["best-effort"] = False) -> "RunResults":
     """Open a results file, or the `results.h5` of a run folder, for reading; also while the run writes it.
+
+    locking: whether HDF5 locks the files against writers, as in `h5py.File`. No lock is needed, since files are only
+    ever replaced as a whole, and some network file systems have none.
 
     Raises:
         ResultsError: there is no such file, it is damaged, or it is not a results file of this package.
@@ -64,22 +58,27 @@ def open_run(path: Path | str) -> "RunResults":
     path = path.resolve()
     with _faults_of(path):
         for attempt in range(_ATTEMPTS):
-            main = h5py.File(path, "r", locking=False)
+            main = h5py.File(path, "r", locking=locking)
             files: list[Any] = []
+            ranks: list[RunResults | None] = []
             try:
-                _check_root(main)
-                if "segments" not in main.attrs:
-                    return RunResults(path, main, [main])
-                for name in _segment_names(main, path):
-                    files.append(_open_segment(segments_folder(path) / name))
-                    _check_root(files[-1])
-                return RunResults(path, main, files)
+                version = check_root(main)
+                attributes = read_attributes(main)
+                if "segments" in attributes:
+                    for name in _segment_names(main, path, attributes):
+                        files.append(_open_segment(segments_folder(path) / name, locking))
+                        check_root(files[-1])
+                else:
+                    files.append(main)
+                for rank in range(int(attributes.get("rank_files", 0))):
+                    ranks.append(_open_rank_file(rank_file(path, rank), locking))
+                return RunResults(path, main, files, ranks, version)
             except FileNotFoundError:  # merged into another by the writer since the linking file was read
-                _close([main, *files])
+                _close([main, *files, *ranks])
                 if attempt == _ATTEMPTS - 1:
                     raise
             except BaseException:
-                _close([main, *files])
+                _close([main, *files, *ranks])
                 raise
     raise AssertionError("unreachable")
 
@@ -92,80 +91,147 @@ class RunResults:
         complete: the run ended in order (false while it goes on, and after a kill or an error).
         created: start of the run, UTC, ISO 8601.
         package_version: version of the package that wrote the file.
+        schema_version: of the file; older ones are read as if they were of today's.
+        rank_files: how many files of single ranks belong to the run; 0 if this one holds everything.
     """
 
-    def __init__(self, path: Path, main: Any, files: Sequence[Any]) -> None:
-        self.path = path
-        self._main = main
-        self._files = files
-        attributes = _attributes(main)
+    def __init__(
+        self, path: Path, main: Any, files: Sequence[Any], ranks: Sequence["RunResults | None"], version: int
+    ) -> None:
+        self.path, self.schema_version = path, version
+        self._main, self._files, self._ranks = main, files, ranks
+        attributes = read_attributes(main)
         self.complete = bool(attributes.get("complete", False))
         self.created = str(attributes.get("created", ""))
         self.package_version = str(attributes.get("package_version", ""))
+        self.rank_files = len(ranks)
 
     @property
     def config(self) -> Any:
         """The run's resolved configuration as plain dicts, lists and scalars ({} if none was stored)."""
         with _faults_of(self.path):
-            data, _ = self._group("config")
-            return yaml.safe_load(str(data.get("yaml", ""))) or {}
+            return yaml.safe_load(str(self.datasets("config").get("yaml", ""))) or {}
 
-    def table(self, name: str) -> dict[str, Array]:
-        """All columns of "steps", "evaluations" or "events", each [row] or [row, rank] (see `schema`)."""
+    def table(self, name: str, only: Collection[str] | None = None) -> Table:
+        """Columns of a table by name, each [row] or [row, *axes] (see `schema`), or only the named ones.
+
+        Columns that the run did not record say "missing".
+        """
         if name not in TABLES:
             raise ResultsError(f"{self.path} has no table {name!r}: {schema.nearest(name, TABLES)}")
+        for column in only or ():
+            self._field(name, column)
         with _faults_of(self.path):
-            return join_rows(name, [_read_table(file, name) for file in self._files])
+            recorded = self._recorded(name, only)
+            whole = columns.complete(name, recorded)
+            return whole if only is None else {column: whole[column] for column in only}
 
-    def groups(self, name: str) -> list[Group]:
-        """All of "scores" or "plans" by index, as (datasets, attributes); the attributes gain "index"."""
-        with _faults_of(self.path):
-            members: dict[int, Group] = {}
-            for file in self._files:
-                members.update({int(path.split("/")[1]): group for path, group in _read_groups(file, name)})
-            return [(data, {**attributes, "index": i}) for i, (data, attributes) in sorted(members.items())]
+    def plan(self, index: int) -> Array:
+        """The operations of one plan, uint8 [row, block, head]: 0 SHORTCUT, 1 FORWARD_ONLY, 2 FULL."""
+        return self._unpadded("plans", "operations", index)
 
-    def attributes(self, name: str) -> dict[str, Scalar]:
-        """The attributes of a static group, e.g. "model" or "plans/0" ({} if there is none)."""
+    def score(self, index: int, name: Literal["forward", "backward"]) -> Array:
+        """One measurement of the scores, float32 [row, block, head]."""
+        return self._unpadded("scores", name, index)
+
+    def datasets(self, group: str) -> dict[str, Array | str]:
+        """The datasets of "config" or "model" ({} if there is no such group)."""
         with _faults_of(self.path):
-            return self._group(name)[1]
+            return self._group(group)[0]
+
+    def attributes(self, group: str) -> dict[str, Scalar]:
+        """The attributes of a static group, e.g. "model" ({} if there is none)."""
+        with _faults_of(self.path):
+            return self._group(group)[1]
 
     def units(self, table: str, column: str) -> str:
         """The unit of a column as the file gives it ("1" for pure numbers)."""
-        field = TABLES.get(table, {}).get(column)
-        if field is None:
-            name, known = f"{table}.{column}", (f"{t}.{c}" for t in TABLES for c in TABLES[t])
-            raise ResultsError(f"{self.path} has no column {name}: {schema.nearest(name, known)}")
+        field = self._field(table, column)
         with _faults_of(self.path):
             for file in self._files:
-                dataset = _child(_child(file, table), column)
+                dataset = child(child(file, table), column)
                 if dataset is not None:
-                    return str(_attributes(dataset).get("units", field.units))
+                    return str(read_attributes(dataset).get("units", field.units))
         return field.units
 
     def elapsed_seconds(self, steps: Array) -> Array:
-        """Measured training time up to and including each of `steps`, float64 [len(steps)], in seconds.
+        """Measured training time before each of `steps` (counted from 0), float64 [len(steps)], in seconds.
 
         Counts what everybody waits for: the slowest rank of every step, and scoring and planning done so far.
+        `elapsed_seconds([n])` is the time of the first n steps.
         """
-        table = self.table("steps")
-        costs = [*zip(table["step"], slowest(table["step_seconds"]), strict=True)]
-        costs += [(number(a, "step"), number(a, "seconds")) for _, a in self.groups("scores")]
-        costs += [(number(a, "first_step"), number(a, "solve_seconds")) for _, a in self.groups("plans")]
-        when, seconds = np.array(costs, dtype=np.float64).reshape(-1, 2).T
-        when = np.nan_to_num(when)
+        table = self.table("steps", ["step", "step_seconds"])
+        scores, plans = (
+            self.table("scores", ["step", "seconds"]),
+            self.table("plans", ["step", "solve_seconds"]),
+        )
+        # Scores and plans come after what was done with the steps before, and before the step that they are for.
+        when = np.concatenate([table["step"] + 0.5, scores["step"] + 0.25, plans["step"] + 0.25])
+        seconds = np.concatenate([slowest(table["step_seconds"]), scores["seconds"], plans["solve_seconds"]])
         order = np.argsort(when, kind="stable")
         total = np.concatenate([[0.0], np.nancumsum(seconds[order])])
-        return np.asarray(total[np.searchsorted(when[order], steps, side="right")])
+        return np.asarray(total[np.searchsorted(when[order], steps, side="left")])
+
+    def pandas(self, table: str, *, by_rank: bool = False) -> "pandas.DataFrame":
+        """A table as a pandas.DataFrame. Needs pandas (`pip install 'd2ft-hpc[analysis]'`).
+
+        by_rank: the per-rank columns, one row for each pair of row and rank; else the columns of single numbers and
+        texts, one row for each row.
+        """
+        import pandas
+
+        axes = ("rank",) if by_rank else ()
+        names = [field.name for field in TABLES[self._table(table)].values() if field.axes == axes]
+        data = self.table(table, names)
+        row_axis = ROW_AXES[table]
+        if not by_rank:
+            index = {"index": pandas.RangeIndex(len(next(iter(data.values()))), name=row_axis)}
+            frame = pandas.DataFrame(data, **index)
+            return frame.set_index(row_axis) if row_axis in data else frame
+        if not names:
+            raise ResultsError(f"{table} has no per-rank columns: only steps has")
+        rows = self.table(table, ["step"])["step"]
+        pairs = pandas.MultiIndex.from_product(
+            [rows, range(next(iter(data.values())).shape[1])], names=[row_axis, "rank"]
+        )
+        return pandas.DataFrame({name: column.ravel() for name, column in data.items()}, index=pairs)
+
+    def xarray(self, table: str) -> "xarray.Dataset":
+        """A table as an xarray.Dataset with named axes and units. Needs xarray (`pip install 'd2ft-hpc[analysis]'`)."""
+        import xarray
+
+        fields, data = TABLES[self._table(table)], self.table(table)
+        variables = {
+            name: (
+                (ROW_AXES[table], *fields[name].axes),
+                column,
+                {"units": fields[name].units, "long_name": fields[name].description},
+            )
+            for name, column in data.items()
+        }
+        sizes = {
+            axis: size
+            for dims, column, _ in variables.values()
+            for axis, size in zip(dims, column.shape, strict=True)
+        }
+        for axis, size in sizes.items():
+            if axis not in variables:
+                variables[axis] = (
+                    (axis,),
+                    np.arange(size),
+                    {"units": "1", "long_name": f"index along {axis}"},
+                )
+        return xarray.Dataset(variables).set_coords(list(sizes))
 
     def contents(self) -> Contents:
-        """Everything in the file."""
+        """Everything in the file as far as it was recorded."""
         with _faults_of(self.path):
-            return read_contents(self._files)
+            groups = {name: group for file in self._files for name, group in read_groups(file)}
+            return Contents({name: self._recorded(name, None) for name in TABLES}, groups)
 
     def close(self) -> None:
         """Close the underlying files."""
-        _close([self._main, *self._files])
+        _close([self._main, *self._files, *self._ranks])
 
     def __enter__(self) -> "RunResults":
         return self
@@ -175,55 +241,97 @@ class RunResults:
     ) -> None:
         self.close()
 
-    def _group(self, path: str) -> Group:
+    def _table(self, name: str) -> str:
+        if name not in TABLES:
+            raise ResultsError(f"{self.path} has no table {name!r}: {schema.nearest(name, TABLES)}")
+        return name
+
+    def _field(self, table: str, column: str) -> schema.Field:
+        field = TABLES.get(table, {}).get(column)
+        if field is None:
+            name, known = f"{table}.{column}", (f"{t}.{c}" for t in TABLES for c in TABLES[t])
+            raise ResultsError(f"{self.path} has no column {name}: {schema.nearest(name, known)}")
+        return field
+
+    def _recorded(self, name: str, only: Collection[str] | None) -> Table:
+        anchor = None if only is None else {*only, "step"}
+        if name == "steps" and self._ranks:
+            return self._join_ranks(anchor)
+        if self.schema_version == 1:
+            return columns.join(name, [read_version1_table(file, name) for file in self._files])
+        return columns.join(name, [read_table(file, name, anchor) for file in self._files])
+
+    def _join_ranks(self, only: Collection[str] | None) -> Table:
+        """The steps of a run with a file for each rank; a rank's rows are found by their step."""
+        shared = {
+            name for name in TABLES["steps"] if name not in RANK_FIELDS and (only is None or name in only)
+        }
+        joined = columns.join("steps", [read_table(file, "steps", shared) for file in self._files])
+        rows = columns.length(joined)
+        for rank, run in enumerate(self._ranks):
+            own = {} if run is None else run._recorded("steps", only)
+            if not own:
+                continue
+            _, here, there = np.intersect1d(joined["step"], own["step"], return_indices=True)
+            for name in own.keys() & RANK_FIELDS.keys():
+                if name not in joined:
+                    joined[name] = columns.missing(RANK_FIELDS[name], (rows, len(self._ranks)))
+                joined[name][here, rank] = own[name][there, 0]
+        if "rank_loss" in joined:
+            known = np.isfinite(joined["rank_loss"])
+            count = known.sum(axis=1)
+            total = np.where(known, joined["rank_loss"], 0).sum(axis=1)
+            joined["loss"] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+        if "rank_samples" in joined:
+            joined["samples"] = np.maximum(joined["rank_samples"], 0).sum(axis=1, dtype=np.int64)
+        if "communication_seconds" in joined:
+            joined["waiting_seconds"] = waiting(joined["communication_seconds"])
+        return joined
+
+    def _unpadded(self, table: str, column: str, index: int) -> Array:
+        values = self.table(table, [column])[column]
+        if not -len(values) <= index < len(values):
+            raise ResultsError(f"{self.path} has {len(values)} {table}, asked for {index}")
+        chosen = values[index]
+        absent = chosen == schema.MISSING["uint8"] if table == "plans" else np.isnan(chosen)
+        rows, blocks, heads = (int((~absent).any(axis=axes).sum()) for axes in ((1, 2), (0, 2), (0, 1)))
+        return np.asarray(chosen[:rows, :blocks, :heads])
+
+    def _group(self, name: str) -> Group:
+        if name not in GROUPS:
+            raise ResultsError(f"{self.path} has no group {name!r}: {schema.nearest(name, GROUPS)}")
         for file in reversed(self._files):
-            found = file
-            for name in path.split("/"):
-                found = _child(found, name)
+            found = child(file, name)
             if found is not None:
-                return _read_group(found, path.split("/")[0])
+                return read_group(found, name)
         return {}, {}
-
-
-def read_contents(files: Sequence[Any]) -> Contents:
-    """Join open files, oldest first: rows are concatenated; of groups with one name the newest stays."""
-    tables = {name: join_rows(name, [_read_table(file, name) for file in files]) for name in TABLES}
-    groups = {path: group for file in files for name in GROUPS for path, group in _read_groups(file, name)}
-    return Contents(tables, groups)
-
-
-def join_rows(table: str, parts: Sequence[dict[str, Array]]) -> dict[str, Array]:
-    """Concatenate parts of a table; a per-rank column becomes as wide as its widest part."""
-    joined = {}
-    for field in TABLES[table].values():
-        columns = [part[field.name] for part in parts]
-        if field.axes:
-            width = max((column.shape[1] for column in columns), default=0)
-            columns = [
-                np.pad(c, ((0, 0), (0, width - c.shape[1])), constant_values=schema.MISSING[field.kind])
-                for c in columns
-            ]
-        joined[field.name] = np.concatenate(columns) if columns else _no_rows(field)
-    return joined
 
 
 def slowest(seconds: Array) -> Array:
     """The slowest rank's seconds of each row, [row, rank] -> [row]; 0 where no rank has a measurement."""
     if seconds.shape[1] == 0:
         return np.zeros(len(seconds))
-    return np.asarray(np.nan_to_num(np.fmax.reduce(seconds, axis=1)))
+    return np.asarray(np.nan_to_num(np.fmax.reduce(seconds.astype(np.float64), axis=1)))
 
 
-def _open_segment(path: Path) -> Any:
+def waiting(communication: Array) -> Array:
+    """Seconds that each rank waited for slower ones, [row, rank]: what it was held up longer than any other rank."""
+    if communication.shape[1] == 0:
+        return communication
+    return np.asarray(communication - np.fmin.reduce(communication, axis=1)[:, None])
+
+
+def _open_segment(path: Path, locking: bool | str) -> Any:
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    return h5py.File(path, "r", locking=False)
+    return h5py.File(path, "r", locking=locking)
 
 
-def number(attributes: Mapping[str, Scalar], name: str) -> float:
-    """A numeric attribute, NaN if it is missing or a text."""
-    value = attributes.get(name)
-    return float(value) if isinstance(value, (int, float)) else math.nan
+def _open_rank_file(path: Path, locking: Any) -> RunResults | None:
+    """The results of one rank; None if it wrote none, as when the run was killed early."""
+    if path.parent.resolve() != path.parent or path.is_symlink():
+        raise refuse(f"{path} is a symbolic link")
+    return open_run(path, locking=locking) if path.is_file() else None
 
 
 @contextmanager
@@ -232,7 +340,12 @@ def _faults_of(path: Path) -> Iterator[None]:
     try:
         yield
     except ResultsError as fault:
-        raise ResultsError(f"cannot read {path}: {fault}") from fault
+        text = str(fault)
+        raise ResultsError(
+            text if text.startswith("cannot read") else f"cannot read {path}: {text}"
+        ) from fault
+    except ImportError:
+        raise
     except FileNotFoundError as fault:
         raise ResultsError(
             f"cannot read {path}: {fault.filename} is missing; a run that has not ended keeps its data in "
@@ -246,154 +359,25 @@ def _faults_of(path: Path) -> Iterator[None]:
         ) from fault
 
 
-def _refuse(reason: str) -> ResultsError:
-    return ResultsError(f"not a results file of this package ({reason})")
-
-
-def _check_root(file: Any) -> None:
-    attributes = _attributes(file)
-    if attributes.get("format") != FORMAT:
-        raise _refuse(f"its `format` is {attributes.get('format')!r}")
-    version = attributes.get("schema_version")
-    if not isinstance(version, int) or version < 1:
-        raise _refuse(f"its `schema_version` is {version!r}")
-    if version > SCHEMA_VERSION:
-        raise ResultsError(
-            f"its schema version is {version} and this package reads up to {SCHEMA_VERSION}; "
-            f"update d2ft-hpc to {attributes.get('package_version')} or newer"
-        )
-
-
-def _segment_names(main: Any, path: Path) -> list[str]:
+def _segment_names(main: Any, path: Path, attributes: dict[str, Scalar]) -> list[str]:
     """The segments of a linking file, after checking that it points at nothing else."""
     folder = segments_folder(path)
-    names = str(_attributes(main)["segments"]).split()
+    names = str(attributes["segments"]).split()
     for name in names:
         if not _SEGMENT_NAME.fullmatch(name):
-            raise _refuse(f"it names the segment {name!r}")
+            raise refuse(f"it names the segment {name!r}")
         if (folder / name).resolve() != folder / name:
-            raise _refuse(f"the segment {folder / name} is a symbolic link")
+            raise refuse(f"the segment {folder / name} is a symbolic link")
     allowed = {f"{folder.name}/{name}" for name in names}
-    for target in _outside_files(main):
+    for target in outside_files(main):
         if target not in allowed:
-            raise _refuse(
+            raise refuse(
                 f"it points at {target!r}, which is none of its segments in {folder.name}/; was it renamed?"
             )
     return names
 
 
-def _outside_files(group: Any) -> Iterator[str]:
-    """The files that links in `group` and its subgroups name. Neither these nor any dataset is opened."""
-    pending = [(group, 0)]
-    while pending:
-        group, depth = pending.pop()
-        for name in group:
-            kind = group.id.links.get_info(name.encode()).type
-            if kind == h5py.h5l.TYPE_EXTERNAL:
-                yield group.get(name, getlink=True).filename
-                continue
-            if kind != h5py.h5l.TYPE_HARD:
-                raise _refuse(f"{group.name}/{name} is a soft link")
-            if depth == 0:
-                child = group[name]
-                if not isinstance(child, h5py.Group):
-                    raise _refuse(f"{child.name} is not a group")
-                pending.append((child, depth + 1))
-
-
-def _child(group: Any, name: str) -> Any:
-    """The object called `name` right in `group`, None if there is none; links are refused, not followed."""
-    if group is None or not isinstance(group, h5py.Group) or not group.id.links.exists(name.encode()):
-        return None
-    if group.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
-        raise _refuse(f"{group.name}/{name} is a link")
-    return group[name]
-
-
-def _attributes(item: Any) -> dict[str, Scalar]:
-    values: dict[str, Scalar] = {}
-    for name in item.attrs:
-        attribute = item.attrs.get_id(name)
-        if attribute.shape != () or attribute.dtype.kind not in "biufS":
-            raise _refuse(f"the attribute {name!r} of {item.name} is not a number or a text of fixed length")
-        value = item.attrs[name].item()
-        values[name] = value.decode() if isinstance(value, bytes) else value
-    return values
-
-
-def _read(dataset: Any, field: Field) -> Array | str:
-    """A dataset as an array of its field's kind; a scalar text as str."""
-    where = dataset.name
-    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
-        raise _refuse(f"{where} is not a plain dataset")
-    if dataset.id.get_create_plist().get_nfilters():
-        raise _refuse(f"{where} is compressed or filtered")
-    if dataset.shape is None or dataset.dtype.kind not in ("S" if field.kind == "text" else "biuf"):
-        raise _refuse(f"{where} is of type {dataset.dtype}")
-    if dataset.size * dataset.dtype.itemsize > dataset.file.id.get_filesize():
-        raise _refuse(f"{where} claims to be larger than its file")
-    value: Any = dataset[()]
-    if field.kind != "text":
-        return np.asarray(value, dtype=field.kind)
-    if dataset.shape == ():
-        return bytes(value).decode()
-    texts: list[str] = [text.decode() for text in value.flat]
-    return np.asarray(texts, dtype=str).reshape(len(texts))
-
-
-def _read_table(file: Any, name: str) -> dict[str, Array]:
-    group = _child(file, name)
-    columns: dict[str, Array] = {}
-    for field in TABLES[name].values():
-        dataset = _child(group, field.name)
-        if dataset is not None:
-            columns[field.name] = np.asarray(_read(dataset, field))
-    lengths = {column.shape[:1] for column in columns.values()}
-    dimensions = {name: 1 + len(field.axes) for name, field in TABLES[name].items()}
-    if len(lengths) > 1 or any(column.ndim != dimensions[name] for name, column in columns.items()):
-        raise _refuse(f"the columns of {name} differ in length or have a wrong number of dimensions")
-    rows = lengths.pop()[0] if lengths else 0
-    for field in TABLES[name].values():
-        if field.name not in columns:
-            columns[field.name] = np.repeat(_no_value(field), rows, axis=0)
-    return columns
-
-
-def _no_value(field: Field) -> Array:
-    value = np.array([schema.MISSING[field.kind]], dtype="U1" if field.kind == "text" else field.kind)
-    return value.reshape(1, 1) if field.axes else value
-
-
-def _no_rows(field: Field) -> Array:
-    return _no_value(field)[:0, :0] if field.axes else _no_value(field)[:0]
-
-
-def _read_groups(file: Any, name: str) -> Iterator[tuple[str, Group]]:
-    group = _child(file, name)
-    if group is None:
-        return
-    if name not in NUMBERED:
-        yield name, _read_group(group, name)
-        return
-    if not isinstance(group, h5py.Group):
-        raise _refuse(f"{name} is not a group")
-    for member in group:
-        if not _MEMBER_NAME.fullmatch(member):
-            raise _refuse(f"{name} has a member {member!r}")
-        yield f"{name}/{member}", _read_group(_child(group, member), name)
-
-
-def _read_group(group: Any, kind: str) -> Group:
-    data: dict[str, Array | str] = {}
-    for field in GROUPS.get(kind, {}).values():
-        dataset = _child(group, field.name)
-        if dataset is not None:
-            data[field.name] = _read(dataset, field)
-            if np.ndim(data[field.name]) != len(field.axes):
-                raise _refuse(f"{dataset.name} has a wrong number of dimensions")
-    return data, _attributes(group)
-
-
 def _close(files: Sequence[Any]) -> None:
     for file in files:
-        file.close()
+        if file is not None:
+            file.close()

@@ -5,9 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CAPPING_ROUNDS = 8
-"""Each round caps at least one more probability at 1; with shares of mean score mixed in, two or three settle it."""
-
 
 def inclusion_probabilities(scores: Tensor, count: int, uniform_share: float) -> Tensor:
     """Probability of each sample to be among `count` drawn ones, float64 [sample], summing to `count`, at most 1.
@@ -24,13 +21,12 @@ def inclusion_probabilities(scores: Tensor, count: int, uniform_share: float) ->
     mean = known.sum() / finite.sum().clamp_min(1)
     mixed = torch.where(finite, known, mean) + uniform_share * mean
     mixed = torch.where(mixed.sum() > 0, mixed, torch.ones_like(mixed))
-    probabilities = mixed * (count / mixed.sum())
-    for _ in range(_CAPPING_ROUNDS):
-        capped = probabilities >= 1
-        left = count - capped.sum()
-        rest = torch.where(capped, 0.0, probabilities).sum()
-        scaled = probabilities * (left / rest.clamp_min(torch.finfo(torch.float64).tiny))
-        probabilities = torch.where(capped, 1.0, scaled.clamp_max(1))
+    # min(1, factor * score) sums to count for the factor that caps the k highest; k is the least that caps all it must.
+    highest = mixed.sort(descending=True).values
+    rest = highest.flip(0).cumsum(0).flip(0)  # rest[k]: of all but the k highest
+    left = count - torch.arange(len(mixed), device=mixed.device)
+    k = (left * highest <= rest).to(torch.uint8).argmax()
+    probabilities: Tensor = (mixed * (left[k] / rest[k])).clamp_max(1)
     return probabilities
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.execution.cuda_graph import CudaGraphs
 
 SampleScore = Literal["error", "loss"]
 
@@ -33,6 +35,7 @@ class SampleScorer:
         *,
         score: SampleScore = "error",
         autocast_dtype: torch.dtype | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         patch_size = model.patch_embed.patch_size[0]
         if image_size < patch_size or image_size % patch_size:
@@ -42,6 +45,9 @@ class SampleScorer:
             )
         self._image_size, self._score, self._autocast_dtype = image_size, score, autocast_dtype
         self._model = _of_any_size(model)
+        self._scores_of: Callable[[Tensor, Tensor], Tensor] = self._forward
+        if cuda_graphs:
+            self._scores_of = CudaGraphs(self._forward)
 
     @property
     def num_classes(self) -> int:
@@ -53,16 +59,18 @@ class SampleScorer:
 
         Returns float32 [sample].
         """
-        small = images
-        if images.shape[-1] != self._image_size:
-            small = F.interpolate(images, self._image_size, mode="bilinear", antialias=True)
         training = self._model.training
         self._model.eval()
-        with torch.autocast(
-            images.device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None
-        ):
-            logits = self._model(small)
+        scores = self._scores_of(images, targets)
         self._model.train(training)
+        return scores
+
+    def _forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        if images.shape[-1] != self._image_size:
+            images = F.interpolate(images, self._image_size, mode="bilinear", antialias=True)
+        mixed = self._autocast_dtype is not None
+        with torch.autocast(images.device.type, self._autocast_dtype, enabled=mixed, cache_enabled=False):
+            logits = self._model(images)
         return score_samples(logits.float(), targets, self._score)
 
 

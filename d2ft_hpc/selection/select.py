@@ -46,7 +46,7 @@ class SampleSelection:
         With weights, the labels become float32 [sample, class], each row times its weight: the cross entropy of
         such a row is the weighted one.
         """
-        scores = torch.cat([self._scorer(images, labels) for images, labels in micro_batches])
+        scores = torch.cat([self._scorer(images, labels).clone() for images, labels in micro_batches])
         images = torch.cat([images for images, _ in micro_batches])
         labels = torch.cat([labels for _, labels in micro_batches])
         slots = len(micro_batches)

@@ -45,7 +45,7 @@ class StepBoundary:
         self._saver.finish()
         text = f"stopped after {position.steps_done} steps by {self._watch.reason}"
         self._progress.say(f"{text}; saved: start the run again to go on")
-        note(self._writer, position.steps_done - 1, "stop", text)
+        note(self._writer, position.steps_done, "stop", text)
         return False
 
     def end(self, position: Position) -> None:
@@ -67,13 +67,13 @@ class StepBoundary:
             return  # nothing has been computed since the start or the last save
         start = time.perf_counter()
         # The results up to here must outlive this process if the checkpoint does.
-        self._recorder.gather()
+        self._recorder.finish()
         if self._writer is not None:
             self._writer.flush()
         saved = self._saver.save(self._engine, plan, position)
         seconds = time.perf_counter() - start
         self._saved_at = time.monotonic()
-        note(self._writer, position.steps_done - 1, "checkpoint", saved.name, seconds)
+        note(self._writer, position.steps_done, "checkpoint", saved.name, seconds)
         logging.getLogger(__name__).info("%s: training waited %.3f s", saved.name, seconds)
 
 

@@ -1,14 +1,18 @@
-"""What a results file says of the machine and the software: versions and counts, no environment variables."""
+"""What a results file says of machine, software and model: versions and counts, no environment variables."""
 
 from __future__ import annotations
 
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 from d2ft_hpc.launch import Control
+from d2ft_hpc.model.subnets import SubnetMap
 
 _PACKAGES = (
     "d2ft-hpc",
@@ -42,3 +46,18 @@ def describe_environment(control: Control, launcher: str, device: torch.device) 
         except PackageNotFoundError:
             described[package] = "absent"
     return described
+
+
+def describe_parameters(model: nn.Module, subnets: SubnetMap) -> dict[str, Any]:
+    """Datasets for the results file: each parameter's name, size and class, and how many each subnet owns."""
+    owned = np.zeros(subnets.shape, np.int64)
+    for block, _, parameter in subnets.parameters(model):
+        owned[block] += parameter.numel() // subnets.num_heads
+    named = list(model.named_parameters())
+    return {
+        "parameter": np.array([name for name, _ in named]),
+        "parameter_size": np.array([parameter.numel() for _, parameter in named]),
+        "parameter_class": np.array([subnets.classify(name).value for name, _ in named]),
+        "parameter_trained": np.array([parameter.requires_grad for _, parameter in named], np.uint8),
+        "subnet_parameters": owned,
+    }

@@ -1,4 +1,4 @@
-"""Top-1 accuracy and loss over a test set; always the dense model."""
+"""Accuracy, confusion and loss over a test set; always the dense model."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ class Evaluation:
     """Mean cross-entropy, nats."""
     samples: int
     seconds: float
+    confusion: np.ndarray
+    """Samples by label and prediction, int64 [class, class]."""
+
+    @property
+    def class_accuracy(self) -> np.ndarray:
+        """Share of each class's samples that were right, float64 [class]; NaN where there are none."""
+        of_class = self.confusion.sum(axis=1)
+        right = np.diagonal(self.confusion)
+        return np.asarray(np.divide(right, of_class, out=np.full(len(right), np.nan), where=of_class > 0))
 
 
 def evaluate(
@@ -30,19 +39,35 @@ def evaluate(
     """Each rank evaluates its own batches; the result is over all of them, the same on every rank."""
     start = time.perf_counter()
     dtype = next(model.parameters()).dtype
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    cells, classes = [], 0
     was_training = model.training
     model.eval()
     with torch.inference_mode():
         for images, labels in batches:
             labels = labels.to(device)
             logits = model(images.to(device, dtype)).float()
-            correct = (logits.argmax(-1) == labels).sum()
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack(
-                [correct.double(), loss.double(), torch.tensor(float(len(labels))).to(loss).double()]
-            )
+            classes = logits.shape[-1]
+            cells.append(labels * classes + logits.argmax(-1))
+            loss_sum += F.cross_entropy(logits, labels, reduction="sum").double()
     model.train(was_training)
-    gathered = control.all_gather(sums.cpu().numpy().tobytes())
-    correct_sum, loss_sum, samples = np.sum([np.frombuffer(part) for part in gathered], axis=0)
-    return Evaluation(correct_sum / samples, loss_sum / samples, int(samples), time.perf_counter() - start)
+    # Of many classes, few pairs of label and prediction occur: only those travel.
+    cell, count = np.unique(torch.cat(cells).cpu().numpy() if cells else [], return_counts=True)
+    own = [np.array([classes]), cell, count, np.array([float(loss_sum)]).view(np.int64)]
+    gathered = control.all_gather(np.concatenate(own).astype("<i8").tobytes())
+    parts = [np.frombuffer(part, "<i8") for part in gathered]
+    classes = max(int(part[0]) for part in parts)
+    counts = np.zeros(classes * classes, np.int64)
+    for part in parts:
+        occurring, times = part[1:-1].reshape(2, -1)
+        counts[occurring] += times
+    samples = int(counts.sum())
+    total_loss = sum(float(part[-1:].view(np.float64)[0]) for part in parts)
+    confusion = counts.reshape(classes, classes)
+    return Evaluation(
+        accuracy=np.trace(confusion) / samples,
+        loss=total_loss / samples,
+        samples=samples,
+        seconds=time.perf_counter() - start,
+        confusion=confusion,
+    )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,13 +16,16 @@ from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.launch.watch import Watch
+from d2ft_hpc.metering.profile import PassProfile
 from d2ft_hpc.results import ResultsWriter
+from d2ft_hpc.results.segments import rank_file
 from d2ft_hpc.training import run_folder
+from d2ft_hpc.training.board import Board
 from d2ft_hpc.training.boundary import StepBoundary
 from d2ft_hpc.training.checkpoint import Position, load_checkpoint
 from d2ft_hpc.training.environment import describe_environment
 from d2ft_hpc.training.evaluate import evaluate
-from d2ft_hpc.training.job import Job, set_up
+from d2ft_hpc.training.job import Job, profile_job, set_up
 from d2ft_hpc.training.plans import batches_of, is_due, make_plan, measure_scores
 from d2ft_hpc.training.progress import Progress
 from d2ft_hpc.training.recorded import note, record_job, record_plan
@@ -31,7 +35,9 @@ from d2ft_hpc.training.saver import CheckpointSaver
 from d2ft_hpc.training.steps import StepRunner
 
 BEFORE_ALL = -2
-"""A step before that of the first evaluation, -1."""
+"""As the last step that is kept: nothing is, not even the evaluation before the first step."""
+CONFUSION_CLASSES = 256
+"""With more classes, evaluations record the accuracy of each class but no confusion."""
 
 
 def train(config: RunConfig, control: Control, device: torch.device, launcher: str, watch: Watch) -> bool:
@@ -47,38 +53,52 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     with agreed(control, "set-up"):
         job = set_up(fitted_to_ranks(config, start.position, control.world_size), control, device)
     engine = build_engine(job.config, job.model, job.executor, job.total_steps, job.loss)
+    profile = profile_job(job)
     if start.checkpoint is not None:
         plan = load_checkpoint(start.checkpoint, engine, control)
         job.executor.load(replace(plan, replicas=job.sampler.replicas), job.sampler.replica)
     with ExitStack() as stack:
-        writer = None
+        writer, own_writer, board = None, None, None
         with agreed(control, "opening the run's folder"):
             if control.rank == 0:
                 environment = describe_environment(control, launcher, device)
-                writer = stack.enter_context(_open_results(job, environment, start))
+                writer = stack.enter_context(_open_results(job, environment, profile, start))
                 run_folder.record_launch(
                     config, control, environment, str(start.checkpoint or "the beginning")
                 )
+                if config.results.tensorboard:
+                    board = stack.enter_context(closing(Board(config.run_folder / "tensorboard")))
+            if config.results.file_per_rank:
+                own_writer = stack.enter_context(_open_own_results(job, start))
             run_folder.open_log(config.run_folder, control.rank)
-        finished = _train_epochs(job, engine, writer, start.position, watch)
+        recorder = stack.enter_context(StepRecorder(control, writer, own_writer, board))
+        finished = _train_epochs(job, engine, writer, recorder, board, profile, start.position, watch)
+        recorder.finish()
         with agreed(control, "saving the model"):
             if control.rank == 0 and finished:
                 _save_model(job)
-        if writer is not None:
-            writer.close(complete=finished)
+        for opened in (writer, own_writer):
+            if opened is not None:
+                opened.close(complete=finished)
     return finished
 
 
 def _train_epochs(
-    job: Job, engine: Engine, writer: ResultsWriter | None, position: Position, watch: Watch
+    job: Job,
+    engine: Engine,
+    writer: ResultsWriter | None,
+    recorder: StepRecorder,
+    board: Board | None,
+    profile: PassProfile,
+    position: Position,
+    watch: Watch,
 ) -> bool:
     """False if it was stopped and saved before the end."""
     config, control = job.config, job.control
     progress = Progress(control.rank, job.total_steps)
-    recorder = StepRecorder(control, writer)
     runner = StepRunner(job, engine)
-    if position.steps_done == 0:
-        _evaluate(job, writer, progress, position, watch)
+    if position.steps_done == 0 and config.train.evaluate_at_start:
+        _evaluate(job, writer, board, progress, position, watch)
     folder = config.run_folder / run_folder.CHECKPOINTS
     with CheckpointSaver(folder, control, keep=config.train.keep_checkpoints) as saver:
         saver.newest_step = position.steps_done
@@ -90,32 +110,23 @@ def _train_epochs(
             for step_of_epoch in range(position.batches_done, job.steps_of_epoch(epoch)):
                 if not boundary.cross(position):
                     return False
-                if is_due(
-                    config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=position.steps_done
-                ):
+                steps_done = position.steps_done
+                if is_due(config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=steps_done):
                     position = _replan(job, writer, progress, position, watch)
-                start = time.perf_counter()
-                micro_batches = next(batches)
-                record = runner.run(
-                    micro_batches,
-                    step=position.steps_done,
-                    epoch=epoch,
-                    plan=position.plans_made - 1,
-                    data_seconds=time.perf_counter() - start,
-                )
+                record = runner.run(batches, step=steps_done, epoch=epoch, plan=position.plans_made - 1)
                 recorder.add(record)
                 position = position.after_step()
-                share = record.of_rank["planned_flops"] / record.of_rank["dense_flops"]
-                progress.step(
-                    epoch + 1, position.steps_done, record.of_rank["loss"], record.learning_rate, share
-                )
+                if progress.is_due(position.steps_done):
+                    share = record.of_rank["planned_flops"] / record.of_rank["dense_flops"]
+                    ideal = config.data.slots * profile.ideal_seconds(share, job.costs)
+                    loss = float(record.loss)
+                    progress.step(epoch + 1, position.steps_done, loss, record.learning_rate, share, ideal)
             position = position.after_epoch()
-            recorder.gather()
             if (
                 position.epochs_done % config.train.evaluate_every_epochs == 0
                 or position.epochs_done == job.num_epochs
             ):
-                _evaluate(job, writer, progress, position, watch)
+                _evaluate(job, writer, board, progress, position, watch)
         boundary.end(position)
     return True
 
@@ -134,14 +145,20 @@ def _replan(
         f"compute, made in {time.perf_counter() - start:.2f} s"
     )
     if writer is not None:
-        record_plan(writer, plan, planned, scores, position.plans_made, position.steps_done)
+        record_plan(job, writer, plan, scores, position.steps_done)
     return replace(position, plans_made=position.plans_made + 1)
 
 
 def _evaluate(
-    job: Job, writer: ResultsWriter | None, progress: Progress, position: Position, watch: Watch
+    job: Job,
+    writer: ResultsWriter | None,
+    board: Board | None,
+    progress: Progress,
+    position: Position,
+    watch: Watch,
 ) -> None:
     result = evaluate(job.model, watch.along(job.evaluation_batches), job.control, job.device)
+    progress.evaluated(result.accuracy, result.seconds)
     progress.say(
         f"evaluation after {position.epochs_done} epochs: accuracy {result.accuracy:.2%}, loss {result.loss:.4f} "
         f"({result.samples} images, {result.seconds:.1f} s)"
@@ -150,29 +167,55 @@ def _evaluate(
         writer.append(
             "evaluations",
             {
-                "step": position.steps_done - 1,
+                "step": position.steps_done,
                 "epoch": position.epochs_done,
                 "accuracy": result.accuracy,
                 "loss": result.loss,
                 "samples": result.samples,
                 "seconds": result.seconds,
+                "class_accuracy": result.class_accuracy,
+                **({"confusion": result.confusion} if len(result.confusion) <= CONFUSION_CLASSES else {}),
             },
         )
+    if board is not None:
+        board.evaluation(position.steps_done, result)
 
 
-def _open_results(job: Job, environment: Mapping[str, str | int], start: Start) -> ResultsWriter:
-    path, flush_seconds = job.config.run_folder / run_folder.RESULTS, job.config.results.flush_seconds
+def _open_results(
+    job: Job, environment: Mapping[str, str | int], profile: PassProfile, start: Start
+) -> ResultsWriter:
+    path, settings = job.config.run_folder / run_folder.RESULTS, job.config.results
+    options: dict[str, Any] = {
+        "flush_seconds": settings.flush_seconds,
+        "locking": settings.locking,
+        "rank_files": job.control.world_size if settings.file_per_rank else 0,
+    }
     if start.checkpoint is not None:
-        last_step = start.position.steps_done - 1
-        writer = ResultsWriter.resume(path, last_step=last_step, flush_seconds=flush_seconds)
-        note(writer, last_step, "resume", f"from {start.checkpoint.name} on {job.control.world_size} ranks")
+        writer = ResultsWriter.resume(path, last_step=start.position.steps_done - 1, **options)
+        note(
+            writer,
+            start.position.steps_done,
+            "resume",
+            f"from {start.checkpoint.name} on {job.control.world_size} ranks",
+        )
         return writer
     if job.config.train.resume == "auto" and path.exists():  # ended before its first checkpoint
-        writer = ResultsWriter.resume(path, last_step=BEFORE_ALL, flush_seconds=flush_seconds)
+        writer = ResultsWriter.resume(path, last_step=BEFORE_ALL, **options)
     else:
-        writer = ResultsWriter(path, flush_seconds=flush_seconds)
-    record_job(writer, job, environment)
+        writer = ResultsWriter(path, **options)
+    record_job(job, writer, environment, profile)
     return writer
+
+
+def _open_own_results(job: Job, start: Start) -> ResultsWriter:
+    """This rank's own file, in runs with a file for each rank."""
+    settings = job.config.results
+    path = rank_file(job.config.run_folder / run_folder.RESULTS, job.control.rank)
+    options: dict[str, Any] = {"flush_seconds": settings.flush_seconds, "locking": settings.locking}
+    if job.config.train.resume and path.exists():
+        last_step = BEFORE_ALL if start.checkpoint is None else start.position.steps_done - 1
+        return ResultsWriter.resume(path, last_step=last_step, **options)
+    return ResultsWriter(path, **options)
 
 
 def _save_model(job: Job) -> None:

@@ -1,39 +1,94 @@
-"""Live progress: plain lines on rank 0, so that a terminal, `mpirun` and a log file all show the same."""
+"""Live progress on rank 0: one line that renews itself on a terminal, plain lines now and then elsewhere."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
+from typing import TextIO
+
+_TERMINAL_SECONDS = 0.3
+_FILE_SECONDS = 10.0
 
 
 class Progress:
-    """Prints at most one step line every `every_seconds`; silent on other ranks."""
+    """Shows steps, loss, accuracy, compute, speed and the time left; silent on other ranks.
 
-    def __init__(self, rank: int, total_steps: int, every_seconds: float = 2.0) -> None:
+    A log file gets a line for the first and the last step and otherwise one every 10 s at most.
+    """
+
+    def __init__(self, rank: int, total_steps: int, *, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
         self._shown = rank == 0
+        self._live = self._stream.isatty()
         self._total_steps = total_steps
-        self._every_seconds = every_seconds
-        self._last = float("-inf")
+        self._accuracy = float("nan")
+        self._last_shown = float("-inf")
         self._steps = 0
-        self._first_ended = 0.0
+        self._first_ended = self._idle = 0.0
+        self._pending = False
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """A line of its own, which stays."""
         if self._shown:
-            print(text, flush=True, file=sys.stdout)
+            self._wipe()
+            print(text, flush=True, file=self._stream)
 
-    def step(self, epoch: int, step: int, loss: float, learning_rate: float, compute_share: float) -> None:
-        """One optimiser step is done. `compute_share` is the plan's FLOPs over the dense ones."""
+    def evaluated(self, accuracy: float, seconds: float) -> None:
+        """The accuracy to show from now on; the seconds do not count as steps."""
+        self._accuracy = accuracy
+        self._idle += seconds
+
+    def is_due(self, step: int) -> bool:
+        """Whether `step`, counted from 1, is to be shown. Call it once after every step."""
         now = time.perf_counter()
         if self._steps == 0:  # slower than the rest: planning and metering
-            self._first_ended = now
+            self._first_ended, self._idle = now, 0.0
         self._steps += 1
-        if now - self._last < self._every_seconds and step != self._total_steps:
+        every = _TERMINAL_SECONDS if self._live else _FILE_SECONDS
+        due = self._shown and (now - self._last_shown >= every or step == self._total_steps)
+        if due:
+            self._last_shown = now
+        return due
+
+    def step(
+        self, epoch: int, step: int, loss: float, learning_rate: float, compute: float, ideal_seconds: float
+    ) -> None:
+        """Shows a step, counted from 1.
+
+        compute: the plan's FLOPs over the dense ones. ideal_seconds: how long the step would take if it did nothing
+        but the plan's passes.
+        """
+        trained = time.perf_counter() - self._first_ended - self._idle
+        per_step = trained / (self._steps - 1) if self._steps > 1 else float("nan")
+        parts = [
+            f"epoch {epoch}",
+            f"step {step}/{self._total_steps}",
+            f"loss {loss:.4f}",
+            f"lr {learning_rate:.2e}",
+            f"accuracy {self._accuracy:.1%}" if self._accuracy == self._accuracy else "",
+            f"compute {compute:.0%}",
+            f"{per_step:.3f} s/step" if per_step == per_step else "",
+            f"{ideal_seconds / per_step:.0%} of the plan's speed"
+            if ideal_seconds == ideal_seconds and per_step == per_step
+            else "",
+            f"{_clock((self._total_steps - step) * per_step)} left" if per_step == per_step else "",
+        ]
+        line = "  ".join(part for part in parts if part)
+        if not self._live or step == self._total_steps:
+            self.say(line)
             return
-        self._last = now
-        seconds_per_step = (now - self._first_ended) / max(self._steps - 1, 1)
-        remaining = round((self._total_steps - step) * seconds_per_step)
-        self.say(
-            f"epoch {epoch:3d}  step {step:5d}/{self._total_steps}  loss {loss:7.4f}  lr {learning_rate:.2e}  "
-            f"compute {compute_share:4.0%}  {seconds_per_step:6.3f} s/step  {remaining // 60}:{remaining % 60:02d} left"
-        )
+        self._wipe()
+        print(line[: shutil.get_terminal_size().columns - 1], end="", flush=True, file=self._stream)
+        self._pending = True
+
+    def _wipe(self) -> None:
+        if self._pending:
+            print("\r\x1b[K", end="", file=self._stream)
+            self._pending = False
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,23 +1,27 @@
-"""What a run writes into its results file besides its steps: itself, its scores, plans, events and evaluations."""
+"""What a run writes into its results file besides its steps and evaluations: itself, its scores, plans and events."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime, timezone
 
+from d2ft_hpc.metering.profile import PassProfile
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.scores import Scores
+from d2ft_hpc.training.environment import describe_parameters
 from d2ft_hpc.training.job import Job
 
 
-def record_job(writer: ResultsWriter, job: Job, environment: Mapping[str, str | int]) -> None:
+def record_job(
+    job: Job, writer: ResultsWriter, environment: Mapping[str, str | int], profile: PassProfile
+) -> None:
     """What does not change during a run."""
     writer.put("config", {"yaml": job.config.to_yaml()})
     writer.put("environment", {}, environment)
     writer.put(
         "model",
-        {},
+        describe_parameters(job.model, job.executor.subnets),
         {
             "name": job.config.model.name,
             "num_blocks": job.executor.subnets.num_blocks,
@@ -25,34 +29,37 @@ def record_job(writer: ResultsWriter, job: Job, environment: Mapping[str, str | 
             "always_flops": job.costs.always_flops,
             "full_flops": job.costs.full_flops,
             "forward_only_flops": job.costs.forward_only_flops,
+            "dense_pass_seconds": profile.dense_seconds,
+            "always_pass_seconds": profile.always_seconds,
         },
     )
 
 
-def record_scores(writer: ResultsWriter, scores: Scores, index: int, step: int) -> None:
-    writer.put(
-        f"scores/{index}",
-        {"forward": scores.forward, "backward": scores.backward},
+def record_scores(writer: ResultsWriter, scores: Scores, step: int) -> None:
+    writer.append(
+        "scores",
         {
             "step": step,
-            "seconds": scores.seconds,
-            "flops": scores.flops,
+            "forward": scores.forward,
+            "backward": scores.backward,
             "forward_name": scores.forward_name,
             "backward_name": scores.backward_name,
+            "seconds": scores.seconds,
+            "flops": scores.flops,
             "cached": scores.cached,
         },
     )
 
 
-def record_plan(
-    writer: ResultsWriter, plan: SkipPlan, planned_share: float, scores: Scores | None, index: int, step: int
-) -> None:
+def record_plan(job: Job, writer: ResultsWriter, plan: SkipPlan, scores: Scores | None, step: int) -> None:
+    """`step` is the first one under the plan."""
     if scores is not None:
-        record_scores(writer, scores, index, step)
-    writer.put(
-        f"plans/{index}",
-        {"operations": plan.operations},
+        record_scores(writer, scores, step)
+    writer.append(
+        "plans",
         {
+            "step": step,
+            "operations": plan.operations,
             "hash": plan.hash,
             "planner": plan.planner,
             "replicas": plan.replicas,
@@ -62,15 +69,18 @@ def record_plan(
             "gap": plan.gap,
             "status": plan.status,
             "solve_seconds": plan.solve_seconds,
-            "first_step": step,
-            "planned_compute": planned_share,
+            "planned_compute": job.costs.planned_share(plan),
+            "planned_time": max(
+                float(job.costs.planned_flops(plan.for_replica(replica)).mean()) / job.costs.dense_flops
+                for replica in range(plan.replicas)
+            ),
         },
     )
     note(writer, step, "plan", plan.hash)
 
 
 def note(writer: ResultsWriter | None, step: int, kind: str, text: str, seconds: float = 0.0) -> None:
-    """Records an event. `step` is the last step before it; a run that resumes from after that step keeps the event."""
+    """Records an event; `step` is the number of steps done before."""
     if writer is not None:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         writer.append("events", {"step": step, "time": now, "kind": kind, "text": text, "seconds": seconds})

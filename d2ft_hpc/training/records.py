@@ -1,81 +1,158 @@
-"""Every rank's figures of every step, gathered to rank 0 some steps at a time and written to the results file."""
+"""Every rank's figures of every step, on their way to the results file while training goes on."""
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from d2ft_hpc.launch import Control
+from d2ft_hpc.launch.gather import PendingGather, wait_for
+from d2ft_hpc.metering.phases import StepTimes
 from d2ft_hpc.results import ResultsWriter
+from d2ft_hpc.results.reader import waiting
+from d2ft_hpc.results.schema import PHASES, RANK_FIELDS, Array
+from d2ft_hpc.training.board import Board
 
-RANK_COLUMNS = (
-    "loss",
-    "samples",
-    "dense_flops",
-    "planned_flops",
-    "executed_flops",
-    "bytes_sent",
-    "data_seconds",
-    "forward_seconds",
-    "backward_seconds",
-    "optimizer_seconds",
-    "step_seconds",
-)
-"""What each rank records of a step; units are the results schema's."""
+_PATIENCE_SECONDS = 60.0
+_COLUMNS = tuple(name for name in RANK_FIELDS if name != "waiting_seconds")
+"""What each rank sends of a step, as float64; what it did not measure is NaN."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step as this rank saw it."""
+    """One step as this rank saw it.
+
+    of_rank: values of per-rank columns of the results' steps. times, loss and gradient_norm may still be on their way
+    from the GPU until the times are ready.
+    """
 
     step: int
     epoch: int
     plan: int
     learning_rate: float
-    gradient_norm: float
-    of_rank: dict[str, float]
-    """A value for each of RANK_COLUMNS."""
+    gradient_norm: float | Tensor
+    loss: float | Tensor
+    times: StepTimes
+    of_rank: Mapping[str, float]
 
 
 class StepRecorder:
-    """Collects step records; rank 0 passes a writer, the others None."""
+    """Collects step records and passes them on without waiting for any rank, GPU or disk.
 
-    def __init__(self, control: Control, writer: ResultsWriter | None, gather_every_steps: int = 10) -> None:
-        self._control, self._writer = control, writer
-        self._gather_every_steps = gather_every_steps
-        self._pending: list[StepRecord] = []
+    All ranks add the same steps. Rank 0 passes the run's writer and TensorBoard's; with a file for each rank, every
+    rank also passes a writer of its own and nothing is gathered. As a context manager it ends with `finish`, or after
+    an exception with what rank 0 has.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        writer: ResultsWriter | None,
+        own_writer: ResultsWriter | None = None,
+        board: Board | None = None,
+    ) -> None:
+        self._control, self._writer, self._own_writer, self._board = control, writer, own_writer, board
+        self._measured: deque[StepRecord] = deque()
+        self._sent: deque[tuple[StepRecord, Array, PendingGather]] = deque()
+        self._recording_seconds = 0.0
 
     def add(self, record: StepRecord) -> None:
-        """All ranks add the same steps, so that all gather at the same one."""
-        self._pending.append(record)
-        if len(self._pending) >= self._gather_every_steps:
-            self.gather()
+        """Takes a step; passes on those whose times are ready."""
+        start = time.perf_counter()
+        self._measured.append(record)
+        while self._measured and self._measured[0].times.ready:
+            self._send(self._measured.popleft())
+        while self._sent and (parts := self._sent[0][2].poll()) is not None:
+            self._write(self._sent.popleft()[0], parts)
+        self._recording_seconds += time.perf_counter() - start
 
-    def gather(self) -> None:
-        """Writes what is pending; on all ranks together."""
-        own = np.array(
-            [[record.of_rank[column] for column in RANK_COLUMNS] for record in self._pending], "<f8"
-        )
-        parts = self._control.all_gather(own.tobytes())
-        if self._writer is not None and self._pending:
-            values = np.stack(
-                [np.frombuffer(part, "<f8").reshape(own.shape) for part in parts]
-            )  # [rank, step, column]
-            for index, record in enumerate(self._pending):
-                by_column = dict(zip(RANK_COLUMNS, values[:, index].T, strict=True))
-                losses, samples = by_column.pop("loss"), by_column.pop("samples")
-                self._writer.append(
-                    "steps",
-                    {
-                        "step": record.step,
-                        "epoch": record.epoch,
-                        "plan": record.plan,
-                        "learning_rate": record.learning_rate,
-                        "gradient_norm": record.gradient_norm,
-                        "loss": float(losses.mean()),
-                        "samples": int(samples.sum()),
-                        **by_column,
-                    },
-                )
-        self._pending = []
+    def finish(self) -> None:
+        """Everything that was added is with the writers when this returns; on all ranks together."""
+        while self._measured:
+            self._send(self._measured.popleft())
+        while self._sent:
+            record, own, gather = self._sent.popleft()
+            parts = wait_for(gather, _PATIENCE_SECONDS)
+            self._write(record, [own.tobytes()] if parts is None else parts)
+
+    def __enter__(self) -> StepRecorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if fault is None:
+            self.finish()
+            return
+        for record, own, gather in self._sent:
+            self._write(record, gather.poll() or [own.tobytes()])
+        for record in self._measured:
+            if record.times.ready:
+                self._write(record, [self._figures(record).tobytes()])
+
+    def _send(self, record: StepRecord) -> None:
+        own = self._figures(record)
+        if self._own_writer is None:
+            self._sent.append((record, own, self._control.start_gather(own.tobytes())))
+            return
+        self._own_writer.append("steps", {"step": record.step, **_columns(own[None])})
+        if self._writer is not None:
+            self._writer.append("steps", _of_all(record))
+
+    def _figures(self, record: StepRecord) -> Array:
+        """This rank's values of _COLUMNS, float64."""
+        seconds = record.times.seconds()
+        figures = {
+            "rank_loss": float(record.loss),
+            **record.of_rank,
+            **{f"{phase}_seconds": seconds.get(phase, 0.0) for phase in PHASES},
+            "step_seconds": sum(seconds.values()),
+            "recording_seconds": self._recording_seconds,
+        }
+        self._recording_seconds = 0.0
+        return np.array([figures.get(column, np.nan) for column in _COLUMNS], "<f8")
+
+    def _write(self, record: StepRecord, parts: list[bytes]) -> None:
+        if self._writer is None:
+            return
+        of_ranks = np.stack([np.frombuffer(part, "<f8") for part in parts])
+        columns = _columns(of_ranks)
+        if "communication_seconds" in columns:
+            columns["waiting_seconds"] = waiting(columns["communication_seconds"][None])[0]
+        row: dict[str, Any] = {
+            **_of_all(record),
+            "loss": float(np.nanmean(columns["rank_loss"])) if "rank_loss" in columns else np.nan,
+            "samples": int(columns["rank_samples"].sum()),
+            **columns,
+        }
+        self._writer.append("steps", row)
+        if self._board is not None:
+            self._board.step(row)
+
+
+def _of_all(record: StepRecord) -> dict[str, float]:
+    return {
+        "step": record.step,
+        "epoch": record.epoch,
+        "plan": record.plan,
+        "learning_rate": record.learning_rate,
+        "gradient_norm": float(record.gradient_norm),
+    }
+
+
+def _columns(of_ranks: Array) -> dict[str, Array]:
+    """Columns of the results by name, each [rank], from values of _COLUMNS [rank, column]; what no rank measured is
+    left out."""
+    columns = {}
+    for name, values in zip(_COLUMNS, of_ranks.T, strict=True):
+        if not np.isnan(values).all():
+            kind = RANK_FIELDS[name].kind
+            columns[name] = np.nan_to_num(values, nan=-1).astype(kind) if kind.startswith("int") else values
+    return columns

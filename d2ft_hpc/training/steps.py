@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from d2ft_hpc.engines.engine import Engine, MicroBatch, StepReport
 from d2ft_hpc.metering import Metered, meter
+from d2ft_hpc.metering.memory import reset_peak, used_bytes
+from d2ft_hpc.metering.phases import phase, timed_step
 from d2ft_hpc.planning import Operation
+from d2ft_hpc.results.schema import BYTE_KINDS
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.records import StepRecord
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a step's plan asks of this replica. A row is a micro-batch, or a sample if the plan binds samples; it counts
+    as FULL if any of its subnets is."""
+
+    planned_flops: float
+    full_rows: int
+    forward_only_rows: int
+    left_out_rows: int
 
 
 class StepRunner:
@@ -26,52 +42,80 @@ class StepRunner:
         self._metered = Metered()
         self._metered_planned_flops = 1.0
 
-    def run(
-        self, micro_batches: list[MicroBatch], *, step: int, epoch: int, plan: int, data_seconds: float
-    ) -> StepRecord:
-        """One optimiser step on this replica's micro-batches; on all ranks together."""
+    def run(self, batches: Iterator[list[MicroBatch]], *, step: int, epoch: int, plan: int) -> StepRecord:
+        """One optimiser step on this replica's next batch; on all ranks together."""
+        device = self._job.device
+        reset_peak(device)
+        with timed_step(device) as times:
+            with phase("data"):
+                micro_batches = next(batches)
+            if plan == self._metered_plan:
+                report, work = self._step(micro_batches, step)
+            else:
+                with meter() as self._metered:
+                    report, work = self._step(micro_batches, step)
+                self._metered_plan, self._metered_planned_flops = plan, work.planned_flops
+            loss, gradient_norm = _on_host(report.loss), _on_host(report.gradient_norm)
         samples = sum(len(labels) for _, labels in micro_batches)
-        start = time.perf_counter()
-        if plan == self._metered_plan:
-            report, planned = self._step(micro_batches, step)
-        else:
-            with meter() as self._metered:
-                report, planned = self._step(micro_batches, step)
-            self._metered_plan, self._metered_planned_flops = plan, planned
-        if self._job.device.type == "cuda":
-            torch.cuda.synchronize(self._job.device)
-        step_seconds = time.perf_counter() - start
         return StepRecord(
             step=step,
             epoch=epoch,
             plan=plan,
             learning_rate=report.learning_rate,
-            gradient_norm=report.gradient_norm,
+            gradient_norm=gradient_norm,
+            loss=loss,
+            times=times,
             of_rank={
-                "loss": report.loss,
-                "samples": samples,
+                "rank_samples": samples,
                 "dense_flops": self._job.costs.dense_flops * samples,
-                "planned_flops": planned,
-                "executed_flops": self._metered.flops * planned / self._metered_planned_flops,
+                "planned_flops": work.planned_flops,
+                "executed_flops": self._metered.flops * work.planned_flops / self._metered_planned_flops,
+                "full_rows": work.full_rows,
+                "forward_only_rows": work.forward_only_rows,
+                "left_out_rows": work.left_out_rows,
                 "bytes_sent": sum(self._metered.bytes_sent.values()),
-                "data_seconds": data_seconds,
-                **{f"{phase}_seconds": seconds for phase, seconds in report.seconds.items()},
-                "step_seconds": data_seconds + step_seconds,
+                **_bytes_by_kind(self._metered.bytes_sent),
+                "memory_bytes": used_bytes(device),
             },
         )
 
-    def _step(self, micro_batches: list[MicroBatch], step: int) -> tuple[StepReport, float]:
-        """Trains on these micro-batches, or on what the plan's samples are of them; also the FLOPs that it promises."""
+    def _step(self, micro_batches: list[MicroBatch], step: int) -> tuple[StepReport, _Work]:
+        """Trains on these micro-batches, or on those of their samples that the plan lets train."""
         plan, costs = self._job.executor.plan, self._job.costs
         assert plan is not None
         operations = plan.for_replica(self._job.control.rank)
         if plan.binding == "slot":
             flops = zip(costs.planned_flops(operations), micro_batches, strict=True)
-            return self._engine.step(micro_batches), float(
-                sum(each * len(labels) for each, (_, labels) in flops)
+            planned = float(sum(each * len(labels) for each, (_, labels) in flops))
+            most = operations.reshape(len(operations), -1).max(1)
+            full, forward_only, left_out = (
+                int((most == operation).sum()) for operation in sorted(Operation, reverse=True)
             )
+            return self._engine.step(micro_batches), _Work(planned, full, forward_only, left_out)
         assert self._job.selection is not None
         share = float((operations == Operation.FULL).mean())
-        chosen = self._job.selection(micro_batches, step, share)
+        with phase("forward"):
+            chosen = self._job.selection(micro_batches, step, share)
         scored, trained = (sum(len(labels) for _, labels in batch) for batch in (micro_batches, chosen))
-        return self._engine.step(chosen), scored * costs.score_flops + trained * costs.dense_flops
+        planned = scored * costs.score_flops + trained * costs.dense_flops
+        return self._engine.step(chosen), _Work(planned, trained, 0, scored - trained)
+
+
+def _on_host(value: float | Tensor) -> float | Tensor:
+    """The value on its way to the host: there when the step's times are ready, and nothing waits for it now."""
+    if not isinstance(value, Tensor) or value.device.type != "cuda":
+        return value
+    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    return host.copy_(value.detach(), non_blocking=True)
+
+
+def _bytes_by_kind(by_collective: Mapping[str, int]) -> dict[str, float]:
+    """The results' columns of bytes, from the names that torch.distributed's operators have."""
+    names = {"send": "point_to_point", "recv": "point_to_point"}
+    names |= {kind.replace("_", ""): kind for kind in BYTE_KINDS}
+    columns = {f"{kind}_bytes": 0.0 for kind in BYTE_KINDS}
+    for collective, count in by_collective.items():
+        plain = collective.replace("_", "")
+        kind = next((kind for start, kind in names.items() if plain.startswith(start)), "other")
+        columns[f"{kind}_bytes"] += count
+    return columns

@@ -64,12 +64,12 @@ def test_the_results_file_holds_the_whole_run(finished_run: Path) -> None:
     assert steps["step_seconds"].shape == (len(steps["step"]), 2)
     assert steps["samples"].sum() == 2 * 716
     assert opened.table("evaluations")["epoch"].tolist() == [0, 1, 2]
-    plans = opened.groups("plans")
-    assert [attributes["first_step"] for _, attributes in plans] == [0, len(steps["step"]) // 2]
-    for (data, attributes), (scores, _) in zip(plans, opened.groups("scores"), strict=True):
-        assert data["operations"].shape == scores["forward"].shape == (8, 6, 4)
-        assert SkipPlan(data["operations"], replicas=2).hash == attributes["hash"]
-        assert attributes["planned_compute"] <= 0.5
+    plans = opened.table("plans")
+    assert plans["step"].tolist() == [0, len(steps["step"]) // 2]
+    for index in range(2):
+        assert opened.plan(index).shape == opened.score(index, "forward").shape == (8, 6, 4)
+        assert SkipPlan(opened.plan(index), replicas=2).hash == plans["hash"][index]
+        assert plans["planned_compute"][index] <= 0.5
 
 
 def test_executed_compute_is_what_the_plan_promised(finished_run: Path) -> None:

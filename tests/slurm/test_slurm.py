@@ -122,8 +122,7 @@ def test_scoring_planning_training_as_a_chain(cluster: Cluster, tmp_path: Path) 
     ]
     assert cluster.wait(jobs[2]) == "COMPLETED", "".join(map(cluster.output, jobs))
     saved = SkipPlan.load(tmp_path / "plan.h5")
-    ((data, _),) = open_run(tmp_path / "demo").groups("plans")
-    np.testing.assert_array_equal(data["operations"], saved.operations)
+    np.testing.assert_array_equal(open_run(tmp_path / "demo").plan(0), saved.operations)
 
 
 def test_the_other_scripts_as_they_are(cluster: Cluster, tmp_path: Path) -> None:

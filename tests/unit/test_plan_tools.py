@@ -96,7 +96,7 @@ def test_scores_are_read_from_a_results_file(tmp_path):
         writer.put("model", {}, {"num_blocks": 6, "num_heads": 4, **flops})
         for index, factor in enumerate((1, 2)):
             data = {"forward": scores.forward.astype("f4") * factor, "backward": scores.backward.astype("f4")}
-            writer.put(f"scores/{index}", data, {"step": index})
+            writer.append("scores", {"step": index, **data})
     for index, factor in ((0, 1), (1, 2), (-1, 2)):
         read = read_scores(tmp_path, index)
         np.testing.assert_allclose(read.forward, scores.forward * factor, rtol=1e-6)

@@ -16,12 +16,15 @@ import pytest
 from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.results import ResultsWriter, open_run
 from d2ft_hpc.results.schema import TABLES
+from d2ft_hpc.results.segments import rank_file
 
 RANKS = 2
 
 
 def step_row(step, ranks=RANKS):
-    per_rank = {name: np.full(ranks, float(step)) for name, field in TABLES["steps"].items() if field.axes}
+    per_rank = {
+        name: np.full(ranks, step, field.kind) for name, field in TABLES["steps"].items() if field.axes
+    }
     return {"step": step, "epoch": 0, "plan": 0, "loss": 1.0 / (step + 1), "samples": 8, **per_rank}
 
 
@@ -29,26 +32,29 @@ def write_run(path, steps=10, **options):
     with ResultsWriter(path, **options) as writer:
         writer.put("config", {"yaml": "model:\n  name: vit_tiny\n"})
         writer.put("environment", {}, {"world_size": RANKS, "torch": "2.6"})
-        writer.put(
-            "plans/0", {"operations": np.full((4, 3, 2), 2, np.uint8)}, {"gap": 0.25, "solve_seconds": 2.0}
-        )
+        operations = np.full((4, 3, 2), 2, np.uint8)
+        writer.append("plans", {"step": 0, "operations": operations, "gap": 0.25, "solve_seconds": 2.0})
         scores = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
-        writer.put("scores/0", {"forward": scores, "backward": 2 * scores}, {"step": 0, "seconds": 1.0})
+        writer.append("scores", {"step": 0, "forward": scores, "backward": 2 * scores, "seconds": 1.0})
         for step in range(steps):
             writer.append("steps", step_row(step))
-        writer.append("evaluations", {"step": steps - 1, "accuracy": 0.5})
+        confusion = np.array([[3, 1], [0, 4]])
+        writer.append("evaluations", {"step": steps, "accuracy": 0.5, "confusion": confusion})
         writer.append(
             "events", {"step": 0, "kind": "plan", "text": "grüße", "time": "2025-01-01T00:00:00+00:00"}
         )
     return path
 
 
-def check_plain(path, at_least=0):
+def check_plain(path, at_least=0, locking=None):
     """Plain h5py finds whole tables whose every value is the one written; returns the number of steps."""
-    with h5py.File(path, "r") as file:
+    with h5py.File(path, "r", locking=locking) as file:
         assert file.attrs["format"] == b"d2ft-hpc results"
         for table, fields in TABLES.items():
-            assert len({file[f"{table}/{name}"].shape[0] for name in fields}) == 1
+            assert len({file[f"{table}/{name}"].shape[0] for name in fields if name in file[table]}) <= 1
+        if "step" not in file["steps"]:
+            assert at_least == 0
+            return 0
         steps = file["steps/step"][:]
         np.testing.assert_array_equal(steps, np.arange(len(steps)))
         np.testing.assert_array_equal(file["steps/loss"][:], 1.0 / (steps + 1))
@@ -67,17 +73,18 @@ def test_what_was_written_is_read(tmp_path, flush_seconds):
         assert run.config == {"model": {"name": "vit_tiny"}}
         assert run.attributes("environment") == {"world_size": 2, "torch": "2.6"}
         assert run.attributes("model") == {}
-        ((plan, attributes),) = run.groups("plans")
-        assert plan["operations"].dtype == np.uint8
-        assert plan["operations"].tolist() == np.full((4, 3, 2), 2).tolist()
-        assert attributes == {"gap": 0.25, "solve_seconds": 2.0, "index": 0}
-        assert run.groups("scores")[0][0]["backward"][3, 2, 1] == 46
+        assert run.plan(0).dtype == np.uint8
+        assert run.plan(0).tolist() == np.full((4, 3, 2), 2).tolist()
+        assert run.table("plans", ["gap", "solve_seconds"]) == {"gap": [0.25], "solve_seconds": [2.0]}
+        assert run.score(0, "backward")[3, 2, 1] == 46
+        assert run.table("evaluations")["confusion"].tolist() == [[[3, 1], [0, 4]]]
+        assert run.table("evaluations")["class_accuracy"].shape == (1, 0)  # left out
         assert run.table("events")["text"].tolist() == ["grüße"]
         assert np.isnan(run.table("steps")["learning_rate"]).all()  # left out
         assert run.table("evaluations")["samples"].tolist() == [-1]
         assert run.units("steps", "bytes_sent") == "B"
-        # 1 s of scores and 2 s of planning at the start, then steps of 0, 1, 2, ... s
-        assert run.elapsed_seconds(np.array([0, 3])).tolist() == [3.0, 9.0]
+        # 1 s of scores and 2 s of planning before the first step, then steps of 0, 1, 2, ... s
+        assert run.elapsed_seconds(np.array([0, 1, 4])).tolist() == [0.0, 3.0, 9.0]
 
 
 def test_every_dataset_has_units_and_a_description(tmp_path):
@@ -92,7 +99,13 @@ def test_every_dataset_has_units_and_a_description(tmp_path):
 
     with h5py.File(path) as file:
         file.visititems(look)
-    assert len(seen) == sum(len(fields) for fields in TABLES.values()) + 4
+        for column in (*file["steps"], "step_seconds"):
+            scales = [file["steps"][column].dims[i] for i in range(file["steps"][column].ndim)]
+            assert column == "step" or all(len(scale) == 1 for scale in scales)
+        assert file["plans/operations"].dims[2].keys() == ["block"]
+    assert {"steps/loss", "plans/operations", "scores/forward", "events/text", "config/yaml", "rank"} < set(
+        seen
+    )
 
 
 @pytest.mark.parametrize("name", ["results.h5", "50%b.h5", "grün rot.h5", "v1.2"])
@@ -117,14 +130,14 @@ def test_number_of_segments_grows_with_the_logarithm(tmp_path):
     writer.close()
 
 
-def test_rows_reach_the_file_when_the_flush_interval_has_passed(tmp_path, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("d2ft_hpc.results.writer.time.monotonic", lambda: now[0])
-    writer = ResultsWriter(tmp_path / "results.h5", flush_seconds=5)
-    for step, (now[0], on_disk) in enumerate([(1.0, 0), (4.9, 0), (5.0, 3), (9.9, 3), (10.0, 5)]):
-        writer.append("steps", step_row(step))
-        assert check_plain(writer.path) == on_disk
-    writer.close()
+def test_rows_reach_the_file_within_the_flush_interval(tmp_path):
+    with ResultsWriter(tmp_path / "results.h5", flush_seconds=0.2) as writer:
+        for step in range(3):
+            appended = time.monotonic()
+            writer.append("steps", step_row(step))
+            while check_plain(writer.path, locking=False) <= step:
+                assert time.monotonic() - appended < 10
+                time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
@@ -140,15 +153,17 @@ def test_rows_reach_the_file_when_the_flush_interval_has_passed(tmp_path, monkey
             lambda w: w.append("steps", {"step": 0, "step_seconds": [1, 2], "bytes_sent": [1]}),
             "different lengths",
         ),
-        (lambda w: w.put("plan/0", {}), "did you mean 'plans'"),
-        (lambda w: w.put("plans", {}), "plans/<number>"),
-        (lambda w: w.put("config/0", {}), "use 'config'"),
+        (lambda w: w.put("modell", {}), "did you mean 'model'"),
+        (lambda w: w.put("config", {"yam": "a: 1"}), "did you mean 'yaml'"),
         (
-            lambda w: w.put("plans/0", {"operation": np.zeros((1, 1, 1), np.uint8)}),
+            lambda w: w.append("plans", {"step": 0, "operation": np.zeros((1, 1, 1), np.uint8)}),
             "did you mean 'operations'",
         ),
-        (lambda w: w.put("plans/0", {"operations": np.zeros(3, np.uint8)}), r"\[row, block, head\]"),
-        (lambda w: w.put("plans/0", {}, {"bound": None}), "plans/0@bound = None"),
+        (
+            lambda w: w.append("plans", {"step": 0, "operations": np.zeros(3, np.uint8)}),
+            r"\[row, block, head\]",
+        ),
+        (lambda w: w.put("model", {}, {"bound": None}), "model@bound = None"),
     ],
 )
 def test_what_the_schema_does_not_have_is_refused_by_name(tmp_path, write, message):
@@ -187,7 +202,7 @@ def test_an_exception_keeps_what_was_computed(tmp_path):
 @pytest.mark.parametrize("how", ["killed", "closed"])
 def test_resume_continues_after_the_checkpoint(tmp_path, how):
     path = tmp_path / "results.h5"
-    writer = ResultsWriter(path, flush_seconds=0)
+    writer = ResultsWriter(path, flush_seconds=0, locking="no")  # a kill leaves no lock
     writer.put("config", {"yaml": "a: 1"})
     writer.put("environment", {}, {"device": "old"})
     for step in range(10):
@@ -212,8 +227,116 @@ def test_resume_continues_after_the_checkpoint(tmp_path, how):
         assert run.created == created
         assert run.config == {"a": 1}
         assert run.attributes("environment") == {"device": "new"}
-        assert run.table("events")["kind"].tolist() == ["e" * step for step in range(7)]
+        assert run.table("events")["kind"].tolist() == ["e" * step for step in range(8)]
     assert [p.name for p in tmp_path.iterdir()] == ["results.h5"]
+
+
+def test_a_run_has_one_writer(tmp_path):
+    with ResultsWriter(tmp_path / "results.h5") as writer:
+        with pytest.raises(ResultsError, match="another process writes this run"):
+            ResultsWriter.resume(writer.path, last_step=0)
+        ResultsWriter.resume(writer.path, last_step=0, locking="no")
+    with pytest.raises(ResultsError, match="closed"):
+        writer.append("steps", step_row(0))
+
+
+def write_rank(path, rank, steps, **options):
+    with ResultsWriter(rank_file(path, rank), **options) as writer:
+        for step in steps:
+            values = {"rank_loss": step + rank / 10, "rank_samples": 4, "communication_seconds": 1 + rank}
+            writer.append("steps", {"step": step, "step_seconds": step + 100 * rank, **values})
+
+
+def test_a_file_for_each_rank(tmp_path):
+    """Rank 1 is behind while the run goes on, and rank 2 has not begun."""
+    path = tmp_path / "results.h5"
+    main = ResultsWriter(path, flush_seconds=0, rank_files=3)
+    writers = [ResultsWriter(rank_file(path, rank), flush_seconds=0) for rank in range(2)]
+    for step in range(4):
+        main.append("steps", {"step": step, "learning_rate": 0.5})
+        for rank, writer in enumerate(writers[: 2 if step < 2 else 1]):
+            writer.append("steps", {"step": step, "step_seconds": step + 100 * rank})
+    with h5py.File(path) as file:
+        expected = [[step, 100 + step if step < 2 else np.nan, np.nan] for step in range(4)]
+        np.testing.assert_array_equal(file["steps/step_seconds"][:], expected)
+        assert file["steps/learning_rate"].shape == (4,)
+    with open_run(path) as run:
+        np.testing.assert_array_equal(run.table("steps")["step_seconds"], expected)
+    for writer in (main, *writers):
+        writer.close()
+
+    with pytest.raises(ResultsError, match="begun with a file for each rank"):
+        ResultsWriter.resume(path, last_step=1)
+    with ResultsWriter.resume(path, last_step=1, rank_files=3) as main:
+        for step in (2, 3):
+            main.append("steps", {"step": step, "learning_rate": 0.5})
+    shutil.rmtree(rank_file(path, 0).parent)
+    for rank in range(3):
+        write_rank(path, rank, range(4 - rank))
+    with open_run(path) as run:
+        steps = run.table("steps")
+        nan = np.nan
+        assert steps["learning_rate"].tolist() == [0.5] * 4
+        expected = [[0, 100, 200], [1, 101, 201], [2, 102, nan], [3, nan, nan]]
+        np.testing.assert_array_equal(steps["step_seconds"], expected)
+        np.testing.assert_allclose(steps["loss"], [0.1, 1.1, 2.05, 3.0])
+        assert steps["samples"].tolist() == [12, 12, 8, 4]
+        np.testing.assert_array_equal(steps["waiting_seconds"][0], [0, 1, 2])
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(file["steps/step_seconds"][:], expected)
+
+
+def test_a_file_of_version_1(tmp_path):
+    """Written by the package when the schema was at version 1: the demo under two plans."""
+    path = Path(__file__).parents[1] / "data" / "results_version1.h5"
+    with open_run(path) as run, h5py.File(path, locking=False) as file:
+        assert run.schema_version == 1
+        assert run.complete
+        steps = run.table("steps")
+        np.testing.assert_array_equal(steps["loss"], file["steps/loss"][:])
+        np.testing.assert_array_equal(steps["step_seconds"], file["steps/step_seconds"][:].astype("f4"))
+        assert np.isnan(steps["waiting_seconds"]).all()
+        for index in (0, 1):
+            old = file[f"plans/{index}"]
+            np.testing.assert_array_equal(run.plan(index), old["operations"][:])
+            np.testing.assert_array_equal(run.score(index, "forward"), file[f"scores/{index}/forward"][:])
+            plans = run.table("plans")
+            for new, name in (("step", "first_step"), ("gap", "gap"), ("solve_seconds", "solve_seconds")):
+                assert plans[new][index] == old.attrs[name]
+            assert plans["planner"][index] == "joint"
+        assert run.attributes("model")["num_heads"] == 4
+    shutil.copy(path, tmp_path / "results.h5")
+    with ResultsWriter.resume(tmp_path / "results.h5", last_step=8) as writer:
+        writer.append("steps", {"step": 9})
+    with open_run(tmp_path) as run:
+        assert run.schema_version == 2
+        assert run.table("steps", ["step"])["step"].tolist() == list(range(10))
+        assert len(run.table("plans")["step"]) == 1
+
+
+def test_pandas_and_xarray(tmp_path):
+    pandas, xarray = pytest.importorskip("pandas"), pytest.importorskip("xarray")
+    path = write_run(tmp_path / "results.h5", steps=5)
+    with open_run(path) as run:
+        frame = run.pandas("steps")
+        assert frame.index.name == "step"
+        assert frame.loc[3, "loss"] == 0.25
+        by_rank = run.pandas("steps", by_rank=True)
+        assert by_rank.index.names == ["step", "rank"]
+        assert by_rank.loc[(4, 1), "step_seconds"] == 4
+        assert run.pandas("events").loc[0, "text"] == "grüße"
+        dataset = run.xarray("steps")
+        assert dict(dataset.sizes) == {"step": 5, "rank": 2}
+        assert dataset["step_seconds"].sel(step=3, rank=0) == 3
+        assert dataset["step_seconds"].attrs["units"] == "s"
+        assert run.xarray("plans")["operations"].dims == ("plan", "row", "block", "head")
+    pytest.importorskip("h5netcdf")
+    with xarray.open_dataset(path, group="steps", engine="h5netcdf") as alone:  # without this package
+        assert dict(alone.sizes) == {"step": 5, "rank": 2}
+        assert isinstance(alone["step_seconds"].to_dataframe(), pandas.DataFrame)
+        assert alone["step_seconds"].sel(step=3).values.tolist() == [3, 3]
+    with xarray.open_dataset(path, group="plans", engine="h5netcdf") as alone:
+        assert alone["operations"].sizes == {"plan": 1, "row": 4, "block": 3, "head": 2}
 
 
 def test_resume_on_more_ranks(tmp_path):
@@ -483,9 +606,18 @@ def huge(file):
     file.create_dataset("steps/loss", shape=(10**12,), dtype="f8", chunks=(1000,))
 
 
-def compressed(file):
+def compressed_bomb(file):
+    """100 GB of zeros in a file of some hundred kB."""
     del file["steps/loss"]
-    file.create_dataset("steps/loss", data=np.zeros(10), compression="gzip")
+    file.create_dataset(
+        "steps/loss", shape=(10**10 + 10**9,), dtype="f8", chunks=(10**8,), compression="gzip"
+    )
+    file["steps/loss"][: 10**6] = 0
+
+
+def other_filter(file):
+    del file["steps/loss"]
+    file.create_dataset("steps/loss", data=np.zeros(10), compression="lzf")
 
 
 def raw_file_of_the_machine(file):
@@ -514,7 +646,17 @@ def many_texts(file):
 
 
 @pytest.mark.parametrize(
-    "harm", [huge, compressed, raw_file_of_the_machine, object_references, torn, external_column, many_texts]
+    "harm",
+    [
+        huge,
+        compressed_bomb,
+        other_filter,
+        raw_file_of_the_machine,
+        object_references,
+        torn,
+        external_column,
+        many_texts,
+    ],
 )
 def test_a_whole_file_with_a_harmful_dataset_is_refused(tmp_path, harm):
     path = write_run(tmp_path / "results.h5")

@@ -1,0 +1,73 @@
+"""A function of tensors as CUDA graphs: hundreds of kernels launched as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+_WARM_UPS = 3
+"""Runs before a capture: kernels compile, choose algorithms and allocate their workspaces."""
+
+
+@dataclass(frozen=True)
+class _Capture:
+    graph: torch.cuda.CUDAGraph
+    arguments: tuple[Tensor, ...]
+    result: Tensor
+
+
+class CudaGraphs:
+    """Calls `function` through one CUDA graph for each set of shapes and types of its arguments.
+
+    function: takes tensors on one GPU, returns one; it must not synchronise the device, and what it reads and writes
+        beside its arguments (parameters, gradients) must stay where it is in memory.
+    changed: what `function` writes beside its result; warming up and capturing leave it as it was.
+    most: graphs that are kept; arguments of further shapes are computed without one.
+
+    A result lies in memory that the next call with the same shapes overwrites. While a dispatch mode is on, one that
+    counts operators say, the function runs by itself: no mode sees into a graph.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        changed: Callable[[], Sequence[Tensor]] = lambda: (),
+        most: int = 8,
+    ) -> None:
+        self._function, self._changed, self._most = function, changed, most
+        self._captures: dict[tuple[object, ...], _Capture] = {}
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        if _get_current_dispatch_mode() is not None:
+            return self._function(*arguments)
+        key = tuple((argument.shape, argument.dtype) for argument in arguments)
+        if key not in self._captures:
+            if len(self._captures) == self._most:
+                return self._function(*arguments)
+            self._captures[key] = self._capture(arguments)
+        capture = self._captures[key]
+        for place, argument in zip(capture.arguments, arguments, strict=True):
+            place.copy_(argument)
+        capture.graph.replay()
+        return capture.result
+
+    def _capture(self, given: tuple[Tensor, ...]) -> _Capture:
+        arguments = tuple(argument.clone() for argument in given)
+        before = [tensor.clone() for tensor in self._changed()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                self._function(*arguments)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = self._function(*arguments)
+        with torch.no_grad():
+            for tensor, value in zip(self._changed(), before, strict=True):
+                tensor.copy_(value)
+        return _Capture(graph, arguments, result)

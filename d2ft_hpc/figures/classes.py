@@ -1,0 +1,66 @@
+"""Which classes a run tells apart: accuracy of each class over time, and the last confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from d2ft_hpc.figures.run import Run
+from d2ft_hpc.figures.style import COLOURS, heat_map, new_figure, say, short
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_WRITTEN = 20
+
+
+def measure(runs: Sequence[Run]) -> dict[str, Any]:
+    """Of each run's last evaluation: accuracy by class, and samples by label and prediction."""
+    return {"runs": [_of_run(run) for run in runs]}
+
+
+def _of_run(run: Run) -> dict[str, Any]:
+    accuracy, confusion = run.evaluations["class_accuracy"], run.evaluations["confusion"]
+    recorded = len(confusion) > 0 and confusion.shape[1] > 0
+    return {
+        "name": run.name,
+        "class_accuracy": accuracy[-1] if len(accuracy) else [],
+        "confusion": confusion[-1] if recorded else None,
+    }
+
+
+def draw(numbers: dict[str, Any]) -> Figure:
+    """A row for each run: accuracy of each class, and the confusion matrix by share of the label's samples."""
+    runs = numbers["runs"]
+    figure = new_figure(12, 0.4 + 4.4 * len(runs))
+    for (left, right), run in zip(figure.subplots(len(runs), 2, squeeze=False), runs, strict=True):
+        accuracy = np.asarray(run["class_accuracy"], dtype=float)
+        left.bar(np.arange(len(accuracy)), 100 * np.nan_to_num(accuracy), color=COLOURS[0])
+        left.set(
+            title=f"{short(run['name'])}: accuracy by class",
+            xlabel="class",
+            ylabel="accuracy (%)",
+            ylim=(0, 105),
+        )
+        left.grid(axis="y", alpha=0.3)
+        left.set_axisbelow(True)
+        if len(accuracy) <= _WRITTEN:
+            left.set_xticks(range(len(accuracy)))
+        if run["confusion"] is None:
+            right.set_axis_off()
+            say(right, "no confusion matrix recorded")
+            continue
+        counts = np.asarray(run["confusion"], dtype=float)
+        shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        image = heat_map(right, shares, vmin=0, vmax=100)
+        right.set(title="confusion (numbers: samples)", xlabel="prediction", ylabel="label")
+        figure.colorbar(image, ax=right, label="share of the label's samples (%)")
+        if len(counts) <= _WRITTEN:
+            for (label, prediction), count in np.ndenumerate(counts):
+                ink = "black" if shares[label, prediction] > 55 else "white"
+                right.text(
+                    prediction, label, f"{count:.0f}", ha="center", va="center", color=ink, fontsize="small"
+                )
+    return figure

@@ -1,0 +1,97 @@
+"""Accuracy against what it cost: measured time, executed compute and bytes sent, of many runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from d2ft_hpc.figures.run import Run
+from d2ft_hpc.figures.style import legend_below, marker_style, new_figure, say, short
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COSTS = {
+    "seconds": ("training, scoring and planning time (s)", 1.0),
+    "flops": ("compute executed, all ranks (TFLOP)", 1e12),
+    "bytes": ("bytes sent, all ranks (MB)", 1e6),
+}
+_EQUAL = 0.1
+
+
+def measure(runs: Sequence[Run]) -> dict[str, Any]:
+    """Cost and accuracy of each run at its end and at every evaluation.
+
+    `rivals`: for each run that is not dense, the dense run that was trained to the end with the compute nearest to
+    its own, if that is within 10 %; and what the dense runs had reached when they had spent as much.
+    """
+    measured = [_costs(run) for run in runs]
+    dense = [run for run in measured if run["dense"]]
+    return {
+        "runs": measured,
+        "rivals": [_rival(run, dense) for run in measured if not run["dense"]] if dense else [],
+    }
+
+
+def _costs(run: Run) -> dict[str, Any]:
+    evaluations = run.evaluations
+    return {
+        "name": run.name,
+        "dense": run.is_dense,
+        "accuracy": run.accuracy,
+        "seconds": run.train_seconds + run.preparation_seconds,
+        "flops": run.total_flops,
+        "bytes": run.total_bytes,
+        "on_the_way": {
+            "accuracy": evaluations["accuracy"],
+            "seconds": run.results.elapsed_seconds(evaluations["step"]),
+            "flops": run.curve("executed_flops"),
+            "bytes": run.curve("bytes_sent"),
+        },
+    }
+
+
+def _rival(run: dict[str, Any], dense: list[dict[str, Any]]) -> dict[str, Any]:
+    near = min(dense, key=lambda other: abs(other["flops"] - run["flops"]))
+    equal = abs(near["flops"] - run["flops"]) <= _EQUAL * run["flops"]
+    reached = [
+        float(np.interp(run["flops"], other["on_the_way"]["flops"], other["on_the_way"]["accuracy"]))
+        for other in dense
+        if len(other["on_the_way"]["flops"])
+    ]
+    return {
+        "run": run["name"],
+        "accuracy": run["accuracy"],
+        "dense_of_equal_compute": near["name"] if equal else None,
+        "its_accuracy": near["accuracy"] if equal else None,
+        "dense_on_its_way": max(reached, default=float("nan")),
+    }
+
+
+def draw(numbers: dict[str, Any]) -> Figure:
+    """A panel for each cost; dense runs as black stars with the way that they took."""
+    figure = new_figure(14, 5)
+    for axis, (cost, (label, unit)) in zip(figure.subplots(1, 3, sharey=True), _COSTS.items(), strict=True):
+        sparse = 0
+        for run in numbers["runs"]:
+            x, y = run[cost] / unit, 100 * run["accuracy"]
+            if run["dense"]:
+                way = run["on_the_way"]
+                axis.plot(np.asarray(way[cost]) / unit, 100 * np.asarray(way["accuracy"]), color="0.6", lw=1)
+                style: dict[str, Any] = {"color": "black", "marker": "*", "markersize": 13}
+            else:
+                style = {**marker_style(sparse), "markersize": 8}
+                sparse += 1
+            axis.plot([x], [y], linestyle="", label=short(run["name"]), markeredgecolor="black", **style)
+        axis.set(xlabel=label)
+        axis.grid(alpha=0.3)
+        if not any(np.isfinite(run[cost]) for run in numbers["runs"]):
+            say(axis, "not recorded")
+        elif all(run[cost] == 0 for run in numbers["runs"]):
+            say(axis, "nothing was sent")
+    figure.axes[0].set_ylabel("top-1 accuracy (%)")
+    figure.suptitle("Accuracy against cost (stars: dense, with what they had reached on their way)")
+    legend_below(figure, figure.axes[0])
+    return figure

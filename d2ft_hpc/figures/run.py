@@ -1,0 +1,170 @@
+"""One run as figures need it: each table read once, and the quantities that several figures show."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from d2ft_hpc import results
+from d2ft_hpc.results.reader import slowest
+from d2ft_hpc.results.schema import Array, Table
+
+_STEP_COLUMNS = (
+    *("step", "plan", "loss", "dense_flops", "planned_flops", "executed_flops", "bytes_sent", "memory_bytes"),
+    *("full_rows", "forward_only_rows", "left_out_rows"),
+    *("data_seconds", "forward_seconds", "backward_seconds", "communication_seconds", "optimizer_seconds"),
+    *("other_seconds", "step_seconds", "waiting_seconds", "recording_seconds"),
+)
+
+
+class Run:
+    """An open run. Shares are fractions; what was not recorded is NaN. Raises ResultsError if it cannot be read."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.name = name
+        self.results = results.open(path)
+        self.path, self.complete = self.results.path, self.results.complete
+
+    @cached_property
+    def config(self) -> Any:
+        """The run's configuration, plain dicts."""
+        return self.results.config
+
+    @cached_property
+    def steps(self) -> Table:
+        """The steps' columns that figures show."""
+        return self.results.table("steps", _STEP_COLUMNS)
+
+    @cached_property
+    def evaluations(self) -> Table:
+        """Evaluations whose accuracy is known."""
+        table = self.results.table("evaluations")
+        known = np.isfinite(table["accuracy"])
+        return {name: column[known] for name, column in table.items()}
+
+    @cached_property
+    def plans(self) -> Table:
+        """All plans."""
+        return self.results.table("plans")
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1 of the last evaluation."""
+        accuracy = self.evaluations["accuracy"]
+        return float(accuracy[-1]) if len(accuracy) else float("nan")
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that recorded steps."""
+        return int(self.steps["dense_flops"].shape[1])
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether everything was computed, as far as it was recorded."""
+        return bool(self.planned_compute > 0.999)
+
+    @property
+    def planned_compute(self) -> float:
+        """FLOPs that the plans ask for over those of the dense model."""
+        return share(self.steps["planned_flops"], self.steps["dense_flops"])
+
+    @property
+    def measured_compute(self) -> float:
+        """FLOPs executed over those of the dense model."""
+        return share(self.steps["executed_flops"], self.steps["dense_flops"])
+
+    @property
+    def train_seconds(self) -> float:
+        """Sum over steps of the slowest rank's time."""
+        return float(slowest(self.steps["step_seconds"]).sum())
+
+    @cached_property
+    def preparation_seconds(self) -> float:
+        """Scoring and planning."""
+        scoring = self.results.table("scores", ["seconds"])["seconds"]
+        return float(np.nansum(self.plans["solve_seconds"]) + np.nansum(scoring))
+
+    @property
+    def total_flops(self) -> float:
+        """FLOPs executed by all ranks."""
+        return total(self.steps["executed_flops"])
+
+    @property
+    def total_bytes(self) -> float:
+        """Bytes sent by all ranks."""
+        return total(self.steps["bytes_sent"])
+
+    @property
+    def rank_compute(self) -> Array:
+        """FLOPs executed by each rank over those of the dense model, [rank]."""
+        executed, dense = self.steps["executed_flops"], self.steps["dense_flops"]
+        return np.array([share(executed[:, rank], dense[:, rank]) for rank in range(self.world_size)])
+
+    def curve(self, column: str) -> Array:
+        """What all ranks had spent of a column when each evaluation was made, [evaluation]."""
+        spent = np.concatenate([[0.0], np.nancumsum(np.nansum(self.steps[column], axis=1))])
+        return np.asarray(spent[np.searchsorted(self.steps["step"], self.evaluations["step"])])
+
+    def close(self) -> None:
+        """Close the file."""
+        self.results.close()
+
+
+class Runs(list[Run]):
+    """Several open runs, with names that tell them apart."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        super().__init__()
+        try:
+            for path, name in zip(paths, distinct_names(paths), strict=True):
+                self.append(Run(path, name))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close all."""
+        for run in self:
+            run.close()
+
+    def __enter__(self) -> Runs:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def share(part: Array, whole: Array) -> float:
+    """Sum of `part` over sum of `whole` where both were recorded."""
+    known = np.isfinite(part) & np.isfinite(whole)
+    sum_of_whole = float(whole[known].sum())
+    return float(part[known].sum()) / sum_of_whole if sum_of_whole > 0 else float("nan")
+
+
+def total(values: Array) -> float:
+    """Sum of what was recorded; NaN if nothing was."""
+    known = np.isfinite(values)
+    return float(values[known].sum()) if known.any() else float("nan")
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The name of each run's folder, longer where two would have the same."""
+    folders = []
+    for path in map(Path, paths):
+        path = path.absolute()
+        folders.append(
+            path.parent if path.name == "results.h5" else path.with_name(path.name.removesuffix(".h5"))
+        )
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):
+        common = os.path.commonpath(folders)
+        names = [os.path.relpath(folder, common) for folder in folders]
+    return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]

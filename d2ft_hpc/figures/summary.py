@@ -1,0 +1,130 @@
+"""What runs cost and what they reached: a table, and compute and time side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from d2ft_hpc.figures.run import Run, share
+from d2ft_hpc.figures.style import COLOURS, name_ticks, new_figure, number, short
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MB = 1e6
+
+
+def measure(runs: Sequence[Run]) -> dict[str, Any]:
+    """The summary of each run, in order; the first is the one that times are relative to."""
+    return {"runs": [_summary(run) for run in runs]}
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    steps, of_ranks = run.steps, run.rank_compute
+    sent, memory = steps["bytes_sent"], steps["memory_bytes"]
+    return {
+        "name": run.name,
+        "path": str(run.path),
+        "complete": run.complete,
+        "accuracy": run.accuracy,
+        "planned_compute": run.planned_compute,
+        "measured_compute": run.measured_compute,
+        "train_seconds": run.train_seconds,
+        "preparation_seconds": run.preparation_seconds,
+        "bytes_per_rank_step": float(np.nanmean(sent)) if np.isfinite(sent).any() else np.nan,
+        "bytes_total": run.total_bytes,
+        "workload_variance": float(np.var(of_ranks)) if len(of_ranks) > 1 else np.nan,
+        "waiting_share": share(steps["waiting_seconds"], steps["step_seconds"]),
+        "recording_share": share(steps["recording_seconds"], steps["step_seconds"]),
+        "memory_bytes": float(np.nanmax(memory)) if np.isfinite(memory).any() else np.nan,
+    }
+
+
+def table(numbers: dict[str, Any]) -> list[list[str]]:
+    """Three heading rows and a row for each run, as text."""
+    first = numbers["runs"][0]
+    rows = [
+        ["", "top-1", "planned", "measured", "train", "time", "sent per", "sent", "workload", "waiting"],
+        ["", "", "compute", "compute", "time", "relative", "rank-step", "total", "variance", "for others"],
+        ["run", "%", "% of dense", "% of dense", "s", "to first", "MB", "MB", "over ranks", "% of time"],
+    ]
+    for row, head in zip(rows, ("scoring,", "planning", "s"), strict=True):
+        row.append(head)
+    for run in numbers["runs"]:
+        rows.append(
+            [
+                short(run["name"]),
+                number(100 * run["accuracy"], ".2f"),
+                number(100 * run["planned_compute"], ".1f"),
+                number(100 * run["measured_compute"], ".1f"),
+                number(run["train_seconds"], ".1f"),
+                number(_ratio(run["train_seconds"], first["train_seconds"]), ".3f"),
+                number(run["bytes_per_rank_step"] / _MB, ".3f"),
+                number(run["bytes_total"] / _MB, ".1f"),
+                number(run["workload_variance"], ".2e"),
+                number(100 * run["waiting_share"], ".1f"),
+                number(run["preparation_seconds"], ".2f"),
+            ]
+        )
+    return rows
+
+
+def as_text(numbers: dict[str, Any]) -> str:
+    """The table for a terminal, with the path of each run."""
+    rows = table(numbers)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    head, body = lines[:3], lines[3:]
+    rule = "-" * max(map(len, lines))
+    for i, run in enumerate(numbers["runs"]):
+        body[i] += f"\n    {run['path']}" + ("" if run["complete"] else "  (did not end in order)")
+    return "\n".join([*head, rule, *body])
+
+
+def draw(numbers: dict[str, Any]) -> Figure:
+    """Bars of planned compute, measured compute and time."""
+    runs = numbers["runs"]
+    first = runs[0]["train_seconds"]
+    figure = new_figure(max(7, 2 + 1.2 * len(runs)), 5)
+    axis = figure.subplots()
+    place = np.arange(len(runs))
+    time_label = f"training time (% of {short(runs[0]['name'])})"
+    bars = {
+        "planned compute (% of dense)": [100 * run["planned_compute"] for run in runs],
+        "measured compute (% of dense)": [100 * run["measured_compute"] for run in runs],
+        time_label: [100 * _ratio(run["train_seconds"], first) for run in runs],
+    }
+    for i, (label, values) in enumerate(bars.items()):
+        drawn = axis.bar(place + 0.27 * (i - 1), np.nan_to_num(values), 0.25, label=label, color=COLOURS[i])
+        if len(runs) <= 8:
+            ink = "black" if i == 1 else "white"
+            texts = [number(value, ".0f") for value in values]
+            axis.bar_label(drawn, texts, label_type="center", fontsize="small", color=ink)
+    preparation = [100 * _ratio(run["preparation_seconds"], first) for run in runs]
+    if np.nansum(preparation) > 0:
+        axis.bar(
+            place + 0.27,
+            np.nan_to_num(preparation),
+            0.25,
+            bottom=np.nan_to_num(bars[time_label]),
+            label="scoring and planning time",
+            color="white",
+            edgecolor=COLOURS[2],
+            hatch="////",
+        )
+    name_ticks(axis, [run["name"] for run in runs])
+    axis.set(title="Compute and time", ylabel="%")
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    return figure
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else float("nan")

@@ -1,0 +1,87 @@
+"""How evenly the work is spread: compute of each rank, and where each rank's time goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from d2ft_hpc.figures.run import Run
+from d2ft_hpc.figures.style import COLOURS, PHASE_STYLES, new_figure, say, short
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def measure(runs: Sequence[Run]) -> dict[str, Any]:
+    """Of each run and rank: compute over dense, and mean seconds of a step by phase."""
+    return {"runs": [_of_run(run) for run in runs]}
+
+
+def _of_run(run: Run) -> dict[str, Any]:
+    seconds = phase_seconds(run)
+    return {
+        "name": run.name,
+        "compute": run.rank_compute,
+        "workload_variance": float(np.var(run.rank_compute)) if run.world_size > 1 else float("nan"),
+        "seconds": {phase: _means(values) for phase, values in seconds.items()},
+    }
+
+
+def phase_seconds(run: Run) -> dict[str, Any]:
+    """Seconds by phase, each [step, rank]; communication without the waiting in it."""
+    seconds = {phase: run.steps[f"{phase}_seconds"].astype(np.float64) for phase in PHASE_STYLES}
+    seconds["communication"] = seconds["communication"] - np.nan_to_num(seconds["waiting"])
+    if not np.isfinite(seconds["other"]).any():  # not recorded in older files
+        named = sum(np.nan_to_num(values) for phase, values in seconds.items() if phase != "other")
+        seconds["other"] = np.maximum(run.steps["step_seconds"] - named, 0)
+    return seconds
+
+
+def _means(values: Any) -> Any:
+    known = np.isfinite(values)
+    return np.where(known, values, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+
+
+def draw(numbers: dict[str, Any]) -> Figure:
+    """A row for each run: compute of each rank, and the phases of its mean step."""
+    runs = numbers["runs"]
+    figure = new_figure(13, 1.2 + 3.4 * len(runs))
+    panels = figure.subplots(len(runs), 2, squeeze=False)
+    for (left, right), run in zip(panels, runs, strict=True):
+        ranks = np.arange(len(run["compute"]))
+        name = short(run["name"])
+        left.bar(ranks, 100 * np.nan_to_num(run["compute"]), color=COLOURS[0])
+        variance = run["workload_variance"]
+        title = f"{name}: compute" + (f" (variance {variance:.1e})" if np.isfinite(variance) else "")
+        left.set(title=title, xlabel="rank", ylabel="executed compute (% of dense)", ylim=(0, 105))
+        below = np.zeros(len(ranks))
+        for phase, style in PHASE_STYLES.items():
+            values = 1e3 * np.asarray(run["seconds"][phase])
+            if values.any():
+                right.bar(ranks, values, bottom=below, label=phase, **style)
+                below = below + values
+        right.set(title=f"{name}: time of the mean step", xlabel="rank", ylabel="time (ms)")
+        for axis in (left, right):
+            axis.grid(axis="y", alpha=0.3)
+            axis.set_axisbelow(True)
+            _whole_ranks(axis)
+            if not len(ranks):
+                say(axis, "nothing recorded")
+    drawn = {
+        label: handle
+        for axis in panels[:, 1]
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    if drawn:
+        figure.legend(
+            drawn.values(), drawn.keys(), loc="outside lower center", ncols=len(drawn), fontsize="small"
+        )
+    return figure
+
+
+def _whole_ranks(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))

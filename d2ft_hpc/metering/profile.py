@@ -1,0 +1,78 @@
+"""How long a micro-batch takes by itself when every subnet runs, and when none does: what a plan can gain at best."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.metering.costs import StepCosts
+from d2ft_hpc.model.probe import probe
+from d2ft_hpc.planning.plan import Operation
+
+_REPEATS = 2
+
+
+@dataclass(frozen=True)
+class PassProfile:
+    """Seconds of one micro-batch's forward and backward, alone on this rank; NaN if it did not fit."""
+
+    dense_seconds: float
+    always_seconds: float
+
+    def ideal_seconds(self, flops_share: float, costs: StepCosts) -> float:
+        """Of a micro-batch that needs this share of the dense FLOPs: what always runs, and its share of the rest."""
+        always = costs.always_share
+        share = (flops_share - always) / (1 - always)
+        return self.always_seconds + share * (self.dense_seconds - self.always_seconds)
+
+
+def profile_passes(
+    model: VisionTransformer,
+    executor: PlanExecutor,
+    images_shape: tuple[int, int, int, int],
+    precision: torch.dtype,
+) -> PassProfile:
+    """Times passes over a blank micro-batch.
+
+    images_shape: (sample, channel, height, width). Model, gradients, random state and the loaded plan stay as they
+    were.
+    """
+    try:
+        return PassProfile(
+            _time_pass(model, executor, Operation.FULL, images_shape, precision),
+            _time_pass(model, executor, Operation.SHORTCUT, images_shape, precision),
+        )
+    except torch.OutOfMemoryError:
+        return PassProfile(float("nan"), float("nan"))
+
+
+def _time_pass(
+    model: VisionTransformer,
+    executor: PlanExecutor,
+    operation: Operation,
+    images_shape: tuple[int, int, int, int],
+    precision: torch.dtype,
+) -> float:
+    """The fastest of some passes after a first one."""
+    operations = np.full(executor.subnets.shape, operation, dtype=np.uint8)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device = trained[0].device
+    images = torch.zeros(images_shape, device=device, dtype=trained[0].dtype)
+    half = nullcontext() if precision == torch.float32 else torch.autocast(device.type, dtype=precision)
+    seconds = []
+    with probe(model, training=True), executor.temporarily(operations):
+        for _ in range(1 + _REPEATS):
+            start = time.perf_counter()
+            with half:
+                output = model(images).float().sum()
+            torch.autograd.grad(output, trained, allow_unused=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])

@@ -1,0 +1,72 @@
+"""CUDA graphs compute what the same functions compute without them. Needs a GPU, no DeepSpeed, one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2ft_hpc.config import OptimizerConfig
+from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
+from d2ft_hpc.engines.plain import PlainEngine
+from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.metering import meter
+from d2ft_hpc.selection import SampleScorer, SampleSelection
+from tests.models import random_batch, tiny_vit
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def trained(cuda_graphs: bool, compile: bool = False) -> tuple[list[float], list[Tensor]]:
+    """Losses and parameters after steps of two micro-batches, the last ones smaller, one of them metered."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = tiny_vit().cuda()
+    executor = attach(model, compile=compile)
+    config = OptimizerConfig(learning_rate=1e-2, name="sgd")
+    optimizer = build_optimizer(model, config)
+    engine = PlainEngine(
+        model,
+        executor,
+        optimizer,
+        build_schedule(optimizer, config, 6),
+        F.cross_entropy,
+        gradient_clipping=1.0,
+        cuda_graphs=cuda_graphs,
+    )
+    losses = []
+    for step in range(6):
+        sizes = (6, 6) if step < 4 else (5, 3)
+        batch = [random_batch(10 * step + slot, size) for slot, size in enumerate(sizes)]
+        on_gpu = [(images.cuda(), labels.cuda()) for images, labels in batch]
+        if step == 0:
+            with meter() as metered:
+                losses.append(float(engine.step(on_gpu).loss))
+            assert metered.flops > 0
+        else:
+            losses.append(float(engine.step(on_gpu).loss))
+    return losses, [parameter.detach().clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_training_through_graphs_is_the_same_training(compile: bool) -> None:
+    losses, parameters = trained(cuda_graphs=False)
+    of_graphs, others = trained(cuda_graphs=True, compile=compile)
+    assert of_graphs == pytest.approx(losses, rel=1e-5)
+    for one, other in zip(parameters, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_and_draws_through_graphs_are_the_same() -> None:
+    model = tiny_vit().cuda()
+    images, labels = (tensor.cuda() for tensor in random_batch(0, 12))
+    plain, graphed = (SampleScorer(model, 8, cuda_graphs=graphs) for graphs in (False, True))
+    torch.testing.assert_close(graphed(images, labels), plain(images, labels))
+    images = images.flip(0)
+    torch.testing.assert_close(graphed(images, labels), plain(images, labels))
+    options = {"uniform_share": 0.25, "weights": "none", "seed": 0, "replica": 0}
+    batch = [(images[:6], labels[:6]), (images[6:], labels[6:])]
+    one, other = (SampleSelection(scorer, **options)(batch, 7, 0.5) for scorer in (plain, graphed))
+    for (part, targets), (same, their) in zip(one, other, strict=True):
+        assert torch.equal(part, same)
+        assert torch.equal(targets, their)
