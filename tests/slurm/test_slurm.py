@@ -67,7 +67,7 @@ def test_a_signal_saves_and_requeues_and_the_losses_are_the_same(
 ) -> None:
     arguments = ["slurm/train.sh", DEMO, *LONG, f"run.folder={tmp_path}"]
     job = cluster.submit(*arguments)
-    cluster.wait_for_text(job, "epoch   1")
+    cluster.wait_for_text(job, "epoch 1")
     cluster.run("scancel", "--signal=USR2", str(job))
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
     shown = cluster.output(job)
@@ -87,7 +87,7 @@ def test_a_lost_node_is_named_and_the_run_goes_on_without_it(
     job = cluster.submit(
         "--ntasks-per-node=1", "slurm/train-multinode.sh", DEMO, *LONG, f"run.folder={tmp_path}"
     )
-    cluster.wait_for_text(job, "epoch   1")
+    cluster.wait_for_text(job, "epoch 1")
     lost = cluster.run("squeue", "-h", "-j", str(job), "-o", "%N").strip()
     assert lost == "tn[1-2]"
     cluster.kill_node("tn2")
@@ -108,6 +108,7 @@ def test_a_sweep_and_the_analysis_that_waits_for_it(cluster: Cluster, tmp_path: 
     table = cluster.submit(f"--dependency=afterok:{sweep}", "slurm/analyse.sh", str(tmp_path))
     assert cluster.wait(table) == "COMPLETED", cluster.output(sweep) + cluster.output(table)
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "plan.planner-dense" in (tmp_path / "report.html").read_text()
     for point in ("plan.planner-dense", "plan.compute_budget-0.8", "plan.compute_budget-0.6"):
         assert point in cluster.output(table)
         assert open_run(tmp_path / point).complete
