@@ -157,6 +157,8 @@ class Watch:
             self._jobs.get()()
 
     def _run(self) -> None:
+        if self._signals is not None:
+            self._signals.receive_here()
         while not self._closed:
             for key, _ in self._selector.select(BEAT_SECONDS / 2):
                 key.data()

@@ -66,11 +66,8 @@ class StepBoundary:
         if plan is None or self._saver.newest_step == position.steps_done:
             return  # nothing has been computed since the start or the last save
         start = time.perf_counter()
-        # The results up to here must outlive this process if the checkpoint does.
         self._recorder.finish()
-        if self._writer is not None:
-            self._writer.flush()
-        saved = self._saver.save(self._engine, plan, position)
+        saved = self._saver.save(self._engine, plan, position, self._recorder.flush)
         seconds = time.perf_counter() - start
         self._saved_at = time.monotonic()
         note(self._writer, position.steps_done, "checkpoint", saved.name, seconds)

@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -51,9 +52,13 @@ class CheckpointSaver:
         self.newest_step = -1
         """Steps done at the newest save."""
 
-    def save(self, engine: Engine, plan: SkipPlan, position: Position) -> Path:
+    def save(
+        self, engine: Engine, plan: SkipPlan, position: Position, flush_results: Callable[[], None]
+    ) -> Path:
         """Begins to write the checkpoint at `position`; on all ranks together. Waits for the one before.
 
+        flush_results: called in the thread, since the results up to here must outlive this process if the checkpoint
+        does.
         Raises CheckpointError on all ranks if the one before could not be written.
         """
         self.finish()
@@ -67,7 +72,7 @@ class CheckpointSaver:
         files: list[tuple[Any, Path]] = []
         engine.save(building, lambda state, path: files.append((snapshot(state), path)))
         files.append((random_state(), building / random_state_name(self._control.rank)))
-        self._written = self._threads.submit(self._write, building, files)
+        self._written = self._threads.submit(self._write, building, files, flush_results)
         if self._control.rank == 0:
             self._completed = self._threads.submit(self._complete, building, target, plan, position)
         self.newest_step = position.steps_done
@@ -99,8 +104,11 @@ class CheckpointSaver:
         self._abandoned.set()
         self._threads.shutdown()
 
-    def _write(self, building: Path, files: list[tuple[Any, Path]]) -> None:
-        """In a thread: this rank's files, then their list."""
+    def _write(
+        self, building: Path, files: list[tuple[Any, Path]], flush_results: Callable[[], None]
+    ) -> None:
+        """In a thread: this rank's results and files, then the files' list."""
+        flush_results()
         listing = building / _listing_name(self._control.rank)
         checksums = {}
         for state, path in files:

@@ -31,6 +31,10 @@ from d2ft_hpc.training.saver import CheckpointSaver, snapshot
 PLAN = SkipPlan.dense(2, 1, 3, 4)
 
 
+def no_results() -> None:
+    """Nothing to flush."""
+
+
 class OneTensor:
     """An engine whose state is a tensor that every step changes."""
 
@@ -53,9 +57,8 @@ def save_some(folder: Path, steps: int = 5, keep: int = 2) -> None:
     with CheckpointSaver(folder, SoloControl(), keep=keep) as saver:
         for step in range(1, steps + 1):
             engine.step([])
-            saver.save(
-                engine, PLAN, Position(steps_done=step, batches_done=step, plans_made=1, rows=2, ranks=1)
-            )
+            position = Position(steps_done=step, batches_done=step, plans_made=1, rows=2, ranks=1)
+            saver.save(engine, PLAN, position, no_results)
 
 
 def test_the_newest_are_kept_and_hold_what_was_there_when_they_were_saved(tmp_path: Path) -> None:
@@ -115,8 +118,8 @@ def test_what_cannot_be_written_is_told_at_the_next_save(tmp_path: Path) -> None
 
     def save_twice() -> None:
         with CheckpointSaver(tmp_path, SoloControl(), keep=1) as saver:
-            saver.save(Broken(), PLAN, Position(steps_done=1))
-            saver.save(engine, PLAN, Position(steps_done=2))
+            saver.save(Broken(), PLAN, Position(steps_done=1), no_results)
+            saver.save(engine, PLAN, Position(steps_done=2), no_results)
 
     with pytest.raises(CheckpointError, match="No space left"):
         save_twice()
