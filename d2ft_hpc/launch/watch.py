@@ -22,6 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +37,8 @@ UNFINISHED = 75
 """Exit status (EX_TEMPFAIL) of a run that did not fail by itself: start it again, and it goes on."""
 
 BEAT_SECONDS = 1.0
+FAILURE = "failure.txt"
+"""In the run folder's errors: why the last start ended, if by a fault of its own."""
 
 Item = TypeVar("Item")
 
@@ -124,6 +127,7 @@ class Watch:
 
     def fail(self, message: str) -> None:
         """Tells the other ranks that this one is about to abort, and gives them time to write where they were."""
+        self._write_error(FAILURE, message)
         if self.control.world_size == 1 or self._closed:
             return
         self._do(lambda: self._announce(message, then=self._all_dumped.set))
@@ -268,7 +272,7 @@ class Watch:
             self._states[rank] = (age, waiting, place)
 
     def _look_for_a_stall(self, own: tuple[float, bool, str]) -> None:
-        if self.control.rank != 0:
+        if self.control.rank != 0 or self._ending:
             return
         states = {**self._states, 0: own}
         if min(age for age, _, _ in states.values()) < self._stall_seconds:
@@ -338,16 +342,18 @@ class Watch:
                 self._when_dumped()
 
     def _dump(self, message: str) -> None:
-        if self._run_folder is None:
-            return
         frame = sys._current_frames().get(self._main_thread)
         stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
-        path = self._run_folder / "errors" / f"rank-{self.control.rank}.txt"
-        try:
+        text = f"ended by: {message}\nthis rank was here:\n{stack}"
+        self._write_error(f"rank-{self.control.rank}.txt", text)
+
+    def _write_error(self, name: str, text: str) -> None:
+        if self._run_folder is None:
+            return
+        path = self._run_folder / "errors" / name
+        with suppress(OSError):  # the message is told in any case
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"ended by: {message}\nthis rank was here:\n{stack}", encoding="utf-8")
-        except OSError:
-            pass  # the message has been told
+            path.write_text(text, encoding="utf-8")
 
     def _leave(self) -> None:
         self._on_done(self.control.rank)
