@@ -1,4 +1,4 @@
-# make demo | test | lint | soak | test-oldest | wheel | clean
+# make demo | test | soak | soak-results | lint | test-oldest | wheel | clean
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -20,7 +20,7 @@ find_python = for p in $(1); do \
 PYTHONS ?= python3.13 python3.12 python3.11 python3.10 python3 $(wildcard $(HOME)/.pyenv/versions/3.1[0-3].*/bin/python)
 PYTHON310S ?= python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python)
 
-.PHONY: help demo test lint soak test-oldest wheel clean
+.PHONY: help demo test soak soak-results lint test-oldest wheel clean
 help:
 	@sed -n 1s/..//p Makefile
 
@@ -48,6 +48,10 @@ demo: $(VENV)/.installed
 # The tests start mpirun, torchrun and deepspeed by name.
 test: $(VENV)/.installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest $(PYTEST_ARGS)
+
+# A results file's writer killed at 100 random moments.
+soak-results: $(VENV)/.installed-dev
+	D2FT_KILLS=100 $(BIN)/python -m pytest tests/unit/test_results.py -k killed_at_random
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
+from d2ft_hpc.execution.lora import with_lora
 from d2ft_hpc.model.subnets import HeadAxis
 
 HeadAxes = dict[str, HeadAxis]
@@ -111,6 +112,7 @@ def _attention_heads(
     qkv_weight = head_axes["attn.qkv.weight"].select(attn.qkv.weight, heads)
     qkv_bias = None if attn.qkv.bias is None else head_axes["attn.qkv.bias"].select(attn.qkv.bias, heads)
     qkv = F.linear(normed, qkv_weight, qkv_bias)
+    qkv = with_lora(attn.qkv, "attn.qkv", head_axes, normed, heads, qkv)
     query, key, value = qkv.view(samples, tokens, 3, heads.numel(), -1).permute(2, 0, 3, 1, 4).unbind(0)
     mixed = F.scaled_dot_product_attention(
         attn.q_norm(query),
@@ -122,7 +124,8 @@ def _attention_heads(
         scale=attn.scale,
     )
     mixed = mixed.transpose(1, 2).reshape(samples, tokens, -1)
-    return F.linear(mixed, head_axes["attn.proj.weight"].select(attn.proj.weight, heads), bias)
+    projected = F.linear(mixed, head_axes["attn.proj.weight"].select(attn.proj.weight, heads), bias)
+    return with_lora(attn.proj, "attn.proj", head_axes, mixed, heads, projected)
 
 
 def _ffn_slices(
@@ -132,5 +135,7 @@ def _ffn_slices(
     mlp = block.mlp
     fc1_weight = head_axes["mlp.fc1.weight"].select(mlp.fc1.weight, heads)
     fc1_bias = None if mlp.fc1.bias is None else head_axes["mlp.fc1.bias"].select(mlp.fc1.bias, heads)
-    hidden = mlp.drop1(mlp.act(F.linear(normed, fc1_weight, fc1_bias)))
-    return F.linear(hidden, head_axes["mlp.fc2.weight"].select(mlp.fc2.weight, heads), bias)
+    hidden = F.linear(normed, fc1_weight, fc1_bias)
+    hidden = mlp.drop1(mlp.act(with_lora(mlp.fc1, "mlp.fc1", head_axes, normed, heads, hidden)))
+    output = F.linear(hidden, head_axes["mlp.fc2.weight"].select(mlp.fc2.weight, heads), bias)
+    return with_lora(mlp.fc2, "mlp.fc2", head_axes, hidden, heads, output)

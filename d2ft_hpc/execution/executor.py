@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.block import BlockHeads, run_block
@@ -37,7 +38,7 @@ class PlanExecutor:
         self._slot: int | None = None
         self._any_parameter = next(model.parameters())
         # Each shape is compiled for itself: kernels for shapes that may vary are slower.
-        self._dense_forward = torch.compile(_dense_forward, dynamic=False) if compile else _dense_forward
+        self._compiled = torch.compile(_dense_forward, dynamic=False) if compile else None
 
     def load(self, plan: SkipPlan, replica: int) -> None:
         """Makes the rows of `replica` in `plan` the ones that the next micro-batches follow.
@@ -103,7 +104,7 @@ class PlanExecutor:
     def run(self, block: Block, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Block `index` under the current row; `args` are the block's own."""
         if not self._slots or not block.training:
-            return self._dense_forward(block, x, *args, **kwargs)
+            return self._run_dense(block, x, *args, **kwargs)
         if self._slot is None:
             raise PlanError(
                 "a model with a plan was called in training mode without saying which micro-batch this is: "
@@ -113,8 +114,16 @@ class PlanExecutor:
         if index == 0 and self._detach_incomplete and not all(heads.is_dense for heads in row):
             x = x.detach()
         if row[index].is_dense:
-            return self._dense_forward(block, x, *args, **kwargs)
+            return self._run_dense(block, x, *args, **kwargs)
         return run_block(block, x, row[index], self.subnets.head_axes, *args, **kwargs)
+
+    def _run_dense(self, block: Block, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # A mode that counts operators sees none in a compiled block, and one that is on when a block would be compiled
+        # keeps it from being compiled for good.
+        if self._compiled is None or _get_current_dispatch_mode() is not None:
+            return _dense_forward(block, x, *args, **kwargs)
+        result: Tensor = self._compiled(block, x, *args, **kwargs)
+        return result
 
     def _rows(self, operations: np.ndarray) -> list[list[BlockHeads]]:
         return [[self._heads(cells) for cells in row] for row in operations]

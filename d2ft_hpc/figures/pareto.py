@@ -91,6 +91,10 @@ def draw(numbers: dict[str, Any]) -> Figure:
             say(axis, "not recorded")
         elif all(run[cost] == 0 for run in numbers["runs"]):
             say(axis, "nothing was sent")
+    reached = [100 * run["accuracy"] for run in numbers["runs"] if np.isfinite(run["accuracy"])]
+    if reached:  # what was reached on the way from nothing may lie far below
+        margin = max(1.0, 0.4 * (max(reached) - min(reached)))
+        figure.axes[0].set_ylim(min(reached) - margin, min(max(reached) + margin, 100.5))
     figure.axes[0].set_ylabel("top-1 accuracy (%)")
     figure.suptitle("Accuracy against cost (stars: dense, with what they had reached on their way)")
     legend_below(figure, figure.axes[0])

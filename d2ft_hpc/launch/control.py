@@ -140,7 +140,8 @@ class GlooControl:
         timeout = timedelta(seconds=timeout_seconds)
         self._group: Any = distributed.new_group(backend="gloo", timeout=timeout)
         self.timeout_seconds = timeout_seconds
-        self._gathering: Any = None
+        # No deadline for gathers: the ranks may be a whole step apart.
+        self._gathering: Any = distributed.new_group(backend="gloo", timeout=timedelta(days=1))
         self.owns_process_group = owns_process_group
         self.rank = distributed.get_rank()
         self.local_rank = local_rank
@@ -180,10 +181,6 @@ class GlooControl:
         return [_unpadded(buffer, int(size)) for buffer, size in zip(buffers, sizes, strict=True)]
 
     def start_gather(self, payload: bytes) -> PendingGather:
-        from torch import distributed
-
-        if self._gathering is None:  # no deadline: ranks may be a whole step apart
-            self._gathering = distributed.new_group(backend="gloo", timeout=timedelta(days=1))
         return GlooGather(self._gathering, payload)
 
     def barrier(self, timeout_seconds: float) -> None:
@@ -232,7 +229,7 @@ class MpiControl:
         self._mpi, self._owns_mpi = _start_mpi(init_timeout_seconds)
         self._comm = self._mpi.COMM_WORLD.Dup()
         self.timeout_seconds = timeout_seconds
-        self._gathering: Any = None
+        self._gathering = self._comm.Dup()
         self._unfinished: list[Any] = []  # MPI still writes into their buffers
         self._closed = False
         self.owns_process_group = False
@@ -272,8 +269,6 @@ class MpiControl:
         return [bytes(gathered[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
 
     def start_gather(self, payload: bytes) -> PendingGather:
-        if self._gathering is None:
-            self._gathering = self._comm.Dup()
         return MpiGather(self._gathering, self._mpi.BYTE, payload)
 
     def barrier(self, timeout_seconds: float) -> None:
@@ -308,8 +303,7 @@ class MpiControl:
         self.barrier(self.timeout_seconds)
         if self.owns_process_group:
             _destroy_process_group()
-        if self._gathering is not None:
-            self._gathering.Free()
+        self._gathering.Free()
         self._comm.Free()
         if self._owns_mpi:
             # It waits for all ranks and holds the GIL, so that only a thread without it can end a hang.

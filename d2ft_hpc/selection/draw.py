@@ -26,7 +26,7 @@ def inclusion_probabilities(scores: Tensor, count: int, uniform_share: float) ->
     rest = highest.flip(0).cumsum(0).flip(0)  # rest[k]: of all but the k highest
     left = count - torch.arange(len(mixed), device=mixed.device)
     k = (left * highest <= rest).to(torch.uint8).argmax()
-    probabilities: Tensor = (mixed * (left[k] / rest[k])).clamp_max(1)
+    probabilities: Tensor = (mixed * (left.take(k) / rest.take(k))).clamp_max(1)
     return probabilities
 
 
@@ -44,7 +44,8 @@ def draw_by_score(
     if not 1 <= count <= len(scores):
         raise ValueError(f"{count} of {len(scores)} samples cannot be drawn")
     probabilities = inclusion_probabilities(scores, count, uniform_share)
-    order = torch.randperm(len(scores), device=scores.device, generator=generator)
+    # Indexing with a scalar tensor and randperm would wait for a GPU; take and argsort do not.
+    order = torch.rand(len(scores), device=scores.device, generator=generator).argsort()
     upper = torch.cumsum(probabilities[order], 0)
     upper = upper * (count / upper[-1])
     offset = torch.rand((), device=scores.device, generator=generator, dtype=torch.float64)

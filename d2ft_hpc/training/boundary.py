@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 from d2ft_hpc.config import TrainConfig
 from d2ft_hpc.engines.engine import Engine
@@ -29,24 +30,27 @@ class StepBoundary:
         writer: ResultsWriter | None,
         progress: Progress,
         watch: Watch,
+        settle: Callable[[Position], Position],
     ) -> None:
+        """settle: ends what is under way and belongs into a checkpoint."""
         self._job, self._engine, self._saver = job, engine, saver
         self._recorder, self._writer, self._progress, self._watch = recorder, writer, progress, watch
+        self._settle = settle
         self._saved_at = time.monotonic()
 
-    def cross(self, position: Position) -> bool:
-        """Before a step. False: everything is saved and no step shall follow."""
+    def cross(self, position: Position) -> tuple[Position, bool]:
+        """Before a step; the position, since a plan may come into force. False: all is saved, no step shall follow."""
         self._ask_when_due_by_the_clock()
         action = self._watch.boundary(position.steps_done)
         if action is not None or _is_due(position, self._job.config.train):
-            self._save(position)
+            position = self._save(position)
         if action != "stop":
-            return True
+            return position, True
         self._saver.finish()
         text = f"stopped after {position.steps_done} steps by {self._watch.reason}"
         self._progress.say(f"{text}; saved: start the run again to go on")
         note(self._writer, position.steps_done, "stop", text)
-        return False
+        return position, False
 
     def end(self, position: Position) -> None:
         """After the last step."""
@@ -61,17 +65,20 @@ class StepBoundary:
             if self._job.control.rank == 0:
                 self._watch.request("save")
 
-    def _save(self, position: Position) -> None:
-        plan = self._job.executor.plan
-        if plan is None or self._saver.newest_step == position.steps_done:
-            return  # nothing has been computed since the start or the last save
+    def _save(self, position: Position) -> Position:
+        if self._saver.newest_step == position.steps_done:
+            return position  # nothing has been computed since the start or the last save
         start = time.perf_counter()
+        position = self._settle(position)
+        plan = self._job.executor.plan
+        assert plan is not None
         self._recorder.finish()
         saved = self._saver.save(self._engine, plan, position, self._recorder.flush)
         seconds = time.perf_counter() - start
         self._saved_at = time.monotonic()
         note(self._writer, position.steps_done, "checkpoint", saved.name, seconds)
         logging.getLogger(__name__).info("%s: training waited %.3f s", saved.name, seconds)
+        return position
 
 
 def _is_due(position: Position, config: TrainConfig) -> bool:

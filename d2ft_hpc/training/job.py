@@ -21,8 +21,8 @@ from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import StepCosts, measure_costs, meter
-from d2ft_hpc.metering.profile import PassProfile, profile_passes
 from d2ft_hpc.model.build import build_model, pixel_statistics
+from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.selection import SampleScorer, SampleSelection
 
 
@@ -103,7 +103,10 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         num_classes=train_set.num_classes,
         weights=config.model.weights,
         options=config.model.options,
-    ).to(device)
+    )
+    if config.model.lora is not None:
+        add_lora(model, **config.model.lora.model_dump())
+    model.to(device)
     executor = attach(
         model,
         embeddings=config.model.embeddings,
@@ -145,11 +148,3 @@ def _scorer(config: RunConfig, model: VisionTransformer) -> SampleScorer:
 def _load_data(config: RunConfig, split: Split) -> LabelledImages:
     mean, std = pixel_statistics(config.model.name, config.model.weights)
     return load_configured(config.data, split, mean, std)
-
-
-def profile_job(job: Job) -> PassProfile:
-    """Times the model's passes on this rank; draws random numbers."""
-    data = job.config.data
-    shape = (data.micro_batch_size, 3, data.image_size, data.image_size)
-    precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return profile_passes(job.model, job.executor, shape, precision[job.config.engine.precision])

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,20 +17,24 @@ from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.launch.watch import Watch
-from d2ft_hpc.metering.profile import PassProfile
+from d2ft_hpc.model.lora import timm_state
+from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
-from d2ft_hpc.results.segments import rank_file
+from d2ft_hpc.results.layout import rank_file
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.board import Board
 from d2ft_hpc.training.boundary import StepBoundary
 from d2ft_hpc.training.checkpoint import Position, load_checkpoint
 from d2ft_hpc.training.environment import describe_environment
 from d2ft_hpc.training.evaluate import evaluate
-from d2ft_hpc.training.job import Job, profile_job, set_up
-from d2ft_hpc.training.plans import batches_of, is_due, make_plan, measure_scores
+from d2ft_hpc.training.job import Job, set_up
+from d2ft_hpc.training.measured import Measured, measure_job
+from d2ft_hpc.training.plan_costs import PlanCosts
+from d2ft_hpc.training.plans import batches_of, is_due, make_plan, measure_scores, solve_here
 from d2ft_hpc.training.progress import Progress
-from d2ft_hpc.training.recorded import note, record_job, record_plan
+from d2ft_hpc.training.recorded import note, record_job, record_plan, record_scores
 from d2ft_hpc.training.records import StepRecorder
+from d2ft_hpc.training.replanning import Replanner
 from d2ft_hpc.training.resume import Start, choose_start, fitted_to_ranks
 from d2ft_hpc.training.saver import CheckpointSaver
 from d2ft_hpc.training.steps import StepRunner
@@ -52,8 +57,8 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
         return True
     with agreed(control, "set-up"):
         job = set_up(fitted_to_ranks(config, start.position, control.world_size), control, device)
+    measured = measure_job(job)
     engine = build_engine(job.config, job.model, job.executor, job.total_steps, job.loss)
-    profile = profile_job(job)
     if start.checkpoint is not None:
         plan = load_checkpoint(start.checkpoint, engine, control)
         job.executor.load(replace(plan, replicas=job.sampler.replicas), job.sampler.replica)
@@ -62,17 +67,16 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
         with agreed(control, "opening the run's folder"):
             if control.rank == 0:
                 environment = describe_environment(control, launcher, device)
-                writer = stack.enter_context(_open_results(job, environment, profile, start))
-                run_folder.record_launch(
-                    config, control, environment, str(start.checkpoint or "the beginning")
-                )
+                writer = stack.enter_context(_open_results(job, environment, measured, start))
+                source = str(start.checkpoint or "the beginning")
+                run_folder.record_launch(config, control, environment, source)
                 if config.results.tensorboard:
                     board = stack.enter_context(closing(Board(config.run_folder / "tensorboard")))
             if config.results.file_per_rank:
                 own_writer = stack.enter_context(_open_own_results(job, start))
             run_folder.open_log(config.run_folder, control.rank)
         recorder = stack.enter_context(StepRecorder(control, writer, own_writer, board))
-        finished = _train_epochs(job, engine, writer, recorder, board, profile, start.position, watch)
+        finished = _train_epochs(job, engine, writer, recorder, board, measured, start.position, watch)
         recorder.finish()
         with agreed(control, "saving the model"):
             if control.rank == 0 and finished:
@@ -89,7 +93,7 @@ def _train_epochs(
     writer: ResultsWriter | None,
     recorder: StepRecorder,
     board: Board | None,
-    profile: PassProfile,
+    measured: Measured,
     position: Position,
     watch: Watch,
 ) -> bool:
@@ -97,28 +101,36 @@ def _train_epochs(
     config, control = job.config, job.control
     progress = Progress(control.rank, job.total_steps)
     runner = StepRunner(job, engine)
+    replanner = Replanner(control)
     if position.steps_done == 0 and config.train.evaluate_at_start:
         _evaluate(job, writer, board, progress, position, watch)
+
+    def settle(position: Position) -> Position:
+        """No plan is under way any more: a checkpoint holds the one in force."""
+        return _take_over(job, writer, progress, position, replanner, wait=True)
+
     folder = config.run_folder / run_folder.CHECKPOINTS
     with CheckpointSaver(folder, control, keep=config.train.keep_checkpoints) as saver:
         saver.newest_step = position.steps_done
-        boundary = StepBoundary(job, engine, saver, recorder, writer, progress, watch)
+        boundary = StepBoundary(job, engine, saver, recorder, writer, progress, watch, settle)
         position = replace(position, rows=job.sampler.rows, ranks=control.world_size)
         for epoch in range(position.epochs_done, job.num_epochs):
             job.sampler.set_epoch(epoch, start_batch=position.batches_done)
             batches = batches_of(job, job.train_batches)
             for step_of_epoch in range(position.batches_done, job.steps_of_epoch(epoch)):
-                if not boundary.cross(position):
+                position, goes_on = boundary.cross(position)
+                if not goes_on:
                     return False
                 steps_done = position.steps_done
                 if is_due(config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=steps_done):
-                    position = _replan(job, writer, progress, position, watch)
+                    position = _replan(job, measured.plan_costs, writer, progress, position, replanner, watch)
+                position = _take_over(job, writer, progress, position, replanner)
                 record = runner.run(batches, step=steps_done, epoch=epoch, plan=position.plans_made - 1)
                 recorder.add(record)
                 position = position.after_step()
                 if progress.is_due(position.steps_done):
                     share = record.of_rank["planned_flops"] / record.of_rank["dense_flops"]
-                    ideal = config.data.slots * profile.ideal_seconds(share, job.costs)
+                    ideal = config.data.slots * measured.profile.ideal_seconds(share, job.costs)
                     loss = float(record.loss)
                     progress.step(epoch + 1, position.steps_done, loss, record.learning_rate, share, ideal)
             position = position.after_epoch()
@@ -132,20 +144,73 @@ def _train_epochs(
 
 
 def _replan(
-    job: Job, writer: ResultsWriter | None, progress: Progress, position: Position, watch: Watch
+    job: Job,
+    costs: PlanCosts,
+    writer: ResultsWriter | None,
+    progress: Progress,
+    position: Position,
+    replanner: Replanner,
+    watch: Watch,
 ) -> Position:
-    """Makes the next plan, puts it in force on this rank and records it."""
+    """Makes the next plan and puts it in force; or begins with it, if it may come while training goes on."""
     start = time.perf_counter()
+    overlaps = job.config.plan.replan.overlap and position.plans_made > 0
+    if overlaps and replanner.is_under_way:
+        note(writer, position.steps_done, "replan", "skipped: the plan before is still being solved")
+        return position
     scores = measure_scores(job, job.loss, watch)
-    plan = make_plan(job, scores, position.plans_made)
+    if scores is not None and writer is not None:
+        record_scores(writer, scores, position.steps_done)
+    if overlaps:
+        replanner.start(partial(solve_here, job, costs, scores, position.plans_made))
+        note(
+            writer,
+            position.steps_done,
+            "replan",
+            "scores measured, solving begins",
+            time.perf_counter() - start,
+        )
+        return position
+    plan = make_plan(job, costs, scores, position.plans_made)
+    return _put_in_force(job, writer, progress, position, plan, time.perf_counter() - start)
+
+
+def _take_over(
+    job: Job,
+    writer: ResultsWriter | None,
+    progress: Progress,
+    position: Position,
+    replanner: Replanner,
+    *,
+    wait: bool = False,
+) -> Position:
+    """Puts a plan in force that was solved meanwhile."""
+    made = replanner.at_boundary(wait=wait)
+    if made is None:
+        return position
+    if made.plan is None:
+        progress.say(f"no new plan, the old one stays: {made.fault}")
+        note(writer, position.steps_done, "replan", f"failed: {made.fault}", made.seconds)
+        return position
+    return _put_in_force(job, writer, progress, position, made.plan, made.seconds)
+
+
+def _put_in_force(
+    job: Job,
+    writer: ResultsWriter | None,
+    progress: Progress,
+    position: Position,
+    plan: SkipPlan,
+    seconds: float,
+) -> Position:
     job.executor.load(plan, job.control.rank)
     planned = job.costs.planned_share(plan)
     progress.say(
         f"plan {position.plans_made} ({plan.planner}, {plan.status}, gap {plan.gap:.1e}): {planned:.1%} of the dense "
-        f"compute, made in {time.perf_counter() - start:.2f} s"
+        f"compute, made in {seconds:.2f} s"
     )
     if writer is not None:
-        record_plan(job, writer, plan, scores, position.steps_done)
+        record_plan(job, writer, plan, position.steps_done, seconds)
     return replace(position, plans_made=position.plans_made + 1)
 
 
@@ -182,7 +247,7 @@ def _evaluate(
 
 
 def _open_results(
-    job: Job, environment: Mapping[str, str | int], profile: PassProfile, start: Start
+    job: Job, environment: Mapping[str, str | int], measured: Measured, start: Start
 ) -> ResultsWriter:
     path, settings = job.config.run_folder / run_folder.RESULTS, job.config.results
     options: dict[str, Any] = {
@@ -203,7 +268,7 @@ def _open_results(
         writer = ResultsWriter.resume(path, last_step=BEFORE_ALL, **options)
     else:
         writer = ResultsWriter(path, **options)
-    record_job(job, writer, environment, profile)
+    record_job(job, writer, environment, measured)
     return writer
 
 
@@ -219,7 +284,7 @@ def _open_own_results(job: Job, start: Start) -> ResultsWriter:
 
 
 def _save_model(job: Job) -> None:
-    weights = {name: tensor.contiguous() for name, tensor in job.model.state_dict().items()}
+    weights = {name: tensor.contiguous() for name, tensor in timm_state(job.model).items()}
     path = job.config.run_folder / run_folder.MODEL
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(weights, temporary)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from d2ft_hpc import __version__
-from d2ft_hpc.config import PlanConfig
+from d2ft_hpc.config import EngineConfig, PlanConfig
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch
 from d2ft_hpc.errors import PlanError
@@ -29,6 +29,7 @@ from d2ft_hpc.scores import Scores, gradient_scores, weight_magnitude
 from d2ft_hpc.scores.gradients import GradientScore
 from d2ft_hpc.scores.measured import ScoreCache, digest
 from d2ft_hpc.training.job import Job
+from d2ft_hpc.training.plan_costs import PlanCosts
 
 UNSCORED = ("dense", "samples", "random", "last_blocks", "stochastic_depth")
 """Planners that read no scores."""
@@ -53,32 +54,41 @@ def measure_scores(job: Job, loss_function: LossFunction, watch: Watch) -> Score
     if config.planner in UNSCORED or config.file is not None:
         return None
     start = time.perf_counter()
-    # The epoch's first batches, also where the run resumed in mid-epoch.
-    sampler = copy.copy(job.sampler)
-    sampler.set_epoch(job.sampler.epoch)
-    loader = train_loader(job.train_set, sampler, device=job.device)
-    batches = list(watch.along(islice(batches_of(job, loader), config.probe_batches)))
     if config.score_cache is None:
-        return _measure(job, batches, loss_function, start)
+        return _measure(job, loss_function, watch, start)
     cache = ScoreCache(Path(config.score_cache))
-    key = _cache_key(job, batches)
+    key = _cache_key(job)
     if kept := share(job.control, lambda: cache.read(key), "the cached scores"):
         return Scores.from_bytes(kept)
-    scores = _measure(job, batches, loss_function, start)
+    scores = _measure(job, loss_function, watch, start)
     with agreed(job.control, "keeping the scores"):
         if job.control.rank == 0:
             cache.write(key, scores)
     return scores
 
 
-def _measure(job: Job, batches: list[list[MicroBatch]], loss_function: LossFunction, start: float) -> Scores:
+def _probe(job: Job) -> Iterator[list[MicroBatch]]:
+    # The epoch's first batches, also where the run resumed in mid-epoch.
+    sampler = copy.copy(job.sampler)
+    sampler.set_epoch(job.sampler.epoch)
+    loader = train_loader(job.train_set, sampler, device=job.device)
+    return islice(batches_of(job, loader), job.config.plan.probe_batches)
+
+
+def _measure(job: Job, loss_function: LossFunction, watch: Watch, start: float) -> Scores:
     config, subnets = job.config.plan, job.executor.subnets
     names = (config.forward_score, config.backward_score)
     gradient_names: list[GradientScore] = [name for name in names if name != "weight_magnitude"]
+    autocast_dtype = torch.bfloat16 if job.config.engine.precision == "bf16" else None
     with meter() as metered:
         measured = [
-            [gradient_scores(job.model, subnets, *pair, loss_function, gradient_names) for pair in batch]
-            for batch in (batches if gradient_names else [])
+            [
+                gradient_scores(
+                    job.model, subnets, *pair, loss_function, gradient_names, autocast_dtype=autocast_dtype
+                )
+                for pair in batch
+            ]
+            for batch in (watch.along(_probe(job)) if gradient_names else ())
         ]
     rows: dict[str, np.ndarray] = {
         name: _rows_of_all(
@@ -97,7 +107,7 @@ def _measure(job: Job, batches: list[list[MicroBatch]], loss_function: LossFunct
     return Scores(forward, backward, time.perf_counter() - start, *names, flops)
 
 
-def _cache_key(job: Job, batches: list[list[MicroBatch]]) -> str:
+def _cache_key(job: Job) -> str:
     """Of all ranks' weights and images and of the settings that decide the scores."""
     config = job.config
     settings = {
@@ -106,19 +116,26 @@ def _cache_key(job: Job, batches: list[list[MicroBatch]]) -> str:
         "label_smoothing": config.train.label_smoothing,
         "precision": config.engine.precision,
         "shape": job.plan_shape,
-        "batches": len(batches),
     }
-    tensors = [tensor for batch in batches for pair in batch for tensor in pair]
+    tensors = (tensor for batch in _probe(job) for pair in batch for tensor in pair)
     parts = job.control.all_gather(digest(job.model, tensors, settings))
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def make_plan(job: Job, scores: Scores | None, index: int) -> SkipPlan:
+def make_plan(job: Job, costs: PlanCosts, scores: Scores | None, index: int) -> SkipPlan:
     """Rank 0 solves; every rank gets the same plan or raises the same PlanError.
 
     index: how many plans were made before; planners that draw draw anew for each.
     """
-    return SkipPlan.from_bytes(share(job.control, lambda: _solve(job, scores, index).to_bytes(), "the plan"))
+    return SkipPlan.from_bytes(
+        share(job.control, lambda: solve_here(job, costs, scores, index).to_bytes(), "the plan")
+    )
+
+
+def meets_every_block(engine: EngineConfig) -> bool:
+    """Whether replicas wait for each other in every block, as under ZeRO 3, which gathers each block's weights."""
+    zero = engine.deepspeed.get("zero_optimization")
+    return engine.name == "deepspeed" and isinstance(zero, dict) and zero.get("stage") == 3
 
 
 def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
@@ -128,7 +145,8 @@ def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[M
         yield batch
 
 
-def _solve(job: Job, scores: Scores | None, index: int) -> SkipPlan:
+def solve_here(job: Job, costs: PlanCosts, scores: Scores | None, index: int) -> SkipPlan:
+    """The plan that the configuration asks for, on this rank alone. index: as in `make_plan`."""
     config, replicas = job.config.plan, job.control.world_size
     if config.file is not None:
         return _saved_plan(Path(config.file), job)
@@ -153,8 +171,11 @@ def _solve(job: Job, scores: Scores | None, index: int) -> SkipPlan:
         compute_budget=config.compute_budget,
         communication_budget=config.communication_budget,
         memory_budget=config.memory_budget,
-        forward_cost=job.costs.forward_share,
-        always_share=job.costs.always_share,
+        forward_cost=costs.forward_share,
+        always_share=costs.always_share,
+        device_speed=costs.device_speed,
+        messages=config.messages,
+        replicas_meet=meets_every_block(job.config.engine),
     )
     return solve(problem, config.planner, **_planner_options(config, (job.config.run.seed, index)))
 
@@ -179,17 +200,20 @@ def _planner_options(config: PlanConfig, seed: tuple[int, int]) -> dict[str, Any
             return {"seed": seed}
         case "routing":
             return {"capacity_factor": config.capacity_factor}
-        case "joint":
-            return {"time_limit_seconds": config.time_limit_seconds, "coverage": config.coverage}
-        case "makespan":
-            return {"time_limit_seconds": config.time_limit_seconds, "most_shortcut": config.most_shortcut}
+        case "joint" | "makespan":
+            return {
+                "time_limit_seconds": config.time_limit_seconds,
+                "coverage": config.coverage,
+                "most_shortcut": config.most_shortcut,
+            }
         case "static":
-            return {"most_shortcut": config.most_shortcut}
+            return {"coverage": config.coverage, "most_shortcut": config.most_shortcut}
         case "depth":
             return {
                 "time_limit_seconds": config.time_limit_seconds,
                 "below": config.below,
                 "whole_rows": config.whole_rows,
+                "coverage": config.coverage,
             }
         case _:
             return {}

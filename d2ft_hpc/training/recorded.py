@@ -5,37 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime, timezone
 
-from d2ft_hpc.metering.profile import PassProfile
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.scores import Scores
-from d2ft_hpc.training.environment import describe_parameters
 from d2ft_hpc.training.job import Job
+from d2ft_hpc.training.measured import Measured
 
 
 def record_job(
-    job: Job, writer: ResultsWriter, environment: Mapping[str, str | int], profile: PassProfile
+    job: Job, writer: ResultsWriter, environment: Mapping[str, str | int], measured: Measured
 ) -> None:
     """What does not change during a run."""
-    writer.put("config", {"yaml": job.config.to_yaml()})
-    writer.put("environment", {}, environment)
-    writer.put(
-        "model",
-        describe_parameters(job.model, job.executor.subnets),
-        {
-            "name": job.config.model.name,
-            "num_blocks": job.executor.subnets.num_blocks,
-            "num_heads": job.executor.subnets.num_heads,
-            "always_flops": job.costs.always_flops,
-            "full_flops": job.costs.full_flops,
-            "forward_only_flops": job.costs.forward_only_flops,
-            "dense_pass_seconds": profile.dense_seconds,
-            "always_pass_seconds": profile.always_seconds,
-        },
-    )
 
 
 def record_scores(writer: ResultsWriter, scores: Scores, step: int) -> None:
+    """Of the plan that is made next."""
     writer.append(
         "scores",
         {
@@ -51,10 +35,8 @@ def record_scores(writer: ResultsWriter, scores: Scores, step: int) -> None:
     )
 
 
-def record_plan(job: Job, writer: ResultsWriter, plan: SkipPlan, scores: Scores | None, step: int) -> None:
+def record_plan(job: Job, writer: ResultsWriter, plan: SkipPlan, step: int, seconds: float) -> None:
     """`step` is the first one under the plan."""
-    if scores is not None:
-        record_scores(writer, scores, step)
     writer.append(
         "plans",
         {
@@ -76,7 +58,7 @@ def record_plan(job: Job, writer: ResultsWriter, plan: SkipPlan, scores: Scores 
             ),
         },
     )
-    note(writer, step, "plan", plan.hash)
+    note(writer, step, "plan", plan.hash, seconds)
 
 
 def note(writer: ResultsWriter | None, step: int, kind: str, text: str, seconds: float = 0.0) -> None:

@@ -12,7 +12,8 @@ from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.training.environment import describe_environment
-from d2ft_hpc.training.job import profile_job, set_up
+from d2ft_hpc.training.job import set_up
+from d2ft_hpc.training.measured import measure_job
 from d2ft_hpc.training.plans import measure_scores
 from d2ft_hpc.training.recorded import record_job, record_scores
 
@@ -26,7 +27,7 @@ def score(
     """
     with agreed(control, "set-up"):
         job = set_up(config, control, device)
-    profile = profile_job(job)
+    measured = measure_job(job)
     scores = measure_scores(job, job.loss, watch)
     if scores is None:
         raise ConfigError(
@@ -36,5 +37,5 @@ def score(
         if control.rank == 0:
             output.unlink(missing_ok=True)
             with ResultsWriter(output) as writer:
-                record_job(job, writer, describe_environment(control, launcher, device), profile)
+                record_job(job, writer, describe_environment(control, launcher, device), measured)
                 record_scores(writer, scores, 0)

@@ -153,7 +153,7 @@ def test_killed_rank(tmp_path: Path) -> None:
     assert time.monotonic() - start < LIMIT_SECONDS
     assert re.search(r"signal:? 9", rest, re.IGNORECASE), rest
     assert not any(Path(f"/proc/{pid}").exists() for pid in pythons)
-    assert len(results.open_run(tmp_path / "demo").table("evaluations")["accuracy"]) > 0
+    assert len(results.open(tmp_path / "demo").table("evaluations")["accuracy"]) > 0
 
 
 def test_corrupt_checkpoint(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import d2ft_hpc.demo.model  # noqa: F401
 from d2ft_hpc import results
 from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.results.schema import PHASES
 from d2ft_hpc.training.checkpoint import verify
 from tests.distributed.launching import ranks_of, run, start, wait_for_line
 
@@ -54,7 +55,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_results_file_holds_the_whole_run(finished_run: Path) -> None:
-    opened = results.open_run(finished_run)
+    opened = results.open(finished_run)
     assert opened.complete
     assert opened.config["plan"]["compute_budget"] == 0.5
     assert opened.attributes("environment")["world_size"] == 2
@@ -64,16 +65,31 @@ def test_the_results_file_holds_the_whole_run(finished_run: Path) -> None:
     assert steps["step_seconds"].shape == (len(steps["step"]), 2)
     assert steps["samples"].sum() == 2 * 716
     assert opened.table("evaluations")["epoch"].tolist() == [0, 1, 2]
+    assert opened.table("evaluations")["confusion"].sum(axis=(1, 2)).tolist() == [180] * 3
     plans = opened.table("plans")
     assert plans["step"].tolist() == [0, len(steps["step"]) // 2]
-    for index in range(2):
+    for index in (0, 1):
         assert opened.plan(index).shape == opened.score(index, "forward").shape == (8, 6, 4)
         assert SkipPlan(opened.plan(index), replicas=2).hash == plans["hash"][index]
         assert plans["planned_compute"][index] <= 0.5
+    parameters = opened.datasets("model")
+    assert (np.asarray(parameters["parameter_class"]) == "subnet").sum() == 6 * 6
+    assert np.asarray(parameters["subnet_parameters"]).shape == (6, 4)
+
+
+def test_every_second_has_its_phase_and_every_byte_its_kind(finished_run: Path) -> None:
+    steps = results.open(finished_run).table("steps")
+    phases = sum(steps[f"{phase}_seconds"] for phase in PHASES)
+    np.testing.assert_allclose(phases, steps["step_seconds"], rtol=1e-4)
+    assert (steps["communication_seconds"] > 0).all()
+    assert (steps["waiting_seconds"].min(axis=1) == 0).all()
+    assert (steps["memory_bytes"] > 1e6).all()
+    np.testing.assert_array_equal(steps["all_reduce_bytes"], steps["bytes_sent"])
+    np.testing.assert_allclose(steps["rank_loss"].mean(axis=1), steps["loss"])
 
 
 def test_executed_compute_is_what_the_plan_promised(finished_run: Path) -> None:
-    steps = results.open_run(finished_run).table("steps")
+    steps = results.open(finished_run).table("steps")
     np.testing.assert_allclose(steps["executed_flops"], steps["planned_flops"], rtol=1e-3)
     assert 0.4 < steps["executed_flops"].sum() / steps["dense_flops"].sum() <= 0.5
 
@@ -158,10 +174,26 @@ def test_a_failing_rank_leaves_the_traceback_of_every_rank(tmp_path: Path) -> No
     assert "steps.py" in waiting
 
 
+def test_a_file_for_each_rank_survives_a_resumption(finished_run: Path, tmp_path: Path) -> None:
+    options = ["plan.replan.every=1", "train.checkpoint_every_epochs=1", "results.file_per_rank=true"]
+    train(tmp_path, "train.epochs=1", *options)
+    train(tmp_path, "train.epochs=2", *options, "train.resume=true")
+    with results.open(finished_run) as gathered, results.open(tmp_path / "demo") as apart:
+        assert apart.rank_files == 2
+        assert apart.table("plans")["step"].tolist() == gathered.table("plans")["step"].tolist()
+        one, other = gathered.table("steps"), apart.table("steps")
+        for column in ("step", "samples", "executed_flops", "bytes_sent"):
+            np.testing.assert_array_equal(other[column], one[column])
+        # The schedule of one epoch was another, so only the first epoch's first losses are the same.
+        np.testing.assert_allclose(other["loss"][:2], one["loss"][:2], rtol=0.1)
+    with h5py.File(tmp_path / "demo" / "results.h5") as alone:
+        np.testing.assert_array_equal(alone["steps/executed_flops"][:], one["executed_flops"])
+
+
 @pytest.mark.parametrize("engine", ["plain", "deepspeed"])
 def test_one_process_without_a_launcher(tmp_path: Path, engine: str) -> None:
     train(tmp_path, "train.epochs=1", f"engine.name={engine}", ranks=1)
-    assert results.open_run(tmp_path / "demo").attributes("environment")["launcher"] == "single process"
+    assert results.open(tmp_path / "demo").attributes("environment")["launcher"] == "single process"
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
@@ -172,6 +204,6 @@ def test_launchers_without_mpi(tmp_path: Path, launcher: str) -> None:
         command = str(Path(sys.executable).with_name("deepspeed"))
         before = (command, "--num_gpus", "2", "--master_port", "29644", "--module", "d2ft_hpc")
     train(tmp_path, "train.epochs=1", "engine.device=cpu", ranks=1, before=before)
-    opened = results.open_run(tmp_path / "demo")
+    opened = results.open(tmp_path / "demo")
     assert opened.attributes("environment")["world_size"] == 2
     assert opened.table("steps")["bytes_sent"].min() > 0

@@ -92,7 +92,7 @@ def test_every_field_is_documented_or_says_it_all() -> None:
     assert set(undocumented) <= {
         "run.seed", "data.name", "optimizer.name", "optimizer.learning_rate", "optimizer.weight_decay",
         "optimizer.schedule", "optimizer.warmup_steps", "train.epochs", "train.evaluate_every_epochs",
-        "plan.planner", "plan.forward_score", "plan.backward_score", "plan.replan", "engine.name", "engine.precision",
+        "plan.planner", "plan.backward_score", "plan.samples", "plan.replan", "engine.name", "engine.precision",
     }  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def test_deepspeed_settings_that_cannot_run_plans_are_refused() -> None:
 
 def test_a_base_is_overridden_by_the_file_and_both_by_overrides(tmp_path: Path) -> None:
     (tmp_path / "middle.yaml").write_text(
-        f"base: {DEMO}\nplan: {{compute_budget: 0.5}}\ntrain: {{epochs: 2.5}}"
+        f"base: {DEMO}\nplan: {{compute_budget: 0.5}}\ntrain: {{epochs: 2}}"
     )
     (tmp_path / "top.yaml").write_text("base: middle.yaml\nplan: {compute_budget: 0.4}")
     config = load_config(tmp_path / "top.yaml", ["optimizer.learning_rate=3e-4"])
