@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import datetime, timezone
 
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.scores import Scores
+from d2ft_hpc.training.environment import describe_parameters
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.measured import Measured
 
@@ -16,6 +19,25 @@ def record_job(
     job: Job, writer: ResultsWriter, environment: Mapping[str, str | int], measured: Measured
 ) -> None:
     """What does not change during a run."""
+    writer.put("config", {"yaml": job.config.to_yaml()})
+    writer.put("environment", {}, environment)
+    writer.put(
+        "model",
+        describe_parameters(job.model, job.executor.subnets),
+        {
+            "name": job.config.model.name,
+            "num_blocks": job.executor.subnets.num_blocks,
+            "num_heads": job.executor.subnets.num_heads,
+            "always_flops": job.costs.always_flops,
+            "full_flops": job.costs.full_flops,
+            "forward_only_flops": job.costs.forward_only_flops,
+            "dense_pass_seconds": measured.profile.dense_seconds,
+            "always_pass_seconds": measured.profile.always_seconds,
+            "plan_costs": json.dumps(asdict(measured.plan_costs)),
+            "all_reduce_seconds": measured.all_reduce.latency,
+            "all_reduce_seconds_per_byte": measured.all_reduce.per_byte,
+        },
+    )
 
 
 def record_scores(writer: ResultsWriter, scores: Scores, step: int) -> None:
