@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StepReport, zero_missing_gradients
+from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StateWriter, StepReport, zero_missing_gradients
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
 
@@ -120,11 +120,29 @@ class DeepSpeedEngine:
         report.loss = torch.stack(losses).mean()
         return report
 
-    def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+    def save(self, folder: Path, write: StateWriter) -> None:
+        own = self.engine.checkpoint_engine
+        self.engine.checkpoint_engine = _Writing(own, write)
+        try:
+            self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+        finally:
+            self.engine.checkpoint_engine = own
 
     def load(self, folder: Path) -> None:
         self.engine.load_checkpoint(str(folder), tag="deepspeed")
+
+
+class _Writing:
+    """DeepSpeed's checkpoint engine, but for who writes the files."""
+
+    def __init__(self, checkpoint_engine: Any, write: StateWriter) -> None:
+        self._checkpoint_engine, self._write = checkpoint_engine, write
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._checkpoint_engine, name)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self._write(state_dict, Path(path))
 
 
 def _import_deepspeed() -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ MicroBatch = tuple[Tensor, Tensor]
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """Mean loss of logits [sample, class] and labels [sample]."""
+
+StateWriter = Callable[[Any, Path], None]
+"""Takes a file's content (nested dicts and lists of tensors and numbers) and the file that `torch.load` shall read."""
 
 
 @dataclass
@@ -42,8 +45,8 @@ class Engine(Protocol):
         """Forward and backward of each micro-batch in its slot, then one optimiser step; on all ranks together."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Writes weights, optimiser and schedule below `folder`; on all ranks together."""
+    def save(self, folder: Path, write: StateWriter) -> None:
+        """Hands weights, optimiser and schedule to `write`, for files below `folder`; on all ranks together."""
         ...
 
     def load(self, folder: Path) -> None:

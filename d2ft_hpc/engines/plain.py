@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StepReport, zero_missing_gradients
+from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StateWriter, StepReport, zero_missing_gradients
 from d2ft_hpc.execution.cuda_graph import CudaGraphs
 from d2ft_hpc.execution.executor import PlanExecutor
 
@@ -83,9 +83,9 @@ class PlainEngine:
         with self._autocast(images.device):
             return self._loss_function(self._model(images), labels)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, write: StateWriter) -> None:
         state = {"optimizer": self._optimizer.state_dict(), "schedule": self._schedule.state_dict()}
-        torch.save({"model": self._model.state_dict(), **state}, folder / "plain.pt")
+        write({"model": self._model.state_dict(), **state}, folder / "plain.pt")
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / "plain.pt", weights_only=True, map_location="cpu")

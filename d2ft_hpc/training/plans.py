@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import struct
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ from d2ft_hpc import __version__
 from d2ft_hpc.config import EngineConfig, PlanConfig
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch
+from d2ft_hpc.errors import PlanError
 from d2ft_hpc.launch import Control, agreed, share
+from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.metering import meter
 from d2ft_hpc.planning import PlanProblem, SkipPlan, plan_samples, solve
 from d2ft_hpc.scores import Scores, gradient_scores, weight_magnitude
@@ -41,22 +45,22 @@ def is_due(config: PlanConfig, *, epoch: int, step_of_epoch: int, steps_done: in
     return steps_done % every == 0
 
 
-def measure_scores(job: Job, loss_function: LossFunction) -> Scores | None:
+def measure_scores(job: Job, loss_function: LossFunction, watch: Watch) -> Scores | None:
     """Scores averaged over the first batches of the sampler's epoch; on all ranks together, the same on each.
 
     None for planners that read no scores.
     """
     config = job.config.plan
-    if config.planner in UNSCORED:
+    if config.planner in UNSCORED or config.file is not None:
         return None
     start = time.perf_counter()
     if config.score_cache is None:
-        return _measure(job, loss_function, start)
+        return _measure(job, loss_function, watch, start)
     cache = ScoreCache(Path(config.score_cache))
     key = _cache_key(job)
     if kept := share(job.control, lambda: cache.read(key), "the cached scores"):
         return Scores.from_bytes(kept)
-    scores = _measure(job, loss_function, start)
+    scores = _measure(job, loss_function, watch, start)
     with agreed(job.control, "keeping the scores"):
         if job.control.rank == 0:
             cache.write(key, scores)
@@ -64,11 +68,14 @@ def measure_scores(job: Job, loss_function: LossFunction) -> Scores | None:
 
 
 def _probe(job: Job) -> Iterator[list[MicroBatch]]:
-    loader = train_loader(job.train_set, job.sampler, device=job.device)
+    # The epoch's first batches, also where the run resumed in mid-epoch.
+    sampler = copy.copy(job.sampler)
+    sampler.set_epoch(job.sampler.epoch)
+    loader = train_loader(job.train_set, sampler, device=job.device)
     return islice(batches_of(job, loader), job.config.plan.probe_batches)
 
 
-def _measure(job: Job, loss_function: LossFunction, start: float) -> Scores:
+def _measure(job: Job, loss_function: LossFunction, watch: Watch, start: float) -> Scores:
     config, subnets = job.config.plan, job.executor.subnets
     names = (config.forward_score, config.backward_score)
     gradient_names: list[GradientScore] = [name for name in names if name != "weight_magnitude"]
@@ -81,7 +88,7 @@ def _measure(job: Job, loss_function: LossFunction, start: float) -> Scores:
                 )
                 for pair in batch
             ]
-            for batch in (_probe(job) if gradient_names else ())
+            for batch in (watch.along(_probe(job)) if gradient_names else ())
         ]
     rows: dict[str, np.ndarray] = {
         name: _rows_of_all(
@@ -141,6 +148,8 @@ def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[M
 def solve_here(job: Job, costs: PlanCosts, scores: Scores | None, index: int) -> SkipPlan:
     """The plan that the configuration asks for, on this rank alone. index: as in `make_plan`."""
     config, replicas = job.config.plan, job.control.world_size
+    if config.file is not None:
+        return _saved_plan(Path(config.file), job)
     if config.planner == "dense":
         rows, blocks, heads = job.plan_shape
         return SkipPlan.dense(rows // replicas, replicas, blocks, heads)
@@ -169,6 +178,16 @@ def solve_here(job: Job, costs: PlanCosts, scores: Scores | None, index: int) ->
         replicas_meet=meets_every_block(job.config.engine),
     )
     return solve(problem, config.planner, **_planner_options(config, (job.config.run.seed, index)))
+
+
+def _saved_plan(path: Path, job: Job) -> SkipPlan:
+    plan = SkipPlan.load(path)
+    if plan.operations.shape != job.plan_shape:
+        raise PlanError(
+            f"plan.file={path} has {plan.operations.shape} rows, blocks and heads, but this run {job.plan_shape}: "
+            "score and plan with the same model, data.slots and number of ranks"
+        )
+    return replace(plan, replicas=job.sampler.replicas)
 
 
 def _planner_options(config: PlanConfig, seed: tuple[int, int]) -> dict[str, Any]:
