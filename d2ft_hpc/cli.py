@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,11 +14,19 @@ from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
+    import torch
+
+    from d2ft_hpc.launch import Control
+    from d2ft_hpc.launch.signals import StopSignals
+    from d2ft_hpc.launch.watch import Watch
     from d2ft_hpc.planning import SkipPlan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns the exit status: 0 done, 1 fault, 2 wrong usage, 130 interrupted."""
+    """Runs one subcommand and returns the exit status.
+
+    0 done, 1 fault, 2 wrong usage, 75 stopped and to be continued, 130 interrupted.
+    """
     options = _parser().parse_args(arguments)
     return int(options.run(options))
 
@@ -44,6 +53,27 @@ def _parser() -> argparse.ArgumentParser:
         help="settings that replace the file's; or further YAML files",
     )
     train.set_defaults(run=_train)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="check what a run needs before it waits in a queue; start it as the run",
+        description="Checks launcher, network, GPUs, file system, data, weights and time limit. Status 1: a run "
+        "would fail.",
+    )
+    doctor.add_argument("config", type=Path, help="YAML file")
+    doctor.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    doctor.add_argument("--json", action="store_true", help="print one line of JSON")
+    doctor.set_defaults(run=_doctor)
+
+    score = commands.add_parser(
+        "score",
+        help="measure scores without training; start it as the run",
+        description="Measures what a run would measure before its first step; `d2ft-hpc plan` reads the file.",
+    )
+    score.add_argument("output", type=Path, help="the file to write, such as scores.h5")
+    score.add_argument("config", type=Path, help="YAML file")
+    score.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    score.set_defaults(run=_score)
 
     report = commands.add_parser("report", help="compare finished or running runs in a table and on a page")
     report.add_argument(
@@ -394,7 +424,14 @@ def _train(options: argparse.Namespace) -> int:
     if len(files) > 1:
         overrides = [text for text in options.overrides if not text.endswith((".yaml", ".yml"))]
         return run_guarded(None, lambda: _train_each(files, overrides))
-    return run_guarded(None, lambda: _train_connected(_read_config(options)))
+
+    def run() -> int:
+        from d2ft_hpc.launch.signals import StopSignals
+
+        config = _read_config(options)
+        return _train_connected(config, StopSignals(config.launch.stop_signals))
+
+    return run_guarded(None, run)
 
 
 def _train_each(files: Sequence[Path], overrides: Sequence[str]) -> int:
@@ -430,23 +467,85 @@ def _read_config(options: argparse.Namespace) -> RunConfig:
         raise error from AgreedError()  # every rank reads the same configuration
 
 
-def _train_connected(config: RunConfig) -> int:
+def _train_connected(config: RunConfig, signals: StopSignals) -> int:
+    from d2ft_hpc.launch.watch import UNFINISHED
+
+    def train(control: Control, device: torch.device, launcher: str, watch: Watch) -> int:
+        from d2ft_hpc.training.loop import train
+
+        if not train(config, control, device, launcher, watch):
+            return UNFINISHED
+        if control.rank == 0:
+            print(f"results in {config.run_folder / 'results.h5'}")
+        return 0
+
+    return _watched(config, train, signals)
+
+
+def _score(options: argparse.Namespace) -> int:
+    from d2ft_hpc.launch import run_guarded
+
+    def run() -> int:
+        config = _read_config(options)
+
+        def score(control: Control, device: torch.device, launcher: str, watch: Watch) -> int:
+            from d2ft_hpc.training.score import score
+
+            score(options.output, config, control, device, launcher, watch)
+            if control.rank == 0:
+                print(f"scores in {options.output}")
+            return 0
+
+        return _watched(config, score)
+
+    return run_guarded(None, run)
+
+
+def _watched(
+    config: RunConfig,
+    function: Callable[[Control, torch.device, str, Watch], int],
+    signals: StopSignals | None = None,
+) -> int:
+    """Runs `function` on all ranks that the launcher started, watching each other, and returns the exit status."""
     import torch
 
     from d2ft_hpc.launch import connect, detect, run_guarded
+    from d2ft_hpc.launch.watch import Watch
 
     environment = detect()
     device_type = _device_type(config)
     control = connect(environment, device_type=device_type, timeout_seconds=config.launch.timeout_seconds)
 
-    def run() -> None:
-        from d2ft_hpc.training.loop import train
-
-        results = train(config, control, torch.device(device_type), environment.launcher)
-        if control.rank == 0:
-            print(f"results in {results}")
+    def run() -> int:
+        with Watch(
+            control,
+            silence_seconds=config.launch.silence_seconds,
+            stall_seconds=config.launch.stall_seconds,
+            run_folder=config.run_folder,
+            signals=signals,
+        ) as watch:
+            status = run_guarded(
+                control,
+                lambda: function(control, torch.device(device_type), environment.launcher, watch),
+                run_folder=config.run_folder,
+                before_abort=watch.fail,
+            )
+        if control.world_size > 1:
+            # Nobody watches the interpreter's own end any more, which takes a while: a rank that hung in it would
+            # keep the launcher, and so the job, waiting.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
 
     return run_guarded(control, run, run_folder=config.run_folder)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from d2ft_hpc.doctor import examine
+    from d2ft_hpc.launch import run_guarded
+
+    return run_guarded(None, lambda: examine(options.config, options.overrides, json=options.json))
 
 
 def _device_type(config: RunConfig) -> Literal["cpu", "cuda"]:

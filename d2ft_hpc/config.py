@@ -128,10 +128,17 @@ class TrainConfig(Section):
     evaluate_every_epochs: int = Field(default=1, gt=0)
     evaluate_at_start: bool = True
     """Whether the model is evaluated before its first step too."""
+    checkpoint_every_minutes: float | None = Field(default=10.0, gt=0)
+    """How often a checkpoint is saved while training goes on; null: not by the clock."""
     checkpoint_every_epochs: int | None = Field(default=None, gt=0)
-    """null: only the finished model is saved."""
-    resume: bool = False
-    """Continue the run in its folder from its newest checkpoint."""
+    """null: not by the number of epochs."""
+    checkpoint_every_steps: int | None = Field(default=None, gt=0)
+    """null: not by the number of steps."""
+    keep_checkpoints: int = Field(default=2, gt=0)
+    """The newest ones, which stay."""
+    resume: bool | Literal["auto"] = False
+    """true: continue the run in its folder from its newest checkpoint. auto: the same where there is one, start where
+    there is none, and end at once if the run is finished: for jobs that may be started again at any time."""
 
 
 class ReplanConfig(Section):
@@ -174,6 +181,8 @@ class PlanConfig(Section):
         "pruning",
         "routing",
     ] = "joint"
+    file: str | None = None
+    """A saved plan (d2ft-hpc plan --save) to follow instead of making one; null: make one."""
     compute_budget: Fraction = 0.6
     """Share of the dense run's training FLOPs that each device may spend."""
     communication_budget: Fraction | None = None
@@ -240,6 +249,12 @@ class EngineConfig(Section):
 class LaunchConfig(Section):
     timeout_seconds: float = Field(default=25.0, gt=0)
     """How long ranks wait for each other at the start and whenever they agree on something."""
+    stop_signals: list[str] = ["USR2", "TERM"]
+    """Signals upon which all ranks save at the next step boundary and end with status 75: start again to go on."""
+    silence_seconds: float = Field(default=30.0, ge=2)
+    """A rank that is not heard for so long is lost: stopped, or its node is down. A killed one is noticed at once."""
+    stall_seconds: float = Field(default=600.0, gt=0)
+    """Longest time without a step (or a batch of an evaluation) on any rank, before hung ranks are named."""
 
 
 class ResultsConfig(Section):

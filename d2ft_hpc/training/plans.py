@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import struct
 import time
@@ -20,7 +21,9 @@ from d2ft_hpc import __version__
 from d2ft_hpc.config import EngineConfig, PlanConfig
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch
+from d2ft_hpc.errors import PlanError
 from d2ft_hpc.launch import Control, agreed, share
+from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.metering import meter
 from d2ft_hpc.planning import PlanProblem, SkipPlan, plan_samples, solve
 from d2ft_hpc.scores import Scores, gradient_scores, weight_magnitude
@@ -43,22 +46,24 @@ def is_due(config: PlanConfig, *, epoch: int, step_of_epoch: int, steps_done: in
     return steps_done % every == 0
 
 
-def measure_scores(job: Job, model: VisionTransformer, loss_function: LossFunction) -> Scores | None:
+def measure_scores(
+    job: Job, model: VisionTransformer, loss_function: LossFunction, watch: Watch
+) -> Scores | None:
     """Scores averaged over the first batches of the sampler's epoch; on all ranks together, the same on each.
 
-    model: the job's model, or a copy with its present weights. None for planners that read no scores.
+    None for planners that read no scores.
     """
     config = job.config.plan
-    if config.planner in UNSCORED:
+    if config.planner in UNSCORED or config.file is not None:
         return None
     start = time.perf_counter()
     if config.score_cache is None:
-        return _measure(job, model, loss_function, start)
+        return _measure(job, model, loss_function, watch, start)
     cache = ScoreCache(Path(config.score_cache))
     key = _cache_key(job, model)
     if kept := share(job.control, lambda: cache.read(key), "the cached scores"):
         return Scores.from_bytes(kept)
-    scores = _measure(job, model, loss_function, start)
+    scores = _measure(job, model, loss_function, watch, start)
     with agreed(job.control, "keeping the scores"):
         if job.control.rank == 0:
             cache.write(key, scores)
@@ -66,11 +71,16 @@ def measure_scores(job: Job, model: VisionTransformer, loss_function: LossFuncti
 
 
 def _probe(job: Job) -> Iterator[list[MicroBatch]]:
-    loader = train_loader(job.train_set, job.sampler, device=job.device)
+    # The epoch's first batches, also where the run resumed in mid-epoch.
+    sampler = copy.copy(job.sampler)
+    sampler.set_epoch(job.sampler.epoch)
+    loader = train_loader(job.train_set, sampler, device=job.device)
     return islice(batches_of(job, loader), job.config.plan.probe_batches)
 
 
-def _measure(job: Job, model: VisionTransformer, loss_function: LossFunction, start: float) -> Scores:
+def _measure(
+    job: Job, model: VisionTransformer, loss_function: LossFunction, watch: Watch, start: float
+) -> Scores:
     config, subnets = job.config.plan, job.executor.subnets
     names = (config.forward_score, config.backward_score)
     gradient_names: list[GradientScore] = [name for name in names if name != "weight_magnitude"]
@@ -83,7 +93,7 @@ def _measure(job: Job, model: VisionTransformer, loss_function: LossFunction, st
                 )
                 for pair in batch
             ]
-            for batch in (_probe(job) if gradient_names else ())
+            for batch in (watch.along(_probe(job)) if gradient_names else ())
         ]
     rows: dict[str, np.ndarray] = {
         name: rows_of_all(
@@ -152,6 +162,8 @@ def solve_here(
 ) -> SkipPlan:
     """The plan that the configuration asks for, on this rank alone; arguments as in `make_plan`."""
     config, replicas = job.config.plan, job.control.world_size
+    if config.file is not None:
+        return _saved_plan(Path(config.file), job)
     if config.planner == "samples":
         return plan_samples(
             samples=job.config.data.slots * job.config.data.micro_batch_size,
@@ -228,6 +240,16 @@ def solve_slots(
         objective=plan.objective * copies,
         bound=plan.bound * copies,
     )
+
+
+def _saved_plan(path: Path, job: Job) -> SkipPlan:
+    plan = SkipPlan.load(path)
+    if plan.operations.shape != job.plan_shape:
+        raise PlanError(
+            f"plan.file={path} has {plan.operations.shape} rows, blocks and heads, but this run {job.plan_shape}: "
+            "score and plan with the same model, data.slots and number of ranks"
+        )
+    return replace(plan, replicas=job.sampler.replicas)
 
 
 def _planner_options(config: PlanConfig, seed: tuple[int, int]) -> dict[str, Any]:

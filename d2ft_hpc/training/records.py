@@ -83,6 +83,12 @@ class StepRecorder:
             parts = wait_for(gather, _PATIENCE_SECONDS)
             self._write(record, [own.tobytes()] if parts is None else parts)
 
+    def flush(self) -> None:
+        """Puts what the writers have on disk; in any thread."""
+        for writer in (self._writer, self._own_writer):
+            if writer is not None:
+                writer.flush()
+
     def __enter__(self) -> StepRecorder:
         return self
 

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from d2ft_hpc.engines.deepspeed_private import current_slot, loss_scale
+from d2ft_hpc.engines.portable import write_file
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.engines.zero_state import collect
 from d2ft_hpc.execution.executor import PlanExecutor
@@ -85,7 +86,7 @@ class PlanFollower:
         folder = Path(folder)
         state = collect(self._model, self._engine)
         if self.control.rank == 0:
-            state.save(folder)
+            state.save(folder, write_file)
             if self.plan is not None:
                 self.plan.save(folder / "plan.h5")
             if self.scores is not None:

@@ -33,6 +33,7 @@ from d2ft_hpc.engines import deepspeed_private as private
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.plain import PlainEngine
+from d2ft_hpc.engines.portable import write_file
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, connect, detect
@@ -186,7 +187,7 @@ def check_resume(control: Control, saved_by: int, resumed_by: int, precision: st
     folder = Path(control.broadcast(tempfile.mkdtemp().encode()).decode())
     engine = deepspeed_engine(model_for("adamw"), "adamw", saved_by, precision=precision)
     trained_parameters(control, engine, "random", [0])
-    engine.save(folder)
+    engine.save(folder, write_file)
     control.barrier(30)
     uninterrupted = trained_parameters(control, engine, "random", [1, 2])
     other = deepspeed_engine(tiny_vit(seed=1, qkv_bias=False), "adamw", resumed_by, precision=precision)
