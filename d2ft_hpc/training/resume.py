@@ -20,6 +20,7 @@ from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.checkpoint import Position, complete_checkpoints, read_position, verify
 
 MAY_CHANGE = (
+    "engine.deepspeed",  # checkpoints do not depend on how ZeRO spreads a state
     "run.folder",
     "data.root",
     "data.workers",
