@@ -43,7 +43,7 @@ demo: $(VENV)/.installed
 	rm -rf runs/demo-dense runs/demo
 	mpirun -n 2 d2ft-hpc train configs/demo.yaml run.name=demo-dense plan.planner=dense
 	mpirun -n 2 d2ft-hpc train configs/demo.yaml
-	d2ft-hpc report runs/demo-dense runs/demo --png runs/demo.png
+	d2ft-hpc report runs/demo-dense runs/demo --html runs/report.html --png runs/demo.png
 
 # The tests start mpirun, torchrun and deepspeed by name.
 test: $(VENV)/.installed-dev

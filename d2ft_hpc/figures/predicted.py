@@ -73,7 +73,6 @@ def draw(numbers: dict[str, Any]) -> Figure:
                     *zip(*pairs, strict=True),
                     linestyle="",
                     markersize=8,
-                    markeredgecolor="black",
                     label=short(run["name"]),
                     **marker_style(i),
                 )

@@ -47,8 +47,16 @@ def line_style(index: int) -> dict[str, Any]:
 
 
 def marker_style(index: int) -> dict[str, Any]:
-    """Colour and marker of the n-th run."""
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+    """Colour and marker of the n-th run: filled, and hollow once the colours are used up."""
+    colour = COLOURS[index % len(COLOURS)]
+    hollow = index // len(COLOURS) % 2 == 1
+    return {
+        "color": colour,
+        "marker": MARKERS[index % len(MARKERS)],
+        "markerfacecolor": "white" if hollow else colour,
+        "markeredgecolor": colour if hollow else "black",
+        "markeredgewidth": 2 if hollow else 1,
+    }
 
 
 def short(name: str, length: int = 28) -> str:

@@ -9,6 +9,7 @@ import pytest
 import timm
 
 import d2ft_hpc.demo.model  # noqa: F401
+from d2ft_hpc.cli import main
 from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.engines.deepspeed import deepspeed_config
 from d2ft_hpc.errors import ConfigError
@@ -138,3 +139,19 @@ def test_a_base_is_overridden_by_the_file_and_both_by_overrides(tmp_path: Path) 
 def test_the_shipped_configurations_are_valid(path: Path) -> None:
     config = load_config(path)
     assert timm.is_model(config.model.name)
+
+
+def test_several_configurations_are_checked_before_the_first_runs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad.yaml").write_text(f"base: {DEMO}\nplan: {{compute_buget: 0.5}}")
+    command = ["train", str(DEMO), str(tmp_path / "bad.yaml"), f"run.folder={tmp_path / 'runs'}"]
+    assert main(command) == 1
+    assert "did you mean plan.compute_budget?" in capfd.readouterr().err
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert main(command) == 1
+    assert "2 configurations under one launcher" in capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()
