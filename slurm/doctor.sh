@@ -1,6 +1,6 @@
 #!/bin/bash
 # Checks what a run needs, before it waits for hours; give it the shape of the run:
-#   sbatch [--nodes=N --ntasks-per-node=M] slurm/doctor.sh configs/X.yaml [key=value ...] [--json]
+#   sbatch [--nodes=N --ntasks-per-node=M] slurm/doctor.sh [--json] configs/X.yaml [key=value ...]
 #SBATCH --job-name=d2ft-doctor
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=2      # one a GPU

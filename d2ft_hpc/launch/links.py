@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import time
+from contextlib import suppress
 
 from d2ft_hpc.errors import LaunchError
 from d2ft_hpc.launch.agree import agreed, share
@@ -50,13 +51,15 @@ def _accept_all(server: socket.socket, token: str, control: Control) -> dict[int
         server.settimeout(max(deadline - time.monotonic(), 0.01))
         try:
             connection, _ = server.accept()
-            connection.settimeout(GRACE_SECONDS)
-            greeting = _read(connection, len(token) + 10)
         except TimeoutError:
             missing = set(range(1, control.world_size)) - set(peers)
             raise LaunchError(
                 f"{describe_ranks(sorted(missing), control.hosts)} did not reach the watch of rank 0 on {control.host}"
             ) from None
+        connection.settimeout(GRACE_SECONDS)
+        greeting = b""
+        with suppress(OSError):
+            greeting = _read(connection, len(token) + 10)
         word, _, rank = greeting.decode(errors="replace").strip().partition(" ")
         if secrets.compare_digest(word.encode(), token.encode()) and rank.isdecimal():
             peers[int(rank)] = Channel(connection)

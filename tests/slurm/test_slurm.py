@@ -166,8 +166,7 @@ def findings_of(cluster: Cluster, job: int) -> dict[str, Any]:
 
 
 def test_doctor_catches_each_planted_fault(cluster: Cluster, tmp_path: Path) -> None:
-    one, json_please = "--ntasks-per-node=1", "--json"
-    script = ["slurm/doctor.sh", DEMO, json_please]
+    one, script = "--ntasks-per-node=1", ["slurm/doctor.sh", "--json", DEMO]
     with socket.socket() as holder:
         holder.bind(("", 0))
         holder.listen()
