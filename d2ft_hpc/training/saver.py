@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import shutil
@@ -117,7 +118,9 @@ class CheckpointSaver:
                 write_file(state, path)
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(state, path)
+                content = io.BytesIO()  # torch.save tells a full disk apart from nothing else
+                torch.save(state, content)
+                path.write_bytes(content.getbuffer())
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             checksums[str(path.relative_to(building))] = sha256(path)
