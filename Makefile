@@ -1,4 +1,4 @@
-# make demo | test | lint | test-oldest | test-matrix | test-deepspeed | wheel | clean
+# make demo | test | soak | soak-results | lint | test-oldest | test-matrix | test-deepspeed | wheel | clean
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -20,7 +20,7 @@ find_python = for p in $(1); do \
 PYTHONS ?= python3.13 python3.12 python3.11 python3.10 python3 $(wildcard $(HOME)/.pyenv/versions/3.1[0-3].*/bin/python)
 PYTHON310S ?= python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python)
 
-.PHONY: help demo test lint test-oldest test-matrix test-deepspeed wheel clean
+.PHONY: help demo test soak soak-results lint test-oldest test-matrix test-deepspeed wheel clean
 help:
 	@sed -n 1s/..//p Makefile
 
@@ -43,16 +43,25 @@ demo: $(VENV)/.installed
 	rm -rf runs/demo-dense runs/demo
 	mpirun -n 2 d2ft-hpc train configs/demo.yaml run.name=demo-dense plan.planner=dense
 	mpirun -n 2 d2ft-hpc train configs/demo.yaml
-	d2ft-hpc report runs/demo-dense runs/demo --png runs/demo.png
+	d2ft-hpc report runs/demo-dense runs/demo --html runs/report.html --png runs/demo.png
 
 # The tests start mpirun, torchrun and deepspeed by name.
 test: $(VENV)/.installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest $(PYTEST_ARGS)
 
+# A results file's writer killed at 100 random moments.
+soak-results: $(VENV)/.installed-dev
+	D2FT_KILLS=100 $(BIN)/python -m pytest tests/unit/test_results.py -k killed_at_random
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Goes on where it ended, if it is started again with the same file.
+SOAK ?= tests/soak/kills.jsonl
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.soak.kills $(SOAK) --kills 200
 
 $(OLDEST_VENV)/.installed: pyproject.toml tests/oldest-requirements.txt
 	@$(call find_python,$(PYTHON310S))

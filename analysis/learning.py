@@ -7,7 +7,9 @@ from d2ft_hpc.figures.command import show
 
 
 def main() -> int:
-    options = [("--smooth", {"type": int, "default": 20, "help": "steps in the moving average of the loss"})]
+    options = [
+        ("--smooth", {"type": int, "default": 20, "help": "most steps in the moving average of the loss"})
+    ]
     return show(learning, __doc__, "learning.png", options)
 
 

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from d2ft_hpc import __version__
 from d2ft_hpc.config import RunConfig, load_config
-from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.errors import ConfigError, PlanError
+
+if TYPE_CHECKING:
+    import torch
+
+    from d2ft_hpc.launch import Control
+    from d2ft_hpc.launch.signals import StopSignals
+    from d2ft_hpc.launch.watch import Watch
+    from d2ft_hpc.planning import SkipPlan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns the exit status: 0 done, 1 fault, 2 wrong usage, 130 interrupted."""
+    """Runs one subcommand and returns the exit status.
+
+    0 done, 1 fault, 2 wrong usage, 75 stopped and to be continued, 130 interrupted.
+    """
     options = _parser().parse_args(arguments)
     return int(options.run(options))
 
@@ -34,8 +46,34 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tunes a model as a YAML file says. Keys can be set after it: plan.compute_budget=0.5",
     )
     train.add_argument("config", type=Path, help="YAML file")
-    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    train.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="settings that replace the file's; or further YAML files",
+    )
     train.set_defaults(run=_train)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="check what a run needs before it waits in a queue; start it as the run",
+        description="Checks launcher, network, GPUs, file system, data, weights and time limit. Status 1: a run "
+        "would fail.",
+    )
+    doctor.add_argument("config", type=Path, help="YAML file")
+    doctor.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    doctor.add_argument("--json", action="store_true", help="print one line of JSON")
+    doctor.set_defaults(run=_doctor)
+
+    score = commands.add_parser(
+        "score",
+        help="measure scores without training; start it as the run",
+        description="Measures what a run would measure before its first step; `d2ft-hpc plan` reads the file.",
+    )
+    score.add_argument("output", type=Path, help="the file to write, such as scores.h5")
+    score.add_argument("config", type=Path, help="YAML file")
+    score.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    score.set_defaults(run=_score)
 
     report = commands.add_parser("report", help="compare finished or running runs in a table and on a page")
     report.add_argument(
@@ -52,14 +90,25 @@ def _parser() -> argparse.ArgumentParser:
         help="plan from saved scores, or look at a saved plan; needs no GPU and no MPI",
         description="Prints each device's share of the work, the predicted step time and the gap to the optimum.",
     )
-    plan.add_argument("scores", type=Path, help="run folder or results file with scores")
+    plan.add_argument(
+        "scores",
+        type=Path,
+        nargs="?",
+        help="run folder or results file with scores; not needed to look at a saved plan",
+    )
     plan.add_argument("--index", type=int, default=-1, help="which of the file's scores (default: the last)")
     plan.add_argument("--planner", default="makespan", help="paper, joint, makespan, static, depth, ...")
     plan.add_argument("--load", type=Path, metavar="PLAN", help="look at this plan instead of solving one")
+    plan.add_argument(
+        "--coverage", type=int, default=0, help="least FULL micro-batches of every head in a batch"
+    )
+    plan.add_argument(
+        "--most-shortcut", type=float, default=1.0, help="most of a block's heads that may not run"
+    )
     plan.add_argument("--ranks", type=int, default=1, help="tensor-parallel ranks")
     plan.add_argument("--stages", type=int, default=1, help="pipeline stages")
     plan.add_argument("--speeds", type=_numbers, metavar="A,B,...", help="relative speed of each rank")
-    plan.add_argument("--placed", action="store_true", help="spread the heads over the ranks by their scores")
+    plan.add_argument("--placed", action="store_true", help="place the heads on the ranks by their scores")
     plan.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
     plan.add_argument("--communication-budget", type=float, help="share of the dense step")
     plan.add_argument("--memory-budget", type=float, help="share of the activations of a dense row")
@@ -109,6 +158,18 @@ def _parser() -> argparse.ArgumentParser:
             engine.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
         engine.set_defaults(run=_bench_engine, bench=name)
 
+    recording = benches.add_parser(
+        "results",
+        help="what recording costs, and how fast its file opens",
+        description="Writes, opens, summarises and draws the records of a synthetic run.",
+    )
+    recording.add_argument("--steps", type=int, default=10_000)
+    recording.add_argument("--ranks", type=int, default=64)
+    recording.add_argument("--step-seconds", type=float, default=0.1, help="how long a step would take")
+    recording.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
+    recording.add_argument("--json", action="store_true", help="print the measurements as JSON")
+    recording.set_defaults(run=_bench_results)
+
     images = benches.add_parser(
         "data",
         help="images a second that a configuration's training data delivers",
@@ -118,6 +179,15 @@ def _parser() -> argparse.ArgumentParser:
     images.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
     images.add_argument("--seconds", type=float, default=10.0, help="how long to read (default: 10)")
     images.set_defaults(run=_bench_data)
+    scores = benches.add_parser(
+        "scores",
+        help="what measuring scores costs beside dense training",
+        description="Scores a micro-batch of random images, by micro-batch and by sample, between dense passes.",
+    )
+    scores.add_argument("config", type=Path, help="YAML file")
+    scores.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    scores.add_argument("--repeats", type=int, default=10, help="of each (default: 10)")
+    scores.set_defaults(run=_bench_scores)
 
     data = commands.add_parser("data", help="pack a data set into one file, or look at a packed one")
     _add_data_commands(data)
@@ -179,6 +249,15 @@ def _plan(options: argparse.Namespace) -> int:
         from d2ft_hpc import plan_report
         from d2ft_hpc.planning import SkipPlan, solve
 
+        if options.scores is None:
+            if options.load is None:
+                raise PlanError(
+                    "There is nothing to plan from: name a run with scores, or a saved plan with --load."
+                )
+            plan = SkipPlan.load(options.load)
+            print(plan_report.describe_alone(plan))
+            finish(plan)
+            return
         problem = plan_report.pose(
             plan_report.read_scores(options.scores, options.index),
             ranks=options.ranks,
@@ -192,8 +271,23 @@ def _plan(options: argparse.Namespace) -> int:
         if options.load is not None:
             plan = plan_report.load_checked(options.load, problem)
         else:
-            plan = solve(problem, options.planner, **({"seed": 0} if options.planner == "random" else {}))
+            plan = solve(problem, options.planner, **planner_options())
         print(plan_report.describe(plan, problem))
+        finish(plan)
+
+    def planner_options() -> dict[str, object]:
+        """Options that were given; a planner that does not know one refuses it."""
+        given: dict[str, object] = {"seed": 0} if options.planner == "random" else {}
+        if options.coverage:
+            given["coverage"] = options.coverage
+        if options.most_shortcut < 1:
+            given["most_shortcut"] = options.most_shortcut
+        return given
+
+    def finish(plan: SkipPlan) -> None:
+        from d2ft_hpc import plan_report
+        from d2ft_hpc.planning import SkipPlan
+
         if options.diff is not None:
             print(plan_report.describe_difference(SkipPlan.load(options.diff), plan))
         if options.save is not None:
@@ -258,6 +352,19 @@ def _bench_engine(options: argparse.Namespace) -> int:
     return run_guarded(control, run)
 
 
+def _bench_results(options: argparse.Namespace) -> int:
+    from d2ft_hpc.bench.results import benchmark, report_text
+    from d2ft_hpc.launch import run_guarded
+
+    def run() -> None:
+        measured = benchmark(
+            steps=options.steps, ranks=options.ranks, step_seconds=options.step_seconds, folder=options.folder
+        )
+        print(report_text(measured, options.json))
+
+    return run_guarded(None, run)
+
+
 def _bench_data(options: argparse.Namespace) -> int:
     from d2ft_hpc.launch import run_guarded
 
@@ -272,6 +379,25 @@ def _bench_data(options: argparse.Namespace) -> int:
             f"{measured['images_per_second']:.0f} images/s of {config.data.image_size} px to {measured['device']} with "
             f"{measured['workers']} workers; first batch after {measured['first_batch_seconds']:.2f} s"
         )
+
+    return run_guarded(None, run)
+
+
+def _bench_scores(options: argparse.Namespace) -> int:
+    from d2ft_hpc.launch import run_guarded
+
+    def run() -> None:
+        import torch
+
+        from d2ft_hpc.bench.scores import benchmark
+
+        config = load_config(options.config, options.overrides)
+        measured = benchmark(config, torch.device(_device_type(config)), options.repeats)
+        for granularity, (seconds, flops) in measured.items():
+            each = granularity.replace("_", "-")
+            print(
+                f"Fisher by {each}: {seconds:.2f} of the time and {flops:.2f} of the FLOPs of dense training"
+            )
 
     return run_guarded(None, run)
 
@@ -331,7 +457,42 @@ def _bench_parallel(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from d2ft_hpc.launch import run_guarded
 
-    return run_guarded(None, lambda: _train_connected(_read_config(options)))
+    files = [options.config, *(Path(text) for text in options.overrides if text.endswith((".yaml", ".yml")))]
+    if len(files) > 1:
+        overrides = [text for text in options.overrides if not text.endswith((".yaml", ".yml"))]
+        return run_guarded(None, lambda: _train_each(files, overrides))
+
+    def run() -> int:
+        from d2ft_hpc.launch.signals import StopSignals
+
+        config = _read_config(options)
+        return _train_connected(config, StopSignals(config.launch.stop_signals))
+
+    return run_guarded(None, run)
+
+
+def _train_each(files: Sequence[Path], overrides: Sequence[str]) -> int:
+    """Each configuration in a process of its own, one after the other; 1 if any failed."""
+    import subprocess
+
+    from d2ft_hpc.errors import LaunchError
+    from d2ft_hpc.launch import detect
+
+    if detect().world_size > 1:
+        raise LaunchError(f"{len(files)} configurations under one launcher: start each one, or an array job")
+    for file in files:
+        load_config(file, overrides)  # faults show before the first run starts
+    failed = []
+    for file in files:
+        print(f"==> {file}", flush=True)
+        status = subprocess.run([sys.executable, "-m", "d2ft_hpc", "train", str(file), *overrides]).returncode
+        if status == 130:
+            return status
+        if status:
+            failed.append(str(file))
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
 
 
 def _read_config(options: argparse.Namespace) -> RunConfig:
@@ -343,23 +504,85 @@ def _read_config(options: argparse.Namespace) -> RunConfig:
         raise error from AgreedError()  # every rank reads the same configuration
 
 
-def _train_connected(config: RunConfig) -> int:
+def _train_connected(config: RunConfig, signals: StopSignals) -> int:
+    from d2ft_hpc.launch.watch import UNFINISHED
+
+    def train(control: Control, device: torch.device, launcher: str, watch: Watch) -> int:
+        from d2ft_hpc.training.loop import train
+
+        if not train(config, control, device, launcher, watch):
+            return UNFINISHED
+        if control.rank == 0:
+            print(f"results in {config.run_folder / 'results.h5'}")
+        return 0
+
+    return _watched(config, train, signals)
+
+
+def _score(options: argparse.Namespace) -> int:
+    from d2ft_hpc.launch import run_guarded
+
+    def run() -> int:
+        config = _read_config(options)
+
+        def score(control: Control, device: torch.device, launcher: str, watch: Watch) -> int:
+            from d2ft_hpc.training.score import score
+
+            score(options.output, config, control, device, launcher, watch)
+            if control.rank == 0:
+                print(f"scores in {options.output}")
+            return 0
+
+        return _watched(config, score)
+
+    return run_guarded(None, run)
+
+
+def _watched(
+    config: RunConfig,
+    function: Callable[[Control, torch.device, str, Watch], int],
+    signals: StopSignals | None = None,
+) -> int:
+    """Runs `function` on all ranks that the launcher started, watching each other, and returns the exit status."""
     import torch
 
     from d2ft_hpc.launch import connect, detect, run_guarded
+    from d2ft_hpc.launch.watch import Watch
 
     environment = detect()
     device_type = _device_type(config)
     control = connect(environment, device_type=device_type, timeout_seconds=config.launch.timeout_seconds)
 
-    def run() -> None:
-        from d2ft_hpc.training.loop import train
-
-        results = train(config, control, torch.device(device_type), environment.launcher)
-        if control.rank == 0:
-            print(f"results in {results}")
+    def run() -> int:
+        with Watch(
+            control,
+            silence_seconds=config.launch.silence_seconds,
+            stall_seconds=config.launch.stall_seconds,
+            run_folder=config.run_folder,
+            signals=signals,
+        ) as watch:
+            status = run_guarded(
+                control,
+                lambda: function(control, torch.device(device_type), environment.launcher, watch),
+                run_folder=config.run_folder,
+                before_abort=watch.fail,
+            )
+        if control.world_size > 1:
+            # Nobody watches the interpreter's own end any more, which takes a while: a rank that hung in it would
+            # keep the launcher, and so the job, waiting.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
 
     return run_guarded(control, run, run_folder=config.run_folder)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from d2ft_hpc.doctor import examine
+    from d2ft_hpc.launch import run_guarded
+
+    return run_guarded(None, lambda: examine(options.config, options.overrides, json=options.json))
 
 
 def _device_type(config: RunConfig) -> Literal["cpu", "cuda"]:

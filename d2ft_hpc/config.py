@@ -36,6 +36,19 @@ class RunSection(Section):
     seed: int = Field(default=0, ge=0)
 
 
+class LoraSection(Section):
+    """Low-rank adaptation of the blocks' linear layers; all else but the classifier is frozen. Needs peft."""
+
+    rank: int = Field(default=8, gt=0)
+    alpha: int = Field(default=16, gt=0)
+    """The low-rank product counts alpha / rank times."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of what the low-rank product gets."""
+    layers: list[Literal["qkv", "proj", "fc1", "fc2"]] = Field(
+        default=["qkv", "proj", "fc1", "fc2"], min_length=1
+    )
+
+
 class ModelConfig(Section):
     name: str
     """A timm VisionTransformer's name."""
@@ -44,6 +57,8 @@ class ModelConfig(Section):
     "hf-hub:OWNER/NAME" for others, both from the hub or (HF_HUB_OFFLINE=1) its cache; null for random ones."""
     options: dict[str, Any] = {}
     """Further keyword arguments of timm.create_model (img_size, drop_path_rate, ...)."""
+    lora: LoraSection | None = None
+    """null: the weights themselves are trained."""
     embeddings: Literal["frozen", "complete_path", "trained"] = "frozen"
     """Parameters below every block, whose gradient is biased by each skip above them: frozen, trained by the
     micro-batches that are FULL everywhere, or trained by all."""
@@ -113,16 +128,26 @@ class TrainConfig(Section):
     evaluate_every_epochs: int = Field(default=1, gt=0)
     evaluate_at_start: bool = True
     """Whether the model is evaluated before its first step too."""
+    checkpoint_every_minutes: float | None = Field(default=10.0, gt=0)
+    """How often a checkpoint is saved while training goes on; null: not by the clock."""
     checkpoint_every_epochs: int | None = Field(default=None, gt=0)
-    """null: only the finished model is saved."""
-    resume: bool = False
-    """Continue the run in its folder from its newest checkpoint."""
+    """null: not by the number of epochs."""
+    checkpoint_every_steps: int | None = Field(default=None, gt=0)
+    """null: not by the number of steps."""
+    keep_checkpoints: int = Field(default=2, gt=0)
+    """The newest ones, which stay."""
+    resume: bool | Literal["auto"] = False
+    """true: continue the run in its folder from its newest checkpoint. auto: the same where there is one, start where
+    there is none, and end at once if the run is finished: for jobs that may be started again at any time."""
 
 
 class ReplanConfig(Section):
     every: int | None = Field(default=None, gt=0)
     """null: one plan for the whole run."""
     unit: Literal["steps", "epochs"] = "epochs"
+    overlap: bool = False
+    """Solve while training goes on under the old plan. The first step under the new one depends on the clock and is
+    recorded; if false, the step at which a plan is due waits for it."""
 
 
 class SamplesConfig(Section):
@@ -156,13 +181,24 @@ class PlanConfig(Section):
         "pruning",
         "routing",
     ] = "joint"
+    file: str | None = None
+    """A saved plan (d2ft-hpc plan --save) to follow instead of making one; null: make one."""
     compute_budget: Fraction = 0.6
     """Share of the dense run's training FLOPs that each device may spend."""
     communication_budget: Fraction | None = None
-    """Share of the dense run's messages between subnets (the paper's cost model); null: no limit."""
+    """Share of the dense run's messages between subnets; null: no limit."""
+    messages: Literal["by_head", "by_meeting"] = "by_head"
+    """What these messages are: by_head counts FULL 1 and FORWARD_ONLY 0.5 for every head (the paper's cost model),
+    by_meeting the all-reduces of tensor-parallel ranks, which a block without any active head does not need."""
     memory_budget: Fraction | None = None
     """Share of the activations of a dense micro-batch that a device keeps for the backward; null: no limit. Planners
     `paper` and `random` do not know it and are refused where they exceed it."""
+    costs: Literal["flops", "measured", "paper"] = "flops"
+    """What planners take for the cost of FORWARD_ONLY and of what always runs: counted FLOPs; seconds of a short
+    profile on every rank at the start (kept for the same hardware and model), which also gives the ranks' speeds; or
+    the paper's constants."""
+    device_speed: list[Annotated[float, Field(gt=0)]] | None = None
+    """Relative speed of each rank, in place of the measured ones or of equal ones."""
     forward_score: Literal["fisher", "gradient_magnitude", "taylor", "weight_magnitude"] = "fisher"
     """What a subnet's forward gives to a micro-batch. fisher: sum of squared gradients over its weights (the paper's);
     gradient_magnitude: of |g|; taylor: of |w g|; weight_magnitude: of |w|."""
@@ -175,9 +211,11 @@ class PlanConfig(Section):
     full_share: Fraction = 0.8
     """Planner `paper` and `random`: most of the budget that FULL may take before FORWARD_ONLY."""
     coverage: int = Field(default=0, ge=0)
-    """Planner `joint`: least number of FULL micro-batches that each subnet gets in a batch."""
+    """Planner `joint`, `makespan`, `static` and `depth`: least number of FULL micro-batches that each subnet gets in a
+    batch."""
     most_shortcut: float = Field(default=1.0, ge=0, le=1)
-    """Planner `makespan` and `static`: most of a block's heads that may be SHORTCUT in a micro-batch."""
+    """Planner `joint`, `makespan` and `static`: most of a device's heads in a block that may be SHORTCUT in a
+    micro-batch."""
     below: Literal["forward_only", "shortcut"] = "forward_only"
     """Planner `depth`: what the blocks below the FULL ones do."""
     capacity_factor: float = Field(default=1.25, gt=0)
@@ -226,6 +264,12 @@ class EngineConfig(Section):
 class LaunchConfig(Section):
     timeout_seconds: float = Field(default=25.0, gt=0)
     """How long ranks wait for each other at the start and whenever they agree on something."""
+    stop_signals: list[str] = ["USR2", "TERM"]
+    """Signals upon which all ranks save at the next step boundary and end with status 75: start again to go on."""
+    silence_seconds: float = Field(default=30.0, ge=2)
+    """A rank that is not heard for so long is lost: stopped, or its node is down. A killed one is noticed at once."""
+    stall_seconds: float = Field(default=600.0, gt=0)
+    """Longest time without a step (or a batch of an evaluation) on any rank, before hung ranks are named."""
 
 
 class ResultsConfig(Section):

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError, ResultsError
-from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, check, in_order, simulate, solve, spread
+from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, check, in_order, place, simulate, solve
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ def pose(
     """The problem of the scores' run on another layout.
 
     speeds: of the tensor-parallel ranks of every stage; None = all equal. placed: heads are spread over the ranks by
-    their scores (`spread`). budgets: as in `PlanProblem.parallel`.
+    their scores (`place`). budgets: as in `PlanProblem.parallel`.
 
     Raises PlanError if heads or blocks cannot be divided evenly, or a budget is out of range.
     """
@@ -91,17 +91,24 @@ def pose(
     )
     if not placed:
         return problem
-    return PlanProblem.parallel(scores.forward, scores.backward, rank=spread(problem, ranks), **options)
+    return PlanProblem.parallel(scores.forward, scores.backward, rank=place(problem, ranks), **options)
+
+
+def describe_alone(plan: SkipPlan) -> str:
+    """What the plan is, as far as it tells itself."""
+    shares = ", ".join(f"{share:.1%} {operation.name}" for operation, share in plan.shares().items())
+    evidence = f"gap {plan.gap:.1e} ({plan.status})" if plan.gap == plan.gap else "gap not known"
+    return (
+        f"{plan.planner} plan {plan.hash[:12]}: {plan.num_rows} rows x {plan.num_blocks} blocks "
+        f"x {plan.num_heads} heads\n"
+        f"{shares}; {evidence}, solved in {1e3 * plan.solve_seconds:.1f} ms"
+    )
 
 
 def describe(plan: SkipPlan, problem: PlanProblem) -> str:
     """What the plan is, what each device does under it, and the time of its step."""
-    shares = ", ".join(f"{share:.1%} {operation.name}" for operation, share in plan.shares().items())
-    evidence = f"gap {plan.gap:.1e} ({plan.status})" if plan.gap == plan.gap else "gap not known"
     lines = [
-        f"{plan.planner} plan {plan.hash[:12]}: {plan.num_rows} rows x {plan.num_blocks} blocks "
-        f"x {plan.num_heads} heads",
-        f"{shares}; {evidence}, solved in {1e3 * plan.solve_seconds:.1f} ms",
+        describe_alone(plan),
         "",
         *_device_table(plan, problem),
         "",
@@ -115,7 +122,7 @@ def _device_table(plan: SkipPlan, problem: PlanProblem) -> list[str]:
     timing = simulate(plan, problem)
     cells = problem.cells_per_device()
     compute = problem.used_compute(plan) / (cells * problem.compute_cost[Operation.FULL])
-    messages = problem.used_communication(plan) / (cells * problem.communication_cost[Operation.FULL])
+    messages = problem.used_communication(plan) / np.maximum(problem.dense_communication(), 1e-300)
     memory = problem.used_memory(plan) / (cells / plan.slots)
     width = max(len(name) for name in problem.device_names)
     lines = [f"{'device':<{width}} {'compute':>8} {'messages':>9} {'memory':>7} {'waiting':>8}  (shares)"]

@@ -106,9 +106,10 @@ def _sections(runs: Sequence[Run], numbers: dict[str, Any]) -> Iterator[tuple[st
             "Accuracy against cost",
             _figure(pareto.draw(costs), "Up and to the left is better.") + _rivals(costs["rivals"]),
         )
-        yield from _if_recorded(
-            "Over seeds", compare, runs, "Runs that differ in their seed alone are one group."
-        )
+        groups = compare.measure(runs)
+        if any(len(group["runs"]) > 1 for group in groups["groups"]):
+            caption = "Runs that differ in their seed alone are one group."
+            yield "Over seeds", _figure(compare.draw(groups), caption)
         claims = paper.measure(runs)
         if claims["runs"]:
             head, *rows = paper.table(claims)

@@ -88,7 +88,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             assert isinstance(self._images, PixelImages)
             images = self._images.take(rows)
         elif entropies is None:
-            images = torch.stack([self._of_sample(self._images.picture(int(row))) for row in rows])
+            images = torch.stack([self._of_sample(self._images.tensor(int(row))) for row in rows])
         else:
             images = torch.stack(
                 [self._sample(int(row), entropy) for row, entropy in zip(rows, entropies, strict=True)]
@@ -103,9 +103,9 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
     def _sample(self, row: int, entropy: Entropy) -> Tensor:
         assert self._of_sample is not None
-        picture = self._images.picture(row)
+        image = self._images.tensor(row)
         with seeded(entropy):
-            return self._of_sample(picture)
+            return self._of_sample(image)
 
 
 def load(

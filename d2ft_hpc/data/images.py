@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from d2ft_hpc.errors import DataError
 
@@ -60,6 +61,10 @@ class PixelImages:
         """The images [index, 3, height, width] as a copy."""
         return torch.from_numpy(self.pixels[np.asarray(indices)])
 
+    def tensor(self, index: int) -> Tensor:
+        """Image `index` [3, height, width]."""
+        return self.take([index])[0]
+
     def picture(self, index: int) -> Image.Image:
         pixels = self.pixels[index]
         if pixels.dtype != np.uint8:
@@ -88,8 +93,13 @@ class EncodedImages:
     def __len__(self) -> int:
         return len(self.blobs)
 
+    def tensor(self, index: int) -> Tensor:
+        """Image `index` in RGB, uint8 [3, height, width]. Raises DataError if it cannot be decoded."""
+        pixels: Tensor = pil_to_tensor(self.picture(index))
+        return pixels
+
     def picture(self, index: int) -> Image.Image:
-        """Image `index` in RGB. Raises DataError if it cannot be decoded."""
+        """The same as a PIL image."""
         try:
             return Image.open(io.BytesIO(self.blobs[index])).convert("RGB")
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:

@@ -26,6 +26,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import to_pil_image
 
 from d2ft_hpc.errors import ConfigError
 
@@ -40,7 +41,8 @@ CROPPED_SHARE = 7 / 8
 AREA = (0.5, 1.0)
 RATIO = (3 / 4, 4 / 3)
 
-SampleTransform = Callable[[Image.Image], Tensor]
+SampleTransform = Callable[[Tensor], Tensor]
+"""From uint8 0 to 255 or float32 0 to 1, [3, height, width]."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def sample_transform(
     std: Sequence[float],
     timm_options: Mapping[str, Any] | None = None,
 ) -> SampleTransform:
-    """Stage 1 for pictures of any size; uint8 [3, image_size, image_size], or float32, normalised, of timm's training.
+    """Stage 1 for images of any size; [3, image_size, image_size], uint8 or (timm's training) float32 and normalised.
 
     timm_options: of timm.data.create_transform. Raises ConfigError if it does not know one.
     """
@@ -144,7 +146,7 @@ def sample_transform(
         steps = [v2.RandomResizedCrop(image_size, scale=AREA, ratio=RATIO)]
     else:
         steps = [v2.Resize(round(image_size / CROPPED_SHARE)), v2.CenterCrop(image_size)]
-    transform: SampleTransform = v2.Compose([*steps, v2.PILToTensor()])
+    transform: SampleTransform = v2.Compose(steps)
     return transform
 
 
@@ -160,12 +162,11 @@ def _timm_transform(
             f"{', '.join(sorted(known - ours))}"
         )
     try:
-        transform: SampleTransform = create_transform(
-            image_size, is_training=True, mean=mean, std=std, **options
-        )
-        transform(Image.new("RGB", (8, 8)))
+        of_picture = create_transform(image_size, is_training=True, mean=mean, std=std, **options)
+        of_picture(Image.new("RGB", (8, 8)))
     except Exception as error:  # timm raises many kinds, some at first use
         raise ConfigError(f"data.timm={dict(options)}: not accepted by timm: {error}") from error
+    transform: SampleTransform = v2.Compose([to_pil_image, of_picture])
     return transform
 
 
@@ -186,7 +187,7 @@ def seeded(entropy: Sequence[int]) -> Iterator[None]:
         # torch.manual_seed would also reseed the accelerators, which fork_rng does not give back here.
         torch.default_generator.manual_seed(int(words[0]))
         random.seed(int(words[1]))
-        np.random.seed(int(words[2] & 0xFFFFFFFF))
+        np.random.seed(int(words[2]) & 0xFFFFFFFF)
         try:
             yield
         finally:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
-from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StepReport
+from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StateWriter, StepReport
 from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.engines.zero_state import collect, restore
@@ -134,11 +134,11 @@ class DeepSpeedEngine:
     def full_model(self) -> AbstractContextManager[VisionTransformer]:
         return self.rules.full_model(self._model, self._twin)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, write: StateWriter) -> None:
         state = collect(self._model, self.engine)
         if dist.get_rank() == 0:
             state.schedule = schedule_numbers(self.engine.lr_scheduler)
-            state.save(folder)
+            state.save(folder, write)
 
     def load(self, folder: Path) -> None:
         state = PortableState.load(folder)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -21,6 +21,9 @@ MicroBatch = tuple[Tensor, Tensor]
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """Mean loss of logits [sample, class] and labels [sample]."""
+
+StateWriter = Callable[[Any, Path], None]
+"""Takes the content of a safetensors file, {"tensors": by name, "metadata": texts by name}, and the file."""
 
 
 @dataclass
@@ -63,8 +66,8 @@ class Engine(Protocol):
         """Forward and backward of each micro-batch in its slot, then one optimiser step; on all ranks together."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Writes weights, optimiser and schedule below `folder`; on all ranks together."""
+    def save(self, folder: Path, write: StateWriter) -> None:
+        """Hands weights, optimiser and schedule to `write`, for files below `folder`; on all ranks together."""
         ...
 
     def load(self, folder: Path) -> None:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from d2ft_hpc.engines.deepspeed_private import whole
+from d2ft_hpc.engines.engine import StateWriter
 from d2ft_hpc.engines.portable import PortableState, schedule_numbers
 from d2ft_hpc.engines.zero_state import collect, restore
 from d2ft_hpc.execution.executor import PlanExecutor
@@ -63,6 +64,7 @@ def full_model(
 
 def save_state(
     folder: Path,
+    write: StateWriter,
     part: nn.Module,
     engine: Any,
     executor: PlanExecutor,
@@ -84,7 +86,7 @@ def save_state(
         schedule_numbers(engine.lr_scheduler),
     )
     if control.rank == 0:
-        state.save(folder)
+        state.save(folder, write)
         placement.save(folder / PLACEMENT)
 
 

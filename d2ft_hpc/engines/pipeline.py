@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from d2ft_hpc.engines.check import check_plan
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed, loss_of_replica, topology_of
-from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StepReport, zero_missing_gradients
+from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StateWriter, StepReport, zero_missing_gradients
 from d2ft_hpc.engines.model_parallel import MakeOptimizer, full_model, load_state, save_state, share_part
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
@@ -97,8 +97,8 @@ class PipelineEngine:
     def full_model(self) -> AbstractContextManager[VisionTransformer]:
         return full_model(self._model, self._part, self.executor, self._placement, self._control)
 
-    def save(self, folder: Path) -> None:
-        save_state(folder, self._part, self.engine, self.executor, self._placement, self._control)
+    def save(self, folder: Path, write: StateWriter) -> None:
+        save_state(folder, write, self._part, self.engine, self.executor, self._placement, self._control)
 
     def load(self, folder: Path) -> None:
         load_state(folder, self._part, self.engine, self.executor, self._placement)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.engines.check import check_plan, check_recompute
-from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StepReport, zero_missing_gradients
+from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StateWriter, StepReport, zero_missing_gradients
 from d2ft_hpc.engines.portable import (
     PortableState,
     collect_plain,
@@ -104,10 +104,10 @@ class PlainEngine:
     def full_model(self) -> AbstractContextManager[VisionTransformer]:
         return nullcontext(self._model)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, write: StateWriter) -> None:
         state = collect_plain(self._model, self._optimizer)
         state.schedule = schedule_numbers(self._schedule)
-        state.save(folder)
+        state.save(folder, write)
 
     def load(self, folder: Path) -> None:
         state = PortableState.load(folder)

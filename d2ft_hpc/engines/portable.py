@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from d2ft_hpc.engines.engine import StateWriter
 from d2ft_hpc.errors import CheckpointError
 
 MODEL = "model.safetensors"
@@ -37,16 +38,12 @@ class PortableState:
     schedule: dict[str, Any] = field(default_factory=dict)
     """The learning-rate schedule's state_dict, as far as it is numbers."""
 
-    def save(self, folder: Path) -> None:
-        """Raises CheckpointError where the files cannot be written."""
+    def save(self, folder: Path, write: StateWriter) -> None:
+        """Hands both files' contents to `write`: {"tensors": ..., "metadata": ...}, as `write_file` takes them."""
         named = {f"{kind}/{name}": t for kind, of_kind in self.moments.items() for name, t in of_kind.items()}
         about = {"numbers": json.dumps(self.numbers), "schedule": json.dumps(self.schedule)}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(_compact(self.weights), folder / MODEL)
-            save_file(_compact(named), folder / OPTIMIZER, metadata=about)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder}: the training state cannot be written: {error}") from None
+        write({"tensors": self.weights, "metadata": {}}, folder / MODEL)
+        write({"tensors": named, "metadata": about}, folder / OPTIMIZER)
 
     @classmethod
     def load(cls, folder: Path) -> PortableState:
@@ -73,6 +70,13 @@ class PortableState:
                 f"the checkpoint is of another model: {len(differing)} weights differ in name or shape, "
                 f"first {differing[0]!r}"
             )
+
+
+def write_file(content: Mapping[str, Any], path: Path) -> None:
+    """Writes a safetensors file. Raises OSError where it cannot."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in content["tensors"].items()}
+    path.write_bytes(serialize(tensors, metadata=dict(content["metadata"])))
 
 
 def collect_plain(
@@ -107,9 +111,19 @@ def restore_plain(
         own = {kind: of_kind[name] for kind, of_kind in state.moments.items() if name in of_kind}
         if own:
             optimizer.state[master] = {
-                **{kind: torch.tensor(number) for kind, number in state.numbers.items()},
+                **counters(state, optimizer, master),
                 **{kind: tensor.to(master.device, copy=True) for kind, tensor in own.items()},
             }
+
+
+def counters(state: PortableState, optimizer: Optimizer, stepped: Tensor) -> dict[str, Any]:
+    """The step count in the form in which `optimizer` keeps it beside the moments of what it steps."""
+    if "step" not in state.numbers or "step" in optimizer.param_groups[0]:
+        return {}
+    if type(optimizer).__module__.startswith("deepspeed"):
+        return {"step": int(state.numbers["step"])}
+    on_device = any(optimizer.param_groups[0].get(key) for key in ("fused", "capturable"))
+    return {"step": torch.tensor(state.numbers["step"], device=stepped.device if on_device else "cpu")}
 
 
 def schedule_numbers(schedule: LRScheduler) -> dict[str, Any]:
@@ -128,10 +142,6 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list):
         return bool(value) and all(_is_plain(item) for item in value)
     return isinstance(value, (bool, int, float, str))
-
-
-def _compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

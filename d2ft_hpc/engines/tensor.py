@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import grid_of, import_deepspeed
-from d2ft_hpc.engines.engine import LossFunction
+from d2ft_hpc.engines.engine import LossFunction, StateWriter
 from d2ft_hpc.engines.model_parallel import MakeOptimizer, full_model, load_state, save_state, share_part
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
@@ -40,8 +40,8 @@ class TensorParallelEngine(DeepSpeedEngine):
         self._whole, self._placement, self._control = model, placement, control
         super().__init__(self._part, shared, *make_optimizer(self._part), loss_function, config, mpu=grid)
 
-    def save(self, folder: Path) -> None:
-        save_state(folder, self._part, self.engine, self.executor, self._placement, self._control)
+    def save(self, folder: Path, write: StateWriter) -> None:
+        save_state(folder, write, self._part, self.engine, self.executor, self._placement, self._control)
 
     def load(self, folder: Path) -> None:
         load_state(folder, self._part, self.engine, self.executor, self._placement)

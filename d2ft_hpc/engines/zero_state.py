@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from d2ft_hpc.engines import deepspeed_private as private
-from d2ft_hpc.engines.portable import PortableState, collect_plain, restore_plain
+from d2ft_hpc.engines.portable import PortableState, collect_plain, counters, restore_plain
 
 
 def collect(model: nn.Module, engine: Any) -> PortableState:
@@ -64,10 +64,7 @@ def restore(state: PortableState, model: nn.Module, engine: Any) -> None:
                 of_flat[kind] = flat.detach().clone()
     for flat, of_flat in zip(flats, of_flats, strict=True):
         if of_flat:
-            of_flat.update(
-                {key: torch.tensor(state.numbers[key]) for key in ("step",) if key in state.numbers}
-            )
-            optimizer.state[flat] = of_flat
+            optimizer.state[flat] = {**counters(state, optimizer, flat), **of_flat}
     for group in optimizer.param_groups:
         if "step" in group:
             group["step"] = int(state.numbers["step"])

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
+from d2ft_hpc.execution.lora import with_lora
 from d2ft_hpc.model.subnets import HeadAxis
 
 HeadAxes = dict[str, HeadAxis]
@@ -118,6 +119,7 @@ def attention_heads(
     qkv_weight = _part(head_axes["attn.qkv.weight"], attn.qkv.weight, heads)
     qkv_bias = None if attn.qkv.bias is None else _part(head_axes["attn.qkv.bias"], attn.qkv.bias, heads)
     qkv = F.linear(normed, qkv_weight, qkv_bias)
+    qkv = with_lora(attn.qkv, "attn.qkv", head_axes, normed, heads, qkv)
     query, key, value = qkv.view(samples, tokens, 3, heads.numel(), -1).permute(2, 0, 3, 1, 4).unbind(0)
     mixed = F.scaled_dot_product_attention(
         q_norm(query),
@@ -129,7 +131,8 @@ def attention_heads(
         scale=attn.scale,
     )
     mixed = mixed.transpose(1, 2).reshape(samples, tokens, -1)
-    return F.linear(mixed, _part(head_axes["attn.proj.weight"], attn.proj.weight, heads), bias)
+    projected = F.linear(mixed, _part(head_axes["attn.proj.weight"], attn.proj.weight, heads), bias)
+    return with_lora(attn.proj, "attn.proj", head_axes, mixed, heads, projected)
 
 
 def ffn_slices(
@@ -139,14 +142,15 @@ def ffn_slices(
     mlp = block.mlp
     fc1_weight = _part(head_axes["mlp.fc1.weight"], mlp.fc1.weight, heads)
     fc1_bias = None if mlp.fc1.bias is None else _part(head_axes["mlp.fc1.bias"], mlp.fc1.bias, heads)
-    hidden = mlp.drop1(mlp.act(F.linear(normed, fc1_weight, fc1_bias)))
-    return F.linear(hidden, _part(head_axes["mlp.fc2.weight"], mlp.fc2.weight, heads), bias)
+    hidden = F.linear(normed, fc1_weight, fc1_bias)
+    hidden = mlp.drop1(mlp.act(with_lora(mlp.fc1, "mlp.fc1", head_axes, normed, heads, hidden)))
+    output = F.linear(hidden, _part(head_axes["mlp.fc2.weight"], mlp.fc2.weight, heads), bias)
+    return with_lora(mlp.fc2, "mlp.fc2", head_axes, hidden, heads, output)
 
 
 def _part(axis: HeadAxis, parameter: Tensor, heads: Tensor) -> Tensor:
     """The heads' part of a parameter. As heads are in rising order, all of them are the parameter, without a copy."""
     if heads.numel() == axis.view_shape[axis.axis]:
-        return parameter.view_as(
-            parameter
-        )  # a view, because autocast would cache a leaf's cast without gradient
+        # A view, because autocast would cache a leaf's cast without gradient.
+        return parameter.view_as(parameter)
     return axis.select(parameter, heads)

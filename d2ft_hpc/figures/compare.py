@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import COLOURS, name_ticks, new_figure, number
+from d2ft_hpc.figures.style import COLOURS, name_ticks, new_figure, number, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,9 +26,10 @@ def measure(runs: Sequence[Run]) -> dict[str, Any]:
 
     Of each metric: values, mean, standard deviation, half the 95 % interval of the mean, and against the reference
     the difference and the p-value of Welch's t-test, Holm-corrected over the groups. What one run cannot say is NaN.
+    Runs that did not end in order are left out, unless there are no others.
     """
     groups: dict[str, list[Run]] = {}
-    for run in runs:
+    for run in [run for run in runs if run.complete] or runs:
         settings = {key: value for key, value in (run.config or {}).items() if key != "run"}
         groups.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
     configs = [_flat(members[0].config or {}) for members in groups.values()]
@@ -116,7 +117,7 @@ def _test(groups: list[dict[str, Any]], metric: str) -> None:
 def draw(numbers: dict[str, Any]) -> Figure:
     """A panel for each metric: every run, and the mean with its 95 % interval."""
     groups = numbers["groups"]
-    figure = new_figure(max(12, 2 + 3 * len(groups)), 5.4)
+    figure = new_figure(max(12, 2 + 4 * len(groups)), 5.4)
     for axis, (metric, (label, factor)) in zip(
         figure.subplots(1, len(_METRICS)), _METRICS.items(), strict=True
     ):
@@ -161,4 +162,4 @@ def draw(numbers: dict[str, Any]) -> Figure:
 
 
 def _wrapped(label: str) -> str:
-    return "\n".join(part.strip() for part in label.split(",")[:4])
+    return "\n".join(short(part.strip(), 15) for part in label.split(",")[:4])

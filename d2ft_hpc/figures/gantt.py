@@ -49,11 +49,11 @@ def _of_run(run: Run, first: int | None, steps: int) -> dict[str, Any]:
 def draw(numbers: dict[str, Any]) -> Figure:
     """A panel for each run, a line for each rank."""
     runs = numbers["runs"]
-    heights = [1.2 + 0.3 * min(_MOST_RANKS, _ranks(run)) for run in runs]
+    heights = [1.3 + _line_height(run) * _shown_ranks(run) for run in runs]
     figure = new_figure(13, 0.8 + sum(heights))
     panels = figure.subplots(len(runs), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, run in zip(panels, runs, strict=True):
-        ranks = min(_MOST_RANKS, _ranks(run))
+        ranks = _shown_ranks(run)
         axis.set(title=short(run["name"]), xlabel="time since the first step shown (ms)", ylabel="rank")
         if ranks == 0:
             say(axis, "nothing recorded")
@@ -75,7 +75,7 @@ def draw(numbers: dict[str, Any]) -> Figure:
                 va="bottom",
             )
             begin = float(left.max())
-        axis.set(xlim=(0, begin or 1), ylim=(-0.6, ranks - 0.1 + 0.35 * (1 + ranks / 12)))
+        axis.set(xlim=(0, begin or 1), ylim=(-0.6, ranks - 0.4 + 0.25 / _line_height(run)))
         axis.set_yticks(range(0, ranks, max(1, ranks // 16)))
     handles = {
         label: handle
@@ -89,5 +89,10 @@ def draw(numbers: dict[str, Any]) -> Figure:
     return figure
 
 
-def _ranks(run: dict[str, Any]) -> int:
-    return int(np.asarray(run["seconds"]["forward"]).shape[1])
+def _shown_ranks(run: dict[str, Any]) -> int:
+    return min(_MOST_RANKS, int(np.asarray(run["seconds"]["forward"]).shape[1]))
+
+
+def _line_height(run: dict[str, Any]) -> float:
+    """Inches for each rank."""
+    return min(0.3, 7 / max(1, _shown_ranks(run)))

@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 def measure(runs: Sequence[Run], smooth: int = 20) -> dict[str, Any]:
-    """Curves of each run. smooth: steps in the moving average of the loss."""
+    """Curves of each run. smooth: most steps in the moving average of the loss; less in short runs."""
     if smooth < 1:
         raise ResultsError(f"--smooth {smooth}: give at least 1")
-    return {"runs": [_curves(run, smooth) for run in runs], "smooth": smooth}
+    return {"runs": [_curves(run, smooth) for run in runs]}
 
 
 def _curves(run: Run, smooth: int) -> dict[str, Any]:
     known = np.isfinite(run.steps["loss"])
     loss, steps = run.steps["loss"][known], run.steps["step"][known]
     seconds = run.results.elapsed_seconds(steps + 1)
-    window = max(1, min(smooth, len(loss)))
+    window = max(1, min(smooth, len(loss) // 5))
     if window > 1:
         loss = np.convolve(loss, np.full(window, 1 / window), mode="valid")
     return {
@@ -52,7 +52,7 @@ def draw(numbers: dict[str, Any]) -> Figure:
             label=label,
             **line_style(i),
         )
-    left.set(title=f"Training loss (mean of {numbers['smooth']} steps)", ylabel="loss")
+    left.set(title="Training loss (moving mean)", ylabel="loss")
     right.set(title="Accuracy", ylabel="top-1 accuracy (%)")
     for axis in (left, right):
         axis.set_xlabel("training, scoring and planning time (s)")

@@ -36,22 +36,25 @@ DATA_SETS = ("cifar10", "cifar100", "stanford_cars")
 
 
 def measure(runs: Sequence[Run]) -> dict[str, Any]:
-    """Each run that is not dense against the mean of the dense runs with the same model and data.
+    """Each run that is not dense against the mean of the dense runs with the same model, data and ranks.
 
-    Savings are shares of what the dense run of as many steps would have computed, and has sent; drops are in points.
+    Savings are of a step: shares of what the dense model would have computed, and of what the dense runs' steps sent
+    and took. Drops are in points, against dense runs of as many steps if there are any. Runs that did not end in order
+    are left out.
     """
     dense: dict[tuple[Any, ...], list[Run]] = {}
-    for run in runs:
+    ended = [run for run in runs if run.complete]
+    for run in ended:
         if run.is_dense:
             dense.setdefault(_task(run), []).append(run)
     compared = []
-    for run in runs:
+    for run in ended:
         if run.is_dense or _task(run) not in dense:
             continue
         rivals = dense[_task(run)]
-        as_long = [rival for rival in rivals if len(rival.steps["step"]) == len(run.steps["step"])] or rivals
-        sent = np.mean([rival.total_bytes for rival in as_long])
-        time = np.mean([rival.train_seconds for rival in as_long])
+        as_long = [rival for rival in rivals if _steps(rival) == _steps(run)] or rivals
+        sent = np.mean([rival.total_bytes / _steps(rival) for rival in as_long])
+        time = np.mean([rival.train_seconds / _steps(rival) for rival in as_long])
         compared.append(
             {
                 "name": run.name,
@@ -59,18 +62,24 @@ def measure(runs: Sequence[Run]) -> dict[str, Any]:
                 "claimed": _task(run)[1] in DATA_SETS,
                 "dense_runs": [rival.name for rival in as_long],
                 "compute_saved": 1 - run.measured_compute,
-                "communication_saved": 1 - run.total_bytes / sent if sent > 0 else float("nan"),
-                "time_saved": 1 - (run.train_seconds + run.preparation_seconds) / time,
+                "communication_saved": 1 - run.total_bytes / _steps(run) / sent if sent > 0 else float("nan"),
+                "time_saved": 1 - (run.train_seconds + run.preparation_seconds) / _steps(run) / time,
                 "drop": 100 * (np.mean([rival.accuracy for rival in as_long]) - run.accuracy),
             }
         )
     return {"claim": vars(CLAIM), "data_sets": list(DATA_SETS), "runs": compared}
 
 
+def _steps(run: Run) -> int:
+    return max(1, len(run.steps["step"]))
+
+
 def _task(run: Run) -> tuple[Any, ...]:
+    """What two runs must share to be compared: the model's name, the data's, and how a step is spread over ranks."""
     config = run.config or {}
     data = config.get("data", {})
-    return config.get("model", {}).get("name"), data.get("name"), str(data.get("classes"))
+    spread = [data.get(key) for key in ("classes", "micro_batch_size", "slots")]
+    return config.get("model", {}).get("name"), data.get("name"), str(spread), run.world_size
 
 
 def table(numbers: dict[str, Any]) -> list[list[str]]:

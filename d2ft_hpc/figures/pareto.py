@@ -71,26 +71,33 @@ def _rival(run: dict[str, Any], dense: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw(numbers: dict[str, Any]) -> Figure:
-    """A panel for each cost; dense runs as black stars with the way that they took."""
+    """A panel for each cost; dense runs as stars with the way that they took."""
     figure = new_figure(14, 5)
     for axis, (cost, (label, unit)) in zip(figure.subplots(1, 3, sharey=True), _COSTS.items(), strict=True):
-        sparse = 0
-        for run in numbers["runs"]:
+        for i, run in enumerate(numbers["runs"]):
             x, y = run[cost] / unit, 100 * run["accuracy"]
+            style = {**marker_style(i), "markersize": 8}
             if run["dense"]:
+                style |= {"marker": "*", "markersize": 14}
                 way = run["on_the_way"]
-                axis.plot(np.asarray(way[cost]) / unit, 100 * np.asarray(way["accuracy"]), color="0.6", lw=1)
-                style: dict[str, Any] = {"color": "black", "marker": "*", "markersize": 13}
-            else:
-                style = {**marker_style(sparse), "markersize": 8}
-                sparse += 1
-            axis.plot([x], [y], linestyle="", label=short(run["name"]), markeredgecolor="black", **style)
+                axis.plot(
+                    np.asarray(way[cost]) / unit,
+                    100 * np.asarray(way["accuracy"]),
+                    color=style["color"],
+                    linewidth=1,
+                    alpha=0.6,
+                )
+            axis.plot([x], [y], linestyle="", label=short(run["name"]), **style)
         axis.set(xlabel=label)
         axis.grid(alpha=0.3)
         if not any(np.isfinite(run[cost]) for run in numbers["runs"]):
             say(axis, "not recorded")
         elif all(run[cost] == 0 for run in numbers["runs"]):
             say(axis, "nothing was sent")
+    reached = [100 * run["accuracy"] for run in numbers["runs"] if np.isfinite(run["accuracy"])]
+    if reached:  # what was reached on the way from nothing may lie far below
+        margin = max(1.0, 0.4 * (max(reached) - min(reached)))
+        figure.axes[0].set_ylim(min(reached) - margin, min(max(reached) + margin, 100.5))
     figure.axes[0].set_ylabel("top-1 accuracy (%)")
     figure.suptitle("Accuracy against cost (stars: dense, with what they had reached on their way)")
     legend_below(figure, figure.axes[0])

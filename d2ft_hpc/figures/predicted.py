@@ -73,12 +73,11 @@ def draw(numbers: dict[str, Any]) -> Figure:
                     *zip(*pairs, strict=True),
                     linestyle="",
                     markersize=8,
-                    markeredgecolor="black",
                     label=short(run["name"]),
                     **marker_style(i),
                 )
                 drawn += len(pairs)
-                largest = max(largest, *(value for pair in pairs for value in pair if np.isfinite(value)))
+                largest = max([largest, *(value for pair in pairs for value in pair if np.isfinite(value))])
         limits = (0, 1.08 * largest)
         axis.plot(limits, limits, color="0.5", lw=1, label="as promised")
         axis.set(

@@ -88,7 +88,8 @@ class Run:
     def preparation_seconds(self) -> float:
         """Scoring and planning."""
         scoring = self.results.table("scores", ["seconds"])["seconds"]
-        return float(np.nansum(self.plans["solve_seconds"]) + np.nansum(scoring))
+        planning = self.results.table("plans", ["solve_seconds"])["solve_seconds"]
+        return float(np.nansum(planning) + np.nansum(scoring))
 
     @property
     def total_flops(self) -> float:

@@ -35,7 +35,7 @@ def _of_run(run: Run, index: int) -> dict[str, Any]:
         scores = run.results.score(index, kind)
         data[kind] = scores.mean(axis=0)  # [block, head]
         data[f"{kind}_spread"] = scores.std(axis=0)
-        data[f"{kind}_name"] = str(table[f"{kind}_name"][index]) or kind
+        data[f"{kind}_name"] = str(table[f"{kind}_name"][index]) or "score"
     return data
 
 
@@ -47,7 +47,8 @@ def draw(numbers: dict[str, Any]) -> Figure:
         for left, right, kind in ((axes[0], axes[1], "forward"), (axes[2], axes[3], "backward")):
             scores, spread = np.asarray(run[kind]), np.asarray(run[f"{kind}_spread"])
             name = run[f"{kind}_name"].replace("_", " ")
-            image = heat_map(left, scores)
+            wide = bool((scores > 0).all() and scores.max() > 30 * scores.min())
+            image = heat_map(left, scores, norm="log" if wide else None)
             left.set(title=f"{kind}: {name}", xlabel="head", ylabel="block")
             figure.colorbar(image, ax=left, label="score")
             blocks = np.arange(len(scores))
@@ -67,7 +68,7 @@ def draw(numbers: dict[str, Any]) -> Figure:
             right.plot(blocks, scores.mean(axis=1), color=COLOURS[1], label="mean of the block")
             right.set(title=f"{kind}, by block", xlabel="block", ylabel="score")
             right.grid(alpha=0.3)
-            if (scores > 0).all() and scores.max() > 30 * scores.min():
+            if wide:
                 right.set_yscale("log")
         axes[0].set_ylabel(f"{short(run['name'], 24)}\nblock")
     handles, labels = figure.axes[1].get_legend_handles_labels()

@@ -47,8 +47,16 @@ def line_style(index: int) -> dict[str, Any]:
 
 
 def marker_style(index: int) -> dict[str, Any]:
-    """Colour and marker of the n-th run."""
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+    """Colour and marker of the n-th run: filled, and hollow once the colours are used up."""
+    colour = COLOURS[index % len(COLOURS)]
+    hollow = index // len(COLOURS) % 2 == 1
+    return {
+        "color": colour,
+        "marker": MARKERS[index % len(MARKERS)],
+        "markerfacecolor": "white" if hollow else colour,
+        "markeredgecolor": colour if hollow else "black",
+        "markeredgewidth": 2 if hollow else 1,
+    }
 
 
 def short(name: str, length: int = 28) -> str:
@@ -77,12 +85,15 @@ def legend_below(figure: Figure, axis: Axes) -> None:
 
 def heat_map(axis: Axes, values: Array, **options: Any) -> Any:
     """An image with whole numbers on both axes, the first row at the bottom."""
-    from matplotlib.ticker import MaxNLocator
-
     image = axis.imshow(values, cmap=HEAT, aspect="auto", origin="lower", interpolation="nearest", **options)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xticks(_whole_numbers(values.shape[1]))
+    axis.set_yticks(_whole_numbers(values.shape[0]))
     return image
+
+
+def _whole_numbers(count: int, most: int = 10) -> Array:
+    """At most so many whole numbers from 0 to count - 1, evenly apart."""
+    return np.arange(0, count, max(1, -(-count // most)))
 
 
 def name_ticks(axis: Axes, names: list[str]) -> None:

@@ -87,7 +87,11 @@ def share(control: Control, make: Callable[[], bytes], what: str) -> bytes:
 
 
 def run_guarded(
-    control: Control | None, function: Callable[[], int | None], *, run_folder: Path | None = None
+    control: Control | None,
+    function: Callable[[], int | None],
+    *,
+    run_folder: Path | None = None,
+    before_abort: Callable[[str], None] = lambda message: None,
 ) -> int:
     """Run a program and return its exit status (None counts as 0), or make all ranks end with one message.
 
@@ -97,6 +101,7 @@ def run_guarded(
       a run folder; then as before. What only reports the end of another rank gives that rank and the launcher
       a few seconds to speak first.
     - Ctrl-C: status 130, quietly; with several ranks the process ends here and now.
+    `before_abort` gets the message before this rank ends the others.
     The control plane is closed at the end, except after Ctrl-C. `control` is None before `connect`: then this
     rank tells its own errors and ends itself. Guards may be nested; the inner one deals with the error.
     """
@@ -111,7 +116,7 @@ def run_guarded(
             os._exit(130)  # the threads of gloo and MPI would make a noise at an orderly exit
         return 130
     except D2ftError as error:
-        return _tell(control, error)
+        return _tell(control, error, before_abort)
     except Exception as error:
         if _reports_a_lost_rank(error):
             time.sleep(GRACE_SECONDS)
@@ -119,10 +124,11 @@ def run_guarded(
         if control is None:
             print_line(f"d2ft-hpc: error: {message}")
             return 1
+        before_abort(message)
         control.abort(message)
 
 
-def _tell(control: Control | None, error: D2ftError) -> int:
+def _tell(control: Control | None, error: D2ftError, before_abort: Callable[[str], None]) -> int:
     """Print a fault once and return the exit status, or abort if the other ranks do not know of it."""
     rank, world_size = _place(control)
     if world_size == 1 or is_agreed(error):
@@ -133,6 +139,7 @@ def _tell(control: Control | None, error: D2ftError) -> int:
                 control.close()
         return 1
     if control is not None:
+        before_abort(f"error: {error}")
         control.abort(f"error: {error}")
     print_line(f"d2ft-hpc: error: [rank {rank}] {error}")
     return 1

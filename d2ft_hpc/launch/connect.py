@@ -67,9 +67,7 @@ def connect(
         return solo
     if environment.uses_mpi:
         mpi = MpiControl(
-            environment.local_rank,
-            init_timeout_seconds=timeout_seconds,
-            timeout_seconds=collective_timeout_seconds,
+            environment.local_rank, init_timeout_seconds=timeout_seconds, timeout_seconds=timeout_seconds
         )
         _check_world(environment, mpi)
         if not adopted:
@@ -77,6 +75,7 @@ def connect(
             with agreed(mpi, "starting torch.distributed"):
                 start(store)
             mpi.owns_process_group = True
+        mpi.timeout_seconds = collective_timeout_seconds
         return mpi
     if not adopted:
         from d2ft_hpc.launch.rendezvous import meet_at_master

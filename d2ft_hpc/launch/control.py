@@ -8,6 +8,7 @@ launcher has ended the job.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import re
 import socket
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GRACE_SECONDS = 3.0
+_FINALIZE_SECONDS = 30.0
 
 
 class Control(Protocol):
@@ -39,6 +41,8 @@ class Control(Protocol):
     host: str
     hosts: tuple[str, ...]
     """The host of each rank, [world_size]."""
+    timeout_seconds: float
+    """Deadline of `broadcast` and `all_gather`."""
 
     def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
         """Return the payload of rank `root`, whose own argument must not be None, on every rank."""
@@ -99,6 +103,7 @@ class SoloControl:
         self.world_size = 1
         self.host = socket.gethostname()
         self.hosts: tuple[str, ...] = (self.host,)
+        self.timeout_seconds = float("inf")
         self.owns_process_group = owns_process_group
 
     def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
@@ -134,8 +139,9 @@ class GlooControl:
 
         timeout = timedelta(seconds=timeout_seconds)
         self._group: Any = distributed.new_group(backend="gloo", timeout=timeout)
-        self._timeout_seconds = timeout_seconds
-        self._gathering: Any = None
+        self.timeout_seconds = timeout_seconds
+        # No deadline for gathers: the ranks may be a whole step apart.
+        self._gathering: Any = distributed.new_group(backend="gloo", timeout=timedelta(days=1))
         self.owns_process_group = owns_process_group
         self.rank = distributed.get_rank()
         self.local_rank = local_rank
@@ -148,7 +154,7 @@ class GlooControl:
         import torch
         from torch import distributed
 
-        self.barrier(self._timeout_seconds)
+        self.barrier(self.timeout_seconds)
         data = _own_payload(payload) if self.rank == root else b""
         try:
             size = torch.tensor([len(data)])
@@ -163,7 +169,7 @@ class GlooControl:
         import torch
         from torch import distributed
 
-        self.barrier(self._timeout_seconds)
+        self.barrier(self.timeout_seconds)
         try:
             sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
             distributed.all_gather(sizes, torch.tensor([len(payload)]), group=self._group)
@@ -175,10 +181,6 @@ class GlooControl:
         return [_unpadded(buffer, int(size)) for buffer, size in zip(buffers, sizes, strict=True)]
 
     def start_gather(self, payload: bytes) -> PendingGather:
-        from torch import distributed
-
-        if self._gathering is None:  # no deadline: ranks may be a whole step apart
-            self._gathering = distributed.new_group(backend="gloo", timeout=timedelta(days=1))
         return GlooGather(self._gathering, payload)
 
     def barrier(self, timeout_seconds: float) -> None:
@@ -205,7 +207,7 @@ class GlooControl:
     def close(self) -> None:
         if self.owns_process_group:
             self.owns_process_group = False
-            self.barrier(self._timeout_seconds)
+            self.barrier(self.timeout_seconds)
             _destroy_process_group()
 
     def _lost(self, whom: str, error: Exception) -> NoReturn:
@@ -226,8 +228,8 @@ class MpiControl:
     def __init__(self, local_rank: int, *, init_timeout_seconds: float, timeout_seconds: float) -> None:
         self._mpi, self._owns_mpi = _start_mpi(init_timeout_seconds)
         self._comm = self._mpi.COMM_WORLD.Dup()
-        self._timeout_seconds = timeout_seconds
-        self._gathering: Any = None
+        self.timeout_seconds = timeout_seconds
+        self._gathering = self._comm.Dup()
         self._unfinished: list[Any] = []  # MPI still writes into their buffers
         self._closed = False
         self.owns_process_group = False
@@ -245,8 +247,8 @@ class MpiControl:
         return f"{vendor} {'.'.join(map(str, version))}"
 
     def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
-        self.barrier(self._timeout_seconds)
-        deadline = time.monotonic() + self._timeout_seconds
+        self.barrier(self.timeout_seconds)
+        deadline = time.monotonic() + self.timeout_seconds
         data = _own_payload(payload) if self.rank == root else b""
         size = bytearray(len(data).to_bytes(8, "little"))
         self._wait(self._comm.Ibcast([size, self._mpi.BYTE], root), deadline)
@@ -255,8 +257,8 @@ class MpiControl:
         return bytes(buffer)
 
     def all_gather(self, payload: bytes) -> list[bytes]:
-        self.barrier(self._timeout_seconds)
-        deadline = time.monotonic() + self._timeout_seconds
+        self.barrier(self.timeout_seconds)
+        deadline = time.monotonic() + self.timeout_seconds
         byte = self._mpi.BYTE
         own_size, all_sizes = len(payload).to_bytes(8, "little"), bytearray(8 * self.world_size)
         self._wait(self._comm.Iallgather([own_size, byte], [all_sizes, 8, byte]), deadline)
@@ -267,8 +269,6 @@ class MpiControl:
         return [bytes(gathered[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
 
     def start_gather(self, payload: bytes) -> PendingGather:
-        if self._gathering is None:
-            self._gathering = self._comm.Dup()
         return MpiGather(self._gathering, self._mpi.BYTE, payload)
 
     def barrier(self, timeout_seconds: float) -> None:
@@ -300,14 +300,16 @@ class MpiControl:
         if self._closed:
             return
         self._closed = True
-        self.barrier(self._timeout_seconds)
+        self.barrier(self.timeout_seconds)
         if self.owns_process_group:
             _destroy_process_group()
-        if self._gathering is not None:
-            self._gathering.Free()
+        self._gathering.Free()
         self._comm.Free()
         if self._owns_mpi:
+            # It waits for all ranks and holds the GIL, so that only a thread without it can end a hang.
+            faulthandler.dump_traceback_later(_FINALIZE_SECONDS, exit=True)
             self._mpi.Finalize()
+            faulthandler.cancel_dump_traceback_later()
 
     def _wait(self, request: Any, deadline: float) -> None:
         pause = 0.0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any, Protocol
 
+from d2ft_hpc.errors import LaunchError
+
 
 class PendingGather(Protocol):
     """A gather that was started on all ranks. Whoever started it polls it until it is done."""
@@ -57,7 +59,10 @@ class GlooGather:
     def poll(self) -> list[bytes] | None:
         if not self._work.is_completed():
             return None
-        self._work.wait()
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise LaunchError("lost the connection to a rank: it ended or cannot be reached") from error
         return [part.numpy().tobytes() for part in self._all or []]
 
 

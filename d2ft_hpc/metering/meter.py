@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from d2ft_hpc.planning.messages import ring_bytes
+
 
 @dataclass
 class Metered:
@@ -33,14 +35,6 @@ def meter() -> Iterator[Metered]:
     metered.flops = counter.get_total_flops()
 
 
-def _ring_bytes(name: str, payload_bytes: int, world_size: int) -> float:
-    """Bytes that one rank sends for a collective over `payload_bytes` (the full tensor) with a ring algorithm."""
-    if name in ("send", "recv"):
-        return payload_bytes if name == "send" else 0
-    share = (world_size - 1) / world_size
-    return payload_bytes * (2 * share if name == "allreduce" else share)
-
-
 class _CollectiveCounter(TorchDispatchMode):
     """Sees torch.distributed's collectives as the dispatcher does (the `c10d` operators)."""
 
@@ -53,7 +47,7 @@ class _CollectiveCounter(TorchDispatchMode):
             name = func.overloadpacket.__name__.strip("_").removesuffix("_coalesced")
             group_size = _group_size(args)
             payload = max((_nbytes(arg) for arg in args), default=0)
-            sent = self._bytes_sent.get(name, 0) + round(_ring_bytes(name, payload, group_size))
+            sent = self._bytes_sent.get(name, 0) + round(ring_bytes(name, payload, group_size))
             self._bytes_sent[name] = sent
         return func(*args, **(kwargs or {}))
 

@@ -1,4 +1,4 @@
-"""How long a micro-batch takes by itself when every subnet runs, and when none does: what a plan can gain at best."""
+"""How long a micro-batch takes by itself when every subnet runs, runs forward only, and does not run at all."""
 
 from __future__ import annotations
 
@@ -24,6 +24,18 @@ class PassProfile:
 
     dense_seconds: float
     always_seconds: float
+    forward_only_seconds: float
+
+    @property
+    def forward_share(self) -> float:
+        """Time of FORWARD_ONLY subnets in units of FULL ones, in [0, 1]."""
+        of_subnets = max(self.dense_seconds - self.always_seconds, 1e-12)
+        return float(np.clip((self.forward_only_seconds - self.always_seconds) / of_subnets, 0.0, 1.0))
+
+    @property
+    def always_share(self) -> float:
+        """Share of the dense time that passes whatever the plan says, in [0, 1)."""
+        return min(self.always_seconds / self.dense_seconds, 0.99)
 
     def ideal_seconds(self, flops_share: float, costs: StepCosts) -> float:
         """Of a micro-batch that needs this share of the dense FLOPs: what always runs, and its share of the rest."""
@@ -45,11 +57,13 @@ def profile_passes(
     """
     try:
         return PassProfile(
-            _time_pass(model, executor, Operation.FULL, images_shape, precision),
-            _time_pass(model, executor, Operation.SHORTCUT, images_shape, precision),
+            *(
+                _time_pass(model, executor, operation, images_shape, precision)
+                for operation in (Operation.FULL, Operation.SHORTCUT, Operation.FORWARD_ONLY)
+            )
         )
     except torch.OutOfMemoryError:
-        return PassProfile(float("nan"), float("nan"))
+        return PassProfile(float("nan"), float("nan"), float("nan"))
 
 
 def _time_pass(

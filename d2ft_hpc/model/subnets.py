@@ -19,9 +19,12 @@ from torch import Tensor, nn
 
 from d2ft_hpc.errors import UnsupportedModelError
 
+LINEAR_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+"""A block's layers whose rows or columns are cut by head."""
+
 SUPPORTED = (
     "timm VisionTransformer models whose blocks are timm's Block with Attention and Mlp: fused qkv, any head size, "
-    "LayerScale, q/k norm, DropPath, dropout, missing biases, class and register tokens, any pooling"
+    "LayerScale, q/k norm, DropPath, dropout, missing biases, class and register tokens, any pooling, peft's LoRA"
 )
 
 
@@ -130,8 +133,31 @@ def _head_axes(block: Block) -> dict[str, HeadAxis]:
         "mlp.fc1.bias": HeadAxis((heads, units), 0, splits_rows=True),
         "mlp.fc2.weight": HeadAxis((width, heads, units), 1, splits_rows=False),
     }
-    names = {name for name, _ in block.named_parameters()}
-    return {name: axis for name, axis in axes.items() if name in names}
+    has_bias = {f"{name}.bias" for name in LINEAR_LAYERS if block.get_submodule(name).bias is not None}
+    axes = {name: axis for name, axis in axes.items() if name.endswith(".weight") or name in has_bias}
+    return axes | _adapter_axes(block, axes)
+
+
+def _adapter_axes(block: Block, axes: dict[str, HeadAxis]) -> dict[str, HeadAxis]:
+    """Of the parameters of layers that carry LoRA: the weights by peft's name, the factors that heads own."""
+    more: dict[str, HeadAxis] = {}
+    for name in LINEAR_LAYERS:
+        layer = block.get_submodule(name)
+        if type(layer) is nn.Linear:
+            continue
+        for kind in ("weight", "bias"):
+            if f"{name}.{kind}" in axes:
+                more[f"{name}.base_layer.{kind}"] = axes[f"{name}.{kind}"]
+        of_weight = axes[f"{name}.weight"]
+        for adapter, down in layer.lora_A.items():
+            rank = down.out_features
+            if of_weight.splits_rows:
+                shape = (*of_weight.view_shape[:-1], rank)
+                more[f"{name}.lora_B.{adapter}.weight"] = HeadAxis(shape, of_weight.axis, splits_rows=True)
+            else:
+                shape = (rank, *of_weight.view_shape[1:])
+                more[f"{name}.lora_A.{adapter}.weight"] = HeadAxis(shape, of_weight.axis, splits_rows=False)
+    return more
 
 
 def _misfits(block: Any) -> list[str]:
@@ -151,14 +177,28 @@ def _misfits(block: Any) -> list[str]:
         reasons.append("normalises across heads before proj (scale_attn_norm)")
     if not isinstance(getattr(block.mlp, "norm", nn.Identity()), nn.Identity):
         reasons.append("normalises across hidden units before fc2 (scale_mlp_norm)")
-    for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
-        if type(block.get_submodule(name)) is not nn.Linear:
-            reasons.append(f"has {name} of class {type(block.get_submodule(name)).__name__}, not Linear")
+    for name in LINEAR_LAYERS:
+        layer = block.get_submodule(name)
+        if type(layer) is not nn.Linear and not _is_plain_lora(layer):
+            reasons.append(
+                f"has {name} of class {type(layer).__name__}, not Linear, nor Linear with peft's plain LoRA"
+            )
     if not reasons and block.mlp.fc1.out_features % block.attn.num_heads:
         reasons.append(
             f"has {block.mlp.fc1.out_features} hidden units, not divisible by {block.attn.num_heads} heads"
         )
     return reasons
+
+
+def _is_plain_lora(layer: nn.Module) -> bool:
+    """A Linear that peft has wrapped, without the variants that change more than a low-rank sum (DoRA, ...)."""
+    return (
+        type(getattr(layer, "base_layer", None)) is nn.Linear
+        and hasattr(layer, "lora_A")
+        and not getattr(layer, "lora_variant", {})
+        and not any(getattr(layer, "use_dora", {}).values())
+        and not any(getattr(layer, "lora_bias", {}).values())
+    )
 
 
 def _unsupported(model: nn.Module, reasons: list[str]) -> UnsupportedModelError:

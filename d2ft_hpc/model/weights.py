@@ -46,7 +46,9 @@ def find_weights(weights: str | None) -> WeightsSource | None:
         described = _description(path / "config.json")
         path = _file_in(path)
     num_classes = _shapes(path).get(f"{CLASSIFIER}weight", [0])[0]
-    return WeightsSource({**described, "file": str(path), "num_classes": num_classes}, path)
+    # Some of timm's names stand for weights in a format of their own ("custom_load"); a file of the user's is not.
+    told = {"file": str(path), "num_classes": num_classes, "custom_load": False}
+    return WeightsSource({**described, **told}, path)
 
 
 def check_complete(path: Path, model: nn.Module, name: str) -> None:

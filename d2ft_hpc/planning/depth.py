@@ -17,6 +17,7 @@ from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.choose import choose
 from d2ft_hpc.planning.highs import OPTIMAL
 from d2ft_hpc.planning.knapsack import plan_with_bound
+from d2ft_hpc.planning.level_coverage import demand_of
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.prices import Limit
 from d2ft_hpc.planning.problem import Floats, Ints, PlanProblem, round_up
@@ -27,6 +28,7 @@ def solve_depth(
     *,
     below: Literal["forward_only", "shortcut"] = "forward_only",
     whole_rows: bool = False,
+    coverage: int = 0,
     forward_weight: float = 1.0,
     backward_weight: float = 1.0,
     time_limit_seconds: float = 10.0,
@@ -36,8 +38,12 @@ def solve_depth(
     below: what the blocks below do.
     whole_rows: depths are 0 and all blocks only, so that each row is trained everywhere or nowhere.
 
+    coverage: least number of rows of the batch that are FULL in all blocks, replicas sharing them evenly; 0 = no
+        demand. Where the best depths have fewer, those that gain most by it are made so, and the bound remains that
+        without coverage.
+
     The budgets of every device hold. Bound and gap are those of plans of this form. Raises PlanError if an option
-    is out of range, or if a device's budget does not pay for `below` everywhere.
+    is out of range, or if a device's budgets do not pay for `below` everywhere or for `coverage`.
     """
     if below not in ("forward_only", "shortcut"):
         raise PlanError(f"below must be forward_only or shortcut, got {below!r}.")
@@ -59,14 +65,14 @@ def solve_depth(
     for replica in range(problem.replicas):
         rows = slice(replica, None, problem.replicas)
         limits = _limits(problem, replica, option_operations)
-        total = _most_blocks(limits, depths, len(value[rows]))
-        if total is None:
-            choice = choose(value[rows], limits, deadline=deadline)
-            option, status = choice.option, choice.status
-            bound += choice.bound
-        else:
-            option, status = _best_options(value[rows], depths, total), OPTIMAL
-            bound += float(value[rows][np.arange(len(option)), option].sum())
+        option, its_bound, status = _best_depths(value[rows], limits, depths, deadline)
+        bound += its_bound
+        demand = demand_of(problem, coverage, np.array([replica]))
+        if (option == len(depths) - 1).sum() < demand:
+            fed = _with_full_rows(value[rows], limits, depths, demand, deadline)
+            if fed is None:
+                raise PlanError(_unpaid_coverage(problem, rest, demand, coverage))
+            option, status = fed
         operations[rows] = option_operations[option][:, :, None]
         statuses.add(status)
     return plan_with_bound(
@@ -77,6 +83,51 @@ def solve_depth(
         forward_weight=forward_weight,
         backward_weight=backward_weight,
         bound=bound,
+    )
+
+
+def _best_depths(
+    value: Floats, limits: list[Limit], depths: Ints, deadline: float
+) -> tuple[Ints, float, str]:
+    """The option of each row, int64 [row], a bound on what any options give, and how it ended."""
+    total = _most_blocks(limits, depths, len(value))
+    if total is None:
+        choice = choose(value, limits, deadline=deadline)
+        return choice.option, choice.bound, choice.status
+    option = _best_options(value, depths, total)
+    return option, float(value[np.arange(len(option)), option].sum()), OPTIMAL
+
+
+def _with_full_rows(
+    value: Floats, limits: list[Limit], depths: Ints, demand: int, deadline: float
+) -> tuple[Ints, str] | None:
+    """Options of which at least `demand` are FULL in all blocks: first these, then the best of the others. None if the
+    limits do not allow it."""
+    option = np.full(len(value), len(depths) - 1)
+    others = np.sort(np.argsort(value[:, 0] - value[:, -1], kind="stable")[demand:])
+    forced = np.setdiff1d(np.arange(len(value)), others)
+    left = []
+    for limit in limits:
+        most = limit.most - np.bincount(limit.group[forced], np.full(demand, limit.use[-1]), len(limit.most))
+        if (most < -1e-9 * limit.most).any():
+            return None
+        left.append(Limit(limit.use, limit.group[others], np.maximum(most, 0.0)))
+    if len(others):
+        option[others], _, status = _best_depths(value[others], left, depths, deadline)
+    else:
+        status = OPTIMAL
+    return option, f"{demand} rows FULL for coverage, the rest: {status}"
+
+
+def _unpaid_coverage(problem: PlanProblem, rest: Operation, demand: int, coverage: int) -> str:
+    """The message for budgets that do not pay for so many rows of a replica FULL in all blocks."""
+    share = demand * problem.replicas / problem.forward_score.shape[0]
+    cost = share + (1 - share) * problem.compute_cost[rest] / problem.compute_cost[Operation.FULL]
+    least = problem.always_share + (1 - problem.always_share) * cost
+    return (
+        f"The budgets do not pay for {coverage} rows FULL in all blocks (coverage) with {rest.name} below in the "
+        f"others. That takes {round_up(least):g} of the dense compute on every device; raise the budgets or lower the "
+        f"coverage."
     )
 
 
@@ -95,8 +146,19 @@ def _limits(problem: PlanProblem, replica: int, option_operations: npt.NDArray[n
             ("communication", problem.communication_cost, problem.budgets()[device, 1]),
         ):
             use = np.asarray(costs)[option_operations] @ heads  # [option]
+            if resource == "communication":
+                here = option_operations[:, problem.stage == stage]  # [option, block]
+                for cost, kind in zip(
+                    problem.meeting_cost, (Operation.FORWARD_ONLY, Operation.FULL), strict=True
+                ):
+                    use = use + cost * (here >= kind).sum(axis=1)
             if use[0] * rows > budget:
-                least = use[0] / (costs[Operation.FULL] * heads.sum())
+                dense = rows * costs[Operation.FULL] * heads.sum()
+                least = (
+                    use[0]
+                    * rows
+                    / (dense if resource == "compute" else problem.dense_communication()[device])
+                )
                 if resource == "compute":
                     least = problem.always_share + (1 - problem.always_share) * least
                 raise PlanError(

@@ -43,13 +43,14 @@ def solve_greedy(
 def greedy(knapsack: Knapsack, start: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
     """Operations uint8 [cell] within the budgets: the best of the orders that the two budgets suggest.
 
-    start: operations that the result may raise and never lowers; within the budgets. None = all SHORTCUT.
+    start: operations that the result may raise and never lowers; within the budgets, also once as many cells run as
+        must. None = all SHORTCUT.
 
     Where memory is scarce, only the cells of a row that gain most from their backward may become FULL.
     """
     if start is None:
         start = np.full(len(knapsack.cells), Operation.SHORTCUT, dtype=np.uint8)
-    start = start.copy()
+    start = knapsack.raised_to_least(start)
     barred = _barred_from_full(knapsack, start)
     candidates = []
     for price in knapsack.prices():
@@ -66,7 +67,9 @@ def _barred_from_full(knapsack: Knapsack, start: npt.NDArray[np.uint8]) -> npt.N
     """bool [cell]: cells for whose backward the memory has no room, once those with more gain have theirs."""
     barred = np.zeros(len(knapsack.cells), dtype=bool)
     if knapsack.memory < math.inf:
-        order = np.lexsort((-knapsack.backward_gain, start != Operation.FULL, knapsack.row))
+        order = np.lexsort(
+            (-knapsack.forward_gain, -knapsack.backward_gain, start != Operation.FULL, knapsack.row)
+        )
         rows = knapsack.row[order]
         place = np.arange(len(rows)) - np.searchsorted(rows, rows)
         barred[order[place >= knapsack.memory]] = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,19 +13,21 @@ import numpy.typing as npt
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.greedy import greedy
 from d2ft_hpc.planning.highs import OPTIMAL, Rows, maximise_integer
+from d2ft_hpc.planning.joint_coverage import (
+    Coverage,
+    cover,
+    covers,
+    is_even,
+    least_budget_for,
+    most_full,
+    price_coverage,
+)
 from d2ft_hpc.planning.knapsack import Ints, Knapsack, device_knapsacks, plan_with_bound, upper_bound
 from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
+from d2ft_hpc.planning.prices import RELATIVE_GAP
+from d2ft_hpc.planning.problem import Floats, PlanProblem, round_up
 
 Operations = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class _Coverage:
-    """Every subnet has at least `rows` FULL rows. A cell's subnet is its flat index modulo `subnets`."""
-
-    rows: int
-    subnets: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +45,9 @@ def solve_joint(
     forward_weight: float = 1.0,
     backward_weight: float = 1.0,
     time_limit_seconds: float = 10.0,
-    relative_gap: float = 1e-4,
+    relative_gap: float = RELATIVE_GAP,
     coverage: int = 0,
+    most_shortcut: float = 1.0,
 ) -> SkipPlan:
     """Maximise forward_weight * (forward score of all cells that run) + backward_weight * (backward score of
     the FULL ones) under every device's budgets; scores are divided by their means (`PlanProblem.gains`).
@@ -53,15 +55,16 @@ def solve_joint(
     time_limit_seconds: wall-clock time for all devices together.
     relative_gap: a plan that is proved to be this near its optimum is good enough, in [0, 1).
     coverage: least number of FULL rows that every (block, head) gets over the whole batch; 0 = no demand.
+    most_shortcut: share in [0, 1] of a device's heads in a (row, block) that may be SHORTCUT.
 
-    Without coverage the devices share nothing: each is solved by itself and the bounds add up. Coverage
-    couples them: if the devices' own plans do not happen to meet it, one model of all of them is solved.
+    Without coverage the devices share nothing: each is solved by itself and the bounds add up. Coverage may
+    couple them: if the devices' own plans do not happen to meet it, all of them are solved together.
     Where HiGHS runs out of time or fails, the greedy plan takes its place if it is the better one: the
     status is then "greedy: <reason>" and the bound still holds. The same problem gives the same plan, unless
     time runs out.
 
-    Raises PlanError if an option is out of range, or if the budgets cannot pay for the coverage (the message
-    states the least feasible budget).
+    Raises PlanError if an option is out of range, or if the budgets cannot pay for the coverage or for `most_shortcut`
+    (the message states the least feasible budget).
     """
     if not time_limit_seconds > 0:
         raise PlanError(f"time_limit_seconds must be > 0, got {time_limit_seconds}.")
@@ -70,8 +73,11 @@ def solve_joint(
     shape = problem.forward_score.shape
     if not 0 <= coverage <= shape[0]:
         raise PlanError(f"coverage must be from 0 to the number of rows, {shape[0]}, got {coverage}.")
+    if not 0 <= most_shortcut <= 1:
+        raise PlanError(f"most_shortcut is a share of a device's heads in [0, 1], got {most_shortcut}.")
     deadline = time.monotonic() + time_limit_seconds
-    knapsacks = device_knapsacks(problem, forward_weight, backward_weight)
+    knapsacks = device_knapsacks(problem, forward_weight, backward_weight, most_shortcut)
+    _require_paid(problem, knapsacks)
 
     solutions = []
     for index, knapsack in enumerate(knapsacks):
@@ -81,14 +87,14 @@ def solve_joint(
     bound = sum(solution.bound for solution in solutions)
     status = _summary(dict(zip(problem.device_names, (s.status for s in solutions), strict=True)))
 
-    demand = _Coverage(coverage, shape[1] * shape[2])
-    if not _covers(knapsacks, chosen, demand):
+    demand = Coverage(coverage, shape[1] * shape[2])
+    if not covers(knapsacks, chosen, demand):
         try:
             solution = _solve(knapsacks, deadline - time.monotonic(), relative_gap, demand)
         except _InfeasibleError as error:
             raise PlanError(
                 f"No plan within the budgets gives every block and head {coverage} FULL rows (coverage): "
-                f"{error}. {_least_budget_for(problem, knapsacks, demand)}"
+                f"{error}. {least_budget_for(problem, knapsacks, demand)}"
             ) from error
         chosen, status = solution.operations, solution.status
         bound = min(bound, solution.bound)
@@ -107,21 +113,44 @@ def solve_joint(
     )
 
 
+def _require_paid(problem: PlanProblem, knapsacks: Sequence[Knapsack]) -> None:
+    """Raise PlanError if a device's budgets do not pay for as many running heads as must run."""
+    cells = problem.cells_per_device()
+    for index, knapsack in enumerate(knapsacks):
+        need = knapsack.used(knapsack.raised_to_least(np.zeros(len(knapsack.cells), dtype=np.uint8)))
+        for resource, costs, always_share in (
+            ("compute", problem.compute_cost, problem.always_share),
+            ("communication", problem.communication_cost, 0.0),
+        ):
+            place = int(resource == "communication")
+            if need[place] > knapsack.budget[place]:
+                used = need[place] + cells[index] * costs[Operation.SHORTCUT]
+                least = always_share + (1 - always_share) * used / (cells[index] * costs[Operation.FULL])
+                raise PlanError(
+                    f"The {resource} budget of {problem.device_names[index]} does not pay for the heads that "
+                    f"most_shortcut makes run forward. The least feasible {resource} budget is {round_up(least):g} of "
+                    f"its dense step; raise it or most_shortcut."
+                )
+
+
 class _InfeasibleError(Exception):
     """No plan meets the coverage, or none was found; the text says why."""
 
 
 def _solve(
-    knapsacks: Sequence[Knapsack], seconds: float, relative_gap: float, demand: _Coverage | None = None
+    knapsacks: Sequence[Knapsack], seconds: float, relative_gap: float, demand: Coverage | None = None
 ) -> _Solution:
     """The better of HiGHS's plan and the greedy one, for knapsacks that a demand couples or a single one."""
-    greedy_plan = _greedy(knapsacks, demand)
-    has_memory = all(math.isinf(knapsack.memory) for knapsack in knapsacks)
-    if greedy_plan is None and demand is not None and has_memory and _is_even(knapsacks, demand):
+    priced = None if demand is None else price_coverage(knapsacks, demand)
+    greedy_plan = _greedy(knapsacks, demand, None if priced is None else priced.loss)
+    is_plain = all(math.isinf(k.memory) and not k.least.any() for k in knapsacks)
+    if greedy_plan is None and demand is not None and is_plain and is_even(knapsacks, demand):
         raise _InfeasibleError("infeasible")
     greedy_score = -math.inf if greedy_plan is None else _objective(knapsacks, greedy_plan)
     bound = sum(upper_bound(knapsack) for knapsack in knapsacks)
-    if greedy_plan is not None and greedy_score >= bound * (1 - 1e-9):
+    if priced is not None:
+        bound = max(min(bound, priced.bound), greedy_score)
+    if greedy_plan is not None and greedy_score >= bound * (1 - relative_gap):
         return _Solution(greedy_plan, bound, OPTIMAL)
 
     plan, solver_bound, status = _solve_with_highs(knapsacks, seconds, relative_gap, demand)
@@ -136,7 +165,7 @@ def _solve(
 
 
 def _solve_with_highs(
-    knapsacks: Sequence[Knapsack], seconds: float, relative_gap: float, demand: _Coverage | None
+    knapsacks: Sequence[Knapsack], seconds: float, relative_gap: float, demand: Coverage | None
 ) -> tuple[list[Operations] | None, float, str]:
     """HiGHS's plan (None if it has none that keeps the budgets), its bound, and how it ended."""
     counts = np.repeat([float(len(knapsack.cells)) for knapsack in knapsacks], 2)
@@ -145,8 +174,9 @@ def _solve_with_highs(
         knapsack.backward_gain for knapsack in knapsacks
     ]
     # Once the counts are whole numbers, the rest is a transportation problem, whose solutions are whole by
-    # themselves: branching on two counts a device instead of on every cell. Memory and coverage break that.
-    cells_branch = demand is not None or any(math.isfinite(knapsack.memory) for knapsack in knapsacks)
+    # themselves: branching on two counts a device instead of on every cell. Memory, coverage and most_shortcut
+    # break that.
+    cells_branch = demand is not None or any(math.isfinite(k.memory) or k.least.any() for k in knapsacks)
     solution = maximise_integer(
         np.concatenate([*gains, np.zeros(len(counts))]),
         _rows(knapsacks, demand),
@@ -161,15 +191,15 @@ def _solve_with_highs(
     ends = np.cumsum([len(knapsack.cells) for knapsack in knapsacks])[:-1]
     plan = np.split(np.where(runs[1], Operation.FULL, runs[0]).astype(np.uint8), ends)
     within = all(
-        (k.used(operations) <= k.budget).all() and k.fits_memory(operations)
+        (k.used(operations) <= k.budget).all() and k.fits_memory(operations) and k.runs_enough(operations)
         for k, operations in zip(knapsacks, plan, strict=True)
     )
-    if not within or not _covers(knapsacks, plan, demand):
+    if not within or not covers(knapsacks, plan, demand):
         return None, solution.bound, "HiGHS's plan breaks a budget"
     return plan, solution.bound, solution.status
 
 
-def _rows(knapsacks: Sequence[Knapsack], demand: _Coverage | None) -> Rows:
+def _rows(knapsacks: Sequence[Knapsack], demand: Coverage | None) -> Rows:
     """The constraints on variables forward[cell] (the cell runs), backward[cell] (it runs FULL), cells in the order
     of the knapsacks, and for each knapsack how many run and how many run FULL: forward >= backward; the sums;
     the limited budgets; memory; the demand for each subnet.
@@ -210,6 +240,13 @@ def _rows(knapsacks: Sequence[Knapsack], demand: _Coverage | None) -> Rows:
             upper.append(np.full(of_row.max() + 1, knapsack.memory))
             lower.append(np.full(of_row.max() + 1, -math.inf))
             rows += int(of_row.max()) + 1
+        if knapsack.least.any():
+            row.append(rows + knapsack.group)
+            column.append(own)
+            value.append(np.ones(len(own)))
+            upper.append(np.full(len(knapsack.least), math.inf))
+            lower.append(knapsack.least.astype(np.float64))
+            rows += len(knapsack.least)
     if demand is not None:
         row.append(rows + cells % demand.subnets)
         column.append(every + count)
@@ -230,89 +267,20 @@ def _objective(knapsacks: Sequence[Knapsack], plan: Sequence[Operations]) -> flo
     return sum(k.objective(operations) for k, operations in zip(knapsacks, plan, strict=True))
 
 
-def _covers(knapsacks: Sequence[Knapsack], plan: Sequence[Operations], demand: _Coverage | None) -> bool:
-    if demand is None:
-        return True
-    full = [k.cells[operations == Operation.FULL] for k, operations in zip(knapsacks, plan, strict=True)]
-    rows = np.bincount(np.concatenate(full) % demand.subnets, minlength=demand.subnets)
-    return bool((rows >= demand.rows).all())
-
-
-def _greedy(knapsacks: Sequence[Knapsack], demand: _Coverage | None) -> list[Operations] | None:
+def _greedy(
+    knapsacks: Sequence[Knapsack], demand: Coverage | None, loss: Sequence[Floats] | None
+) -> list[Operations] | None:
     """The greedy plan; None if it finds none that meets the demand."""
     if demand is None:
         return [greedy(knapsack) for knapsack in knapsacks]
-    capacity = np.array([_most_full(knapsack, knapsack.budget) for knapsack in knapsacks])
-    start = _cover(knapsacks, capacity, demand)
+    capacity = np.array([most_full(knapsack, knapsack.budget) for knapsack in knapsacks])
+    start = cover(knapsacks, capacity, demand, loss)
     if start is None or not all(
-        k.fits_memory(its_start) for k, its_start in zip(knapsacks, start, strict=True)
+        k.fits_memory(its_start) and (k.used(k.raised_to_least(its_start)) <= k.budget).all()
+        for k, its_start in zip(knapsacks, start, strict=True)
     ):
         return None
     return [greedy(knapsack, its_start) for knapsack, its_start in zip(knapsacks, start, strict=True)]
-
-
-def _most_full(knapsack: Knapsack, budget: Floats) -> int:
-    """How many FULL cells, the rest SHORTCUT, a budget float64 [2] pays for."""
-    step = knapsack.forward_step + knapsack.backward_step
-    affordable = [left / cost for left, cost in zip(budget, step, strict=True) if cost > 0]
-    return int(min([len(knapsack.cells), *affordable]))
-
-
-def _cover(knapsacks: Sequence[Knapsack], capacity: Ints, demand: _Coverage) -> list[Operations] | None:
-    """FULL cells, the others SHORTCUT, that meet the demand with at most `capacity` int64 [knapsack] in each.
-
-    Takes the cell with the largest gain on the device with the most room. If every device has equally many
-    rows of every subnet (data parallel), this finds a way wherever there is one; if not it may return None.
-    """
-    plan = [np.full(len(knapsack.cells), Operation.SHORTCUT, dtype=np.uint8) for knapsack in knapsacks]
-    waiting: list[list[list[int]]] = []  # [knapsack][subnet]: its cells, the best last
-    for knapsack in knapsacks:
-        queues: list[list[int]] = [[] for _ in range(demand.subnets)]
-        for cell in np.argsort(knapsack.forward_gain + knapsack.backward_gain, kind="stable"):
-            queues[knapsack.cells[cell] % demand.subnets].append(int(cell))
-        waiting.append(queues)
-    room = capacity.copy()
-    for subnet in range(demand.subnets):
-        for _ in range(demand.rows):
-            having = [index for index in range(len(knapsacks)) if room[index] > 0 and waiting[index][subnet]]
-            if not having:
-                return None
-            index = max(having, key=lambda index: int(room[index]))
-            plan[index][waiting[index][subnet].pop()] = Operation.FULL
-            room[index] -= 1
-    return plan
-
-
-def _is_even(knapsacks: Sequence[Knapsack], demand: _Coverage) -> bool:
-    """Whether every device has equally many rows of every subnet, as in data parallel."""
-    rows = [np.bincount(knapsack.cells % demand.subnets, minlength=demand.subnets) for knapsack in knapsacks]
-    return all(its_rows.min() == its_rows.max() for its_rows in rows)
-
-
-def _least_budget_for(problem: PlanProblem, knapsacks: Sequence[Knapsack], demand: _Coverage) -> str:
-    """Which budget to raise so that the demand can be met, and to what share of the dense step."""
-    costs = np.array([problem.compute_cost, problem.communication_cost])
-    dense = problem.cells_per_device()[:, None] * costs[:, Operation.FULL]
-    shortcut = problem.cells_per_device()[:, None] * costs[:, Operation.SHORTCUT]
-    for column, (name, always_share) in enumerate(
-        (("compute", problem.always_share), ("communication", 0.0))
-    ):
-
-        def is_enough(step: int, column: int = column, always_share: float = always_share) -> bool:
-            """Whether coverage is possible with step / 10000 of the dense step, the other budget as it is."""
-            share = max(0.0, step / 10_000 - always_share) / (1 - always_share) + BUDGET_EPSILON / 2
-            raised = problem.budgets()
-            raised[:, column] = np.maximum(raised[:, column], dense[:, column] * share)
-            capacity = map(_most_full, knapsacks, raised - shortcut)
-            return _cover(knapsacks, np.array(list(capacity)), demand) is not None
-
-        if is_enough(10_000):
-            least = bisect_left(range(10_000), True, key=is_enough) / 10_000
-            return (
-                f"The least feasible {name} budget is {least:g} of the dense step's on every device; "
-                f"raise it or lower the coverage."
-            )
-    return "Raise both the compute and the communication budget, or lower the coverage."
 
 
 def _summary(statuses: dict[str, str]) -> str:

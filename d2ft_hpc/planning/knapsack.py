@@ -27,6 +27,8 @@ class Knapsack:
         compute and communication.
     budget: float64 [2], the most that whole steps can use of what is left for them; inf = no limit.
     row: int64 [cell], the cell's row. memory: most FULL cells of one row; inf = no limit.
+    group: int64 [cell], numbers the (row, block) that the cell belongs to. least: int64 [group], how many of its cells
+        run at least; zeros = no demand.
     """
 
     cells: Ints
@@ -37,6 +39,28 @@ class Knapsack:
     budget: Floats
     row: Ints
     memory: float
+    group: Ints
+    least: Ints
+
+    def runs_enough(self, operations: npt.NDArray[np.uint8]) -> bool:
+        """Whether operations uint8 [cell] run as many cells of every (row, block) as must."""
+        return bool((self._running(operations) >= self.least).all())
+
+    def raised_to_least(self, operations: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """The operations uint8 [cell] with the cells FORWARD_ONLY that gain most by it where too few run."""
+        missing = self.least - self._running(operations)
+        if (missing <= 0).all():
+            return operations
+        is_idle = operations == Operation.SHORTCUT
+        order = np.lexsort((-self.backward_gain, -self.forward_gain, ~is_idle, self.group))
+        group = self.group[order]
+        place = np.arange(len(group)) - np.searchsorted(group, group)
+        raised: npt.NDArray[np.uint8] = operations.copy()
+        raised[order[place < missing[group]]] = Operation.FORWARD_ONLY
+        return raised
+
+    def _running(self, operations: npt.NDArray[np.uint8]) -> Ints:
+        return np.bincount(self.group[operations >= Operation.FORWARD_ONLY], minlength=len(self.least))
 
     def fits_memory(self, operations: npt.NDArray[np.uint8]) -> bool:
         """Whether no row of operations uint8 [cell] has more FULL cells than the memory holds."""
@@ -114,7 +138,7 @@ def best_steps(knapsack: Knapsack, price: Floats, barred: npt.NDArray[np.bool_] 
             whole_price,
         ),
     ]
-    return _ordered(kinds)
+    return _ordered(knapsack, kinds)
 
 
 def next_steps(
@@ -129,10 +153,11 @@ def next_steps(
         (idle, Operation.SHORTCUT, Operation.FORWARD_ONLY, knapsack.forward_gain[idle], forward_price),
         (running, Operation.FORWARD_ONLY, Operation.FULL, knapsack.backward_gain[running], backward_price),
     ]
-    return _ordered(kinds)
+    return _ordered(knapsack, kinds)
 
 
-def _ordered(kinds: list[tuple[Ints, Operation, Operation, Floats, float]]) -> Steps:
+def _ordered(knapsack: Knapsack, kinds: list[tuple[Ints, Operation, Operation, Floats, float]]) -> Steps:
+    """In order of gain for price; of equal ones the kinds in order, and first the cells that gain most in all."""
     steps = Steps(
         cell=np.concatenate([cell for cell, *_ in kinds]),
         start=np.concatenate([np.full(len(cell), start, np.uint8) for cell, start, *_ in kinds]),
@@ -142,7 +167,9 @@ def _ordered(kinds: list[tuple[Ints, Operation, Operation, Floats, float]]) -> S
     )
     value = np.full(len(steps.gain), np.inf)  # of steps that cost nothing
     np.divide(steps.gain, steps.price, out=value, where=steps.price > 0)
-    return steps.select(np.argsort(-value, kind="stable"))
+    kind = np.repeat(np.arange(len(kinds)), [len(cell) for cell, *_ in kinds])
+    whole_gain = knapsack.forward_gain + knapsack.backward_gain
+    return steps.select(np.lexsort((-whole_gain[steps.cell], kind, -value)))
 
 
 def upper_bound(knapsack: Knapsack) -> float:
@@ -165,11 +192,14 @@ def upper_bound(knapsack: Knapsack) -> float:
     return bound
 
 
-def device_knapsacks(problem: PlanProblem, forward_weight: float, backward_weight: float) -> list[Knapsack]:
-    """One knapsack for each device."""
+def device_knapsacks(
+    problem: PlanProblem, forward_weight: float, backward_weight: float, most_shortcut: float = 1.0
+) -> list[Knapsack]:
+    """One knapsack for each device. most_shortcut: share in [0, 1] of its heads in a (row, block) that may not run."""
     forward_gain, backward_gain = (gain.ravel() for gain in problem.gains(forward_weight, backward_weight))
     shortcut, forward, full = np.array([problem.compute_cost, problem.communication_cost]).T
     owner = problem.device.ravel()
+    heads = problem.forward_score.shape[2]
     cells_of_row = problem.forward_score[0].size
     forward_step, backward_step = forward - shortcut, full - forward
     knapsacks = []
@@ -179,6 +209,8 @@ def device_knapsacks(problem: PlanProblem, forward_weight: float, backward_weigh
         limits = [
             largest_use(len(cells), *each) for each in zip(forward_step, backward_step, left, strict=True)
         ]
+        group = np.unique(cells // heads, return_inverse=True)[1]
+        held = np.bincount(group)
         knapsacks.append(
             Knapsack(
                 cells,
@@ -189,6 +221,8 @@ def device_knapsacks(problem: PlanProblem, forward_weight: float, backward_weigh
                 np.array(limits),
                 cells // cells_of_row,
                 float(problem.memory_budget[device]),
+                group,
+                held - np.floor(most_shortcut * held + 1e-9).astype(np.int64),
             )
         )
     return knapsacks

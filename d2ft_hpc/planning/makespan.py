@@ -12,10 +12,19 @@ from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.choose import Choice, choose
 from d2ft_hpc.planning.highs import OPTIMAL
 from d2ft_hpc.planning.knapsack import plan_with_bound
+from d2ft_hpc.planning.level_coverage import (
+    demand_of,
+    is_affordable,
+    rewarded,
+    rewards,
+    short_blocks,
+    take_turns,
+    unpaid_coverage,
+)
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import PlanProblem
 from d2ft_hpc.planning.split import choose_by_split
-from d2ft_hpc.planning.teams import Team, make_teams, step_limits
+from d2ft_hpc.planning.teams import Team, make_teams, meeting_replicas, step_limits
 
 
 def solve_makespan(
@@ -24,6 +33,7 @@ def solve_makespan(
     forward_weight: float = 1.0,
     backward_weight: float = 1.0,
     most_shortcut: float = 1.0,
+    coverage: int = 0,
     time_limit_seconds: float = 10.0,
 ) -> SkipPlan:
     """Maximise the objective of `solve_joint` with all ranks of a stage in lock step (`levels`).
@@ -33,25 +43,35 @@ def solve_makespan(
     of the pipeline waits for another; how the two share the row's time is chosen, too.
 
     most_shortcut: share in [0, 1] of every rank's heads that may be SHORTCUT in a (row, block).
+    coverage: least number of FULL rows that every (block, head) gets over the whole batch; 0 = no demand. Replicas
+        share it evenly. The bound is then that without coverage, which holds for plans with it.
     time_limit_seconds: wall-clock time, > 0.
 
     Bound and gap are those of this problem: no other plan in lock step (and with such rows) scores more.
     Where time runs out, the plan that the prices suggest is taken; the status says so.
 
     Raises PlanError if an option is out of range, if ranks do not hold equally many heads in all blocks, or if the
-    budgets do not pay for `most_shortcut` (the message names the device and the least feasible budget).
+    budgets do not pay for `most_shortcut` or `coverage` (the message names the device and the least feasible budget).
     """
     if not time_limit_seconds > 0:
         raise PlanError(f"time_limit_seconds must be > 0, got {time_limit_seconds}.")
     deadline = time.monotonic() + time_limit_seconds
     operations = np.full(problem.forward_score.shape, Operation.SHORTCUT, dtype=np.uint8)
     bound, statuses = 0.0, set()
-    for replica in range(problem.replicas):
-        teams = make_teams(problem, replica, forward_weight, backward_weight, most_shortcut)
+    for replicas in meeting_replicas(problem):
+        teams = make_teams(problem, replicas, forward_weight, backward_weight, most_shortcut)
         choices, its_bound = _choose_levels(problem, teams, deadline)
         bound += its_bound
+        demand = demand_of(problem, coverage, replicas)
+        for team in teams:
+            if not is_affordable(problem, team, demand):
+                raise PlanError(unpaid_coverage(problem, team, coverage))
+        choices = _fed(problem, teams, choices, demand, deadline)
         for team, choice in zip(teams, choices, strict=True):
+            if short_blocks(team, choice.option, demand).any():
+                raise PlanError(unpaid_coverage(problem, team, coverage))
             team.write(choice.option, operations)
+            take_turns(team, operations, demand)
             statuses.add(choice.status)
     status = OPTIMAL if statuses == {OPTIMAL} else "; ".join(sorted(statuses - {OPTIMAL}))
     return plan_with_bound(
@@ -63,6 +83,26 @@ def solve_makespan(
         backward_weight=backward_weight,
         bound=bound,
     )
+
+
+def _fed(
+    problem: PlanProblem, teams: list[Team], choices: list[Choice], demand: int, deadline: float
+) -> list[Choice]:
+    """The choices, or others in which no block has too few FULL heads: FULL heads of blocks that do are rewarded ever
+    more, until there are enough or no reward helps."""
+    paid = [np.zeros(len(team.blocks)) for team in teams]
+    for reward in rewards():
+        short = [
+            short_blocks(team, choice.option, demand) for team, choice in zip(teams, choices, strict=True)
+        ]
+        if not any(its_short.any() for its_short in short):
+            break
+        for its_paid, its_short in zip(paid, short, strict=True):
+            its_paid[its_short] = reward
+        fed = [rewarded(team, its_paid, demand) for team, its_paid in zip(teams, paid, strict=True)]
+        choices, _ = _choose_levels(problem, fed, deadline)
+        choices = [replace(choice, status=f"rewarded for coverage: {choice.status}") for choice in choices]
+    return choices
 
 
 def _choose_levels(problem: PlanProblem, teams: list[Team], deadline: float) -> tuple[list[Choice], float]:

@@ -1,17 +1,18 @@
-"""Head placement: which tensor-parallel rank holds which head, and the same model with its heads in that order."""
+"""Head placement: which tensor-parallel rank holds which head.
+
+`place` is for the start of a run: plans in lock step lose less score if every rank holds heads of all kinds.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem
-
-if TYPE_CHECKING:
-    from torch import nn
+from d2ft_hpc.planning.swap_heads import swap_heads
 
 
 def in_order(blocks: int, heads: int, ranks: int) -> Ints:
@@ -22,6 +23,16 @@ def in_order(blocks: int, heads: int, ranks: int) -> Ints:
     if ranks < 1 or heads % ranks:
         raise PlanError(f"{heads} heads cannot be divided evenly over {ranks} ranks.")
     return np.tile(np.repeat(np.arange(ranks), heads // ranks), (blocks, 1))
+
+
+def place(problem: PlanProblem, ranks: int, *, time_limit_seconds: float = 10.0) -> Ints:
+    """An owner map int64 [block, head] for `ranks` tensor-parallel ranks: `spread`, then swaps (`swap_heads`).
+
+    problem: scores, costs, speeds and budgets on that many ranks; its own owner map does not matter.
+
+    Raises PlanError if the heads cannot be divided evenly, or if no plan in lock step keeps the budgets.
+    """
+    return swap_heads(replace(problem, rank=spread(problem, ranks)), time_limit_seconds=time_limit_seconds)
 
 
 def spread(problem: PlanProblem, ranks: int) -> Ints:
@@ -65,24 +76,3 @@ def _place(price: Floats) -> Ints:
 def head_order(owner: Ints) -> Ints:
     """timm's head in each place, int64 [block, place], once every rank's heads lie together in the order of ranks."""
     return np.argsort(owner, axis=1, kind="stable")
-
-
-def permute_heads(model: nn.Module, order: Ints) -> None:
-    """Put head order[block, place] into each place, in the model's own parameters; its function stays the same.
-
-    order: int64 [block, place], a permutation in every block. `permute_heads(model, np.argsort(order, axis=1))` undoes
-    it, as every export must: checkpoints are in timm's order. Raises PlanError if `order` is none.
-    """
-    import torch
-
-    from d2ft_hpc.model.subnets import SubnetMap
-
-    subnets = SubnetMap.of(model)
-    if order.shape != subnets.shape or (np.sort(order, axis=1) != np.arange(subnets.num_heads)).any():
-        raise PlanError(
-            f"A head order must be a permutation of {subnets.num_heads} heads for each of {subnets.num_blocks} blocks."
-        )
-    with torch.no_grad():
-        for block, name, parameter in subnets.parameters(model):
-            heads = torch.from_numpy(order[block]).to(parameter.device)
-            parameter.copy_(subnets.head_axes[name].select(parameter, heads))

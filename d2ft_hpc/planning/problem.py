@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,11 +38,15 @@ class PlanProblem:
     stage: int64 [block], the pipeline stage that holds the block.
     device_speed: float64 [device], > 0: cost that the device gets done in a unit of time.
     compute_cost, communication_cost: of a cell under SHORTCUT, FORWARD_ONLY and FULL, not decreasing.
+    meeting_cost: what a (row, block) sends if any head of its stage runs, and on top if any is FULL; the engine's own
+        all-reduces (`messages`). Every rank of the stage sends it. It adds to `communication_cost`.
     compute_budget, communication_budget: float64 [device]; inf = unlimited.
     memory_budget: float64 [device], most FULL cells of one row (their activations wait for the backward);
         inf = unlimited.
     always_share: fraction of the dense step's training compute that runs whatever the plan says (embedding,
         classifier). It is in no cost or budget here; messages use it to speak in shares of the whole step.
+    replicas_meet: replicas wait for each other in every block of every row, as in ZeRO 3 and FSDP2, which gather each
+        block's weights; if not, at the end of the step only.
 
     Raises PlanError if anything is not as said, or if a budget does not even pay for SHORTCUT everywhere.
     """
@@ -59,6 +63,8 @@ class PlanProblem:
     communication_budget: Floats
     memory_budget: Floats
     always_share: float = 0.0
+    meeting_cost: tuple[float, float] = (0.0, 0.0)
+    replicas_meet: bool = False
 
     def __post_init__(self) -> None:
         for name in ("forward_score", "backward_score", "device_speed"):
@@ -102,6 +108,8 @@ class PlanProblem:
         self._check_budget("memory", self.memory_budget, 0.0)
         if not 0 <= self.always_share < 1:
             raise PlanError(f"always_share must be in [0, 1), got {self.always_share}.")
+        if not all(0 <= cost < math.inf for cost in self.meeting_cost):
+            raise PlanError(f"meeting_cost must be two finite numbers >= 0, got {self.meeting_cost}.")
 
     @classmethod
     def parallel(
@@ -118,6 +126,8 @@ class PlanProblem:
         forward_cost: float = 1 / 3,
         always_share: float = 0.0,
         device_speed: Sequence[float] | None = None,
+        messages: Literal["by_head", "by_meeting"] = "by_head",
+        replicas_meet: bool = False,
     ) -> PlanProblem:
         """The problem of data-parallel replicas, each cut into pipeline stages and tensor-parallel ranks.
 
@@ -125,8 +135,10 @@ class PlanProblem:
         rank: int [block, head], owner map of the tensor-parallel ranks; None = one rank.
         stage: int [block], pipeline stage of each block; None = one stage.
         compute_budget: fraction in (0, 1] of the dense step's training compute, always-run parts included.
-        communication_budget: fraction in (0, 1] of what the dense step's cells send (FULL 1, FORWARD_ONLY
-            0.5, SHORTCUT 0: arXiv 2504.12471); None = unlimited.
+        communication_budget: fraction in (0, 1] of what the dense step sends; None = unlimited.
+        messages: "by_head" counts FULL 1, FORWARD_ONLY 0.5 and SHORTCUT 0 (arXiv 2504.12471); "by_meeting" what
+            tensor-parallel ranks really send: for a (row, block) half forward if any head runs, half backward if any
+            is FULL.
         memory_budget: fraction in (0, 1] of the activations that a device keeps for the backward of a dense
             row; None = unlimited.
         forward_cost: cost of FORWARD_ONLY, a fraction in [0, 1] of the cost of FULL.
@@ -134,6 +146,7 @@ class PlanProblem:
             out of `compute_budget` first.
         device_speed: relative speed of each device; None = all equal. The work is shared out so that all
             devices finish together, no device getting more than its dense step.
+        replicas_meet: as the class says.
 
         Raises PlanError if a value is out of range, or if a device's budget does not reach `always_share`
         (the message names the device, its budget and the least feasible `compute_budget`).
@@ -169,14 +182,16 @@ class PlanProblem:
             stage=stage.astype(np.int64),
             device_speed=speed,
             compute_cost=(0.0, forward_cost, 1.0),
-            communication_cost=(0.0, 0.5, 1.0),
+            communication_cost=(0.0, 0.5, 1.0) if messages == "by_head" else (0.0, 0.0, 0.0),
+            meeting_cost=(0.0, 0.0) if messages == "by_head" else (0.5, 0.5),
+            replicas_meet=replicas_meet,
             compute_budget=unlimited,
             communication_budget=unlimited,
             memory_budget=unlimited,
             always_share=always_share,
         )
         cells = problem.cells_per_device()
-        share = _finish_together(speed, cells, compute_budget)
+        share = finish_together(speed, cells, compute_budget)
         slowest = int(share.argmin())
         if share[slowest] < always_share - BUDGET_EPSILON:
             time = always_share * cells[slowest] / speed[slowest]
@@ -188,7 +203,9 @@ class PlanProblem:
             )
         cells_of_row = cells / (forward.shape[0] // replicas)
         communication = (
-            unlimited if communication_budget is None else np.asarray(communication_budget * cells)
+            unlimited
+            if communication_budget is None
+            else communication_budget * problem.dense_communication()
         )
         return replace(
             problem,
@@ -271,8 +288,15 @@ class PlanProblem:
         return self._used(plan, self.compute_cost)
 
     def used_communication(self, plan: SkipPlan) -> Floats:
-        """Communication that each device's cells use, float64 [device]."""
-        return self._used(plan, self.communication_cost)
+        """Communication that each device's cells and meetings use, float64 [device]."""
+        return self._used(plan, self.communication_cost) + self._meetings(plan)
+
+    def dense_communication(self) -> Floats:
+        """Communication of the dense step, float64 [device]."""
+        blocks = np.bincount(self.stage, minlength=self.stages)
+        meetings = blocks * (self.forward_score.shape[0] // self.replicas) * sum(self.meeting_cost)
+        cells = self.cells_per_device() * self.communication_cost[Operation.FULL]
+        return np.asarray(cells + np.tile(np.repeat(meetings, self.ranks), self.replicas))
 
     def used_memory(self, plan: SkipPlan) -> Floats:
         """The most FULL cells that each device has in one row, float64 [device]."""
@@ -291,7 +315,7 @@ class PlanProblem:
         return np.stack(
             [
                 self.compute_budget + tolerance * cells * self.compute_cost[Operation.FULL],
-                self.communication_budget + tolerance * cells * self.communication_cost[Operation.FULL],
+                self.communication_budget + tolerance * self.dense_communication(),
             ],
             axis=1,
         )
@@ -301,6 +325,16 @@ class PlanProblem:
         keys = self.device.astype(np.int64) * len(Operation) + plan.operations
         counts = np.bincount(keys.ravel(), minlength=self.num_devices * len(Operation))
         return np.asarray(counts.reshape(self.num_devices, len(Operation)) @ np.asarray(cost))
+
+    def _meetings(self, plan: SkipPlan) -> Floats:
+        """What the meetings of every device's stage send, float64 [device]."""
+        forward, backward = self.meeting_cost
+        most = plan.operations.max(axis=2)  # [row, block]
+        cost = forward * (most >= Operation.FORWARD_ONLY) + backward * (most == Operation.FULL)
+        replica = np.arange(plan.num_rows) % self.replicas
+        team = replica[:, None] * self.stages + self.stage
+        sent = np.bincount(team.ravel(), cost.ravel(), self.replicas * self.stages)
+        return np.asarray(np.repeat(sent, self.ranks))
 
     def require_shape(self, plan: SkipPlan) -> None:
         """Raise PlanError if the plan is not of this problem's shape."""
@@ -361,7 +395,7 @@ def _divide_by_mean(score: Floats) -> Floats:
     return np.asarray(scaled / scaled.mean(), dtype=np.float64)
 
 
-def _finish_together(speed: Floats, cells: Ints, mean_share: float) -> Floats:
+def finish_together(speed: Floats, cells: Ints, mean_share: float) -> Floats:
     """Each device's share of its dense step, float64 [device]: what it gets done in one time for all, or 1.
 
     speed, cells: [device]. The time is the one in which `mean_share` of all cells get done.

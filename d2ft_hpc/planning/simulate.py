@@ -26,7 +26,10 @@ class Timing:
     @property
     def idle(self) -> Floats:
         """Share of the step in which each device waits for others, float64 [device]."""
-        return np.asarray(1 - self.busy / self.step if self.step > 0 else np.zeros_like(self.busy))
+        if self.step == 0:
+            return np.zeros_like(self.busy)
+        idle = 1 - self.busy / self.step
+        return np.where(idle > BUDGET_EPSILON, idle, 0.0)  # less is float error
 
 
 def waste(plan: SkipPlan, problem: PlanProblem) -> float:
@@ -45,7 +48,8 @@ def waste(plan: SkipPlan, problem: PlanProblem) -> float:
 
 def simulate(plan: SkipPlan, problem: PlanProblem) -> Timing:
     """The plan's step with tensor-parallel ranks that meet after the forward and the backward of every block, a 1F1B
-    pipeline over the stages, and replicas that meet at the end. SHORTCUT's own cost counts as forward.
+    pipeline over the stages, and replicas that meet at the end or, if the problem says so, in every block. SHORTCUT's
+    own cost counts as forward.
     """
     problem.require_shape(plan)
     shortcut, forward_only, full = problem.compute_cost
@@ -53,6 +57,8 @@ def simulate(plan: SkipPlan, problem: PlanProblem) -> Timing:
     backward_cost = np.where(plan.operations == Operation.FULL, full - forward_only, 0.0)
     own = [_of_ranks(cost, problem) for cost in (forward_cost, backward_cost)]
     forward, backward = (work.max(axis=2) for work in own)
+    if problem.replicas_meet:
+        forward, backward = (_of_slowest_replica(times, problem.replicas) for times in (forward, backward))
     busy = (problem.used_compute(plan)) / problem.device_speed
     steps = []
     for replica in range(problem.replicas):
@@ -63,6 +69,12 @@ def simulate(plan: SkipPlan, problem: PlanProblem) -> Timing:
         ]
         steps.append(pipeline_time(*stage_times))
     return Timing(forward, backward, busy, max(steps))
+
+
+def _of_slowest_replica(times: Floats, replicas: int) -> Floats:
+    """times: float64 [row, block]."""
+    of_slot = times.reshape(-1, replicas, times.shape[1]).max(axis=1)
+    return np.repeat(of_slot, replicas, axis=0)
 
 
 def _of_ranks(cost: Floats, problem: PlanProblem) -> Floats:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import time
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 
@@ -46,42 +48,40 @@ def solve(problem: PlanProblem, planner: Planner, **options: Any) -> SkipPlan:
 
     options: keyword options of the planner's function (`solve_joint` for "joint", ...); none for "dense".
 
-    Raises PlanError if the planner is unknown, an option is out of range, or no plan keeps the budgets (for
-    "dense": any budget below the dense cost).
+    Raises PlanError if the planner is unknown or has no such option, an option is out of range, or no plan keeps the
+    budgets (for "dense": any budget below the dense cost).
     """
     start = time.perf_counter()
-    match planner:
-        case "dense":
-            plan = _solve_dense(problem, **options)
-        case "paper":
-            plan = solve_paper(problem, **options)
-        case "joint":
-            plan = solve_joint(problem, **options)
-        case "makespan":
-            plan = solve_makespan(problem, **options)
-        case "static":
-            plan = solve_static(problem, **options)
-        case "depth":
-            plan = solve_depth(problem, **options)
-        case "greedy":
-            plan = solve_greedy(problem, **options)
-        case "random":
-            plan = solve_random(problem, **options)
-        case "last_blocks":
-            plan = solve_last_blocks(problem, **options)
-        case "stochastic_depth":
-            plan = solve_stochastic_depth(problem, **options)
-        case "pruning":
-            plan = solve_pruning(problem, **options)
-        case "routing":
-            plan = solve_routing(problem, **options)
-        case _:
-            raise PlanError(f"There is no planner {planner!r}; choose one of {', '.join(get_args(Planner))}.")
+    functions: dict[str, Callable[..., SkipPlan]] = {
+        "dense": solve_dense,
+        "paper": solve_paper,
+        "joint": solve_joint,
+        "makespan": solve_makespan,
+        "static": solve_static,
+        "depth": solve_depth,
+        "greedy": solve_greedy,
+        "random": solve_random,
+        "last_blocks": solve_last_blocks,
+        "stochastic_depth": solve_stochastic_depth,
+        "pruning": solve_pruning,
+        "routing": solve_routing,
+    }
+    if planner not in functions:
+        raise PlanError(f"There is no planner {planner!r}; choose one of {', '.join(functions)}.")
+    known = [name for name in inspect.signature(functions[planner]).parameters if name != "problem"]
+    for name in options:
+        if name not in known:
+            raise PlanError(
+                f"Planner {planner} has no option {name}; it knows {', '.join(known) or 'none'}. Leave it out or "
+                f"choose another planner."
+            )
+    plan = functions[planner](problem, **options)
     check(plan, problem)
     return dataclasses.replace(plan, solve_seconds=time.perf_counter() - start)
 
 
-def _solve_dense(problem: PlanProblem) -> SkipPlan:
+def solve_dense(problem: PlanProblem) -> SkipPlan:
+    """Every head FULL in every row."""
     operations = np.full(problem.forward_score.shape, Operation.FULL, dtype=np.uint8)
     objective = problem.objective(operations)
     return SkipPlan(

@@ -1,8 +1,9 @@
-"""The tensor-parallel ranks of one pipeline stage, as planning in lock step sees them."""
+"""The ranks of one pipeline stage that wait for each other in every block, as planning in lock step sees them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,10 +19,12 @@ from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem,
 
 @dataclass(frozen=True, eq=False)
 class Team:
-    """The ranks of one stage of one replica, which run every (row, block) together.
+    """The tensor-parallel ranks of one stage, which run every (slot, block) together: those of one replica, or of all
+    replicas if these meet in every block.
 
-    rows, blocks: int64 [row], [block], what the team runs; its classes are these pairs, row by row.
-    heads: int64 [block, head, rank], timm's index of each rank's heads. devices: int64 [rank].
+    rows: int64 [replica, slot]. blocks: int64 [block]. The team's classes are the pairs of slot and block, by slot.
+    heads: int64 [block, head, rank], timm's index of each rank's heads. devices: int64 [member], a member being a
+        rank of a replica, replica by replica; these are the ranks of `levels`.
     levels: what the team can run in a class. time_budget: for all its classes; inf = no limit.
     """
 
@@ -36,8 +39,18 @@ class Team:
 
     @property
     def row_of_class(self) -> Ints:
-        """int64 [class], places in `rows`."""
-        return np.repeat(np.arange(len(self.rows)), len(self.blocks))
+        """int64 [class], the class's slot."""
+        return np.repeat(np.arange(self.slots), len(self.blocks))
+
+    @property
+    def slots(self) -> int:
+        return int(self.rows.shape[1])
+
+    def members(self) -> Iterator[tuple[int, Ints, Ints]]:
+        """Every member with its rows int64 [slot] and its heads int64 [block, head]."""
+        ranks = self.heads.shape[2]
+        for member in range(len(self.devices)):
+            yield member, self.rows[member // ranks], self.heads[:, :, member % ranks]
 
     @property
     def groups(self) -> int:
@@ -50,20 +63,28 @@ class Team:
     def write(self, level: Ints, operations: npt.NDArray[np.uint8]) -> None:
         """Put the best heads at the level int64 [class] of each class into operations [row, block, head]."""
         chosen = self.levels.operations(level)
-        chosen = chosen.reshape(*chosen.shape[:2], len(self.rows), len(self.blocks))
-        rows, blocks = self.rows[:, None, None, None], self.blocks[:, None, None]
-        operations[rows, blocks, self.heads] = chosen.transpose(2, 3, 0, 1)
+        chosen = chosen.reshape(*chosen.shape[:2], self.slots, len(self.blocks))
+        for member, rows, heads in self.members():
+            operations[rows[:, None, None], self.blocks[:, None], heads] = chosen[:, member].transpose(
+                1, 2, 0
+            )
+
+
+def meeting_replicas(problem: PlanProblem) -> list[Ints]:
+    """Replicas that wait for each other in every block, and are planned together."""
+    every = np.arange(problem.replicas)
+    return [every] if problem.replicas_meet else list(every[:, None])
 
 
 def make_teams(
-    problem: PlanProblem, replica: int, forward_weight: float, backward_weight: float, most_shortcut: float
+    problem: PlanProblem, replicas: Ints, forward_weight: float, backward_weight: float, most_shortcut: float
 ) -> list[Team]:
-    """The teams of all stages of a replica. Raises PlanError as `solve_makespan` does."""
+    """The teams of all stages of replicas that meet. Raises PlanError as `solve_makespan` does."""
     if not 0 <= most_shortcut <= 1:
         raise PlanError(f"most_shortcut is a share of a rank's heads in [0, 1], got {most_shortcut}.")
     teams = []
     for stage in range(problem.stages):
-        team = _make_team(problem, replica, stage, forward_weight, backward_weight)
+        team = _make_team(problem, replicas, stage, forward_weight, backward_weight)
         heads = len(team.levels.forward_gain)
         least = heads - math.floor(most_shortcut * heads + BUDGET_EPSILON)
         team = replace(team, levels=team.levels.that_run(least))
@@ -74,12 +95,14 @@ def make_teams(
 
 
 def _make_team(
-    problem: PlanProblem, replica: int, stage: int, forward_weight: float, backward_weight: float
+    problem: PlanProblem, replicas: Ints, stage: int, forward_weight: float, backward_weight: float
 ) -> Team:
     """The ranks of a stage with all levels. Raises PlanError if a rank's number of heads varies by block."""
-    rows = np.arange(replica, problem.forward_score.shape[0], problem.replicas)
+    rows = replicas[:, None] + np.arange(0, problem.forward_score.shape[0], problem.replicas)
     blocks = np.flatnonzero(problem.stage == stage)
-    devices = (replica * problem.stages + stage) * problem.ranks + np.arange(problem.ranks)
+    devices = (
+        (replicas[:, None] * problem.stages + stage) * problem.ranks + np.arange(problem.ranks)
+    ).ravel()
     counts = np.stack([(problem.rank[blocks] == rank).sum(axis=1) for rank in range(problem.ranks)])
     if len(blocks) == 0:
         raise PlanError(f"Stage {stage} holds no block. Number the stages from 0 without gaps.")
@@ -91,9 +114,9 @@ def _make_team(
     owned = np.argsort(problem.rank[blocks], axis=1, kind="stable")
     heads = owned.reshape(len(blocks), problem.ranks, -1).transpose(0, 2, 1)  # [block, head, rank]
     gains = [
-        gain[rows[:, None, None, None], blocks[:, None, None], heads]  # [row, block, head, rank]
-        .transpose(2, 3, 0, 1)
-        .reshape(*heads.shape[1:], -1)
+        gain[rows[:, :, None, None, None], blocks[:, None, None], heads]  # [replica, slot, block, head, rank]
+        .transpose(3, 0, 4, 1, 2)
+        .reshape(heads.shape[1], len(devices), -1)
         for gain in problem.gains(forward_weight, backward_weight)
     ]
     costs = problem.compute_cost
@@ -105,7 +128,7 @@ def _make_team(
         speed=speed,
     )
     is_even = bool((speed == speed[0]).all())
-    row_of_class = np.repeat(np.arange(len(rows)), len(blocks))
+    row_of_class = np.repeat(np.arange(rows.shape[1]), len(blocks))
     group = row_of_class if problem.stages > 1 else np.zeros_like(row_of_class)
     return Team(rows, blocks, heads, devices, levels, time_budget(problem, devices), group, is_even)
 
@@ -151,8 +174,12 @@ def other_limits(problem: PlanProblem, team: Team) -> list[Limit]:
         message = (forward - shortcut) * levels.forward_heads[:, rank] + (
             full - forward
         ) * levels.backward_heads[:, rank]
+        for cost, running in zip(
+            problem.meeting_cost, (levels.forward_heads, levels.backward_heads), strict=True
+        ):
+            message = message + cost * running.any(axis=1)
         most = problem.budgets()[devices, 1].min() - cells[rank] * shortcut
-        memory = np.full(len(team.rows), problem.memory_budget[devices].min())
+        memory = np.full(team.slots, problem.memory_budget[devices].min())
         limits += [
             limit_above_least(message, np.zeros_like(row), np.array([most])),
             limit_above_least(levels.backward_heads[:, rank].astype(np.float64), row, memory),

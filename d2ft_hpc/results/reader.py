@@ -18,9 +18,9 @@ import numpy as np
 import yaml
 
 from d2ft_hpc.errors import ResultsError
-from d2ft_hpc.results import columns, schema
-from d2ft_hpc.results.schema import GROUPS, RANK_FIELDS, ROW_AXES, TABLES, Array, Group, Scalar, Table
-from d2ft_hpc.results.segments import Contents, rank_file, segments_folder
+from d2ft_hpc.results import columns, frames, schema
+from d2ft_hpc.results.layout import Contents, rank_file, segments_folder
+from d2ft_hpc.results.schema import GROUPS, RANK_FIELDS, TABLES, Array, Group, Scalar, Table
 from d2ft_hpc.results.untrusted import (
     check_root,
     child,
@@ -178,50 +178,11 @@ class RunResults:
         by_rank: the per-rank columns, one row for each pair of row and rank; else the columns of single numbers and
         texts, one row for each row.
         """
-        import pandas
-
-        axes = ("rank",) if by_rank else ()
-        names = [field.name for field in TABLES[self._table(table)].values() if field.axes == axes]
-        data = self.table(table, names)
-        row_axis = ROW_AXES[table]
-        if not by_rank:
-            index = {"index": pandas.RangeIndex(len(next(iter(data.values()))), name=row_axis)}
-            frame = pandas.DataFrame(data, **index)
-            return frame.set_index(row_axis) if row_axis in data else frame
-        if not names:
-            raise ResultsError(f"{table} has no per-rank columns: only steps has")
-        rows = self.table(table, ["step"])["step"]
-        pairs = pandas.MultiIndex.from_product(
-            [rows, range(next(iter(data.values())).shape[1])], names=[row_axis, "rank"]
-        )
-        return pandas.DataFrame({name: column.ravel() for name, column in data.items()}, index=pairs)
+        return frames.to_pandas(self.table(table), table, by_rank=by_rank)
 
     def xarray(self, table: str) -> "xarray.Dataset":
         """A table as an xarray.Dataset with named axes and units. Needs xarray (`pip install 'd2ft-hpc[analysis]'`)."""
-        import xarray
-
-        fields, data = TABLES[self._table(table)], self.table(table)
-        variables = {
-            name: (
-                (ROW_AXES[table], *fields[name].axes),
-                column,
-                {"units": fields[name].units, "long_name": fields[name].description},
-            )
-            for name, column in data.items()
-        }
-        sizes = {
-            axis: size
-            for dims, column, _ in variables.values()
-            for axis, size in zip(dims, column.shape, strict=True)
-        }
-        for axis, size in sizes.items():
-            if axis not in variables:
-                variables[axis] = (
-                    (axis,),
-                    np.arange(size),
-                    {"units": "1", "long_name": f"index along {axis}"},
-                )
-        return xarray.Dataset(variables).set_coords(list(sizes))
+        return frames.to_xarray(self.table(table), table)
 
     def contents(self) -> Contents:
         """Everything in the file as far as it was recorded."""
@@ -240,11 +201,6 @@ class RunResults:
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _table(self, name: str) -> str:
-        if name not in TABLES:
-            raise ResultsError(f"{self.path} has no table {name!r}: {schema.nearest(name, TABLES)}")
-        return name
 
     def _field(self, table: str, column: str) -> schema.Field:
         field = TABLES.get(table, {}).get(column)

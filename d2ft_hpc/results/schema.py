@@ -200,3 +200,36 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     match = get_close_matches(name, known, n=1)
     return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(known) or 'none'}"
+
+
+def document() -> str:
+    """The schema as Markdown: README.md beside this module."""
+    lines = [
+        "# The results file",
+        "",
+        "Made from [schema.py](schema.py) by `python -m d2ft_hpc.results.schema`.",
+        "",
+        *(__doc__ or "").strip().splitlines(),
+        "",
+        "In plain h5py: `h5py.File('results.h5')['steps/step_seconds'][:]`, [step, rank]. In xarray, without this",
+        "package: `xarray.open_dataset('results.h5', group='steps', engine='h5netcdf')`. With it:",
+        "`d2ft_hpc.results.open(path)`.",
+    ]
+    for table, fields in TABLES.items():
+        lines += ["", f"## Table `{table}`", "", *_document_fields(fields, ROW_AXES[table])]
+    for group, fields in GROUPS.items():
+        if fields:
+            lines += ["", f"## Group `{group}`", "", *_document_fields(fields, None)]
+    return "\n".join(lines) + "\n"
+
+
+def _document_fields(fields: dict[str, Field], row_axis: str | None) -> list[str]:
+    lines = ["| dataset | axes | type | unit | what |", "|---|---|---|---|---|"]
+    for field in fields.values():
+        axes = ", ".join(filter(None, (row_axis, *field.axes)))
+        lines.append(f"| `{field.name}` | {axes} | {field.kind} | {field.units} | {field.description} |")
+    return lines
+
+
+if __name__ == "__main__":
+    print(document(), end="")

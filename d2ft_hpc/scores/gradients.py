@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from d2ft_hpc.model.probe import probe
-from d2ft_hpc.model.subnets import SubnetMap
+from d2ft_hpc.model.subnets import LINEAR_LAYERS, SubnetMap
 
 GradientScore = Literal["fisher", "gradient_magnitude", "taylor"]
 Granularity = Literal["micro_batch", "sample"]
@@ -28,8 +28,6 @@ _FP16_SCALE = 2.0**10
 _GRADIENT_BYTES = 1 << 28
 """Weight gradients of so many samples as fit are formed at a time."""
 
-_LINEAR_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-
 
 def gradient_scores(
     model: VisionTransformer,
@@ -39,6 +37,7 @@ def gradient_scores(
     loss_function: LossFunction,
     names: Iterable[GradientScore],
     granularity: Granularity = "micro_batch",
+    autocast_dtype: torch.dtype | None = None,
 ) -> dict[GradientScore, Tensor]:
     """Scores of one micro-batch or of each of its samples, with g the gradient of the loss and w the weight.
 
@@ -47,26 +46,31 @@ def gradient_scores(
 
     images: [sample, channel, height, width], cast to the model's dtype; labels: [sample, ...]; loss_function
     returns the *mean* over the samples. A sample's score is that of its own loss, not of its share in the mean.
+    autocast_dtype: of the pass and of the products that give weight gradients, as in training under autocast; None:
+    the model's own, products in float32 unless the model is in bfloat16.
     Runs the dense model in evaluation mode; model, gradients and random state stay as they were.
 
     Returns for each name float32 [1, block, head] for "micro_batch", [sample, block, head] for "sample".
     """
     dtype = next(model.parameters()).dtype
     scale = _FP16_SCALE if dtype == torch.float16 else 1.0
+    autocast = torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None)
+    product_dtype = torch.bfloat16 if torch.bfloat16 in (dtype, autocast_dtype) else torch.float32
     with probe(model, training=False), _recorded(model) as records:
-        loss = loss_function(model(images.to(dtype)), labels)
+        with autocast:
+            loss = loss_function(model(images.to(dtype)), labels)
         output_gradients = torch.autograd.grad(loss * scale, [output for _, _, _, output in records])
     groups = 1 if granularity == "micro_batch" else images.shape[0]
     scores = {name: torch.zeros(groups, *subnets.shape, device=images.device) for name in names}
     for (block, name, layer_input, _), output_gradient in zip(records, output_gradients, strict=True):
         layer = model.blocks[block].get_submodule(name)
         # A sample's own gradient is `samples` times its share in the gradient of the mean loss.
-        inputs = layer_input.float().reshape(groups, -1, layer_input.shape[-1])
+        inputs = layer_input.to(product_dtype).reshape(groups, -1, layer_input.shape[-1])
         gradients = groups / scale * output_gradient.float().reshape(groups, -1, output_gradient.shape[-1])
         at_a_time = max(_GRADIENT_BYTES // (4 * layer.weight.numel()), 1)
         for part in torch.arange(groups).split(at_a_time):
             rows = slice(int(part[0]), int(part[-1]) + 1)
-            of_weight = torch.einsum("gto,gti->goi", gradients[rows], inputs[rows])
+            of_weight = torch.einsum("gto,gti->goi", gradients[rows].to(product_dtype), inputs[rows]).float()
             of_bias = gradients[rows].sum(1)
             for parameter, value, gradient in (
                 ("weight", layer.weight, of_weight),
@@ -122,7 +126,7 @@ def _recorded(model: VisionTransformer) -> Iterator[list[_Record]]:
     handles = [
         block.get_submodule(name).register_forward_hook(hook_for(index, name))
         for index, block in enumerate(model.blocks)
-        for name in _LINEAR_LAYERS
+        for name in LINEAR_LAYERS
     ]
     try:
         yield records

@@ -6,7 +6,6 @@ import math
 import random
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import StepCosts, measure_costs, meter
 from d2ft_hpc.model.build import build_model, pixel_statistics
+from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.parallel.layout import Layout
 from d2ft_hpc.selection import SampleScorer, SampleSelection
 
@@ -41,10 +41,6 @@ class Job:
     layout: Layout
     selection: SampleSelection | None
     """What draws the samples that train; None where all of them do."""
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.config.run_folder / "checkpoints"
 
     @property
     def total_steps(self) -> int:
@@ -90,14 +86,19 @@ class Job:
         return (self.config.data.slots * self.layout.replicas, *self.executor.subnets.shape)
 
 
-def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
-    """Makes a job's parts; no rank waits for another here, so that each can fail on its own."""
-    layout = Layout.of(
+def layout_of(config: RunConfig, control: Control) -> Layout:
+    """This rank's part of the run. Raises ConfigError where the ranks cannot be divided as asked."""
+    return Layout.of(
         control.world_size,
         control.rank,
         stages=config.engine.pipeline_stages,
         tensor_ranks=config.engine.tensor_ranks,
     )
+
+
+def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
+    """Makes a job's parts; no rank waits for another here, so that each can fail on its own."""
+    layout = layout_of(config, control)
     random.seed(config.run.seed)
     np.random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
@@ -115,7 +116,10 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         num_classes=train_set.num_classes,
         weights=config.model.weights,
         options=config.model.options,
-    ).to(device)
+    )
+    if config.model.lora is not None:
+        add_lora(model, **config.model.lora.model_dump())
+    model.to(device)
     executor = attach(
         model,
         embeddings=config.model.embeddings,

@@ -3,74 +3,100 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from datetime import datetime, timezone
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import Control, agreed
-from d2ft_hpc.metering.profile import PassProfile, profile_passes
+from d2ft_hpc.launch.watch import Watch
+from d2ft_hpc.model.lora import timm_state
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.stages import describe_stages
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
-from d2ft_hpc.results.segments import rank_file
-from d2ft_hpc.scores import Scores
+from d2ft_hpc.results.layout import rank_file
+from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.board import Board
-from d2ft_hpc.training.checkpoint import Position, load_checkpoint, newest_checkpoint, save_checkpoint
-from d2ft_hpc.training.environment import describe_environment, describe_parameters
+from d2ft_hpc.training.boundary import StepBoundary
+from d2ft_hpc.training.checkpoint import Position, load_checkpoint
+from d2ft_hpc.training.environment import describe_environment
 from d2ft_hpc.training.evaluate import evaluate
-from d2ft_hpc.training.job import Job, set_up
+from d2ft_hpc.training.job import Job, layout_of, set_up
+from d2ft_hpc.training.measured import Measured, measure_job
 from d2ft_hpc.training.placing import flops_of_layers, place
-from d2ft_hpc.training.plans import batches_of, is_due, make_plan, measure_scores
+from d2ft_hpc.training.plan_costs import PlanCosts
+from d2ft_hpc.training.plans import batches_of, is_due, make_plan, measure_scores, solve_here
 from d2ft_hpc.training.progress import Progress
+from d2ft_hpc.training.recorded import note, record_job, record_plan, record_scores
 from d2ft_hpc.training.records import StepRecorder
+from d2ft_hpc.training.replanning import Replanner
+from d2ft_hpc.training.resume import Start, choose_start, fitted_to_ranks
+from d2ft_hpc.training.saver import CheckpointSaver
 from d2ft_hpc.training.steps import StepRunner
 
-RESULTS = "results.h5"
-MODEL = "model.safetensors"
+BEFORE_ALL = -2
+"""As the last step that is kept: nothing is, not even the evaluation before the first step."""
 CONFUSION_CLASSES = 256
 """With more classes, evaluations record the accuracy of each class but no confusion."""
 
 
-def train(config: RunConfig, control: Control, device: torch.device, launcher: str) -> Path:
-    """Runs the whole job on this rank, together with all others, and returns the path of the results file.
+def train(config: RunConfig, control: Control, device: torch.device, launcher: str, watch: Watch) -> bool:
+    """Runs the whole job on this rank, together with all others; false if a signal stopped it and it can go on.
 
     launcher: what started the ranks, for the records.
     """
+    start = choose_start(config, control)
+    if start.finished:
+        if control.rank == 0:
+            print(f"{config.run_folder} is finished: nothing is left to do")
+        return True
     with agreed(control, "set-up"):
-        job = set_up(config, control, device)
-    profile = _profile(job)  # before the engine, which may spread the weights over ranks
-    placement = place(job)
+        replicas = layout_of(config, control).replicas
+        job = set_up(fitted_to_ranks(config, start.position, replicas), control, device)
+    measured = measure_job(job)  # before the engine, which may spread the weights over ranks
+    placement = place(job, start.checkpoint, watch)
     if control.rank == 0 and placement.layout.stages > 1:
         print(describe_stages(flops_of_layers(job), placement.stages), flush=True)
-    engine = build_engine(config, job.model, job.executor, placement, job.total_steps, job.loss, control)
-    position = Position()
-    if config.train.resume:
-        position = _resume(job, engine)
+    engine = build_engine(job.config, job.model, job.executor, placement, job.total_steps, job.loss, control)
+    if start.checkpoint is not None:
+        plan = load_checkpoint(start.checkpoint, engine, control)
+        plan = replace(plan, replicas=job.sampler.replicas)
+        engine.check(plan)
+        engine.executor.load(plan, job.layout.replica)
     with ExitStack() as stack:
         writer, own_writer, board = None, None, None
-        with agreed(control, "opening the results file"):
+        with agreed(control, "opening the run's folder"):
             if control.rank == 0:
-                writer = stack.enter_context(_open_results(job, launcher, position, profile))
+                environment = describe_environment(control, job.layout, launcher, device)
+                writer = stack.enter_context(_open_results(job, environment, measured, start))
+                source = str(start.checkpoint or "the beginning")
+                run_folder.record_launch(config, control, environment, source)
                 if config.results.tensorboard:
                     board = stack.enter_context(closing(Board(config.run_folder / "tensorboard")))
             if config.results.file_per_rank:
-                own_writer = stack.enter_context(_open_own_results(job, position))
+                own_writer = stack.enter_context(_open_own_results(job, start))
+            run_folder.open_log(config.run_folder, control.rank)
         recorder = stack.enter_context(StepRecorder(control, writer, own_writer, board))
-        _train_epochs(job, engine, placement, writer, recorder, board, profile, position)
-    with engine.full_model() as model, agreed(control, "saving the model"):
-        if control.rank == 0:
-            weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-            save_file(weights, config.run_folder / MODEL)
-    return config.run_folder / RESULTS
+        finished = _train_epochs(
+            job, engine, placement, writer, recorder, board, measured, start.position, watch
+        )
+        recorder.finish()
+        with engine.full_model() as model, agreed(control, "saving the model"):
+            if control.rank == 0 and finished:
+                _save_model(job, model)
+        for opened in (writer, own_writer):
+            if opened is not None:
+                opened.close(complete=finished)
+    return finished
 
 
 def _train_epochs(
@@ -80,87 +106,148 @@ def _train_epochs(
     writer: ResultsWriter | None,
     recorder: StepRecorder,
     board: Board | None,
-    profile: PassProfile,
+    measured: Measured,
     position: Position,
-) -> None:
+    watch: Watch,
+) -> bool:
+    """False if it was stopped and saved before the end."""
     config, control = job.config, job.control
     progress = Progress(control.rank, job.total_steps)
     runner = StepRunner(job, engine, placement)
     start_step = position.steps_done
+    replanner = Replanner(control)
     if position.steps_done == 0 and config.train.evaluate_at_start:
-        _evaluate(job, engine, writer, board, progress, position)
-    for epoch in range(position.epochs_done, job.num_epochs):
-        job.sampler.set_epoch(epoch)
-        batches = batches_of(job, job.train_batches)
-        for step_of_epoch in range(job.steps_of_epoch(epoch)):
-            if is_due(config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=position.steps_done):
-                position = _replan(job, engine, placement, writer, progress, position)
-            record = runner.run(batches, step=position.steps_done, epoch=epoch, plan=position.plans_made - 1)
-            recorder.add(record)
-            position = replace(position, steps_done=position.steps_done + 1)
-            if progress.is_due(position.steps_done):
-                share = record.of_rank["planned_flops"] / record.of_rank["dense_flops"]
-                ideal = config.data.slots * profile.ideal_seconds(share, job.costs)
-                loss = float(record.loss)
-                progress.step(epoch + 1, position.steps_done, loss, record.learning_rate, share, ideal)
-        position = replace(position, epochs_done=epoch + 1)
-        if (
-            position.epochs_done % config.train.evaluate_every_epochs == 0
-            or position.epochs_done == job.num_epochs
-        ):
-            _evaluate(job, engine, writer, board, progress, position)
-        every = config.train.checkpoint_every_epochs
-        if every is not None and position.epochs_done % every == 0:
-            assert engine.executor.plan is not None
-            recorder.finish()  # a resumed run finds every step before its checkpoint
-            if writer is not None:
-                writer.flush()
-            saved = save_checkpoint(job.checkpoints, engine, engine.executor.plan, position, control)
-            _note(writer, position, "checkpoint", str(saved.name))
+        _evaluate(job, engine, writer, board, progress, position, watch)
+
+    def settle(position: Position) -> Position:
+        """No plan is under way any more: a checkpoint holds the one in force."""
+        return _take_over(job, engine, writer, progress, position, replanner, wait=True)
+
+    folder = config.run_folder / run_folder.CHECKPOINTS
+    with CheckpointSaver(folder, control, keep=config.train.keep_checkpoints) as saver:
+        saver.newest_step = position.steps_done
+        boundary = StepBoundary(job, engine, saver, recorder, writer, progress, watch, settle)
+        position = replace(position, rows=job.sampler.rows, ranks=control.world_size)
+        for epoch in range(position.epochs_done, job.num_epochs):
+            job.sampler.set_epoch(epoch, start_batch=position.batches_done)
+            batches = batches_of(job, job.train_batches)
+            for step_of_epoch in range(position.batches_done, job.steps_of_epoch(epoch)):
+                position, goes_on = boundary.cross(position)
+                if not goes_on:
+                    return False
+                steps_done = position.steps_done
+                if is_due(config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=steps_done):
+                    position = _replan(
+                        job,
+                        engine,
+                        placement,
+                        measured.plan_costs,
+                        writer,
+                        progress,
+                        position,
+                        replanner,
+                        watch,
+                    )
+                position = _take_over(job, engine, writer, progress, position, replanner)
+                record = runner.run(batches, step=steps_done, epoch=epoch, plan=position.plans_made - 1)
+                recorder.add(record)
+                position = position.after_step()
+                if progress.is_due(position.steps_done):
+                    share = record.of_rank["planned_flops"] / record.of_rank["dense_flops"]
+                    ideal = config.data.slots * measured.profile.ideal_seconds(share, job.costs)
+                    loss = float(record.loss)
+                    progress.step(epoch + 1, position.steps_done, loss, record.learning_rate, share, ideal)
+            position = position.after_epoch()
+            if (
+                position.epochs_done % config.train.evaluate_every_epochs == 0
+                or position.epochs_done == job.num_epochs
+            ):
+                _evaluate(job, engine, writer, board, progress, position, watch)
+        boundary.end(position)
     per_step = engine.executor.lookup_seconds / max(position.steps_done - start_step, 1)
     progress.say(f"following the plan took {1e6 * per_step:.0f} us a step, beside the blocks' own work")
-
-
-def _profile(job: Job) -> PassProfile:
-    data = job.config.data
-    shape = (data.micro_batch_size, 3, data.image_size, data.image_size)
-    precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return profile_passes(job.model, job.executor, shape, precision[job.config.engine.precision])
-
-
-def _resume(job: Job, engine: Engine) -> Position:
-    with agreed(job.control, "looking for a checkpoint"):
-        checkpoint = newest_checkpoint(job.checkpoints)
-    plan, position = load_checkpoint(checkpoint, engine, job.control)
-    engine.check(plan)
-    engine.executor.load(plan, job.layout.replica)
-    return position
+    return True
 
 
 def _replan(
     job: Job,
     engine: Engine,
     placement: Placement,
+    costs: PlanCosts,
     writer: ResultsWriter | None,
     progress: Progress,
     position: Position,
+    replanner: Replanner,
+    watch: Watch,
 ) -> Position:
-    """Makes the next plan, puts it in force on this rank and records it."""
+    """Makes the next plan and puts it in force; or begins with it, if it may come while training goes on."""
     start = time.perf_counter()
+    overlaps = job.config.plan.replan.overlap and position.plans_made > 0
+    if overlaps and replanner.is_under_way:
+        note(writer, position.steps_done, "replan", "skipped: the plan before is still being solved")
+        return position
     with engine.full_model() as model:
-        scores = measure_scores(job, model, job.loss)
-    if engine.same_rows is not None and position.plans_made == 0:
+        scores = measure_scores(job, model, job.loss, watch)
+    if scores is not None and writer is not None:
+        record_scores(writer, scores, position.steps_done)
+    same_rows = engine.same_rows is not None
+    if overlaps:
+        replanner.start(
+            partial(solve_here, job, placement, costs, scores, position.plans_made, same_rows=same_rows)
+        )
+        note(
+            writer,
+            position.steps_done,
+            "replan",
+            "scores measured, solving begins",
+            time.perf_counter() - start,
+        )
+        return position
+    if same_rows and position.plans_made == 0:
         progress.say(f"one plan for all replicas: {engine.same_rows}")
-    plan = make_plan(job, placement, scores, position.plans_made, same_rows=engine.same_rows is not None)
+    plan = make_plan(job, placement, costs, scores, position.plans_made, same_rows=same_rows)
+    return _put_in_force(job, engine, writer, progress, position, plan, time.perf_counter() - start)
+
+
+def _take_over(
+    job: Job,
+    engine: Engine,
+    writer: ResultsWriter | None,
+    progress: Progress,
+    position: Position,
+    replanner: Replanner,
+    *,
+    wait: bool = False,
+) -> Position:
+    """Puts a plan in force that was solved meanwhile."""
+    made = replanner.at_boundary(wait=wait)
+    if made is None:
+        return position
+    if made.plan is None:
+        progress.say(f"no new plan, the old one stays: {made.fault}")
+        note(writer, position.steps_done, "replan", f"failed: {made.fault}", made.seconds)
+        return position
+    return _put_in_force(job, engine, writer, progress, position, made.plan, made.seconds)
+
+
+def _put_in_force(
+    job: Job,
+    engine: Engine,
+    writer: ResultsWriter | None,
+    progress: Progress,
+    position: Position,
+    plan: SkipPlan,
+    seconds: float,
+) -> Position:
     engine.check(plan)
     engine.executor.load(plan, job.layout.replica)
     planned = job.costs.planned_share(plan)
     progress.say(
         f"plan {position.plans_made} ({plan.planner}, {plan.status}, gap {plan.gap:.1e}): {planned:.1%} of the dense "
-        f"compute, made in {time.perf_counter() - start:.2f} s"
+        f"compute, made in {seconds:.2f} s"
     )
     if writer is not None:
-        _record_plan(job, writer, plan, scores, position)
+        record_plan(job, writer, plan, position.steps_done, seconds)
     return replace(position, plans_made=position.plans_made + 1)
 
 
@@ -171,9 +258,10 @@ def _evaluate(
     board: Board | None,
     progress: Progress,
     position: Position,
+    watch: Watch,
 ) -> None:
     with engine.full_model() as model:
-        result = evaluate(model, job.evaluation_batches, job.control, job.device)
+        result = evaluate(model, watch.along(job.evaluation_batches), job.control, job.device)
     progress.evaluated(result.accuracy, result.seconds)
     progress.say(
         f"evaluation after {position.epochs_done} epochs: accuracy {result.accuracy:.2%}, loss {result.loss:.4f} "
@@ -197,93 +285,46 @@ def _evaluate(
         board.evaluation(position.steps_done, result)
 
 
-def _open_results(job: Job, launcher: str, position: Position, profile: PassProfile) -> ResultsWriter:
-    path, settings = job.config.run_folder / RESULTS, job.config.results
+def _open_results(
+    job: Job, environment: Mapping[str, str | int], measured: Measured, start: Start
+) -> ResultsWriter:
+    path, settings = job.config.run_folder / run_folder.RESULTS, job.config.results
     options: dict[str, Any] = {
         "flush_seconds": settings.flush_seconds,
         "locking": settings.locking,
         "rank_files": job.control.world_size if settings.file_per_rank else 0,
     }
-    if job.config.train.resume:
-        writer = ResultsWriter.resume(path, last_step=position.steps_done - 1, **options)
-        _note(writer, position, "resume", f"after epoch {position.epochs_done}")
+    if start.checkpoint is not None:
+        writer = ResultsWriter.resume(path, last_step=start.position.steps_done - 1, **options)
+        note(
+            writer,
+            start.position.steps_done,
+            "resume",
+            f"from {start.checkpoint.name} on {job.control.world_size} ranks",
+        )
         return writer
-    writer = ResultsWriter(path, **options)
-    writer.put("config", {"yaml": job.config.to_yaml()})
-    writer.put("environment", {}, describe_environment(job.control, job.layout, launcher, job.device))
-    writer.put(
-        "model",
-        describe_parameters(job.model, job.executor.subnets),
-        {
-            "name": job.config.model.name,
-            "num_blocks": job.executor.subnets.num_blocks,
-            "num_heads": job.executor.subnets.num_heads,
-            "always_flops": job.costs.always_flops,
-            "full_flops": job.costs.full_flops,
-            "forward_only_flops": job.costs.forward_only_flops,
-            "dense_pass_seconds": profile.dense_seconds,
-            "always_pass_seconds": profile.always_seconds,
-        },
-    )
+    if job.config.train.resume == "auto" and path.exists():  # ended before its first checkpoint
+        writer = ResultsWriter.resume(path, last_step=BEFORE_ALL, **options)
+    else:
+        writer = ResultsWriter(path, **options)
+    record_job(job, writer, environment, measured)
     return writer
 
 
-def _open_own_results(job: Job, position: Position) -> ResultsWriter:
+def _open_own_results(job: Job, start: Start) -> ResultsWriter:
     """This rank's own file, in runs with a file for each rank."""
-    path, settings = rank_file(job.config.run_folder / RESULTS, job.control.rank), job.config.results
+    settings = job.config.results
+    path = rank_file(job.config.run_folder / run_folder.RESULTS, job.control.rank)
     options: dict[str, Any] = {"flush_seconds": settings.flush_seconds, "locking": settings.locking}
     if job.config.train.resume and path.exists():
-        return ResultsWriter.resume(path, last_step=position.steps_done - 1, **options)
+        last_step = BEFORE_ALL if start.checkpoint is None else start.position.steps_done - 1
+        return ResultsWriter.resume(path, last_step=last_step, **options)
     return ResultsWriter(path, **options)
 
 
-def _record_plan(
-    job: Job, writer: ResultsWriter, plan: SkipPlan, scores: Scores | None, position: Position
-) -> None:
-    if scores is not None:
-        writer.append(
-            "scores",
-            {
-                "step": position.steps_done,
-                "forward": scores.forward,
-                "backward": scores.backward,
-                "forward_name": scores.forward_name,
-                "backward_name": scores.backward_name,
-                "seconds": scores.seconds,
-                "flops": scores.flops,
-                "cached": scores.cached,
-            },
-        )
-    writer.append(
-        "plans",
-        {
-            "step": position.steps_done,
-            "operations": plan.operations,
-            "hash": plan.hash,
-            "planner": plan.planner,
-            "replicas": plan.replicas,
-            "binding": plan.binding,
-            "objective": plan.objective,
-            "bound": plan.bound,
-            "gap": plan.gap,
-            "status": plan.status,
-            "solve_seconds": plan.solve_seconds,
-            "planned_compute": job.costs.planned_share(plan),
-            "planned_time": max(
-                float(job.costs.planned_flops(plan.for_replica(replica)).mean()) / job.costs.dense_flops
-                for replica in range(plan.replicas)
-            ),
-        },
-    )
-    _note(writer, position, "plan", plan.hash)
-
-
-def _note(
-    writer: ResultsWriter | None, position: Position, kind: str, text: str, seconds: float = 0.0
-) -> None:
-    if writer is not None:
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        writer.append(
-            "events",
-            {"step": position.steps_done, "time": now, "kind": kind, "text": text, "seconds": seconds},
-        )
+def _save_model(job: Job, model: VisionTransformer) -> None:
+    weights = {name: tensor.contiguous() for name, tensor in timm_state(model).items()}
+    path = job.config.run_folder / run_folder.MODEL
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(weights, temporary)
+    temporary.replace(path)

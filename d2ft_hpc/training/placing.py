@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from d2ft_hpc.engines.model_parallel import PLACEMENT
 from d2ft_hpc.launch import agreed
+from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.stages import cut_stages, layer_flops
 from d2ft_hpc.planning import PlanProblem, spread
-from d2ft_hpc.training.checkpoint import newest_checkpoint
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.plans import measure_scores
 
 
-def place(job: Job) -> Placement:
+def place(job: Job, checkpoint: Path | None, watch: Watch) -> Placement:
     """The same on every rank; on all ranks together. A resumed run keeps the placement of its checkpoint
     where it has as many stages and tensor-parallel ranks.
 
@@ -26,14 +27,14 @@ def place(job: Job) -> Placement:
     """
     config, layout = job.config, job.layout
     with agreed(job.control, "placing the model's parts"):
-        if config.train.resume and layout.is_cut:
-            saved = newest_checkpoint(job.checkpoints) / PLACEMENT
+        if checkpoint is not None and layout.is_cut:
+            saved = checkpoint / PLACEMENT
             if saved.exists() and (placement := Placement.load(saved, layout)).fits:
                 return placement
         stages = cut_stages(flops_of_layers(job), layout.stages)
         owner = even_owner(*job.executor.subnets.shape, layout.tensor_ranks)
     if config.engine.head_placement == "spread" and layout.tensor_ranks > 1:
-        scores = measure_scores(job, job.model, job.loss)
+        scores = measure_scores(job, job.model, job.loss, watch)
         if scores is not None:
             with agreed(job.control, "placing the heads"):
                 problem = PlanProblem.parallel(

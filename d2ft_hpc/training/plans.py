@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,17 +18,20 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from d2ft_hpc import __version__
-from d2ft_hpc.config import PlanConfig
+from d2ft_hpc.config import EngineConfig, PlanConfig
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch
+from d2ft_hpc.errors import PlanError
 from d2ft_hpc.launch import Control, agreed, share
-from d2ft_hpc.metering import StepCosts, meter
+from d2ft_hpc.launch.watch import Watch
+from d2ft_hpc.metering import meter
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.planning import PlanProblem, SkipPlan, plan_samples, solve
 from d2ft_hpc.scores import Scores, gradient_scores, weight_magnitude
 from d2ft_hpc.scores.gradients import GradientScore
 from d2ft_hpc.scores.measured import ScoreCache, digest
 from d2ft_hpc.training.job import Job
+from d2ft_hpc.training.plan_costs import PlanCosts
 
 UNSCORED = ("dense", "samples", "random", "last_blocks", "stochastic_depth")
 """Planners that read no scores."""
@@ -43,44 +47,54 @@ def is_due(config: PlanConfig, *, epoch: int, step_of_epoch: int, steps_done: in
     return steps_done % every == 0
 
 
-def measure_scores(job: Job, model: VisionTransformer, loss_function: LossFunction) -> Scores | None:
+def measure_scores(
+    job: Job, model: VisionTransformer, loss_function: LossFunction, watch: Watch
+) -> Scores | None:
     """Scores averaged over the first batches of the sampler's epoch; on all ranks together, the same on each.
 
-    model: the job's model, or a copy with its present weights. None for planners that read no scores.
+    None for planners that read no scores.
     """
     config = job.config.plan
-    if config.planner in UNSCORED:
+    if config.planner in UNSCORED or config.file is not None:
         return None
     start = time.perf_counter()
-    loader = train_loader(job.train_set, job.sampler, device=job.device)
-    batches = list(islice(batches_of(job, loader), config.probe_batches))
     if config.score_cache is None:
-        return _measure(job, model, batches, loss_function, start)
+        return _measure(job, model, loss_function, watch, start)
     cache = ScoreCache(Path(config.score_cache))
-    key = _cache_key(job, model, batches)
+    key = _cache_key(job, model)
     if kept := share(job.control, lambda: cache.read(key), "the cached scores"):
         return Scores.from_bytes(kept)
-    scores = _measure(job, model, batches, loss_function, start)
+    scores = _measure(job, model, loss_function, watch, start)
     with agreed(job.control, "keeping the scores"):
         if job.control.rank == 0:
             cache.write(key, scores)
     return scores
 
 
+def _probe(job: Job) -> Iterator[list[MicroBatch]]:
+    # The epoch's first batches, also where the run resumed in mid-epoch.
+    sampler = copy.copy(job.sampler)
+    sampler.set_epoch(job.sampler.epoch)
+    loader = train_loader(job.train_set, sampler, device=job.device)
+    return islice(batches_of(job, loader), job.config.plan.probe_batches)
+
+
 def _measure(
-    job: Job,
-    model: VisionTransformer,
-    batches: list[list[MicroBatch]],
-    loss_function: LossFunction,
-    start: float,
+    job: Job, model: VisionTransformer, loss_function: LossFunction, watch: Watch, start: float
 ) -> Scores:
     config, subnets = job.config.plan, job.executor.subnets
     names = (config.forward_score, config.backward_score)
     gradient_names: list[GradientScore] = [name for name in names if name != "weight_magnitude"]
+    autocast_dtype = torch.bfloat16 if job.config.engine.precision == "bf16" else None
     with meter() as metered:
         measured = [
-            [gradient_scores(model, subnets, *pair, loss_function, gradient_names) for pair in batch]
-            for batch in (batches if gradient_names else [])
+            [
+                gradient_scores(
+                    model, subnets, *pair, loss_function, gradient_names, autocast_dtype=autocast_dtype
+                )
+                for pair in batch
+            ]
+            for batch in (watch.along(_probe(job)) if gradient_names else ())
         ]
     rows: dict[str, np.ndarray] = {
         name: rows_of_all(
@@ -100,7 +114,7 @@ def _measure(
     return Scores(forward, backward, time.perf_counter() - start, *names, flops)
 
 
-def _cache_key(job: Job, model: VisionTransformer, batches: list[list[MicroBatch]]) -> str:
+def _cache_key(job: Job, model: VisionTransformer) -> str:
     """Of all ranks' weights and images and of the settings that decide the scores."""
     config = job.config
     settings = {
@@ -109,15 +123,20 @@ def _cache_key(job: Job, model: VisionTransformer, batches: list[list[MicroBatch
         "label_smoothing": config.train.label_smoothing,
         "precision": config.engine.precision,
         "shape": job.plan_shape,
-        "batches": len(batches),
     }
-    tensors = [tensor for batch in batches for pair in batch for tensor in pair]
+    tensors = (tensor for batch in _probe(job) for pair in batch for tensor in pair)
     parts = job.control.all_gather(digest(model, tensors, settings))
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def make_plan(
-    job: Job, placement: Placement, scores: Scores | None, index: int, *, same_rows: bool = False
+    job: Job,
+    placement: Placement,
+    costs: PlanCosts,
+    scores: Scores | None,
+    index: int,
+    *,
+    same_rows: bool = False,
 ) -> SkipPlan:
     """Rank 0 solves; every rank gets the same plan or raises the same PlanError.
 
@@ -125,8 +144,18 @@ def make_plan(
     same_rows: all replicas follow the same rows.
     """
     return SkipPlan.from_bytes(
-        share(job.control, lambda: _solve(job, placement, scores, index, same_rows).to_bytes(), "the plan")
+        share(
+            job.control,
+            lambda: solve_here(job, placement, costs, scores, index, same_rows=same_rows).to_bytes(),
+            "the plan",
+        )
     )
+
+
+def meets_every_block(engine: EngineConfig) -> bool:
+    """Whether replicas wait for each other in every block, as under ZeRO 3, which gathers each block's weights."""
+    zero = engine.deepspeed.get("zero_optimization")
+    return engine.name == "deepspeed" and isinstance(zero, dict) and zero.get("stage") == 3
 
 
 def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
@@ -136,8 +165,19 @@ def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[M
         yield batch
 
 
-def _solve(job: Job, placement: Placement, scores: Scores | None, index: int, same_rows: bool) -> SkipPlan:
+def solve_here(
+    job: Job,
+    placement: Placement,
+    costs: PlanCosts,
+    scores: Scores | None,
+    index: int,
+    *,
+    same_rows: bool = False,
+) -> SkipPlan:
+    """The plan that the configuration asks for, on this rank alone; arguments as in `make_plan`."""
     config, replicas = job.config.plan, job.layout.replicas
+    if config.file is not None:
+        return _saved_plan(Path(config.file), job)
     if config.planner == "samples":
         return plan_samples(
             samples=job.config.data.slots * job.config.data.micro_batch_size,
@@ -148,36 +188,53 @@ def _solve(job: Job, placement: Placement, scores: Scores | None, index: int, sa
             compute_budget=config.compute_budget,
             score_cost=job.costs.score_flops / job.costs.dense_flops,
         )
-    return solve_configured(
+    return solve_slots(
         config,
         scores,
-        job.costs,
         slots=job.config.data.slots,
         replicas=replicas,
         subnets=job.executor.subnets.shape,
+        forward_cost=costs.forward_share,
+        always_share=costs.always_share,
+        device_speed=_by_device(costs.device_speed, job.layout),
+        replicas_meet=meets_every_block(job.config.engine),
         seed=(job.config.run.seed, index),
         same_rows=same_rows,
         placement=placement,
     )
 
 
-def solve_configured(
+def _by_device(of_ranks: Sequence[float], layout: Layout) -> list[float]:
+    """The ranks' values in the order of a problem's devices: replica, stage, tensor-parallel rank."""
+    return [
+        of_ranks[layout.rank_of(stage=stage, replica=replica, tensor_rank=tensor_rank)]
+        for replica in range(layout.replicas)
+        for stage in range(layout.stages)
+        for tensor_rank in range(layout.tensor_ranks)
+    ]
+
+
+def solve_slots(
     config: PlanConfig,
     scores: Scores | None,
-    costs: StepCosts,
     *,
     slots: int,
     replicas: int,
     subnets: tuple[int, int],
+    forward_cost: float,
+    always_share: float,
+    device_speed: Sequence[float] | None,
+    replicas_meet: bool,
     seed: tuple[int, int],
-    same_rows: bool = False,
+    same_rows: bool,
     placement: Placement | None = None,
 ) -> SkipPlan:
-    """The plan of micro-batches that `config` asks for, on this rank alone.
+    """The plan by micro-batches that `config` asks for; costs, speeds and `replicas_meet` as PlanProblem takes them.
 
     subnets: (blocks, heads). same_rows: one replica's plan, by the scores' mean over the replicas, for all of them.
     placement: where a replica's subnets are; None: all on one rank.
     """
+    assert config.planner != "samples", "that plan is of another kind"
     if config.planner == "dense":
         return SkipPlan.dense(slots, replicas, *subnets)
     posed_replicas = 1 if same_rows else replicas
@@ -197,10 +254,12 @@ def solve_configured(
         compute_budget=config.compute_budget,
         communication_budget=config.communication_budget,
         memory_budget=config.memory_budget,
-        forward_cost=costs.forward_share,
-        always_share=costs.always_share,
+        forward_cost=forward_cost,
+        always_share=always_share,
+        device_speed=None if same_rows else device_speed,
+        messages=config.messages,
+        replicas_meet=replicas_meet and not same_rows,
     )
-    assert config.planner != "samples", "plans of samples are another kind"
     plan = solve(problem, config.planner, **_planner_options(config, seed))
     copies = replicas // posed_replicas
     return replace(
@@ -210,6 +269,16 @@ def solve_configured(
         objective=plan.objective * copies,
         bound=plan.bound * copies,
     )
+
+
+def _saved_plan(path: Path, job: Job) -> SkipPlan:
+    plan = SkipPlan.load(path)
+    if plan.operations.shape != job.plan_shape:
+        raise PlanError(
+            f"plan.file={path} has {plan.operations.shape} rows, blocks and heads, but this run {job.plan_shape}: "
+            "score and plan with the same model, data.slots and number of ranks"
+        )
+    return replace(plan, replicas=job.sampler.replicas)
 
 
 def _planner_options(config: PlanConfig, seed: tuple[int, int]) -> dict[str, Any]:
@@ -222,17 +291,20 @@ def _planner_options(config: PlanConfig, seed: tuple[int, int]) -> dict[str, Any
             return {"seed": seed}
         case "routing":
             return {"capacity_factor": config.capacity_factor}
-        case "joint":
-            return {"time_limit_seconds": config.time_limit_seconds, "coverage": config.coverage}
-        case "makespan":
-            return {"time_limit_seconds": config.time_limit_seconds, "most_shortcut": config.most_shortcut}
+        case "joint" | "makespan":
+            return {
+                "time_limit_seconds": config.time_limit_seconds,
+                "coverage": config.coverage,
+                "most_shortcut": config.most_shortcut,
+            }
         case "static":
-            return {"most_shortcut": config.most_shortcut}
+            return {"coverage": config.coverage, "most_shortcut": config.most_shortcut}
         case "depth":
             return {
                 "time_limit_seconds": config.time_limit_seconds,
                 "below": config.below,
                 "whole_rows": config.whole_rows,
+                "coverage": config.coverage,
             }
         case _:
             return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -82,6 +83,12 @@ class StepRecorder:
             parts = wait_for(gather, _PATIENCE_SECONDS)
             self._write(record, [own.tobytes()] if parts is None else parts)
 
+    def flush(self) -> None:
+        """Puts what the writers have on disk; in any thread."""
+        for writer in (self._writer, self._own_writer):
+            if writer is not None:
+                writer.flush()
+
     def __enter__(self) -> StepRecorder:
         return self
 
@@ -92,7 +99,10 @@ class StepRecorder:
             self.finish()
             return
         for record, own, gather in self._sent:
-            self._write(record, gather.poll() or [own.tobytes()])
+            parts = None
+            with suppress(Exception):  # the fault may be that the ranks have lost each other
+                parts = gather.poll()
+            self._write(record, parts or [own.tobytes()])
         for record in self._measured:
             if record.times.ready:
                 self._write(record, [self._figures(record).tobytes()])

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from d2ft_hpc.engines.deepspeed_private import current_slot, loss_scale
+from d2ft_hpc.engines.portable import write_file
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.engines.zero_state import collect
 from d2ft_hpc.execution.executor import PlanExecutor
@@ -20,7 +21,7 @@ from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.scores import Scores, weight_magnitude
 from d2ft_hpc.scores.observe import GradientObserver
-from d2ft_hpc.training.plans import UNSCORED, rows_of_all, solve_configured
+from d2ft_hpc.training.plans import UNSCORED, rows_of_all, solve_slots
 from d2ft_hpc.user_loop.section import D2ftSection
 
 
@@ -85,7 +86,7 @@ class PlanFollower:
         folder = Path(folder)
         state = collect(self._model, self._engine)
         if self.control.rank == 0:
-            state.save(folder)
+            state.save(folder, write_file)
             if self.plan is not None:
                 self.plan.save(folder / "plan.h5")
             if self.scores is not None:
@@ -133,13 +134,16 @@ class PlanFollower:
         self._observer = None
 
         def solve() -> bytes:
-            return solve_configured(
+            return solve_slots(
                 self.section,
                 self.scores,
-                self._costs,
                 slots=int(self._engine.gradient_accumulation_steps()),
                 replicas=int(self._engine.dp_world_size),
                 subnets=self.executor.subnets.shape,
+                forward_cost=self._costs.forward_share,
+                always_share=self._costs.always_share,
+                device_speed=self.section.device_speed,
+                replicas_meet=self._rules.stage == 3,
                 seed=(self.section.seed, self._plans_made),
                 same_rows=self._rules.same_rows(self._model) is not None,
             ).to_bytes()

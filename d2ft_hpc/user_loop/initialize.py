@@ -66,6 +66,10 @@ def initialize(
         raise UnsupportedModelError(
             f"model is a {type(model).__name__}, not a timm VisionTransformer: make it with timm.create_model"
         )
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ConfigError(
+            "model was made inside deepspeed.zero.Init: make it outside, ZeRO-3 spreads it here"
+        )
     rules = ZeroRules.of(settings)
     control = _connect()
     deepspeed = import_deepspeed()

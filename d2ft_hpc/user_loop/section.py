@@ -18,8 +18,9 @@ _USABLE: dict[str, tuple[str | None, ...]] = {
     "forward_score": ("fisher",),
     "backward_score": ("fisher", "weight_magnitude"),
     "score_cache": (None,),
+    "costs": ("flops",),
 }
-"""What scores a user's own steps can give."""
+"""Values of the keys that need a run of ours for their others."""
 
 
 class D2ftSection(PlanConfig):
@@ -56,6 +57,10 @@ def split(config: str | Mapping[str, Any]) -> tuple[dict[str, Any], D2ftSection]
     if parsed.planner == "samples":
         raise ConfigError(
             f"{SECTION}.planner='samples' composes batches anew, which only d2ft-hpc train can do; use another planner"
+        )
+    if parsed.replan.overlap:
+        raise ConfigError(
+            f"{SECTION}.replan.overlap=true: only d2ft-hpc train solves while it trains; remove it"
         )
     if parsed.replan.every is not None and parsed.replan.unit == "epochs":
         raise ConfigError(

@@ -33,6 +33,7 @@ from d2ft_hpc.engines import deepspeed_private as private
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.plain import PlainEngine
+from d2ft_hpc.engines.portable import write_file
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, connect, detect
@@ -52,6 +53,8 @@ def plan_of(kind: str, step: int, replicas: int) -> SkipPlan:
         operations[:] = 2
     elif kind == "same":
         operations = np.repeat(operations[:SLOTS], replicas, axis=0)
+    elif kind == "one complete":
+        operations[0] = 2
     elif kind == "whole blocks":
         operations[rng.random((SLOTS * replicas, DEPTH)) < 0.5] = 0
         operations[:, 1] = 0  # a block that nobody runs
@@ -76,10 +79,15 @@ def optimizer_config(name: str) -> OptimizerConfig:
 
 
 def reference_parameters(
-    model: nn.Module, kind: str, optimizer_name: str, clipping: float | None, replicas: int
+    model: nn.Module,
+    kind: str,
+    optimizer_name: str,
+    clipping: float | None,
+    replicas: int,
+    embeddings: str = "frozen",
 ) -> Any:
     """What one process gets from the same rows."""
-    executor = attach(model)
+    executor = attach(model, embeddings=embeddings)
     optimizer = build_optimizer(model, optimizer_config(optimizer_name))
     schedule = build_schedule(optimizer, optimizer_config(optimizer_name), STEPS)
     engine = PlainEngine(model, executor, optimizer, schedule, loss_function, gradient_clipping=clipping)
@@ -100,15 +108,17 @@ def deepspeed_engine(
     precision: str = "fp32",
     clipping: float | None = None,
     zero: dict[str, Any] | None = None,
+    embeddings: str = "frozen",
     **more: Any,
 ) -> DeepSpeedEngine:
+    executor = attach(model, embeddings=embeddings)
     optimizer = build_optimizer(model, optimizer_config(optimizer_name))
     schedule = build_schedule(optimizer, optimizer_config(optimizer_name), STEPS)
     settings = {"zero_optimization": {"stage": stage, **(zero or {})}}
     config = deepspeed_config(
         settings, micro_batch_size=4, slots=SLOTS, precision=precision, gradient_clipping=clipping
     )
-    return DeepSpeedEngine(model, attach(model), optimizer, schedule, loss_function, {**config, **more})
+    return DeepSpeedEngine(model, executor, optimizer, schedule, loss_function, {**config, **more})
 
 
 def trained_parameters(
@@ -143,14 +153,17 @@ def check_fp32(
     clipping: float | None = None,
     zero: dict[str, Any] | None = None,
     recompute: bool = False,
+    embeddings: str = "frozen",
 ) -> float:
     model = model_for(optimizer_name)
     model.set_grad_checkpointing(recompute)
-    engine = deepspeed_engine(model, optimizer_name, stage, clipping=clipping, zero=zero)
+    engine = deepspeed_engine(
+        model, optimizer_name, stage, clipping=clipping, zero=zero, embeddings=embeddings
+    )
     own = trained_parameters(control, engine, kind)
+    reference = model_for(optimizer_name)
     return largest_difference(
-        own,
-        reference_parameters(model_for(optimizer_name), kind, optimizer_name, clipping, control.world_size),
+        own, reference_parameters(reference, kind, optimizer_name, clipping, control.world_size, embeddings)
     )
 
 
@@ -174,7 +187,7 @@ def check_resume(control: Control, saved_by: int, resumed_by: int, precision: st
     folder = Path(control.broadcast(tempfile.mkdtemp().encode()).decode())
     engine = deepspeed_engine(model_for("adamw"), "adamw", saved_by, precision=precision)
     trained_parameters(control, engine, "random", [0])
-    engine.save(folder)
+    engine.save(folder, write_file)
     control.barrier(30)
     uninterrupted = trained_parameters(control, engine, "random", [1, 2])
     other = deepspeed_engine(tiny_vit(seed=1, qkv_bias=False), "adamw", resumed_by, precision=precision)
@@ -277,6 +290,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "scattered gradients": {"zero": UNEVEN},
     "offload": {"zero": OFFLOAD},
     "recompute": {"zero": SMALL_BUCKETS, "recompute": True},
+    "embeddings trained by complete paths": {"zero": SMALL_BUCKETS, "embeddings": "complete_path"},
 }
 
 
@@ -302,7 +316,11 @@ def checks(world_size: int, everything: bool = False) -> dict[str, Callable[[Con
         for variant, options in VARIANTS.items():
             if (stage == 0 and variant != "recompute") or not (everything or few):
                 continue
-            kinds = ("same",) if variant == "recompute" and stage == 3 else ("random", "whole blocks")
+            kinds: tuple[str, ...] = ("random", "whole blocks")
+            if variant == "recompute" and stage == 3:
+                kinds = ("same",)
+            elif "embeddings" in variant:
+                kinds = ("one complete",)
             for kind in kinds if everything else kinds[:1]:
                 named[f"fp32 {kind} zero{stage} {variant}"] = partial(
                     check_fp32, kind=kind, stage=stage, optimizer_name="adamw", **options

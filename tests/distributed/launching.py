@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +32,77 @@ def run(
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Runs `python ARGUMENTS` alone or on MPI ranks of one thread each."""
-    command = [sys.executable, *arguments]
-    if ranks > 1:
-        command = [mpirun(), "-n", str(ranks), *command]
-    return run_command(command, timeout_seconds=timeout_seconds, cwd=cwd, **environment)
+    return run_command(_command(arguments, ranks), timeout_seconds=timeout_seconds, cwd=cwd, **environment)
 
 
 def run_command(
     command: list[str], *, timeout_seconds: float, cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs a launcher's whole command line, from the repository unless `cwd` is given."""
-    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
         command,
         cwd=cwd or REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **environment},
+        env={**_environ(), **environment},
         capture_output=True,
         text=True,
         timeout=timeout_seconds,
     )
+
+
+def start(arguments: list[str], *, ranks: int) -> subprocess.Popen[str]:
+    """As `run`, without waiting; stdout and stderr come together."""
+    return subprocess.Popen(
+        _command(arguments, ranks),
+        cwd=REPOSITORY,
+        env=_environ(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_line(job: subprocess.Popen[str], beginning: str) -> None:
+    """Reads what the job prints until a line begins so."""
+    assert job.stdout is not None
+    shown = []
+    for line in job.stdout:
+        shown.append(line)
+        if line.startswith(beginning):
+            return
+    raise AssertionError("".join(shown))
+
+
+def ranks_of(job: subprocess.Popen[str]) -> dict[int, int]:
+    """The process of each MPI rank of a job."""
+    parents, rank_of = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                found = re.search(
+                    r"(?:^|\0)PMI_RANK=(\d+)\0", (entry / "environ").read_text(errors="replace")
+                )
+                if found:
+                    rank_of[int(entry.name)] = int(found[1])
+
+    def is_of_job(pid: int) -> bool:
+        while pid > 1 and pid != job.pid:
+            pid = parents.get(pid, 0)
+        return pid == job.pid
+
+    # A rank's own children have its variables too; it is the one whose parent has none.
+    return {rank: pid for pid, rank in rank_of.items() if is_of_job(pid) and parents[pid] not in rank_of}
+
+
+def _command(arguments: list[str], ranks: int) -> list[str]:
+    command = [sys.executable, *arguments]
+    return [mpirun(), "-n", str(ranks), *command] if ranks > 1 else command
+
+
+def _environ() -> dict[str, str]:
+    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def results_of(module: str, *arguments: str, ranks: int, timeout_seconds: float = 240) -> dict[str, Any]:

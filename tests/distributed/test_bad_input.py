@@ -153,17 +153,17 @@ def test_killed_rank(tmp_path: Path) -> None:
     assert time.monotonic() - start < LIMIT_SECONDS
     assert re.search(r"signal:? 9", rest, re.IGNORECASE), rest
     assert not any(Path(f"/proc/{pid}").exists() for pid in pythons)
-    assert len(results.open_run(tmp_path / "demo").table("evaluations")["accuracy"]) > 0
+    assert len(results.open(tmp_path / "demo").table("evaluations")["accuracy"]) > 0
 
 
 def test_corrupt_checkpoint(tmp_path: Path) -> None:
     finished, _ = train(tmp_path, "train.checkpoint_every_epochs=1", "data.micro_batch_size=64")
     assert finished.returncode == 0, finished.stderr
-    (state,) = (tmp_path / "demo" / "checkpoints" / "epoch-0001").rglob("mp_rank_00_model_states.pt")
+    (state,) = (tmp_path / "demo" / "checkpoints" / "step-00000003").rglob("mp_rank_00_model_states.pt")
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
     state.write_bytes(content)
     before = shutil.copy(tmp_path / "demo" / "results.h5", tmp_path / "before.h5")
     resumed = train(tmp_path, "train.epochs=2", "train.resume=true", "data.micro_batch_size=64")
-    assert_ended_with(resumed, "epoch-0001", "damaged")
+    assert_ended_with(resumed, "step-00000003", "damaged")
     assert (tmp_path / "demo" / "results.h5").read_bytes() == Path(before).read_bytes()

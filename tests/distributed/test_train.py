@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import signal
+import socket
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -15,7 +20,11 @@ from safetensors.torch import load_file
 import d2ft_hpc.demo.model  # noqa: F401
 from d2ft_hpc import results
 from d2ft_hpc.planning import SkipPlan
-from tests.distributed.launching import run
+from d2ft_hpc.results.schema import PHASES
+from d2ft_hpc.training.checkpoint import verify
+from tests.distributed.launching import ranks_of, run, start, wait_for_line
+
+HOST = socket.gethostname()
 
 QUICK = [
     "configs/demo.yaml",
@@ -38,7 +47,7 @@ def train(folder: Path, *overrides: str, ranks: int = 2, before: tuple[str, ...]
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs on two ranks, replanned every epoch, with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("runs")
-    options = ["train.epochs=2", "train.checkpoint_every_epochs=1", "plan.replan.every=1", "data.workers=1"]
+    options = ["train.epochs=2", "train.checkpoint_every_steps=7", "plan.replan.every=1", "data.workers=1"]
     shown = train(folder, *options)
     assert "evaluation after 2 epochs" in shown
     assert f"results in {folder / 'demo' / 'results.h5'}" in shown
@@ -46,7 +55,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_results_file_holds_the_whole_run(finished_run: Path) -> None:
-    opened = results.open_run(finished_run)
+    opened = results.open(finished_run)
     assert opened.complete
     assert opened.config["plan"]["compute_budget"] == 0.5
     assert opened.attributes("environment")["world_size"] == 2
@@ -56,16 +65,31 @@ def test_the_results_file_holds_the_whole_run(finished_run: Path) -> None:
     assert steps["step_seconds"].shape == (len(steps["step"]), 2)
     assert steps["samples"].sum() == 2 * 716
     assert opened.table("evaluations")["epoch"].tolist() == [0, 1, 2]
-    plans = opened.groups("plans")
-    assert [attributes["first_step"] for _, attributes in plans] == [0, len(steps["step"]) // 2]
-    for (data, attributes), (scores, _) in zip(plans, opened.groups("scores"), strict=True):
-        assert data["operations"].shape == scores["forward"].shape == (8, 6, 4)
-        assert SkipPlan(data["operations"], replicas=2).hash == attributes["hash"]
-        assert attributes["planned_compute"] <= 0.5
+    assert opened.table("evaluations")["confusion"].sum(axis=(1, 2)).tolist() == [180] * 3
+    plans = opened.table("plans")
+    assert plans["step"].tolist() == [0, len(steps["step"]) // 2]
+    for index in (0, 1):
+        assert opened.plan(index).shape == opened.score(index, "forward").shape == (8, 6, 4)
+        assert SkipPlan(opened.plan(index), replicas=2).hash == plans["hash"][index]
+        assert plans["planned_compute"][index] <= 0.5
+    parameters = opened.datasets("model")
+    assert (np.asarray(parameters["parameter_class"]) == "subnet").sum() == 6 * 6
+    assert np.asarray(parameters["subnet_parameters"]).shape == (6, 4)
+
+
+def test_every_second_has_its_phase_and_every_byte_its_kind(finished_run: Path) -> None:
+    steps = results.open(finished_run).table("steps")
+    phases = sum(steps[f"{phase}_seconds"] for phase in PHASES)
+    np.testing.assert_allclose(phases, steps["step_seconds"], rtol=1e-4)
+    assert (steps["communication_seconds"] > 0).all()
+    assert (steps["waiting_seconds"].min(axis=1) == 0).all()
+    assert (steps["memory_bytes"] > 1e6).all()
+    np.testing.assert_array_equal(steps["all_reduce_bytes"], steps["bytes_sent"])
+    np.testing.assert_allclose(steps["rank_loss"].mean(axis=1), steps["loss"])
 
 
 def test_executed_compute_is_what_the_plan_promised(finished_run: Path) -> None:
-    steps = results.open_run(finished_run).table("steps")
+    steps = results.open(finished_run).table("steps")
     np.testing.assert_allclose(steps["executed_flops"], steps["planned_flops"], rtol=1e-3)
     assert 0.4 < steps["executed_flops"].sum() / steps["dense_flops"].sum() <= 0.5
 
@@ -75,40 +99,106 @@ def test_the_model_loads_in_plain_timm(finished_run: Path) -> None:
     model.load_state_dict(load_file(finished_run / "model.safetensors"), strict=True)
 
 
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished_run: Path, tmp_path: Path) -> None:
+def test_checkpoints_are_kept_as_asked_and_nothing_half_written_stays(finished_run: Path) -> None:
+    kept = sorted(path.name for path in (finished_run / "checkpoints").iterdir())
+    assert kept == ["step-00000014", "step-00000021"]
+    for name in kept:
+        verify(finished_run / "checkpoints" / name)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_other_ranks_continue_the_same_run_under_any_zero_stage(
+    finished_run: Path, tmp_path: Path, stage: int
+) -> None:
+    """One rank runs all rows of the batch that two ranks shared: the same sums in another order."""
     shutil.copytree(finished_run, tmp_path / "demo")
-    shutil.rmtree(tmp_path / "demo" / "checkpoints" / "epoch-0002")
-    train(tmp_path, "train.epochs=2", "plan.replan.every=1", "train.resume=true")
+    shutil.rmtree(tmp_path / "demo" / "checkpoints" / "step-00000021")
+    zero = f"engine.deepspeed.zero_optimization.stage={stage}"
+    train(tmp_path, "train.epochs=2", "plan.replan.every=1", "train.resume=true", zero, ranks=1)
+    whole, resumed = results.open_run(finished_run), results.open_run(tmp_path / "demo")
+    np.testing.assert_array_equal(resumed.table("steps")["samples"], whole.table("steps")["samples"])
+    np.testing.assert_allclose(resumed.table("steps")["loss"], whole.table("steps")["loss"], rtol=1e-4)
+
+
+def test_a_run_that_is_stopped_and_hung_ends_bitwise_as_the_uninterrupted_one(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    options = ["train.epochs=2", "plan.replan.every=1", "train.resume=auto", "launch.silence_seconds=3"]
+    arguments = ["-m", "d2ft_hpc", "train", *QUICK, f"run.folder={tmp_path}", *options]
+
+    stopped = start(arguments, ranks=2)
+    wait_for_line(stopped, "epoch ")
+    os.kill(ranks_of(stopped)[1], signal.SIGUSR2)
+    assert f"by signal USR2 to rank 1 on {HOST}; saved" in stopped.communicate(timeout=60)[0]
+    assert stopped.returncode == 75
+
+    hung = start([*arguments, "train.checkpoint_every_steps=2"], ranks=2)
+    wait_for_line(hung, "epoch ")
+    time.sleep(1.0)
+    os.kill(ranks_of(hung)[1], signal.SIGSTOP)
+    told = hung.communicate(timeout=60)[0]
+    messages = [line for line in told.splitlines() if line.startswith("[rank ")]
+    assert messages == [
+        f"[rank 0 on {HOST}] error: rank 1 on {HOST} has been silent for 3 s: it is stopped or its node is down"
+    ]
+    assert "this rank was here" in (tmp_path / "demo" / "errors" / "rank-0.txt").read_text()
+    assert hung.returncode not in (0, 1)
+
+    train(tmp_path, *options)
     with (
         h5py.File(finished_run / "results.h5") as whole,
         h5py.File(tmp_path / "demo" / "results.h5") as resumed,
     ):
         for column in ("step", "loss", "learning_rate", "plan"):
             np.testing.assert_array_equal(resumed["steps"][column], whole["steps"][column])
+        for column in ("accuracy", "loss"):
+            np.testing.assert_array_equal(resumed["evaluations"][column], whole["evaluations"][column])
     one, other = (load_file(folder / "model.safetensors") for folder in (finished_run, tmp_path / "demo"))
     assert all(bool((one[name] == other[name]).all()) for name in one)
+    launches = (tmp_path / "demo" / "launches.jsonl").read_text().splitlines()
+    starts = [json.loads(line)["start"] for line in launches]
+    assert starts[0] == "the beginning"
+    assert all("checkpoints/step-" in place for place in starts[1:])
+    assert len(starts) == 3
+
+    again = train(tmp_path, *options, ranks=1)
+    assert "is finished: nothing is left to do" in again
+    assert "epoch" not in again
 
 
-def test_a_run_goes_on_under_another_zero_stage(finished_run: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished_run, tmp_path / "demo")
-    shutil.rmtree(tmp_path / "demo" / "checkpoints" / "epoch-0002")
-    train(
-        tmp_path,
-        "train.epochs=2",
-        "plan.replan.every=1",
-        "train.resume=true",
-        "engine.deepspeed.zero_optimization.stage=3",
-    )
-    with h5py.File(finished_run / "results.h5") as one, h5py.File(tmp_path / "demo" / "results.h5") as other:
-        np.testing.assert_allclose(other["steps"]["loss"], one["steps"]["loss"], rtol=2e-3)
-    model = timm.create_model("vit_digits_demo", num_classes=5)
-    model.load_state_dict(load_file(tmp_path / "demo" / "model.safetensors"), strict=True)
+def test_a_failing_rank_leaves_the_traceback_of_every_rank(tmp_path: Path) -> None:
+    failed = run(["-m", "tests.distributed.failing_rank", "train", *QUICK, f"run.folder={tmp_path}"], ranks=2)
+    assert failed.returncode != 0
+    messages = [line for line in failed.stderr.splitlines() if line.startswith("[rank ")]
+    trace = tmp_path / "demo" / "errors" / "rank-1.txt"
+    assert messages == [f"[rank 1 on {HOST}] unexpected KeyError: 'a bug' (traceback in {trace})"]
+    assert "KeyError: 'a bug'" in trace.read_text()
+    waiting = (tmp_path / "demo" / "errors" / "rank-0.txt").read_text()
+    assert "ended by: [rank 1 on" in waiting
+    assert "steps.py" in waiting
+
+
+def test_a_file_for_each_rank_survives_a_resumption(tmp_path: Path) -> None:
+    options = ["plan.replan.every=1", "train.epochs=2", "results.file_per_rank=true"]
+    train(tmp_path / "whole", *options, "train.checkpoint_every_epochs=1")
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "demo" / "checkpoints" / "epoch-0002")
+    train(tmp_path / "resumed", *options, "train.resume=true")
+    folders = [tmp_path / name / "demo" for name in ("whole", "resumed")]
+    with results.open(folders[0]) as whole, results.open(folders[1]) as resumed:
+        assert whole.rank_files == resumed.rank_files == 2
+        assert whole.table("plans")["step"].tolist() == resumed.table("plans")["step"].tolist()
+        one, other = whole.table("steps"), resumed.table("steps")
+        for column in ("step", "loss", "samples", "executed_flops", "bytes_sent"):
+            np.testing.assert_array_equal(other[column], one[column])
+    with h5py.File(folders[1] / "results.h5") as alone:
+        np.testing.assert_array_equal(alone["steps/executed_flops"][:], one["executed_flops"])
 
 
 @pytest.mark.parametrize("engine", ["plain", "deepspeed"])
 def test_one_process_without_a_launcher(tmp_path: Path, engine: str) -> None:
     train(tmp_path, "train.epochs=1", f"engine.name={engine}", ranks=1)
-    assert results.open_run(tmp_path / "demo").attributes("environment")["launcher"] == "single process"
+    assert results.open(tmp_path / "demo").attributes("environment")["launcher"] == "single process"
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
@@ -119,6 +209,6 @@ def test_launchers_without_mpi(tmp_path: Path, launcher: str) -> None:
         command = str(Path(sys.executable).with_name("deepspeed"))
         before = (command, "--num_gpus", "2", "--master_port", "29644", "--module", "d2ft_hpc")
     train(tmp_path, "train.epochs=1", "engine.device=cpu", ranks=1, before=before)
-    opened = results.open_run(tmp_path / "demo")
+    opened = results.open(tmp_path / "demo")
     assert opened.attributes("environment")["world_size"] == 2
     assert opened.table("steps")["bytes_sent"].min() > 0

@@ -9,6 +9,7 @@ import pytest
 import timm
 
 import d2ft_hpc.demo.model  # noqa: F401
+from d2ft_hpc.cli import main
 from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.engines.deepspeed import deepspeed_config
 from d2ft_hpc.errors import ConfigError
@@ -92,7 +93,7 @@ def test_every_field_is_documented_or_says_it_all() -> None:
     assert set(undocumented) <= {
         "run.seed", "data.name", "optimizer.name", "optimizer.learning_rate", "optimizer.weight_decay",
         "optimizer.schedule", "optimizer.warmup_steps", "train.epochs", "train.evaluate_every_epochs",
-        "plan.planner", "plan.forward_score", "plan.backward_score", "plan.replan", "engine.name", "engine.precision",
+        "plan.planner", "plan.backward_score", "plan.samples", "plan.replan", "engine.name", "engine.precision",
     }  # fmt: skip
 
 
@@ -121,7 +122,7 @@ def test_deepspeed_settings_that_cannot_run_plans_are_refused() -> None:
 
 def test_a_base_is_overridden_by_the_file_and_both_by_overrides(tmp_path: Path) -> None:
     (tmp_path / "middle.yaml").write_text(
-        f"base: {DEMO}\nplan: {{compute_budget: 0.5}}\ntrain: {{epochs: 2.5}}"
+        f"base: {DEMO}\nplan: {{compute_budget: 0.5}}\ntrain: {{epochs: 2}}"
     )
     (tmp_path / "top.yaml").write_text("base: middle.yaml\nplan: {compute_budget: 0.4}")
     config = load_config(tmp_path / "top.yaml", ["optimizer.learning_rate=3e-4"])
@@ -140,3 +141,19 @@ def test_a_base_is_overridden_by_the_file_and_both_by_overrides(tmp_path: Path) 
 def test_the_shipped_configurations_are_valid(path: Path) -> None:
     config = load_config(path)
     assert timm.is_model(config.model.name)
+
+
+def test_several_configurations_are_checked_before_the_first_runs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad.yaml").write_text(f"base: {DEMO}\nplan: {{compute_buget: 0.5}}")
+    command = ["train", str(DEMO), str(tmp_path / "bad.yaml"), f"run.folder={tmp_path / 'runs'}"]
+    assert main(command) == 1
+    assert "did you mean plan.compute_budget?" in capfd.readouterr().err
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert main(command) == 1
+    assert "2 configurations under one launcher" in capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()

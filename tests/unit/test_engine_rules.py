@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.deepspeed_private import SURFACE
-from d2ft_hpc.engines.portable import PortableState, collect_plain, restore_plain
+from d2ft_hpc.engines.portable import PortableState, collect_plain, restore_plain, write_file
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
 from d2ft_hpc.planning import SkipPlan
@@ -106,7 +106,7 @@ def test_a_portable_state_comes_back_bitwise_and_names_what_does_not_fit(tmp_pat
         torch.nn.functional.cross_entropy(model(images), labels).backward()
         optimizers[0].step()
         optimizers[0].zero_grad()
-    collect_plain(model, optimizers[0]).save(tmp_path)
+    collect_plain(model, optimizers[0]).save(tmp_path, write_file)
     restore_plain(PortableState.load(tmp_path), other, optimizers[1])
     for each, optimizer in zip((model, other), optimizers, strict=True):
         torch.nn.functional.cross_entropy(each(images), labels).backward()

@@ -9,7 +9,10 @@ import torch.nn.functional as F
 
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.metering import measure_costs, meter
+from d2ft_hpc.metering.all_reduce import AllReduceSeconds, measure_all_reduce
+from d2ft_hpc.metering.profile import profile_passes
 from d2ft_hpc.planning.plan import SkipPlan
+from d2ft_hpc.training.plan_costs import relative_speeds
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
 TOKENS, WIDTH, HEAD_DIM, UNITS = 17, 48, 16, 64
@@ -56,3 +59,31 @@ def test_measuring_costs_leaves_no_trace() -> None:
     assert not model.training
     assert executor.plan is None
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_timed_passes_leave_no_trace_and_order_the_operations() -> None:
+    model = tiny_vit()
+    executor = attach(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    passes = profile_passes(model, executor, (64, 3, 16, 16), torch.float32)
+    assert 0 < passes.always_seconds < passes.dense_seconds
+    assert 0 <= passes.forward_share <= 1
+    assert 0 <= passes.always_share < 1
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert executor.plan is None
+
+
+def test_an_all_reduce_of_one_rank_takes_no_time() -> None:
+    assert measure_all_reduce(torch.device("cpu")) == AllReduceSeconds(0.0, 0.0)
+
+
+def test_small_differences_of_speed_do_not_count() -> None:
+    np.testing.assert_allclose(relative_speeds([1.0, 1.04, 1.02]), 1.0)
+    speeds = relative_speeds([1.0, 1.03, 2.0, 2.05])
+    assert speeds[0] == speeds[1]
+    assert speeds[2] == speeds[3]
+    assert speeds[0] / speeds[2] == pytest.approx(2.0, rel=0.05)
+    assert np.mean(speeds) == pytest.approx(1.0)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from d2ft_hpc.bench.planner import PLANNERS, benchmark, report, synthetic_problem
+from d2ft_hpc.cli import main
 from d2ft_hpc.errors import PlanError, ResultsError
 from d2ft_hpc.plan_report import (
     SavedScores,
@@ -104,3 +105,30 @@ def test_scores_are_read_from_a_results_file(tmp_path):
     assert read.always_share == pytest.approx(24 / 264)
     with pytest.raises(ResultsError, match="holds scores 0 to 1, asked for 2"):
         read_scores(tmp_path, 2)
+
+
+def test_saved_plans_are_looked_at_and_compared_without_scores(tmp_path, capfd):
+    problem = pose(saved_scores(), ranks=2, compute_budget=0.6)
+    makespan, paper = solve(problem, "makespan"), solve(problem, "paper")
+    makespan.save(tmp_path / "makespan.h5")
+    paper.save(tmp_path / "paper.h5")
+    options = ["--load", str(tmp_path / "makespan.h5"), "--diff", str(tmp_path / "paper.h5")]
+    assert main(["plan", *options, "--png", str(tmp_path / "heat.png")]) == 0
+    shown = capfd.readouterr().out
+    assert makespan.hash[:12] in shown
+    assert describe_difference(paper, makespan) in shown
+    assert (tmp_path / "heat.png").exists()
+    assert main(["plan"]) == 1
+    assert "There is nothing to plan from" in capfd.readouterr().err
+
+
+def test_a_device_that_waits_for_nobody_is_not_said_to_wait_a_negative_time():
+    problem = pose(saved_scores(), compute_budget=0.6)
+    for planner in ("joint", "paper", "static"):
+        assert "-0.0%" not in describe(solve(problem, planner), problem)
+
+
+def test_an_option_that_a_planner_does_not_have_is_refused():
+    problem = pose(saved_scores(), compute_budget=0.6)
+    with pytest.raises(PlanError, match="Planner paper has no option coverage; it knows full_share"):
+        solve(problem, "paper", coverage=1)

@@ -1,11 +1,18 @@
-"""When a plan is due."""
+"""When a plan is due, and how one that is solved meanwhile comes into force."""
 
 from __future__ import annotations
 
+import threading
+
+import numpy as np
 import pytest
 
-from d2ft_hpc.config import PlanConfig, ReplanConfig
-from d2ft_hpc.training.plans import is_due
+from d2ft_hpc.config import EngineConfig, PlanConfig, ReplanConfig
+from d2ft_hpc.errors import PlanError
+from d2ft_hpc.launch.control import SoloControl
+from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.training.plans import is_due, meets_every_block
+from d2ft_hpc.training.replanning import Replanner
 
 
 @pytest.mark.parametrize(
@@ -23,3 +30,55 @@ def test_plans_are_due_at_the_start_and_every_k_epochs_or_steps(replan: ReplanCo
         step for step in range(12) if is_due(config, epoch=step // 3, step_of_epoch=step % 3, steps_done=step)
     ]
     assert steps == due
+
+
+def test_replicas_meet_in_every_block_under_zero_3_alone() -> None:
+    for stage in range(4):
+        engine = EngineConfig(deepspeed={"zero_optimization": {"stage": stage}})
+        assert meets_every_block(engine) == (stage == 3)
+    assert not meets_every_block(EngineConfig())
+    assert not meets_every_block(EngineConfig(name="plain"))
+
+
+def a_plan(value: int) -> SkipPlan:
+    return SkipPlan(np.full((2, 1, 1), value, dtype=np.uint8), 1)
+
+
+def test_a_plan_comes_into_force_at_the_boundary_after_it_is_solved() -> None:
+    replanner, may_end = Replanner(SoloControl()), threading.Event()
+
+    def solve() -> SkipPlan:
+        assert may_end.wait(10)
+        return a_plan(1)
+
+    assert replanner.at_boundary() is None
+    assert replanner.start(solve)
+    assert replanner.at_boundary() is None
+    assert not replanner.start(lambda: a_plan(2))  # the late plan is used later, and no other begun
+    may_end.set()
+    made = replanner.at_boundary(wait=True)
+    assert made is not None
+    assert made.plan == a_plan(1)
+    assert replanner.at_boundary() is None
+    assert replanner.start(lambda: a_plan(2))
+    made = replanner.at_boundary(wait=True)
+    assert made is not None
+    assert made.plan == a_plan(2)
+
+
+def test_an_impossible_budget_leaves_the_old_plan_and_a_bug_does_not_pass() -> None:
+    def impossible() -> SkipPlan:
+        raise PlanError("the budget does not pay for it")
+
+    def bug() -> SkipPlan:
+        raise ZeroDivisionError
+
+    replanner = Replanner(SoloControl())
+    replanner.start(impossible)
+    made = replanner.at_boundary(wait=True)
+    assert made is not None
+    assert made.plan is None
+    assert made.fault == "the budget does not pay for it"
+    replanner.start(bug)
+    with pytest.raises(ZeroDivisionError):
+        replanner.at_boundary(wait=True)

@@ -1,31 +1,57 @@
-"""The report against numbers worked out by hand, its picture, and the analysis scripts run as users do."""
+"""Figures and report against numbers worked out by hand, and the analysis scripts run as users do."""
 
+import base64
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
 from d2ft_hpc.errors import ResultsError
-from d2ft_hpc.report import report, summarize
+from d2ft_hpc.figures import (
+    compare,
+    gantt,
+    learning,
+    paper,
+    pareto,
+    plans,
+    predicted,
+    scores,
+    summary,
+    workload,
+)
+from d2ft_hpc.figures.run import Runs
+from d2ft_hpc.report import report
 from d2ft_hpc.results import ResultsWriter
 
 ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(path.name for path in (ROOT / "analysis").glob("*.py"))
 
 
-def make_run(path, share, steps=40):
-    """Two ranks; rank 1 executes 20 % of the dense FLOPs less and takes 0.1 s longer than rank 0."""
+def config(share, seed):
+    return (
+        f"run: {{name: x, seed: {seed}}}\nmodel: {{name: vit}}\ndata: {{name: cifar10}}\n"
+        f"plan: {{compute_budget: {share}}}\n"
+    )
+
+
+def make_run(path, share, steps=40, seed=0, lost=0.0):
+    """Two ranks; rank 1 executes 20 % of the dense FLOPs less and takes 0.1 s longer than rank 0, which waits."""
     operations = np.full((4, 3, 2), 2, np.uint8)
     if share < 1:
         operations[:2, 0] = [0, 1]  # block 0: head 0 SHORTCUT, head 1 FORWARD_ONLY in half of the rows
     with ResultsWriter(path) as writer:
-        writer.put("plans/0", {"operations": operations}, {"solve_seconds": 0.5, "first_step": 0})
-        scores = np.ones((4, 3, 2), np.float32)
-        writer.put("scores/0", {"forward": scores, "backward": scores}, {"step": 0, "seconds": 1.5})
+        writer.put("config", {"yaml": config(share, seed)})
+        values = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
+        writer.append("scores", {"step": 0, "forward": values, "backward": values, "seconds": 1.5})
+        writer.append("plans", {"step": 0, "operations": operations, "solve_seconds": 0.5})
         for step in range(steps):
             writer.append(
                 "steps",
@@ -36,75 +62,161 @@ def make_run(path, share, steps=40):
                     "dense_flops": [10.0, 10.0],
                     "planned_flops": [10 * share, 10 * share],
                     "executed_flops": [10 * share, 10 * share - 2],
-                    "bytes_sent": [1e6, 3e6],
+                    "bytes_sent": [1e6 * share, 3e6 * share],
+                    "forward_seconds": [share - 0.1, share],
+                    "communication_seconds": [0.2, 0.1],
+                    "waiting_seconds": [0.1, 0.0],
                     "step_seconds": [share, share + 0.1],
                 },
             )
             if step % 10 == 9:
-                writer.append("evaluations", {"step": step, "accuracy": step / 100})
+                row = {"step": step + 1, "accuracy": step / 100 - lost, "class_accuracy": [0.5, 0.25]}
+                writer.append("evaluations", {**row, "confusion": [[2, 2], [3, 1]]})
     return path
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def paths(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     return [make_run(folder / name / "results.h5", share) for name, share in (("dense", 1.0), ("d2ft", 0.6))]
 
 
-def test_numbers(runs):
-    run = summarize(runs[1], "d2ft")
-    assert run.accuracy == pytest.approx(0.39)
-    assert run.planned_compute == pytest.approx(0.6)
-    assert run.measured_compute == pytest.approx(0.5)
-    assert run.train_seconds == pytest.approx(40 * 0.7)  # the slower rank
-    assert run.preparation_seconds == pytest.approx(2.0)
-    assert run.bytes_per_rank_step == pytest.approx(2e6)
-    assert run.bytes_total == pytest.approx(160e6)
-    assert run.workload_variance == pytest.approx(0.01)  # shares 0.6 and 0.4
-    assert run.evaluation_seconds.tolist() == pytest.approx([2 + 7 * k for k in (1, 2, 3, 4)])
-    assert run.full_share is not None
-    assert run.full_share.tolist() == [[0.5, 0.5], [1, 1], [1, 1]]
+@pytest.fixture
+def runs(paths):
+    with Runs(paths) as runs:
+        yield runs
 
 
-def test_table(runs):
-    lines = report([path.parent for path in runs], None).splitlines()
+def test_summary(runs):
+    _, d2ft = summary.measure(runs)["runs"]
+    expected = {
+        "accuracy": 0.39,
+        "planned_compute": 0.6,
+        "measured_compute": 0.5,
+        "train_seconds": 40 * 0.7,  # the slower rank
+        "preparation_seconds": 2.0,
+        "bytes_per_rank_step": 1.2e6,
+        "bytes_total": 96e6,
+        "workload_variance": 0.01,  # shares 0.6 and 0.4
+        "waiting_share": 0.1 / 1.3,
+    }
+    assert {name: d2ft[name] for name in expected} == pytest.approx(expected)
+
+
+def test_learning(runs):
+    _, d2ft = learning.measure(runs, smooth=1)["runs"]
+    assert d2ft["loss"].tolist() == [2.0 / (step + 1) for step in range(40)]
+    assert d2ft["loss_seconds"][:2].tolist() == pytest.approx([2.7, 3.4])
+    assert d2ft["accuracy_seconds"].tolist() == pytest.approx([2 + 7 * k for k in (1, 2, 3, 4)])
+
+
+def test_pareto_finds_the_dense_run_of_equal_compute(paths, tmp_path):
+    numbers = {}
+    for name, steps in (("without", 10), ("with", 22)):
+        short = make_run(tmp_path / name / "results.h5", 1.0, steps=steps)
+        with Runs([*paths, short]) as runs:
+            (numbers[name],) = pareto.measure(runs)["rivals"]
+    # 40 steps at 10 of 20 FLOP are 400; dense steps take 18
+    assert numbers["without"]["dense_of_equal_compute"] is None
+    assert numbers["with"]["dense_of_equal_compute"] == "with"
+    assert numbers["with"]["its_accuracy"] == pytest.approx(0.19)
+    # 400 / 18 = 22.2 steps: between 0.19 after 20 steps and 0.29 after 30
+    assert numbers["with"]["dense_on_its_way"] == pytest.approx(0.19 + 0.1 * (400 / 18 - 20) / 10)
+
+
+def test_workload_and_gantt(runs):
+    _, d2ft = workload.measure(runs)["runs"]
+    assert d2ft["compute"].tolist() == pytest.approx([0.6, 0.4])
+    assert d2ft["seconds"]["waiting"].tolist() == pytest.approx([0.1, 0])
+    assert d2ft["seconds"]["communication"].tolist() == pytest.approx([0.1, 0.1])  # waiting apart
+    _, d2ft = gantt.measure(runs, first=5, steps=3)["runs"]
+    assert d2ft["steps"].tolist() == [5, 6, 7]
+    assert d2ft["seconds"]["forward"][0].tolist() == pytest.approx([0.5, 0.6])
+    with pytest.raises(ResultsError, match="has no step 99"):
+        gantt.measure(runs, first=99)
+
+
+def test_plans(runs):
+    _, d2ft = plans.measure(runs)["runs"]
+    assert d2ft["share"]["FULL"].tolist() == [[0.5, 0.5], [1, 1], [1, 1]]
+    assert d2ft["share"]["SHORTCUT"].tolist()[0] == [0.5, 0]
+    assert d2ft["share"]["FORWARD_ONLY"].tolist()[0] == [0, 0.5]
+    assert d2ft["full_by_plan"][0].tolist() == [0.5, 1, 1]
+    assert d2ft["full_by_row"].tolist() == [[0, 1, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1]]
+    with pytest.raises(ResultsError, match="has no plan 7"):
+        plans.measure(runs, plan=7)
+
+
+def test_predicted(runs):
+    numbers = predicted.measure(runs)
+    assert numbers["baseline"] == "dense"
+    _, d2ft = numbers["runs"]
+    assert (d2ft["planned"], d2ft["executed"]) == (pytest.approx([0.6]), pytest.approx([0.5]))
+    assert d2ft["predicted_time"] == pytest.approx([0.6])
+    assert d2ft["measured_time"] == pytest.approx([0.7 / 1.1])
+
+
+def test_scores(runs):
+    _, d2ft = scores.measure(runs)["runs"]
+    assert d2ft["forward"].tolist() == [[9, 10], [11, 12], [13, 14]]
+
+
+def test_comparison_over_seeds(tmp_path):
+    """Against scipy's own test on the accuracies."""
+    from scipy.stats import ttest_ind
+
+    lost = {1.0: [0.0, 0.01, 0.02], 0.6: [0.05, 0.055, 0.09]}
+    paths = [
+        make_run(tmp_path / f"{share}-{seed}" / "results.h5", share, seed=seed, lost=values[seed])
+        for share, values in lost.items()
+        for seed in range(3)
+    ]
+    with Runs(paths) as runs:
+        dense, d2ft = compare.measure(runs)["groups"]
+        beside = paper.measure(runs)["runs"]
+    assert (dense["label"], d2ft["label"]) == ("compute_budget=1.0", "compute_budget=0.6")
+    assert d2ft["seeds"] == [0, 1, 2]
+    accuracies = [[0.39 - each for each in values] for values in lost.values()]
+    assert d2ft["accuracy"]["difference"] == pytest.approx(np.mean(accuracies[1]) - np.mean(accuracies[0]))
+    assert d2ft["accuracy"]["p"] == pytest.approx(ttest_ind(*accuracies, equal_var=False).pvalue)
+    assert [run["drop"] for run in beside] == pytest.approx([4, 4.5, 8])
+    assert beside[0]["compute_saved"] == pytest.approx(0.5)
+    assert beside[0]["communication_saved"] == pytest.approx(0.4)
+
+
+def test_table(paths):
+    lines = report([path.parent for path in paths]).splitlines()
     dense, d2ft = (next(line for line in lines if line.startswith(name)) for name in ("dense", "d2ft"))
-    assert dense.split() == [
-        "dense",
-        "39.00",
-        "100.0",
-        "90.0",
-        "44.0",
-        "1.000",
-        "2.000",
-        "160.0",
-        "1.00e-02",
-        "2.00",
-    ]
-    assert d2ft.split() == [
-        "d2ft",
-        "39.00",
-        "60.0",
-        "50.0",
-        "28.0",
-        "0.636",
-        "2.000",
-        "160.0",
-        "1.00e-02",
-        "2.00",
-    ]
-    assert len({len(line) for line in (lines[1], lines[2], dense, d2ft)}) <= 2  # aligned right
-    assert lines[lines.index(d2ft) + 1].strip() == str(runs[1])
+    expected = "39.00 100.0 90.0 44.0 1.000 2.000 160.0 1.00e-02 4.8 2.00"
+    assert dense.split() == ["dense", *expected.split()]
+    expected = "39.00 60.0 50.0 28.0 0.636 1.200 96.0 1.00e-02 7.7 2.00"
+    assert d2ft.split() == ["d2ft", *expected.split()]
+    assert lines[lines.index(d2ft) + 1].strip() == str(paths[1])
 
 
-def test_picture(runs, tmp_path):
-    report(runs, tmp_path / "new" / "report.png")
-    pixels = imread(tmp_path / "new" / "report.png")
-    assert pixels.shape[0] > 800
-    assert pixels.shape[1] > 1000
-    assert 0.02 < (pixels[..., :3].min(axis=2) < 0.9).mean() < 0.9  # neither blank nor solid
-    with pytest.raises(ResultsError, match="cannot write the picture"):
-        report(runs, runs[0] / "report.png")
+def test_page(paths, tmp_path):
+    page = tmp_path / "new" / "report.html"
+    report(paths, page=page, png=tmp_path / "picture.png")
+    text = page.read_text()
+    assert not re.search(r'(src|href)="(?!data:|#)', text)  # nothing from a network
+    assert "<script" not in text
+    images = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', text)
+    assert len(images) >= 9
+    for image in images:
+        svg = ElementTree.fromstring(base64.b64decode(image))
+        assert svg.tag.endswith("svg")
+        assert not [node for node in svg.iter() if node.get("href", "").startswith("http")]
+    assert "36.0" not in text
+    assert "compute_budget: 0.6" in text
+    assert imread(tmp_path / "picture.png").shape[0] > 400
+    with pytest.raises(ResultsError, match="cannot write the page"):
+        report(paths, page=paths[0] / "report.html")
+
+
+def test_names_cannot_become_markup(tmp_path):
+    path = make_run(tmp_path / "<img src=x>" / "results.h5", 0.6, steps=10)
+    report([path, path], page=tmp_path / "report.html")
+    assert "<img src=x>" not in (tmp_path / "report.html").read_text()
 
 
 def test_runs_that_recorded_next_to_nothing(tmp_path):
@@ -113,23 +225,23 @@ def test_runs_that_recorded_next_to_nothing(tmp_path):
         with ResultsWriter(tmp_path / name / "same" / "results.h5") as writer:
             writer.append("steps", {"step": 0})
         paths.append(writer.path)
-    open_run = ResultsWriter(tmp_path / "c" / "results.h5")
-    open_run.flush()
-    text = report([*paths, open_run.path], tmp_path / "report.png")
+    unfinished = ResultsWriter(tmp_path / "c" / "results.h5")
+    unfinished.flush()
+    text = report([*paths, unfinished.path], page=tmp_path / "report.html", png=tmp_path / "report.png")
     assert os.path.join("a", "same") in text
     assert os.path.join("b", "same") in text
     assert "did not end in order" in text
-    assert (tmp_path / "report.png").exists()
+    assert "Did not end in order: c" in (tmp_path / "report.html").read_text()
 
 
 def test_no_runs_and_no_file():
     with pytest.raises(ResultsError, match="no runs"):
-        report([], None)
+        report([])
     with pytest.raises(ResultsError, match="no results file"):
-        report([Path("absent")], None)
+        report([Path("absent")])
 
 
-def analyse(script, *arguments, folder):
+def start(script, *arguments, folder):
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(ROOT / "analysis" / script), *map(str, arguments)]
     return subprocess.run(
@@ -137,33 +249,42 @@ def analyse(script, *arguments, folder):
     )
 
 
-def test_plan_heatmap(runs, tmp_path):
-    done = analyse("plan_heatmap.py", runs[1], "--json", "--plan", 0, "--png", "p.png", folder=tmp_path)
+@pytest.fixture
+def analyse(monkeypatch, capsys):
+    """Runs a script in this process, where matplotlib is loaded; returns its status and what it printed."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "analysis" / script), run_name="__main__")
+        return (ended.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts(script, paths, tmp_path, analyse):
+    status, printed, _ = analyse(script, *paths, "--json", "--output", tmp_path / "a.png")
+    assert status == 0
+    assert json.loads(printed)
+    pixels = imread(tmp_path / "a.png")
+    assert min(pixels.shape[:2]) > 300
+    assert 0.01 < (pixels[..., :3].min(axis=2) < 0.9).mean() < 0.95  # neither blank nor solid
+
+
+def test_a_script_by_itself(paths, tmp_path):
+    done = start("pareto.py", *paths, "--output", "a.pdf", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    share = json.loads(done.stdout)["share"]
-    assert share["FULL"] == [[0.5, 0.5], [1, 1], [1, 1]]
-    assert share["SHORTCUT"][0] == [0.5, 0]
-    assert share["FORWARD_ONLY"][0] == [0, 0.5]
-    assert imread(tmp_path / "p.png").shape[0] > 300
-    done = analyse("plan_heatmap.py", runs[1], "--plan", 7, folder=tmp_path)
-    assert (done.returncode, done.stderr) == (1, f"{runs[1]} has no plan 7\n")
+    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+    assert "--json" in start("gantt.py", "--help", folder=tmp_path).stdout
 
 
-def test_loss_curves(runs, tmp_path):
-    done = analyse("loss_curves.py", *runs, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert imread(tmp_path / "loss_curves.png").shape[0] > 300
-    done = analyse("loss_curves.py", runs[1], "--json", "--smooth", 1, folder=tmp_path)
-    (curve,) = json.loads(done.stdout)
-    assert curve["loss"] == [2.0 / (step + 1) for step in range(40)]
-    assert curve["accuracy_seconds"] == pytest.approx([9, 16, 23, 30])
-    done = analyse("loss_curves.py", "absent", folder=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.startswith("no results file at absent")
-
-
-@pytest.mark.parametrize("script", ["plan_heatmap.py", "loss_curves.py"])
-def test_help(script, tmp_path):
-    done = analyse(script, "--help", folder=tmp_path)
-    assert done.returncode == 0
-    assert "--json" in done.stdout
+def test_scripts_explain_faults(paths, tmp_path, analyse):
+    for arguments, message in (
+        (["learning.py", "absent"], "no results file at absent"),
+        (["plans.py", paths[1], "--plan", 7], "has no plan 7"),
+        (["summary.py", paths[1], "--output", tmp_path / "a.xyz"], "end it with .png"),
+    ):
+        status, _, fault = analyse(*arguments)
+        assert status == 1
+        assert message in fault

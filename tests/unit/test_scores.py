@@ -63,6 +63,20 @@ def test_scores_are_those_of_autograds_gradients(
     assert torch.equal(fisher, of_samples["fisher"])
 
 
+def test_scores_under_autocast_are_near_those_without() -> None:
+    model = tiny_vit()
+    subnets = SubnetMap.of(model)
+    images, labels = random_batch(0)
+    for granularity in ("micro_batch", "sample"):
+        exact = gradient_scores(model, subnets, images, labels, F.cross_entropy, OF_PARAMETER, granularity)
+        near = gradient_scores(
+            model, subnets, images, labels, F.cross_entropy, OF_PARAMETER, granularity, torch.bfloat16
+        )
+        for score in OF_PARAMETER:
+            assert not torch.equal(near[score], exact[score])
+            torch.testing.assert_close(near[score], exact[score], rtol=0.1, atol=1e-6)
+
+
 def test_a_probe_leaves_model_gradients_and_random_state_as_they_were() -> None:
     model = tiny_vit(proj_drop_rate=0.2)
     executor = attach(model)

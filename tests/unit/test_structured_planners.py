@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning import Operation, PlanProblem, check, simulate, solve, spread, waste
+from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, check, simulate, solve, spread, waste
 from d2ft_hpc.planning.choose import choose
 from d2ft_hpc.planning.placement import in_order
 from d2ft_hpc.planning.prices import Limit
@@ -49,6 +49,7 @@ def problems(draw, shapes=tuple(SHAPES), uneven_speeds=True):
         compute_budget=draw(st.sampled_from([0.2, 0.45, 0.6, 0.8, 1.0])),
         communication_budget=draw(st.sampled_from([None, None, 0.5])),
         memory_budget=draw(st.sampled_from([None, None, 0.5])),
+        messages=draw(st.sampled_from(["by_head", "by_meeting"])),
         forward_cost=draw(st.sampled_from([1 / 3, 0.3517, 0.5])),
         device_speed=np.resize(speeds, replicas * stages * ranks).tolist(),
     )
@@ -62,11 +63,15 @@ def every_plan(problem):
     allowed = np.ones(len(plans), dtype=bool)
     for device in range(problem.num_devices):
         mine = problem.device == device
-        for costs, budget in (
-            (problem.compute_cost, problem.compute_budget[device]),
-            (problem.communication_cost, problem.communication_budget[device]),
+        replica, stage = divmod(device // problem.ranks, problem.stages)
+        most = plans[:, replica :: problem.replicas][:, :, problem.stage == stage].max(axis=3)
+        forward, backward = problem.meeting_cost
+        met = forward * (most >= 1).sum(axis=(1, 2)) + backward * (most == 2).sum(axis=(1, 2))
+        for costs, budget, sent in (
+            (problem.compute_cost, problem.compute_budget[device], 0),
+            (problem.communication_cost, problem.communication_budget[device], met),
         ):
-            allowed &= np.asarray(costs)[plans[:, mine]].sum(axis=1) <= budget + 1e-8
+            allowed &= np.asarray(costs)[plans[:, mine]].sum(axis=1) + sent <= budget + 1e-8
         full = ((plans == 2) & mine).sum(axis=(2, 3))
         allowed &= (full <= problem.memory_budget[device]).all(axis=1)
     return plans[allowed]
@@ -167,6 +172,70 @@ def test_most_shortcut_is_kept_or_refused(problem, most_shortcut):
             assert runs.min() >= least
 
 
+@pytest.mark.parametrize("planner", ["makespan", "static"])
+@pytest.mark.parametrize("speeds", [[1.0, 1.0], [1.0, 0.6]])
+def test_replicas_that_meet_in_every_block_are_planned_like_ranks(planner, speeds):
+    scores = np.random.default_rng(5).lognormal(0, 1, (2, 6, 4, 5, 8))  # slot, block, replica x head
+    budget = {"compute_budget": 0.6, "device_speed": speeds}
+    as_ranks = PlanProblem.parallel(*scores[:, :, :, 0], rank=in_order(4, 8, 2), **budget)
+    by_replica = scores[:, :, :, 0].reshape(2, 6, 4, 2, 4).transpose(0, 1, 3, 2, 4).reshape(2, 12, 4, 4)
+    as_replicas = PlanProblem.parallel(*by_replica, replicas=2, replicas_meet=True, **budget)
+    there, here = solve(as_ranks, planner), solve(as_replicas, planner)
+    assert here.objective == pytest.approx(there.objective, rel=1e-4)
+    assert here.objective <= there.bound * (1 + 1e-9)
+    assert simulate(here, as_replicas).step == pytest.approx(simulate(there, as_ranks).step, rel=1e-2)
+    alone = PlanProblem.parallel(*by_replica, replicas=2, **budget)
+    assert waste(solve(alone, planner), as_replicas) >= waste(here, as_replicas)
+    if planner == "makespan" and speeds == [1.0, 1.0]:
+        assert waste(here, as_replicas) == 0 < waste(solve(alone, planner), as_replicas)
+    covered = solve(as_replicas, planner, coverage=3 if planner == "makespan" else 1)
+    assert (covered.operations == Operation.FULL).sum(axis=0).min() >= (3 if planner == "makespan" else 1)
+
+
+@settings(max_examples=80, deadline=None)
+@given(problems(), st.sampled_from(["makespan", "static", "depth"]), st.integers(1, 2))
+def test_coverage_is_kept_or_refused(problem, planner, coverage):
+    rows = problem.forward_score.shape[0]
+    try:
+        free = solve(problem, planner)
+        plan = solve(problem, planner, coverage=min(coverage, rows))
+    except PlanError as error:
+        assert "coverage" in str(error) or "FORWARD_ONLY in" in str(error)  # noqa: PT017
+        return
+    assert (plan.operations == Operation.FULL).sum(axis=0).min() >= min(coverage, rows)
+    assert plan.objective <= free.bound * (1 + 1e-9)
+    assert plan.bound >= plan.objective
+
+
+@pytest.mark.parametrize("planner", ["makespan", "static", "depth"])
+@pytest.mark.parametrize("kind", ["different", "equal", "starving"])
+@pytest.mark.parametrize(("stages", "speeds"), [(1, [1.0]), (2, [1.0]), (1, [1.0, 0.8])])
+def test_no_head_starves_where_the_budget_feeds_all(planner, kind, stages, speeds):
+    shape = (10, 4, 8)
+    scores = np.random.default_rng(1).lognormal(0, 1, (2, *shape))
+    if kind == "equal":
+        scores[:] = 1.0
+    if kind == "starving":
+        scores[:, :, :2] *= 1e-3
+    problem = PlanProblem.parallel(
+        *scores,
+        rank=in_order(4, 8, 2),
+        stage=np.arange(4) * stages // 4,
+        compute_budget=0.6,
+        device_speed=np.resize(speeds, 2 * stages).tolist(),
+    )
+    options = {"below": "shortcut"} if planner == "depth" else {}
+    for coverage in (1, 3):
+        plan = solve(problem, planner, coverage=coverage, **options)
+        assert (plan.operations == Operation.FULL).sum(axis=0).min() >= coverage
+        if planner == "makespan" and kind == "different":
+            assert plan.gap < 0.02 * coverage
+    with pytest.raises(PlanError, match="coverage"):
+        solve(problem, planner, coverage=9, **options)
+    with pytest.raises(PlanError, match="coverage must be from 0 to the number of rows, 10, got 11"):
+        solve(problem, planner, coverage=11, **options)
+
+
 @settings(max_examples=80, deadline=None)
 @given(problems(uneven_speeds=False))
 def test_static_is_the_best_plan_of_constant_shape(problem):
@@ -203,7 +272,7 @@ def test_depth_is_the_best_plan_of_its_form(problem, below, whole_rows):
     plans = np.repeat(np.where(is_full, 2, rest).astype(np.uint8)[..., None], heads, axis=3)
     allowed = []
     for operations in plans:
-        plan = dataclasses.replace(solve(problem, "greedy"), operations=operations)
+        plan = SkipPlan(operations, problem.replicas)
         with_budget = (problem.used_compute(plan) <= problem.compute_budget + 1e-8).all()
         with_budget &= (problem.used_communication(plan) <= problem.communication_budget + 1e-8).all()
         allowed.append(bool(with_budget and (problem.used_memory(plan) <= problem.memory_budget).all()))

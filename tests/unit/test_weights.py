@@ -59,7 +59,11 @@ def test_positions_and_patches_are_resampled_as_timm_does(tiny: Path) -> None:
             NAME,
             pretrained=True,
             num_classes=3,
-            pretrained_cfg_overlay={"file": str(tiny / "model.safetensors"), "num_classes": 7},
+            pretrained_cfg_overlay={
+                "file": str(tiny / "model.safetensors"),
+                "num_classes": 7,
+                "custom_load": False,
+            },
             **options,
         )
         assert torch.equal(model.pos_embed, theirs.pos_embed)

@@ -1,0 +1,68 @@
+"""What measuring scores costs beside a dense training step: `d2ft-hpc bench scores`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+
+import torch
+
+from d2ft_hpc.config import RunConfig
+from d2ft_hpc.metering import meter
+from d2ft_hpc.model.build import build_model
+from d2ft_hpc.model.subnets import SubnetMap
+from d2ft_hpc.scores import gradient_scores
+from d2ft_hpc.scores.gradients import Granularity
+
+CLASSES = 10
+
+
+def benchmark(config: RunConfig, device: torch.device, repeats: int) -> dict[str, tuple[float, float]]:
+    """Fisher scores of one micro-batch of random images, by micro-batch and by sample, beside its dense training.
+
+    Returns for "micro_batch" and "sample": (seconds, FLOPs), both in units of forward and backward of the dense model
+    with all parameters trained. Seconds are the median of the ratios of passes that ran one after the other.
+    """
+    torch.manual_seed(0)
+    size, samples = config.data.image_size, config.data.micro_batch_size
+    model = build_model(config.model.name, num_classes=CLASSES, options=config.model.options).to(device)
+    subnets = SubnetMap.of(model)
+    images = torch.randn(samples, 3, size, size, device=device)
+    labels = torch.randint(CLASSES, (samples,), device=device)
+    autocast_dtype = torch.bfloat16 if config.engine.precision == "bf16" else None
+
+    def loss_function(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits.float(), targets)
+
+    def train() -> None:
+        with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            loss = loss_function(model(images), labels)
+        torch.autograd.backward(loss)
+        model.zero_grad()
+
+    def score(granularity: Granularity) -> None:
+        gradient_scores(
+            model, subnets, images, labels, loss_function, ("fisher",), granularity, autocast_dtype
+        )
+
+    def seconds(run: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    def flops(run: Callable[[], None]) -> int:
+        with meter() as metered:
+            run()
+        return metered.flops
+
+    def cost(granularity: Granularity) -> tuple[float, float]:
+        run = partial(score, granularity)
+        triples = [(seconds(train), seconds(run), seconds(train)) for _ in range(repeats + 1)]
+        ratios = [2 * own / (before + after) for before, own, after in triples[1:]]
+        return median(ratios), flops(run) / flops(train)
+
+    return {"micro_batch": cost("micro_batch"), "sample": cost("sample")}

@@ -1,0 +1,94 @@
+"""Runs all checks in order and prints what they found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from d2ft_hpc.config import RunConfig, load_config
+from d2ft_hpc.doctor.finding import Finding, as_json, as_text, of_all_ranks, of_error
+from d2ft_hpc.errors import ConfigError, LaunchError
+from d2ft_hpc.launch import Control, LaunchEnvironment, connect, detect
+from d2ft_hpc.launch.connect import DeviceType
+from d2ft_hpc.launch.control import SoloControl
+
+
+def examine(path: Path, overrides: Sequence[str], *, json: bool) -> int:
+    """Checks everything that a run of this configuration needs, on all ranks that a launcher started.
+
+    Rank 0 prints. Returns 0, or 1 if the run would fail. Where the ranks do not meet, rank 0 goes on alone.
+    """
+    from d2ft_hpc.doctor.work import seconds_left
+
+    findings: list[Finding] = []
+    rank = 0
+    control: Control | None = None
+    try:
+        config = load_config(path, overrides)
+        environment = detect()
+        rank = environment.rank
+        left = seconds_left() if rank == 0 else None
+        control, found = _meet(config, environment)
+        findings.append(found)
+        if control is not None:
+            findings += _checks(config, control, left)
+    except ConfigError as error:
+        rank = int(os.environ.get("SLURM_PROCID") or os.environ.get("PMI_RANK") or 0)
+        findings.append(of_error("config", error, "correct the key"))
+    except LaunchError as error:
+        findings.append(of_error("ranks", error, "start with mpirun, srun, torchrun or deepspeed"))
+    if rank == 0:
+        print(as_json(findings) if json else as_text(findings), flush=True)
+    if control is not None:
+        control.close()
+    return int(any(finding.status == "failed" for finding in findings))
+
+
+def _meet(config: RunConfig, environment: LaunchEnvironment) -> tuple[Control | None, Finding]:
+    """None on a rank other than 0 that stayed alone."""
+    device = _device(config)
+    try:
+        control = connect(environment, device_type=device, timeout_seconds=config.launch.timeout_seconds)
+    except LaunchError as error:
+        return SoloControl() if environment.rank == 0 else None, of_error(
+            "ranks", error, "see `srun --mpi=list` and the mpirun of the MPI that mpi4py loads"
+        )
+    hosts = len(set(control.hosts))
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    library = f" over {control.library}" if hasattr(control, "library") else ""
+    return control, Finding(
+        "ranks",
+        "ok",
+        f"{control.world_size} ranks on {hosts} hosts by {environment.launcher}{library}; rendezvous at {address}",
+    )
+
+
+def _checks(config: RunConfig, control: Control, left: float | None) -> list[Finding]:
+    """Every check, on all ranks together."""
+    import torch
+    from torch import distributed
+
+    from d2ft_hpc.doctor import machine, storage, work
+
+    device = torch.device(_device(config))
+    findings = of_all_ranks(control, machine.check_versions(control))
+    findings += of_all_ranks(control, machine.check_gpus(control, device))
+    if distributed.is_initialized():
+        findings += of_all_ranks(control, machine.check_all_reduce(control, device))[:1]
+    findings += of_all_ranks(control, storage.check_output(config, control))
+    job, found = work.check_parts(config, control, device)
+    findings += of_all_ranks(control, found)
+    if all(part == b"1" for part in control.all_gather(b"1" if job else b"0")) and job is not None:
+        parameters = sum(parameter.numel() for parameter in job.model.parameters())
+        findings += storage.check_space(config, parameters)
+        findings += of_all_ranks(control, work.check_time(job, left))[:1]
+    return findings
+
+
+def _device(config: RunConfig) -> DeviceType:
+    import torch
+
+    if config.engine.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.engine.device

@@ -1,0 +1,65 @@
+"""What a check found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from d2ft_hpc.launch import Control
+from d2ft_hpc.launch.control import describe_ranks
+
+# The world outside is asked here, and may answer with anything.
+FAULTS = (Exception,)
+
+
+@dataclass(frozen=True)
+class Finding:
+    check: str
+    status: Literal["ok", "warning", "failed"]
+    text: str
+    fix: str = ""
+
+
+def of_error(check: str, error: Exception, fix: str) -> Finding:
+    """Our errors say what to do in their last sentence or clause; `fix` is for those of others."""
+    text, mark, own_fix = str(error).partition(". ")
+    if not mark:
+        text, _, own_fix = str(error).rpartition("; ")
+    return Finding(check, "failed", (text or str(error)).strip(), (own_fix if text else "").strip() or fix)
+
+
+def of_all_ranks(control: Control, own: Sequence[Finding]) -> list[Finding]:
+    """The findings of all ranks, equal ones once, with the ranks that made them unless all did; the same on each."""
+    parts = control.all_gather(json.dumps([asdict(finding) for finding in own]).encode())
+    ranks_of: dict[Finding, list[int]] = {}
+    for rank, part in enumerate(parts):
+        for finding in json.loads(part):
+            ranks_of.setdefault(Finding(**finding), []).append(rank)
+    return [
+        finding
+        if len(ranks) == control.world_size
+        else Finding(
+            finding.check,
+            finding.status,
+            f"{describe_ranks(ranks, control.hosts)}: {finding.text}",
+            finding.fix,
+        )
+        for finding, ranks in ranks_of.items()
+    ]
+
+
+def as_text(findings: Sequence[Finding]) -> str:
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.status:8} {finding.check:10} {finding.text}")
+        if finding.fix:
+            lines.append(f"{'':19} fix: {finding.fix}")
+    return "\n".join(lines)
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    """One line: {"findings": [{"check", "status", "text", "fix"}, ...], "failed": number}."""
+    failed = sum(finding.status == "failed" for finding in findings)
+    return json.dumps({"findings": [asdict(finding) for finding in findings], "failed": failed})

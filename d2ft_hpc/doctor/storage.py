@@ -1,0 +1,89 @@
+"""Checks of the file system that the run writes to."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import h5py
+
+from d2ft_hpc.config import RunConfig
+from d2ft_hpc.doctor.finding import Finding
+from d2ft_hpc.launch import Control
+from d2ft_hpc.launch.control import describe_ranks
+
+_CHOOSE = "choose a folder on the shared file system (scratch, work) with run.folder=..."
+
+
+def check_output(config: RunConfig, control: Control) -> list[Finding]:
+    """That every rank can write, that all see the same folder, and that HDF5 can lock; on all ranks together."""
+    folder = Path(config.run.folder)
+    own = folder / f".doctor-{control.rank}"
+    fault = ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with own.open("w") as file:
+            file.write(control.host)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        fault = error.strerror or str(error)
+    written = [part == b"" for part in control.all_gather(fault.encode())]
+    findings = []
+    if fault:
+        findings.append(Finding("output", "failed", f"cannot write to {folder.absolute()}: {fault}", _CHOOSE))
+    absent = [rank for rank, done in enumerate(written) if done and not (folder / f".doctor-{rank}").exists()]
+    if absent:
+        findings.append(
+            Finding(
+                "output",
+                "failed",
+                f"{folder.absolute()} is not shared: no file here of {describe_ranks(absent, control.hosts)}",
+                _CHOOSE,
+            )
+        )
+    if control.rank == 0 and not fault:
+        findings += _check_locks(folder)
+    control.all_gather(b"")  # everybody has looked
+    own.unlink(missing_ok=True) if not fault else None
+    return findings
+
+
+def check_space(config: RunConfig, parameters: int) -> list[Finding]:
+    """parameters: of the model."""
+    folder = Path(config.run.folder)
+    moments = 2 if config.optimizer.name == "adamw" else 1
+    needed = 4 * parameters * ((1 + moments) * (config.train.keep_checkpoints + 1) + 1)
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return []  # `check_output` has said why
+    text = f"{_gigabytes(free)} free at {folder.absolute()}, about {_gigabytes(needed)} needed"
+    if free < needed:
+        fix = f"free space, or train.keep_checkpoints=1 (now {config.train.keep_checkpoints}), or {_CHOOSE}"
+        return [Finding("space", "failed", text, fix)]
+    return [Finding("space", "ok", text)]
+
+
+def _check_locks(folder: Path) -> list[Finding]:
+    path = folder / ".doctor.h5"
+    try:
+        with h5py.File(path, "w", locking=True) as file:
+            file["locked"] = 1
+    except OSError as error:
+        return [
+            Finding(
+                "locks",
+                "warning",
+                f"the file system of {folder.absolute()} refuses HDF5's locks ({error}); the run takes none",
+                "export HDF5_USE_FILE_LOCKING=FALSE for programs that open its results with locks",
+            )
+        ]
+    finally:
+        path.unlink(missing_ok=True)
+    return [Finding("output", "ok", f"{folder.absolute()} can be written and locked")]
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"

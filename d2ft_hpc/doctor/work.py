@@ -1,0 +1,110 @@
+"""Checks of what the run needs and how long it takes: data set, weights, time limit."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import time
+
+import torch
+import torch.nn.functional as F
+
+from d2ft_hpc.config import RunConfig
+from d2ft_hpc.doctor.finding import FAULTS, Finding, of_error
+from d2ft_hpc.errors import DataError
+from d2ft_hpc.launch import Control
+from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.training.job import Job, set_up
+
+_FIX_WEIGHTS = (
+    "a file's path in model.weights; those of a hub are fetched on a login node by HF_HUB_OFFLINE=0 d2ft-hpc doctor "
+    "CONFIG, compute nodes then find them in the cache"
+)
+
+
+def check_parts(
+    config: RunConfig, control: Control, device: torch.device
+) -> tuple[Job | None, list[Finding]]:
+    """Opens the data set and builds the model with its weights, on this rank."""
+    try:
+        job = set_up(config, control, device)
+    except DataError as error:
+        return None, [of_error("data", error, "data.root=FOLDER")]
+    except FAULTS as error:
+        return None, [of_error("model", error, _FIX_WEIGHTS)]
+    parameters = sum(parameter.numel() for parameter in job.model.parameters())
+    return job, [
+        Finding("data", "ok", f"{len(job.train_set)} training images of {job.train_set.num_classes} classes"),
+        Finding("model", "ok", f"{config.model.name}, {parameters / 1e6:.1f} M parameters"),
+    ]
+
+
+def seconds_left() -> float | None:
+    """Until Slurm's time limit; None without one. Starts a process: call it before MPI is initialised."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job:
+        return None
+    try:
+        answer = subprocess.run(
+            ["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, timeout=20
+        ).stdout.strip()
+        days, _, clock = answer.rpartition("-")
+        parts = [int(part) for part in clock.split(":")]  # UNLIMITED and INVALID are none
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    hours, minutes, seconds = [0, 0, *parts][-3:]
+    return 86400.0 * int(days or 0) + 3600.0 * hours + 60.0 * minutes + seconds
+
+
+def check_time(job: Job, left: float | None) -> list[Finding]:
+    """Whether the run fits into the time limit, by the time of a micro-batch; on all ranks together."""
+    config = job.config
+    own = _seconds_of_micro_batch(job) * config.data.slots
+    of_ranks = [float(part) for part in job.control.all_gather(repr(own).encode())]
+    share = 1.0 if config.plan.planner == "dense" else config.plan.compute_budget
+    expected = max(of_ranks) * share * job.total_steps
+    text = f"about {_clock(expected)} of training expected ({job.total_steps} steps)"
+    if left is None:
+        return [Finding("time", "ok", f"{text}; no time limit known")]
+    text += f", {_clock(left)} left of the time limit"
+    if expected < 0.9 * left:
+        return [Finding("time", "ok", text)]
+    train = config.train
+    if (train.checkpoint_every_minutes, train.checkpoint_every_steps, train.checkpoint_every_epochs) == (
+        None,
+    ) * 3:
+        return [Finding("time", "failed", text, "longer --time, or train.checkpoint_every_minutes=10")]
+    jobs = math.ceil(expected / max(left, 1.0))
+    return [
+        Finding(
+            "time",
+            "warning",
+            f"{text}: {jobs} jobs in a row",
+            "longer --time; slurm/train.sh requeues itself",
+        )
+    ]
+
+
+def _seconds_of_micro_batch(job: Job) -> float:
+    """Forward and backward of the dense model, the second time."""
+    size = job.config.data.image_size
+    images = torch.randn(job.config.data.micro_batch_size, 3, size, size, device=job.device)
+    labels = torch.zeros(len(images), dtype=torch.long, device=job.device)
+    rows, blocks, heads = job.plan_shape
+    replicas = job.sampler.replicas
+    job.executor.load(SkipPlan.dense(rows // replicas, replicas, blocks, heads), job.sampler.replica)
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        with job.executor.micro_batch(0):
+            F.cross_entropy(job.model(images), labels).backward()
+        if job.device.type == "cuda":
+            torch.cuda.synchronize(job.device)
+        seconds = time.perf_counter() - start
+    return seconds
+
+
+def _clock(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes else f"{seconds:.0f} s"

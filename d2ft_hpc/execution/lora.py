@@ -1,0 +1,30 @@
+"""The low-rank part of a linear layer under a plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2ft_hpc.model.subnets import HeadAxis
+
+
+def with_lora(
+    layer: Any, name: str, head_axes: dict[str, HeadAxis], x: Tensor, heads: Tensor, output: Tensor
+) -> Tensor:
+    """`output` of some heads of layer `name` plus what peft's LoRA adds to it; `output` itself for a plain layer.
+
+    x: what the layer got for these heads. Parts that heads share (see model/lora.py) are used whole.
+    """
+    if type(layer) is nn.Linear:
+        return output
+    for adapter in layer.active_adapters:
+        down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        if axis := head_axes.get(f"{name}.lora_A.{adapter}.weight"):
+            down = axis.select(down, heads)
+        if axis := head_axes.get(f"{name}.lora_B.{adapter}.weight"):
+            up = axis.select(up, heads)
+        low_rank = F.linear(layer.lora_dropout[adapter](x), down)
+        output = output + layer.scaling[adapter] * F.linear(low_rank, up)
+    return output

@@ -1,0 +1,377 @@
+"""Ranks that watch each other beside the training: who is gone, who hangs, and where all of them stop together.
+
+Each rank has a thread with a TCP connection to rank 0, which hears a beat of every rank each second. It serves:
+
+- Loss. A rank whose connection breaks, or that is silent for `silence_seconds` (stopped, or its node is down), is
+  named with its host in one line, and every other rank ends. Rank 0 itself is watched by the others.
+- Hanging. If no rank ends a step for `stall_seconds`, the ranks that do not wait in a collective are named.
+- Failure. When one rank fails, every other one writes where it was into the run folder before the launcher ends it.
+- Agreement on a step boundary, without any cost to the steps: whoever wants to stop or save tells rank 0; that asks
+  all ranks to hold at their next boundary and to say how many steps they have begun, takes the largest number, and
+  lets them go on to it.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import selectors
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from d2ft_hpc.launch.boundary import Action, BoundaryGate
+from d2ft_hpc.launch.channel import Channel, ClosedError
+from d2ft_hpc.launch.control import GRACE_SECONDS, Control, describe_ranks, print_line
+from d2ft_hpc.launch.links import connect_links
+from d2ft_hpc.launch.signals import INTERRUPT, StopSignals
+
+UNFINISHED = 75
+"""Exit status (EX_TEMPFAIL) of a run that did not fail by itself: start it again, and it goes on."""
+
+BEAT_SECONDS = 1.0
+FAILURE = "failure.txt"
+"""In the run folder's errors: why the last start ended, if by a fault of its own."""
+
+Item = TypeVar("Item")
+
+# Frames of a thread that waits for other ranks.
+_WAITING = tuple(
+    os.path.normpath(part)
+    for part in ("torch/distributed/", "deepspeed/comm/", "d2ft_hpc/launch/control", "d2ft_hpc/launch/watch")
+)
+
+
+class Watch:
+    """Made on all ranks together, after `connect`, in the main thread; a context manager that ends in `close`.
+
+    silence_seconds: a rank that is not heard for so long is lost. stall_seconds: longest time without a step.
+    run_folder: gets errors/rank-R.txt. signals: those that ask for a stop.
+    Raises LaunchError on all ranks if one of them does not reach rank 0.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        *,
+        silence_seconds: float = 30.0,
+        stall_seconds: float = 600.0,
+        run_folder: Path | None = None,
+        signals: StopSignals | None = None,
+    ) -> None:
+        self.control, self._run_folder, self._signals = control, run_folder, signals
+        self._silence_seconds, self._stall_seconds = silence_seconds, stall_seconds
+        self._main_thread = threading.get_ident()
+        self._boundary = BoundaryGate()
+        self._progress: float | None = None  # when the main thread last moved on
+        self.reason = ""
+        """Who asked for the stop: a signal's name and the rank that got it."""
+
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._bell, self._bell_rope = socket.socketpair()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._bell, selectors.EVENT_READ, self._do_jobs)
+        if signals is not None:
+            self._selector.register(signals, selectors.EVENT_READ, self._on_signal)
+        self._peers: dict[int, Channel] = {}  # on rank 0 all others, elsewhere rank 0
+        self._heard: dict[int, float] = {}
+        self._last_tick = self._last_beat = time.monotonic()
+        # On rank 0: each rank's age of progress, whether it waits, and where it is.
+        self._states: dict[int, tuple[float, bool, str]] = {}
+        # On rank 0: what is to be agreed on, with the reason; the first is under way. Steps begun by rank.
+        self._wanted: list[tuple[Action, str]] = []
+        self._replies: dict[int, int] = {}
+        self._ending = False
+        self._undumped: set[int] = set()  # peers that are yet to write where they were
+        self._when_dumped: Callable[[], None] = lambda: None
+        self._all_dumped = threading.Event()
+        self._exit_at = float("inf")
+        self._done: set[int] = set()  # ranks that are through
+        self._closed = False
+        # Nobody watches the ranks while they meet: so they are patient no longer than the watch itself.
+        later, control.timeout_seconds = control.timeout_seconds, silence_seconds
+        for rank, peer in connect_links(control).items():
+            self._peers[rank], self._heard[rank] = peer, time.monotonic()
+            self._selector.register(peer, selectors.EVENT_READ, partial(self._receive, rank))
+        control.timeout_seconds = later
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    # What the main thread calls.
+
+    def request(self, action: Action, reason: str = "") -> None:
+        """Asks that all ranks save or stop at a step boundary soon."""
+        self._do(lambda: self._want(action, reason))
+
+    def boundary(self, steps_done: int) -> Action | None:
+        """What all ranks do at this boundary, before step `steps_done`; each calls it before each of its steps.
+
+        After "save" the step follows; after "stop" there is none.
+        """
+        self._progress = time.monotonic()
+        return self._boundary.cross(steps_done)
+
+    def along(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items; each one shows that the main thread moves on, in what takes longer than a step."""
+        for item in items:
+            if self._progress is not None:
+                self._progress = time.monotonic()
+            yield item
+
+    def fail(self, message: str) -> None:
+        """Tells the other ranks that this one is about to abort, and gives them time to write where they were."""
+        self._write_error(FAILURE, message)
+        if self.control.world_size == 1 or self._closed:
+            return
+        self._do(lambda: self._announce(message, then=self._all_dumped.set))
+        self._all_dumped.wait(GRACE_SECONDS)
+
+    def close(self) -> None:
+        """Waits, watched to the last moment, until every rank has come here: then all end at once. Idempotent."""
+        if self._closed:
+            return
+        self._do(self._leave)
+        self._thread.join()
+        for peer in self._peers.values():
+            peer.close()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # The watching thread. Everything below runs in it.
+
+    def _do(self, job: Callable[[], None]) -> None:
+        """From another thread: run `job` in the watching one."""
+        self._jobs.put(job)
+        self._bell_rope.send(b"!")
+
+    def _do_jobs(self) -> None:
+        self._bell.recv(64)
+        while not self._jobs.empty():
+            self._jobs.get()()
+
+    def _run(self) -> None:
+        if self._signals is not None:
+            self._signals.receive_here()
+        while not self._closed:
+            for key, _ in self._selector.select(BEAT_SECONDS / 2):
+                key.data()
+            self._tick()
+
+    def _on_signal(self) -> None:
+        assert self._signals is not None
+        name = self._signals.caught()
+        if name == INTERRUPT:
+            self._ending = True  # by Ctrl-C all ranks end, quietly
+        elif name is not None:
+            self._want("stop", f"signal {name} to {self._name(self.control.rank)}")
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if now - self._last_tick > self._silence_seconds / 2:
+            # This process itself was stopped: it can say nothing of the others' silence.
+            self._heard = dict.fromkeys(self._heard, now)
+            self._progress = self._progress and now
+        self._last_tick = now
+        if now > self._exit_at:
+            os._exit(UNFINISHED)
+        for rank in [r for r, heard in self._heard.items() if now - heard > self._silence_seconds]:
+            self._lost(
+                rank, f"has been silent for {self._silence_seconds:g} s: it is stopped or its node is down"
+            )
+        if now - self._last_beat >= BEAT_SECONDS:
+            self._last_beat = now
+            state = self._state(now)
+            for peer in self._peers.values():
+                peer.send("beat", *state)
+            self._look_for_a_stall(state)
+
+    def _receive(self, rank: int) -> None:
+        try:
+            messages = self._peers[rank].receive()
+        except ClosedError:
+            self._lost(rank, "has closed its connection: the process was killed or its node is down")
+            return
+        self._heard[rank] = time.monotonic()
+        for word, *values in messages:
+            getattr(self, f"_on_{word}", self._ignore)(rank, *values)
+
+    def _ignore(self, rank: int, *values: Any) -> None:
+        pass
+
+    def _name(self, rank: int) -> str:
+        return describe_ranks([rank], (*self.control.hosts, ""))
+
+    # Agreement on a boundary.
+
+    def _want(self, action: Action, reason: str) -> None:
+        if self.control.rank != 0:
+            self._peers[0].send("want", action, reason)
+            return
+        if action in (wanted for wanted, _ in self._wanted):
+            return
+        self._wanted.append((action, reason))
+        if len(self._wanted) == 1:
+            self._begin_round()
+
+    def _on_want(self, rank: int, action: Action, reason: str) -> None:
+        self._want(action, reason)
+
+    def _begin_round(self) -> None:
+        self._replies = {0: self._boundary.hold()}
+        for peer in self._peers.values():
+            peer.send("hold")
+        self._end_round_if_complete()
+
+    def _on_hold(self, rank: int) -> None:
+        self._peers[0].send("begun", self._boundary.hold())
+
+    def _on_begun(self, rank: int, steps: int) -> None:
+        self._replies[rank] = steps
+        self._end_round_if_complete()
+
+    def _end_round_if_complete(self) -> None:
+        if not set(self._peers) <= set(self._replies):
+            return
+        action, reason = self._wanted.pop(0)
+        step = max(self._replies.values())
+        for peer in self._peers.values():
+            peer.send("at", action, step, reason)
+        self._on_at(0, action, step, reason)
+        if self._wanted:
+            self._begin_round()
+
+    def _on_at(self, rank: int, action: Action, step: int, reason: str) -> None:
+        self.reason = reason or self.reason
+        self._boundary.release(action, step)
+
+    # Stalls.
+
+    def _state(self, now: float) -> tuple[float, bool, str]:
+        """Seconds since the main thread moved on, whether it waits for other ranks, and where it is."""
+        age = 0.0 if self._progress is None else now - self._progress
+        frame = sys._current_frames().get(self._main_thread)
+        if age < self._stall_seconds / 2 or frame is None:
+            return age, False, ""
+        stack = traceback.extract_stack(frame)
+        waiting = any(part in entry.filename for entry in stack[-12:] for part in _WAITING)
+        return age, waiting, f"{stack[-1].filename}:{stack[-1].lineno} in {stack[-1].name}"
+
+    def _on_beat(self, rank: int, age: float, waiting: bool, place: str) -> None:
+        if self.control.rank == 0:
+            self._states[rank] = (age, waiting, place)
+
+    def _look_for_a_stall(self, own: tuple[float, bool, str]) -> None:
+        if self.control.rank != 0 or self._ending:
+            return
+        states = {**self._states, 0: own}
+        if min(age for age, _, _ in states.values()) < self._stall_seconds:
+            return
+        hung = [rank for rank, (_, waiting, _) in states.items() if not waiting] or list(states)
+        places = ", ".join(sorted({states[rank][2] for rank in hung}))
+        others = " while the others wait" if len(hung) < len(states) else ""
+        self._end(
+            f"error: {describe_ranks(hung, self.control.hosts)} hang{'s' if len(hung) == 1 else ''}: no step has"
+            f" ended for {self._stall_seconds:g} s (launch.stall_seconds){others}; at {places}"
+        )
+
+    # Ends.
+
+    def _lost(self, rank: int, how: str) -> None:
+        if rank == 0 and 0 in self._done:
+            self._closed = True  # rank 0 was the first to go
+            return
+        self._drop(rank)
+        message = f"error: {self._name(rank)} {how}"
+        if self._ending:
+            self._dumped(rank)
+        elif self.control.rank <= 1:
+            self._end(message)
+        else:
+            self._ending = True
+            self._dump(message)
+            time.sleep(GRACE_SECONDS)  # rank 1 speaks, unless it went with rank 0
+            self._end(message)
+
+    def _end(self, message: str) -> None:
+        """This rank found out that the job cannot go on: it says so and ends all."""
+        print_line(f"[{self._name(self.control.rank)}] {message}")
+        self._dump(message)
+        self._exit_at = time.monotonic() + GRACE_SECONDS / 3
+        self._announce(message, then=lambda: os._exit(UNFINISHED))
+
+    def _announce(self, message: str, then: Callable[[], None]) -> None:
+        """Tells all peers, which write where they were, and does `then` when they have."""
+        self._tell_end(f"[{self._name(self.control.rank)}] {message}", set(self._peers), then)
+
+    def _tell_end(self, message: str, ranks: set[int], then: Callable[[], None]) -> None:
+        self._ending, self._undumped, self._when_dumped = True, ranks, then
+        for rank in ranks:
+            self._peers[rank].send("end", message)
+        if not ranks:
+            then()
+
+    def _on_end(self, teller: int, message: str) -> None:
+        if self._ending:
+            return
+        self._exit_at = time.monotonic() + 2 * GRACE_SECONDS  # if no launcher ends this process
+        self._dump(message)
+        self._tell_end(message, set(self._peers) - {teller}, then=lambda: self._answer(teller))
+
+    def _answer(self, teller: int) -> None:
+        if teller in self._peers:
+            self._peers[teller].send("dumped")
+
+    def _on_dumped(self, rank: int) -> None:
+        self._dumped(rank)
+
+    def _dumped(self, rank: int) -> None:
+        if rank in self._undumped:
+            self._undumped.remove(rank)
+            if not self._undumped:
+                self._when_dumped()
+
+    def _dump(self, message: str) -> None:
+        frame = sys._current_frames().get(self._main_thread)
+        stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
+        text = f"ended by: {message}\nthis rank was here:\n{stack}"
+        self._write_error(f"rank-{self.control.rank}.txt", text)
+
+    def _write_error(self, name: str, text: str) -> None:
+        if self._run_folder is None:
+            return
+        path = self._run_folder / "errors" / name
+        with suppress(OSError):  # the message is told in any case
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+
+    def _leave(self) -> None:
+        self._on_done(self.control.rank)
+        if self.control.rank != 0:
+            self._peers[0].send("done")
+
+    def _on_done(self, rank: int) -> None:
+        """Rank 0 collects all ranks, then tells all."""
+        self._done.add(rank)
+        if self.control.rank != 0:
+            self._closed = rank == 0
+        elif self._done >= {0, *self._peers}:
+            for peer in self._peers.values():
+                peer.send("done")
+            self._closed = True
+
+    def _drop(self, rank: int) -> None:
+        self._selector.unregister(self._peers[rank])
+        self._peers.pop(rank).close()
+        del self._heard[rank]
+        self._states.pop(rank, None)

@@ -1,0 +1,58 @@
+"""LoRA (arXiv 2106.09685) on the blocks' qkv, proj, fc1 and fc2, by the library peft.
+
+By head: B of qkv and fc1 (rows) and A of proj and fc2 (columns) belong to the heads; A of qkv and fc1 and B of proj and
+fc2 are shared by all heads of a block and take the gradients of those that are FULL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.model.subnets import LINEAR_LAYERS, ParameterClass, SubnetMap
+
+ADAPTER = "default"
+
+
+def add_lora(
+    model: VisionTransformer, *, rank: int, alpha: int, dropout: float, layers: Sequence[str]
+) -> None:
+    """Adapts `layers` ("qkv", "proj", "fc1", "fc2") of every block; all else but the classifier is frozen.
+
+    alpha: the low-rank product counts alpha / rank times. Raises ConfigError if peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ConfigError("model.lora: needs the library peft: pip install 'd2ft-hpc[lora]'") from None
+    inner = "|".join(name.replace(".", r"\.") for name in LINEAR_LAYERS if name.split(".")[1] in layers)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=rf"blocks\.\d+\.({inner})",
+    )
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    subnets = SubnetMap.of(model)
+    for name, parameter in model.named_parameters():
+        if subnets.classify(name) is ParameterClass.CLASSIFIER:
+            parameter.requires_grad_(True)
+
+
+def timm_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state in timm's names, low-rank products added to the weights that they adapt."""
+    state = dict(model.state_dict())
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A"):
+            for key in [key for key in state if key.startswith(f"{name}.")]:
+                value = state.pop(key)
+                if key.startswith(f"{name}.base_layer."):
+                    state[key.replace(".base_layer.", ".")] = value
+            weight = state[f"{name}.weight"]
+            with torch.no_grad():
+                state[f"{name}.weight"] = weight + layer.get_delta_weight(ADAPTER).to(weight)
+    return state

@@ -1,0 +1,129 @@
+"""What the engines send in a step under a plan: bytes of one rank, the same model for planners and reports.
+
+All counts are those of ring algorithms, as `metering.meter` counts them while a step runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.plan import Operation
+from d2ft_hpc.planning.problem import Floats, Ints
+
+DataParallel = Literal["zero0", "zero1", "zero2", "zero3", "fsdp2"]
+
+ALL_REDUCES_OF_A_BLOCK = 2
+"""Tensor-parallel sums of a block in each direction: after attention and after the FFN, before them backward."""
+
+
+def ring_bytes(collective: str, payload_bytes: float, ranks: int) -> float:
+    """Bytes that one rank sends, on average, for a collective over `payload_bytes` (the full tensor)."""
+    if collective in ("send", "recv"):
+        return payload_bytes if collective == "send" else 0
+    share = (ranks - 1) / ranks
+    return payload_bytes * (2 * share if collective == "allreduce" else share)
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Data parallelism of one model (or of one rank's part of it).
+
+    engine: "zero0" (also plain data parallelism), "zero1", "zero2", "zero3", "fsdp2".
+    replicas: how many reduce together. slots: micro-batches of each in a step.
+    gradient_bytes: of all trained parameters' gradients as they are reduced. parameter_bytes: of all parameters as
+        they are gathered; updated_bytes: of the trained ones.
+    gathers: how often zero3 and fsdp2 gather all weights in a step; None: for the forward and again for the backward
+        of every micro-batch. (ZeRO 3 keeps weights that are needed again soon, small models as a whole: 1.)
+    """
+
+    engine: DataParallel
+    replicas: int
+    slots: int
+    gradient_bytes: float
+    parameter_bytes: float
+    updated_bytes: float
+    gathers: int | None = None
+
+    def bytes_of_step(self) -> dict[str, float]:
+        """By collective, what one rank sends in a step. No plan changes it: a gradient that nobody computed is reduced
+        as zeros, and a block that nobody runs is gathered, because the collectives' order is fixed.
+
+        zero0 sums gradients once; zero1 sums them once and gathers what each rank updated; zero2 sums them in every
+        micro-batch (DeepSpeed sums whole buckets, of which each rank keeps its part); zero3 and fsdp2 scatter the sums
+        in every micro-batch and gather the weights `gathers` times.
+        """
+        sums = self.slots if self.engine == "zero2" else 1
+        if self.engine in ("zero3", "fsdp2"):
+            gathers = 2 * self.slots if self.gathers is None else self.gathers
+            payloads = {
+                "allgather": gathers * self.parameter_bytes,
+                "reduce_scatter": self.slots * self.gradient_bytes,
+            }
+        else:
+            updated = 0.0 if self.engine == "zero0" else self.updated_bytes
+            payloads = {"allreduce": sums * self.gradient_bytes, "allgather": updated}
+        return {
+            name: ring_bytes(name, payload, self.replicas) for name, payload in payloads.items() if payload
+        }
+
+    @property
+    def meets_every_block(self) -> bool:
+        """Whether replicas wait for each other in every block of every micro-batch, not only at the step's end."""
+        return self.engine in ("zero3", "fsdp2")
+
+
+@dataclass(frozen=True, eq=False)
+class TensorParallelBytes:
+    """What each rank of a tensor-parallel group sends, on average: float64 [row, block]."""
+
+    forward: Floats
+    backward: Floats
+
+
+def tensor_parallel_bytes(
+    operations: npt.NDArray[np.uint8], owner: Ints, ranks: int, activation_bytes: float
+) -> TensorParallelBytes:
+    """operations: uint8 [row, block, head]. owner: int64 [block, head], the rank of each head.
+
+    activation_bytes: of one row's activations between blocks (samples x tokens x width x bytes of a number).
+
+    A (row, block) whose heads are all SHORTCUT sends nothing forward, one without FULL heads sends nothing backward,
+    and one whose heads of that kind all lie on one rank is broadcast instead of summed. Raises PlanError if the
+    owner map does not fit.
+    """
+    if owner.shape != operations.shape[1:] or owner.min() < 0 or owner.max() >= ranks:
+        raise PlanError(
+            f"An owner map of shape {owner.shape} with ranks {owner.min()} to {owner.max()} does not fit "
+            f"{operations.shape[1]} blocks x {operations.shape[2]} heads on {ranks} ranks."
+        )
+    of_senders = np.array(
+        [0.0]
+        + [
+            ALL_REDUCES_OF_A_BLOCK
+            * ring_bytes("broadcast" if senders == 1 else "allreduce", activation_bytes, ranks)
+            for senders in range(1, ranks + 1)
+        ]
+    )
+    return TensorParallelBytes(
+        *(
+            of_senders[_senders(operations >= least, owner, ranks)]
+            for least in (Operation.FORWARD_ONLY, Operation.FULL)
+        )
+    )
+
+
+def pipeline_bytes(slots: int, activation_bytes: float) -> float:
+    """What the two stages at a boundary send each other in a step: the activations of every micro-batch forward, and
+    their gradients back, whatever the plan."""
+    return 2.0 * slots * activation_bytes
+
+
+def _senders(active: npt.NDArray[np.bool_], owner: Ints, ranks: int) -> Ints:
+    """How many ranks have an active head, int64 [row, block]. active: bool [row, block, head]."""
+    is_sender = np.stack([(active & (owner == rank)).any(axis=2) for rank in range(ranks)])
+    return np.asarray(is_sender.sum(axis=0))

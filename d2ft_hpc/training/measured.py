@@ -1,0 +1,28 @@
+"""What a job measures on its ranks before it starts: times of passes and messages, and costs for its planner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from d2ft_hpc.metering.all_reduce import AllReduceSeconds, measure_all_reduce
+from d2ft_hpc.metering.profile import PassProfile, profile_passes
+from d2ft_hpc.training.job import Job
+from d2ft_hpc.training.plan_costs import PlanCosts, find_costs
+
+
+@dataclass(frozen=True)
+class Measured:
+    profile: PassProfile
+    all_reduce: AllReduceSeconds
+    plan_costs: PlanCosts
+
+
+def measure_job(job: Job) -> Measured:
+    """On all ranks together, before the engine is built and any random state is restored."""
+    data = job.config.data
+    shape = (data.micro_batch_size, 3, data.image_size, data.image_size)
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    profile = profile_passes(job.model, job.executor, shape, precision[job.config.engine.precision])
+    return Measured(profile, measure_all_reduce(job.device), find_costs(job, profile))

@@ -1,0 +1,159 @@
+"""Costs and speeds that a run's plans reckon with: counted, measured or the paper's; the same on a resumed run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from d2ft_hpc.config import RunConfig
+from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.launch import share
+from d2ft_hpc.metering.profile import PassProfile
+from d2ft_hpc.training.job import Job
+
+COSTS = "costs.json"
+"""In the run folder: what a resumed run plans with."""
+
+PAPER_FORWARD_COST = 0.4
+"""Of FORWARD_ONLY in units of FULL (arXiv 2504.12471)."""
+
+SAME_SPEED = 0.1
+"""Speeds that differ by less than this share count as equal: a measurement's noise must not make plans uneven."""
+
+
+@dataclass(frozen=True)
+class PlanCosts:
+    """forward_share: cost of FORWARD_ONLY in units of FULL. always_share: of the dense step, what always runs.
+
+    device_speed: relative speed of each rank. source: "flops", "measured" or "paper".
+    """
+
+    forward_share: float
+    always_share: float
+    device_speed: list[float]
+    source: str
+
+
+def find_costs(job: Job, profile: PassProfile) -> PlanCosts:
+    """What `plan.costs` and `plan.device_speed` ask for; on all ranks together, the same on each.
+
+    profile: this rank's. An older one of the same hardware and model takes its place, if the cache folder has one, so
+    that runs do not differ by the noise of a measurement. A resumed run takes what it planned with before.
+
+    Raises ConfigError if the speeds are not as many as the ranks, or if there is nothing measured.
+    """
+    config, control = job.config, job.control
+    path = config.run_folder / COSTS
+    own = _kept(job, profile) if config.plan.costs == "measured" else profile
+    of_ranks = [
+        PassProfile(**json.loads(part)) for part in control.all_gather(json.dumps(asdict(own)).encode())
+    ]
+
+    def decide() -> bytes:
+        if config.train.resume and path.exists():
+            return path.read_bytes()
+        costs = json.dumps(asdict(_costs(job, of_ranks)), indent=1).encode()
+        _write(path, costs)
+        return costs
+
+    return PlanCosts(**json.loads(share(control, decide, "costs of the plans")))
+
+
+def _costs(job: Job, of_ranks: Sequence[PassProfile]) -> PlanCosts:
+    ranks = len(of_ranks)
+    table = job.config.plan.device_speed
+    if table is not None and len(table) != ranks:
+        raise ConfigError(
+            f"plan.device_speed={table}: {len(table)} speeds for {ranks} ranks; give one for every rank, or null"
+        )
+    speed = [1.0] * ranks if table is None else list(table)
+    match job.config.plan.costs:
+        case "flops":
+            return PlanCosts(job.costs.forward_share, job.costs.always_share, speed, "flops")
+        case "paper":
+            return PlanCosts(PAPER_FORWARD_COST, 0.0, speed, "paper")
+        case "measured":
+            if not np.isfinite([passes.dense_seconds for passes in of_ranks]).all():
+                raise ConfigError(
+                    "plan.costs='measured': a dense micro-batch did not fit on some rank; use flops"
+                )
+            if table is None:
+                speed = relative_speeds([passes.dense_seconds for passes in of_ranks])
+            return PlanCosts(
+                float(np.median([passes.forward_share for passes in of_ranks])),
+                float(np.median([passes.always_share for passes in of_ranks])),
+                speed,
+                "measured",
+            )
+
+
+def relative_speeds(seconds: Sequence[float]) -> list[float]:
+    """Speeds with mean 1 from the seconds that every rank takes for the same work; small differences do not count."""
+    speed = 1 / np.asarray(seconds, dtype=np.float64)
+    order = np.argsort(speed, kind="stable")
+    starts = np.flatnonzero(np.diff(speed[order], prepend=-np.inf) > SAME_SPEED * speed[order])
+    for group in np.split(order, starts[1:]):
+        speed[group] = speed[group].mean()
+    return [float(value) for value in speed / speed.mean()]
+
+
+def _kept(job: Job, profile: PassProfile) -> PassProfile:
+    """The profile that the cache folder keeps for this hardware and model; it keeps this one if it has none."""
+    path = cache_folder() / f"profile-{_key(job)}.json"
+    try:
+        return PassProfile(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):  # none yet, or damaged
+        _write(path, json.dumps(asdict(profile)).encode())
+        return profile
+
+
+def cache_folder() -> Path:
+    """`D2FT_HPC_CACHE`, or d2ft-hpc in the user's cache folder."""
+    own = os.environ.get("D2FT_HPC_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "d2ft-hpc"
+
+
+def _key(job: Job) -> str:
+    """Of everything that decides how long a pass takes."""
+    config: RunConfig = job.config
+    hardware = _processor()
+    if job.device.type == "cuda":
+        hardware = torch.cuda.get_device_name(job.device)
+    decisive = [
+        hardware,
+        torch.__version__,
+        torch.get_num_threads(),
+        config.model.model_dump(exclude={"weights"}),
+        config.data.image_size,
+        config.data.micro_batch_size,
+        config.engine.precision,
+        str(next(job.model.parameters()).dtype),
+    ]
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _processor() -> str:
+    """The processor's model, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Complete or not at all, whoever else writes the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    building.write_bytes(content)
+    os.replace(building, path)

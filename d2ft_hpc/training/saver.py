@@ -1,0 +1,198 @@
+"""Writes checkpoints beside the training: a step waits for copies in memory only, a thread does the rest."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2ft_hpc.engines.engine import Engine
+from d2ft_hpc.engines.portable import write_file
+from d2ft_hpc.errors import CheckpointError
+from d2ft_hpc.launch import Control, agreed
+from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.training.checkpoint import (
+    MANIFEST,
+    PLAN,
+    POSITION,
+    Position,
+    checkpoint_name,
+    complete_checkpoints,
+    random_state,
+    random_state_name,
+    sha256,
+)
+
+_POLL_SECONDS = 0.05
+
+
+class CheckpointSaver:
+    """Saves checkpoints into `folder` and keeps the newest `keep`; a context manager that ends in `finish`.
+
+    Each rank writes its own files and, when they are on disk, a list of them with their checksums. Rank 0 waits for
+    all lists, joins them into the manifest and gives the folder its name: so a kill at any moment leaves only whole
+    checkpoints and one folder that the next save removes.
+    """
+
+    def __init__(self, folder: Path, control: Control, *, keep: int) -> None:
+        self._folder, self._control, self._keep = folder, control, keep
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")
+        self._written: Future[None] | None = None
+        self._completed: Future[None] | None = None
+        self._abandoned = threading.Event()
+        self.newest_step = -1
+        """Steps done at the newest save."""
+
+    def save(
+        self, engine: Engine, plan: SkipPlan, position: Position, flush_results: Callable[[], None]
+    ) -> Path:
+        """Begins to write the checkpoint at `position`; on all ranks together. Waits for the one before.
+
+        flush_results: called in the thread, since the results up to here must outlive this process if the checkpoint
+        does.
+        Raises CheckpointError on all ranks if the one before could not be written.
+        """
+        self.finish()
+        target = self._folder / checkpoint_name(position.steps_done)
+        building = target.with_suffix(".building")
+        with agreed(self._control, "making the checkpoint's folder"):
+            if self._control.rank == 0:
+                for left in self._folder.glob("*.building"):
+                    shutil.rmtree(left)
+                building.mkdir(parents=True)
+        files: list[tuple[Any, Path]] = []
+        engine.save(building, lambda state, path: files.append((snapshot(state), path)))
+        files.append((random_state(), building / random_state_name(self._control.rank)))
+        self._written = self._threads.submit(self._write, building, files, flush_results)
+        if self._control.rank == 0:
+            self._completed = self._threads.submit(self._complete, building, target, plan, position)
+        self.newest_step = position.steps_done
+        return target
+
+    def finish(self) -> None:
+        """Waits until the newest checkpoint is on disk; on all ranks together. Raises CheckpointError on all."""
+        if self._written is None:
+            return
+        # First whether every rank has written, since rank 0 would wait without end for one that cannot.
+        for part in (self._written, self._completed):
+            with agreed(self._control, "saving the checkpoint"):
+                try:
+                    if part is not None:
+                        part.result()
+                except OSError as error:
+                    raise CheckpointError(
+                        f"cannot write below {self._folder}: {error.strerror or error}; free space, or choose another "
+                        "run.folder, and resume"
+                    ) from error
+        self._written = self._completed = None
+
+    def __enter__(self) -> CheckpointSaver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        self._abandoned.set()
+        self._threads.shutdown()
+
+    def _write(
+        self, building: Path, files: list[tuple[Any, Path]], flush_results: Callable[[], None]
+    ) -> None:
+        """In a thread: this rank's results and files, then the files' list."""
+        flush_results()
+        listing = building / _listing_name(self._control.rank)
+        checksums = {}
+        for state, path in files:
+            if path.suffix == ".safetensors":
+                write_file(state, path)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                content = io.BytesIO()  # torch.save tells a full disk apart from nothing else
+                torch.save(state, content)
+                path.write_bytes(content.getbuffer())
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            checksums[str(path.relative_to(building))] = sha256(path)
+        _write_text(listing, json.dumps(checksums))
+
+    def _complete(self, building: Path, target: Path, plan: SkipPlan, position: Position) -> None:
+        """In a thread of rank 0."""
+        plan.save(building / PLAN)
+        _write_text(building / POSITION, json.dumps(asdict(position)))
+        listings = [building / _listing_name(rank) for rank in range(self._control.world_size)]
+        while not all(listing.exists() for listing in listings):
+            if self._abandoned.is_set():
+                return
+            time.sleep(_POLL_SECONDS)
+        checksums: dict[str, str] = {}
+        for listing in listings:
+            checksums |= json.loads(listing.read_text())
+            listing.unlink()
+        for path in sorted(path for path in building.rglob("*") if path.is_file()):
+            name = str(path.relative_to(building))
+            if name not in checksums:  # the plan, the position and what an engine wrote by itself
+                checksums[name] = sha256(path)
+        _write_text(building / MANIFEST, json.dumps(checksums, indent=1))
+        _sync(building)
+        _remove(target)
+        os.replace(building, target)
+        _sync(self._folder)
+        for left in self._folder.glob("*.removing"):
+            shutil.rmtree(left)
+        for old in complete_checkpoints(self._folder)[: -self._keep]:
+            _remove(old)
+
+
+def snapshot(state: Any) -> Any:
+    """A copy on the CPU of everything that the next step may change: nested dicts, lists and tuples of tensors."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        copied = copy.copy(state)  # keeps an OrderedDict one, with its attributes
+        for key, value in state.items():
+            copied[key] = snapshot(value)
+        return copied
+    if type(state) in (list, tuple):
+        return type(state)(map(snapshot, state))
+    return copy.copy(state)
+
+
+def _listing_name(rank: int) -> str:
+    return f"rank-{rank}.json"
+
+
+def _remove(checkpoint: Path) -> None:
+    """Removes it; a kill in between leaves no half of it under its name."""
+    if checkpoint.exists():
+        removing = checkpoint.with_suffix(".removing")
+        shutil.rmtree(removing, ignore_errors=True)
+        os.replace(checkpoint, removing)
+        shutil.rmtree(removing)
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,48 @@
+# shellcheck shell=bash
+# Your site, once for all scripts of this folder, which source it. Edit the part between the lines.
+
+# ---- modules, conda, venv ------------------------------------------------------------------------------------------
+# module purge && module load python cuda openmpi
+# source "$HOME/miniconda3/bin/activate" d2ft
+# shellcheck disable=SC1091 # made by the user
+if [[ -f .venv/bin/activate ]]; then source .venv/bin/activate; fi
+# How srun starts MPI ranks: pmi2 for MPICH and Intel MPI (also the `mpich` wheel), pmix for Open MPI, cray_shasta on
+# Cray. `srun --mpi=list` shows what there is; `sbatch slurm/doctor.sh CONFIG` finds out whether it fits.
+export SLURM_MPI_TYPE=${SLURM_MPI_TYPE:-pmi2}
+# Compute nodes rarely reach the internet: models come from the cache that a login node filled.
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0   # if the nodes have several networks
+# export FI_PROVIDER=cxi                                 # Slingshot
+# --------------------------------------------------------------------------------------------------------------------
+
+# srun does not take --cpus-per-task over from sbatch.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
+
+# train CONFIG [KEY=VALUE ...]: trains on all tasks of the job and, where the run is not done, puts the job back into
+# the queue. Ranks come from srun; the run goes on from its newest checkpoint, and ends at once if it is finished.
+train() {
+  local config=$1 status=0
+  shift
+  trap : TERM # the ranks get it too, save, and end; this shell has to outlive them
+  srun --kill-on-bad-exit=1 --label "${CONTAINER[@]}" python -m d2ft_hpc train "$config" train.resume=auto "$@" ||
+    status=$?
+  requeue_if_unfinished "$status"
+}
+
+# 75: stopped by a signal, or a rank was lost. 137, 140, 143: a rank was killed, or was signalled before it could listen.
+requeue_if_unfinished() {
+  local most_restarts=20
+  case $1 in
+  75 | 137 | 140 | 143)
+    # A job that the user cancelled stays so.
+    if [[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]] && ((${SLURM_RESTART_COUNT:-0} < most_restarts)); then
+      echo "unfinished (status $1): back into the queue"
+      scontrol requeue "$SLURM_JOB_ID"
+      sleep 60 # until Slurm ends this script
+    fi
+    ;;
+  esac
+  exit "$1"
+}
+CONTAINER=() # what runs python inside a container; see container.sh

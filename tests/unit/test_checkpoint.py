@@ -1,0 +1,218 @@
+"""Checkpoints are whole or absent; runs start where they may; the run folder tells no secrets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from d2ft_hpc.config import RunConfig, load_config
+from d2ft_hpc.engines.engine import MicroBatch, StateWriter, StepReport
+from d2ft_hpc.errors import CheckpointError, ConfigError, LaunchError
+from d2ft_hpc.launch.control import SoloControl
+from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.training import run_folder
+from d2ft_hpc.training.checkpoint import (
+    Position,
+    complete_checkpoints,
+    load_checkpoint,
+    read_position,
+    verify,
+)
+from d2ft_hpc.training.resume import choose_start, fitted_to_ranks
+from d2ft_hpc.training.saver import CheckpointSaver, snapshot
+
+PLAN = SkipPlan.dense(2, 1, 3, 4)
+
+
+def no_results() -> None:
+    """Nothing to flush."""
+
+
+class OneTensor:
+    """An engine whose state is a tensor that every step changes."""
+
+    def __init__(self) -> None:
+        self.tensor = torch.zeros(1000)
+
+    def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
+        self.tensor += 1
+        return StepReport()
+
+    def save(self, folder: Path, write: StateWriter) -> None:
+        write({"tensor": self.tensor}, folder / "state.pt")
+
+    def load(self, folder: Path) -> None:
+        self.tensor = torch.load(folder / "state.pt", weights_only=True)["tensor"]
+
+
+def save_some(folder: Path, steps: int = 5, keep: int = 2) -> None:
+    engine = OneTensor()
+    with CheckpointSaver(folder, SoloControl(), keep=keep) as saver:
+        for step in range(1, steps + 1):
+            engine.step([])
+            position = Position(steps_done=step, batches_done=step, plans_made=1, rows=2, ranks=1)
+            saver.save(engine, PLAN, position, no_results)
+
+
+def test_the_newest_are_kept_and_hold_what_was_there_when_they_were_saved(tmp_path: Path) -> None:
+    save_some(tmp_path, steps=5, keep=2)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000004", "step-00000005"]
+    for checkpoint, step in zip(complete_checkpoints(tmp_path), (4, 5), strict=True):
+        engine = OneTensor()
+        assert load_checkpoint(checkpoint, engine, SoloControl()) == PLAN
+        assert engine.tensor.unique().tolist() == [step]
+        assert read_position(checkpoint).steps_done == step
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    save_some(tmp_path, steps=1)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    load_checkpoint(complete_checkpoints(tmp_path)[0], OneTensor(), SoloControl())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_every_damage_is_found(tmp_path: Path) -> None:
+    save_some(tmp_path / "whole", steps=1)
+    (whole,) = complete_checkpoints(tmp_path / "whole")
+    names = [path.name for path in whole.iterdir()]
+    assert set(names) == {"state.pt", "random-state-0.pt", "plan.h5", "position.json", "manifest.json"}
+    for name in names:
+        for damage in ("flip", "cut", "remove"):
+            copy = shutil.copytree(whole, tmp_path / f"{name}-{damage}")
+            content = bytearray((copy / name).read_bytes())
+            if damage == "flip":
+                content[len(content) // 2] ^= 1
+                (copy / name).write_bytes(content)
+            elif damage == "cut":
+                (copy / name).write_bytes(content[: len(content) // 2])
+            else:
+                (copy / name).unlink()
+            with pytest.raises(CheckpointError, match="damaged"):
+                verify(copy)
+
+
+def test_a_half_written_checkpoint_is_none_and_is_removed_by_the_next(tmp_path: Path) -> None:
+    save_some(tmp_path, steps=1)
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000002.building")
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000003.removing")
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000001"]
+    save_some(tmp_path, steps=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_what_cannot_be_written_is_told_at_the_next_save(tmp_path: Path) -> None:
+    engine = OneTensor()
+
+    class Broken(OneTensor):
+        def save(self, folder: Path, write: StateWriter) -> None:
+            write({}, Path("/dev/full"))
+
+    def save_twice() -> None:
+        with CheckpointSaver(tmp_path, SoloControl(), keep=1) as saver:
+            saver.save(Broken(), PLAN, Position(steps_done=1), no_results)
+            saver.save(engine, PLAN, Position(steps_done=2), no_results)
+
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_twice()
+    assert complete_checkpoints(tmp_path) == []
+
+
+def test_a_snapshot_shares_nothing_with_the_state() -> None:
+    state: Any = OrderedDict(
+        a=torch.zeros(2), b=[torch.zeros(2), (torch.zeros(2), 3)], c={"d": torch.zeros(2)}
+    )
+    copied = snapshot(state)
+    for tensor in (state["a"], state["b"][0], state["b"][1][0], state["c"]["d"]):
+        tensor += 1
+    assert copied["a"].sum() + copied["b"][0].sum() + copied["b"][1][0].sum() + copied["c"]["d"].sum() == 0
+    assert type(copied) is OrderedDict
+    assert copied["b"][1][1] == 3
+
+
+def config_in(folder: Path, *overrides: str) -> RunConfig:
+    return load_config(Path("configs/demo.yaml"), [f"run.folder={folder}", *overrides])
+
+
+def begun(folder: Path, *overrides: str) -> RunConfig:
+    """A run that has saved two checkpoints."""
+    config = config_in(folder, *overrides)
+    run_folder.record_launch(config, SoloControl(), {}, "the beginning")
+    save_some(config.run_folder / "checkpoints")
+    return config
+
+
+def test_where_a_run_starts(tmp_path: Path) -> None:
+    assert choose_start(config_in(tmp_path, "train.resume=auto"), SoloControl()).checkpoint is None
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        choose_start(config_in(tmp_path, "train.resume=true"), SoloControl())
+    begun(tmp_path)
+    assert choose_start(config_in(tmp_path), SoloControl()).checkpoint is None
+    for resume in ("auto", "true"):
+        start = choose_start(config_in(tmp_path, f"train.resume={resume}", "train.epochs=9"), SoloControl())
+        assert start.checkpoint is not None
+        assert (start.checkpoint.name, start.position.steps_done) == ("step-00000005", 5)
+
+
+def test_a_damaged_checkpoint_is_passed_over_where_nobody_can_choose(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = begun(tmp_path)
+    (config.run_folder / "checkpoints" / "step-00000005" / "state.pt").write_bytes(b"")
+    start = choose_start(config_in(tmp_path, "train.resume=auto"), SoloControl())
+    assert start.checkpoint is not None
+    assert start.checkpoint.name == "step-00000004"
+    assert "passed over" in capfd.readouterr().err
+
+
+def test_another_run_is_not_continued(tmp_path: Path) -> None:
+    begun(tmp_path)
+    with pytest.raises(ConfigError, match=r"run\.seed=1: the run in .* was begun with 0; .* run\.name"):
+        choose_start(config_in(tmp_path, "train.resume=auto", "run.seed=1"), SoloControl())
+
+
+@pytest.mark.parametrize(("ranks", "slots"), [(1, 12), (2, 6), (3, 4), (12, 1)])
+def test_other_ranks_share_the_same_rows(tmp_path: Path, ranks: int, slots: int) -> None:
+    config = config_in(tmp_path, "data.slots=3")
+    assert fitted_to_ranks(config, Position(rows=12), ranks).data.slots == slots
+
+
+def test_ranks_that_cannot_share_the_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="resume it on 1, 2, 3, 4, 6 or 12 ranks"):
+        fitted_to_ranks(config_in(tmp_path, "data.slots=3"), Position(rows=12), 5)
+
+
+def test_launches_are_recorded_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_JWT", "NCCL_DEBUG", "HF_HUB_TOKEN", "OMP_API_KEY", "MY_PASSWORD"):
+        monkeypatch.setenv(name, "planted")
+    config = begun(tmp_path)
+    text = (config.run_folder / "launches.jsonl").read_text()
+    (line,) = [json.loads(line) for line in text.splitlines()]
+    assert {name for name, value in line["variables"].items() if value == "planted"} == {
+        "SLURM_JOB_ID",
+        "NCCL_DEBUG",
+    }
+    assert text.count("planted") == 2
+    assert len(line["code"]["sources_sha256"]) == 64
+    assert run_folder.read_config(config.run_folder) is not None
+
+
+def test_a_requeued_job_does_not_repeat_a_failure_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = begun(tmp_path)
+    (config.run_folder / "errors").mkdir()
+    (config.run_folder / "errors" / "failure.txt").write_text("KeyError: 'a bug'")
+    by_hand = choose_start(config_in(tmp_path, "train.resume=auto"), SoloControl())
+    assert by_hand.checkpoint is not None
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(LaunchError, match="failed by itself: KeyError: 'a bug'"):
+        choose_start(config_in(tmp_path, "train.resume=auto"), SoloControl())

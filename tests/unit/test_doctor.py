@@ -1,0 +1,81 @@
+"""The doctor on one process: findings, fixes and exit status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2ft_hpc.doctor.finding import Finding, as_text, of_error
+from d2ft_hpc.doctor.work import seconds_left
+from d2ft_hpc.errors import DataError, LaunchError
+
+
+def doctor(*arguments: str) -> tuple[int, dict[str, Any]]:
+    """Exit status and findings by check."""
+    command = [sys.executable, "-m", "d2ft_hpc", "doctor", "--json", "configs/demo.yaml", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 1, ended.stdout + ended.stderr
+    return ended.returncode, {finding["check"]: finding for finding in json.loads(lines[0])["findings"]}
+
+
+def test_a_healthy_place_is_found_healthy(tmp_path: Path) -> None:
+    status, found = doctor(f"run.folder={tmp_path}/new")
+    assert status == 0
+    assert {"ranks", "versions", "gpus", "output", "data", "model", "space", "time"} <= set(found)
+    assert {finding["status"] for finding in found.values()} == {"ok"}
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_every_fault_has_its_fix(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    status, found = doctor(f"run.folder={tmp_path}/file/runs", "data.name=cifar10", "data.root=/absent")
+    assert status == 1
+    failed = {check: finding for check, finding in found.items() if finding["status"] == "failed"}
+    assert set(failed) == {"output", "data"}
+    assert "run.folder" in failed["output"]["fix"]
+    assert "/absent" in failed["data"]["text"] + failed["data"]["fix"]
+
+
+def test_a_wrong_key_is_a_finding() -> None:
+    status, found = doctor("run.foldr=x")
+    assert status == 1
+    assert "run.folder" in found["config"]["fix"] + found["config"]["text"]
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "fix"),
+    [
+        (LaunchError("the port is in use. Unset MASTER_PORT."), "the port is in use", "Unset MASTER_PORT."),
+        (DataError("/x: missing; unpack it there"), "/x: missing", "unpack it there"),
+        (RuntimeError("no message of ours"), "no message of ours", "the general fix"),
+    ],
+)
+def test_an_errors_last_words_are_its_fix(error: Exception, text: str, fix: str) -> None:
+    finding = of_error("check", error, "the general fix")
+    assert (finding.text, finding.fix) == (text, fix)
+    assert f"fix: {fix}" in as_text([finding])
+
+
+def test_a_finding_without_a_fix_is_one_line() -> None:
+    assert as_text([Finding("ranks", "ok", "4 ranks")]) == "ok       ranks      4 ranks"
+
+
+@pytest.mark.parametrize(
+    ("answer", "seconds"),
+    [("1-02:03:04", 93784.0), ("12:30", 750.0), ("2:00:00", 7200.0), ("UNLIMITED", None), ("", None)],
+)
+def test_what_slurm_leaves(
+    answer: str, seconds: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\necho {answer}\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert seconds_left() == seconds
