@@ -122,7 +122,8 @@ def test_full_disk(tmp_path: Path) -> None:
     try:
         assert_ended_with(train(disk, "results.flush_seconds=0.01"), "results", "space")
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        # Lazily: the launcher's own processes may end a moment after it.
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_killed_rank(tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_killed_rank(tmp_path: Path) -> None:
 def test_corrupt_checkpoint(tmp_path: Path) -> None:
     finished, _ = train(tmp_path, "train.checkpoint_every_epochs=1", "data.micro_batch_size=64")
     assert finished.returncode == 0, finished.stderr
-    (state,) = (tmp_path / "demo" / "checkpoints" / "step-00000003").rglob("mp_rank_00_model_states.pt")
+    (state,) = (tmp_path / "demo" / "checkpoints" / "step-00000003").rglob("optimizer.safetensors")
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
     state.write_bytes(content)
