@@ -72,11 +72,17 @@ class PortableState:
             )
 
 
-def write_file(content: Mapping[str, Any], path: Path) -> None:
-    """Writes a safetensors file. Raises OSError where it cannot."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def file_bytes(content: Mapping[str, Any]) -> bytes:
+    """A safetensors file of this content, as a StateWriter takes it."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in content["tensors"].items()}
-    path.write_bytes(serialize(tensors, metadata=dict(content["metadata"])))
+    written: bytes = serialize(tensors, metadata=dict(content["metadata"]))
+    return written
+
+
+def write_file(content: Mapping[str, Any], path: Path) -> None:
+    """The StateWriter that writes at once. Raises OSError where it cannot."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(file_bytes(content))
 
 
 def collect_plain(

@@ -10,12 +10,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.engine import Engine
+from d2ft_hpc.errors import CheckpointError
 from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.model.lora import timm_state
@@ -323,8 +325,15 @@ def _open_own_results(job: Job, start: Start) -> ResultsWriter:
 
 
 def _save_model(job: Job, model: VisionTransformer) -> None:
+    """Raises CheckpointError where it cannot be written; an older model is then unharmed."""
     weights = {name: tensor.contiguous() for name, tensor in timm_state(model).items()}
     path = job.config.run_folder / run_folder.MODEL
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(weights, temporary)
-    temporary.replace(path)
+    try:
+        save_file(weights, temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path}: the trained model cannot be written: {error}; make room, and resume from the last checkpoint"
+        ) from error

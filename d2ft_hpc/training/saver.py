@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from d2ft_hpc.engines.engine import Engine
-from d2ft_hpc.engines.portable import write_file
+from d2ft_hpc.engines.portable import file_bytes
 from d2ft_hpc.errors import CheckpointError
 from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.planning import SkipPlan
@@ -114,14 +113,13 @@ class CheckpointSaver:
         listing = building / _listing_name(self._control.rank)
         checksums = {}
         for state, path in files:
-            if path.suffix == ".safetensors":
-                write_file(state, path)
-            else:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                content = io.BytesIO()  # torch.save tells a full disk apart from nothing else
-                torch.save(state, content)
-                path.write_bytes(content.getbuffer())
-            with path.open("rb") as file:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                if path.suffix == ".safetensors":
+                    file.write(file_bytes(state))
+                else:
+                    torch.save(state, file)
+                file.flush()
                 os.fsync(file.fileno())
             checksums[str(path.relative_to(building))] = sha256(path)
         _write_text(listing, json.dumps(checksums))

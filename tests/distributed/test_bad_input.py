@@ -120,9 +120,10 @@ def test_full_disk(tmp_path: Path) -> None:
     if mounted.returncode:
         pytest.skip("a small file system cannot be mounted here: needs root")
     try:
-        assert_ended_with(train(disk, "results.flush_seconds=0.01"), "results", "space")
+        assert_ended_with(train(disk, "results.flush_seconds=0.01"), "model.safetensors", "space")
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        # Lazily: the launcher's own processes may end a moment after it.
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_killed_rank(tmp_path: Path) -> None:
@@ -159,11 +160,11 @@ def test_killed_rank(tmp_path: Path) -> None:
 def test_corrupt_checkpoint(tmp_path: Path) -> None:
     finished, _ = train(tmp_path, "train.checkpoint_every_epochs=1", "data.micro_batch_size=64")
     assert finished.returncode == 0, finished.stderr
-    (state,) = (tmp_path / "demo" / "checkpoints" / "step-00000003").rglob("mp_rank_00_model_states.pt")
+    (state,) = (tmp_path / "demo" / "checkpoints").glob("step-*/optimizer.safetensors")
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
     state.write_bytes(content)
     before = shutil.copy(tmp_path / "demo" / "results.h5", tmp_path / "before.h5")
     resumed = train(tmp_path, "train.epochs=2", "train.resume=true", "data.micro_batch_size=64")
-    assert_ended_with(resumed, "step-00000003", "damaged")
+    assert_ended_with(resumed, state.parent.name, "damaged")
     assert (tmp_path / "demo" / "results.h5").read_bytes() == Path(before).read_bytes()

@@ -182,7 +182,7 @@ def test_a_file_for_each_rank_survives_a_resumption(tmp_path: Path) -> None:
     options = ["plan.replan.every=1", "train.epochs=2", "results.file_per_rank=true"]
     train(tmp_path / "whole", *options, "train.checkpoint_every_epochs=1")
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    shutil.rmtree(tmp_path / "resumed" / "demo" / "checkpoints" / "epoch-0002")
+    shutil.rmtree(tmp_path / "resumed" / "demo" / "checkpoints" / "step-00000024")
     train(tmp_path / "resumed", *options, "train.resume=true")
     folders = [tmp_path / name / "demo" for name in ("whole", "resumed")]
     with results.open(folders[0]) as whole, results.open(folders[1]) as resumed:
