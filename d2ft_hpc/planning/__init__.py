@@ -5,7 +5,7 @@ from d2ft_hpc.planning.greedy import solve_greedy
 from d2ft_hpc.planning.joint import solve_joint
 from d2ft_hpc.planning.makespan import solve_makespan
 from d2ft_hpc.planning.paper import solve_paper
-from d2ft_hpc.planning.placement import head_order, in_order, place, spread
+from d2ft_hpc.planning.placement import in_order, place, spread
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem, check
 from d2ft_hpc.planning.random_schedule import solve_random
@@ -22,7 +22,6 @@ __all__ = [
     "SkipPlan",
     "Timing",
     "check",
-    "head_order",
     "in_order",
     "place",
     "plan_samples",

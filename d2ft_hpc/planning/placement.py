@@ -71,8 +71,3 @@ def spread(problem: PlanProblem, ranks: int) -> Ints:
 def _place(price: Floats) -> Ints:
     """Place of each head in the order of falling prices, int64 [head]."""
     return np.argsort(np.argsort(-price, kind="stable"), kind="stable")
-
-
-def head_order(owner: Ints) -> Ints:
-    """timm's head in each place, int64 [block, place], once every rank's heads lie together in the order of ranks."""
-    return np.argsort(owner, axis=1, kind="stable")

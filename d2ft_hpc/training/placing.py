@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from d2ft_hpc.engines.model_parallel import PLACEMENT
-from d2ft_hpc.launch import agreed
+from d2ft_hpc.launch import agreed, share
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.stages import cut_stages, layer_flops
-from d2ft_hpc.planning import PlanProblem, spread
+from d2ft_hpc.planning import PlanProblem
+from d2ft_hpc.planning import place as place_heads
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.plans import measure_scores
 
@@ -36,15 +37,21 @@ def place(job: Job, checkpoint: Path | None, watch: Watch) -> Placement:
     if config.engine.head_placement == "spread" and layout.tensor_ranks > 1:
         scores = measure_scores(job, job.model, job.loss, watch)
         if scores is not None:
-            with agreed(job.control, "placing the heads"):
-                problem = PlanProblem.parallel(
-                    scores.forward.astype(np.float64),
-                    scores.backward.astype(np.float64),
-                    replicas=layout.replicas,
-                    compute_budget=1.0,
-                    forward_cost=job.costs.forward_share,
-                )
-                owner = spread(problem, layout.tensor_ranks)
+            problem = PlanProblem.parallel(
+                scores.forward.astype(np.float64),
+                scores.backward.astype(np.float64),
+                replicas=layout.replicas,
+                rank=owner,
+                compute_budget=config.plan.compute_budget,
+                forward_cost=job.costs.forward_share,
+                always_share=job.costs.always_share,
+            )
+
+            def solve() -> bytes:
+                return place_heads(problem, layout.tensor_ranks).astype("<i8").tobytes()
+
+            # By rank 0 alone: where the time limit stops it depends on the rank.
+            owner = np.frombuffer(share(job.control, solve, "the heads' places"), "<i8").reshape(owner.shape)
     return Placement(layout, stages, owner)
 
 
