@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +20,6 @@ def examine(path: Path, overrides: Sequence[str], *, json: bool) -> int:
 
     Rank 0 prints. Returns 0, or 1 if the run would fail. Where the ranks do not meet, rank 0 goes on alone.
     """
-    from d2ft_hpc.doctor.work import seconds_left
-
     findings: list[Finding] = []
     rank = 0
     control: Control | None = None
@@ -43,6 +42,12 @@ def examine(path: Path, overrides: Sequence[str], *, json: bool) -> int:
     if control is not None:
         control.close()
     return int(any(finding.status == "failed" for finding in findings))
+
+
+def seconds_left() -> float | None:
+    """Until Slurm's time limit; None without one."""
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(end) - time.time() if end.isdigit() else None
 
 
 def _meet(config: RunConfig, environment: LaunchEnvironment) -> tuple[Control | None, Finding]:

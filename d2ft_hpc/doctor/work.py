@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import time
 
 import torch
@@ -38,23 +36,6 @@ def check_parts(
         Finding("data", "ok", f"{len(job.train_set)} training images of {job.train_set.num_classes} classes"),
         Finding("model", "ok", f"{config.model.name}, {parameters / 1e6:.1f} M parameters"),
     ]
-
-
-def seconds_left() -> float | None:
-    """Until Slurm's time limit; None without one. Starts a process: call it before MPI is initialised."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if not job:
-        return None
-    try:
-        answer = subprocess.run(
-            ["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, timeout=20
-        ).stdout.strip()
-        days, _, clock = answer.rpartition("-")
-        parts = [int(part) for part in clock.split(":")]  # UNLIMITED and INVALID are none
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
-    hours, minutes, seconds = [0, 0, *parts][-3:]
-    return 86400.0 * int(days or 0) + 3600.0 * hours + 60.0 * minutes + seconds
 
 
 def check_time(job: Job, left: float | None) -> list[Finding]:

@@ -175,8 +175,8 @@ def test_doctor_catches_each_planted_fault(cluster: Cluster, tmp_path: Path) -> 
         busy_port = cluster.submit(
             one, *script, "run.folder=/sys/kernel/runs", environment={"MASTER_PORT": port}
         )
-        no_weights = cluster.submit(
-            one, *script, f"run.folder={tmp_path}", "model.weights=/absent.safetensors"
+        private = cluster.submit(
+            "--nodes=2", one, *script, "run.folder=/dev/shm/runs", "model.weights=/absent.safetensors"
         )
         unlocked = cluster.submit(one, *script, f"run.folder={tmp_path}", environment=refuse_locks(tmp_path))
         found = findings_of(cluster, wrong_mpi)["ranks"]
@@ -186,7 +186,9 @@ def test_doctor_catches_each_planted_fault(cluster: Cluster, tmp_path: Path) -> 
     assert f":{port}: the port is in use" in found_two["ranks"]["text"]
     assert "MASTER_PORT" in found_two["ranks"]["fix"]
     assert "cannot write to /sys/kernel/runs" in found_two["output"]["text"]
-    assert "/absent.safetensors" in findings_of(cluster, no_weights)["model"]["text"]
+    found = findings_of(cluster, private)
+    assert "/dev/shm/runs is not shared" in found["output"]["text"]
+    assert "/absent.safetensors" in found["model"]["text"]
     assert "refuses HDF5's locks" in findings_of(cluster, unlocked)["locks"]["text"]
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from d2ft_hpc.doctor.examine import seconds_left
 from d2ft_hpc.doctor.finding import Finding, as_text, of_error
-from d2ft_hpc.doctor.work import seconds_left
 from d2ft_hpc.errors import DataError, LaunchError
 
 
@@ -66,16 +67,8 @@ def test_a_finding_without_a_fix_is_one_line() -> None:
     assert as_text([Finding("ranks", "ok", "4 ranks")]) == "ok       ranks      4 ranks"
 
 
-@pytest.mark.parametrize(
-    ("answer", "seconds"),
-    [("1-02:03:04", 93784.0), ("12:30", 750.0), ("2:00:00", 7200.0), ("UNLIMITED", None), ("", None)],
-)
-def test_what_slurm_leaves(
-    answer: str, seconds: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    squeue = tmp_path / "squeue"
-    squeue.write_text(f"#!/bin/sh\necho {answer}\n")
-    squeue.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert seconds_left() == seconds
+def test_the_time_limit_is_what_slurm_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    assert seconds_left() is None
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3600))
+    assert seconds_left() == pytest.approx(3600, abs=30)
