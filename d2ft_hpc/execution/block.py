@@ -64,6 +64,14 @@ def run_block(
     def feed_forward(normed: Tensor, chosen: Tensor, bias: Tensor | None) -> Tensor:
         return ffn_slices(block, head_axes, normed, chosen, bias)
 
+    end_attention, end_feed_forward = branch_ends(block)
+    x = x + _branch(x, heads, block.norm1, attend, block.attn.proj.bias, end_attention)
+    return x + _branch(x, heads, block.norm2, feed_forward, block.mlp.fc2.bias, end_feed_forward)
+
+
+def branch_ends(block: Block) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """What a block does with the sum over heads before it is added to the residual: of attention, and of the FFN."""
+
     def end_attention(branch: Tensor) -> Tensor:
         ended: Tensor = block.drop_path1(block.ls1(block.attn.proj_drop(branch)))
         return ended
@@ -72,8 +80,7 @@ def run_block(
         ended: Tensor = block.drop_path2(block.ls2(block.mlp.drop2(branch)))
         return ended
 
-    x = x + _branch(x, heads, block.norm1, attend, block.attn.proj.bias, end_attention)
-    return x + _branch(x, heads, block.norm2, feed_forward, block.mlp.fc2.bias, end_feed_forward)
+    return end_attention, end_feed_forward
 
 
 def _branch(

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from d2ft_hpc.errors import UnsupportedModelError
-from d2ft_hpc.execution.block import BlockHeads, attention_heads, ffn_slices
+from d2ft_hpc.execution.block import BlockHeads, attention_heads, branch_ends, ffn_slices
 from d2ft_hpc.execution.executor import PlanExecutor
-from d2ft_hpc.model.subnets import HeadAxis
+from d2ft_hpc.model.subnets import LINEAR_LAYERS, HeadAxis
 from d2ft_hpc.parallel.head_split import check_owner, cut_block, heads_of, local_axis
 from d2ft_hpc.parallel.messages import Ranks, ReplicatedTokens
 from d2ft_hpc.planning.plan import Operation
@@ -92,7 +92,7 @@ def share_blocks(
                     f"block {index} has dropout in {name}, of which every tensor-parallel rank would draw its own: set "
                     f"it to 0, or engine.tensor_parallel=1"
                 )
-        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        for name in LINEAR_LAYERS:
             added = [
                 part
                 for part, _ in block.get_submodule(name).named_parameters()
@@ -125,14 +125,7 @@ def run_shared_block(
     def feed_forward(normed: Tensor, chosen: Tensor, _: dict[str, Tensor]) -> Tensor:
         return ffn_slices(block, axes, normed, chosen, None)
 
-    def end_attention(branch: Tensor) -> Tensor:
-        ended: Tensor = block.drop_path1(block.ls1(block.attn.proj_drop(branch)))
-        return ended
-
-    def end_feed_forward(branch: Tensor) -> Tensor:
-        ended: Tensor = block.drop_path2(block.ls2(block.mlp.drop2(branch)))
-        return ended
-
+    end_attention, end_feed_forward = branch_ends(block)
     by_head = {f"{name}.{inner}": p for name, norm in norms.items() for inner, p in norm.named_parameters()}
     x = x + _branch(x, heads, block.norm1, by_head, attend, block.attn.proj.bias, end_attention, messages)
     return x + _branch(

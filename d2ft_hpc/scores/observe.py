@@ -8,9 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from d2ft_hpc.model.subnets import SubnetMap
-
-_LINEAR_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+from d2ft_hpc.model.subnets import LINEAR_LAYERS, SubnetMap
 
 
 class GradientObserver:
@@ -37,7 +35,7 @@ class GradientObserver:
         self._handles = [
             block.get_submodule(name).register_forward_hook(self._hook(index, name))
             for index, block in enumerate(model.blocks)
-            for name in _LINEAR_LAYERS
+            for name in LINEAR_LAYERS
         ]
 
     def close(self) -> None:
