@@ -45,7 +45,7 @@ def fused_forward(model: nn.Module, images: Tensor, operations: np.ndarray) -> T
         order, at = (
             torch.from_numpy(each).to(x.device) for each in (np.concatenate([full, forward_only]), places)
         )
-        x = run_fused(block, x, ChosenHeads(order, full.size, at), (blocks + [None])[index + 1])  # type: ignore[list-item]
+        x = run_fused(block, x, ChosenHeads(order, full.size, at), [*blocks, None][index + 1])
     return model.forward_head(model.norm(x))
 
 

@@ -203,6 +203,8 @@ class PlanExecutor:
         slot, above = self.slot, index + 1
         if slot is None or above not in self.blocks or self._one_point[slot][above]:
             return None
+        if self._reduction is Reduction.BY_BLOCK:
+            return None  # the engine gathers weights block by block, and has not gathered that one's
         return self.blocks[above] if self._is_fused(above, self._slots[slot][above]) else None
 
     def shapes(self, slot: int) -> tuple[tuple[int, int], ...]:
