@@ -232,7 +232,7 @@ def check_user_loop(control: Control, stage: int) -> dict[str, float]:
             executor.load(SkipPlan(follower.plan.operations, replicas=1), 0)
         plain.step(batch)
     own = {}
-    with follower._rules.full_model(model, follower._twin) as full:
+    with follower._ours.full_model() as full:
         own = {name: parameter.detach().clone() for name, parameter in full.named_parameters()}
     scores = torch.from_numpy(follower.scores.forward.copy())
     return {
@@ -240,6 +240,27 @@ def check_user_loop(control: Control, stage: int) -> dict[str, float]:
         "scores": float((scores / torch.cat(fisher) - 1).abs().max()),
         "planned compute": float(follower._costs.planned_share(follower.plan)),
     }
+
+
+def check_scoring(control: Control, stage: int) -> dict[str, float]:
+    """Logits at half the resolution between training steps, from timm's model with the same weights; and training."""
+    model = model_for("sgd")
+    engine = deepspeed_engine(model, "sgd", stage, zero=SMALL_BUCKETS)
+    differences = []
+    for step in range(STEPS):
+        small = [
+            F.interpolate(micro_batch(step, slot * control.world_size + control.rank, 8)[0], 8)
+            for slot in range(SLOTS)
+        ]
+        logits = torch.cat(engine.logits(small))
+        parameters = trained_parameters(control, engine, "random", [])
+        timm_model = tiny_vit(dynamic_img_size=True).eval()
+        timm_model.load_state_dict(parameters)
+        with torch.no_grad():
+            differences.append(float((logits - timm_model(torch.cat(small))).abs().max()))
+        parameters = trained_parameters(control, engine, "random", [step])
+    reference = reference_parameters(model_for("sgd"), "random", "sgd", None, control.world_size)
+    return {"logits": max(differences), "parameters": largest_difference(parameters, reference)}
 
 
 def check_one_plan_for_all(control: Control) -> dict[str, str]:
@@ -334,6 +355,8 @@ def checks(world_size: int, everything: bool = False) -> dict[str, Callable[[Con
                 named[f"resume {precision} zero{stage} -> zero{resumed_by}"] = partial(
                     check_resume, saved_by=stage, resumed_by=resumed_by, precision=precision
                 )
+        if everything or (few and stage in (1, 3)):
+            named[f"scoring zero{stage}"] = partial(check_scoring, stage=stage)
         if everything or (few and stage >= 2):
             named[f"user loop zero{stage}"] = partial(check_user_loop, stage=stage)
     if few:

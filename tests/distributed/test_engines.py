@@ -51,6 +51,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(results: dict[str, Any]) -> None
             assert result["difference"] <= (1e-6 if precision == "fp32" else 2e-2), name
 
 
+def test_samples_are_scored_by_the_engines_model_between_steps(results: dict[str, Any]) -> None:
+    for name, result in of_kind(results, "scoring").items():
+        assert result["logits"] <= 1e-5, name
+        assert result["parameters"] <= 1e-6, name
+
+
 def test_a_loop_of_ones_own_trains_as_its_plan_says(results: dict[str, Any]) -> None:
     for name, result in of_kind(results, "user loop").items():
         assert result["parameters"] <= 1e-6, name

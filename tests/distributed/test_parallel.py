@@ -48,6 +48,25 @@ def test_bf16_error_is_at_most_twice_the_dense_engines(results: dict[str, Any]) 
     assert {name: both for name, both in errors.items() if not both["plan"] <= 2 * both["dense"]} == {}
 
 
+def test_samples_are_scored_by_the_cut_model_itself(results: dict[str, Any]) -> None:
+    """As planner `samples` does before each step; all ranks of a replica get the same logits, bit for bit."""
+    scoring = {name: result for name, result in results.items() if name.startswith("scoring")}
+    assert scoring
+    for name, result in scoring.items():
+        assert result["logits"] <= 1e-5, name
+        assert result["parameters"] <= 1e-6, name
+        assert result["different logits in a replica"] == 0, name
+
+
+def test_a_loop_of_ones_own_trains_a_cut_model_as_its_plan_says(results: dict[str, Any]) -> None:
+    loops = {name: result for name, result in results.items() if name.startswith("user loop")}
+    assert loops
+    for name, result in loops.items():
+        assert result["parameters"] <= 1e-6, name
+        assert result["scores"] <= 1e-4, name
+        assert result["skipped"] > 0.2, name
+
+
 def test_tensor_parallel_messages_follow_the_plan(results: dict[str, Any]) -> None:
     """A sum after each branch forward, and one before it backward; none where the plan leaves nothing to send."""
     if "messages" in results:
