@@ -45,9 +45,11 @@ demo: $(VENV)/.installed
 	mpirun -n 2 d2ft-hpc train configs/demo.yaml
 	d2ft-hpc report runs/demo-dense runs/demo --html runs/report.html --png runs/demo.png
 
-# The tests start mpirun, torchrun and deepspeed by name.
+# The tests start mpirun, torchrun and deepspeed by name. Those of one process run two at a time, the others in turn.
 test: $(VENV)/.installed-dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest $(PYTEST_ARGS)
+	export PATH="$(CURDIR)/$(BIN):$$PATH"
+	python -m pytest tests/unit -n 2 $(PYTEST_ARGS)
+	python -m pytest tests --ignore tests/unit $(PYTEST_ARGS)
 
 # A results file's writer killed at 100 random moments.
 soak-results: $(VENV)/.installed-dev

@@ -37,7 +37,9 @@ from d2ft_hpc.engines.portable import write_file
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, connect, detect
+from d2ft_hpc.metering import meter
 from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.planning.messages import Replicas
 from d2ft_hpc.scores import gradient_scores
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
@@ -284,8 +286,6 @@ def check_private_names(control: Control, stage: int, precision: str) -> dict[st
 
 def check_bytes(control: Control) -> dict[str, Any]:
     """Bytes of a step's all-reduce as counted, beside the gradients' size."""
-    from d2ft_hpc.metering import meter
-
     model = tiny_vit()
     engine = deepspeed_engine(model, "sgd", 0)
     engine.executor.load(plan_of("random", 0, control.world_size), control.rank)
@@ -296,6 +296,19 @@ def check_bytes(control: Control) -> dict[str, Any]:
         "counted": metered.bytes_sent,
         "ring": 2 * (control.world_size - 1) / control.world_size * gradients,
     }
+
+
+def check_message_model(control: Control, stage: int) -> dict[str, Any]:
+    """Bytes of a step as counted, beside those that the message model tells."""
+    model = tiny_vit()
+    engine = deepspeed_engine(model, "sgd", stage)
+    engine.executor.load(plan_of("random", 0, control.world_size), control.rank)
+    with meter() as metered:
+        engine.step([micro_batch(0, slot, SLOTS) for slot in range(SLOTS)])
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    every = sum(p.numel() * p.element_size() for p in model.parameters())
+    told = Replicas(f"zero{stage}", control.world_size, SLOTS, trained, every, trained).bytes_of_step()
+    return {"counted": metered.bytes_sent, "told": told}
 
 
 SMALL_BUCKETS = {
@@ -355,6 +368,8 @@ def checks(world_size: int, everything: bool = False) -> dict[str, Callable[[Con
                 named[f"resume {precision} zero{stage} -> zero{resumed_by}"] = partial(
                     check_resume, saved_by=stage, resumed_by=resumed_by, precision=precision
                 )
+        if few and stage < 2:
+            named[f"messages zero{stage}"] = partial(check_message_model, stage=stage)
         if everything or (few and stage in (1, 3)):
             named[f"scoring zero{stage}"] = partial(check_scoring, stage=stage)
         if everything or (few and stage >= 2):

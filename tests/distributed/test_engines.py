@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -74,6 +75,17 @@ def test_rows_that_must_be_the_same_are_told_and_others_refused(results: dict[st
 def test_deepspeed_still_has_the_undocumented_names_that_we_use(results: dict[str, Any]) -> None:
     for name, result in of_kind(results, "names").items():
         assert result["missing"] == [], name
+
+
+def test_the_message_model_tells_what_deepspeed_sends(results: dict[str, Any]) -> None:
+    for engine, found in of_kind(results, "messages").items():
+        counted = Counter[str]()
+        for name, sent in found["counted"].items():
+            counted[name.removesuffix("_base")] += sent
+        assert set(counted) == set(found["told"]), engine
+        for name, told in found["told"].items():
+            # DeepSpeed pads to whole parts.
+            assert counted[name] == pytest.approx(told, rel=1e-3), (engine, name)
 
 
 def test_counted_bytes_are_those_of_a_ring_all_reduce_of_the_gradients(results: dict[str, Any]) -> None:
