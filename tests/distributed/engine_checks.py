@@ -73,10 +73,10 @@ def loss_function(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), labels)
 
 
-def optimizer_config(name: str) -> OptimizerConfig:
+def optimizer_config(name: str, epsilon: float = 1e-6) -> OptimizerConfig:
     # AdamW divides by the gradient's size: with its usual epsilon, rounding in the smallest gradients becomes steps.
     return OptimizerConfig(
-        name=name, learning_rate=0.05 if name == "sgd" else 1e-3, epsilon=1e-6, warmup_steps=2
+        name=name, learning_rate=0.05 if name == "sgd" else 1e-3, epsilon=epsilon, warmup_steps=2
     )
 
 

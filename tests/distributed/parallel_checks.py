@@ -47,6 +47,9 @@ from tests.models import DEPTH, HEADS, tiny_vit
 
 SLOTS = 3
 HANG_SECONDS = 120
+EPSILON = 1e-5
+"""Of AdamW. It turns a gradient's rounding into up to lr / epsilon times as much: with 1e-6, one process itself is 4e-6
+from fp64, and a model cut by head, which rounds in other places, is no better and no worse (analysis/engines)."""
 
 KINDS = ("full", "same", "random", "whole blocks", "whole stages")
 
@@ -103,8 +106,9 @@ def build(
     )
 
     def make_optimizer(part: torch.nn.Module) -> Any:
-        optimizer = build_optimizer(part, optimizer_config(optimizer_name))
-        return optimizer, build_schedule(optimizer, optimizer_config(optimizer_name), STEPS)
+        settings = optimizer_config(optimizer_name, EPSILON)
+        optimizer = build_optimizer(part, settings)
+        return optimizer, build_schedule(optimizer, settings, STEPS)
 
     kind = PipelineEngine if stages > 1 else TensorParallelEngine
     return kind(model, executor, placement, make_optimizer, loss_function, config, control)
@@ -132,8 +136,9 @@ def reference(
 ) -> Any:
     """What one process gets from the same rows."""
     executor = attach(model)
-    optimizer = build_optimizer(model, optimizer_config(optimizer_name))
-    schedule = build_schedule(optimizer, optimizer_config(optimizer_name), STEPS)
+    settings = optimizer_config(optimizer_name, EPSILON)
+    optimizer = build_optimizer(model, settings)
+    schedule = build_schedule(optimizer, settings, STEPS)
     engine = PlainEngine(model, executor, optimizer, schedule, loss_function, gradient_clipping=clipping)
     dtype = next(model.parameters()).dtype
     for step in range(STEPS):
@@ -146,23 +151,14 @@ def reference(
 
 def check_fp32(
     control: Control, kind: str, optimizer_name: str, qk_norm: bool = False, **options: Any
-) -> dict[str, float]:
-    """Largest difference from one process; and both runs' from fp64, which is what rounding alone does."""
+) -> float:
+    """Largest difference from one process."""
     # A key bias has a gradient of zero but for rounding, which AdamW would turn into steps of full size.
     model_options = {"qkv_bias": optimizer_name == "sgd", "qk_norm": qk_norm, "init_values": 0.5}
     own = trained(control, tiny_vit(**model_options), optimizer_name, kind, **options)
     replicas = control.world_size // (options["stages"] * options["tensor_ranks"])
-
-    def one_process(model: VisionTransformer) -> Any:
-        return reference(model, optimizer_name, kind, options.get("clipping"), replicas)
-
-    one = one_process(tiny_vit(**model_options))
-    exact = one_process(tiny_vit(**model_options).double())
-    return {
-        "difference": largest_difference(own, one),
-        "own error": largest_difference(own, exact),
-        "one process's error": largest_difference(one, exact),
-    }
+    one = tiny_vit(**model_options)
+    return largest_difference(own, reference(one, optimizer_name, kind, options.get("clipping"), replicas))
 
 
 def check_bf16(control: Control, kind: str, optimizer_name: str, **options: Any) -> dict[str, float]:
