@@ -43,6 +43,7 @@ def bare_engine(
     if layout.tensor_ranks > 1:
         config = {**config, "tensor_parallel": _autotp(layout.tensor_ranks)}
     optimizer, schedule = make_optimizer(model)
+    heads, width = model.blocks[0].attn.num_heads, model.embed_dim
     engine, *_ = import_deepspeed().initialize(
         model=model,
         model_parameters=_trained(model),
@@ -51,9 +52,9 @@ def bare_engine(
         config=dict(config),
     )
     if layout.tensor_ranks > 1:
-        for block in engine.module.blocks:
-            block.attn.num_heads //= layout.tensor_ranks
-            block.attn.attn_dim //= layout.tensor_ranks
+        for block in engine.module.blocks:  # DeepSpeed cuts the weights, and these numbers in some releases only
+            block.attn.num_heads = heads // layout.tensor_ranks
+            block.attn.attn_dim = width // layout.tensor_ranks
     engine.train()
     dtype = next(engine.module.parameters()).dtype
 

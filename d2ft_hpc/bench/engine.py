@@ -128,15 +128,13 @@ def speed(workload: Workload, control: Control, planner: str, compute_budget: fl
     dense = SkipPlan.dense(workload.slots, control.world_size, *shape[1:])
     batch = _batch(workload, control.rank)
 
-    def step_under(followed: SkipPlan) -> Callable[[], object]:
-        def step() -> object:
-            engine.executor.load(followed, control.rank)
-            return engine.step(batch)
-
-        return step
-
     plans = {"dense": dense, "plan": plan, "nothing": nothing}
-    seconds = _alternate({name: step_under(which) for name, which in plans.items()}, workload, control)
+    seconds = _alternate(
+        {name: lambda: engine.step(batch) for name in plans},
+        workload,
+        control,
+        before=lambda name: engine.executor.load(plans[name], control.rank),
+    )
     always = float(np.median(seconds["nothing"] / seconds["dense"]))
     by_replica = [
         (costs.planned_flops(plan.for_replica(r)).sum() / workload.slots - costs.always_flops)
@@ -175,13 +173,20 @@ _WARM_UP = 3
 
 
 def _alternate(
-    steps: Mapping[str, Callable[[], object]], workload: Workload, control: Control
+    steps: Mapping[str, Callable[[], object]],
+    workload: Workload,
+    control: Control,
+    before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, np.ndarray]:
-    """Seconds of each step by name on the slowest rank, float64 [step]; the order changes from round to round."""
+    """Seconds of each step by name on the slowest rank, float64 [step]; the order changes from round to round.
+
+    before: what is done before the clock starts.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for turn in range(workload.steps + _WARM_UP):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            before(name)
             _synchronize(workload.device)
             control.barrier(60)
             start = time.perf_counter()
