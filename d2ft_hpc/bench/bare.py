@@ -52,7 +52,9 @@ def bare_engine(
         config=dict(config),
     )
     if layout.tensor_ranks > 1:
-        for block in engine.module.blocks:  # DeepSpeed cuts the weights, and these numbers in some releases only
+        for (
+            block
+        ) in engine.module.blocks:  # DeepSpeed cuts the weights, and these numbers in some releases only
             block.attn.num_heads = heads // layout.tensor_ranks
             block.attn.attn_dim = width // layout.tensor_ranks
     engine.train()
@@ -141,7 +143,8 @@ class _Below(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.patch_embed(images)
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        embedded: Tensor = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        return embedded
 
 
 class _Above(nn.Module):
