@@ -81,7 +81,7 @@ test-matrix: $(VENV)/.installed-dev
 		tests/distributed/test_parallel.py
 
 # The engines on the newest DeepSpeed that pip finds and on the oldest supported one.
-DEEPSPEED_TESTS := tests/unit/test_engine_rules.py tests/distributed/test_engines.py tests/distributed/test_user_loop.py
+DEEPSPEED_TESTS := tests/unit/test_engine_rules.py $(addprefix tests/distributed/test_,engines.py parallel.py user_loop.py)
 test-deepspeed: $(VENV)/.installed-dev $(OLDEST_VENV)/.installed
 	$(BIN)/python -m pip install -q --upgrade deepspeed
 	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest $(DEEPSPEED_TESTS)
