@@ -244,6 +244,33 @@ def check_user_loop(control: Control, stage: int) -> dict[str, float]:
     }
 
 
+def check_choose(control: Control, stage: int) -> dict[str, float]:
+    """A loop of the user's own that trains on what planner `samples` draws."""
+    config = {
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": SLOTS,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "d2ft": {"planner": "samples", "compute_budget": 0.6},
+    }
+    model = model_for("sgd")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    engine, *_ = d2ft_hpc.initialize(model=model, optimizer=optimizer, config=config)
+    drawn, known, losses = 0, 0, []
+    for _ in range(8):
+        batch = [random_batch(10 * slot + control.rank, 8) for slot in range(SLOTS)]
+        images_of_batch = torch.cat([images for images, _ in batch])
+        for images, labels in engine.d2ft.choose(batch):
+            drawn += len(images)
+            known += sum(bool((images_of_batch == image).all(dim=(1, 2, 3)).any()) for image in images)
+            loss = loss_function(engine(images), labels)
+            engine.backward(loss)
+            engine.step()
+            losses.append(float(loss.detach()))
+    share = drawn / (8 * SLOTS * 8)
+    return {"share": share, "known": known / drawn, "learned": losses[0] - losses[-1]}
+
+
 def check_scoring(control: Control, stage: int) -> dict[str, float]:
     """Logits at half the resolution between training steps, from timm's model with the same weights; and training."""
     model = model_for("sgd")
@@ -372,6 +399,8 @@ def checks(world_size: int, everything: bool = False) -> dict[str, Callable[[Con
             named[f"messages zero{stage}"] = partial(check_message_model, stage=stage)
         if everything or (few and stage in (1, 3)):
             named[f"scoring zero{stage}"] = partial(check_scoring, stage=stage)
+        if everything or (few and stage == 3):
+            named[f"choose zero{stage}"] = partial(check_choose, stage=stage)
         if everything or (few and stage >= 2):
             named[f"user loop zero{stage}"] = partial(check_user_loop, stage=stage)
     if few:

@@ -65,6 +65,13 @@ def test_a_loop_of_ones_own_trains_as_its_plan_says(results: dict[str, Any]) -> 
         assert 0.4 < result["planned compute"] <= 0.6, name
 
 
+def test_a_loop_of_ones_own_trains_on_drawn_samples(results: dict[str, Any]) -> None:
+    for name, result in of_kind(results, "choose").items():
+        assert result["share"] == 0.5, name  # of 8 samples; scoring takes the rest of 0.6
+        assert result["known"] == 1, name
+        assert result["learned"] > 0, name
+
+
 def test_rows_that_must_be_the_same_are_told_and_others_refused(results: dict[str, Any]) -> None:
     if "one plan for all" in results:
         assert "recomputed" in results["one plan for all"]["why"]
