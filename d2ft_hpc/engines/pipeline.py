@@ -137,7 +137,8 @@ class PipelineEngine:
                 if not self._part.is_last:
                     sending.append(distributed.isend(outputs[-1], above))
         for message in sending:
-            message.wait()
+            if message is not None:  # a rank outside the group has nothing to wait for
+                message.wait()
         return share_logits(outputs, images, self._part, layout, self._replica_group)
 
     def _tokens(self, images: Tensor) -> int:

@@ -220,10 +220,11 @@ class PlanFollower:
             np.frombuffer(part, "<f4").reshape(of_slots.shape)
             for part in self.control.all_gather(of_slots.tobytes())
         ]
-        of_replicas = np.zeros((layout.replicas, *of_slots.shape), "<f4")
+        of_replicas: np.ndarray = np.zeros((layout.replicas, *of_slots.shape), "<f4")
         for rank, of_rank in enumerate(of_ranks):
             of_replicas[replace(layout, rank=rank).replica] += of_rank
-        return of_replicas.swapaxes(0, 1).reshape(-1, *of_slots.shape[1:])
+        rows: np.ndarray = of_replicas.swapaxes(0, 1).reshape(-1, *of_slots.shape[1:])
+        return rows
 
     def _say(self, text: str) -> None:
         if self.control.rank == 0:

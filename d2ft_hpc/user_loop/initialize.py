@@ -138,7 +138,7 @@ def initialize(
         ours = PipelineEngine(*common, pipeline.loss_fn, settings, control, options_for=options_for)
     else:
         # The loss is the user's loop's own affair: ours is never asked for.
-        step = {
+        step: dict[str, Any] = {
             "loss_function": F.cross_entropy,
             "config": settings,
             "slot_source": lambda: current_slot(ours.engine),
@@ -163,14 +163,14 @@ def _parts(settings: Mapping[str, Any], pipeline: PipelineModule | None) -> tupl
         extra = sorted(set(autotp) - {"autotp_size"})[0]
         raise ConfigError(f"tensor_parallel.{extra}: blocks are cut by head; keep autotp_size alone")
     tensor_ranks = int(autotp.get("autotp_size", 1)) or 1
-    in_json = settings.get("pipeline", {}).get("stages", "auto")
+    in_json: Any = settings.get("pipeline", {}).get("stages", "auto")
+    stages: Any = 1
     if pipeline is None:
         if in_json not in ("auto", 1):
             raise ConfigError(
                 f"pipeline.stages={in_json}: the last stage needs the loss: give "
                 f"model=d2ft_hpc.PipelineModule(model, loss_fn=...)"
             )
-        stages = 1
     else:
         stages = pipeline.num_stages or (in_json if in_json != "auto" else None)
         if stages is None or stages < 2:
