@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -153,6 +154,10 @@ def _parser() -> argparse.ArgumentParser:
         engine.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
         engine.add_argument("--steps", type=int, default=100, help="measured steps of each")
         engine.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+        engine.add_argument("--json", action="store_true", help="end with one line of JSON")
+        if name == "overhead":
+            engine.add_argument("--pipeline-stages", type=int, default=1)
+            engine.add_argument("--tensor-parallel", type=int, default=1)
         if name == "speed":
             engine.add_argument("--planner", default="makespan")
             engine.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
@@ -355,7 +360,7 @@ def _bench_engine(options: argparse.Namespace) -> int:
     control = connect(detect(), device_type=device)
 
     def run() -> None:
-        from d2ft_hpc.bench.engine import Workload, overhead, speed
+        from d2ft_hpc.bench.engine import Workload, overhead, overhead_report, speed, speed_report
 
         workload = Workload(
             model=options.model,
@@ -366,13 +371,19 @@ def _bench_engine(options: argparse.Namespace) -> int:
             precision=options.precision,
             steps=options.steps,
             device=torch.device(device),
+            pipeline_stages=getattr(options, "pipeline_stages", 1),
+            tensor_parallel=getattr(options, "tensor_parallel", 1),
         )
         if options.bench == "overhead":
-            told = overhead(workload, control)
+            result = overhead(workload, control)
+            told = overhead_report(result)
         else:
-            told = speed(workload, control, options.planner, options.compute_budget)
+            result = speed(workload, control, options.planner, options.compute_budget)
+            told = speed_report(result)
         if control.rank == 0:
             print(told)
+            if options.json:
+                print(json.dumps(result))
 
     return run_guarded(control, run)
 

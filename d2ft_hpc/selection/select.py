@@ -34,7 +34,7 @@ class SampleSelection:
         seed: int,
         replica: int,
     ) -> None:
-        self._scorer = scorer
+        self.scorer = scorer
         self._uniform_share, self._weights = uniform_share, weights
         self._seed, self._replica = seed, replica
 
@@ -46,7 +46,7 @@ class SampleSelection:
         With weights, the labels become float32 [sample, class], each row times its weight: the cross entropy of
         such a row is the weighted one.
         """
-        scores = torch.cat([self._scorer(images, labels).clone() for images, labels in micro_batches])
+        scores = self.scorer.of_batch(micro_batches)
         images = torch.cat([images for images, _ in micro_batches])
         labels = torch.cat([labels for _, labels in micro_batches])
         slots = len(micro_batches)
@@ -67,5 +67,5 @@ class SampleSelection:
 
     def _weighted(self, labels: Tensor, weights: Tensor) -> Tensor:
         if labels.ndim == 1:
-            labels = F.one_hot(labels, self._scorer.num_classes)
+            labels = F.one_hot(labels, self.scorer.num_classes)
         return (labels * weights[:, None]).float()
