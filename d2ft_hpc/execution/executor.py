@@ -42,12 +42,14 @@ class PlanExecutor:
         self.subnets = SubnetMap.of(model)
         self.plan: SkipPlan | None = None
         """The plan in force; None means dense."""
-        self._detach_incomplete = embeddings == "complete_path"
+        self.detach_incomplete = embeddings == "complete_path"
+        """Embeddings take part in micro-batches that are FULL everywhere only; block 0 sees to it."""
         self._slots: list[list[BlockHeads]] = []
         self._one_point: list[list[bool]] = []  # [slot][block]: gradients must be complete and in order
         self._slot: int | None = None
         self._slot_source: Callable[[], int] | None = None
         self._reduction = Reduction.AFTER_BACKWARD
+        self._check: Callable[[SkipPlan], None] | None = None
         self.blocks: dict[int, Block] = {}
         """The blocks that follow this executor, by index; `link` adds them."""
         self._owners: dict[int, Owners] = {}
@@ -57,13 +59,19 @@ class PlanExecutor:
         # Each shape is compiled for itself: kernels for shapes that may vary are slower.
         self._compiled = torch.compile(_dense_forward, dynamic=False) if compile else None
 
-    def follow(self, slot_source: Callable[[], int] | None, reduction: Reduction) -> None:
+    def follow(
+        self,
+        slot_source: Callable[[], int] | None,
+        reduction: Reduction,
+        check: Callable[[SkipPlan], None] | None = None,
+    ) -> None:
         """Fits the executor to an engine that counts micro-batches itself, or reduces gradients during backward.
 
         slot_source: gives the place in the batch of the micro-batch that runs; None: `micro_batch` marks it.
         reduction: when the engine reduces gradients; without an engine, AFTER_BACKWARD.
+        check: raises PlanError or ConfigError where the engine cannot run a plan; `load` calls it.
         """
-        self._slot_source, self._reduction = slot_source, reduction
+        self._slot_source, self._reduction, self._check = slot_source, reduction, check
         if reduction is Reduction.BY_BLOCK:
             require_input_gradient(self.blocks[0])
 
@@ -81,6 +89,8 @@ class PlanExecutor:
                 f"the plan is for {plan.num_blocks} blocks x {plan.num_heads} heads, "
                 f"the model has {self.subnets.num_blocks} x {self.subnets.num_heads}: solve a plan for this model"
             )
+        if self._check is not None:
+            self._check(plan)
         if not 0 <= replica < plan.replicas:
             raise PlanError(f"the plan is for {plan.replicas} replicas and has no replica {replica}")
         rows = plan.for_replica(replica)
@@ -134,13 +144,14 @@ class PlanExecutor:
     @contextmanager
     def temporarily(self, operations: np.ndarray) -> Iterator[None]:
         """Every micro-batch inside follows `operations`, uint8 [block, head]; afterwards the plan is as before."""
-        before = self._slots, self._one_point, self._slot, self._slot_source
+        before = self.plan, self._slots, self._one_point, self._slot, self._slot_source
+        self.plan = None
         self._slots, self._one_point = self._rows(operations[None]), [[False] * len(operations)]
         self._slot, self._slot_source = 0, None
         try:
             yield
         finally:
-            self._slots, self._one_point, self._slot, self._slot_source = before
+            self.plan, self._slots, self._one_point, self._slot, self._slot_source = before
 
     def run(self, block: Block, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Block `index` under the current row; `args` are the block's own."""
@@ -154,7 +165,7 @@ class PlanExecutor:
                 "wrap forward and backward in `with executor.micro_batch(slot):`, or call executor.unload()"
             )
         heads = self._slots[slot][index]
-        if index == 0 and self._detach_incomplete and not all(each.is_dense for each in self._slots[slot]):
+        if index == 0 and self.detach_incomplete and not all(each.is_dense for each in self._slots[slot]):
             # Embeddings take no part in this micro-batch; a reduction during backward still waits for them.
             x = x.detach() if self._reduction is Reduction.AFTER_BACKWARD else zero_gradient(x)
         if self._one_point[slot][index]:
