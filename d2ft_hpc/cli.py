@@ -189,6 +189,24 @@ def _parser() -> argparse.ArgumentParser:
     scores.add_argument("--repeats", type=int, default=10, help="of each (default: 10)")
     scores.set_defaults(run=_bench_scores)
 
+    lora = benches.add_parser(
+        "lora",
+        help="step time and memory of D2FT-LoRA beside peft's LoRA",
+        description="Trains the same adapted model by peft alone and under a plan, in turns. The last line is JSON.",
+    )
+    lora.add_argument("--model", default="vit_small_patch16_224", help="a timm VisionTransformer's name")
+    lora.add_argument("--image-size", type=int, default=224, help="pixels")
+    lora.add_argument("--micro-batch-size", type=int, default=16, help="samples")
+    lora.add_argument("--slots", type=int, default=5, help="micro-batches in a step")
+    lora.add_argument("--rank", type=int, default=8)
+    lora.add_argument("--layers", default="qkv,proj,fc1,fc2", help="those that are adapted")
+    lora.add_argument("--planner", default="joint")
+    lora.add_argument("--compute-budget", type=float, default=0.6, help="share of peft's step")
+    lora.add_argument("--steps", type=int, default=10, help="measured steps of each")
+    lora.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    lora.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    lora.set_defaults(run=_bench_lora)
+
     data = commands.add_parser("data", help="pack a data set into one file, or look at a packed one")
     _add_data_commands(data)
     parallel = benches.add_parser(
@@ -428,6 +446,32 @@ def _data_info(options: argparse.Namespace) -> int:
         from d2ft_hpc.data.packed import describe
 
         print(describe(options.file))
+
+    return run_guarded(None, run)
+
+
+def _bench_lora(options: argparse.Namespace) -> int:
+    from d2ft_hpc.launch import run_guarded
+
+    def run() -> None:
+        import torch
+
+        from d2ft_hpc.bench.lora import Sizes, compare, report
+
+        sizes = Sizes(
+            model=options.model,
+            image_size=options.image_size,
+            micro_batch_size=options.micro_batch_size,
+            slots=options.slots,
+            rank=options.rank,
+            layers=tuple(options.layers.split(",")),
+            planner=options.planner,
+            compute_budget=options.compute_budget,
+            steps=options.steps,
+            device=torch.device(options.device),
+            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype],
+        )
+        print(report(sizes, compare(sizes)))
 
     return run_guarded(None, run)
 

@@ -78,7 +78,9 @@ def overhead(workload: Workload, control: Control) -> str:
             bare.backward(_loss(bare(images.to(_dtype(bare.module))).float(), labels))
             bare.step()
 
-    seconds = _alternate({"ours": lambda: engine.step(batch), "bare": without_us}, workload, control)
+    seconds = alternate(
+        {"ours": lambda: engine.step(batch), "bare": without_us}, workload.steps, workload.device, control
+    )
     lookups = (engine.executor.lookup_seconds - before) / (workload.steps + _WARM_UP)
     start = time.perf_counter()
     plan = share(
@@ -120,7 +122,8 @@ def speed(workload: Workload, control: Control, planner: str, compute_budget: fl
         return step
 
     plans = {"dense": dense, "plan": plan, "nothing": nothing}
-    seconds = _alternate({name: step_under(which) for name, which in plans.items()}, workload, control)
+    steps = {name: step_under(which) for name, which in plans.items()}
+    seconds = alternate(steps, workload.steps, workload.device, control)
     always = float(np.median(seconds["nothing"] / seconds["dense"]))
     by_replica = [
         (costs.planned_flops(plan.for_replica(r)).sum() / workload.slots - costs.always_flops)
@@ -143,19 +146,26 @@ def speed(workload: Workload, control: Control, planner: str, compute_budget: fl
 _WARM_UP = 3
 
 
-def _alternate(
-    steps: Mapping[str, Callable[[], object]], workload: Workload, control: Control
+def alternate(
+    steps: Mapping[str, Callable[[], object]],
+    count: int,
+    device: torch.device,
+    control: Control | None = None,
 ) -> dict[str, np.ndarray]:
-    """Seconds of each step by name, float64 [step]; the order changes from round to round."""
+    """Seconds of `count` steps of each by name, float64 [step]; the order changes from round to round.
+
+    control: of the ranks that begin each step together; None: there is one.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
-    for turn in range(workload.steps + _WARM_UP):
+    for turn in range(count + _WARM_UP):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            _synchronize(workload.device)
-            control.barrier(60)
+            _synchronize(device)
+            if control is not None:
+                control.barrier(60)
             start = time.perf_counter()
             steps[name]()
-            _synchronize(workload.device)
+            _synchronize(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: np.asarray(of_name[_WARM_UP:]) for name, of_name in seconds.items()}
 
