@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.engine import LossFunction, StateWriter
-from d2ft_hpc.engines.model_parallel import MakeOptimizer
+from d2ft_hpc.engines.model_parallel import PLACEMENT, MakeOptimizer
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
 from d2ft_hpc.engines.sharded import collect, restore, whole_weights
@@ -33,10 +33,9 @@ from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.parallel.dtensor import split_heads
-from d2ft_hpc.parallel.layout import Layout
+from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.plan import Operation
-from d2ft_hpc.planning.problem import Ints
 
 
 def follow_fsdp(model: VisionTransformer, executor: PlanExecutor, reduction: Reduction) -> None:
@@ -141,25 +140,23 @@ class FsdpEngine(PlainEngine):
         self,
         model: VisionTransformer,
         executor: PlanExecutor,
+        placement: Placement,
         make_optimizer: MakeOptimizer,
         loss_function: LossFunction,
-        layout: Layout,
         *,
-        owner: Ints | None = None,
         param_dtype: torch.dtype | None = None,
         gradient_clipping: float | None = None,
     ) -> None:
-        """model: the whole one, which is spread in place. owner: int64 [block, head], the tensor rank of each head.
-
-        param_dtype: see `shard`.
-        """
+        """model: the whole one, which is spread in place. param_dtype: see `shard`."""
         self._twin = copy.deepcopy(model).to("meta")
-        device = next(model.parameters()).device
+        self._placement, layout = placement, placement.layout
         mesh = init_device_mesh(
-            device.type, (layout.replicas, layout.tensor_ranks), mesh_dim_names=("replica", "tensor")
+            next(model.parameters()).device.type,
+            (layout.replicas, layout.tensor_ranks),
+            mesh_dim_names=("replica", "tensor"),
         )
-        if layout.tensor_ranks > 1:
-            executor = split_heads(model, executor, mesh["tensor"], owner)
+        if layout.is_cut:
+            executor = split_heads(model, executor, mesh["tensor"], placement.owner)
         shard(model, mesh["replica"], param_dtype)
         super().__init__(
             model, executor, *make_optimizer(model), loss_function, gradient_clipping=gradient_clipping
@@ -189,6 +186,8 @@ class FsdpEngine(PlainEngine):
         if dist.get_rank() == 0:
             state.schedule = schedule_numbers(self._schedule)
             state.save(folder, write)
+            if self._placement.layout.is_cut:
+                self._placement.save(folder / PLACEMENT)
 
     def load(self, folder: Path) -> None:
         state = PortableState.load(folder)

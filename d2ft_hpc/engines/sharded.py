@@ -107,7 +107,7 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer, executor:
     try:
         dcp.load(state, storage_reader=_CheckedReader(folder))
     except dcp.api.CheckpointException as error:
-        reasons = sorted({f"{type(e).__name__}: {e}" for e in error.failures.values()} or {str(error)})
+        reasons = sorted(str(failure[0]) for failure in error.failures.values())  # with its traceback, by rank
         raise CheckpointError(f"{folder}: {reasons[0]}") from None
     options = StateDictOptions(strict=True)
     set_model_state_dict(model, state["model"], options=options)

@@ -40,6 +40,11 @@ class BlockHeads:
     def is_shortcut(self) -> bool:
         return self.full is None and self.forward_only is None
 
+    @property
+    def trains(self) -> bool:
+        """Parameters of the block take gradients."""
+        return self.full is not None
+
 
 def run_block(
     block: Block,

@@ -169,7 +169,7 @@ class PlanExecutor:
             # Embeddings take no part in this micro-batch; a reduction during backward still waits for them.
             x = x.detach() if self._reduction is Reduction.AFTER_BACKWARD else zero_gradient(x)
         if self._one_point[slot][index]:
-            with one_point(self._owners[index], x, gives_gradients=heads.full is not None) as x:
+            with one_point(self._owners[index], x, gives_gradients=heads.trains) as x:
                 self.lookup_seconds += time.perf_counter() - start
                 return self._run(block, index, heads, x, *args, **kwargs)
         self.lookup_seconds += time.perf_counter() - start

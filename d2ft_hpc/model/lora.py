@@ -19,11 +19,17 @@ ADAPTER = "default"
 
 
 def add_lora(
-    model: VisionTransformer, *, rank: int, alpha: int, dropout: float, layers: Sequence[str]
+    model: VisionTransformer,
+    *,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    layers: Sequence[str],
+    rslora: bool = False,
 ) -> None:
     """Adapts `layers` ("qkv", "proj", "fc1", "fc2") of every block; all else but the classifier is frozen.
 
-    alpha: the low-rank product counts alpha / rank times. Raises ConfigError if peft is not installed.
+    alpha: the low-rank product counts alpha / rank times, with rslora alpha / sqrt(rank) times. Raises ConfigError if peft is not installed.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -34,6 +40,7 @@ def add_lora(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
+        use_rslora=rslora,
         target_modules=rf"blocks\.\d+\.({inner})",
     )
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)

@@ -39,6 +39,11 @@ class SharedHeads(BlockHeads):
     full_ranks: Ranks
     active_ranks: Ranks
 
+    @property
+    def trains(self) -> bool:
+        """On some rank, so that all of them take part in the sums."""
+        return bool(self.full_ranks)
+
 
 class TensorParallelExecutor(PlanExecutor):
     """The plan of blocks that were cut by head; made by `share_blocks`."""

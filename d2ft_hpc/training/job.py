@@ -118,7 +118,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         options=config.model.options,
     )
     if config.model.lora is not None:
-        add_lora(model, **config.model.lora.model_dump())
+        add_lora(model, **config.model.lora.model_dump(exclude={"scores"}))
     model.to(device)
     executor = attach(
         model,

@@ -40,7 +40,7 @@ from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import meter
 from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.parallel.dtensor import split_heads
-from d2ft_hpc.parallel.layout import Layout
+from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.planning import SkipPlan
 from tests.distributed.engine_checks import (
     SLOTS,
@@ -117,13 +117,13 @@ def build(
             gradient_clipping=clipping,
         )
     layout = layout_of(control, engine)
+    owner = UNEVEN_ORDER if layout.is_cut else np.zeros((DEPTH, HEADS), dtype=np.int64)
     return FsdpEngine(
         model,
         executor,
+        Placement(layout, [range(DEPTH)], owner),
         make_optimizer,
         loss_function,
-        layout,
-        owner=UNEVEN_ORDER if layout.tensor_ranks == 2 else None,
         param_dtype=dtype,
         gradient_clipping=clipping,
     )
