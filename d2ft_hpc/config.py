@@ -235,7 +235,8 @@ class PlanConfig(Section):
 
 class EngineConfig(Section):
     name: Literal["deepspeed", "ddp", "fsdp2", "plain"] = "deepspeed"
-    """deepspeed: ZeRO, pipelines, tensor parallelism; ddp and fsdp2: torch's own data parallelism; plain: one process."""
+    """deepspeed: ZeRO, pipelines, tensor parallelism. ddp: torch's DistributedDataParallel. fsdp2: torch's
+    fully_shard, also with tensor parallelism. plain: one process."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -67,8 +67,8 @@ class Comparison:
     """ideal_time over the measured ratio: 1 where the clock follows the plan."""
     peft_memory_bytes: float
     plan_memory_bytes: float
-    """GPU: most that a step allocates beside what was there before it. CPU: most that a micro-batch keeps for its backward
-    pass."""
+    """GPU: most that a step allocates beside what was there before. CPU: most that a micro-batch keeps for its
+    backward pass."""
     shares: dict[str, float]
     """Of subnets, by operation."""
 

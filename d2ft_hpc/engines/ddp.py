@@ -20,6 +20,7 @@ from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.planning import SkipPlan
 
 
@@ -44,7 +45,7 @@ def follow_ddp(ddp: DistributedDataParallel, executor: PlanExecutor, reduction: 
 
 
 def _check(ddp: DistributedDataParallel, plan: SkipPlan) -> None:
-    check_recompute(ddp.module)
+    check_recompute(unwrapped(ddp.module))
     check_plan(plan, slots=plan.slots, replicas=dist.get_world_size(ddp.process_group), same_rows=None)
 
 

@@ -32,19 +32,22 @@ from d2ft_hpc.engines.sharded import collect, restore, whole_weights
 from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.parallel.dtensor import split_heads
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.plan import Operation
 
 
-def follow_fsdp(model: VisionTransformer, executor: PlanExecutor, reduction: Reduction) -> None:
+def follow_fsdp(model: nn.Module, executor: PlanExecutor, reduction: Reduction) -> None:
     """Fits the executor to a model that `fully_shard` has spread, whose replicas may then follow different rows.
 
     Raises ConfigError where plans could not be run exactly.
     """
     if not isinstance(model, FSDPModule):
-        raise ConfigError("the model is not spread: call fully_shard(block) for each block, then fully_shard(model)")
+        raise ConfigError(
+            "the model is not spread: call fully_shard(block) for each block, then fully_shard(model)"
+        )
     for index, block in executor.blocks.items():
         inner = [name for name, module in block.named_modules() if name and isinstance(module, FSDPModule)]
         if inner:
@@ -66,8 +69,8 @@ def follow_fsdp(model: VisionTransformer, executor: PlanExecutor, reduction: Red
             _let_pass(block, index, gathers)
 
 
-def _check(model: VisionTransformer, plan: SkipPlan) -> None:
-    check_recompute(model)
+def _check(model: nn.Module, plan: SkipPlan) -> None:
+    check_recompute(unwrapped(model))
     check_plan(plan, slots=plan.slots, replicas=int(_group(model).mesh_info.mesh.size()), same_rows=None)
 
 
@@ -87,8 +90,8 @@ class _Gathers:
         reduces = bool(group.reduce_grads and group.all_reduce_grads)
         if reduces and not self._reduction.happens_in(slot, plan.slots):
             raise PlanError(
-                f"gradients are reduced in micro-batch {slot}, but the executor was prepared for {self._reduction.name}: "
-                f"call set_requires_gradient_sync(False) before it, or prepare for EVERY_MICRO_BATCH"
+                f"gradients are reduced in micro-batch {slot}, not in the last one alone, as reduced_in='last' says: call "
+                f"set_requires_gradient_sync(False) before it, or prepare with reduced_in='every'"
             )
         rows = plan.operations[slot * plan.replicas : (slot + 1) * plan.replicas, index]
         nobody_runs = bool((rows == Operation.SHORTCUT).all())
@@ -124,7 +127,9 @@ def shard(model: VisionTransformer, mesh: DeviceMesh, param_dtype: torch.dtype |
 
     param_dtype: of the gathered parameters and of activations; gradients are reduced in float32. None: their own.
     """
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None)
+    policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None
+    )
     for block in model.blocks.children():
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -216,6 +221,8 @@ def _copies(tensor: Tensor) -> float:
     if not isinstance(tensor, DTensor):
         return dist.get_world_size()
     parts = [
-        size for size, p in zip(tensor.device_mesh.shape, tensor.placements, strict=True) if not p.is_replicate()
+        size
+        for size, p in zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+        if not p.is_replicate()
     ]
     return dist.get_world_size() / math.prod(parts)

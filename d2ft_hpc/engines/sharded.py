@@ -100,14 +100,16 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer, executor:
         raise CheckpointError(f"{folder}: no sharded checkpoint ({error})") from None
     if saved != _layout(executor):
         raise CheckpointError(
-            f"{folder}: heads lie in another order, because tensor-parallel ranks held others: load it with the ranks that "
-            f"saved it, and go on from the portable state"
+            f"{folder}: heads lie in another order, because tensor-parallel ranks held others: load it with the "
+            f"ranks that saved it, and go on from the portable state"
         )
     state = _tensors(model, optimizer)
     try:
         dcp.load(state, storage_reader=_CheckedReader(folder))
     except dcp.api.CheckpointException as error:
-        reasons = sorted(str(failure[0]) for failure in error.failures.values())  # with its traceback, by rank
+        reasons = sorted(
+            str(failure[0]) for failure in error.failures.values()
+        )  # with its traceback, by rank
         raise CheckpointError(f"{folder}: {reasons[0]}") from None
     options = StateDictOptions(strict=True)
     set_model_state_dict(model, state["model"], options=options)
@@ -143,7 +145,9 @@ class _MetadataUnpickler(pickle.Unpickler):
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         )
         if not known:
-            raise pickle.UnpicklingError(f".metadata names {module}.{name}, which no checkpoint of tensors needs")
+            raise pickle.UnpicklingError(
+                f".metadata names {module}.{name}, which no checkpoint of tensors needs"
+            )
         return super().find_class(module, name)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from d2ft_hpc.errors import PlanError
@@ -24,6 +24,7 @@ from d2ft_hpc.execution.gradients import (
     require_input_gradient,
     zero_gradient,
 )
+from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 
@@ -219,13 +220,13 @@ class _BlockLink:
 
 
 def attach(
-    model: VisionTransformer,
+    model: nn.Module,
     *,
     embeddings: EmbeddingPolicy = "frozen",
     shared: SharedPolicy = "flow",
     compile: bool = False,
 ) -> PlanExecutor:
-    """Lets a timm VisionTransformer follow skip plans.
+    """Lets a timm VisionTransformer follow skip plans, also one inside peft's wrapper.
 
     embeddings: what becomes of the parameters below every block, whose gradient is biased by every skip above them:
         "frozen" (default), "complete_path" (trained by the micro-batches that are FULL everywhere) or "trained".
@@ -235,7 +236,8 @@ def attach(
 
     Raises UnsupportedModelError where the model cannot be cut by head.
     """
-    if any(hasattr(block, "_d2ft") for block in model.blocks):
+    model = unwrapped(model)
+    if any(hasattr(block, "_d2ft") for block in getattr(model, "blocks", ())):
         raise PlanError("the model has an executor already: attach once and keep what attach returned")
     executor = PlanExecutor(model, embeddings, compile)
     frozen = {ParameterClass.EMBEDDING: embeddings == "frozen", ParameterClass.SHARED: shared == "frozen"}

@@ -56,7 +56,9 @@ class DTensorExecutor(TensorParallelExecutor):
         axis, heads = self._cut_of(name)
         if axis is None:
             return tensor
-        return torch.cat([axis.select(tensor, of_rank) for of_rank in heads], dim=0 if axis.splits_rows else 1)
+        return torch.cat(
+            [axis.select(tensor, of_rank) for of_rank in heads], dim=0 if axis.splits_rows else 1
+        )
 
     def _cut_of(self, name: str) -> tuple[HeadAxis | None, list[Tensor]]:
         """How the parameter is cut by head, and each rank's heads."""
@@ -100,8 +102,8 @@ def split_heads(
     counts = np.array([(owner == rank).sum(axis=1) for rank in range(mesh.size())])
     if (counts != counts[0]).any():
         raise PlanError(
-            f"{executor.subnets.num_heads} heads cannot be divided evenly over {mesh.size()} tensor-parallel ranks, and "
-            f"DTensor has equal parts only: use a divisor of {executor.subnets.num_heads}, or DeepSpeed"
+            f"{executor.subnets.num_heads} heads cannot be divided evenly over {mesh.size()} tensor-parallel ranks, "
+            f"and DTensor has equal parts only: use a divisor of {executor.subnets.num_heads}, or DeepSpeed"
         )
     messages = ReplicatedTokens(mesh.get_group(), mesh.get_local_rank())
     shared = share_blocks(dict(executor.blocks), executor, owner, messages, DTensorExecutor)

@@ -20,7 +20,7 @@ from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.errors import CheckpointError
 from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.launch.watch import Watch
-from d2ft_hpc.model.lora import timm_state
+from d2ft_hpc.model.lora import save_adapter, timm_state
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.stages import describe_stages
 from d2ft_hpc.planning import SkipPlan
@@ -332,6 +332,8 @@ def _save_model(job: Job, model: VisionTransformer) -> None:
     try:
         save_file(weights, temporary)
         temporary.replace(path)
+        if job.config.model.lora is not None:
+            save_adapter(model, job.config.run_folder / run_folder.ADAPTER)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(

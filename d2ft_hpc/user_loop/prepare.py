@@ -14,6 +14,7 @@ from d2ft_hpc.engines.fsdp import follow_fsdp
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.model.lora import unwrapped
 
 
 def prepare(
@@ -32,7 +33,7 @@ def prepare(
     reduction = {"every": Reduction.EVERY_MICRO_BATCH, "last": Reduction.LAST_MICRO_BATCH}[reduced_in]
     if isinstance(model, DistributedDataParallel):
         follow_ddp(model, executor, reduction)
-    elif isinstance(model, VisionTransformer) and isinstance(model, FSDPModule):
+    elif isinstance(unwrapped(model), VisionTransformer) and isinstance(model, FSDPModule):
         follow_fsdp(model, executor, reduction)
     else:
         raise ConfigError(
