@@ -90,8 +90,8 @@ class _Gathers:
         reduces = bool(group.reduce_grads and group.all_reduce_grads)
         if reduces and not self._reduction.happens_in(slot, plan.slots):
             raise PlanError(
-                f"gradients are reduced in micro-batch {slot}, not in the last one alone, as reduced_in='last' says: call "
-                f"set_requires_gradient_sync(False) before it, or prepare with reduced_in='every'"
+                f"gradients are reduced in micro-batch {slot}, not in the last one alone, as reduced_in='last' says: "
+                f"call set_requires_gradient_sync(False) before it, or prepare with reduced_in='every'"
             )
         rows = plan.operations[slot * plan.replicas : (slot + 1) * plan.replicas, index]
         nobody_runs = bool((rows == Operation.SHORTCUT).all())
