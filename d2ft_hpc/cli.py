@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, what in (
         ("overhead", "DeepSpeed's step time with an all-FULL plan over that without us"),
-        ("speed", "DeepSpeed's step time under a plan over the dense one, beside the plan's promise"),
+        ("speed", "an engine's step time under a plan over the dense one, beside the plan's promise"),
     ):
         engine = benches.add_parser(
             name,
@@ -154,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         engine.add_argument("--steps", type=int, default=100, help="measured steps of each")
         engine.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
         if name == "speed":
+            engine.add_argument("--engine", default="deepspeed", choices=["deepspeed", "ddp", "fsdp2"])
             engine.add_argument("--planner", default="makespan")
             engine.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
         engine.set_defaults(run=_bench_engine, bench=name)
@@ -355,6 +356,7 @@ def _bench_engine(options: argparse.Namespace) -> int:
             image_size=options.image_size,
             micro_batch_size=options.micro_batch_size,
             slots=options.slots,
+            engine=getattr(options, "engine", "deepspeed"),
             stage=options.stage,
             precision=options.precision,
             steps=options.steps,

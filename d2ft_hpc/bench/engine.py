@@ -1,4 +1,4 @@
-"""DeepSpeed's step time: with an all-FULL plan against without us, and under a plan against dense.
+"""An engine's step time: with an all-FULL plan against without us, and under a plan against dense.
 
 Steps of what is compared alternate in one process on the same ranks, so that a busy machine slows both alike. Ratios
 are medians over pairs of neighbouring steps, with a 95 % bootstrap interval.
@@ -18,15 +18,21 @@ import torch.nn.functional as F
 from scipy.stats import bootstrap
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.config import OptimizerConfig
+from d2ft_hpc.engines.ddp import DdpEngine
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
-from d2ft_hpc.engines.engine import MicroBatch
+from d2ft_hpc.engines.engine import Engine, MicroBatch
+from d2ft_hpc.engines.fsdp import FsdpEngine
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, share
-from d2ft_hpc.metering import StepCosts, measure_costs
+from d2ft_hpc.metering import StepCosts, measure_costs, meter
+from d2ft_hpc.parallel.head_split import even_owner
+from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.planning import PlanProblem, SkipPlan, solve
 from d2ft_hpc.planning.plan import Operation
 
@@ -37,7 +43,10 @@ class Workload:
     image_size: int
     micro_batch_size: int
     slots: int
+    engine: str
+    """deepspeed, ddp or fsdp2."""
     stage: int
+    """Of ZeRO."""
     precision: str
     steps: int
     """Measured steps of each of the things compared."""
@@ -66,7 +75,7 @@ class Ratio:
 
 def overhead(workload: Workload, control: Control) -> str:
     """The step time with us and an all-FULL plan over that of the same DeepSpeed engine without us."""
-    engine, costs = _engine(workload)
+    engine, costs = _engine(workload, control)
     dense = SkipPlan.dense(workload.slots, control.world_size, *engine.executor.subnets.shape)
     engine.executor.load(dense, control.rank)
     bare = _bare_engine(workload)
@@ -101,7 +110,7 @@ def overhead(workload: Workload, control: Control) -> str:
 
 def speed(workload: Workload, control: Control, planner: str, compute_budget: float) -> str:
     """The step time under a plan over the dense one, beside what the plan promises."""
-    engine, costs = _engine(workload)
+    engine, costs = _engine(workload, control)
     shape = (workload.slots * control.world_size, *engine.executor.subnets.shape)
     made = share(
         control,
@@ -139,8 +148,21 @@ def speed(workload: Workload, control: Control, planner: str, compute_budget: fl
             f"promised by FLOPs        {costs.planned_share(plan):9.4f}",
             f"promised by time         {always + (1 - always) * max(by_replica):9.4f}  "
             f"(what always runs, measured at {always:.4f}, plus the busiest replica's share of the rest)",
+            *_bytes_sent(step_under(dense), step_under(plan)),
         ]
     )
+
+
+def _bytes_sent(dense_step: Callable[[], object], planned_step: Callable[[], object]) -> list[str]:
+    """What a rank sends in a step, by collective, counted where it is issued."""
+    with meter() as dense:
+        dense_step()
+    with meter() as planned:
+        planned_step()
+    return [
+        f"{name + ', bytes a step':25s}{planned.bytes_sent.get(name, 0):9d} of {sent} dense"
+        for name, sent in dense.bytes_sent.items()
+    ]
 
 
 _WARM_UP = 3
@@ -170,14 +192,27 @@ def alternate(
     return {name: np.asarray(of_name[_WARM_UP:]) for name, of_name in seconds.items()}
 
 
-def _engine(workload: Workload) -> tuple[DeepSpeedEngine, StepCosts]:
+def _engine(workload: Workload, control: Control) -> tuple[Engine, StepCosts]:
     model = _model(workload)
     executor = attach(model)
     costs = measure_costs(model, executor, (3, workload.image_size, workload.image_size))
-    settings = OptimizerConfig(learning_rate=1e-4)
-    optimizer = build_optimizer(model, settings)
-    schedule = build_schedule(optimizer, settings, 10**6)
-    return DeepSpeedEngine(model, executor, optimizer, schedule, _loss, _config(workload)), costs
+
+    def make_optimizer(part: VisionTransformer) -> tuple[Optimizer, LRScheduler]:
+        settings = OptimizerConfig(learning_rate=1e-4)
+        optimizer = build_optimizer(part, settings)
+        return optimizer, build_schedule(optimizer, settings, 10**6)
+
+    low_dtype = torch.bfloat16 if workload.precision == "bf16" else None
+    if workload.engine == "deepspeed":
+        engine: Engine = DeepSpeedEngine(model, executor, *make_optimizer(model), _loss, _config(workload))
+    elif workload.engine == "ddp":
+        engine = DdpEngine(model, executor, *make_optimizer(model), _loss, autocast_dtype=low_dtype)
+    else:
+        blocks, heads = executor.subnets.shape
+        layout = Layout.of(control.world_size, control.rank)
+        placement = Placement(layout, [range(blocks)], even_owner(blocks, heads, 1))
+        engine = FsdpEngine(model, executor, placement, make_optimizer, _loss, param_dtype=low_dtype)
+    return engine, costs
 
 
 def _bare_engine(workload: Workload) -> Any:
@@ -229,7 +264,7 @@ def _batch(workload: Workload, rank: int) -> list[MicroBatch]:
 
 def _solved(
     costs: StepCosts,
-    engine: DeepSpeedEngine,
+    engine: Engine,
     workload: Workload,
     control: Control,
     planner: str,
@@ -263,8 +298,9 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _title(workload: Workload, control: Control) -> str:
+    name = f"ZeRO-{workload.stage}" if workload.engine == "deepspeed" else workload.engine
     return (
         f"{workload.model}, {workload.image_size} px, {workload.slots} micro-batches of {workload.micro_batch_size}, "
-        f"{workload.precision}, ZeRO-{workload.stage}, {control.world_size} ranks, {workload.device.type}, "
+        f"{workload.precision}, {name}, {control.world_size} ranks, {workload.device.type}, "
         f"{workload.steps} steps each in turns"
     )

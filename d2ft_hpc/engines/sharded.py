@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -106,7 +107,7 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer, executor:
     state = _tensors(model, optimizer)
     try:
         dcp.load(state, storage_reader=_CheckedReader(folder))
-    except dcp.api.CheckpointException as error:
+    except CheckpointException as error:
         reasons = sorted(
             str(failure[0]) for failure in error.failures.values()
         )  # with its traceback, by rank
