@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from d2ft_hpc.engines.portable import PortableState
@@ -38,10 +40,9 @@ _LAYOUT = "layout.json"
 
 def collect(model: nn.Module, optimizer: Optimizer, executor: PlanExecutor) -> PortableState:
     """The state between two steps; on rank 0, empty on the others. On all ranks together."""
-    state = PortableState(
-        {name: _to_timm(executor, name, t) for name, t in get_model_state_dict(model, options=_FULL).items()}
-    )
-    of_optimizer = get_optimizer_state_dict(model, optimizer, options=_FULL).get("state", {})
+    weights: Any = get_model_state_dict(model, options=_FULL)
+    state = PortableState({name: _to_timm(executor, name, tensor) for name, tensor in weights.items()})
+    of_optimizer: Any = get_optimizer_state_dict(model, optimizer, options=_FULL).get("state", {})
     for name, of_parameter in of_optimizer.items():
         for kind, value in of_parameter.items():
             if isinstance(value, Tensor) and value.dim():
@@ -53,19 +54,19 @@ def collect(model: nn.Module, optimizer: Optimizer, executor: PlanExecutor) -> P
 
 def whole_weights(model: nn.Module, executor: PlanExecutor) -> dict[str, Tensor]:
     """Parameters and buffers by timm's names, all of them on every rank; on all ranks together."""
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    weights: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     return {name: _to_timm(executor, name, tensor) for name, tensor in weights.items()}
 
 
 def restore(state: PortableState, model: nn.Module, optimizer: Optimizer, executor: PlanExecutor) -> None:
     """Puts `state`, the whole of it on each rank, in force. Raises CheckpointError where it is of another model."""
     state.check_fits({name: tensor.shape for name, tensor in model.state_dict().items()})
-    weights = {name: _from_timm(executor, name, tensor) for name, tensor in state.weights.items()}
+    weights: Any = {name: _from_timm(executor, name, tensor) for name, tensor in state.weights.items()}
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
     if not state.moments:
         return
     named = {id(parameter): name for name, parameter in model.named_parameters()}
-    of_parameters = {
+    of_parameters: Any = {
         name: {
             **{kind: torch.tensor(value) for kind, value in state.numbers.items()},
             **{kind: _from_timm(executor, name, of_kind[name]) for kind, of_kind in state.moments.items()},
@@ -83,7 +84,7 @@ def restore(state: PortableState, model: nn.Module, optimizer: Optimizer, execut
 
 def save_sharded(folder: Path, model: nn.Module, optimizer: Optimizer, executor: PlanExecutor) -> None:
     """Writes a DCP folder, each rank its slices; on all ranks together."""
-    dcp.save(_tensors(model, optimizer), checkpoint_id=folder)
+    save(_tensors(model, optimizer), checkpoint_id=folder)
     if dist.get_rank() == 0:
         (folder / _LAYOUT).write_text(json.dumps(_layout(executor)))
     dist.barrier()
@@ -106,7 +107,7 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer, executor:
         )
     state = _tensors(model, optimizer)
     try:
-        dcp.load(state, storage_reader=_CheckedReader(folder))
+        load(state, storage_reader=_CheckedReader(folder))
     except CheckpointException as error:
         reasons = sorted(
             str(failure[0]) for failure in error.failures.values()
@@ -122,7 +123,7 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer, executor:
 
 def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """By what and by name, nothing but tensors."""
-    of_optimizer = get_optimizer_state_dict(model, optimizer)["state"]
+    of_optimizer: Any = get_optimizer_state_dict(model, optimizer)["state"]
     return {
         "model": get_model_state_dict(model),
         "optimizer": {
@@ -132,7 +133,7 @@ def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     }
 
 
-class _CheckedReader(dcp.FileSystemReader):
+class _CheckedReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
         with (Path(self.path) / ".metadata").open("rb") as file:
             return _MetadataUnpickler(file).load()

@@ -220,7 +220,7 @@ class _BlockLink:
 
 
 def attach(
-    model: nn.Module,
+    model: Any,
     *,
     embeddings: EmbeddingPolicy = "frozen",
     shared: SharedPolicy = "flow",
