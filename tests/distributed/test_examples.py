@@ -24,9 +24,9 @@ COMMANDS = {
 def shown() -> dict[str, str]:
     """What each example printed; all run at once."""
 
+    pytest.importorskip("accelerate")
+
     def start(name: str) -> str:
-        if name.startswith("accelerate"):
-            pytest.importorskip("accelerate")
         job = run_command([*COMMANDS[name], str(EXAMPLES / name)], timeout_seconds=300)
         assert job.returncode == 0, name + job.stdout + job.stderr
         return job.stdout
