@@ -106,7 +106,7 @@ class _Gathers:
 
 def _let_pass(block: Block, index: int, gathers: _Gathers) -> None:
     """Gives the block a class, as fully_shard does, whose call leaves out FSDP's hooks where it can be passed by."""
-    of_block = type(block)
+    of_block: Any = type(block)
 
     def call(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if gathers.can_pass(self, index):
@@ -117,7 +117,7 @@ def _let_pass(block: Block, index: int, gathers: _Gathers) -> None:
     block.__class__ = type(of_block.__name__, (of_block,), {"__call__": call})
 
 
-def _group(block: nn.Module) -> Any:
+def _group(block: Any) -> Any:
     """FSDP2's own record of a block's parameters; no public name says whether it reduces gradients."""
     return block._get_fsdp_state()._fsdp_param_group
 
