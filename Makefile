@@ -78,7 +78,7 @@ test-oldest: $(OLDEST_VENV)/.installed
 # Every engine, plan, precision and optimiser on 2 and 4 ranks; `make test` runs a choice of them.
 test-matrix: $(VENV)/.installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" D2FT_WHOLE_MATRIX=1 python -m pytest tests/distributed/test_engines.py \
-		tests/distributed/test_parallel.py
+		tests/distributed/test_torch_engines.py tests/distributed/test_parallel.py
 
 # The engines on the newest DeepSpeed that pip finds and on the oldest supported one.
 DEEPSPEED_TESTS := tests/unit/test_engine_rules.py $(addprefix tests/distributed/test_,engines.py parallel.py user_loop.py)

@@ -8,6 +8,7 @@ _PUBLIC = {
     "initialize": "d2ft_hpc.user_loop.initialize",
     "PipelineModule": "d2ft_hpc.user_loop.pipeline_module",
     "attach": "d2ft_hpc.execution.executor",
+    "prepare": "d2ft_hpc.user_loop.prepare",
 }
 
 

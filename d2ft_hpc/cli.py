@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, what in (
         ("overhead", "DeepSpeed's step time with an all-FULL plan over that without us"),
-        ("speed", "DeepSpeed's step time under a plan over the dense one, beside the plan's promise"),
+        ("speed", "an engine's step time under a plan over the dense one, beside the plan's promise"),
     ):
         engine = benches.add_parser(
             name,
@@ -159,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
             engine.add_argument("--pipeline-stages", type=int, default=1)
             engine.add_argument("--tensor-parallel", type=int, default=1)
         if name == "speed":
+            engine.add_argument("--engine", default="deepspeed", choices=["deepspeed", "ddp", "fsdp2"])
             engine.add_argument("--planner", default="makespan")
             engine.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
         engine.set_defaults(run=_bench_engine, bench=name)
@@ -194,6 +195,23 @@ def _parser() -> argparse.ArgumentParser:
     scores.add_argument("--repeats", type=int, default=10, help="of each (default: 10)")
     scores.set_defaults(run=_bench_scores)
 
+    lora = benches.add_parser(
+        "lora",
+        help="step time and memory of D2FT-LoRA beside peft's LoRA",
+        description="Trains the same adapted model by peft alone and under a plan, in turns. The last line is JSON.",
+    )
+    lora.add_argument("--model", default="vit_small_patch16_224", help="a timm VisionTransformer's name")
+    lora.add_argument("--image-size", type=int, default=224, help="pixels")
+    lora.add_argument("--micro-batch-size", type=int, default=16, help="samples")
+    lora.add_argument("--slots", type=int, default=5, help="micro-batches in a step")
+    lora.add_argument("--rank", type=int, default=8)
+    lora.add_argument("--layers", default="qkv,proj,fc1,fc2", help="those that are adapted")
+    lora.add_argument("--planner", default="joint")
+    lora.add_argument("--compute-budget", type=float, default=0.6, help="share of peft's step")
+    lora.add_argument("--steps", type=int, default=10, help="measured steps of each")
+    lora.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    lora.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    lora.set_defaults(run=_bench_lora)
     step = benches.add_parser(
         "step",
         help="forward and backward of a micro-batch under a plan, against the dense model and the plan's ideal",
@@ -367,6 +385,7 @@ def _bench_engine(options: argparse.Namespace) -> int:
             image_size=options.image_size,
             micro_batch_size=options.micro_batch_size,
             slots=options.slots,
+            engine=getattr(options, "engine", "deepspeed"),
             stage=options.stage,
             precision=options.precision,
             steps=options.steps,
@@ -495,6 +514,32 @@ def _data_info(options: argparse.Namespace) -> int:
         from d2ft_hpc.data.packed import describe
 
         print(describe(options.file))
+
+    return run_guarded(None, run)
+
+
+def _bench_lora(options: argparse.Namespace) -> int:
+    from d2ft_hpc.launch import run_guarded
+
+    def run() -> None:
+        import torch
+
+        from d2ft_hpc.bench.lora import Sizes, compare, report
+
+        sizes = Sizes(
+            model=options.model,
+            image_size=options.image_size,
+            micro_batch_size=options.micro_batch_size,
+            slots=options.slots,
+            rank=options.rank,
+            layers=tuple(options.layers.split(",")),
+            planner=options.planner,
+            compute_budget=options.compute_budget,
+            steps=options.steps,
+            device=torch.device(options.device),
+            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype],
+        )
+        print(report(sizes, compare(sizes)))
 
     return run_guarded(None, run)
 

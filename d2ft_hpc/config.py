@@ -47,6 +47,10 @@ class LoraSection(Section):
     layers: list[Literal["qkv", "proj", "fc1", "fc2"]] = Field(
         default=["qkv", "proj", "fc1", "fc2"], min_length=1
     )
+    rslora: bool = False
+    """The product counts alpha / sqrt(rank) times instead (arXiv 2312.03732)."""
+    scores: Literal["adapters", "weights"] = "adapters"
+    """What scores are measured on: the low-rank factors, or the weights that they adapt."""
 
 
 class ModelConfig(Section):
@@ -230,7 +234,9 @@ class PlanConfig(Section):
 
 
 class EngineConfig(Section):
-    name: Literal["deepspeed", "plain"] = "deepspeed"
+    name: Literal["deepspeed", "ddp", "fsdp2", "plain"] = "deepspeed"
+    """deepspeed: ZeRO, pipelines, tensor parallelism. ddp: torch's DistributedDataParallel. fsdp2: torch's
+    fully_shard, also with tensor parallelism. plain: one process."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -299,9 +305,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_relations(self) -> RunConfig:
-        if self.engine.name == "plain" and self.engine.precision == "fp16":
+        engine = self.engine
+        if engine.name != "deepspeed" and engine.precision == "fp16":
             raise ValueError(
-                "engine.precision=fp16: the plain engine does not scale losses; use bf16, or deepspeed"
+                f"engine.precision=fp16: engine {engine.name} does not scale losses; use bf16, or deepspeed"
             )
         if self.data.evaluate_on == "validation" and self.data.validation_fraction == 0:
             raise ValueError(
@@ -311,11 +318,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.timm: not read with data.augment={self.data.augment}; remove it, or data.augment=timm"
             )
-        if self.engine.name == "deepspeed" and self.engine.cuda_graphs:
+        if engine.name != "plain" and engine.cuda_graphs:
             raise ValueError("engine.cuda_graphs=true: only the plain engine has them; set engine.name=plain")
-        if self.engine.name == "plain" and self.engine.deepspeed:
+        if engine.name != "deepspeed" and engine.deepspeed:
             raise ValueError(
-                "engine.deepspeed: the plain engine does not read it; remove it, or engine.name=deepspeed"
+                f"engine.deepspeed: engine {engine.name} does not read it; remove it, or engine.name=deepspeed"
+            )
+        if engine.name == "fsdp2" and self.plan.planner == "samples":
+            raise ValueError(
+                "plan.planner=samples with engine.name=fsdp2: samples are scored by a second model that shares the "
+                "weights, which FSDP2 spreads over ranks; use another planner, or engine.name=ddp"
             )
         self._check_parts()
         return self
@@ -340,8 +352,14 @@ class RunConfig(Section):
         parts = (
             f"engine.pipeline_stages={engine.pipeline_stages}, engine.tensor_parallel={engine.tensor_ranks}"
         )
-        if engine.name == "plain":
-            raise ValueError(f"{parts}: the plain engine is one process; use engine.name=deepspeed")
+        if engine.name == "plain" or engine.name == "ddp":
+            raise ValueError(f"{parts}: with engine {engine.name} a rank has the whole model; use deepspeed")
+        if engine.name == "fsdp2" and engine.pipeline_stages > 1:
+            raise ValueError(f"{parts}: engine fsdp2 has no pipeline; use deepspeed")
+        if engine.name == "fsdp2" and self.plan.planner == "samples":
+            raise ValueError(
+                f"plan.planner=samples with {parts}: only engine deepspeed scores samples on cut models"
+            )
         if engine.precision == "fp16":
             raise ValueError(
                 f"engine.precision=fp16 with {parts}: loss scaling was never tested there; use bf16"

@@ -1,4 +1,4 @@
-"""DeepSpeed's step time: with an all-FULL plan against without us, and under a plan against dense.
+"""An engine's step time: with an all-FULL plan against without us, and under a plan against dense.
 
 Steps of what is compared alternate in one process on the same ranks, so that a busy machine slows both alike. A step
 takes as long as on its slowest rank. Ratios are medians over pairs of neighbouring steps, with a 95 % bootstrap
@@ -24,14 +24,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.bench.bare import bare_engine
 from d2ft_hpc.config import OptimizerConfig
+from d2ft_hpc.engines.ddp import DdpEngine
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
 from d2ft_hpc.engines.engine import Engine, MicroBatch
+from d2ft_hpc.engines.fsdp import FsdpEngine
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, share
-from d2ft_hpc.metering import StepCosts, measure_costs
+from d2ft_hpc.metering import StepCosts, measure_costs, meter
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages, layer_flops
@@ -45,7 +47,10 @@ class Workload:
     image_size: int
     micro_batch_size: int
     slots: int
+    engine: str
+    """deepspeed, ddp or fsdp2."""
     stage: int
+    """Of ZeRO."""
     precision: str
     steps: int
     """Measured steps of each of the things compared."""
@@ -86,7 +91,8 @@ def overhead(workload: Workload, control: Control) -> dict[str, Any]:
     bare = bare_engine(model, built.placement, _config(workload), _make_optimizer, _loss)
     batch = _batch(workload, layout.replica)
     before = engine.executor.lookup_seconds
-    seconds = _alternate({"ours": lambda: engine.step(batch), "bare": lambda: bare(batch)}, workload, control)
+    steps = {"ours": lambda: engine.step(batch), "bare": lambda: bare(batch)}
+    seconds = alternate(steps, workload.steps, workload.device, control)
     lookups = (engine.executor.lookup_seconds - before) / (workload.steps + _WARM_UP)
     start = time.perf_counter()
     plan = share(control, lambda: _solved(built, workload, "joint", 0.6).to_bytes(), "the plan")
@@ -129,9 +135,10 @@ def speed(workload: Workload, control: Control, planner: str, compute_budget: fl
     batch = _batch(workload, control.rank)
 
     plans = {"dense": dense, "plan": plan, "nothing": nothing}
-    seconds = _alternate(
+    seconds = alternate(
         {name: lambda: engine.step(batch) for name in plans},
-        workload,
+        workload.steps,
+        workload.device,
         control,
         before=lambda name: engine.executor.load(plans[name], control.rank),
     )
@@ -151,6 +158,7 @@ def speed(workload: Workload, control: Control, planner: str, compute_budget: fl
         "always_share": always,
         "promised_by_time": always + (1 - always) * max(by_replica),
         "lookup_seconds": engine.executor.lookup_seconds,
+        "bytes_sent": {name: _bytes_sent(built, batch, plans[name], control) for name in ("dense", "plan")},
         "seconds": {name: of_name.tolist() for name, of_name in seconds.items()},
     }
 
@@ -165,35 +173,53 @@ def speed_report(result: Mapping[str, Any]) -> str:
             f"promised by FLOPs        {result['promised_by_flops']:9.4f}",
             f"promised by time         {result['promised_by_time']:9.4f}  (what always runs, measured at "
             f"{result['always_share']:.4f}, plus the busiest replica's share of the rest)",
+            *(
+                f"{name + ', bytes a step':25s}{result['bytes_sent']['plan'].get(name, 0):9d} of {sent} dense"
+                for name, sent in result["bytes_sent"]["dense"].items()
+            ),
         ]
     )
+
+
+def _bytes_sent(built: _Built, batch: list[MicroBatch], plan: SkipPlan, control: Control) -> dict[str, int]:
+    """What a rank sends in a step, by collective, counted where it is issued."""
+    built.engine.executor.load(plan, control.rank)
+    with meter() as metered:
+        built.engine.step(batch)
+    return dict(metered.bytes_sent)
 
 
 _WARM_UP = 3
 
 
-def _alternate(
+def alternate(
     steps: Mapping[str, Callable[[], object]],
-    workload: Workload,
-    control: Control,
+    count: int,
+    device: torch.device,
+    control: Control | None = None,
     before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, np.ndarray]:
-    """Seconds of each step by name on the slowest rank, float64 [step]; the order changes from round to round.
+    """Seconds of `count` steps of each by name on the slowest rank, float64 [step]; the order changes from round to
+    round.
 
-    before: what is done before the clock starts.
+    control: of the ranks that begin each step together; None: there is one. before: what is done before the clock
+    starts.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
-    for turn in range(workload.steps + _WARM_UP):
+    for turn in range(count + _WARM_UP):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             before(name)
-            _synchronize(workload.device)
-            control.barrier(60)
+            _synchronize(device)
+            if control is not None:
+                control.barrier(60)
             start = time.perf_counter()
             steps[name]()
-            _synchronize(workload.device)
+            _synchronize(device)
             seconds[name].append(time.perf_counter() - start)
     own = np.array([of_name[_WARM_UP:] for of_name in seconds.values()])
+    if control is None:
+        return dict(zip(names, own, strict=True))
     of_ranks = [np.frombuffer(part).reshape(own.shape) for part in control.all_gather(own.tobytes())]
     return dict(zip(names, np.max(of_ranks, axis=0), strict=True))
 
@@ -227,12 +253,17 @@ def _build(workload: Workload, control: Control) -> _Built:
         even_owner(*executor.subnets.shape, layout.tensor_ranks),
     )
     config = _config(workload)
+    low_dtype = torch.bfloat16 if workload.precision == "bf16" else None
     engine: Engine
     if layout.is_cut:
         kind = PipelineEngine if layout.stages > 1 else TensorParallelEngine
         engine = kind(model, executor, placement, _make_optimizer, _loss, config, control)
-    else:
+    elif workload.engine == "deepspeed":
         engine = DeepSpeedEngine(model, executor, *_make_optimizer(model), _loss, config)
+    elif workload.engine == "ddp":
+        engine = DdpEngine(model, executor, *_make_optimizer(model), _loss, autocast_dtype=low_dtype)
+    else:
+        engine = FsdpEngine(model, executor, placement, _make_optimizer, _loss, param_dtype=low_dtype)
     return _Built(engine, costs, placement)
 
 
@@ -322,8 +353,9 @@ def _title(result: Mapping[str, Any]) -> str:
         )
         if result[key] > 1
     )
+    name = f"ZeRO-{result['stage']}" if result["engine"] == "deepspeed" else result["engine"]
     return (
         f"{result['model']}, {result['image_size']} px, {result['slots']} micro-batches of "
-        f"{result['micro_batch_size']}, {result['precision']}, ZeRO-{result['stage']}{cut}, {result['ranks']} ranks, "
+        f"{result['micro_batch_size']}, {result['precision']}, {name}{cut}, {result['ranks']} ranks, "
         f"{result['device']}, {result['steps']} steps each in turns"
     )

@@ -8,8 +8,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.config import RunConfig
+from d2ft_hpc.engines.ddp import DdpEngine
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
 from d2ft_hpc.engines.engine import Engine, LossFunction
+from d2ft_hpc.engines.fsdp import FsdpEngine
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.plain import PlainEngine
@@ -40,15 +42,36 @@ def build_engine(
         optimizer = build_optimizer(part, config.optimizer)
         return optimizer, build_schedule(optimizer, config.optimizer, total_steps)
 
+    low_dtype = torch.bfloat16 if config.engine.precision == "bf16" else None
+    clipping = config.engine.gradient_clipping
     if config.engine.name == "plain":
         return PlainEngine(
             model,
             executor,
             *make_optimizer(model),
             loss_function,
-            autocast_dtype=torch.bfloat16 if config.engine.precision == "bf16" else None,
-            gradient_clipping=config.engine.gradient_clipping,
+            autocast_dtype=low_dtype,
+            gradient_clipping=clipping,
             cuda_graphs=config.engine.cuda_graphs and next(model.parameters()).device.type == "cuda",
+        )
+    if config.engine.name == "ddp":
+        return DdpEngine(
+            model,
+            executor,
+            *make_optimizer(model),
+            loss_function,
+            autocast_dtype=low_dtype,
+            gradient_clipping=clipping,
+        )
+    if config.engine.name == "fsdp2":
+        return FsdpEngine(
+            model,
+            executor,
+            placement,
+            make_optimizer,
+            loss_function,
+            param_dtype=low_dtype,
+            gradient_clipping=clipping,
         )
     settings = deepspeed_config(
         config.engine.deepspeed,

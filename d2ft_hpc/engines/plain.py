@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -51,6 +51,8 @@ class PlainEngine:
         """cuda_graphs: whether the forward and backward of a micro-batch is one CUDA graph, if the plan has few shapes;
         its time then counts as backward."""
         self._model, self.executor = model, executor
+        self._trainer = model
+        """What computes the logits: the model, or what wraps it."""
         self._optimizer, self._schedule = optimizer, schedule
         self._loss_function = loss_function
         self._autocast_dtype = autocast_dtype
@@ -61,18 +63,28 @@ class PlainEngine:
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
         report = StepReport(learning_rate=self._optimizer.param_groups[0]["lr"])
         losses = []
-        self._model.train()
+        self._trainer.train()
         for slot, (images, labels) in enumerate(micro_batches):
-            with self.executor.micro_batch(slot):
+            with self._micro_batch(slot, len(micro_batches)):
                 losses.append(self._accumulate(report, slot, images, labels, len(micro_batches)))
         with report.timed("optimizer"):
             zero_missing_gradients(self._model)
-            report.gradient_norm = nn.utils.clip_grad_norm_(self._trained, self._max_norm)
+            report.gradient_norm = self._clip()
             self._optimizer.step()
             self._schedule.step()
             self._optimizer.zero_grad(set_to_none=self._graphs is None)
         report.loss = torch.stack(losses).mean()
         return report
+
+    @contextmanager
+    def _micro_batch(self, slot: int, slots: int) -> Iterator[None]:
+        """Around forward and backward of micro-batch `slot` of `slots`."""
+        with self.executor.micro_batch(slot):
+            yield
+
+    def _clip(self) -> Tensor:
+        """Clips the gradients; returns their norm before that."""
+        return nn.utils.clip_grad_norm_(self._trained, self._max_norm)
 
     def _accumulate(
         self, report: StepReport, slot: int, images: Tensor, labels: Tensor, micro_batches: int
@@ -103,7 +115,7 @@ class PlainEngine:
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with self._autocast(images.device):
-            return self._loss_function(self._model(images), labels)
+            return self._loss_function(self._trainer(images), labels)
 
     @property
     def same_rows(self) -> str | None:

@@ -55,6 +55,11 @@ class BlockHeads:
     def is_shortcut(self) -> bool:
         return self.full is None and self.forward_only is None
 
+    @property
+    def trains(self) -> bool:
+        """Parameters of the block take gradients."""
+        return self.full is not None
+
 
 def run_block(
     block: Block,
@@ -128,15 +133,9 @@ def attention_heads(
     bias: Tensor | None,
     attn_mask: Tensor | None,
     is_causal: bool,
-    q_norm: Callable[[Tensor], Tensor] | None = None,
-    k_norm: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Sum of the heads' attention outputs through `proj`, plus `bias`; [sample, token, channel].
-
-    q_norm, k_norm: in the place of the block's own.
-    """
+    """Sum of the heads' attention outputs through `proj`, plus `bias`; [sample, token, channel]."""
     attn = block.attn
-    q_norm, k_norm = q_norm or attn.q_norm, k_norm or attn.k_norm
     samples, tokens, _ = normed.shape
     qkv_weight = _part(head_axes["attn.qkv.weight"], attn.qkv.weight, heads)
     qkv_bias = None if attn.qkv.bias is None else _part(head_axes["attn.qkv.bias"], attn.qkv.bias, heads)
@@ -144,8 +143,8 @@ def attention_heads(
     qkv = with_lora(attn.qkv, "attn.qkv", head_axes, normed, heads, qkv)
     query, key, value = qkv.view(samples, tokens, 3, heads.numel(), -1).permute(2, 0, 3, 1, 4).unbind(0)
     mixed = F.scaled_dot_product_attention(
-        q_norm(query),
-        k_norm(key),
+        attn.q_norm(query),
+        attn.k_norm(key),
         value,
         attn_mask=attn_mask,
         dropout_p=attn.attn_drop.p if attn.training else 0.0,

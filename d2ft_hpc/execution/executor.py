@@ -25,6 +25,7 @@ from d2ft_hpc.execution.gradients import (
     require_input_gradient,
     zero_gradient,
 )
+from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 
@@ -46,12 +47,14 @@ class PlanExecutor:
         self.subnets = SubnetMap.of(model)
         self.plan: SkipPlan | None = None
         """The plan in force; None means dense."""
-        self._detach_incomplete = embeddings == "complete_path"
+        self.detach_incomplete = embeddings == "complete_path"
+        """Embeddings take part in micro-batches that are FULL everywhere only; block 0 sees to it."""
         self._slots: list[list[BlockHeads]] = []
         self._one_point: list[list[bool]] = []  # [slot][block]: gradients must be complete and in order
         self._slot: int | None = None
         self._slot_source: Callable[[], int] | None = None
         self._reduction = Reduction.AFTER_BACKWARD
+        self._check: Callable[[SkipPlan], None] | None = None
         self.blocks: dict[int, Block] = {}
         """The blocks that follow this executor, by index; `link` adds them."""
         self._owners: dict[int, Owners] = {}
@@ -63,13 +66,19 @@ class PlanExecutor:
         self._compiled = torch.compile(_dense_forward, dynamic=False) if compile else None
         self._compiled_heads = torch.compile(run_block, dynamic=False) if compile else None
 
-    def follow(self, slot_source: Callable[[], int] | None, reduction: Reduction) -> None:
+    def follow(
+        self,
+        slot_source: Callable[[], int] | None,
+        reduction: Reduction,
+        check: Callable[[SkipPlan], None] | None = None,
+    ) -> None:
         """Fits the executor to an engine that counts micro-batches itself, or reduces gradients during backward.
 
         slot_source: gives the place in the batch of the micro-batch that runs; None: `micro_batch` marks it.
         reduction: when the engine reduces gradients; without an engine, AFTER_BACKWARD.
+        check: raises PlanError or ConfigError where the engine cannot run a plan; `load` calls it.
         """
-        self._slot_source, self._reduction = slot_source, reduction
+        self._slot_source, self._reduction, self._check = slot_source, reduction, check
         if reduction is Reduction.BY_BLOCK:
             require_input_gradient(self.blocks[0])
 
@@ -87,6 +96,8 @@ class PlanExecutor:
                 f"the plan is for {plan.num_blocks} blocks x {plan.num_heads} heads, "
                 f"the model has {self.subnets.num_blocks} x {self.subnets.num_heads}: solve a plan for this model"
             )
+        if self._check is not None:
+            self._check(plan)
         if not 0 <= replica < plan.replicas:
             raise PlanError(f"the plan is for {plan.replicas} replicas and has no replica {replica}")
         rows = plan.for_replica(replica)
@@ -141,13 +152,14 @@ class PlanExecutor:
     @contextmanager
     def temporarily(self, operations: np.ndarray) -> Iterator[None]:
         """Every micro-batch inside follows `operations`, uint8 [block, head]; afterwards the plan is as before."""
-        before = self._slots, self._one_point, self._slot, self._slot_source
+        before = self.plan, self._slots, self._one_point, self._slot, self._slot_source
+        self.plan = None
         self._slots, self._one_point = self._rows(operations[None]), [[False] * len(operations)]
         self._slot, self._slot_source = 0, None
         try:
             yield
         finally:
-            self._slots, self._one_point, self._slot, self._slot_source = before
+            self.plan, self._slots, self._one_point, self._slot, self._slot_source = before
 
     def run(self, block: Block, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Block `index` under the current row; `args` are the block's own."""
@@ -161,11 +173,11 @@ class PlanExecutor:
                 "wrap forward and backward in `with executor.micro_batch(slot):`, or call executor.unload()"
             )
         heads = self._slots[slot][index]
-        if index == 0 and self._detach_incomplete and not all(each.is_dense for each in self._slots[slot]):
+        if index == 0 and self.detach_incomplete and not all(each.is_dense for each in self._slots[slot]):
             # Embeddings take no part in this micro-batch; a reduction during backward still waits for them.
             x = x.detach() if self._reduction is Reduction.AFTER_BACKWARD else zero_gradient(x)
         if self._one_point[slot][index]:
-            with one_point(self._owners[index], x, gives_gradients=heads.full is not None) as x:
+            with one_point(self._owners[index], x, gives_gradients=heads.trains) as x:
                 self.lookup_seconds += _clock() - start
                 return self._run(block, index, heads, x, *args, **kwargs)
         self.lookup_seconds += _clock() - start
@@ -314,13 +326,13 @@ class _BlockLink:
 
 
 def attach(
-    model: VisionTransformer,
+    model: Any,
     *,
     embeddings: EmbeddingPolicy = "frozen",
     shared: SharedPolicy = "flow",
     compile: bool = False,
 ) -> PlanExecutor:
-    """Lets a timm VisionTransformer follow skip plans.
+    """Lets a timm VisionTransformer follow skip plans, also one inside peft's wrapper.
 
     embeddings: what becomes of the parameters below every block, whose gradient is biased by every skip above them:
         "frozen" (default), "complete_path" (trained by the micro-batches that are FULL everywhere) or "trained".
@@ -330,7 +342,8 @@ def attach(
 
     Raises UnsupportedModelError where the model cannot be cut by head.
     """
-    if any(hasattr(block, "_d2ft") for block in model.blocks):
+    model = unwrapped(model)
+    if any(hasattr(block, "_d2ft") for block in getattr(model, "blocks", ())):
         raise PlanError("the model has an executor already: attach once and keep what attach returned")
     executor = PlanExecutor(model, embeddings, compile)
     frozen = {ParameterClass.EMBEDDING: embeddings == "frozen", ParameterClass.SHARED: shared == "frozen"}

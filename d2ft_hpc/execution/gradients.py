@@ -1,4 +1,4 @@
-"""Gradients for engines that reduce them while the backward pass still runs (DeepSpeed's ZeRO, overlapped or not).
+"""Gradients for engines that reduce them while the backward pass still runs (DeepSpeed's ZeRO, DDP, FSDP2).
 
 Such an engine fills its messages in the order in which parameters get their gradients. A replica that skips a block,
 or runs part of its heads, gives fewer gradients or in another order than the replicas that it reduces with: the
@@ -9,7 +9,7 @@ flowed, whatever ran inside.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any
@@ -40,13 +40,14 @@ class Reduction(Enum):
                 return False
 
 
-Owners = list[tuple[dict[str, Any], str, nn.Parameter]]
-"""Of each trainable parameter of a block: the dictionary that its module keeps it in, its name there, itself."""
+Owners = list[tuple[dict[str, Any], str]]
+"""Of each trainable parameter of a block: the dictionary that its module keeps it in, and its name there. FSDP2 puts
+others in its place for each forward pass."""
 
 
 def owners_of(block: Block) -> Owners:
     return [
-        (module._parameters, name, parameter)
+        (module._parameters, name)
         for module in block.modules()
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.requires_grad
@@ -59,15 +60,22 @@ def one_point(owners: Owners, x: Tensor, *, gives_gradients: bool) -> Iterator[T
 
     gives_gradients: whether anything that runs inside takes gradients of the block's parameters.
     """
-    through = _OnePoint.apply(x, *(parameter for _, _, parameter in owners))
+    through = _OnePoint.apply(x, *(kept[name] for kept, name in owners))
     # An input without a gradient (frozen embeddings below) keeps none, unless the pass must go through it.
-    stand_in = through[0] if x.requires_grad or not gives_gradients else x
-    for (kept, name, _), parameter in zip(owners, through[1:], strict=True):
-        kept[name] = parameter
+    with stand_ins(owners, through[1:]):
+        yield through[0] if x.requires_grad or not gives_gradients else x
+
+
+@contextmanager
+def stand_ins(owners: Owners, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, `tensors` are in the place of the parameters, under whose names modules find them."""
+    own = [kept[name] for kept, name in owners]
+    for (kept, name), tensor in zip(owners, tensors, strict=True):
+        kept[name] = tensor
     try:
-        yield stand_in
+        yield
     finally:
-        for kept, name, parameter in owners:
+        for (kept, name), parameter in zip(owners, own, strict=True):
             kept[name] = parameter
 
 

@@ -7,8 +7,12 @@ fc2 are shared by all heads of a block and take the gradients of those that are 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -19,11 +23,19 @@ ADAPTER = "default"
 
 
 def add_lora(
-    model: VisionTransformer, *, rank: int, alpha: int, dropout: float, layers: Sequence[str]
+    model: VisionTransformer,
+    *,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    layers: Sequence[str],
+    rslora: bool = False,
 ) -> None:
     """Adapts `layers` ("qkv", "proj", "fc1", "fc2") of every block; all else but the classifier is frozen.
 
-    alpha: the low-rank product counts alpha / rank times. Raises ConfigError if peft is not installed.
+    alpha: the low-rank product counts alpha / rank times, with rslora alpha / sqrt(rank) times.
+
+    Raises ConfigError if peft is not installed.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -34,6 +46,7 @@ def add_lora(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
+        use_rslora=rslora,
         target_modules=rf"blocks\.\d+\.({inner})",
     )
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
@@ -56,3 +69,32 @@ def timm_state(model: nn.Module) -> dict[str, Tensor]:
             with torch.no_grad():
                 state[f"{name}.weight"] = weight + layer.get_delta_weight(ADAPTER).to(weight)
     return state
+
+
+def unwrapped(model: Any) -> Any:
+    """The model itself, or the one inside peft's `get_peft_model`."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def save_adapter(model: VisionTransformer, folder: Path) -> None:
+    """Writes what was trained, as `PeftModel.from_pretrained(timm_model, folder)` reads it.
+
+    model: one that `add_lora` adapted, or its twin. The classifier and the final norm go with it, as peft's
+    `modules_to_save`.
+    """
+    subnets = SubnetMap.of(model)
+    tensors: dict[str, Tensor] = {}
+    saved_modules: set[str] = set()
+    for name, value in model.state_dict().items():
+        if f".{ADAPTER}." in name:
+            tensors[name.replace(f".{ADAPTER}.", ".")] = value
+        elif subnets.classify(name) is ParameterClass.CLASSIFIER:
+            tensors[name] = value
+            saved_modules.add(name.rsplit(".", 1)[0])
+    config = copy(model.peft_config[ADAPTER])
+    config.modules_to_save, config.inference_mode = sorted(saved_modules), True
+    config.save_pretrained(folder)
+    prefixed = {
+        f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in tensors.items()
+    }
+    save_file(prefixed, folder / "adapter_model.safetensors", metadata={"format": "pt"})

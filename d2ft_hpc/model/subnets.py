@@ -116,6 +116,11 @@ class SubnetMap:
                     yield index, name, parameter
 
     @property
+    def has_adapters(self) -> bool:
+        """Some layers carry LoRA."""
+        return any("lora_" in name for name in self.head_axes)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(blocks, heads)."""
         return self.num_blocks, self.num_heads

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.model.subnets import HeadAxis, SubnetMap
+from d2ft_hpc.model.subnets import LINEAR_LAYERS, HeadAxis, SubnetMap
 from d2ft_hpc.planning.problem import Ints
 
 
@@ -59,17 +59,25 @@ def cut_block(block: Block, head_axes: Mapping[str, HeadAxis], heads: Tensor) ->
 
     The parameters that are cut are new ones, marked `tensor_model_parallel` as DeepSpeed and Megatron do.
     """
-    for name, axis in head_axes.items():
-        layer_name, parameter_name = name.rsplit(".", 1)
-        layer, whole = block.get_submodule(layer_name), block.get_parameter(name)
-        part = axis.select(whole.detach(), heads.to(whole.device)).clone()
+    for name, whole in list(block.named_parameters()):
+        if name not in head_axes:
+            continue
+        part = head_axes[name].select(whole.detach(), heads.to(whole.device)).clone()
         parameter = nn.Parameter(part, requires_grad=whole.requires_grad)
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-        setattr(layer, parameter_name, parameter)
-    for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
-        layer.out_features, layer.in_features = layer.weight.shape
+        replace_parameter(block, name, parameter)
+    for name in LINEAR_LAYERS:
+        for layer in block.get_submodule(name).modules():  # itself, or what LoRA made of it
+            if isinstance(getattr(layer, "weight", None), Tensor):
+                layer.out_features, layer.in_features = layer.weight.shape
     block.attn.num_heads = heads.numel()
     block.attn.attn_dim = heads.numel() * block.attn.head_dim
+
+
+def replace_parameter(block: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Puts another parameter in the place of the one of that name."""
+    module, last = name.rsplit(".", 1)
+    setattr(block.get_submodule(module), last, parameter)
 
 
 def join(axis: HeadAxis, parts: Sequence[Tensor], heads: Sequence[Tensor]) -> Tensor:

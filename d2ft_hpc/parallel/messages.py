@@ -78,8 +78,12 @@ class _Leave(torch.autograd.Function):
     def forward(ctx: Any, messages: ReplicatedTokens, ranks: Ranks, own: Tensor, *entered: Tensor) -> Tensor:
         ctx.entered = len(entered)
         ctx.mark_dirty(own)
+        # Asked for in the backward, so that a block that is to be computed again is so here, on all ranks together:
+        # one that computed nothing keeps nothing else, and would not send what the others wait for.
+        ctx.save_for_backward(own.new_empty(0))
         return messages.sum(own, ranks)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
         return None, None, gradients[0], *[None] * ctx.entered

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from d2ft_hpc.model.probe import probe
-from d2ft_hpc.model.subnets import LINEAR_LAYERS, SubnetMap
+from d2ft_hpc.model.subnets import LINEAR_LAYERS, HeadAxis, SubnetMap
 
 GradientScore = Literal["fisher", "gradient_magnitude", "taylor"]
 Granularity = Literal["micro_batch", "sample"]
@@ -38,6 +38,7 @@ def gradient_scores(
     names: Iterable[GradientScore],
     granularity: Granularity = "micro_batch",
     autocast_dtype: torch.dtype | None = None,
+    adapters: bool = True,
 ) -> dict[GradientScore, Tensor]:
     """Scores of one micro-batch or of each of its samples, with g the gradient of the loss and w the weight.
 
@@ -48,6 +49,8 @@ def gradient_scores(
     returns the *mean* over the samples. A sample's score is that of its own loss, not of its share in the mean.
     autocast_dtype: of the pass and of the products that give weight gradients, as in training under autocast; None:
     the model's own, products in float32 unless the model is in bfloat16.
+    adapters: of a model with LoRA, the weights are the heads' slices of the low-rank factors; False: those that the
+    factors adapt, as if there were none.
     Runs the dense model in evaluation mode; model, gradients and random state stay as they were.
 
     Returns for each name float32 [1, block, head] for "micro_batch", [sample, block, head] for "sample".
@@ -70,17 +73,39 @@ def gradient_scores(
         at_a_time = max(_GRADIENT_BYTES // (4 * layer.weight.numel()), 1)
         for part in torch.arange(groups).split(at_a_time):
             rows = slice(int(part[0]), int(part[-1]) + 1)
-            of_weight = torch.einsum("gto,gti->goi", gradients[rows].to(product_dtype), inputs[rows]).float()
-            of_bias = gradients[rows].sum(1)
-            for parameter, value, gradient in (
-                ("weight", layer.weight, of_weight),
-                ("bias", layer.bias, of_bias),
+            for axis, value, gradient in gradients_of_heads(
+                layer, name, subnets, inputs[rows], gradients[rows], adapters=adapters
             ):
-                axis = subnets.head_axes.get(f"{name}.{parameter}")
-                if axis is not None:
-                    for score, total in scores.items():
-                        total[rows, block] += axis.sum_by_head(_contribution(score, gradient, value))
+                for score, total in scores.items():
+                    total[rows, block] += axis.sum_by_head(_contribution(score, gradient, value))
     return scores
+
+
+def gradients_of_heads(
+    layer: Any, name: str, subnets: SubnetMap, inputs: Tensor, output_gradients: Tensor, *, adapters: bool
+) -> Iterator[tuple[HeadAxis, Tensor, Tensor]]:
+    """Of what heads own of layer `name`: its split by head, its value, its gradient float32 [group, *value.shape].
+
+    inputs: [group, token, channel] in the dtype of the products; output_gradients: float32. adapters: as in
+    `gradient_scores`.
+    """
+
+    def summed(left: Tensor, right: Tensor) -> Tensor:
+        return torch.einsum("gto,gti->goi", left.to(inputs.dtype), right.to(inputs.dtype)).float()
+
+    if not (adapters and subnets.has_adapters):
+        if axis := subnets.head_axes.get(f"{name}.weight"):
+            yield axis, layer.weight, summed(output_gradients, inputs)
+        if axis := subnets.head_axes.get(f"{name}.bias"):
+            yield axis, layer.bias, output_gradients.sum(1)
+        return
+    for adapter in getattr(layer, "active_adapters", ()):
+        down, up = (factor[adapter].weight.detach() for factor in (layer.lora_A, layer.lora_B))
+        scaled = layer.scaling[adapter] * output_gradients
+        if axis := subnets.head_axes.get(f"{name}.lora_B.{adapter}.weight"):
+            yield axis, up, summed(scaled, inputs @ down.T.to(inputs.dtype))
+        if axis := subnets.head_axes.get(f"{name}.lora_A.{adapter}.weight"):
+            yield axis, down, summed(scaled @ up.float(), inputs)
 
 
 def fisher_information(
@@ -90,9 +115,12 @@ def fisher_information(
     labels: Tensor,
     loss_function: LossFunction,
     granularity: Granularity = "micro_batch",
+    adapters: bool = True,
 ) -> Tensor:
     """Sum of squared gradients over each subnet's weights; see `gradient_scores`."""
-    scores = gradient_scores(model, subnets, images, labels, loss_function, ("fisher",), granularity)
+    scores = gradient_scores(
+        model, subnets, images, labels, loss_function, ("fisher",), granularity, adapters=adapters
+    )
     return scores["fisher"]
 
 

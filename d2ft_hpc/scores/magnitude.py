@@ -9,12 +9,17 @@ from d2ft_hpc.model.subnets import SubnetMap
 
 
 @torch.no_grad()
-def weight_magnitude(model: nn.Module, subnets: SubnetMap) -> Tensor:
-    """Sum of |w| over each subnet's weights; float32 [block, head]. The same for every micro-batch."""
+def weight_magnitude(model: nn.Module, subnets: SubnetMap, adapters: bool = True) -> Tensor:
+    """Sum of |w| over each subnet's weights; float32 [block, head]. The same for every micro-batch.
+
+    adapters: of a model with LoRA, over the low-rank factors alone; False: over the weights that they adapt.
+    """
     scores: Tensor | None = None
     for block, name, parameter in subnets.parameters(model):
         if scores is None:
             scores = torch.zeros(subnets.shape, device=parameter.device)
+        if subnets.has_adapters and ("lora_" in name) != adapters:
+            continue
         scores[block] += subnets.head_axes[name].sum_by_head(parameter.float().abs())
     assert scores is not None
     return scores

@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from d2ft_hpc.model.subnets import LINEAR_LAYERS, SubnetMap
+from d2ft_hpc.scores.gradients import gradients_of_heads
 
 
 class GradientObserver:
@@ -32,10 +33,13 @@ class GradientObserver:
         self.sums = torch.zeros(slots, *subnets.shape, device=device)
         """float32 [slot, block, head]"""
         self._subnets, self._current_slot, self._loss_scale = subnets, current_slot, loss_scale
-        self._handles = [
-            block.get_submodule(name).register_forward_hook(self._hook(index, name))
+        self._layers = {
+            (index, name): block.get_submodule(name)
             for index, block in enumerate(model.blocks)
             for name in LINEAR_LAYERS
+        }
+        self._handles = [
+            layer.register_forward_hook(self._hook(*place)) for place, layer in self._layers.items()
         ]
 
     def close(self) -> None:
@@ -53,9 +57,9 @@ class GradientObserver:
 
     @torch.no_grad()
     def _add(self, slot: int, block: int, name: str, layer_input: Tensor, output_gradient: Tensor) -> None:
-        axes = self._subnets.head_axes
-        gradient = output_gradient.float().flatten(0, -2) / self._loss_scale()
-        weight_gradient = gradient.T @ layer_input.float().flatten(0, -2)
-        self.sums[slot, block] += axes[f"{name}.weight"].sum_by_head(weight_gradient.square())
-        if f"{name}.bias" in axes:
-            self.sums[slot, block] += axes[f"{name}.bias"].sum_by_head(gradient.sum(0).square())
+        gradient = (output_gradient.float() / self._loss_scale()).flatten(0, -2)[None]
+        layer = self._layers[block, name]
+        for axis, _, of_weight in gradients_of_heads(
+            layer, name, self._subnets, layer_input.float().flatten(0, -2)[None], gradient, adapters=True
+        ):
+            self.sums[slot, block] += axis.sum_by_head(of_weight.square())[0]

@@ -24,6 +24,7 @@ from d2ft_hpc.metering import StepCosts, measure_costs, meter
 from d2ft_hpc.model.build import build_model, pixel_statistics
 from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.parallel.layout import Layout
+from d2ft_hpc.parallel.stages import layer_flops
 from d2ft_hpc.selection import SampleScorer, SampleSelection
 
 
@@ -54,6 +55,12 @@ class Job:
 
     def steps_of_epoch(self, epoch: int) -> int:
         return min(self.sampler.batches_per_epoch, self.total_steps - epoch * self.sampler.batches_per_epoch)
+
+    @cached_property
+    def layer_flops(self) -> list[float]:
+        """As `parallel.stages.layer_flops`, at the run's image size."""
+        size = self.config.data.image_size
+        return layer_flops(self.model, self.costs, (3, size, size))
 
     @cached_property
     def train_batches(self) -> Batches:
@@ -118,7 +125,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         options=config.model.options,
     )
     if config.model.lora is not None:
-        add_lora(model, **config.model.lora.model_dump())
+        add_lora(model, **config.model.lora.model_dump(exclude={"scores"}))
     model.to(device)
     executor = attach(
         model,

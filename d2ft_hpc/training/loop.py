@@ -20,7 +20,7 @@ from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.errors import CheckpointError
 from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.launch.watch import Watch
-from d2ft_hpc.model.lora import timm_state
+from d2ft_hpc.model.lora import save_adapter, timm_state
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.stages import describe_stages
 from d2ft_hpc.planning import SkipPlan
@@ -34,7 +34,7 @@ from d2ft_hpc.training.environment import describe_environment
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.job import Job, layout_of, set_up
 from d2ft_hpc.training.measured import Measured, measure_job
-from d2ft_hpc.training.placing import flops_of_layers, place
+from d2ft_hpc.training.placing import place
 from d2ft_hpc.training.plan_costs import PlanCosts
 from d2ft_hpc.training.plans import batches_of, is_due, make_plan, measure_scores, solve_here
 from d2ft_hpc.training.progress import Progress
@@ -67,7 +67,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     measured = measure_job(job)  # before the engine, which may spread the weights over ranks
     placement = place(job, start.checkpoint, watch)
     if control.rank == 0 and placement.layout.stages > 1:
-        print(describe_stages(flops_of_layers(job), placement.stages), flush=True)
+        print(describe_stages(job.layer_flops, placement.stages), flush=True)
     engine = build_engine(job.config, job.model, job.executor, placement, job.total_steps, job.loss, control)
     if start.checkpoint is not None:
         plan = load_checkpoint(start.checkpoint, engine, control)
@@ -332,6 +332,8 @@ def _save_model(job: Job, model: VisionTransformer) -> None:
     try:
         save_file(weights, temporary)
         temporary.replace(path)
+        if job.config.model.lora is not None:
+            save_adapter(model, job.config.run_folder / run_folder.ADAPTER)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(

@@ -13,7 +13,7 @@ from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.layout import Placement
-from d2ft_hpc.parallel.stages import cut_stages, layer_flops
+from d2ft_hpc.parallel.stages import cut_stages
 from d2ft_hpc.planning import PlanProblem
 from d2ft_hpc.planning import place as place_heads
 from d2ft_hpc.training.job import Job
@@ -27,12 +27,13 @@ def place(job: Job, checkpoint: Path | None, watch: Watch) -> Placement:
     Raises ConfigError or PlanError where the model has too few blocks or heads.
     """
     config, layout = job.config, job.layout
+    flops = job.layer_flops  # counted before an engine spreads the weights
     with agreed(job.control, "placing the model's parts"):
         if checkpoint is not None and layout.is_cut:
             saved = checkpoint / PLACEMENT
             if saved.exists() and (placement := Placement.load(saved, layout)).fits:
                 return placement
-        stages = cut_stages(flops_of_layers(job), layout.stages)
+        stages = cut_stages(flops, layout.stages)
         owner = even_owner(*job.executor.subnets.shape, layout.tensor_ranks)
     if config.engine.head_placement == "spread" and layout.tensor_ranks > 1:
         scores = measure_scores(job, job.model, job.loss, watch)
@@ -55,15 +56,9 @@ def place(job: Job, checkpoint: Path | None, watch: Watch) -> Placement:
     return Placement(layout, stages, owner)
 
 
-def flops_of_layers(job: Job) -> list[float]:
-    """As `layer_flops`, at the run's image size."""
-    size = job.config.data.image_size
-    return layer_flops(job.model, job.costs, (3, size, size))
-
-
 def costs_of_rank(job: Job, placement: Placement) -> StepCosts:
     """Costs of this rank's part of the dense model; what always runs does so on every tensor-parallel rank."""
-    below, *_, above = flops_of_layers(job)
+    below, *_, above = job.layer_flops
     layout = placement.layout
     always = (below if layout.stage == 0 else 0.0) + (above if layout.stage == layout.stages - 1 else 0.0)
     return replace(job.costs, always_flops=always, num_subnets=int(placement.own.sum()))

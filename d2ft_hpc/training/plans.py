@@ -86,11 +86,19 @@ def _measure(
     names = (config.forward_score, config.backward_score)
     gradient_names: list[GradientScore] = [name for name in names if name != "weight_magnitude"]
     autocast_dtype = torch.bfloat16 if job.config.engine.precision == "bf16" else None
+    lora = job.config.model.lora
+    adapters = lora is None or lora.scores == "adapters"
     with meter() as metered:
         measured = [
             [
                 gradient_scores(
-                    model, subnets, *pair, loss_function, gradient_names, autocast_dtype=autocast_dtype
+                    model,
+                    subnets,
+                    *pair,
+                    loss_function,
+                    gradient_names,
+                    autocast_dtype=autocast_dtype,
+                    adapters=adapters,
                 )
                 for pair in batch
             ]
@@ -105,7 +113,7 @@ def _measure(
         for name in gradient_names
     }
     if "weight_magnitude" in names:
-        magnitude = weight_magnitude(model, subnets).cpu().numpy()
+        magnitude = weight_magnitude(model, subnets, adapters).cpu().numpy()
         rows["weight_magnitude"] = np.broadcast_to(magnitude, job.plan_shape)
     flops = sum(
         struct.unpack("<d", part)[0] for part in job.control.all_gather(struct.pack("<d", metered.flops))
@@ -122,6 +130,7 @@ def _cache_key(job: Job, model: VisionTransformer) -> str:
         "scores": [config.plan.forward_score, config.plan.backward_score],
         "label_smoothing": config.train.label_smoothing,
         "precision": config.engine.precision,
+        "lora": config.model.lora and config.model.lora.scores,
         "shape": job.plan_shape,
     }
     tensors = (tensor for batch in _probe(job) for pair in batch for tensor in pair)
@@ -153,9 +162,9 @@ def make_plan(
 
 
 def meets_every_block(engine: EngineConfig) -> bool:
-    """Whether replicas wait for each other in every block, as under ZeRO 3, which gathers each block's weights."""
+    """Whether replicas wait for each other in every block, as under ZeRO 3 and FSDP2, which gather its weights."""
     zero = engine.deepspeed.get("zero_optimization")
-    return engine.name == "deepspeed" and isinstance(zero, dict) and zero.get("stage") == 3
+    return engine.name == "fsdp2" or (isinstance(zero, dict) and zero.get("stage") == 3)
 
 
 def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:

@@ -20,7 +20,8 @@ from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.checkpoint import Position, complete_checkpoints, read_position, verify
 
 MAY_CHANGE = (
-    "engine.deepspeed",  # checkpoints do not depend on how ZeRO spreads a state
+    "engine.name",  # checkpoints do not depend on how an engine spreads a state
+    "engine.deepspeed",
     "run.folder",
     "data.root",
     "data.workers",

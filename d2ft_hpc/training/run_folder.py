@@ -4,6 +4,7 @@ config.yaml           the effective configuration, every default filled in
 launches.jsonl        one line for each start of the run: when, where, which code, versions and settings
 results.h5            everything measured (`results.schema`)
 model.safetensors     the trained weights in timm's names, once the run is finished
+adapter/              of a run with model.lora: the trained factors, as peft reads them
 checkpoints/step-N/   see `checkpoint`
 logs/rank-R.log       what each rank had to say, over all starts
 errors/rank-R.txt     where each rank was when a start of the run last failed
@@ -37,6 +38,7 @@ CONFIG = "config.yaml"
 LAUNCHES = "launches.jsonl"
 RESULTS = "results.h5"
 MODEL = "model.safetensors"
+ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 
 _RECORDED = re.compile(

@@ -416,7 +416,8 @@ def checks(world_size: int, everything: bool = False) -> dict[str, Callable[[Con
     return named
 
 
-def main() -> None:
+def run_checks(checks: Callable[[int, bool], dict[str, Callable[[Control], Any]]]) -> None:
+    """What a module of checks does when it is started."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--only", default="", help="part of the names of the checks to run")
@@ -442,4 +443,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_checks(checks))

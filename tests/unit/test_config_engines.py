@@ -18,7 +18,15 @@ CONFIGS = Path(__file__).parents[2] / "configs"
     [
         (
             ["engine.pipeline_stages=2", "engine.name=plain"],
-            ["engine.pipeline_stages=2", "engine.name=deepspeed"],
+            ["engine.pipeline_stages=2", "use deepspeed"],
+        ),
+        (["engine.tensor_parallel=2", "engine.name=ddp"], ["engine ddp a rank has the whole model"]),
+        (["engine.pipeline_stages=2", "engine.name=fsdp2"], ["engine fsdp2 has no pipeline", "deepspeed"]),
+        (["engine.name=fsdp2", "engine.precision=fp16"], ["engine.precision=fp16", "use bf16"]),
+        (["engine.name=fsdp2", "plan.planner=samples"], ["plan.planner=samples", "engine.name=ddp"]),
+        (
+            ["engine.name=ddp", "engine.deepspeed={zero_optimization: {stage: 1}}"],
+            ["engine ddp does not read it", "remove it"],
         ),
         (["engine.tensor_parallel=2", "engine.precision=fp16"], ["engine.precision=fp16", "use bf16"]),
         (

@@ -1,0 +1,85 @@
+"""torch's DistributedDataParallel: every rank has the whole model, gradients are averaged during backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from timm.models.vision_transformer import VisionTransformer
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from d2ft_hpc.engines.check import check_plan, check_recompute
+from d2ft_hpc.engines.engine import LossFunction, StateWriter
+from d2ft_hpc.engines.plain import PlainEngine
+from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.model.lora import unwrapped
+from d2ft_hpc.planning import SkipPlan
+
+
+def follow_ddp(ddp: DistributedDataParallel, executor: PlanExecutor, reduction: Reduction) -> None:
+    """Fits the executor of `ddp.module` to `ddp`, whose replicas may then follow different rows.
+
+    Raises ConfigError where plans could not be run exactly.
+    """
+    if ddp.static_graph:
+        raise ConfigError(
+            "DistributedDataParallel(static_graph=True) expects the same computation in every step, a plan changes it: "
+            "remove static_graph"
+        )
+    trained = sum(parameter.requires_grad for parameter in ddp.module.parameters())
+    reduced = ddp._get_ddp_logging_data()["num_parameter_tensors"]
+    if reduced != trained:
+        raise ConfigError(
+            f"DistributedDataParallel reduces {reduced} parameters, {trained} are trained; it would wait for the rest: "
+            f"call attach, which freezes some, before DistributedDataParallel(model)"
+        )
+    executor.follow(None, reduction, partial(_check, ddp))
+
+
+def _check(ddp: DistributedDataParallel, plan: SkipPlan) -> None:
+    check_recompute(unwrapped(ddp.module))
+    check_plan(plan, slots=plan.slots, replicas=dist.get_world_size(ddp.process_group), same_rows=None)
+
+
+class DdpEngine(PlainEngine):
+    """Trains one replica; gradients are reduced in the last micro-batch. torch.distributed must be initialised."""
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        executor: PlanExecutor,
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+        loss_function: LossFunction,
+        **options: Any,
+    ) -> None:
+        """options: PlainEngine's, but for `cuda_graphs`."""
+        super().__init__(model, executor, optimizer, schedule, loss_function, **options)
+        device = next(model.parameters()).device
+        self._trainer = self._ddp = DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None
+        )
+        follow_ddp(self._ddp, executor, Reduction.LAST_MICRO_BATCH)
+
+    @contextmanager
+    def _micro_batch(self, slot: int, slots: int) -> Iterator[None]:
+        with (
+            super()._micro_batch(slot, slots),
+            nullcontext() if slot == slots - 1 else self._ddp.no_sync(),
+        ):
+            yield
+
+    def check(self, plan: SkipPlan) -> None:
+        _check(self._ddp, plan)
+
+    def save(self, folder: Path, write: StateWriter) -> None:
+        if dist.get_rank() == 0:
+            super().save(folder, write)

@@ -1,0 +1,228 @@
+"""torch's FSDP2 (`fully_shard`): each rank keeps a slice of every parameter, blocks are gathered while they run.
+
+A block that no replica runs in a micro-batch is not called at all: nothing is gathered, nothing reduced. Where any
+replica runs it, all gather it, and its gradients are complete on all of them (`execution/gradients.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from d2ft_hpc.engines.check import check_plan, check_recompute
+from d2ft_hpc.engines.engine import LossFunction, StateWriter
+from d2ft_hpc.engines.model_parallel import PLACEMENT, MakeOptimizer
+from d2ft_hpc.engines.plain import PlainEngine
+from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
+from d2ft_hpc.engines.sharded import collect, restore, whole_weights
+from d2ft_hpc.errors import ConfigError, PlanError
+from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.model.lora import unwrapped
+from d2ft_hpc.parallel.dtensor import split_heads
+from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.planning.plan import Operation
+
+
+def follow_fsdp(model: nn.Module, executor: PlanExecutor, reduction: Reduction) -> None:
+    """Fits the executor to a model that `fully_shard` has spread, whose replicas may then follow different rows.
+
+    Raises ConfigError where plans could not be run exactly.
+    """
+    if not isinstance(model, FSDPModule):
+        raise ConfigError(
+            "the model is not spread: call fully_shard(block) for each block, then fully_shard(model)"
+        )
+    for index, block in executor.blocks.items():
+        inner = [name for name, module in block.named_modules() if name and isinstance(module, FSDPModule)]
+        if inner:
+            raise ConfigError(
+                f"fully_shard was called on {inner[0]} inside block {index}: a plan runs a block's heads, not its "
+                f"modules, so that nothing would gather it. Call fully_shard(block)"
+            )
+        if len(_group(block).modules if isinstance(block, FSDPModule) else []) > 1:
+            raise ConfigError(
+                f"fully_shard was called on block {index} together with others: call fully_shard(block) for each"
+            )
+
+    executor.follow(None, reduction, partial(_check, model))
+    # A replica that skips a block gives its input back; nothing in a timm model changes that in place.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPBlock\) returned a view")
+    gathers = _Gathers(executor, reduction)
+    for index, block in executor.blocks.items():
+        if isinstance(block, FSDPModule):
+            _let_pass(block, index, gathers)
+
+
+def _check(model: nn.Module, plan: SkipPlan) -> None:
+    check_recompute(unwrapped(model))
+    check_plan(plan, slots=plan.slots, replicas=int(_group(model).mesh_info.mesh.size()), same_rows=None)
+
+
+class _Gathers:
+    """Which blocks need not be gathered in the micro-batch that runs."""
+
+    def __init__(self, executor: PlanExecutor, reduction: Reduction) -> None:
+        self._executor, self._reduction = executor, reduction
+        self._pending: set[int] = set()  # blocks with gradients that wait for a reduction
+
+    def can_pass(self, block: Block, index: int) -> bool:
+        """Whether block `index` can be passed by; the same answer on all ranks."""
+        plan, slot = self._executor.plan, self._executor.slot
+        if plan is None or slot is None or plan.binding == "sample" or not block.training:
+            return False
+        group = _group(block)
+        reduces = bool(group.reduce_grads and group.all_reduce_grads)
+        if reduces and not self._reduction.happens_in(slot, plan.slots):
+            raise PlanError(
+                f"gradients are reduced in micro-batch {slot}, not in the last one alone, as reduced_in='last' says: "
+                f"call set_requires_gradient_sync(False) before it, or prepare with reduced_in='every'"
+            )
+        rows = plan.operations[slot * plan.replicas : (slot + 1) * plan.replicas, index]
+        nobody_runs = bool((rows == Operation.SHORTCUT).all())
+        if nobody_runs and not (reduces and index in self._pending):
+            return index > 0 or not self._executor.detach_incomplete
+        if reduces:
+            self._pending.discard(index)
+        elif (rows == Operation.FULL).any():
+            self._pending.add(index)
+        return False
+
+
+def _let_pass(block: Block, index: int, gathers: _Gathers) -> None:
+    """Gives the block a class, as fully_shard does, whose call leaves out FSDP's hooks where it can be passed by."""
+    of_block: Any = type(block)
+
+    def call(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if gathers.can_pass(self, index):
+            return x
+        result: Tensor = of_block.__call__(self, x, *args, **kwargs)
+        return result
+
+    block.__class__ = type(of_block.__name__, (of_block,), {"__call__": call})
+
+
+def _group(block: Any) -> Any:
+    """FSDP2's own record of a block's parameters; no public name says whether it reduces gradients."""
+    return block._get_fsdp_state()._fsdp_param_group
+
+
+def shard(model: VisionTransformer, mesh: DeviceMesh, param_dtype: torch.dtype | None = None) -> None:
+    """Spreads a model over a mesh of 1 dimension, or of 2 (replicas x shards): each block by itself, then the rest.
+
+    param_dtype: of the gathered parameters and of activations; gradients are reduced in float32. None: their own.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None
+    )
+    for block in model.blocks.children():
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+class FsdpEngine(PlainEngine):
+    """Trains one replica, or one tensor-parallel rank's heads of it. torch.distributed must be initialised.
+
+    Gradients are reduced in every micro-batch, so that none is ever kept whole.
+    """
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        executor: PlanExecutor,
+        placement: Placement,
+        make_optimizer: MakeOptimizer,
+        loss_function: LossFunction,
+        *,
+        param_dtype: torch.dtype | None = None,
+        gradient_clipping: float | None = None,
+    ) -> None:
+        """model: the whole one, which is spread in place. param_dtype: see `shard`."""
+        self._twin = copy.deepcopy(model).to("meta")
+        self._placement, layout = placement, placement.layout
+        mesh = init_device_mesh(
+            next(model.parameters()).device.type,
+            (layout.replicas, layout.tensor_ranks),
+            mesh_dim_names=("replica", "tensor"),
+        )
+        if layout.is_cut:
+            executor = split_heads(model, executor, mesh["tensor"], placement.owner)
+        shard(model, mesh["replica"], param_dtype)
+        super().__init__(
+            model, executor, *make_optimizer(model), loss_function, gradient_clipping=gradient_clipping
+        )
+        follow_fsdp(model, executor, Reduction.EVERY_MICRO_BATCH)
+
+    def check(self, plan: SkipPlan) -> None:
+        if plan.binding == "sample":
+            raise PlanError(
+                "planner samples scores images with a second model that shares the first one's weights, which FSDP2 "
+                "spreads over ranks: use engine.name=ddp"
+            )
+        _check(self._model, plan)
+
+    def _clip(self) -> Tensor:
+        return clip_gradients(self._trained, self._max_norm)
+
+    @contextmanager
+    def full_model(self) -> Iterator[VisionTransformer]:
+        device = next(self._model.parameters()).device
+        full = copy.deepcopy(self._twin).to_empty(device=device)
+        full.load_state_dict(whole_weights(self._model, self.executor), strict=True)
+        yield full.train(self._model.training)
+
+    def save(self, folder: Path, write: StateWriter) -> None:
+        state = collect(self._model, self._optimizer, self.executor)
+        if dist.get_rank() == 0:
+            state.schedule = schedule_numbers(self._schedule)
+            state.save(folder, write)
+            if self._placement.layout.is_cut:
+                self._placement.save(folder / PLACEMENT)
+
+    def load(self, folder: Path) -> None:
+        state = PortableState.load(folder)
+        restore(state, self._model, self._optimizer, self.executor)
+        restore_schedule(self._schedule, state.schedule)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Clips gradients that are spread over ranks, on whatever mesh each; returns their norm over all ranks.
+
+    torch's own cannot sum over parameters of different meshes, as those of blocks cut by head beside the others.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    squares = torch.stack(
+        [part.float().square().sum() / _copies(g) for part, g in zip(own, gradients, strict=True)]
+    ).sum()
+    dist.all_reduce(squares)
+    norm = squares.sqrt()
+    torch._foreach_mul_(own, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    return norm
+
+
+def _copies(tensor: Tensor) -> float:
+    """How many ranks hold each of its values."""
+    if not isinstance(tensor, DTensor):
+        return dist.get_world_size()
+    parts = [
+        size
+        for size, p in zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+        if not p.is_replicate()
+    ]
+    return dist.get_world_size() / math.prod(parts)

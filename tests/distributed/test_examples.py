@@ -1,0 +1,48 @@
+"""The examples, started as their first lines say."""
+
+from __future__ import annotations
+
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launching import REPOSITORY, run_command
+
+EXAMPLES = REPOSITORY / "tests" / "examples"
+BESIDE = Path(sys.executable).parent
+COMMANDS = {
+    "plain_loop.py": [sys.executable],
+    "accelerate_fsdp2.py": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone"],
+    "deepspeed_script.py": [str(BESIDE / "deepspeed"), "--num_gpus", "2", "--master_port", "29651"],
+}
+
+
+@pytest.fixture(scope="module")
+def shown() -> dict[str, str]:
+    """What each example printed; all run at once."""
+
+    pytest.importorskip("accelerate")
+
+    def start(name: str) -> str:
+        job = run_command([*COMMANDS[name], str(EXAMPLES / name)], timeout_seconds=300)
+        assert job.returncode == 0, name + job.stdout + job.stderr
+        return job.stdout
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(COMMANDS, pool.map(start, COMMANDS), strict=True))
+
+
+def test_every_example_is_run() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(COMMANDS)
+
+
+def test_examples_train(shown: dict[str, str]) -> None:
+    for name, text in shown.items():
+        losses = [float(value) for value in re.findall(r"loss (\d+\.\d+)", text)]
+        assert len(losses) == 3, name + text
+        assert all(0.5 < loss < 10 for loss in losses), name
+    assert "60% of the dense compute" in shown["plain_loop.py"]
+    assert "60.0% of the dense compute" in shown["deepspeed_script.py"]

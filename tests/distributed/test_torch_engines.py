@@ -1,0 +1,88 @@
+"""DDP and FSDP2 on real ranks against one process (torch_checks.py is what the ranks run)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from tests.distributed.launching import results_of
+from tests.distributed.torch_checks import checks
+
+pytest.importorskip("peft")
+EVERYTHING = bool(os.environ.get("D2FT_WHOLE_MATRIX"))
+"""Set by `make test-matrix`."""
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=lambda ranks: f"{ranks} ranks")
+def results(request: pytest.FixtureRequest) -> dict[str, Any]:
+    found = results_of(
+        "tests.distributed.torch_checks",
+        *(["--all"] if EVERYTHING else []),
+        ranks=request.param,
+        timeout_seconds=3600 if EVERYTHING else 600,
+    )
+    assert set(found) == set(checks(request.param, EVERYTHING))
+    return found
+
+
+def of_kind(results: dict[str, Any], kind: str) -> dict[str, Any]:
+    found = {name: result for name, result in results.items() if name.startswith(kind)}
+    assert found
+    return found
+
+
+def test_parameters_equal_one_process_in_fp32(results: dict[str, Any]) -> None:
+    """Cut by head, sums come in another order, and AdamW's division shows it: then as near to fp64 as one process."""
+    for name, found in of_kind(results, "fp32").items():
+        if found["difference"] > 1e-6:
+            assert "tp" in name, (name, found)
+            assert "adamw" in name, (name, found)
+            assert found["own error"] <= 3 * found["one process's error"], (name, found)
+
+
+def test_bf16_error_is_at_most_twice_the_dense_engines(results: dict[str, Any]) -> None:
+    for name, errors in of_kind(results, "bf16").items():
+        assert errors["plan"] <= 2 * errors["dense"], name
+
+
+def test_a_loop_of_ones_own_trains_as_its_plan_says(results: dict[str, Any]) -> None:
+    for name, difference in of_kind(results, "loop").items():
+        assert difference <= 1e-6, name
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(results: dict[str, Any]) -> None:
+    """Bitwise under the same engine; else as near as two engines are to each other."""
+    for name, found in of_kind(results, "resume").items():
+        assert found["difference"] <= (0 if found["same"] else 1e-6), name
+
+
+def test_torchs_own_checkpoint_goes_on_on_any_mesh_and_runs_no_code(results: dict[str, Any]) -> None:
+    for name, found in of_kind(results, "sharded").items():
+        assert found["difference"] <= (0 if name.endswith("-> fsdp") else 1e-6), name
+        assert "builtins.getattr, which no checkpoint of tensors needs" in found["foreign metadata"]
+
+
+def test_blocks_that_no_replica_runs_are_not_gathered(results: dict[str, Any]) -> None:
+    if "gathered bytes" in results:
+        found = results["gathered bytes"]
+        saved = found["dense"]["allgather_base"] - found["half"]["allgather_base"]
+        assert saved == 4 * found["block's weights, forward and backward"]
+        assert found["half"]["reduce_scatter_base"] < found["dense"]["reduce_scatter_base"]
+
+
+def test_what_cannot_run_exactly_is_refused_with_a_fix(results: dict[str, Any]) -> None:
+    if "refusals" in results:
+        expected = {
+            "attached late": "call attach, which freezes some, before DistributedDataParallel",
+            "static graph": "remove static_graph",
+            "replicas": "the plan is for 3 replicas, the engine has 2",
+            "not wrapped": "after fully_shard",
+            "inner unit": r"Call fully_shard(block)",
+            "reduces too early": "set_requires_gradient_sync(False)",
+            "3 heads on 2 ranks": "use a divisor of 3",
+            "dropout": "attn.qkv.lora_dropout.default",
+        }
+        for what, fix in expected.items():
+            assert fix in results["refusals"][what]

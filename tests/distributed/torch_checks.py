@@ -1,0 +1,477 @@
+"""Run under a launcher: each check trains through DDP or FSDP2 and compares with one process; rank 0 prints JSON.
+
+    mpirun -n 2 python -m tests.distributed.torch_checks [--all] [--only WORDS]
+
+A check's result is the largest difference of any parameter, or a dict of facts; the tests judge them.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import d2ft_hpc
+from d2ft_hpc.engines.ddp import DdpEngine
+from d2ft_hpc.engines.fsdp import FsdpEngine, shard
+from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
+from d2ft_hpc.engines.plain import PlainEngine
+from d2ft_hpc.engines.portable import write_file
+from d2ft_hpc.engines.sharded import load_sharded, save_sharded, whole_weights
+from d2ft_hpc.errors import CheckpointError, ConfigError, D2ftError, PlanError, UnsupportedModelError
+from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.launch import Control
+from d2ft_hpc.metering import meter
+from d2ft_hpc.model.lora import add_lora
+from d2ft_hpc.parallel.dtensor import split_heads
+from d2ft_hpc.parallel.layout import Layout, Placement
+from d2ft_hpc.planning import SkipPlan
+from tests.distributed.engine_checks import (
+    SLOTS,
+    STEPS,
+    deepspeed_engine,
+    largest_difference,
+    loss_function,
+    micro_batch,
+    optimizer_config,
+    plan_of,
+    run_checks,
+)
+from tests.models import DEPTH, HEADS, tiny_vit
+
+Engine = DdpEngine | FsdpEngine
+UNEVEN_ORDER = np.array([[0, 1, 0, 1], [1, 0, 0, 1], [0, 0, 1, 1], [1, 1, 0, 0]])
+"""Equal numbers of heads on 2 tensor ranks, in other orders in each block."""
+
+
+def model_for(engine: str, optimizer: str, lora: bool) -> VisionTransformer:
+    """A key bias has a gradient of zero but for rounding, which AdamW would turn into steps of full size."""
+    heads = {"num_heads": 4} if "tp" in engine else {}
+    model = tiny_vit(qkv_bias=optimizer == "sgd", qk_norm="tp" in engine, **heads)
+    return with_lora(model) if lora else model
+
+
+def with_lora(model: VisionTransformer) -> VisionTransformer:
+    add_lora(model, rank=2, alpha=3, dropout=0.0, layers=("qkv", "proj", "fc1", "fc2"))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def plan_for(engine: str, kind: str, step: int, replicas: int) -> SkipPlan:
+    plan = plan_of(kind, step, replicas)
+    if "tp" not in engine:
+        return plan
+    rng = np.random.default_rng((9, step))  # a fourth head
+    fourth = plan.operations[:, :, :1] if kind in ("full", "whole blocks") else None
+    more = rng.integers(0, 3, (plan.num_rows, DEPTH, 1)).astype(np.uint8) if fourth is None else fourth
+    return SkipPlan(np.concatenate([plan.operations, more], axis=2), replicas)
+
+
+def layout_of(control: Control, engine: str) -> Layout:
+    return Layout.of(control.world_size, control.rank, tensor_ranks=2 if "tp" in engine else 1)
+
+
+def build(
+    control: Control,
+    engine: str,
+    model: VisionTransformer,
+    optimizer_name: str,
+    precision: str = "fp32",
+    clipping: float | None = None,
+    embeddings: str = "frozen",
+) -> Engine:
+    executor = attach(model, embeddings=embeddings)
+    dtype = torch.bfloat16 if precision == "bf16" else None
+
+    def make_optimizer(part: nn.Module) -> Any:
+        optimizer = build_optimizer(part, optimizer_config(optimizer_name))
+        return optimizer, build_schedule(optimizer, optimizer_config(optimizer_name), STEPS)
+
+    if engine == "ddp":
+        return DdpEngine(
+            model,
+            executor,
+            *make_optimizer(model),
+            loss_function,
+            autocast_dtype=dtype,
+            gradient_clipping=clipping,
+        )
+    layout = layout_of(control, engine)
+    owner = UNEVEN_ORDER if layout.is_cut else np.zeros((DEPTH, HEADS), dtype=np.int64)
+    return FsdpEngine(
+        model,
+        executor,
+        Placement(layout, [range(DEPTH)], owner),
+        make_optimizer,
+        loss_function,
+        param_dtype=dtype,
+        gradient_clipping=clipping,
+    )
+
+
+def step_with(control: Control, engine: Engine, name: str, kind: str, step: int) -> None:
+    layout = layout_of(control, name)
+    plan = plan_for(name, kind, step, layout.replicas)
+    engine.check(plan)
+    engine.executor.load(plan, layout.replica)
+    rows = [slot * layout.replicas + layout.replica for slot in range(SLOTS)]
+    engine.step([micro_batch(step, row, plan.num_rows) for row in rows])
+
+
+def weights_of(engine: Engine) -> dict[str, torch.Tensor]:
+    with engine.full_model() as full:
+        return {name: parameter.detach().clone() for name, parameter in full.named_parameters()}
+
+
+def trained(
+    control: Control, engine: Engine, name: str, kind: str, steps: range = range(STEPS)
+) -> dict[str, torch.Tensor]:
+    for step in steps:
+        step_with(control, engine, name, kind, step)
+    return weights_of(engine)
+
+
+def reference(
+    name: str,
+    kind: str,
+    optimizer_name: str,
+    replicas: int,
+    *,
+    lora: bool = False,
+    clipping: float | None = None,
+    embeddings: str = "frozen",
+    double: bool = False,
+) -> dict[str, torch.Tensor]:
+    """What one process gets from the same rows."""
+    model = model_for(name, optimizer_name, lora)
+    model = model.double() if double else model
+    executor = attach(model, embeddings=embeddings)
+    optimizer = build_optimizer(model, optimizer_config(optimizer_name))
+    schedule = build_schedule(optimizer, optimizer_config(optimizer_name), STEPS)
+    engine = PlainEngine(model, executor, optimizer, schedule, loss_function, gradient_clipping=clipping)
+    dtype = next(model.parameters()).dtype
+    for step in range(STEPS):
+        plan = plan_for(name, kind, step, replicas)
+        executor.load(SkipPlan(plan.operations, replicas=1), 0)
+        batch = [micro_batch(step, row, plan.num_rows) for row in range(plan.num_rows)]
+        engine.step([(images.to(dtype), labels) for images, labels in batch])
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def check_fp32(
+    control: Control,
+    engine: str,
+    kind: str,
+    optimizer: str,
+    lora: bool = False,
+    clipping: float | None = None,
+    recompute: bool = False,
+    embeddings: str = "frozen",
+) -> dict[str, float]:
+    """Largest difference from one process; where it is not 1e-6, both runs' from fp64: what rounding alone does."""
+    model = model_for(engine, optimizer, lora)
+    model.set_grad_checkpointing(recompute)
+    built = build(control, engine, model, optimizer, clipping=clipping, embeddings=embeddings)
+    own = trained(control, built, engine, kind)
+    replicas = layout_of(control, engine).replicas
+    options: Any = {"lora": lora, "clipping": clipping, "embeddings": embeddings}
+    one = reference(engine, kind, optimizer, replicas, **options)
+    difference = largest_difference(own, one)
+    if difference <= 1e-6:
+        return {"difference": difference}
+    exact = reference(engine, kind, optimizer, replicas, double=True, **options)
+    return {
+        "difference": difference,
+        "own error": largest_difference(own, exact),
+        "one process's error": largest_difference(one, exact),
+    }
+
+
+def check_bf16(
+    control: Control, engine: str, kind: str, optimizer: str, lora: bool = False
+) -> dict[str, float]:
+    """Root-mean-square distance from fp64, of the plan and of the dense model under the same engine."""
+    replicas = layout_of(control, engine).replicas
+
+    def error(of_kind: str) -> float:
+        built = build(control, engine, model_for(engine, optimizer, lora), optimizer, precision="bf16")
+        own = trained(control, built, engine, of_kind)
+        exact = reference(engine, of_kind, optimizer, replicas, lora=lora, double=True)
+        squares = [(own[name].double() - exact[name]).square().flatten() for name in exact]
+        return float(torch.cat(squares).mean().sqrt())
+
+    return {"plan": error(kind), "dense": error("full")}
+
+
+def check_user_loop(
+    control: Control,
+    how: str,
+    kind: str = "random",
+    reduced_in: str = "every",
+    hsdp: bool = False,
+    recompute: bool = False,
+    compiled: str = "",
+) -> float:
+    """A loop of the user's own; `reduced_in` "last" accumulates without reducing."""
+    replicas, rank = control.world_size, control.rank
+    model = tiny_vit()
+    model.set_grad_checkpointing(recompute)
+    executor = attach(model, compile=compiled == "blocks")
+    trainer: nn.Module = model
+    if how == "ddp":
+        trainer = DistributedDataParallel(model)
+    else:
+        shape = (2, replicas // 2) if hsdp else (replicas,)
+        shard(model, init_device_mesh("cpu", shape, mesh_dim_names=("replica", "shard")[: len(shape)]))
+    d2ft_hpc.prepare(trainer, executor, reduced_in=reduced_in)
+    if compiled == "model":
+        trainer = torch.compile(trainer)
+    optimizer = torch.optim.SGD(trainer.parameters(), lr=0.05)
+    for step in range(STEPS):
+        executor.load(plan_of(kind, step, replicas), replica=rank)
+        for slot in range(SLOTS):
+            images, labels = micro_batch(step, slot * replicas + rank, SLOTS * replicas)
+            accumulates = reduced_in == "last" and slot < SLOTS - 1
+            if isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(not accumulates)
+            with (
+                trainer.no_sync() if accumulates and how == "ddp" else nullcontext(),
+                executor.micro_batch(slot),
+            ):
+                (loss_function(trainer(images), labels) / SLOTS).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    own = whole_weights(model, executor) if isinstance(model, FSDPModule) else dict(model.named_parameters())
+    plain, plain_executor = tiny_vit(), None
+    plain_executor = attach(plain)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    engine = PlainEngine(plain, plain_executor, optimizer, schedule, loss_function)
+    for step in range(STEPS):
+        plan = plan_of(kind, step, replicas)
+        plain_executor.load(SkipPlan(plan.operations, 1), 0)
+        engine.step([micro_batch(step, row, plan.num_rows) for row in range(plan.num_rows)])
+    return largest_difference(own, dict(plain.named_parameters()))
+
+
+def check_gathered_bytes(control: Control) -> dict[str, Any]:
+    """All-gather bytes of one step, dense and where some blocks are SHORTCUT for all replicas."""
+    engine = build(control, "fsdp2", tiny_vit(), "sgd")
+    shape = (SLOTS * control.world_size, DEPTH, HEADS)
+    plans = {"dense": np.full(shape, 2, np.uint8), "half": np.full(shape, 2, np.uint8)}
+    plans["half"][: control.world_size, 1:] = 0  # first micro-batch: one block of four
+    plans["half"][control.world_size :, 2] = 0  # second: three
+    plans["half"][-1, 3] = 0  # skipped by one replica alone: gathered
+    found: dict[str, Any] = {}
+    for name, operations in plans.items():
+        engine.executor.load(SkipPlan(operations, control.world_size), control.rank)
+        with meter() as metered:
+            engine.step([micro_batch(0, slot, SLOTS) for slot in range(SLOTS)])
+        found[name] = metered.bytes_sent
+    sizes = [sum(p.numel() for p in block.parameters()) * 4 for block in tiny_vit().blocks]
+    share = (control.world_size - 1) / control.world_size
+    found["block's weights, forward and backward"] = 2 * sizes[0] * share
+    return found
+
+
+def check_resume(control: Control, saved_by: str, resumed_by: str, lora: bool = False) -> dict[str, Any]:
+    """Difference from an uninterrupted run after a portable checkpoint goes to another engine."""
+    folder = Path(control.broadcast(tempfile.mkdtemp().encode()).decode())
+    engine = build(control, saved_by, model_for(saved_by, "adamw", lora), "adamw")
+    trained(control, engine, saved_by, "same", range(1))
+    engine.save(folder, write_file)
+    control.barrier(30)
+    uninterrupted = trained(control, engine, saved_by, "same", range(1, 3))
+    options = {"num_heads": 4, "qk_norm": True} if "tp" in saved_by else {}
+    other_model = tiny_vit(seed=1, qkv_bias=False, **options)
+    if lora:
+        other_model = with_lora(other_model)
+    if resumed_by.startswith("zero"):
+        other: Any = deepspeed_engine(other_model, "adamw", int(resumed_by[-1]))
+    else:
+        other = build(control, resumed_by, other_model, "adamw")
+    other.load(folder)
+    for step in range(1, 3):
+        # Of equal rows for all replicas, so that layouts with fewer replicas train the same.
+        step_with_layout(control, other, resumed_by, saved_by, step)
+    with other.full_model() as full:
+        difference = largest_difference(dict(full.named_parameters()), uninterrupted)
+    other.save(folder / "again", write_file)
+    control.barrier(30)
+    if not lora:
+        tiny_vit(qkv_bias=False, **options).load_state_dict(load_file(folder / "again/model.safetensors"))
+    return {"difference": difference, "same": saved_by == resumed_by}
+
+
+def step_with_layout(control: Control, engine: Any, name: str, as_name: str, step: int) -> None:
+    """One step by the plan of layout `as_name`, which must have as many replicas."""
+    layout, planned = layout_of(control, name), layout_of(control, as_name)
+    plan = plan_for(as_name, "same", step, planned.replicas)
+    assert layout.replicas == planned.replicas
+    engine.executor.load(plan, layout.replica)
+    rows = [slot * layout.replicas + layout.replica for slot in range(SLOTS)]
+    engine.step([micro_batch(step, row, plan.num_rows) for row in rows])
+
+
+def check_sharded_checkpoint(control: Control, saved_by: str, loaded_by: str) -> dict[str, Any]:
+    """torch's DCP: difference from an uninterrupted run, after saving on one mesh and loading on another."""
+    folder = Path(control.broadcast(tempfile.mkdtemp().encode()).decode())
+    replicas, rank = control.world_size, control.rank
+
+    def spread(seed: int, mesh: str) -> Any:
+        model = tiny_vit(seed, qkv_bias=False)
+        executor = attach(model)
+        shape = (2, replicas // 2) if mesh == "hsdp" else (replicas,)
+        shard(model, init_device_mesh("cpu", shape, mesh_dim_names=("replica", "shard")[: len(shape)]))
+        d2ft_hpc.prepare(model, executor)
+        return model, executor, torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
+
+    def steps(model: Any, executor: Any, optimizer: Any, numbers: range) -> dict[str, torch.Tensor]:
+        for step in numbers:
+            executor.load(plan_of("random", step, replicas), rank)
+            for slot in range(SLOTS):
+                images, labels = micro_batch(step, slot * replicas + rank, SLOTS * replicas)
+                with executor.micro_batch(slot):
+                    loss_function(model(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return whole_weights(model, executor)
+
+    first = spread(0, saved_by)
+    steps(*first, range(1))
+    save_sharded(folder, first[0], first[2], first[1])
+    uninterrupted = steps(*first, range(1, 3))
+    second = spread(1, loaded_by)
+    load_sharded(folder, second[0], second[2], second[1])
+    difference = largest_difference(steps(*second, range(1, 3)), uninterrupted)
+    control.barrier(30)
+    if rank == 0:
+        (folder / ".metadata").write_bytes(pickle.dumps(Path.cwd))  # names a function that is not DCP's
+    control.barrier(30)
+    with pytest.raises(CheckpointError) as refused:
+        load_sharded(folder, second[0], second[2], second[1])
+    return {"difference": difference, "foreign metadata": str(refused.value)}
+
+
+def check_refusals(control: Control) -> dict[str, str]:
+    """What cannot run exactly is refused before the first step."""
+
+    def message(kind: type[D2ftError], refuse: Callable[[], object]) -> str:
+        with pytest.raises(kind) as refused:
+            refuse()
+        return str(refused.value)
+
+    found = {}
+    model = tiny_vit()
+    late = DistributedDataParallel(model)
+    executor = attach(model)
+    found["attached late"] = message(ConfigError, lambda: d2ft_hpc.prepare(late, executor))
+    static = DistributedDataParallel(model, static_graph=True)
+    found["static graph"] = message(ConfigError, lambda: d2ft_hpc.prepare(static, executor))
+    ddp = DistributedDataParallel(model)
+    d2ft_hpc.prepare(ddp, executor)
+    one = plan_of("full", 0, control.world_size + 1)
+    found["replicas"] = message(PlanError, lambda: executor.load(one, 0))
+    model = tiny_vit()
+    executor = attach(model)
+    found["not wrapped"] = message(ConfigError, lambda: d2ft_hpc.prepare(model, executor))
+    fully_shard(model.blocks[1].mlp)
+    fully_shard(model)
+    found["inner unit"] = message(ConfigError, lambda: d2ft_hpc.prepare(model, executor))
+    model = tiny_vit()
+    executor = attach(model)
+    shard(model, init_device_mesh("cpu", (control.world_size,)))
+    d2ft_hpc.prepare(model, executor, reduced_in="last")
+    executor.load(plan_of("random", 0, control.world_size), control.rank)
+    with executor.micro_batch(0):
+        found["reduces too early"] = message(PlanError, lambda: model(micro_batch(0, 0, 2)[0]))
+    model = tiny_vit()
+    executor = attach(model)
+    mesh = init_device_mesh("cpu", (control.world_size,))
+    found["3 heads on 2 ranks"] = message(PlanError, lambda: split_heads(model, executor, mesh))
+    model = tiny_vit(num_heads=4)
+    add_lora(model, rank=2, alpha=3, dropout=0.1, layers=("qkv",))
+    executor = attach(model)
+    found["dropout"] = message(UnsupportedModelError, lambda: split_heads(model, executor, mesh))
+    return found
+
+
+def checks(world_size: int, everything: bool = False) -> dict[str, Callable[[Control], Any]]:
+    """By name. `everything`: the whole matrix; else what the default tests run."""
+    named: dict[str, Callable[[Control], Any]] = {}
+    few = world_size == 2
+    for engine in ("ddp", "fsdp2", "fsdp2 tp"):
+        for lora in (False, True):
+            shown = f"{engine}{' lora' if lora else ''}"
+            for kind in ("full", "same", "random", "whole blocks"):
+                for optimizer in ("sgd", "adamw"):
+                    usual = few == (engine != "fsdp2 tp") and (kind, optimizer) in (
+                        ("random", "adamw"),
+                        ("whole blocks", "sgd"),
+                    )
+                    if everything or (usual and not (lora and optimizer == "sgd")):
+                        options: Any = {"engine": engine, "kind": kind, "optimizer": optimizer, "lora": lora}
+                        named[f"fp32 {shown} {kind} {optimizer}"] = partial(check_fp32, **options)
+                        if everything or optimizer == "adamw":
+                            named[f"bf16 {shown} {kind} {optimizer}"] = partial(check_bf16, **options)
+        if everything or few == (engine != "fsdp2 tp"):
+            base: Any = {"engine": engine, "kind": "random", "optimizer": "adamw"}
+            named[f"fp32 {engine} clipped"] = partial(check_fp32, clipping=0.05, **base)
+            named[f"fp32 {engine} recompute"] = partial(check_fp32, recompute=True, **base)
+            if "tp" not in engine:
+                base["kind"] = "one complete"
+                named[f"fp32 {engine} complete paths"] = partial(
+                    check_fp32, embeddings="complete_path", **base
+                )
+    loops: dict[str, dict[str, Any]] = {
+        "ddp last": {"how": "ddp", "reduced_in": "last"},
+        "fsdp2 last whole blocks": {"how": "fsdp2", "reduced_in": "last", "kind": "whole blocks"},
+    }
+    if everything:  # compiling takes a minute
+        loops["fsdp2 compiled blocks"] = {"how": "fsdp2", "compiled": "blocks", "kind": "one complete"}
+        loops["ddp compiled model"] = {"how": "ddp", "compiled": "model"}
+    if few:
+        named |= {f"loop {name}": partial(check_user_loop, **options) for name, options in loops.items()}
+        named["resume fsdp2 -> fsdp2"] = partial(check_resume, saved_by="fsdp2", resumed_by="fsdp2")
+        named["resume fsdp2 -> zero3"] = partial(check_resume, saved_by="fsdp2", resumed_by="zero3")
+        named["resume ddp -> fsdp2 lora"] = partial(
+            check_resume, saved_by="ddp", resumed_by="fsdp2", lora=True
+        )
+        named["gathered bytes"] = check_gathered_bytes
+        named["refusals"] = check_refusals
+    else:
+        named["loop hsdp whole blocks"] = partial(
+            check_user_loop, how="fsdp2", hsdp=True, kind="whole blocks"
+        )
+        named["loop hsdp recompute last"] = partial(
+            check_user_loop, how="fsdp2", hsdp=True, recompute=True, reduced_in="last"
+        )
+        named["resume fsdp2 tp -> fsdp2 tp"] = partial(
+            check_resume, saved_by="fsdp2 tp", resumed_by="fsdp2 tp"
+        )
+        named["sharded fsdp -> hsdp"] = partial(check_sharded_checkpoint, saved_by="fsdp", loaded_by="hsdp")
+    named["sharded fsdp -> fsdp"] = partial(check_sharded_checkpoint, saved_by="fsdp", loaded_by="fsdp")
+    return named
+
+
+if __name__ == "__main__":
+    sys.exit(run_checks(checks))

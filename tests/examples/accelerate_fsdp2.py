@@ -1,0 +1,46 @@
+"""D2FT in a Hugging Face Accelerate loop over FSDP2; `attach` before `prepare`, `d2ft_hpc.prepare` after it.
+
+torchrun --nproc_per_node 2 tests/examples/accelerate_fsdp2.py
+"""
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+
+import d2ft_hpc
+from d2ft_hpc.planning import SkipPlan
+
+SLOTS = 2  # micro-batches of a rank in a batch
+plugin = FullyShardedDataParallelPlugin(
+    fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"]
+)
+accelerator = Accelerator(fsdp_plugin=plugin, cpu=not torch.cuda.is_available())
+torch.manual_seed(0)
+model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10, depth=4)
+executor = d2ft_hpc.attach(model)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+model, optimizer = accelerator.prepare(model, optimizer)
+d2ft_hpc.prepare(model, executor)
+
+# Any plan will do; each rank follows rows of its own. The second block is skipped by all: it is not even gathered.
+ranks = accelerator.num_processes
+operations = np.random.default_rng(0).integers(0, 3, (SLOTS * ranks, *executor.subnets.shape))
+operations[:, 1] = 0
+executor.load(SkipPlan(operations, ranks), replica=accelerator.process_index)
+
+model.train()
+torch.manual_seed(accelerator.process_index)
+for _ in range(3):
+    for slot in range(SLOTS):
+        images = torch.randn(8, 3, 32, 32, device=accelerator.device)
+        labels = torch.randint(0, 10, (8,), device=accelerator.device)
+        with executor.micro_batch(slot):
+            loss = F.cross_entropy(model(images), labels) / SLOTS
+            accelerator.backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    accelerator.print(f"loss {accelerator.reduce(loss.detach(), 'mean').item() * SLOTS:.4f}")
+accelerator.end_training()
