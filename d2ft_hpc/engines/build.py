@@ -48,6 +48,7 @@ def build_engine(
             loss_function,
             autocast_dtype=torch.bfloat16 if config.engine.precision == "bf16" else None,
             gradient_clipping=config.engine.gradient_clipping,
+            few_full_exponent=config.optimizer.few_full_exponent,
             cuda_graphs=config.engine.cuda_graphs and next(model.parameters()).device.type == "cuda",
         )
     settings = deepspeed_config(

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StateWriter, StepReport, zero_missing_gradients
+from d2ft_hpc.engines.head_rates import HeadRates
 from d2ft_hpc.engines.portable import (
     PortableState,
     collect_plain,
@@ -39,17 +40,21 @@ class PlainEngine:
         *,
         autocast_dtype: torch.dtype | None = None,
         gradient_clipping: float | None = None,
+        few_full_exponent: float = 0.0,
         cuda_graphs: bool = False,
     ) -> None:
-        """cuda_graphs: whether the forward and backward of a micro-batch under a dense plan is one CUDA graph; its time
-        then counts as backward."""
+        """few_full_exponent: see `HeadRates`.
+        cuda_graphs: whether the forward and backward of a micro-batch under a dense plan is one CUDA graph; its time
+            then counts as backward.
+        """
         self._model, self.executor = model, executor
         self._optimizer, self._schedule = optimizer, schedule
         self._loss_function = loss_function
         self._autocast_dtype = autocast_dtype
         self._max_norm = float("inf") if gradient_clipping is None else gradient_clipping
+        self._head_rates = HeadRates(model, executor, few_full_exponent)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._graphs: dict[int, CudaGraphs] | None = {} if cuda_graphs else None
+        self._graphs: dict[int, CudaGraphs[Tensor]] | None = {} if cuda_graphs else None
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
         report = StepReport(learning_rate=self._optimizer.param_groups[0]["lr"])
@@ -61,7 +66,8 @@ class PlainEngine:
         with report.timed("optimizer"):
             zero_missing_gradients(self._model)
             report.gradient_norm = nn.utils.clip_grad_norm_(self._trained, self._max_norm)
-            self._optimizer.step()
+            with self._head_rates.applied():
+                self._optimizer.step()
             self._schedule.step()
             self._optimizer.zero_grad(set_to_none=self._graphs is None)
         report.loss = torch.stack(losses).mean()
@@ -78,16 +84,18 @@ class PlainEngine:
 
         def both(images: Tensor, labels: Tensor) -> Tensor:
             loss = self._loss(images, labels)
-            torch.autograd.backward(loss / micro_batches)
+            # Gradients by themselves and added in a few kernels: backward() would add each parameter's with its own.
+            found = torch.autograd.grad(loss / micro_batches, self._trained, materialize_grads=True)
+            torch._foreach_add_(self._gradients(), found)
             return loss.detach()
 
-        zero_missing_gradients(self._model)  # a graph adds to gradients that are there when it is captured
+        zero_missing_gradients(self._model)  # which the graph adds to
         graphs = self._graphs.setdefault(micro_batches, CudaGraphs(both, self._gradients))
         with report.timed("backward"):
             return graphs(images, labels).clone()
 
     def _gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        return [parameter.grad for parameter in self._trained]  # type: ignore[misc]
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with self._autocast(images.device):

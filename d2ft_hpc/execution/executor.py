@@ -38,12 +38,17 @@ class PlanExecutor:
     Made by `attach`.
     """
 
-    def __init__(self, model: VisionTransformer, embeddings: EmbeddingPolicy, compile: bool) -> None:
+    def __init__(
+        self, model: VisionTransformer, embeddings: EmbeddingPolicy, rescale: bool, compile: bool
+    ) -> None:
         self.subnets = SubnetMap.of(model)
         self.plan: SkipPlan | None = None
         """The plan in force; None means dense."""
         self._detach_incomplete = embeddings == "complete_path"
+        self._rescale = rescale
+        self._scales = np.ones(self.subnets.num_blocks)  # [block], of the plan in force
         self._slots: list[list[BlockHeads]] = []
+        self._complete: list[bool] = []  # [slot]: FULL everywhere
         self._one_point: list[list[bool]] = []  # [slot][block]: gradients must be complete and in order
         self._slot: int | None = None
         self._slot_source: Callable[[], int] | None = None
@@ -90,7 +95,11 @@ class PlanExecutor:
                 raise PlanError(
                     "the plan binds samples and skips parts of some: only whole samples can be skipped"
                 )
+        if self._rescale:
+            active = (rows != Operation.SHORTCUT).mean(axis=(0, 2))
+            self._scales = np.where(active > 0, 1 / np.maximum(active, 1e-9), 1.0)
         self._slots = [] if plan.binding == "sample" else self._rows(rows)
+        self._complete = [bool((row == Operation.FULL).all()) for row in rows]
         # Where all replicas run a block densely their gradients come alike, and nothing need be done.
         all_full = (plan.operations == Operation.FULL).all(axis=2)
         all_dense = all_full.reshape(plan.slots, plan.replicas, -1).all(axis=1)
@@ -108,7 +117,8 @@ class PlanExecutor:
 
     def unload(self) -> None:
         """Back to dense training."""
-        self.plan, self._slots, self._one_point = None, [], []
+        self.plan, self._slots, self._complete, self._one_point = None, [], [], []
+        self._scales = np.ones(self.subnets.num_blocks)
 
     @contextmanager
     def micro_batch(self, slot: int) -> Iterator[None]:
@@ -134,13 +144,21 @@ class PlanExecutor:
     @contextmanager
     def temporarily(self, operations: np.ndarray) -> Iterator[None]:
         """Every micro-batch inside follows `operations`, uint8 [block, head]; afterwards the plan is as before."""
-        before = self._slots, self._one_point, self._slot, self._slot_source
+        before = self._scales, self._slots, self._complete, self._one_point, self._slot, self._slot_source
+        self._scales = np.ones(len(operations))
         self._slots, self._one_point = self._rows(operations[None]), [[False] * len(operations)]
-        self._slot, self._slot_source = 0, None
+        self._complete, self._slot, self._slot_source = [bool((operations == Operation.FULL).all())], 0, None
         try:
             yield
         finally:
-            self._slots, self._one_point, self._slot, self._slot_source = before
+            (
+                self._scales,
+                self._slots,
+                self._complete,
+                self._one_point,
+                self._slot,
+                self._slot_source,
+            ) = before
 
     def run(self, block: Block, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Block `index` under the current row; `args` are the block's own."""
@@ -154,7 +172,7 @@ class PlanExecutor:
                 "wrap forward and backward in `with executor.micro_batch(slot):`, or call executor.unload()"
             )
         heads = self._slots[slot][index]
-        if index == 0 and self._detach_incomplete and not all(each.is_dense for each in self._slots[slot]):
+        if index == 0 and self._detach_incomplete and not self._complete[slot]:
             # Embeddings take no part in this micro-batch; a reduction during backward still waits for them.
             x = x.detach() if self._reduction is Reduction.AFTER_BACKWARD else zero_gradient(x)
         if self._one_point[slot][index]:
@@ -197,7 +215,9 @@ class PlanExecutor:
             return torch.from_numpy(chosen).to(self._any_parameter.device) if chosen.size else None
 
         full, forward_only = indices(Operation.FULL), indices(Operation.FORWARD_ONLY)
-        return BlockHeads(full, forward_only, is_dense=full is not None and full.numel() == cells.size)
+        scale = float(self._scales[index])
+        is_dense = full is not None and full.numel() == cells.size and scale == 1
+        return BlockHeads(full, forward_only, is_dense, scale=scale)
 
 
 class _BlockLink:
@@ -212,6 +232,7 @@ def attach(
     *,
     embeddings: EmbeddingPolicy = "frozen",
     shared: SharedPolicy = "flow",
+    rescale: bool = False,
     compile: bool = False,
 ) -> PlanExecutor:
     """Lets a timm VisionTransformer follow skip plans.
@@ -219,6 +240,8 @@ def attach(
     embeddings: what becomes of the parameters below every block, whose gradient is biased by every skip above them:
         "frozen" (default), "complete_path" (trained by the micro-batches that are FULL everywhere) or "trained".
     shared: norms, LayerScale, row biases of the blocks: "flow" (trained by what flows through FULL heads) or "frozen".
+    rescale: whether what a block's branches add is multiplied by its cells over those that are not SHORTCUT, over the
+        batch of a replica, as stochastic depth does (arXiv 1603.09382).
     compile: whether dense blocks run through torch.compile, one set of kernels for each shape of input.
     The classifier always trains; parameters that are frozen already stay so.
 
@@ -226,7 +249,7 @@ def attach(
     """
     if any(hasattr(block, "_d2ft") for block in model.blocks):
         raise PlanError("the model has an executor already: attach once and keep what attach returned")
-    executor = PlanExecutor(model, embeddings, compile)
+    executor = PlanExecutor(model, embeddings, rescale, compile)
     frozen = {ParameterClass.EMBEDDING: embeddings == "frozen", ParameterClass.SHARED: shared == "frozen"}
     for name, parameter in model.named_parameters():
         if frozen.get(executor.subnets.classify(name), False):

@@ -75,7 +75,7 @@ class TensorParallelExecutor(PlanExecutor):
             tuple(np.unique(self._owner[index][cells >= least]).tolist())
             for least in (Operation.FULL, Operation.FORWARD_ONLY)
         )
-        return SharedHeads(own.full, own.forward_only, own.is_dense, full, active)
+        return SharedHeads(own.full, own.forward_only, own.is_dense, full, active, scale=own.scale)
 
 
 def share_blocks(
@@ -125,7 +125,7 @@ def run_shared_block(
     def feed_forward(normed: Tensor, chosen: Tensor, _: dict[str, Tensor]) -> Tensor:
         return ffn_slices(block, axes, normed, chosen, None)
 
-    end_attention, end_feed_forward = branch_ends(block)
+    end_attention, end_feed_forward = branch_ends(block, heads.scale)
     by_head = {f"{name}.{inner}": p for name, norm in norms.items() for inner, p in norm.named_parameters()}
     x = x + _branch(x, heads, block.norm1, by_head, attend, block.attn.proj.bias, end_attention, messages)
     return x + _branch(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -13,7 +12,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from d2ft_hpc.errors import ConfigError
-from d2ft_hpc.execution.cuda_graph import CudaGraphs
 
 SampleScore = Literal["error", "loss"]
 
@@ -35,7 +33,6 @@ class SampleScorer:
         *,
         score: SampleScore = "error",
         autocast_dtype: torch.dtype | None = None,
-        cuda_graphs: bool = False,
     ) -> None:
         patch_size = model.patch_embed.patch_size[0]
         if image_size < patch_size or image_size % patch_size:
@@ -45,9 +42,6 @@ class SampleScorer:
             )
         self._image_size, self._score, self._autocast_dtype = image_size, score, autocast_dtype
         self._model = _of_any_size(model)
-        self._scores_of: Callable[[Tensor, Tensor], Tensor] = self._forward
-        if cuda_graphs:
-            self._scores_of = CudaGraphs(self._forward)
 
     @property
     def num_classes(self) -> int:
@@ -61,7 +55,7 @@ class SampleScorer:
         """
         training = self._model.training
         self._model.eval()
-        scores = self._scores_of(images, targets)
+        scores = self._forward(images, targets)
         self._model.train(training)
         return scores
 

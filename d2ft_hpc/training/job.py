@@ -124,6 +124,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         model,
         embeddings=config.model.embeddings,
         shared=config.model.shared,
+        rescale=config.plan.rescale,
         compile=config.engine.compile,
     )
     image_shape = (3, config.data.image_size, config.data.image_size)
@@ -137,6 +138,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
             weights=config.plan.samples.weights,
             seed=config.run.seed,
             replica=layout.replica,
+            cuda_graphs=config.engine.cuda_graphs and device.type == "cuda",
         )
         with meter() as metered:
             scorer(
@@ -156,7 +158,6 @@ def _scorer(config: RunConfig, model: VisionTransformer) -> SampleScorer:
         config.plan.samples.image_size or half,
         score=config.plan.samples.score,
         autocast_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.engine.precision),
-        cuda_graphs=config.engine.cuda_graphs and next(model.parameters()).device.type == "cuda",
     )
 
 

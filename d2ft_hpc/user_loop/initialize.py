@@ -73,7 +73,7 @@ def initialize(
     rules = ZeroRules.of(settings)
     control = _connect()
     deepspeed = import_deepspeed()
-    executor = attach(model, embeddings=section.embeddings, shared=section.shared)
+    executor = attach(model, embeddings=section.embeddings, shared=section.shared, rescale=section.rescale)
     costs = measure_costs(model, executor, _image_shape(model))
     follower = PlanFollower(model, executor, section, rules, costs, control)
     rules.prepare(model, executor, follower.slot)
