@@ -84,18 +84,16 @@ class PlainEngine:
 
         def both(images: Tensor, labels: Tensor) -> Tensor:
             loss = self._loss(images, labels)
-            # Gradients by themselves and added in a few kernels: backward() would add each parameter's with its own.
-            found = torch.autograd.grad(loss / micro_batches, self._trained, materialize_grads=True)
-            torch._foreach_add_(self._gradients(), found)
+            torch.autograd.backward(loss / micro_batches)
             return loss.detach()
 
-        zero_missing_gradients(self._model)  # which the graph adds to
+        zero_missing_gradients(self._model)  # a graph adds to gradients that are there when it is captured
         graphs = self._graphs.setdefault(micro_batches, CudaGraphs(both, self._gradients))
         with report.timed("backward"):
             return graphs(images, labels).clone()
 
     def _gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self._trained]  # type: ignore[misc]
+        return [parameter.grad for parameter in self._trained if parameter.grad is not None]
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with self._autocast(images.device):

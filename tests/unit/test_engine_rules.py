@@ -63,6 +63,7 @@ def test_reentrant_recomputation_is_refused() -> None:
         ({"compute_budget": 2.0}, r"d2ft\.compute_budget=2\.0"),
         ({"replan": {"every": 2}}, "count steps"),
         ({"planner": "samples"}, "only d2ft-hpc train"),
+        ({"warmup_share": 0.2, "replan": {"every": 2, "unit": "steps"}}, r"d2ft\.warmup_share=0\.2: only"),
         ({"forward_score": "gradient_norm"}, r"d2ft\.forward_score"),
     ],
 )
