@@ -18,6 +18,7 @@ from d2ft_hpc.data.datasets import LabelledImages, Split, load_configured
 from d2ft_hpc.data.loader import Batches, eval_loader, train_loader
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
+from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import StepCosts, measure_costs, meter
@@ -117,6 +118,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         weights=config.model.weights,
         options=config.model.options,
     )
+    _check_image_size(model, config.data.image_size)
     if config.model.lora is not None:
         add_lora(model, **config.model.lora.model_dump())
     model.to(device)
@@ -148,6 +150,16 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     return Job(
         config, control, device, model, executor, costs, train_set, evaluation_set, sampler, layout, selection
     )
+
+
+def _check_image_size(model: VisionTransformer, size: int) -> None:
+    patches = model.patch_embed
+    if patches.strict_img_size and patches.img_size not in (None, (size, size)):
+        height, width = patches.img_size
+        raise ConfigError(
+            f"data.image_size={size}: the model takes {height} x {width} pixels; set model.options.img_size={size}, or "
+            f"data.image_size={height}"
+        )
 
 
 def _scorer(config: RunConfig, model: VisionTransformer) -> SampleScorer:
