@@ -288,11 +288,12 @@ class EngineConfig(Section):
     deepspeed: dict[str, Any] = {}
     """Further settings for DeepSpeed, in its own names."""
     compile: bool = False
-    """Whether torch.compile makes the kernels of dense blocks: those of planners `dense` and `samples`, of scoring and
-    of evaluation. Blocks that skip heads run without it."""
+    """Whether torch.compile makes the kernels of blocks: of dense ones, and of those that skip heads where the plan has
+    at most 8 shapes (planner `static`) and no kernels of our own fit (they do on a GPU, without dropout and LoRA)."""
     cuda_graphs: bool = False
-    """Engine `plain` on a GPU, planners `dense` and `samples`: whether a micro-batch's forward and backward, and the
-    scoring, are launched as one CUDA graph each. It pays where the GPU waits for the processor."""
+    """Engine `plain` on a GPU, planners `dense`, `samples`, and others whose plans have at most 8 shapes (`static`):
+    whether a micro-batch's forward and backward, and the scoring, are launched as one CUDA graph each. It pays where
+    the GPU waits for the processor."""
 
     @property
     def tensor_ranks(self) -> int:

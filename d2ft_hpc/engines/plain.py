@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -44,8 +44,8 @@ class PlainEngine:
         cuda_graphs: bool = False,
     ) -> None:
         """few_full_exponent: see `HeadRates`.
-        cuda_graphs: whether the forward and backward of a micro-batch under a dense plan is one CUDA graph; its time
-            then counts as backward.
+        cuda_graphs: whether the forward and backward of a micro-batch is one CUDA graph, if the plan has few shapes;
+            its time then counts as backward.
         """
         self._model, self.executor = model, executor
         self._optimizer, self._schedule = optimizer, schedule
@@ -54,7 +54,7 @@ class PlainEngine:
         self._max_norm = float("inf") if gradient_clipping is None else gradient_clipping
         self._head_rates = HeadRates(model, executor, few_full_exponent)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._graphs: dict[int, CudaGraphs[Tensor]] | None = {} if cuda_graphs else None
+        self._graphs: dict[Hashable, CudaGraphs[Tensor]] | None = {} if cuda_graphs else None
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
         report = StepReport(learning_rate=self._optimizer.param_groups[0]["lr"])
@@ -62,7 +62,7 @@ class PlainEngine:
         self._model.train()
         for slot, (images, labels) in enumerate(micro_batches):
             with self.executor.micro_batch(slot):
-                losses.append(self._accumulate(report, images, labels, len(micro_batches)))
+                losses.append(self._accumulate(report, slot, images, labels, len(micro_batches)))
         with report.timed("optimizer"):
             zero_missing_gradients(self._model)
             report.gradient_norm = nn.utils.clip_grad_norm_(self._trained, self._max_norm)
@@ -73,24 +73,29 @@ class PlainEngine:
         report.loss = torch.stack(losses).mean()
         return report
 
-    def _accumulate(self, report: StepReport, images: Tensor, labels: Tensor, micro_batches: int) -> Tensor:
+    def _accumulate(
+        self, report: StepReport, slot: int, images: Tensor, labels: Tensor, micro_batches: int
+    ) -> Tensor:
         """Adds a micro-batch's share of the gradient; returns its loss."""
-        if self._graphs is None or not self.executor.is_dense:
+        if self._graphs is None or not self.executor.has_few_shapes:
             with report.timed("forward"):
                 loss = self._loss(images, labels)
             with report.timed("backward"):
                 torch.autograd.backward(loss / micro_batches)
             return loss.detach()
 
-        def both(images: Tensor, labels: Tensor) -> Tensor:
-            loss = self._loss(images, labels)
-            torch.autograd.backward(loss / micro_batches)
+        def both(images: Tensor, labels: Tensor, *indices: Tensor) -> Tensor:
+            with self.executor.reading(slot, *indices) if indices else nullcontext():
+                loss = self._loss(images, labels)
+                torch.autograd.backward(loss / micro_batches)
             return loss.detach()
 
         zero_missing_gradients(self._model)  # a graph adds to gradients that are there when it is captured
-        graphs = self._graphs.setdefault(micro_batches, CudaGraphs(both, self._gradients))
+        skips = not self.executor.is_dense
+        key = (micro_batches, self.executor.shapes(slot) if skips else None)
+        graphs = self._graphs.setdefault(key, CudaGraphs(both, self._gradients))
         with report.timed("backward"):
-            return graphs(images, labels).clone()
+            return graphs(images, labels, *([self.executor.indices(slot)] if skips else [])).clone()
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self._trained if parameter.grad is not None]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,18 @@ from d2ft_hpc.model.subnets import HeadAxis
 HeadAxes = dict[str, HeadAxis]
 
 
+class ChosenHeads(NamedTuple):
+    """The heads that run, side by side: int64 on the model's device.
+
+    order: [n], FULL ones first. full: how many are FULL. places: [head], each FULL head's place in `order`, -1 for the
+    others.
+    """
+
+    order: Tensor
+    full: int
+    places: Tensor
+
+
 @dataclass(frozen=True)
 class BlockHeads:
     """The heads that one block runs for one micro-batch: int64 [n] in rising order on the model's device, None where
@@ -35,6 +48,8 @@ class BlockHeads:
     forward_only: Tensor | None
     is_dense: bool
     """All heads are FULL and nothing is scaled: the block's own forward runs, bit for bit."""
+    chosen: ChosenHeads | None = field(default=None, kw_only=True)
+    """The same for the GPU's fused kernels; None where they cannot run these heads."""
     scale: float = field(default=1.0, kw_only=True)
     """What the branches add is multiplied by it."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import MethodType
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.execution.block import BlockHeads, run_block
+from d2ft_hpc.execution.block import BlockHeads, ChosenHeads, run_block
 from d2ft_hpc.execution.gradients import (
     Owners,
     Reduction,
@@ -29,6 +30,9 @@ from d2ft_hpc.planning.plan import Operation, SkipPlan
 
 EmbeddingPolicy = Literal["frozen", "complete_path", "trained"]
 SharedPolicy = Literal["flow", "frozen"]
+
+MOST_SHAPES = 8
+"""Kernels that torch.compile keeps for one function."""
 
 
 class PlanExecutor:
@@ -56,11 +60,13 @@ class PlanExecutor:
         self.blocks: dict[int, Block] = {}
         """The blocks that follow this executor, by index; `link` adds them."""
         self._owners: dict[int, Owners] = {}
+        self._fusible: dict[int, bool] = {}
         self.lookup_seconds = 0.0
         """Time spent on following plans so far, on this rank: everything but the blocks' own work."""
         self._any_parameter = next(model.parameters())
         # Each shape is compiled for itself: kernels for shapes that may vary are slower.
         self._compiled = torch.compile(_dense_forward, dynamic=False) if compile else None
+        self._compiled_heads = torch.compile(run_block, dynamic=False) if compile else None
 
     def follow(self, slot_source: Callable[[], int] | None, reduction: Reduction) -> None:
         """Fits the executor to an engine that counts micro-batches itself, or reduces gradients during backward.
@@ -108,6 +114,7 @@ class PlanExecutor:
             for slot in range(len(self._slots))
         ]
         self._owners = {index: owners_of(block) for index, block in self.blocks.items()}
+        self._fusible.clear()
         self.plan = plan
 
     @property
@@ -188,7 +195,71 @@ class PlanExecutor:
         """Block `index` with these heads; None: all of them."""
         if heads is None or heads.is_dense:
             return self._run_dense(block, x, *args, **kwargs)
-        return run_block(block, x, heads, self.subnets.head_axes, *args, **kwargs)
+        if x.is_cuda and self._is_fused(index, heads):
+            result: Tensor = fused().run_fused(
+                block, x, heads.chosen, self._following(index), *args, **kwargs
+            )
+            return result
+        if (
+            self._compiled_heads is None
+            or not self.has_few_shapes
+            or _get_current_dispatch_mode() is not None
+        ):
+            return run_block(block, x, heads, self.subnets.head_axes, *args, **kwargs)
+        result = self._compiled_heads(block, x, heads, self.subnets.head_axes, *args, **kwargs)
+        return result
+
+    def _is_fused(self, index: int, heads: BlockHeads) -> bool:
+        if (
+            heads.full is None
+            or heads.chosen is None
+            or heads.is_dense
+            or heads.scale != 1
+            or fused() is None
+        ):
+            return False
+        if index not in self._fusible:
+            self._fusible[index] = fused().fits(self.blocks[index])
+        return self._fusible[index]
+
+    def _following(self, index: int) -> Block | None:
+        """The block above block `index`, if its first norm may be computed with the block's last sum."""
+        slot, above = self.slot, index + 1
+        if slot is None or above not in self.blocks or self._one_point[slot][above]:
+            return None
+        return self.blocks[above] if self._is_fused(above, self._slots[slot][above]) else None
+
+    def shapes(self, slot: int) -> tuple[tuple[int, int, float], ...]:
+        """How many heads are FULL and how many FORWARD_ONLY in each block of the micro-batch in place `slot`, and what
+        the block is scaled by."""
+        return tuple(
+            (_count(heads.full), _count(heads.forward_only), heads.scale) for heads in self._slots[slot]
+        )
+
+    @property
+    def has_few_shapes(self) -> bool:
+        """Micro-batches of the plan in force have at most 8 different `shapes`, what torch.compile keeps."""
+        return len({self.shapes(slot) for slot in range(len(self._slots))}) <= MOST_SHAPES
+
+    def indices(self, slot: int) -> Tensor:
+        """Which heads the micro-batch in place `slot` runs, int64 on the model's device; `reading` takes it."""
+        return torch.cat([each for heads in self._slots[slot] for each in _indices(heads)])
+
+    @contextmanager
+    def reading(self, slot: int, indices: Tensor) -> Iterator[None]:
+        """Inside, the micro-batch in place `slot` runs the heads of `indices`, in numbers like its own."""
+        own, rest = self._slots[slot], indices
+        read = []
+        for heads in own:
+            order, places = (each.numel() for each in _indices(heads))
+            its_places = rest[order : order + places]
+            read.append(_block_heads(rest[:order], _count(heads.full), its_places, heads.scale))
+            rest = rest[order + places :]
+        self._slots[slot] = read
+        try:
+            yield
+        finally:
+            self._slots[slot] = own
 
     def link(self, block: Block, index: int) -> None:
         """Lets a block of the model, its copy or its part follow this executor as block `index`."""
@@ -210,14 +281,47 @@ class PlanExecutor:
     def _heads(self, cells: np.ndarray, index: int) -> BlockHeads:
         """What block `index` runs. cells: uint8 [head]."""
 
-        def indices(operation: Operation) -> Tensor | None:
-            (chosen,) = np.nonzero(cells == operation)
-            return torch.from_numpy(chosen).to(self._any_parameter.device) if chosen.size else None
+        full, forward_only = (
+            np.flatnonzero(cells == operation) for operation in (Operation.FULL, Operation.FORWARD_ONLY)
+        )
+        places = np.full(cells.size, -1)
+        places[full] = np.arange(full.size)
+        indices = torch.from_numpy(np.concatenate([full, forward_only, places])).to(
+            self._any_parameter.device
+        )
+        order, at = indices.split([full.size + forward_only.size, cells.size])
+        return _block_heads(order, full.size, at, float(self._scales[index]))
 
-        full, forward_only = indices(Operation.FULL), indices(Operation.FORWARD_ONLY)
-        scale = float(self._scales[index])
-        is_dense = full is not None and full.numel() == cells.size and scale == 1
-        return BlockHeads(full, forward_only, is_dense, scale=scale)
+
+def _block_heads(order: Tensor, full: int, places: Tensor, scale: float) -> BlockHeads:
+    return BlockHeads(
+        order[:full] if full else None,
+        order[full:] if order.numel() > full else None,
+        is_dense=full == places.numel() and scale == 1,
+        chosen=ChosenHeads(order, full, places),
+        scale=scale,
+    )
+
+
+@cache
+def fused() -> Any:
+    """The module of fused blocks; None where Triton is not installed."""
+    try:
+        from d2ft_hpc.execution import fused as module
+    except ImportError:
+        return None
+    return module
+
+
+def _count(heads: Tensor | None) -> int:
+    return 0 if heads is None else heads.numel()
+
+
+def _indices(heads: BlockHeads) -> tuple[Tensor, Tensor]:
+    """A block's order and places of heads."""
+    if heads.chosen is None:
+        raise PlanError("heads that tensor-parallel ranks share have no indices of their own")
+    return heads.chosen.order, heads.chosen.places
 
 
 class _BlockLink:

@@ -15,7 +15,6 @@ one launch, without a dense-sized temporary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from timm.layers import LayerScale
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from d2ft_hpc.execution.block import ChosenHeads
 from d2ft_hpc.execution.kernels import (
     HeadSlices,
     Norm,
@@ -42,22 +42,12 @@ from d2ft_hpc.execution.kernels import (
 )
 
 
-@dataclass(frozen=True)
-class ChosenHeads:
-    """order: int64 [n], FULL heads first. full: how many are FULL. places: int64 [head], where `order` has a head if it
-    is FULL, -1 for all others."""
-
-    order: Tensor
-    full: int
-    places: Tensor
-
-
-def fits(block: Block, x: Tensor) -> bool:
-    """Whether `run_fused` can run this block: on a GPU, with nothing random in it, plain linear layers and GELU."""
+def fits(block: Block) -> bool:
+    """Whether `run_fused` can run this block in training: plain linear layers and GELU, nothing random but in
+    attention."""
     attn, mlp = block.attn, block.mlp
     return (
-        x.is_cuda
-        and all(type(layer) is nn.Linear for layer in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))
+        all(type(layer) is nn.Linear for layer in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))
         and all(
             isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
             for norm in (block.norm1, block.norm2)

@@ -262,21 +262,24 @@ def join_heads(first: Tensor, second: Tensor | None) -> Tensor:
 
     A view of `first` where that is possible.
     """
+    first, second = _with_unit_stride(first), None if second is None else _with_unit_stride(second)
     samples, heads1, tokens, size = first.shape
     if second is None and first.transpose(1, 2).is_contiguous():
         return first.transpose(1, 2).reshape(samples * tokens, heads1 * size)
-    heads2 = 0 if second is None else second.shape[1]
+    beside, heads2 = (first, 0) if second is None else (second, second.shape[1])
     joined = first.new_empty(samples * tokens, (heads1 + heads2) * size)
     triton_kernels.join_heads[(ceil(joined.shape[1] / _COLUMNS), ceil(samples * tokens / _TILE))](
         first,
-        first if second is None else second,
+        beside,
         joined,
         tokens,
         samples * tokens,
         heads1 * size,
         heads2 * size,
-        *first.stride()[:3],
-        *(first if second is None else second).stride()[:3],
+        *first.stride()[:3:2],
+        *beside.stride()[:3:2],
+        first.stride(1),
+        beside.stride(1),
         size,
         _TILE,
         _COLUMNS,
@@ -287,6 +290,7 @@ def join_heads(first: Tensor, second: Tensor | None) -> Tensor:
 def join_qkv(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Gradients of q, k, v, each [sample, head, token, channel], as rows [token, head x (q, k, v) x channel] in
     `dtype`, and their sum over tokens, fp32."""
+    query, key, value = map(_with_unit_stride, (query, key, value))
     samples, heads, tokens, size = query.shape
     width = 3 * heads * size
     columns = ceil(width / _COLUMNS)
@@ -304,14 +308,21 @@ def join_qkv(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> t
         samples * tokens,
         width,
         rows,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
+        *query.stride()[:3:2],
+        *key.stride()[:3:2],
+        *value.stride()[:3:2],
+        query.stride(1),
+        key.stride(1),
+        value.stride(1),
         size,
         _TILE,
         _COLUMNS,
     )
     return joined, sum_over_programs(partial, torch.float32)
+
+
+def _with_unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def sum_over_programs(partial: Tensor, dtype: torch.dtype) -> Tensor:

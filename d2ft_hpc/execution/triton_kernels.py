@@ -233,16 +233,17 @@ def gelu_backward(
 @triton.jit
 def join_heads(
     first, second, joined, tokens, samples_tokens, width1, width2,
-    sample1, head1, token1, sample2, head2, token2, size, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    sample1, token1, sample2, token2,
+    HEAD1: tl.constexpr, HEAD2: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     column = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     row = (tl.program_id(1) * TILE + tl.arange(0, TILE))[:, None]
     sample, token = (row // tokens).to(tl.int64), row % tokens
     is_row, is_first = row < samples_tokens, column < width1
-    at = first + sample * sample1 + token * token1 + column // size * head1 + column % size
+    at = first + sample * sample1 + token * token1 + column // SIZE * HEAD1 + column % SIZE
     value = tl.load(at, mask=is_row & is_first, other=0.0)
     beyond = column - width1
-    at = second + sample * sample2 + token * token2 + beyond // size * head2 + beyond % size
+    at = second + sample * sample2 + token * token2 + beyond // SIZE * HEAD2 + beyond % SIZE
     other = tl.load(at, mask=is_row & (beyond >= 0) & (beyond < width2), other=0.0)
     at = joined + row.to(tl.int64) * (width1 + width2) + column
     tl.store(at, tl.where(is_first, value, other), mask=is_row & (beyond < width2))
@@ -251,23 +252,24 @@ def join_heads(
 @triton.jit
 def join_qkv(
     query, key, value, joined, partial, tokens, samples_tokens, width, rows,
-    sample0, head0, token0, sample1, head1, token1, sample2, head2, token2, size,
+    sample0, token0, sample1, token1, sample2, token2,
+    HEAD0: tl.constexpr, HEAD1: tl.constexpr, HEAD2: tl.constexpr, SIZE: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     column = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     program = tl.program_id(1)
-    head, which, channel = column // (3 * size), column // size % 3, column % size
+    head, which, channel = column // (3 * SIZE), column // SIZE % 3, column % SIZE
     is_column = column < width
     of_bias = tl.zeros((TILE, BLOCK), tl.float32)
     for start in range(program * rows, tl.minimum((program + 1) * rows, samples_tokens), TILE):
         row = (start + tl.arange(0, TILE))[:, None]
         sample, token = (row // tokens).to(tl.int64), row % tokens
         inside = (row < tl.minimum((program + 1) * rows, samples_tokens)) & is_column
-        at = sample * sample0 + head * head0 + token * token0 + channel
+        at = sample * sample0 + head * HEAD0 + token * token0 + channel
         g = tl.load(query + at, mask=inside & (which == 0), other=0.0).to(tl.float32)
-        at = sample * sample1 + head * head1 + token * token1 + channel
+        at = sample * sample1 + head * HEAD1 + token * token1 + channel
         g += tl.load(key + at, mask=inside & (which == 1), other=0.0).to(tl.float32)
-        at = sample * sample2 + head * head2 + token * token2 + channel
+        at = sample * sample2 + head * HEAD2 + token * token2 + channel
         g += tl.load(value + at, mask=inside & (which == 2), other=0.0).to(tl.float32)
         tl.store(joined + row.to(tl.int64) * width + column, g.to(joined.dtype.element_ty), mask=inside)
         of_bias += g
