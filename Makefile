@@ -45,9 +45,11 @@ demo: $(VENV)/.installed
 	mpirun -n 2 d2ft-hpc train configs/demo.yaml
 	d2ft-hpc report runs/demo-dense runs/demo --html runs/report.html --png runs/demo.png
 
-# The tests start mpirun, torchrun and deepspeed by name.
+# The tests start mpirun, torchrun and deepspeed by name. Those of one process run two at a time, the others in turn.
 test: $(VENV)/.installed-dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest $(PYTEST_ARGS)
+	export PATH="$(CURDIR)/$(BIN):$$PATH"
+	python -m pytest tests/unit -n 2 $(PYTEST_ARGS)
+	python -m pytest tests --ignore tests/unit $(PYTEST_ARGS)
 
 # A results file's writer killed at 100 random moments.
 soak-results: $(VENV)/.installed-dev
@@ -79,7 +81,7 @@ test-matrix: $(VENV)/.installed-dev
 		tests/distributed/test_parallel.py
 
 # The engines on the newest DeepSpeed that pip finds and on the oldest supported one.
-DEEPSPEED_TESTS := tests/unit/test_engine_rules.py tests/distributed/test_engines.py tests/distributed/test_user_loop.py
+DEEPSPEED_TESTS := tests/unit/test_engine_rules.py $(addprefix tests/distributed/test_,engines.py parallel.py user_loop.py)
 test-deepspeed: $(VENV)/.installed-dev $(OLDEST_VENV)/.installed
 	$(BIN)/python -m pip install -q --upgrade deepspeed
 	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest $(DEEPSPEED_TESTS)

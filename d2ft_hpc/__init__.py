@@ -6,12 +6,13 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "initialize": "d2ft_hpc.user_loop.initialize",
+    "PipelineModule": "d2ft_hpc.user_loop.pipeline_module",
     "attach": "d2ft_hpc.execution.executor",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """`d2ft_hpc.initialize` and `d2ft_hpc.attach`, without which importing the package costs no torch."""
+    """The functions and classes for users' own scripts, without which importing the package costs no torch."""
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -153,6 +154,10 @@ def _parser() -> argparse.ArgumentParser:
         engine.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
         engine.add_argument("--steps", type=int, default=100, help="measured steps of each")
         engine.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+        engine.add_argument("--json", action="store_true", help="end with one line of JSON")
+        if name == "overhead":
+            engine.add_argument("--pipeline-stages", type=int, default=1)
+            engine.add_argument("--tensor-parallel", type=int, default=1)
         if name == "speed":
             engine.add_argument("--planner", default="makespan")
             engine.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
@@ -188,6 +193,31 @@ def _parser() -> argparse.ArgumentParser:
     scores.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
     scores.add_argument("--repeats", type=int, default=10, help="of each (default: 10)")
     scores.set_defaults(run=_bench_scores)
+
+    step = benches.add_parser(
+        "step",
+        help="forward and backward of a micro-batch under a plan, against the dense model and the plan's ideal",
+        description="Times one micro-batch in one process, dense and under the plan in turn.",
+    )
+    step.add_argument("--model", default="vit_small_patch16_224", help="a timm VisionTransformer's name")
+    step.add_argument("--micro-batch", type=int, default=16, help="samples")
+    step.add_argument("--compute", type=float, default=0.6, help="most of the dense FLOPs (default: 0.6)")
+    step.add_argument(
+        "--forward-only", type=float, default=0.0, help="share of heads that run forward only (default: 0)"
+    )
+    step.add_argument(
+        "--plan",
+        default="static",
+        help="static: as many heads in every block, drawn (default); or a saved plan's file",
+    )
+    step.add_argument("--image-size", type=int, default=224, help="pixels")
+    step.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    step.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    step.add_argument("--repeats", type=int, default=30, help="measured steps of each")
+    step.add_argument("--peers", action="store_true", help="also time stochastic depth, drop path and LoRA")
+    step.add_argument("--profile", action="store_true", help="where the time of dense and plan goes")
+    step.add_argument("--json", action="store_true", help="end with one line of JSON")
+    step.set_defaults(run=_bench_step)
 
     data = commands.add_parser("data", help="pack a data set into one file, or look at a packed one")
     _add_data_commands(data)
@@ -330,7 +360,7 @@ def _bench_engine(options: argparse.Namespace) -> int:
     control = connect(detect(), device_type=device)
 
     def run() -> None:
-        from d2ft_hpc.bench.engine import Workload, overhead, speed
+        from d2ft_hpc.bench.engine import Workload, overhead, overhead_report, speed, speed_report
 
         workload = Workload(
             model=options.model,
@@ -341,13 +371,19 @@ def _bench_engine(options: argparse.Namespace) -> int:
             precision=options.precision,
             steps=options.steps,
             device=torch.device(device),
+            pipeline_stages=getattr(options, "pipeline_stages", 1),
+            tensor_parallel=getattr(options, "tensor_parallel", 1),
         )
         if options.bench == "overhead":
-            told = overhead(workload, control)
+            result = overhead(workload, control)
+            told = overhead_report(result)
         else:
-            told = speed(workload, control, options.planner, options.compute_budget)
+            result = speed(workload, control, options.planner, options.compute_budget)
+            told = speed_report(result)
         if control.rank == 0:
             print(told)
+            if options.json:
+                print(json.dumps(result))
 
     return run_guarded(control, run)
 
@@ -398,6 +434,37 @@ def _bench_scores(options: argparse.Namespace) -> int:
             print(
                 f"Fisher by {each}: {seconds:.2f} of the time and {flops:.2f} of the FLOPs of dense training"
             )
+
+    return run_guarded(None, run)
+
+
+def _bench_step(options: argparse.Namespace) -> int:
+    from d2ft_hpc.launch import run_guarded
+
+    def run() -> None:
+        import json
+
+        import torch
+
+        from d2ft_hpc.bench.step import Sizes, benchmark, describe
+
+        cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+        dtype = ("bfloat16" if cuda else "float32") if options.dtype == "auto" else options.dtype
+        sizes = Sizes(
+            model=options.model,
+            micro_batch=options.micro_batch,
+            compute=options.compute,
+            forward_only=options.forward_only,
+            plan=None if options.plan == "static" else Path(options.plan),
+            image_size=options.image_size,
+            device=torch.device("cuda" if cuda else "cpu"),
+            dtype=getattr(torch, dtype),
+            repeats=options.repeats,
+        )
+        found = benchmark(sizes, with_peers=options.peers, with_profile=options.profile)
+        print(describe(found))
+        if options.json:
+            print(json.dumps(found))
 
     return run_guarded(None, run)
 

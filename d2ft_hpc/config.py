@@ -386,11 +386,6 @@ class RunConfig(Section):
         )
         if engine.name == "plain":
             raise ValueError(f"{parts}: the plain engine is one process; use engine.name=deepspeed")
-        if self.plan.planner == "samples":
-            raise ValueError(
-                f"plan.planner=samples with {parts}: samples are scored by a rank that holds the whole model; use "
-                f"another planner, or 1 and 1"
-            )
         if engine.precision == "fp16":
             raise ValueError(
                 f"engine.precision=fp16 with {parts}: loss scaling was never tested there; use bf16"

@@ -1,14 +1,15 @@
 """DeepSpeed's step time: with an all-FULL plan against without us, and under a plan against dense.
 
-Steps of what is compared alternate in one process on the same ranks, so that a busy machine slows both alike. Ratios
-are medians over pairs of neighbouring steps, with a 95 % bootstrap interval.
+Steps of what is compared alternate in one process on the same ranks, so that a busy machine slows both alike. A step
+takes as long as on its slowest rank. Ratios are medians over pairs of neighbouring steps, with a 95 % bootstrap
+interval.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,22 @@ import torch.nn.functional as F
 from scipy.stats import bootstrap
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from d2ft_hpc.bench.bare import bare_engine
 from d2ft_hpc.config import OptimizerConfig
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
-from d2ft_hpc.engines.deepspeed_private import import_deepspeed
-from d2ft_hpc.engines.engine import MicroBatch
+from d2ft_hpc.engines.engine import Engine, MicroBatch
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
+from d2ft_hpc.engines.pipeline import PipelineEngine
+from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.metering import StepCosts, measure_costs
+from d2ft_hpc.parallel.head_split import even_owner
+from d2ft_hpc.parallel.layout import Layout, Placement
+from d2ft_hpc.parallel.stages import cut_stages, layer_flops
 from d2ft_hpc.planning import PlanProblem, SkipPlan, solve
 from d2ft_hpc.planning.plan import Operation
 
@@ -42,6 +50,8 @@ class Workload:
     steps: int
     """Measured steps of each of the things compared."""
     device: torch.device
+    pipeline_stages: int = 1
+    tensor_parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -64,78 +74,97 @@ class Ratio:
         return f"{self.median:.4f} (95 %: {self.low:.4f} to {self.high:.4f})"
 
 
-def overhead(workload: Workload, control: Control) -> str:
-    """The step time with us and an all-FULL plan over that of the same DeepSpeed engine without us."""
-    engine, costs = _engine(workload)
-    dense = SkipPlan.dense(workload.slots, control.world_size, *engine.executor.subnets.shape)
-    engine.executor.load(dense, control.rank)
-    bare = _bare_engine(workload)
-    batch = _batch(workload, control.rank)
+def overhead(workload: Workload, control: Control) -> dict[str, Any]:
+    """The step time with us and an all-FULL plan over that of the same DeepSpeed engine without us.
+
+    Raises ConfigError if the ranks do not form whole replicas.
+    """
+    built = _build(workload, control)
+    engine, layout = built.engine, built.placement.layout
+    engine.executor.load(SkipPlan.dense(workload.slots, layout.replicas, *built.shape), layout.replica)
+    model = _frozen_below(_model(workload))
+    bare = bare_engine(model, built.placement, _config(workload), _make_optimizer, _loss)
+    batch = _batch(workload, layout.replica)
     before = engine.executor.lookup_seconds
-
-    def without_us() -> None:
-        for images, labels in batch:
-            bare.backward(_loss(bare(images.to(_dtype(bare.module))).float(), labels))
-            bare.step()
-
-    seconds = _alternate({"ours": lambda: engine.step(batch), "bare": without_us}, workload, control)
+    seconds = _alternate({"ours": lambda: engine.step(batch), "bare": lambda: bare(batch)}, workload, control)
     lookups = (engine.executor.lookup_seconds - before) / (workload.steps + _WARM_UP)
     start = time.perf_counter()
-    plan = share(
-        control, lambda: _solved(costs, engine, workload, control, "joint", 0.6).to_bytes(), "the plan"
-    )
-    engine.executor.load(SkipPlan.from_bytes(plan), control.rank)
+    plan = share(control, lambda: _solved(built, workload, "joint", 0.6).to_bytes(), "the plan")
+    engine.executor.load(SkipPlan.from_bytes(plan), layout.replica)
     planning = time.perf_counter() - start
+    ratio = Ratio.of(seconds["ours"], seconds["bare"])
+    return {
+        **_described(workload, control),
+        "bare_seconds": float(np.median(seconds["bare"])),
+        "ours_over_bare": asdict(ratio),
+        "lookup_seconds_a_step": lookups,
+        "planning_seconds_a_plan": planning,
+        "seconds": {name: of_name.tolist() for name, of_name in seconds.items()},
+    }
+
+
+def overhead_report(result: Mapping[str, Any]) -> str:
     return "\n".join(
         [
-            _title(workload, control),
-            f"step without us          {1e3 * float(np.median(seconds['bare'])):9.2f} ms",
-            f"step with an all-FULL plan over that   {Ratio.of(seconds['ours'], seconds['bare'])}",
-            f"looking the plan up      {1e6 * lookups:9.0f} us a step",
-            f"planning                 {1e6 * planning:9.0f} us a plan (joint, solved, sent, loaded)",
+            _title(result),
+            f"step without us          {1e3 * result['bare_seconds']:9.2f} ms",
+            f"step with an all-FULL plan over that   {Ratio(**result['ours_over_bare'])}",
+            f"looking the plan up      {1e6 * result['lookup_seconds_a_step']:9.0f} us a step",
+            f"planning                 {1e6 * result['planning_seconds_a_plan']:9.0f} us a plan (joint, solved, sent, "
+            f"loaded)",
         ]
     )
 
 
-def speed(workload: Workload, control: Control, planner: str, compute_budget: float) -> str:
-    """The step time under a plan over the dense one, beside what the plan promises."""
-    engine, costs = _engine(workload)
-    shape = (workload.slots * control.world_size, *engine.executor.subnets.shape)
-    made = share(
-        control,
-        lambda: _solved(costs, engine, workload, control, planner, compute_budget).to_bytes(),
-        "the plan",
-    )
+def speed(workload: Workload, control: Control, planner: str, compute_budget: float) -> dict[str, Any]:
+    """The step time under a plan over the dense one, beside what the plan promises, of an engine whose ranks hold the
+    whole model each (`d2ft_hpc.bench.parallel` is for the others)."""
+    built = _build(workload, control)
+    engine, costs = built.engine, built.costs
+    shape = (workload.slots * control.world_size, *built.shape)
+    made = share(control, lambda: _solved(built, workload, planner, compute_budget).to_bytes(), "the plan")
     plan = SkipPlan.from_bytes(made)
     nothing = SkipPlan(np.full(shape, Operation.SHORTCUT, dtype=np.uint8), control.world_size)
     dense = SkipPlan.dense(workload.slots, control.world_size, *shape[1:])
     batch = _batch(workload, control.rank)
 
-    def step_under(followed: SkipPlan) -> Callable[[], object]:
-        def step() -> object:
-            if engine.executor.plan is not followed:
-                engine.executor.load(followed, control.rank)
-            return engine.step(batch)
-
-        return step
-
     plans = {"dense": dense, "plan": plan, "nothing": nothing}
-    seconds = _alternate({name: step_under(which) for name, which in plans.items()}, workload, control)
+    seconds = _alternate(
+        {name: lambda: engine.step(batch) for name in plans},
+        workload,
+        control,
+        before=lambda name: engine.executor.load(plans[name], control.rank),
+    )
     always = float(np.median(seconds["nothing"] / seconds["dense"]))
     by_replica = [
         (costs.planned_flops(plan.for_replica(r)).sum() / workload.slots - costs.always_flops)
         / (costs.dense_flops - costs.always_flops)
         for r in range(control.world_size)
     ]
+    return {
+        **_described(workload, control),
+        "planner": planner,
+        "compute_budget": compute_budget,
+        "dense_seconds": float(np.median(seconds["dense"])),
+        "plan_over_dense": asdict(Ratio.of(seconds["plan"], seconds["dense"])),
+        "promised_by_flops": costs.planned_share(plan),
+        "always_share": always,
+        "promised_by_time": always + (1 - always) * max(by_replica),
+        "lookup_seconds": engine.executor.lookup_seconds,
+        "seconds": {name: of_name.tolist() for name, of_name in seconds.items()},
+    }
+
+
+def speed_report(result: Mapping[str, Any]) -> str:
     return "\n".join(
         [
-            _title(workload, control),
-            f"dense step               {1e3 * float(np.median(seconds['dense'])):9.2f} ms",
-            f"plan ({planner}, {compute_budget:.0%}): step over the dense one  "
-            f"{Ratio.of(seconds['plan'], seconds['dense'])}",
-            f"promised by FLOPs        {costs.planned_share(plan):9.4f}",
-            f"promised by time         {always + (1 - always) * max(by_replica):9.4f}  "
-            f"(what always runs, measured at {always:.4f}, plus the busiest replica's share of the rest)",
+            _title(result),
+            f"dense step               {1e3 * result['dense_seconds']:9.2f} ms",
+            f"plan ({result['planner']}, {result['compute_budget']:.0%}): step over the dense one  "
+            f"{Ratio(**result['plan_over_dense'])}",
+            f"promised by FLOPs        {result['promised_by_flops']:9.4f}",
+            f"promised by time         {result['promised_by_time']:9.4f}  (what always runs, measured at "
+            f"{result['always_share']:.4f}, plus the busiest replica's share of the rest)",
         ]
     )
 
@@ -144,49 +173,81 @@ _WARM_UP = 3
 
 
 def _alternate(
-    steps: Mapping[str, Callable[[], object]], workload: Workload, control: Control
+    steps: Mapping[str, Callable[[], object]],
+    workload: Workload,
+    control: Control,
+    before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, np.ndarray]:
-    """Seconds of each step by name, float64 [step]; the order changes from round to round."""
+    """Seconds of each step by name on the slowest rank, float64 [step]; the order changes from round to round.
+
+    before: what is done before the clock starts.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for turn in range(workload.steps + _WARM_UP):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            before(name)
             _synchronize(workload.device)
             control.barrier(60)
             start = time.perf_counter()
             steps[name]()
             _synchronize(workload.device)
             seconds[name].append(time.perf_counter() - start)
-    return {name: np.asarray(of_name[_WARM_UP:]) for name, of_name in seconds.items()}
+    own = np.array([of_name[_WARM_UP:] for of_name in seconds.values()])
+    of_ranks = [np.frombuffer(part).reshape(own.shape) for part in control.all_gather(own.tobytes())]
+    return dict(zip(names, np.max(of_ranks, axis=0), strict=True))
 
 
-def _engine(workload: Workload) -> tuple[DeepSpeedEngine, StepCosts]:
+@dataclass(frozen=True)
+class _Built:
+    engine: Engine
+    costs: StepCosts
+    placement: Placement
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Blocks, heads."""
+        return self.engine.executor.subnets.shape
+
+
+def _build(workload: Workload, control: Control) -> _Built:
+    layout = Layout.of(
+        control.world_size,
+        control.rank,
+        stages=workload.pipeline_stages,
+        tensor_ranks=workload.tensor_parallel,
+    )
     model = _model(workload)
     executor = attach(model)
-    costs = measure_costs(model, executor, (3, workload.image_size, workload.image_size))
+    image_shape = (3, workload.image_size, workload.image_size)
+    costs = measure_costs(model, executor, image_shape)
+    placement = Placement(
+        layout,
+        cut_stages(layer_flops(model, costs, image_shape), layout.stages),
+        even_owner(*executor.subnets.shape, layout.tensor_ranks),
+    )
+    config = _config(workload)
+    engine: Engine
+    if layout.is_cut:
+        kind = PipelineEngine if layout.stages > 1 else TensorParallelEngine
+        engine = kind(model, executor, placement, _make_optimizer, _loss, config, control)
+    else:
+        engine = DeepSpeedEngine(model, executor, *_make_optimizer(model), _loss, config)
+    return _Built(engine, costs, placement)
+
+
+def _make_optimizer(model: VisionTransformer) -> tuple[Optimizer, LRScheduler]:
     settings = OptimizerConfig(learning_rate=1e-4)
     optimizer = build_optimizer(model, settings)
-    schedule = build_schedule(optimizer, settings, 10**6)
-    return DeepSpeedEngine(model, executor, optimizer, schedule, _loss, _config(workload)), costs
+    return optimizer, build_schedule(optimizer, settings, 10**6)
 
 
-def _bare_engine(workload: Workload) -> Any:
-    """DeepSpeed alone, with the same parameters frozen."""
-    model = _model(workload)
+def _frozen_below(model: VisionTransformer) -> VisionTransformer:
+    """The model with what `attach` freezes frozen, and nothing else done to it."""
     for name, parameter in model.named_parameters():
         if name.startswith(("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre")):
             parameter.requires_grad_(False)
-    settings = OptimizerConfig(learning_rate=1e-4)
-    optimizer = build_optimizer(model, settings)
-    engine, *_ = import_deepspeed().initialize(
-        model=model,
-        model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
-        optimizer=optimizer,
-        lr_scheduler=build_schedule(optimizer, settings, 10**6),
-        config=_config(workload),
-    )
-    engine.train()
-    return engine
+    return model
 
 
 def _config(workload: Workload) -> dict[str, Any]:
@@ -217,24 +278,18 @@ def _batch(workload: Workload, rank: int) -> list[MicroBatch]:
     ]
 
 
-def _solved(
-    costs: StepCosts,
-    engine: DeepSpeedEngine,
-    workload: Workload,
-    control: Control,
-    planner: str,
-    compute_budget: float,
-) -> SkipPlan:
+def _solved(built: _Built, workload: Workload, planner: str, compute_budget: float) -> SkipPlan:
     """A plan for random scores."""
-    shape = (workload.slots * control.world_size, *engine.executor.subnets.shape)
-    scores = np.random.default_rng(0).random((2, *shape))
+    layout = built.placement.layout
+    scores = np.random.default_rng(0).random((2, workload.slots * layout.replicas, *built.shape))
     problem = PlanProblem.parallel(
-        scores[0],
-        scores[1],
-        replicas=control.world_size,
+        *scores,
+        replicas=layout.replicas,
+        rank=built.placement.owner,
+        stage=built.placement.stage,
         compute_budget=compute_budget,
-        forward_cost=costs.forward_share,
-        always_share=costs.always_share,
+        forward_cost=built.costs.forward_share,
+        always_share=built.costs.always_share,
     )
     return solve(problem, planner)  # type: ignore[arg-type]
 
@@ -243,18 +298,32 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels)
 
 
-def _dtype(model: torch.nn.Module) -> torch.dtype:
-    return next(model.parameters()).dtype
-
-
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _title(workload: Workload, control: Control) -> str:
+def _described(workload: Workload, control: Control) -> dict[str, Any]:
+    device = torch.cuda.get_device_name(workload.device) if workload.device.type == "cuda" else "cpu"
+    return {
+        **asdict(workload),
+        "device": device,
+        "ranks": control.world_size,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    cut = "".join(
+        f", {result[key]} {what}"
+        for key, what in (
+            ("pipeline_stages", "pipeline stages"),
+            ("tensor_parallel", "tensor-parallel ranks"),
+        )
+        if result[key] > 1
+    )
     return (
-        f"{workload.model}, {workload.image_size} px, {workload.slots} micro-batches of {workload.micro_batch_size}, "
-        f"{workload.precision}, ZeRO-{workload.stage}, {control.world_size} ranks, {workload.device.type}, "
-        f"{workload.steps} steps each in turns"
+        f"{result['model']}, {result['image_size']} px, {result['slots']} micro-batches of "
+        f"{result['micro_batch_size']}, {result['precision']}, ZeRO-{result['stage']}{cut}, {result['ranks']} ranks, "
+        f"{result['device']}, {result['steps']} steps each in turns"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
-from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StateWriter, StepReport
+from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StateWriter, StepReport, evaluated
 from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.engines.zero_state import collect, restore
@@ -80,29 +80,33 @@ class DeepSpeedEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: VisionTransformer,
         executor: PlanExecutor,
-        optimizer: Optimizer,
-        schedule: LRScheduler,
+        optimizer: Optimizer | Callable[..., Optimizer] | None,
+        schedule: LRScheduler | Callable[..., LRScheduler] | None,
         loss_function: LossFunction,
         config: Mapping[str, Any],
         *,
-        mpu: Any = None,
+        slot_source: Callable[[], int] | None = None,
+        **given: Any,
     ) -> None:
-        """mpu: DeepSpeed's process groups where the model is cut over ranks."""
+        """slot_source: as `PlanExecutor.follow` takes it. given: what else `deepspeed.initialize` takes; optimizer and
+        schedule may be what it takes, too."""
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False)
         self.rules = ZeroRules.of(config)
         self._twin = self.rules.twin_of(model)
-        self.rules.prepare(model, executor)
-        self.engine, *_ = deepspeed.initialize(
+        self.rules.prepare(model, executor, slot_source)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.made = deepspeed.initialize(
             model=model,
-            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
             optimizer=optimizer,
             lr_scheduler=schedule,
             config=dict(config),
-            mpu=mpu,
+            **{"model_parameters": trained, **given},
         )
+        """What `deepspeed.initialize` returned: the engine, and what belongs to it."""
+        self.engine = self.made[0]
         self._model, self.executor, self._loss_function = model, executor, loss_function
         self._dtype = next(model.parameters()).dtype
 
@@ -130,6 +134,9 @@ class DeepSpeedEngine:
 
     def check(self, plan: SkipPlan) -> None:
         self.rules.check(plan, self._model, self.engine)
+
+    def logits(self, images: Sequence[Tensor]) -> list[Tensor]:
+        return evaluated(self._model, images)
 
     def full_model(self) -> AbstractContextManager[VisionTransformer]:
         return self.rules.full_model(self._model, self._twin)

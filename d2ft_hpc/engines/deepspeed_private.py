@@ -22,6 +22,7 @@ SURFACE = (
     "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler",
     "deepspeed.runtime.pipe.module:PipelineModule.mpu",
     "deepspeed.runtime.pipe.topology:PipeModelDataParallelTopology",
+    "deepspeed.runtime.pipe.topology:PipelineParallelGrid.get_model_parallel_group",
     "deepspeed.runtime.pipe.topology:PipelineParallelGrid.get_slice_parallel_group",
 )
 """Attributes of modules and classes that are used here, as module:attribute."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.metering import phases
+from d2ft_hpc.model.any_size import evaluating, of_any_size
 from d2ft_hpc.planning import SkipPlan
 
 MicroBatch = tuple[Tensor, Tensor]
@@ -62,6 +63,11 @@ class Engine(Protocol):
         """
         ...
 
+    def logits(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Logits [sample, class] of each micro-batch's images, of any size, in evaluation mode; the same on all ranks
+        of a replica, by all ranks together."""
+        ...
+
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
         """Forward and backward of each micro-batch in its slot, then one optimiser step; on all ranks together."""
         ...
@@ -73,6 +79,13 @@ class Engine(Protocol):
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote; on all ranks together. Raises CheckpointError."""
         ...
+
+
+def evaluated(model: VisionTransformer, images: Sequence[Tensor]) -> list[Tensor]:
+    """`Engine.logits` of a model that this rank can run."""
+    twin, dtype = of_any_size(model), next(model.parameters()).dtype
+    with evaluating(model):
+        return [twin(of_slot.to(dtype)) for of_slot in images]
 
 
 def zero_missing_gradients(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, distributed, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from d2ft_hpc.engines.deepspeed_private import whole
 from d2ft_hpc.engines.engine import StateWriter
@@ -21,7 +20,7 @@ from d2ft_hpc.engines.zero_state import collect, restore
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
 from d2ft_hpc.parallel.gather import gather, part_of
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.messages import ReplicatedTokens
 from d2ft_hpc.parallel.part import ModelPart
 from d2ft_hpc.parallel.tensor import share_blocks
@@ -29,8 +28,15 @@ from d2ft_hpc.parallel.tensor import share_blocks
 PLACEMENT = "placement.json"
 """What a checkpoint calls the file that says which rank held what."""
 
-MakeOptimizer = Callable[[VisionTransformer], tuple[Optimizer, LRScheduler]]
-"""Makes optimiser and schedule for a model or a part of one."""
+MakeOptimizer = Callable[[VisionTransformer], tuple[Any, Any]]
+"""Makes optimiser and schedule for a model or a part of one; or gives what `deepspeed.initialize` makes them of."""
+
+OptionsFor = Callable[[VisionTransformer], Mapping[str, Any]]
+"""What else `deepspeed.initialize` takes for a part."""
+
+
+def no_options(part: VisionTransformer) -> Mapping[str, Any]:
+    return {}
 
 
 def share_part(
@@ -47,6 +53,27 @@ def share_part(
             # DeepSpeed counts these in gradient norms on every rank, all others on the first of all stages only.
             parameter.model_parallel = True
     return executor
+
+
+def share_logits(
+    own: Sequence[Tensor],
+    images: Sequence[Tensor],
+    part: ModelPart,
+    layout: Layout,
+    group: distributed.ProcessGroup,
+) -> list[Tensor]:
+    """The logits [sample, class] of one rank of the last stage, on all ranks of a replica; by all of them together.
+
+    own: its logits for each of `images`; not read on other ranks. group: the replica's ranks.
+    """
+    source = layout.rank_of(stage=layout.stages - 1, replica=layout.replica)
+    samples = [len(of_slot) for of_slot in images]
+    if layout.rank == source:
+        shared = torch.cat([logits.float() for logits in own])
+    else:
+        shared = torch.empty(sum(samples), part.num_classes, device=images[0].device)
+    distributed.broadcast(shared, source, group=group)
+    return list(shared.split(samples))
 
 
 @contextmanager

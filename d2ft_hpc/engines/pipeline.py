@@ -14,15 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from d2ft_hpc.engines.check import check_plan
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed, loss_of_replica, topology_of
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StateWriter, StepReport, zero_missing_gradients
-from d2ft_hpc.engines.model_parallel import MakeOptimizer, full_model, load_state, save_state, share_part
+from d2ft_hpc.engines.model_parallel import (
+    MakeOptimizer,
+    OptionsFor,
+    full_model,
+    load_state,
+    no_options,
+    save_state,
+    share_logits,
+    share_part,
+)
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering.phases import phase
+from d2ft_hpc.model.any_size import evaluating, of_any_size
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.part import ModelPart
 from d2ft_hpc.planning import SkipPlan
@@ -40,6 +50,8 @@ class PipelineEngine:
         loss_function: LossFunction,
         config: Mapping[str, Any],
         control: Control,
+        *,
+        options_for: OptionsFor = no_options,
     ) -> None:
         """model: the whole one, of which the ranks copy their parts; its attached executor. config: DeepSpeed's."""
         deepspeed = import_deepspeed()
@@ -56,17 +68,21 @@ class PipelineEngine:
                 dynamic_shape=True,  # the micro-batches of an epoch's last batch differ in size
             )
         (self._part,) = (child for child in self._module.children() if isinstance(child, ModelPart))
-        group = self._module.mpu().get_slice_parallel_group()
-        self.executor = share_part(self._part, executor, placement, group)
+        grid = self._module.mpu()
+        self.executor = share_part(self._part, executor, placement, grid.get_slice_parallel_group())
+        self._replica_group = grid.get_model_parallel_group()
         self._model, self._placement, self._control = model, placement, control
         optimizer, schedule = make_optimizer(self._part)
-        self.engine, *_ = deepspeed.initialize(
+        trained = [parameter for parameter in self._part.parameters() if parameter.requires_grad]
+        self.made = deepspeed.initialize(
             model=self._module,
-            model_parameters=[parameter for parameter in self._part.parameters() if parameter.requires_grad],
             optimizer=optimizer,
             lr_scheduler=schedule,
             config={**config, "pipeline": {**_WHOLE_MESSAGES, **config.get("pipeline", {})}},
+            **{"model_parameters": trained, **options_for(self._part)},
         )
+        """What `deepspeed.initialize` returned: the engine, and what belongs to it."""
+        self.engine = self.made[0]
         self._slot = 0
         self._row: ExitStack | None = None
         self._module.register_forward_pre_hook(self._before_forward)
@@ -76,15 +92,24 @@ class PipelineEngine:
         """All that is neither the stage's forward nor communication counts as backward, the optimiser too."""
         report = StepReport(learning_rate=self.engine.get_lr()[0])
         dtype = next(self._part.parameters()).dtype
-        self._slot = 0
-        # Before the first backward, because the engine reduces gradients as soon as the last one is done.
-        zero_missing_gradients(self._part)
+        self.begin_batch()
         with report.timed("backward"):
             self.engine.train_batch(iter([(images.to(dtype), labels) for images, labels in micro_batches]))
         norm = self.engine.get_global_grad_norm()
         report.gradient_norm = float("nan") if norm is None else float(norm)
         report.loss = loss_of_replica(self.engine)
         return report
+
+    def begin_batch(self) -> None:
+        """Before DeepSpeed's `train_batch`, whose first micro-batch is the first of the plan."""
+        self._slot = 0
+        if not self.executor.is_dense:
+            # Before the first backward, because the engine reduces gradients as soon as the last one is done.
+            zero_missing_gradients(self._part)
+
+    @property
+    def part(self) -> ModelPart:
+        return self._part
 
     @property
     def same_rows(self) -> str | None:
@@ -93,6 +118,34 @@ class PipelineEngine:
     def check(self, plan: SkipPlan) -> None:
         slots, replicas = self.engine.gradient_accumulation_steps(), self._placement.layout.replicas
         check_plan(plan, slots=slots, replicas=replicas, same_rows=None)
+
+    def logits(self, images: Sequence[Tensor]) -> list[Tensor]:
+        layout, part = self._placement.layout, of_any_size(self._part)
+        dtype = next(self._part.parameters()).dtype
+        below, above = (
+            layout.rank_of(stage=layout.stage + step, replica=layout.replica, tensor_rank=layout.tensor_rank)
+            for step in (-1, 1)
+        )
+        outputs, sending = [], []
+        with evaluating(self._part):
+            for of_slot in images:
+                x = of_slot.to(dtype)
+                if not self._part.is_first:
+                    x = x.new_empty(len(x), self._tokens(x), self._part.embed_dim)
+                    distributed.recv(x, below)
+                outputs.append(part(x))
+                if not self._part.is_last:
+                    sending.append(distributed.isend(outputs[-1], above))
+        for message in sending:
+            if message is not None:  # a rank outside the group has nothing to wait for
+                message.wait()
+        return share_logits(outputs, images, self._part, layout, self._replica_group)
+
+    def _tokens(self, images: Tensor) -> int:
+        """Of an image, with those that stand for no patch."""
+        high, wide = self._model.patch_embed.patch_size
+        patches = images.shape[-2] // high * (images.shape[-1] // wide)
+        return int(patches + self._model.num_prefix_tokens)
 
     def full_model(self) -> AbstractContextManager[VisionTransformer]:
         return full_model(self._model, self._part, self.executor, self._placement, self._control)

@@ -13,7 +13,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.engines.check import check_plan, check_recompute
-from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StateWriter, StepReport, zero_missing_gradients
+from d2ft_hpc.engines.engine import (
+    LossFunction,
+    MicroBatch,
+    StateWriter,
+    StepReport,
+    evaluated,
+    zero_missing_gradients,
+)
 from d2ft_hpc.engines.head_rates import HeadRates
 from d2ft_hpc.engines.portable import (
     PortableState,
@@ -32,7 +39,7 @@ class PlainEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: VisionTransformer,
         executor: PlanExecutor,
         optimizer: Optimizer,
         schedule: LRScheduler,
@@ -111,6 +118,10 @@ class PlainEngine:
     def check(self, plan: SkipPlan) -> None:
         check_recompute(self._model)
         check_plan(plan, slots=plan.slots, replicas=1, same_rows=None)
+
+    def logits(self, images: Sequence[Tensor]) -> list[Tensor]:
+        with self._autocast(images[0].device):
+            return evaluated(self._model, images)
 
     def full_model(self) -> AbstractContextManager[VisionTransformer]:
         return nullcontext(self._model)

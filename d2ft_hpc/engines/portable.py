@@ -132,8 +132,10 @@ def counters(state: PortableState, optimizer: Optimizer, stepped: Tensor) -> dic
     return {"step": torch.tensor(state.numbers["step"], device=stepped.device if on_device else "cpu")}
 
 
-def schedule_numbers(schedule: LRScheduler) -> dict[str, Any]:
-    """What of a schedule's state is plain numbers; its functions come from the configuration."""
+def schedule_numbers(schedule: LRScheduler | None) -> dict[str, Any]:
+    """What of a schedule's state is plain numbers; its functions come from the configuration. Nothing without one."""
+    if schedule is None:
+        return {}
     return {key: value for key, value in schedule.state_dict().items() if _is_plain(value)}
 
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import grid_of, import_deepspeed
-from d2ft_hpc.engines.engine import LossFunction, StateWriter
-from d2ft_hpc.engines.model_parallel import MakeOptimizer, full_model, load_state, save_state, share_part
+from d2ft_hpc.engines.engine import LossFunction, StateWriter, evaluated
+from d2ft_hpc.engines.model_parallel import (
+    MakeOptimizer,
+    OptionsFor,
+    full_model,
+    load_state,
+    no_options,
+    save_state,
+    share_logits,
+    share_part,
+)
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
 from d2ft_hpc.parallel.layout import Placement
@@ -31,14 +41,36 @@ class TensorParallelEngine(DeepSpeedEngine):
         loss_function: LossFunction,
         config: Mapping[str, Any],
         control: Control,
+        *,
+        slot_source: Callable[[], int] | None = None,
+        options_for: OptionsFor = no_options,
     ) -> None:
-        """model: the whole one, of which the ranks copy their parts; its attached executor. config: DeepSpeed's."""
+        """model: the whole one, of which the ranks copy their parts; its attached executor. config: DeepSpeed's.
+        slot_source: as `PlanExecutor.follow` takes it."""
         import_deepspeed().init_distributed(auto_mpi_discovery=False)
         grid = grid_of(placement.layout)
         self._part = ModelPart(model, placement.blocks, executor)
         shared = share_part(self._part, executor, placement, grid.get_slice_parallel_group())
+        self._replica_group = grid.get_model_parallel_group()
         self._whole, self._placement, self._control = model, placement, control
-        super().__init__(self._part, shared, *make_optimizer(self._part), loss_function, config, mpu=grid)
+        super().__init__(
+            self._part,
+            shared,
+            *make_optimizer(self._part),
+            loss_function,
+            config,
+            slot_source=slot_source,
+            mpu=grid,
+            **options_for(self._part),
+        )
+
+    @property
+    def part(self) -> ModelPart:
+        return self._part
+
+    def logits(self, images: Sequence[Tensor]) -> list[Tensor]:
+        own = evaluated(self._part, images)
+        return share_logits(own, images, self._part, self._placement.layout, self._replica_group)
 
     def save(self, folder: Path, write: StateWriter) -> None:
         save_state(folder, write, self._part, self.engine, self.executor, self._placement, self._control)

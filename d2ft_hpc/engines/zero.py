@@ -14,7 +14,7 @@ from torch import nn
 
 from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed, whole
-from d2ft_hpc.errors import ConfigError, PlanError
+from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.planning import SkipPlan
@@ -81,11 +81,6 @@ class ZeroRules:
     def check(self, plan: SkipPlan, model: nn.Module, engine: Any) -> None:
         """Raises PlanError or ConfigError where `engine` cannot run `plan` exactly."""
         check_recompute(model)
-        if plan.binding == "sample" and self.stage == 3:
-            raise PlanError(
-                "planner samples scores images with a second model that shares the first one's weights, which ZeRO-3 "
-                "spreads over ranks: use zero_optimization.stage 0, 1 or 2"
-            )
         check_plan(
             plan,
             slots=int(engine.gradient_accumulation_steps()),

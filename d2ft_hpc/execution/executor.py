@@ -171,7 +171,7 @@ class PlanExecutor:
         """Block `index` under the current row; `args` are the block's own."""
         if not self._slots or not block.training:
             return self._run(block, index, None, x, *args, **kwargs)
-        start = time.perf_counter()
+        start = _clock()
         slot = self.slot
         if slot is None:
             raise PlanError(
@@ -184,9 +184,9 @@ class PlanExecutor:
             x = x.detach() if self._reduction is Reduction.AFTER_BACKWARD else zero_gradient(x)
         if self._one_point[slot][index]:
             with one_point(self._owners[index], x, gives_gradients=heads.full is not None) as x:
-                self.lookup_seconds += time.perf_counter() - start
+                self.lookup_seconds += _clock() - start
                 return self._run(block, index, heads, x, *args, **kwargs)
-        self.lookup_seconds += time.perf_counter() - start
+        self.lookup_seconds += _clock() - start
         return self._run(block, index, heads, x, *args, **kwargs)
 
     def _run(
@@ -227,6 +227,8 @@ class PlanExecutor:
         slot, above = self.slot, index + 1
         if slot is None or above not in self.blocks or self._one_point[slot][above]:
             return None
+        if self._reduction is Reduction.BY_BLOCK:
+            return None  # the engine gathers weights block by block, and has not gathered that one's
         return self.blocks[above] if self._is_fused(above, self._slots[slot][above]) else None
 
     def shapes(self, slot: int) -> tuple[tuple[int, int, float], ...]:
@@ -270,7 +272,11 @@ class PlanExecutor:
     def _run_dense(self, block: Block, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # A mode that counts operators sees none in a compiled block, and one that is on when a block would be compiled
         # keeps it from being compiled for good.
-        if self._compiled is None or _get_current_dispatch_mode() is not None:
+        if (
+            self._compiled is None
+            or torch.compiler.is_compiling()
+            or _get_current_dispatch_mode() is not None
+        ):
             return _dense_forward(block, x, *args, **kwargs)
         result: Tensor = self._compiled(block, x, *args, **kwargs)
         return result
@@ -311,6 +317,11 @@ def fused() -> Any:
     except ImportError:
         return None
     return module
+
+
+def _clock() -> float:
+    """torch.compile traces what is between two readings, without the clock."""
+    return 0.0 if torch.compiler.is_compiling() else time.perf_counter()
 
 
 def _count(heads: Tensor | None) -> int:

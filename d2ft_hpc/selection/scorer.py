@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Format
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.model.any_size import of_any_size
 
 SampleScore = Literal["error", "loss"]
+
+LogitsOf = Callable[[Sequence[Tensor]], list[Tensor]]
+"""Logits [sample, class] of each micro-batch's images, of any size, in evaluation mode."""
 
 
 class SampleScorer:
@@ -41,11 +44,29 @@ class SampleScorer:
                 f"pixels; nearest: {max(patch_size, round(image_size / patch_size) * patch_size)}"
             )
         self._image_size, self._score, self._autocast_dtype = image_size, score, autocast_dtype
-        self._model = _of_any_size(model)
+        self._model = of_any_size(model)
+        self._logits_of: LogitsOf | None = None
 
     @property
     def num_classes(self) -> int:
         return int(self._model.num_classes)
+
+    def follow(self, logits_of: LogitsOf) -> None:
+        """Scores by these logits from now on: by an engine's, whose ranks may hold parts of the model."""
+        self._logits_of = logits_of
+
+    @torch.no_grad()
+    def of_batch(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """float32 [sample] of all micro-batches, which are as `__call__` takes them."""
+        if self._logits_of is None:
+            return torch.cat([self(images, targets) for images, targets in micro_batches])
+        logits = self._logits_of([self._resized(images) for images, _ in micro_batches])
+        return torch.cat(
+            [
+                score_samples(part.float(), targets, self._score)
+                for part, (_, targets) in zip(logits, micro_batches, strict=True)
+            ]
+        )
 
     @torch.no_grad()
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
@@ -60,12 +81,16 @@ class SampleScorer:
         return scores
 
     def _forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        if images.shape[-1] != self._image_size:
-            images = F.interpolate(images, self._image_size, mode="bilinear", antialias=True)
+        images = self._resized(images)
         mixed = self._autocast_dtype is not None
         with torch.autocast(images.device.type, self._autocast_dtype, enabled=mixed, cache_enabled=False):
             logits = self._model(images)
         return score_samples(logits.float(), targets, self._score)
+
+    def _resized(self, images: Tensor) -> Tensor:
+        if images.shape[-1] == self._image_size:
+            return images
+        return F.interpolate(images, self._image_size, mode="bilinear", antialias=True)
 
 
 def score_samples(logits: Tensor, targets: Tensor, score: SampleScore) -> Tensor:
@@ -76,18 +101,3 @@ def score_samples(logits: Tensor, targets: Tensor, score: SampleScore) -> Tensor
         targets = F.one_hot(targets, logits.shape[1])
     error: Tensor = torch.linalg.vector_norm(logits.softmax(1) - targets, dim=1)
     return error
-
-
-def _of_any_size(model: VisionTransformer) -> VisionTransformer:
-    """The same model, its modules and parameters shared, with position embeddings resampled to any image size.
-
-    What timm builds for dynamic_img_size=True, made from a model that was not built so.
-    """
-    twin: VisionTransformer = copy.copy(model)
-    twin._modules = dict(model._modules)
-    twin.patch_embed = copy.copy(model.patch_embed)
-    twin.patch_embed.strict_img_size = False
-    twin.patch_embed.flatten = False
-    twin.patch_embed.output_fmt = Format.NHWC
-    twin.dynamic_img_size = True
-    return twin

@@ -18,7 +18,7 @@ from d2ft_hpc.selection.scorer import SampleScorer
 
 SampleWeights = Literal["none", "unbiased"]
 
-_Chooser = Callable[[Tensor, Tensor, Tensor], MicroBatch]
+_Chooser = Callable[..., MicroBatch]
 
 
 class SampleSelection:
@@ -40,7 +40,7 @@ class SampleSelection:
         replica: int,
         cuda_graphs: bool = False,
     ) -> None:
-        self._scorer = scorer
+        self.scorer = scorer
         self._uniform_share, self._weights = uniform_share, weights
         self._seed, self._replica = seed, replica
         self._cuda_graphs = cuda_graphs
@@ -54,19 +54,22 @@ class SampleSelection:
         With weights, the labels become float32 [sample, class], each row times its weight: the cross entropy of
         such a row is the weighted one.
         """
-        images, labels = (_joined(parts) for parts in zip(*micro_batches, strict=True))
-        slots = len(micro_batches)
-        per_slot = max(int(share * len(images) / slots + 1e-9), 1)
+        slots, samples = len(micro_batches), sum(len(labels) for _, labels in micro_batches)
+        per_slot = max(int(share * samples / slots + 1e-9), 1)
         count = per_slot * slots
         if count not in self._choosers:
             choose = partial(self._choose, count)
             self._choosers[count] = CudaGraphs(choose) if self._cuda_graphs else choose
-        chosen = self._choosers[count](images, labels, self._uniforms(step, len(images), images.device))
+        uniforms = self._uniforms(step, samples, micro_batches[0][0].device)
+        chosen = self._choosers[count](uniforms, *(tensor for pair in micro_batches for tensor in pair))
         return list(zip(*(part.split(per_slot) for part in chosen), strict=True))
 
-    def _choose(self, count: int, images: Tensor, labels: Tensor, uniforms: Tensor) -> MicroBatch:
+    def _choose(self, count: int, uniforms: Tensor, *tensors: Tensor) -> MicroBatch:
+        """tensors: images and labels of each micro-batch in turn."""
+        scores = self.scorer.of_batch(list(zip(tensors[::2], tensors[1::2], strict=True)))
+        images, labels = _joined(tensors[::2]), _joined(tensors[1::2])
         drawn, probabilities = draw_by_score(
-            self._scorer(images, labels), count, uniform_share=self._uniform_share, uniforms=uniforms
+            scores, count, uniform_share=self._uniform_share, uniforms=uniforms
         )
         targets = labels[drawn]
         if self._weights == "unbiased":
@@ -82,7 +85,7 @@ class SampleSelection:
 
     def _weighted(self, labels: Tensor, weights: Tensor) -> Tensor:
         if labels.ndim == 1:
-            labels = F.one_hot(labels, self._scorer.num_classes)
+            labels = F.one_hot(labels, self.scorer.num_classes)
         return (labels * weights[:, None]).float()
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from d2ft_hpc.config import RunConfig
+from d2ft_hpc.config import RunConfig, SamplesConfig
 from d2ft_hpc.data.datasets import LabelledImages, Split, load_configured
 from d2ft_hpc.data.loader import Batches, eval_loader, train_loader
 from d2ft_hpc.data.mixing import Mixing
@@ -133,20 +133,16 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     costs = measure_costs(model, executor, image_shape)
     selection = None
     if config.plan.planner == "samples":
-        scorer = _scorer(config, model)
-        selection = SampleSelection(
-            scorer,
-            uniform_share=config.plan.samples.uniform_share,
-            weights=config.plan.samples.weights,
+        selection = selection_of(
+            config.plan.samples,
+            model,
+            config.data.image_size,
             seed=config.run.seed,
             replica=layout.replica,
+            autocast_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.engine.precision),
             cuda_graphs=config.engine.cuda_graphs and device.type == "cuda",
         )
-        with meter() as metered:
-            scorer(
-                torch.zeros(1, *image_shape, device=device), torch.zeros(1, device=device, dtype=torch.long)
-            )
-        costs = replace(costs, score_flops=metered.flops)
+        costs = replace(costs, score_flops=count_scoring(selection, config.data.image_size, device))
     return Job(
         config, control, device, model, executor, costs, train_set, evaluation_set, sampler, layout, selection
     )
@@ -162,15 +158,41 @@ def _check_image_size(model: VisionTransformer, size: int) -> None:
         )
 
 
-def _scorer(config: RunConfig, model: VisionTransformer) -> SampleScorer:
+def selection_of(
+    config: SamplesConfig,
+    model: VisionTransformer,
+    image_size: int,
+    *,
+    seed: int,
+    replica: int,
+    autocast_dtype: torch.dtype | None = None,
+    cuda_graphs: bool = False,
+) -> SampleSelection:
+    """What scores and draws a replica's samples. image_size: pixels, of the images that are trained on."""
     patch_size = model.patch_embed.patch_size[0]
-    half = -(-config.data.image_size // (2 * patch_size)) * patch_size
-    return SampleScorer(
+    half = -(-image_size // (2 * patch_size)) * patch_size
+    scorer = SampleScorer(
         model,
-        config.plan.samples.image_size or half,
-        score=config.plan.samples.score,
-        autocast_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.engine.precision),
+        config.image_size or half,
+        score=config.score,
+        autocast_dtype=autocast_dtype,
     )
+    return SampleSelection(
+        scorer,
+        uniform_share=config.uniform_share,
+        weights=config.weights,
+        seed=seed,
+        replica=replica,
+        cuda_graphs=cuda_graphs,
+    )
+
+
+def count_scoring(selection: SampleSelection, image_size: int, device: torch.device) -> float:
+    """This rank's FLOPs for one sample's score; on all ranks together where they share the model."""
+    image = torch.zeros(1, 3, image_size, image_size, device=device)
+    with meter() as metered:
+        selection.scorer.of_batch([(image, torch.zeros(1, device=device, dtype=torch.long))])
+    return metered.flops
 
 
 def _load_data(config: RunConfig, split: Split) -> LabelledImages:

@@ -199,7 +199,7 @@ def solve_here(
         subnets=job.executor.subnets.shape,
         forward_cost=costs.forward_share,
         always_share=costs.always_share,
-        device_speed=_by_device(costs.device_speed, job.layout),
+        device_speed=by_device(costs.device_speed, job.layout),
         replicas_meet=meets_every_block(job.config.engine),
         seed=(job.config.run.seed, index),
         same_rows=same_rows,
@@ -216,7 +216,7 @@ def _budget_from(job: Job, step: int) -> float:
     return job.config.plan.budget_between(step / total, min(step + steps, total) / total)
 
 
-def _by_device(of_ranks: Sequence[float], layout: Layout) -> list[float]:
+def by_device(of_ranks: Sequence[float], layout: Layout) -> list[float]:
     """The ranks' values in the order of a problem's devices: replica, stage, tensor-parallel rank."""
     return [
         of_ranks[layout.rank_of(stage=stage, replica=replica, tensor_rank=tensor_rank)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from d2ft_hpc.metering.phases import phase, timed_step
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.planning import Operation
 from d2ft_hpc.results.schema import BYTE_KINDS
-from d2ft_hpc.training.job import Job
+from d2ft_hpc.training.job import Job, count_scoring
 from d2ft_hpc.training.placing import costs_of_rank
 from d2ft_hpc.training.records import StepRecord
 
@@ -42,6 +42,10 @@ class StepRunner:
     def __init__(self, job: Job, engine: Engine, placement: Placement) -> None:
         self._job, self._engine, self._own = job, engine, placement.own
         self._costs = costs_of_rank(job, placement)
+        if job.selection is not None and job.config.engine.name != "plain":
+            job.selection.scorer.follow(engine.logits)
+            score_flops = count_scoring(job.selection, job.config.data.image_size, job.device)
+            self._costs = replace(self._costs, score_flops=score_flops)
         self._metered_plan = -1
         self._metered = Metered()
         self._metered_planned_flops = 1.0

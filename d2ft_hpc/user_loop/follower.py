@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
+from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import current_slot, loss_scale
+from d2ft_hpc.engines.engine import MicroBatch
+from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.portable import write_file
-from d2ft_hpc.engines.zero import ZeroRules
-from d2ft_hpc.engines.zero_state import collect
-from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.engines.tensor import TensorParallelEngine
+from d2ft_hpc.errors import PlanError
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.metering import StepCosts
-from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.planning import Operation, SkipPlan, plan_samples
 from d2ft_hpc.scores import Scores, weight_magnitude
 from d2ft_hpc.scores.observe import GradientObserver
-from d2ft_hpc.training.plans import UNSCORED, rows_of_all, solve_slots
+from d2ft_hpc.selection import SampleSelection
+from d2ft_hpc.training.plans import UNSCORED, by_device, solve_slots
+from d2ft_hpc.user_loop.observe_part import PartObserver
 from d2ft_hpc.user_loop.section import D2ftSection
 
 
@@ -33,60 +39,66 @@ class PlanFollower:
 
     def __init__(
         self,
-        model: VisionTransformer,
-        executor: PlanExecutor,
+        ours: DeepSpeedEngine | PipelineEngine,
         section: D2ftSection,
-        rules: ZeroRules,
         costs: StepCosts,
+        placement: Placement,
+        selection: SampleSelection | None,
         control: Control,
     ) -> None:
-        self.executor, self.section, self.control = executor, section, control
+        """On all ranks together. ours: the user's engine as our training loop has it. selection: of planner samples."""
+        self.executor, self.section, self.control = ours.executor, section, control
         self.scores: Scores | None = None
         """Those of the newest plan; None where the planner reads none."""
         self.planning_seconds = 0.0
         """Time that scoring's collectives and solving took so far; the dense probe steps come on top."""
-        self._model, self._rules, self._costs = model, rules, costs
-        self._twin = rules.twin_of(model)
-        self._engine: Any = None
-        self._observer: GradientObserver | None = None
+        self._ours, self._engine, self._costs, self._placement = ours, ours.engine, costs, placement
+        self._selection = selection
+        self._observer: GradientObserver | PartObserver | None = None
         self._batches = 0  # begun since the newest plan was made
         self._seen = -1
         self._plans_made = 0
-        # Before DeepSpeed's own hooks, which gather weights.
-        model.register_forward_pre_hook(self._before_forward)
+        if isinstance(ours, PipelineEngine):
+            self._lead_batches(ours)
+        else:
+            # Before DeepSpeed's own hooks, which gather weights.
+            ours.engine.module.register_forward_pre_hook(self._before_forward, prepend=True)
+        if ours.same_rows is not None:
+            self._say(f"one plan for all replicas: {ours.same_rows}")
+        if section.plan is not None:
+            self.follow(SkipPlan.load(section.plan))
+        elif not self._needs_scores:
+            self._make_plan(None)
 
     @property
     def plan(self) -> SkipPlan | None:
         """The plan in force; None while steps run dense."""
         return self.executor.plan
 
-    def slot(self) -> int:
-        """The place in its batch of the micro-batch that runs."""
-        return current_slot(self._engine)
+    def choose(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Planner `samples`: of a batch, (images, labels) for each micro-batch, what is to be trained on, in as many
+        micro-batches; by all ranks together, between two steps.
 
-    def begin(self, engine: Any) -> None:
-        """Once, with the engine that DeepSpeed made; on all ranks together."""
-        self._engine = engine
-        reason = self._rules.same_rows(self._model)
-        if reason is not None:
-            self._say(f"one plan for all replicas: {reason}")
-        if self.section.plan is not None:
-            self.follow(SkipPlan.load(self.section.plan))
-        elif not self._needs_scores:
-            self._make_plan(None)
+        Raises PlanError with another planner.
+        """
+        if self._selection is None or self.plan is None:
+            raise PlanError(
+                f'choose() draws samples for "planner": "samples"; with {self.section.planner!r} train on all of them'
+            )
+        share_of_all = float((self.plan.operations == Operation.FULL).mean())
+        return self._selection(micro_batches, int(self._engine.global_steps), share_of_all)
 
     def follow(self, plan: SkipPlan) -> None:
         """Puts `plan` in force from the next batch on. Raises PlanError where this engine cannot run it."""
-        self._rules.check(plan, self._model, self._engine)
-        self.executor.load(plan, self.control.rank)
+        self._ours.check(plan)
+        self.executor.load(plan, self._placement.layout.replica)
         self._batches = 0
 
     def save(self, folder: str | Path) -> None:
         """Writes weights and optimiser in timm's names, plan and scores to `folder`; on all ranks together."""
         folder = Path(folder)
-        state = collect(self._model, self._engine)
+        self._ours.save(folder, write_file)
         if self.control.rank == 0:
-            state.save(folder, write_file)
             if self.plan is not None:
                 self.plan.save(folder / "plan.h5")
             if self.scores is not None:
@@ -104,11 +116,22 @@ class PlanFollower:
     def _needs_scores(self) -> bool:
         return self.section.planner not in UNSCORED
 
+    def _lead_batches(self, pipeline: PipelineEngine) -> None:
+        """A pipeline's batches begin with its `train_batch`."""
+        train_batch = pipeline.engine.train_batch
+
+        def planned_batch(*args: Any, **kwargs: Any) -> Any:
+            self._begin_batch()
+            pipeline.begin_batch()
+            return train_batch(*args, **kwargs)
+
+        pipeline.engine.train_batch = planned_batch
+
     def _before_forward(self, model: nn.Module, inputs: Any) -> None:
-        if not model.training or not torch.is_grad_enabled() or self._engine is None:
+        if not model.training or not torch.is_grad_enabled():
             return
         micro_step = int(self._engine.micro_steps)
-        if micro_step != self._seen and self.slot() == 0:
+        if micro_step != self._seen and current_slot(self._engine) == 0:
             self._begin_batch()
         self._seen = micro_step
 
@@ -121,34 +144,25 @@ class PlanFollower:
             self._batches = 0
             if self._needs_scores:
                 self.executor.unload()
-                slots = int(self._engine.gradient_accumulation_steps())
-                scale = lambda: loss_scale(self._engine)  # noqa: E731
-                self._observer = GradientObserver(self._model, self.executor.subnets, slots, self.slot, scale)
+                self._observer = self._make_observer()
             else:
                 self._make_plan(None)
         self._batches += 1
 
-    def _make_plan(self, observer: GradientObserver | None) -> None:
+    def _make_observer(self) -> GradientObserver | PartObserver:
+        engine, subnets = self._engine, self.executor.subnets
+        slots = int(engine.gradient_accumulation_steps())
+        if isinstance(self._ours, (PipelineEngine, TensorParallelEngine)):
+            return PartObserver(self._ours.part, subnets, self._placement, slots, lambda: loss_scale(engine))
+        return GradientObserver(
+            engine.module, subnets, slots, lambda: current_slot(engine), lambda: loss_scale(engine)
+        )
+
+    def _make_plan(self, observer: GradientObserver | PartObserver | None) -> None:
         start = time.perf_counter()
         self.scores = None if observer is None else self._collect_scores(observer)
         self._observer = None
-
-        def solve() -> bytes:
-            return solve_slots(
-                self.section,
-                self.scores,
-                slots=int(self._engine.gradient_accumulation_steps()),
-                replicas=int(self._engine.dp_world_size),
-                subnets=self.executor.subnets.shape,
-                forward_cost=self._costs.forward_share,
-                always_share=self._costs.always_share,
-                device_speed=self.section.device_speed,
-                replicas_meet=self._rules.stage == 3,
-                seed=(self.section.seed, self._plans_made),
-                same_rows=self._rules.same_rows(self._model) is not None,
-            ).to_bytes()
-
-        plan = SkipPlan.from_bytes(share(self.control, solve, "the plan"))
+        plan = SkipPlan.from_bytes(share(self.control, lambda: self._solve().to_bytes(), "the plan"))
         self._plans_made += 1
         self.follow(plan)
         seconds = time.perf_counter() - start
@@ -158,15 +172,59 @@ class PlanFollower:
             f"{self._costs.planned_share(plan):.1%} of the dense compute, made in {seconds:.2f} s"
         )
 
-    def _collect_scores(self, observer: GradientObserver) -> Scores:
+    def _solve(self) -> SkipPlan:
+        section, layout = self.section, self._placement.layout
+        slots = int(self._engine.gradient_accumulation_steps())
+        num_blocks, num_heads = self.executor.subnets.shape
+        if section.planner == "samples":
+            return plan_samples(
+                samples=slots * int(self._engine.train_micro_batch_size_per_gpu()),
+                slots=slots,
+                replicas=layout.replicas,
+                num_blocks=num_blocks,
+                num_heads=num_heads,
+                compute_budget=section.compute_budget,
+                score_cost=self._costs.score_flops / self._costs.dense_flops,
+            )
+        speed = section.device_speed
+        return solve_slots(
+            section,
+            self.scores,
+            slots=slots,
+            replicas=layout.replicas,
+            subnets=(num_blocks, num_heads),
+            forward_cost=self._costs.forward_share,
+            always_share=self._costs.always_share,
+            device_speed=None if speed is None else by_device(speed, layout),
+            replicas_meet=self._engine.zero_optimization_stage() == 3,
+            seed=(section.seed, self._plans_made),
+            same_rows=self._ours.same_rows is not None,
+            placement=self._placement if layout.is_cut else None,
+        )
+
+    def _collect_scores(self, observer: GradientObserver | PartObserver) -> Scores:
         observer.close()
-        fisher = rows_of_all(self.control, observer.sums / self.section.probe_batches)
+        fisher = self._rows_of_all(observer.sums / self.section.probe_batches)
         names = (self.section.forward_score, self.section.backward_score)
         if self.section.backward_score == "fisher":
             return Scores(fisher, fisher, 0.0, *names, 0)
-        with self._rules.full_model(self._model, self._twin) as model:
+        with self._ours.full_model() as model:
             magnitude = weight_magnitude(model, self.executor.subnets).cpu().numpy()
         return Scores(fisher, np.broadcast_to(magnitude, fisher.shape), 0.0, *names, 0)
+
+    def _rows_of_all(self, own: Tensor) -> np.ndarray:
+        """[row, block, head] of all replicas from each rank's own subnets [slot, block, head]."""
+        layout = self._placement.layout
+        of_slots = own.cpu().numpy().astype("<f4")
+        of_ranks = [
+            np.frombuffer(part, "<f4").reshape(of_slots.shape)
+            for part in self.control.all_gather(of_slots.tobytes())
+        ]
+        of_replicas: np.ndarray = np.zeros((layout.replicas, *of_slots.shape), "<f4")
+        for rank, of_rank in enumerate(of_ranks):
+            of_replicas[replace(layout, rank=rank).replica] += of_rank
+        rows: np.ndarray = of_replicas.swapaxes(0, 1).reshape(-1, *of_slots.shape[1:])
+        return rows
 
     def _say(self, text: str) -> None:
         if self.control.rank == 0:

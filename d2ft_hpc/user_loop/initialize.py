@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import atexit
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
+from torch import distributed, nn
+from torch.optim import Optimizer
 
-from d2ft_hpc.engines.deepspeed_private import import_deepspeed
+from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
+from d2ft_hpc.engines.deepspeed_private import current_slot, import_deepspeed
+from d2ft_hpc.engines.pipeline import PipelineEngine
+from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.errors import ConfigError, LaunchError, UnsupportedModelError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.metering import measure_costs
+from d2ft_hpc.parallel.head_split import even_owner
+from d2ft_hpc.parallel.layout import Layout, Placement
+from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
+from d2ft_hpc.training.job import count_scoring, selection_of
 from d2ft_hpc.user_loop.follower import PlanFollower
+from d2ft_hpc.user_loop.pipeline_module import PipelineModule
 from d2ft_hpc.user_loop.section import SECTION, split
 
 _END_SECONDS = 25.0
@@ -26,7 +38,7 @@ _END_SECONDS = 25.0
 
 def initialize(
     args: Any = None,
-    model: VisionTransformer | None = None,
+    model: VisionTransformer | PipelineModule | None = None,
     optimizer: Any = None,
     model_parameters: Any = None,
     training_data: Any = None,
@@ -42,9 +54,14 @@ def initialize(
 
     The configuration's "d2ft" section (`d2ft_hpc.user_loop.section.D2ftSection`) says how to plan. The loop stays as
     it is: `engine(images)`, `engine.backward(loss)`, `engine.step()`, once for each micro-batch. The first
-    `probe_batches` batches run dense and give the scores. `engine.d2ft` is the `PlanFollower`. Ranks meet as the
-    launcher says (mpirun, srun, torchrun, deepspeed); only then are `distributed_port` and `dist_init_required` of no
-    use and ignored.
+    `probe_batches` batches run dense and give the scores. `engine.d2ft` is the `PlanFollower`.
+
+    "tensor_parallel": {"autotp_size": N} cuts the model by head over N ranks; a `PipelineModule` is cut into stages,
+    and its engine is DeepSpeed's with `train_batch`. Each rank then trains a part of rank 0's weights: `model` itself
+    stays as it was, and `engine.d2ft.save(folder)` writes the trained one.
+
+    Ranks meet as the launcher says (mpirun, srun, torchrun, deepspeed); `distributed_port` and `dist_init_required` are
+    then of no use and ignored.
 
     Raises ConfigError, PlanError or UnsupportedModelError before any step where the model, the configuration or the
     plan cannot be run exactly.
@@ -60,41 +77,127 @@ def initialize(
     settings, section = split(given)
     if mpu is not None:
         raise ConfigError(
-            "mpu=: model parallelism in a loop of your own is not supported; use d2ft-hpc train"
+            'mpu=: the process groups are made here; set "tensor_parallel": {"autotp_size": N} in the JSON, or give a '
+            "d2ft_hpc.PipelineModule"
         )
+    pipeline = model if isinstance(model, PipelineModule) else None
+    model = model.layers if isinstance(model, PipelineModule) else model
     if not isinstance(model, VisionTransformer):
         raise UnsupportedModelError(
-            f"model is a {type(model).__name__}, not a timm VisionTransformer: make it with timm.create_model"
+            f"model is a {type(model).__name__}, not a timm VisionTransformer: make it with timm.create_model, and for "
+            f"a pipeline wrap it in d2ft_hpc.PipelineModule"
         )
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ConfigError(
             "model was made inside deepspeed.zero.Init: make it outside, ZeRO-3 spreads it here"
         )
-    rules = ZeroRules.of(settings)
+    stages, tensor_ranks = _parts(settings, pipeline)
+    if stages * tensor_ranks > 1 and isinstance(optimizer, Optimizer):
+        raise ConfigError(
+            "optimizer= holds the parameters of the whole model, of which each rank will train a part: give a function "
+            'of the parameters (lambda parameters: AdamW(parameters, ...)), or "optimizer" in the JSON'
+        )
+    ZeroRules.of(settings)  # refuses what cannot run before anything starts
     control = _connect()
-    deepspeed = import_deepspeed()
+    import_deepspeed().init_distributed(auto_mpi_discovery=False)
+    layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
+    if layout.is_cut:
+        _same_on_all_ranks(model)
     executor = attach(model, embeddings=section.embeddings, shared=section.shared, rescale=section.rescale)
-    costs = measure_costs(model, executor, _image_shape(model))
-    follower = PlanFollower(model, executor, section, rules, costs, control)
-    rules.prepare(model, executor, follower.slot)
-    if model_parameters is None and optimizer is None:
-        model_parameters = model.parameters()
-    if model_parameters is not None:
-        model_parameters = _trained(model_parameters)
-    made = deepspeed.initialize(
-        # Its only use is the configuration's path, which we have read.
-        args=None,
-        model=model,
-        optimizer=optimizer,
-        model_parameters=model_parameters,
-        training_data=training_data,
-        lr_scheduler=lr_scheduler,
-        collate_fn=collate_fn,
-        config=settings,
+    image_shape = _image_shape(model)
+    costs = measure_costs(model, executor, image_shape)
+    flops = layer_flops(model, costs, image_shape)
+    placement = Placement(
+        layout, cut_stages(flops, stages), even_owner(*executor.subnets.shape, layout.tensor_ranks)
     )
-    made[0].d2ft = follower
-    follower.begin(made[0])
-    return made  # type: ignore[no-any-return]
+    if stages > 1 and control.rank == 0:
+        print(f"d2ft: {describe_stages(flops, placement.stages)}", flush=True)
+    selection = None
+    if section.planner == "samples":
+        selection = selection_of(
+            section.samples, model, image_shape[-1], seed=section.seed, replica=layout.replica
+        )
+        device = next(model.parameters()).device
+        costs = replace(costs, score_flops=count_scoring(selection, image_shape[-1], device))
+    whole = model
+
+    def options_for(part: VisionTransformer) -> dict[str, Any]:
+        chosen = model_parameters
+        if chosen is None and not isinstance(optimizer, Optimizer):
+            chosen = whole.parameters()
+        own = None if chosen is None else _of_part(chosen, whole, part)
+        return {"model_parameters": own, "training_data": training_data, "collate_fn": collate_fn}
+
+    def make_optimizer(part: VisionTransformer) -> tuple[Any, Any]:
+        return optimizer, lr_scheduler
+
+    settings.pop("tensor_parallel", None)  # blocks are cut by head, not by DeepSpeed
+    common = (model, executor, placement, make_optimizer)
+    ours: DeepSpeedEngine | PipelineEngine
+    if pipeline is not None:
+        ours = PipelineEngine(*common, pipeline.loss_fn, settings, control, options_for=options_for)
+    else:
+        # The loss is the user's loop's own affair: ours is never asked for.
+        step: dict[str, Any] = {
+            "loss_function": F.cross_entropy,
+            "config": settings,
+            "slot_source": lambda: current_slot(ours.engine),
+        }
+        if layout.is_cut:
+            ours = TensorParallelEngine(*common, control=control, options_for=options_for, **step)
+        else:
+            ours = DeepSpeedEngine(model, executor, optimizer, lr_scheduler, **step, **options_for(model))
+    if selection is not None:
+        selection.scorer.follow(ours.logits)
+    ours.engine.d2ft = PlanFollower(ours, section, costs, placement, selection, control)
+    return ours.made  # type: ignore[no-any-return]
+
+
+def _parts(settings: Mapping[str, Any], pipeline: PipelineModule | None) -> tuple[int, int]:
+    """Pipeline stages and tensor-parallel ranks that are asked for.
+
+    Raises ConfigError where they cannot be had.
+    """
+    autotp = settings.get("tensor_parallel", {})
+    if set(autotp) - {"autotp_size"}:
+        extra = sorted(set(autotp) - {"autotp_size"})[0]
+        raise ConfigError(f"tensor_parallel.{extra}: blocks are cut by head; keep autotp_size alone")
+    tensor_ranks = int(autotp.get("autotp_size", 1)) or 1
+    in_json: Any = settings.get("pipeline", {}).get("stages", "auto")
+    stages: Any = 1
+    if pipeline is None:
+        if in_json not in ("auto", 1):
+            raise ConfigError(
+                f"pipeline.stages={in_json}: the last stage needs the loss: give "
+                f"model=d2ft_hpc.PipelineModule(model, loss_fn=...)"
+            )
+    else:
+        stages = pipeline.num_stages or (in_json if in_json != "auto" else None)
+        if stages is None or stages < 2:
+            raise ConfigError(
+                f"PipelineModule with num_stages={pipeline.num_stages}: give num_stages, or "
+                f'"pipeline": {{"stages": N}} in the JSON, at least 2'
+            )
+    if stages * tensor_ranks == 1:
+        return 1, 1
+    stage_of_zero = settings.get("zero_optimization", {}).get("stage", 0)
+    if settings.get("fp16", {}).get("enabled", False):
+        raise ConfigError("fp16 with a model cut over ranks: loss scaling was never tested there; use bf16")
+    if stages > 1 and stage_of_zero > 1:
+        raise ConfigError(
+            f"zero_optimization.stage={stage_of_zero} with a pipeline: its stages keep their gradients until the "
+            f"batch's end, and DeepSpeed refuses; use stage 0 or 1"
+        )
+    return stages, tensor_ranks
+
+
+def _same_on_all_ranks(model: VisionTransformer) -> None:
+    """Gives all ranks rank 0's weights, on the device that they will train on: each will hold a part of them."""
+    from deepspeed.accelerator import get_accelerator
+
+    model.to(get_accelerator().current_device_name())
+    for tensor in model.state_dict().values():
+        distributed.broadcast(tensor, 0)
 
 
 def _connect() -> Control:
@@ -112,16 +215,19 @@ def _end_together(control: Control) -> None:
             control.close()
 
 
-def _trained(parameters: Any) -> list[Any]:
-    """The trained ones of parameters, or of groups of them."""
-    kept = []
-    for item in parameters:
-        if isinstance(item, dict):
-            own = [parameter for parameter in item["params"] if parameter.requires_grad]
-            kept += [{**item, "params": own}] if own else []
-        elif item.requires_grad:
-            kept.append(item)
-    return kept
+def _of_part(parameters: Any, whole: VisionTransformer, part: VisionTransformer) -> list[Any]:
+    """The trained ones that a part has of a whole model's parameters, or of groups of them."""
+    names = {id(parameter): name for name, parameter in whole.named_parameters()}
+    own = {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
+
+    def kept(given: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        return [own[names[id(each)]] for each in given if names.get(id(each)) in own]
+
+    given = list(parameters)
+    if not any(isinstance(item, dict) for item in given):
+        return kept(given)
+    groups = [{**group, "params": kept(group["params"])} for group in given]
+    return [group for group in groups if group["params"]]
 
 
 def _image_shape(model: VisionTransformer) -> tuple[int, int, int]:

@@ -34,7 +34,7 @@ class D2ftSection(PlanConfig):
     shared: Literal["flow", "frozen"] = "flow"
     """Norms, LayerScale and row biases of the blocks: trained by what flows through FULL heads, or frozen."""
     seed: int = Field(default=0, ge=0)
-    """Of planner `random`."""
+    """Of planners `random` and `samples`."""
 
 
 def split(config: str | Mapping[str, Any]) -> tuple[dict[str, Any], D2ftSection]:
@@ -55,10 +55,6 @@ def split(config: str | Mapping[str, Any]) -> tuple[dict[str, Any], D2ftSection]
                 f"{SECTION}.{key}={value!r}: only d2ft-hpc train can do that; "
                 f"in a loop of your own: {', '.join(map(repr, usable))}"
             )
-    if parsed.planner == "samples":
-        raise ConfigError(
-            f"{SECTION}.planner='samples' composes batches anew, which only d2ft-hpc train can do; use another planner"
-        )
     if parsed.replan.overlap:
         raise ConfigError(
             f"{SECTION}.replan.overlap=true: only d2ft-hpc train solves while it trains; remove it"

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm.layers
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -37,12 +38,16 @@ from d2ft_hpc.engines.portable import write_file
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, connect, detect
+from d2ft_hpc.metering import meter
 from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.planning.messages import Replicas
 from d2ft_hpc.scores import gradient_scores
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
 SECONDS_A_CHECK = 60
 SLOTS, STEPS = 2, 3
+CAN_RECOMPUTE = hasattr(timm.layers, "set_reentrant_ckpt")
+"""Older timm recomputes in the reentrant way alone, which is refused."""
 
 
 def plan_of(kind: str, step: int, replicas: int) -> SkipPlan:
@@ -71,10 +76,10 @@ def loss_function(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), labels)
 
 
-def optimizer_config(name: str) -> OptimizerConfig:
+def optimizer_config(name: str, epsilon: float = 1e-6) -> OptimizerConfig:
     # AdamW divides by the gradient's size: with its usual epsilon, rounding in the smallest gradients becomes steps.
     return OptimizerConfig(
-        name=name, learning_rate=0.05 if name == "sgd" else 1e-3, epsilon=1e-6, warmup_steps=2
+        name=name, learning_rate=0.05 if name == "sgd" else 1e-3, epsilon=epsilon, warmup_steps=2
     )
 
 
@@ -232,7 +237,7 @@ def check_user_loop(control: Control, stage: int) -> dict[str, float]:
             executor.load(SkipPlan(follower.plan.operations, replicas=1), 0)
         plain.step(batch)
     own = {}
-    with follower._rules.full_model(model, follower._twin) as full:
+    with follower._ours.full_model() as full:
         own = {name: parameter.detach().clone() for name, parameter in full.named_parameters()}
     scores = torch.from_numpy(follower.scores.forward.copy())
     return {
@@ -240,6 +245,55 @@ def check_user_loop(control: Control, stage: int) -> dict[str, float]:
         "scores": float((scores / torch.cat(fisher) - 1).abs().max()),
         "planned compute": float(follower._costs.planned_share(follower.plan)),
     }
+
+
+def check_choose(control: Control, stage: int) -> dict[str, float]:
+    """A loop of the user's own that trains on what planner `samples` draws."""
+    config = {
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": SLOTS,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,  # without it, 0.16.4 fails after the first step
+        "d2ft": {"planner": "samples", "compute_budget": 0.6},
+    }
+    model = model_for("sgd")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    engine, *_ = d2ft_hpc.initialize(model=model, optimizer=optimizer, config=config)
+    drawn, known, losses = 0, 0, []
+    for _ in range(8):
+        batch = [random_batch(10 * slot + control.rank, 8) for slot in range(SLOTS)]
+        images_of_batch = torch.cat([images for images, _ in batch])
+        for images, labels in engine.d2ft.choose(batch):
+            drawn += len(images)
+            known += sum(bool((images_of_batch == image).all(dim=(1, 2, 3)).any()) for image in images)
+            loss = loss_function(engine(images), labels)
+            engine.backward(loss)
+            engine.step()
+            losses.append(float(loss.detach()))
+    share = drawn / (8 * SLOTS * 8)
+    return {"share": share, "known": known / drawn, "learned": losses[0] - losses[-1]}
+
+
+def check_scoring(control: Control, stage: int) -> dict[str, float]:
+    """Logits at half the resolution between training steps, from timm's model with the same weights; and training."""
+    model = model_for("sgd")
+    engine = deepspeed_engine(model, "sgd", stage, zero=SMALL_BUCKETS)
+    differences = []
+    for step in range(STEPS):
+        small = [
+            F.interpolate(micro_batch(step, slot * control.world_size + control.rank, 8)[0], 8)
+            for slot in range(SLOTS)
+        ]
+        logits = torch.cat(engine.logits(small))
+        parameters = trained_parameters(control, engine, "random", [])
+        timm_model = tiny_vit(dynamic_img_size=True).eval()
+        timm_model.load_state_dict(parameters)
+        with torch.no_grad():
+            differences.append(float((logits - timm_model(torch.cat(small))).abs().max()))
+        parameters = trained_parameters(control, engine, "random", [step])
+    reference = reference_parameters(model_for("sgd"), "random", "sgd", None, control.world_size)
+    return {"logits": max(differences), "parameters": largest_difference(parameters, reference)}
 
 
 def check_one_plan_for_all(control: Control) -> dict[str, str]:
@@ -263,8 +317,6 @@ def check_private_names(control: Control, stage: int, precision: str) -> dict[st
 
 def check_bytes(control: Control) -> dict[str, Any]:
     """Bytes of a step's all-reduce as counted, beside the gradients' size."""
-    from d2ft_hpc.metering import meter
-
     model = tiny_vit()
     engine = deepspeed_engine(model, "sgd", 0)
     engine.executor.load(plan_of("random", 0, control.world_size), control.rank)
@@ -275,6 +327,19 @@ def check_bytes(control: Control) -> dict[str, Any]:
         "counted": metered.bytes_sent,
         "ring": 2 * (control.world_size - 1) / control.world_size * gradients,
     }
+
+
+def check_message_model(control: Control, stage: int) -> dict[str, Any]:
+    """Bytes of a step as counted, beside those that the message model tells."""
+    model = tiny_vit()
+    engine = deepspeed_engine(model, "sgd", stage)
+    engine.executor.load(plan_of("random", 0, control.world_size), control.rank)
+    with meter() as metered:
+        engine.step([micro_batch(0, slot, SLOTS) for slot in range(SLOTS)])
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    every = sum(p.numel() * p.element_size() for p in model.parameters())
+    told = Replicas(f"zero{stage}", control.world_size, SLOTS, trained, every, trained).bytes_of_step()
+    return {"counted": metered.bytes_sent, "told": told}
 
 
 SMALL_BUCKETS = {
@@ -316,6 +381,8 @@ def checks(world_size: int, everything: bool = False) -> dict[str, Callable[[Con
         for variant, options in VARIANTS.items():
             if (stage == 0 and variant != "recompute") or not (everything or few):
                 continue
+            if variant == "recompute" and not CAN_RECOMPUTE:
+                continue
             kinds: tuple[str, ...] = ("random", "whole blocks")
             if variant == "recompute" and stage == 3:
                 kinds = ("same",)
@@ -334,10 +401,17 @@ def checks(world_size: int, everything: bool = False) -> dict[str, Callable[[Con
                 named[f"resume {precision} zero{stage} -> zero{resumed_by}"] = partial(
                     check_resume, saved_by=stage, resumed_by=resumed_by, precision=precision
                 )
+        if few and stage < 2:
+            named[f"messages zero{stage}"] = partial(check_message_model, stage=stage)
+        if everything or (few and stage in (1, 3)):
+            named[f"scoring zero{stage}"] = partial(check_scoring, stage=stage)
+        if everything or (few and stage == 3):
+            named[f"choose zero{stage}"] = partial(check_choose, stage=stage)
         if everything or (few and stage >= 2):
             named[f"user loop zero{stage}"] = partial(check_user_loop, stage=stage)
-    if few:
+    if few and CAN_RECOMPUTE:
         named["one plan for all"] = check_one_plan_for_all
+    if few:
         named["bytes"] = check_bytes
     return named
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from d2ft_hpc import results
 from d2ft_hpc.demo.model import DEMO_WEIGHTS
-from tests.distributed.launching import REPOSITORY, mpirun, run
+from tests.distributed.launching import REPOSITORY, at_once, mpirun, run
 
 LIMIT_SECONDS = 30
 QUICK = ["data.slots=1", "data.micro_batch_size=4", "train.epochs=1"]
@@ -48,19 +49,31 @@ def assert_ended_with(
 
 
 def test_wrong_model(tmp_path: Path) -> None:
+    """On two ranks, which agree on one message; faults below that are found like this one start one process each."""
     assert_ended_with(
         train(tmp_path, "model.name=vit_digit_demo", "model.weights=null"), "vit_digit_demo", "did you mean"
     )
 
 
-def test_model_that_cannot_be_cut(tmp_path: Path) -> None:
-    ended = train(tmp_path, "model.name=resnet18", "model.weights=null", "engine.name=plain", ranks=1)
-    assert_ended_with(ended, "resnet18", "not a timm VisionTransformer")
-
-
-def test_missing_data(tmp_path: Path) -> None:
-    ended = train(tmp_path, "data.name=cifar10", f"data.root={tmp_path}/absent", "data.classes=null")
-    assert_ended_with(ended, f"{tmp_path}/absent", "unpack")
+def test_faults_of_model_and_data(tmp_path: Path) -> None:
+    (tmp_path / "cut.safetensors").write_bytes(DEMO_WEIGHTS.read_bytes()[:5000])
+    (tmp_path / "file").write_text("not a folder")
+    faults: dict[tuple[str, ...], tuple[str, ...]] = {
+        ("model.name=resnet18", "model.weights=null", "engine.name=plain"): (
+            "resnet18",
+            "not a timm VisionTransformer",
+        ),
+        ("data.name=cifar10", f"data.root={tmp_path}/absent", "data.classes=null"): (
+            f"{tmp_path}/absent",
+            "unpack",
+        ),
+        (f"model.weights={tmp_path}/cut.safetensors",): ("cut.safetensors", "safetensors file"),
+        (f"run.folder={tmp_path}/file",): (str(tmp_path / "file"),),
+    }
+    jobs = [partial(train, tmp_path / "run", *overrides, ranks=1) for overrides in faults]
+    ended = [*at_once(*jobs[:2]), *at_once(*jobs[2:])]
+    for one, words in zip(ended, faults.values(), strict=True):
+        assert_ended_with(one, *words)
 
 
 def test_unknown_key(tmp_path: Path) -> None:
@@ -84,24 +97,12 @@ def test_scores_that_are_not_numbers(tmp_path: Path) -> None:
     assert_ended_with(train(tmp_path, f"model.weights={tmp_path}/nan.safetensors"), "score", "block", "nan")
 
 
-def test_damaged_weights(tmp_path: Path) -> None:
-    (tmp_path / "cut.safetensors").write_bytes(DEMO_WEIGHTS.read_bytes()[:5000])
-    assert_ended_with(
-        train(tmp_path, f"model.weights={tmp_path}/cut.safetensors"), "cut.safetensors", "safetensors file"
-    )
-
-
 def test_one_rank_fewer_than_promised(tmp_path: Path) -> None:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29631"}
     ended = train(
         tmp_path, "launch.timeout_seconds=8", ranks=1, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", **address
     )
     assert_ended_with(ended, "WORLD_SIZE=2", "rank 1")
-
-
-def test_output_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    assert_ended_with(train(tmp_path / "file"), str(tmp_path / "file"))
 
 
 def test_results_that_exist_already(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -51,11 +52,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(results: dict[str, Any]) -> None
             assert result["difference"] <= (1e-6 if precision == "fp32" else 2e-2), name
 
 
+def test_samples_are_scored_by_the_engines_model_between_steps(results: dict[str, Any]) -> None:
+    for name, result in of_kind(results, "scoring").items():
+        assert result["logits"] <= 1e-5, name
+        assert result["parameters"] <= 1e-6, name
+
+
 def test_a_loop_of_ones_own_trains_as_its_plan_says(results: dict[str, Any]) -> None:
     for name, result in of_kind(results, "user loop").items():
         assert result["parameters"] <= 1e-6, name
         assert result["scores"] <= 1e-4, name
         assert 0.4 < result["planned compute"] <= 0.6, name
+
+
+def test_a_loop_of_ones_own_trains_on_drawn_samples(results: dict[str, Any]) -> None:
+    for name, result in of_kind(results, "choose").items():
+        assert result["share"] == 0.5, name  # of 8 samples; scoring takes the rest of 0.6
+        assert result["known"] == 1, name
+        assert result["learned"] > 0, name
 
 
 def test_rows_that_must_be_the_same_are_told_and_others_refused(results: dict[str, Any]) -> None:
@@ -68,6 +82,17 @@ def test_rows_that_must_be_the_same_are_told_and_others_refused(results: dict[st
 def test_deepspeed_still_has_the_undocumented_names_that_we_use(results: dict[str, Any]) -> None:
     for name, result in of_kind(results, "names").items():
         assert result["missing"] == [], name
+
+
+def test_the_message_model_tells_what_deepspeed_sends(results: dict[str, Any]) -> None:
+    for engine, found in of_kind(results, "messages").items():
+        counted = Counter[str]()
+        for name, sent in found["counted"].items():
+            counted[name.removesuffix("_base")] += sent
+        assert set(counted) == set(found["told"]), engine
+        for name, told in found["told"].items():
+            # DeepSpeed pads to whole parts.
+            assert counted[name] == pytest.approx(told, rel=1e-3), (engine, name)
 
 
 def test_counted_bytes_are_those_of_a_ring_all_reduce_of_the_gradients(results: dict[str, Any]) -> None:

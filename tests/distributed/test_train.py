@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -22,7 +23,7 @@ from d2ft_hpc import results
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results.schema import PHASES
 from d2ft_hpc.training.checkpoint import verify
-from tests.distributed.launching import ranks_of, run, start, wait_for_line
+from tests.distributed.launching import at_once, ranks_of, run, start, wait_for_line
 
 HOST = socket.gethostname()
 
@@ -106,18 +107,23 @@ def test_checkpoints_are_kept_as_asked_and_nothing_half_written_stays(finished_r
         verify(finished_run / "checkpoints" / name)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_other_ranks_continue_the_same_run_under_any_zero_stage(
-    finished_run: Path, tmp_path: Path, stage: int
-) -> None:
+def test_other_ranks_continue_the_same_run_under_any_zero_stage(finished_run: Path, tmp_path: Path) -> None:
     """One rank runs all rows of the batch that two ranks shared: the same sums in another order."""
-    shutil.copytree(finished_run, tmp_path / "demo")
-    shutil.rmtree(tmp_path / "demo" / "checkpoints" / "step-00000021")
-    zero = f"engine.deepspeed.zero_optimization.stage={stage}"
-    train(tmp_path, "train.epochs=2", "plan.replan.every=1", "train.resume=true", zero, ranks=1)
-    whole, resumed = results.open_run(finished_run), results.open_run(tmp_path / "demo")
-    np.testing.assert_array_equal(resumed.table("steps")["samples"], whole.table("steps")["samples"])
-    np.testing.assert_allclose(resumed.table("steps")["loss"], whole.table("steps")["loss"], rtol=1e-4)
+
+    def resume(stage: int) -> None:
+        folder = tmp_path / str(stage)
+        shutil.copytree(finished_run, folder / "demo")
+        shutil.rmtree(folder / "demo" / "checkpoints" / "step-00000021")
+        zero = f"engine.deepspeed.zero_optimization.stage={stage}"
+        train(folder, "train.epochs=2", "plan.replan.every=1", "train.resume=true", zero, ranks=1)
+
+    stages = (0, 3)
+    at_once(*(partial(resume, stage) for stage in stages))
+    whole = results.open_run(finished_run)
+    for stage in stages:
+        resumed = results.open_run(tmp_path / str(stage) / "demo")
+        np.testing.assert_array_equal(resumed.table("steps")["samples"], whole.table("steps")["samples"])
+        np.testing.assert_allclose(resumed.table("steps")["loss"], whole.table("steps")["loss"], rtol=1e-4)
 
 
 def test_a_run_that_is_stopped_and_hung_ends_bitwise_as_the_uninterrupted_one(
@@ -195,20 +201,33 @@ def test_a_file_for_each_rank_survives_a_resumption(tmp_path: Path) -> None:
         np.testing.assert_array_equal(alone["steps/executed_flops"][:], one["executed_flops"])
 
 
-@pytest.mark.parametrize("engine", ["plain", "deepspeed"])
-def test_one_process_without_a_launcher(tmp_path: Path, engine: str) -> None:
-    train(tmp_path, "train.epochs=1", f"engine.name={engine}", ranks=1)
-    assert results.open(tmp_path / "demo").attributes("environment")["launcher"] == "single process"
+def test_one_process_without_a_launcher(tmp_path: Path) -> None:
+    engines = ("plain", "deepspeed")
+    at_once(
+        *(
+            partial(train, tmp_path / name, "train.epochs=1", f"engine.name={name}", ranks=1)
+            for name in engines
+        )
+    )
+    for name in engines:
+        opened = results.open(tmp_path / name / "demo")
+        assert opened.attributes("environment")["launcher"] == "single process"
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_launchers_without_mpi(tmp_path: Path, launcher: str) -> None:
-    if launcher == "torchrun":
-        before = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "d2ft_hpc")
-    else:
-        command = str(Path(sys.executable).with_name("deepspeed"))
-        before = (command, "--num_gpus", "2", "--master_port", "29644", "--module", "d2ft_hpc")
-    train(tmp_path, "train.epochs=1", "engine.device=cpu", ranks=1, before=before)
-    opened = results.open(tmp_path / "demo")
-    assert opened.attributes("environment")["world_size"] == 2
-    assert opened.table("steps")["bytes_sent"].min() > 0
+def test_launchers_without_mpi(tmp_path: Path) -> None:
+    command = str(Path(sys.executable).with_name("deepspeed"))
+    launchers = {
+        "torchrun": ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "d2ft_hpc"),
+        "deepspeed": (command, "--num_gpus", "2", "--master_port", "29644", "--module", "d2ft_hpc"),
+    }
+    short = ("train.epochs=1", "train.steps_share=0.5", "engine.device=cpu")
+    at_once(
+        *(
+            partial(train, tmp_path / name, *short, ranks=1, before=before)
+            for name, before in launchers.items()
+        )
+    )
+    for name in launchers:
+        opened = results.open(tmp_path / name / "demo")
+        assert opened.attributes("environment")["world_size"] == 2
+        assert opened.table("steps")["bytes_sent"].min() > 0

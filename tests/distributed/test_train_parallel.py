@@ -63,9 +63,15 @@ def test_train_resume_and_export(tmp_path: Path, layout: list[str]) -> None:
 
 
 def test_an_export_goes_on_in_another_layout(tmp_path: Path) -> None:
-    """Four ranks of two stages by two tensor ranks; then the file they saved, in one process."""
-    train(tmp_path, *TENSOR, "engine.pipeline_stages=2", "train.epochs=1", ranks=4)
+    """Four ranks of two stages by two tensor ranks, which score samples together and draw the same; then the file they
+    saved, in one process."""
+    cut = [*TENSOR, "engine.pipeline_stages=2", "plan.planner=samples"]
+    train(tmp_path, *cut, "train.epochs=1", ranks=4)
     before = results.open_run(tmp_path / "demo").table("evaluations")
+    steps = results.open_run(tmp_path / "demo").table("steps")
+    np.testing.assert_allclose(steps["executed_flops"], steps["planned_flops"], rtol=1e-3)
+    assert steps["executed_flops"].sum() <= 0.61 * steps["dense_flops"].sum()
+    assert (steps["rank_loss"] == steps["rank_loss"][:, :1]).all()
     train(
         tmp_path,
         "run.name=continued",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +19,26 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model = tiny_vit(qkv_bias=False)
-    engine, *_ = deepspeed.initialize(args=args, model=model, model_parameters=model.parameters())
+    settings = json.loads(Path(args.deepspeed_config).read_text())
+    is_pipeline, tensor_ranks = (
+        "pipeline" in settings,
+        settings.get("tensor_parallel", {}).get("autotp_size", 1),
+    )
+    model = tiny_vit(qkv_bias=False, num_heads=4)
+    engine, *_ = deepspeed.initialize(
+        args=args,
+        model=deepspeed.PipelineModule(model, loss_fn=F.cross_entropy) if is_pipeline else model,
+        model_parameters=model.parameters(),
+    )
     accumulation = engine.gradient_accumulation_steps()
+    replica = engine.mpu.get_data_parallel_rank() if is_pipeline else engine.global_rank // tensor_ranks
     losses = []
     for step in range(4):
         total = torch.zeros(())
-        for micro_step in range(accumulation):
-            images, labels = random_batch(1000 * step + 10 * micro_step + engine.global_rank, 8)
+        batch = [random_batch(1000 * step + 10 * slot + replica, 8) for slot in range(accumulation)]
+        if is_pipeline:
+            total += engine.train_batch(iter(batch)).detach()
+        for images, labels in () if is_pipeline else batch:
             loss = F.cross_entropy(engine(images), labels)
             engine.backward(loss)
             engine.step()

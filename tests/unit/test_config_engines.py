@@ -21,7 +21,6 @@ CONFIGS = Path(__file__).parents[2] / "configs"
             ["engine.pipeline_stages=2", "engine.name=deepspeed"],
         ),
         (["engine.tensor_parallel=2", "engine.precision=fp16"], ["engine.precision=fp16", "use bf16"]),
-        (["engine.tensor_parallel=2", "plan.planner=samples"], ["plan.planner=samples", "another planner"]),
         (
             ["engine.pipeline_stages=2", "engine.deepspeed={zero_optimization: {stage: 2}}"],
             ["zero_optimization.stage=2", "use stage 0 or 1"],

@@ -13,6 +13,7 @@ import timm.layers
 import torch
 from safetensors.torch import load_file
 
+import d2ft_hpc
 from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.deepspeed_private import SURFACE
 from d2ft_hpc.engines.portable import PortableState, collect_plain, restore_plain, write_file
@@ -22,6 +23,7 @@ from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.user_loop.section import split
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
+loss_function = torch.nn.functional.cross_entropy
 CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 
 
@@ -62,7 +64,6 @@ def test_reentrant_recomputation_is_refused() -> None:
         ({"compute_bugdet": 0.5}, r"d2ft\.compute_bugdet: unknown key.*did you mean d2ft\.compute_budget\?"),
         ({"compute_budget": 2.0}, r"d2ft\.compute_budget=2\.0"),
         ({"replan": {"every": 2}}, "count steps"),
-        ({"planner": "samples"}, "only d2ft-hpc train"),
         ({"warmup_share": 0.2, "replan": {"every": 2, "unit": "steps"}}, r"d2ft\.warmup_share=0\.2: only"),
         ({"forward_score": "gradient_norm"}, r"d2ft\.forward_score"),
     ],
@@ -70,6 +71,41 @@ def test_reentrant_recomputation_is_refused() -> None:
 def test_a_bad_section_is_told(section: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         split({"d2ft": section})
+
+
+PIPELINE = {"pipeline": {"stages": 2}}
+TENSOR = {"tensor_parallel": {"autotp_size": 2}}
+
+
+@pytest.mark.parametrize(
+    ("stages", "config", "told"),
+    [
+        (None, PIPELINE, r"pipeline\.stages=2: .*PipelineModule\(model, loss_fn=\.\.\.\)"),
+        (0, {}, "give num_stages"),
+        (0, {**PIPELINE, "zero_optimization": {"stage": 2}}, "DeepSpeed refuses; use stage 0 or 1"),
+        (2, {"fp16": {"enabled": True}, "zero_optimization": {"stage": 1}}, "use bf16"),
+        (None, {**TENSOR, "fp16": {"enabled": True}, "zero_optimization": {"stage": 1}}, "use bf16"),
+        (None, {"fp16": {"enabled": True}}, "Use stage 1, or bf16"),
+        (None, {"tensor_parallel": {"autotp_size": 2, "preset_model": "llama"}}, "keep autotp_size alone"),
+        (None, {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "never tried"),
+    ],
+)
+def test_what_initialize_cannot_run_is_refused_before_ranks_meet(
+    stages: int | None, config: dict[str, Any], told: str
+) -> None:
+    """stages: None: no pipeline; 0: one whose stages the configuration must give."""
+    model = tiny_vit()
+    given = model if stages is None else d2ft_hpc.PipelineModule(model, loss_function, stages or None)
+    with pytest.raises(ConfigError, match=told):
+        d2ft_hpc.initialize(model=given, config=config)
+    assert not hasattr(model.blocks[0], "_d2ft")
+
+
+def test_an_optimizer_of_the_whole_model_cannot_train_a_part() -> None:
+    model = tiny_vit()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="give a function of the parameters"):
+        d2ft_hpc.initialize(model=model, optimizer=optimizer, config=TENSOR)
 
 
 def test_a_configuration_file_that_is_none_is_told(tmp_path: Path) -> None:

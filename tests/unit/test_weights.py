@@ -89,23 +89,19 @@ def test_the_hubs_cache_without_a_network(tiny: Path, tmp_path: Path) -> None:
     save_file(weights, snapshot / "model.safetensors")
     code = (
         "import sys; from d2ft_hpc.model.build import build_model\n"
-        f"m = build_model({NAME!r}, num_classes=4, weights=sys.argv[1], options={{'img_size': 64}})\n"
-        "print('SUM', m.blocks[3].attn.qkv.weight.double().sum().item())"
+        "for which in sys.argv[1:]:\n"
+        f"    m = build_model({NAME!r}, num_classes=4, weights=which, options={{'img_size': 64}})\n"
+        "    print('SUM', m.blocks[3].attn.qkv.weight.double().sum().item())"
     )
-
-    def load(which: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-        command = [sys.executable, "-c", code, which]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
+    present = ["pretrained", "hf-hub:timm/vit_tiny_patch16_224.augreg_in21k"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code, *present, "hf-hub:nobody/nothing"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
     expected = weights["blocks.3.attn.qkv.weight"].double().sum().item()
-    for which in ("pretrained", "hf-hub:timm/vit_tiny_patch16_224.augreg_in21k"):
-        found = load(which)
-        assert f"SUM {expected}" in found.stdout, found.stderr
-    absent = load("hf-hub:nobody/nothing")
-    assert absent.returncode == 1
-    assert "CheckpointError: model.weights=hf-hub:nobody/nothing" in absent.stderr
-    assert "HF_HUB_OFFLINE=1" in absent.stderr
+    assert found.stdout.splitlines().count(f"SUM {expected}") == 2, found.stderr
+    assert found.returncode == 1
+    assert "CheckpointError: model.weights=hf-hub:nobody/nothing" in found.stderr
+    assert "HF_HUB_OFFLINE=1" in found.stderr
 
 
 def test_faults(tiny: Path, tmp_path: Path) -> None:

@@ -1,0 +1,413 @@
+"""Forward and backward of one micro-batch under a plan against the dense model and its peers: `d2ft-hpc bench step`.
+
+Everything compared alternates in one process. On a GPU each contender is one CUDA graph, so that no launch of either
+waits for Python; the dense model is compiled as a whole. On a CPU the dense model is the faster of eager and compiled.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.execution.executor import PlanExecutor, attach
+from d2ft_hpc.metering import StepCosts, measure_costs
+from d2ft_hpc.planning import Operation, SkipPlan
+
+Step = Callable[[], None]
+
+_WARM_UPS = 3
+_ALWAYS = ("layer_norm", "norm_backward", "add_norm", "functor_add", "fused_add_", "reduce_kernel", "::add")
+"""In names of kernels and operators that run whatever heads do: norms, residuals, their gradients' sums."""
+_OF_HEADS = ("gelu", "nvjet", "gemm", "attention", "sdpa", "flash")
+"""In names of those that belong to heads although they match above."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed. compute, forward_only: of the plan that is drawn where `plan` names no file."""
+
+    model: str
+    micro_batch: int
+    """Samples."""
+    compute: float
+    """Most of the dense FLOPs."""
+    forward_only: float
+    """Share of each block's heads that run forward only."""
+    plan: Path | None
+    image_size: int
+    """Pixels."""
+    device: torch.device
+    dtype: torch.dtype
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Contender:
+    """step: forward and backward of `micro_batches` micro-batches. kept_bytes: what one forward keeps for it."""
+
+    step: Step
+    kept_bytes: int
+    micro_batches: int
+
+
+def benchmark(sizes: Sizes, *, with_peers: bool = False, with_profile: bool = False) -> dict[str, Any]:
+    """The JSON object that `d2ft-hpc bench step` ends with: seconds are medians, ratios medians of pairs in turn.
+
+    time_ideal: the share of the dense time that no head owns, from the dense run's own profile, plus the plan's share
+    of the rest. flop_ideal: the plan's share of the FLOPs. efficiency, flop_efficiency: these over the ratio.
+    """
+    torch.manual_seed(0)
+    dense = _model(sizes)
+    attached = copy.deepcopy(dense)
+    executor = attach(attached)
+    for name, parameter in attached.named_parameters():
+        dense.get_parameter(name).requires_grad_(parameter.requires_grad)
+    costs = measure_costs(attached, executor, (3, sizes.image_size, sizes.image_size))
+    plan = _static(sizes, costs, executor) if sizes.plan is None else SkipPlan.load(sizes.plan)
+    contenders = {**_dense(sizes, dense), **_planned(sizes, dense, plan)}
+    if with_peers:
+        contenders |= _peers(sizes, dense, 1 - plan.shares()[Operation.FULL])
+    seconds = _in_turn(contenders, sizes)
+    medians = {name: float(np.median(times)) for name, times in seconds.items()}
+    rival = min((name for name in medians if name.startswith("dense")), key=lambda name: medians[name])
+    always = _always_share(contenders["dense_eager" if sizes.device.type == "cpu" else rival].step, sizes)
+    ratio = float(np.median(seconds["plan"] / seconds[rival]))
+    shares = plan.shares()
+    of_heads = shares[Operation.FULL] + shares[Operation.FORWARD_ONLY] * costs.forward_share
+    time_ideal = always + (1 - always) * of_heads
+    found: dict[str, Any] = {
+        "model": sizes.model,
+        "micro_batch": sizes.micro_batch,
+        "image_size": sizes.image_size,
+        "device": _device_name(sizes.device),
+        "dtype": str(sizes.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "plan": "static" if sizes.plan is None else str(sizes.plan),
+        "full_share": shares[Operation.FULL],
+        "forward_only_share": shares[Operation.FORWARD_ONLY],
+        "dense": rival,
+        "dense_seconds": medians[rival],
+        "plan_seconds": medians["plan"],
+        "ratio": ratio,
+        "always_share": always,
+        "time_ideal": time_ideal,
+        "flop_ideal": costs.planned_share(plan),
+        "efficiency": time_ideal / ratio,
+        "flop_efficiency": costs.planned_share(plan) / ratio,
+        "full_plan_ratio": float(np.median(seconds["all_full"] / seconds[rival])),
+        "dense_memory_bytes": contenders["all_full"].kept_bytes,
+        "plan_memory_bytes": contenders["plan"].kept_bytes,
+        "memory_ratio": contenders["plan"].kept_bytes / contenders["all_full"].kept_bytes,
+        "seconds": medians,
+    }
+    if plan.binding == "slot":
+        unowned = _unowned_memory_share(sizes, attached, executor, contenders["all_full"].kept_bytes)
+        found["unowned_memory_share"] = unowned
+        found["memory_bound"] = unowned + (1 - unowned) * shares[Operation.FULL] + 0.05
+    if with_profile:
+        found["profile"] = {name: _profile(contenders[name].step, sizes) for name in (rival, "plan")}
+    return found
+
+
+def describe(found: Mapping[str, Any]) -> str:
+    """The result in a table for people."""
+    lines = [
+        f"{found['model']}, micro-batch {found['micro_batch']}, {found['image_size']} px, {found['dtype']}, "
+        f"{found['device']}, torch {found['torch']}",
+        f"plan {found['plan']}: {found['full_share']:.1%} FULL, {found['forward_only_share']:.1%} FORWARD_ONLY",
+        f"{'':24}{'ms':>10}  over {found['dense']}",
+        *(
+            f"{name:24}{1e3 * seconds:10.3f}  {seconds / found['dense_seconds']:.3f}"
+            for name, seconds in found["seconds"].items()
+        ),
+        f"ideal by time {found['time_ideal']:.3f}, reached {found['efficiency']:.3f} of it; "
+        f"by FLOPs {found['flop_ideal']:.3f}, reached {found['flop_efficiency']:.3f}",
+        f"kept for the backward: {found['plan_memory_bytes'] / 2**20:.0f} MiB of "
+        f"{found['dense_memory_bytes'] / 2**20:.0f} ({found['memory_ratio']:.3f})",
+    ]
+    for name, groups in found.get("profile", {}).items():
+        lines.append(f"{name}, ms by kind:")
+        lines += [f"    {1e3 * seconds:9.3f}  {kind}" for kind, seconds in groups.items()]
+    return "\n".join(lines)
+
+
+def _model(sizes: Sizes) -> VisionTransformer:
+    model = timm.create_model(sizes.model, img_size=sizes.image_size, num_classes=1000)
+    return model.to(device=sizes.device, dtype=sizes.dtype).train()
+
+
+def _static(sizes: Sizes, costs: StepCosts, executor: PlanExecutor) -> SkipPlan:
+    """Every block runs as many heads FULL and FORWARD_ONLY as fit into `compute`; which, is drawn."""
+    blocks, heads = executor.subnets.shape
+    forward_only = round(sizes.forward_only * heads)
+    cells = (sizes.compute * costs.dense_flops - costs.always_flops) / (blocks * costs.full_flops)
+    full = int(cells - forward_only * costs.forward_share + 1e-9)
+    if not 1 <= full <= heads - forward_only:
+        raise ConfigError(
+            f"--compute {sizes.compute} with --forward-only {sizes.forward_only}: {full} of {heads} heads would be "
+            f"FULL; choose them so that it is 1 to {heads - forward_only}"
+        )
+    generator = np.random.default_rng(0)
+    operations = np.full((1, blocks, heads), Operation.SHORTCUT, np.uint8)
+    for row in operations[0]:
+        order = generator.permutation(heads)
+        row[order[:full]] = Operation.FULL
+        row[order[full : full + forward_only]] = Operation.FORWARD_ONLY
+    return SkipPlan(operations, replicas=1)
+
+
+def _dense(sizes: Sizes, model: VisionTransformer) -> dict[str, Contender]:
+    batch = _batch(sizes, sizes.micro_batch)
+    compiled = _contender(torch.compile(model, dynamic=False), model, batch, sizes)
+    if sizes.device.type == "cuda":
+        return {"dense": compiled}
+    return {"dense_eager": _contender(model, model, batch, sizes), "dense_compiled": compiled}
+
+
+def _planned(sizes: Sizes, model: VisionTransformer, plan: SkipPlan) -> dict[str, Contender]:
+    """The plan, and all FULL, each by a model of its own."""
+
+    def under(followed: SkipPlan, samples: int) -> Contender:
+        own = copy.deepcopy(model)
+        executor = attach(own, compile=sizes.device.type == "cpu" and not followed.is_dense)
+        executor.load(followed, 0)
+        forward = torch.compile(own, dynamic=False) if executor.is_dense else own
+        return _contender(forward, own, _batch(sizes, samples), sizes, executor, followed.slots)
+
+    full = SkipPlan.dense(1, 1, plan.num_blocks, plan.num_heads)
+    found = {"all_full": under(full, sizes.micro_batch)}
+    if plan.binding == "sample":
+        chosen = max(1, round(plan.shares()[Operation.FULL] * sizes.micro_batch))
+        return found | {"plan": under(full, chosen)}
+    return found | {"plan": under(plan, sizes.micro_batch)}
+
+
+def _unowned_memory_share(
+    sizes: Sizes, model: VisionTransformer, executor: PlanExecutor, dense: int
+) -> float:
+    """What no head owns of the bytes that a dense forward keeps: by those of one and of two FULL heads a block."""
+    kept = []
+    for full in (1, 2):
+        operations = np.full((1, *executor.subnets.shape), Operation.SHORTCUT, np.uint8)
+        operations[..., :full] = Operation.FULL
+        executor.load(SkipPlan(operations, replicas=1), 0)
+        with executor.micro_batch(0):
+            kept.append(_kept_bytes(model, model, _batch(sizes, sizes.micro_batch)))
+    return float((2 * kept[0] - kept[1]) / dense)
+
+
+def _peers(sizes: Sizes, dense: VisionTransformer, skipped: float) -> dict[str, Contender]:
+    """Other ways to train less, at the same share of branches that get no gradient; LoRA of rank 8."""
+    batch = _batch(sizes, sizes.micro_batch)
+
+    def contend(model: nn.Module) -> Contender:
+        return _contender(torch.compile(model, dynamic=False), model, batch, sizes)
+
+    subset = copy.deepcopy(dense)
+    keep = max(1, round((1 - skipped) * sizes.micro_batch))
+    for block in subset.blocks:
+        block.forward = _subset_forward(block, keep)
+    dropped = timm.create_model(
+        sizes.model, img_size=sizes.image_size, num_classes=1000, drop_path_rate=skipped
+    )
+    dropped = dropped.to(device=sizes.device, dtype=sizes.dtype).train()
+    found = {"subset_stochastic_depth": contend(subset), "timm_drop_path": contend(dropped)}
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        return found
+    adapted = get_peft_model(
+        copy.deepcopy(dense), LoraConfig(r=8, target_modules=["qkv", "proj", "fc1", "fc2"])
+    )
+    return found | {"peft_lora": contend(adapted.to(sizes.dtype))}
+
+
+def _subset_forward(block: nn.Module, keep: int) -> Callable[[Tensor], Tensor]:
+    """Each branch runs on a random subset of the samples, scaled up (DINOv2's stochastic depth, arXiv 2304.07193)."""
+
+    def forward(x: Tensor) -> Tensor:
+        scale = x.shape[0] / keep
+        for branch in (
+            lambda y: block.ls1(block.attn(block.norm1(y))),
+            lambda y: block.ls2(block.mlp(block.norm2(y))),
+        ):
+            chosen = torch.randperm(x.shape[0], device=x.device)[:keep]
+            x = x.index_add(0, chosen, branch(x[chosen]), alpha=scale)
+        return x
+
+    return forward
+
+
+def _batch(sizes: Sizes, samples: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(samples, 3, sizes.image_size, sizes.image_size, generator=generator)
+    labels = torch.randint(1000, (samples,), generator=generator)
+    return images.to(sizes.device, sizes.dtype), labels.to(sizes.device)
+
+
+def _contender(
+    forward: Callable[[Tensor], Tensor],
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    sizes: Sizes,
+    executor: PlanExecutor | None = None,
+    slots: int = 1,
+) -> Contender:
+    """slots: places of the plan, each of which runs once a step."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def run() -> None:
+        for slot in range(slots):
+            for parameter in parameters:
+                parameter.grad = None
+            if executor is None:
+                _loss(forward(batch[0]), batch[1]).backward()
+            else:
+                with executor.micro_batch(slot):
+                    _loss(forward(batch[0]), batch[1]).backward()
+
+    def in_context(measure: Callable[[], int]) -> int:
+        if executor is None:
+            return measure()
+        with executor.micro_batch(0):
+            return measure()
+
+    if sizes.device.type == "cpu":
+        run()
+        return Contender(run, in_context(lambda: _kept_bytes(forward, model, batch)), slots)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        kept = in_context(lambda: _kept_bytes(forward, model, batch))
+        for _ in range(_WARM_UPS):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # One pool for all: none of them needs its memory when another runs.
+    with torch.cuda.graph(graph, pool=_graph_pool()):
+        run()
+    for parameter in parameters:
+        parameter.grad = None
+    return Contender(graph.replay, kept, slots)
+
+
+@cache
+def _graph_pool() -> Any:
+    return torch.cuda.graph_pool_handle()
+
+
+def _kept_bytes(forward: Callable[[Tensor], Tensor], model: nn.Module, batch: tuple[Tensor, Tensor]) -> int:
+    """Bytes of the tensors that a forward keeps for its backward, beside parameters and the input."""
+    own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers(), *batch)}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = _loss(forward(batch[0]), batch[1])
+    del loss
+    return sum(kept.values())
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels)
+
+
+def _in_turn(contenders: Mapping[str, Contender], sizes: Sizes) -> dict[str, np.ndarray]:
+    """Seconds of one micro-batch of each, float64 [repeat]; the order changes from round to round."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for turn in range(_WARM_UPS + sizes.repeats):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            each = contenders[name]
+            seconds[name].append(_timed(each.step, sizes.device) / each.micro_batches)
+    return {name: np.asarray(times[_WARM_UPS:]) for name, times in seconds.items()}
+
+
+def _timed(step: Step, device: torch.device) -> float:
+    if device.type == "cpu":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    step()
+    end.record()
+    torch.cuda.synchronize(device)
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def _kernels(step: Step, sizes: Sizes) -> dict[str, float]:
+    """Seconds by name of what one step runs: kernels on a GPU, operators by themselves on a CPU."""
+    on_gpu = sizes.device.type == "cuda"
+    step()
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
+        step()
+        if on_gpu:
+            torch.cuda.synchronize(sizes.device)
+    return {
+        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        for event in profiled.key_averages()
+    }
+
+
+def _always_share(step: Step, sizes: Sizes) -> float:
+    """Share of a dense step's time that no head owns."""
+    kernels = _kernels(step, sizes)
+    return sum(seconds for name, seconds in kernels.items() if _kind(name) == "norms and residuals") / sum(
+        kernels.values()
+    )
+
+
+def _profile(step: Step, sizes: Sizes) -> dict[str, float]:
+    """Seconds by kind, the largest first; what the device waited is the rest of the step."""
+    kinds: dict[str, float] = {}
+    for name, seconds in _kernels(step, sizes).items():
+        kinds[_kind(name)] = kinds.get(_kind(name), 0.0) + seconds
+    return dict(sorted(kinds.items(), key=lambda item: -item[1]))
+
+
+def _kind(name: str) -> str:
+    name = name.lower()
+    for kind, parts in _KINDS.items():
+        if any(part in name for part in parts):
+            return kind
+    if any(part in name for part in _ALWAYS) and not any(part in name for part in _OF_HEADS):
+        return "norms and residuals"
+    return "other"
+
+
+_KINDS: dict[str, tuple[str, ...]] = {
+    "attention": ("sdpa", "flash", "fmha", "attention", "cudnn::fusion"),
+    "matrix products": ("nvjet", "gemm", "splitk", "cutlass", "addmm", "::mm", "::bmm", "mkl"),
+    "GELU": ("gelu",),
+    "weights by head": ("copy_heads", "index"),
+    "heads joined": ("join_", "permute_stack", "catarray", "::cat"),
+    "sums over tokens": ("sum_rows", "branch_backward", "red_fused_sum", "per_fused_sum"),
+}
+
+
+def _device_name(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )

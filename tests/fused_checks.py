@@ -1,0 +1,121 @@
+"""Fused blocks against the plain reference: on a GPU, or on a CPU in Triton's interpreter.
+
+TRITON_INTERPRET=1 python -m tests.fused_checks
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2ft_hpc.execution.block import ChosenHeads
+from d2ft_hpc.execution.fused import fits, run_fused
+from tests.models import DEPTH, HEADS, random_batch, tiny_vit
+from tests.reference import reference_forward
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "layer_scale_and_qk_norm": {"init_values": 0.3, "qk_norm": True},
+    "no_qkv_bias": {"qkv_bias": False},
+    "odd_head_size": {"embed_dim": 72},
+}
+
+
+def rows(seed: int) -> np.ndarray:
+    """uint8 [block, head] with a FULL head in each block: whole ones, single ones, with and without FORWARD_ONLY."""
+    operations = np.random.default_rng(seed).integers(0, 3, (DEPTH, HEADS)).astype(np.uint8)
+    operations[:, seed % HEADS] = 2
+    operations[0] = [2, 0, 0]
+    return operations
+
+
+def fused_forward(model: nn.Module, images: Tensor, operations: np.ndarray) -> Tensor:
+    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+    blocks = list(model.blocks)
+    for index, (block, row) in enumerate(zip(blocks, operations, strict=True)):
+        assert fits(block)
+        full, forward_only = (np.flatnonzero(row == operation) for operation in (2, 1))
+        places = np.full(HEADS, -1)
+        places[full] = np.arange(full.size)
+        order, at = (
+            torch.from_numpy(each).to(x.device) for each in (np.concatenate([full, forward_only]), places)
+        )
+        x = run_fused(block, x, ChosenHeads(order, full.size, at), [*blocks, None][index + 1])
+    return model.forward_head(model.norm(x))
+
+
+def gradients(model: nn.Module, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    loss = F.cross_entropy(logits.double(), labels)
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True))
+
+
+def check_against_reference(options: dict[str, Any], seed: int, device: str) -> None:
+    """fp32: outputs and gradients of all parameters within 2e-6 of the largest."""
+    model = tiny_vit(seed, **options).to(device)
+    images, labels = (tensor.to(device) for tensor in random_batch(seed))
+    operations = rows(seed)
+    expected_logits = reference_forward(model, images, operations)
+    expected = gradients(model, expected_logits, labels)
+    logits = fused_forward(model, images, operations)
+    own = gradients(model, logits, labels)
+    largest = max(float(each.abs().max()) for each in expected.values() if each is not None)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-5)
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            own[name], value, rtol=1e-4, atol=2e-6 * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def check_frozen(device: str) -> None:
+    """Frozen parameters get no gradient, the others the same as before."""
+    model = tiny_vit().to(device)
+    images, labels = (tensor.to(device) for tensor in random_batch(0))
+    whole = gradients(model, fused_forward(model, images, rows(0)), labels)
+    for name in ("attn.qkv.weight", "mlp.fc1.weight", "mlp.fc2.weight", "attn.proj.bias"):
+        model.blocks[1].get_parameter(name).requires_grad_(False)
+    part = gradients(model, fused_forward(model, images, rows(0)), labels)
+    assert len(part) == len(whole) - 4
+    for name, value in part.items():
+        torch.testing.assert_close(value, whole[name])
+
+
+def check_low_precision(device: str, autocast: bool) -> None:
+    """bf16: the error against fp64 is at most twice the reference's own in bf16."""
+    operations = rows(1)
+    images, labels = (tensor.to(device) for tensor in random_batch(1))
+    model = tiny_vit(1).to(device)
+    double = copy.deepcopy(model).double()
+    exact = gradients(double, reference_forward(double, images.double(), operations), labels)
+    errors = {}
+    for name, forward in (("own", fused_forward), ("reference", reference_forward)):
+        low = copy.deepcopy(model) if autocast else copy.deepcopy(model).bfloat16()
+        with torch.autocast(device, torch.bfloat16, enabled=autocast, cache_enabled=False):
+            logits = forward(low, images if autocast else images.bfloat16(), operations)
+        found = gradients(low, logits, labels)
+        errors[name] = sum(
+            float((found[each].double() - value).square().sum())
+            for each, value in exact.items()
+            if value is not None
+        )
+    assert errors["own"] <= 4 * errors["reference"], errors
+
+
+def main() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for seed, options in enumerate(OPTIONS.values()):
+        check_against_reference(options, seed, device)
+    check_frozen(device)
+    for autocast in (False, True):
+        check_low_precision(device, autocast)
+    print("fused blocks: ok")
+
+
+if __name__ == "__main__":
+    main()
