@@ -116,6 +116,9 @@ class OptimizerConfig(Section):
     """SGD's."""
     classifier_factor: float = Field(default=1.0, gt=0)
     """The classifier's learning rate in multiples of the others'; a new classifier learns better with 10 or more."""
+    few_full_exponent: float = Field(default=0.0, ge=0, le=1)
+    """Engine `plain`: a head's learning rate is multiplied by its share of FULL micro-batches to this power, because
+    its gradient is the noisier the fewer there are and AdamW makes full steps of it; 0: one rate for all."""
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
     """Least number of steps of linear warm-up."""
@@ -208,6 +211,10 @@ class PlanConfig(Section):
     gradient_magnitude: of |g|; taylor: of |w g|; weight_magnitude: of |w|."""
     backward_score: Literal["fisher", "gradient_magnitude", "taylor", "weight_magnitude"] = "weight_magnitude"
     """The same for its backward; weight_magnitude is the paper's."""
+    depth_exponent: float = Field(default=0.0, ge=0)
+    """Backward scores count (place of the block / number of blocks) to this power, so that FULL gathers in the upper
+    blocks, above which less is skipped; 0: the same at every depth. Planner `paper`, which gives each subnet a budget
+    of its own, and `static` put as many FULL into each block all the same."""
     probe_batches: int = Field(default=1, gt=0)
     """Batches over which scores are averaged; their cost is charged to the run."""
     score_cache: str | None = None
@@ -222,6 +229,12 @@ class PlanConfig(Section):
     micro-batch."""
     below: Literal["forward_only", "shortcut"] = "forward_only"
     """Planner `depth`: what the blocks below the FULL ones do."""
+    rescale: bool = False
+    """Multiply what a block's branches add by its cells over those that are not SHORTCUT, as stochastic depth does, so
+    that over a batch blocks add as much as in the dense model; false: as in the paper."""
+    warmup_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the run over which skipping sets in: the budget of each plan falls from 1 to what keeps
+    `compute_budget` over the whole run. Needs `replan.every`; 0: the same budget from the first step."""
     capacity_factor: float = Field(default=1.25, gt=0)
     """Planner `routing`: most rows that a head takes, in multiples of its fair share."""
     whole_rows: bool = False
@@ -231,6 +244,32 @@ class PlanConfig(Section):
     samples: SamplesConfig = SamplesConfig()
     """How planner `samples` scores and draws."""
     replan: ReplanConfig = ReplanConfig()
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> PlanConfig:
+        if self.warmup_share and self.replan.every is None:
+            raise ValueError(
+                f"plan.warmup_share={self.warmup_share:g}: the budget changes from plan to plan, but there is only "
+                f"one; set plan.replan.every"
+            )
+        if self.warmup_share and self.compute_budget <= self.warmup_share / 2:
+            raise ValueError(
+                f"plan.warmup_share={self.warmup_share:g}: the warm-up alone spends {self.warmup_share / 2:g} of the "
+                f"dense compute, plan.compute_budget={self.compute_budget:g}; warm up for less than "
+                f"{2 * self.compute_budget:g}"
+            )
+        return self
+
+    def budget_between(self, start: float, stop: float) -> float:
+        """Mean compute budget between two shares of the run, start < stop: `compute_budget` but for a warm-up."""
+        warmup = self.warmup_share
+        last = (self.compute_budget - warmup / 2) / (1 - warmup / 2)
+
+        def above_last(done: float) -> float:  # spent up to then
+            ramp = min(done, warmup)
+            return ramp - ramp**2 / (2 * warmup) if warmup else 0.0
+
+        return last + (1 - last) * (above_last(stop) - above_last(start)) / (stop - start)
 
 
 class EngineConfig(Section):
@@ -320,6 +359,11 @@ class RunConfig(Section):
             )
         if engine.name != "plain" and engine.cuda_graphs:
             raise ValueError("engine.cuda_graphs=true: only the plain engine has them; set engine.name=plain")
+        if engine.name != "plain" and self.optimizer.few_full_exponent:
+            raise ValueError(
+                f"optimizer.few_full_exponent={self.optimizer.few_full_exponent:g}: only the plain engine has whole "
+                f"steps of heads to scale; use 0, or engine.name=plain"
+            )
         if engine.name != "deepspeed" and engine.deepspeed:
             raise ValueError(
                 f"engine.deepspeed: engine {engine.name} does not read it; remove it, or engine.name=deepspeed"

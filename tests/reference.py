@@ -11,21 +11,35 @@ from torch import Tensor
 SHORTCUT, FORWARD_ONLY, FULL = 0, 1, 2
 
 
-def reference_forward(model: VisionTransformer, images: Tensor, operations: np.ndarray) -> Tensor:
-    """Logits of `model` (never attached to an executor) where block b, head h runs operations[b, h]."""
+def reference_forward(
+    model: VisionTransformer, images: Tensor, operations: np.ndarray, scales: np.ndarray | None = None
+) -> Tensor:
+    """Logits of `model` (never attached to an executor) where block b, head h runs operations[b, h].
+
+    scales: what each block's branches add is multiplied by, [block].
+    """
+    scales = np.ones(len(operations)) if scales is None else scales
     x = model.patch_embed(images)
     x = model._pos_embed(x)
     x = model.norm_pre(model.patch_drop(x))
-    for block, row in zip(model.blocks, operations, strict=True):
-        x = reference_block(block, x, row)
+    for block, row, scale in zip(model.blocks, operations, scales, strict=True):
+        x = reference_block(block, x, row, float(scale))
     return model.forward_head(model.norm(x))
 
 
-def reference_block(block: Block, x: Tensor, row: np.ndarray) -> Tensor:
-    x = _residual(
-        x, row, block.norm1, lambda z, h: attention_head(block, z, h), block.attn.proj.bias, block.ls1
+def reference_block(block: Block, x: Tensor, row: np.ndarray, factor: float = 1.0) -> Tensor:
+    def attend(z: Tensor, head: int) -> Tensor:
+        return attention_head(block, z, head)
+
+    x = _residual(x, row, block.norm1, attend, block.attn.proj.bias, lambda y: factor * block.ls1(y))
+    return _residual(
+        x,
+        row,
+        block.norm2,
+        lambda z, h: ffn_slice(block, z, h),
+        block.mlp.fc2.bias,
+        lambda y: factor * block.ls2(y),
     )
-    return _residual(x, row, block.norm2, lambda z, h: ffn_slice(block, z, h), block.mlp.fc2.bias, block.ls2)
 
 
 def _residual(x, row, norm, head_output, bias, scale):

@@ -21,6 +21,7 @@ from d2ft_hpc.engines.engine import (
     evaluated,
     zero_missing_gradients,
 )
+from d2ft_hpc.engines.head_rates import HeadRates
 from d2ft_hpc.engines.portable import (
     PortableState,
     collect_plain,
@@ -46,10 +47,13 @@ class PlainEngine:
         *,
         autocast_dtype: torch.dtype | None = None,
         gradient_clipping: float | None = None,
+        few_full_exponent: float = 0.0,
         cuda_graphs: bool = False,
     ) -> None:
-        """cuda_graphs: whether the forward and backward of a micro-batch is one CUDA graph, if the plan has few shapes;
-        its time then counts as backward."""
+        """few_full_exponent: see `HeadRates`.
+        cuda_graphs: whether the forward and backward of a micro-batch is one CUDA graph, if the plan has few shapes;
+            its time then counts as backward.
+        """
         self._model, self.executor = model, executor
         self._trainer = model
         """What computes the logits: the model, or what wraps it."""
@@ -57,8 +61,9 @@ class PlainEngine:
         self._loss_function = loss_function
         self._autocast_dtype = autocast_dtype
         self._max_norm = float("inf") if gradient_clipping is None else gradient_clipping
+        self._head_rates = HeadRates(model, executor, few_full_exponent)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._graphs: dict[Hashable, CudaGraphs] | None = {} if cuda_graphs else None
+        self._graphs: dict[Hashable, CudaGraphs[Tensor]] | None = {} if cuda_graphs else None
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
         report = StepReport(learning_rate=self._optimizer.param_groups[0]["lr"])
@@ -70,7 +75,8 @@ class PlainEngine:
         with report.timed("optimizer"):
             zero_missing_gradients(self._model)
             report.gradient_norm = self._clip()
-            self._optimizer.step()
+            with self._head_rates.applied():
+                self._optimizer.step()
             self._schedule.step()
             self._optimizer.zero_grad(set_to_none=self._graphs is None)
         report.loss = torch.stack(losses).mean()

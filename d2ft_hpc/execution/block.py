@@ -47,9 +47,11 @@ class BlockHeads:
     full: Tensor | None
     forward_only: Tensor | None
     is_dense: bool
-    """All heads are FULL: the block's own forward runs, bit for bit."""
+    """All heads are FULL and nothing is scaled: the block's own forward runs, bit for bit."""
     chosen: ChosenHeads | None = field(default=None, kw_only=True)
     """The same for the GPU's fused kernels; None where they cannot run these heads."""
+    scale: float = field(default=1.0, kw_only=True)
+    """What the branches add is multiplied by it."""
 
     @property
     def is_shortcut(self) -> bool:
@@ -84,21 +86,26 @@ def run_block(
     def feed_forward(normed: Tensor, chosen: Tensor, bias: Tensor | None) -> Tensor:
         return ffn_slices(block, head_axes, normed, chosen, bias)
 
-    end_attention, end_feed_forward = branch_ends(block)
+    end_attention, end_feed_forward = branch_ends(block, heads.scale)
     x = x + _branch(x, heads, block.norm1, attend, block.attn.proj.bias, end_attention)
     return x + _branch(x, heads, block.norm2, feed_forward, block.mlp.fc2.bias, end_feed_forward)
 
 
-def branch_ends(block: Block) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """What a block does with the sum over heads before it is added to the residual: of attention, and of the FFN."""
+def branch_ends(
+    block: Block, scale: float = 1.0
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """What a block does with the sum over heads before it is added to the residual: of attention, and of the FFN.
+
+    scale: a factor at the very end.
+    """
 
     def end_attention(branch: Tensor) -> Tensor:
         ended: Tensor = block.drop_path1(block.ls1(block.attn.proj_drop(branch)))
-        return ended
+        return ended if scale == 1 else ended * scale
 
     def end_feed_forward(branch: Tensor) -> Tensor:
         ended: Tensor = block.drop_path2(block.ls2(block.mlp.drop2(branch)))
-        return ended
+        return ended if scale == 1 else ended * scale
 
     return end_attention, end_feed_forward
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,18 +14,21 @@ _WARM_UPS = 3
 """Runs before a capture: kernels compile, choose algorithms and allocate their workspaces."""
 
 
+Result = TypeVar("Result")
+
+
 @dataclass(frozen=True)
-class _Capture:
+class _Capture(Generic[Result]):
     graph: torch.cuda.CUDAGraph
     arguments: tuple[Tensor, ...]
-    result: Tensor
+    result: Result
 
 
-class CudaGraphs:
+class CudaGraphs(Generic[Result]):
     """Calls `function` through one CUDA graph for each set of shapes and types of its arguments.
 
-    function: takes tensors on one GPU, returns one; it must not synchronise the device, and what it reads and writes
-        beside its arguments (parameters, gradients) must stay where it is in memory.
+    function: takes tensors on one GPU, returns tensors; it must not synchronise the device, and what it reads and
+        writes beside its arguments (parameters, gradients) must stay where it is in memory.
     changed: what `function` writes beside its result; warming up and capturing leave it as it was.
     most: graphs that are kept; arguments of further shapes are computed without one.
 
@@ -34,14 +38,14 @@ class CudaGraphs:
 
     def __init__(
         self,
-        function: Callable[..., Tensor],
+        function: Callable[..., Result],
         changed: Callable[[], Sequence[Tensor]] = lambda: (),
         most: int = 8,
     ) -> None:
         self._function, self._changed, self._most = function, changed, most
-        self._captures: dict[tuple[object, ...], _Capture] = {}
+        self._captures: dict[tuple[object, ...], _Capture[Result]] = {}
 
-    def __call__(self, *arguments: Tensor) -> Tensor:
+    def __call__(self, *arguments: Tensor) -> Result:
         if _get_current_dispatch_mode() is not None:
             return self._function(*arguments)
         key = tuple((argument.shape, argument.dtype) for argument in arguments)
@@ -55,7 +59,7 @@ class CudaGraphs:
         capture.graph.replay()
         return capture.result
 
-    def _capture(self, given: tuple[Tensor, ...]) -> _Capture:
+    def _capture(self, given: tuple[Tensor, ...]) -> _Capture[Result]:
         arguments = tuple(argument.clone() for argument in given)
         before = [tensor.clone() for tensor in self._changed()]
         stream = torch.cuda.Stream()

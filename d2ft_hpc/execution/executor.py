@@ -43,13 +43,18 @@ class PlanExecutor:
     Made by `attach`.
     """
 
-    def __init__(self, model: VisionTransformer, embeddings: EmbeddingPolicy, compile: bool) -> None:
+    def __init__(
+        self, model: VisionTransformer, embeddings: EmbeddingPolicy, rescale: bool, compile: bool
+    ) -> None:
         self.subnets = SubnetMap.of(model)
         self.plan: SkipPlan | None = None
         """The plan in force; None means dense."""
         self.detach_incomplete = embeddings == "complete_path"
         """Embeddings take part in micro-batches that are FULL everywhere only; block 0 sees to it."""
+        self._rescale = rescale
+        self._scales = np.ones(self.subnets.num_blocks)  # [block], of the plan in force
         self._slots: list[list[BlockHeads]] = []
+        self._complete: list[bool] = []  # [slot]: FULL everywhere
         self._one_point: list[list[bool]] = []  # [slot][block]: gradients must be complete and in order
         self._slot: int | None = None
         self._slot_source: Callable[[], int] | None = None
@@ -107,7 +112,11 @@ class PlanExecutor:
                 raise PlanError(
                     "the plan binds samples and skips parts of some: only whole samples can be skipped"
                 )
+        if self._rescale:
+            active = (rows != Operation.SHORTCUT).mean(axis=(0, 2))
+            self._scales = np.where(active > 0, 1 / np.maximum(active, 1e-9), 1.0)
         self._slots = [] if plan.binding == "sample" else self._rows(rows)
+        self._complete = [bool((row == Operation.FULL).all()) for row in rows]
         # Where all replicas run a block densely their gradients come alike, and nothing need be done.
         all_full = (plan.operations == Operation.FULL).all(axis=2)
         all_dense = all_full.reshape(plan.slots, plan.replicas, -1).all(axis=1)
@@ -126,7 +135,8 @@ class PlanExecutor:
 
     def unload(self) -> None:
         """Back to dense training."""
-        self.plan, self._slots, self._one_point = None, [], []
+        self.plan, self._slots, self._complete, self._one_point = None, [], [], []
+        self._scales = np.ones(self.subnets.num_blocks)
 
     @contextmanager
     def micro_batch(self, slot: int) -> Iterator[None]:
@@ -152,14 +162,30 @@ class PlanExecutor:
     @contextmanager
     def temporarily(self, operations: np.ndarray) -> Iterator[None]:
         """Every micro-batch inside follows `operations`, uint8 [block, head]; afterwards the plan is as before."""
-        before = self.plan, self._slots, self._one_point, self._slot, self._slot_source
-        self.plan = None
+        before = (
+            self.plan,
+            self._scales,
+            self._slots,
+            self._complete,
+            self._one_point,
+            self._slot,
+            self._slot_source,
+        )
+        self.plan, self._scales = None, np.ones(len(operations))
         self._slots, self._one_point = self._rows(operations[None]), [[False] * len(operations)]
-        self._slot, self._slot_source = 0, None
+        self._complete, self._slot, self._slot_source = [bool((operations == Operation.FULL).all())], 0, None
         try:
             yield
         finally:
-            self.plan, self._slots, self._one_point, self._slot, self._slot_source = before
+            (
+                self.plan,
+                self._scales,
+                self._slots,
+                self._complete,
+                self._one_point,
+                self._slot,
+                self._slot_source,
+            ) = before
 
     def run(self, block: Block, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Block `index` under the current row; `args` are the block's own."""
@@ -173,7 +199,7 @@ class PlanExecutor:
                 "wrap forward and backward in `with executor.micro_batch(slot):`, or call executor.unload()"
             )
         heads = self._slots[slot][index]
-        if index == 0 and self.detach_incomplete and not all(each.is_dense for each in self._slots[slot]):
+        if index == 0 and self.detach_incomplete and not self._complete[slot]:
             # Embeddings take no part in this micro-batch; a reduction during backward still waits for them.
             x = x.detach() if self._reduction is Reduction.AFTER_BACKWARD else zero_gradient(x)
         if self._one_point[slot][index]:
@@ -204,7 +230,13 @@ class PlanExecutor:
         return result
 
     def _is_fused(self, index: int, heads: BlockHeads) -> bool:
-        if heads.full is None or heads.chosen is None or heads.is_dense or fused() is None:
+        if (
+            heads.full is None
+            or heads.chosen is None
+            or heads.is_dense
+            or heads.scale != 1
+            or fused() is None
+        ):
             return False
         if index not in self._fusible:
             self._fusible[index] = fused().fits(self.blocks[index])
@@ -219,9 +251,12 @@ class PlanExecutor:
             return None  # the engine gathers weights block by block, and has not gathered that one's
         return self.blocks[above] if self._is_fused(above, self._slots[slot][above]) else None
 
-    def shapes(self, slot: int) -> tuple[tuple[int, int], ...]:
-        """How many heads are FULL and how many FORWARD_ONLY in each block of the micro-batch in place `slot`."""
-        return tuple((_count(heads.full), _count(heads.forward_only)) for heads in self._slots[slot])
+    def shapes(self, slot: int) -> tuple[tuple[int, int, float], ...]:
+        """How many heads are FULL and how many FORWARD_ONLY in each block of the micro-batch in place `slot`, and what
+        the block is scaled by."""
+        return tuple(
+            (_count(heads.full), _count(heads.forward_only), heads.scale) for heads in self._slots[slot]
+        )
 
     @property
     def has_few_shapes(self) -> bool:
@@ -239,7 +274,8 @@ class PlanExecutor:
         read = []
         for heads in own:
             order, places = (each.numel() for each in _indices(heads))
-            read.append(_block_heads(rest[:order], _count(heads.full), rest[order : order + places]))
+            its_places = rest[order : order + places]
+            read.append(_block_heads(rest[:order], _count(heads.full), its_places, heads.scale))
             rest = rest[order + places :]
         self._slots[slot] = read
         try:
@@ -280,15 +316,16 @@ class PlanExecutor:
             self._any_parameter.device
         )
         order, at = indices.split([full.size + forward_only.size, cells.size])
-        return _block_heads(order, full.size, at)
+        return _block_heads(order, full.size, at, float(self._scales[index]))
 
 
-def _block_heads(order: Tensor, full: int, places: Tensor) -> BlockHeads:
+def _block_heads(order: Tensor, full: int, places: Tensor, scale: float) -> BlockHeads:
     return BlockHeads(
         order[:full] if full else None,
         order[full:] if order.numel() > full else None,
-        is_dense=full == places.numel(),
+        is_dense=full == places.numel() and scale == 1,
         chosen=ChosenHeads(order, full, places),
+        scale=scale,
     )
 
 
@@ -330,6 +367,7 @@ def attach(
     *,
     embeddings: EmbeddingPolicy = "frozen",
     shared: SharedPolicy = "flow",
+    rescale: bool = False,
     compile: bool = False,
 ) -> PlanExecutor:
     """Lets a timm VisionTransformer follow skip plans, also one inside peft's wrapper.
@@ -337,6 +375,8 @@ def attach(
     embeddings: what becomes of the parameters below every block, whose gradient is biased by every skip above them:
         "frozen" (default), "complete_path" (trained by the micro-batches that are FULL everywhere) or "trained".
     shared: norms, LayerScale, row biases of the blocks: "flow" (trained by what flows through FULL heads) or "frozen".
+    rescale: whether what a block's branches add is multiplied by its cells over those that are not SHORTCUT, over the
+        batch of a replica, as stochastic depth does (arXiv 1603.09382).
     compile: whether dense blocks run through torch.compile, one set of kernels for each shape of input.
     The classifier always trains; parameters that are frozen already stay so.
 
@@ -345,7 +385,7 @@ def attach(
     model = unwrapped(model)
     if any(hasattr(block, "_d2ft") for block in getattr(model, "blocks", ())):
         raise PlanError("the model has an executor already: attach once and keep what attach returned")
-    executor = PlanExecutor(model, embeddings, compile)
+    executor = PlanExecutor(model, embeddings, rescale, compile)
     frozen = {ParameterClass.EMBEDDING: embeddings == "frozen", ParameterClass.SHARED: shared == "frozen"}
     for name, parameter in model.named_parameters():
         if frozen.get(executor.subnets.classify(name), False):

@@ -86,7 +86,7 @@ class TensorParallelExecutor(PlanExecutor):
             tuple(np.unique(self._owner[index][cells >= least]).tolist())
             for least in (Operation.FULL, Operation.FORWARD_ONLY)
         )
-        return SharedHeads(own.full, own.forward_only, own.is_dense, full, active)
+        return SharedHeads(own.full, own.forward_only, own.is_dense, full, active, scale=own.scale)
 
 
 def share_blocks(
@@ -146,7 +146,7 @@ def run_shared_block(
     def feed_forward(normed: Tensor, chosen: Tensor) -> Tensor:
         return ffn_slices(block, axes, normed, chosen, None)
 
-    end_attention, end_feed_forward = branch_ends(block)
+    end_attention, end_feed_forward = branch_ends(block, heads.scale)
     in_attention, in_feed_forward = by_head
     x = x + _branch(
         x, heads, block.norm1, in_attention, attend, block.attn.proj.bias, end_attention, messages

@@ -31,13 +31,14 @@ def inclusion_probabilities(scores: Tensor, count: int, uniform_share: float) ->
 
 
 def draw_by_score(
-    scores: Tensor, count: int, *, uniform_share: float, generator: torch.Generator
+    scores: Tensor, count: int, *, uniform_share: float, uniforms: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Exactly `count` different samples, drawn systematically: one random offset, steps of equal probability.
 
-    scores: [sample]; generator: on the scores' device. Returns indices int64 [count] and the inclusion probability of
-    each drawn sample, float64 [count]. Systematic sampling keeps the number fixed (shapes never change) and its
-    variance is below that of independent draws (Madow, 1949). Runs without synchronising the device.
+    scores: [sample]. uniforms: float64 [sample + 1], random in [0, 1), on the scores' device; they decide the draw.
+    Returns indices int64 [count] and the inclusion probability of each drawn sample, float64 [count]. Systematic
+    sampling keeps the number fixed (shapes never change) and its variance is below that of independent draws (Madow,
+    1949). Runs without synchronising the device.
 
     Raises ValueError if `count` is not between 1 and the number of samples.
     """
@@ -45,11 +46,10 @@ def draw_by_score(
         raise ValueError(f"{count} of {len(scores)} samples cannot be drawn")
     probabilities = inclusion_probabilities(scores, count, uniform_share)
     # Indexing with a scalar tensor and randperm would wait for a GPU; take and argsort do not.
-    order = torch.rand(len(scores), device=scores.device, generator=generator).argsort()
+    order = uniforms[:-1].argsort()
     upper = torch.cumsum(probabilities[order], 0)
     upper = upper * (count / upper[-1])
-    offset = torch.rand((), device=scores.device, generator=generator, dtype=torch.float64)
-    points = torch.arange(count, device=scores.device) + offset
+    points = torch.arange(count, device=scores.device) + uniforms[-1]
     places = torch.searchsorted(upper, points, right=True).clamp_max(len(scores) - 1)
     drawn = order[places]
     return drawn, probabilities[drawn]

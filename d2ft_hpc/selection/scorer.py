@@ -11,7 +11,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from d2ft_hpc.errors import ConfigError
-from d2ft_hpc.execution.cuda_graph import CudaGraphs
 from d2ft_hpc.model.any_size import of_any_size
 
 SampleScore = Literal["error", "loss"]
@@ -37,7 +36,6 @@ class SampleScorer:
         *,
         score: SampleScore = "error",
         autocast_dtype: torch.dtype | None = None,
-        cuda_graphs: bool = False,
     ) -> None:
         patch_size = model.patch_embed.patch_size[0]
         if image_size < patch_size or image_size % patch_size:
@@ -48,9 +46,6 @@ class SampleScorer:
         self._image_size, self._score, self._autocast_dtype = image_size, score, autocast_dtype
         self._model = of_any_size(model)
         self._logits_of: LogitsOf | None = None
-        self._scores_of: Callable[[Tensor, Tensor], Tensor] = self._forward
-        if cuda_graphs:
-            self._scores_of = CudaGraphs(self._forward)
 
     @property
     def num_classes(self) -> int:
@@ -64,7 +59,7 @@ class SampleScorer:
     def of_batch(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """float32 [sample] of all micro-batches, which are as `__call__` takes them."""
         if self._logits_of is None:
-            return torch.cat([self(images, targets).clone() for images, targets in micro_batches])
+            return torch.cat([self(images, targets) for images, targets in micro_batches])
         logits = self._logits_of([self._resized(images) for images, _ in micro_batches])
         return torch.cat(
             [
@@ -81,7 +76,7 @@ class SampleScorer:
         """
         training = self._model.training
         self._model.eval()
-        scores = self._scores_of(images, targets)
+        scores = self._forward(images, targets)
         self._model.train(training)
         return scores
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -11,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2ft_hpc.engines.engine import MicroBatch
+from d2ft_hpc.execution.cuda_graph import CudaGraphs
 from d2ft_hpc.selection.draw import draw_by_score
 from d2ft_hpc.selection.scorer import SampleScorer
 
 SampleWeights = Literal["none", "unbiased"]
+
+_Chooser = Callable[..., MicroBatch]
 
 
 class SampleSelection:
@@ -23,6 +27,7 @@ class SampleSelection:
     weights: "unbiased" weighs a drawn sample by the inverse of its probability, so that the expected gradient is the
         whole batch's; "none" keeps the bias towards samples that the model gets wrong.
     seed: with the step and the replica it decides the draw, so that a resumed run draws the same.
+    cuda_graphs: whether scoring and drawing are launched as one CUDA graph.
     """
 
     def __init__(
@@ -33,39 +38,56 @@ class SampleSelection:
         weights: SampleWeights,
         seed: int,
         replica: int,
+        cuda_graphs: bool = False,
     ) -> None:
         self.scorer = scorer
         self._uniform_share, self._weights = uniform_share, weights
         self._seed, self._replica = seed, replica
+        self._cuda_graphs = cuda_graphs
+        self._choosers: dict[int, _Chooser] = {}  # by how many samples they draw
 
     def __call__(self, micro_batches: Sequence[MicroBatch], step: int, share: float) -> list[MicroBatch]:
         """As many micro-batches as given, of equal size, with `share` of the samples (at least one each).
 
-        They stay on their device, which is not synchronised.
+        They stay on their device, which is not synchronised, in memory that the next call may overwrite.
 
         With weights, the labels become float32 [sample, class], each row times its weight: the cross entropy of
         such a row is the weighted one.
         """
-        scores = self.scorer.of_batch(micro_batches)
-        images = torch.cat([images for images, _ in micro_batches])
-        labels = torch.cat([labels for _, labels in micro_batches])
-        slots = len(micro_batches)
-        per_slot = max(int(share * len(images) / slots + 1e-9), 1)
-        generator = torch.Generator(images.device)
-        generator.manual_seed(self._seed_of(step))
+        slots, samples = len(micro_batches), sum(len(labels) for _, labels in micro_batches)
+        per_slot = max(int(share * samples / slots + 1e-9), 1)
+        count = per_slot * slots
+        if count not in self._choosers:
+            choose = partial(self._choose, count)
+            self._choosers[count] = CudaGraphs(choose) if self._cuda_graphs else choose
+        uniforms = self._uniforms(step, samples, micro_batches[0][0].device)
+        chosen = self._choosers[count](uniforms, *(tensor for pair in micro_batches for tensor in pair))
+        return list(zip(*(part.split(per_slot) for part in chosen), strict=True))
+
+    def _choose(self, count: int, uniforms: Tensor, *tensors: Tensor) -> MicroBatch:
+        """tensors: images and labels of each micro-batch in turn."""
+        scores = self.scorer.of_batch(list(zip(tensors[::2], tensors[1::2], strict=True)))
+        images, labels = _joined(tensors[::2]), _joined(tensors[1::2])
         drawn, probabilities = draw_by_score(
-            scores, per_slot * slots, uniform_share=self._uniform_share, generator=generator
+            scores, count, uniform_share=self._uniform_share, uniforms=uniforms
         )
         targets = labels[drawn]
         if self._weights == "unbiased":
-            targets = self._weighted(targets, per_slot * slots / (len(images) * probabilities))
-        return list(zip(images[drawn].split(per_slot), targets.split(per_slot), strict=True))
+            targets = self._weighted(targets, count / (len(images) * probabilities))
+        return images[drawn], targets
 
-    def _seed_of(self, step: int) -> int:
-        state = np.random.SeedSequence((self._seed, step, self._replica)).generate_state(1, np.uint64)
-        return int(state[0] >> np.uint64(1))
+    def _uniforms(self, step: int, samples: int, device: torch.device) -> Tensor:
+        """What decides the draw of a step, float64 [sample + 1] in [0, 1); the device is not synchronised."""
+        numbers = torch.from_numpy(
+            np.random.default_rng((self._seed, step, self._replica)).random(samples + 1)
+        )
+        return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
 
     def _weighted(self, labels: Tensor, weights: Tensor) -> Tensor:
         if labels.ndim == 1:
             labels = F.one_hot(labels, self.scorer.num_classes)
         return (labels * weights[:, None]).float()
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

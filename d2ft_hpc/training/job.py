@@ -18,6 +18,7 @@ from d2ft_hpc.data.datasets import LabelledImages, Split, load_configured
 from d2ft_hpc.data.loader import Batches, eval_loader, train_loader
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
+from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import StepCosts, measure_costs, meter
@@ -124,6 +125,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         weights=config.model.weights,
         options=config.model.options,
     )
+    _check_image_size(model, config.data.image_size)
     if config.model.lora is not None:
         add_lora(model, **config.model.lora.model_dump(exclude={"scores"}))
     model.to(device)
@@ -131,6 +133,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         model,
         embeddings=config.model.embeddings,
         shared=config.model.shared,
+        rescale=config.plan.rescale,
         compile=config.engine.compile,
     )
     image_shape = (3, config.data.image_size, config.data.image_size)
@@ -152,6 +155,16 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     )
 
 
+def _check_image_size(model: VisionTransformer, size: int) -> None:
+    patches = model.patch_embed
+    if patches.strict_img_size and patches.img_size not in (None, (size, size)):
+        height, width = patches.img_size
+        raise ConfigError(
+            f"data.image_size={size}: the model takes {height} x {width} pixels; set model.options.img_size={size}, or "
+            f"data.image_size={height}"
+        )
+
+
 def selection_of(
     config: SamplesConfig,
     model: VisionTransformer,
@@ -170,10 +183,14 @@ def selection_of(
         config.image_size or half,
         score=config.score,
         autocast_dtype=autocast_dtype,
-        cuda_graphs=cuda_graphs,
     )
     return SampleSelection(
-        scorer, uniform_share=config.uniform_share, weights=config.weights, seed=seed, replica=replica
+        scorer,
+        uniform_share=config.uniform_share,
+        weights=config.weights,
+        seed=seed,
+        replica=replica,
+        cuda_graphs=cuda_graphs,
     )
 
 

@@ -195,7 +195,16 @@ def _replan(
     same_rows = engine.same_rows is not None
     if overlaps:
         replanner.start(
-            partial(solve_here, job, placement, costs, scores, position.plans_made, same_rows=same_rows)
+            partial(
+                solve_here,
+                job,
+                placement,
+                costs,
+                scores,
+                position.plans_made,
+                position.steps_done,
+                same_rows=same_rows,
+            )
         )
         note(
             writer,
@@ -207,7 +216,9 @@ def _replan(
         return position
     if same_rows and position.plans_made == 0:
         progress.say(f"one plan for all replicas: {engine.same_rows}")
-    plan = make_plan(job, placement, costs, scores, position.plans_made, same_rows=same_rows)
+    plan = make_plan(
+        job, placement, costs, scores, position.plans_made, position.steps_done, same_rows=same_rows
+    )
     return _put_in_force(job, engine, writer, progress, position, plan, time.perf_counter() - start)
 
 

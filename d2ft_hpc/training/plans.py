@@ -144,18 +144,19 @@ def make_plan(
     costs: PlanCosts,
     scores: Scores | None,
     index: int,
+    step: int,
     *,
     same_rows: bool = False,
 ) -> SkipPlan:
     """Rank 0 solves; every rank gets the same plan or raises the same PlanError.
 
-    index: how many plans were made before; planners that draw draw anew for each.
+    index: how many plans were made before; planners that draw draw anew for each. step: the first one under the plan.
     same_rows: all replicas follow the same rows.
     """
     return SkipPlan.from_bytes(
         share(
             job.control,
-            lambda: solve_here(job, placement, costs, scores, index, same_rows=same_rows).to_bytes(),
+            lambda: solve_here(job, placement, costs, scores, index, step, same_rows=same_rows).to_bytes(),
             "the plan",
         )
     )
@@ -180,6 +181,7 @@ def solve_here(
     costs: PlanCosts,
     scores: Scores | None,
     index: int,
+    step: int,
     *,
     same_rows: bool = False,
 ) -> SkipPlan:
@@ -187,6 +189,7 @@ def solve_here(
     config, replicas = job.config.plan, job.layout.replicas
     if config.file is not None:
         return _saved_plan(Path(config.file), job)
+    budget = _budget_from(job, step)
     if config.planner == "samples":
         return plan_samples(
             samples=job.config.data.slots * job.config.data.micro_batch_size,
@@ -194,11 +197,11 @@ def solve_here(
             replicas=replicas,
             num_blocks=job.executor.subnets.num_blocks,
             num_heads=job.executor.subnets.num_heads,
-            compute_budget=config.compute_budget,
+            compute_budget=budget,
             score_cost=job.costs.score_flops / job.costs.dense_flops,
         )
     return solve_slots(
-        config,
+        config.model_copy(update={"compute_budget": budget}),
         scores,
         slots=job.config.data.slots,
         replicas=replicas,
@@ -211,6 +214,15 @@ def solve_here(
         same_rows=same_rows,
         placement=placement,
     )
+
+
+def _budget_from(job: Job, step: int) -> float:
+    """Compute budget of a plan whose first step is `step`, until the next one is due."""
+    replan, total = job.config.plan.replan, job.total_steps
+    if replan.every is None:
+        return job.config.plan.compute_budget
+    steps = replan.every * (job.sampler.batches_per_epoch if replan.unit == "epochs" else 1)
+    return job.config.plan.budget_between(step / total, min(step + steps, total) / total)
 
 
 def by_device(of_ranks: Sequence[float], layout: Layout) -> list[float]:
@@ -254,9 +266,10 @@ def solve_slots(
         return mean
 
     equal = np.ones((slots * replicas, *subnets))
+    depth = np.arange(1, subnets[0] + 1)[:, None] / subnets[0]  # [block, 1]
     problem = PlanProblem.parallel(
         posed(equal if scores is None else scores.forward),
-        posed(equal if scores is None else scores.backward),
+        posed(equal if scores is None else scores.backward) * depth**config.depth_exponent,
         replicas=posed_replicas,
         rank=None if placement is None else placement.owner,
         stage=None if placement is None else placement.stage,

@@ -103,7 +103,7 @@ def initialize(
     layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
     if layout.is_cut:
         _same_on_all_ranks(model)
-    executor = attach(model, embeddings=section.embeddings, shared=section.shared)
+    executor = attach(model, embeddings=section.embeddings, shared=section.shared, rescale=section.rescale)
     image_shape = _image_shape(model)
     costs = measure_costs(model, executor, image_shape)
     flops = layer_flops(model, costs, image_shape)

@@ -14,11 +14,12 @@ from d2ft_hpc.errors import ConfigError
 
 SECTION = "d2ft"
 
-_USABLE: dict[str, tuple[str | None, ...]] = {
+_USABLE: dict[str, tuple[str | float | None, ...]] = {
     "forward_score": ("fisher",),
     "backward_score": ("fisher", "weight_magnitude"),
     "score_cache": (None,),
     "costs": ("flops",),
+    "warmup_share": (0.0,),
 }
 """Values of the keys that need a run of ours for their others."""
 

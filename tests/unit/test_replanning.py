@@ -10,8 +10,9 @@ import pytest
 from d2ft_hpc.config import EngineConfig, PlanConfig, ReplanConfig
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.launch.control import SoloControl
-from d2ft_hpc.planning import SkipPlan
-from d2ft_hpc.training.plans import is_due, meets_every_block
+from d2ft_hpc.planning import Operation, SkipPlan
+from d2ft_hpc.scores import Scores
+from d2ft_hpc.training.plans import is_due, meets_every_block, solve_slots
 from d2ft_hpc.training.replanning import Replanner
 
 
@@ -82,3 +83,32 @@ def test_an_impossible_budget_leaves_the_old_plan_and_a_bug_does_not_pass() -> N
     replanner.start(bug)
     with pytest.raises(ZeroDivisionError):
         replanner.at_boundary(wait=True)
+
+
+def full_by_block(**options: float) -> np.ndarray:
+    """Share of FULL cells in each of 6 blocks by planner `joint`, from random scores without SHORTCUT."""
+    scores = np.random.default_rng(0).uniform(0.5, 1.5, (4, 6, 3)).astype(np.float32)
+    plan = solve_slots(
+        PlanConfig(compute_budget=0.6, most_shortcut=0.0, **options),
+        Scores(scores, scores, seconds=0.0),
+        slots=4,
+        replicas=1,
+        subnets=(6, 3),
+        forward_cost=1 / 3,
+        always_share=0.0,
+        device_speed=None,
+        replicas_meet=False,
+        seed=(0, 0),
+        same_rows=False,
+    )
+    return np.asarray((plan.operations == Operation.FULL).mean(axis=(0, 2)))
+
+
+def test_depth_aware_scores_gather_full_in_the_upper_blocks() -> None:
+    flat, aware, steep = (full_by_block(depth_exponent=exponent) for exponent in (0.0, 2.0, 50.0))
+    assert [each.sum() for each in (flat, aware, steep)] == pytest.approx([28 / 12] * 3), (
+        "the budget is the same"
+    )
+    depth = np.arange(6)
+    assert depth @ flat < depth @ aware < depth @ steep
+    assert steep == pytest.approx([0.0, 0.0, 0.0, 4 / 12, 1.0, 1.0]), "by depth alone"

@@ -19,6 +19,10 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def uniforms(samples: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(samples + 1, dtype=torch.float64, generator=generator(seed))
+
+
 @pytest.mark.parametrize(
     "scores",
     [
@@ -36,7 +40,7 @@ def test_the_draw_has_the_asked_number_of_different_samples(scores: torch.Tensor
     assert probabilities.min() > 0
     assert probabilities.max() <= 1
     for seed in range(20):
-        drawn, of_drawn = draw_by_score(scores, count, uniform_share=0.25, generator=generator(seed))
+        drawn, of_drawn = draw_by_score(scores, count, uniform_share=0.25, uniforms=uniforms(40, seed))
         assert len(set(drawn.tolist())) == count
         torch.testing.assert_close(of_drawn, probabilities[drawn])
 
@@ -46,7 +50,7 @@ def test_samples_are_drawn_as_often_as_their_probability_says() -> None:
     drawn = torch.zeros(30)
     draws = 1500
     for seed in range(draws):
-        drawn[draw_by_score(scores, 12, uniform_share=0.1, generator=generator(seed))[0]] += 1
+        drawn[draw_by_score(scores, 12, uniform_share=0.1, uniforms=uniforms(30, seed))[0]] += 1
     expected = inclusion_probabilities(scores, 12, 0.1)
     worst = (
         (drawn / draws - expected).abs() / (expected * (1 - expected) / draws).clamp_min(1e-9).sqrt()
@@ -60,7 +64,7 @@ def test_no_score_beats_a_share_for_all() -> None:
     scores = torch.tensor([100.0] + [0.0] * 9)
     assert inclusion_probabilities(scores, 5, 0.25).min() > 0.4
     with pytest.raises(ValueError, match="11 of 10"):
-        draw_by_score(scores, 11, uniform_share=0.25, generator=generator())
+        draw_by_score(scores, 11, uniform_share=0.25, uniforms=uniforms(10))
 
 
 def images_of(count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,9 +13,12 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+from d2ft_hpc.config import load_config
 from d2ft_hpc.demo.model import DEMO_WEIGHTS
 from d2ft_hpc.errors import CheckpointError, ConfigError
+from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.model.build import build_model, pixel_statistics
+from d2ft_hpc.training.job import set_up
 
 NAME = "vit_tiny_patch16_224.augreg_in21k"
 
@@ -124,3 +127,11 @@ def test_faults(tiny: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             build_model(name, num_classes=3)
+
+
+def test_images_of_another_size_than_the_models_are_told_before_training() -> None:
+    config = load_config(Path(__file__).parents[2] / "configs" / "demo.yaml", ["data.image_size=40"])
+    with pytest.raises(
+        ConfigError, match=r"data\.image_size=40: .* set model\.options\.img_size=40, or data\.image"
+    ):
+        set_up(config, SoloControl(), torch.device("cpu"))
