@@ -1,29 +1,37 @@
 """Tensor parallelism by head: ranks that share a block, each with its own heads, follow one row of the plan.
 
-Every rank holds all tokens. A branch is the sum of what the ranks' heads give, with its row bias, LayerScale and the
-residual after the sum, once; the gradient of the branch's input is summed before it reaches the norm. So the norms,
-row biases and LayerScale have the same, whole gradients on all ranks; only those of q/k norms, which each rank's heads
-use by themselves, are summed like the input's (Shoeybi et al., 2019, arXiv 1909.08053, for the sums).
+A branch is the sum of what the ranks' heads give, with its row bias, LayerScale and the residual after the sum, once;
+the gradient of the branch's input is summed before it reaches the norm. `messages` has two ways of doing so. Where
+every rank holds all tokens, norms, row biases and LayerScale have the same, whole gradients on all ranks; only those of
+q/k norms, which each rank's heads use by themselves, are summed. Where each holds its own tokens, all of them are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from timm.models.vision_transformer import Block
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor, distributed
 
 from d2ft_hpc.errors import UnsupportedModelError
 from d2ft_hpc.execution.block import BlockHeads, attention_heads, branch_ends, ffn_slices
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.model.subnets import LINEAR_LAYERS, HeadAxis
 from d2ft_hpc.parallel.head_split import check_owner, cut_block, heads_of, local_axis
-from d2ft_hpc.parallel.messages import Ranks, ReplicatedTokens
+from d2ft_hpc.parallel.messages import (
+    Ranks,
+    ReplicatedTokens,
+    ShardedTokens,
+    TokenMessages,
+    present_owners,
+    whole_gradients,
+)
+from d2ft_hpc.planning.messages import TokenLayout
 from d2ft_hpc.planning.plan import Operation
 from d2ft_hpc.planning.problem import Ints
 
@@ -42,14 +50,20 @@ class SharedHeads(BlockHeads):
 class TensorParallelExecutor(PlanExecutor):
     """The plan of blocks that were cut by head; made by `share_blocks`."""
 
-    def __init__(self, whole: PlanExecutor, owner: Ints, messages: ReplicatedTokens) -> None:
-        """whole: the executor of the uncut model. owner: int64 [block, head], ranks of the group."""
+    def __init__(
+        self, whole: PlanExecutor, owner: Ints, layouts: Mapping[TokenLayout, TokenMessages]
+    ) -> None:
+        """whole: the executor of the uncut model. owner: int64 [block, head], ranks of the group.
+
+        layouts: of the tokens; the first is in use until `use` changes it.
+        """
+        messages = next(iter(layouts.values()))
         ranks = messages.group.size()
         check_owner(owner, whole.subnets.shape, ranks)
         vars(self).update(vars(whole))
         self.blocks = dict(whole.blocks)
         self.unload()
-        self._owner, self._messages = owner, messages
+        self._owner, self._layouts, self.messages = owner, layouts, messages
         self._axes = [
             {name: local_axis(axis, int(own)) for name, axis in whole.subnets.head_axes.items()}
             for own in (owner == messages.rank).sum(axis=1)
@@ -57,6 +71,18 @@ class TensorParallelExecutor(PlanExecutor):
         self._dense = [
             self._heads(np.full(row.shape, Operation.FULL), block) for block, row in enumerate(owner)
         ]
+
+    def use(self, token_layout: TokenLayout) -> None:
+        """The layout of the tokens from the next micro-batch on; on all ranks of the group alike.
+
+        Raises UnsupportedModelError where the model cannot run in it.
+        """
+        if token_layout not in self._layouts:
+            raise UnsupportedModelError(
+                f"engine.token_layout={token_layout}: the model draws random numbers for single tokens (proj_drop, "
+                f"drop2, patch_drop) or takes images of any size; use replicated"
+            )
+        self.messages = self._layouts[token_layout]
 
     def _run(
         self, block: Block, index: int, heads: BlockHeads | None, x: Tensor, *args: Any, **kwargs: Any
@@ -67,10 +93,10 @@ class TensorParallelExecutor(PlanExecutor):
             )
         heads = self._dense[index] if heads is None else heads
         assert isinstance(heads, SharedHeads)
-        return run_shared_block(block, x, heads, self._axes[index], self._messages)
+        return run_shared_block(block, x, heads, self._axes[index], self.messages)
 
     def _heads(self, cells: np.ndarray, index: int) -> SharedHeads:
-        own = super()._heads(cells[self._owner[index] == self._messages.rank], index)
+        own = super()._heads(cells[self._owner[index] == self.messages.rank], index)
         full, active = (
             tuple(np.unique(self._owner[index][cells >= least]).tolist())
             for least in (Operation.FULL, Operation.FORWARD_ONLY)
@@ -79,9 +105,15 @@ class TensorParallelExecutor(PlanExecutor):
 
 
 def share_blocks(
-    blocks: dict[int, Block], whole: PlanExecutor, owner: Ints, messages: ReplicatedTokens
+    blocks: dict[int, Block],
+    whole: PlanExecutor,
+    owner: Ints,
+    group: distributed.ProcessGroup,
+    tokens: int | None,
 ) -> TensorParallelExecutor:
     """Cuts blocks that are attached to `whole`, by their index in the model, down to this rank's heads.
+
+    group: the tensor-parallel ranks. tokens: of every sample between the blocks; None if that varies.
 
     Raises UnsupportedModelError where ranks would draw other random numbers, PlanError if the owner map does not fit.
     """
@@ -103,71 +135,63 @@ def share_blocks(
                     f"block {index} has {added[0]} in {name} (LoRA?), which tensor-parallel ranks would not sum up: "
                     f"train the whole weights, or set engine.tensor_parallel=1"
                 )
-    executor = TensorParallelExecutor(whole, owner, messages)
+    rank = distributed.get_rank(group)
+    layouts: dict[TokenLayout, TokenMessages] = {"replicated": ReplicatedTokens(group, rank)}
+    if tokens is not None and not any(_draws_by_token(block) for block in blocks.values()):
+        layouts["sharded"] = ShardedTokens(group, rank, tokens)
+    executor = TensorParallelExecutor(whole, owner, layouts)
     for index, block in blocks.items():
-        cut_block(block, whole.subnets.head_axes, heads_of(owner, index, messages.rank))
+        cut_block(block, whole.subnets.head_axes, heads_of(owner, index, rank))
         executor.link(block, index)
     return executor
 
 
+def _draws_by_token(block: Block) -> bool:
+    return block.attn.proj_drop.p > 0 or block.mlp.drop2.p > 0  # type: ignore[no-any-return]
+
+
 def run_shared_block(
-    block: Block, x: Tensor, heads: SharedHeads, axes: dict[str, HeadAxis], messages: ReplicatedTokens
+    block: Block, x: Tensor, heads: SharedHeads, axes: dict[str, HeadAxis], messages: TokenMessages
 ) -> Tensor:
-    """One rank's part of a block, the same result on every rank. x: [sample, token, channel]."""
+    """One rank's part of a block. x and the result: [sample, token, channel], as `messages` splits them."""
     if not heads.active_ranks:
         return x
-    norms = {"q_norm": block.attn.q_norm, "k_norm": block.attn.k_norm}
 
-    def attend(normed: Tensor, chosen: Tensor, norm_parameters: dict[str, Tensor]) -> Tensor:
-        q_norm, k_norm = (_with_parameters(norms[name], name, norm_parameters) for name in norms)
-        return attention_heads(block, axes, normed, chosen, None, None, False, q_norm, k_norm)
+    def attend(normed: Tensor, chosen: Tensor) -> Tensor:
+        return attention_heads(block, axes, normed, chosen, None, None, False)
 
-    def feed_forward(normed: Tensor, chosen: Tensor, _: dict[str, Tensor]) -> Tensor:
+    def feed_forward(normed: Tensor, chosen: Tensor) -> Tensor:
         return ffn_slices(block, axes, normed, chosen, None)
 
-    end_attention, end_feed_forward = branch_ends(block)
-    by_head = {f"{name}.{inner}": p for name, norm in norms.items() for inner, p in norm.named_parameters()}
-    x = x + _branch(x, heads, block.norm1, by_head, attend, block.attn.proj.bias, end_attention, messages)
-    return x + _branch(
-        x, heads, block.norm2, {}, feed_forward, block.mlp.fc2.bias, end_feed_forward, messages
-    )
+    by_head = present_owners([block.attn.q_norm, block.attn.k_norm])
+    after_heads = present_owners([block.norm1, block.norm2, block.ls1, block.ls2])
+    biases = present_owners([block.attn.proj, block.mlp.fc2], ["bias"])
+    partial = messages.partial([*by_head, *after_heads, *biases], by_head)
+    with whole_gradients(messages, partial, heads.full_ranks):
+        end_attention, end_feed_forward = branch_ends(block)
+        x = x + _branch(x, heads, block.norm1, attend, block.attn.proj.bias, end_attention, messages)
+        return x + _branch(
+            x, heads, block.norm2, feed_forward, block.mlp.fc2.bias, end_feed_forward, messages
+        )
 
 
 def _branch(
     x: Tensor,
     heads: SharedHeads,
     norm: Callable[[Tensor], Tensor],
-    by_head: dict[str, nn.Parameter],
-    compute: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor],
+    compute: Callable[[Tensor, Tensor], Tensor],
     bias: Tensor | None,
     end: Callable[[Tensor], Tensor],
-    messages: ReplicatedTokens,
+    messages: TokenMessages,
 ) -> Tensor:
-    """A residual branch: this rank's sum over its heads, the sum over the ranks, the rest.
-
-    by_head: parameters that each head uses by itself, which no head owns.
-    """
-    if not heads.full_ranks:
-        with torch.no_grad():
-            idle = heads.forward_only is None
-            own = torch.zeros_like(x) if idle else compute(norm(x), heads.forward_only, dict(by_head))  # type: ignore[arg-type]
-            total = messages.sum(own, heads.active_ranks)
-            return end(total if bias is None else total + bias)
-    entered = messages.enter([norm(x), *by_head.values()], heads.full_ranks)
-    normed, parameters = entered[0], dict(zip(by_head, entered[1:], strict=True))
-    own = torch.zeros_like(normed) if heads.full is None else compute(normed, heads.full, parameters)
-    if heads.forward_only is not None:
-        with torch.no_grad():
-            own.add_(compute(normed, heads.forward_only, parameters))
-    total = messages.leave(own, entered, heads.active_ranks)
-    return end(total if bias is None else total + bias)
-
-
-def _with_parameters(
-    module: nn.Module, name: str, parameters: dict[str, Tensor]
-) -> Callable[[Tensor], Tensor]:
-    """The module's function with those of `parameters` that are named after it."""
-    own = {
-        key.removeprefix(f"{name}."): value for key, value in parameters.items() if key.startswith(f"{name}.")
-    }
-    return lambda x: functional_call(module, own, (x,))
+    """A residual branch: this rank's sum over its heads, the sum over the ranks, the rest."""
+    ranks = heads.active_ranks, heads.full_ranks
+    with nullcontext() if heads.full_ranks else torch.no_grad():
+        entered = messages.enter(norm(x), *ranks)
+        own = None if heads.full is None else compute(entered, heads.full)
+        if heads.forward_only is not None:
+            with torch.no_grad():
+                forward_only = compute(entered, heads.forward_only)
+                own = forward_only if own is None else own.add_(forward_only)
+        total = messages.leave(own, entered, *ranks)
+        return end(total if bias is None else total + bias)

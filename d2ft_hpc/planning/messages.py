@@ -17,6 +17,9 @@ from d2ft_hpc.planning.problem import Floats, Ints
 
 DataParallel = Literal["zero0", "zero1", "zero2", "zero3", "fsdp2"]
 
+TokenLayout = Literal["replicated", "sharded"]
+"""What tensor-parallel ranks hold between branches: every token, or each its own (`parallel.messages`)."""
+
 ALL_REDUCES_OF_A_BLOCK = 2
 """Tensor-parallel sums of a block in each direction: after attention and after the FFN, before them backward."""
 

@@ -23,12 +23,14 @@ from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.executor import EmbeddingPolicy, attach
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.metering import meter
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages
+from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.planning.messages import TokenLayout
 from tests.distributed.engine_checks import (
     STEPS,
     largest_difference,
@@ -82,9 +84,11 @@ def build(
     precision: str = "fp32",
     clipping: float | None = None,
     recompute: bool = False,
+    token_layout: TokenLayout = "replicated",
+    embeddings: EmbeddingPolicy = "frozen",
 ) -> PipelineEngine | TensorParallelEngine:
     model.set_grad_checkpointing(recompute)
-    executor = attach(model)
+    executor = attach(model, embeddings=embeddings)
     layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
     placement = Placement(layout, cut_stages([0.1, *[1.0] * DEPTH, 0.1], stages), owner_of(tensor_ranks))
     config = deepspeed_config(
@@ -100,7 +104,10 @@ def build(
         return optimizer, build_schedule(optimizer, optimizer_config(optimizer_name), STEPS)
 
     kind = PipelineEngine if stages > 1 else TensorParallelEngine
-    return kind(model, executor, placement, make_optimizer, loss_function, config, control)
+    engine = kind(model, executor, placement, make_optimizer, loss_function, config, control)
+    if isinstance(engine.executor, TensorParallelExecutor):
+        engine.executor.use(token_layout)
+    return engine
 
 
 def trained(
@@ -121,10 +128,15 @@ def trained(
 
 
 def reference(
-    model: VisionTransformer, optimizer_name: str, kind: str, clipping: float | None, replicas: int
+    model: VisionTransformer,
+    optimizer_name: str,
+    kind: str,
+    clipping: float | None,
+    replicas: int,
+    embeddings: EmbeddingPolicy = "frozen",
 ) -> Any:
     """What one process gets from the same rows."""
-    executor = attach(model)
+    executor = attach(model, embeddings=embeddings)
     optimizer = build_optimizer(model, optimizer_config(optimizer_name))
     schedule = build_schedule(optimizer, optimizer_config(optimizer_name), STEPS)
     engine = PlainEngine(model, executor, optimizer, schedule, loss_function, gradient_clipping=clipping)
@@ -147,7 +159,8 @@ def check_fp32(
     replicas = control.world_size // (options["stages"] * options["tensor_ranks"])
 
     def one_process(model: VisionTransformer) -> Any:
-        return reference(model, optimizer_name, kind, options.get("clipping"), replicas)
+        embeddings = options.get("embeddings", "frozen")
+        return reference(model, optimizer_name, kind, options.get("clipping"), replicas, embeddings)
 
     one = one_process(tiny_vit(**model_options))
     exact = one_process(tiny_vit(**model_options).double())
@@ -229,6 +242,8 @@ def checks(world_size: int, everything: bool) -> dict[str, Callable[[Control], A
                 add("whole stages", stages, tensor, "sgd", recompute=True)
             if tensor > 1:
                 add("whole blocks", stages, tensor, "adamw", zero=1, qk_norm=True)
+        if tensor > 1:
+            _add_sharded(add, stages, tensor, everything)
         if everything and tensor > 1 and stages == 1:
             for zero in (2, 3):
                 add("whole blocks", stages, tensor, "sgd", zero=zero)
@@ -236,6 +251,27 @@ def checks(world_size: int, everything: bool) -> dict[str, Callable[[Control], A
     if world_size == 2:
         named["messages"] = check_messages
     return named
+
+
+def _add_sharded(add: Callable[..., None], stages: int, tensor: int, everything: bool) -> None:
+    """Ranks that each hold their own of the 17 tokens, which no number of ranks here divides."""
+    sharded = {"token_layout": "sharded"}
+    for kind in KINDS:
+        for optimizer in ("sgd", "adamw"):
+            usual = (kind, optimizer) in (
+                ("random", "adamw"),
+                ("whole blocks", "sgd"),
+                ("whole stages", "sgd"),
+            )
+            if everything or usual:
+                add(kind, stages, tensor, optimizer, zero=stages % 2, **sharded)
+    add("random", stages, tensor, "sgd", clipping=0.05, embeddings="trained", qk_norm=True, **sharded)
+    add("whole blocks", stages, tensor, "sgd", "bf16", **sharded)
+    if stages > 1:
+        add("whole stages", stages, tensor, "sgd", recompute=True, **sharded)
+    else:
+        for zero in (2, 3):
+            add("random", stages, tensor, "adamw", zero=zero, embeddings="complete_path", **sharded)
 
 
 def main() -> None:
