@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StateWriter, StepReport
 from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
+from d2ft_hpc.engines.replicas import reduce_trained_blocks
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.engines.zero_state import collect, restore
 from d2ft_hpc.errors import ConfigError
@@ -104,6 +105,7 @@ class DeepSpeedEngine:
             mpu=mpu,
         )
         self._model, self.executor, self._loss_function = model, executor, loss_function
+        reduce_trained_blocks(self.engine, model, executor)
         self._dtype = next(model.parameters()).dtype
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:

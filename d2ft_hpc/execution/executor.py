@@ -43,6 +43,8 @@ class PlanExecutor:
         self.plan: SkipPlan | None = None
         """The plan in force; None means dense."""
         self._detach_incomplete = embeddings == "complete_path"
+        self.trains_embeddings = embeddings == "trained"
+        """Every micro-batch's gradient goes on below the blocks, whatever the plan."""
         self._slots: list[list[BlockHeads]] = []
         self._one_point: list[list[bool]] = []  # [slot][block]: gradients must be complete and in order
         self._slot: int | None = None
