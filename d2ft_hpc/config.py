@@ -189,7 +189,8 @@ class PlanConfig(Section):
     """Share of the dense run's messages between subnets; null: no limit."""
     messages: Literal["by_head", "by_meeting"] = "by_head"
     """What these messages are: by_head counts FULL 1 and FORWARD_ONLY 0.5 for every head (the paper's cost model),
-    by_meeting the all-reduces of tensor-parallel ranks, which a block without any active head does not need."""
+    by_meeting what tensor-parallel ranks really send in engine.token_layout, which is less where only some of them, or
+    none, have an active head in a block."""
     memory_budget: Fraction | None = None
     """Share of the activations of a dense micro-batch that a device keeps for the backward; null: no limit. Planners
     `paper` and `random` do not know it and are refused where they exceed it."""
@@ -244,6 +245,10 @@ class EngineConfig(Section):
     head_placement: Literal["in_order", "spread"] = "in_order"
     """Which tensor-parallel rank holds which heads: neighbouring ones, or such that by their scores each rank's are
     worth the same, for which scores are measured once before training."""
+    token_layout: Literal["replicated", "sharded", "auto"] = "replicated"
+    """What tensor-parallel ranks hold between branches. replicated: every token, with an all-reduce after each branch.
+    sharded: each its own tokens; a branch's input goes only to ranks with an active head, and only those return partial
+    sums, so that messages follow the plan. auto: whichever is predicted to be faster, for each plan."""
     activation_checkpointing: bool = False
     """Keep each block's input only and run the block again in the backward, under the same row of the plan."""
     deepspeed: dict[str, Any] = {}

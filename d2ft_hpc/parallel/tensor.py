@@ -57,7 +57,7 @@ class TensorParallelExecutor(PlanExecutor):
 
         layouts: of the tokens; the first is in use until `use` changes it.
         """
-        messages = next(iter(layouts.values()))
+        self.token_layout, messages = next(iter(layouts.items()))
         ranks = messages.group.size()
         check_owner(owner, whole.subnets.shape, ranks)
         vars(self).update(vars(whole))
@@ -82,7 +82,7 @@ class TensorParallelExecutor(PlanExecutor):
                 f"engine.token_layout={token_layout}: the model draws random numbers for single tokens (proj_drop, "
                 f"drop2, patch_drop) or takes images of any size; use replicated"
             )
-        self.messages = self._layouts[token_layout]
+        self.token_layout, self.messages = token_layout, self._layouts[token_layout]
 
     def _run(
         self, block: Block, index: int, heads: BlockHeads | None, x: Tensor, *args: Any, **kwargs: Any

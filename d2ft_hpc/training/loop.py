@@ -23,7 +23,9 @@ from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.model.lora import timm_state
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.stages import describe_stages
+from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.planning.messages import TokenLayout
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.results.layout import rank_file
 from d2ft_hpc.training import run_folder
@@ -36,7 +38,14 @@ from d2ft_hpc.training.job import Job, layout_of, set_up
 from d2ft_hpc.training.measured import Measured, measure_job
 from d2ft_hpc.training.placing import flops_of_layers, place
 from d2ft_hpc.training.plan_costs import PlanCosts
-from d2ft_hpc.training.plans import batches_of, is_due, make_plan, measure_scores, solve_here
+from d2ft_hpc.training.plans import (
+    batches_of,
+    is_due,
+    make_plan,
+    measure_scores,
+    solve_here,
+    token_layout_of,
+)
 from d2ft_hpc.training.progress import Progress
 from d2ft_hpc.training.recorded import note, record_job, record_plan, record_scores
 from d2ft_hpc.training.records import StepRecorder
@@ -72,8 +81,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     if start.checkpoint is not None:
         plan = load_checkpoint(start.checkpoint, engine, control)
         plan = replace(plan, replicas=job.sampler.replicas)
-        engine.check(plan)
-        engine.executor.load(plan, job.layout.replica)
+        _follow(job, engine, placement, measured.plan_costs, plan)
     with ExitStack() as stack:
         writer, own_writer, board = None, None, None
         with agreed(control, "opening the run's folder"):
@@ -114,6 +122,7 @@ def _train_epochs(
 ) -> bool:
     """False if it was stopped and saved before the end."""
     config, control = job.config, job.control
+    costs = measured.plan_costs
     progress = Progress(control.rank, job.total_steps)
     runner = StepRunner(job, engine, placement)
     start_step = position.steps_done
@@ -123,7 +132,7 @@ def _train_epochs(
 
     def settle(position: Position) -> Position:
         """No plan is under way any more: a checkpoint holds the one in force."""
-        return _take_over(job, engine, writer, progress, position, replanner, wait=True)
+        return _take_over(job, engine, placement, costs, writer, progress, position, replanner, wait=True)
 
     folder = config.run_folder / run_folder.CHECKPOINTS
     with CheckpointSaver(folder, control, keep=config.train.keep_checkpoints) as saver:
@@ -143,14 +152,14 @@ def _train_epochs(
                         job,
                         engine,
                         placement,
-                        measured.plan_costs,
+                        costs,
                         writer,
                         progress,
                         position,
                         replanner,
                         watch,
                     )
-                position = _take_over(job, engine, writer, progress, position, replanner)
+                position = _take_over(job, engine, placement, costs, writer, progress, position, replanner)
                 record = runner.run(batches, step=steps_done, epoch=epoch, plan=position.plans_made - 1)
                 recorder.add(record)
                 position = position.after_step()
@@ -208,12 +217,16 @@ def _replan(
     if same_rows and position.plans_made == 0:
         progress.say(f"one plan for all replicas: {engine.same_rows}")
     plan = make_plan(job, placement, costs, scores, position.plans_made, same_rows=same_rows)
-    return _put_in_force(job, engine, writer, progress, position, plan, time.perf_counter() - start)
+    return _put_in_force(
+        job, engine, placement, costs, writer, progress, position, plan, time.perf_counter() - start
+    )
 
 
 def _take_over(
     job: Job,
     engine: Engine,
+    placement: Placement,
+    costs: PlanCosts,
     writer: ResultsWriter | None,
     progress: Progress,
     position: Position,
@@ -229,24 +242,38 @@ def _take_over(
         progress.say(f"no new plan, the old one stays: {made.fault}")
         note(writer, position.steps_done, "replan", f"failed: {made.fault}", made.seconds)
         return position
-    return _put_in_force(job, engine, writer, progress, position, made.plan, made.seconds)
+    return _put_in_force(job, engine, placement, costs, writer, progress, position, made.plan, made.seconds)
+
+
+def _follow(
+    job: Job, engine: Engine, placement: Placement, costs: PlanCosts, plan: SkipPlan
+) -> TokenLayout | None:
+    """Loads a plan and returns the layout of tokens in which it runs; None without tensor parallelism."""
+    engine.check(plan)
+    layout = None
+    if isinstance(engine.executor, TensorParallelExecutor):
+        layout = token_layout_of(plan, job, placement, costs)
+        engine.executor.use(layout)
+    engine.executor.load(plan, job.layout.replica)
+    return layout
 
 
 def _put_in_force(
     job: Job,
     engine: Engine,
+    placement: Placement,
+    costs: PlanCosts,
     writer: ResultsWriter | None,
     progress: Progress,
     position: Position,
     plan: SkipPlan,
     seconds: float,
 ) -> Position:
-    engine.check(plan)
-    engine.executor.load(plan, job.layout.replica)
+    layout = _follow(job, engine, placement, costs, plan)
     planned = job.costs.planned_share(plan)
     progress.say(
         f"plan {position.plans_made} ({plan.planner}, {plan.status}, gap {plan.gap:.1e}): {planned:.1%} of the dense "
-        f"compute, made in {seconds:.2f} s"
+        f"compute, made in {seconds:.2f} s{'' if layout is None else f', tokens {layout}'}"
     )
     if writer is not None:
         record_plan(job, writer, plan, position.steps_done, seconds)

@@ -14,10 +14,12 @@ from d2ft_hpc.metering import Metered, meter
 from d2ft_hpc.metering.memory import reset_peak, used_bytes
 from d2ft_hpc.metering.phases import phase, timed_step
 from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import Operation
 from d2ft_hpc.results.schema import BYTE_KINDS
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.placing import costs_of_rank
+from d2ft_hpc.training.planned_bytes import PlannedBytes
 from d2ft_hpc.training.records import StepRecord
 
 
@@ -42,6 +44,8 @@ class StepRunner:
     def __init__(self, job: Job, engine: Engine, placement: Placement) -> None:
         self._job, self._engine, self._own = job, engine, placement.own
         self._costs = costs_of_rank(job, placement)
+        self._planned_bytes = PlannedBytes(job, placement)
+        self._bytes_of_plan: dict[str, float] = {}
         self._metered_plan = -1
         self._metered = Metered()
         self._metered_planned_flops = 1.0
@@ -59,6 +63,7 @@ class StepRunner:
                 with meter() as self._metered:
                     report, work = self._step(micro_batches, step)
                 self._metered_plan, self._metered_planned_flops = plan, work.planned_flops
+                self._bytes_of_plan = self._promised_bytes()
             loss, gradient_norm = _on_host(report.loss), _on_host(report.gradient_norm)
         samples = sum(len(labels) for _, labels in micro_batches)
         return StepRecord(
@@ -80,9 +85,20 @@ class StepRunner:
                 "left_out_rows": work.left_out_rows,
                 "bytes_sent": sum(self._metered.bytes_sent.values()),
                 **_bytes_by_kind(self._metered.bytes_sent),
+                **self._bytes_of_plan,
                 "memory_bytes": used_bytes(device),
             },
         )
+
+    def _promised_bytes(self) -> dict[str, float]:
+        """Bytes of this rank in a step: of the plan in force, and of the dense one, by the message model."""
+        executor = self._engine.executor
+        assert executor.plan is not None
+        layout = executor.token_layout if isinstance(executor, TensorParallelExecutor) else "replicated"
+        return {
+            "planned_bytes": self._planned_bytes.of(executor.plan, layout),
+            "dense_bytes": self._planned_bytes.of_dense(executor.plan, layout),
+        }
 
     def _step(self, micro_batches: list[MicroBatch], step: int) -> tuple[StepReport, _Work]:
         """Trains on these micro-batches, or on those of their samples that the plan lets train."""
