@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.messages import Floats, Ints, TokenLayout, active_ranks, shares_of_senders
+from d2ft_hpc.planning.messages import Floats as Floats
+from d2ft_hpc.planning.messages import Ints as Ints
+from d2ft_hpc.planning.messages import TokenLayout, active_ranks, shares_of_senders
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 
 BUDGET_EPSILON = 1e-9

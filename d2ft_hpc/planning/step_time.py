@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from d2ft_hpc.planning.messages import ByDirection, TokenLayout, tensor_parallel_seconds
-from d2ft_hpc.planning.plan import SkipPlan
+from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import PlanProblem
 from d2ft_hpc.planning.simulate import simulate
 
@@ -25,9 +27,7 @@ class StepTime:
     latency: float
 
     def of(self, plan: SkipPlan, problem: PlanProblem, layout: TokenLayout) -> float:
-        """Seconds of what the plan decides: subnets and the messages between tensor-parallel ranks."""
-        if problem.ranks == 1:
-            return self.seconds_per_cost * simulate(plan, problem).step
+        """Seconds of what the plan decides: subnets, and the messages between tensor-parallel ranks and stages."""
         messages = tensor_parallel_seconds(
             plan.operations,
             problem.rank,
@@ -37,9 +37,15 @@ class StepTime:
             seconds_per_byte=self.seconds_per_byte,
             latency=self.latency,
         )
-        in_costs = ByDirection(
-            messages.forward / self.seconds_per_cost, messages.backward / self.seconds_per_cost
-        )
+        forward, backward = messages.forward, messages.backward
+        share = 1 / problem.ranks if layout == "sharded" else 1.0
+        at_boundary = share * self.activation_bytes * self.seconds_per_byte
+        for stage in range(1, problem.stages):
+            first = int(np.flatnonzero(problem.stage == stage)[0])
+            trained_below = (plan.operations[:, :first] == Operation.FULL).any(axis=(1, 2))
+            forward[:, first - 1] += at_boundary
+            backward[:, first] += at_boundary * trained_below
+        in_costs = ByDirection(forward / self.seconds_per_cost, backward / self.seconds_per_cost)
         return self.seconds_per_cost * simulate(plan, problem, in_costs).step
 
     def fastest(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from d2ft_hpc.engines.engine import Engine, MicroBatch, StepReport
+from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.metering import Metered, meter
 from d2ft_hpc.metering.memory import reset_peak, used_bytes
 from d2ft_hpc.metering.phases import phase, timed_step
@@ -19,7 +20,6 @@ from d2ft_hpc.planning import Operation
 from d2ft_hpc.results.schema import BYTE_KINDS
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.placing import costs_of_rank
-from d2ft_hpc.training.planned_bytes import PlannedBytes
 from d2ft_hpc.training.records import StepRecord
 
 
@@ -44,7 +44,17 @@ class StepRunner:
     def __init__(self, job: Job, engine: Engine, placement: Placement) -> None:
         self._job, self._engine, self._own = job, engine, placement.own
         self._costs = costs_of_rank(job, placement)
-        self._planned_bytes = PlannedBytes(job, placement)
+        config, zero = job.config, job.config.engine.deepspeed.get("zero_optimization", {})
+        self._planned_bytes = PlannedBytes(
+            job.model,
+            job.executor.subnets,
+            placement,
+            slots=config.data.slots,
+            micro_batch_size=config.data.micro_batch_size,
+            precision=config.engine.precision,
+            zero_stage=int(zero.get("stage", config.engine.precision == "fp16")),
+            trains_embeddings=config.model.embeddings == "trained",
+        )
         self._bytes_of_plan: dict[str, float] = {}
         self._metered_plan = -1
         self._metered = Metered()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from timm.models.vision_transformer import VisionTransformer
 
 from d2ft_hpc.engines.replicas import reduces_trained_blocks_only, trained_blocks
-from d2ft_hpc.model.subnets import ParameterClass
+from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.planning import Operation, SkipPlan
 from d2ft_hpc.planning.messages import (
@@ -18,7 +17,6 @@ from d2ft_hpc.planning.messages import (
     ring_bytes,
     tensor_parallel_bytes,
 )
-from d2ft_hpc.training.job import Job
 
 _STAGES: tuple[DataParallel, ...] = ("zero0", "zero1", "zero2", "zero3")
 
@@ -26,17 +24,27 @@ _STAGES: tuple[DataParallel, ...] = ("zero0", "zero1", "zero2", "zero3")
 class PlannedBytes:
     """Of this rank, for full batches. Small messages that no plan changes (losses, norms, shapes) are not counted."""
 
-    def __init__(self, job: Job, placement: Placement) -> None:
-        config, layout = job.config, placement.layout
-        self._placement, self._slots = placement, config.data.slots
-        self._trains_embeddings = config.model.embeddings == "trained"
-        self._blocks = job.executor.subnets.num_blocks
-        tokens = job.model.patch_embed.num_patches + job.model.num_prefix_tokens
-        whole, half = (4, 4) if config.engine.precision == "fp32" else (4, 2)
-        self._activation_bytes = config.data.micro_batch_size * tokens * job.model.embed_dim * half
-        zero: Any = config.engine.deepspeed.get("zero_optimization", {})
-        self._stage = int(zero.get("stage", 1 if config.engine.precision == "fp16" else 0))
-        self._leaves_out = reduces_trained_blocks_only(self._stage, config.engine.precision)
+    def __init__(
+        self,
+        model: VisionTransformer,
+        subnets: SubnetMap,
+        placement: Placement,
+        *,
+        slots: int,
+        micro_batch_size: int,
+        precision: str,
+        zero_stage: int,
+        trains_embeddings: bool,
+    ) -> None:
+        """model: the whole one. slots: micro-batches of a replica in a step. precision: "fp32", "bf16" or "fp16"."""
+        layout = placement.layout
+        self._placement, self._slots, self._stage = placement, slots, zero_stage
+        self._trains_embeddings = trains_embeddings
+        self._blocks = subnets.num_blocks
+        tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+        whole, half = (4, 4) if precision == "fp32" else (4, 2)
+        self._activation_bytes = micro_batch_size * tokens * model.embed_dim * half
+        self._leaves_out = reduces_trained_blocks_only(zero_stage, precision)
         self._parameters = np.zeros(
             self._blocks + 1
         )  # of this rank by block, the last one of what is in no block
@@ -44,8 +52,8 @@ class PlannedBytes:
         self._shared = np.zeros(self._blocks)  # trained ones that no head owns
         self._by_head = np.zeros(self._blocks)  # those of them that each head uses by itself
         own_heads = placement.own.sum(axis=1)
-        for name, parameter in job.model.named_parameters():
-            kind = job.executor.subnets.classify(name)
+        for name, parameter in model.named_parameters():
+            kind = subnets.classify(name)
             size = float(parameter.numel())
             block = self._blocks
             if name.startswith("blocks."):
@@ -53,7 +61,7 @@ class PlannedBytes:
                 if block not in placement.blocks:
                     continue
                 if kind is ParameterClass.SUBNET:
-                    size *= own_heads[block] / job.executor.subnets.num_heads
+                    size *= own_heads[block] / subnets.num_heads
                 elif parameter.requires_grad:
                     self._shared[block] += half * size
                     self._by_head[block] += half * size * (".q_norm." in name or ".k_norm." in name)
