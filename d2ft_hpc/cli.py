@@ -224,6 +224,15 @@ def _parser() -> argparse.ArgumentParser:
     network.add_argument("--repeats", type=int, default=3, help="steps of each plan (default: 3)")
     network.add_argument("--json", action="store_true", help="end with one line of JSON")
     network.set_defaults(run=_bench_network)
+    unequal = benches.add_parser(
+        "unequal",
+        help="waiting at the meeting point when a busy process shares one rank's core",
+        description="Equal shares against shares by watched speeds; start it with mpirun -n 2 on two idle cores.",
+    )
+    unequal.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
+    unequal.add_argument("--steps", type=int, default=10, help="measured steps of each plan (default: 10)")
+    unequal.add_argument("--json", action="store_true", help="end with one line of JSON")
+    unequal.set_defaults(run=_bench_unequal)
     return parser
 
 
@@ -495,6 +504,21 @@ def _bench_network(options: argparse.Namespace) -> int:
         print(report(result, as_json=options.json))
 
     return run_guarded(None, run)
+
+
+def _bench_unequal(options: argparse.Namespace) -> int:
+    from d2ft_hpc.launch import connect, detect, run_guarded
+
+    control = connect(detect(), device_type="cpu")
+
+    def run() -> None:
+        from d2ft_hpc.bench.unequal import benchmark, report
+
+        result = benchmark(control, compute_budget=options.compute_budget, steps=options.steps)
+        if control.rank == 0:
+            print(report(result, as_json=options.json))
+
+    return run_guarded(control, run)
 
 
 def _train(options: argparse.Namespace) -> int:

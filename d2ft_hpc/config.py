@@ -148,6 +148,10 @@ class ReplanConfig(Section):
     overlap: bool = False
     """Solve while training goes on under the old plan. The first step under the new one depends on the clock and is
     recorded; if false, the step at which a plan is due waits for it."""
+    speeds: Literal["start", "watched"] = "start"
+    """What later plans take for the ranks' speeds: those of the first plan, or what each rank computed a second in the
+    steps under the plan before, so that a rank that others slow down gets less. Watched ones depend on the clock: a
+    resumed run may plan otherwise."""
 
 
 class SamplesConfig(Section):

@@ -52,6 +52,7 @@ from d2ft_hpc.training.records import StepRecorder
 from d2ft_hpc.training.replanning import Replanner
 from d2ft_hpc.training.resume import Start, choose_start, fitted_to_ranks
 from d2ft_hpc.training.saver import CheckpointSaver
+from d2ft_hpc.training.speed_watch import SpeedWatch
 from d2ft_hpc.training.steps import StepRunner
 
 BEFORE_ALL = -2
@@ -122,10 +123,10 @@ def _train_epochs(
 ) -> bool:
     """False if it was stopped and saved before the end."""
     config, control = job.config, job.control
-    costs = measured.plan_costs
+    costs, speed_watch = measured.plan_costs, SpeedWatch(control)
     progress = Progress(control.rank, job.total_steps)
     runner = StepRunner(job, engine, placement)
-    start_step = position.steps_done
+    start_step, plans_made = position.steps_done, position.plans_made
     replanner = Replanner(control)
     if position.steps_done == 0 and config.train.evaluate_at_start:
         _evaluate(job, engine, writer, board, progress, position, watch)
@@ -148,6 +149,10 @@ def _train_epochs(
                     return False
                 steps_done = position.steps_done
                 if is_due(config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=steps_done):
+                    if config.plan.replan.speeds == "watched" and position.plans_made > 0:
+                        costs = replace(costs, device_speed=speed_watch.speeds(costs.device_speed))
+                        speeds = ", ".join(f"{speed:.2f}" for speed in costs.device_speed)
+                        note(writer, steps_done, "speeds", speeds)
                     position = _replan(
                         job,
                         engine,
@@ -160,8 +165,12 @@ def _train_epochs(
                         watch,
                     )
                 position = _take_over(job, engine, placement, costs, writer, progress, position, replanner)
+                if position.plans_made != plans_made:
+                    plans_made = position.plans_made
+                    speed_watch.begin_plan()
                 record = runner.run(batches, step=steps_done, epoch=epoch, plan=position.plans_made - 1)
                 recorder.add(record)
+                speed_watch.add(record.of_rank["executed_flops"], record.times)
                 position = position.after_step()
                 if progress.is_due(position.steps_done):
                     share = record.of_rank["planned_flops"] / record.of_rank["dense_flops"]
