@@ -1,4 +1,4 @@
-"""How fast every rank computed under the plan in force, for the next plan: a slowed rank gets less, a freed one more."""
+"""How fast every rank computed under the plan in force, for the next one: a slowed rank gets less, a freed one more."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import faulthandler
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from d2ft_hpc.engines.deepspeed import deepspeed_config
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.plain import PlainEngine
+from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.execution.executor import EmbeddingPolicy, attach
 from d2ft_hpc.launch import Control, connect, detect
@@ -206,6 +208,40 @@ def check_messages(control: Control) -> dict[str, Any]:
     return {"sent": sent, "one sum": 4 * 17 * 48 * 4}
 
 
+def check_sent(
+    control: Control, *, stages: int, tensor_ranks: int, token_layout: TokenLayout
+) -> dict[str, dict[str, float]]:
+    """Bytes of a step over all ranks, by kind of plan: counted where they are sent, and by the message model."""
+    model = tiny_vit(qk_norm=True, init_values=0.5)
+    options = {"stages": stages, "tensor_ranks": tensor_ranks, "token_layout": token_layout}
+    engine = build(control, model, "sgd", **options)
+    layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
+    told = PlannedBytes(
+        model,
+        engine.executor.subnets,
+        Placement(layout, cut_stages([0.1, *[1.0] * DEPTH, 0.1], stages), owner_of(tensor_ranks)),
+        slots=SLOTS,
+        micro_batch_size=4,
+        precision="fp32",
+        zero_stage=0,
+        trains_embeddings=False,
+    )
+    sent = {}
+    for kind in KINDS:
+        plan = plan_of(kind, 0, layout.replicas)
+        engine.executor.load(plan, layout.replica)
+        rows = [slot * layout.replicas + layout.replica for slot in range(SLOTS)]
+        batch = [micro_batch(0, row, plan.num_rows) for row in rows]
+        if kind == KINDS[0]:
+            engine.step(batch)  # what is sent once only
+        with meter() as metered:
+            engine.step(batch)
+        own = np.array([sum(metered.bytes_sent.values()), told.of(plan, token_layout)])
+        of_ranks = [np.frombuffer(part) for part in control.all_gather(own.tobytes())]
+        sent[kind] = dict(zip(("counted", "told"), np.sum(of_ranks, axis=0).tolist(), strict=True))
+    return sent
+
+
 def checks(world_size: int, everything: bool) -> dict[str, Callable[[Control], Any]]:
     layouts = {2: [(2, 1), (1, 2)], 4: [(2, 1), (1, 2), (2, 2), (4, 1)]}[world_size]
     named: dict[str, Callable[[Control], Any]] = {}
@@ -248,6 +284,9 @@ def checks(world_size: int, everything: bool) -> dict[str, Callable[[Control], A
             for zero in (2, 3):
                 add("whole blocks", stages, tensor, "sgd", zero=zero)
                 add("whole blocks", stages, tensor, "sgd", "bf16", zero=zero)
+        for token_layout in ("replicated", "sharded")[: 1 + (tensor > 1)]:
+            sending = {"stages": stages, "tensor_ranks": tensor, "token_layout": token_layout}
+            named[f"sent pp{stages} tp{tensor} {token_layout}"] = partial(check_sent, **sending)
     if world_size == 2:
         named["messages"] = check_messages
     return named
