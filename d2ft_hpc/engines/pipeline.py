@@ -23,7 +23,14 @@ from d2ft_hpc.engines.deepspeed_private import (
     send_needed_gradients,
     topology_of,
 )
-from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StateWriter, StepReport, zero_missing_gradients
+from d2ft_hpc.engines.engine import (
+    LossFunction,
+    MicroBatch,
+    ShortOfMemory,
+    StateWriter,
+    StepReport,
+    zero_missing_gradients,
+)
 from d2ft_hpc.engines.model_parallel import MakeOptimizer, full_model, load_state, save_state, share_part
 from d2ft_hpc.engines.replicas import reduce_trained_blocks
 from d2ft_hpc.execution.executor import PlanExecutor
@@ -75,6 +82,9 @@ class PipelineEngine:
         )
         send_needed_gradients(self.engine, self._gradient_is_needed)
         reduce_trained_blocks(self.engine, self._part, self.executor)
+        self.short_of_memory: ShortOfMemory | None = (
+            None  # stages send while a step is under way: not repeatable
+        )
         self._slot = 0
         self._row: ExitStack | None = None
         self._module.register_forward_pre_hook(self._before_forward)

@@ -13,7 +13,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.engines.check import check_plan, check_recompute
-from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StateWriter, StepReport, zero_missing_gradients
+from d2ft_hpc.engines.engine import (
+    LossFunction,
+    MicroBatch,
+    ShortOfMemory,
+    StateWriter,
+    StepReport,
+    zero_missing_gradients,
+)
+from d2ft_hpc.engines.out_of_memory import repeatable
 from d2ft_hpc.engines.portable import (
     PortableState,
     collect_plain,
@@ -50,14 +58,20 @@ class PlainEngine:
         self._max_norm = float("inf") if gradient_clipping is None else gradient_clipping
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._graphs: dict[int, CudaGraphs] | None = {} if cuda_graphs else None
+        self.short_of_memory: ShortOfMemory | None = None
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
         report = StepReport(learning_rate=self._optimizer.param_groups[0]["lr"])
-        losses = []
         self._model.train()
-        for slot, (images, labels) in enumerate(micro_batches):
-            with self.executor.micro_batch(slot):
-                losses.append(self._accumulate(report, images, labels, len(micro_batches)))
+
+        def passes() -> list[Tensor]:
+            losses = []
+            for slot, (images, labels) in enumerate(micro_batches):
+                with self.executor.micro_batch(slot):
+                    losses.append(self._accumulate(report, images, labels, len(micro_batches)))
+            return losses
+
+        losses = repeatable(self.short_of_memory, self._optimizer.zero_grad, passes)
         with report.timed("optimizer"):
             zero_missing_gradients(self._model)
             report.gradient_norm = nn.utils.clip_grad_norm_(self._trained, self._max_norm)

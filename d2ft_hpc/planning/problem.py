@@ -132,6 +132,7 @@ class PlanProblem:
         messages: Literal["by_head", "by_meeting"] = "by_head",
         replicas_meet: bool = False,
         token_layout: TokenLayout = "replicated",
+        most_full: Sequence[float] | None = None,
     ) -> PlanProblem:
         """The problem of data-parallel replicas, each cut into pipeline stages and tensor-parallel ranks.
 
@@ -145,6 +146,7 @@ class PlanProblem:
             where not all ranks have a head that runs, or is FULL.
         memory_budget: fraction in (0, 1] of the activations that a device keeps for the backward of a dense
             row; None = unlimited.
+        most_full: the same by device, as the most FULL cells of one row; the smaller limit counts.
         forward_cost: cost of FORWARD_ONLY, a fraction in [0, 1] of the cost of FULL.
         always_share: fraction in [0, 1) of the dense compute that runs regardless of the plan; it is paid
             out of `compute_budget` first.
@@ -207,6 +209,9 @@ class PlanProblem:
                 f"plan says (embedding, classifier). The least feasible compute_budget is {round_up(least):g}."
             )
         cells_of_row = cells / (forward.shape[0] // replicas)
+        memory = unlimited if memory_budget is None else np.floor(memory_budget * cells_of_row + 1e-9)
+        if most_full is not None:
+            memory = np.minimum(memory, np.asarray(most_full, dtype=np.float64))
         communication = (
             unlimited
             if communication_budget is None
@@ -216,9 +221,7 @@ class PlanProblem:
             problem,
             compute_budget=np.clip((share - always_share) / (1 - always_share), 0.0, 1.0) * cells,
             communication_budget=communication,
-            memory_budget=unlimited
-            if memory_budget is None
-            else np.floor(memory_budget * cells_of_row + 1e-9),
+            memory_budget=memory,
         )
 
     @property

@@ -37,7 +37,7 @@ from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.job import Job, layout_of, set_up
 from d2ft_hpc.training.measured import Measured, measure_job
 from d2ft_hpc.training.placing import flops_of_layers, place
-from d2ft_hpc.training.plan_costs import PlanCosts
+from d2ft_hpc.training.plan_costs import PlanCosts, with_less_memory
 from d2ft_hpc.training.plans import (
     batches_of,
     is_due,
@@ -131,6 +131,27 @@ def _train_epochs(
     if position.steps_done == 0 and config.train.evaluate_at_start:
         _evaluate(job, engine, writer, board, progress, position, watch)
 
+    def ranks_short(is_short: bool) -> tuple[int, ...]:
+        return tuple(rank for rank, part in enumerate(control.all_gather(bytes([is_short]))) if part[0])
+
+    def plan_less(ranks: tuple[int, ...]) -> int:
+        """A plan in force with less memory for these ranks; its index."""
+        nonlocal position, costs
+        assert engine.executor.plan is not None
+        costs = with_less_memory(costs, engine.executor.plan, ranks)
+        told = ", ".join(f"rank {rank}: at most {costs.most_full[rank]:.0f}" for rank in ranks)  # type: ignore[index]
+        progress.say(
+            f"out of memory, the step is repeated; FULL subnets of a micro-batch from now on: {told}"
+        )
+        note(writer, position.steps_done, "memory", told)
+        position = _replan(
+            job, engine, placement, costs, writer, progress, position, replanner, watch, may_overlap=False
+        )
+        return position.plans_made - 1
+
+    if config.engine.repeat_out_of_memory:
+        engine.short_of_memory = ranks_short
+
     def settle(position: Position) -> Position:
         """No plan is under way any more: a checkpoint holds the one in force."""
         return _take_over(job, engine, placement, costs, writer, progress, position, replanner, wait=True)
@@ -168,7 +189,9 @@ def _train_epochs(
                 if position.plans_made != plans_made:
                     plans_made = position.plans_made
                     speed_watch.begin_plan()
-                record = runner.run(batches, step=steps_done, epoch=epoch, plan=position.plans_made - 1)
+                record = runner.run(
+                    batches, step=steps_done, epoch=epoch, plan=position.plans_made - 1, less=plan_less
+                )
                 recorder.add(record)
                 speed_watch.add(record.of_rank["executed_flops"], record.times)
                 position = position.after_step()
@@ -199,10 +222,12 @@ def _replan(
     position: Position,
     replanner: Replanner,
     watch: Watch,
+    *,
+    may_overlap: bool = True,
 ) -> Position:
     """Makes the next plan and puts it in force; or begins with it, if it may come while training goes on."""
     start = time.perf_counter()
-    overlaps = job.config.plan.replan.overlap and position.plans_made > 0
+    overlaps = may_overlap and job.config.plan.replan.overlap and position.plans_made > 0
     if overlaps and replanner.is_under_way:
         note(writer, position.steps_done, "replan", "skipped: the plan before is still being solved")
         return position

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import uuid
@@ -15,10 +16,12 @@ import numpy as np
 import torch
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.launch import share
+from d2ft_hpc.launch.agree import AgreedError
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds
 from d2ft_hpc.metering.profile import PassProfile
+from d2ft_hpc.planning import Operation, SkipPlan
 from d2ft_hpc.planning.messages import ring_bytes
 from d2ft_hpc.training.job import Job
 
@@ -49,6 +52,8 @@ class PlanCosts:
     dense_seconds: float = 0.0
     message_latency: float = 0.0
     seconds_per_byte: float = 0.0
+    most_full: list[float] | None = None
+    """Of each rank, the most FULL subnets of a micro-batch for which its memory has room, as far as it was met."""
 
 
 def find_costs(job: Job, profile: PassProfile, all_reduce: AllReduceSeconds) -> PlanCosts:
@@ -116,6 +121,21 @@ def _costs(job: Job, of_ranks: Sequence[PassProfile]) -> PlanCosts:
                 speed,
                 "measured",
             )
+
+
+def with_less_memory(costs: PlanCosts, plan: SkipPlan, ranks: Sequence[int]) -> PlanCosts:
+    """The costs after replicas ran out of memory under a plan: a tenth fewer FULL subnets, at least one, than the plan
+    had in a micro-batch. ranks: the replicas, each of one rank. Raises PlanError where there are none left to take."""
+    most_full = [math.inf] * plan.replicas if costs.most_full is None else list(costs.most_full)
+    for rank in ranks:
+        full = int((plan.for_replica(rank) == Operation.FULL).sum(axis=(1, 2)).max())
+        most_full[rank] = min(most_full[rank], full - max(1, full // 10))
+        if most_full[rank] < 0:
+            raise PlanError(
+                f"rank {rank} runs out of memory although no head of its micro-batches is FULL: use fewer samples "
+                f"(data.micro_batch_size), or engine.activation_checkpointing=true"
+            ) from AgreedError()
+    return replace(costs, most_full=most_full)
 
 
 def relative_speeds(seconds: Sequence[float]) -> list[float]:

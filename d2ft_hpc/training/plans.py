@@ -203,6 +203,7 @@ def solve_here(
         seed=(job.config.run.seed, index),
         same_rows=same_rows,
         placement=placement,
+        most_full=None if costs.most_full is None else _by_device(costs.most_full, job.layout),
         step_time=step_time(job, costs),
         token_layouts=token_layouts(job.config.engine),
     )
@@ -272,6 +273,7 @@ def solve_slots(
     seed: tuple[int, int],
     same_rows: bool,
     placement: Placement | None = None,
+    most_full: Sequence[float] | None = None,
     step_time: StepTime | None = None,
     token_layouts: Sequence[TokenLayout] = ("replicated",),
 ) -> SkipPlan:
@@ -279,7 +281,8 @@ def solve_slots(
 
     subnets: (blocks, heads). same_rows: one replica's plan, by the scores' mean over the replicas, for all of them.
     placement: where a replica's subnets are; None: all on one rank.
-    token_layouts: those that the plan may have; if what it sends depends on them, the faster of their plans is taken.
+    most_full: as PlanProblem takes it. token_layouts: those that the plan may have; if what it sends depends on them,
+    the faster of their plans is taken.
     """
     assert config.planner != "samples", "that plan is of another kind"
     if config.planner == "dense":
@@ -306,6 +309,7 @@ def solve_slots(
             forward_cost=forward_cost,
             always_share=always_share,
             device_speed=None if same_rows else device_speed,
+            most_full=[min(most_full)] if same_rows and most_full is not None else most_full,
             messages=config.messages,
             replicas_meet=replicas_meet and not same_rows,
             token_layout=token_layout,

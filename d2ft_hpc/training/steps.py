@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from d2ft_hpc.engines.engine import Engine, MicroBatch, StepReport
+from d2ft_hpc.engines.engine import Engine, MemoryShortError, MicroBatch, StepReport
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.metering import Metered, meter
-from d2ft_hpc.metering.memory import reset_peak, used_bytes
+from d2ft_hpc.metering.memory import activation_limit, reset_peak, used_bytes
 from d2ft_hpc.metering.phases import phase, timed_step
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
@@ -60,20 +61,31 @@ class StepRunner:
         self._metered = Metered()
         self._metered_planned_flops = 1.0
 
-    def run(self, batches: Iterator[list[MicroBatch]], *, step: int, epoch: int, plan: int) -> StepRecord:
-        """One optimiser step on this replica's next batch; on all ranks together."""
+    def run(
+        self,
+        batches: Iterator[list[MicroBatch]],
+        *,
+        step: int,
+        epoch: int,
+        plan: int,
+        less: Callable[[tuple[int, ...]], int],
+    ) -> StepRecord:
+        """One optimiser step on this replica's next batch; on all ranks together.
+
+        less: plans ranks that ran out of memory less, and returns the index of the plan that is in force then; the
+        step is repeated.
+        """
         device = self._job.device
         reset_peak(device)
         with timed_step(device) as times:
             with phase("data"):
                 micro_batches = next(batches)
-            if plan == self._metered_plan:
-                report, work = self._step(micro_batches, step)
-            else:
-                with meter() as self._metered:
-                    report, work = self._step(micro_batches, step)
-                self._metered_plan, self._metered_planned_flops = plan, work.planned_flops
-                self._bytes_of_plan = self._promised_bytes()
+            while True:
+                try:
+                    report, work = self._metered_step(micro_batches, step, plan)
+                    break
+                except MemoryShortError as error:
+                    plan = less(error.ranks)
             loss, gradient_norm = _on_host(report.loss), _on_host(report.gradient_norm)
         samples = sum(len(labels) for _, labels in micro_batches)
         return StepRecord(
@@ -99,6 +111,19 @@ class StepRunner:
                 "memory_bytes": used_bytes(device),
             },
         )
+
+    def _metered_step(
+        self, micro_batches: list[MicroBatch], step: int, plan: int
+    ) -> tuple[StepReport, _Work]:
+        limit = self._job.config.engine.activation_limit_mb
+        with nullcontext() if limit is None else activation_limit(1e6 * limit[self._job.control.rank]):
+            if plan == self._metered_plan:
+                return self._step(micro_batches, step)
+            with meter() as self._metered:
+                report, work = self._step(micro_batches, step)
+        self._metered_plan, self._metered_planned_flops = plan, work.planned_flops
+        self._bytes_of_plan = self._promised_bytes()
+        return report, work
 
     def _promised_bytes(self) -> dict[str, float]:
         """Bytes of this rank in a step: of the plan in force, and of the dense one, by the message model."""

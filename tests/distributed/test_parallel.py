@@ -72,7 +72,7 @@ def test_what_is_sent_is_what_the_message_model_says(results: dict[str, Any]) ->
         for kind, both in of_kinds.items():
             # Each message's bytes on a ring are rounded.
             assert both["counted"] - both["told"] == pytest.approx(unchanged, abs=400), (name, kind)
-    for layout in ("pp2 tp1 replicated", "pp2 tp2 sharded"):
+    for layout in ("pp2 tp2 replicated", "pp2 tp2 sharded"):
         if (of_kinds := sent.get(f"sent {layout}")) is not None:
             # Nothing below the boundary is FULL in any micro-batch: no gradient comes back.
             assert of_kinds["whole stages"]["told"] < 0.6 * of_kinds["full"]["told"]
