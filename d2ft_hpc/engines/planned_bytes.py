@@ -123,4 +123,4 @@ class PlannedBytes:
         total += float(sums.forward.sum() + sums.backward.sum())
         total += ring_bytes("allreduce", float((full * partial).sum()), ranks)
         joins = is_last + (is_first and self._trains_embeddings)
-        return total + is_sharded * joins * len(operations) * (ranks - 1) * own
+        return float(total + is_sharded * joins * len(operations) * (ranks - 1) * own)

@@ -41,7 +41,9 @@ def activation_limit(limit_bytes: float) -> Iterator[None]:
         if wanted > limit_bytes:
             raise torch.OutOfMemoryError(f"activations of {wanted} bytes, allowed are {limit_bytes:.0f}")
         kept = wanted
-        return _Kept(tensor, free)
+        return _Kept(
+            tensor.detach(), free
+        )  # an operation's own output would keep the operation, and so itself
 
     def free(size: int) -> None:
         nonlocal kept
