@@ -18,6 +18,7 @@ from d2ft_hpc.planning.messages import (
     shares_of_senders,
     tensor_parallel_bytes,
 )
+from d2ft_hpc.planning.step_time import StepTime
 
 
 def sent_by_hand(operations, owner, ranks, payload):
@@ -161,3 +162,31 @@ def test_the_busiest_link_of_the_sharded_layout_by_hand(ranks):
         )
         dense = ranks * (ranks - 1) * 2
         assert sent.sum() / dense == pytest.approx(shares_of_senders("sharded", ranks)[active])
+
+
+def test_the_layout_is_chosen_by_predicted_time():
+    """By hand: 2 rows, 1 block, 2 heads on 2 ranks, 100 bytes of activations, a byte a second, 10 s for a FULL head."""
+    step_time = StepTime(seconds_per_cost=10.0, activation_bytes=100.0, seconds_per_byte=1.0, latency=3.0)
+    layouts = ("replicated", "sharded")
+    problem = PlanProblem.parallel(
+        *np.ones((2, 2, 1, 2)), rank=in_order(1, 2, 2), compute_budget=1.0, forward_cost=0.4
+    )
+
+    def chosen(operations):
+        return step_time.fastest(SkipPlan(np.array(operations, np.uint8), 1), problem, layouts)
+
+    # Both ranks FULL: 4 sums a row, in either layout a whole activation each way; the first layout is taken.
+    assert chosen([[[2, 2]], [[2, 2]]]) == (pytest.approx(2 * (10 + 4 * 103)), "replicated")
+    # One rank alone: the sharded layout sends half an activation where a broadcast is a whole one.
+    assert chosen([[[2, 0]], [[0, 2]]]) == (pytest.approx(2 * (10 + 4 * 53)), "sharded")
+    # Forward alone sends half as much; nothing where nothing runs.
+    assert chosen([[[1, 1]], [[0, 0]]]) == (pytest.approx(4 + 2 * 103), "replicated")
+
+
+def test_a_boundary_between_stages_takes_time_only_where_something_is_sent():
+    step_time = StepTime(seconds_per_cost=1.0, activation_bytes=100.0, seconds_per_byte=1.0, latency=0.0)
+    problem = PlanProblem.parallel(*np.ones((2, 1, 2, 1)), stage=[0, 1], compute_budget=1.0, forward_cost=0.5)
+    both = SkipPlan(np.full((1, 2, 1), 2, np.uint8), 1)
+    upper = SkipPlan(np.array([[[1], [2]]], np.uint8), 1)
+    assert step_time.of(both, problem, "replicated") == pytest.approx(2.0 + 200.0)
+    assert step_time.of(upper, problem, "replicated") == pytest.approx(1.5 + 100.0)
