@@ -1,0 +1,405 @@
+"""A block under a plan in about as many GPU kernels as a dense one (`run_block` says what it computes).
+
+Three pieces, so that autograd and any attention kernel stay usable between them:
+
+- `_Enter`: norm1 and qkv of the FULL heads and, without gradient, of the FORWARD_ONLY ones.
+- attention of either, by PyTorch; q/k norms and masks go with it.
+- `_Leave`: proj, residual, norm2, the FFN's slices and the residual again.
+
+The weights of the chosen heads are copied together at each pass (a few MB, in one launch, in the type that the products
+run in). Products into the heads run for FULL and FORWARD_ONLY ones apart, so that only the former's results are kept;
+products out of them run once, over both. Weight gradients are computed for FULL heads and spread into full shapes by
+one launch, without a dense-sized temporary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerScale
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from d2ft_hpc.execution.kernels import (
+    HeadSlices,
+    Norm,
+    Normed,
+    add_branch,
+    add_branch_and_normalise,
+    branch_backward,
+    gelu_backward,
+    gelu_join,
+    join_heads,
+    join_qkv,
+    norm_backward,
+    normalise,
+    spread_heads,
+    take_heads,
+)
+
+
+@dataclass(frozen=True)
+class ChosenHeads:
+    """order: int64 [n], FULL heads first. full: how many are FULL. places: int64 [head], where `order` has a head if it
+    is FULL, -1 for all others."""
+
+    order: Tensor
+    full: int
+    places: Tensor
+
+
+def fits(block: Block, x: Tensor) -> bool:
+    """Whether `run_fused` can run this block: on a GPU, with nothing random in it, plain linear layers and GELU."""
+    attn, mlp = block.attn, block.mlp
+    return (
+        x.is_cuda
+        and all(type(layer) is nn.Linear for layer in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))
+        and all(
+            isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+            for norm in (block.norm1, block.norm2)
+        )
+        and type(mlp.act) is nn.GELU
+        and mlp.act.approximate == "none"
+        and all(type(end) in (nn.Identity, LayerScale) for end in (block.ls1, block.ls2))
+        and all(
+            _is_off(drop)
+            for drop in (attn.proj_drop, mlp.drop1, mlp.drop2, block.drop_path1, block.drop_path2)
+        )
+    )
+
+
+def _is_off(drop: nn.Module) -> bool:
+    return isinstance(drop, nn.Identity) or getattr(drop, "p", getattr(drop, "drop_prob", None)) == 0
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def run_fused(
+    block: Block,
+    x: Tensor,
+    heads: ChosenHeads,
+    following: Block | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """Runs a block with at least one FULL head. x: [sample, token, channel]; returns the same shape and dtype.
+
+    following: the block that gets the result next, if its first norm may be computed with it.
+    """
+    attn, mlp = block.attn, block.mlp
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    norm1 = block.norm1
+    normed = _normed_ahead(x, norm1, dtype)
+    if normed is None:
+        normed = normalise(x.detach().flatten(0, -2), _norm(norm1), dtype)
+    x, *qkv = _Enter.apply(
+        x, norm1.weight, norm1.bias, attn.qkv.weight, attn.qkv.bias, heads, norm1.eps, normed
+    )
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            attn.q_norm(query),
+            attn.k_norm(key),
+            value,
+            attn_mask=attn_mask,
+            dropout_p=attn.attn_drop.p if attn.training else 0.0,
+            is_causal=is_causal,
+            scale=attn.scale,
+        )
+
+    mixed, beside = attend(*qkv[:3]), None
+    if heads.order.numel() > heads.full:
+        with torch.no_grad():
+            beside = attend(*qkv[3:])
+    ahead = (
+        following.norm1 if following is not None and type(following.norm1.weight) is nn.Parameter else None
+    )
+    result, *following_normed = _Leave.apply(
+        x,
+        mixed,
+        beside,
+        attn.proj.weight,
+        attn.proj.bias,
+        getattr(block.ls1, "gamma", None),
+        block.norm2.weight,
+        block.norm2.bias,
+        mlp.fc1.weight,
+        mlp.fc1.bias,
+        mlp.fc2.weight,
+        mlp.fc2.bias,
+        getattr(block.ls2, "gamma", None),
+        heads,
+        block.norm2.eps,
+        dtype,
+        None if ahead is None else _norm(ahead),
+    )
+    if ahead is not None:
+        result._d2ft_ahead = _Ahead(ahead.weight, result._version, Normed(*following_normed))
+    return result  # type: ignore[no-any-return]
+
+
+class _Ahead(NamedTuple):
+    """What a block leaves with its result for the next one: its norm's weight, the result's version, the norm of it."""
+
+    weight: nn.Parameter
+    version: int
+    normed: Normed
+
+
+def _normed_ahead(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Normed | None:
+    """What the block below has computed with its last sum; None if that was something else."""
+    ahead: _Ahead | None = getattr(x, "_d2ft_ahead", None)
+    if ahead is None or ahead.weight is not norm.weight or ahead.version != x._version:
+        return None
+    return ahead.normed if ahead.normed.rows.dtype == dtype else None
+
+
+def _norm(norm: nn.LayerNorm) -> Norm:
+    return Norm(norm.weight.detach(), norm.bias.detach(), norm.eps)
+
+
+class _Enter(torch.autograd.Function):
+    """(x, q, k, v) of FULL heads, each [sample, head, token, channel], and q, k, v of FORWARD_ONLY ones.
+
+    x comes out again, so that its gradients past the branch and through it meet in one kernel.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        heads: ChosenHeads,
+        epsilon: float,
+        normed: Normed,
+    ) -> tuple[Tensor, ...]:
+        samples, tokens, channels = x.shape
+        rows, dtype = x.reshape(-1, channels), normed.rows.dtype
+        of = heads.places.numel()
+        own = [weight] if bias is None else [weight, bias]
+        taken = take_heads(own, _qkv_slices(weight, of)[: len(own)], heads.order, of, dtype)
+        taken_bias = None if bias is None else taken[1]
+        size = weight.shape[0] // (3 * of)
+        results = [
+            _into_heads(
+                normed.rows, taken[0].view(-1, channels), taken_bias, start * 3 * size, end * 3 * size
+            )
+            .view(samples, tokens, end - start, 3, size)
+            .permute(3, 0, 2, 1, 4)
+            .unbind(0)
+            for start, end in ((0, heads.full), (heads.full, heads.order.numel()))
+            if end > start
+        ]
+        ctx.save_for_backward(
+            rows,
+            norm_weight,
+            norm_bias,
+            weight,
+            bias,
+            heads.order,
+            heads.places,
+            normed.rows,
+            normed.mean,
+            normed.rstd,
+        )
+        ctx.full, ctx.epsilon = heads.full, epsilon
+        if len(results) > 1:
+            ctx.mark_non_differentiable(*results[1])
+        ctx.set_materialize_grads(False)
+        return (x.view_as(x), *(each for result in results for each in result))
+
+    @staticmethod
+    def backward(
+        ctx: Any, past: Tensor, of_query: Tensor, of_key: Tensor, of_value: Tensor, *beside: None
+    ) -> tuple[Tensor | None, ...]:
+        rows, norm_weight, norm_bias, weight, bias, order, places, normed, mean, rstd = ctx.saved_tensors
+        channels, slices = rows.shape[1], _qkv_slices(weight, places.numel())
+        joined, of_bias = join_qkv(of_query, of_key, of_value, normed.dtype)
+        (taken,) = take_heads([weight], slices[:1], order[: ctx.full], places.numel(), normed.dtype)
+        of_normed = joined @ taken.view(-1, channels)
+        result, of_norm_weight, of_norm_bias, _ = norm_backward(
+            of_normed,
+            rows,
+            Normed(normed, mean, rstd),
+            Norm(norm_weight, norm_bias, ctx.epsilon),
+            past.reshape(rows.shape),
+        )
+        own = _spread_wanted(
+            [
+                (weight, slices[0], lambda: joined.t() @ normed),
+                (bias, slices[1], lambda: of_bias),
+            ],
+            ctx.needs_input_grad[3:5],
+            places,
+            ctx.full,
+        )
+        return result.view(past.shape), of_norm_weight, of_norm_bias, *own, None, None, None
+
+
+class _Leave(torch.autograd.Function):
+    """From the heads' attention to the block's output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mixed: Tensor,
+        beside: Tensor | None,
+        proj: Tensor,
+        proj_bias: Tensor | None,
+        scale1: Tensor | None,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        fc1: Tensor,
+        fc1_bias: Tensor | None,
+        fc2: Tensor,
+        fc2_bias: Tensor | None,
+        scale2: Tensor | None,
+        heads: ChosenHeads,
+        epsilon: float,
+        dtype: torch.dtype,
+        following: Norm | None,
+    ) -> tuple[Tensor, ...]:
+        channels = x.shape[-1]
+        rows = x.reshape(-1, channels)
+        of = heads.places.numel()
+        own = [proj, fc1, fc2] if fc1_bias is None else [proj, fc1, fc2, fc1_bias]
+        taken = take_heads(own, _leave_slices(proj, fc1, fc2, of)[: len(own)], heads.order, of, dtype)
+        attention = join_heads(mixed, beside)
+        branch1 = attention @ taken[0].view(channels, -1).t()
+        norm = Norm(norm_weight, norm_bias, epsilon)
+        middle, normed = add_branch_and_normalise(rows, branch1, proj_bias, scale1, norm)
+        units = fc1.shape[0] // of
+        weight, bias = taken[1].view(-1, channels), None if fc1_bias is None else taken[3]
+        hidden = _into_heads(normed.rows, weight, bias, 0, heads.full * units)
+        others = None
+        if heads.order.numel() > heads.full:
+            others = _into_heads(normed.rows, weight, bias, heads.full * units, heads.order.numel() * units)
+        branch2 = gelu_join(hidden, others) @ taken[2].view(channels, -1).t()
+        ahead: tuple[Tensor, ...] = ()
+        if following is None:
+            result = add_branch(middle, branch2, fc2_bias, scale2)
+        else:
+            result, beyond = add_branch_and_normalise(middle, branch2, fc2_bias, scale2, following)
+            ahead = (beyond.rows, beyond.mean, beyond.rstd)
+            ctx.mark_non_differentiable(*ahead)
+        ctx.save_for_backward(
+            *(proj, proj_bias, scale1, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias, scale2),
+            *(heads.order, heads.places, mixed, middle, normed.rows, normed.mean, normed.rstd, hidden),
+            # The scales' gradients need what they scaled.
+            *(None if scale1 is None else branch1, None if scale2 is None else branch2),
+        )
+        ctx.full, ctx.epsilon = heads.full, epsilon
+        ctx.set_materialize_grads(False)
+        return result.view(x.shape), *ahead
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *ahead: None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        proj, proj_bias, scale1, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias, scale2 = saved[:10]
+        order, places, mixed, middle, normed, mean, rstd, hidden, branch1, branch2 = saved[10:]
+        channels, dtype = middle.shape[1], normed.dtype
+        slices = _leave_slices(proj, fc1, fc2, places.numel())
+        taken = take_heads([proj, fc1, fc2], slices[:3], order[: ctx.full], places.numel(), dtype)
+        rows = gradient.reshape(middle.shape)
+        of_branch2, of_fc2_bias, of_scale2 = branch_backward(rows, branch2, fc2_bias, scale2, dtype)
+        of_hidden, activated, hidden_sum = gelu_backward(of_branch2 @ taken[2].view(channels, -1), hidden)
+        of_middle, of_norm_weight, of_norm_bias, summed = norm_backward(
+            of_hidden @ taken[1].view(-1, channels),
+            middle,
+            Normed(normed, mean, rstd),
+            Norm(norm_weight, norm_bias, ctx.epsilon),
+            rows,
+        )
+        of_branch1, of_proj_bias, of_scale1 = of_middle, summed, None
+        if scale1 is not None or of_middle.dtype != dtype:
+            of_branch1, of_proj_bias, of_scale1 = branch_backward(
+                of_middle, branch1, proj_bias, scale1, dtype
+            )
+        of_attention = of_branch1 @ taken[0].view(channels, -1)
+        samples, full, tokens, size = mixed.shape
+        wanted = ctx.needs_input_grad
+        of_proj, of_fc1, of_fc2, of_fc1_bias = _spread_wanted(
+            [
+                (proj, slices[0], lambda: of_branch1.t() @ join_heads(mixed, None)),
+                (fc1, slices[1], lambda: of_hidden.t() @ normed),
+                (fc2, slices[2], lambda: of_branch2.t() @ activated),
+                (fc1_bias, slices[3], lambda: hidden_sum),
+            ],
+            [wanted[3], wanted[8], wanted[10], wanted[9]],
+            places,
+            ctx.full,
+        )
+        return (
+            of_middle.view(gradient.shape),
+            of_attention.view(samples, tokens, full, size).transpose(1, 2),
+            None,
+            of_proj,
+            _like(proj_bias, of_proj_bias),
+            _like(scale1, of_scale1),
+            of_norm_weight,
+            of_norm_bias,
+            of_fc1,
+            of_fc1_bias,
+            of_fc2,
+            _like(fc2_bias, of_fc2_bias),
+            _like(scale2, of_scale2),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _into_heads(normed: Tensor, weight: Tensor, bias: Tensor | None, start: int, end: int) -> Tensor:
+    return F.linear(normed, weight[start:end], None if bias is None else bias[start:end])
+
+
+def _like(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    return None if parameter is None or gradient is None else gradient.to(parameter.dtype)
+
+
+def _spread_wanted(
+    parts: Sequence[tuple[Tensor | None, HeadSlices, Callable[[], Tensor]]],
+    wanted: Sequence[bool],
+    places: Tensor,
+    full: int,
+) -> list[Tensor | None]:
+    """Gradients in full shape of the parameters that want one, None for the others.
+
+    parts: a parameter, its slices, and what computes the FULL heads' part of its gradient.
+    """
+    present = {
+        index: (parameter, slices, compute)
+        for index, ((parameter, slices, compute), is_wanted) in enumerate(zip(parts, wanted, strict=True))
+        if is_wanted and parameter is not None
+    }
+    if not present:
+        return [None] * len(parts)
+    likes, slices, computes = zip(*present.values(), strict=True)
+    spread = spread_heads([compute() for compute in computes], likes, slices, places, full)
+    by_index = dict(zip(present, spread, strict=True))
+    return [by_index.get(index) for index in range(len(parts))]
+
+
+def _qkv_slices(weight: Tensor, of: int) -> list[HeadSlices]:
+    """Of qkv's weight and bias."""
+    size = weight.shape[0] // (3 * of)
+    return [HeadSlices(3, size * weight.shape[1], rows=True), HeadSlices(3, size, rows=True)]
+
+
+def _leave_slices(proj: Tensor, fc1: Tensor, fc2: Tensor, of: int) -> list[HeadSlices]:
+    """Of the weights of proj, fc1 and fc2, and of fc1's bias."""
+    units = fc1.shape[0] // of
+    return [
+        HeadSlices(proj.shape[0], proj.shape[1] // of, rows=False),
+        HeadSlices(1, units * fc1.shape[1], rows=True),
+        HeadSlices(fc2.shape[0], units, rows=False),
+        HeadSlices(1, units, rows=True),
+    ]

@@ -1,0 +1,331 @@
+"""Kernels for what lies between a block's matrix products under a plan.
+
+Matrix products and attention stay the libraries'. These Triton kernels move the weights of the chosen heads and fuse
+what is bound by memory: residual, norm, GELU, and the sums over tokens that biases and norms take as gradients. All
+compute in fp32, read and write any floating type, and are deterministic: sums over tokens go through partial sums, not
+atomics.
+
+Tokens are rows [token, channel], with the sample dimension folded in. Where heads lie side by side FULL ones come
+first, then FORWARD_ONLY.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+import triton
+from torch import Tensor
+
+from d2ft_hpc.execution import triton_kernels
+
+_COPY_ELEMENTS = 2048
+"""That one program copies."""
+_PROGRAMS = 1056
+"""Most programs that sum over tokens: 8 for each multiprocessor of a Hopper GPU."""
+_TILE, _COLUMNS = 8, 128
+"""Tokens and channels that an element-wise program has at a time."""
+
+
+@dataclass(frozen=True)
+class HeadSlices:
+    """A parameter viewed as [outer, head, inner]. rows: taken heads lie in front, [head, outer, inner]; else they stay
+    in the middle."""
+
+    outer: int
+    inner: int
+    rows: bool
+
+
+def take_heads(
+    parameters: Sequence[Tensor], slices: Sequence[HeadSlices], heads: Tensor, of: int, dtype: torch.dtype
+) -> list[Tensor]:
+    """The chosen heads' part of up to four parameters, flat and in `dtype`, in one launch.
+
+    heads: int64 [n], the chosen of `of` heads.
+    """
+    chosen = heads.numel()
+    taken = [
+        parameter.new_empty(each.outer * chosen * each.inner, dtype=dtype)
+        for parameter, each in zip(parameters, slices, strict=True)
+    ]
+    _copy_heads(parameters, taken, slices, heads, chosen, of, spreads=False)
+    return taken
+
+
+def spread_heads(
+    parts: Sequence[Tensor],
+    likes: Sequence[Tensor],
+    slices: Sequence[HeadSlices],
+    places: Tensor,
+    chosen: int,
+) -> list[Tensor]:
+    """The parts of up to four parameters in tensors like `likes`, zeros for all other heads, in one launch.
+
+    places: int64 [head], each head's place among the `chosen` ones; -1 or above them for the others.
+    """
+    whole = [torch.empty_like(like) for like in likes]
+    _copy_heads(parts, whole, slices, places, chosen, places.numel(), spreads=True)
+    return whole
+
+
+def _copy_heads(
+    sources: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    slices: Sequence[HeadSlices],
+    index: Tensor,
+    chosen: int,
+    of: int,
+    spreads: bool,
+) -> None:
+    pointers, shapes = [], []
+    for place in range(4):
+        is_used = place < len(sources)
+        each = slices[place] if is_used else HeadSlices(0, 1, rows=True)
+        pointers += [sources[place], targets[place]] if is_used else [sources[0], targets[0]]
+        shapes += [each.outer, each.inner, each.rows]
+    programs = sum(ceil(target.numel() / _COPY_ELEMENTS) for target in targets)
+    triton_kernels.copy_heads[(programs,)](*pointers, index, chosen, of, *shapes, spreads, _COPY_ELEMENTS)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """LayerNorm's weight and bias [channel], and epsilon."""
+
+    weight: Tensor
+    bias: Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Normed:
+    """rows: [token, channel]. mean, rstd: fp32 [token], for the backward."""
+
+    rows: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+def normalise(x: Tensor, norm: Norm, dtype: torch.dtype) -> Normed:
+    """LayerNorm of x [token, channel] in `dtype`."""
+    normed = _new_normed(x, dtype)
+    _add_norm(x, None, None, None, None, normed, norm)
+    return normed
+
+
+def add_branch(x: Tensor, branch: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    """x + scale * (branch + bias), in x's type. x, branch: [token, channel]; bias, scale: [channel]."""
+    total = torch.empty_like(x)
+    _add_norm(x, branch, bias, scale, total, None, None)
+    return total
+
+
+def add_branch_and_normalise(
+    x: Tensor, branch: Tensor, bias: Tensor | None, scale: Tensor | None, norm: Norm
+) -> tuple[Tensor, Normed]:
+    """What `add_branch` gives, and its LayerNorm in the branch's type, in one pass."""
+    total, normed = torch.empty_like(x), _new_normed(x, branch.dtype)
+    _add_norm(x, branch, bias, scale, total, normed, norm)
+    return total, normed
+
+
+def _new_normed(x: Tensor, dtype: torch.dtype) -> Normed:
+    statistics = x.new_empty(2, x.shape[0], dtype=torch.float32)
+    return Normed(torch.empty_like(x, dtype=dtype), statistics[0], statistics[1])
+
+
+def _add_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    total: Tensor | None,
+    normed: Normed | None,
+    norm: Norm | None,
+) -> None:
+    tokens, channels = x.shape
+    triton_kernels.add_norm[(tokens,)](
+        x,
+        *(x if each is None else each for each in (branch, bias, scale, total)),
+        *((x, x, x) if normed is None else (normed.rows, normed.mean, normed.rstd)),
+        *((x, x) if norm is None else (norm.weight, norm.bias)),
+        tokens,
+        channels,
+        0.0 if norm is None else norm.epsilon,
+        branch is not None,
+        bias is not None,
+        scale is not None,
+        norm is not None,
+        1,
+        triton.next_power_of_2(channels),
+        num_warps=_warps(channels),
+    )
+
+
+def norm_backward(
+    gradient: Tensor, x: Tensor, normed: Normed, norm: Norm, residual: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient of x = what went into `normalise` and past it: `residual` plus what `gradient` gives through the norm.
+
+    gradient, x, residual: [token, channel]. Returns it in x's type, the norm's weight's and bias's gradients, and the
+    first one's sum over tokens, each [channel] in the weight's type.
+    """
+    tokens, channels = x.shape
+    rows = ceil(tokens / _PROGRAMS)
+    programs = ceil(tokens / rows)
+    result = torch.empty_like(x)
+    partial = x.new_empty(programs, 3 * channels, dtype=torch.float32)
+    triton_kernels.norm_backward[(programs,)](
+        gradient,
+        x,
+        residual,
+        result,
+        normed.mean,
+        normed.rstd,
+        norm.weight,
+        partial,
+        tokens,
+        channels,
+        rows,
+        1,
+        triton.next_power_of_2(channels),
+        num_warps=_warps(channels),
+    )
+    of_weight, of_bias, of_result = sum_over_programs(partial, norm.weight.dtype).view(3, channels)
+    return result, of_weight, of_bias, of_result
+
+
+def branch_backward(
+    gradient: Tensor, branch: Tensor | None, bias: Tensor | None, scale: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `add_branch`: of the branch [token, channel] in `dtype`, of bias and of scale, fp32 [channel].
+
+    gradient: of the sum. branch: read where there is a scale. Without one, and in the same type, the branch's gradient
+    is `gradient` itself.
+    """
+    tokens, channels = gradient.shape
+    columns = ceil(channels / _COLUMNS)
+    rows = _rows_a_program(tokens, columns)
+    programs = ceil(tokens / rows)
+    writes = scale is not None or gradient.dtype != dtype
+    result = torch.empty_like(gradient, dtype=dtype) if writes else gradient
+    partial = gradient.new_empty(programs, 2 * channels, dtype=torch.float32)
+    triton_kernels.branch_backward[(columns, programs)](
+        gradient,
+        *(gradient if each is None else each for each in (branch, bias, scale)),
+        result,
+        partial,
+        tokens,
+        channels,
+        rows,
+        writes,
+        bias is not None,
+        scale is not None,
+        _TILE,
+        _COLUMNS,
+    )
+    of_bias, of_scale = sum_over_programs(partial, torch.float32).view(2, channels)
+    return result, of_bias, of_scale
+
+
+def gelu_join(first: Tensor, second: Tensor | None) -> Tensor:
+    """GELU (erf) of two tensors side by side. first, second: [token, width1], [token, width2]."""
+    tokens, width1 = first.shape
+    width2 = 0 if second is None else second.shape[1]
+    joined = first.new_empty(tokens, width1 + width2)
+    columns = ceil(width1 / 256) + ceil(width2 / 256)
+    triton_kernels.gelu_join[(columns, ceil(tokens / _TILE))](
+        first, first if second is None else second, joined, tokens, width1, width2, _TILE, 256
+    )
+    return joined
+
+
+def gelu_backward(gradient: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Through GELU (erf) of `hidden` [token, width]: the gradient of `hidden`, GELU of it again, and that gradient's
+    sum over tokens, fp32 [width]."""
+    tokens, width = hidden.shape
+    columns = ceil(width / _COLUMNS)
+    rows = _rows_a_program(tokens, columns)
+    programs = ceil(tokens / rows)
+    of_hidden, activated = torch.empty_like(hidden), torch.empty_like(hidden)
+    partial = hidden.new_empty(programs, width, dtype=torch.float32)
+    triton_kernels.gelu_backward[(columns, programs)](
+        gradient, hidden, of_hidden, activated, partial, tokens, width, rows, _TILE, _COLUMNS
+    )
+    return of_hidden, activated, sum_over_programs(partial, torch.float32)
+
+
+def join_heads(first: Tensor, second: Tensor | None) -> Tensor:
+    """Attention outputs [sample, head, token, channel] as rows [token, channel of all heads], first's heads first.
+
+    A view of `first` where that is possible.
+    """
+    samples, heads1, tokens, size = first.shape
+    if second is None and first.transpose(1, 2).is_contiguous():
+        return first.transpose(1, 2).reshape(samples * tokens, heads1 * size)
+    heads2 = 0 if second is None else second.shape[1]
+    joined = first.new_empty(samples * tokens, (heads1 + heads2) * size)
+    triton_kernels.join_heads[(ceil(joined.shape[1] / _COLUMNS), ceil(samples * tokens / _TILE))](
+        first,
+        first if second is None else second,
+        joined,
+        tokens,
+        samples * tokens,
+        heads1 * size,
+        heads2 * size,
+        *first.stride()[:3],
+        *(first if second is None else second).stride()[:3],
+        size,
+        _TILE,
+        _COLUMNS,
+    )
+    return joined
+
+
+def join_qkv(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Gradients of q, k, v, each [sample, head, token, channel], as rows [token, head x (q, k, v) x channel] in
+    `dtype`, and their sum over tokens, fp32."""
+    samples, heads, tokens, size = query.shape
+    width = 3 * heads * size
+    columns = ceil(width / _COLUMNS)
+    rows = _rows_a_program(samples * tokens, columns)
+    programs = ceil(samples * tokens / rows)
+    joined = query.new_empty(samples * tokens, width, dtype=dtype)
+    partial = query.new_empty(programs, width, dtype=torch.float32)
+    triton_kernels.join_qkv[(columns, programs)](
+        query,
+        key,
+        value,
+        joined,
+        partial,
+        tokens,
+        samples * tokens,
+        width,
+        rows,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        size,
+        _TILE,
+        _COLUMNS,
+    )
+    return joined, sum_over_programs(partial, torch.float32)
+
+
+def sum_over_programs(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum of partial sums fp32 [program, width] over programs, [width] in `dtype`."""
+    programs, width = partial.shape
+    result = partial.new_empty(width, dtype=dtype)
+    triton_kernels.sum_rows[(ceil(width / 16),)](partial, result, programs, width, 64, 16)
+    return result
+
+
+def _rows_a_program(tokens: int, columns: int) -> int:
+    """Tokens that each program sums, such that all programs of all columns run at once."""
+    return ceil(ceil(tokens * columns / _PROGRAMS) / _TILE) * _TILE
+
+
+def _warps(channels: int) -> int:
+    return 4 if channels <= 1024 else 8

@@ -1,0 +1,286 @@
+# mypy: ignore-errors
+# ruff: noqa: N803, SIM108
+"""The Triton side of `kernels`, which says what each does and calls them."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _take(source, target, heads, program, chosen, of, OUTER: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr,
+          BLOCK: tl.constexpr):  # fmt: skip
+    at = program * BLOCK + tl.arange(0, BLOCK)
+    inside = at < chosen * OUTER * INNER
+    inner, rest = at % INNER, at // INNER
+    if ROWS:
+        outer, place = rest % OUTER, rest // OUTER
+    else:
+        outer, place = rest // chosen, rest % chosen
+    head = tl.load(heads + place, mask=inside, other=0)
+    value = tl.load(source + (outer * of + head) * INNER + inner, mask=inside)
+    tl.store(target + at, value.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _spread(source, target, places, program, chosen, of, OUTER: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr,
+            BLOCK: tl.constexpr):  # fmt: skip
+    at = program * BLOCK + tl.arange(0, BLOCK)
+    inside = at < of * OUTER * INNER
+    inner, rest = at % INNER, at // INNER
+    outer, head = rest // of, rest % of
+    place = tl.load(places + head, mask=inside, other=-1)
+    if ROWS:
+        origin = (place * OUTER + outer) * INNER + inner
+    else:
+        origin = (outer * chosen + place) * INNER + inner
+    value = tl.load(source + origin, mask=inside & (place >= 0), other=0.0)
+    tl.store(target + at, value.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _copy(source, target, index, program, chosen, of, OUTER: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr,
+          SPREADS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    if OUTER > 0:
+        if SPREADS:
+            _spread(source, target, index, program, chosen, of, OUTER, INNER, ROWS, BLOCK)
+        else:
+            _take(source, target, index, program, chosen, of, OUTER, INNER, ROWS, BLOCK)
+
+
+@triton.jit
+def copy_heads(
+    source0, target0, source1, target1, source2, target2, source3, target3, index, chosen, of,
+    OUTER0: tl.constexpr, INNER0: tl.constexpr, ROWS0: tl.constexpr,
+    OUTER1: tl.constexpr, INNER1: tl.constexpr, ROWS1: tl.constexpr,
+    OUTER2: tl.constexpr, INNER2: tl.constexpr, ROWS2: tl.constexpr,
+    OUTER3: tl.constexpr, INNER3: tl.constexpr, ROWS3: tl.constexpr,
+    SPREADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    heads = of if SPREADS else chosen
+    end0 = tl.cdiv(heads * OUTER0 * INNER0, BLOCK)
+    end1 = end0 + tl.cdiv(heads * OUTER1 * INNER1, BLOCK)
+    end2 = end1 + tl.cdiv(heads * OUTER2 * INNER2, BLOCK)
+    if program < end0:
+        _copy(source0, target0, index, program, chosen, of, OUTER0, INNER0, ROWS0, SPREADS, BLOCK)
+    elif program < end1:
+        _copy(source1, target1, index, program - end0, chosen, of, OUTER1, INNER1, ROWS1, SPREADS, BLOCK)
+    elif program < end2:
+        _copy(source2, target2, index, program - end1, chosen, of, OUTER2, INNER2, ROWS2, SPREADS, BLOCK)
+    else:
+        _copy(source3, target3, index, program - end2, chosen, of, OUTER3, INNER3, ROWS3, SPREADS, BLOCK)
+
+
+@triton.jit
+def add_norm(
+    x, branch, bias, scale, total, normed, mean, rstd, weight, shift, tokens, channels, epsilon,
+    ADDS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, NORMS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    column = tl.arange(0, BLOCK)
+    is_channel = column < channels
+    inside = (row < tokens)[:, None] & is_channel[None, :]
+    at = row.to(tl.int64)[:, None] * channels + column[None, :]
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        added = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            added += tl.load(bias + column, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+        if HAS_SCALE:
+            added *= tl.load(scale + column, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+        value += added
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + at, rounded, mask=inside)
+        value = rounded.to(tl.float32)
+    if NORMS:
+        centre = tl.sum(value, 1) / channels
+        off = tl.where(inside, value - centre[:, None], 0.0)
+        inverse = 1 / tl.sqrt(tl.sum(off * off, 1) / channels + epsilon)
+        tl.store(mean + row, centre, mask=row < tokens)
+        tl.store(rstd + row, inverse, mask=row < tokens)
+        result = (
+            off
+            * inverse[:, None]
+            * tl.load(weight + column, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+        )
+        result += tl.load(shift + column, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+        tl.store(normed + at, result.to(normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_backward(
+    gradient, x, residual, result, mean, rstd, weight, partial, tokens, channels, rows,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    is_channel = column < channels
+    weights = tl.load(weight + column, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+    of_weight = tl.zeros((TILE, BLOCK), tl.float32)
+    of_shift = tl.zeros((TILE, BLOCK), tl.float32)
+    of_result = tl.zeros((TILE, BLOCK), tl.float32)
+    for start in range(program * rows, tl.minimum((program + 1) * rows, tokens), TILE):
+        row = start + tl.arange(0, TILE)
+        is_row = row < tl.minimum((program + 1) * rows, tokens)
+        inside = is_row[:, None] & is_channel[None, :]
+        at = row.to(tl.int64)[:, None] * channels + column[None, :]
+        g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+        inverse = tl.load(rstd + row, mask=is_row, other=0.0)[:, None]
+        centre = tl.load(mean + row, mask=is_row, other=0.0)[:, None]
+        normal = (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - centre) * inverse
+        normal = tl.where(inside, normal, 0.0)
+        of_weight += g * normal
+        of_shift += g
+        g *= weights
+        along = tl.sum(g * normal, 1)[:, None] / channels
+        middle = tl.sum(g, 1)[:, None] / channels
+        total = (g - middle - normal * along) * inverse + tl.load(residual + at, mask=inside, other=0.0).to(
+            tl.float32
+        )
+        rounded = total.to(result.dtype.element_ty)
+        tl.store(result + at, rounded, mask=inside)
+        of_result += tl.where(inside, rounded.to(tl.float32), 0.0)
+    at = partial + program * 3 * channels + column
+    tl.store(at, tl.sum(of_weight, 0), mask=is_channel)
+    tl.store(at + channels, tl.sum(of_shift, 0), mask=is_channel)
+    tl.store(at + 2 * channels, tl.sum(of_result, 0), mask=is_channel)
+
+
+@triton.jit
+def branch_backward(
+    gradient, branch, bias, scale, result, partial, tokens, channels, rows,
+    WRITES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(1)
+    is_channel = column < channels
+    of_bias = tl.zeros((TILE, BLOCK), tl.float32)
+    of_scale = tl.zeros((TILE, BLOCK), tl.float32)
+    scales = 1.0
+    if HAS_SCALE:
+        scales = tl.load(scale + column, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+    for start in range(program * rows, tl.minimum((program + 1) * rows, tokens), TILE):
+        row = start + tl.arange(0, TILE)
+        inside = (row < tl.minimum((program + 1) * rows, tokens))[:, None] & is_channel[None, :]
+        at = row.to(tl.int64)[:, None] * channels + column[None, :]
+        g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+        if HAS_SCALE:
+            value = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
+            if HAS_BIAS:
+                value += tl.load(bias + column, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+            of_scale += g * value
+            g *= scales
+        of_bias += g
+        if WRITES:
+            tl.store(result + at, g.to(result.dtype.element_ty), mask=inside)
+    at = partial + program * 2 * channels + column
+    tl.store(at, tl.sum(of_bias, 0), mask=is_channel)
+    tl.store(at + channels, tl.sum(of_scale, 0), mask=is_channel)
+
+
+@triton.jit
+def gelu_join(first, second, joined, tokens, width1, width2, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    row = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    at_row = row.to(tl.int64)[:, None]
+    of_first = tl.cdiv(width1, BLOCK)
+    if program < of_first:
+        column = program * BLOCK + tl.arange(0, BLOCK)
+        inside = (row < tokens)[:, None] & (column < width1)[None, :]
+        value = tl.load(first + at_row * width1 + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    else:
+        column = (program - of_first) * BLOCK + tl.arange(0, BLOCK)
+        inside = (row < tokens)[:, None] & (column < width2)[None, :]
+        value = tl.load(second + at_row * width2 + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        column += width1
+    value *= 0.5 * (1 + tl.math.erf(value * 0.7071067811865476))
+    at = joined + at_row * (width1 + width2) + column[None, :]
+    tl.store(at, value.to(joined.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gelu_backward(
+    gradient,
+    hidden,
+    of_hidden,
+    activated,
+    partial,
+    tokens,
+    width,
+    rows,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(1)
+    is_column = column < width
+    of_bias = tl.zeros((TILE, BLOCK), tl.float32)
+    for start in range(program * rows, tl.minimum((program + 1) * rows, tokens), TILE):
+        row = start + tl.arange(0, TILE)
+        inside = (row < tl.minimum((program + 1) * rows, tokens))[:, None] & is_column[None, :]
+        at = row.to(tl.int64)[:, None] * width + column[None, :]
+        value = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+        below = 0.5 * (1 + tl.math.erf(value * 0.7071067811865476))
+        g *= below + value * 0.3989422804014327 * tl.exp(-0.5 * value * value)
+        tl.store(of_hidden + at, g.to(of_hidden.dtype.element_ty), mask=inside)
+        tl.store(activated + at, (value * below).to(activated.dtype.element_ty), mask=inside)
+        of_bias += g
+    tl.store(partial + program * width + column, tl.sum(of_bias, 0), mask=is_column)
+
+
+@triton.jit
+def join_heads(
+    first, second, joined, tokens, samples_tokens, width1, width2,
+    sample1, head1, token1, sample2, head2, token2, size, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    column = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    row = (tl.program_id(1) * TILE + tl.arange(0, TILE))[:, None]
+    sample, token = (row // tokens).to(tl.int64), row % tokens
+    is_row, is_first = row < samples_tokens, column < width1
+    at = first + sample * sample1 + token * token1 + column // size * head1 + column % size
+    value = tl.load(at, mask=is_row & is_first, other=0.0)
+    beyond = column - width1
+    at = second + sample * sample2 + token * token2 + beyond // size * head2 + beyond % size
+    other = tl.load(at, mask=is_row & (beyond >= 0) & (beyond < width2), other=0.0)
+    at = joined + row.to(tl.int64) * (width1 + width2) + column
+    tl.store(at, tl.where(is_first, value, other), mask=is_row & (beyond < width2))
+
+
+@triton.jit
+def join_qkv(
+    query, key, value, joined, partial, tokens, samples_tokens, width, rows,
+    sample0, head0, token0, sample1, head1, token1, sample2, head2, token2, size,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    column = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    program = tl.program_id(1)
+    head, which, channel = column // (3 * size), column // size % 3, column % size
+    is_column = column < width
+    of_bias = tl.zeros((TILE, BLOCK), tl.float32)
+    for start in range(program * rows, tl.minimum((program + 1) * rows, samples_tokens), TILE):
+        row = (start + tl.arange(0, TILE))[:, None]
+        sample, token = (row // tokens).to(tl.int64), row % tokens
+        inside = (row < tl.minimum((program + 1) * rows, samples_tokens)) & is_column
+        at = sample * sample0 + head * head0 + token * token0 + channel
+        g = tl.load(query + at, mask=inside & (which == 0), other=0.0).to(tl.float32)
+        at = sample * sample1 + head * head1 + token * token1 + channel
+        g += tl.load(key + at, mask=inside & (which == 1), other=0.0).to(tl.float32)
+        at = sample * sample2 + head * head2 + token * token2 + channel
+        g += tl.load(value + at, mask=inside & (which == 2), other=0.0).to(tl.float32)
+        tl.store(joined + row.to(tl.int64) * width + column, g.to(joined.dtype.element_ty), mask=inside)
+        of_bias += g
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(partial + program * width + column, tl.sum(of_bias, 0), mask=column < width)
+
+
+@triton.jit
+def sum_rows(partial, result, rows, width, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((TILE, BLOCK), tl.float32)
+    for start in range(0, rows, TILE):
+        row = start + tl.arange(0, TILE)
+        inside = (row < rows)[:, None] & (column < width)[None, :]
+        total += tl.load(partial + row[:, None] * width + column[None, :], mask=inside, other=0.0)
+    tl.store(result + column, tl.sum(total, 0).to(result.dtype.element_ty), mask=column < width)
