@@ -29,7 +29,7 @@ def test_a_rank_out_of_memory_is_planned_less_and_nothing_of_the_failed_steps_is
 def test_the_next_plan_gives_less_to_the_rank_that_was_slower(results: dict[str, Any]) -> None:
     for slow in (0, 1):
         found = results["speeds"][f"rank {slow} sleeps"]
-        assert found["speeds"][slow] < 0.5 < found["speeds"][1 - slow]
+        assert found["speeds"][slow] < found["speeds"][1 - slow]
         assert found["work"][slow] < found["work"][1 - slow]
 
 
