@@ -169,9 +169,10 @@ class ShardedTokens(TokenMessages):
 
     def _exchange(self, to_send: dict[int, Tensor], to_fill: dict[int, Tensor]) -> None:
         """Messages from rank to rank, all at once; the keys are places in the group."""
+        # Receives first: gloo tells a sender that there is room, on the way that its own data would go before.
         operations = [
             distributed.P2POp(operation, tensor, distributed.get_global_rank(self.group, rank), self.group)
-            for operation, tensors in ((distributed.isend, to_send), (distributed.irecv, to_fill))
+            for operation, tensors in ((distributed.irecv, to_fill), (distributed.isend, to_send))
             for rank, tensor in tensors.items()
             if tensor.numel()
         ]
