@@ -30,7 +30,7 @@ from d2ft_hpc.metering.phases import COMMUNICATION, timed_step
 from d2ft_hpc.planning import PlanProblem, SkipPlan, solve
 from d2ft_hpc.training.speed_watch import SpeedWatch
 
-RANKS, BLOCKS, HEADS, SLOTS, SAMPLES = 2, 8, 4, 16, 4
+RANKS, BLOCKS, HEADS, SLOTS, SAMPLES = 2, 6, 4, 8, 4
 
 
 @dataclass
