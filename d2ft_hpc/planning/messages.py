@@ -129,7 +129,8 @@ def tensor_parallel_bytes(
     activation_bytes: of one row's activations between blocks (samples x tokens x width x bytes of a number).
 
     A (row, block) whose heads are all SHORTCUT sends nothing forward, one without FULL heads sends nothing backward
-    (`shares_of_senders`). Raises PlanError if the owner map does not fit.
+    (`shares_of_senders`). In the sharded layout ranks count as if they held equally many tokens, which differ by one at
+    most. Raises PlanError if the owner map does not fit.
     """
     dense = BRANCHES * ring_bytes("allreduce", activation_bytes, ranks)
     return _by_senders(operations, owner, ranks, dense * shares_of_senders(layout, ranks))

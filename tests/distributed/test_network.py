@@ -35,7 +35,7 @@ def test_interfaces_send_what_was_counted_and_predicted() -> None:
     result = json.loads(finished.stdout.splitlines()[-1])
     for name in ("dense", "paper", "makespan"):
         of_plan = result[name]
-        assert of_plan["counted_bytes"] == pytest.approx(of_plan["model_bytes"], rel=1e-3), name
+        assert of_plan["counted_bytes"] == pytest.approx(of_plan["model_bytes"], rel=0.02), name
         # Headers, acknowledgements and the barriers around a step come on top.
         assert 1 <= of_plan["interface_bytes"] / of_plan["counted_bytes"] <= 1.1, name
         assert of_plan["bytes_ratio"] == pytest.approx(of_plan["ideal_bytes_ratio"], abs=0.03), name
