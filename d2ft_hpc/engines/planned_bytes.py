@@ -13,8 +13,10 @@ from d2ft_hpc.planning.messages import (
     DataParallel,
     Replicas,
     TokenLayout,
+    active_ranks,
     pipeline_bytes,
     ring_bytes,
+    shares_of_senders,
     tensor_parallel_bytes,
 )
 
@@ -118,9 +120,10 @@ class PlannedBytes:
         sums = tensor_parallel_bytes(
             operations[:, blocks], placement.owner[blocks], ranks, self._activation_bytes, token_layout
         )
-        full = (operations[:, blocks] == Operation.FULL).any(axis=2)  # [row, block]
+        full = active_ranks(operations[:, blocks] == Operation.FULL, placement.owner[blocks], ranks)
+        shares = np.minimum(full, 1.0) if is_sharded else shares_of_senders("replicated", ranks)[full]
         partial = (self._shared if is_sharded else self._by_head)[blocks]
         total += float(sums.forward.sum() + sums.backward.sum())
-        total += ring_bytes("allreduce", float((full * partial).sum()), ranks)
+        total += ring_bytes("allreduce", float((shares * partial).sum()), ranks)
         joins = is_last + (is_first and self._trains_embeddings)
         return float(total + is_sharded * joins * len(operations) * (ranks - 1) * own)

@@ -182,17 +182,18 @@ class ShardedTokens(TokenMessages):
 
 
 @contextmanager
-def whole_gradients(messages: TokenMessages, owners: Owners, full: Ranks) -> Iterator[None]:
+def whole_gradients(messages: TokenMessages, owners: Owners, full: Ranks, x: Tensor) -> Iterator[Tensor]:
     """Inside, a block computes with stand-ins of parameters of which each rank's gradient is a part of the sum only;
-    backward, their gradients are summed over the group in one message."""
+    backward, their gradients are summed over the group in one message. Yields what stands in for the block's input x,
+    whose gradient brings every rank to that message, also one that uses none of the parameters."""
     if not (owners and full and torch.is_grad_enabled()):
-        yield
+        yield x
         return
-    stand_ins = _SumGradients.apply(messages, full, *(parameter for _, _, parameter in owners))
+    x, *stand_ins = _SumGradients.apply(messages, full, x, *(parameter for _, _, parameter in owners))
     for (kept, name, _), stand_in in zip(owners, stand_ins, strict=True):
         kept[name] = stand_in
     try:
-        yield
+        yield x
     finally:
         for kept, name, parameter in owners:
             kept[name] = parameter
@@ -245,10 +246,10 @@ class _SumGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        parts = ctx.messages.sum(flat, ctx.full).split([gradient.numel() for gradient in gradients])
-        summed = [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
-        return None, None, *summed
+        of_x, *own = gradients
+        flat = torch.cat([gradient.flatten() for gradient in own])
+        parts = ctx.messages.sum(flat, ctx.full).split([gradient.numel() for gradient in own])
+        return None, None, of_x, *(part.view_as(each) for part, each in zip(parts, own, strict=True))
 
 
 class _Split(torch.autograd.Function):

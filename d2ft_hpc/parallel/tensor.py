@@ -167,7 +167,7 @@ def run_shared_block(
     after_heads = present_owners([block.norm1, block.norm2, block.ls1, block.ls2])
     biases = present_owners([block.attn.proj, block.mlp.fc2], ["bias"])
     partial = messages.partial([*by_head, *after_heads, *biases], by_head)
-    with whole_gradients(messages, partial, heads.full_ranks):
+    with whole_gradients(messages, partial, heads.full_ranks, x) as x:
         end_attention, end_feed_forward = branch_ends(block)
         x = x + _branch(x, heads, block.norm1, attend, block.attn.proj.bias, end_attention, messages)
         return x + _branch(
