@@ -254,6 +254,33 @@ def _parser() -> argparse.ArgumentParser:
     parallel.add_argument("--repeats", type=int, default=15, help="steps of each plan")
     parallel.add_argument("--json", action="store_true", help="end with one line of JSON")
     parallel.set_defaults(run=_bench_parallel)
+    network = benches.add_parser(
+        "network",
+        help="bytes on the wire and step time over slow links, under a dense, the paper's and a makespan plan",
+        description="Starts its ranks itself, in network namespaces of this machine joined by links of a given rate; "
+        "needs root, ip and tc.",
+    )
+    network.add_argument("--rate", default="100mbit", help="of every link each way (default: 100mbit)")
+    network.add_argument("--tp", type=int, default=4, help="tensor-parallel ranks (default: 4)")
+    network.add_argument("--pp", type=int, default=1, help="pipeline stages (default: 1)")
+    network.add_argument("--blocks", type=int, default=4)
+    network.add_argument("--heads", type=int, default=8, help="of 32 channels")
+    network.add_argument("--micro-batches", type=int, default=8)
+    network.add_argument("--samples", type=int, default=4, help="of a micro-batch")
+    network.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
+    network.add_argument("--communication-budget", type=float, default=0.5, help="share of the dense step")
+    network.add_argument("--repeats", type=int, default=3, help="steps of each plan (default: 3)")
+    network.add_argument("--json", action="store_true", help="end with one line of JSON")
+    network.set_defaults(run=_bench_network)
+    unequal = benches.add_parser(
+        "unequal",
+        help="waiting at the meeting point when a busy process shares one rank's core",
+        description="Equal shares against shares by watched speeds; start it with mpirun -n 2 on two idle cores.",
+    )
+    unequal.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
+    unequal.add_argument("--steps", type=int, default=10, help="measured steps of each plan (default: 10)")
+    unequal.add_argument("--json", action="store_true", help="end with one line of JSON")
+    unequal.set_defaults(run=_bench_unequal)
     return parser
 
 
@@ -560,6 +587,46 @@ def _bench_parallel(options: argparse.Namespace) -> int:
             compute_budget=options.compute_budget,
             repeats=options.repeats,
         )
+        if control.rank == 0:
+            print(report(result, as_json=options.json))
+
+    return run_guarded(control, run)
+
+
+def _bench_network(options: argparse.Namespace) -> int:
+    from d2ft_hpc.bench.network import benchmark, report
+    from d2ft_hpc.launch import run_guarded
+
+    def run() -> None:
+        result = benchmark(
+            rate=options.rate,
+            stages=options.pp,
+            tensor_ranks=options.tp,
+            sizes={
+                "blocks": options.blocks,
+                "heads": options.heads,
+                "micro_batches": options.micro_batches,
+                "samples": options.samples,
+                "head_size": 32,
+            },
+            compute_budget=options.compute_budget,
+            communication_budget=options.communication_budget,
+            repeats=options.repeats,
+        )
+        print(report(result, as_json=options.json))
+
+    return run_guarded(None, run)
+
+
+def _bench_unequal(options: argparse.Namespace) -> int:
+    from d2ft_hpc.launch import connect, detect, run_guarded
+
+    control = connect(detect(), device_type="cpu")
+
+    def run() -> None:
+        from d2ft_hpc.bench.unequal import benchmark, report
+
+        result = benchmark(control, compute_budget=options.compute_budget, steps=options.steps)
         if control.rank == 0:
             print(report(result, as_json=options.json))
 

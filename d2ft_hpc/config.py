@@ -155,6 +155,10 @@ class ReplanConfig(Section):
     overlap: bool = False
     """Solve while training goes on under the old plan. The first step under the new one depends on the clock and is
     recorded; if false, the step at which a plan is due waits for it."""
+    speeds: Literal["start", "watched"] = "start"
+    """What later plans take for the ranks' speeds: those of the first plan, or what each rank computed a second in the
+    steps under the plan before, so that a rank that others slow down gets less. Watched ones depend on the clock: a
+    resumed run may plan otherwise."""
 
 
 class SamplesConfig(Section):
@@ -196,7 +200,8 @@ class PlanConfig(Section):
     """Share of the dense run's messages between subnets; null: no limit."""
     messages: Literal["by_head", "by_meeting"] = "by_head"
     """What these messages are: by_head counts FULL 1 and FORWARD_ONLY 0.5 for every head (the paper's cost model),
-    by_meeting the all-reduces of tensor-parallel ranks, which a block without any active head does not need."""
+    by_meeting what tensor-parallel ranks really send in engine.token_layout, which is less where only some of them, or
+    none, have an active head in a block."""
     memory_budget: Fraction | None = None
     """Share of the activations of a dense micro-batch that a device keeps for the backward; null: no limit. Planners
     `paper` and `random` do not know it and are refused where they exceed it."""
@@ -289,10 +294,21 @@ class EngineConfig(Section):
     head_placement: Literal["in_order", "spread"] = "in_order"
     """Which tensor-parallel rank holds which heads: neighbouring ones, or such that by their scores each rank's are
     worth the same, for which scores are measured once before training."""
+    token_layout: Literal["replicated", "sharded", "auto"] = "replicated"
+    """What tensor-parallel ranks hold between branches. replicated: every token, with an all-reduce after each branch.
+    sharded: each its own tokens; a branch's input goes only to ranks with an active head, and only those return partial
+    sums, so that messages follow the plan. auto: whichever is predicted to be faster, for each plan."""
     activation_checkpointing: bool = False
     """Keep each block's input only and run the block again in the backward, under the same row of the plan."""
     deepspeed: dict[str, Any] = {}
     """Further settings for DeepSpeed, in its own names."""
+    repeat_out_of_memory: bool = False
+    """Where a rank runs out of memory in a step: plan it less from now on and repeat the step, instead of ending. For
+    planners `joint`, `makespan` and `depth`, and engines that exchange nothing before all micro-batches are through:
+    plain, and DeepSpeed in fp32 with ZeRO 0 or 1, overlap_comm off, the whole model on each rank."""
+    activation_limit_mb: list[Annotated[float, Field(gt=0)]] | None = None
+    """On a processor: megabytes that autograd may keep for a micro-batch's backward on each rank; beyond them the rank
+    counts as out of memory. null: no limit."""
     compile: bool = False
     """Whether torch.compile makes the kernels of blocks: of dense ones, and of those that skip heads where the plan has
     at most 8 shapes (planner `static`) and no kernels of our own fit (they do on a GPU, without dropout and LoRA)."""
@@ -373,8 +389,36 @@ class RunConfig(Section):
                 "plan.planner=samples with engine.name=fsdp2: samples are scored by a second model that shares the "
                 "weights, which FSDP2 spreads over ranks; use another planner, or engine.name=ddp"
             )
+        if self.engine.repeat_out_of_memory:
+            self._check_repeats()
         self._check_parts()
         return self
+
+    def _check_repeats(self) -> None:
+        """Raises where a step that ran out of memory cannot be repeated."""
+        engine, key = self.engine, "engine.repeat_out_of_memory=true"
+        if self.plan.planner not in ("joint", "makespan", "depth") or self.plan.file is not None:
+            raise ValueError(
+                f"{key}: planner {self.plan.planner} cannot plan a rank less memory; use joint, makespan or depth, and "
+                f"no plan.file"
+            )
+        if engine.cuda_graphs:
+            raise ValueError(f"{key}: graphs keep their memory; set engine.cuda_graphs=false")
+        if engine.name == "plain":
+            return
+        zero = engine.deepspeed.get("zero_optimization", {})
+        for setting, value, allowed in (
+            ("engine.precision", engine.precision, ("fp32",)),
+            ("engine.deepspeed.zero_optimization.stage", zero.get("stage", 0), (0, 1)),
+            ("engine.deepspeed.zero_optimization.overlap_comm", zero.get("overlap_comm", False), (False,)),
+            ("engine.pipeline_stages", engine.pipeline_stages, (1,)),
+            ("engine.tensor_parallel", engine.tensor_ranks, (1,)),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f"{key} with {setting}={value}: ranks exchange messages while others may have run out of "
+                    f"memory; use {' or '.join(map(str, allowed))}"
+                )
 
     def _check_parts(self) -> None:
         """What cannot run where each rank holds a part of the model."""
@@ -398,6 +442,11 @@ class RunConfig(Section):
         )
         if engine.name == "plain" or engine.name == "ddp":
             raise ValueError(f"{parts}: with engine {engine.name} a rank has the whole model; use deepspeed")
+        if engine.token_layout == "sharded" and self.plan.planner == "samples":
+            raise ValueError(
+                "engine.token_layout=sharded with plan.planner=samples: samples are scored at another resolution, with "
+                "fewer tokens; use replicated"
+            )
         if engine.name == "fsdp2" and engine.pipeline_stages > 1:
             raise ValueError(f"{parts}: engine fsdp2 has no pipeline; use deepspeed")
         if engine.name == "fsdp2" and self.plan.planner == "samples":

@@ -14,29 +14,99 @@ from timm.models.vision_transformer import VisionTransformer
 
 from d2ft_hpc.config import OptimizerConfig
 from d2ft_hpc.engines.deepspeed import deepspeed_config
+from d2ft_hpc.engines.engine import MicroBatch
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, share
-from d2ft_hpc.metering import measure_costs
+from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
 from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, in_order, simulate, solve
 
-IMAGE_SIZE, PATCH_SIZE, HEAD_SIZE, CLASSES = 64, 8, 64, 10
+IMAGE_SIZE, PATCH_SIZE, CLASSES = 64, 8, 10
+TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2 + 1
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is trained: blocks x heads of 64 channels on 64 x 64 images (65 tokens)."""
+    """What is trained: blocks x heads on 64 x 64 images (65 tokens)."""
 
     blocks: int = 8
     heads: int = 4
     micro_batches: int = 8
     samples: int = 8
     """Of a micro-batch."""
+    head_size: int = 64
+    """Channels of a head."""
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """An engine on this rank, the whole model, its placement, and what plans for it reckon with."""
+
+    sizes: Sizes
+    model: VisionTransformer
+    placement: Placement
+    costs: StepCosts
+    flops: list[float]
+    engine: PipelineEngine | TensorParallelEngine
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Rows, blocks, heads."""
+        replicas = self.placement.layout.replicas
+        return (self.sizes.micro_batches * replicas, self.sizes.blocks, self.sizes.heads)
+
+    def problem(self, **options: Any) -> PlanProblem:
+        """With the same log-normal scores on every rank. options: of `PlanProblem.parallel`."""
+        return PlanProblem.parallel(
+            *np.exp(np.random.default_rng(0).standard_normal((2, *self.shape))),
+            replicas=self.placement.layout.replicas,
+            rank=self.placement.owner,
+            stage=self.placement.stage,
+            forward_cost=self.costs.forward_share,
+            **options,
+        )
+
+    def plan_of(self, operation: Operation) -> SkipPlan:
+        """Every subnet does the same."""
+        operations = np.full(self.shape, operation, np.uint8)
+        return SkipPlan(operations, self.placement.layout.replicas)
+
+    def batch(self) -> list[MicroBatch]:
+        """Of this replica."""
+        generator = torch.Generator().manual_seed(self.placement.layout.replica)
+        return [
+            (
+                torch.randn(self.sizes.samples, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
+                torch.randint(CLASSES, (self.sizes.samples,), generator=generator),
+            )
+            for _ in range(self.sizes.micro_batches)
+        ]
+
+
+def set_up(control: Control, *, stages: int, tensor_ranks: int, sizes: Sizes) -> Setting:
+    """On all ranks together. Raises ConfigError if the ranks do not form whole replicas."""
+    layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        embed_dim=sizes.head_size * sizes.heads,
+        depth=sizes.blocks,
+        num_heads=sizes.heads,
+        num_classes=CLASSES,
+    )
+    executor = attach(model)
+    costs = measure_costs(model, executor, (3, IMAGE_SIZE, IMAGE_SIZE))
+    flops = layer_flops(model, costs, (3, IMAGE_SIZE, IMAGE_SIZE))
+    owner = in_order(sizes.blocks, sizes.heads, tensor_ranks)
+    placement = Placement(layout, cut_stages(flops, stages), owner)
+    engine = _engine(control, model, executor, placement, sizes)
+    return Setting(sizes, model, placement, costs, flops, engine)
 
 
 def benchmark(
@@ -53,41 +123,17 @@ def benchmark(
     The predicted time is what runs under all SHORTCUT, plus the rest of the dense step times the plan's share of it in
     the simulated pipeline and lock step (`simulate`). Raises ConfigError if the ranks do not form whole replicas.
     """
-    layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
-    if not layout.is_cut:
+    if stages * tensor_ranks == 1:
         raise ConfigError("bench parallel needs --pipeline-stages or --tensor-parallel above 1")
-    torch.manual_seed(0)
-    model = VisionTransformer(
-        img_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-        embed_dim=HEAD_SIZE * sizes.heads,
-        depth=sizes.blocks,
-        num_heads=sizes.heads,
-        num_classes=CLASSES,
-    )
-    executor = attach(model)
-    costs = measure_costs(model, executor, (3, IMAGE_SIZE, IMAGE_SIZE))
-    flops = layer_flops(model, costs, (3, IMAGE_SIZE, IMAGE_SIZE))
-    owner = in_order(sizes.blocks, sizes.heads, tensor_ranks)
-    placement = Placement(layout, cut_stages(flops, stages), owner)
-    shape = (sizes.micro_batches * layout.replicas, sizes.blocks, sizes.heads)
-    scores = np.exp(np.random.default_rng(0).standard_normal((2, *shape)))
-    problem = PlanProblem.parallel(
-        *scores,
-        replicas=layout.replicas,
-        rank=owner,
-        stage=placement.stage,
-        compute_budget=compute_budget,
-        forward_cost=costs.forward_share,
-    )
+    setting = set_up(control, stages=stages, tensor_ranks=tensor_ranks, sizes=sizes)
+    problem = setting.problem(compute_budget=compute_budget)
     message = share(control, lambda: solve(problem, "makespan").to_bytes(), "the plan")
     plans = {
-        "dense": SkipPlan.dense(sizes.micro_batches, layout.replicas, sizes.blocks, sizes.heads),
+        "dense": setting.plan_of(Operation.FULL),
         "plan": SkipPlan.from_bytes(message),
-        "always": SkipPlan(np.full(shape, Operation.SHORTCUT, np.uint8), layout.replicas),
+        "always": setting.plan_of(Operation.SHORTCUT),
     }
-    engine = _engine(control, model, executor, placement, sizes)
-    seconds = _time_steps(control, engine, plans, layout, sizes, repeats)
+    seconds = _time_steps(control, setting, plans, repeats)
     medians = {name: float(np.median(times)) for name, times in seconds.items()}
     simulated = simulate(plans["plan"], problem).step / simulate(plans["dense"], problem).step
     always = medians["always"] / medians["dense"]
@@ -95,8 +141,8 @@ def benchmark(
         "ranks": control.world_size,
         "pipeline_stages": stages,
         "tensor_parallel": tensor_ranks,
-        "stages": describe_stages(flops, placement.stages) if stages > 1 else "",
-        "planned_flops": costs.planned_share(plans["plan"]),
+        "stages": describe_stages(setting.flops, setting.placement.stages) if stages > 1 else "",
+        "planned_flops": setting.costs.planned_share(plans["plan"]),
         "dense_seconds": medians["dense"],
         "plan_seconds": medians["plan"],
         "always_share": always,
@@ -127,26 +173,14 @@ def _engine(
 
 
 def _time_steps(
-    control: Control,
-    engine: PipelineEngine | TensorParallelEngine,
-    plans: dict[str, SkipPlan],
-    layout: Layout,
-    sizes: Sizes,
-    repeats: int,
+    control: Control, setting: Setting, plans: dict[str, SkipPlan], repeats: int
 ) -> dict[str, list[float]]:
     """Seconds of each step by plan, until all ranks are done; one step of each plan before the clock starts."""
-    generator = torch.Generator().manual_seed(layout.replica)
-    batch = [
-        (
-            torch.randn(sizes.samples, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
-            torch.randint(CLASSES, (sizes.samples,), generator=generator),
-        )
-        for _ in range(sizes.micro_batches)
-    ]
+    engine, batch = setting.engine, setting.batch()
     seconds: dict[str, list[float]] = {name: [] for name in plans}
     for repeat in range(repeats + 1):
         for name, plan in plans.items():
-            engine.executor.load(plan, layout.replica)
+            engine.executor.load(plan, setting.placement.layout.replica)
             control.barrier(60)
             start = time.perf_counter()
             engine.step(batch)

@@ -236,7 +236,7 @@ def _peers(sizes: Sizes, dense: VisionTransformer, skipped: float) -> dict[str, 
     return found | {"peft_lora": contend(adapted.to(sizes.dtype))}
 
 
-def _subset_forward(block: nn.Module, keep: int) -> Callable[[Tensor], Tensor]:
+def _subset_forward(block: Any, keep: int) -> Callable[[Tensor], Tensor]:
     """Each branch runs on a random subset of the samples, scaled up (DINOv2's stochastic depth, arXiv 2304.07193)."""
 
     def forward(x: Tensor) -> Tensor:

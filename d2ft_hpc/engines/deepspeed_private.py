@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +20,14 @@ SURFACE = (
     "deepspeed.ops:__compatible_ops__",
     "deepspeed.runtime.engine:DeepSpeedEngine.gradient_accumulation_steps",
     "deepspeed.runtime.engine:DeepSpeedEngine.get_global_grad_norm",
+    "deepspeed.runtime.engine:DeepSpeedEngine._get_gradients_for_reduction",
     "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler",
+    "deepspeed.runtime.pipe.engine:PipelineEngine._INSTRUCTION_MAP",
+    "deepspeed.runtime.pipe.engine:PipelineEngine._exec_recv_grads",
+    "deepspeed.runtime.pipe.engine:PipelineEngine._exec_send_grads",
     "deepspeed.runtime.pipe.module:PipelineModule.mpu",
+    "deepspeed.runtime.pipe.schedule:RecvGrad",
+    "deepspeed.runtime.pipe.schedule:SendGrad",
     "deepspeed.runtime.pipe.topology:PipeModelDataParallelTopology",
     "deepspeed.runtime.pipe.topology:PipelineParallelGrid.get_model_parallel_group",
     "deepspeed.runtime.pipe.topology:PipelineParallelGrid.get_slice_parallel_group",
@@ -54,6 +61,12 @@ def import_deepspeed() -> Any:
 def current_slot(engine: Any) -> int:
     """The place in its batch of the micro-batch that runs forward or backward."""
     return int(engine.micro_steps % engine.gradient_accumulation_steps())
+
+
+def forget_step(engine: Any, micro_steps: int) -> None:
+    """Back to before the micro-batches of a step that was not finished; micro_steps: as they were then."""
+    engine.micro_steps = micro_steps
+    engine.module.zero_grad(set_to_none=True)
 
 
 def loss_scale(engine: Any) -> float:
@@ -157,6 +170,51 @@ def topology_of(layout: Layout) -> Any:
     return PipeModelDataParallelTopology(
         num_pp=layout.stages, num_mp=layout.tensor_ranks, num_dp=layout.replicas
     )
+
+
+def send_needed_gradients(pipeline_engine: Any, is_needed: Callable[[int, int], bool]) -> None:
+    """Lets a pipeline engine send the gradient between two stages only where it is needed.
+
+    is_needed: of the stage that sends and the micro-batch's place in the batch; the same on all ranks. The stage below
+    goes on with zeros, so that every micro-batch has its backward.
+    """
+    from deepspeed.runtime.pipe import schedule
+
+    sent, received = itertools.count(), itertools.count()
+
+    def send(engine: Any, buffer_id: int) -> None:
+        if is_needed(engine.stage_id, next(sent) % engine.micro_batches):
+            type(engine)._exec_send_grads(engine, buffer_id)
+        else:
+            engine.pipe_buffers["inputs"][buffer_id] = None  # as sending does
+
+    def receive(engine: Any, buffer_id: int) -> None:
+        if is_needed(engine.stage_id + 1, next(received) % engine.micro_batches):
+            type(engine)._exec_recv_grads(engine, buffer_id)
+        else:
+            engine.grad_layer = torch.zeros_like(engine.pipe_buffers["outputs"][buffer_id])
+
+    own = {schedule.SendGrad: send, schedule.RecvGrad: receive}
+    pipeline_engine._INSTRUCTION_MAP = {**pipeline_engine._INSTRUCTION_MAP, **own}
+
+
+def reduce_needed_gradients(engine: Any, is_needed: Callable[[nn.Parameter], bool]) -> None:
+    """Without ZeRO, lets an engine reduce only some gradients between replicas; the others must be zero on all.
+
+    is_needed: the same on all replicas. In fp32 only: in bf16 DeepSpeed's optimiser names the gradients itself.
+    """
+    every = engine._get_gradients_for_reduction
+
+    def needed() -> Any:
+        _, of_experts = every()  # which fills in absent ones
+        gradients = [
+            parameter.grad.data
+            for parameter in engine.module.parameters()
+            if parameter.requires_grad and parameter.numel() and is_needed(parameter)
+        ]
+        return gradients, of_experts
+
+    engine._get_gradients_for_reduction = needed
 
 
 def loss_of_replica(pipeline_engine: Any) -> float:

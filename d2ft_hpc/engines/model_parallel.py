@@ -21,7 +21,6 @@ from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
 from d2ft_hpc.parallel.gather import gather, part_of
 from d2ft_hpc.parallel.layout import Layout, Placement
-from d2ft_hpc.parallel.messages import ReplicatedTokens
 from d2ft_hpc.parallel.part import ModelPart
 from d2ft_hpc.parallel.tensor import share_blocks
 
@@ -45,9 +44,8 @@ def share_part(
     """Cuts a part by head over a tensor-parallel group; returns the executor that its blocks follow from now on."""
     layout = placement.layout
     if layout.tensor_ranks > 1:
-        messages = ReplicatedTokens(group, layout.tensor_rank)
         blocks = {int(index): block for index, block in part.blocks.items()}
-        executor = part.executor = share_blocks(blocks, executor, placement.owner, messages)
+        executor = part.executor = share_blocks(blocks, executor, placement.owner, group, part.tokens)
     for parameter in part.parameters():
         if layout.tensor_rank == 0:
             # DeepSpeed counts these in gradient norms on every rank, all others on the first of all stages only.

@@ -17,8 +17,20 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, distributed, nn
 
 from d2ft_hpc.engines.check import check_plan
-from d2ft_hpc.engines.deepspeed_private import import_deepspeed, loss_of_replica, topology_of
-from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StateWriter, StepReport, zero_missing_gradients
+from d2ft_hpc.engines.deepspeed_private import (
+    import_deepspeed,
+    loss_of_replica,
+    send_needed_gradients,
+    topology_of,
+)
+from d2ft_hpc.engines.engine import (
+    LossFunction,
+    MicroBatch,
+    ShortOfMemory,
+    StateWriter,
+    StepReport,
+    zero_missing_gradients,
+)
 from d2ft_hpc.engines.model_parallel import (
     MakeOptimizer,
     OptionsFor,
@@ -29,13 +41,14 @@ from d2ft_hpc.engines.model_parallel import (
     share_logits,
     share_part,
 )
+from d2ft_hpc.engines.replicas import reduce_trained_blocks
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering.phases import phase
 from d2ft_hpc.model.any_size import evaluating, of_any_size
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.part import ModelPart
-from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.planning import Operation, SkipPlan
 
 
 class PipelineEngine:
@@ -83,6 +96,11 @@ class PipelineEngine:
         )
         """What `deepspeed.initialize` returned: the engine, and what belongs to it."""
         self.engine = self.made[0]
+        send_needed_gradients(self.engine, self._gradient_is_needed)
+        reduce_trained_blocks(self.engine, self._part, self.executor)
+        self.short_of_memory: ShortOfMemory | None = (
+            None  # stages send while a step is under way: not repeatable
+        )
         self._slot = 0
         self._row: ExitStack | None = None
         self._module.register_forward_pre_hook(self._before_forward)
@@ -155,6 +173,14 @@ class PipelineEngine:
 
     def load(self, folder: Path) -> None:
         load_state(folder, self._part, self.engine, self.executor, self._placement)
+
+    def _gradient_is_needed(self, stage: int, slot: int) -> bool:
+        """Whether anything below `stage` is trained by a micro-batch."""
+        plan = self.executor.plan
+        if plan is None or self.executor.trains_embeddings:
+            return True
+        row = plan.for_replica(self._placement.layout.replica)[slot]
+        return bool((row[self._placement.stage < stage] == Operation.FULL).any())
 
     def _before_forward(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if module.training:

@@ -16,12 +16,14 @@ from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.engine import (
     LossFunction,
     MicroBatch,
+    ShortOfMemory,
     StateWriter,
     StepReport,
     evaluated,
     zero_missing_gradients,
 )
 from d2ft_hpc.engines.head_rates import HeadRates
+from d2ft_hpc.engines.out_of_memory import repeatable
 from d2ft_hpc.engines.portable import (
     PortableState,
     collect_plain,
@@ -64,14 +66,20 @@ class PlainEngine:
         self._head_rates = HeadRates(model, executor, few_full_exponent)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._graphs: dict[Hashable, CudaGraphs[Tensor]] | None = {} if cuda_graphs else None
+        self.short_of_memory: ShortOfMemory | None = None
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
         report = StepReport(learning_rate=self._optimizer.param_groups[0]["lr"])
-        losses = []
         self._trainer.train()
-        for slot, (images, labels) in enumerate(micro_batches):
-            with self._micro_batch(slot, len(micro_batches)):
-                losses.append(self._accumulate(report, slot, images, labels, len(micro_batches)))
+
+        def passes() -> list[Tensor]:
+            losses = []
+            for slot, (images, labels) in enumerate(micro_batches):
+                with self._micro_batch(slot, len(micro_batches)):
+                    losses.append(self._accumulate(report, slot, images, labels, len(micro_batches)))
+            return losses
+
+        losses = repeatable(self.short_of_memory, self._optimizer.zero_grad, passes)
         with report.timed("optimizer"):
             zero_missing_gradients(self._model)
             report.gradient_norm = self._clip()

@@ -51,6 +51,8 @@ class PlanExecutor:
         """The plan in force; None means dense."""
         self.detach_incomplete = embeddings == "complete_path"
         """Embeddings take part in micro-batches that are FULL everywhere only; block 0 sees to it."""
+        self.trains_embeddings = embeddings == "trained"
+        """Every micro-batch's gradient goes on below the blocks, whatever the plan."""
         self._rescale = rescale
         self._scales = np.ones(self.subnets.num_blocks)  # [block], of the plan in force
         self._slots: list[list[BlockHeads]] = []

@@ -17,7 +17,7 @@ from d2ft_hpc.results.schema import Array, Table
 
 _STEP_COLUMNS = (
     *("step", "plan", "loss", "dense_flops", "planned_flops", "executed_flops", "bytes_sent", "memory_bytes"),
-    *("full_rows", "forward_only_rows", "left_out_rows"),
+    *("full_rows", "forward_only_rows", "left_out_rows", "planned_bytes", "dense_bytes"),
     *("data_seconds", "forward_seconds", "backward_seconds", "communication_seconds", "optimizer_seconds"),
     *("other_seconds", "step_seconds", "waiting_seconds", "recording_seconds"),
 )

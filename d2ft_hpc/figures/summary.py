@@ -14,6 +14,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MB = 1e6
+_HEADS = (
+    ("", "", "run"),
+    ("top-1", "", "%"),
+    ("planned", "compute", "% of dense"),
+    ("measured", "compute", "% of dense"),
+    ("train", "time", "s"),
+    ("time", "relative", "to first"),
+    ("sent per", "rank-step", "MB"),
+    ("sent", "total", "MB"),
+    ("planned", "bytes", "% of dense"),
+    ("measured", "bytes", "% of dense"),
+    ("workload", "variance", "over ranks"),
+    ("waiting", "for others", "% of time"),
+    ("scoring,", "planning", "s"),
+)
+"""Of the table's columns. Dense bytes are what the message model says for the run's engine."""
 
 
 def measure(runs: Sequence[Run]) -> dict[str, Any]:
@@ -35,6 +51,8 @@ def _summary(run: Run) -> dict[str, Any]:
         "preparation_seconds": run.preparation_seconds,
         "bytes_per_rank_step": float(np.nanmean(sent)) if np.isfinite(sent).any() else np.nan,
         "bytes_total": run.total_bytes,
+        "planned_bytes": share(steps["planned_bytes"], steps["dense_bytes"]),
+        "measured_bytes": share(sent, steps["dense_bytes"]),
         "workload_variance": float(np.var(of_ranks)) if len(of_ranks) > 1 else np.nan,
         "waiting_share": share(steps["waiting_seconds"], steps["step_seconds"]),
         "recording_share": share(steps["recording_seconds"], steps["step_seconds"]),
@@ -45,13 +63,7 @@ def _summary(run: Run) -> dict[str, Any]:
 def table(numbers: dict[str, Any]) -> list[list[str]]:
     """Three heading rows and a row for each run, as text."""
     first = numbers["runs"][0]
-    rows = [
-        ["", "top-1", "planned", "measured", "train", "time", "sent per", "sent", "workload", "waiting"],
-        ["", "", "compute", "compute", "time", "relative", "rank-step", "total", "variance", "for others"],
-        ["run", "%", "% of dense", "% of dense", "s", "to first", "MB", "MB", "over ranks", "% of time"],
-    ]
-    for row, head in zip(rows, ("scoring,", "planning", "s"), strict=True):
-        row.append(head)
+    rows = [list(row) for row in zip(*_HEADS, strict=True)]
     for run in numbers["runs"]:
         rows.append(
             [
@@ -63,6 +75,8 @@ def table(numbers: dict[str, Any]) -> list[list[str]]:
                 number(_ratio(run["train_seconds"], first["train_seconds"]), ".3f"),
                 number(run["bytes_per_rank_step"] / _MB, ".3f"),
                 number(run["bytes_total"] / _MB, ".1f"),
+                number(100 * run["planned_bytes"], ".1f"),
+                number(100 * run["measured_bytes"], ".1f"),
                 number(run["workload_variance"], ".2e"),
                 number(100 * run["waiting_share"], ".1f"),
                 number(run["preparation_seconds"], ".2f"),

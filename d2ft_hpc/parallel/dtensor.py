@@ -21,7 +21,6 @@ from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import stand_ins
 from d2ft_hpc.model.subnets import HeadAxis
 from d2ft_hpc.parallel.head_split import even_owner, heads_of, join, replace_parameter
-from d2ft_hpc.parallel.messages import ReplicatedTokens
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor, share_blocks
 from d2ft_hpc.planning.problem import Ints
 
@@ -65,7 +64,7 @@ class DTensorExecutor(TensorParallelExecutor):
         if not name.startswith("blocks."):
             return None, []
         _, block, inner = name.split(".", 2)
-        ranks = range(self._messages.group.size())
+        ranks = range(self.messages.group.size())
         return self.subnets.head_axes.get(inner), [heads_of(self._owner, int(block), rank) for rank in ranks]
 
 
@@ -105,8 +104,7 @@ def split_heads(
             f"{executor.subnets.num_heads} heads cannot be divided evenly over {mesh.size()} tensor-parallel ranks, "
             f"and DTensor has equal parts only: use a divisor of {executor.subnets.num_heads}, or DeepSpeed"
         )
-    messages = ReplicatedTokens(mesh.get_group(), mesh.get_local_rank())
-    shared = share_blocks(dict(executor.blocks), executor, owner, messages, DTensorExecutor)
+    shared = share_blocks(dict(executor.blocks), executor, owner, mesh.get_group(), None, DTensorExecutor)
     assert isinstance(shared, DTensorExecutor)
     parallelize_module(model, mesh, {"blocks.*": _ByHead(executor.subnets.head_axes)})
     return shared

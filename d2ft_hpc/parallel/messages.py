@@ -1,89 +1,315 @@
-"""Messages between tensor-parallel ranks that all hold every token: the layout of one sum after each branch.
+"""Messages between tensor-parallel ranks: two layouts of the tokens between the branches, with the same methods.
 
-Another layout (tokens cut over the ranks, say) is another class with the same `enter` and `leave`.
+All ranks of a group know the plan, so each knows who has something to send, and nothing else is sent: forward to and
+from ranks with a head that is not SHORTCUT (active), backward to and from those with a FULL head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+
+from d2ft_hpc.execution.gradients import Owners, stand_ins
 
 Ranks = tuple[int, ...]
-"""Ranks of the group that have something to send; the others would send zeros."""
+"""Places in the group, in rising order."""
 
 
 @dataclass(frozen=True)
-class ReplicatedTokens:
-    """Sums over a tensor-parallel group. All of its ranks know the plan, so each knows who has something to send:
-    nothing is sent where nobody has, and a single sender broadcasts.
-
-    rank: this process's place in the group.
-    """
+class TokenMessages(ABC):
+    """What a layout of the tokens sends around a branch. rank: this process's place in the group."""
 
     group: distributed.ProcessGroup
     rank: int
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ReplicatedTokens:
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenMessages:
         return self  # process groups cannot be copied
 
-    def enter(self, tensors: Sequence[Tensor], ranks: Ranks) -> tuple[Tensor, ...]:
-        """The same tensors; in the backward, their gradients are summed over the group.
+    @abstractmethod
+    def split(self, x: Tensor) -> Tensor:
+        """What this rank keeps between branches of x [sample, token, channel], which all ranks have."""
 
-        ranks: those whose gradient is not zero. The rest of the branch must reach `leave` on every rank.
+    @abstractmethod
+    def join(self, x: Tensor) -> Tensor:
+        """All tokens on all ranks; undoes `split`."""
+
+    @abstractmethod
+    def enter(self, normed: Tensor, active: Ranks, full: Ranks) -> Tensor:
+        """All tokens of a branch's input on the active ranks; backward, the sum of the FULL ranks' gradients.
+
+        What it returns must go into `leave` on every rank, also on those that compute nothing with it.
         """
-        entered: tuple[Tensor, ...] = _Enter.apply(self, ranks, *tensors)
+
+    @abstractmethod
+    def leave(self, own: Tensor | None, entered: Tensor, active: Ranks, full: Ranks) -> Tensor:
+        """The sum of the active ranks' `own` [sample, token, channel], as split; backward, its gradient goes to the
+        FULL ranks. `own` may be overwritten; None on ranks that are not active."""
+
+    @abstractmethod
+    def partial(self, owners: Owners, by_head: Owners) -> Owners:
+        """Of a block's parameters that no head owns, those of which a rank's gradient is a part of the sum only.
+
+        owners: all of them; by_head: those that each head uses by itself.
+        """
+
+    @abstractmethod
+    def sum(self, tensor: Tensor, full: Ranks) -> Tensor:
+        """Sum over the group, in the tensor's place, of gradients of such parameters."""
+
+
+@dataclass(frozen=True)
+class ReplicatedTokens(TokenMessages):
+    """Every rank holds every token: one sum after each branch, one before it backward (Shoeybi et al., 2019, arXiv
+    1909.08053); a single sender broadcasts."""
+
+    def split(self, x: Tensor) -> Tensor:
+        return x
+
+    def join(self, x: Tensor) -> Tensor:
+        return x
+
+    def enter(self, normed: Tensor, active: Ranks, full: Ranks) -> Tensor:
+        entered: Tensor = _SumBackward.apply(self, full, normed)
         return entered
 
-    def leave(self, own: Tensor, entered: Sequence[Tensor], ranks: Ranks) -> Tensor:
-        """The sum of all ranks' `own`, in its place; in the backward, its gradient goes to each rank's.
-
-        entered: what `enter` gave: ties its backward to that of the sum on ranks that computed nothing, too.
-        ranks: those whose `own` is not zero.
-        """
-        total: Tensor = _Leave.apply(self, ranks, own, *entered)
+    def leave(self, own: Tensor | None, entered: Tensor, active: Ranks, full: Ranks) -> Tensor:
+        own = torch.zeros_like(entered) if own is None else own
+        total: Tensor = _SumForward.apply(self, active, own, entered)
         return total
 
-    def sum(self, tensor: Tensor, ranks: Ranks) -> Tensor:
-        """The sum over the group, in the tensor's place. ranks: those whose tensor is not zero."""
-        if len(ranks) == 1:
-            sender = distributed.get_global_rank(self.group, ranks[0])
+    def partial(self, owners: Owners, by_head: Owners) -> Owners:
+        return by_head
+
+    def sum(self, tensor: Tensor, full: Ranks) -> Tensor:
+        if len(full) == 1:
+            sender = distributed.get_global_rank(self.group, full[0])
             distributed.broadcast(tensor, sender, group=self.group)
-        elif ranks:
+        elif full:
             distributed.all_reduce(tensor, group=self.group)
         return tensor
 
 
-class _Enter(torch.autograd.Function):
+@dataclass(frozen=True)
+class ShardedTokens(TokenMessages):
+    """Between branches every rank holds its own run of each sample's tokens, so that norms, LayerScale, biases and the
+    residual are computed once (Korthikanti et al., 2022, arXiv 2205.05198). Only active ranks receive the others'
+    tokens and send partial sums, in messages from rank to rank.
+
+    tokens: of a sample. Runs differ by at most one token.
+    """
+
+    tokens: int
+
+    def run(self, rank: int) -> slice:
+        """The tokens that a rank holds."""
+        ranks = self.group.size()
+        return slice(rank * self.tokens // ranks, (rank + 1) * self.tokens // ranks)
+
+    def split(self, x: Tensor) -> Tensor:
+        own: Tensor = _Split.apply(self, x)
+        return own
+
+    def join(self, x: Tensor) -> Tensor:
+        whole: Tensor = _Join.apply(self, x)
+        return whole
+
+    def enter(self, normed: Tensor, active: Ranks, full: Ranks) -> Tensor:
+        entered: Tensor = _Enter.apply(self, active, full, normed)
+        return entered
+
+    def leave(self, own: Tensor | None, entered: Tensor, active: Ranks, full: Ranks) -> Tensor:
+        # All ranks must take part in the backward, also where nothing here needs a gradient.
+        anchor = entered.new_empty(0, requires_grad=bool(full))
+        total: Tensor = _Leave.apply(self, active, full, anchor, own, entered)
+        return total
+
+    def partial(self, owners: Owners, by_head: Owners) -> Owners:
+        return owners
+
+    def sum(self, tensor: Tensor, full: Ranks) -> Tensor:
+        distributed.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def gather(self, own: Tensor, receivers: Ranks) -> Tensor | None:
+        """All tokens from all ranks' runs, on the receivers; None on the others."""
+        everyone = range(self.group.size())
+        here = self.rank in receivers
+        parts = {rank: own if rank == self.rank else self._room(own, rank) for rank in everyone if here}
+        self._exchange(
+            {rank: own.contiguous() for rank in receivers if rank != self.rank},
+            {rank: part for rank, part in parts.items() if rank != self.rank},
+        )
+        return torch.cat(list(parts.values()), dim=1) if here else None
+
+    def scatter_sum(self, whole: Tensor | None, like: Tensor, senders: Ranks) -> Tensor:
+        """This rank's run of the sum of the senders' tensors of all tokens. like: of as many samples and channels."""
+        everyone = range(self.group.size())
+        here = whole is not None and self.rank in senders
+        parts = {rank: self._room(like, self.rank) for rank in senders if rank != self.rank}
+        self._exchange(
+            {rank: whole[:, self.run(rank)].contiguous() for rank in everyone if here and rank != self.rank},  # type: ignore[index]
+            parts,
+        )
+        if here:
+            parts[self.rank] = whole[:, self.run(self.rank)].contiguous()  # type: ignore[index]
+        first, *others = [parts[rank] for rank in senders]  # one order on all ranks
+        for other in others:
+            first = first + other
+        return first
+
+    def _room(self, like: Tensor, rank: int) -> Tensor:
+        run = self.run(rank)
+        return like.new_empty(like.shape[0], run.stop - run.start, like.shape[2])
+
+    def _exchange(self, to_send: dict[int, Tensor], to_fill: dict[int, Tensor]) -> None:
+        """Messages from rank to rank, all at once; the keys are places in the group."""
+        # Receives first: gloo tells a sender that there is room, on the way that its own data would go before.
+        operations = [
+            distributed.P2POp(operation, tensor, distributed.get_global_rank(self.group, rank), self.group)
+            for operation, tensors in ((distributed.irecv, to_fill), (distributed.isend, to_send))
+            for rank, tensor in tensors.items()
+            if tensor.numel()
+        ]
+        if operations:
+            for work in distributed.batch_isend_irecv(operations):
+                work.wait()
+
+
+@contextmanager
+def whole_gradients(messages: TokenMessages, owners: Owners, full: Ranks, x: Tensor) -> Iterator[Tensor]:
+    """Inside, a block computes with stand-ins of parameters of which each rank's gradient is a part of the sum only;
+    backward, their gradients are summed over the group in one message. Yields what stands in for the block's input x,
+    whose gradient brings every rank to that message, also one that uses none of the parameters."""
+    if not (owners and full and torch.is_grad_enabled()):
+        yield x
+        return
+    x, *summed = _SumGradients.apply(messages, full, x, *(kept[name] for kept, name in owners))
+    with stand_ins(owners, summed):
+        yield x
+
+
+def present_owners(modules: Sequence[nn.Module | None], names: Sequence[str] = ()) -> Owners:
+    """Of each trainable parameter of these modules now: the dictionary that keeps it, and its name there.
+
+    Stand-ins that an engine's rules put there count. names: only parameters of these names; () for all.
+    """
+    return [
+        (inner._parameters, name)
+        for module in modules
+        if module is not None
+        for inner in module.modules()
+        for name, parameter in inner._parameters.items()
+        if parameter is not None and parameter.requires_grad and (not names or name in names)
+    ]
+
+
+class _SumBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, messages: ReplicatedTokens, ranks: Ranks, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.messages, ctx.ranks = messages, ranks
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
+    def forward(ctx: Any, messages: ReplicatedTokens, full: Ranks, normed: Tensor) -> Tensor:
+        ctx.messages, ctx.full = messages, full
+        return normed.view_as(normed)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         # A rank without FULL heads gets zeros here, because autograd fills in for absent gradients.
-        summed = [
-            ctx.messages.sum(gradient.contiguous(), ctx.ranks) if needed else None
-            for gradient, needed in zip(gradients, ctx.needs_input_grad[2:], strict=True)
-        ]
-        return None, None, *summed
+        return None, None, ctx.messages.sum(gradients[0].contiguous(), ctx.full)
 
 
-class _Leave(torch.autograd.Function):
+class _SumForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, messages: ReplicatedTokens, ranks: Ranks, own: Tensor, *entered: Tensor) -> Tensor:
-        ctx.entered = len(entered)
+    def forward(ctx: Any, messages: ReplicatedTokens, active: Ranks, own: Tensor, entered: Tensor) -> Tensor:
         ctx.mark_dirty(own)
         # Asked for in the backward, so that a block that is to be computed again is so here, on all ranks together:
         # one that computed nothing keeps nothing else, and would not send what the others wait for.
         ctx.save_for_backward(own.new_empty(0))
-        return messages.sum(own, ranks)
+        return messages.sum(own, active)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
-        return None, None, gradients[0], *[None] * ctx.entered
+        # None for `entered`, which ties its backward to this one on ranks that computed nothing, too.
+        return None, None, gradients[0], None
+
+
+class _SumGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, messages: TokenMessages, full: Ranks, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.messages, ctx.full = messages, full
+        return tuple(parameter.view_as(parameter) for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        of_x, *own = gradients
+        flat = torch.cat([gradient.flatten() for gradient in own])
+        parts = ctx.messages.sum(flat, ctx.full).split([gradient.numel() for gradient in own])
+        return None, None, of_x, *(part.view_as(each) for part, each in zip(parts, own, strict=True))
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, messages: ShardedTokens, x: Tensor) -> Tensor:
+        ctx.messages = messages
+        return x[:, messages.run(messages.rank)].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        messages = ctx.messages
+        return None, messages.gather(gradients[0].contiguous(), tuple(range(messages.group.size())))
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, messages: ShardedTokens, x: Tensor) -> Tensor:
+        ctx.messages = messages
+        whole = messages.gather(x, tuple(range(messages.group.size())))
+        assert whole is not None
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # What follows the blocks is computed on every rank, so that each has the whole gradient already.
+        messages = ctx.messages
+        return None, gradients[0][:, messages.run(messages.rank)].contiguous()
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, messages: ShardedTokens, active: Ranks, full: Ranks, normed: Tensor) -> Tensor:
+        ctx.messages, ctx.full, ctx.like = messages, full, normed[:, :0]
+        ctx.set_materialize_grads(False)
+        whole = messages.gather(normed, active)
+        return normed.new_empty(normed.shape[0], 0, normed.shape[2]) if whole is None else whole
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        own = gradients[0] if ctx.messages.rank in ctx.full else None
+        return None, None, None, ctx.messages.scatter_sum(own, ctx.like, ctx.full)
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        messages: ShardedTokens,
+        active: Ranks,
+        full: Ranks,
+        anchor: Tensor,
+        own: Tensor | None,
+        entered: Tensor,
+    ) -> Tensor:
+        ctx.messages, ctx.full = messages, full
+        ctx.save_for_backward(anchor)
+        return messages.scatter_sum(own, entered, active)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # Where activations are recomputed, all ranks do so now, before the first message of the block's backward.
+        _ = ctx.saved_tensors
+        whole = ctx.messages.gather(gradients[0].contiguous(), ctx.full)
+        return None, None, None, None, whole if ctx.needs_input_grad[4] else None, None

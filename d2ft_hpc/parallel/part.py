@@ -7,10 +7,12 @@ import copy
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.model.subnets import ParameterClass
+from d2ft_hpc.parallel.messages import TokenMessages
+from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 
 
 class ModelPart(VisionTransformer):  # type: ignore[misc]
@@ -28,6 +30,8 @@ class ModelPart(VisionTransformer):  # type: ignore[misc]
         self.executor = executor
         self.is_first = blocks.start == 0
         self.is_last = blocks.stop == executor.subnets.num_blocks
+        self.tokens = _tokens_of(model)
+        """Of every sample between the blocks; None if that varies."""
         memo = {id(executor): executor}
         for name, parameter in model._parameters.items():
             self.register_parameter(name, copy.deepcopy(parameter) if self._keeps(name) else None)
@@ -46,15 +50,24 @@ class ModelPart(VisionTransformer):  # type: ignore[misc]
         return super().get_classifier() if self.is_last else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images, or the part below's output [sample, token, channel], to this part's output or the logits."""
+        """Images, or the part below's output [sample, token, channel], to this part's output or the logits.
+
+        Between parts as between blocks, tensor-parallel ranks hold the tokens as their messages split them.
+        """
         if self.is_first:
             x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+            x = x if self._messages is None else self._messages.split(x)
         for block in self.blocks.values():
             x = self._again_in_backward(block, x) if self.grad_checkpointing and self.training else block(x)
         if self.is_last:
+            x = x if self._messages is None else self._messages.join(x)
             return self.forward_head(self.norm(x))  # type: ignore[no-any-return]
         # A pipeline sends a gradient back into every output, also where nothing here is trained.
         return x if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_()
+
+    @property
+    def _messages(self) -> TokenMessages | None:
+        return self.executor.messages if isinstance(self.executor, TensorParallelExecutor) else None
 
     def _again_in_backward(self, block: nn.Module, x: Tensor) -> Tensor:
         slot = self.executor.slot  # by the time of the backward another micro-batch may be under way
@@ -65,4 +78,11 @@ class ModelPart(VisionTransformer):  # type: ignore[misc]
             with self.executor.micro_batch(slot):
                 return block(x)  # type: ignore[no-any-return]
 
-        return checkpoint(run, x, use_reentrant=False)
+        with set_checkpoint_early_stop(False):  # messages are sent again, and all ranks must send as many
+            return checkpoint(run, x, use_reentrant=False)
+
+
+def _tokens_of(model: VisionTransformer) -> int | None:
+    drops = not isinstance(model.patch_drop, nn.Identity)
+    varies = drops or getattr(model, "dynamic_img_size", False)
+    return None if varies else model.patch_embed.num_patches + model.num_prefix_tokens

@@ -1,30 +1,39 @@
 """Tensor parallelism by head: ranks that share a block, each with its own heads, follow one row of the plan.
 
-Every rank holds all tokens. A branch is the sum of what the ranks' heads give, with its row bias, LayerScale and the
-residual after the sum, once; the gradient of the branch's input is summed before it reaches the norm. So the norms,
-row biases and LayerScale have the same, whole gradients on all ranks; only those of parameters that each rank's heads
-use by themselves without owning them (q/k norms, LoRA's shared halves) are summed like the input's (Shoeybi et al.,
-2019, arXiv 1909.08053, for the sums).
+A branch is the sum of what the ranks' heads give, with its row bias, LayerScale and the residual after the sum, once;
+the gradient of the branch's input is summed before it reaches the norm. `messages` has two ways of doing so. Where
+every rank holds all tokens, norms, row biases and LayerScale have the same, whole gradients on all ranks; only those of
+parameters that each rank's heads use by themselves without owning them (q/k norms, LoRA's shared halves) are summed.
+Where each holds its own tokens, all of them are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from timm.models.vision_transformer import Block
-from torch import Tensor
+from torch import Tensor, distributed
 
 from d2ft_hpc.errors import UnsupportedModelError
 from d2ft_hpc.execution.block import BlockHeads, attention_heads, branch_ends, ffn_slices
 from d2ft_hpc.execution.executor import PlanExecutor
-from d2ft_hpc.execution.gradients import Owners, stand_ins
+from d2ft_hpc.execution.gradients import Owners
 from d2ft_hpc.model.subnets import HeadAxis
 from d2ft_hpc.parallel.head_split import check_owner, cut_block, heads_of, local_axis
-from d2ft_hpc.parallel.messages import Ranks, ReplicatedTokens
+from d2ft_hpc.parallel.messages import (
+    Ranks,
+    ReplicatedTokens,
+    ShardedTokens,
+    TokenMessages,
+    present_owners,
+    whole_gradients,
+)
+from d2ft_hpc.planning.messages import TokenLayout
 from d2ft_hpc.planning.plan import Operation
 from d2ft_hpc.planning.problem import Ints
 
@@ -48,14 +57,20 @@ class SharedHeads(BlockHeads):
 class TensorParallelExecutor(PlanExecutor):
     """The plan of blocks that were cut by head; made by `share_blocks`."""
 
-    def __init__(self, whole: PlanExecutor, owner: Ints, messages: ReplicatedTokens) -> None:
-        """whole: the executor of the uncut model. owner: int64 [block, head], ranks of the group."""
+    def __init__(
+        self, whole: PlanExecutor, owner: Ints, layouts: Mapping[TokenLayout, TokenMessages]
+    ) -> None:
+        """whole: the executor of the uncut model. owner: int64 [block, head], ranks of the group.
+
+        layouts: of the tokens; the first is in use until `use` changes it.
+        """
+        self.token_layout, messages = next(iter(layouts.items()))
         ranks = messages.group.size()
         check_owner(owner, whole.subnets.shape, ranks)
         vars(self).update(vars(whole))
         self.blocks = dict(whole.blocks)
         self.unload()
-        self._owner, self._messages = owner, messages
+        self._owner, self._layouts, self.messages = owner, layouts, messages
         self._axes = [
             {name: local_axis(axis, int(own)) for name, axis in whole.subnets.head_axes.items()}
             for own in (owner == messages.rank).sum(axis=1)
@@ -63,7 +78,18 @@ class TensorParallelExecutor(PlanExecutor):
         self._dense = [
             self._heads(np.full(row.shape, Operation.FULL), block) for block, row in enumerate(owner)
         ]
-        self._by_head: dict[int, tuple[Owners, Owners]] = {}
+
+    def use(self, token_layout: TokenLayout) -> None:
+        """The layout of the tokens from the next micro-batch on; on all ranks of the group alike.
+
+        Raises UnsupportedModelError where the model cannot run in it.
+        """
+        if token_layout not in self._layouts:
+            raise UnsupportedModelError(
+                f"engine.token_layout={token_layout}: the model draws random numbers for single tokens (proj_drop, "
+                f"drop2, patch_drop) or takes images of any size; use replicated"
+            )
+        self.token_layout, self.messages = token_layout, self._layouts[token_layout]
 
     def _run(
         self, block: Block, index: int, heads: BlockHeads | None, x: Tensor, *args: Any, **kwargs: Any
@@ -74,14 +100,10 @@ class TensorParallelExecutor(PlanExecutor):
             )
         heads = self._dense[index] if heads is None else heads
         assert isinstance(heads, SharedHeads)
-        return run_shared_block(block, x, heads, self._axes[index], self._by_head[index], self._messages)
-
-    def link(self, block: Block, index: int) -> None:
-        super().link(block, index)
-        self._by_head[index] = tuple(used_by_head(block, name, self._axes[index]) for name in ("attn", "mlp"))  # type: ignore[assignment]
+        return run_shared_block(block, x, heads, self._axes[index], self.messages)
 
     def _heads(self, cells: np.ndarray, index: int) -> SharedHeads:
-        own = super()._heads(cells[self._owner[index] == self._messages.rank], index)
+        own = super()._heads(cells[self._owner[index] == self.messages.rank], index)
         full, active = (
             tuple(np.unique(self._owner[index][cells >= least]).tolist())
             for least in (Operation.FULL, Operation.FORWARD_ONLY)
@@ -93,10 +115,13 @@ def share_blocks(
     blocks: dict[int, Block],
     whole: PlanExecutor,
     owner: Ints,
-    messages: ReplicatedTokens,
+    group: distributed.ProcessGroup,
+    tokens: int | None,
     kind: type[TensorParallelExecutor] = TensorParallelExecutor,
 ) -> TensorParallelExecutor:
     """Cuts blocks that are attached to `whole`, by their index in the model, down to this rank's heads.
+
+    group: the tensor-parallel ranks. tokens: of every sample between the blocks; None if that varies.
 
     Raises UnsupportedModelError where ranks would draw other random numbers, PlanError if the owner map does not fit.
     """
@@ -108,35 +133,36 @@ def share_blocks(
                     f"block {index} has dropout in {name}, of which every tensor-parallel rank would draw its own: set "
                     f"it to 0, or engine.tensor_parallel=1"
                 )
-    executor = kind(whole, owner, messages)
+    rank = distributed.get_rank(group)
+    layouts: dict[TokenLayout, TokenMessages] = {"replicated": ReplicatedTokens(group, rank)}
+    if tokens is not None and not any(_draws_by_token(block) for block in blocks.values()):
+        layouts["sharded"] = ShardedTokens(group, rank, tokens)
+    executor = kind(whole, owner, layouts)
     for index, block in blocks.items():
-        cut_block(block, whole.subnets.head_axes, heads_of(owner, index, messages.rank))
+        cut_block(block, whole.subnets.head_axes, heads_of(owner, index, rank))
         executor.link(block, index)
     return executor
 
 
-def used_by_head(block: Block, part: str, axes: dict[str, HeadAxis]) -> Owners:
-    """The parameters of `part` ("attn", "mlp") that each head uses by itself, which no head owns."""
+def used_by_head(block: Block, axes: dict[str, HeadAxis]) -> Owners:
+    """The trainable parameters that each head uses by itself and none owns: q/k norms, LoRA's shared halves."""
     return [
         (module._parameters, name)
+        for part in ("attn", "mlp")
         for path, module in block.get_submodule(part).named_modules(prefix=part)
-        for name, _ in module.named_parameters(recurse=False)
-        if ("norm" in path or "lora_" in path) and f"{path}.{name}" not in axes
+        for name, parameter in module.named_parameters(recurse=False)
+        if ("norm" in path or "lora_" in path) and f"{path}.{name}" not in axes and parameter.requires_grad
     ]
 
 
-def run_shared_block(
-    block: Block,
-    x: Tensor,
-    heads: SharedHeads,
-    axes: dict[str, HeadAxis],
-    by_head: tuple[Owners, Owners],
-    messages: ReplicatedTokens,
-) -> Tensor:
-    """One rank's part of a block, the same result on every rank. x: [sample, token, channel].
+def _draws_by_token(block: Block) -> bool:
+    return block.attn.proj_drop.p > 0 or block.mlp.drop2.p > 0  # type: ignore[no-any-return]
 
-    by_head: what the heads use by themselves without owning it, in attention and in the FFN.
-    """
+
+def run_shared_block(
+    block: Block, x: Tensor, heads: SharedHeads, axes: dict[str, HeadAxis], messages: TokenMessages
+) -> Tensor:
+    """One rank's part of a block. x and the result: [sample, token, channel], as `messages` splits them."""
     if not heads.active_ranks:
         return x
 
@@ -146,39 +172,35 @@ def run_shared_block(
     def feed_forward(normed: Tensor, chosen: Tensor) -> Tensor:
         return ffn_slices(block, axes, normed, chosen, None)
 
-    end_attention, end_feed_forward = branch_ends(block, heads.scale)
-    in_attention, in_feed_forward = by_head
-    x = x + _branch(
-        x, heads, block.norm1, in_attention, attend, block.attn.proj.bias, end_attention, messages
-    )
-    return x + _branch(
-        x, heads, block.norm2, in_feed_forward, feed_forward, block.mlp.fc2.bias, end_feed_forward, messages
-    )
+    by_head = used_by_head(block, axes)
+    after_heads = present_owners([block.norm1, block.norm2, block.ls1, block.ls2])
+    biases = present_owners([block.attn.proj, block.mlp.fc2], ["bias"])
+    partial = messages.partial([*by_head, *after_heads, *biases], by_head)
+    with whole_gradients(messages, partial, heads.full_ranks, x) as x:
+        end_attention, end_feed_forward = branch_ends(block, heads.scale)
+        x = x + _branch(x, heads, block.norm1, attend, block.attn.proj.bias, end_attention, messages)
+        return x + _branch(
+            x, heads, block.norm2, feed_forward, block.mlp.fc2.bias, end_feed_forward, messages
+        )
 
 
 def _branch(
     x: Tensor,
     heads: SharedHeads,
     norm: Callable[[Tensor], Tensor],
-    by_head: Owners,
     compute: Callable[[Tensor, Tensor], Tensor],
     bias: Tensor | None,
     end: Callable[[Tensor], Tensor],
-    messages: ReplicatedTokens,
+    messages: TokenMessages,
 ) -> Tensor:
     """A residual branch: this rank's sum over its heads, the sum over the ranks, the rest."""
-    if not heads.full_ranks:
-        with torch.no_grad():
-            idle = heads.forward_only is None
-            own = torch.zeros_like(x) if idle else compute(norm(x), heads.forward_only)  # type: ignore[arg-type]
-            total = messages.sum(own, heads.active_ranks)
-            return end(total if bias is None else total + bias)
-    entered = messages.enter([norm(x), *(kept[name] for kept, name in by_head)], heads.full_ranks)
-    normed = entered[0]
-    with stand_ins(by_head, entered[1:]):
-        own = torch.zeros_like(normed) if heads.full is None else compute(normed, heads.full)
+    ranks = heads.active_ranks, heads.full_ranks
+    with nullcontext() if heads.full_ranks else torch.no_grad():
+        entered = messages.enter(norm(x), *ranks)
+        own = None if heads.full is None else compute(entered, heads.full)
         if heads.forward_only is not None:
             with torch.no_grad():
-                own.add_(compute(normed, heads.forward_only))
-    total = messages.leave(own, entered, heads.active_ranks)
-    return end(total if bias is None else total + bias)
+                forward_only = compute(entered, heads.forward_only)
+                own = forward_only if own is None else own.add_(forward_only)
+        total = messages.leave(own, entered, *ranks)
+        return end(total if bias is None else total + bias)

@@ -26,6 +26,8 @@ class Levels:
     value: float64 [class, level], the largest sum of gains, over all ranks.
     forward_time, backward_time: float64 [level]; level 0 runs least.
     forward_heads, backward_heads: int64 [level, rank], heads that run forward, and those of them that are FULL.
+    forward_ranks, backward_ranks: int64 [level], how many of the ranks run so many heads; the others, in each class
+        those whose heads give least, run none. All ranks, but for clusters.
     """
 
     forward_gain: Floats
@@ -35,10 +37,13 @@ class Levels:
     backward_time: Floats
     forward_heads: Ints
     backward_heads: Ints
+    forward_ranks: Ints
+    backward_ranks: Ints
 
     def that_run(self, heads: int) -> Levels:
         """Only the levels at which every rank runs at least so many heads forward."""
-        keep = np.flatnonzero((self.forward_heads >= heads).all(axis=1))
+        whole = self.forward_ranks == self.forward_heads.shape[1]
+        keep = np.flatnonzero((self.forward_heads >= heads).all(axis=1) & (whole | (heads == 0)))
         return replace(
             self,
             value=np.ascontiguousarray(self.value[:, keep]),
@@ -46,27 +51,50 @@ class Levels:
             backward_time=self.backward_time[keep],
             forward_heads=self.forward_heads[keep],
             backward_heads=self.backward_heads[keep],
+            forward_ranks=self.forward_ranks[keep],
+            backward_ranks=self.backward_ranks[keep],
         )
 
     def operations(self, level: Ints) -> npt.NDArray[np.uint8]:
         """The best heads at the level of each class, uint8 [head, rank, class]; level: int64 [class]."""
         heads, ranks, classes = self.forward_gain.shape
+        forward, backward = self.forward_heads[level].T, self.backward_heads[level].T  # [rank, class]
+        for its_level in np.unique(level[self.backward_ranks[level] < ranks]):
+            here = np.flatnonzero(level == its_level)
+            counts = self.forward_heads[its_level, 0], self.backward_heads[its_level, 0]
+            gains = [gain[:, :, here].reshape(heads, -1) for gain in (self.forward_gain, self.backward_gain)]
+            table = best_scores(*gains).reshape(heads + 1, heads + 1, ranks, -1)
+            _, role = _best_ranks(
+                table[counts],
+                table[counts[0], 0],
+                self.backward_ranks[its_level],
+                self.forward_ranks[its_level],
+            )
+            forward[:, here] *= role >= Operation.FORWARD_ONLY
+            backward[:, here] *= role == Operation.FULL
         chosen = best_heads(
             self.forward_gain.reshape(heads, -1),
             self.backward_gain.reshape(heads, -1),
-            self.forward_heads[level].T.ravel(),
-            self.backward_heads[level].T.ravel(),
+            forward.ravel(),
+            backward.ravel(),
         )
         return chosen.reshape(heads, ranks, classes)
 
 
 def make_levels(
-    forward_gain: Floats, backward_gain: Floats, *, forward_cost: float, backward_cost: float, speed: Floats
+    forward_gain: Floats,
+    backward_gain: Floats,
+    *,
+    forward_cost: float,
+    backward_cost: float,
+    speed: Floats,
+    clusters: bool = False,
 ) -> Levels:
     """All levels that differ in what some rank runs.
 
     forward_gain, backward_gain: float64 [head, rank, class].
     forward_cost, backward_cost: of one head's forward, and of its backward on top. speed: float64 [rank].
+    clusters: for ranks of one speed, also levels at which only 1, 2, 4, ... of them run anything, or are FULL.
     """
     heads = len(forward_gain)
     forward_times, forward_heads = _times(forward_cost, speed, heads)
@@ -88,15 +116,66 @@ def make_levels(
             table[forward[0], backward[0]].sum(axis=0, out=value[level])
         else:
             table[forward, backward, ranks].sum(axis=0, out=value[level])
+    of_pair, running = np.arange(len(pairs)), np.full((len(pairs), 2), len(speed))
+    values = [value]
+    if clusters:
+        for level, (_, _, (forward, *_), (backward, *_)) in enumerate(pairs):
+            for full, some in _cluster_sizes(len(speed), forward, backward):
+                its_value, _ = _best_ranks(table[forward, backward], table[forward, 0], full, some)
+                values.append(its_value[None])
+                of_pair, running = np.append(of_pair, level), np.append(running, [[some, full]], axis=0)
     return Levels(
         forward_gain,
         backward_gain,
-        value=np.ascontiguousarray(value.T),
-        forward_time=forward_times[[i for i, *_ in pairs]],
-        backward_time=backward_times[[j for _, j, *_ in pairs]],
-        forward_heads=np.array([forward for *_, forward, _ in pairs]),
-        backward_heads=np.array([backward for *_, backward in pairs]),
+        value=np.ascontiguousarray(np.concatenate(values).T),
+        forward_time=forward_times[[i for i, *_ in pairs]][of_pair],
+        backward_time=backward_times[[j for _, j, *_ in pairs]][of_pair],
+        forward_heads=np.array([forward for *_, forward, _ in pairs])[of_pair],
+        backward_heads=np.array([backward for *_, backward in pairs])[of_pair],
+        forward_ranks=running[:, 0],
+        backward_ranks=running[:, 1],
     )
+
+
+def _cluster_sizes(ranks: int, forward: int, backward: int) -> list[tuple[int, int]]:
+    """Numbers of ranks with FULL heads, and of all that run heads, worth a try but for all of them."""
+    sizes = sorted({*(1 << power for power in range(ranks.bit_length())), ranks} - {0})
+    sizes = [size for size in sizes if size <= ranks]
+    if not forward:
+        return []
+    if not backward:  # no rank has FULL heads, whatever the number says
+        return [(size, size) for size in sizes if size < ranks]
+    return [(full, some) for some in sizes for full in sizes if full <= some and full < ranks]
+
+
+def _best_ranks(
+    full_value: Floats, forward_value: Floats, full: int, some: int
+) -> tuple[Floats, npt.NDArray[np.uint8]]:
+    """The most that `full` ranks at their value with FULL heads and `some` - `full` at that without give: float64
+    [class]; and what each rank does in it: uint8 [rank, class] of Operation values.
+
+    full_value, forward_value: float64 [rank, class]. Ranks are added one by one.
+    """
+    ranks, classes = full_value.shape
+    rest = some - full
+    table = np.full((full + 1, rest + 1, classes), -np.inf)
+    table[0, 0] = 0.0
+    last = np.zeros((ranks, full + 1, rest + 1, classes), dtype=np.uint8)
+    for rank in range(ranks):
+        before = table.copy()
+        for operation, candidate, places in (
+            (Operation.FORWARD_ONLY, before[:, :-1] + forward_value[rank], np.s_[:, 1:]),
+            (Operation.FULL, before[:-1] + full_value[rank], np.s_[1:]),
+        ):
+            np.copyto(last[rank][places], np.uint8(operation), where=candidate > table[places])
+            np.maximum(table[places], candidate, out=table[places])
+    role = np.zeros((ranks, classes), dtype=np.uint8)
+    full_left, rest_left, each = np.full(classes, full), np.full(classes, rest), np.arange(classes)
+    for rank in reversed(range(ranks)):
+        role[rank] = last[rank, full_left, rest_left, each]
+        full_left = full_left - (role[rank] == Operation.FULL)
+        rest_left = rest_left - (role[rank] == Operation.FORWARD_ONLY)
+    return table[full, rest], role
 
 
 def _times(cost: float, speed: Floats, heads: int) -> tuple[Floats, Ints]:

@@ -38,6 +38,9 @@ def solve_makespan(
 ) -> SkipPlan:
     """Maximise the objective of `solve_joint` with all ranks of a stage in lock step (`levels`).
 
+    Where `meeting_cost` is limited, the heads that run in a (row, block) may also lie on few ranks only, while the
+    others wait: that sends less. (Not with coverage, nor where ranks differ in speed.)
+
     The budget is the time in which the first device of a team reaches its compute budget. With several stages,
     every stage gets the same time for the forward of every row, and the same for every backward, so that no stage
     of the pipeline waits for another; how the two share the row's time is chosen, too.
@@ -59,7 +62,9 @@ def solve_makespan(
     operations = np.full(problem.forward_score.shape, Operation.SHORTCUT, dtype=np.uint8)
     bound, statuses = 0.0, set()
     for replicas in meeting_replicas(problem):
-        teams = make_teams(problem, replicas, forward_weight, backward_weight, most_shortcut)
+        teams = make_teams(
+            problem, replicas, forward_weight, backward_weight, most_shortcut, clusters=coverage == 0
+        )
         choices, its_bound = _choose_levels(problem, teams, deadline)
         bound += its_bound
         demand = demand_of(problem, coverage, replicas)

@@ -13,12 +13,16 @@ import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.plan import Operation
-from d2ft_hpc.planning.problem import Floats, Ints
 
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 DataParallel = Literal["zero0", "zero1", "zero2", "zero3", "fsdp2"]
 
-ALL_REDUCES_OF_A_BLOCK = 2
-"""Tensor-parallel sums of a block in each direction: after attention and after the FFN, before them backward."""
+TokenLayout = Literal["replicated", "sharded"]
+"""What tensor-parallel ranks hold between branches: every token, or each its own (`parallel.messages`)."""
+
+BRANCHES = 2
+"""Of a block, attention and FFN: each is one sum over the tensor-parallel ranks forward, and one backward."""
 
 
 def ring_bytes(collective: str, payload_bytes: float, ranks: int) -> float:
@@ -77,53 +81,100 @@ class Replicas:
         return self.engine in ("zero3", "fsdp2")
 
 
+def shares_of_senders(layout: TokenLayout, ranks: int) -> Floats:
+    """What all tensor-parallel ranks together send for a branch in one direction, as a share of what they send if all
+    of them have an active head: float64 [0 to `ranks` with one].
+
+    replicated: an all-reduce, of which a single sender's broadcast is half. sharded: every active rank receives the
+    others' tokens and returns their partial sums.
+    """
+    active = np.arange(ranks + 1.0)
+    if layout == "sharded" or ranks == 1:
+        return np.asarray(active / ranks)
+    return np.where(active == 1, 0.5, np.minimum(active, 1.0))
+
+
+def busiest_shares(layout: TokenLayout, ranks: int) -> Floats:
+    """What the busiest rank's link carries in its busier direction, as a share of one micro-batch's activations:
+    float64 [0 to `ranks` active ones]. It decides how long the messages of a branch in one direction take.
+
+    sharded: with k of R ranks active, an active one sends its tokens to k - 1 and the partial sums of all others'.
+    """
+    active = np.arange(ranks + 1.0)
+    if ranks == 1:
+        return np.zeros(2)
+    if layout == "sharded":
+        return np.where(active > 0, (ranks + active - 2) / ranks, 0.0)
+    return np.where(active > 1, 2 * (ranks - 1) / ranks, np.minimum(active, 1.0))
+
+
 @dataclass(frozen=True, eq=False)
-class TensorParallelBytes:
-    """What each rank of a tensor-parallel group sends, on average: float64 [row, block]."""
+class ByDirection:
+    """Of every row and block, forward and backward: float64 [row, block] each."""
 
     forward: Floats
     backward: Floats
 
 
 def tensor_parallel_bytes(
-    operations: npt.NDArray[np.uint8], owner: Ints, ranks: int, activation_bytes: float
-) -> TensorParallelBytes:
-    """operations: uint8 [row, block, head]. owner: int64 [block, head], the rank of each head.
+    operations: npt.NDArray[np.uint8],
+    owner: Ints,
+    ranks: int,
+    activation_bytes: float,
+    layout: TokenLayout = "replicated",
+) -> ByDirection:
+    """What each rank of a tensor-parallel group sends, on average.
 
+    operations: uint8 [row, block, head]. owner: int64 [block, head], the rank of each head.
     activation_bytes: of one row's activations between blocks (samples x tokens x width x bytes of a number).
 
-    A (row, block) whose heads are all SHORTCUT sends nothing forward, one without FULL heads sends nothing backward,
-    and one whose heads of that kind all lie on one rank is broadcast instead of summed. Raises PlanError if the
-    owner map does not fit.
+    A (row, block) whose heads are all SHORTCUT sends nothing forward, one without FULL heads sends nothing backward
+    (`shares_of_senders`). In the sharded layout ranks count as if they held equally many tokens, which differ by one at
+    most. Raises PlanError if the owner map does not fit.
     """
+    dense = BRANCHES * ring_bytes("allreduce", activation_bytes, ranks)
+    return _by_senders(operations, owner, ranks, dense * shares_of_senders(layout, ranks))
+
+
+def tensor_parallel_seconds(
+    operations: npt.NDArray[np.uint8],
+    owner: Ints,
+    ranks: int,
+    activation_bytes: float,
+    layout: TokenLayout,
+    *,
+    seconds_per_byte: float,
+    latency: float,
+) -> ByDirection:
+    """How long the messages of `tensor_parallel_bytes` take over links that carry a byte in `seconds_per_byte` each
+    way at once. latency: of a branch's messages in one direction, seconds."""
+    shares = busiest_shares(layout, ranks)
+    seconds = BRANCHES * (shares * activation_bytes * seconds_per_byte + (shares > 0) * latency)
+    return _by_senders(operations, owner, ranks, seconds)
+
+
+def pipeline_bytes(slots: int, activation_bytes: float, gradients: int | None = None) -> float:
+    """What the two stages at a boundary send each other in a step: the activations of every micro-batch forward, and
+    of `gradients` of them (None: all) the gradients back."""
+    return float((slots + (slots if gradients is None else gradients)) * activation_bytes)
+
+
+def active_ranks(active: npt.NDArray[np.bool_], owner: Ints, ranks: int) -> Ints:
+    """How many ranks have an active head, int64 [row, block]. active: bool [row, block, head]."""
+    is_active = np.stack([(active & (owner == rank)).any(axis=2) for rank in range(ranks)])
+    return np.asarray(is_active.sum(axis=0))
+
+
+def _by_senders(operations: npt.NDArray[np.uint8], owner: Ints, ranks: int, of_active: Floats) -> ByDirection:
+    """of_active: float64 [number of active ranks]."""
     if owner.shape != operations.shape[1:] or owner.min() < 0 or owner.max() >= ranks:
         raise PlanError(
             f"An owner map of shape {owner.shape} with ranks {owner.min()} to {owner.max()} does not fit "
             f"{operations.shape[1]} blocks x {operations.shape[2]} heads on {ranks} ranks."
         )
-    of_senders = np.array(
-        [0.0]
-        + [
-            ALL_REDUCES_OF_A_BLOCK
-            * ring_bytes("broadcast" if senders == 1 else "allreduce", activation_bytes, ranks)
-            for senders in range(1, ranks + 1)
-        ]
-    )
-    return TensorParallelBytes(
+    return ByDirection(
         *(
-            of_senders[_senders(operations >= least, owner, ranks)]
+            of_active[active_ranks(operations >= least, owner, ranks)]
             for least in (Operation.FORWARD_ONLY, Operation.FULL)
         )
     )
-
-
-def pipeline_bytes(slots: int, activation_bytes: float) -> float:
-    """What the two stages at a boundary send each other in a step: the activations of every micro-batch forward, and
-    their gradients back, whatever the plan."""
-    return 2.0 * slots * activation_bytes
-
-
-def _senders(active: npt.NDArray[np.bool_], owner: Ints, ranks: int) -> Ints:
-    """How many ranks have an active head, int64 [row, block]. active: bool [row, block, head]."""
-    is_sender = np.stack([(active & (owner == rank)).any(axis=2) for rank in range(ranks)])
-    return np.asarray(is_sender.sum(axis=0))

@@ -12,14 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.messages import Floats as Floats
+from d2ft_hpc.planning.messages import Ints as Ints
+from d2ft_hpc.planning.messages import TokenLayout, active_ranks, shares_of_senders
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 
 BUDGET_EPSILON = 1e-9
 """A device may exceed a budget by this fraction of its dense cost, so that float error decides nothing."""
 
 Costs = tuple[float, float, float]
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +39,9 @@ class PlanProblem:
     stage: int64 [block], the pipeline stage that holds the block.
     device_speed: float64 [device], > 0: cost that the device gets done in a unit of time.
     compute_cost, communication_cost: of a cell under SHORTCUT, FORWARD_ONLY and FULL, not decreasing.
-    meeting_cost: what a (row, block) sends if any head of its stage runs, and on top if any is FULL; the engine's own
-        all-reduces (`messages`). Every rank of the stage sends it. It adds to `communication_cost`.
+    meeting_cost: what every rank of a stage sends, on average, for a (row, block) forward and backward if all of them
+        have a head that runs, or is FULL: the engine's own messages. If only some have, it is the share of it that
+        `messages.shares_of_senders` says for `token_layout`. It adds to `communication_cost`.
     compute_budget, communication_budget: float64 [device]; inf = unlimited.
     memory_budget: float64 [device], most FULL cells of one row (their activations wait for the backward);
         inf = unlimited.
@@ -65,6 +67,7 @@ class PlanProblem:
     always_share: float = 0.0
     meeting_cost: tuple[float, float] = (0.0, 0.0)
     replicas_meet: bool = False
+    token_layout: TokenLayout = "replicated"
 
     def __post_init__(self) -> None:
         for name in ("forward_score", "backward_score", "device_speed"):
@@ -128,6 +131,8 @@ class PlanProblem:
         device_speed: Sequence[float] | None = None,
         messages: Literal["by_head", "by_meeting"] = "by_head",
         replicas_meet: bool = False,
+        token_layout: TokenLayout = "replicated",
+        most_full: Sequence[float] | None = None,
     ) -> PlanProblem:
         """The problem of data-parallel replicas, each cut into pipeline stages and tensor-parallel ranks.
 
@@ -137,10 +142,11 @@ class PlanProblem:
         compute_budget: fraction in (0, 1] of the dense step's training compute, always-run parts included.
         communication_budget: fraction in (0, 1] of what the dense step sends; None = unlimited.
         messages: "by_head" counts FULL 1, FORWARD_ONLY 0.5 and SHORTCUT 0 (arXiv 2504.12471); "by_meeting" what
-            tensor-parallel ranks really send: for a (row, block) half forward if any head runs, half backward if any
-            is FULL.
+            tensor-parallel ranks really send in `token_layout`: for a (row, block) half forward, half backward, less
+            where not all ranks have a head that runs, or is FULL.
         memory_budget: fraction in (0, 1] of the activations that a device keeps for the backward of a dense
             row; None = unlimited.
+        most_full: the same by device, as the most FULL cells of one row; the smaller limit counts.
         forward_cost: cost of FORWARD_ONLY, a fraction in [0, 1] of the cost of FULL.
         always_share: fraction in [0, 1) of the dense compute that runs regardless of the plan; it is paid
             out of `compute_budget` first.
@@ -185,6 +191,7 @@ class PlanProblem:
             communication_cost=(0.0, 0.5, 1.0) if messages == "by_head" else (0.0, 0.0, 0.0),
             meeting_cost=(0.0, 0.0) if messages == "by_head" else (0.5, 0.5),
             replicas_meet=replicas_meet,
+            token_layout=token_layout,
             compute_budget=unlimited,
             communication_budget=unlimited,
             memory_budget=unlimited,
@@ -202,6 +209,9 @@ class PlanProblem:
                 f"plan says (embedding, classifier). The least feasible compute_budget is {round_up(least):g}."
             )
         cells_of_row = cells / (forward.shape[0] // replicas)
+        memory = unlimited if memory_budget is None else np.floor(memory_budget * cells_of_row + 1e-9)
+        if most_full is not None:
+            memory = np.minimum(memory, np.asarray(most_full, dtype=np.float64))
         communication = (
             unlimited
             if communication_budget is None
@@ -211,9 +221,7 @@ class PlanProblem:
             problem,
             compute_budget=np.clip((share - always_share) / (1 - always_share), 0.0, 1.0) * cells,
             communication_budget=communication,
-            memory_budget=unlimited
-            if memory_budget is None
-            else np.floor(memory_budget * cells_of_row + 1e-9),
+            memory_budget=memory,
         )
 
     @property
@@ -328,12 +336,14 @@ class PlanProblem:
 
     def _meetings(self, plan: SkipPlan) -> Floats:
         """What the meetings of every device's stage send, float64 [device]."""
-        forward, backward = self.meeting_cost
-        most = plan.operations.max(axis=2)  # [row, block]
-        cost = forward * (most >= Operation.FORWARD_ONLY) + backward * (most == Operation.FULL)
+        shares = shares_of_senders(self.token_layout, self.ranks)
+        cost = sum(
+            each * shares[active_ranks(plan.operations >= least, self.rank, self.ranks)]
+            for each, least in zip(self.meeting_cost, (Operation.FORWARD_ONLY, Operation.FULL), strict=True)
+        )
         replica = np.arange(plan.num_rows) % self.replicas
         team = replica[:, None] * self.stages + self.stage
-        sent = np.bincount(team.ravel(), cost.ravel(), self.replicas * self.stages)
+        sent = np.bincount(team.ravel(), np.ravel(cost), self.replicas * self.stages)
         return np.asarray(np.repeat(sent, self.ranks))
 
     def require_shape(self, plan: SkipPlan) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from d2ft_hpc.planning.messages import ByDirection
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
 
@@ -46,10 +47,13 @@ def waste(plan: SkipPlan, problem: PlanProblem) -> float:
     return excess if excess > BUDGET_EPSILON else 0.0
 
 
-def simulate(plan: SkipPlan, problem: PlanProblem) -> Timing:
+def simulate(plan: SkipPlan, problem: PlanProblem, messages: ByDirection | None = None) -> Timing:
     """The plan's step with tensor-parallel ranks that meet after the forward and the backward of every block, a 1F1B
     pipeline over the stages, and replicas that meet at the end or, if the problem says so, in every block. SHORTCUT's
     own cost counts as forward.
+
+    messages: time of every (row, block)'s messages, in the unit of the problem's costs, during which its ranks do
+        nothing else; None = none.
     """
     problem.require_shape(plan)
     shortcut, forward_only, full = problem.compute_cost
@@ -59,6 +63,8 @@ def simulate(plan: SkipPlan, problem: PlanProblem) -> Timing:
     forward, backward = (work.max(axis=2) for work in own)
     if problem.replicas_meet:
         forward, backward = (_of_slowest_replica(times, problem.replicas) for times in (forward, backward))
+    if messages is not None:
+        forward, backward = forward + messages.forward, backward + messages.backward
     busy = (problem.used_compute(plan)) / problem.device_speed
     steps = []
     for replica in range(problem.replicas):

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.knapsack import largest_use
 from d2ft_hpc.planning.levels import Levels, make_levels
+from d2ft_hpc.planning.messages import shares_of_senders
 from d2ft_hpc.planning.plan import Operation
 from d2ft_hpc.planning.prices import Limit
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem, round_up
@@ -77,14 +78,23 @@ def meeting_replicas(problem: PlanProblem) -> list[Ints]:
 
 
 def make_teams(
-    problem: PlanProblem, replicas: Ints, forward_weight: float, backward_weight: float, most_shortcut: float
+    problem: PlanProblem,
+    replicas: Ints,
+    forward_weight: float,
+    backward_weight: float,
+    most_shortcut: float,
+    *,
+    clusters: bool = False,
 ) -> list[Team]:
-    """The teams of all stages of replicas that meet. Raises PlanError as `solve_makespan` does."""
+    """The teams of all stages of replicas that meet. Raises PlanError as `solve_makespan` does.
+
+    clusters: where messages are limited, levels at which only some of a team's ranks run anything count, too.
+    """
     if not 0 <= most_shortcut <= 1:
         raise PlanError(f"most_shortcut is a share of a rank's heads in [0, 1], got {most_shortcut}.")
     teams = []
     for stage in range(problem.stages):
-        team = _make_team(problem, replicas, stage, forward_weight, backward_weight)
+        team = _make_team(problem, replicas, stage, forward_weight, backward_weight, clusters)
         heads = len(team.levels.forward_gain)
         least = heads - math.floor(most_shortcut * heads + BUDGET_EPSILON)
         team = replace(team, levels=team.levels.that_run(least))
@@ -95,7 +105,12 @@ def make_teams(
 
 
 def _make_team(
-    problem: PlanProblem, replicas: Ints, stage: int, forward_weight: float, backward_weight: float
+    problem: PlanProblem,
+    replicas: Ints,
+    stage: int,
+    forward_weight: float,
+    backward_weight: float,
+    clusters: bool,
 ) -> Team:
     """The ranks of a stage with all levels. Raises PlanError if a rank's number of heads varies by block."""
     rows = replicas[:, None] + np.arange(0, problem.forward_score.shape[0], problem.replicas)
@@ -121,13 +136,15 @@ def _make_team(
     ]
     costs = problem.compute_cost
     speed = problem.device_speed[devices]
+    is_even = bool((speed == speed[0]).all())
+    pay = any(problem.meeting_cost) and bool(np.isfinite(problem.communication_budget[devices]).all())
     levels = make_levels(
         *gains,
         forward_cost=costs[Operation.FORWARD_ONLY] - costs[Operation.SHORTCUT],
         backward_cost=costs[Operation.FULL] - costs[Operation.FORWARD_ONLY],
         speed=speed,
+        clusters=clusters and pay and is_even and len(replicas) == 1,
     )
-    is_even = bool((speed == speed[0]).all())
     row_of_class = np.repeat(np.arange(rows.shape[1]), len(blocks))
     group = row_of_class if problem.stages > 1 else np.zeros_like(row_of_class)
     return Team(rows, blocks, heads, devices, levels, time_budget(problem, devices), group, is_even)
@@ -174,10 +191,16 @@ def other_limits(problem: PlanProblem, team: Team) -> list[Limit]:
         message = (forward - shortcut) * levels.forward_heads[:, rank] + (
             full - forward
         ) * levels.backward_heads[:, rank]
-        for cost, running in zip(
-            problem.meeting_cost, (levels.forward_heads, levels.backward_heads), strict=True
+        first = rank - rank % problem.ranks  # of the rank's replica
+        shares = shares_of_senders(problem.token_layout, problem.ranks)
+        for cost, heads, most_ranks in zip(
+            problem.meeting_cost,
+            (levels.forward_heads, levels.backward_heads),
+            (levels.forward_ranks, levels.backward_ranks),
+            strict=True,
         ):
-            message = message + cost * running.any(axis=1)
+            running = (heads[:, first : first + problem.ranks] > 0).sum(axis=1)
+            message = message + cost * shares[np.minimum(running, most_ranks)]
         most = problem.budgets()[devices, 1].min() - cells[rank] * shortcut
         memory = np.full(team.slots, problem.memory_budget[devices].min())
         limits += [

@@ -130,6 +130,8 @@ TABLES: dict[str, dict[str, Field]] = {
         _of_ranks("planned_flops", "FLOP", "what the plan asks for, always-run parts included"),
         _of_ranks("executed_flops", "FLOP", "what was computed"),
         _of_ranks("bytes_sent", "B", "bytes sent to other ranks, of all kinds"),
+        _of_ranks("planned_bytes", "B", "what the message model says that the plan sends"),
+        _of_ranks("dense_bytes", "B", "what it says that the dense model would send"),
         *(_of_ranks(f"{kind}_bytes", "B", f"bytes sent: {kind.replace('_', ' ')}") for kind in BYTE_KINDS),
         _of_ranks("memory_bytes", "B", "GPU: most memory allocated in the step; CPU: resident set after it"),
         _seconds_of_ranks("data", "waiting for input"),

@@ -23,7 +23,9 @@ from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.model.lora import save_adapter, timm_state
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.stages import describe_stages
+from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.planning.messages import TokenLayout
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.results.layout import rank_file
 from d2ft_hpc.training import run_folder
@@ -35,14 +37,22 @@ from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.job import Job, layout_of, set_up
 from d2ft_hpc.training.measured import Measured, measure_job
 from d2ft_hpc.training.placing import place
-from d2ft_hpc.training.plan_costs import PlanCosts
-from d2ft_hpc.training.plans import batches_of, is_due, make_plan, measure_scores, solve_here
+from d2ft_hpc.training.plan_costs import PlanCosts, with_less_memory
+from d2ft_hpc.training.plans import (
+    batches_of,
+    is_due,
+    make_plan,
+    measure_scores,
+    solve_here,
+    token_layout_of,
+)
 from d2ft_hpc.training.progress import Progress
 from d2ft_hpc.training.recorded import note, record_job, record_plan, record_scores
 from d2ft_hpc.training.records import StepRecorder
 from d2ft_hpc.training.replanning import Replanner
 from d2ft_hpc.training.resume import Start, choose_start, fitted_to_ranks
 from d2ft_hpc.training.saver import CheckpointSaver
+from d2ft_hpc.training.speed_watch import SpeedWatch
 from d2ft_hpc.training.steps import StepRunner
 
 BEFORE_ALL = -2
@@ -72,8 +82,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     if start.checkpoint is not None:
         plan = load_checkpoint(start.checkpoint, engine, control)
         plan = replace(plan, replicas=job.sampler.replicas)
-        engine.check(plan)
-        engine.executor.load(plan, job.layout.replica)
+        _follow(job, engine, placement, measured.plan_costs, plan)
     with ExitStack() as stack:
         writer, own_writer, board = None, None, None
         with agreed(control, "opening the run's folder"):
@@ -114,16 +123,38 @@ def _train_epochs(
 ) -> bool:
     """False if it was stopped and saved before the end."""
     config, control = job.config, job.control
+    costs, speed_watch = measured.plan_costs, SpeedWatch(control)
     progress = Progress(control.rank, job.total_steps)
     runner = StepRunner(job, engine, placement)
-    start_step = position.steps_done
+    start_step, plans_made = position.steps_done, position.plans_made
     replanner = Replanner(control)
     if position.steps_done == 0 and config.train.evaluate_at_start:
         _evaluate(job, engine, writer, board, progress, position, watch)
 
+    def ranks_short(is_short: bool) -> tuple[int, ...]:
+        return tuple(rank for rank, part in enumerate(control.all_gather(bytes([is_short]))) if part[0])
+
+    def plan_less(ranks: tuple[int, ...]) -> int:
+        """A plan in force with less memory for these ranks; its index."""
+        nonlocal position, costs
+        assert engine.executor.plan is not None
+        costs = with_less_memory(costs, engine.executor.plan, ranks)
+        told = ", ".join(f"rank {rank}: at most {costs.most_full[rank]:.0f}" for rank in ranks)  # type: ignore[index]
+        progress.say(
+            f"out of memory, the step is repeated; FULL subnets of a micro-batch from now on: {told}"
+        )
+        note(writer, position.steps_done, "memory", told)
+        position = _replan(
+            job, engine, placement, costs, writer, progress, position, replanner, watch, may_overlap=False
+        )
+        return position.plans_made - 1
+
+    if config.engine.repeat_out_of_memory:
+        engine.short_of_memory = ranks_short
+
     def settle(position: Position) -> Position:
         """No plan is under way any more: a checkpoint holds the one in force."""
-        return _take_over(job, engine, writer, progress, position, replanner, wait=True)
+        return _take_over(job, engine, placement, costs, writer, progress, position, replanner, wait=True)
 
     folder = config.run_folder / run_folder.CHECKPOINTS
     with CheckpointSaver(folder, control, keep=config.train.keep_checkpoints) as saver:
@@ -139,20 +170,30 @@ def _train_epochs(
                     return False
                 steps_done = position.steps_done
                 if is_due(config.plan, epoch=epoch, step_of_epoch=step_of_epoch, steps_done=steps_done):
+                    if config.plan.replan.speeds == "watched" and position.plans_made > 0:
+                        costs = replace(costs, device_speed=speed_watch.speeds(costs.device_speed))
+                        speeds = ", ".join(f"{speed:.2f}" for speed in costs.device_speed)
+                        note(writer, steps_done, "speeds", speeds)
                     position = _replan(
                         job,
                         engine,
                         placement,
-                        measured.plan_costs,
+                        costs,
                         writer,
                         progress,
                         position,
                         replanner,
                         watch,
                     )
-                position = _take_over(job, engine, writer, progress, position, replanner)
-                record = runner.run(batches, step=steps_done, epoch=epoch, plan=position.plans_made - 1)
+                position = _take_over(job, engine, placement, costs, writer, progress, position, replanner)
+                if position.plans_made != plans_made:
+                    plans_made = position.plans_made
+                    speed_watch.begin_plan()
+                record = runner.run(
+                    batches, step=steps_done, epoch=epoch, plan=position.plans_made - 1, less=plan_less
+                )
                 recorder.add(record)
+                speed_watch.add(record.of_rank["executed_flops"], record.times)
                 position = position.after_step()
                 if progress.is_due(position.steps_done):
                     share = record.of_rank["planned_flops"] / record.of_rank["dense_flops"]
@@ -181,10 +222,12 @@ def _replan(
     position: Position,
     replanner: Replanner,
     watch: Watch,
+    *,
+    may_overlap: bool = True,
 ) -> Position:
     """Makes the next plan and puts it in force; or begins with it, if it may come while training goes on."""
     start = time.perf_counter()
-    overlaps = job.config.plan.replan.overlap and position.plans_made > 0
+    overlaps = may_overlap and job.config.plan.replan.overlap and position.plans_made > 0
     if overlaps and replanner.is_under_way:
         note(writer, position.steps_done, "replan", "skipped: the plan before is still being solved")
         return position
@@ -219,12 +262,16 @@ def _replan(
     plan = make_plan(
         job, placement, costs, scores, position.plans_made, position.steps_done, same_rows=same_rows
     )
-    return _put_in_force(job, engine, writer, progress, position, plan, time.perf_counter() - start)
+    return _put_in_force(
+        job, engine, placement, costs, writer, progress, position, plan, time.perf_counter() - start
+    )
 
 
 def _take_over(
     job: Job,
     engine: Engine,
+    placement: Placement,
+    costs: PlanCosts,
     writer: ResultsWriter | None,
     progress: Progress,
     position: Position,
@@ -240,24 +287,38 @@ def _take_over(
         progress.say(f"no new plan, the old one stays: {made.fault}")
         note(writer, position.steps_done, "replan", f"failed: {made.fault}", made.seconds)
         return position
-    return _put_in_force(job, engine, writer, progress, position, made.plan, made.seconds)
+    return _put_in_force(job, engine, placement, costs, writer, progress, position, made.plan, made.seconds)
+
+
+def _follow(
+    job: Job, engine: Engine, placement: Placement, costs: PlanCosts, plan: SkipPlan
+) -> TokenLayout | None:
+    """Loads a plan and returns the layout of tokens in which it runs; None without tensor parallelism."""
+    engine.check(plan)
+    layout = None
+    if isinstance(engine.executor, TensorParallelExecutor):
+        layout = token_layout_of(plan, job, placement, costs)
+        engine.executor.use(layout)
+    engine.executor.load(plan, job.layout.replica)
+    return layout
 
 
 def _put_in_force(
     job: Job,
     engine: Engine,
+    placement: Placement,
+    costs: PlanCosts,
     writer: ResultsWriter | None,
     progress: Progress,
     position: Position,
     plan: SkipPlan,
     seconds: float,
 ) -> Position:
-    engine.check(plan)
-    engine.executor.load(plan, job.layout.replica)
+    layout = _follow(job, engine, placement, costs, plan)
     planned = job.costs.planned_share(plan)
     progress.say(
         f"plan {position.plans_made} ({plan.planner}, {plan.status}, gap {plan.gap:.1e}): {planned:.1%} of the dense "
-        f"compute, made in {seconds:.2f} s"
+        f"compute, made in {seconds:.2f} s{'' if layout is None else f', tokens {layout}'}"
     )
     if writer is not None:
         record_plan(job, writer, plan, position.steps_done, seconds)

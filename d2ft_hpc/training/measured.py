@@ -25,4 +25,5 @@ def measure_job(job: Job) -> Measured:
     shape = (data.micro_batch_size, 3, data.image_size, data.image_size)
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     profile = profile_passes(job.model, job.executor, shape, precision[job.config.engine.precision])
-    return Measured(profile, measure_all_reduce(job.device), find_costs(job, profile))
+    all_reduce = measure_all_reduce(job.device)
+    return Measured(profile, all_reduce, find_costs(job, profile, all_reduce))

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.launch import share
+from d2ft_hpc.launch.agree import AgreedError
+from d2ft_hpc.metering.all_reduce import AllReduceSeconds
 from d2ft_hpc.metering.profile import PassProfile
+from d2ft_hpc.planning import Operation, SkipPlan
+from d2ft_hpc.planning.messages import ring_bytes
 from d2ft_hpc.training.job import Job
 
 COSTS = "costs.json"
@@ -35,19 +40,28 @@ class PlanCosts:
     """forward_share: cost of FORWARD_ONLY in units of FULL. always_share: of the dense step, what always runs.
 
     device_speed: relative speed of each rank. source: "flops", "measured" or "paper".
+    dense_seconds: of a dense micro-batch, alone on a rank (median of the ranks; 0: not known).
+    message_latency, seconds_per_byte: of an all-reduce over all ranks, and of a byte on one rank's link (the slowest
+    of the ranks).
     """
 
     forward_share: float
     always_share: float
     device_speed: list[float]
     source: str
+    dense_seconds: float = 0.0
+    message_latency: float = 0.0
+    seconds_per_byte: float = 0.0
+    most_full: list[float] | None = None
+    """Of each rank, the most FULL subnets of a micro-batch for which its memory has room, as far as it was met."""
 
 
-def find_costs(job: Job, profile: PassProfile) -> PlanCosts:
+def find_costs(job: Job, profile: PassProfile, all_reduce: AllReduceSeconds) -> PlanCosts:
     """What `plan.costs` and `plan.device_speed` ask for; on all ranks together, the same on each.
 
-    profile: this rank's. An older one of the same hardware and model takes its place, if the cache folder has one, so
-    that runs do not differ by the noise of a measurement. A resumed run takes what it planned with before.
+    profile, all_reduce: this rank's. An older profile of the same hardware and model takes its place, if the cache
+    folder has one, so that runs do not differ by the noise of a measurement. A resumed run takes what it planned with
+    before.
 
     Raises ConfigError if the speeds are not as many as the ranks, or if there is nothing measured.
     """
@@ -58,10 +72,23 @@ def find_costs(job: Job, profile: PassProfile) -> PlanCosts:
         PassProfile(**json.loads(part)) for part in control.all_gather(json.dumps(asdict(own)).encode())
     ]
 
+    ranks = control.world_size
+    links = [
+        AllReduceSeconds(**json.loads(part))
+        for part in control.all_gather(json.dumps(asdict(all_reduce)).encode())
+    ]
+
     def decide() -> bytes:
         if config.train.resume and path.exists():
             return path.read_bytes()
-        costs = json.dumps(asdict(_costs(job, of_ranks)), indent=1).encode()
+        decided = replace(
+            _costs(job, of_ranks),
+            dense_seconds=float(np.nan_to_num(np.median([passes.dense_seconds for passes in of_ranks]))),
+            message_latency=max(link.latency for link in links),
+            seconds_per_byte=max(link.per_byte for link in links)
+            / max(ring_bytes("allreduce", 1.0, ranks), 1e-9),
+        )
+        costs = json.dumps(asdict(decided), indent=1).encode()
         _write(path, costs)
         return costs
 
@@ -94,6 +121,21 @@ def _costs(job: Job, of_ranks: Sequence[PassProfile]) -> PlanCosts:
                 speed,
                 "measured",
             )
+
+
+def with_less_memory(costs: PlanCosts, plan: SkipPlan, ranks: Sequence[int]) -> PlanCosts:
+    """The costs after replicas ran out of memory under a plan: a tenth fewer FULL subnets, at least one, than the plan
+    had in a micro-batch. ranks: the replicas, each of one rank. Raises PlanError where there are none left to take."""
+    most_full = [math.inf] * plan.replicas if costs.most_full is None else list(costs.most_full)
+    for rank in ranks:
+        full = int((plan.for_replica(rank) == Operation.FULL).sum(axis=(1, 2)).max())
+        most_full[rank] = min(most_full[rank], full - max(1, full // 10))
+        if most_full[rank] < 0:
+            raise PlanError(
+                f"rank {rank} runs out of memory although no head of its micro-batches is FULL: use fewer samples "
+                f"(data.micro_batch_size), or engine.activation_checkpointing=true"
+            ) from AgreedError()
+    return replace(costs, most_full=most_full)
 
 
 def relative_speeds(seconds: Sequence[float]) -> list[float]:

@@ -27,6 +27,8 @@ from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.metering import meter
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.planning import PlanProblem, SkipPlan, plan_samples, solve
+from d2ft_hpc.planning.messages import TokenLayout
+from d2ft_hpc.planning.step_time import StepTime
 from d2ft_hpc.scores import Scores, gradient_scores, weight_magnitude
 from d2ft_hpc.scores.gradients import GradientScore
 from d2ft_hpc.scores.measured import ScoreCache, digest
@@ -213,6 +215,9 @@ def solve_here(
         seed=(job.config.run.seed, index),
         same_rows=same_rows,
         placement=placement,
+        most_full=None if costs.most_full is None else by_device(costs.most_full, job.layout),
+        step_time=step_time(job, costs),
+        token_layouts=token_layouts(job.config.engine),
     )
 
 
@@ -223,6 +228,46 @@ def _budget_from(job: Job, step: int) -> float:
         return job.config.plan.compute_budget
     steps = replan.every * (job.sampler.batches_per_epoch if replan.unit == "epochs" else 1)
     return job.config.plan.budget_between(step / total, min(step + steps, total) / total)
+
+
+def token_layouts(engine: EngineConfig) -> tuple[TokenLayout, ...]:
+    """Those that a plan may have."""
+    if engine.token_layout == "auto":
+        return ("replicated", "sharded")
+    return (engine.token_layout,)
+
+
+def step_time(job: Job, costs: PlanCosts) -> StepTime:
+    """How long a step's subnets and messages take, by what all ranks measured."""
+    patches = job.model.patch_embed.num_patches + job.model.num_prefix_tokens
+    numbers = job.config.data.micro_batch_size * patches * job.model.embed_dim
+    of_subnets = costs.dense_seconds * (1 - costs.always_share)
+    return StepTime(
+        seconds_per_cost=max(of_subnets / job.costs.num_subnets, 1e-12),
+        activation_bytes=numbers * (4 if job.config.engine.precision == "fp32" else 2),
+        seconds_per_byte=costs.seconds_per_byte,
+        latency=costs.message_latency,
+    )
+
+
+def token_layout_of(plan: SkipPlan, job: Job, placement: Placement, costs: PlanCosts) -> TokenLayout:
+    """The layout in which a plan runs: the same on every rank and in a resumed run, from what all have in common."""
+    allowed = token_layouts(job.config.engine)
+    if len(allowed) == 1 or plan.binding == "sample":
+        return allowed[0]
+    equal = np.ones(plan.operations.shape)
+    problem = PlanProblem.parallel(
+        equal,
+        equal,
+        replicas=plan.replicas,
+        rank=placement.owner,
+        stage=placement.stage,
+        compute_budget=1.0,
+        forward_cost=costs.forward_share,
+        device_speed=by_device(costs.device_speed, job.layout),
+        replicas_meet=meets_every_block(job.config.engine),
+    )
+    return step_time(job, costs).fastest(plan, problem, allowed)[1]
 
 
 def by_device(of_ranks: Sequence[float], layout: Layout) -> list[float]:
@@ -249,11 +294,16 @@ def solve_slots(
     seed: tuple[int, int],
     same_rows: bool,
     placement: Placement | None = None,
+    most_full: Sequence[float] | None = None,
+    step_time: StepTime | None = None,
+    token_layouts: Sequence[TokenLayout] = ("replicated",),
 ) -> SkipPlan:
     """The plan by micro-batches that `config` asks for; costs, speeds and `replicas_meet` as PlanProblem takes them.
 
     subnets: (blocks, heads). same_rows: one replica's plan, by the scores' mean over the replicas, for all of them.
     placement: where a replica's subnets are; None: all on one rank.
+    most_full: as PlanProblem takes it. token_layouts: those that the plan may have; if what it sends depends on them,
+    the faster of their plans is taken.
     """
     assert config.planner != "samples", "that plan is of another kind"
     if config.planner == "dense":
@@ -267,22 +317,38 @@ def solve_slots(
 
     equal = np.ones((slots * replicas, *subnets))
     depth = np.arange(1, subnets[0] + 1)[:, None] / subnets[0]  # [block, 1]
-    problem = PlanProblem.parallel(
-        posed(equal if scores is None else scores.forward),
-        posed(equal if scores is None else scores.backward) * depth**config.depth_exponent,
-        replicas=posed_replicas,
-        rank=None if placement is None else placement.owner,
-        stage=None if placement is None else placement.stage,
-        compute_budget=config.compute_budget,
-        communication_budget=config.communication_budget,
-        memory_budget=config.memory_budget,
-        forward_cost=forward_cost,
-        always_share=always_share,
-        device_speed=None if same_rows else device_speed,
-        messages=config.messages,
-        replicas_meet=replicas_meet and not same_rows,
-    )
-    plan = solve(problem, config.planner, **_planner_options(config, seed))
+
+    def pose(token_layout: TokenLayout) -> PlanProblem:
+        return PlanProblem.parallel(
+            posed(equal if scores is None else scores.forward),
+            posed(equal if scores is None else scores.backward) * depth**config.depth_exponent,
+            replicas=posed_replicas,
+            rank=None if placement is None else placement.owner,
+            stage=None if placement is None else placement.stage,
+            compute_budget=config.compute_budget,
+            communication_budget=config.communication_budget,
+            memory_budget=config.memory_budget,
+            forward_cost=forward_cost,
+            always_share=always_share,
+            device_speed=None if same_rows else device_speed,
+            most_full=[min(most_full)] if same_rows and most_full is not None else most_full,
+            messages=config.messages,
+            replicas_meet=replicas_meet and not same_rows,
+            token_layout=token_layout,
+        )
+
+    problems = [pose(layout) for layout in token_layouts]
+    if config.messages == "by_head" or config.communication_budget is None:
+        problems = problems[:1]  # the layout changes nothing for the planner
+    plans = [solve(problem, config.planner, **_planner_options(config, seed)) for problem in problems]
+    plan = plans[0]
+    if len(plans) > 1:
+        assert step_time is not None
+        seconds = [
+            step_time.of(each, problem, problem.token_layout)
+            for each, problem in zip(plans, problems, strict=True)
+        ]
+        plan = plans[int(np.argmin(seconds))]
     copies = replicas // posed_replicas
     return replace(
         plan,

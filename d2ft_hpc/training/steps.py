@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from d2ft_hpc.engines.engine import Engine, MicroBatch, StepReport
+from d2ft_hpc.engines.engine import Engine, MemoryShortError, MicroBatch, StepReport
+from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.metering import Metered, meter
-from d2ft_hpc.metering.memory import reset_peak, used_bytes
+from d2ft_hpc.metering.memory import activation_limit, reset_peak, used_bytes
 from d2ft_hpc.metering.phases import phase, timed_step
 from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import Operation
 from d2ft_hpc.results.schema import BYTE_KINDS
 from d2ft_hpc.training.job import Job, count_scoring
@@ -46,23 +49,47 @@ class StepRunner:
             job.selection.scorer.follow(engine.logits)
             score_flops = count_scoring(job.selection, job.config.data.image_size, job.device)
             self._costs = replace(self._costs, score_flops=score_flops)
+        config, zero = job.config, job.config.engine.deepspeed.get("zero_optimization", {})
+        self._planned_bytes = PlannedBytes(
+            job.model,
+            job.executor.subnets,
+            placement,
+            slots=config.data.slots,
+            micro_batch_size=config.data.micro_batch_size,
+            precision=config.engine.precision,
+            zero_stage=int(zero.get("stage", config.engine.precision == "fp16")),
+            trains_embeddings=config.model.embeddings == "trained",
+        )
+        self._bytes_of_plan: dict[str, float] = {}
         self._metered_plan = -1
         self._metered = Metered()
         self._metered_planned_flops = 1.0
 
-    def run(self, batches: Iterator[list[MicroBatch]], *, step: int, epoch: int, plan: int) -> StepRecord:
-        """One optimiser step on this replica's next batch; on all ranks together."""
+    def run(
+        self,
+        batches: Iterator[list[MicroBatch]],
+        *,
+        step: int,
+        epoch: int,
+        plan: int,
+        less: Callable[[tuple[int, ...]], int],
+    ) -> StepRecord:
+        """One optimiser step on this replica's next batch; on all ranks together.
+
+        less: plans ranks that ran out of memory less, and returns the index of the plan that is in force then; the
+        step is repeated.
+        """
         device = self._job.device
         reset_peak(device)
         with timed_step(device) as times:
             with phase("data"):
                 micro_batches = next(batches)
-            if plan == self._metered_plan:
-                report, work = self._step(micro_batches, step)
-            else:
-                with meter() as self._metered:
-                    report, work = self._step(micro_batches, step)
-                self._metered_plan, self._metered_planned_flops = plan, work.planned_flops
+            while True:
+                try:
+                    report, work = self._metered_step(micro_batches, step, plan)
+                    break
+                except MemoryShortError as error:
+                    plan = less(error.ranks)
             loss, gradient_norm = _on_host(report.loss), _on_host(report.gradient_norm)
         samples = sum(len(labels) for _, labels in micro_batches)
         return StepRecord(
@@ -84,9 +111,33 @@ class StepRunner:
                 "left_out_rows": work.left_out_rows,
                 "bytes_sent": sum(self._metered.bytes_sent.values()),
                 **_bytes_by_kind(self._metered.bytes_sent),
+                **self._bytes_of_plan,
                 "memory_bytes": used_bytes(device),
             },
         )
+
+    def _metered_step(
+        self, micro_batches: list[MicroBatch], step: int, plan: int
+    ) -> tuple[StepReport, _Work]:
+        limit = self._job.config.engine.activation_limit_mb
+        with nullcontext() if limit is None else activation_limit(1e6 * limit[self._job.control.rank]):
+            if plan == self._metered_plan:
+                return self._step(micro_batches, step)
+            with meter() as self._metered:
+                report, work = self._step(micro_batches, step)
+        self._metered_plan, self._metered_planned_flops = plan, work.planned_flops
+        self._bytes_of_plan = self._promised_bytes()
+        return report, work
+
+    def _promised_bytes(self) -> dict[str, float]:
+        """Bytes of this rank in a step: of the plan in force, and of the dense one, by the message model."""
+        executor = self._engine.executor
+        assert executor.plan is not None
+        layout = executor.token_layout if isinstance(executor, TensorParallelExecutor) else "replicated"
+        return {
+            "planned_bytes": self._planned_bytes.of(executor.plan, layout),
+            "dense_bytes": self._planned_bytes.of_dense(executor.plan, layout),
+        }
 
     def _step(self, micro_batches: list[MicroBatch], step: int) -> tuple[StepReport, _Work]:
         """Trains on these micro-batches, or on those of their samples that the plan lets train."""

@@ -28,13 +28,16 @@ from d2ft_hpc.engines.deepspeed import deepspeed_config
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.plain import PlainEngine
+from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.engines.tensor import TensorParallelEngine
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.executor import EmbeddingPolicy, attach
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.metering import meter
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages
+from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.planning.messages import TokenLayout
 from d2ft_hpc.scores import gradient_scores
 from tests.distributed.engine_checks import (
     STEPS,
@@ -92,9 +95,11 @@ def build(
     precision: str = "fp32",
     clipping: float | None = None,
     recompute: bool = False,
+    token_layout: TokenLayout = "replicated",
+    embeddings: EmbeddingPolicy = "frozen",
 ) -> PipelineEngine | TensorParallelEngine:
     model.set_grad_checkpointing(recompute)
-    executor = attach(model)
+    executor = attach(model, embeddings=embeddings)
     layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
     placement = Placement(layout, cut_stages([0.1, *[1.0] * DEPTH, 0.1], stages), owner_of(tensor_ranks))
     config = deepspeed_config(
@@ -111,7 +116,10 @@ def build(
         return optimizer, build_schedule(optimizer, settings, STEPS)
 
     kind = PipelineEngine if stages > 1 else TensorParallelEngine
-    return kind(model, executor, placement, make_optimizer, loss_function, config, control)
+    engine = kind(model, executor, placement, make_optimizer, loss_function, config, control)
+    if isinstance(engine.executor, TensorParallelExecutor):
+        engine.executor.use(token_layout)
+    return engine
 
 
 def trained(
@@ -132,10 +140,15 @@ def trained(
 
 
 def reference(
-    model: VisionTransformer, optimizer_name: str, kind: str, clipping: float | None, replicas: int
+    model: VisionTransformer,
+    optimizer_name: str,
+    kind: str,
+    clipping: float | None,
+    replicas: int,
+    embeddings: EmbeddingPolicy = "frozen",
 ) -> Any:
     """What one process gets from the same rows."""
-    executor = attach(model)
+    executor = attach(model, embeddings=embeddings)
     settings = optimizer_config(optimizer_name, EPSILON)
     optimizer = build_optimizer(model, settings)
     schedule = build_schedule(optimizer, settings, STEPS)
@@ -158,7 +171,9 @@ def check_fp32(
     own = trained(control, tiny_vit(**model_options), optimizer_name, kind, **options)
     replicas = control.world_size // (options["stages"] * options["tensor_ranks"])
     one = tiny_vit(**model_options)
-    return largest_difference(own, reference(one, optimizer_name, kind, options.get("clipping"), replicas))
+    embeddings = options.get("embeddings", "frozen")
+    expected = reference(one, optimizer_name, kind, options.get("clipping"), replicas, embeddings)
+    return largest_difference(own, expected)
 
 
 def check_bf16(control: Control, kind: str, optimizer_name: str, **options: Any) -> dict[str, float]:
@@ -289,6 +304,40 @@ def check_messages(control: Control) -> dict[str, Any]:
     return {"sent": sent, "one sum": 4 * 17 * 48 * 4}
 
 
+def check_sent(
+    control: Control, *, stages: int, tensor_ranks: int, token_layout: TokenLayout
+) -> dict[str, dict[str, float]]:
+    """Bytes of a step over all ranks, by kind of plan: counted where they are sent, and by the message model."""
+    model = tiny_vit(qk_norm=True, init_values=0.5)
+    options = {"stages": stages, "tensor_ranks": tensor_ranks, "token_layout": token_layout}
+    engine = build(control, model, "sgd", **options)
+    layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
+    told = PlannedBytes(
+        model,
+        engine.executor.subnets,
+        Placement(layout, cut_stages([0.1, *[1.0] * DEPTH, 0.1], stages), owner_of(tensor_ranks)),
+        slots=SLOTS,
+        micro_batch_size=4,
+        precision="fp32",
+        zero_stage=0,
+        trains_embeddings=False,
+    )
+    sent = {}
+    for kind in KINDS:
+        plan = plan_of(kind, 0, layout.replicas)
+        engine.executor.load(plan, layout.replica)
+        rows = [slot * layout.replicas + layout.replica for slot in range(SLOTS)]
+        batch = [micro_batch(0, row, plan.num_rows) for row in rows]
+        if kind == KINDS[0]:
+            engine.step(batch)  # what is sent once only
+        with meter() as metered:
+            engine.step(batch)
+        own = np.array([sum(metered.bytes_sent.values()), told.of(plan, token_layout)])
+        of_ranks = [np.frombuffer(part) for part in control.all_gather(own.tobytes())]
+        sent[kind] = dict(zip(("counted", "told"), np.sum(of_ranks, axis=0).tolist(), strict=True))
+    return sent
+
+
 def checks(world_size: int, everything: bool) -> dict[str, Callable[[Control], Any]]:
     layouts = {2: [(2, 1), (1, 2)], 4: [(2, 1), (1, 2), (2, 2), (4, 1)]}[world_size]
     named: dict[str, Callable[[Control], Any]] = {}
@@ -330,13 +379,39 @@ def checks(world_size: int, everything: bool) -> dict[str, Callable[[Control], A
                 add("whole stages", stages, tensor, "sgd", recompute=True)
             if tensor > 1:
                 add("whole blocks", stages, tensor, "adamw", zero=1, qk_norm=True)
+        if tensor > 1:
+            _add_sharded(add, stages, tensor, everything)
         if everything and tensor > 1 and stages == 1:
             for zero in (2, 3):
                 add("whole blocks", stages, tensor, "sgd", zero=zero)
                 add("whole blocks", stages, tensor, "sgd", "bf16", zero=zero)
+        for token_layout in ("replicated", "sharded")[: 1 + (tensor > 1)]:
+            sending = {"stages": stages, "tensor_ranks": tensor, "token_layout": token_layout}
+            named[f"sent pp{stages} tp{tensor} {token_layout}"] = partial(check_sent, **sending)
     if world_size == 2:
         named["messages"] = check_messages
     return named
+
+
+def _add_sharded(add: Callable[..., None], stages: int, tensor: int, everything: bool) -> None:
+    """Ranks that each hold their own of the 17 tokens, which no number of ranks here divides."""
+    sharded = {"token_layout": "sharded"}
+    for kind in KINDS:
+        for optimizer in ("sgd", "adamw"):
+            usual = (kind, optimizer) in (
+                ("random", "adamw"),
+                ("whole blocks", "sgd"),
+                ("whole stages", "sgd"),
+            )
+            if everything or usual:
+                add(kind, stages, tensor, optimizer, zero=stages % 2, **sharded)
+    add("random", stages, tensor, "sgd", clipping=0.05, embeddings="trained", qk_norm=True, **sharded)
+    add("whole blocks", stages, tensor, "sgd", "bf16", **sharded)
+    if stages > 1:
+        add("whole stages", stages, tensor, "sgd", recompute=True, **sharded)
+    else:
+        for zero in (2, 3):
+            add("random", stages, tensor, "adamw", zero=zero, embeddings="complete_path", **sharded)
 
 
 def main() -> None:

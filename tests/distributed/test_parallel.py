@@ -70,3 +70,20 @@ def test_tensor_parallel_messages_follow_the_plan(results: dict[str, Any]) -> No
         assert sent["full"] == {"allreduce": 2 * sums * one_sum}
         assert sent["one head"].get("allreduce", 0) == 0
         assert sent["one head"]["broadcast"] == sums * one_sum
+
+
+def test_what_is_sent_is_what_the_message_model_says(results: dict[str, Any]) -> None:
+    """Under every kind of plan, but for what no plan changes: losses, norms, shapes of a pipeline's messages."""
+    sent = {name: result for name, result in results.items() if name.startswith("sent")}
+    assert sent
+    for name, of_kinds in sent.items():
+        unchanged = of_kinds["full"]["counted"] - of_kinds["full"]["told"]
+        assert 0 <= unchanged <= 10_000, name
+        for kind, both in of_kinds.items():
+            # Each message's bytes on a ring are rounded; runs of 17 tokens that differ by one count as equal.
+            rounded = 400 + ("sharded" in name) * both["told"] / 17
+            assert both["counted"] - both["told"] == pytest.approx(unchanged, abs=rounded), (name, kind)
+    for layout in ("pp2 tp2 replicated", "pp2 tp2 sharded"):
+        if (of_kinds := sent.get(f"sent {layout}")) is not None:
+            # Nothing below the boundary is FULL in any micro-batch: no gradient comes back.
+            assert of_kinds["whole stages"]["told"] < 0.6 * of_kinds["full"]["told"]

@@ -24,6 +24,7 @@ QUICK = [
 ]
 PIPELINE = ["engine.pipeline_stages=2", "engine.activation_checkpointing=true"]
 TENSOR = ['engine.deepspeed={"tensor_parallel":{"autotp_size":2}}', "engine.head_placement=spread"]
+SHARDED = [*TENSOR, "engine.token_layout=sharded"]
 
 
 def train(folder: Path, *overrides: str, ranks: int) -> str:
@@ -33,14 +34,18 @@ def train(folder: Path, *overrides: str, ranks: int) -> str:
     return finished.stdout
 
 
-@pytest.mark.parametrize("layout", [PIPELINE, TENSOR], ids=["pipeline", "tensor"])
+@pytest.mark.parametrize("layout", [PIPELINE, SHARDED], ids=["pipeline", "tensor"])
 def test_train_resume_and_export(tmp_path: Path, layout: list[str]) -> None:
     shown = train(tmp_path, *layout, "train.checkpoint_every_epochs=1", "plan.replan.every=1", ranks=2)
     if layout is PIPELINE:
         assert "pipeline stages (share of the dense FLOPs): blocks 0-2 50." in shown
     folder = tmp_path / "demo"
     steps = results.open_run(folder).table("steps")
-    if layout is TENSOR:
+    np.testing.assert_allclose(steps["bytes_sent"], steps["planned_bytes"], rtol=0.02)
+    assert (steps["planned_bytes"] <= steps["dense_bytes"]).all()
+    if layout is SHARDED:
+        assert "tokens sharded" in shown
+        assert (steps["planned_bytes"] < 0.8 * steps["dense_bytes"]).all()
         np.testing.assert_allclose(steps["executed_flops"], steps["planned_flops"], rtol=1e-3)
     else:  # what is recomputed is on top of the plan
         assert (steps["executed_flops"] > 1.05 * steps["planned_flops"]).all()

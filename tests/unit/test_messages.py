@@ -1,13 +1,24 @@
 """What the engines send under a plan: against a count by hand, one message after the other."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning import PlanProblem, SkipPlan, in_order
-from d2ft_hpc.planning.messages import Replicas, pipeline_bytes, ring_bytes, tensor_parallel_bytes
+from d2ft_hpc.planning import PlanProblem, SkipPlan, in_order, solve
+from d2ft_hpc.planning.messages import (
+    Replicas,
+    active_ranks,
+    busiest_shares,
+    pipeline_bytes,
+    ring_bytes,
+    shares_of_senders,
+    tensor_parallel_bytes,
+)
+from d2ft_hpc.planning.step_time import StepTime
 
 
 def sent_by_hand(operations, owner, ranks, payload):
@@ -76,6 +87,106 @@ def test_a_communication_budget_by_meeting_counts_blocks_not_heads():
         communication_budget=0.5,
         messages="by_meeting",
     )
-    np.testing.assert_allclose(problem.used_communication(SkipPlan(operations, 1)), [1.5, 1.5])
+    np.testing.assert_allclose(problem.used_communication(SkipPlan(operations, 1)), [1.0, 1.0])
     np.testing.assert_allclose(problem.dense_communication(), [8, 8])
     np.testing.assert_allclose(problem.communication_budget, [4, 4])
+
+
+def test_a_cluster_plan_is_the_best_of_all_that_limits_allow():
+    """Two rows of a block with a head on each of four ranks: every plan is tried whose ranks run in lock step."""
+    generator = np.random.default_rng(5)
+    for layout in ("replicated", "sharded"):
+        problem = PlanProblem.parallel(
+            *np.exp(generator.standard_normal((2, 2, 1, 4))),
+            rank=in_order(1, 4, 4),
+            compute_budget=0.7,
+            communication_budget=0.5,
+            messages="by_meeting",
+            forward_cost=0.4,
+            token_layout=layout,
+        )
+        found = solve(problem, "makespan")
+        best = 0.0
+        for cells in itertools.product(range(3), repeat=8):
+            operations = np.array(cells, np.uint8).reshape(2, 1, 4)
+            runs, full = (operations >= 1).sum(axis=2), (operations == 2).sum(axis=2)
+            time = 0.4 * (runs > 0).sum() + 0.6 * (full > 0).sum()
+            shares = {"sharded": np.array([0, 0.25, 0.5, 9, 1]), "replicated": np.array([0, 0.5, 1, 9, 1])}
+            sent = 0.5 * shares[layout][runs].sum() + 0.5 * shares[layout][full].sum()
+            if time <= 0.7 * 2 + 1e-9 and sent <= 0.5 * 2 + 1e-9:
+                best = max(best, problem.objective(operations))
+        assert found.objective == pytest.approx(best)
+        assert found.bound >= best - 1e-9
+
+
+def test_few_ranks_run_where_messages_are_scarcer_than_time():
+    generator = np.random.default_rng(3)
+    scores = np.exp(generator.standard_normal((2, 8, 8, 8)))
+    objective, sent = {}, {}
+    for layout in ("replicated", "sharded"):
+        problem = PlanProblem.parallel(
+            *scores,
+            rank=in_order(8, 8, 4),
+            compute_budget=0.6,
+            communication_budget=0.5,
+            messages="by_meeting",
+            forward_cost=0.35,
+            token_layout=layout,
+        )
+        plan = solve(problem, "makespan")
+        objective[layout], sent[layout] = plan.objective, problem.used_communication(plan)
+        assert plan.gap < 1e-3
+        told = tensor_parallel_bytes(plan.operations, problem.rank, 4, 1.0, layout)
+        dense = tensor_parallel_bytes(np.full_like(plan.operations, 2), problem.rank, 4, 1.0, layout)
+        share = (told.forward.sum() + told.backward.sum()) / (dense.forward.sum() + dense.backward.sum())
+        assert share == pytest.approx(problem.used_communication(plan)[0] / problem.dense_communication()[0])
+        assert share <= 0.5 + 1e-9
+    running = active_ranks(plan.operations > 0, problem.rank, 4)
+    assert set(np.unique(running)) & {1, 2}
+    assert objective["sharded"] > objective["replicated"]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_busiest_link_of_the_sharded_layout_by_hand(ranks):
+    """One token a rank; messages counted one after the other, sent and received."""
+    for active in range(1, ranks + 1):
+        sent, received = np.zeros(ranks), np.zeros(ranks)
+        for head_rank in range(active):
+            for other in set(range(ranks)) - {head_rank}:
+                sent[other] += 1  # its token
+                received[head_rank] += 1
+                sent[head_rank] += 1  # the partial sum of that token
+                received[other] += 1
+        assert max(sent.max(), received.max()) / ranks == pytest.approx(
+            busiest_shares("sharded", ranks)[active]
+        )
+        dense = ranks * (ranks - 1) * 2
+        assert sent.sum() / dense == pytest.approx(shares_of_senders("sharded", ranks)[active])
+
+
+def test_the_layout_is_chosen_by_predicted_time():
+    """By hand: 2 rows, 1 block, 2 heads on 2 ranks, 100 bytes of activations, a byte a second, 10 s for a FULL head."""
+    step_time = StepTime(seconds_per_cost=10.0, activation_bytes=100.0, seconds_per_byte=1.0, latency=3.0)
+    layouts = ("replicated", "sharded")
+    problem = PlanProblem.parallel(
+        *np.ones((2, 2, 1, 2)), rank=in_order(1, 2, 2), compute_budget=1.0, forward_cost=0.4
+    )
+
+    def chosen(operations):
+        return step_time.fastest(SkipPlan(np.array(operations, np.uint8), 1), problem, layouts)
+
+    # Both ranks FULL: 4 sums a row, in either layout a whole activation each way; the first layout is taken.
+    assert chosen([[[2, 2]], [[2, 2]]]) == (pytest.approx(2 * (10 + 4 * 103)), "replicated")
+    # One rank alone: the sharded layout sends half an activation where a broadcast is a whole one.
+    assert chosen([[[2, 0]], [[0, 2]]]) == (pytest.approx(2 * (10 + 4 * 53)), "sharded")
+    # Forward alone sends half as much; nothing where nothing runs.
+    assert chosen([[[1, 1]], [[0, 0]]]) == (pytest.approx(4 + 2 * 103), "replicated")
+
+
+def test_a_boundary_between_stages_takes_time_only_where_something_is_sent():
+    step_time = StepTime(seconds_per_cost=1.0, activation_bytes=100.0, seconds_per_byte=1.0, latency=0.0)
+    problem = PlanProblem.parallel(*np.ones((2, 1, 2, 1)), stage=[0, 1], compute_budget=1.0, forward_cost=0.5)
+    both = SkipPlan(np.full((1, 2, 1), 2, np.uint8), 1)
+    upper = SkipPlan(np.array([[[1], [2]]], np.uint8), 1)
+    assert step_time.of(both, problem, "replicated") == pytest.approx(2.0 + 200.0)
+    assert step_time.of(upper, problem, "replicated") == pytest.approx(1.5 + 100.0)

@@ -63,6 +63,8 @@ def make_run(path, share, steps=40, seed=0, lost=0.0):
                     "planned_flops": [10 * share, 10 * share],
                     "executed_flops": [10 * share, 10 * share - 2],
                     "bytes_sent": [1e6 * share, 3e6 * share],
+                    "planned_bytes": [1e6 * share, 2e6 * share],
+                    "dense_bytes": [2e6, 2e6],
                     "forward_seconds": [share - 0.1, share],
                     "communication_seconds": [0.2, 0.1],
                     "waiting_seconds": [0.1, 0.0],
@@ -187,9 +189,9 @@ def test_comparison_over_seeds(tmp_path):
 def test_table(paths):
     lines = report([path.parent for path in paths]).splitlines()
     dense, d2ft = (next(line for line in lines if line.startswith(name)) for name in ("dense", "d2ft"))
-    expected = "39.00 100.0 90.0 44.0 1.000 2.000 160.0 1.00e-02 4.8 2.00"
+    expected = "39.00 100.0 90.0 44.0 1.000 2.000 160.0 75.0 100.0 1.00e-02 4.8 2.00"
     assert dense.split() == ["dense", *expected.split()]
-    expected = "39.00 60.0 50.0 28.0 0.636 1.200 96.0 1.00e-02 7.7 2.00"
+    expected = "39.00 60.0 50.0 28.0 0.636 1.200 96.0 45.0 60.0 1.00e-02 7.7 2.00"
     assert d2ft.split() == ["d2ft", *expected.split()]
     assert lines[lines.index(d2ft) + 1].strip() == str(paths[1])
 

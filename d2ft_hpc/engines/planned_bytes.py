@@ -1,0 +1,129 @@
+"""What a rank sends in a step under a plan, by the message model of `planning.messages` that planners use, too."""
+
+from __future__ import annotations
+
+import numpy as np
+from timm.models.vision_transformer import VisionTransformer
+
+from d2ft_hpc.engines.replicas import reduces_trained_blocks_only, trained_blocks
+from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
+from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.planning import Operation, SkipPlan
+from d2ft_hpc.planning.messages import (
+    DataParallel,
+    Replicas,
+    TokenLayout,
+    active_ranks,
+    pipeline_bytes,
+    ring_bytes,
+    shares_of_senders,
+    tensor_parallel_bytes,
+)
+
+_STAGES: tuple[DataParallel, ...] = ("zero0", "zero1", "zero2", "zero3")
+
+
+class PlannedBytes:
+    """Of this rank, for full batches. Small messages that no plan changes (losses, norms, shapes) are not counted."""
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        subnets: SubnetMap,
+        placement: Placement,
+        *,
+        slots: int,
+        micro_batch_size: int,
+        precision: str,
+        zero_stage: int,
+        trains_embeddings: bool,
+    ) -> None:
+        """model: the whole one. slots: micro-batches of a replica in a step. precision: "fp32", "bf16" or "fp16"."""
+        layout = placement.layout
+        self._placement, self._slots, self._stage = placement, slots, zero_stage
+        self._trains_embeddings = trains_embeddings
+        self._blocks = subnets.num_blocks
+        tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+        whole, half = (4, 4) if precision == "fp32" else (4, 2)
+        self._activation_bytes = micro_batch_size * tokens * model.embed_dim * half
+        self._leaves_out = reduces_trained_blocks_only(zero_stage, precision)
+        self._parameters = np.zeros(
+            self._blocks + 1
+        )  # of this rank by block, the last one of what is in no block
+        self._trained = np.zeros(self._blocks + 1)
+        self._shared = np.zeros(self._blocks)  # trained ones that no head owns
+        self._by_head = np.zeros(self._blocks)  # those of them that each head uses by itself
+        own_heads = placement.own.sum(axis=1)
+        for name, parameter in model.named_parameters():
+            kind = subnets.classify(name)
+            size = float(parameter.numel())
+            block = self._blocks
+            if name.startswith("blocks."):
+                block = int(name.split(".")[1])
+                if block not in placement.blocks:
+                    continue
+                if kind is ParameterClass.SUBNET:
+                    size *= own_heads[block] / subnets.num_heads
+                elif parameter.requires_grad:
+                    self._shared[block] += half * size
+                    self._by_head[block] += half * size * (".q_norm." in name or ".k_norm." in name)
+            elif layout.stage != (0 if kind is ParameterClass.EMBEDDING else layout.stages - 1):
+                continue
+            self._parameters[block] += half * size
+            # Without ZeRO, DeepSpeed's optimiser for bf16 reduces its float32 gradients.
+            self._trained[block] += (whole if self._stage == 0 else half) * size * parameter.requires_grad
+
+    def of(self, plan: SkipPlan, token_layout: TokenLayout) -> float:
+        """Bytes that this rank sends in a step; of tensor-parallel messages, the mean over its group."""
+        return self._of_replicas(plan) + (
+            0.0 if plan.binding == "sample" else self._of_parts(plan, token_layout)
+        )
+
+    def of_dense(self, plan: SkipPlan, token_layout: TokenLayout) -> float:
+        """The same for the dense plan of the same shape."""
+        dense = SkipPlan.dense(self._slots, plan.replicas, plan.num_blocks, plan.num_heads)
+        return self.of(dense, token_layout)
+
+    def _of_replicas(self, plan: SkipPlan) -> float:
+        layout = self._placement.layout
+        if layout.replicas == 1:
+            return 0.0
+        reduced = np.ones(self._blocks + 1, dtype=bool)
+        if self._leaves_out:
+            reduced[:-1] = trained_blocks(plan, self._blocks)
+        replicas = Replicas(
+            _STAGES[self._stage],
+            layout.replicas,
+            self._slots,
+            gradient_bytes=float(self._trained[reduced].sum()),
+            parameter_bytes=float(self._parameters.sum()),
+            updated_bytes=float(self._trained.sum()),
+            gathers=1,
+        )
+        return sum(replicas.bytes_of_step().values())
+
+    def _of_parts(self, plan: SkipPlan, token_layout: TokenLayout) -> float:
+        placement, layout = self._placement, self._placement.layout
+        operations, ranks = plan.for_replica(layout.replica), layout.tensor_ranks
+        is_sharded = token_layout == "sharded" and ranks > 1
+        own = self._activation_bytes / (ranks if is_sharded else 1)
+        is_first, is_last = layout.stage == 0, layout.stage == layout.stages - 1
+        blocks = list(placement.blocks)
+        total = 0.0
+        if not is_last:
+            total += pipeline_bytes(len(operations), own, 0)
+        if not is_first:
+            below = (operations[:, placement.stage < layout.stage] == Operation.FULL).any(axis=(1, 2))
+            total += pipeline_bytes(0, own, len(operations) if self._trains_embeddings else int(below.sum()))
+        if ranks == 1:
+            return total
+        sums = tensor_parallel_bytes(
+            operations[:, blocks], placement.owner[blocks], ranks, self._activation_bytes, token_layout
+        )
+        full = active_ranks(operations[:, blocks] == Operation.FULL, placement.owner[blocks], ranks)
+        shares = np.minimum(full, 1.0) if is_sharded else shares_of_senders("replicated", ranks)[full]
+        partial = (self._shared if is_sharded else self._by_head)[blocks]
+        total += float(sums.forward.sum() + sums.backward.sum())
+        total += ring_bytes("allreduce", float((shares * partial).sum()), ranks)
+        joins = is_last + (is_first and self._trains_embeddings)
+        return float(total + is_sharded * joins * len(operations) * (ranks - 1) * own)
