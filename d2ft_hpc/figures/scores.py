@@ -52,19 +52,18 @@ def draw(numbers: dict[str, Any]) -> Figure:
             left.set(title=f"{kind}: {name}", xlabel="head", ylabel="block")
             figure.colorbar(image, ax=left, label="score")
             blocks = np.arange(len(scores))
-            for head in range(scores.shape[1]):
-                place = blocks + 0.5 * (head / max(scores.shape[1] - 1, 1) - 0.5)
-                right.errorbar(
-                    place,
-                    scores[:, head],
-                    spread[:, head],
-                    linestyle="",
-                    marker="o",
-                    markersize=4,
-                    color=COLOURS[0],
-                    ecolor="0.7",
-                    label="head (bar: standard deviation over rows)" if head == 0 else None,
-                )
+            aside = 0.5 * (np.arange(scores.shape[1]) / max(scores.shape[1] - 1, 1) - 0.5)
+            right.errorbar(
+                (blocks[:, None] + aside).ravel(),
+                scores.ravel(),
+                spread.ravel(),
+                linestyle="",
+                marker="o",
+                markersize=4,
+                color=COLOURS[0],
+                ecolor="0.7",
+                label="head (bar: standard deviation over rows)",
+            )
             right.plot(blocks, scores.mean(axis=1), color=COLOURS[1], label="mean of the block")
             right.set(title=f"{kind}, by block", xlabel="block", ylabel="score")
             right.grid(alpha=0.3)

@@ -21,13 +21,13 @@ LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HEAT = "cividis"
 PHASE_STYLES: dict[str, dict[str, Any]] = {
-    "data": {"color": "#56B4E9"},
-    "forward": {"color": "#0072B2"},
-    "backward": {"color": "#E69F00"},
-    "communication": {"color": "#CC79A7"},
-    "waiting": {"color": "white", "edgecolor": "#CC79A7", "hatch": "////"},
-    "optimizer": {"color": "#009E73"},
-    "other": {"color": "#BBBBBB"},
+    "data": {"facecolor": "#56B4E9"},
+    "forward": {"facecolor": "#0072B2"},
+    "backward": {"facecolor": "#E69F00"},
+    "communication": {"facecolor": "#CC79A7"},
+    "waiting": {"facecolor": "white", "edgecolor": "#CC79A7", "hatch": "//////"},
+    "optimizer": {"facecolor": "#009E73"},
+    "other": {"facecolor": "#BBBBBB"},
 }
 
 
@@ -81,6 +81,15 @@ def legend_below(figure: Figure, axis: Axes) -> None:
         figure.legend(
             handles, labels, loc="outside lower center", ncols=min(len(labels), 7), fontsize="small"
         )
+
+
+def boxes(axis: Axes, left: Array, right: Array, bottom: Array, top: Array, **style: Any) -> None:
+    """Rectangles of one style, all arrays [box]; one artist for them, since one for each takes seconds to draw."""
+    from matplotlib.collections import PolyCollection
+
+    corners = np.stack([(left, bottom), (left, top), (right, top), (right, bottom)])  # [corner, x or y, box]
+    axis.add_collection(PolyCollection(list(corners.transpose(2, 0, 1)), linewidth=0.5, **style))
+    axis.autoscale_view()
 
 
 def heat_map(axis: Axes, values: Array, **options: Any) -> Any:
