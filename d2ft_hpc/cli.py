@@ -179,6 +179,17 @@ def _parser() -> argparse.ArgumentParser:
     images.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
     images.add_argument("--seconds", type=float, default=10.0, help="how long to read (default: 10)")
     images.set_defaults(run=_bench_data)
+    saves = benches.add_parser(
+        "checkpoints",
+        help="what saving checkpoints costs the training beside it",
+        description="Trains in stretches with and without a save, in turns; start it alone or as the run.",
+    )
+    saves.add_argument("config", type=Path, help="YAML file")
+    saves.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    saves.add_argument("--steps", type=int, default=50, help="of a stretch (default: 50)")
+    saves.add_argument("--pairs", type=int, default=10, help="stretches with and without (default: 10)")
+    saves.add_argument("--json", action="store_true", help="print the measurements as JSON")
+    saves.set_defaults(run=_bench_checkpoints)
     scores = benches.add_parser(
         "scores",
         help="what measuring scores costs beside dense training",
@@ -379,6 +390,25 @@ def _bench_data(options: argparse.Namespace) -> int:
             f"{measured['images_per_second']:.0f} images/s of {config.data.image_size} px to {measured['device']} with "
             f"{measured['workers']} workers; first batch after {measured['first_batch_seconds']:.2f} s"
         )
+
+    return run_guarded(None, run)
+
+
+def _bench_checkpoints(options: argparse.Namespace) -> int:
+    from d2ft_hpc.launch import run_guarded
+
+    def run() -> int:
+        config = _read_config(options)
+
+        def bench(control: Control, device: torch.device, launcher: str, watch: Watch) -> int:
+            from d2ft_hpc.bench.checkpoints import benchmark, report_text
+
+            measured = benchmark(config, control, device, watch, steps=options.steps, pairs=options.pairs)
+            if control.rank == 0:
+                print(report_text(measured, options.json))
+            return 0
+
+        return _watched(config, bench)
 
     return run_guarded(None, run)
 
