@@ -46,7 +46,8 @@ def check_output(config: RunConfig, control: Control) -> list[Finding]:
     if control.rank == 0 and not fault:
         findings += _check_locks(folder)
     control.all_gather(b"")  # everybody has looked
-    own.unlink(missing_ok=True) if not fault else None
+    if not fault:
+        own.unlink(missing_ok=True)
     return findings
 
 
