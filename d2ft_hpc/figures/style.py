@@ -105,6 +105,13 @@ def _whole_numbers(count: int, most: int = 10) -> Array:
     return np.arange(0, count, max(1, -(-count // most)))
 
 
+def whole_numbers(axis: Axes) -> None:
+    """Ticks of the x axis at whole numbers alone."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def name_ticks(axis: Axes, names: list[str]) -> None:
     """Names under bars or points, slanted where they would overlap."""
     shown = [short(name, 22) for name in names]

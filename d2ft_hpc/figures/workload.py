@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import COLOURS, PHASE_STYLES, boxes, new_figure, say, short
+from d2ft_hpc.figures.style import COLOURS, PHASE_STYLES, boxes, new_figure, say, short, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +68,7 @@ def draw(numbers: dict[str, Any]) -> Figure:
         for axis in (left, right):
             axis.grid(axis="y", alpha=0.3)
             axis.set_axisbelow(True)
-            _whole_ranks(axis)
+            whole_numbers(axis)
             if not len(ranks):
                 say(axis, "nothing recorded")
     drawn = {
@@ -81,9 +81,3 @@ def draw(numbers: dict[str, Any]) -> Figure:
             drawn.values(), drawn.keys(), loc="outside lower center", ncols=len(drawn), fontsize="small"
         )
     return figure
-
-
-def _whole_ranks(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
