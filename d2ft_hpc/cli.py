@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from d2ft_hpc import __version__
 from d2ft_hpc.config import RunConfig, load_config
@@ -377,7 +377,7 @@ def _bench_results(options: argparse.Namespace) -> int:
 
 
 def _bench_data(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import run_guarded
+    from d2ft_hpc.launch import device_type_of, run_guarded
 
     def run() -> None:
         import torch
@@ -385,7 +385,7 @@ def _bench_data(options: argparse.Namespace) -> int:
         from d2ft_hpc.bench.data import benchmark
 
         config = load_config(options.config, options.overrides)
-        measured = benchmark(config, torch.device(_device_type(config)), options.seconds)
+        measured = benchmark(config, torch.device(device_type_of(config.engine.device)), options.seconds)
         print(
             f"{measured['images_per_second']:.0f} images/s of {config.data.image_size} px to {measured['device']} with "
             f"{measured['workers']} workers; first batch after {measured['first_batch_seconds']:.2f} s"
@@ -414,7 +414,7 @@ def _bench_checkpoints(options: argparse.Namespace) -> int:
 
 
 def _bench_scores(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import run_guarded
+    from d2ft_hpc.launch import device_type_of, run_guarded
 
     def run() -> None:
         import torch
@@ -422,7 +422,7 @@ def _bench_scores(options: argparse.Namespace) -> int:
         from d2ft_hpc.bench.scores import benchmark
 
         config = load_config(options.config, options.overrides)
-        measured = benchmark(config, torch.device(_device_type(config)), options.repeats)
+        measured = benchmark(config, torch.device(device_type_of(config.engine.device)), options.repeats)
         for granularity, (seconds, flops) in measured.items():
             each = granularity.replace("_", "-")
             print(
@@ -574,14 +574,17 @@ def _watched(
     signals: StopSignals | None = None,
 ) -> int:
     """Runs `function` on all ranks that the launcher started, watching each other, and returns the exit status."""
-    import torch
-
-    from d2ft_hpc.launch import connect, detect, run_guarded
-    from d2ft_hpc.launch.watch import Watch
+    from d2ft_hpc.launch import connect, detect, device_type_of, run_guarded
 
     environment = detect()
-    device_type = _device_type(config)
-    control = connect(environment, device_type=device_type, timeout_seconds=config.launch.timeout_seconds)
+    asked = config.engine.device
+    control = connect(environment, device_type=asked, timeout_seconds=config.launch.timeout_seconds)
+
+    import torch  # large: after the ranks have met
+
+    from d2ft_hpc.launch.watch import Watch
+
+    device = torch.device(device_type_of(asked))
 
     def run() -> int:
         with Watch(
@@ -593,7 +596,7 @@ def _watched(
         ) as watch:
             status = run_guarded(
                 control,
-                lambda: function(control, torch.device(device_type), environment.launcher, watch),
+                lambda: function(control, device, environment.launcher, watch),
                 run_folder=config.run_folder,
                 before_abort=watch.fail,
             )
@@ -613,14 +616,6 @@ def _doctor(options: argparse.Namespace) -> int:
     from d2ft_hpc.launch import run_guarded
 
     return run_guarded(None, lambda: examine(options.config, options.overrides, json=options.json))
-
-
-def _device_type(config: RunConfig) -> Literal["cpu", "cuda"]:
-    import torch
-
-    if config.engine.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return config.engine.device
 
 
 def _report(options: argparse.Namespace) -> int:
