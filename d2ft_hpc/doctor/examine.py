@@ -67,7 +67,8 @@ def _meet(config: RunConfig, environment: LaunchEnvironment) -> tuple[Control | 
     return control, Finding(
         "ranks",
         "ok",
-        f"{control.world_size} ranks on {hosts} host{'s' * (hosts > 1)} by {environment.launcher}{library}; rendezvous at {address}",
+        f"{control.world_size} ranks on {hosts} host{'s' * (hosts > 1)} by {environment.launcher}{library}; "
+        f"rendezvous at {address}",
     )
 
 
