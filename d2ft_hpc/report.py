@@ -112,7 +112,7 @@ def _sections(runs: Sequence[Run], numbers: dict[str, Any]) -> Iterator[tuple[st
             head, *rows = compare.table(groups)
             yield "Over seeds", _figure(compare.draw(groups), caption) + _table(head, rows)
         claims = paper.measure(runs)
-        if claims["runs"]:
+        if any(run["claim"] for run in claims["runs"]):
             head, *rows = paper.table(claims)
             caption = "Of each run, against the dense runs of the same model and data."
             yield "Beside the paper", _table(head, rows) + _figure(paper.draw(claims), caption)

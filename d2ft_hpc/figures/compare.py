@@ -200,8 +200,12 @@ def draw(numbers: dict[str, Any]) -> Figure:
                 label="mean and its 95 % interval" if place == 0 else None,
             )
         names = [
-            f"{_wrapped(group['label'])}\nn={len(group['runs'])}"
-            + (f", p={number(group[metric]['p'], '.2g')}\n({group['test']})" if "test" in group else "")
+            f"{_wrapped(group['label'], 60 // len(groups))}\nn={len(group['runs'])}"
+            + (
+                f", p={group[metric]['p']:.2g} ({group['test']})"
+                if np.isfinite(group[metric].get("p", np.nan))
+                else ""
+            )
             for group in groups
         ]
         if len(groups) <= 4:
@@ -219,5 +223,5 @@ def draw(numbers: dict[str, Any]) -> Figure:
     return figure
 
 
-def _wrapped(label: str) -> str:
-    return "\n".join(short(part.strip(), 15) for part in label.split(",")[:4])
+def _wrapped(label: str, width: int) -> str:
+    return "\n".join(short(part.strip(), width) for part in label.split(",")[:4])

@@ -153,19 +153,24 @@ def draw(numbers: dict[str, Any]) -> Figure:
         values = [factor * run[key] for run in runs]
         bars = axis.bar(place, np.nan_to_num(values), 0.6, color=COLOURS[0], label="measured")
         axis.bar_label(bars, [number(value, ".1f") for value in values], fontsize="small", padding=2)
+        if not np.isfinite(values).any():
+            say(
+                axis,
+                "not recorded"
+                if runs
+                else "needs a dense run and one under a plan,\nof the same model and data",
+            )
         claimed = [i for i, run in enumerate(runs) if run["claim"] is not None]
-        for limit in sorted(set(limits)):
+        for limit in sorted(set(limits)) if claimed else ():
             heights = [factor * runs[i]["claim"][limit] for i in claimed]
             left, right = place[claimed] - 0.42, place[claimed] + 0.42
             axis.hlines(heights, left, right, color=COLOURS[1], linewidth=3, label="the paper's claim")
         name_ticks(axis, [f"{run['name']} ({_data(run)})" for run in runs])
         axis.axhline(0, color="black", lw=0.8)
-        axis.set(ylabel=label)
+        axis.set(ylabel=label, xlim=(-0.8, len(runs) - 0.2))
         axis.margins(y=0.15)
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
-        if not runs:
-            say(axis, "needs a dense run and one under a plan,\nof the same model and data")
     unique: dict[str, Any] = {}
     for axis in figure.axes:
         unique |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))

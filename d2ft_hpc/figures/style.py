@@ -109,7 +109,7 @@ def whole_numbers(axis: Axes) -> None:
     """Ticks of the x axis at whole numbers alone."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def name_ticks(axis: Axes, names: list[str]) -> None:

@@ -69,6 +69,7 @@ def draw(numbers: dict[str, Any]) -> Figure:
             axis.grid(axis="y", alpha=0.3)
             axis.set_axisbelow(True)
             whole_numbers(axis)
+            axis.set_xlim(-1, max(1, len(ranks)))
             if not len(ranks):
                 say(axis, "nothing recorded")
     drawn = {

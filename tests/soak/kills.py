@@ -217,7 +217,7 @@ def main() -> int:
             sys.exit((scratch / "reference.txt").read_text())
     kills = sum("signal" in record for record in records)
     while kills < options.kills and time.monotonic() < deadline:
-        choice = random.Random(len(records))
+        choice = random.Random(f"{options.file.name} {len(records)}")
         record: dict[str, Any] = {"launch": len(records), "commit": commit(), "faults": []}
         root = scratch / "killed"
         root.mkdir(exist_ok=True)
