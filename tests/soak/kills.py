@@ -41,11 +41,12 @@ LONGEST_WAIT_SECONDS = {"start": 14.0, "first step": 6.0}
 OPTIONS = [
     "data.micro_batch_size=4",
     "data.slots=2",
+    "data.train_fraction=0.5",
     "train.epochs=2",
     "train.checkpoint_every_steps=8",
     "train.resume=auto",
     "plan.planner=paper",
-    "plan.replan.every=25",
+    "plan.replan.every=15",
     "plan.replan.unit=steps",
     "launch.silence_seconds=4",
     "launch.timeout_seconds=15",
@@ -213,7 +214,7 @@ def main() -> int:
     if not (scratch / "reference" / "demo" / "model.safetensors").exists():
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        if start(scratch / "reference", scratch / "reference.txt").wait(300):
+        if start(scratch / "reference", scratch / "reference.txt").wait(1200):
             sys.exit((scratch / "reference.txt").read_text())
     kills = sum("signal" in record for record in records)
     while kills < options.kills and time.monotonic() < deadline:
