@@ -535,9 +535,8 @@ def _read_config(options: argparse.Namespace) -> RunConfig:
 
 
 def _train_connected(config: RunConfig, signals: StopSignals) -> int:
-    from d2ft_hpc.launch.watch import UNFINISHED
-
     def train(control: Control, device: torch.device, launcher: str, watch: Watch) -> int:
+        from d2ft_hpc.launch.watch import UNFINISHED
         from d2ft_hpc.training.loop import train
 
         if not train(config, control, device, launcher, watch):
