@@ -1,6 +1,5 @@
 #!/bin/bash
 # Many nodes: sbatch [--nodes=N] slurm/train-multinode.sh configs/X.yaml [key=value ...]
-# With --nodes=2-4 a run that has lost a node goes on with those that are left, if their ranks divide its micro-batches.
 #SBATCH --job-name=d2ft-multinode
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=2      # one a GPU

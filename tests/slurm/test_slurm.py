@@ -88,32 +88,26 @@ def test_a_signal_saves_and_requeues_and_the_losses_are_the_same(
     assert "is finished: nothing is left to do" in cluster.output(again)
 
 
-def test_a_lost_node_is_named_and_the_run_goes_on_with_the_nodes_that_remain(
+def test_a_lost_node_is_named_and_the_run_goes_on_without_it(
     cluster: Cluster, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """Of two nodes one remains, so that the run goes on with half of the ranks, over the same batches."""
-    cluster.run("scontrol", "update", "NodeName=tn[3-4]", "State=DRAIN", "Reason=test")
-    one = "--ntasks-per-node=1"
     job = cluster.submit(
-        "--nodes=1-2", one, "slurm/train-multinode.sh", DEMO, *LONG, f"run.folder={tmp_path}"
+        "--ntasks-per-node=1", "slurm/train-multinode.sh", DEMO, *LONG, f"run.folder={tmp_path}"
     )
     cluster.wait_for_text(job, "epoch 1")
-    assert cluster.run("squeue", "-h", "-j", str(job), "-o", "%N").strip() == "tn[1-2]"
+    lost = cluster.run("squeue", "-h", "-j", str(job), "-o", "%N").strip()
+    assert lost == "tn[1-2]"
     cluster.kill_node("tn2")
-    # Else found after SlurmdTimeout.
-    cluster.run("scontrol", "update", "NodeName=tn2", "State=DOWN", "Reason=killed")
+    cluster.run(
+        "scontrol", "update", "NodeName=tn2", "State=DOWN", "Reason=killed"
+    )  # else found after SlurmdTimeout
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
     cluster.start_node("tn2")
-    cluster.run("scontrol", "update", "NodeName=tn[3-4]", "State=RESUME")
     assert cluster.output(job).count("[rank 0 on tn1] error: rank 1 on tn2 has closed its connection") == 1
     launches = [json.loads(line) for line in (tmp_path / "demo" / "launches.jsonl").read_text().splitlines()]
-    assert [launch["hosts"] for launch in launches] == [["tn1", "tn2"], ["tn1"]]
-    with open_run(tmp_path / "demo") as run, open_run(uninterrupted) as other:
-        own, expected = run.table("steps"), other.table("steps")
-        for column in ("step", "learning_rate", "plan", "samples"):
-            np.testing.assert_array_equal(own[column], expected[column])
-        np.testing.assert_allclose(own["loss"], expected["loss"], rtol=1e-3)
-        assert run.attributes("environment")["world_size"] == 1
+    assert launches[0]["hosts"] == ["tn1", "tn2"]
+    assert "tn2" not in launches[-1]["hosts"]
+    assert_same_run(tmp_path / "demo", uninterrupted)
 
 
 def test_a_sweep_and_the_analysis_that_waits_for_it(cluster: Cluster, tmp_path: Path) -> None:
