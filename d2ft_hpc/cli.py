@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from d2ft_hpc import __version__
 from d2ft_hpc.config import RunConfig, load_config
@@ -185,6 +185,17 @@ def _parser() -> argparse.ArgumentParser:
     images.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
     images.add_argument("--seconds", type=float, default=10.0, help="how long to read (default: 10)")
     images.set_defaults(run=_bench_data)
+    saves = benches.add_parser(
+        "checkpoints",
+        help="what saving checkpoints costs the training beside it",
+        description="Trains in stretches with and without a save, in turns; start it alone or as the run.",
+    )
+    saves.add_argument("config", type=Path, help="YAML file")
+    saves.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    saves.add_argument("--steps", type=int, default=50, help="of a stretch (default: 50)")
+    saves.add_argument("--pairs", type=int, default=10, help="stretches with and without (default: 10)")
+    saves.add_argument("--json", action="store_true", help="print the measurements as JSON")
+    saves.set_defaults(run=_bench_checkpoints)
     scores = benches.add_parser(
         "scores",
         help="what measuring scores costs beside dense training",
@@ -448,7 +459,7 @@ def _bench_results(options: argparse.Namespace) -> int:
 
 
 def _bench_data(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import run_guarded
+    from d2ft_hpc.launch import device_type_of, run_guarded
 
     def run() -> None:
         import torch
@@ -456,7 +467,7 @@ def _bench_data(options: argparse.Namespace) -> int:
         from d2ft_hpc.bench.data import benchmark
 
         config = load_config(options.config, options.overrides)
-        measured = benchmark(config, torch.device(_device_type(config)), options.seconds)
+        measured = benchmark(config, torch.device(device_type_of(config.engine.device)), options.seconds)
         print(
             f"{measured['images_per_second']:.0f} images/s of {config.data.image_size} px to {measured['device']} with "
             f"{measured['workers']} workers; first batch after {measured['first_batch_seconds']:.2f} s"
@@ -465,8 +476,27 @@ def _bench_data(options: argparse.Namespace) -> int:
     return run_guarded(None, run)
 
 
-def _bench_scores(options: argparse.Namespace) -> int:
+def _bench_checkpoints(options: argparse.Namespace) -> int:
     from d2ft_hpc.launch import run_guarded
+
+    def run() -> int:
+        config = _read_config(options)
+
+        def bench(control: Control, device: torch.device, launcher: str, watch: Watch) -> int:
+            from d2ft_hpc.bench.checkpoints import benchmark, report_text
+
+            measured = benchmark(config, control, device, watch, steps=options.steps, pairs=options.pairs)
+            if control.rank == 0:
+                print(report_text(measured, options.json))
+            return 0
+
+        return _watched(config, bench)
+
+    return run_guarded(None, run)
+
+
+def _bench_scores(options: argparse.Namespace) -> int:
+    from d2ft_hpc.launch import device_type_of, run_guarded
 
     def run() -> None:
         import torch
@@ -474,7 +504,7 @@ def _bench_scores(options: argparse.Namespace) -> int:
         from d2ft_hpc.bench.scores import benchmark
 
         config = load_config(options.config, options.overrides)
-        measured = benchmark(config, torch.device(_device_type(config)), options.repeats)
+        measured = benchmark(config, torch.device(device_type_of(config.engine.device)), options.repeats)
         for granularity, (seconds, flops) in measured.items():
             each = granularity.replace("_", "-")
             print(
@@ -684,9 +714,8 @@ def _read_config(options: argparse.Namespace) -> RunConfig:
 
 
 def _train_connected(config: RunConfig, signals: StopSignals) -> int:
-    from d2ft_hpc.launch.watch import UNFINISHED
-
     def train(control: Control, device: torch.device, launcher: str, watch: Watch) -> int:
+        from d2ft_hpc.launch.watch import UNFINISHED
         from d2ft_hpc.training.loop import train
 
         if not train(config, control, device, launcher, watch):
@@ -723,14 +752,17 @@ def _watched(
     signals: StopSignals | None = None,
 ) -> int:
     """Runs `function` on all ranks that the launcher started, watching each other, and returns the exit status."""
-    import torch
-
-    from d2ft_hpc.launch import connect, detect, run_guarded
-    from d2ft_hpc.launch.watch import Watch
+    from d2ft_hpc.launch import connect, detect, device_type_of, run_guarded
 
     environment = detect()
-    device_type = _device_type(config)
-    control = connect(environment, device_type=device_type, timeout_seconds=config.launch.timeout_seconds)
+    asked = config.engine.device
+    control = connect(environment, device_type=asked, timeout_seconds=config.launch.timeout_seconds)
+
+    import torch  # large: after the ranks have met
+
+    from d2ft_hpc.launch.watch import Watch
+
+    device = torch.device(device_type_of(asked))
 
     def run() -> int:
         with Watch(
@@ -742,7 +774,7 @@ def _watched(
         ) as watch:
             status = run_guarded(
                 control,
-                lambda: function(control, torch.device(device_type), environment.launcher, watch),
+                lambda: function(control, device, environment.launcher, watch),
                 run_folder=config.run_folder,
                 before_abort=watch.fail,
             )
@@ -762,14 +794,6 @@ def _doctor(options: argparse.Namespace) -> int:
     from d2ft_hpc.launch import run_guarded
 
     return run_guarded(None, lambda: examine(options.config, options.overrides, json=options.json))
-
-
-def _device_type(config: RunConfig) -> Literal["cpu", "cuda"]:
-    import torch
-
-    if config.engine.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return config.engine.device
 
 
 def _report(options: argparse.Namespace) -> int:

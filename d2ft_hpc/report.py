@@ -108,12 +108,14 @@ def _sections(runs: Sequence[Run], numbers: dict[str, Any]) -> Iterator[tuple[st
         )
         groups = compare.measure(runs)
         if any(len(group["runs"]) > 1 for group in groups["groups"]):
-            caption = "Runs that differ in their seed alone are one group."
-            yield "Over seeds", _figure(compare.draw(groups), caption)
+            caption = "Runs that differ in their seed alone are one group; ± is half the 95 % interval."
+            head, *rows = compare.table(groups)
+            yield "Over seeds", _figure(compare.draw(groups), caption) + _table(head, rows)
         claims = paper.measure(runs)
-        if claims["runs"]:
+        if any(run["claim"] for run in claims["runs"]):
             head, *rows = paper.table(claims)
-            yield "Beside the paper", _table(head, rows) + _figure(paper.draw(claims), "Savings and losses.")
+            caption = "Of each run, against the dense runs of the same model and data."
+            yield "Beside the paper", _table(head, rows) + _figure(paper.draw(claims), caption)
     yield from _if_recorded(
         "Promised and measured",
         predicted,

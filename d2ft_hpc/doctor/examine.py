@@ -10,8 +10,7 @@ from pathlib import Path
 from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.doctor.finding import Finding, as_json, as_text, of_all_ranks, of_error
 from d2ft_hpc.errors import ConfigError, LaunchError
-from d2ft_hpc.launch import Control, LaunchEnvironment, connect, detect
-from d2ft_hpc.launch.connect import DeviceType
+from d2ft_hpc.launch import Control, LaunchEnvironment, connect, detect, device_type_of
 from d2ft_hpc.launch.control import SoloControl
 
 
@@ -52,9 +51,12 @@ def seconds_left() -> float | None:
 
 def _meet(config: RunConfig, environment: LaunchEnvironment) -> tuple[Control | None, Finding]:
     """None on a rank other than 0 that stayed alone."""
-    device = _device(config)
     try:
-        control = connect(environment, device_type=device, timeout_seconds=config.launch.timeout_seconds)
+        control = connect(
+            environment,
+            device_type=config.engine.device,
+            timeout_seconds=config.launch.timeout_seconds,
+        )
     except LaunchError as error:
         return SoloControl() if environment.rank == 0 else None, of_error(
             "ranks", error, "see `srun --mpi=list` and the mpirun of the MPI that mpi4py loads"
@@ -65,7 +67,8 @@ def _meet(config: RunConfig, environment: LaunchEnvironment) -> tuple[Control | 
     return control, Finding(
         "ranks",
         "ok",
-        f"{control.world_size} ranks on {hosts} hosts by {environment.launcher}{library}; rendezvous at {address}",
+        f"{control.world_size} ranks on {hosts} host{'s' * (hosts > 1)} by {environment.launcher}{library}; "
+        f"rendezvous at {address}",
     )
 
 
@@ -76,11 +79,11 @@ def _checks(config: RunConfig, control: Control, left: float | None) -> list[Fin
 
     from d2ft_hpc.doctor import machine, storage, work
 
-    device = torch.device(_device(config))
+    device = torch.device(device_type_of(config.engine.device))
     findings = of_all_ranks(control, machine.check_versions(control))
     findings += of_all_ranks(control, machine.check_gpus(control, device))
     if distributed.is_initialized():
-        findings += of_all_ranks(control, machine.check_all_reduce(control, device))[:1]
+        findings += of_all_ranks(control, machine.check_all_reduce(control, device))
     findings += of_all_ranks(control, storage.check_output(config, control))
     job, found = work.check_parts(config, control, device)
     findings += of_all_ranks(control, found)
@@ -89,11 +92,3 @@ def _checks(config: RunConfig, control: Control, left: float | None) -> list[Fin
         findings += storage.check_space(config, parameters)
         findings += of_all_ranks(control, work.check_time(job, left))[:1]
     return findings
-
-
-def _device(config: RunConfig) -> DeviceType:
-    import torch
-
-    if config.engine.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return config.engine.device

@@ -10,9 +10,6 @@ from typing import Literal
 from d2ft_hpc.launch import Control
 from d2ft_hpc.launch.control import describe_ranks
 
-# The world outside is asked here, and may answer with anything.
-FAULTS = (Exception,)
-
 
 @dataclass(frozen=True)
 class Finding:

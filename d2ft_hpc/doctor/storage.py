@@ -43,10 +43,11 @@ def check_output(config: RunConfig, control: Control) -> list[Finding]:
                 _CHOOSE,
             )
         )
-    if control.rank == 0 and not fault:
-        findings += _check_locks(folder)
+    if not fault:
+        findings += _check_locks(folder, own.with_suffix(".h5"))
     control.all_gather(b"")  # everybody has looked
-    own.unlink(missing_ok=True) if not fault else None
+    if not fault:
+        own.unlink(missing_ok=True)
     return findings
 
 
@@ -66,8 +67,8 @@ def check_space(config: RunConfig, parameters: int) -> list[Finding]:
     return [Finding("space", "ok", text)]
 
 
-def _check_locks(folder: Path) -> list[Finding]:
-    path = folder / ".doctor.h5"
+def _check_locks(folder: Path, path: Path) -> list[Finding]:
+    """path: a file in `folder` to try it with."""
     try:
         with h5py.File(path, "w", locking=True) as file:
             file["locked"] = 1

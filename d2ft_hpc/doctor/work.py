@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.doctor.finding import FAULTS, Finding, of_error
+from d2ft_hpc.doctor.finding import Finding, of_error
 from d2ft_hpc.errors import DataError
 from d2ft_hpc.launch import Control
 from d2ft_hpc.planning import SkipPlan
@@ -29,7 +29,7 @@ def check_parts(
         job = set_up(config, control, device)
     except DataError as error:
         return None, [of_error("data", error, "data.root=FOLDER")]
-    except FAULTS as error:
+    except Exception as error:  # hubs, files and timm answer with anything
         return None, [of_error("model", error, _FIX_WEIGHTS)]
     parameters = sum(parameter.numel() for parameter in job.model.parameters())
     return job, [

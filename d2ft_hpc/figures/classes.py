@@ -55,9 +55,14 @@ def draw(numbers: dict[str, Any]) -> Figure:
         counts = np.asarray(run["confusion"], dtype=float)
         shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         image = heat_map(right, shares, vmin=0, vmax=100)
-        right.set(title="confusion (numbers: samples)", xlabel="prediction", ylabel="label")
+        written = len(counts) <= _WRITTEN
+        right.set(
+            title="confusion (numbers: samples)" if written else "confusion",
+            xlabel="prediction",
+            ylabel="label",
+        )
         figure.colorbar(image, ax=right, label="share of the label's samples (%)")
-        if len(counts) <= _WRITTEN:
+        if written:
             for (label, prediction), count in np.ndenumerate(counts):
                 ink = "black" if shares[label, prediction] > 55 else "white"
                 right.text(

@@ -25,8 +25,10 @@ def measure(runs: Sequence[Run]) -> dict[str, Any]:
     """Groups of runs whose configurations differ in nothing but the `run` section, the first being the reference.
 
     Of each metric: values, mean, standard deviation, half the 95 % interval of the mean, and against the reference
-    the difference and the p-value of Welch's t-test, Holm-corrected over the groups. What one run cannot say is NaN.
-    Runs that did not end in order are left out, unless there are no others.
+    the difference, half its 95 % interval and the p-value, Holm-corrected over the groups. `test` says which t-test
+    that is: "paired", of the differences between runs of one seed, where both groups have the same seeds, once each;
+    else "Welch". What one run cannot say is NaN. Runs that did not end in order are left out, unless there are no
+    others.
     """
     groups: dict[str, list[Run]] = {}
     for run in [run for run in runs if run.complete] or runs:
@@ -97,21 +99,75 @@ def _spread(values: list[float]) -> dict[str, Any]:
 
 def _test(groups: list[dict[str, Any]], metric: str) -> None:
     """Adds differences from the first group and their corrected p-values."""
-    from scipy import stats
-
-    reference = groups[0][metric]
     tested = []
     for group in groups[1:]:
-        other = group[metric]
-        other["difference"] = other["mean"] - reference["mean"]
-        other["p"] = float("nan")
-        if all(spread["deviation"] > 0 for spread in (reference, other)):
-            other["p"] = float(stats.ttest_ind(other["values"], reference["values"], equal_var=False).pvalue)
-            tested.append(other)
+        group["test"] = "paired" if _same_seeds(group, groups[0]) else "Welch"
+        spread = group[metric]
+        spread |= _difference(group, groups[0], metric, paired=group["test"] == "paired")
+        if np.isfinite(spread["p"]):
+            tested.append(spread)
     largest = 0.0
-    for rank, other in enumerate(sorted(tested, key=lambda each: each["p"])):
-        largest = max(largest, min(1.0, other["p"] * (len(tested) - rank)))
-        other["p"] = largest
+    for rank, spread in enumerate(sorted(tested, key=lambda each: each["p"])):
+        largest = max(largest, min(1.0, spread["p"] * (len(tested) - rank)))
+        spread["p"] = largest
+
+
+def _same_seeds(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    seeds = one["seeds"]
+    return None not in seeds and len(set(seeds)) == len(seeds) and set(seeds) == set(other["seeds"])
+
+
+def _difference(
+    group: dict[str, Any], reference: dict[str, Any], metric: str, *, paired: bool
+) -> dict[str, float]:
+    from scipy import stats
+
+    def by_seed(each: dict[str, Any]) -> Any:
+        order = np.argsort(each["seeds"]) if paired else slice(None)
+        return np.asarray(each[metric]["values"], dtype=float)[order]
+
+    own, other = by_seed(group), by_seed(reference)
+    found = {
+        "difference": group[metric]["mean"] - reference[metric]["mean"],
+        "difference_half_interval": float("nan"),
+        "p": float("nan"),
+    }
+    spread = (own - other).std() if paired else min(own.std(), other.std())
+    if min(len(own), len(other)) > 1 and spread > 0:  # not NaN either
+        test = stats.ttest_rel(own, other) if paired else stats.ttest_ind(own, other, equal_var=False)
+        interval = test.confidence_interval(0.95)
+        found["p"] = float(test.pvalue)
+        found["difference_half_interval"] = float(interval.high - interval.low) / 2
+    return found
+
+
+def table(numbers: dict[str, Any]) -> list[list[str]]:
+    """A heading row and a row for each group and metric, as text."""
+    rows = [["runs", "n", "", "mean", "difference from the first", "p (Holm)", "t-test"]]
+    for group in numbers["groups"]:
+        for metric, (label, factor) in _METRICS.items():
+            spread = group[metric]
+            rows.append(
+                [
+                    group["label"],
+                    str(len(group["runs"])),
+                    label,
+                    _plus_minus(factor * spread["mean"], factor * spread["half_interval"]),
+                    _plus_minus(
+                        factor * spread["difference"], factor * spread["difference_half_interval"], "+"
+                    )
+                    if "difference" in spread
+                    else "-",
+                    number(spread.get("p"), ".2g"),
+                    group.get("test", "-"),
+                ]
+            )
+    return rows
+
+
+def _plus_minus(value: float, half_interval: float, sign: str = "") -> str:
+    text = number(value, f"{sign}.4g")
+    return f"{text} ± {half_interval:.2g}" if np.isfinite(half_interval) else text
 
 
 def draw(numbers: dict[str, Any]) -> Figure:
@@ -144,8 +200,12 @@ def draw(numbers: dict[str, Any]) -> Figure:
                 label="mean and its 95 % interval" if place == 0 else None,
             )
         names = [
-            f"{_wrapped(group['label'])}\nn={len(group['runs'])}"
-            + (f", p={number(group[metric]['p'], '.2g')}" if "p" in group[metric] else "")
+            f"{_wrapped(group['label'], 60 // len(groups))}\nn={len(group['runs'])}"
+            + (
+                f", p={group[metric]['p']:.2g} ({group['test']})"
+                if np.isfinite(group[metric].get("p", np.nan))
+                else ""
+            )
             for group in groups
         ]
         if len(groups) <= 4:
@@ -157,9 +217,11 @@ def draw(numbers: dict[str, Any]) -> Figure:
         axis.margins(y=0.15)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
-    figure.suptitle("Runs over seeds (p: Welch's t-test against the first, Holm-corrected)")
+    figure.suptitle(
+        "Runs over seeds (p: t-test against the first, paired by seed or Welch's, Holm-corrected)"
+    )
     return figure
 
 
-def _wrapped(label: str) -> str:
-    return "\n".join(short(part.strip(), 15) for part in label.split(",")[:4])
+def _wrapped(label: str, width: int) -> str:
+    return "\n".join(short(part.strip(), width) for part in label.split(",")[:4])

@@ -9,7 +9,7 @@ import numpy as np
 
 from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import PHASE_STYLES, new_figure, say, short
+from d2ft_hpc.figures.style import PHASE_STYLES, boxes, new_figure, say, short
 from d2ft_hpc.figures.workload import phase_seconds
 
 if TYPE_CHECKING:
@@ -63,7 +63,10 @@ def draw(numbers: dict[str, Any]) -> Figure:
             left = np.full(ranks, begin)
             for phase in _ORDER:
                 width = 1e3 * np.asarray(run["seconds"][phase])[step, :ranks]
-                axis.barh(np.arange(ranks), width, 0.8, left=left, label=phase, **PHASE_STYLES[phase])
+                middle = np.arange(ranks)
+                boxes(
+                    axis, left, left + width, middle - 0.4, middle + 0.4, label=phase, **PHASE_STYLES[phase]
+                )
                 left = left + width
             axis.axvline(begin, color="black", lw=0.8)
             axis.annotate(

@@ -74,6 +74,13 @@ def draw(numbers: dict[str, Any]) -> Figure:
     """A panel for each cost; dense runs as stars with the way that they took."""
     figure = new_figure(14, 5)
     for axis, (cost, (label, unit)) in zip(figure.subplots(1, 3, sharey=True), _COSTS.items(), strict=True):
+        axis.set(xlabel=label)
+        axis.grid(alpha=0.3)
+        costs = [run[cost] for run in numbers["runs"]]
+        if not np.any(costs) or not np.isfinite(costs).any():
+            say(axis, "not recorded" if np.any(costs) else "nothing was sent")
+            axis.set_xticks([])
+            continue
         for i, run in enumerate(numbers["runs"]):
             x, y = run[cost] / unit, 100 * run["accuracy"]
             style = {**marker_style(i), "markersize": 8}
@@ -88,12 +95,6 @@ def draw(numbers: dict[str, Any]) -> Figure:
                     alpha=0.6,
                 )
             axis.plot([x], [y], linestyle="", label=short(run["name"]), **style)
-        axis.set(xlabel=label)
-        axis.grid(alpha=0.3)
-        if not any(np.isfinite(run[cost]) for run in numbers["runs"]):
-            say(axis, "not recorded")
-        elif all(run[cost] == 0 for run in numbers["runs"]):
-            say(axis, "nothing was sent")
     reached = [100 * run["accuracy"] for run in numbers["runs"] if np.isfinite(run["accuracy"])]
     if reached:  # what was reached on the way from nothing may lie far below
         margin = max(1.0, 0.4 * (max(reached) - min(reached)))

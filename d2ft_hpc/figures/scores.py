@@ -9,7 +9,7 @@ import numpy as np
 
 from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import COLOURS, heat_map, new_figure, short
+from d2ft_hpc.figures.style import COLOURS, heat_map, new_figure, short, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ def _of_run(run: Run, index: int) -> dict[str, Any]:
         scores = run.results.score(index, kind)
         data[kind] = scores.mean(axis=0)  # [block, head]
         data[f"{kind}_spread"] = scores.std(axis=0)
-        data[f"{kind}_name"] = str(table[f"{kind}_name"][index]) or "score"
+        data[f"{kind}_name"] = str(table[f"{kind}_name"][index])
     return data
 
 
@@ -49,24 +49,24 @@ def draw(numbers: dict[str, Any]) -> Figure:
             name = run[f"{kind}_name"].replace("_", " ")
             wide = bool((scores > 0).all() and scores.max() > 30 * scores.min())
             image = heat_map(left, scores, norm="log" if wide else None)
-            left.set(title=f"{kind}: {name}", xlabel="head", ylabel="block")
-            figure.colorbar(image, ax=left, label="score")
+            left.set(title=f"{kind} score" + (f": {name}" if name else ""), xlabel="head", ylabel="block")
+            figure.colorbar(image, ax=left)
             blocks = np.arange(len(scores))
-            for head in range(scores.shape[1]):
-                place = blocks + 0.5 * (head / max(scores.shape[1] - 1, 1) - 0.5)
-                right.errorbar(
-                    place,
-                    scores[:, head],
-                    spread[:, head],
-                    linestyle="",
-                    marker="o",
-                    markersize=4,
-                    color=COLOURS[0],
-                    ecolor="0.7",
-                    label="head (bar: standard deviation over rows)" if head == 0 else None,
-                )
+            aside = 0.5 * (np.arange(scores.shape[1]) / max(scores.shape[1] - 1, 1) - 0.5)
+            right.errorbar(
+                (blocks[:, None] + aside).ravel(),
+                scores.ravel(),
+                spread.ravel(),
+                linestyle="",
+                marker="o",
+                markersize=4,
+                color=COLOURS[0],
+                ecolor="0.7",
+                label="head (bar: standard deviation over rows)",
+            )
             right.plot(blocks, scores.mean(axis=1), color=COLOURS[1], label="mean of the block")
-            right.set(title=f"{kind}, by block", xlabel="block", ylabel="score")
+            right.set(title=f"{kind} score, by block", xlabel="block", ylabel="score")
+            whole_numbers(right)
             right.grid(alpha=0.3)
             if wide:
                 right.set_yscale("log")

@@ -21,13 +21,13 @@ LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HEAT = "cividis"
 PHASE_STYLES: dict[str, dict[str, Any]] = {
-    "data": {"color": "#56B4E9"},
-    "forward": {"color": "#0072B2"},
-    "backward": {"color": "#E69F00"},
-    "communication": {"color": "#CC79A7"},
-    "waiting": {"color": "white", "edgecolor": "#CC79A7", "hatch": "////"},
-    "optimizer": {"color": "#009E73"},
-    "other": {"color": "#BBBBBB"},
+    "data": {"facecolor": "#56B4E9"},
+    "forward": {"facecolor": "#0072B2"},
+    "backward": {"facecolor": "#E69F00"},
+    "communication": {"facecolor": "#CC79A7"},
+    "waiting": {"facecolor": "white", "edgecolor": "#CC79A7", "hatch": "//////"},
+    "optimizer": {"facecolor": "#009E73"},
+    "other": {"facecolor": "#BBBBBB"},
 }
 
 
@@ -83,6 +83,15 @@ def legend_below(figure: Figure, axis: Axes) -> None:
         )
 
 
+def boxes(axis: Axes, left: Array, right: Array, bottom: Array, top: Array, **style: Any) -> None:
+    """Rectangles of one style, all arrays [box]; one artist for them, since one for each takes seconds to draw."""
+    from matplotlib.collections import PolyCollection
+
+    corners = np.stack([(left, bottom), (left, top), (right, top), (right, bottom)])  # [corner, x or y, box]
+    axis.add_collection(PolyCollection(list(corners.transpose(2, 0, 1)), linewidth=0.5, **style))
+    axis.autoscale_view()
+
+
 def heat_map(axis: Axes, values: Array, **options: Any) -> Any:
     """An image with whole numbers on both axes, the first row at the bottom."""
     image = axis.imshow(values, cmap=HEAT, aspect="auto", origin="lower", interpolation="nearest", **options)
@@ -94,6 +103,13 @@ def heat_map(axis: Axes, values: Array, **options: Any) -> Any:
 def _whole_numbers(count: int, most: int = 10) -> Array:
     """At most so many whole numbers from 0 to count - 1, evenly apart."""
     return np.arange(0, count, max(1, -(-count // most)))
+
+
+def whole_numbers(axis: Axes) -> None:
+    """Ticks of the x axis at whole numbers alone."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def name_ticks(axis: Axes, names: list[str]) -> None:

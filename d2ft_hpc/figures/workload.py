@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import COLOURS, PHASE_STYLES, new_figure, say, short
+from d2ft_hpc.figures.style import COLOURS, PHASE_STYLES, boxes, new_figure, say, short, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +52,8 @@ def draw(numbers: dict[str, Any]) -> Figure:
     for (left, right), run in zip(panels, runs, strict=True):
         ranks = np.arange(len(run["compute"]))
         name = short(run["name"])
-        left.bar(ranks, 100 * np.nan_to_num(run["compute"]), color=COLOURS[0])
+        compute = 100 * np.nan_to_num(run["compute"])
+        boxes(left, ranks - 0.4, ranks + 0.4, np.zeros(len(ranks)), compute, facecolor=COLOURS[0])
         variance = run["workload_variance"]
         title = f"{name}: compute" + (f" (variance {variance:.1e})" if np.isfinite(variance) else "")
         left.set(title=title, xlabel="rank", ylabel="executed compute (% of dense)", ylim=(0, 105))
@@ -60,13 +61,15 @@ def draw(numbers: dict[str, Any]) -> Figure:
         for phase, style in PHASE_STYLES.items():
             values = 1e3 * np.asarray(run["seconds"][phase])
             if values.any():
-                right.bar(ranks, values, bottom=below, label=phase, **style)
+                boxes(right, ranks - 0.4, ranks + 0.4, below, below + values, label=phase, **style)
                 below = below + values
         right.set(title=f"{name}: time of the mean step", xlabel="rank", ylabel="time (ms)")
+        right.set_ylim(bottom=0)
         for axis in (left, right):
             axis.grid(axis="y", alpha=0.3)
             axis.set_axisbelow(True)
-            _whole_ranks(axis)
+            whole_numbers(axis)
+            axis.set_xlim(-1, max(1, len(ranks)))
             if not len(ranks):
                 say(axis, "nothing recorded")
     drawn = {
@@ -79,9 +82,3 @@ def draw(numbers: dict[str, Any]) -> Figure:
             drawn.values(), drawn.keys(), loc="outside lower center", ncols=len(drawn), fontsize="small"
         )
     return figure
-
-
-def _whole_ranks(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))

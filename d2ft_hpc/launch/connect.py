@@ -17,20 +17,30 @@ if TYPE_CHECKING:
 DeviceType = Literal["cpu", "cuda"]
 
 
+def device_type_of(asked: Literal["auto", "cpu", "cuda"]) -> DeviceType:
+    """What is asked for; of "auto", CUDA where torch sees a GPU."""
+    if asked != "auto":
+        return asked
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def connect(
     environment: LaunchEnvironment,
     *,
-    device_type: DeviceType,
+    device_type: Literal["auto", "cpu", "cuda"],
     timeout_seconds: float = 25.0,
     collective_timeout_seconds: float = 1800.0,
 ) -> Control:
     """Meet the other ranks and start torch.distributed's default process group; every rank must call this.
 
-    The group is gloo for "cpu" and gloo plus NCCL for "cuda", whose current device is set as well. RANK,
-    WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are put into os.environ where absent. LOCAL_RANK is 0
-    for a process that sees a single GPU, since it serves as the index of the device. A default process group
-    that exists already is used, and left open at the end. Call `detect` before: afterwards it sees the
-    variables set here.
+    MPI starts before anything large is loaded, torch included: under Slurm's pmi2, MPICH's start may fail after it.
+    The group is gloo for "cpu" and gloo plus NCCL for "cuda", whose current device is set as well; "auto" is what
+    `device_type_of` says. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are put into os.environ where
+    absent. LOCAL_RANK is 0 for a process that sees a single GPU, since it serves as the index of the device. A
+    default process group that exists already is used, and left open at the end. Call `detect` before: afterwards it
+    sees the variables set here.
 
     `timeout_seconds` is how long the ranks may take to meet; `collective_timeout_seconds` is the deadline of
     every later collective of the control plane and of torch.distributed.
@@ -38,8 +48,16 @@ def connect(
     Raises LaunchError if the number of ranks is not what the launcher promised, if ranks are missing, or if
     they cannot reach each other.
     """
+    mpi = None
+    if environment.uses_mpi and environment.world_size > 1:
+        mpi = MpiControl(
+            environment.local_rank, init_timeout_seconds=timeout_seconds, timeout_seconds=timeout_seconds
+        )
+        _check_world(environment, mpi)
+
     from torch import distributed
 
+    device_type = device_type_of(device_type)
     device_index = _choose_device(device_type, environment.local_rank)
     adopted = distributed.is_initialized()
     if adopted and distributed.get_world_size() != environment.world_size:
@@ -65,11 +83,7 @@ def connect(
             start(_meet(solo, environment, device_index, timeout_seconds))
             solo.owns_process_group = True
         return solo
-    if environment.uses_mpi:
-        mpi = MpiControl(
-            environment.local_rank, init_timeout_seconds=timeout_seconds, timeout_seconds=timeout_seconds
-        )
-        _check_world(environment, mpi)
+    if mpi is not None:
         if not adopted:
             store = _meet(mpi, environment, device_index, timeout_seconds)
             with agreed(mpi, "starting torch.distributed"):

@@ -216,6 +216,10 @@ def document() -> str:
         "In plain h5py: `h5py.File('results.h5')['steps/step_seconds'][:]`, [step, rank]. In xarray, without this",
         "package: `xarray.open_dataset('results.h5', group='steps', engine='h5netcdf')`. With it:",
         "`d2ft_hpc.results.open(path)`.",
+        "",
+        "Tests read it with these. By hand (`tests/manual/read_results.sh`) it was read with h5wasm, h5web's library,",
+        "and with h5dump of HDF5 1.10, finished and killed; MATLAB (`h5read('results.h5', '/steps/step_seconds')`)",
+        "was not tried.",
     ]
     for table, fields in TABLES.items():
         lines += ["", f"## Table `{table}`", "", *_document_fields(fields, ROW_AXES[table])]

@@ -139,7 +139,7 @@ class Cluster:
 
     def stop(self) -> None:
         if self._controller is not None:
-            self.run("scancel", "--quiet", "--user=root", check=False)
+            self.cancel_all()
         for name in list(self._nodes):
             self.kill_node(name)
         for process in (self._controller, self._munge):
@@ -150,6 +150,9 @@ class Cluster:
             number = re.search(r"-(\d+)(_\d+)?\.out$", path.name)
             if number and self.first_job <= int(number[1]) < self.first_job + 1000:
                 path.unlink()
+
+    def cancel_all(self) -> None:
+        self.run("scancel", "--quiet", "--user=root", check=False)
 
     def start_node(self, name: str) -> None:
         namespaces = ["--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -182,7 +185,7 @@ class Cluster:
         states = set(self.run("squeue", "-h", "-t", "all", "-j", str(job), "-o", "%T").split())
         return states.pop() if len(states) == 1 else next(iter(sorted(states - {"COMPLETED"})), "")
 
-    def wait(self, job: int, *states: str, seconds: float = 150) -> str:
+    def wait(self, job: int, *states: str, seconds: float = 400) -> str:
         """Waits until the job is in one of the states (by default: has ended) and returns it."""
         deadline = time.monotonic() + seconds
         while (state := self.state(job)) not in (states or ENDED):
@@ -192,7 +195,7 @@ class Cluster:
             time.sleep(0.1)
         return state
 
-    def wait_for_text(self, job: int, text: str, *, count: int = 1, seconds: float = 90) -> None:
+    def wait_for_text(self, job: int, text: str, *, count: int = 1, seconds: float = 300) -> None:
         """Waits until the job's output has a text."""
         deadline = time.monotonic() + seconds
         while self.output(job).count(text) < count:

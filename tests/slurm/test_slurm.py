@@ -46,6 +46,13 @@ def cluster() -> Iterator[Cluster]:
     shutil.rmtree(folder)
 
 
+@pytest.fixture(autouse=True)
+def nothing_left(cluster: Cluster) -> Iterator[None]:
+    """A failed test's jobs take no time from the next one's."""
+    yield
+    cluster.cancel_all()
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")

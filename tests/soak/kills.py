@@ -36,21 +36,33 @@ MARK = "D2FT_SOAK"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
 LIMIT_SECONDS = 60
 """After the kill, within which the job must have ended."""
-LONGEST_WAIT_SECONDS = 14.0
-"""Of the kill, after the start."""
+LONGEST_WAIT_SECONDS = {"start": 14.0, "first step": 6.0}
+"""Of the kill, after what it is counted from: half of the kills each, so that a slow start is not all they meet."""
 OPTIONS = [
     "data.micro_batch_size=4",
     "data.slots=2",
+    "data.train_fraction=0.5",
     "train.epochs=2",
     "train.checkpoint_every_steps=8",
     "train.resume=auto",
     "plan.planner=paper",
-    "plan.replan.every=25",
+    "plan.replan.every=15",
     "plan.replan.unit=steps",
     "launch.silence_seconds=4",
     "launch.timeout_seconds=15",
     "results.flush_seconds=0.5",
 ]
+
+
+def commit() -> str:
+    """Of the code that runs; "+" after it says that files differ from it."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--exclude=*", "--dirty=+"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    return described.stdout.strip()
 
 
 def start(folder: Path, log: Path) -> subprocess.Popen[bytes]:
@@ -96,12 +108,21 @@ def rank_processes(folder: Path) -> dict[int, int]:
     return found
 
 
-def kill_one(job: subprocess.Popen[bytes], folder: Path, seconds: float, choice: random.Random) -> Any:
-    """Waits, then signals a random rank; (signal, rank), or None if the job had ended before."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+def kill_one(
+    job: subprocess.Popen[bytes], folder: Path, log: Path, record: dict[str, Any], choice: random.Random
+) -> Any:
+    """Waits, then signals a random rank; (signal, rank), or None if the job had ended before.
+
+    `log` is what the job prints.
+    """
+    since = choice.choice(sorted(LONGEST_WAIT_SECONDS))
+    record |= {"since": since, "after_seconds": round(choice.uniform(0, LONGEST_WAIT_SECONDS[since]), 2)}
+    counted_from = time.monotonic() if since == "start" else None
+    while counted_from is None or time.monotonic() < counted_from + record["after_seconds"]:
         if job.poll() is not None:
             return None
+        if counted_from is None and "  step " in log.read_text(errors="replace"):
+            counted_from = time.monotonic()
         time.sleep(0.02)
     victims = rank_processes(folder)
     if not victims:
@@ -144,22 +165,18 @@ def faults_of(folder: Path, reference: Path, *, finished: bool) -> list[str]:
     return faults
 
 
-def one_launch(root: Path, seconds: float, choice: random.Random, record: dict[str, Any]) -> None:
+def one_launch(root: Path, choice: random.Random, record: dict[str, Any]) -> None:
     """Starts or continues the run below `root`, kills it, and adds what happened to `record`."""
-    folder, log = root / "run", root / "log.txt"
+    folder, log = root / "run", root / f"launch-{record['launch']}.txt"
     job = start(folder, log)
-    killed = kill_one(job, folder, seconds, choice)
+    killed = kill_one(job, folder, log, record, choice)
     signalled = time.monotonic()
     try:
         record["status"] = job.wait(LIMIT_SECONDS)
     except subprocess.TimeoutExpired:
         record["faults"].append(f"did not end within {LIMIT_SECONDS} s")
     if killed:
-        record |= {
-            "signal": signal.Signals(killed[0]).name,
-            "rank": killed[1],
-            "after_seconds": round(seconds, 2),
-        }
+        record |= {"signal": signal.Signals(killed[0]).name, "rank": killed[1]}
         record["ended_after_seconds"] = round(time.monotonic() - signalled, 2)
     time.sleep(0.2)
     left = processes(folder)
@@ -197,15 +214,15 @@ def main() -> int:
     if not (scratch / "reference" / "demo" / "model.safetensors").exists():
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        if start(scratch / "reference", scratch / "reference.txt").wait(300):
+        if start(scratch / "reference", scratch / "reference.txt").wait(1200):
             sys.exit((scratch / "reference.txt").read_text())
     kills = sum("signal" in record for record in records)
     while kills < options.kills and time.monotonic() < deadline:
-        choice = random.Random(len(records))
-        record: dict[str, Any] = {"launch": len(records), "faults": []}
+        choice = random.Random(f"{options.file.name} {len(records)}")
+        record: dict[str, Any] = {"launch": len(records), "commit": commit(), "faults": []}
         root = scratch / "killed"
         root.mkdir(exist_ok=True)
-        one_launch(root, choice.uniform(0.0, LONGEST_WAIT_SECONDS), choice, record)
+        one_launch(root, choice, record)
         kills += "signal" in record
         if record["finished"]:
             shutil.rmtree(root)

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from d2ft_hpc.bench.checkpoints import benchmark, report_text
 from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.engines.engine import MicroBatch, StateWriter, StepReport
 from d2ft_hpc.errors import CheckpointError, ConfigError, LaunchError
 from d2ft_hpc.launch.control import SoloControl
+from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.checkpoint import (
@@ -216,3 +218,19 @@ def test_a_requeued_job_does_not_repeat_a_failure_of_its_own(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with pytest.raises(LaunchError, match="failed by itself: KeyError: 'a bug'"):
         choose_start(config_in(tmp_path, "train.resume=auto"), SoloControl())
+
+
+def test_the_cost_of_saves_is_measured_in_turns_and_leaves_nothing(tmp_path: Path) -> None:
+    config = config_in(tmp_path, "data.micro_batch_size=2", "data.slots=1", "engine.name=plain")
+    control = SoloControl()
+    with Watch(control) as watch:
+        measured = benchmark(config, control, torch.device("cpu"), watch, steps=1, pairs=3)
+    assert len(measured["seconds_with_save"]) == len(measured["seconds_without"]) == 3
+    assert measured["checkpoint_bytes"] > 4 * 1e6  # the demo model's parameters in fp32, and AdamW's moments
+    ratios = sorted(
+        a / b for a, b in zip(measured["seconds_with_save"], measured["seconds_without"], strict=True)
+    )
+    assert measured["save_seconds"][0] == pytest.approx((ratios[1] - 1) * measured["step_seconds"])
+    assert "costs it" in report_text(measured, as_json=False)
+    assert json.loads(report_text(measured, as_json=True)) == measured
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -99,3 +100,26 @@ def test_import_brings_neither_mpi_nor_torch() -> None:
         "import sys, d2ft_hpc.launch; assert not {'mpi4py', 'torch'} & set(sys.modules), sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("command", ["train", "score scores.h5", "doctor"])
+def test_mpi_starts_before_anything_large_is_loaded(command: str) -> None:
+    """Under Slurm's pmi2, MPICH's start fails at times in programs that have loaded much."""
+    program = (
+        "import sys\n"
+        "from d2ft_hpc.cli import main\n"
+        "from d2ft_hpc.launch import connect\n"
+        "def start_mpi(*_, **__):\n"
+        '    sys.exit(f\'loaded: {sorted({"torch", "timm", "deepspeed", "scipy"} & set(sys.modules))}\')\n'
+        "sys.modules[connect.__module__].MpiControl = start_mpi\n"
+        "main(sys.argv[1:])\n"
+    )
+    place = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}
+    started = subprocess.run(
+        [sys.executable, "-c", program, *command.split(), "configs/demo.yaml"],
+        env={**os.environ, **place},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "loaded: []" in started.stderr, started.stderr

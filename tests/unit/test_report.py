@@ -164,8 +164,8 @@ def test_scores(runs):
 
 
 def test_comparison_over_seeds(tmp_path):
-    """Against scipy's own test on the accuracies."""
-    from scipy.stats import ttest_ind
+    """Against scipy's own tests on the accuracies: paired where both groups have the same seeds."""
+    from scipy.stats import ttest_ind, ttest_rel
 
     lost = {1.0: [0.0, 0.01, 0.02], 0.6: [0.05, 0.055, 0.09]}
     paths = [
@@ -180,7 +180,19 @@ def test_comparison_over_seeds(tmp_path):
     assert d2ft["seeds"] == [0, 1, 2]
     accuracies = [[0.39 - each for each in values] for values in lost.values()]
     assert d2ft["accuracy"]["difference"] == pytest.approx(np.mean(accuracies[1]) - np.mean(accuracies[0]))
-    assert d2ft["accuracy"]["p"] == pytest.approx(ttest_ind(*accuracies, equal_var=False).pvalue)
+    expected = ttest_rel(*reversed(accuracies))
+    assert (d2ft["test"], d2ft["accuracy"]["p"]) == ("paired", pytest.approx(expected.pvalue))
+    low, high = (
+        d2ft["accuracy"]["difference"] + sign * d2ft["accuracy"]["difference_half_interval"]
+        for sign in (-1, 1)
+    )
+    assert (low, high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    with Runs([paths[2], paths[0], paths[1], *paths[3:]]) as runs:  # in another order
+        assert compare.measure(runs)["groups"][1]["accuracy"]["p"] == pytest.approx(expected.pvalue)
+    with Runs(paths[:-1]) as runs:
+        _, d2ft = compare.measure(runs)["groups"]
+    expected = ttest_ind(accuracies[0], accuracies[1][:-1], equal_var=False)
+    assert (d2ft["test"], d2ft["accuracy"]["p"]) == ("Welch", pytest.approx(expected.pvalue))
     assert [run["drop"] for run in beside] == pytest.approx([4, 4.5, 8])
     assert beside[0]["compute_saved"] == pytest.approx(0.5)
     assert beside[0]["communication_saved"] == pytest.approx(0.4)
