@@ -239,14 +239,15 @@ def _peers(sizes: Sizes, dense: VisionTransformer, skipped: float) -> dict[str, 
 def _subset_forward(block: Any, keep: int) -> Callable[[Tensor], Tensor]:
     """Each branch runs on a random subset of the samples, scaled up (DINOv2's stochastic depth, arXiv 2304.07193)."""
 
+    branches: tuple[Callable[[Tensor], Tensor], ...] = (
+        lambda x: block.ls1(block.attn(block.norm1(x))),
+        lambda x: block.ls2(block.mlp(block.norm2(x))),
+    )
+
     def forward(x: Tensor) -> Tensor:
-        scale = x.shape[0] / keep
-        for branch in (
-            lambda y: block.ls1(block.attn(block.norm1(y))),
-            lambda y: block.ls2(block.mlp(block.norm2(y))),
-        ):
-            chosen = torch.randperm(x.shape[0], device=x.device)[:keep]
-            x = x.index_add(0, chosen, branch(x[chosen]), alpha=scale)
+        for branch in branches:
+            chosen = torch.rand(x.shape[0], device=x.device).argsort()[:keep]
+            x = x.index_add(0, chosen, branch(x[chosen]), alpha=x.shape[0] / keep)
         return x
 
     return forward
