@@ -303,7 +303,11 @@ def _contender(
         run()
     for parameter in parameters:
         parameter.grad = None
-    return Contender(graph.replay, kept, slots)
+
+    def replay(captured: Step = run) -> None:  # what was captured reads the model and the batch where they lie
+        graph.replay()
+
+    return Contender(replay, kept, slots)
 
 
 @cache

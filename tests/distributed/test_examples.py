@@ -45,4 +45,5 @@ def test_examples_train(shown: dict[str, str]) -> None:
         assert len(losses) == 3, name + text
         assert all(0.5 < loss < 10 for loss in losses), name
     assert "60% of the dense compute" in shown["plain_loop.py"]
-    assert "60.0% of the dense compute" in shown["deepspeed_script.py"]
+    (share,) = re.findall(r"(\d+\.\d)% of the dense compute", shown["deepspeed_script.py"])
+    assert 55 < float(share) <= 60
