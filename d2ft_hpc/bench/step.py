@@ -304,7 +304,9 @@ def _contender(
     for parameter in parameters:
         parameter.grad = None
 
-    def replay(captured: Step = run) -> None:  # what was captured reads the model and the batch where they lie
+    def replay(
+        captured: Step = run,
+    ) -> None:  # what was captured reads the model and the batch where they lie
         graph.replay()
 
     return Contender(replay, kept, slots)

@@ -66,6 +66,8 @@ class PlanExecutor:
         """The blocks that follow this executor, by index; `link` adds them."""
         self._owners: dict[int, Owners] = {}
         self._fusible: dict[int, bool] = {}
+        self.has_few_shapes = True
+        """Micro-batches of the plan in force have at most 8 different `shapes`, what torch.compile keeps."""
         self.lookup_seconds = 0.0
         """Time spent on following plans so far, on this rank: everything but the blocks' own work."""
         self._any_parameter = next(model.parameters())
@@ -128,6 +130,7 @@ class PlanExecutor:
         ]
         self._owners = {index: owners_of(block) for index, block in self.blocks.items()}
         self._fusible.clear()
+        self.has_few_shapes = len({self.shapes(slot) for slot in range(len(self._slots))}) <= MOST_SHAPES
         self.plan = plan
 
     @property
@@ -259,11 +262,6 @@ class PlanExecutor:
         return tuple(
             (_count(heads.full), _count(heads.forward_only), heads.scale) for heads in self._slots[slot]
         )
-
-    @property
-    def has_few_shapes(self) -> bool:
-        """Micro-batches of the plan in force have at most 8 different `shapes`, what torch.compile keeps."""
-        return len({self.shapes(slot) for slot in range(len(self._slots))}) <= MOST_SHAPES
 
     def indices(self, slot: int) -> Tensor:
         """Which heads the micro-batch in place `slot` runs, int64 on the model's device; `reading` takes it."""

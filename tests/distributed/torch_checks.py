@@ -435,8 +435,8 @@ def checks(world_size: int, everything: bool = False) -> dict[str, Callable[[Con
                             named[f"bf16 {shown} {kind} {optimizer}"] = partial(check_bf16, **options)
         if everything or few == (engine != "fsdp2 tp"):
             base: Any = {"engine": engine, "kind": "random", "optimizer": "adamw"}
-            named[f"fp32 {engine} clipped"] = partial(check_fp32, clipping=0.05, **base)
-            named[f"fp32 {engine} recompute"] = partial(check_fp32, recompute=True, **base)
+            named[f"fp32 {engine} clipped adamw"] = partial(check_fp32, clipping=0.05, **base)
+            named[f"fp32 {engine} recompute adamw"] = partial(check_fp32, recompute=True, **base)
             if "tp" not in engine:
                 base["kind"] = "one complete"
                 named[f"fp32 {engine} complete paths"] = partial(
