@@ -121,7 +121,9 @@ def test_full_disk(tmp_path: Path) -> None:
     if mounted.returncode:
         pytest.skip("a small file system cannot be mounted here: needs root")
     try:
-        assert_ended_with(train(disk, "results.flush_seconds=0.01", "train.steps_share=0.4"), "model.safetensors", "space")
+        assert_ended_with(
+            train(disk, "results.flush_seconds=0.01", "train.steps_share=0.4"), "model.safetensors", "space"
+        )
     finally:
         # Lazily: the launcher's own processes may end a moment after it.
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
