@@ -9,6 +9,10 @@ if [[ -f .venv/bin/activate ]]; then source .venv/bin/activate; fi
 # How srun starts MPI ranks: pmi2 for MPICH and Intel MPI (also the `mpich` wheel), pmix for Open MPI, cray_shasta on
 # Cray. `srun --mpi=list` shows what there is; `sbatch slurm/doctor.sh CONFIG` finds out whether it fits.
 export SLURM_MPI_TYPE=${SLURM_MPI_TYPE:-pmi2}
+# MPICH over UCX, as in the `mpich` wheel, starts on several nodes with messages longer than the 1024 bytes that Slurm's
+# pmi2 reads at once ("value not properly terminated in client request"); those of OFI are short. MPI carries control
+# messages alone, so this costs no bandwidth.
+export MPIR_CVAR_CH4_NETMOD=${MPIR_CVAR_CH4_NETMOD:-ofi}
 # Compute nodes rarely reach the internet: models come from the cache that a login node filled.
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0   # if the nodes have several networks

@@ -11,7 +11,7 @@ from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.doctor.finding import Finding, as_json, as_text, of_all_ranks, of_error
 from d2ft_hpc.errors import ConfigError, LaunchError
 from d2ft_hpc.launch import Control, LaunchEnvironment, connect, detect, device_type_of
-from d2ft_hpc.launch.control import SoloControl
+from d2ft_hpc.launch.control import FRAGILE_START, MpiControl, SoloControl
 
 
 def examine(path: Path, overrides: Sequence[str], *, json: bool) -> int:
@@ -62,13 +62,16 @@ def _meet(config: RunConfig, environment: LaunchEnvironment) -> tuple[Control | 
             "ranks", error, "see `srun --mpi=list` and the mpirun of the MPI that mpi4py loads"
         )
     hosts = len(set(control.hosts))
+    fragile = isinstance(control, MpiControl) and control.start_is_fragile
+    text, fix = FRAGILE_START if fragile else ("", "")
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     library = f" over {control.library}" if hasattr(control, "library") else ""
     return control, Finding(
         "ranks",
-        "ok",
+        "warning" if fragile else "ok",
         f"{control.world_size} ranks on {hosts} host{'s' * (hosts > 1)} by {environment.launcher}{library}; "
-        f"rendezvous at {address}",
+        f"rendezvous at {address}{'. ' * fragile}{text}",
+        fix,
     )
 
 

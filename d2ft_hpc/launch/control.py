@@ -246,6 +246,12 @@ class MpiControl:
         vendor, version = self._mpi.get_vendor()
         return f"{vendor} {'.'.join(map(str, version))}"
 
+    @property
+    def start_is_fragile(self) -> bool:
+        """Whether MPI may fail to start another time, as `FRAGILE_START` tells."""
+        many_hosts = len(set(self.hosts)) > 1
+        return many_hosts and _under_pmi2_of_slurm() and "ch4:ucx" in self._mpi.Get_library_version()
+
     def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
         self.barrier(self.timeout_seconds)
         deadline = time.monotonic() + self.timeout_seconds
@@ -322,6 +328,20 @@ class MpiControl:
             pause = _rest(pause)
 
 
+FRAGILE_START = (
+    "MPICH over UCX starts on several nodes with messages longer than Slurm's pmi2 reads at once,"
+    ' which shows as "value not properly terminated in client request"',
+    "export MPIR_CVAR_CH4_NETMOD=ofi",
+)
+"""What may happen under `srun --mpi=pmi2`, and the fix. Slurm reads 1024 bytes of a PMI-1 request (its pmi1.c), MPICH
+exchanges its UCX addresses as 4096 bytes of memory, of which zeros alone are sent in short (its ucx_init.c)."""
+
+
+def _under_pmi2_of_slurm() -> bool:
+    environ = os.environ
+    return "PMI_JOBID" in environ and "MPIR_CVAR_CH4_NETMOD" not in environ
+
+
 def _start_mpi(timeout_seconds: float) -> tuple[Any, bool]:
     """Load and initialize MPI; return mpi4py's MPI module and whether it was started here."""
     try:
@@ -340,7 +360,8 @@ def _start_mpi(timeout_seconds: float) -> tuple[Any, bool]:
     with _Watchdog(
         timeout_seconds + (0 if rank_hint == "0" else GRACE_SECONDS),
         f"[rank {rank_hint} on {socket.gethostname()}] MPI_Init did not return within {timeout_seconds:g} s:"
-        " a rank that the launcher promised ended early or never started",
+        " a rank that the launcher promised ended early or never started"
+        + (f" ({FRAGILE_START[0]}: {FRAGILE_START[1]})" if _under_pmi2_of_slurm() else ""),
     ):
         MPI.Init_thread(MPI.THREAD_FUNNELED)  # control messages come from the main thread alone
     return MPI, True
