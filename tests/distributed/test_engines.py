@@ -15,7 +15,7 @@ EVERYTHING = bool(os.environ.get("D2FT_WHOLE_MATRIX"))
 """Set by `make test-matrix`."""
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda ranks: f"{ranks} ranks")
+@pytest.fixture(scope="module", params=[2, 4] if EVERYTHING else [2], ids=lambda ranks: f"{ranks} ranks")
 def results(request: pytest.FixtureRequest) -> dict[str, Any]:
     found = results_of(
         "tests.distributed.engine_checks",

@@ -11,19 +11,20 @@ from d2ft_hpc import results
 from tests.distributed.launching import run
 
 PROGRAM = str(Path(__file__).with_name("recording_ranks.py"))
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=3", "--standalone"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
 def test_no_rank_waits_for_another(tmp_path: Path, launcher: str) -> None:
+    ranks = 3 if launcher == "mpirun" else 2
     if launcher == "mpirun":
-        finished = run([PROGRAM, str(tmp_path)], ranks=3)
+        finished = run([PROGRAM, str(tmp_path)], ranks=ranks)
     else:
         finished = run([*TORCHRUN, PROGRAM, str(tmp_path)])
     assert finished.returncode == 0, finished.stdout + finished.stderr
     with results.open(tmp_path) as opened:
         steps = opened.table("steps")
     assert steps["step"].tolist() == list(range(30))
-    np.testing.assert_array_equal(steps["dense_flops"], 100.0 * np.arange(30)[:, None] + np.arange(3))
-    assert steps["loss"].tolist() == [1.0] * 30
-    assert steps["samples"].tolist() == [12] * 30
+    np.testing.assert_array_equal(steps["dense_flops"], 100.0 * np.arange(30)[:, None] + np.arange(ranks))
+    assert steps["loss"].tolist() == [(ranks - 1) / 2] * 30
+    assert steps["samples"].tolist() == [4 * ranks] * 30

@@ -415,61 +415,87 @@ def check_refusals(control: Control) -> dict[str, str]:
     return found
 
 
+DEFAULT = {
+    2: (
+        *(
+            f"{precision} {engine} random adamw"
+            for precision in ("fp32", "bf16")
+            for engine in ("ddp", "fsdp2")
+        ),
+        *(f"fp32 {engine} whole blocks sgd" for engine in ("ddp", "fsdp2")),
+        *(f"fp32 {engine} lora random adamw" for engine in ("ddp", "fsdp2")),
+        "fp32 ddp clipped adamw",
+        "fp32 fsdp2 clipped adamw",
+        "fp32 fsdp2 recompute adamw",
+        "fp32 ddp complete paths",
+        "loop ddp last",
+        "loop fsdp2 last whole blocks",
+        "resume fsdp2 -> fsdp2",
+        "resume fsdp2 -> zero3",
+        "resume ddp -> fsdp2 lora",
+        "gathered bytes",
+        "refusals",
+        "sharded fsdp -> fsdp",
+    ),
+    4: (
+        "fp32 fsdp2 tp random adamw",
+        "fp32 fsdp2 tp lora random adamw",
+        "bf16 fsdp2 tp random adamw",
+        "fp32 fsdp2 tp clipped adamw",
+        "loop hsdp recompute last",
+        "resume fsdp2 tp -> fsdp2 tp",
+        "sharded fsdp -> hsdp",
+    ),
+}
+"""What the default tests run, by number of ranks."""
+
+
 def checks(world_size: int, everything: bool = False) -> dict[str, Callable[[Control], Any]]:
     """By name. `everything`: the whole matrix; else what the default tests run."""
+    matrix = whole_matrix(world_size)
+    return matrix if everything else {name: matrix[name] for name in DEFAULT[world_size]}
+
+
+def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
     named: dict[str, Callable[[Control], Any]] = {}
-    few = world_size == 2
     for engine in ("ddp", "fsdp2", "fsdp2 tp"):
         for lora in (False, True):
             shown = f"{engine}{' lora' if lora else ''}"
             for kind in ("full", "same", "random", "whole blocks"):
                 for optimizer in ("sgd", "adamw"):
-                    usual = few == (engine != "fsdp2 tp") and (kind, optimizer) in (
-                        ("random", "adamw"),
-                        ("whole blocks", "sgd"),
-                    )
-                    if everything or (usual and not (lora and optimizer == "sgd")):
-                        options: Any = {"engine": engine, "kind": kind, "optimizer": optimizer, "lora": lora}
-                        named[f"fp32 {shown} {kind} {optimizer}"] = partial(check_fp32, **options)
-                        if everything or optimizer == "adamw":
-                            named[f"bf16 {shown} {kind} {optimizer}"] = partial(check_bf16, **options)
-        if everything or few == (engine != "fsdp2 tp"):
-            base: Any = {"engine": engine, "kind": "random", "optimizer": "adamw"}
-            named[f"fp32 {engine} clipped adamw"] = partial(check_fp32, clipping=0.05, **base)
-            named[f"fp32 {engine} recompute adamw"] = partial(check_fp32, recompute=True, **base)
-            if "tp" not in engine:
-                base["kind"] = "one complete"
-                named[f"fp32 {engine} complete paths"] = partial(
-                    check_fp32, embeddings="complete_path", **base
-                )
-    loops: dict[str, dict[str, Any]] = {
-        "ddp last": {"how": "ddp", "reduced_in": "last"},
-        "fsdp2 last whole blocks": {"how": "fsdp2", "reduced_in": "last", "kind": "whole blocks"},
-    }
-    if everything:  # compiling takes a minute
-        loops["fsdp2 compiled blocks"] = {"how": "fsdp2", "compiled": "blocks", "kind": "one complete"}
-        loops["ddp compiled model"] = {"how": "ddp", "compiled": "model"}
-    if few:
-        named |= {f"loop {name}": partial(check_user_loop, **options) for name, options in loops.items()}
-        named["resume fsdp2 -> fsdp2"] = partial(check_resume, saved_by="fsdp2", resumed_by="fsdp2")
-        named["resume fsdp2 -> zero3"] = partial(check_resume, saved_by="fsdp2", resumed_by="zero3")
-        named["resume ddp -> fsdp2 lora"] = partial(
-            check_resume, saved_by="ddp", resumed_by="fsdp2", lora=True
-        )
+                    options: Any = {"engine": engine, "kind": kind, "optimizer": optimizer, "lora": lora}
+                    named[f"fp32 {shown} {kind} {optimizer}"] = partial(check_fp32, **options)
+                    named[f"bf16 {shown} {kind} {optimizer}"] = partial(check_bf16, **options)
+        base: Any = {"engine": engine, "kind": "random", "optimizer": "adamw"}
+        named[f"fp32 {engine} clipped adamw"] = partial(check_fp32, clipping=0.05, **base)
+        named[f"fp32 {engine} recompute adamw"] = partial(check_fp32, recompute=True, **base)
+        if "tp" not in engine:
+            base["kind"] = "one complete"
+            named[f"fp32 {engine} complete paths"] = partial(check_fp32, embeddings="complete_path", **base)
+    named["sharded fsdp -> fsdp"] = partial(check_sharded_checkpoint, saved_by="fsdp", loaded_by="fsdp")
+    if world_size == 2:
+        loops: dict[str, dict[str, Any]] = {
+            "ddp last": {"how": "ddp", "reduced_in": "last"},
+            "ddp compiled model": {"how": "ddp", "compiled": "model"},
+            "fsdp2 last whole blocks": {"how": "fsdp2", "reduced_in": "last", "kind": "whole blocks"},
+            "fsdp2 compiled blocks": {"how": "fsdp2", "compiled": "blocks", "kind": "one complete"},
+        }
+        resumed = {
+            "fsdp2 -> fsdp2": {"saved_by": "fsdp2", "resumed_by": "fsdp2"},
+            "fsdp2 -> zero3": {"saved_by": "fsdp2", "resumed_by": "zero3"},
+            "ddp -> fsdp2 lora": {"saved_by": "ddp", "resumed_by": "fsdp2", "lora": True},
+        }
         named["gathered bytes"] = check_gathered_bytes
         named["refusals"] = check_refusals
     else:
-        named["loop hsdp whole blocks"] = partial(
-            check_user_loop, how="fsdp2", hsdp=True, kind="whole blocks"
-        )
-        named["loop hsdp recompute last"] = partial(
-            check_user_loop, how="fsdp2", hsdp=True, recompute=True, reduced_in="last"
-        )
-        named["resume fsdp2 tp -> fsdp2 tp"] = partial(
-            check_resume, saved_by="fsdp2 tp", resumed_by="fsdp2 tp"
-        )
+        loops = {
+            "hsdp whole blocks": {"how": "fsdp2", "hsdp": True, "kind": "whole blocks"},
+            "hsdp recompute last": {"how": "fsdp2", "hsdp": True, "recompute": True, "reduced_in": "last"},
+        }
+        resumed = {"fsdp2 tp -> fsdp2 tp": {"saved_by": "fsdp2 tp", "resumed_by": "fsdp2 tp"}}
         named["sharded fsdp -> hsdp"] = partial(check_sharded_checkpoint, saved_by="fsdp", loaded_by="hsdp")
-    named["sharded fsdp -> fsdp"] = partial(check_sharded_checkpoint, saved_by="fsdp", loaded_by="fsdp")
+    named |= {f"loop {name}": partial(check_user_loop, **options) for name, options in loops.items()}
+    named |= {f"resume {name}": partial(check_resume, **options) for name, options in resumed.items()}
     return named
 
 
