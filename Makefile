@@ -1,4 +1,4 @@
-# make demo | test | soak | soak-results | lint | test-oldest | test-matrix | test-deepspeed | wheel | clean
+# make demo | test | test-slurm | test-matrix | test-deepspeed | test-oldest | soak | soak-results | lint | wheel | clean
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -20,7 +20,7 @@ find_python = for p in $(1); do \
 PYTHONS ?= python3.13 python3.12 python3.11 python3.10 python3 $(wildcard $(HOME)/.pyenv/versions/3.1[0-3].*/bin/python)
 PYTHON310S ?= python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python)
 
-.PHONY: help demo test soak soak-results lint test-oldest test-matrix test-deepspeed wheel clean
+.PHONY: help demo test test-slurm test-matrix test-deepspeed test-oldest soak soak-results lint wheel clean
 help:
 	@sed -n 1s/..//p Makefile
 
@@ -49,7 +49,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	export PATH="$(CURDIR)/$(BIN):$$PATH"
 	python -m pytest tests/unit -n 2 $(PYTEST_ARGS)
-	python -m pytest tests --ignore tests/unit $(PYTEST_ARGS)
+	python -m pytest tests/distributed tests/gpu $(PYTEST_ARGS)
+
+# slurm/*.sh on a real Slurm of virtual nodes; needs root and Debian's slurmctld, slurmd, slurm-client and munge.
+test-slurm: $(VENV)/.installed-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests/slurm $(PYTEST_ARGS)
 
 # A results file's writer killed at 100 random moments.
 soak-results: $(VENV)/.installed-dev
