@@ -67,9 +67,10 @@ class PlanExecutor:
         self._fusible: dict[int, bool] = {}
         self._compiled_shapes: set[Hashable] = set()
         self.block_shapes = 0
-        """Kernels of blocks that skip heads under this and earlier plans, if torch.compile makes them: one for each
-        different shape of heads, for inputs with and without gradient, for gradients at one point, for each rate of
-        DropPath. It makes them for plans with which they are at most 8; blocks of other plans run eagerly."""
+        """Kernels of blocks that skip heads and are not fused, under this and earlier plans, if torch.compile makes
+        them: one for each different shape of heads, for inputs with and without gradient, for gradients at one point,
+        for each rate of DropPath. It makes them for plans with which they are at most 8; blocks of other plans run
+        eagerly."""
         self.micro_batch_shapes = 0
         """Different shapes of this replica's micro-batches under the plan in force."""
         self.lookup_seconds = 0.0
@@ -224,11 +225,18 @@ class PlanExecutor:
         return result
 
     def _is_fused(self, index: int, heads: BlockHeads) -> bool:
+        """Whether our own kernels run the block on a GPU."""
         if not heads.trains or heads.is_dense or heads.scale != 1 or fused() is None:
             return False
         if index not in self._fusible:
             self._fusible[index] = fused().fits(self.blocks[index])
         return self._fusible[index]
+
+    def _is_compiled(self, index: int, heads: BlockHeads) -> bool:
+        """Whether torch.compile may make the kernels of the block, which skips heads."""
+        if heads.is_dense or heads.is_shortcut:
+            return False
+        return not (self._any_parameter.is_cuda and self._is_fused(index, heads))
 
     def _following(self, index: int) -> Block | None:
         """The block above block `index`, if its first norm may be computed with the block's last sum."""
@@ -286,7 +294,7 @@ class PlanExecutor:
         for row in rows:
             takes_gradient = is_passed_below
             for index, (heads, at_one_point) in enumerate(zip(row.heads, row.one_point, strict=True)):
-                if index in self.blocks and not heads.is_dense and not heads.is_shortcut:
+                if index in self.blocks and self._is_compiled(index, heads):
                     shapes.add((heads.shape, takes_gradient, at_one_point, _drop_rates(self.blocks[index])))
                 takes_gradient |= heads.trains or at_one_point
         if len(shapes) <= MOST_SHAPES:

@@ -73,16 +73,13 @@ def sentences(numbers: dict[str, Any]) -> list[str]:
 
 def _why(run: dict[str, Any]) -> str:
     most, parts = run["most_shapes"], []
-    if run["block_shapes"] > most:
-        parts.append(
-            f"blocks that skip heads ran eagerly, as they have {run['block_shapes']} shapes and torch.compile keeps "
-            f"{most}"
-        )
-    if run.get("micro_batch_shapes", 0) > most:
-        parts.append(
-            f"without CUDA graphs, as micro-batches have {run['micro_batch_shapes']} shapes and {most} are kept"
-        )
-    return "; ".join(parts)
+    for shapes, what, key in (
+        ("block_shapes", "blocks that skip heads ran eagerly", "compile"),
+        ("micro_batch_shapes", "micro-batches ran without CUDA graphs", "cuda_graphs"),
+    ):
+        if (count := run.get(shapes, 0)) > most:
+            parts.append(f"{what}; their {count} shapes are too many for engine.{key} (at most {most})")
+    return ", and ".join(parts)
 
 
 def _loss(run: dict[str, Any]) -> str:

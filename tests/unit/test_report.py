@@ -43,13 +43,14 @@ def config(share, seed):
     )
 
 
-def make_run(path, share, steps=40, seed=0, lost=0.0, shapes=None, dense_pass_seconds=None):
+def make_run(path, share, steps=40, seed=0, lost=0.0, shapes=None, dense_pass_seconds=None, device="cpu"):
     """Two ranks; rank 1 executes 20 % of the dense FLOPs less and takes 0.1 s longer than rank 0, which waits."""
     operations = np.full((4, 3, 2), 2, np.uint8)
     if share < 1:
         operations[:2, 0] = [0, 1]  # block 0: head 0 SHORTCUT, head 1 FORWARD_ONLY in half of the rows
     with ResultsWriter(path) as writer:
         writer.put("config", {"yaml": config(share, seed)})
+        writer.put("environment", {}, {"device": device})
         values = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
         writer.append("scores", {"step": 0, "forward": values, "backward": values, "seconds": 1.5})
         writer.append("plans", {"step": 0, "operations": operations, "solve_seconds": 0.5, **(shapes or {})})
@@ -225,12 +226,23 @@ def test_free_shapes(paths, tmp_path):
     page = tmp_path / "report.html"
     text = report([paths[0], path], page=page)
     sentence = (
-        "free: blocks that skip heads ran eagerly, as they have 20 shapes and torch.compile keeps 8. "
+        "free: blocks that skip heads ran eagerly; their 20 shapes are too many for engine.compile (at most 8). "
         "A step took 1.06 times the ideal, 60.0% of the step of dense."
     )
     assert sentence in text.splitlines()
     assert f"<p>{sentence}</p>" in page.read_text()
     assert "CUDA graphs" not in text
+
+
+def test_cuda_graphs_that_free_shapes_cost(paths, tmp_path):
+    shapes = {"block_shapes": 0, "micro_batch_shapes": 20, "most_shapes": 8}
+    on_cpu = make_run(tmp_path / "on_cpu" / "results.h5", 0.6, shapes=shapes)
+    on_gpu = make_run(tmp_path / "on_gpu" / "results.h5", 0.6, shapes=shapes, device="NVIDIA H200")
+    *_, line = report([paths[0], on_cpu, on_gpu]).splitlines()
+    assert line == (
+        "on_gpu: micro-batches ran without CUDA graphs; their 20 shapes are too many for engine.cuda_graphs (at most "
+        "8). A step took 1.06 times the ideal, 60.0% of the step of dense."
+    )
 
 
 def test_free_shapes_without_a_dense_run(tmp_path):
