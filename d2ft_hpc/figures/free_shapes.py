@@ -38,7 +38,7 @@ def _of_run(run: Run, dense: Run | None) -> dict[str, Any] | None:
     elif (passes := _seconds_of_dense_passes(run)) > 0:
         seconds, dense_seconds = run.steps["forward_seconds"] + run.steps["backward_seconds"], passes
     executed, flops = run.steps["executed_flops"], run.steps["dense_flops"]
-    share = np.max(executed / np.where(flops > 0, flops, np.nan), axis=1)
+    share = np.fmax.reduce(executed / np.where(flops > 0, flops, np.nan), axis=1, initial=np.nan)
     ratio = run.per_dense_flop(seconds) / (share * dense_seconds)
     return {
         "name": run.name,

@@ -293,13 +293,15 @@ def test_runs_that_recorded_next_to_nothing(tmp_path):
     paths = []
     for name in ("a", "b"):
         with ResultsWriter(tmp_path / name / "same" / "results.h5") as writer:
-            writer.append("steps", {"step": 0})
+            writer.append("plans", {"step": 0, "block_shapes": 9, "most_shapes": 8})
+            writer.append("steps", {"step": 0, "plan": 0})
         paths.append(writer.path)
     unfinished = ResultsWriter(tmp_path / "c" / "results.h5")
     unfinished.flush()
     text = report([*paths, unfinished.path], page=tmp_path / "report.html", png=tmp_path / "report.png")
     assert os.path.join("a", "same") in text
     assert os.path.join("b", "same") in text
+    assert text.count("What that cost is not known") == 2
     assert "did not end in order" in text
     assert "Did not end in order: c" in (tmp_path / "report.html").read_text()
 
