@@ -66,6 +66,7 @@ class PlanExecutor:
         self._owners: dict[int, Owners] = {}
         self._fusible: dict[int, bool] = {}
         self._compiled_shapes: set[Hashable] = set()
+        self._largest_input = 0  # numbers in what blocks that skip heads got
         self.block_shapes = 0
         """Kernels of blocks that skip heads and are not fused, under this and earlier plans, if torch.compile makes
         them: one for each different shape of heads, for inputs with and without gradient, for gradients at one point,
@@ -215,14 +216,19 @@ class PlanExecutor:
         if x.is_cuda and self._is_fused(index, heads):
             result: Tensor = fused().run_fused(block, x, heads, self._following(index), *args, **kwargs)
             return result
-        if (
-            self._compiled_heads is None
-            or self.block_shapes > MOST_SHAPES
-            or _get_current_dispatch_mode() is not None
-        ):
-            return run_block(block, x, heads, self.subnets.head_axes, *args, **kwargs)
-        result = self._compiled_heads(block, x, heads, self.subnets.head_axes, *args, **kwargs)
+        run = run_block if self._compiled_heads is None or not self._compiles(x) else self._compiled_heads
+        result = run(block, x, heads, self.subnets.head_axes, *args, **kwargs)
         return result
+
+    def _compiles(self, x: Tensor) -> bool:
+        """Whether blocks that skip heads run through torch.compile on this input.
+
+        Smaller ones than before, which end an epoch, do not: their kernels would take longer to make than they save.
+        """
+        if self.block_shapes > MOST_SHAPES or _cannot_compile():
+            return False
+        self._largest_input = max(self._largest_input, x.numel())
+        return x.numel() == self._largest_input
 
     def _is_fused(self, index: int, heads: BlockHeads) -> bool:
         """Whether our own kernels run the block on a GPU."""
@@ -264,13 +270,7 @@ class PlanExecutor:
         block.forward = MethodType(_planned_forward, block)
 
     def _run_dense(self, block: Block, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # A mode that counts operators sees none in a compiled block, and one that is on when a block would be compiled
-        # keeps it from being compiled for good.
-        if (
-            self._compiled is None
-            or torch.compiler.is_compiling()
-            or _get_current_dispatch_mode() is not None
-        ):
+        if self._compiled is None or _cannot_compile():
             return _dense_forward(block, x, *args, **kwargs)
         result: Tensor = self._compiled(block, x, *args, **kwargs)
         return result
@@ -310,6 +310,12 @@ def fused() -> Any:
     except ImportError:
         return None
     return module
+
+
+def _cannot_compile() -> bool:
+    """Within a compilation, or a mode that counts operators: it sees none in a compiled block, and keeps a block that
+    would be compiled then from being compiled for good."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def _clock() -> float:
