@@ -242,7 +242,12 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--image-size", type=int, default=224, help="pixels")
     step.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     step.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    step.add_argument("--repeats", type=int, default=30, help="measured steps of each")
+    step.add_argument(
+        "--repeats",
+        type=int,
+        default=30,
+        help="measured steps of each (default: 30); at least 5, where all take longer than two minutes",
+    )
     step.add_argument("--peers", action="store_true", help="also time stochastic depth, drop path and LoRA")
     step.add_argument("--profile", action="store_true", help="where the time of dense and plan goes")
     step.add_argument("--json", action="store_true", help="end with one line of JSON")

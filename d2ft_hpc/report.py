@@ -15,6 +15,7 @@ from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.figures import (
     classes,
     compare,
+    free_shapes,
     gantt,
     learning,
     paper,
@@ -52,7 +53,7 @@ def report(run_paths: Sequence[Path], *, page: Path | None = None, png: Path | N
         png: where to write one picture of compute and time, None for none.
 
     Returns:
-        The table as plain text.
+        The table as plain text, and what plans lost whose shapes are too many to compile.
 
     Raises:
         ResultsError: a run cannot be read, or the page or picture cannot be written.
@@ -65,7 +66,7 @@ def report(run_paths: Sequence[Path], *, page: Path | None = None, png: Path | N
             save(summary.draw(numbers), png)
         if page is not None:
             _write(page, _page(runs, numbers))
-        return summary.as_text(numbers)
+        return "\n".join([summary.as_text(numbers), *free_shapes.sentences(free_shapes.measure(runs))])
 
 
 def _page(runs: Sequence[Run], numbers: dict[str, Any]) -> str:
@@ -92,6 +93,9 @@ def _sections(runs: Sequence[Run], numbers: dict[str, Any]) -> Iterator[tuple[st
     table = _table(titles, summary.table(numbers)[3:])
     unfinished = [run.name for run in runs if not run.complete]
     note = f"<p>Did not end in order: {html.escape(', '.join(unfinished))}.</p>" if unfinished else ""
+    note += "".join(
+        f"<p>{html.escape(text)}</p>" for text in free_shapes.sentences(free_shapes.measure(runs))
+    )
     yield "Summary", table + note + _figure(summary.draw(numbers), "Compute and time of each run.")
     yield (
         "Learning",

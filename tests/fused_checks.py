@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2ft_hpc.execution.block import ChosenHeads
+from d2ft_hpc.execution.block import BlockHeads
 from d2ft_hpc.execution.fused import fits, run_fused
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 from tests.reference import reference_forward
@@ -45,7 +45,7 @@ def fused_forward(model: nn.Module, images: Tensor, operations: np.ndarray) -> T
         order, at = (
             torch.from_numpy(each).to(x.device) for each in (np.concatenate([full, forward_only]), places)
         )
-        x = run_fused(block, x, ChosenHeads(order, full.size, at), [*blocks, None][index + 1])
+        x = run_fused(block, x, BlockHeads(order, full.size, at), [*blocks, None][index + 1])
     return model.forward_head(model.norm(x))
 
 

@@ -1,7 +1,8 @@
 """Forward and backward of one micro-batch under a plan against the dense model and its peers: `d2ft-hpc bench step`.
 
 Everything compared alternates in one process. On a GPU each contender is one CUDA graph, so that no launch of either
-waits for Python; the dense model is compiled as a whole. On a CPU the dense model is the faster of eager and compiled.
+waits for Python; the dense model is compiled as a whole. On a CPU the dense model is the faster of eager and compiled,
+and the blocks that skip heads are compiled.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from d2ft_hpc.planning import Operation, SkipPlan
 Step = Callable[[], None]
 
 _WARM_UPS = 3
+_ENOUGH_REPEATS, _ENOUGH_SECONDS = 5, 120.0
+"""A slow comparison, as on a CPU, ends once it has both."""
 _ALWAYS = ("layer_norm", "norm_backward", "add_norm", "functor_add", "fused_add_", "reduce_kernel", "::add")
 """In names of kernels and operators that run whatever heads do: norms, residuals, their gradients' sums."""
 _OF_HEADS = ("gelu", "nvjet", "gemm", "attention", "sdpa", "flash")
@@ -53,6 +56,7 @@ class Sizes:
     device: torch.device
     dtype: torch.dtype
     repeats: int
+    """Fewer, but at least 5, where they take more than two minutes."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ def benchmark(sizes: Sizes, *, with_peers: bool = False, with_profile: bool = Fa
         "dense_memory_bytes": contenders["all_full"].kept_bytes,
         "plan_memory_bytes": contenders["plan"].kept_bytes,
         "memory_ratio": contenders["plan"].kept_bytes / contenders["all_full"].kept_bytes,
+        "repeats": len(seconds["plan"]),
         "seconds": medians,
     }
     if plan.binding == "slot":
@@ -342,11 +347,17 @@ def _in_turn(contenders: Mapping[str, Contender], sizes: Sizes) -> dict[str, np.
     """Seconds of one micro-batch of each, float64 [repeat]; the order changes from round to round."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
-    for turn in range(_WARM_UPS + sizes.repeats):
+    # A CPU needs fewer: it has no clock to speed up, and every contender has run already.
+    warm_ups = 1 if sizes.device.type == "cpu" else _WARM_UPS
+    start = time.perf_counter()
+    for turn in range(warm_ups + sizes.repeats):
+        is_enough = turn >= warm_ups + _ENOUGH_REPEATS
+        if is_enough and time.perf_counter() - start > _ENOUGH_SECONDS:
+            break
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             each = contenders[name]
             seconds[name].append(_timed(each.step, sizes.device) / each.micro_batches)
-    return {name: np.asarray(times[_WARM_UPS:]) for name, times in seconds.items()}
+    return {name: np.asarray(times[warm_ups:]) for name, times in seconds.items()}
 
 
 def _timed(step: Step, device: torch.device) -> float:

@@ -32,7 +32,7 @@ from d2ft_hpc.engines.portable import (
     schedule_numbers,
 )
 from d2ft_hpc.execution.cuda_graph import CudaGraphs
-from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.execution.executor import MOST_SHAPES, PlanExecutor
 from d2ft_hpc.planning import SkipPlan
 
 
@@ -104,7 +104,7 @@ class PlainEngine:
         self, report: StepReport, slot: int, images: Tensor, labels: Tensor, micro_batches: int
     ) -> Tensor:
         """Adds a micro-batch's share of the gradient; returns its loss."""
-        if self._graphs is None or not self.executor.has_few_shapes:
+        if self._graphs is None or self.executor.micro_batch_shapes > MOST_SHAPES:
             with report.timed("forward"):
                 loss = self._loss(images, labels)
             with report.timed("backward"):
@@ -118,11 +118,13 @@ class PlainEngine:
             return loss.detach()
 
         zero_missing_gradients(self._model)  # a graph adds to gradients that are there when it is captured
-        skips = not self.executor.is_dense
-        key = (micro_batches, self.executor.shapes(slot) if skips else None)
+        row = None if self.executor.is_dense else self.executor.rows[slot]
+        key = (micro_batches, None if row is None else row.shape)
+        if key not in self._graphs and len(self._graphs) >= 2 * MOST_SHAPES:
+            self._graphs.clear()  # of earlier plans, which would keep their memory for good
         graphs = self._graphs.setdefault(key, CudaGraphs(both, self._gradients))
         with report.timed("backward"):
-            return graphs(images, labels, *([self.executor.indices(slot)] if skips else [])).clone()
+            return graphs(images, labels, *([] if row is None else [row.indices])).clone()
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self._trained if parameter.grad is not None]

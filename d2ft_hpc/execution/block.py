@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,40 +27,52 @@ from d2ft_hpc.model.subnets import HeadAxis
 HeadAxes = dict[str, HeadAxis]
 
 
-class ChosenHeads(NamedTuple):
-    """The heads that run, side by side: int64 on the model's device.
+@dataclass(frozen=True)
+class BlockHeads:
+    """The heads that one block runs for one micro-batch: int64 on the model's device.
 
-    order: [n], FULL ones first. full: how many are FULL. places: [head], each FULL head's place in `order`, -1 for the
-    others.
+    order: [n], those that run, side by side: FULL ones first, either kind rising. num_full: how many are FULL.
+    places: [head], each FULL head's place in `order`, -1 for the others.
+    scale: what the branches add is multiplied by it.
     """
 
     order: Tensor
-    full: int
+    num_full: int
     places: Tensor
-
-
-@dataclass(frozen=True)
-class BlockHeads:
-    """The heads that one block runs for one micro-batch: int64 [n] in rising order on the model's device, None where
-    there is none."""
-
-    full: Tensor | None
-    forward_only: Tensor | None
-    is_dense: bool
-    """All heads are FULL and nothing is scaled: the block's own forward runs, bit for bit."""
-    chosen: ChosenHeads | None = field(default=None, kw_only=True)
-    """The same for the GPU's fused kernels; None where they cannot run these heads."""
     scale: float = field(default=1.0, kw_only=True)
-    """What the branches add is multiplied by it."""
+
+    @property
+    def num_forward_only(self) -> int:
+        return self.order.numel() - self.num_full
+
+    @property
+    def full(self) -> Tensor | None:
+        """int64 [n]; None where there is none."""
+        return self.order[: self.num_full] if self.num_full else None
+
+    @property
+    def forward_only(self) -> Tensor | None:
+        """int64 [n]; None where there is none."""
+        return self.order[self.num_full :] if self.num_forward_only else None
+
+    @property
+    def shape(self) -> tuple[int, int, float]:
+        """Heads that are FULL, heads that are FORWARD_ONLY, and the scale: what kernels are made for."""
+        return self.num_full, self.num_forward_only, self.scale
+
+    @property
+    def is_dense(self) -> bool:
+        """All heads are FULL and nothing is scaled: the block's own forward runs, bit for bit."""
+        return self.num_full == self.places.numel() and self.scale == 1
 
     @property
     def is_shortcut(self) -> bool:
-        return self.full is None and self.forward_only is None
+        return self.order.numel() == 0
 
     @property
     def trains(self) -> bool:
         """Parameters of the block take gradients."""
-        return self.full is not None
+        return self.num_full > 0
 
 
 def run_block(
@@ -119,16 +131,17 @@ def _branch(
     end: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """A residual branch: `compute` for each set of heads, their sum through `end`."""
-    if heads.full is None:
-        assert heads.forward_only is not None
+    full, forward_only = heads.full, heads.forward_only
+    if full is None:
+        assert forward_only is not None
         with torch.no_grad():
             # Detached, because autocast would cache a copy of a leaf parameter that carries no gradient.
-            return end(compute(norm(x), heads.forward_only, None if bias is None else bias.detach()))
+            return end(compute(norm(x), forward_only, None if bias is None else bias.detach()))
     normed = norm(x)
-    branch = compute(normed, heads.full, bias)
-    if heads.forward_only is not None:
+    branch = compute(normed, full, bias)
+    if forward_only is not None:
         with torch.no_grad():
-            branch.add_(compute(normed, heads.forward_only, None))
+            branch.add_(compute(normed, forward_only, None))
     return end(branch)
 
 
@@ -149,7 +162,17 @@ def attention_heads(
     qkv = F.linear(normed, qkv_weight, qkv_bias)
     qkv = with_lora(attn.qkv, "attn.qkv", head_axes, normed, heads, qkv)
     query, key, value = qkv.view(samples, tokens, 3, heads.numel(), -1).permute(2, 0, 3, 1, 4).unbind(0)
-    mixed = F.scaled_dot_product_attention(
+    mixed = attended(attn, query, key, value, attn_mask, is_causal)
+    mixed = mixed.transpose(1, 2).reshape(samples, tokens, -1)
+    projected = F.linear(mixed, _part(head_axes["attn.proj.weight"], attn.proj.weight, heads), bias)
+    return with_lora(attn.proj, "attn.proj", head_axes, mixed, heads, projected)
+
+
+def attended(
+    attn: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool
+) -> Tensor:
+    """What the heads of module `attn` mix of the values; all [sample, head, token, channel]."""
+    return F.scaled_dot_product_attention(
         attn.q_norm(query),
         attn.k_norm(key),
         value,
@@ -158,9 +181,6 @@ def attention_heads(
         is_causal=is_causal,
         scale=attn.scale,
     )
-    mixed = mixed.transpose(1, 2).reshape(samples, tokens, -1)
-    projected = F.linear(mixed, _part(head_axes["attn.proj.weight"], attn.proj.weight, heads), bias)
-    return with_lora(attn.proj, "attn.proj", head_axes, mixed, heads, projected)
 
 
 def ffn_slices(

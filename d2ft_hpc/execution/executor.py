@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import MethodType
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.execution.block import BlockHeads, ChosenHeads, run_block
+from d2ft_hpc.execution.block import BlockHeads, run_block
 from d2ft_hpc.execution.gradients import (
     Owners,
     Reduction,
@@ -25,6 +25,7 @@ from d2ft_hpc.execution.gradients import (
     require_input_gradient,
     zero_gradient,
 )
+from d2ft_hpc.execution.rows import Row, choose_heads
 from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.planning.plan import Operation, SkipPlan
@@ -33,7 +34,7 @@ EmbeddingPolicy = Literal["frozen", "complete_path", "trained"]
 SharedPolicy = Literal["flow", "frozen"]
 
 MOST_SHAPES = 8
-"""Kernels that torch.compile keeps for one function."""
+"""Kernels that torch.compile keeps for one function, by default, and CUDA graphs that we keep of micro-batches."""
 
 
 class PlanExecutor:
@@ -54,10 +55,8 @@ class PlanExecutor:
         self.trains_embeddings = embeddings == "trained"
         """Every micro-batch's gradient goes on below the blocks, whatever the plan."""
         self._rescale = rescale
-        self._scales = np.ones(self.subnets.num_blocks)  # [block], of the plan in force
-        self._slots: list[list[BlockHeads]] = []
-        self._complete: list[bool] = []  # [slot]: FULL everywhere
-        self._one_point: list[list[bool]] = []  # [slot][block]: gradients must be complete and in order
+        self.rows: list[Row] = []
+        """Of the plan in force, by slot; none where every micro-batch is dense."""
         self._slot: int | None = None
         self._slot_source: Callable[[], int] | None = None
         self._reduction = Reduction.AFTER_BACKWARD
@@ -66,8 +65,15 @@ class PlanExecutor:
         """The blocks that follow this executor, by index; `link` adds them."""
         self._owners: dict[int, Owners] = {}
         self._fusible: dict[int, bool] = {}
-        self.has_few_shapes = True
-        """Micro-batches of the plan in force have at most 8 different `shapes`, what torch.compile keeps."""
+        self._compiled_shapes: set[Hashable] = set()
+        self._largest_input = 0  # numbers in what blocks that skip heads got
+        self.block_shapes = 0
+        """Kernels of blocks that skip heads and are not fused, under this and earlier plans, if torch.compile makes
+        them: one for each different shape of heads, for inputs with and without gradient, for gradients at one point,
+        for each rate of DropPath. It makes them for plans with which they are at most 8; blocks of other plans run
+        eagerly."""
+        self.micro_batch_shapes = 0
+        """Different shapes of this replica's micro-batches under the plan in force."""
         self.lookup_seconds = 0.0
         """Time spent on following plans so far, on this rank: everything but the blocks' own work."""
         self._any_parameter = next(model.parameters())
@@ -116,21 +122,22 @@ class PlanExecutor:
                 raise PlanError(
                     "the plan binds samples and skips parts of some: only whole samples can be skipped"
                 )
+        scales = np.ones(plan.num_blocks)
         if self._rescale:
             active = (rows != Operation.SHORTCUT).mean(axis=(0, 2))
-            self._scales = np.where(active > 0, 1 / np.maximum(active, 1e-9), 1.0)
-        self._slots = [] if plan.binding == "sample" else self._rows(rows)
-        self._complete = [bool((row == Operation.FULL).all()) for row in rows]
+            scales = np.where(active > 0, 1 / np.maximum(active, 1e-9), 1.0)
         # Where all replicas run a block densely their gradients come alike, and nothing need be done.
         all_full = (plan.operations == Operation.FULL).all(axis=2)
         all_dense = all_full.reshape(plan.slots, plan.replicas, -1).all(axis=1)
-        self._one_point = [
-            [self._reduction.happens_in(slot, plan.slots) and not dense for dense in all_dense[slot]]
-            for slot in range(len(self._slots))
+        self.rows = [
+            self._row(cells, scales, ~dense & self._reduction.happens_in(slot, plan.slots))
+            for slot, (cells, dense) in enumerate(zip(rows, all_dense, strict=True))
+            if plan.binding == "slot"
         ]
         self._owners = {index: owners_of(block) for index, block in self.blocks.items()}
         self._fusible.clear()
-        self.has_few_shapes = len({self.shapes(slot) for slot in range(len(self._slots))}) <= MOST_SHAPES
+        self.block_shapes = self._count_block_shapes(self.rows)
+        self.micro_batch_shapes = len({row.shape for row in self.rows})
         self.plan = plan
 
     @property
@@ -140,8 +147,7 @@ class PlanExecutor:
 
     def unload(self) -> None:
         """Back to dense training."""
-        self.plan, self._slots, self._complete, self._one_point = None, [], [], []
-        self._scales = np.ones(self.subnets.num_blocks)
+        self.plan, self.rows, self.block_shapes, self.micro_batch_shapes = None, [], 0, 0
 
     @contextmanager
     def micro_batch(self, slot: int) -> Iterator[None]:
@@ -149,9 +155,9 @@ class PlanExecutor:
 
         Backward belongs inside because activation checkpointing runs the blocks again there.
         """
-        if self._slots and not 0 <= slot < len(self._slots):
+        if self.rows and not 0 <= slot < len(self.rows):
             raise PlanError(
-                f"micro-batch {slot} has no row in a plan of {len(self._slots)} micro-batches a replica"
+                f"micro-batch {slot} has no row in a plan of {len(self.rows)} micro-batches a replica"
             )
         before, self._slot = self._slot, slot
         try:
@@ -167,34 +173,18 @@ class PlanExecutor:
     @contextmanager
     def temporarily(self, operations: np.ndarray) -> Iterator[None]:
         """Every micro-batch inside follows `operations`, uint8 [block, head]; afterwards the plan is as before."""
-        before = (
-            self.plan,
-            self._scales,
-            self._slots,
-            self._complete,
-            self._one_point,
-            self._slot,
-            self._slot_source,
-        )
-        self.plan, self._scales = None, np.ones(len(operations))
-        self._slots, self._one_point = self._rows(operations[None]), [[False] * len(operations)]
-        self._complete, self._slot, self._slot_source = [bool((operations == Operation.FULL).all())], 0, None
+        before = self.plan, self.rows, self.block_shapes, self._slot, self._slot_source
+        row = self._row(operations, np.ones(len(operations)), np.zeros(len(operations), bool))
+        self.plan, self.rows, self.block_shapes = None, [row], self._count_block_shapes([row])
+        self._slot, self._slot_source = 0, None
         try:
             yield
         finally:
-            (
-                self.plan,
-                self._scales,
-                self._slots,
-                self._complete,
-                self._one_point,
-                self._slot,
-                self._slot_source,
-            ) = before
+            self.plan, self.rows, self.block_shapes, self._slot, self._slot_source = before
 
     def run(self, block: Block, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Block `index` under the current row; `args` are the block's own."""
-        if not self._slots or not block.training:
+        if not self.rows or not block.training:
             return self._run(block, index, None, x, *args, **kwargs)
         start = _clock()
         slot = self.slot
@@ -203,11 +193,12 @@ class PlanExecutor:
                 "a model with a plan was called in training mode without saying which micro-batch this is: "
                 "wrap forward and backward in `with executor.micro_batch(slot):`, or call executor.unload()"
             )
-        heads = self._slots[slot][index]
-        if index == 0 and self.detach_incomplete and not self._complete[slot]:
+        row = self.rows[slot]
+        heads = row.heads[index]
+        if index == 0 and self.detach_incomplete and not row.is_complete:
             # Embeddings take no part in this micro-batch; a reduction during backward still waits for them.
             x = x.detach() if self._reduction is Reduction.AFTER_BACKWARD else zero_gradient(x)
-        if self._one_point[slot][index]:
+        if row.one_point[index]:
             with one_point(self._owners[index], x, gives_gradients=heads.trains) as x:
                 self.lookup_seconds += _clock() - start
                 return self._run(block, index, heads, x, *args, **kwargs)
@@ -220,68 +211,57 @@ class PlanExecutor:
         """Block `index` with these heads; None: all of them."""
         if heads is None or heads.is_dense:
             return self._run_dense(block, x, *args, **kwargs)
+        if heads.is_shortcut:
+            return x
         if x.is_cuda and self._is_fused(index, heads):
-            result: Tensor = fused().run_fused(
-                block, x, heads.chosen, self._following(index), *args, **kwargs
-            )
+            result: Tensor = fused().run_fused(block, x, heads, self._following(index), *args, **kwargs)
             return result
-        if (
-            self._compiled_heads is None
-            or not self.has_few_shapes
-            or _get_current_dispatch_mode() is not None
-        ):
-            return run_block(block, x, heads, self.subnets.head_axes, *args, **kwargs)
-        result = self._compiled_heads(block, x, heads, self.subnets.head_axes, *args, **kwargs)
+        run = run_block if self._compiled_heads is None or not self._compiles(x) else self._compiled_heads
+        result = run(block, x, heads, self.subnets.head_axes, *args, **kwargs)
         return result
 
+    def _compiles(self, x: Tensor) -> bool:
+        """Whether blocks that skip heads run through torch.compile on this input.
+
+        Smaller ones than before, which end an epoch, do not: their kernels would take longer to make than they save.
+        """
+        if self.block_shapes > MOST_SHAPES or _cannot_compile():
+            return False
+        self._largest_input = max(self._largest_input, x.numel())
+        return x.numel() == self._largest_input
+
     def _is_fused(self, index: int, heads: BlockHeads) -> bool:
-        if (
-            heads.full is None
-            or heads.chosen is None
-            or heads.is_dense
-            or heads.scale != 1
-            or fused() is None
-        ):
+        """Whether our own kernels run the block on a GPU."""
+        if not heads.trains or heads.is_dense or heads.scale != 1 or fused() is None:
             return False
         if index not in self._fusible:
             self._fusible[index] = fused().fits(self.blocks[index])
         return self._fusible[index]
 
+    def _is_compiled(self, index: int, heads: BlockHeads) -> bool:
+        """Whether torch.compile may make the kernels of the block, which skips heads."""
+        if heads.is_dense or heads.is_shortcut:
+            return False
+        return not (self._any_parameter.is_cuda and self._is_fused(index, heads))
+
     def _following(self, index: int) -> Block | None:
         """The block above block `index`, if its first norm may be computed with the block's last sum."""
         slot, above = self.slot, index + 1
-        if slot is None or above not in self.blocks or self._one_point[slot][above]:
+        if slot is None or above not in self.blocks or self.rows[slot].one_point[above]:
             return None
         if self._reduction is Reduction.BY_BLOCK:
             return None  # the engine gathers weights block by block, and has not gathered that one's
-        return self.blocks[above] if self._is_fused(above, self._slots[slot][above]) else None
-
-    def shapes(self, slot: int) -> tuple[tuple[int, int, float], ...]:
-        """How many heads are FULL and how many FORWARD_ONLY in each block of the micro-batch in place `slot`, and what
-        the block is scaled by."""
-        return tuple(
-            (_count(heads.full), _count(heads.forward_only), heads.scale) for heads in self._slots[slot]
-        )
-
-    def indices(self, slot: int) -> Tensor:
-        """Which heads the micro-batch in place `slot` runs, int64 on the model's device; `reading` takes it."""
-        return torch.cat([each for heads in self._slots[slot] for each in _indices(heads)])
+        return self.blocks[above] if self._is_fused(above, self.rows[slot].heads[above]) else None
 
     @contextmanager
     def reading(self, slot: int, indices: Tensor) -> Iterator[None]:
         """Inside, the micro-batch in place `slot` runs the heads of `indices`, in numbers like its own."""
-        own, rest = self._slots[slot], indices
-        read = []
-        for heads in own:
-            order, places = (each.numel() for each in _indices(heads))
-            its_places = rest[order : order + places]
-            read.append(_block_heads(rest[:order], _count(heads.full), its_places, heads.scale))
-            rest = rest[order + places :]
-        self._slots[slot] = read
+        own = self.rows[slot]
+        self.rows[slot] = own.reading(indices)
         try:
             yield
         finally:
-            self._slots[slot] = own
+            self.rows[slot] = own
 
     def link(self, block: Block, index: int) -> None:
         """Lets a block of the model, its copy or its part follow this executor as block `index`."""
@@ -290,43 +270,36 @@ class PlanExecutor:
         block.forward = MethodType(_planned_forward, block)
 
     def _run_dense(self, block: Block, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # A mode that counts operators sees none in a compiled block, and one that is on when a block would be compiled
-        # keeps it from being compiled for good.
-        if (
-            self._compiled is None
-            or torch.compiler.is_compiling()
-            or _get_current_dispatch_mode() is not None
-        ):
+        if self._compiled is None or _cannot_compile():
             return _dense_forward(block, x, *args, **kwargs)
         result: Tensor = self._compiled(block, x, *args, **kwargs)
         return result
 
-    def _rows(self, operations: np.ndarray) -> list[list[BlockHeads]]:
-        return [[self._heads(cells, index) for index, cells in enumerate(row)] for row in operations]
+    def _row(self, operations: np.ndarray, scales: np.ndarray, one_point: np.ndarray) -> Row:
+        """operations: uint8 [block, head]; scales, one_point: [block]."""
+        is_complete = bool((operations == Operation.FULL).all())
+        return Row(*self._choose(operations, scales), is_complete, one_point.tolist())
 
-    def _heads(self, cells: np.ndarray, index: int) -> BlockHeads:
-        """What block `index` runs. cells: uint8 [head]."""
+    def _choose(self, operations: np.ndarray, scales: np.ndarray) -> tuple[Tensor, Sequence[BlockHeads]]:
+        return choose_heads(list(operations), scales.tolist(), self._any_parameter.device)
 
-        full, forward_only = (
-            np.flatnonzero(cells == operation) for operation in (Operation.FULL, Operation.FORWARD_ONLY)
+    def _count_block_shapes(self, rows: Sequence[Row]) -> int:
+        """`block_shapes` with these rows; kernels for them are counted from now on if they will be made."""
+        is_passed_below = (
+            self.trains_embeddings
+            or self._reduction is Reduction.BY_BLOCK
+            or (self.detach_incomplete and self._reduction is not Reduction.AFTER_BACKWARD)
         )
-        places = np.full(cells.size, -1)
-        places[full] = np.arange(full.size)
-        indices = torch.from_numpy(np.concatenate([full, forward_only, places])).to(
-            self._any_parameter.device
-        )
-        order, at = indices.split([full.size + forward_only.size, cells.size])
-        return _block_heads(order, full.size, at, float(self._scales[index]))
-
-
-def _block_heads(order: Tensor, full: int, places: Tensor, scale: float) -> BlockHeads:
-    return BlockHeads(
-        order[:full] if full else None,
-        order[full:] if order.numel() > full else None,
-        is_dense=full == places.numel() and scale == 1,
-        chosen=ChosenHeads(order, full, places),
-        scale=scale,
-    )
+        shapes = set(self._compiled_shapes)
+        for row in rows:
+            takes_gradient = is_passed_below
+            for index, (heads, at_one_point) in enumerate(zip(row.heads, row.one_point, strict=True)):
+                if index in self.blocks and self._is_compiled(index, heads):
+                    shapes.add((heads.shape, takes_gradient, at_one_point, _drop_rates(self.blocks[index])))
+                takes_gradient |= heads.trains or at_one_point
+        if len(shapes) <= MOST_SHAPES:
+            self._compiled_shapes = shapes
+        return len(shapes)
 
 
 @cache
@@ -339,20 +312,19 @@ def fused() -> Any:
     return module
 
 
+def _cannot_compile() -> bool:
+    """Within a compilation, or a mode that counts operators: it sees none in a compiled block, and keeps a block that
+    would be compiled then from being compiled for good."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
 def _clock() -> float:
     """torch.compile traces what is between two readings, without the clock."""
     return 0.0 if torch.compiler.is_compiling() else time.perf_counter()
 
 
-def _count(heads: Tensor | None) -> int:
-    return 0 if heads is None else heads.numel()
-
-
-def _indices(heads: BlockHeads) -> tuple[Tensor, Tensor]:
-    """A block's order and places of heads."""
-    if heads.chosen is None:
-        raise PlanError("heads that tensor-parallel ranks share have no indices of their own")
-    return heads.chosen.order, heads.chosen.places
+def _drop_rates(block: Block) -> tuple[float, ...]:
+    return tuple(getattr(path, "drop_prob", 0.0) for path in (block.drop_path1, block.drop_path2))
 
 
 class _BlockLink:
@@ -377,7 +349,8 @@ def attach(
     shared: norms, LayerScale, row biases of the blocks: "flow" (trained by what flows through FULL heads) or "frozen".
     rescale: whether what a block's branches add is multiplied by its cells over those that are not SHORTCUT, over the
         batch of a replica, as stochastic depth does (arXiv 1603.09382).
-    compile: whether dense blocks run through torch.compile, one set of kernels for each shape of input.
+    compile: whether blocks run through torch.compile, one set of kernels for each shape: dense ones, and those that
+        skip heads under plans with few of them (`PlanExecutor.block_shapes`).
     The classifier always trains; parameters that are frozen already stay so.
 
     Raises UnsupportedModelError where the model cannot be cut by head.

@@ -23,7 +23,7 @@ from timm.layers import LayerScale
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from d2ft_hpc.execution.block import ChosenHeads
+from d2ft_hpc.execution.block import BlockHeads, attended
 from d2ft_hpc.execution.kernels import (
     HeadSlices,
     Norm,
@@ -70,7 +70,7 @@ def _is_off(drop: nn.Module) -> bool:
 def run_fused(
     block: Block,
     x: Tensor,
-    heads: ChosenHeads,
+    heads: BlockHeads,
     following: Block | None = None,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
@@ -85,25 +85,14 @@ def run_fused(
     normed = _normed_ahead(x, norm1, dtype)
     if normed is None:
         normed = normalise(x.detach().flatten(0, -2), _norm(norm1), dtype)
-    x, *qkv = _Enter.apply(
+    x, query, key, value, *others = _Enter.apply(
         x, norm1.weight, norm1.bias, attn.qkv.weight, attn.qkv.bias, heads, norm1.eps, normed
     )
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(
-            attn.q_norm(query),
-            attn.k_norm(key),
-            value,
-            attn_mask=attn_mask,
-            dropout_p=attn.attn_drop.p if attn.training else 0.0,
-            is_causal=is_causal,
-            scale=attn.scale,
-        )
-
-    mixed, beside = attend(*qkv[:3]), None
-    if heads.order.numel() > heads.full:
+    mixed, beside = attended(attn, query, key, value, attn_mask, is_causal), None
+    if others:
+        query, key, value = others
         with torch.no_grad():
-            beside = attend(*qkv[3:])
+            beside = attended(attn, query, key, value, attn_mask, is_causal)
     ahead = (
         following.norm1 if following is not None and type(following.norm1.weight) is nn.Parameter else None
     )
@@ -165,7 +154,7 @@ class _Enter(torch.autograd.Function):
         norm_bias: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        heads: ChosenHeads,
+        heads: BlockHeads,
         epsilon: float,
         normed: Normed,
     ) -> tuple[Tensor, ...]:
@@ -183,7 +172,7 @@ class _Enter(torch.autograd.Function):
             .view(samples, tokens, end - start, 3, size)
             .permute(3, 0, 2, 1, 4)
             .unbind(0)
-            for start, end in ((0, heads.full), (heads.full, heads.order.numel()))
+            for start, end in ((0, heads.num_full), (heads.num_full, heads.order.numel()))
             if end > start
         ]
         ctx.save_for_backward(
@@ -198,7 +187,7 @@ class _Enter(torch.autograd.Function):
             normed.mean,
             normed.rstd,
         )
-        ctx.full, ctx.epsilon = heads.full, epsilon
+        ctx.full, ctx.epsilon = heads.num_full, epsilon
         if len(results) > 1:
             ctx.mark_non_differentiable(*results[1])
         ctx.set_materialize_grads(False)
@@ -251,7 +240,7 @@ class _Leave(torch.autograd.Function):
         fc2: Tensor,
         fc2_bias: Tensor | None,
         scale2: Tensor | None,
-        heads: ChosenHeads,
+        heads: BlockHeads,
         epsilon: float,
         dtype: torch.dtype,
         following: Norm | None,
@@ -267,10 +256,12 @@ class _Leave(torch.autograd.Function):
         middle, normed = add_branch_and_normalise(rows, branch1, proj_bias, scale1, norm)
         units = fc1.shape[0] // of
         weight, bias = taken[1].view(-1, channels), None if fc1_bias is None else taken[3]
-        hidden = _into_heads(normed.rows, weight, bias, 0, heads.full * units)
+        hidden = _into_heads(normed.rows, weight, bias, 0, heads.num_full * units)
         others = None
-        if heads.order.numel() > heads.full:
-            others = _into_heads(normed.rows, weight, bias, heads.full * units, heads.order.numel() * units)
+        if heads.num_forward_only:
+            others = _into_heads(
+                normed.rows, weight, bias, heads.num_full * units, heads.order.numel() * units
+            )
         branch2 = gelu_join(hidden, others) @ taken[2].view(channels, -1).t()
         ahead: tuple[Tensor, ...] = ()
         if following is None:
@@ -285,7 +276,7 @@ class _Leave(torch.autograd.Function):
             # The scales' gradients need what they scaled.
             *(None if scale1 is None else branch1, None if scale2 is None else branch2),
         )
-        ctx.full, ctx.epsilon = heads.full, epsilon
+        ctx.full, ctx.epsilon = heads.num_full, epsilon
         ctx.set_materialize_grads(False)
         return result.view(x.shape), *ahead
 

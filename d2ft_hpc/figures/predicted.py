@@ -9,7 +9,6 @@ import numpy as np
 
 from d2ft_hpc.figures.run import Run, share
 from d2ft_hpc.figures.style import legend_below, marker_style, new_figure, say, short
-from d2ft_hpc.results.reader import slowest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +21,7 @@ def measure(runs: Sequence[Run]) -> dict[str, Any]:
     dense run, both as medians over steps of the slowest rank, without waiting for data; None without a dense run.
     """
     dense = next((run for run in runs if run.is_dense), None)
-    baseline = None if dense is None else float(np.median(_seconds_per_dense_flop(dense)))
+    baseline = None if dense is None else float(np.median(dense.per_dense_flop(dense.busy_seconds)))
     return {
         "baseline": None if dense is None else dense.name,
         "runs": [_of_run(run, baseline) for run in runs],
@@ -31,7 +30,7 @@ def measure(runs: Sequence[Run]) -> dict[str, Any]:
 
 def _of_run(run: Run, baseline: float | None) -> dict[str, Any]:
     steps = run.steps
-    seconds = _seconds_per_dense_flop(run)
+    seconds = run.per_dense_flop(run.busy_seconds)
     of_plans: dict[str, list[Any]] = {
         name: [] for name in ("plan", "planned", "executed", "predicted_time", "measured_time")
     }
@@ -47,13 +46,6 @@ def _of_run(run: Run, baseline: float | None) -> dict[str, Any]:
         measured = None if baseline is None else float(np.median(seconds[chosen])) / baseline
         of_plans["measured_time"].append(measured)
     return {"name": run.name, **of_plans}
-
-
-def _seconds_per_dense_flop(run: Run) -> Any:
-    """Of each step, so that steps over fewer samples compare with others."""
-    dense = run.steps["dense_flops"].max(axis=1, initial=0)
-    seconds = slowest(run.steps["step_seconds"] - np.nan_to_num(run.steps["data_seconds"]))
-    return seconds / np.where(dense > 0, dense, 1)
 
 
 def draw(numbers: dict[str, Any]) -> Figure:

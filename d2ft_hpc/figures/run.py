@@ -84,6 +84,17 @@ class Run:
         """Sum over steps of the slowest rank's time."""
         return float(slowest(self.steps["step_seconds"]).sum())
 
+    def per_dense_flop(self, seconds: Array) -> Array:
+        """The slowest rank's seconds of each step, [step, rank] -> [step], by the FLOPs that the dense model would have
+        computed, so that steps over fewer samples compare with others."""
+        dense = self.steps["dense_flops"].max(axis=1, initial=0)
+        return np.asarray(slowest(seconds) / np.where(dense > 0, dense, 1))
+
+    @property
+    def busy_seconds(self) -> Array:
+        """Of each step without waiting for data, [step, rank]."""
+        return np.asarray(self.steps["step_seconds"] - np.nan_to_num(self.steps["data_seconds"]))
+
     @cached_property
     def preparation_seconds(self) -> float:
         """Scoring and planning."""

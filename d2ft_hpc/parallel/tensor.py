@@ -23,6 +23,7 @@ from d2ft_hpc.errors import UnsupportedModelError
 from d2ft_hpc.execution.block import BlockHeads, attention_heads, branch_ends, ffn_slices
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Owners
+from d2ft_hpc.execution.rows import choose_heads
 from d2ft_hpc.model.subnets import HeadAxis
 from d2ft_hpc.parallel.head_split import check_owner, cut_block, heads_of, local_axis
 from d2ft_hpc.parallel.messages import (
@@ -75,9 +76,7 @@ class TensorParallelExecutor(PlanExecutor):
             {name: local_axis(axis, int(own)) for name, axis in whole.subnets.head_axes.items()}
             for own in (owner == messages.rank).sum(axis=1)
         ]
-        self._dense = [
-            self._heads(np.full(row.shape, Operation.FULL), block) for block, row in enumerate(owner)
-        ]
+        _, self._dense = self._choose(np.full(owner.shape, Operation.FULL), np.ones(len(owner)))
 
     def use(self, token_layout: TokenLayout) -> None:
         """The layout of the tokens from the next micro-batch on; on all ranks of the group alike.
@@ -102,13 +101,24 @@ class TensorParallelExecutor(PlanExecutor):
         assert isinstance(heads, SharedHeads)
         return run_shared_block(block, x, heads, self._axes[index], self.messages)
 
-    def _heads(self, cells: np.ndarray, index: int) -> SharedHeads:
-        own = super()._heads(cells[self._owner[index] == self.messages.rank], index)
-        full, active = (
-            tuple(np.unique(self._owner[index][cells >= least]).tolist())
-            for least in (Operation.FULL, Operation.FORWARD_ONLY)
+    def _choose(self, operations: np.ndarray, scales: np.ndarray) -> tuple[Tensor, list[SharedHeads]]:
+        owned = list(zip(operations, self._owner, strict=True))
+        indices, own = choose_heads(
+            [cells[owner == self.messages.rank] for cells, owner in owned],
+            scales.tolist(),
+            self._any_parameter.device,
         )
-        return SharedHeads(own.full, own.forward_only, own.is_dense, full, active, scale=own.scale)
+        ranks = (
+            tuple(
+                tuple(np.unique(owner[cells >= least]).tolist())
+                for least in (Operation.FULL, Operation.FORWARD_ONLY)
+            )
+            for cells, owner in owned
+        )
+        return indices, [
+            SharedHeads(heads.order, heads.num_full, heads.places, full, active, scale=heads.scale)
+            for heads, (full, active) in zip(own, ranks, strict=True)
+        ]
 
 
 def share_blocks(
@@ -197,10 +207,11 @@ def _branch(
     ranks = heads.active_ranks, heads.full_ranks
     with nullcontext() if heads.full_ranks else torch.no_grad():
         entered = messages.enter(norm(x), *ranks)
-        own = None if heads.full is None else compute(entered, heads.full)
-        if heads.forward_only is not None:
+        full, forward_only = heads.full, heads.forward_only
+        own = None if full is None else compute(entered, full)
+        if forward_only is not None:
             with torch.no_grad():
-                forward_only = compute(entered, heads.forward_only)
-                own = forward_only if own is None else own.add_(forward_only)
+                beside = compute(entered, forward_only)
+                own = beside if own is None else own.add_(beside)
         total = messages.leave(own, entered, *ranks)
         return end(total if bias is None else total + bias)

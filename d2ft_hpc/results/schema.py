@@ -180,6 +180,13 @@ TABLES: dict[str, dict[str, Field]] = {
         Field("solve_seconds", "float64", "s", "time that solving took"),
         Field("planned_compute", "float64", "1", "share of the dense FLOPs, all ranks together"),
         Field("planned_time", "float64", "1", "share of the dense step's time: the slowest rank's FLOPs"),
+        Field("block_shapes", "int64", "1", "kernels that rank 0's blocks would need by now if compiled"),
+        Field(
+            "micro_batch_shapes", "int64", "1", "different shapes of the micro-batches of rank 0's replica"
+        ),
+        Field(
+            "most_shapes", "int64", "1", "with more, blocks are not compiled; nor micro-batches CUDA graphs"
+        ),
     ),
     "scores": _fields(
         _STEP,

@@ -321,7 +321,7 @@ def _put_in_force(
         f"compute, made in {seconds:.2f} s{'' if layout is None else f', tokens {layout}'}"
     )
     if writer is not None:
-        record_plan(job, writer, plan, position.steps_done, seconds)
+        record_plan(job, engine.executor, writer, plan, position.steps_done, seconds)
     return replace(position, plans_made=position.plans_made + 1)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 
+from d2ft_hpc.execution.executor import MOST_SHAPES, PlanExecutor
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.scores import Scores
@@ -57,8 +58,10 @@ def record_scores(writer: ResultsWriter, scores: Scores, step: int) -> None:
     )
 
 
-def record_plan(job: Job, writer: ResultsWriter, plan: SkipPlan, step: int, seconds: float) -> None:
-    """`step` is the first one under the plan."""
+def record_plan(
+    job: Job, executor: PlanExecutor, writer: ResultsWriter, plan: SkipPlan, step: int, seconds: float
+) -> None:
+    """executor: has loaded the plan. `step` is the first one under the plan."""
     writer.append(
         "plans",
         {
@@ -78,6 +81,9 @@ def record_plan(job: Job, writer: ResultsWriter, plan: SkipPlan, step: int, seco
                 float(job.costs.planned_flops(plan.for_replica(replica)).mean()) / job.costs.dense_flops
                 for replica in range(plan.replicas)
             ),
+            "block_shapes": executor.block_shapes,
+            "micro_batch_shapes": executor.micro_batch_shapes,
+            "most_shapes": MOST_SHAPES,
         },
     )
     note(writer, step, "plan", plan.hash, seconds)

@@ -73,6 +73,11 @@ def test_the_results_file_holds_the_whole_run(finished_run: Path) -> None:
         assert opened.plan(index).shape == opened.score(index, "forward").shape == (8, 6, 4)
         assert SkipPlan(opened.plan(index), replicas=2).hash == plans["hash"][index]
         assert plans["planned_compute"][index] <= 0.5
+        full, forward_only = ((opened.plan(index)[::2] == operation).sum(axis=2) for operation in (2, 1))
+        micro_batches = np.concatenate([full, forward_only], axis=1)  # of replica 0
+        assert plans["micro_batch_shapes"][index] == len(np.unique(micro_batches, axis=0))
+        skipping = set(zip(full.flat, forward_only.flat, strict=True)) - {(4, 0), (0, 0)}
+        assert plans["block_shapes"][index] >= len(skipping) > 0
     parameters = opened.datasets("model")
     assert (np.asarray(parameters["parameter_class"]) == "subnet").sum() == 6 * 6
     assert np.asarray(parameters["subnet_parameters"]).shape == (6, 4)

@@ -17,6 +17,7 @@ from matplotlib.image import imread
 from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.figures import (
     compare,
+    free_shapes,
     gantt,
     learning,
     paper,
@@ -37,21 +38,25 @@ SCRIPTS = sorted(path.name for path in (ROOT / "analysis").glob("*.py"))
 
 def config(share, seed):
     return (
-        f"run: {{name: x, seed: {seed}}}\nmodel: {{name: vit}}\ndata: {{name: cifar10}}\n"
+        f"run: {{name: x, seed: {seed}}}\nmodel: {{name: vit}}\ndata: {{name: cifar10, micro_batch_size: 2}}\n"
         f"plan: {{compute_budget: {share}}}\n"
     )
 
 
-def make_run(path, share, steps=40, seed=0, lost=0.0):
+def make_run(path, share, steps=40, seed=0, lost=0.0, shapes=None, dense_pass_seconds=None, device="cpu"):
     """Two ranks; rank 1 executes 20 % of the dense FLOPs less and takes 0.1 s longer than rank 0, which waits."""
     operations = np.full((4, 3, 2), 2, np.uint8)
     if share < 1:
         operations[:2, 0] = [0, 1]  # block 0: head 0 SHORTCUT, head 1 FORWARD_ONLY in half of the rows
     with ResultsWriter(path) as writer:
         writer.put("config", {"yaml": config(share, seed)})
+        writer.put("environment", {}, {"device": device})
         values = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
         writer.append("scores", {"step": 0, "forward": values, "backward": values, "seconds": 1.5})
-        writer.append("plans", {"step": 0, "operations": operations, "solve_seconds": 0.5})
+        writer.append("plans", {"step": 0, "operations": operations, "solve_seconds": 0.5, **(shapes or {})})
+        if dense_pass_seconds is not None:  # of 2 samples with 4 + 6 * 1 FLOP each
+            sizes = {"always_flops": 4.0, "full_flops": 1.0, "num_blocks": 3, "num_heads": 2}
+            writer.put("model", {}, {**sizes, "dense_pass_seconds": dense_pass_seconds})
         for step in range(steps):
             writer.append(
                 "steps",
@@ -66,6 +71,7 @@ def make_run(path, share, steps=40, seed=0, lost=0.0):
                     "planned_bytes": [1e6 * share, 2e6 * share],
                     "dense_bytes": [2e6, 2e6],
                     "forward_seconds": [share - 0.1, share],
+                    "backward_seconds": [0.1, 0.1],
                     "communication_seconds": [0.2, 0.1],
                     "waiting_seconds": [0.1, 0.0],
                     "step_seconds": [share, share + 0.1],
@@ -208,6 +214,56 @@ def test_table(paths):
     assert lines[lines.index(d2ft) + 1].strip() == str(paths[1])
 
 
+def test_free_shapes(paths, tmp_path):
+    """20 shapes where 8 are compiled: steps of 0.7 s against 0.6 of the dense 1.1 s, of the rank that computes most."""
+    free = {"block_shapes": 20, "micro_batch_shapes": 20, "most_shapes": 8}
+    path = make_run(tmp_path / "free" / "results.h5", 0.6, shapes=free)
+    with Runs([*paths, path]) as runs:
+        (found,) = free_shapes.measure(runs)["runs"]  # the others say nothing of their shapes: older files
+    assert (found["block_shapes"], found["dense"]) == (20, "dense")
+    assert found["executed_share"] == pytest.approx(0.6)
+    assert found["seconds_over_ideal"] == pytest.approx(0.7 / (0.6 * 1.1))
+    page = tmp_path / "report.html"
+    text = report([paths[0], path], page=page)
+    sentence = (
+        "free: blocks that skip heads ran eagerly; their 20 shapes are too many for engine.compile (at most 8). "
+        "A step took 1.06 times the ideal, 60.0% of the step of dense."
+    )
+    assert sentence in text.splitlines()
+    assert f"<p>{sentence}</p>" in page.read_text()
+    assert "CUDA graphs" not in text
+
+
+def test_cuda_graphs_that_free_shapes_cost(paths, tmp_path):
+    shapes = {"block_shapes": 0, "micro_batch_shapes": 20, "most_shapes": 8}
+    on_cpu = make_run(tmp_path / "on_cpu" / "results.h5", 0.6, shapes=shapes)
+    on_gpu = make_run(tmp_path / "on_gpu" / "results.h5", 0.6, shapes=shapes, device="NVIDIA H200")
+    *_, line = report([paths[0], on_cpu, on_gpu]).splitlines()
+    assert line == (
+        "on_gpu: micro-batches ran without CUDA graphs; their 20 shapes are too many for engine.cuda_graphs (at most "
+        "8). A step took 1.06 times the ideal, 60.0% of the step of dense."
+    )
+
+
+def test_free_shapes_without_a_dense_run(tmp_path):
+    few = {"block_shapes": 8, "micro_batch_shapes": 8, "most_shapes": 8}
+    free = {**few, "block_shapes": 9}
+    within = make_run(tmp_path / "within" / "results.h5", 0.6, shapes=few)
+    unknown = make_run(tmp_path / "unknown" / "results.h5", 0.6, shapes=free)
+    failed = make_run(tmp_path / "failed" / "results.h5", 0.6, shapes=free, dense_pass_seconds=np.nan)
+    timed = make_run(tmp_path / "timed" / "results.h5", 0.6, shapes=free, dense_pass_seconds=2.5)
+    lines = report([within, unknown, failed, timed]).splitlines()
+    assert not any(line.startswith("within:") for line in lines)
+    for name in ("unknown", "failed"):
+        (line,) = (line for line in lines if line.startswith(f"{name}: "))
+        assert line.endswith("What that cost is not known: there is no dense time to compare with.")
+    (line,) = (line for line in lines if line.startswith("timed: "))
+    # 20 FLOP took 2.5 s; 0.6 and 0.1 s are of 10 FLOP.
+    assert line.endswith(
+        "Forward and backward took 0.93 times the ideal, 60.0% of the dense passes that it timed at its start."
+    )
+
+
 def test_page(paths, tmp_path):
     page = tmp_path / "new" / "report.html"
     report(paths, page=page, png=tmp_path / "picture.png")
@@ -237,13 +293,15 @@ def test_runs_that_recorded_next_to_nothing(tmp_path):
     paths = []
     for name in ("a", "b"):
         with ResultsWriter(tmp_path / name / "same" / "results.h5") as writer:
-            writer.append("steps", {"step": 0})
+            writer.append("plans", {"step": 0, "block_shapes": 9, "most_shapes": 8})
+            writer.append("steps", {"step": 0, "plan": 0})
         paths.append(writer.path)
     unfinished = ResultsWriter(tmp_path / "c" / "results.h5")
     unfinished.flush()
     text = report([*paths, unfinished.path], page=tmp_path / "report.html", png=tmp_path / "report.png")
     assert os.path.join("a", "same") in text
     assert os.path.join("b", "same") in text
+    assert text.count("What that cost is not known") == 2
     assert "did not end in order" in text
     assert "Did not end in order: c" in (tmp_path / "report.html").read_text()
 

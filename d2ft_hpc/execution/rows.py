@@ -1,0 +1,65 @@
+"""A plan's rows as blocks look them up: which heads each block runs, as index tensors on the model's device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2ft_hpc.execution.block import BlockHeads
+from d2ft_hpc.planning.plan import Operation
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one micro-batch runs.
+
+    indices: int64 [n], all that the blocks' heads are parts of. heads: [block].
+    is_complete: FULL everywhere. one_point: [block], whether a block's gradients must be complete and in order.
+    """
+
+    indices: Tensor
+    heads: Sequence[BlockHeads]
+    is_complete: bool
+    one_point: Sequence[bool]
+
+    @property
+    def shape(self) -> tuple[tuple[int, int, float], ...]:
+        """Of every block."""
+        return tuple(heads.shape for heads in self.heads)
+
+    def reading(self, indices: Tensor) -> Row:
+        """The same numbers of heads, but those of `indices`."""
+        sizes = [size for heads in self.heads for size in (heads.order.numel(), heads.places.numel())]
+        parts = iter(indices.split(sizes))
+        return replace(
+            self,
+            indices=indices,
+            heads=[replace(heads, order=next(parts), places=next(parts)) for heads in self.heads],
+        )
+
+
+def choose_heads(
+    operations: Sequence[np.ndarray], scales: Sequence[float], device: torch.device
+) -> tuple[Tensor, list[BlockHeads]]:
+    """Indices and heads of a `Row`. operations: of each block, uint8 [head]; scales: of each block."""
+    chosen = []
+    for cells in operations:
+        full, forward_only = (
+            np.flatnonzero(cells == operation) for operation in (Operation.FULL, Operation.FORWARD_ONLY)
+        )
+        places = np.full(cells.size, -1)
+        places[full] = np.arange(full.size)
+        chosen.append((np.concatenate([full, forward_only]), full.size, places))
+    # One tensor, so that it reaches a GPU, or the input of a CUDA graph, by one copy.
+    joined = np.concatenate(list(chain.from_iterable((order, places) for order, _, places in chosen)))
+    indices = torch.from_numpy(joined).to(device)
+    parts = iter(indices.split([size for order, _, places in chosen for size in (order.size, places.size)]))
+    return indices, [
+        BlockHeads(next(parts), num_full, next(parts), scale=float(scale))
+        for (_, num_full, _), scale in zip(chosen, scales, strict=True)
+    ]
