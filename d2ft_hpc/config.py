@@ -19,6 +19,9 @@ from yaml import YAMLError
 
 from d2ft_hpc.errors import ConfigError
 
+PLAN_MEMORY = ("joint", "makespan", "depth")
+"""Planners that give a rank with little memory fewer FULL subnets."""
+
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -203,8 +206,9 @@ class PlanConfig(Section):
     by_meeting what tensor-parallel ranks really send in engine.token_layout, which is less where only some of them, or
     none, have an active head in a block."""
     memory_budget: Fraction | None = None
-    """Share of the activations of a dense micro-batch that a device keeps for the backward; null: no limit. Planners
-    `paper` and `random` do not know it and are refused where they exceed it."""
+    """Share of the activations of a dense micro-batch that a device keeps for the backward. null: planners `joint`,
+    `makespan` and `depth` keep to the memory that each rank has left at the start, if it is too little for a dense
+    micro-batch; 1: no limit. Planners `paper` and `random` do not know it and are refused where they exceed it."""
     costs: Literal["flops", "measured", "paper"] = "flops"
     """What planners take for the cost of FORWARD_ONLY and of what always runs: counted FLOPs; seconds of a short
     profile on every rank at the start (kept for the same hardware and model), which also gives the ranks' speeds; or
@@ -397,7 +401,7 @@ class RunConfig(Section):
     def _check_repeats(self) -> None:
         """Raises where a step that ran out of memory cannot be repeated."""
         engine, key = self.engine, "engine.repeat_out_of_memory=true"
-        if self.plan.planner not in ("joint", "makespan", "depth") or self.plan.file is not None:
+        if self.plan.planner not in PLAN_MEMORY or self.plan.file is not None:
             raise ValueError(
                 f"{key}: planner {self.plan.planner} cannot plan a rank less memory; use joint, makespan or depth, and "
                 f"no plan.file"

@@ -33,6 +33,7 @@ def record_job(
             "forward_only_flops": job.costs.forward_only_flops,
             "dense_pass_seconds": measured.profile.dense_seconds,
             "always_pass_seconds": measured.profile.always_seconds,
+            "dense_kept_bytes": measured.kept.unowned + job.costs.num_subnets * measured.kept.by_full,
             "plan_costs": json.dumps(asdict(measured.plan_costs)),
             "all_reduce_seconds": measured.all_reduce.latency,
             "all_reduce_seconds_per_byte": measured.all_reduce.per_byte,
