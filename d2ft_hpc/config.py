@@ -19,8 +19,8 @@ from yaml import YAMLError
 
 from d2ft_hpc.errors import ConfigError
 
-PLAN_MEMORY = ("joint", "makespan", "depth")
-"""Planners that give a rank with little memory fewer FULL subnets."""
+PLANNERS_OF_MEMORY = ("joint", "makespan", "depth")
+"""Those that give a rank with little memory fewer FULL subnets."""
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -401,7 +401,7 @@ class RunConfig(Section):
     def _check_repeats(self) -> None:
         """Raises where a step that ran out of memory cannot be repeated."""
         engine, key = self.engine, "engine.repeat_out_of_memory=true"
-        if self.plan.planner not in PLAN_MEMORY or self.plan.file is not None:
+        if self.plan.planner not in PLANNERS_OF_MEMORY or self.plan.file is not None:
             raise ValueError(
                 f"{key}: planner {self.plan.planner} cannot plan a rank less memory; use joint, makespan or depth, and "
                 f"no plan.file"
@@ -478,6 +478,16 @@ class RunConfig(Section):
                 f"engine.deepspeed.zero_optimization.stage={stage} with {parts}: a pipeline's stages keep their "
                 f"gradients until the batch's end, and DeepSpeed refuses; use stage 0 or 1"
             )
+
+    @property
+    def plans_by_free_memory(self) -> bool:
+        """Whether plans keep to the memory that is measured at the start."""
+        return (
+            self.plan.planner in PLANNERS_OF_MEMORY
+            and self.plan.file is None
+            and self.plan.memory_budget is None
+            and not self.engine.activation_checkpointing  # a block's activations are there for its backward alone
+        )
 
     @property
     def run_folder(self) -> Path:

@@ -25,6 +25,10 @@ class KeptBytes:
     unowned: float
     by_full: float
 
+    def of(self, full: int) -> float:
+        """With so many FULL subnets."""
+        return self.unowned + full * self.by_full
+
 
 def measure_kept(
     model: VisionTransformer,

@@ -82,7 +82,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     engine = build_engine(job.config, job.model, job.executor, placement, job.total_steps, job.loss, control)
     costs = with_room(job, engine, placement, measured.kept, measured.plan_costs)
     measured = replace(measured, plan_costs=costs)
-    if control.rank == 0 and costs.room_bytes is not None:
+    if control.rank == 0 and measured.kept is not None:
         print(describe_room(costs, measured.kept, job.costs.num_subnets), flush=True)
     if start.checkpoint is not None:
         plan = load_checkpoint(start.checkpoint, engine, control)

@@ -17,7 +17,8 @@ from d2ft_hpc.training.plan_costs import PlanCosts, find_costs
 class Measured:
     profile: PassProfile
     all_reduce: AllReduceSeconds
-    kept: KeptBytes
+    kept: KeptBytes | None
+    """None where plans do not depend on it."""
     plan_costs: PlanCosts
 
 
@@ -28,6 +29,8 @@ def measure_job(job: Job) -> Measured:
     precisions = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     precision = precisions[job.config.engine.precision]
     profile = profile_passes(job.model, job.executor, shape, precision)
-    kept = measure_kept(job.model, job.executor, shape, precision)
+    kept = None
+    if job.config.plans_by_free_memory:
+        kept = measure_kept(job.model, job.executor, shape, precision)
     all_reduce = measure_all_reduce(job.device)
     return Measured(profile, all_reduce, kept, find_costs(job, profile, all_reduce))

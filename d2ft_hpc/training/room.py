@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from d2ft_hpc.config import PLAN_MEMORY
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import agreed
 from d2ft_hpc.metering.kept import KeptBytes
@@ -20,20 +19,16 @@ HEADROOM = 0.1
 """Share of the free memory that is left for what a backward needs beside what it was kept for, and for gaps."""
 
 
-def with_room(job: Job, engine: Engine, placement: Placement, kept: KeptBytes, costs: PlanCosts) -> PlanCosts:
+def with_room(
+    job: Job, engine: Engine, placement: Placement, kept: KeptBytes | None, costs: PlanCosts
+) -> PlanCosts:
     """The costs with the most FULL subnets of each rank, if some rank has not the memory for a dense micro-batch.
 
-    On all ranks together, once their engines are built. As they were where plans know no memory, where
-    `plan.memory_budget` says it, where blocks keep their inputs only, and in a resumed run, which has them.
+    On all ranks together, once their engines are built. kept: this rank's; None: the costs stay as they are, as those
+    of a resumed run do.
     """
-    config, control = job.config, job.control
-    is_measured = (
-        config.plan.planner in PLAN_MEMORY
-        and config.plan.file is None
-        and config.plan.memory_budget is None
-        and not config.engine.activation_checkpointing
-    )
-    if not is_measured or costs.room_bytes is not None:
+    control = job.control
+    if kept is None or costs.room_bytes is not None:
         return costs
     control.all_gather(b"")  # what others still build would count as free
     free = free_bytes(job.device)
@@ -66,8 +61,7 @@ def most_full(room_bytes: float, kept: KeptBytes, placement: Placement, slots: i
 def describe_room(costs: PlanCosts, kept: KeptBytes, num_subnets: int) -> str:
     """One line of what was measured and what follows."""
     rooms = costs.room_bytes or []
-    dense = kept.unowned + num_subnets * kept.by_full
-    line = f"memory: a dense micro-batch keeps {_size(dense)}, ranks have room for {_range(rooms)}"
+    line = f"memory: a dense micro-batch keeps {_size(kept.of(num_subnets))}, ranks have room for {_range(rooms)}"
     if costs.most_full is None:
         return line
     told = ", ".join(f"{most:.0f} on rank {rank}" for rank, most in enumerate(costs.most_full))

@@ -52,13 +52,13 @@ def test_what_a_micro_batch_keeps_is_measured():
     size = model.patch_embed.img_size
     kept = measure_kept(model, executor, (SAMPLES, 3, *size), torch.float32)
     dense = np.full((DEPTH, HEADS), Operation.FULL, np.uint8)
-    assert kept.unowned + DEPTH * HEADS * kept.by_full == pytest.approx(really_kept(model, executor, dense))
+    assert kept.of(DEPTH * HEADS) == pytest.approx(really_kept(model, executor, dense))
     generator = np.random.default_rng(0)
     for share in (0.2, 0.5, 0.8):
         operations = np.where(generator.random((DEPTH, HEADS)) < share, 2, generator.integers(0, 2)).astype(
             np.uint8
         )
-        bound = kept.unowned + (operations == Operation.FULL).sum() * kept.by_full
+        bound = kept.of((operations == Operation.FULL).sum())
         assert really_kept(model, executor, operations) <= 1.02 * bound
 
 
@@ -154,9 +154,9 @@ def test_a_job_short_of_memory_plans_less_and_keeps_to_it_when_resumed(tmp_path,
     assert again == costs
     assert room.with_room(resumed, engine, placement, kept, again) == costs
 
-    plan = config.plan.model_copy(update={"memory_budget": 1.0})
-    told = replace(job, config=config.model_copy(update={"plan": plan}))
-    assert room.with_room(told, engine, placement, kept, measured.plan_costs) == measured.plan_costs
+    told = load_config(Path("configs/demo.yaml"), [*overrides, "plan.memory_budget=1.0"])
+    assert measure_job(replace(job, config=told)).kept is None
+    assert room.with_room(job, engine, placement, None, measured.plan_costs) == measured.plan_costs
 
 
 @pytest.mark.parametrize("version", [1, 2])
