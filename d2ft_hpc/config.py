@@ -322,6 +322,16 @@ class EngineConfig(Section):
     the GPU waits for the processor."""
 
     @property
+    def data_parallel(self) -> Literal["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]:
+        """How replicas reduce (`planning.messages`)."""
+        if self.name != "deepspeed":
+            return "fsdp2" if self.name == "fsdp2" else "ddp"
+        stages: dict[Any, Literal["zero0", "zero1", "zero2", "zero3"]] = {1: "zero1", 2: "zero2", 3: "zero3"}
+        zero = self.deepspeed.get("zero_optimization")
+        default = int(self.precision == "fp16")
+        return stages.get(zero.get("stage", default) if isinstance(zero, dict) else default, "zero0")
+
+    @property
     def tensor_ranks(self) -> int:
         """Tensor-parallel ranks of a replica, whichever key says so."""
         return int(self.deepspeed.get("tensor_parallel", {}).get("autotp_size", self.tensor_parallel))

@@ -319,8 +319,8 @@ def check_sent(
         slots=SLOTS,
         micro_batch_size=4,
         precision="fp32",
-        zero_stage=0,
-        trains_embeddings=False,
+        data_parallel="zero0",
+        embeddings="frozen",
     )
     sent = {}
     for kind in KINDS:
