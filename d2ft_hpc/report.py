@@ -92,6 +92,7 @@ def _sections(runs: Sequence[Run], numbers: dict[str, Any]) -> Iterator[tuple[st
     table = _table(titles, summary.table(numbers)[3:])
     unfinished = [run.name for run in runs if not run.complete]
     note = f"<p>Did not end in order: {html.escape(', '.join(unfinished))}.</p>" if unfinished else ""
+    note += "".join(f"<p>{html.escape(text)}.</p>" for text in summary.notes(numbers))
     yield "Summary", table + note + _figure(summary.draw(numbers), "Compute and time of each run.")
     yield (
         "Learning",
