@@ -405,6 +405,8 @@ def _add_sharded(add: Callable[..., None], stages: int, tensor: int, everything:
             )
             if everything or usual:
                 add(kind, stages, tensor, optimizer, zero=stages % 2, **sharded)
+            if everything:
+                add(kind, stages, tensor, optimizer, "bf16", zero=stages % 2, **sharded)
     add("random", stages, tensor, "sgd", clipping=0.05, embeddings="trained", qk_norm=True, **sharded)
     add("whole blocks", stages, tensor, "sgd", "bf16", **sharded)
     if stages > 1:
