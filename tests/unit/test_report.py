@@ -136,7 +136,7 @@ def test_what_a_plan_changes_between_replicas_is_said(tmp_path, engine):
         assert f"sparse: {said}" in text
         assert f"<p>sparse: {said}.</p>" in page
     assert ("sparse: " in text) == bool(said)
-    assert "dense: " not in text
+    assert "\ndense: " not in text
 
 
 def test_learning(runs):
