@@ -19,6 +19,9 @@ from yaml import YAMLError
 
 from d2ft_hpc.errors import ConfigError
 
+PLANNERS_OF_MEMORY = ("joint", "makespan", "depth")
+"""Those that give a rank with little memory fewer FULL subnets."""
+
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -203,8 +206,9 @@ class PlanConfig(Section):
     by_meeting what tensor-parallel ranks really send in engine.token_layout, which is less where only some of them, or
     none, have an active head in a block."""
     memory_budget: Fraction | None = None
-    """Share of the activations of a dense micro-batch that a device keeps for the backward; null: no limit. Planners
-    `paper` and `random` do not know it and are refused where they exceed it."""
+    """Share of the activations of a dense micro-batch that a device keeps for the backward. null: planners `joint`,
+    `makespan` and `depth` keep to the memory that each rank has left at the start, if it is too little for a dense
+    micro-batch; 1: no limit. Planners `paper` and `random` do not know it and are refused where they exceed it."""
     costs: Literal["flops", "measured", "paper"] = "flops"
     """What planners take for the cost of FORWARD_ONLY and of what always runs: counted FLOPs; seconds of a short
     profile on every rank at the start (kept for the same hardware and model), which also gives the ranks' speeds; or
@@ -318,6 +322,16 @@ class EngineConfig(Section):
     the GPU waits for the processor."""
 
     @property
+    def data_parallel(self) -> Literal["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]:
+        """How replicas reduce (`planning.messages`)."""
+        if self.name != "deepspeed":
+            return "fsdp2" if self.name == "fsdp2" else "ddp"
+        stages: dict[Any, Literal["zero0", "zero1", "zero2", "zero3"]] = {1: "zero1", 2: "zero2", 3: "zero3"}
+        zero = self.deepspeed.get("zero_optimization")
+        default = int(self.precision == "fp16")
+        return stages.get(zero.get("stage", default) if isinstance(zero, dict) else default, "zero0")
+
+    @property
     def tensor_ranks(self) -> int:
         """Tensor-parallel ranks of a replica, whichever key says so."""
         return int(self.deepspeed.get("tensor_parallel", {}).get("autotp_size", self.tensor_parallel))
@@ -397,7 +411,7 @@ class RunConfig(Section):
     def _check_repeats(self) -> None:
         """Raises where a step that ran out of memory cannot be repeated."""
         engine, key = self.engine, "engine.repeat_out_of_memory=true"
-        if self.plan.planner not in ("joint", "makespan", "depth") or self.plan.file is not None:
+        if self.plan.planner not in PLANNERS_OF_MEMORY or self.plan.file is not None:
             raise ValueError(
                 f"{key}: planner {self.plan.planner} cannot plan a rank less memory; use joint, makespan or depth, and "
                 f"no plan.file"
@@ -474,6 +488,16 @@ class RunConfig(Section):
                 f"engine.deepspeed.zero_optimization.stage={stage} with {parts}: a pipeline's stages keep their "
                 f"gradients until the batch's end, and DeepSpeed refuses; use stage 0 or 1"
             )
+
+    @property
+    def plans_by_free_memory(self) -> bool:
+        """Whether plans keep to the memory that is measured at the start."""
+        return (
+            self.plan.planner in PLANNERS_OF_MEMORY
+            and self.plan.file is None
+            and self.plan.memory_budget is None
+            and not self.engine.activation_checkpointing  # a block's activations are there for its backward alone
+        )
 
     @property
     def run_folder(self) -> Path:

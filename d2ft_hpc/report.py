@@ -96,6 +96,7 @@ def _sections(runs: Sequence[Run], numbers: dict[str, Any]) -> Iterator[tuple[st
     note += "".join(
         f"<p>{html.escape(text)}</p>" for text in free_shapes.sentences(free_shapes.measure(runs))
     )
+    note += "".join(f"<p>{html.escape(text)}.</p>" for text in summary.notes(numbers))
     yield "Summary", table + note + _figure(summary.draw(numbers), "Compute and time of each run.")
     yield (
         "Learning",

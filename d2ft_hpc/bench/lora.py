@@ -194,17 +194,8 @@ class _Training:
 
     def _kept_bytes(self, slot: int) -> int:
         """What the forward pass of a micro-batch keeps for its backward, parameters apart."""
-        kept: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            if not isinstance(tensor, torch.nn.Parameter):
-                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with self.micro_batch(slot), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = self._loss(slot)  # alive until all of it is counted: memory is used again
-        del loss
-        return sum(kept.values())
+        with self.micro_batch(slot):
+            return memory.kept_bytes(lambda: self._loss(slot), self.model.parameters())
 
     def _loss(self, slot: int) -> Tensor:
         return F.cross_entropy(self.model(self._images[slot]).float(), self._labels[slot])

@@ -159,8 +159,8 @@ def _count(control: Control, setting: Setting, each: Measured) -> None:
         slots=setting.sizes.micro_batches,
         micro_batch_size=setting.sizes.samples,
         precision="fp32",
-        zero_stage=0,
-        trains_embeddings=False,
+        data_parallel="zero0",
+        embeddings="frozen",
     )
     each.told = sum(_of_all(control, model.of(each.plan, each.layout)))
 

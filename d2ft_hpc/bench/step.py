@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.metering import StepCosts, measure_costs
+from d2ft_hpc.metering.memory import kept_bytes
 from d2ft_hpc.planning import Operation, SkipPlan
 
 Step = Callable[[], None]
@@ -324,19 +325,8 @@ def _graph_pool() -> Any:
 
 def _kept_bytes(forward: Callable[[Tensor], Tensor], model: nn.Module, batch: tuple[Tensor, Tensor]) -> int:
     """Bytes of the tensors that a forward keeps for its backward, beside parameters and the input."""
-    own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers(), *batch)}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = _loss(forward(batch[0]), batch[1])
-    del loss
-    return sum(kept.values())
+    beside = (*model.parameters(), *model.buffers(), *batch)
+    return kept_bytes(lambda: _loss(forward(batch[0]), batch[1]), beside)
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from d2ft_hpc.engines.engine import (
 from d2ft_hpc.engines.out_of_memory import repeatable
 from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
 from d2ft_hpc.engines.replicas import reduce_trained_blocks
+from d2ft_hpc.engines.state_bytes import bytes_to_come
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.engines.zero_state import collect, restore
 from d2ft_hpc.errors import ConfigError
@@ -107,13 +108,13 @@ class DeepSpeedEngine:
         self.rules = ZeroRules.of(config)
         self._twin = self.rules.twin_of(model)
         self.rules.prepare(model, executor, slot_source)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.made = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             lr_scheduler=schedule,
             config=dict(config),
-            **{"model_parameters": trained, **given},
+            **{"model_parameters": self._trained, **given},
         )
         """What `deepspeed.initialize` returned: the engine, and what belongs to it."""
         self.engine = self.made[0]
@@ -162,6 +163,11 @@ class DeepSpeedEngine:
     @property
     def same_rows(self) -> str | None:
         return self.rules.same_rows(self._model)
+
+    @property
+    def bytes_to_come(self) -> float:
+        gradient_ranks = int(self.engine.dp_world_size) if self.rules.stage >= 2 else 1
+        return bytes_to_come(self._trained, self.engine.basic_optimizer, gradient_ranks)
 
     def check(self, plan: SkipPlan) -> None:
         self.rules.check(plan, self._model, self.engine)

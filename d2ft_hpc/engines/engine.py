@@ -66,6 +66,11 @@ class Engine(Protocol):
         """Why all replicas must follow the same rows of a plan; None where they need not."""
         ...
 
+    @property
+    def bytes_to_come(self) -> float:
+        """Of gradients and optimiser state, on this rank's device, that the first step will make (`state_bytes`)."""
+        ...
+
     def check(self, plan: SkipPlan) -> None:
         """Raises PlanError or ConfigError, with reason and fix, where this engine cannot run `plan` exactly."""
         ...

@@ -42,6 +42,7 @@ from d2ft_hpc.engines.model_parallel import (
     share_part,
 )
 from d2ft_hpc.engines.replicas import reduce_trained_blocks
+from d2ft_hpc.engines.state_bytes import bytes_to_come
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering.phases import phase
@@ -86,13 +87,13 @@ class PipelineEngine:
         self._replica_group = grid.get_model_parallel_group()
         self._model, self._placement, self._control = model, placement, control
         optimizer, schedule = make_optimizer(self._part)
-        trained = [parameter for parameter in self._part.parameters() if parameter.requires_grad]
+        self._trained = [parameter for parameter in self._part.parameters() if parameter.requires_grad]
         self.made = deepspeed.initialize(
             model=self._module,
             optimizer=optimizer,
             lr_scheduler=schedule,
             config={**config, "pipeline": {**_WHOLE_MESSAGES, **config.get("pipeline", {})}},
-            **{"model_parameters": trained, **options_for(self._part)},
+            **{"model_parameters": self._trained, **options_for(self._part)},
         )
         """What `deepspeed.initialize` returned: the engine, and what belongs to it."""
         self.engine = self.made[0]
@@ -132,6 +133,10 @@ class PipelineEngine:
     @property
     def same_rows(self) -> str | None:
         return None
+
+    @property
+    def bytes_to_come(self) -> float:
+        return bytes_to_come(self._trained, self.engine.basic_optimizer)
 
     def check(self, plan: SkipPlan) -> None:
         slots, replicas = self.engine.gradient_accumulation_steps(), self._placement.layout.replicas

@@ -31,6 +31,7 @@ from d2ft_hpc.engines.portable import (
     restore_schedule,
     schedule_numbers,
 )
+from d2ft_hpc.engines.state_bytes import bytes_to_come
 from d2ft_hpc.execution.cuda_graph import CudaGraphs
 from d2ft_hpc.execution.executor import MOST_SHAPES, PlanExecutor
 from d2ft_hpc.planning import SkipPlan
@@ -136,6 +137,10 @@ class PlainEngine:
     @property
     def same_rows(self) -> str | None:
         return None
+
+    @property
+    def bytes_to_come(self) -> float:
+        return bytes_to_come(self._trained, self._optimizer)
 
     def check(self, plan: SkipPlan) -> None:
         check_recompute(self._model)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 
-from d2ft_hpc.engines.replicas import reduces_trained_blocks_only, trained_blocks
+from d2ft_hpc.engines.replicas import trained_blocks
+from d2ft_hpc.execution.executor import EmbeddingPolicy
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.planning import Operation, SkipPlan
@@ -14,13 +15,13 @@ from d2ft_hpc.planning.messages import (
     Replicas,
     TokenLayout,
     active_ranks,
+    fsdp2_bytes,
     pipeline_bytes,
+    reduces_trained_blocks_only,
     ring_bytes,
     shares_of_senders,
     tensor_parallel_bytes,
 )
-
-_STAGES: tuple[DataParallel, ...] = ("zero0", "zero1", "zero2", "zero3")
 
 
 class PlannedBytes:
@@ -35,18 +36,18 @@ class PlannedBytes:
         slots: int,
         micro_batch_size: int,
         precision: str,
-        zero_stage: int,
-        trains_embeddings: bool,
+        data_parallel: DataParallel,
+        embeddings: EmbeddingPolicy,
     ) -> None:
         """model: the whole one. slots: micro-batches of a replica in a step. precision: "fp32", "bf16" or "fp16"."""
         layout = placement.layout
-        self._placement, self._slots, self._stage = placement, slots, zero_stage
-        self._trains_embeddings = trains_embeddings
+        self._placement, self._slots, self._data_parallel = placement, slots, data_parallel
+        self._embeddings = embeddings
         self._blocks = subnets.num_blocks
         tokens = model.patch_embed.num_patches + model.num_prefix_tokens
         whole, half = (4, 4) if precision == "fp32" else (4, 2)
         self._activation_bytes = micro_batch_size * tokens * model.embed_dim * half
-        self._leaves_out = reduces_trained_blocks_only(zero_stage, precision)
+        self._leaves_out = reduces_trained_blocks_only(data_parallel, precision)
         self._parameters = np.zeros(
             self._blocks + 1
         )  # of this rank by block, the last one of what is in no block
@@ -56,7 +57,7 @@ class PlannedBytes:
         own_heads = placement.own.sum(axis=1)
         for name, parameter in model.named_parameters():
             kind = subnets.classify(name)
-            size = float(parameter.numel())
+            size = float(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO 3 leaves an empty tensor
             block = self._blocks
             if name.startswith("blocks."):
                 block = int(name.split(".")[1])
@@ -69,9 +70,13 @@ class PlannedBytes:
                     self._by_head[block] += half * size * (".q_norm." in name or ".k_norm." in name)
             elif layout.stage != (0 if kind is ParameterClass.EMBEDDING else layout.stages - 1):
                 continue
+            if data_parallel == "fsdp2":  # each rank gets as many rows
+                rows = len(parameter) if parameter.dim() else 1
+                size *= -(-rows // layout.replicas) * layout.replicas / rows
             self._parameters[block] += half * size
-            # Without ZeRO, DeepSpeed's optimiser for bf16 reduces its float32 gradients.
-            self._trained[block] += (whole if self._stage == 0 else half) * size * parameter.requires_grad
+            # Without ZeRO, DeepSpeed's optimiser for bf16 reduces its float32 gradients, as DDP and FSDP2 do.
+            reduced = whole if data_parallel in ("ddp", "zero0", "fsdp2") else half
+            self._trained[block] += reduced * size * parameter.requires_grad
 
     def of(self, plan: SkipPlan, token_layout: TokenLayout) -> float:
         """Bytes that this rank sends in a step; of tensor-parallel messages, the mean over its group."""
@@ -88,11 +93,18 @@ class PlannedBytes:
         layout = self._placement.layout
         if layout.replicas == 1:
             return 0.0
+        if self._data_parallel == "fsdp2":
+            operations = plan.operations
+            if self._embeddings == "complete_path":  # block 0 always runs, for the embeddings' sake
+                operations = operations.copy()
+                operations[:, 0] = np.maximum(operations[:, 0], Operation.FORWARD_ONLY)
+            sent = fsdp2_bytes(operations, layout.replicas, self._parameters, self._trained)
+            return sum(sent.values())
         reduced = np.ones(self._blocks + 1, dtype=bool)
         if self._leaves_out:
             reduced[:-1] = trained_blocks(plan, self._blocks)
         replicas = Replicas(
-            _STAGES[self._stage],
+            self._data_parallel,
             layout.replicas,
             self._slots,
             gradient_bytes=float(self._trained[reduced].sum()),
@@ -114,7 +126,9 @@ class PlannedBytes:
             total += pipeline_bytes(len(operations), own, 0)
         if not is_first:
             below = (operations[:, placement.stage < layout.stage] == Operation.FULL).any(axis=(1, 2))
-            total += pipeline_bytes(0, own, len(operations) if self._trains_embeddings else int(below.sum()))
+            total += pipeline_bytes(
+                0, own, len(operations) if self._embeddings == "trained" else int(below.sum())
+            )
         if ranks == 1:
             return total
         sums = tensor_parallel_bytes(
@@ -125,5 +139,5 @@ class PlannedBytes:
         partial = (self._shared if is_sharded else self._by_head)[blocks]
         total += float(sums.forward.sum() + sums.backward.sum())
         total += ring_bytes("allreduce", float((shares * partial).sum()), ranks)
-        joins = is_last + (is_first and self._trains_embeddings)
+        joins = is_last + (is_first and self._embeddings == "trained")
         return float(total + is_sharded * joins * len(operations) * (ranks - 1) * own)

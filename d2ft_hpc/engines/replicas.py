@@ -20,12 +20,6 @@ def trained_blocks(plan: SkipPlan | None, blocks: int) -> np.ndarray:
     return trained
 
 
-def reduces_trained_blocks_only(stage: int, precision: str) -> bool:
-    """Where the engine leaves the others out. ZeRO reduces whole buckets of neighbouring parameters, and in bf16
-    DeepSpeed's optimiser reduces its own copies: there a plan changes no bytes."""
-    return stage == 0 and precision == "fp32"
-
-
 def reduce_trained_blocks(engine: Any, model: nn.Module, executor: PlanExecutor) -> None:
     """Lets DeepSpeed leave out the blocks that no replica trains, where that changes nothing."""
     if engine.zero_optimization_stage() != 0:

@@ -10,8 +10,10 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from d2ft_hpc import results
+from d2ft_hpc.config import EngineConfig
 from d2ft_hpc.results.reader import slowest
 from d2ft_hpc.results.schema import Array, Table
 
@@ -52,6 +54,20 @@ class Run:
     def plans(self) -> Table:
         """All plans."""
         return self.results.table("plans")
+
+    @cached_property
+    def engine(self) -> EngineConfig | None:
+        """The engine's configuration; None if it is not recorded, or of another version."""
+        try:
+            return EngineConfig.model_validate((self.config or {}).get("engine"))
+        except ValidationError:
+            return None
+
+    @property
+    def replicas(self) -> int:
+        """Data-parallel replicas."""
+        environment = self.results.attributes("environment")
+        return int(environment.get("replicas", environment.get("world_size", self.world_size)))
 
     @property
     def accuracy(self) -> float:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from d2ft_hpc.figures.run import Run, share
+from d2ft_hpc.figures.run import Run, share, total
 from d2ft_hpc.figures.style import COLOURS, name_ticks, new_figure, number, short
+from d2ft_hpc.planning.messages import reduces_trained_blocks_only
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,7 +58,25 @@ def _summary(run: Run) -> dict[str, Any]:
         "waiting_share": share(steps["waiting_seconds"], steps["step_seconds"]),
         "recording_share": share(steps["recording_seconds"], steps["step_seconds"]),
         "memory_bytes": float(np.nanmax(memory)) if np.isfinite(memory).any() else np.nan,
+        "between_replicas": _between_replicas(run),
     }
+
+
+_NAMES = {"ddp": "DDP", "zero0": "DeepSpeed in bf16", "zero1": "ZeRO 1", "zero2": "ZeRO 2", "zero3": "ZeRO 3"}
+
+
+def _between_replicas(run: Run) -> str:
+    """What a plan changes of the bytes between a run's replicas; empty where that cannot be said in a line."""
+    if run.engine is None or run.replicas == 1 or run.is_dense:
+        return ""
+    kind = run.engine.data_parallel
+    if kind == "fsdp2":
+        saved = total(run.steps["dense_bytes"]) - run.total_bytes
+        less = f"{number(saved / _MB, '.1f')} MB less than dense"
+        return f"sent {less}: FSDP2 does not gather a block that no replica runs"
+    if reduces_trained_blocks_only(kind, run.engine.precision):
+        return ""
+    return f"the plan changes no bytes between replicas: {_NAMES[kind]} reduces every gradient"
 
 
 def table(numbers: dict[str, Any]) -> list[list[str]]:
@@ -85,8 +104,13 @@ def table(numbers: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def notes(numbers: dict[str, Any]) -> list[str]:
+    """A line on each run of which there is something to say beside the table."""
+    return [f"{run['name']}: {run['between_replicas']}" for run in numbers["runs"] if run["between_replicas"]]
+
+
 def as_text(numbers: dict[str, Any]) -> str:
-    """The table for a terminal, with the path of each run."""
+    """The table for a terminal, with the path of each run, and notes."""
     rows = table(numbers)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -98,7 +122,7 @@ def as_text(numbers: dict[str, Any]) -> str:
     rule = "-" * max(map(len, lines))
     for i, run in enumerate(numbers["runs"]):
         body[i] += f"\n    {run['path']}" + ("" if run["complete"] else "  (did not end in order)")
-    return "\n".join([*head, rule, *body])
+    return "\n".join([*head, rule, *body, *notes(numbers)])
 
 
 def draw(numbers: dict[str, Any]) -> Figure:

@@ -1,10 +1,11 @@
-"""Memory that this rank uses."""
+"""Memory that this rank uses, and what is left for it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,6 +28,70 @@ def used_bytes(device: torch.device) -> float:
             return float(int(file.read().split()[1]) * _PAGE_BYTES)
     except OSError:
         return float("nan")
+
+
+def free_bytes(device: torch.device) -> float:
+    """GPU: what the driver and torch's allocator have left. CPU: what all processes of this host have left together,
+    by the system and by the limits of this one's memory cgroups; NaN if unknown."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + unused)
+    return free_bytes_of_host(Path("/"))
+
+
+def free_bytes_of_host(root: Path) -> float:
+    """`free_bytes` of a CPU. root: where /proc and /sys are."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        free = 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float("nan")
+    return min([free, *_left_in_cgroups(root)])
+
+
+def _left_in_cgroups(root: Path) -> Iterator[float]:
+    """Of this process's memory cgroup and of those above it, as far as they have limits. Cached files that nobody used
+    lately count as free, as in MemAvailable."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, limit, used, files = "", "memory.max", "memory.current", "inactive_file "
+        elif "memory" in controllers.split(","):
+            top, limit, used, files = (
+                "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ",
+            )  # fmt: skip
+        else:
+            continue
+        mount = root / "sys/fs/cgroup" / top
+        folder = mount / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            if group == mount.parent:
+                break
+            with suppress(OSError, ValueError):  # the root has no files, and "max" is no limit
+                statistics = (group / "memory.stat").read_text().splitlines()
+                cached = next((int(row.split()[1]) for row in statistics if row.startswith(files)), 0)
+                yield float(int((group / limit).read_text()) - int((group / used).read_text()) + cached)
+
+
+def kept_bytes(forward: Callable[[], Tensor], beside: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps for the backward of `forward`'s result, without those of the tensors `beside`."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in beside}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()  # alive until all of it is counted: memory is used again
+    del result
+    return sum(kept.values())
 
 
 @contextmanager

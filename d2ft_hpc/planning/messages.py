@@ -16,7 +16,8 @@ from d2ft_hpc.planning.plan import Operation
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-DataParallel = Literal["zero0", "zero1", "zero2", "zero3", "fsdp2"]
+DataParallel = Literal["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]
+"""How replicas reduce: torch's DistributedDataParallel, DeepSpeed without ZeRO or with one of its stages, FSDP2."""
 
 TokenLayout = Literal["replicated", "sharded"]
 """What tensor-parallel ranks hold between branches: every token, or each its own (`parallel.messages`)."""
@@ -37,12 +38,12 @@ def ring_bytes(collective: str, payload_bytes: float, ranks: int) -> float:
 class Replicas:
     """Data parallelism of one model (or of one rank's part of it).
 
-    engine: "zero0" (also plain data parallelism), "zero1", "zero2", "zero3", "fsdp2".
+    engine: any but "fsdp2", which has `fsdp2_bytes`.
     replicas: how many reduce together. slots: micro-batches of each in a step.
     gradient_bytes: of all trained parameters' gradients as they are reduced. parameter_bytes: of all parameters as
         they are gathered; updated_bytes: of the trained ones.
-    gathers: how often zero3 and fsdp2 gather all weights in a step; None: for the forward and again for the backward
-        of every micro-batch. (ZeRO 3 keeps weights that are needed again soon, small models as a whole: 1.)
+    gathers: how often zero3 gathers all weights in a step; None: for the forward and again for the backward of every
+        micro-batch. (It keeps weights that are needed again soon, small models as a whole: 1.)
     """
 
     engine: DataParallel
@@ -57,28 +58,51 @@ class Replicas:
         """By collective, what one rank sends in a step. No plan changes it: a gradient that nobody computed is reduced
         as zeros, and a block that nobody runs is gathered, because the collectives' order is fixed.
 
-        zero0 sums gradients once; zero1 sums them once and gathers what each rank updated; zero2 sums them in every
-        micro-batch (DeepSpeed sums whole buckets, of which each rank keeps its part); zero3 and fsdp2 scatter the sums
-        in every micro-batch and gather the weights `gathers` times.
+        ddp and zero0 sum gradients once; zero1 sums them once and gathers what each rank updated; zero2 sums them in
+        every micro-batch (DeepSpeed sums whole buckets, of which each rank keeps its part); zero3 scatters the sums in
+        every micro-batch and gathers the weights `gathers` times.
         """
         sums = self.slots if self.engine == "zero2" else 1
-        if self.engine in ("zero3", "fsdp2"):
+        if self.engine == "zero3":
             gathers = 2 * self.slots if self.gathers is None else self.gathers
             payloads = {
                 "allgather": gathers * self.parameter_bytes,
                 "reduce_scatter": self.slots * self.gradient_bytes,
             }
         else:
-            updated = 0.0 if self.engine == "zero0" else self.updated_bytes
+            updated = 0.0 if self.engine in ("ddp", "zero0") else self.updated_bytes
             payloads = {"allreduce": sums * self.gradient_bytes, "allgather": updated}
         return {
             name: ring_bytes(name, payload, self.replicas) for name, payload in payloads.items() if payload
         }
 
-    @property
-    def meets_every_block(self) -> bool:
-        """Whether replicas wait for each other in every block of every micro-batch, not only at the step's end."""
-        return self.engine in ("zero3", "fsdp2")
+
+def fsdp2_bytes(
+    operations: npt.NDArray[np.uint8], replicas: int, gathered_bytes: Floats, reduced_bytes: Floats
+) -> dict[str, float]:
+    """By collective, what one rank sends in a step under FSDP2 that reduces in every micro-batch.
+
+    operations: uint8 [row, block, head]. gathered_bytes: of the parameters, float64 [block + 1], the last of what is in
+    no block. reduced_bytes: the same of the trained parameters' gradients.
+
+    Each micro-batch gathers the blocks that some replica runs, for the forward and again for the backward, and scatters
+    the sums of their gradients; what is in no block is gathered once.
+    """
+    runs = (operations != Operation.SHORTCUT).any(axis=2)
+    by_slot = runs.reshape(-1, replicas, runs.shape[1]).any(axis=1)  # [slot, block]
+    times = np.append(by_slot.sum(axis=0), len(by_slot))
+    gathers = np.append(np.full(runs.shape[1], 2), 1)
+    payloads = {
+        "allgather": float((gathers * times * gathered_bytes).sum()),
+        "reduce_scatter": float((times * reduced_bytes).sum()),
+    }
+    return {name: ring_bytes(name, payload, replicas) for name, payload in payloads.items()}
+
+
+def reduces_trained_blocks_only(engine: DataParallel, precision: str) -> bool:
+    """Where the gradients of blocks that no replica trains are not reduced. DDP and ZeRO reduce whole buckets of
+    neighbouring parameters, and in bf16 DeepSpeed's optimiser reduces its own copies: there a plan changes no bytes."""
+    return engine == "zero0" and precision == "fp32"
 
 
 def shares_of_senders(layout: TokenLayout, ranks: int) -> Floats:

@@ -51,6 +51,7 @@ from d2ft_hpc.training.recorded import note, record_job, record_plan, record_sco
 from d2ft_hpc.training.records import StepRecorder
 from d2ft_hpc.training.replanning import Replanner
 from d2ft_hpc.training.resume import Start, choose_start, fitted_to_ranks
+from d2ft_hpc.training.room import describe_room, with_room
 from d2ft_hpc.training.saver import CheckpointSaver
 from d2ft_hpc.training.speed_watch import SpeedWatch
 from d2ft_hpc.training.steps import StepRunner
@@ -79,6 +80,10 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     if control.rank == 0 and placement.layout.stages > 1:
         print(describe_stages(job.layer_flops, placement.stages), flush=True)
     engine = build_engine(job.config, job.model, job.executor, placement, job.total_steps, job.loss, control)
+    costs = with_room(job, engine, placement, measured.kept, measured.plan_costs)
+    measured = replace(measured, plan_costs=costs)
+    if control.rank == 0 and measured.kept is not None:
+        print(describe_room(costs, measured.kept, job.costs.num_subnets), flush=True)
     if start.checkpoint is not None:
         plan = load_checkpoint(start.checkpoint, engine, control)
         plan = replace(plan, replicas=job.sampler.replicas)

@@ -1,4 +1,4 @@
-"""What a job measures on its ranks before it starts: times of passes and messages, and costs for its planner."""
+"""What a job measures on its ranks before it starts: passes, messages, memory, and costs for its planner."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds, measure_all_reduce
+from d2ft_hpc.metering.kept import KeptBytes, measure_kept
 from d2ft_hpc.metering.profile import PassProfile, profile_passes
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.plan_costs import PlanCosts, find_costs
@@ -16,6 +17,8 @@ from d2ft_hpc.training.plan_costs import PlanCosts, find_costs
 class Measured:
     profile: PassProfile
     all_reduce: AllReduceSeconds
+    kept: KeptBytes | None
+    """None where plans do not depend on it."""
     plan_costs: PlanCosts
 
 
@@ -23,7 +26,11 @@ def measure_job(job: Job) -> Measured:
     """On all ranks together, before the engine is built and any random state is restored."""
     data = job.config.data
     shape = (data.micro_batch_size, 3, data.image_size, data.image_size)
-    precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    profile = profile_passes(job.model, job.executor, shape, precision[job.config.engine.precision])
+    precisions = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    precision = precisions[job.config.engine.precision]
+    profile = profile_passes(job.model, job.executor, shape, precision)
+    kept = None
+    if job.config.plans_by_free_memory:
+        kept = measure_kept(job.model, job.executor, shape, precision)
     all_reduce = measure_all_reduce(job.device)
-    return Measured(profile, all_reduce, find_costs(job, profile, all_reduce))
+    return Measured(profile, all_reduce, kept, find_costs(job, profile, all_reduce))

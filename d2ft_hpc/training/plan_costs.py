@@ -52,8 +52,10 @@ class PlanCosts:
     dense_seconds: float = 0.0
     message_latency: float = 0.0
     seconds_per_byte: float = 0.0
+    room_bytes: list[float] | None = None
+    """Of each rank, what its memory had left for activations at the start; None: not measured."""
     most_full: list[float] | None = None
-    """Of each rank, the most FULL subnets of a micro-batch for which its memory has room, as far as it was met."""
+    """Of each rank, the most FULL subnets of a micro-batch for which its memory has room; None: no rank is short."""
 
 
 def find_costs(job: Job, profile: PassProfile, all_reduce: AllReduceSeconds) -> PlanCosts:
@@ -80,7 +82,9 @@ def find_costs(job: Job, profile: PassProfile, all_reduce: AllReduceSeconds) -> 
 
     def decide() -> bytes:
         if config.train.resume and path.exists():
-            return path.read_bytes()
+            before = path.read_bytes()
+            if len(PlanCosts(**json.loads(before)).device_speed) == ranks:
+                return before
         decided = replace(
             _costs(job, of_ranks),
             dense_seconds=float(np.nan_to_num(np.median([passes.dense_seconds for passes in of_ranks]))),
@@ -88,11 +92,15 @@ def find_costs(job: Job, profile: PassProfile, all_reduce: AllReduceSeconds) -> 
             seconds_per_byte=max(link.per_byte for link in links)
             / max(ring_bytes("allreduce", 1.0, ranks), 1e-9),
         )
-        costs = json.dumps(asdict(decided), indent=1).encode()
-        _write(path, costs)
-        return costs
+        keep_costs(job, decided)
+        return json.dumps(asdict(decided)).encode()
 
     return PlanCosts(**json.loads(share(control, decide, "costs of the plans")))
+
+
+def keep_costs(job: Job, costs: PlanCosts) -> None:
+    """For a resumed run, by rank 0."""
+    _write(job.config.run_folder / COSTS, json.dumps(asdict(costs), indent=1).encode())
 
 
 def _costs(job: Job, of_ranks: Sequence[PassProfile]) -> PlanCosts:

@@ -166,8 +166,7 @@ def make_plan(
 
 def meets_every_block(engine: EngineConfig) -> bool:
     """Whether replicas wait for each other in every block, as under ZeRO 3 and FSDP2, which gather its weights."""
-    zero = engine.deepspeed.get("zero_optimization")
-    return engine.name == "fsdp2" or (isinstance(zero, dict) and zero.get("stage") == 3)
+    return engine.data_parallel in ("zero3", "fsdp2")
 
 
 def batches_of(job: Job, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -34,6 +35,7 @@ def record_job(
             "forward_only_flops": job.costs.forward_only_flops,
             "dense_pass_seconds": measured.profile.dense_seconds,
             "always_pass_seconds": measured.profile.always_seconds,
+            "dense_kept_bytes": measured.kept.of(job.costs.num_subnets) if measured.kept else math.nan,
             "plan_costs": json.dumps(asdict(measured.plan_costs)),
             "all_reduce_seconds": measured.all_reduce.latency,
             "all_reduce_seconds_per_byte": measured.all_reduce.per_byte,

@@ -49,7 +49,7 @@ class StepRunner:
             job.selection.scorer.follow(engine.logits)
             score_flops = count_scoring(job.selection, job.config.data.image_size, job.device)
             self._costs = replace(self._costs, score_flops=score_flops)
-        config, zero = job.config, job.config.engine.deepspeed.get("zero_optimization", {})
+        config = job.config
         self._planned_bytes = PlannedBytes(
             job.model,
             job.executor.subnets,
@@ -57,8 +57,8 @@ class StepRunner:
             slots=config.data.slots,
             micro_batch_size=config.data.micro_batch_size,
             precision=config.engine.precision,
-            zero_stage=int(zero.get("stage", config.engine.precision == "fp16")),
-            trains_embeddings=config.model.embeddings == "trained",
+            data_parallel=config.engine.data_parallel,
+            embeddings=config.model.embeddings,
         )
         self._bytes_of_plan: dict[str, float] = {}
         self._metered_plan = -1

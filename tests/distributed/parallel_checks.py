@@ -317,8 +317,8 @@ def check_sent(
         slots=SLOTS,
         micro_batch_size=4,
         precision="fp32",
-        zero_stage=0,
-        trains_embeddings=False,
+        data_parallel="zero0",
+        embeddings="frozen",
     )
     sent = {}
     for kind in KINDS:
@@ -416,7 +416,8 @@ def _add_sharded(add: Callable[..., None], stages: int, tensor: int) -> None:
     sharded = {"token_layout": "sharded"}
     for kind in KINDS:
         for optimizer in ("sgd", "adamw"):
-            add(kind, stages, tensor, optimizer, zero=stages % 2, **sharded)
+            for precision in ("fp32", "bf16"):
+                add(kind, stages, tensor, optimizer, precision, zero=stages % 2, **sharded)
     add("random", stages, tensor, "sgd", clipping=0.05, embeddings="trained", qk_norm=True, **sharded)
     add("whole blocks", stages, tensor, "sgd", "bf16", **sharded)
     if stages > 1:

@@ -38,6 +38,12 @@ def test_lora_by_both_engines_is_the_same_run_and_resumes_under_the_other(tmp_pa
                 lambda name: start([*RUNS[name], "train.checkpoint_every_steps=1"], tmp_path / name), RUNS
             )
         )
+    for name in RUNS:
+        steps = results.open_run(tmp_path / name / "demo").table("steps")
+        np.testing.assert_allclose(
+            steps["bytes_sent"][:-1], steps["planned_bytes"][:-1], rtol=0.02, err_msg=name
+        )
+        assert (steps["planned_bytes"] <= steps["dense_bytes"]).all()
     losses = {name: results.open_run(tmp_path / name / "demo").table("steps")["loss"] for name in RUNS}
     np.testing.assert_allclose(losses["ddp"], losses["fsdp2"], rtol=1e-5)
     models = {name: load_file(tmp_path / name / "demo" / "model.safetensors") for name in RUNS}

@@ -31,6 +31,7 @@ from d2ft_hpc.engines.ddp import DdpEngine
 from d2ft_hpc.engines.fsdp import FsdpEngine, shard
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.plain import PlainEngine
+from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.engines.portable import write_file
 from d2ft_hpc.engines.sharded import load_sharded, save_sharded, whole_weights
 from d2ft_hpc.errors import CheckpointError, ConfigError, D2ftError, PlanError, UnsupportedModelError
@@ -274,19 +275,32 @@ def check_user_loop(
 
 
 def check_gathered_bytes(control: Control) -> dict[str, Any]:
-    """All-gather bytes of one step, dense and where some blocks are SHORTCUT for all replicas."""
-    engine = build(control, "fsdp2", tiny_vit(), "sgd")
+    """Bytes of one step, dense and where some blocks are SHORTCUT for all replicas; and by the message model."""
+    model = tiny_vit()
+    engine = build(control, "fsdp2", model, "sgd")
     shape = (SLOTS * control.world_size, DEPTH, HEADS)
     plans = {"dense": np.full(shape, 2, np.uint8), "half": np.full(shape, 2, np.uint8)}
     plans["half"][: control.world_size, 1:] = 0  # first micro-batch: one block of four
     plans["half"][control.world_size :, 2] = 0  # second: three
     plans["half"][-1, 3] = 0  # skipped by one replica alone: gathered
-    found: dict[str, Any] = {}
+    plans["forward only"] = np.where(plans["half"] == 2, 1, 0).astype(np.uint8)
+    told = PlannedBytes(
+        model,
+        engine.executor.subnets,
+        Placement(Layout.of(control.world_size, control.rank), [range(DEPTH)], np.zeros((DEPTH, HEADS), int)),
+        slots=SLOTS,
+        micro_batch_size=4,
+        precision="fp32",
+        data_parallel="fsdp2",
+        embeddings="frozen",
+    )
+    found: dict[str, Any] = {"told": {}}
     for name, operations in plans.items():
         engine.executor.load(SkipPlan(operations, control.world_size), control.rank)
         with meter() as metered:
             engine.step([micro_batch(0, slot, SLOTS) for slot in range(SLOTS)])
         found[name] = metered.bytes_sent
+        found["told"][name] = told.of(SkipPlan(operations, control.world_size), "replicated")
     sizes = [sum(p.numel() for p in block.parameters()) * 4 for block in tiny_vit().blocks]
     share = (control.world_size - 1) / control.world_size
     found["block's weights, forward and backward"] = 2 * sizes[0] * share

@@ -13,6 +13,7 @@ from d2ft_hpc.planning.messages import (
     Replicas,
     active_ranks,
     busiest_shares,
+    fsdp2_bytes,
     pipeline_bytes,
     ring_bytes,
     shares_of_senders,
@@ -68,11 +69,20 @@ def test_data_parallel_engines_send_what_their_stage_says():
     assert Replicas("zero1", **model).bytes_of_step() == {"allreduce": 120.0, "allgather": 60.0}
     assert Replicas("zero2", **model).bytes_of_step() == {"allreduce": 360.0, "allgather": 60.0}
     assert Replicas("zero3", **model).bytes_of_step() == {"allgather": 450.0, "reduce_scatter": 180.0}
-    assert Replicas("fsdp2", **model, gathers=1).bytes_of_step()["allgather"] == 75.0
-    assert Replicas("fsdp2", **model).meets_every_block
-    assert not Replicas("zero2", **model).meets_every_block
+    assert Replicas("zero3", **model, gathers=1).bytes_of_step()["allgather"] == 75.0
     assert ring_bytes("allreduce", 100.0, 1) == 0
     assert pipeline_bytes(3, 10.0) == 60.0
+
+
+def test_fsdp2_gathers_and_reduces_what_some_replica_runs():
+    """By hand: 2 slots x 2 replicas, 2 blocks of 10 and 20 bytes, 7 bytes outside; gradients of 5, 6 and 3."""
+    gathered, reduced = np.array([10.0, 20.0, 7.0]), np.array([5.0, 6.0, 3.0])
+    operations = np.zeros((4, 2, 3), np.uint8)
+    assert fsdp2_bytes(operations, 2, gathered, reduced) == {"allgather": 7.0, "reduce_scatter": 3.0}
+    operations[1, 0, 2] = 1  # one head of the second replica: both gather block 0 twice in slot 0
+    assert fsdp2_bytes(operations, 2, gathered, reduced) == {"allgather": 17.0, "reduce_scatter": 5.5}
+    dense = fsdp2_bytes(np.full_like(operations, 2), 2, gathered, reduced)
+    assert dense == {"allgather": 67.0, "reduce_scatter": 14.0}
 
 
 def test_a_communication_budget_by_meeting_counts_blocks_not_heads():

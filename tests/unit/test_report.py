@@ -36,20 +36,22 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.name for path in (ROOT / "analysis").glob("*.py"))
 
 
-def config(share, seed):
+def config(share, seed, engine="{}"):
     return (
         f"run: {{name: x, seed: {seed}}}\nmodel: {{name: vit}}\ndata: {{name: cifar10, micro_batch_size: 2}}\n"
-        f"plan: {{compute_budget: {share}}}\n"
+        f"plan: {{compute_budget: {share}}}\nengine: {engine}\n"
     )
 
 
-def make_run(path, share, steps=40, seed=0, lost=0.0, shapes=None, dense_pass_seconds=None, device="cpu"):
+def make_run(
+    path, share, steps=40, seed=0, lost=0.0, shapes=None, dense_pass_seconds=None, device="cpu", engine="{}"
+):
     """Two ranks; rank 1 executes 20 % of the dense FLOPs less and takes 0.1 s longer than rank 0, which waits."""
     operations = np.full((4, 3, 2), 2, np.uint8)
     if share < 1:
         operations[:2, 0] = [0, 1]  # block 0: head 0 SHORTCUT, head 1 FORWARD_ONLY in half of the rows
     with ResultsWriter(path) as writer:
-        writer.put("config", {"yaml": config(share, seed)})
+        writer.put("config", {"yaml": config(share, seed, engine)})
         writer.put("environment", {}, {"device": device})
         values = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
         writer.append("scores", {"step": 0, "forward": values, "backward": values, "seconds": 1.5})
@@ -109,6 +111,40 @@ def test_summary(runs):
         "waiting_share": 0.1 / 1.3,
     }
     assert {name: d2ft[name] for name in expected} == pytest.approx(expected)
+
+
+ENGINES = {
+    "ddp": ("{name: ddp}", "the plan changes no bytes between replicas: DDP reduces every gradient"),
+    "zero2": (
+        "{deepspeed: {zero_optimization: {stage: 2}}}",
+        "the plan changes no bytes between replicas: ZeRO 2 reduces every gradient",
+    ),
+    "bf16": (
+        "{precision: bf16}",
+        "the plan changes no bytes between replicas: DeepSpeed in bf16 reduces every gradient",
+    ),
+    # 40 steps of two ranks send 0.6 and 1.8 MB each, dense ones 2 MB.
+    "fsdp2": (
+        "{name: fsdp2}",
+        "sent 64.0 MB less than dense: FSDP2 does not gather a block that no replica runs",
+    ),
+    "zero0": ("{}", ""),
+    "other version": ("{name: of later days}", ""),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_a_plan_changes_between_replicas_is_said(tmp_path, engine):
+    section, said = ENGINES[engine]
+    sparse = make_run(tmp_path / "sparse" / "results.h5", 0.6, engine=section)
+    dense = make_run(tmp_path / "dense" / "results.h5", 1.0, engine=section)
+    text = report([dense, sparse], page=tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    if said:
+        assert f"sparse: {said}" in text
+        assert f"<p>sparse: {said}.</p>" in page
+    assert ("sparse: " in text) == bool(said)
+    assert "\ndense: " not in text
 
 
 def test_learning(runs):

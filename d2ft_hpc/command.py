@@ -1,0 +1,80 @@
+"""What the subcommands of `d2ft-hpc` share that run a configuration on the ranks that a launcher started."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from d2ft_hpc.config import RunConfig, load_config
+from d2ft_hpc.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from d2ft_hpc.launch import Control
+    from d2ft_hpc.launch.signals import StopSignals
+    from d2ft_hpc.launch.watch import Watch
+
+
+def add_config(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """The arguments that `read_config` reads. more: what else than overrides there may be, for the help."""
+    parser.add_argument("config", type=Path, help="YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help=f"settings that replace the file's{more}"
+    )
+
+
+def read_config(options: argparse.Namespace) -> RunConfig:
+    from d2ft_hpc.launch.agree import AgreedError
+
+    try:
+        return load_config(options.config, options.overrides)
+    except ConfigError as error:
+        raise error from AgreedError()  # every rank reads the same configuration
+
+
+def on_ranks(
+    config: RunConfig,
+    function: Callable[[Control, torch.device, str, Watch], int],
+    signals: StopSignals | None = None,
+) -> int:
+    """Runs `function` on all ranks that the launcher started, watching each other, and returns the exit status."""
+    from d2ft_hpc.launch import connect, detect, device_type_of, run_guarded
+
+    environment = detect()
+    asked = config.engine.device
+    control = connect(environment, device_type=asked, timeout_seconds=config.launch.timeout_seconds)
+
+    import torch  # large: after the ranks have met
+
+    from d2ft_hpc.launch.watch import Watch
+
+    device = torch.device(device_type_of(asked))
+
+    def run() -> int:
+        with Watch(
+            control,
+            silence_seconds=config.launch.silence_seconds,
+            stall_seconds=config.launch.stall_seconds,
+            run_folder=config.run_folder,
+            signals=signals,
+        ) as watch:
+            status = run_guarded(
+                control,
+                lambda: function(control, device, environment.launcher, watch),
+                run_folder=config.run_folder,
+                before_abort=watch.fail,
+            )
+        if control.world_size > 1:
+            # Nobody watches the interpreter's own end any more, which takes a while: a rank that hung in it would
+            # keep the launcher, and so the job, waiting.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
+
+    return run_guarded(control, run, run_folder=config.run_folder)

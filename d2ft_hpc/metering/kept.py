@@ -1,0 +1,83 @@
+"""How much a micro-batch keeps in memory for its backward, by what runs."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.metering.memory import kept_bytes
+from d2ft_hpc.model.probe import probe
+from d2ft_hpc.planning.plan import Operation
+
+
+@dataclass(frozen=True)
+class KeptBytes:
+    """Of one micro-batch in the whole model, beside its weights; NaN where not even one sample fits.
+
+    unowned: of what no head owns, in a micro-batch with FULL heads in every block. by_full: of each FULL subnet.
+    """
+
+    unowned: float
+    by_full: float
+
+    def of(self, full: int) -> float:
+        """With so many FULL subnets."""
+        return self.unowned + full * self.by_full
+
+
+def measure_kept(
+    model: VisionTransformer,
+    executor: PlanExecutor,
+    images_shape: tuple[int, int, int, int],
+    precision: torch.dtype,
+) -> KeptBytes:
+    """Counts what a forward of a blank micro-batch keeps with all heads FULL, and with one in each block.
+
+    images_shape: (sample, channel, height, width); fewer samples are taken, and counted as many times, where memory is
+    too short. Model, gradients, random state and the loaded plan stay as they were.
+    """
+    samples, (blocks, heads) = images_shape[0], executor.subnets.shape
+    few = min(1, heads - 1)  # of a single head, none
+    while True:
+        try:
+            dense, sparse = (
+                images_shape[0]
+                / samples
+                * _kept(model, executor, full, (samples, *images_shape[1:]), precision)
+                for full in (heads, few)
+            )
+        except torch.OutOfMemoryError:
+            if samples == 1:
+                return KeptBytes(float("nan"), float("nan"))
+            samples = -(-samples // 2)
+        else:
+            by_full = (dense - sparse) / (blocks * (heads - few))
+            return KeptBytes(sparse - blocks * few * by_full, by_full)
+
+
+def _kept(
+    model: VisionTransformer,
+    executor: PlanExecutor,
+    full: int,
+    images_shape: tuple[int, ...],
+    precision: torch.dtype,
+) -> int:
+    """full: heads that are FULL in each block; the others are FORWARD_ONLY."""
+    operations = np.full(executor.subnets.shape, Operation.FORWARD_ONLY, dtype=np.uint8)
+    operations[:, :full] = Operation.FULL
+    weight = next(iter(model.parameters()))
+    images = torch.zeros(images_shape, device=weight.device, dtype=weight.dtype)
+    autocast = (
+        nullcontext()
+        if precision == torch.float32
+        else torch.autocast(weight.device.type, dtype=precision, cache_enabled=False)
+    )
+    with probe(model, training=True), executor.temporarily(operations), autocast:
+        return kept_bytes(
+            lambda: model(images).float().sum(), (*model.parameters(), *model.buffers(), images)
+        )
