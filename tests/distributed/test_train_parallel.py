@@ -20,7 +20,9 @@ QUICK = [
     "data.micro_batch_size=16",
     "data.slots=4",
     "plan.planner=makespan",
-    "train.epochs=2",
+    "plan.replan.every=4",
+    "plan.replan.unit=steps",
+    "train.epochs=1",
 ]
 PIPELINE = ["engine.pipeline_stages=2", "engine.activation_checkpointing=true"]
 TENSOR = ['engine.deepspeed={"tensor_parallel":{"autotp_size":2}}', "engine.head_placement=spread"]
@@ -36,7 +38,7 @@ def train(folder: Path, *overrides: str, ranks: int) -> str:
 
 @pytest.mark.parametrize("layout", [PIPELINE, SHARDED], ids=["pipeline", "tensor"])
 def test_train_resume_and_export(tmp_path: Path, layout: list[str]) -> None:
-    shown = train(tmp_path, *layout, "train.checkpoint_every_epochs=1", "plan.replan.every=1", ranks=2)
+    shown = train(tmp_path, *layout, "train.checkpoint_every_steps=6", ranks=2)
     if layout is PIPELINE:
         assert "pipeline stages (share of the dense FLOPs): blocks 0-2 50." in shown
     folder = tmp_path / "demo"
@@ -49,18 +51,18 @@ def test_train_resume_and_export(tmp_path: Path, layout: list[str]) -> None:
         np.testing.assert_allclose(steps["executed_flops"], steps["planned_flops"], rtol=1e-3)
     else:  # what is recomputed is on top of the plan
         assert (steps["executed_flops"] > 1.05 * steps["planned_flops"]).all()
-    assert steps["samples"].sum() == 2 * 716
+    assert steps["samples"].sum() == 716
     assert results.open_run(folder).attributes("environment")["replicas"] == 1
     weights = load_file(folder / "model.safetensors")
     timm.create_model("vit_digits_demo", num_classes=5).load_state_dict(weights, strict=True)
     accuracy = results.open_run(folder).table("evaluations")["accuracy"]
-    assert accuracy[-1] > accuracy[0] + 0.3
+    assert accuracy[-1] > accuracy[0] + 0.2
 
     resumed = tmp_path / "resumed"
     shutil.copytree(folder, resumed / "demo")
-    newest = max((resumed / "demo" / "checkpoints").glob("step-*"))
-    shutil.rmtree(newest)
-    train(resumed, *layout, "plan.replan.every=1", "train.resume=true", ranks=2)
+    for later in sorted((resumed / "demo" / "checkpoints").glob("step-*"))[1:]:
+        shutil.rmtree(later)
+    train(resumed, *layout, "train.resume=true", ranks=2)
     with h5py.File(folder / "results.h5") as one, h5py.File(resumed / "demo" / "results.h5") as other:
         np.testing.assert_array_equal(one["steps"]["loss"], other["steps"]["loss"])
     again = load_file(resumed / "demo" / "model.safetensors")
