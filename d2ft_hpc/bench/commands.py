@@ -321,15 +321,15 @@ def _scores(options: argparse.Namespace) -> int:
 
 
 def _step(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import run_guarded
+    from d2ft_hpc.launch import device_type_of, run_guarded
 
     def run() -> None:
         import torch
 
         from d2ft_hpc.bench.step import Sizes, benchmark, describe
 
-        cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
-        dtype = ("bfloat16" if cuda else "float32") if options.dtype == "auto" else options.dtype
+        device = torch.device(device_type_of(options.device))
+        of_device = "bfloat16" if device.type == "cuda" else "float32"
         sizes = Sizes(
             model=options.model,
             micro_batch=options.micro_batch,
@@ -337,8 +337,8 @@ def _step(options: argparse.Namespace) -> int:
             forward_only=options.forward_only,
             plan=None if options.plan == "static" else Path(options.plan),
             image_size=options.image_size,
-            device=torch.device("cuda" if cuda else "cpu"),
-            dtype=getattr(torch, dtype),
+            device=device,
+            dtype=getattr(torch, of_device if options.dtype == "auto" else options.dtype),
             repeats=options.repeats,
         )
         found = benchmark(sizes, with_peers=options.peers, with_profile=options.profile)

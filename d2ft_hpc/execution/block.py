@@ -83,12 +83,10 @@ def run_block(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """Runs a block that is not dense.
+    """Runs a block that is neither dense nor a shortcut.
 
     x: [sample, token, channel]; returns the same shape and dtype. attn_mask must broadcast over the heads.
     """
-    if heads.is_shortcut:
-        return x
     if attn_mask is not None and attn_mask.dim() > 3 and attn_mask.shape[1] > 1:
         raise ValueError("an attention mask that differs between heads is not supported under a plan")
 

@@ -250,7 +250,7 @@ class MpiControl:
     def start_is_fragile(self) -> bool:
         """Whether MPI may fail to start another time, as `FRAGILE_START` tells."""
         many_hosts = len(set(self.hosts)) > 1
-        return many_hosts and _under_pmi2_of_slurm() and "ch4:ucx" in self._mpi.Get_library_version()
+        return many_hosts and _has_fragile_launch() and "ch4:ucx" in self._mpi.Get_library_version()
 
     def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
         self.barrier(self.timeout_seconds)
@@ -337,9 +337,9 @@ FRAGILE_START = (
 exchanges its UCX addresses as 4096 bytes of memory, of which zeros alone are sent in short (its ucx_init.c)."""
 
 
-def _under_pmi2_of_slurm() -> bool:
-    environ = os.environ
-    return "PMI_JOBID" in environ and "MPIR_CVAR_CH4_NETMOD" not in environ
+def _has_fragile_launch() -> bool:
+    """Slurm's pmi2 sets PMI_JOBID, MPICH's own launcher does not."""
+    return "PMI_JOBID" in os.environ and "MPIR_CVAR_CH4_NETMOD" not in os.environ
 
 
 def _start_mpi(timeout_seconds: float) -> tuple[Any, bool]:
@@ -361,7 +361,7 @@ def _start_mpi(timeout_seconds: float) -> tuple[Any, bool]:
         timeout_seconds + (0 if rank_hint == "0" else GRACE_SECONDS),
         f"[rank {rank_hint} on {socket.gethostname()}] MPI_Init did not return within {timeout_seconds:g} s:"
         " a rank that the launcher promised ended early or never started"
-        + (f" ({FRAGILE_START[0]}: {FRAGILE_START[1]})" if _under_pmi2_of_slurm() else ""),
+        + (f" ({FRAGILE_START[0]}: {FRAGILE_START[1]})" if _has_fragile_launch() else ""),
     ):
         MPI.Init_thread(MPI.THREAD_FUNNELED)  # control messages come from the main thread alone
     return MPI, True

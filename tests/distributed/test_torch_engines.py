@@ -70,9 +70,8 @@ def test_blocks_that_no_replica_runs_are_not_gathered(results: dict[str, Any]) -
         saved = found["dense"]["allgather_base"] - found["half"]["allgather_base"]
         assert saved == 4 * found["block's weights, forward and backward"]
         assert found["half"]["reduce_scatter_base"] < found["dense"]["reduce_scatter_base"]
-        for name, told in found[
-            "told"
-        ].items():  # but for the sum of the squares that a gradient's norm is made of
+        # But for the sum of the squares that a gradient's norm is made of.
+        for name, told in found["told"].items():
             assert sum(found[name].values()) == pytest.approx(told, rel=1e-3), name
 
 
