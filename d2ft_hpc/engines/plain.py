@@ -123,9 +123,9 @@ class PlainEngine:
         key = (micro_batches, None if row is None else row.shape)
         if key not in self._graphs and len(self._graphs) >= 2 * MOST_SHAPES:
             self._graphs.clear()  # of earlier plans, which would keep their memory for good
-        graphs = self._graphs.setdefault(key, CudaGraphs(both, self._gradients))
+        graphs = self._graphs.setdefault(key, CudaGraphs(self._gradients))
         with report.timed("backward"):
-            return graphs(images, labels, *([] if row is None else [row.indices])).clone()
+            return graphs(both, images, labels, *([] if row is None else [row.indices])).clone()
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self._trained if parameter.grad is not None]

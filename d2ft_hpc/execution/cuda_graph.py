@@ -1,4 +1,4 @@
-"""A function of tensors as CUDA graphs: hundreds of kernels launched as one."""
+"""A computation on tensors as CUDA graphs: hundreds of kernels launched as one."""
 
 from __future__ import annotations
 
@@ -25,52 +25,50 @@ class _Capture(Generic[Result]):
 
 
 class CudaGraphs(Generic[Result]):
-    """Calls `function` through one CUDA graph for each set of shapes and types of its arguments.
+    """Runs one computation through a CUDA graph for each set of shapes and types of its arguments.
 
-    function: takes tensors on one GPU, returns tensors; it must not synchronise the device, and what it reads and
-        writes beside its arguments (parameters, gradients) must stay where it is in memory.
-    changed: what `function` writes beside its result; warming up and capturing leave it as it was.
+    changed: what the computation writes beside its result; warming up and capturing leave it as it was.
     most: graphs that are kept; arguments of further shapes are computed without one.
 
     A result lies in memory that the next call with the same shapes overwrites. While a dispatch mode is on, one that
     counts operators say, the function runs by itself: no mode sees into a graph.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Result],
-        changed: Callable[[], Sequence[Tensor]] = lambda: (),
-        most: int = 8,
-    ) -> None:
-        self._function, self._changed, self._most = function, changed, most
+    def __init__(self, changed: Callable[[], Sequence[Tensor]] = lambda: (), most: int = 8) -> None:
+        self._changed, self._most = changed, most
         self._captures: dict[tuple[object, ...], _Capture[Result]] = {}
 
-    def __call__(self, *arguments: Tensor) -> Result:
+    def __call__(self, function: Callable[..., Result], *arguments: Tensor) -> Result:
+        """What `function` returns, computed by it or by an earlier one that was given with such arguments.
+
+        function: takes tensors on one GPU, returns tensors; it must not synchronise the device, and what it reads and
+            writes beside its arguments (parameters, gradients) must stay where it is in memory.
+        """
         if _get_current_dispatch_mode() is not None:
-            return self._function(*arguments)
+            return function(*arguments)
         key = tuple((argument.shape, argument.dtype) for argument in arguments)
         if key not in self._captures:
             if len(self._captures) == self._most:
-                return self._function(*arguments)
-            self._captures[key] = self._capture(arguments)
+                return function(*arguments)
+            self._captures[key] = self._capture(function, arguments)
         capture = self._captures[key]
         for place, argument in zip(capture.arguments, arguments, strict=True):
             place.copy_(argument)
         capture.graph.replay()
         return capture.result
 
-    def _capture(self, given: tuple[Tensor, ...]) -> _Capture[Result]:
+    def _capture(self, function: Callable[..., Result], given: tuple[Tensor, ...]) -> _Capture[Result]:
         arguments = tuple(argument.clone() for argument in given)
         before = [tensor.clone() for tensor in self._changed()]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
-                self._function(*arguments)
+                function(*arguments)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            result = self._function(*arguments)
+            result = function(*arguments)
         with torch.no_grad():
             for tensor, value in zip(self._changed(), before, strict=True):
                 tensor.copy_(value)

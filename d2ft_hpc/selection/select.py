@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -17,8 +17,6 @@ from d2ft_hpc.selection.draw import draw_by_score
 from d2ft_hpc.selection.scorer import SampleScorer
 
 SampleWeights = Literal["none", "unbiased"]
-
-_Chooser = Callable[..., MicroBatch]
 
 
 class SampleSelection:
@@ -43,8 +41,8 @@ class SampleSelection:
         self.scorer = scorer
         self._uniform_share, self._weights = uniform_share, weights
         self._seed, self._replica = seed, replica
-        self._cuda_graphs = cuda_graphs
-        self._choosers: dict[int, _Chooser] = {}  # by how many samples they draw
+        self._graphs: dict[int, CudaGraphs[MicroBatch]] | None = {} if cuda_graphs else None
+        """By how many samples are drawn."""
 
     def __call__(self, micro_batches: Sequence[MicroBatch], step: int, share: float) -> list[MicroBatch]:
         """As many micro-batches as given, of equal size, with `share` of the samples (at least one each).
@@ -57,11 +55,13 @@ class SampleSelection:
         slots, samples = len(micro_batches), sum(len(labels) for _, labels in micro_batches)
         per_slot = max(int(share * samples / slots + 1e-9), 1)
         count = per_slot * slots
-        if count not in self._choosers:
-            choose = partial(self._choose, count)
-            self._choosers[count] = CudaGraphs(choose) if self._cuda_graphs else choose
         uniforms = self._uniforms(step, samples, micro_batches[0][0].device)
-        chosen = self._choosers[count](uniforms, *(tensor for pair in micro_batches for tensor in pair))
+        arguments = (uniforms, *(tensor for pair in micro_batches for tensor in pair))
+        choose = partial(self._choose, count)
+        if self._graphs is not None:
+            chosen = self._graphs.setdefault(count, CudaGraphs())(choose, *arguments)
+        else:
+            chosen = choose(*arguments)
         return list(zip(*(part.split(per_slot) for part in chosen), strict=True))
 
     def _choose(self, count: int, uniforms: Tensor, *tensors: Tensor) -> MicroBatch:

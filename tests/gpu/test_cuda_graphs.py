@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,14 +15,29 @@ from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.metering import meter
+from d2ft_hpc.planning import Operation, SkipPlan
 from d2ft_hpc.selection import SampleScorer, SampleSelection
-from tests.models import random_batch, tiny_vit
+from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def trained(cuda_graphs: bool, compile: bool = False) -> tuple[list[float], list[Tensor]]:
-    """Losses and parameters after steps of two micro-batches, the last ones smaller, one of them metered."""
+FULL, SKIPPING = np.full((DEPTH, HEADS), Operation.FULL), np.eye(DEPTH, HEADS)
+ROWS = {"full": FULL, "one head": np.roll(SKIPPING, 1) * 2, "forward only": np.maximum(SKIPPING * 2, 1)}
+PLANS = [
+    SkipPlan(np.stack([ROWS[name] for name in names]).astype(np.uint8), replicas=1)
+    for names in (("one head", "forward only"), ("full", "one head"), ("forward only", "full"))
+]
+"""Of two micro-batches whose shapes change places from plan to plan."""
+
+
+def trained(
+    cuda_graphs: bool, compile: bool = False, plans: Sequence[SkipPlan] = ()
+) -> tuple[list[float], list[Tensor]]:
+    """Losses and parameters after steps of two micro-batches, the last ones smaller, one of them metered.
+
+    plans: in force for two steps each; none: dense training.
+    """
     torch.backends.cuda.matmul.allow_tf32 = False
     model = tiny_vit().cuda()
     executor = attach(model, compile=compile)
@@ -39,6 +57,8 @@ def trained(cuda_graphs: bool, compile: bool = False) -> tuple[list[float], list
         sizes = (6, 6) if step < 4 else (5, 3)
         batch = [random_batch(10 * step + slot, size) for slot, size in enumerate(sizes)]
         on_gpu = [(images.cuda(), labels.cuda()) for images, labels in batch]
+        if plans:
+            executor.load(plans[step // 2], 0)
         if step == 0:
             with meter() as metered:
                 losses.append(float(engine.step(on_gpu).loss))
@@ -48,10 +68,11 @@ def trained(cuda_graphs: bool, compile: bool = False) -> tuple[list[float], list
     return losses, [parameter.detach().clone() for parameter in model.parameters()]
 
 
+@pytest.mark.parametrize("plans", [(), PLANS], ids=["dense", "changing plans"])
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
-def test_training_through_graphs_is_the_same_training(compile: bool) -> None:
-    losses, parameters = trained(cuda_graphs=False)
-    of_graphs, others = trained(cuda_graphs=True, compile=compile)
+def test_training_through_graphs_is_the_same_training(compile: bool, plans: Sequence[SkipPlan]) -> None:
+    losses, parameters = trained(cuda_graphs=False, plans=plans)
+    of_graphs, others = trained(cuda_graphs=True, compile=compile, plans=plans)
     assert of_graphs == pytest.approx(losses, rel=1e-5)
     for one, other in zip(parameters, others, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
