@@ -223,7 +223,7 @@ class PlanConfig(Section):
     depth_exponent: float = Field(default=0.0, ge=0)
     """Backward scores count (place of the block / number of blocks) to this power, so that FULL gathers in the upper
     blocks, above which less is skipped; 0: the same at every depth. Planner `paper`, which gives each subnet a budget
-    of its own, and `static` put as many FULL into each block all the same."""
+    of its own, and `static`, but for one step between blocks, put as many FULL into each block all the same."""
     probe_batches: int = Field(default=1, gt=0)
     """Batches over which scores are averaged; their cost is charged to the run."""
     score_cache: str | None = None
@@ -236,6 +236,9 @@ class PlanConfig(Section):
     most_shortcut: float = Field(default=1.0, ge=0, le=1)
     """Planner `joint`, `makespan` and `static`: most of a device's heads in a block that may be SHORTCUT in a
     micro-batch."""
+    heads_multiple: int = Field(default=1, gt=0)
+    """Planner `static`: numbers of heads that a device runs in a block are multiples of it, or all; 2 is faster on a
+    GPU, whose matrix products run in tiles of 128 columns (two heads of most models)."""
     below: Literal["forward_only", "shortcut"] = "forward_only"
     """Planner `depth`: what the blocks below the FULL ones do."""
     rescale: bool = False

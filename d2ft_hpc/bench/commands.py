@@ -133,7 +133,12 @@ def add_benches(benches: Any) -> None:
     step.add_argument(
         "--plan",
         default="static",
-        help="static: as many heads in every block, drawn (default); or a saved plan's file",
+        help="static: as many heads in every block, or one of two numbers, drawn (default); or a saved plan's file",
+    )
+    step.add_argument(
+        "--heads-multiple",
+        type=int,
+        help="numbers of FULL heads are multiples of it (default: 2 on a GPU for more than 8 heads, else 1)",
     )
     step.add_argument("--image-size", type=int, default=224, help="pixels")
     step.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -335,6 +340,7 @@ def _step(options: argparse.Namespace) -> int:
             micro_batch=options.micro_batch,
             compute=options.compute,
             forward_only=options.forward_only,
+            heads_multiple=options.heads_multiple,
             plan=None if options.plan == "static" else Path(options.plan),
             image_size=options.image_size,
             device=device,

@@ -51,6 +51,8 @@ class Sizes:
     """Most of the dense FLOPs."""
     forward_only: float
     """Share of each block's heads that run forward only."""
+    heads_multiple: int | None
+    """Numbers of FULL heads are multiples of it; None: of 2 on a GPU for more than 8 heads, else of 1."""
     plan: Path | None
     image_size: int
     """Pixels."""
@@ -102,6 +104,7 @@ def benchmark(sizes: Sizes, *, with_peers: bool = False, with_profile: bool = Fa
         "dtype": str(sizes.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "plan": "static" if sizes.plan is None else str(sizes.plan),
+        "full_heads": np.unique((plan.operations == Operation.FULL).sum(axis=2)).tolist(),
         "full_share": shares[Operation.FULL],
         "forward_only_share": shares[Operation.FORWARD_ONLY],
         "dense": rival,
@@ -157,22 +160,29 @@ def _model(sizes: Sizes) -> VisionTransformer:
 
 
 def _static(sizes: Sizes, costs: StepCosts, executor: PlanExecutor) -> SkipPlan:
-    """Every block runs as many heads FULL and FORWARD_ONLY as fit into `compute`; which, is drawn."""
+    """As many FULL heads as fit into `compute`, in all blocks the same number or one of two; which, is drawn.
+
+    So plans planner `static` where all scores are alike.
+    """
     blocks, heads = executor.subnets.shape
     forward_only = round(sizes.forward_only * heads)
-    cells = (sizes.compute * costs.dense_flops - costs.always_flops) / (blocks * costs.full_flops)
-    full = int(cells - forward_only * costs.forward_share + 1e-9)
-    if not 1 <= full <= heads - forward_only:
+    multiple = sizes.heads_multiple or (2 if sizes.device.type == "cuda" and heads > 8 else 1)
+    cells = (sizes.compute * costs.dense_flops - costs.always_flops) / costs.full_flops
+    groups = int((cells - blocks * forward_only * costs.forward_share) / multiple + 1e-9)
+    full = np.full(blocks, groups // blocks * multiple)
+    full[: groups % blocks] += multiple
+    if not 1 <= full.min() <= full.max() <= heads - forward_only:
         raise ConfigError(
-            f"--compute {sizes.compute} with --forward-only {sizes.forward_only}: {full} of {heads} heads would be "
-            f"FULL; choose them so that it is 1 to {heads - forward_only}"
+            f"--compute {sizes.compute} with --forward-only {sizes.forward_only} and --heads-multiple {multiple}: "
+            f"{full.min()} to {full.max()} of {heads} heads would be FULL; choose them so that it is "
+            f"1 to {heads - forward_only}"
         )
     generator = np.random.default_rng(0)
     operations = np.full((1, blocks, heads), Operation.SHORTCUT, np.uint8)
-    for row in operations[0]:
+    for row, its_full in zip(operations[0], generator.permutation(full), strict=True):
         order = generator.permutation(heads)
-        row[order[:full]] = Operation.FULL
-        row[order[full : full + forward_only]] = Operation.FORWARD_ONLY
+        row[order[:its_full]] = Operation.FULL
+        row[order[its_full : its_full + forward_only]] = Operation.FORWARD_ONLY
     return SkipPlan(operations, replicas=1)
 
 

@@ -23,10 +23,12 @@ from d2ft_hpc.execution import triton_kernels
 
 _COPY_ELEMENTS = 2048
 """That one program copies."""
-_PROGRAMS = 1056
-"""Most programs that sum over tokens: 8 for each multiprocessor of a Hopper GPU."""
+_MULTIPROCESSORS = 132
+"""Of a Hopper GPU, on which the sizes here were the fastest of those tried (analysis/step)."""
 _TILE, _COLUMNS = 8, 128
-"""Tokens and channels that an element-wise program has at a time."""
+"""Tokens and columns that an element-wise program has at a time."""
+_WHOLE_TOKENS = 2048
+"""Tokens times channels, rounded up to a power of two, that a program has at a time where it needs whole tokens."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ def _add_norm(
     norm: Norm | None,
 ) -> None:
     tokens, channels = x.shape
-    triton_kernels.add_norm[(tokens,)](
+    tile, block, warps = _whole_tokens(channels)
+    triton_kernels.add_norm[(ceil(tokens / tile),)](
         x,
         *(x if each is None else each for each in (branch, bias, scale, total)),
         *((x, x, x) if normed is None else (normed.rows, normed.mean, normed.rstd)),
@@ -158,9 +161,9 @@ def _add_norm(
         bias is not None,
         scale is not None,
         norm is not None,
-        1,
-        triton.next_power_of_2(channels),
-        num_warps=_warps(channels),
+        tile,
+        block,
+        num_warps=warps,
     )
 
 
@@ -173,8 +176,8 @@ def norm_backward(
     first one's sum over tokens, each [channel] in the weight's type.
     """
     tokens, channels = x.shape
-    rows = ceil(tokens / _PROGRAMS)
-    programs = ceil(tokens / rows)
+    tile, block, warps = _whole_tokens(channels)
+    rows, programs = _shares(tokens, 1, tile, at_once=4)
     result = torch.empty_like(x)
     partial = x.new_empty(programs, 3 * channels, dtype=torch.float32)
     triton_kernels.norm_backward[(programs,)](
@@ -189,9 +192,9 @@ def norm_backward(
         tokens,
         channels,
         rows,
-        1,
-        triton.next_power_of_2(channels),
-        num_warps=_warps(channels),
+        tile,
+        block,
+        num_warps=warps,
     )
     of_weight, of_bias, of_result = sum_over_programs(partial, norm.weight.dtype).view(3, channels)
     return result, of_weight, of_bias, of_result
@@ -206,9 +209,9 @@ def branch_backward(
     is `gradient` itself.
     """
     tokens, channels = gradient.shape
-    columns = ceil(channels / _COLUMNS)
-    rows = _rows_a_program(tokens, columns)
-    programs = ceil(tokens / rows)
+    tile, block = 32, 64  # it reads little more than it sums
+    columns = ceil(channels / block)
+    rows, programs = _shares(tokens, columns, tile, at_once=8)
     writes = scale is not None or gradient.dtype != dtype
     result = torch.empty_like(gradient, dtype=dtype) if writes else gradient
     partial = gradient.new_empty(programs, 2 * channels, dtype=torch.float32)
@@ -223,8 +226,9 @@ def branch_backward(
         writes,
         bias is not None,
         scale is not None,
-        _TILE,
-        _COLUMNS,
+        tile,
+        block,
+        num_warps=2,
     )
     of_bias, of_scale = sum_over_programs(partial, torch.float32).view(2, channels)
     return result, of_bias, of_scale
@@ -247,8 +251,7 @@ def gelu_backward(gradient: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Ten
     sum over tokens, fp32 [width]."""
     tokens, width = hidden.shape
     columns = ceil(width / _COLUMNS)
-    rows = _rows_a_program(tokens, columns)
-    programs = ceil(tokens / rows)
+    rows, programs = _shares(tokens, columns, _TILE, at_once=32)
     of_hidden, activated = torch.empty_like(hidden), torch.empty_like(hidden)
     partial = hidden.new_empty(programs, width, dtype=torch.float32)
     triton_kernels.gelu_backward[(columns, programs)](
@@ -293,9 +296,9 @@ def join_qkv(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> t
     query, key, value = map(_with_unit_stride, (query, key, value))
     samples, heads, tokens, size = query.shape
     width = 3 * heads * size
-    columns = ceil(width / _COLUMNS)
-    rows = _rows_a_program(samples * tokens, columns)
-    programs = ceil(samples * tokens / rows)
+    tile, block = 16, 64
+    columns = ceil(width / block)
+    rows, programs = _shares(samples * tokens, columns, tile, at_once=16)
     joined = query.new_empty(samples * tokens, width, dtype=dtype)
     partial = query.new_empty(programs, width, dtype=torch.float32)
     triton_kernels.join_qkv[(columns, programs)](
@@ -315,8 +318,8 @@ def join_qkv(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> t
         key.stride(1),
         value.stride(1),
         size,
-        _TILE,
-        _COLUMNS,
+        tile,
+        block,
     )
     return joined, sum_over_programs(partial, torch.float32)
 
@@ -333,10 +336,13 @@ def sum_over_programs(partial: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def _rows_a_program(tokens: int, columns: int) -> int:
-    """Tokens that each program sums, such that all programs of all columns run at once."""
-    return ceil(ceil(tokens * columns / _PROGRAMS) / _TILE) * _TILE
+def _shares(tokens: int, columns: int, tile: int, at_once: int) -> tuple[int, int]:
+    """Tokens that each program sums, in steps of `tile`, and programs a column; `at_once` a multiprocessor in all."""
+    rows = ceil(ceil(tokens * columns / (at_once * _MULTIPROCESSORS)) / tile) * tile
+    return rows, ceil(tokens / rows)
 
 
-def _warps(channels: int) -> int:
-    return 4 if channels <= 1024 else 8
+def _whole_tokens(channels: int) -> tuple[int, int, int]:
+    """Tokens at a time, channels rounded up to a power of two, and warps, of a program that needs whole tokens."""
+    block = triton.next_power_of_2(channels)
+    return max(1, _WHOLE_TOKENS // block), block, min(max(1, block // 256), 16)

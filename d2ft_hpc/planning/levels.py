@@ -43,16 +43,23 @@ class Levels:
     def that_run(self, heads: int) -> Levels:
         """Only the levels at which every rank runs at least so many heads forward."""
         whole = self.forward_ranks == self.forward_heads.shape[1]
-        keep = np.flatnonzero((self.forward_heads >= heads).all(axis=1) & (whole | (heads == 0)))
+        return self._only((self.forward_heads >= heads).all(axis=1) & (whole | (heads == 0)))
+
+    def in_multiples(self, of: int) -> Levels:
+        """Only the levels whose numbers of heads, on every rank, are multiples of `of`, or all of the rank's."""
+        counts = np.concatenate([self.forward_heads, self.backward_heads], axis=1)
+        return self._only(((counts % of == 0) | (counts == len(self.forward_gain))).all(axis=1))
+
+    def _only(self, kept: npt.NDArray[np.bool_]) -> Levels:
         return replace(
             self,
-            value=np.ascontiguousarray(self.value[:, keep]),
-            forward_time=self.forward_time[keep],
-            backward_time=self.backward_time[keep],
-            forward_heads=self.forward_heads[keep],
-            backward_heads=self.backward_heads[keep],
-            forward_ranks=self.forward_ranks[keep],
-            backward_ranks=self.backward_ranks[keep],
+            value=np.ascontiguousarray(self.value[:, kept]),
+            forward_time=self.forward_time[kept],
+            backward_time=self.backward_time[kept],
+            forward_heads=self.forward_heads[kept],
+            backward_heads=self.backward_heads[kept],
+            forward_ranks=self.forward_ranks[kept],
+            backward_ranks=self.backward_ranks[kept],
         )
 
     def operations(self, level: Ints) -> npt.NDArray[np.uint8]:

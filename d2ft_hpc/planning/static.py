@@ -1,15 +1,19 @@
-"""Planning for fixed shapes: every block of every row runs equally many heads FULL and FORWARD_ONLY."""
+"""Planning for fixed shapes: the heads that a block runs are equally many in all rows, and one of two numbers."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
+import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.knapsack import plan_with_bound
 from d2ft_hpc.planning.level_coverage import demand_of, take_turns, unpaid_coverage
+from d2ft_hpc.planning.levels import Levels
 from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.problem import PlanProblem
-from d2ft_hpc.planning.teams import Team, fitting_levels, make_teams, meeting_replicas
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem
+from d2ft_hpc.planning.teams import Team, make_teams, meeting_replicas, step_limits
 
 
 def solve_static(
@@ -19,32 +23,40 @@ def solve_static(
     backward_weight: float = 1.0,
     most_shortcut: float = 1.0,
     coverage: int = 0,
+    heads_multiple: int = 1,
 ) -> SkipPlan:
-    """Maximise the objective of `solve_joint` with one level for all blocks and rows of a replica.
+    """Maximise the objective of `solve_joint` with one level for each block, the same in all rows of a replica.
 
-    Stages whose ranks differ in speed have levels of their own, and then one for each stage.
+    A level says how many heads of each operation every rank runs. Blocks have one of two neighbouring levels, the
+    higher one where it gives most: kernels are made for two shapes, and the budget is used up all the same. Stages
+    whose ranks differ in speed have levels of their own.
 
-    On every rank each (row, block) then has the same number of heads of each operation: shapes never change. Which
-    heads these are follows the scores. All levels are tried, so the plan is the best of its kind: bound = objective,
-    gap = 0 (without coverage, for which heads of a rank take turns). Options and errors are those of `solve_makespan`.
+    Which heads run follows the scores. All levels and their neighbours are tried, so the plan is the best of its kind:
+    bound = objective, gap = 0 (without coverage, for which heads of a rank take turns).
+
+    heads_multiple: numbers of heads are multiples of it, or all of a rank's (matrix products on a GPU run in tiles).
+    Other options and errors are those of `solve_makespan`.
     """
+    if heads_multiple < 1:
+        raise PlanError(f"heads_multiple is a number of heads from 1, got {heads_multiple}.")
     operations = np.full(problem.forward_score.shape, Operation.SHORTCUT, dtype=np.uint8)
     bound = 0.0
     for replicas in meeting_replicas(problem):
-        teams = make_teams(problem, replicas, forward_weight, backward_weight, most_shortcut)
+        teams = [
+            replace(team, levels=team.levels.in_multiples(heads_multiple))
+            for team in make_teams(problem, replicas, forward_weight, backward_weight, most_shortcut)
+        ]
         demand = demand_of(problem, coverage, replicas)
         for alike in [teams] if _have_the_same_levels(teams) else [[team] for team in teams]:
-            value = sum(team.levels.value.sum(axis=0) for team in alike)
-            fits = np.logical_and.reduce([fitting_levels(problem, team) for team in alike])
-            for team in alike:
-                full = team.levels.backward_heads.min(axis=1) * team.slots
-                fits &= full >= demand * len(team.levels.forward_gain)
-            if not fits.any():
-                raise PlanError(unpaid_coverage(problem, alike[0], coverage))
-            level = int(np.argmax(np.where(fits, value, -np.inf)))
-            bound += float(value[level])
-            for team in alike:
-                team.write(np.full(len(team.levels.value), level), operations)
+            best = max(
+                (_best_pair(problem, alike, *pairs, demand) for pairs in _neighbours(alike[0].levels)),
+                key=lambda found: found.value,
+            )
+            if best.value == -np.inf:
+                raise PlanError(_unpaid(problem, alike[0], coverage, heads_multiple))
+            bound += best.value
+            for team, level in zip(alike, best.levels, strict=True):
+                team.write(np.tile(level, team.slots), operations)
                 take_turns(team, operations, demand)
     if coverage == 0:
         bound = problem.objective(operations, forward_weight, backward_weight)
@@ -52,11 +64,83 @@ def solve_static(
         problem,
         operations,
         planner="static",
-        status="optimal" if coverage == 0 else "the best level, with heads in turn",
+        status="optimal" if coverage == 0 else "the best levels, with heads in turn",
         forward_weight=forward_weight,
         backward_weight=backward_weight,
         bound=bound,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """What a pair of levels gives in all, -inf if it does not fit; each team's levels, int64 [block]."""
+
+    value: float
+    levels: list[Ints]
+
+
+def _neighbours(levels: Levels) -> list[tuple[Ints, Ints]]:
+    """Pairs of levels (lower, upper), int64 [pair] each: the same one; the next more FORWARD_ONLY, FULL, or both."""
+    runs, full = (
+        np.unique(heads.sum(axis=1), return_inverse=True)[1]
+        for heads in (levels.forward_heads, levels.backward_heads)
+    )
+    place = np.full((runs.max() + 2, full.max() + 2), -1)
+    place[runs, full] = np.arange(len(runs))
+    every = np.arange(len(runs))
+    pairs = [
+        (every, place[runs + more, full + trained]) for more, trained in ((0, 0), (1, 0), (0, 1), (1, 1))
+    ]
+    return [(lower[upper >= 0], upper[upper >= 0]) for lower, upper in pairs if (upper >= 0).any()]
+
+
+def _best_pair(problem: PlanProblem, teams: list[Team], lower: Ints, upper: Ints, demand: int) -> _Found:
+    """The best of the pairs (lower, upper) of levels, which all the teams have, in the best blocks of each team."""
+    total = np.zeros(len(lower))
+    ranked, counts = [], []
+    for team in teams:
+        value = team.levels.value.reshape(team.slots, len(team.blocks), -1).sum(axis=0)  # [block, level]
+        gain = value[:, upper] - value[:, lower]
+        order = np.argsort(-gain, axis=0, kind="stable")
+        gained = np.zeros((len(gain) + 1, len(lower)))  # by the number of blocks at the upper level
+        np.cumsum(np.take_along_axis(gain, order, axis=0), axis=0, out=gained[1:])
+        gained[np.arange(len(gained))[:, None] > _most_upper(problem, team, lower, upper)] = -np.inf
+        total += value[:, lower].sum(axis=0) + gained.max(axis=0)
+        trained = team.levels.backward_heads[lower].min(axis=1) * team.slots
+        total[trained < demand * len(team.levels.forward_gain)] = -np.inf
+        ranked.append(order)
+        counts.append(gained.argmax(axis=0))
+    pair = int(total.argmax())
+    levels = []
+    for order, count in zip(ranked, counts, strict=True):
+        level = np.full(len(order), lower[pair])
+        level[order[: count[pair], pair]] = upper[pair]
+        levels.append(level)
+    return _Found(float(total[pair]), levels)
+
+
+def _most_upper(problem: PlanProblem, team: Team, lower: Ints, upper: Ints) -> npt.NDArray[np.int64]:
+    """Most blocks at the upper level of each pair that the team's budgets pay for; -1: not even none."""
+    blocks = len(team.blocks)
+    most = np.full(len(lower), blocks)
+    for limit in step_limits(problem, team):
+        rows = np.bincount(limit.group, minlength=len(limit.most)) / blocks  # of each group
+        left: Floats = (limit.most * (1 + BUDGET_EPSILON / 10) / rows).min() - blocks * limit.use[lower]
+        more = limit.use[upper] - limit.use[lower]
+        paid = np.divide(left, more, out=np.full(len(lower), float(blocks)), where=more > 0)
+        most = np.minimum(
+            most, np.where(left < 0, -1, np.minimum(paid, blocks) + BUDGET_EPSILON / 10).astype(np.int64)
+        )
+    return most
+
+
+def _unpaid(problem: PlanProblem, team: Team, coverage: int, heads_multiple: int) -> str:
+    if coverage == 0:  # a single head would be paid for: `make_teams` has seen to it
+        return (
+            f"heads_multiple={heads_multiple}: no such number of heads keeps the budgets and most_shortcut. Lower it, "
+            f"or raise one of these."
+        )
+    return unpaid_coverage(problem, team, coverage)
 
 
 def _have_the_same_levels(teams: list[Team]) -> bool:

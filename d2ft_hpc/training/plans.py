@@ -385,7 +385,11 @@ def _planner_options(config: PlanConfig, seed: tuple[int, int]) -> dict[str, Any
                 "most_shortcut": config.most_shortcut,
             }
         case "static":
-            return {"coverage": config.coverage, "most_shortcut": config.most_shortcut}
+            return {
+                "coverage": config.coverage,
+                "most_shortcut": config.most_shortcut,
+                "heads_multiple": config.heads_multiple,
+            }
         case "depth":
             return {
                 "time_limit_seconds": config.time_limit_seconds,

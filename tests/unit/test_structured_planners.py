@@ -249,28 +249,56 @@ def test_no_head_starves_where_the_budget_feeds_all(planner, kind, stages, speed
 
 @settings(max_examples=80, deadline=None)
 @given(problems(uneven_speeds=False))
-def test_static_is_the_best_plan_of_constant_shape(problem):
+def test_static_is_the_best_plan_of_constant_shapes(problem):
     plans = every_plan(problem)
     plans = plans[keeps_time(problem, plans)] if problem.stages == 1 else plans
-    constant = np.ones(len(plans), dtype=bool)
-    for replica in range(problem.replicas):
-        counts = [
-            ((plans[:, replica :: problem.replicas] == operation) & (problem.rank == rank)).sum(axis=3)
-            for operation in (1, 2)
-            for rank in range(problem.ranks)
-        ]
-        constant &= np.all([c == c[:, :1, :1] for c in counts], axis=(0, 2, 3))
-        same = [counts[i] == counts[i - i % problem.ranks] for i in range(len(counts))]
-        constant &= np.all(same, axis=(0, 2, 3))
-    best = scores_of(problem, plans[constant]).max()
+    best = scores_of(problem, plans[is_static(problem, plans)]).max()
     plan = solve(problem, "static")
     assert plan.objective == pytest.approx(best)
     assert (plan.bound, plan.gap) == (plan.objective, 0.0)
-    for operation in Operation:
-        for rank in range(problem.ranks):
-            counts = ((plan.operations == operation) & (problem.rank == rank)).sum(axis=2)
-            for replica in range(problem.replicas):
-                assert len(set(counts[replica :: problem.replicas].ravel())) == 1
+    assert is_static(problem, plan.operations[None]).all()
+
+
+def is_static(problem, plans):
+    """bool [plan]: in each replica all ranks run the same in a block in all rows, and blocks have one of two
+    neighbouring levels."""
+    result = np.ones(len(plans), dtype=bool)
+    for replica in range(problem.replicas):
+        counts = np.array(
+            [
+                [
+                    ((plans[:, replica :: problem.replicas] >= least) & (problem.rank == rank)).sum(axis=3)
+                    for least in (1, 2)
+                ]
+                for rank in range(problem.ranks)
+            ]
+        )  # [rank, runs or FULL, plan, row, block]
+        result &= (counts == counts[:1, :, :, :1]).all(axis=(0, 1, 3, 4))
+        level = counts[0, :, :, 0]
+        least, most = level.min(axis=2, keepdims=True), level.max(axis=2, keepdims=True)
+        is_lower, is_upper = (level == least).all(axis=0), (level == most).all(axis=0)
+        result &= (most - least <= 1).all(axis=(0, 2)) & (is_lower | is_upper).all(axis=1)
+    return result
+
+
+def test_static_keeps_to_multiples_of_heads_and_uses_the_budget_up():
+    scores = np.random.default_rng(0).lognormal(0, 1, (2, 3, 12, 12))
+    for multiple in (1, 2, 3):
+        problem = PlanProblem.parallel(*scores, compute_budget=0.6)
+        plan = solve(problem, "static", heads_multiple=multiple)
+        full = (plan.operations == Operation.FULL).sum(axis=2)
+        assert (full % multiple == 0).all()
+        assert (full == full[0]).all()
+        assert problem.used_compute(plan).max() > problem.compute_budget.max() - 3 * 3 * multiple
+    with pytest.raises(PlanError, match="heads_multiple=5: no such number"):
+        solve(
+            PlanProblem.parallel(*scores, compute_budget=0.25),
+            "static",
+            heads_multiple=5,
+            most_shortcut=1 / 3,
+        )
+    with pytest.raises(PlanError, match=r"heads_multiple .* got 0"):
+        solve(problem, "static", heads_multiple=0)
 
 
 @settings(max_examples=80, deadline=None)
