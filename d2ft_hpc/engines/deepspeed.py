@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from d2ft_hpc.config import zero_stage
 from d2ft_hpc.engines.deepspeed_private import forget_step, import_deepspeed
 from d2ft_hpc.engines.engine import (
     LossFunction,
@@ -65,7 +66,7 @@ def deepspeed_config(
                 f"engine.deepspeed.{key}: set by the run (data.micro_batch_size, data.slots, engine.precision, "
                 f"engine.gradient_clipping, optimizer): remove it"
             )
-    zero = {"stage": 1 if precision == "fp16" else 0, **settings.get("zero_optimization", {})}
+    zero = {**settings.get("zero_optimization", {}), "stage": zero_stage(settings, precision)}
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": slots,
