@@ -24,6 +24,7 @@ from d2ft_hpc.engines.engine import (
     StateWriter,
     StepReport,
     evaluated,
+    set_training,
 )
 from d2ft_hpc.engines.out_of_memory import repeatable
 from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
@@ -119,6 +120,7 @@ class DeepSpeedEngine:
         )
         """What `deepspeed.initialize` returned: the engine, and what belongs to it."""
         self.engine = self.made[0]
+        self._modules = list(self.engine.modules())
         self._model, self.executor, self._loss_function = model, executor, loss_function
         reduce_trained_blocks(self.engine, model, executor)
         self._dtype = next(model.parameters()).dtype
@@ -126,7 +128,7 @@ class DeepSpeedEngine:
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
         report = StepReport(learning_rate=self.engine.get_lr()[0])
-        self.engine.train()
+        set_training(self._modules)
         last = len(micro_batches) - 1
         losses = repeatable(
             self.short_of_memory,
