@@ -32,6 +32,7 @@ from d2ft_hpc.engines.fsdp import FsdpEngine
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
+from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.metering import StepCosts, measure_costs, meter
@@ -54,7 +55,7 @@ class Workload:
     """Of ZeRO."""
     precision: str
     steps: int
-    """Measured steps of each of the things compared, at least one."""
+    """Measured steps of each of the things compared."""
     device: torch.device
     pipeline_stages: int = 1
     tensor_parallel: int = 1
@@ -221,16 +222,21 @@ def alternate(
     device: torch.device,
     control: Control | None = None,
     before: Callable[[str], object] = lambda name: None,
+    warm_up: int = _WARM_UP,
 ) -> dict[str, np.ndarray]:
     """Seconds of `count` steps of each by name on the slowest rank, float64 [step]. From round to round the order is
     turned round, and after two rounds begins with the next: each is as often early as late.
 
     control: of the ranks that begin each step together; None: there is one. before: what is done before the clock
-    starts.
+    starts. warm_up: rounds before those that are measured. Raises ConfigError for less than 2 steps.
     """
+    if count < 2:
+        raise ConfigError(
+            f"{count} measured steps of each have no interval: measure at least 2, or better 20"
+        )
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
-    for turn in range(count + _WARM_UP):
+    for turn in range(warm_up + count):
         first = turn // 2 % len(names)
         for name in (names[first:] + names[:first])[:: -1 if turn % 2 else 1]:
             before(name)
@@ -241,7 +247,7 @@ def alternate(
             steps[name]()
             _synchronize(device)
             seconds[name].append(time.perf_counter() - start)
-    own = np.array([of_name[_WARM_UP:] for of_name in seconds.values()])
+    own = np.array([of_name[warm_up:] for of_name in seconds.values()])
     if control is None:
         return dict(zip(names, own, strict=True))
     of_ranks = [np.frombuffer(part).reshape(own.shape) for part in control.all_gather(own.tobytes())]
