@@ -7,14 +7,14 @@ starts work. Every message names the key, the value and, for an unknown key, the
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from inspect import isclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
 from d2ft_hpc.errors import ConfigError
@@ -324,20 +324,39 @@ class EngineConfig(Section):
     whether a micro-batch's forward and backward, and the scoring, are launched as one CUDA graph each. It pays where
     the GPU waits for the processor."""
 
+    @field_validator("deepspeed")
+    @classmethod
+    def _check_sections(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        for key in ("zero_optimization", "tensor_parallel", "pipeline"):
+            if not isinstance(settings.get(key, {}), dict):
+                raise ValueError(
+                    f"{key} holds settings of its own, such as {{stage: 1}} for zero_optimization"
+                )
+        return settings
+
     @property
     def data_parallel(self) -> Literal["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]:
         """How replicas reduce (`planning.messages`)."""
         if self.name != "deepspeed":
             return "fsdp2" if self.name == "fsdp2" else "ddp"
         stages: dict[Any, Literal["zero0", "zero1", "zero2", "zero3"]] = {1: "zero1", 2: "zero2", 3: "zero3"}
-        zero = self.deepspeed.get("zero_optimization")
-        default = int(self.precision == "fp16")
-        return stages.get(zero.get("stage", default) if isinstance(zero, dict) else default, "zero0")
+        return stages.get(self.zero_stage, "zero0")
+
+    @property
+    def zero_stage(self) -> Any:
+        """ZeRO's stage as `deepspeed` says; where it does not 0, or 1 under fp16."""
+        return zero_stage(self.deepspeed, self.precision)
 
     @property
     def tensor_ranks(self) -> int:
         """Tensor-parallel ranks of a replica, whichever key says so."""
         return int(self.deepspeed.get("tensor_parallel", {}).get("autotp_size", self.tensor_parallel))
+
+
+def zero_stage(deepspeed: Mapping[str, Any], precision: str) -> Any:
+    """ZeRO's stage in settings for DeepSpeed; without one 0, or 1 under fp16, whose losses DeepSpeed scales under ZeRO
+    only."""
+    return deepspeed.get("zero_optimization", {}).get("stage", int(precision == "fp16"))
 
 
 class LaunchConfig(Section):
@@ -426,7 +445,7 @@ class RunConfig(Section):
         zero = engine.deepspeed.get("zero_optimization", {})
         for setting, value, allowed in (
             ("engine.precision", engine.precision, ("fp32",)),
-            ("engine.deepspeed.zero_optimization.stage", zero.get("stage", 0), (0, 1)),
+            ("engine.deepspeed.zero_optimization.stage", engine.zero_stage, (0, 1)),
             ("engine.deepspeed.zero_optimization.overlap_comm", zero.get("overlap_comm", False), (False,)),
             ("engine.pipeline_stages", engine.pipeline_stages, (1,)),
             ("engine.tensor_parallel", engine.tensor_ranks, (1,)),
@@ -480,16 +499,15 @@ class RunConfig(Section):
                     f"engine.deepspeed.pipeline.{key}: DeepSpeed then keeps the first micro-batch's size, which the "
                     f"last batch of an epoch does not have; remove it"
                 )
-        stage = engine.deepspeed.get("zero_optimization", {}).get("stage", 0)
-        if engine.pipeline_stages > 1 and stage == 1 and self.optimizer.classifier_factor != 1:
+        if engine.pipeline_stages > 1 and engine.zero_stage == 1 and self.optimizer.classifier_factor != 1:
             raise ValueError(
                 f"optimizer.classifier_factor={self.optimizer.classifier_factor} with {parts} and ZeRO 1: DeepSpeed "
                 f"sums norms by parameter group, and only the last stage has the classifier's; use 1, or ZeRO 0"
             )
-        if engine.pipeline_stages > 1 and stage > 1:
+        if engine.pipeline_stages > 1 and engine.zero_stage > 1:
             raise ValueError(
-                f"engine.deepspeed.zero_optimization.stage={stage} with {parts}: a pipeline's stages keep their "
-                f"gradients until the batch's end, and DeepSpeed refuses; use stage 0 or 1"
+                f"engine.deepspeed.zero_optimization.stage={engine.zero_stage} with {parts}: a pipeline's stages "
+                f"keep their gradients until the batch's end, and DeepSpeed refuses; use stage 0 or 1"
             )
 
     @property

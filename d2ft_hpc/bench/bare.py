@@ -30,7 +30,8 @@ def bare_engine(
 ) -> Step:
     """One step of DeepSpeed's data parallelism, of its pipeline over the same stages, or of its AutoTP.
 
-    model: never attached. Raises ConfigError for a pipeline with tensor parallelism, which DeepSpeed alone cannot do.
+    model: never attached. Raises ConfigError for a pipeline with tensor parallelism and for heads that the ranks do not
+    divide, which DeepSpeed alone cannot do.
     """
     layout = placement.layout
     if layout.stages > 1 and layout.tensor_ranks > 1:
@@ -40,10 +41,15 @@ def bare_engine(
         )
     if layout.stages > 1:
         return _pipeline(model, placement, config, make_optimizer, loss_function)
+    heads, width = model.blocks[0].attn.num_heads, model.embed_dim
+    if heads % layout.tensor_ranks:
+        raise ConfigError(
+            f"bench overhead: DeepSpeed's AutoTP cuts equal parts, {heads} heads have none for {layout.tensor_ranks} "
+            f"ranks; use another --model, such as vit_small_patch16_224 with 6 heads"
+        )
     if layout.tensor_ranks > 1:
         config = {**config, "tensor_parallel": _autotp(layout.tensor_ranks)}
     optimizer, schedule = make_optimizer(model)
-    heads, width = model.blocks[0].attn.num_heads, model.embed_dim
     engine, *_ = import_deepspeed().initialize(
         model=model,
         model_parameters=_trained(model),

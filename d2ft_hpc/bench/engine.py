@@ -1,8 +1,9 @@
 """An engine's step time: with an all-FULL plan against without us, and under a plan against dense.
 
 Steps of what is compared alternate in one process on the same ranks, so that a busy machine slows both alike. A step
-takes as long as on its slowest rank. Ratios are medians over pairs of neighbouring steps, with a 95 % bootstrap
-interval.
+takes as long as on its slowest rank. Ratios are medians over rounds of neighbouring steps, with a 95 % bootstrap
+interval. What is left is where an engine's tensors happen to lie in memory: overhead is therefore measured on two
+engines of either kind, and the ratio of the two without us to each other says what the bench can tell.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from d2ft_hpc.engines.fsdp import FsdpEngine
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
+from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.metering import StepCosts, measure_costs, meter
@@ -80,29 +82,46 @@ class Ratio:
 
 
 def overhead(workload: Workload, control: Control) -> dict[str, Any]:
-    """The step time with us and an all-FULL plan over that of the same DeepSpeed engine without us.
+    """The step time with us and an all-FULL plan over that of the same DeepSpeed engine without us, beside how many
+    operators and bytes of messages the steps have, in which no machine's noise is.
 
     Raises ConfigError if the ranks do not form whole replicas.
     """
     built = _build(workload, control)
     engine, layout = built.engine, built.placement.layout
-    engine.executor.load(SkipPlan.dense(workload.slots, layout.replicas, *built.shape), layout.replica)
-    model = _frozen_below(_model(workload))
-    bare = bare_engine(model, built.placement, _config(workload), _make_optimizer, _loss)
+    dense = SkipPlan.dense(workload.slots, layout.replicas, *built.shape)
     batch = _batch(workload, layout.replica)
-    before = engine.executor.lookup_seconds
-    steps = {"ours": lambda: engine.step(batch), "bare": lambda: bare(batch)}
+
+    def with_us(built: _Built) -> Callable[[], object]:
+        built.engine.executor.load(dense, layout.replica)
+        return lambda: built.engine.step(batch)
+
+    def without() -> Callable[[], object]:
+        model = _frozen_below(_model(workload))
+        step = bare_engine(model, built.placement, _config(workload), _make_optimizer, _loss)
+        return lambda: step(batch)
+
+    # Made in an order and, as `alternate` does, run in orders that favour neither.
+    steps = {"ours": with_us(built), "bare": without(), "other bare": without()}
+    steps["other ours"] = with_us(_build(workload, control))
     seconds = alternate(steps, workload.steps, workload.device, control)
-    lookups = (engine.executor.lookup_seconds - before) / (workload.steps + _WARM_UP)
+    lookups = engine.executor.lookup_seconds / (workload.steps + _WARM_UP)
+    counted = {}
+    for name in ("ours", "bare"):
+        with meter() as metered:
+            steps[name]()
+        counted[name] = {"operators": metered.operators, "bytes_sent": metered.bytes_sent}
     start = time.perf_counter()
     plan = share(control, lambda: _solved(built, workload, "joint", 0.6).to_bytes(), "the plan")
     engine.executor.load(SkipPlan.from_bytes(plan), layout.replica)
     planning = time.perf_counter() - start
-    ratio = Ratio.of(seconds["ours"], seconds["bare"])
+    bare = seconds["bare"] + seconds["other bare"]
     return {
         **_described(workload, control),
-        "bare_seconds": float(np.median(seconds["bare"])),
-        "ours_over_bare": asdict(ratio),
+        "bare_seconds": float(np.median(bare)) / 2,
+        "ours_over_bare": asdict(Ratio.of(seconds["ours"] + seconds["other ours"], bare)),
+        "bare_over_bare": asdict(Ratio.of(seconds["other bare"], seconds["bare"])),
+        "counted": counted,
         "lookup_seconds_a_step": lookups,
         "planning_seconds_a_plan": planning,
         "seconds": {name: of_name.tolist() for name, of_name in seconds.items()},
@@ -110,11 +129,16 @@ def overhead(workload: Workload, control: Control) -> dict[str, Any]:
 
 
 def overhead_report(result: Mapping[str, Any]) -> str:
+    ours, bare = result["counted"]["ours"], result["counted"]["bare"]
     return "\n".join(
         [
             _title(result),
             f"step without us          {1e3 * result['bare_seconds']:9.2f} ms",
             f"step with an all-FULL plan over that   {Ratio(**result['ours_over_bare'])}",
+            f"another engine without us over that    {Ratio(**result['bare_over_bare'])}",
+            f"operators of a step      {ours['operators']:9d} with us, {bare['operators']} without",
+            f"bytes sent in a step     {sum(ours['bytes_sent'].values()):9d} with us, "
+            f"{sum(bare['bytes_sent'].values())} without",
             f"looking the plan up      {1e6 * result['lookup_seconds_a_step']:9.0f} us a step",
             f"planning                 {1e6 * result['planning_seconds_a_plan']:9.0f} us a plan (joint, solved, sent, "
             f"loaded)",
@@ -198,17 +222,23 @@ def alternate(
     device: torch.device,
     control: Control | None = None,
     before: Callable[[str], object] = lambda name: None,
+    warm_up: int = _WARM_UP,
 ) -> dict[str, np.ndarray]:
-    """Seconds of `count` steps of each by name on the slowest rank, float64 [step]; the order changes from round to
-    round.
+    """Seconds of `count` steps of each by name on the slowest rank, float64 [step]. From round to round the order is
+    turned round, and after two rounds begins with the next: each is as often early as late.
 
     control: of the ranks that begin each step together; None: there is one. before: what is done before the clock
-    starts.
+    starts. warm_up: rounds before those that are measured. Raises ConfigError for less than 2 steps.
     """
+    if count < 2:
+        raise ConfigError(
+            f"{count} measured steps of each have no interval: measure at least 2, or better 20"
+        )
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
-    for turn in range(count + _WARM_UP):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    for turn in range(warm_up + count):
+        first = turn // 2 % len(names)
+        for name in (names[first:] + names[:first])[:: -1 if turn % 2 else 1]:
             before(name)
             _synchronize(device)
             if control is not None:
@@ -217,7 +247,7 @@ def alternate(
             steps[name]()
             _synchronize(device)
             seconds[name].append(time.perf_counter() - start)
-    own = np.array([of_name[_WARM_UP:] for of_name in seconds.values()])
+    own = np.array([of_name[warm_up:] for of_name in seconds.values()])
     if control is None:
         return dict(zip(names, own, strict=True))
     of_ranks = [np.frombuffer(part).reshape(own.shape) for part in control.all_gather(own.tobytes())]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
+from d2ft_hpc.bench.engine import Ratio, alternate
 from d2ft_hpc.config import OptimizerConfig
 from d2ft_hpc.engines.deepspeed import deepspeed_config
 from d2ft_hpc.engines.engine import MicroBatch
@@ -118,7 +118,7 @@ def benchmark(
     compute_budget: float,
     repeats: int,
 ) -> dict[str, Any]:
-    """Times steps of one engine under three plans in turn: dense, makespan, and all SHORTCUT; on all ranks together.
+    """Times steps of one engine under three plans in turns: dense, makespan, and all SHORTCUT; on all ranks together.
 
     The predicted time is what runs under all SHORTCUT, plus the rest of the dense step times the plan's share of it in
     the simulated pipeline and lock step (`simulate`). Raises ConfigError if the ranks do not form whole replicas.
@@ -133,7 +133,15 @@ def benchmark(
         "plan": SkipPlan.from_bytes(message),
         "always": setting.plan_of(Operation.SHORTCUT),
     }
-    seconds = _time_steps(control, setting, plans, repeats)
+    engine, batch, replica = setting.engine, setting.batch(), setting.placement.layout.replica
+    seconds = alternate(
+        {name: lambda: engine.step(batch) for name in plans},
+        repeats,
+        torch.device("cpu"),
+        control,
+        before=lambda name: engine.executor.load(plans[name], replica),
+        warm_up=1,
+    )
     medians = {name: float(np.median(times)) for name, times in seconds.items()}
     simulated = simulate(plans["plan"], problem).step / simulate(plans["dense"], problem).step
     always = medians["always"] / medians["dense"]
@@ -146,9 +154,9 @@ def benchmark(
         "dense_seconds": medians["dense"],
         "plan_seconds": medians["plan"],
         "always_share": always,
-        "measured": medians["plan"] / medians["dense"],
+        "plan_over_dense": asdict(Ratio.of(seconds["plan"], seconds["dense"])),
         "predicted": always + (1 - always) * simulated,
-        "ratios": [plan / dense for plan, dense in zip(seconds["plan"], seconds["dense"], strict=True)],
+        "seconds": {name: of_name.tolist() for name, of_name in seconds.items()},
     }
 
 
@@ -172,35 +180,16 @@ def _engine(
     return kind(model, executor, placement, make_optimizer, F.cross_entropy, config, control)
 
 
-def _time_steps(
-    control: Control, setting: Setting, plans: dict[str, SkipPlan], repeats: int
-) -> dict[str, list[float]]:
-    """Seconds of each step by plan, until all ranks are done; one step of each plan before the clock starts."""
-    engine, batch = setting.engine, setting.batch()
-    seconds: dict[str, list[float]] = {name: [] for name in plans}
-    for repeat in range(repeats + 1):
-        for name, plan in plans.items():
-            engine.executor.load(plan, setting.placement.layout.replica)
-            control.barrier(60)
-            start = time.perf_counter()
-            engine.step(batch)
-            control.barrier(60)
-            if repeat > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def report(result: dict[str, Any], *, as_json: bool) -> str:
     """What was measured beside what was predicted; with `as_json` its last line is the result as one JSON object."""
-    low, high = np.quantile(result["ratios"], [0.25, 0.75])
     lines = [
         f"{result['ranks']} ranks: {result['pipeline_stages']} pipeline stages x {result['tensor_parallel']} "
         f"tensor-parallel ranks",
         *filter(None, [result["stages"]]),
         f"dense step {1e3 * result['dense_seconds']:.1f} ms, of which {result['always_share']:.1%} always runs",
-        f"plan: {result['planned_flops']:.1%} of the dense FLOPs; step time predicted {result['predicted']:.1%}, "
-        f"measured {result['measured']:.1%} of dense (quartiles of pairs {low:.1%} to {high:.1%}, "
-        f"{len(result['ratios'])} pairs)",
+        f"plan: {result['planned_flops']:.1%} of the dense FLOPs",
+        f"its step over the dense one, predicted  {result['predicted']:.4f}",
+        f"its step over the dense one, measured   {Ratio(**result['plan_over_dense'])}",
     ]
     if as_json:
         lines.append(json.dumps(result))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from d2ft_hpc.config import zero_stage
 from d2ft_hpc.engines.deepspeed_private import forget_step, import_deepspeed
 from d2ft_hpc.engines.engine import (
     LossFunction,
@@ -23,6 +24,7 @@ from d2ft_hpc.engines.engine import (
     StateWriter,
     StepReport,
     evaluated,
+    set_training,
 )
 from d2ft_hpc.engines.out_of_memory import repeatable
 from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
@@ -65,7 +67,7 @@ def deepspeed_config(
                 f"engine.deepspeed.{key}: set by the run (data.micro_batch_size, data.slots, engine.precision, "
                 f"engine.gradient_clipping, optimizer): remove it"
             )
-    zero = {"stage": 1 if precision == "fp16" else 0, **settings.get("zero_optimization", {})}
+    zero = {**settings.get("zero_optimization", {}), "stage": zero_stage(settings, precision)}
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": slots,
@@ -118,6 +120,7 @@ class DeepSpeedEngine:
         )
         """What `deepspeed.initialize` returned: the engine, and what belongs to it."""
         self.engine = self.made[0]
+        self._modules = list(self.engine.modules())
         self._model, self.executor, self._loss_function = model, executor, loss_function
         reduce_trained_blocks(self.engine, model, executor)
         self._dtype = next(model.parameters()).dtype
@@ -125,7 +128,7 @@ class DeepSpeedEngine:
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
         report = StepReport(learning_rate=self.engine.get_lr()[0])
-        self.engine.train()
+        set_training(self._modules)
         last = len(micro_batches) - 1
         losses = repeatable(
             self.short_of_memory,

@@ -6,7 +6,7 @@ import contextlib
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -198,23 +198,19 @@ def send_needed_gradients(pipeline_engine: Any, is_needed: Callable[[int, int], 
     pipeline_engine._INSTRUCTION_MAP = {**pipeline_engine._INSTRUCTION_MAP, **own}
 
 
-def reduce_needed_gradients(engine: Any, is_needed: Callable[[nn.Parameter], bool]) -> None:
+def reduce_needed_gradients(engine: Any, needed: Callable[[], Sequence[bool]]) -> None:
     """Without ZeRO, lets an engine reduce only some gradients between replicas; the others must be zero on all.
 
-    is_needed: the same on all replicas. In fp32 only: in bf16 DeepSpeed's optimiser names the gradients itself.
+    needed: whether the gradient of each trained parameter is, in the model's order; the same on all replicas. In fp32
+    only: in bf16 DeepSpeed's optimiser names the gradients itself.
     """
     every = engine._get_gradients_for_reduction
 
-    def needed() -> Any:
-        _, of_experts = every()  # which fills in absent ones
-        gradients = [
-            parameter.grad.data
-            for parameter in engine.module.parameters()
-            if parameter.requires_grad and parameter.numel() and is_needed(parameter)
-        ]
-        return gradients, of_experts
+    def of_needed() -> Any:
+        gradients, of_experts = every()
+        return [each for each, is_needed in zip(gradients, needed(), strict=True) if is_needed], of_experts
 
-    engine._get_gradients_for_reduction = needed
+    engine._get_gradients_for_reduction = of_needed
 
 
 def loss_of_replica(pipeline_engine: Any) -> float:

@@ -107,6 +107,13 @@ def evaluated(model: VisionTransformer, images: Sequence[Tensor]) -> list[Tensor
         return [twin(of_slot.to(dtype)) for of_slot in images]
 
 
+def set_training(modules: Sequence[nn.Module]) -> None:
+    """Training mode for a model's modules, the outermost first. Setting it takes a millisecond or two in each step, so
+    it is only set where some module is in another."""
+    if not all(module.training for module in modules):
+        modules[0].train()
+
+
 def zero_missing_gradients(model: nn.Module) -> None:
     """Gives a zero gradient to each trainable parameter that has none.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from d2ft_hpc.engines.engine import (
     StateWriter,
     StepReport,
     evaluated,
+    set_training,
     zero_missing_gradients,
 )
 from d2ft_hpc.engines.head_rates import HeadRates
@@ -71,7 +73,7 @@ class PlainEngine:
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
         report = StepReport(learning_rate=self._optimizer.param_groups[0]["lr"])
-        self._trainer.train()
+        set_training(self._modules)
 
         def passes() -> list[Tensor]:
             losses = []
@@ -90,6 +92,10 @@ class PlainEngine:
             self._optimizer.zero_grad(set_to_none=self._graphs is None)
         report.loss = torch.stack(losses).mean()
         return report
+
+    @cached_property
+    def _modules(self) -> list[nn.Module]:
+        return list(self._trainer.modules())
 
     @contextmanager
     def _micro_batch(self, slot: int, slots: int) -> Iterator[None]:

@@ -24,14 +24,14 @@ def reduce_trained_blocks(engine: Any, model: nn.Module, executor: PlanExecutor)
     """Lets DeepSpeed leave out the blocks that no replica trains, where that changes nothing."""
     if engine.zero_optimization_stage() != 0:
         return
-    block_of = {
-        id(parameter): int(name.split(".")[1])
+    block_of = [
+        int(name.split(".")[1]) if name.startswith("blocks.") else None
         for name, parameter in model.named_parameters()
-        if name.startswith("blocks.")
-    }
+        if parameter.requires_grad
+    ]
 
-    def is_needed(parameter: nn.Parameter) -> bool:
-        block = block_of.get(id(parameter))
-        return block is None or bool(trained_blocks(executor.plan, executor.subnets.num_blocks)[block])
+    def needed() -> list[bool]:
+        trained = trained_blocks(executor.plan, executor.subnets.num_blocks)
+        return [block is None or bool(trained[block]) for block in block_of]
 
-    reduce_needed_gradients(engine, is_needed)
+    reduce_needed_gradients(engine, needed)

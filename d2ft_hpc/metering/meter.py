@@ -21,6 +21,8 @@ class Metered:
 
     flops: int = 0
     """Floating-point operations of matrix products, convolutions and attention; a multiply-add counts as two."""
+    operators: int = 0
+    """Calls of operators, autograd's and collectives too, below everything that is written in Python."""
     bytes_sent: dict[str, int] = field(default_factory=dict)
     """Bytes that this rank sends, by collective ("allreduce", ...), under a ring algorithm."""
 
@@ -30,25 +32,26 @@ def meter() -> Iterator[Metered]:
     """Counts what runs inside, backward included. Costs some microseconds an operator: meter single steps."""
     metered = Metered()
     counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS)
-    with _CollectiveCounter(metered.bytes_sent), counter:
+    with _Counter(metered), counter:
         yield metered
     metered.flops = counter.get_total_flops()
 
 
-class _CollectiveCounter(TorchDispatchMode):
-    """Sees torch.distributed's collectives as the dispatcher does (the `c10d` operators)."""
+class _Counter(TorchDispatchMode):
+    """Sees operators, among them torch.distributed's collectives (`c10d`), as the dispatcher does."""
 
-    def __init__(self, bytes_sent: dict[str, int]) -> None:
+    def __init__(self, metered: Metered) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._bytes_sent = bytes_sent
+        self._metered = metered
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._metered.operators += 1
         if func.namespace == "c10d":
             name = func.overloadpacket.__name__.strip("_").removesuffix("_coalesced")
             group_size = _group_size(args)
             payload = max((_nbytes(arg) for arg in args), default=0)
-            sent = self._bytes_sent.get(name, 0) + round(ring_bytes(name, payload, group_size))
-            self._bytes_sent[name] = sent
+            sent = self._metered.bytes_sent.get(name, 0) + round(ring_bytes(name, payload, group_size))
+            self._metered.bytes_sent[name] = sent
         return func(*args, **(kwargs or {}))
 
 

@@ -180,12 +180,11 @@ def _parts(settings: Mapping[str, Any], pipeline: PipelineModule | None) -> tupl
             )
     if stages * tensor_ranks == 1:
         return 1, 1
-    stage_of_zero = settings.get("zero_optimization", {}).get("stage", 0)
     if settings.get("fp16", {}).get("enabled", False):
         raise ConfigError("fp16 with a model cut over ranks: loss scaling was never tested there; use bf16")
-    if stages > 1 and stage_of_zero > 1:
+    if stages > 1 and (zero := ZeroRules.of(settings).stage) > 1:
         raise ConfigError(
-            f"zero_optimization.stage={stage_of_zero} with a pipeline: its stages keep their gradients until the "
+            f"zero_optimization.stage={zero} with a pipeline: its stages keep their gradients until the "
             f"batch's end, and DeepSpeed refuses; use stage 0 or 1"
         )
     return stages, tensor_ranks

@@ -37,6 +37,7 @@ from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.messages import TokenLayout
 from d2ft_hpc.scores import gradient_scores
+from tests.distributed import engine_checks
 from tests.distributed.engine_checks import (
     STEPS,
     largest_difference,
@@ -48,9 +49,10 @@ from tests.distributed.engine_checks import (
 from tests.models import DEPTH, HEADS, tiny_vit
 
 SLOTS = 3
-EPSILON = 1e-5
-"""Of AdamW. It turns a gradient's rounding into up to lr / epsilon times as much: with 1e-6, one process itself is 4e-6
-from fp64, and a model cut by head, which rounds in other places, is no better and no worse (analysis/engines)."""
+EPSILON = {**engine_checks.EPSILON, "fp32": 1e-5}
+"""Of AdamW, by precision. It turns a gradient's rounding into up to lr / epsilon times as much: in fp32 with 1e-6, one
+process itself is 4e-6 from fp64, and a model cut by head, which rounds in other places, is no better and no worse
+(analysis/engines)."""
 
 KINDS = ("full", "same", "random", "whole blocks", "whole stages")
 
@@ -109,7 +111,7 @@ def build(
     )
 
     def make_optimizer(part: torch.nn.Module) -> Any:
-        settings = optimizer_config(optimizer_name, EPSILON)
+        settings = optimizer_config(optimizer_name, EPSILON[precision])
         optimizer = build_optimizer(part, settings)
         return optimizer, build_schedule(optimizer, settings, STEPS)
 
@@ -144,10 +146,11 @@ def reference(
     clipping: float | None,
     replicas: int,
     embeddings: EmbeddingPolicy = "frozen",
+    precision: str = "fp32",
 ) -> Any:
-    """What one process gets from the same rows."""
+    """What one process gets from the same rows, in the model's own precision; `precision` is that of the ranks."""
     executor = attach(model, embeddings=embeddings)
-    settings = optimizer_config(optimizer_name, EPSILON)
+    settings = optimizer_config(optimizer_name, EPSILON[precision])
     optimizer = build_optimizer(model, settings)
     schedule = build_schedule(optimizer, settings, STEPS)
     engine = PlainEngine(model, executor, optimizer, schedule, loss_function, gradient_clipping=clipping)
@@ -183,7 +186,8 @@ def check_bf16(control: Control, kind: str, optimizer_name: str, **options: Any)
         own = trained(
             control, tiny_vit(**model_options), optimizer_name, of_kind, precision="bf16", **options
         )
-        exact = reference(tiny_vit(**model_options).double(), optimizer_name, of_kind, None, replicas)
+        model = tiny_vit(**model_options).double()
+        exact = reference(model, optimizer_name, of_kind, None, replicas, precision="bf16")
         squares = [(own[name].double() - exact[name]).square().flatten() for name in exact]
         return float(torch.cat(squares).mean().sqrt().detach())
 

@@ -84,6 +84,13 @@ def test_deepspeed_still_has_the_undocumented_names_that_we_use(results: dict[st
         assert result["missing"] == [], name
 
 
+def test_an_all_full_plan_adds_next_to_nothing_to_a_step(results: dict[str, Any]) -> None:
+    """The report's mean loss; under ZeRO 3 whole blocks are gathered instead of their modules, which takes fewer."""
+    for name, found in of_kind(results, "overhead").items():
+        assert found["ours"]["bytes_sent"] == found["bare"]["bytes_sent"], name
+        assert found["ours"]["operators"] <= found["bare"]["operators"] + 4, name
+
+
 def test_the_message_model_tells_what_deepspeed_sends(results: dict[str, Any]) -> None:
     for engine, found in of_kind(results, "messages").items():
         counted = Counter[str]()

@@ -43,6 +43,7 @@ from d2ft_hpc.parallel.dtensor import split_heads
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.planning import SkipPlan
 from tests.distributed.engine_checks import (
+    EPSILON,
     SLOTS,
     STEPS,
     deepspeed_engine,
@@ -104,8 +105,9 @@ def build(
     dtype = torch.bfloat16 if precision == "bf16" else None
 
     def make_optimizer(part: nn.Module) -> Any:
-        optimizer = build_optimizer(part, optimizer_config(optimizer_name))
-        return optimizer, build_schedule(optimizer, optimizer_config(optimizer_name), STEPS)
+        settings = optimizer_config(optimizer_name, EPSILON[precision])
+        optimizer = build_optimizer(part, settings)
+        return optimizer, build_schedule(optimizer, settings, STEPS)
 
     if engine == "ddp":
         return DdpEngine(
@@ -161,13 +163,15 @@ def reference(
     clipping: float | None = None,
     embeddings: str = "frozen",
     double: bool = False,
+    precision: str = "fp32",
 ) -> dict[str, torch.Tensor]:
-    """What one process gets from the same rows."""
+    """What one process gets from the same rows, in fp32 or fp64; `precision` is that of the ranks."""
     model = model_for(name, optimizer_name, lora)
     model = model.double() if double else model
     executor = attach(model, embeddings=embeddings)
-    optimizer = build_optimizer(model, optimizer_config(optimizer_name))
-    schedule = build_schedule(optimizer, optimizer_config(optimizer_name), STEPS)
+    settings = optimizer_config(optimizer_name, EPSILON[precision])
+    optimizer = build_optimizer(model, settings)
+    schedule = build_schedule(optimizer, settings, STEPS)
     engine = PlainEngine(model, executor, optimizer, schedule, loss_function, gradient_clipping=clipping)
     dtype = next(model.parameters()).dtype
     for step in range(STEPS):
@@ -216,7 +220,7 @@ def check_bf16(
     def error(of_kind: str) -> float:
         built = build(control, engine, model_for(engine, optimizer, lora), optimizer, precision="bf16")
         own = trained(control, built, engine, of_kind)
-        exact = reference(engine, of_kind, optimizer, replicas, lora=lora, double=True)
+        exact = reference(engine, of_kind, optimizer, replicas, lora=lora, double=True, precision="bf16")
         squares = [(own[name].double() - exact[name]).square().flatten() for name in exact]
         return float(torch.cat(squares).mean().sqrt())
 

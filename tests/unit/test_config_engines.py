@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from d2ft_hpc.config import load_config
+from d2ft_hpc.config import EngineConfig, load_config
 from d2ft_hpc.engines.deepspeed import deepspeed_config
 from d2ft_hpc.errors import ConfigError
 
@@ -45,6 +45,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
             ["engine.deepspeed={tensor_parallel: {autotp_size: 2, partition_config: {}}}"],
             ["tensor_parallel.partition_config", "cut by head"],
         ),
+        (["engine.deepspeed={zero_optimization: true}"], ["zero_optimization holds settings", "{stage: 1}"]),
         (["engine.tensor_parallel=0"], ["engine.tensor_parallel=0", "greater than or equal to 1"]),
     ],
 )
@@ -63,6 +64,21 @@ def test_autotps_key_says_how_many_ranks_share_a_block() -> None:
         config.engine.deepspeed, micro_batch_size=4, slots=2, precision="fp32", gradient_clipping=None
     )
     assert "tensor_parallel" not in settings  # DeepSpeed would cut the blocks again
+
+
+def test_the_stage_of_zero_is_the_same_wherever_it_is_read() -> None:
+    for settings, precision, stage in (
+        ({}, "fp32", 0),
+        ({}, "fp16", 1),
+        ({"zero_optimization": {"overlap_comm": False}}, "fp16", 1),
+        ({"zero_optimization": {"stage": 2}}, "fp16", 2),
+    ):
+        engine = EngineConfig(deepspeed=settings, precision=precision)
+        complete = deepspeed_config(
+            settings, micro_batch_size=4, slots=2, precision=precision, gradient_clipping=None
+        )
+        assert engine.zero_stage == complete["zero_optimization"]["stage"] == stage
+        assert engine.data_parallel == f"zero{stage}"
 
 
 @pytest.mark.parametrize(("file", "parts"), [("demo_pipeline.yaml", (2, 1)), ("demo_tensor.yaml", (1, 2))])
