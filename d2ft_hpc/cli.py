@@ -12,7 +12,8 @@ from d2ft_hpc import __version__
 from d2ft_hpc.bench.commands import add_benches
 from d2ft_hpc.command import add_config, on_ranks, read_config
 from d2ft_hpc.config import RunConfig, load_config
-from d2ft_hpc.errors import PlanError
+from d2ft_hpc.errors import UNFINISHED, PlanError
+from d2ft_hpc.launch.agree import note_failure
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 done, 1 fault, 2 wrong usage, 75 stopped and to be continued, 130 interrupted.
     """
-    options = _parser().parse_args(arguments)
+    try:
+        options = _parser().parse_args(arguments)
+    except SystemExit as usage:
+        if usage.code:
+            note_failure("wrong usage")
+        raise
     return int(options.run(options))
 
 
@@ -280,7 +286,6 @@ def _train_each(files: Sequence[Path], overrides: Sequence[str]) -> int:
 
 def _train_connected(config: RunConfig, signals: StopSignals) -> int:
     def train(control: Control, device: torch.device, launcher: str, watch: Watch) -> int:
-        from d2ft_hpc.launch.watch import UNFINISHED
         from d2ft_hpc.training.loop import train
 
         if not train(config, control, device, launcher, watch):

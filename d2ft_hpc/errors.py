@@ -13,6 +13,15 @@ class LaunchError(D2ftError):
     """The launcher did not start what it promised, or the ranks cannot reach or agree with each other."""
 
 
+class LostRankError(LaunchError):
+    """A rank that had come ended, hangs or cannot be reached any more. The run did not fail by itself, which the exit
+    status `UNFINISHED` says: started again, it goes on."""
+
+
+UNFINISHED = 75
+"""Exit status (EX_TEMPFAIL) of a run that was stopped or lost a rank."""
+
+
 class DataError(D2ftError):
     """A data set is missing or does not have the form that its reader expects."""
 

@@ -13,6 +13,9 @@ export SLURM_MPI_TYPE=${SLURM_MPI_TYPE:-pmi2}
 # pmi2 reads at once ("value not properly terminated in client request"); those of OFI are short. MPI carries control
 # messages alone, so this costs no bandwidth.
 export MPIR_CVAR_CH4_NETMOD=${MPIR_CVAR_CH4_NETMOD:-ofi}
+# Ranks that are killed leave MPICH's shared memory behind, under a name that a requeued job gets again: on that node it
+# would wait in it for ever. So the ranks of a node talk over the network, too.
+export MPIR_CVAR_NOLOCAL=${MPIR_CVAR_NOLOCAL:-1}
 # Compute nodes rarely reach the internet: models come from the cache that a login node filled.
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0   # if the nodes have several networks
@@ -28,15 +31,24 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 train() {
   local config=$1 status=0
   shift
+  mkdir -p logs
+  export D2FT_FAILURE_FILE=$PWD/logs/failure-$SLURM_JOB_ID
+  rm -f "$D2FT_FAILURE_FILE"
   trap : TERM # the ranks get it too, save, and end; this shell has to outlive them
   srun --kill-on-bad-exit=1 --label "${CONTAINER[@]}" python -m d2ft_hpc train "$config" train.resume=auto "$@" ||
     status=$?
   requeue_if_unfinished "$status"
 }
 
-# 75: stopped by a signal, or a rank was lost. 137, 140, 143: a rank was killed, or was signalled before it could listen.
+# 75: stopped by a signal, or a rank was lost. 137, 140, 143: a rank was killed, or was signalled before it could listen;
+# so are the others when one fails by itself, which then leaves a message: that job has ended.
 requeue_if_unfinished() {
   local most_restarts=20
+  if [[ -s $D2FT_FAILURE_FILE ]]; then
+    echo "failed, not to be repeated: $(<"$D2FT_FAILURE_FILE")"
+    rm "$D2FT_FAILURE_FILE"
+    exit 1
+  fi
   case $1 in
   75 | 137 | 140 | 143)
     # A job that the user cancelled stays so.

@@ -39,7 +39,8 @@ class PlannedBytes:
         data_parallel: DataParallel,
         embeddings: EmbeddingPolicy,
     ) -> None:
-        """model: the whole one. slots: micro-batches of a replica in a step. precision: "fp32", "bf16" or "fp16"."""
+        """model: the whole one, as the engine left it. slots: micro-batches of a replica in a step. precision: "fp32",
+        "bf16" or "fp16"."""
         layout = placement.layout
         self._placement, self._slots, self._data_parallel = placement, slots, data_parallel
         self._embeddings = embeddings
@@ -51,6 +52,7 @@ class PlannedBytes:
         self._parameters = np.zeros(
             self._blocks + 1
         )  # of this rank by block, the last one of what is in no block
+        self._kept = 0.0  # of the parameters that ZeRO 3 keeps whole
         self._trained = np.zeros(self._blocks + 1)
         self._shared = np.zeros(self._blocks)  # trained ones that no head owns
         self._by_head = np.zeros(self._blocks)  # those of them that each head uses by itself
@@ -74,6 +76,7 @@ class PlannedBytes:
                 rows = len(parameter) if parameter.dim() else 1
                 size *= -(-rows // layout.replicas) * layout.replicas / rows
             self._parameters[block] += half * size
+            self._kept += half * size * getattr(parameter, "ds_persist", False)
             # Without ZeRO, DeepSpeed's optimiser for bf16 reduces its float32 gradients, as DDP and FSDP2 do.
             reduced = whole if data_parallel in ("ddp", "zero0", "fsdp2") else half
             self._trained[block] += reduced * size * parameter.requires_grad
@@ -110,7 +113,7 @@ class PlannedBytes:
             gradient_bytes=float(self._trained[reduced].sum()),
             parameter_bytes=float(self._parameters.sum()),
             updated_bytes=float(self._trained.sum()),
-            gathers=1,
+            kept_bytes=self._kept,
         )
         return sum(replicas.bytes_of_step().values())
 

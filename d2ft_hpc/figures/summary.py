@@ -76,7 +76,8 @@ def _between_replicas(run: Run) -> str:
         return f"sent {less}: FSDP2 does not gather a block that no replica runs"
     if reduces_trained_blocks_only(kind, run.engine.precision):
         return ""
-    return f"the plan changes no bytes between replicas: {_NAMES[kind]} reduces every gradient"
+    more = "; in its first step, which learns their order, it gathers weights more often" * (kind == "zero3")
+    return f"the plan changes no bytes between replicas: {_NAMES[kind]} reduces every gradient{more}"
 
 
 def table(numbers: dict[str, Any]) -> list[list[str]]:

@@ -13,12 +13,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from d2ft_hpc import errors
-from d2ft_hpc.errors import D2ftError, LaunchError
+from d2ft_hpc.errors import UNFINISHED, D2ftError, LaunchError, LostRankError
 from d2ft_hpc.launch.control import GRACE_SECONDS, Control, describe_ranks, print_line
 from d2ft_hpc.launch.environment import detect
 
 # Faults of the world outside; anything else is a bug and keeps its traceback.
 FAULTS = (D2ftError, OSError, ValueError, RuntimeError)
+
+FAILURE_FILE = "D2FT_FAILURE_FILE"
+"""Variable with the path of a file that gets the message of a run that failed by itself, which no restart would mend. A
+launcher that ends all ranks when one fails may return the signal that it ended them with, as if a rank had been killed.
+"""
 
 
 class AgreedError(Exception):
@@ -46,6 +51,8 @@ def agreed(control: Control, what: str) -> Iterator[None]:
     failure: Exception | None = None
     try:
         yield
+    except LostRankError:
+        raise  # nothing can be exchanged any more
     except FAULTS as error:
         if is_agreed(error):
             raise
@@ -97,11 +104,13 @@ def run_guarded(
 
     - A D2ftError that all ranks raised: rank 0 prints `d2ft-hpc: error: ...`; status 1.
     - A D2ftError of this rank alone: this rank prints it in one line and ends all ranks.
+    - A LostRankError: likewise, with status 75.
     - Any other exception: a bug. Its traceback goes to `<run_folder>/errors/rank-R.txt`, or to stderr without
       a run folder; then as before. What only reports the end of another rank gives that rank and the launcher
       a few seconds to speak first.
     - Ctrl-C: status 130, quietly; with several ranks the process ends here and now.
-    `before_abort` gets the message before this rank ends the others.
+    Unless a rank was lost, the message also goes into the file that `FAILURE_FILE` names. `before_abort` gets it before
+    this rank ends the others.
     The control plane is closed at the end, except after Ctrl-C. `control` is None before `connect`: then this
     rank tells its own errors and ends itself. Guards may be nested; the inner one deals with the error.
     """
@@ -118,31 +127,44 @@ def run_guarded(
     except D2ftError as error:
         return _tell(control, error, before_abort)
     except Exception as error:
+        status = 1
         if _reports_a_lost_rank(error):
             time.sleep(GRACE_SECONDS)
+            status = UNFINISHED
         message = f"unexpected {type(error).__name__}: {error}{_save_traceback(control, error, run_folder)}"
+        note_failure(message, status)
         if control is None:
             print_line(f"d2ft-hpc: error: {message}")
-            return 1
+            return status
         before_abort(message)
-        control.abort(message)
+        control.abort(message, status)
+
+
+def note_failure(message: str, status: int = 1) -> None:
+    """Writes the file that `FAILURE_FILE` names, if one is named and the status is that of a failure."""
+    path = os.environ.get(FAILURE_FILE)
+    if path and status != UNFINISHED:
+        with suppress(OSError):  # the message is told in any case
+            Path(path).write_text(message + "\n", encoding="utf-8")
 
 
 def _tell(control: Control | None, error: D2ftError, before_abort: Callable[[str], None]) -> int:
     """Print a fault once and return the exit status, or abort if the other ranks do not know of it."""
     rank, world_size = _place(control)
+    status = UNFINISHED if isinstance(error, LostRankError) else 1
+    note_failure(str(error), status)
     if world_size == 1 or is_agreed(error):
         if rank == 0:
             print_line(f"d2ft-hpc: error: {error}")
         if control is not None:
             with suppress(LaunchError):  # the error has been told; another rank may be gone already
                 control.close()
-        return 1
+        return status
     if control is not None:
         before_abort(f"error: {error}")
-        control.abort(f"error: {error}")
+        control.abort(f"error: {error}", status)
     print_line(f"d2ft-hpc: error: [rank {rank}] {error}")
-    return 1
+    return status
 
 
 def _place(control: Control | None) -> tuple[int, int]:

@@ -15,13 +15,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import wraps
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
-from d2ft_hpc.errors import LaunchError
+from d2ft_hpc.errors import LaunchError, LostRankError
 from d2ft_hpc.launch.gather import DoneGather, GlooGather, MpiGather, PendingGather
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ _FINALIZE_SECONDS = 30.0
 
 
 class Control(Protocol):
-    """Every rank calls the same methods in the same order. A missed deadline or a lost rank is a LaunchError,
-    after which only `abort` is of use."""
+    """Every rank calls the same methods in the same order. A missed deadline or a lost rank is a
+    LostRankError, after which only `abort` is of use."""
 
     rank: int
     local_rank: int
@@ -57,8 +58,8 @@ class Control(Protocol):
     def barrier(self, timeout_seconds: float) -> None:
         """Wait until every rank is here."""
 
-    def abort(self, message: str) -> NoReturn:
-        """Print one line and end all ranks at once with a non-zero status."""
+    def abort(self, message: str, status: int = 1) -> NoReturn:
+        """Print one line and end all ranks at once with a non-zero status, of which launchers may make another."""
 
     def close(self) -> None:
         """End MPI and torch.distributed where `connect` started them; every rank must come. Idempotent."""
@@ -118,9 +119,9 @@ class SoloControl:
     def barrier(self, timeout_seconds: float) -> None:
         pass
 
-    def abort(self, message: str) -> NoReturn:
+    def abort(self, message: str, status: int = 1) -> NoReturn:
         print_line(f"[rank 0 on {self.host}] {message}")
-        sys.exit(1)
+        sys.exit(status)
 
     def close(self) -> None:
         if self.owns_process_group:
@@ -197,12 +198,14 @@ class GlooControl:
             missing = describe_ranks(ranks, self.hosts)
             if time.monotonic() - started < timeout_seconds:
                 self._lost(missing, error)
-            raise LaunchError(f"{missing} did not come to a barrier within {timeout_seconds:g} s") from error
+            raise LostRankError(
+                f"{missing} did not come to a barrier within {timeout_seconds:g} s"
+            ) from error
 
-    def abort(self, message: str) -> NoReturn:
+    def abort(self, message: str, status: int = 1) -> NoReturn:
         # The closed connections wake the ranks that wait for this one; launchers end the rest.
         print_line(f"[rank {self.rank} on {self.host}] {message}")
-        os._exit(1)
+        os._exit(status)
 
     def close(self) -> None:
         if self.owns_process_group:
@@ -212,7 +215,26 @@ class GlooControl:
 
     def _lost(self, whom: str, error: Exception) -> NoReturn:
         time.sleep(GRACE_SECONDS)  # the rank that failed knows why: let its message come first
-        raise LaunchError(f"lost the connection to {whom}: it ended or cannot be reached") from error
+        raise LostRankError(f"lost the connection to {whom}: it ended or cannot be reached") from error
+
+
+Collective = TypeVar("Collective", bound=Callable[..., Any])
+
+
+def _mpi_errors_are_lost_ranks(collective: Collective) -> Collective:
+    """Of a method of MpiControl. MPI itself fails only where another rank is gone."""
+
+    @wraps(collective)
+    def guarded(self: MpiControl, *arguments: Any) -> Any:
+        try:
+            return collective(self, *arguments)
+        except self._mpi.Exception as error:
+            reason = str(error).splitlines()[0]
+            raise LostRankError(
+                f"lost the connection to a rank: it ended or cannot be reached ({reason})"
+            ) from error
+
+    return guarded  # type: ignore[return-value]
 
 
 class MpiControl:
@@ -226,10 +248,15 @@ class MpiControl:
     """
 
     def __init__(self, local_rank: int, *, init_timeout_seconds: float, timeout_seconds: float) -> None:
-        self._mpi, self._owns_mpi = _start_mpi(init_timeout_seconds)
-        self._comm = self._mpi.COMM_WORLD.Dup()
+        self._mpi = _load_mpi()
+        self._owns_mpi = not self._mpi.Is_initialized()
+        with _start_deadline(init_timeout_seconds) if self._owns_mpi else nullcontext():
+            if self._owns_mpi:
+                # Control messages come from the main thread alone.
+                self._mpi.Init_thread(self._mpi.THREAD_FUNNELED)
+            self._comm = self._mpi.COMM_WORLD.Dup()
+            self._gathering = self._comm.Dup()
         self.timeout_seconds = timeout_seconds
-        self._gathering = self._comm.Dup()
         self._unfinished: list[Any] = []  # MPI still writes into their buffers
         self._closed = False
         self.owns_process_group = False
@@ -252,6 +279,7 @@ class MpiControl:
         many_hosts = len(set(self.hosts)) > 1
         return many_hosts and _has_fragile_launch() and "ch4:ucx" in self._mpi.Get_library_version()
 
+    @_mpi_errors_are_lost_ranks
     def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
         self.barrier(self.timeout_seconds)
         deadline = time.monotonic() + self.timeout_seconds
@@ -262,6 +290,7 @@ class MpiControl:
         self._wait(self._comm.Ibcast([buffer, self._mpi.BYTE], root), deadline)
         return bytes(buffer)
 
+    @_mpi_errors_are_lost_ranks
     def all_gather(self, payload: bytes) -> list[bytes]:
         self.barrier(self.timeout_seconds)
         deadline = time.monotonic() + self.timeout_seconds
@@ -277,6 +306,7 @@ class MpiControl:
     def start_gather(self, payload: bytes) -> PendingGather:
         return MpiGather(self._gathering, self._mpi.BYTE, payload)
 
+    @_mpi_errors_are_lost_ranks
     def barrier(self, timeout_seconds: float) -> None:
         # Arrivals go to rank 0 one by one, because MPI_Ibarrier cannot tell who is missing.
         deadline = time.monotonic() + timeout_seconds
@@ -288,19 +318,19 @@ class MpiControl:
                 if time.monotonic() > deadline:
                     self._unfinished += arrivals.values()
                     missing = describe_ranks(list(arrivals), self.hosts)
-                    raise LaunchError(f"{missing} did not come to a barrier within {timeout_seconds:g} s")
+                    raise LostRankError(f"{missing} did not come to a barrier within {timeout_seconds:g} s")
                 pause = _rest(pause)
         else:
             deadline += GRACE_SECONDS
             self._wait(self._comm.Isend([b"!", byte], 0), deadline)
         self._wait(self._comm.Ibarrier(), deadline)
 
-    def abort(self, message: str) -> NoReturn:
+    def abort(self, message: str, status: int = 1) -> NoReturn:
         print_line(f"[rank {self.rank} on {self.host}] {message}")
         time.sleep(0.5)  # mpirun drops what it has not passed on when it ends the job
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the MPI library would add a line of its own
-        self._mpi.COMM_WORLD.Abort(1)
-        os._exit(1)
+        self._mpi.COMM_WORLD.Abort(status)
+        os._exit(status)
 
     def close(self) -> None:
         if self._closed:
@@ -322,7 +352,7 @@ class MpiControl:
         while not request.Test():
             if time.monotonic() > deadline:
                 self._unfinished.append(request)
-                raise LaunchError(
+                raise LostRankError(
                     "the ranks did not all answer over MPI in time: one of them hangs or is gone"
                 )
             pause = _rest(pause)
@@ -342,8 +372,8 @@ def _has_fragile_launch() -> bool:
     return "PMI_JOBID" in os.environ and "MPIR_CVAR_CH4_NETMOD" not in os.environ
 
 
-def _start_mpi(timeout_seconds: float) -> tuple[Any, bool]:
-    """Load and initialize MPI; return mpi4py's MPI module and whether it was started here."""
+def _load_mpi() -> Any:
+    """mpi4py's MPI module; MPI itself is not started."""
     try:
         import mpi4py
 
@@ -354,17 +384,18 @@ def _start_mpi(timeout_seconds: float) -> tuple[Any, bool]:
             f"an MPI launcher started this process, but mpi4py cannot load MPI ({error}). Install both with"
             " `pip install mpi4py mpich`, or load your cluster's MPI module, or start with torchrun instead."
         ) from error
-    if MPI.Is_initialized():
-        return MPI, False
+    return MPI
+
+
+def _start_deadline(timeout_seconds: float) -> AbstractContextManager[None]:
+    """Around the start of MPI; rank 0 is the first to lose patience."""
     rank_hint = os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or "?"
-    with _Watchdog(
+    return _Watchdog(
         timeout_seconds + (0 if rank_hint == "0" else GRACE_SECONDS),
         f"[rank {rank_hint} on {socket.gethostname()}] MPI_Init did not return within {timeout_seconds:g} s:"
         " a rank that the launcher promised ended early or never started"
         + (f" ({FRAGILE_START[0]}: {FRAGILE_START[1]})" if _has_fragile_launch() else ""),
-    ):
-        MPI.Init_thread(MPI.THREAD_FUNNELED)  # control messages come from the main thread alone
-    return MPI, True
+    )
 
 
 class _Watchdog(AbstractContextManager[None]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any, Protocol
 
-from d2ft_hpc.errors import LaunchError
+from d2ft_hpc.errors import LostRankError
 
 
 class PendingGather(Protocol):
@@ -62,7 +62,7 @@ class GlooGather:
         try:
             self._work.wait()
         except RuntimeError as error:
-            raise LaunchError("lost the connection to a rank: it ended or cannot be reached") from error
+            raise LostRankError("lost the connection to a rank: it ended or cannot be reached") from error
         return [part.numpy().tobytes() for part in self._all or []]
 
 

@@ -27,18 +27,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from d2ft_hpc.errors import UNFINISHED
 from d2ft_hpc.launch.boundary import Action, BoundaryGate
 from d2ft_hpc.launch.channel import Channel, ClosedError
 from d2ft_hpc.launch.control import GRACE_SECONDS, Control, describe_ranks, print_line
 from d2ft_hpc.launch.links import connect_links
 from d2ft_hpc.launch.signals import INTERRUPT, StopSignals
 
-UNFINISHED = 75
-"""Exit status (EX_TEMPFAIL) of a run that did not fail by itself: start it again, and it goes on."""
-
 BEAT_SECONDS = 1.0
-FAILURE = "failure.txt"
-"""In the run folder's errors: why the last start ended, if by a fault of its own."""
 
 Item = TypeVar("Item")
 
@@ -127,7 +123,6 @@ class Watch:
 
     def fail(self, message: str) -> None:
         """Tells the other ranks that this one is about to abort, and gives them time to write where they were."""
-        self._write_error(FAILURE, message)
         if self.control.world_size == 1 or self._closed:
             return
         self._do(lambda: self._announce(message, then=self._all_dumped.set))

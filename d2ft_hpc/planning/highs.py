@@ -138,8 +138,16 @@ def maximise_integer(
     return _solution(solver, is_integer=True)
 
 
+class _QuietHighs(highspy.Highs):
+    """HiGHS writes its banner in the first call that sets no option, which is one in highspy's own constructor."""
+
+    def enableCallbacks(self) -> None:  # noqa: N802
+        self.setOptionValue("output_flag", False)
+        super().enableCallbacks()  # type: ignore[no-untyped-call]
+
+
 def _new_solver() -> highspy.Highs:
-    solver = highspy.Highs()  # type: ignore[no-untyped-call]
+    solver = _QuietHighs()  # type: ignore[no-untyped-call]
     options = {
         "output_flag": False,
         "threads": 1,  # another number could not be changed later in this process, and breaks forks

@@ -42,8 +42,8 @@ class Replicas:
     replicas: how many reduce together. slots: micro-batches of each in a step.
     gradient_bytes: of all trained parameters' gradients as they are reduced. parameter_bytes: of all parameters as
         they are gathered; updated_bytes: of the trained ones.
-    gathers: how often zero3 gathers all weights in a step; None: for the forward and again for the backward of every
-        micro-batch. (It keeps weights that are needed again soon, small models as a whole: 1.)
+    kept_bytes: of the parameters that zero3 keeps whole between updates, as DeepSpeed does with small ones
+        (stage3_param_persistence_threshold).
     """
 
     engine: DataParallel
@@ -52,7 +52,7 @@ class Replicas:
     gradient_bytes: float
     parameter_bytes: float
     updated_bytes: float
-    gathers: int | None = None
+    kept_bytes: float = 0.0
 
     def bytes_of_step(self) -> dict[str, float]:
         """By collective, what one rank sends in a step. No plan changes it: a gradient that nobody computed is reduced
@@ -60,13 +60,14 @@ class Replicas:
 
         ddp and zero0 sum gradients once; zero1 sums them once and gathers what each rank updated; zero2 sums them in
         every micro-batch (DeepSpeed sums whole buckets, of which each rank keeps its part); zero3 scatters the sums in
-        every micro-batch and gathers the weights `gathers` times.
+        every micro-batch and gathers the weights in each of them, those that it keeps whole only once. In the first
+        step of all, in which it learns their order, it gathers more.
         """
         sums = self.slots if self.engine == "zero2" else 1
         if self.engine == "zero3":
-            gathers = 2 * self.slots if self.gathers is None else self.gathers
+            spread_bytes = self.parameter_bytes - self.kept_bytes
             payloads = {
-                "allgather": gathers * self.parameter_bytes,
+                "allgather": self.slots * spread_bytes + self.kept_bytes,
                 "reduce_scatter": self.slots * self.gradient_bytes,
             }
         else:

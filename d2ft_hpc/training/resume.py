@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.errors import CheckpointError, ConfigError, LaunchError
+from d2ft_hpc.errors import CheckpointError, ConfigError
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.results import open_run
@@ -79,10 +78,6 @@ def _choose(config: RunConfig) -> Start:
     if config.train.resume is False:
         return Start()
     folder = config.run_folder
-    failure = run_folder.last_failure(folder)
-    if failure is not None and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0:
-        # A launcher's status does not tell a rank that failed from one that was killed.
-        raise LaunchError(f"not started again, since the last start failed by itself: {failure}")
     before = run_folder.read_config(folder)
     if before is not None:
         _check_same(before, config)

@@ -8,7 +8,6 @@ adapter/              of a run with model.lora: the trained factors, as peft rea
 checkpoints/step-N/   see `checkpoint`
 logs/rank-R.log       what each rank had to say, over all starts
 errors/rank-R.txt     where each rank was when a start of the run last failed
-errors/failure.txt    why the last start failed, if by a fault of its own and not by a lost rank
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ import d2ft_hpc
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.launch import Control
-from d2ft_hpc.launch.watch import FAILURE
 
 CONFIG = "config.yaml"
 LAUNCHES = "launches.jsonl"
@@ -51,7 +49,6 @@ def record_launch(config: RunConfig, control: Control, environment: Mapping[str,
     """Writes the configuration and a line on this start; on rank 0. `start` says from where the run goes on."""
     folder = config.run_folder
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "errors" / FAILURE).unlink(missing_ok=True)
     temporary = folder / f".{CONFIG}.tmp"
     temporary.write_text(config.to_yaml(), encoding="utf-8")
     os.replace(temporary, folder / CONFIG)
@@ -78,12 +75,6 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{folder / CONFIG}: not a configuration: remove it")
     return {str(key): value for key, value in loaded.items()}
-
-
-def last_failure(folder: Path) -> str | None:
-    """Why the last start failed by a fault of its own; None if it did not."""
-    path = folder / "errors" / FAILURE
-    return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 def describe_code() -> dict[str, str]:

@@ -38,8 +38,9 @@ class _Work:
 class StepRunner:
     """Meters the first step under each plan and records every step.
 
-    The other steps under a plan run the same operators on other samples, so their executed FLOPs are the metered
-    ones times their share of samples, and their bytes are the metered ones.
+    So it does with the second of all: in the first one ZeRO 3 learns the order of the weights, and sends more. The
+    other steps under a plan run the same operators on other samples, so their executed FLOPs are the metered ones times
+    their share of samples, and their bytes are the metered ones.
     """
 
     def __init__(self, job: Job, engine: Engine, placement: Placement) -> None:
@@ -61,7 +62,7 @@ class StepRunner:
             embeddings=config.model.embeddings,
         )
         self._bytes_of_plan: dict[str, float] = {}
-        self._metered_plan = -1
+        self._steps_done, self._metered_plan = 0, -1
         self._metered = Metered()
         self._metered_planned_flops = 1.0
 
@@ -91,6 +92,7 @@ class StepRunner:
                 except MemoryShortError as error:
                     plan = less(error.ranks)
             loss, gradient_norm = _on_host(report.loss), _on_host(report.gradient_norm)
+        self._steps_done += 1
         samples = sum(len(labels) for _, labels in micro_batches)
         return StepRecord(
             step=step,
@@ -121,7 +123,7 @@ class StepRunner:
     ) -> tuple[StepReport, _Work]:
         limit = self._job.config.engine.activation_limit_mb
         with nullcontext() if limit is None else activation_limit(1e6 * limit[self._job.control.rank]):
-            if plan == self._metered_plan:
+            if plan == self._metered_plan and self._steps_done > 1:
                 return self._step(micro_batches, step)
             with meter() as self._metered:
                 report, work = self._step(micro_batches, step)

@@ -54,7 +54,8 @@ def initialize(
 
     The configuration's "d2ft" section (`d2ft_hpc.user_loop.section.D2ftSection`) says how to plan. The loop stays as
     it is: `engine(images)`, `engine.backward(loss)`, `engine.step()`, once for each micro-batch. The first
-    `probe_batches` batches run dense and give the scores. `engine.d2ft` is the `PlanFollower`.
+    `probe_batches` batches run dense and give the scores, so that each rank needs the memory for that: unlike in
+    `d2ft-hpc train`, no plan is fitted to a rank with less. `engine.d2ft` is the `PlanFollower`.
 
     "tensor_parallel": {"autotp_size": N} cuts the model by head over N ranks; a `PipelineModule` is cut into stages,
     and its engine is DeepSpeed's with `train_batch`. Each rank then trains a part of rank 0's weights: `model` itself

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from d2ft_hpc.errors import UNFINISHED
+
 PROGRAM = Path(__file__).with_name("launch_ranks.py")
 BIN = Path(sys.executable).parent
 HOST = socket.gethostname()
@@ -135,17 +137,32 @@ def test_bug_on_one_rank_ends_all_and_leaves_its_traceback(launch: object, tmp_p
     assert [path.name for path in trace.parent.iterdir()] == [trace.name]
 
 
-def test_fault_of_one_rank_killed_rank_and_late_rank_under_mpirun() -> None:
-    jobs = [mpirun(2, scene) for scene in ("lonely error", "killed", "hang")]
+def test_fault_of_one_rank_killed_rank_and_late_rank_under_mpirun(tmp_path: Path) -> None:
+    scenes = ("lonely error", "killed", "hang")
+    jobs = [mpirun(2, scene, D2FT_FAILURE_FILE=str(tmp_path / scene)) for scene in scenes]
     lonely, killed, late = (job.end() for job in jobs)
     assert lonely.status != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["lonely error"]
+    assert (tmp_path / "lonely error").read_text() == "the disk is full\n"
     assert lonely.messages() == [f"[rank 1 on {HOST}] error: the disk is full"]
     assert killed.status != 0
     assert "ok" not in killed.out
-    assert late.status != 0
+    assert late.status == UNFINISHED
     assert late.messages() == [
         f"[rank 0 on {HOST}] error: rank 1 on {HOST} did not come to a barrier within 2 s"
     ]
+
+
+def test_rank_stopped_while_torch_loads_leaves_the_job_unfinished(tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "tests.distributed.stopped_rank"]
+    options = ["configs/demo.yaml", f"run.folder={tmp_path}", "launch.timeout_seconds=4"]
+    failure = tmp_path / "failure"
+    job = start("mpirun", "-n", "2", *program, "train", *options, D2FT_FAILURE_FILE=str(failure)).end()
+    assert job.status == UNFINISHED
+    assert job.messages() == [
+        f"d2ft-hpc: error: [rank 0] rank 1 on {HOST} did not come to a barrier within 4 s"
+    ]
+    assert not failure.exists()
 
 
 def test_interrupt_is_quiet() -> None:
@@ -163,7 +180,7 @@ def test_killed_rank_without_a_launcher_is_noticed_by_the_other() -> None:
     jobs = [by_hand(rank, 2, port, "killed") for rank in range(2)]
     survivor = jobs[0].end()
     assert jobs[1].end().status == -signal.SIGKILL
-    assert survivor.status == 1
+    assert survivor.status == UNFINISHED
     assert survivor.messages() == [
         f"[rank 0 on {HOST}] error: lost the connection to rank 1 on {HOST}: it ended or cannot be reached"
     ]

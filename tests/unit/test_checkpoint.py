@@ -15,7 +15,7 @@ import torch
 from d2ft_hpc.bench.checkpoints import benchmark, report_text
 from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.engines.engine import MicroBatch, StateWriter, StepReport
-from d2ft_hpc.errors import CheckpointError, ConfigError, LaunchError
+from d2ft_hpc.errors import CheckpointError, ConfigError
 from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.planning import SkipPlan
@@ -205,19 +205,6 @@ def test_launches_are_recorded_without_secrets(tmp_path: Path, monkeypatch: pyte
     assert text.count("planted") == 2
     assert len(line["code"]["sources_sha256"]) == 64
     assert run_folder.read_config(config.run_folder) is not None
-
-
-def test_a_requeued_job_does_not_repeat_a_failure_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = begun(tmp_path)
-    (config.run_folder / "errors").mkdir()
-    (config.run_folder / "errors" / "failure.txt").write_text("KeyError: 'a bug'")
-    by_hand = choose_start(config_in(tmp_path, "train.resume=auto"), SoloControl())
-    assert by_hand.checkpoint is not None
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    with pytest.raises(LaunchError, match="failed by itself: KeyError: 'a bug'"):
-        choose_start(config_in(tmp_path, "train.resume=auto"), SoloControl())
 
 
 def test_the_cost_of_saves_is_measured_in_turns_and_leaves_nothing(tmp_path: Path) -> None:

@@ -68,8 +68,8 @@ def test_data_parallel_engines_send_what_their_stage_says():
     assert Replicas("zero0", **model).bytes_of_step() == {"allreduce": 120.0}
     assert Replicas("zero1", **model).bytes_of_step() == {"allreduce": 120.0, "allgather": 60.0}
     assert Replicas("zero2", **model).bytes_of_step() == {"allreduce": 360.0, "allgather": 60.0}
-    assert Replicas("zero3", **model).bytes_of_step() == {"allgather": 450.0, "reduce_scatter": 180.0}
-    assert Replicas("zero3", **model, gathers=1).bytes_of_step()["allgather"] == 75.0
+    assert Replicas("zero3", **model).bytes_of_step() == {"allgather": 225.0, "reduce_scatter": 180.0}
+    assert Replicas("zero3", **model, kept_bytes=40.0).bytes_of_step()["allgather"] == 165.0
     assert ring_bytes("allreduce", 100.0, 1) == 0
     assert pipeline_bytes(3, 10.0) == 60.0
 

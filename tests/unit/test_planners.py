@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -481,3 +483,10 @@ def test_joint_runs_as_many_heads_of_each_block_as_must(problem, most_shortcut, 
     assert allowed[(plans == plan.operations.ravel()).all(axis=1).argmax()]
     assert best * (1 - 1e-4) - 1e-9 <= plan.objective <= best * (1 + 1e-9) + 1e-9
     assert plan.bound >= best * (1 - 1e-9)
+
+
+def test_the_solver_says_nothing():
+    """HiGHS has its banner for the first solver of a process."""
+    program = "from d2ft_hpc.planning.highs import *; LinearProgram(np.zeros(1), np.ones(1)).solve(1.0)"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert shown.stdout + shown.stderr == ""
