@@ -140,6 +140,9 @@ def add_benches(benches: Any) -> None:
         type=int,
         help="numbers of FULL heads are multiples of it (default: 2 on a GPU for more than 8 heads, else 1)",
     )
+    step.add_argument(
+        "--lora", type=int, help="LoRA of this rank, by peft, of the dense model too (default: none)"
+    )
     step.add_argument("--image-size", type=int, default=224, help="pixels")
     step.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     step.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
@@ -341,6 +344,7 @@ def _step(options: argparse.Namespace) -> int:
             compute=options.compute,
             forward_only=options.forward_only,
             heads_multiple=options.heads_multiple,
+            lora_rank=options.lora,
             plan=None if options.plan == "static" else Path(options.plan),
             image_size=options.image_size,
             device=device,

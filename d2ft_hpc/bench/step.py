@@ -27,6 +27,7 @@ from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.metering.memory import kept_bytes
+from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.planning import Operation, SkipPlan
 
 Step = Callable[[], None]
@@ -53,6 +54,8 @@ class Sizes:
     """Share of each block's heads that run forward only."""
     heads_multiple: int | None
     """Numbers of FULL heads are multiples of it; None: of 2 on a GPU for more than 8 heads, else of 1."""
+    lora_rank: int | None
+    """Of LoRA on qkv, proj, fc1 and fc2, by peft, of the dense model too; None: all weights train."""
     plan: Path | None
     image_size: int
     """Pixels."""
@@ -77,6 +80,10 @@ def benchmark(sizes: Sizes, *, with_peers: bool = False, with_profile: bool = Fa
     time_ideal: the share of the dense time that no head owns, from the dense run's own profile, plus the plan's share
     of the rest. flop_ideal: the plan's share of the FLOPs. efficiency, flop_efficiency: these over the ratio.
     """
+    if with_peers and sizes.lora_rank is not None:
+        raise ConfigError(
+            "--peers with --lora: the peers train all weights, one of them LoRA; leave one of both out"
+        )
     torch.manual_seed(0)
     dense = _model(sizes)
     attached = copy.deepcopy(dense)
@@ -102,6 +109,7 @@ def benchmark(sizes: Sizes, *, with_peers: bool = False, with_profile: bool = Fa
         "image_size": sizes.image_size,
         "device": _device_name(sizes.device),
         "dtype": str(sizes.dtype).removeprefix("torch."),
+        "lora_rank": sizes.lora_rank,
         "torch": torch.__version__,
         "plan": "static" if sizes.plan is None else str(sizes.plan),
         "full_heads": np.unique((plan.operations == Operation.FULL).sum(axis=2)).tolist(),
@@ -155,8 +163,14 @@ def describe(found: Mapping[str, Any]) -> str:
 
 
 def _model(sizes: Sizes) -> VisionTransformer:
-    model = timm.create_model(sizes.model, img_size=sizes.image_size, num_classes=1000)
+    model: VisionTransformer = timm.create_model(sizes.model, img_size=sizes.image_size, num_classes=1000)
+    if sizes.lora_rank is not None:
+        _adapt(model, sizes.lora_rank)
     return model.to(device=sizes.device, dtype=sizes.dtype).train()
+
+
+def _adapt(model: VisionTransformer, rank: int) -> None:
+    add_lora(model, rank=rank, alpha=2 * rank, dropout=0.0, layers=("qkv", "proj", "fc1", "fc2"))
 
 
 def _static(sizes: Sizes, costs: StepCosts, executor: PlanExecutor) -> SkipPlan:
@@ -199,7 +213,8 @@ def _planned(sizes: Sizes, model: VisionTransformer, plan: SkipPlan) -> dict[str
 
     def under(followed: SkipPlan, samples: int) -> Contender:
         own = copy.deepcopy(model)
-        executor = attach(own, compile=sizes.device.type == "cpu" and not followed.is_dense)
+        fuses = sizes.device.type == "cuda" and sizes.lora_rank is None
+        executor = attach(own, compile=not fuses and not followed.is_dense)
         executor.load(followed, 0)
         forward = torch.compile(own, dynamic=False) if executor.is_dense else own
         return _contender(forward, own, _batch(sizes, samples), sizes, executor, followed.slots)
@@ -242,13 +257,11 @@ def _peers(sizes: Sizes, dense: VisionTransformer, skipped: float) -> dict[str, 
     )
     dropped = dropped.to(device=sizes.device, dtype=sizes.dtype).train()
     found = {"subset_stochastic_depth": contend(subset), "timm_drop_path": contend(dropped)}
+    adapted = copy.deepcopy(dense)
     try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
+        _adapt(adapted, 8)
+    except ConfigError:  # peft is an optional extra
         return found
-    adapted = get_peft_model(
-        copy.deepcopy(dense), LoraConfig(r=8, target_modules=["qkv", "proj", "fc1", "fc2"])
-    )
     return found | {"peft_lora": contend(adapted.to(sizes.dtype))}
 
 
