@@ -367,6 +367,17 @@ FRAGILE_START = (
 exchanges its UCX addresses as 4096 bytes of memory, of which zeros alone are sent in short (its ucx_init.c)."""
 
 
+_LEFT_MEMORY = (
+    "; or this job's killed ranks left MPICH's shared memory behind, which has the same name again:"
+    " export MPIR_CVAR_NOLOCAL=1"
+)
+"""Of a requeued job: MPICH names the memory of a node's ranks after the job and its step."""
+
+
+def _may_meet_left_memory() -> bool:
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and "MPIR_CVAR_NOLOCAL" not in os.environ
+
+
 def _has_fragile_launch() -> bool:
     """Slurm's pmi2 sets PMI_JOBID, MPICH's own launcher does not."""
     return "PMI_JOBID" in os.environ and "MPIR_CVAR_CH4_NETMOD" not in os.environ
@@ -394,7 +405,8 @@ def _start_deadline(timeout_seconds: float) -> AbstractContextManager[None]:
         timeout_seconds + (0 if rank_hint == "0" else GRACE_SECONDS),
         f"[rank {rank_hint} on {socket.gethostname()}] MPI_Init did not return within {timeout_seconds:g} s:"
         " a rank that the launcher promised ended early or never started"
-        + (f" ({FRAGILE_START[0]}: {FRAGILE_START[1]})" if _has_fragile_launch() else ""),
+        + (f" ({FRAGILE_START[0]}: {FRAGILE_START[1]})" if _has_fragile_launch() else "")
+        + (_LEFT_MEMORY if _may_meet_left_memory() else ""),
     )
 
 

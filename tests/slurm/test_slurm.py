@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import h5py
 import numpy as np
@@ -19,7 +22,9 @@ import pytest
 from d2ft_hpc.config import EngineConfig
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import open_run
-from tests.slurm.cluster import REPOSITORY, Cluster, why_not
+from d2ft_hpc.training.checkpoint import complete_checkpoints
+from tests.slurm.cluster import ENDED, REPOSITORY, Cluster, why_not
+from tests.soak.kills import MARK, rank_processes
 
 DEMO = "configs/demo.yaml"
 SHORT = ["train.epochs=1", "data.micro_batch_size=16", "data.slots=2", "plan.planner=paper"]
@@ -88,26 +93,75 @@ def test_a_signal_saves_and_requeues_and_the_losses_are_the_same(
     assert "is finished: nothing is left to do" in cluster.output(again)
 
 
-def test_a_lost_node_is_named_and_the_run_goes_on_without_it(
+def test_a_rank_lost_in_its_start_is_repeated_and_a_failure_is_not(cluster: Cluster, tmp_path: Path) -> None:
+    lost = cluster.submit(
+        "slurm/train.sh",
+        DEMO,
+        f"run.folder={tmp_path}",
+        "launch.timeout_seconds=3",
+        environment={MARK: str(tmp_path)},
+    )
+    cluster.wait(lost, "RUNNING")
+    cluster.run("srun", "--nodelist=tn2", "cp", DEMO, "/dev/shm/demo.yaml")
+    several = ["--nodelist=tn2,tn3", "--ntasks-per-node=1", "slurm/train-multinode.sh"]
+    wrong_key = cluster.submit(*several, DEMO, "train.epohcs=1")
+    on_one_node = cluster.submit(*several, "/dev/shm/demo.yaml")
+
+    while not loads_torch(stopped := rank_processes(tmp_path).get(1)):
+        assert cluster.state(lost) not in ENDED, cluster.output(lost)
+        time.sleep(0.02)
+    os.kill(stopped, signal.SIGSTOP)
+    for failed, message in ((wrong_key, "train.epohcs: unknown key"), (on_one_node, "/dev/shm/demo.yaml")):
+        assert cluster.wait(failed) == "FAILED"
+        assert f"failed, not to be repeated: {message}" in cluster.output(failed)
+        assert cluster.field(failed, "Restarts") == "0"
+    cluster.wait_for_text(lost, "rank 1 on tn1 did not come to a barrier within 3 s")
+    cluster.wait_for_text(lost, "back into the queue")
+
+
+def loads_torch(process: int | None) -> TypeGuard[int]:
+    """Whether the process has come to loading torch, which takes it some seconds."""
+    return process is not None and "libtorch" in Path(f"/proc/{process}/maps").read_text()
+
+
+def test_a_lost_node_is_named_and_the_run_goes_on_with_the_ranks_that_remain(
     cluster: Cluster, uninterrupted: Path, tmp_path: Path
 ) -> None:
+    """Two ranks do the work of four: the same batches, whose gradients are summed in another order."""
+    run = tmp_path / "demo"
+    cluster.run("scontrol", "update", "NodeName=tn[3-4]", "State=DRAIN", "Reason=spared")
     job = cluster.submit(
-        "--ntasks-per-node=1", "slurm/train-multinode.sh", DEMO, *LONG, f"run.folder={tmp_path}"
+        "--nodes=1-2", "slurm/train-multinode.sh", DEMO, *LONG, "data.slots=1", f"run.folder={tmp_path}"
     )
-    cluster.wait_for_text(job, "epoch 1")
-    lost = cluster.run("squeue", "-h", "-j", str(job), "-o", "%N").strip()
-    assert lost == "tn[1-2]"
+    while not complete_checkpoints(run / "checkpoints"):
+        assert cluster.state(job) not in ENDED, cluster.output(job)
+        time.sleep(0.1)
     cluster.kill_node("tn2")
     cluster.run(
         "scontrol", "update", "NodeName=tn2", "State=DOWN", "Reason=killed"
     )  # else found after SlurmdTimeout
+    cluster.wait(job, "PENDING")
+    with open_run(run) as lost:
+        losses = lost.table("steps")["loss"]
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
     cluster.start_node("tn2")
-    assert cluster.output(job).count("[rank 0 on tn1] error: rank 1 on tn2 has closed its connection") == 1
-    launches = [json.loads(line) for line in (tmp_path / "demo" / "launches.jsonl").read_text().splitlines()]
-    assert launches[0]["hosts"] == ["tn1", "tn2"]
-    assert "tn2" not in launches[-1]["hosts"]
-    assert_same_run(tmp_path / "demo", uninterrupted)
+    cluster.run("scontrol", "update", "NodeName=tn[3-4]", "State=RESUME")
+    told = re.findall(
+        r"\[rank 0 on tn1\] error: rank [23] on tn2 has closed its connection", cluster.output(job)
+    )
+    assert len(told) == 1
+    launches = [json.loads(line) for line in (run / "launches.jsonl").read_text().splitlines()]
+    assert [launch["hosts"] for launch in launches] == [["tn1", "tn1", "tn2", "tn2"], ["tn1", "tn1"]]
+    saved = int(launches[1]["start"].rpartition("-")[2])
+    assert 0 < saved <= len(losses)
+    with open_run(run) as changed, open_run(uninterrupted) as whole:
+        steps, expected = changed.table("steps"), whole.table("steps")
+        np.testing.assert_array_equal(steps["loss"][:saved], losses[:saved])
+        np.testing.assert_array_equal(steps["samples"], expected["samples"])
+        np.testing.assert_allclose(steps["loss"], expected["loss"], rtol=1e-4)
+        evaluations = (opened.table("evaluations")["loss"] for opened in (changed, whole))
+        np.testing.assert_allclose(*evaluations, rtol=1e-4)
+        assert changed.complete
 
 
 def test_a_sweep_and_the_analysis_that_waits_for_it(cluster: Cluster, tmp_path: Path) -> None:
