@@ -136,6 +136,20 @@ def _normed_ahead(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Normed |
     return ahead.normed if ahead.normed.rows.dtype == dtype else None
 
 
+class _Summed(NamedTuple):
+    """What a block leaves with the gradient of its input for the block below: its version, and its sum over tokens, which
+    is what the bias at that block's end takes."""
+
+    version: int
+    sum: Tensor
+
+
+def _summed_already(gradient: Tensor) -> Tensor | None:
+    """What the block above has summed with its last kernel; None if the gradient came from something else, too."""
+    summed: _Summed | None = getattr(gradient, "_d2ft_summed", None)
+    return None if summed is None or summed.version != gradient._version else summed.sum
+
+
 def _norm(norm: nn.LayerNorm) -> Norm:
     return Norm(norm.weight.detach(), norm.bias.detach(), norm.eps)
 
@@ -202,7 +216,7 @@ class _Enter(torch.autograd.Function):
         joined, of_bias = join_qkv(of_query, of_key, of_value, normed.dtype)
         (taken,) = take_heads([weight], slices[:1], order[: ctx.full], places.numel(), normed.dtype)
         of_normed = joined @ taken.view(-1, channels)
-        result, of_norm_weight, of_norm_bias, _ = norm_backward(
+        result, of_norm_weight, of_norm_bias, summed = norm_backward(
             of_normed,
             rows,
             Normed(normed, mean, rstd),
@@ -218,7 +232,9 @@ class _Enter(torch.autograd.Function):
             places,
             ctx.full,
         )
-        return result.view(past.shape), of_norm_weight, of_norm_bias, *own, None, None, None
+        of_x: Any = result.view(past.shape)
+        of_x._d2ft_summed = _Summed(of_x._version, summed)
+        return of_x, of_norm_weight, of_norm_bias, *own, None, None, None
 
 
 class _Leave(torch.autograd.Function):
@@ -289,7 +305,9 @@ class _Leave(torch.autograd.Function):
         slices = _leave_slices(proj, fc1, fc2, places.numel())
         taken = take_heads([proj, fc1, fc2], slices[:3], order[: ctx.full], places.numel(), dtype)
         rows = gradient.reshape(middle.shape)
-        of_branch2, of_fc2_bias, of_scale2 = branch_backward(rows, branch2, fc2_bias, scale2, dtype)
+        of_branch2, of_fc2_bias, of_scale2 = rows, _summed_already(gradient), None
+        if of_fc2_bias is None or scale2 is not None or gradient.dtype != dtype:
+            of_branch2, of_fc2_bias, of_scale2 = branch_backward(rows, branch2, fc2_bias, scale2, dtype)
         of_hidden, activated, hidden_sum = gelu_backward(of_branch2 @ taken[2].view(channels, -1), hidden)
         of_middle, of_norm_weight, of_norm_bias, summed = norm_backward(
             of_hidden @ taken[1].view(-1, channels),
