@@ -21,6 +21,14 @@ from d2ft_hpc.parallel.layout import Placement
 Step = Callable[[Sequence[MicroBatch]], object]
 
 
+def frozen_below(model: VisionTransformer) -> VisionTransformer:
+    """The model with what `attach` freezes frozen, and nothing else done to it."""
+    for name, parameter in model.named_parameters():
+        if name.startswith(("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre")):
+            parameter.requires_grad_(False)
+    return model
+
+
 def bare_engine(
     model: VisionTransformer,
     placement: Placement,

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from d2ft_hpc.bench.bare import bare_engine
+from d2ft_hpc.bench.bare import bare_engine, frozen_below
 from d2ft_hpc.config import OptimizerConfig
 from d2ft_hpc.engines.ddp import DdpEngine
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
@@ -97,7 +97,7 @@ def overhead(workload: Workload, control: Control) -> dict[str, Any]:
         return lambda: built.engine.step(batch)
 
     def without() -> Callable[[], object]:
-        model = _frozen_below(_model(workload))
+        model = frozen_below(_model(workload))
         step = bare_engine(model, built.placement, _config(workload), _make_optimizer, _loss)
         return lambda: step(batch)
 
@@ -301,14 +301,6 @@ def _make_optimizer(model: VisionTransformer) -> tuple[Optimizer, LRScheduler]:
     settings = OptimizerConfig(learning_rate=1e-4)
     optimizer = build_optimizer(model, settings)
     return optimizer, build_schedule(optimizer, settings, 10**6)
-
-
-def _frozen_below(model: VisionTransformer) -> VisionTransformer:
-    """The model with what `attach` freezes frozen, and nothing else done to it."""
-    for name, parameter in model.named_parameters():
-        if name.startswith(("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre")):
-            parameter.requires_grad_(False)
-    return model
 
 
 def _config(workload: Workload) -> dict[str, Any]:

@@ -229,6 +229,7 @@ def _mpi_errors_are_lost_ranks(collective: Collective) -> Collective:
         try:
             return collective(self, *arguments)
         except self._mpi.Exception as error:
+            time.sleep(GRACE_SECONDS)  # the rank that failed knows why, and the launcher ends the others
             reason = str(error).splitlines()[0]
             raise LostRankError(
                 f"lost the connection to a rank: it ended or cannot be reached ({reason})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -48,14 +48,11 @@ def solve_static(
         ]
         demand = demand_of(problem, coverage, replicas)
         for alike in [teams] if _have_the_same_levels(teams) else [[team] for team in teams]:
-            best = max(
-                (_best_pair(problem, alike, *pairs, demand) for pairs in _neighbours(alike[0].levels)),
-                key=lambda found: found.value,
-            )
-            if best.value == -np.inf:
+            value, levels = _best_pair(problem, alike, *_neighbours(alike[0].levels), demand)
+            if value == -np.inf:
                 raise PlanError(_unpaid(problem, alike[0], coverage, heads_multiple))
-            bound += best.value
-            for team, level in zip(alike, best.levels, strict=True):
+            bound += value
+            for team, level in zip(alike, levels, strict=True):
                 team.write(np.tile(level, team.slots), operations)
                 take_turns(team, operations, demand)
     if coverage == 0:
@@ -71,31 +68,25 @@ def solve_static(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Found:
-    """What a pair of levels gives in all, -inf if it does not fit; each team's levels, int64 [block]."""
-
-    value: float
-    levels: list[Ints]
-
-
-def _neighbours(levels: Levels) -> list[tuple[Ints, Ints]]:
-    """Pairs of levels (lower, upper), int64 [pair] each: the same one; the next more FORWARD_ONLY, FULL, or both."""
+def _neighbours(levels: Levels) -> tuple[Ints, Ints]:
+    """Pairs of levels, lower and upper, int64 [pair] each: the same one; the next more FORWARD_ONLY, FULL, or both."""
     runs, full = (
         np.unique(heads.sum(axis=1), return_inverse=True)[1]
         for heads in (levels.forward_heads, levels.backward_heads)
     )
     place = np.full((runs.max() + 2, full.max() + 2), -1)
     place[runs, full] = np.arange(len(runs))
-    every = np.arange(len(runs))
-    pairs = [
-        (every, place[runs + more, full + trained]) for more, trained in ((0, 0), (1, 0), (0, 1), (1, 1))
-    ]
-    return [(lower[upper >= 0], upper[upper >= 0]) for lower, upper in pairs if (upper >= 0).any()]
+    steps = ((0, 0), (1, 0), (0, 1), (1, 1))
+    upper = np.concatenate([place[runs + more, full + trained] for more, trained in steps])
+    lower = np.tile(np.arange(len(runs)), len(steps))
+    return lower[upper >= 0], upper[upper >= 0]
 
 
-def _best_pair(problem: PlanProblem, teams: list[Team], lower: Ints, upper: Ints, demand: int) -> _Found:
-    """The best of the pairs (lower, upper) of levels, which all the teams have, in the best blocks of each team."""
+def _best_pair(
+    problem: PlanProblem, teams: list[Team], lower: Ints, upper: Ints, demand: int
+) -> tuple[float, list[Ints]]:
+    """What the best of the pairs (lower, upper) of levels, which all the teams have, gives in all, -inf if none fits;
+    each team's levels, int64 [block]."""
     total = np.zeros(len(lower))
     ranked, counts = [], []
     for team in teams:
@@ -116,7 +107,7 @@ def _best_pair(problem: PlanProblem, teams: list[Team], lower: Ints, upper: Ints
         level = np.full(len(order), lower[pair])
         level[order[: count[pair], pair]] = upper[pair]
         levels.append(level)
-    return _Found(float(total[pair]), levels)
+    return float(total[pair]), levels
 
 
 def _most_upper(problem: PlanProblem, team: Team, lower: Ints, upper: Ints) -> npt.NDArray[np.int64]:

@@ -27,9 +27,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 import d2ft_hpc
-from d2ft_hpc.bench.bare import bare_engine
+from d2ft_hpc.bench.bare import bare_engine, frozen_below
 from d2ft_hpc.config import OptimizerConfig
 from d2ft_hpc.engines import deepspeed_private as private
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
@@ -85,10 +87,17 @@ because it sums fewer terms: plain autograd in one process is then up to 2.2 tim
 same plan, with any engine (analysis/engines). With 1e-4 what is compared is the gradients."""
 
 
-def optimizer_config(name: str, epsilon: float) -> OptimizerConfig:
-    return OptimizerConfig(
+def optimizer_maker(name: str, epsilon: float) -> Callable[[nn.Module], tuple[Optimizer, LRScheduler]]:
+    """What makes the optimiser and its schedule for a model or a part of it."""
+    config = OptimizerConfig(
         name=name, learning_rate=0.05 if name == "sgd" else 1e-3, epsilon=epsilon, warmup_steps=2
     )
+
+    def make(part: nn.Module) -> tuple[Optimizer, LRScheduler]:
+        optimizer = build_optimizer(part, config)
+        return optimizer, build_schedule(optimizer, config, STEPS)
+
+    return make
 
 
 def reference_parameters(
@@ -102,9 +111,7 @@ def reference_parameters(
 ) -> Any:
     """What one process gets from the same rows, in the model's own precision; `precision` is that of the ranks."""
     executor = attach(model, embeddings=embeddings)
-    settings = optimizer_config(optimizer_name, EPSILON[precision])
-    optimizer = build_optimizer(model, settings)
-    schedule = build_schedule(optimizer, settings, STEPS)
+    optimizer, schedule = optimizer_maker(optimizer_name, EPSILON[precision])(model)
     engine = PlainEngine(model, executor, optimizer, schedule, loss_function, gradient_clipping=clipping)
     dtype = next(model.parameters()).dtype
     for step in range(STEPS):
@@ -127,9 +134,7 @@ def deepspeed_engine(
     **more: Any,
 ) -> DeepSpeedEngine:
     executor = attach(model, embeddings=embeddings)
-    settings = optimizer_config(optimizer_name, EPSILON[precision])
-    optimizer = build_optimizer(model, settings)
-    schedule = build_schedule(optimizer, settings, STEPS)
+    optimizer, schedule = optimizer_maker(optimizer_name, EPSILON[precision])(model)
     config = deepspeed_config(
         {"zero_optimization": {"stage": stage, **(zero or {})}},
         micro_batch_size=4,
@@ -369,10 +374,6 @@ def check_overhead(control: Control, stage: int) -> dict[str, Any]:
     batch = [micro_batch(0, slot, SLOTS) for slot in range(SLOTS)]
     ours = deepspeed_engine(tiny_vit(), "sgd", stage)
     ours.executor.load(plan_of("full", 0, control.world_size), control.rank)
-    model = tiny_vit()
-    for parameters in (model.patch_embed.parameters(), [model.pos_embed, model.cls_token]):
-        for parameter in parameters:
-            parameter.requires_grad_(False)
     config = deepspeed_config(
         {"zero_optimization": {"stage": stage}},
         micro_batch_size=4,
@@ -381,15 +382,11 @@ def check_overhead(control: Control, stage: int) -> dict[str, Any]:
         gradient_clipping=None,
     )
 
-    def make_optimizer(part: nn.Module) -> Any:
-        settings = optimizer_config("sgd", EPSILON["fp32"])
-        optimizer = build_optimizer(part, settings)
-        return optimizer, build_schedule(optimizer, settings, STEPS)
-
     placement = Placement(
         Layout.of(control.world_size, control.rank), [range(DEPTH)], np.zeros((DEPTH, HEADS), int)
     )
-    bare = bare_engine(model, placement, config, make_optimizer, loss_function)
+    make_optimizer = optimizer_maker("sgd", EPSILON["fp32"])
+    bare = bare_engine(frozen_below(tiny_vit()), placement, config, make_optimizer, loss_function)
     found: dict[str, Any] = {}
     for name, step in (("ours", ours.step), ("bare", bare)):
         step(batch)  # the first makes what later ones keep

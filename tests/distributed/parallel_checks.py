@@ -23,7 +23,6 @@ from timm.models.vision_transformer import VisionTransformer
 
 import d2ft_hpc
 from d2ft_hpc.engines.deepspeed import deepspeed_config
-from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
@@ -43,7 +42,7 @@ from tests.distributed.engine_checks import (
     largest_difference,
     loss_function,
     micro_batch,
-    optimizer_config,
+    optimizer_maker,
     run_checks,
 )
 from tests.models import DEPTH, HEADS, tiny_vit
@@ -110,10 +109,7 @@ def build(
         gradient_clipping=clipping,
     )
 
-    def make_optimizer(part: torch.nn.Module) -> Any:
-        settings = optimizer_config(optimizer_name, EPSILON[precision])
-        optimizer = build_optimizer(part, settings)
-        return optimizer, build_schedule(optimizer, settings, STEPS)
+    make_optimizer = optimizer_maker(optimizer_name, EPSILON[precision])
 
     kind = PipelineEngine if stages > 1 else TensorParallelEngine
     engine = kind(model, executor, placement, make_optimizer, loss_function, config, control)
@@ -150,9 +146,7 @@ def reference(
 ) -> Any:
     """What one process gets from the same rows, in the model's own precision; `precision` is that of the ranks."""
     executor = attach(model, embeddings=embeddings)
-    settings = optimizer_config(optimizer_name, EPSILON[precision])
-    optimizer = build_optimizer(model, settings)
-    schedule = build_schedule(optimizer, settings, STEPS)
+    optimizer, schedule = optimizer_maker(optimizer_name, EPSILON[precision])(model)
     engine = PlainEngine(model, executor, optimizer, schedule, loss_function, gradient_clipping=clipping)
     dtype = next(model.parameters()).dtype
     for step in range(STEPS):

@@ -29,7 +29,6 @@ from torch.nn.parallel import DistributedDataParallel
 import d2ft_hpc
 from d2ft_hpc.engines.ddp import DdpEngine
 from d2ft_hpc.engines.fsdp import FsdpEngine, shard
-from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.engines.portable import write_file
@@ -50,7 +49,7 @@ from tests.distributed.engine_checks import (
     largest_difference,
     loss_function,
     micro_batch,
-    optimizer_config,
+    optimizer_maker,
     plan_of,
     run_checks,
 )
@@ -104,10 +103,7 @@ def build(
     executor = attach(model, embeddings=embeddings)
     dtype = torch.bfloat16 if precision == "bf16" else None
 
-    def make_optimizer(part: nn.Module) -> Any:
-        settings = optimizer_config(optimizer_name, EPSILON[precision])
-        optimizer = build_optimizer(part, settings)
-        return optimizer, build_schedule(optimizer, settings, STEPS)
+    make_optimizer = optimizer_maker(optimizer_name, EPSILON[precision])
 
     if engine == "ddp":
         return DdpEngine(
@@ -169,9 +165,7 @@ def reference(
     model = model_for(name, optimizer_name, lora)
     model = model.double() if double else model
     executor = attach(model, embeddings=embeddings)
-    settings = optimizer_config(optimizer_name, EPSILON[precision])
-    optimizer = build_optimizer(model, settings)
-    schedule = build_schedule(optimizer, settings, STEPS)
+    optimizer, schedule = optimizer_maker(optimizer_name, EPSILON[precision])(model)
     engine = PlainEngine(model, executor, optimizer, schedule, loss_function, gradient_clipping=clipping)
     dtype = next(model.parameters()).dtype
     for step in range(STEPS):
