@@ -34,7 +34,7 @@ def rows(seed: int) -> np.ndarray:
     return operations
 
 
-def fused_forward(model: nn.Module, images: Tensor, operations: np.ndarray) -> Tensor:
+def fused_forward(model: nn.Module, images: Tensor, operations: np.ndarray, keeps: bool = True) -> Tensor:
     x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
     blocks = list(model.blocks)
     for index, (block, row) in enumerate(zip(blocks, operations, strict=True)):
@@ -45,7 +45,7 @@ def fused_forward(model: nn.Module, images: Tensor, operations: np.ndarray) -> T
         order, at = (
             torch.from_numpy(each).to(x.device) for each in (np.concatenate([full, forward_only]), places)
         )
-        x = run_fused(block, x, BlockHeads(order, full.size, at), [*blocks, None][index + 1])
+        x = run_fused(block, x, BlockHeads(order, full.size, at), [*blocks, None][index + 1], keeps)
     return model.forward_head(model.norm(x))
 
 
@@ -64,12 +64,14 @@ def check_against_reference(options: dict[str, Any], seed: int, device: str, sam
     expected = gradients(model, expected_logits, labels)
     logits = fused_forward(model, images, operations)
     own = gradients(model, logits, labels)
+    again = gradients(model, fused_forward(model, images, operations, keeps=False), labels)
     largest = max(float(each.abs().max()) for each in expected.values() if each is not None)
     torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-5)
     for name, value in expected.items():
         torch.testing.assert_close(
             own[name], value, rtol=1e-4, atol=2e-6 * largest, msg=lambda m, n=name: f"{n}: {m}"
         )
+        torch.testing.assert_close(again[name], own[name], rtol=1e-5, atol=1e-7 * largest)
 
 
 def check_frozen(device: str) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from d2ft_hpc.errors import PlanError
@@ -214,7 +215,10 @@ class PlanExecutor:
         if heads.is_shortcut:
             return x
         if x.is_cuda and self._is_fused(index, heads):
-            result: Tensor = fused().run_fused(block, x, heads, self._following(index), *args, **kwargs)
+            gathers = self._reduction is Reduction.BY_BLOCK or isinstance(block, FSDPModule)
+            result: Tensor = fused().run_fused(
+                block, x, heads, self._following(index), not gathers, *args, **kwargs
+            )
             return result
         run = run_block if self._compiled_heads is None or not self._compiles(x) else self._compiled_heads
         result = run(block, x, heads, self.subnets.head_axes, *args, **kwargs)

@@ -6,10 +6,11 @@ Three pieces, so that autograd and any attention kernel stay usable between them
 - attention of either, by PyTorch; q/k norms and masks go with it.
 - `_Leave`: proj, residual, norm2, the FFN's slices and the residual again.
 
-The weights of the chosen heads are copied together at each pass (a few MB, in one launch, in the type that the products
-run in). Products into the heads run for FULL and FORWARD_ONLY ones apart, so that only the former's results are kept;
-products out of them run once, over both. Weight gradients are computed for FULL heads and spread into full shapes by
-one launch, without a dense-sized temporary.
+The weights of the chosen heads are copied together (a few MB, in one launch, in the type that the products run in) and
+kept for the backward, as autocast keeps the weights that it has cast; where an engine gathers weights block by block
+the backward copies them again. Products into the heads run for FULL and FORWARD_ONLY ones apart, so that only the
+former's results are kept; products out of them run once, over both. Weight gradients are computed for FULL heads and
+spread into full shapes by one launch, without a dense-sized temporary.
 """
 
 from __future__ import annotations
@@ -72,12 +73,14 @@ def run_fused(
     x: Tensor,
     heads: BlockHeads,
     following: Block | None = None,
+    keeps: bool = True,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
     """Runs a block with at least one FULL head. x: [sample, token, channel]; returns the same shape and dtype.
 
     following: the block that gets the result next, if its first norm may be computed with it.
+    keeps: whether the weights of the chosen heads stay in memory until the backward.
     """
     attn, mlp = block.attn, block.mlp
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -85,8 +88,25 @@ def run_fused(
     normed = _normed_ahead(x, norm1, dtype)
     if normed is None:
         normed = normalise(x.detach().flatten(0, -2), _norm(norm1), dtype)
+    qkv, qkv_bias, proj, fc1, fc2, fc1_bias = _take(
+        [attn.qkv.weight, attn.qkv.bias, attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight, mlp.fc1.bias],
+        [*_qkv_slices(attn.qkv.weight, heads), *_leave_slices(attn.proj.weight, mlp.fc1.weight, heads)],
+        heads.order,
+        heads,
+        dtype,
+    )
     x, query, key, value, *others = _Enter.apply(
-        x, norm1.weight, norm1.bias, attn.qkv.weight, attn.qkv.bias, heads, norm1.eps, normed
+        x,
+        norm1.weight,
+        norm1.bias,
+        attn.qkv.weight,
+        attn.qkv.bias,
+        heads,
+        norm1.eps,
+        normed,
+        qkv,
+        qkv_bias,
+        keeps,
     )
     mixed, beside = attended(attn, query, key, value, attn_mask, is_causal), None
     if others:
@@ -112,8 +132,9 @@ def run_fused(
         getattr(block.ls2, "gamma", None),
         heads,
         block.norm2.eps,
-        dtype,
         None if ahead is None else _norm(ahead),
+        (proj, fc1, fc2, fc1_bias),
+        keeps,
     )
     if ahead is not None:
         result._d2ft_ahead = _Ahead(ahead.weight, result._version, Normed(*following_normed))
@@ -137,8 +158,8 @@ def _normed_ahead(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Normed |
 
 
 class _Summed(NamedTuple):
-    """What a block leaves with the gradient of its input for the block below: its version, and its sum over tokens, which
-    is what the bias at that block's end takes."""
+    """What a block leaves with its input's gradient for the block below: the version, and the sum over tokens, which is
+    what the bias at that block's end takes."""
 
     version: int
     sum: Tensor
@@ -171,18 +192,15 @@ class _Enter(torch.autograd.Function):
         heads: BlockHeads,
         epsilon: float,
         normed: Normed,
+        taken: Tensor,
+        taken_bias: Tensor | None,
+        keeps: bool,
     ) -> tuple[Tensor, ...]:
         samples, tokens, channels = x.shape
-        rows, dtype = x.reshape(-1, channels), normed.rows.dtype
-        of = heads.places.numel()
-        own = [weight] if bias is None else [weight, bias]
-        taken = take_heads(own, _qkv_slices(weight, of)[: len(own)], heads.order, of, dtype)
-        taken_bias = None if bias is None else taken[1]
-        size = weight.shape[0] // (3 * of)
+        rows = x.reshape(-1, channels)
+        size = taken.shape[0] // (3 * heads.order.numel())
         results = [
-            _into_heads(
-                normed.rows, taken[0].view(-1, channels), taken_bias, start * 3 * size, end * 3 * size
-            )
+            _into_heads(normed.rows, taken, taken_bias, start * 3 * size, end * 3 * size)
             .view(samples, tokens, end - start, 3, size)
             .permute(3, 0, 2, 1, 4)
             .unbind(0)
@@ -195,13 +213,12 @@ class _Enter(torch.autograd.Function):
             norm_bias,
             weight,
             bias,
-            heads.order,
-            heads.places,
             normed.rows,
             normed.mean,
             normed.rstd,
+            taken[: heads.num_full * 3 * size] if keeps else None,
         )
-        ctx.full, ctx.epsilon = heads.num_full, epsilon
+        ctx.heads, ctx.epsilon = heads, epsilon
         if len(results) > 1:
             ctx.mark_non_differentiable(*results[1])
         ctx.set_materialize_grads(False)
@@ -211,11 +228,12 @@ class _Enter(torch.autograd.Function):
     def backward(
         ctx: Any, past: Tensor, of_query: Tensor, of_key: Tensor, of_value: Tensor, *beside: None
     ) -> tuple[Tensor | None, ...]:
-        rows, norm_weight, norm_bias, weight, bias, order, places, normed, mean, rstd = ctx.saved_tensors
-        channels, slices = rows.shape[1], _qkv_slices(weight, places.numel())
+        rows, norm_weight, norm_bias, weight, bias, normed, mean, rstd, taken = ctx.saved_tensors
+        heads, slices = ctx.heads, _qkv_slices(weight, ctx.heads)
         joined, of_bias = join_qkv(of_query, of_key, of_value, normed.dtype)
-        (taken,) = take_heads([weight], slices[:1], order[: ctx.full], places.numel(), normed.dtype)
-        of_normed = joined @ taken.view(-1, channels)
+        if taken is None:
+            (taken,) = _take([weight], slices[:1], heads.full, heads, normed.dtype)
+        of_normed = joined @ taken
         result, of_norm_weight, of_norm_bias, summed = norm_backward(
             of_normed,
             rows,
@@ -229,12 +247,11 @@ class _Enter(torch.autograd.Function):
                 (bias, slices[1], lambda: of_bias),
             ],
             ctx.needs_input_grad[3:5],
-            places,
-            ctx.full,
+            heads,
         )
         of_x: Any = result.view(past.shape)
         of_x._d2ft_summed = _Summed(of_x._version, summed)
-        return of_x, of_norm_weight, of_norm_bias, *own, None, None, None
+        return of_x, of_norm_weight, of_norm_bias, *own, *[None] * 6
 
 
 class _Leave(torch.autograd.Function):
@@ -258,27 +275,22 @@ class _Leave(torch.autograd.Function):
         scale2: Tensor | None,
         heads: BlockHeads,
         epsilon: float,
-        dtype: torch.dtype,
         following: Norm | None,
+        taken: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        keeps: bool,
     ) -> tuple[Tensor, ...]:
-        channels = x.shape[-1]
-        rows = x.reshape(-1, channels)
-        of = heads.places.numel()
-        own = [proj, fc1, fc2] if fc1_bias is None else [proj, fc1, fc2, fc1_bias]
-        taken = take_heads(own, _leave_slices(proj, fc1, fc2, of)[: len(own)], heads.order, of, dtype)
-        attention = join_heads(mixed, beside)
-        branch1 = attention @ taken[0].view(channels, -1).t()
+        taken_proj, taken_fc1, taken_fc2, taken_bias = taken
+        rows = x.reshape(-1, x.shape[-1])
+        branch1 = join_heads(mixed, beside) @ taken_proj.t()
         norm = Norm(norm_weight, norm_bias, epsilon)
         middle, normed = add_branch_and_normalise(rows, branch1, proj_bias, scale1, norm)
-        units = fc1.shape[0] // of
-        weight, bias = taken[1].view(-1, channels), None if fc1_bias is None else taken[3]
-        hidden = _into_heads(normed.rows, weight, bias, 0, heads.num_full * units)
+        num_heads, full = heads.order.numel(), heads.num_full
+        size, units = taken_proj.shape[1] // num_heads, taken_fc2.shape[1] // num_heads
+        hidden = _into_heads(normed.rows, taken_fc1, taken_bias, 0, full * units)
         others = None
         if heads.num_forward_only:
-            others = _into_heads(
-                normed.rows, weight, bias, heads.num_full * units, heads.order.numel() * units
-            )
-        branch2 = gelu_join(hidden, others) @ taken[2].view(channels, -1).t()
+            others = _into_heads(normed.rows, taken_fc1, taken_bias, full * units, num_heads * units)
+        branch2 = gelu_join(hidden, others) @ taken_fc2.t()
         ahead: tuple[Tensor, ...] = ()
         if following is None:
             result = add_branch(middle, branch2, fc2_bias, scale2)
@@ -288,11 +300,16 @@ class _Leave(torch.autograd.Function):
             ctx.mark_non_differentiable(*ahead)
         ctx.save_for_backward(
             *(proj, proj_bias, scale1, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias, scale2),
-            *(heads.order, heads.places, mixed, middle, normed.rows, normed.mean, normed.rstd, hidden),
+            *(mixed, middle, normed.rows, normed.mean, normed.rstd, hidden),
             # The scales' gradients need what they scaled.
             *(None if scale1 is None else branch1, None if scale2 is None else branch2),
+            *(
+                (taken_proj[:, : full * size], taken_fc1[: full * units], taken_fc2[:, : full * units])
+                if keeps
+                else ()
+            ),
         )
-        ctx.full, ctx.epsilon = heads.num_full, epsilon
+        ctx.heads, ctx.epsilon = heads, epsilon
         ctx.set_materialize_grads(False)
         return result.view(x.shape), *ahead
 
@@ -300,17 +317,19 @@ class _Leave(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *ahead: None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         proj, proj_bias, scale1, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias, scale2 = saved[:10]
-        order, places, mixed, middle, normed, mean, rstd, hidden, branch1, branch2 = saved[10:]
-        channels, dtype = middle.shape[1], normed.dtype
-        slices = _leave_slices(proj, fc1, fc2, places.numel())
-        taken = take_heads([proj, fc1, fc2], slices[:3], order[: ctx.full], places.numel(), dtype)
+        mixed, middle, normed, mean, rstd, hidden, branch1, branch2, *taken = saved[10:]
+        heads, dtype = ctx.heads, normed.dtype
+        slices = _leave_slices(proj, fc1, heads)
+        taken_proj, taken_fc1, taken_fc2 = taken or _take(
+            [proj, fc1, fc2], slices[:3], heads.full, heads, dtype
+        )
         rows = gradient.reshape(middle.shape)
         of_branch2, of_fc2_bias, of_scale2 = rows, _summed_already(gradient), None
         if of_fc2_bias is None or scale2 is not None or gradient.dtype != dtype:
             of_branch2, of_fc2_bias, of_scale2 = branch_backward(rows, branch2, fc2_bias, scale2, dtype)
-        of_hidden, activated, hidden_sum = gelu_backward(of_branch2 @ taken[2].view(channels, -1), hidden)
+        of_hidden, activated, hidden_sum = gelu_backward(of_branch2 @ taken_fc2, hidden)
         of_middle, of_norm_weight, of_norm_bias, summed = norm_backward(
-            of_hidden @ taken[1].view(-1, channels),
+            of_hidden @ taken_fc1,
             middle,
             Normed(normed, mean, rstd),
             Norm(norm_weight, norm_bias, ctx.epsilon),
@@ -321,7 +340,7 @@ class _Leave(torch.autograd.Function):
             of_branch1, of_proj_bias, of_scale1 = branch_backward(
                 of_middle, branch1, proj_bias, scale1, dtype
             )
-        of_attention = of_branch1 @ taken[0].view(channels, -1)
+        of_attention = of_branch1 @ taken_proj
         samples, full, tokens, size = mixed.shape
         wanted = ctx.needs_input_grad
         of_proj, of_fc1, of_fc2, of_fc1_bias = _spread_wanted(
@@ -332,8 +351,7 @@ class _Leave(torch.autograd.Function):
                 (fc1_bias, slices[3], lambda: hidden_sum),
             ],
             [wanted[3], wanted[8], wanted[10], wanted[9]],
-            places,
-            ctx.full,
+            heads,
         )
         return (
             of_middle.view(gradient.shape),
@@ -349,10 +367,7 @@ class _Leave(torch.autograd.Function):
             of_fc2,
             _like(fc2_bias, of_fc2_bias),
             _like(scale2, of_scale2),
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
         )
 
 
@@ -367,8 +382,7 @@ def _like(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
 def _spread_wanted(
     parts: Sequence[tuple[Tensor | None, HeadSlices, Callable[[], Tensor]]],
     wanted: Sequence[bool],
-    places: Tensor,
-    full: int,
+    heads: BlockHeads,
 ) -> list[Tensor | None]:
     """Gradients in full shape of the parameters that want one, None for the others.
 
@@ -382,23 +396,49 @@ def _spread_wanted(
     if not present:
         return [None] * len(parts)
     likes, slices, computes = zip(*present.values(), strict=True)
-    spread = spread_heads([compute() for compute in computes], likes, slices, places, full)
+    spread = spread_heads([compute() for compute in computes], likes, slices, heads.places, heads.num_full)
     by_index = dict(zip(present, spread, strict=True))
     return [by_index.get(index) for index in range(len(parts))]
 
 
-def _qkv_slices(weight: Tensor, of: int) -> list[HeadSlices]:
+def _take(
+    parameters: Sequence[Tensor | None],
+    slices: Sequence[HeadSlices],
+    chosen: Tensor | None,
+    heads: BlockHeads,
+    dtype: torch.dtype,
+) -> list[Any]:
+    """The part of the `chosen` ones of `heads` in `dtype`, in one launch; None for None.
+
+    Weights into heads: [chosen x out, channel]. Weights out of heads: [channel, chosen x in]. Biases: [chosen x out].
+    """
+    assert chosen is not None
+    present = [index for index, parameter in enumerate(parameters) if parameter is not None]
+    own = [parameter for parameter in parameters if parameter is not None]
+    own_slices = [slices[index] for index in present]
+    flat = take_heads(own, own_slices, chosen, heads.places.numel(), dtype)
+    results: list[Tensor | None] = [None] * len(parameters)
+    for index, taken, parameter, each in zip(present, flat, own, own_slices, strict=True):
+        if parameter.dim() == 1:
+            results[index] = taken
+        else:
+            results[index] = taken.view(-1, parameter.shape[1]) if each.rows else taken.view(each.outer, -1)
+    return results
+
+
+def _qkv_slices(weight: Tensor, heads: BlockHeads) -> list[HeadSlices]:
     """Of qkv's weight and bias."""
-    size = weight.shape[0] // (3 * of)
+    size = weight.shape[0] // (3 * heads.places.numel())
     return [HeadSlices(3, size * weight.shape[1], rows=True), HeadSlices(3, size, rows=True)]
 
 
-def _leave_slices(proj: Tensor, fc1: Tensor, fc2: Tensor, of: int) -> list[HeadSlices]:
+def _leave_slices(proj: Tensor, fc1: Tensor, heads: BlockHeads) -> list[HeadSlices]:
     """Of the weights of proj, fc1 and fc2, and of fc1's bias."""
+    of = heads.places.numel()
     units = fc1.shape[0] // of
     return [
         HeadSlices(proj.shape[0], proj.shape[1] // of, rows=False),
         HeadSlices(1, units * fc1.shape[1], rows=True),
-        HeadSlices(fc2.shape[0], units, rows=False),
+        HeadSlices(proj.shape[0], units, rows=False),
         HeadSlices(1, units, rows=True),
     ]

@@ -44,7 +44,7 @@ class HeadSlices:
 def take_heads(
     parameters: Sequence[Tensor], slices: Sequence[HeadSlices], heads: Tensor, of: int, dtype: torch.dtype
 ) -> list[Tensor]:
-    """The chosen heads' part of up to four parameters, flat and in `dtype`, in one launch.
+    """The chosen heads' part of up to six parameters, flat and in `dtype`, in one launch.
 
     heads: int64 [n], the chosen of `of` heads.
     """
@@ -64,7 +64,7 @@ def spread_heads(
     places: Tensor,
     chosen: int,
 ) -> list[Tensor]:
-    """The parts of up to four parameters in tensors like `likes`, zeros for all other heads, in one launch.
+    """The parts of up to six parameters in tensors like `likes`, zeros for all other heads, in one launch.
 
     places: int64 [head], each head's place among the `chosen` ones; -1 or above them for the others.
     """
@@ -83,7 +83,7 @@ def _copy_heads(
     spreads: bool,
 ) -> None:
     pointers, shapes = [], []
-    for place in range(4):
+    for place in range(6):
         is_used = place < len(sources)
         each = slices[place] if is_used else HeadSlices(0, 1, rows=True)
         pointers += [sources[place], targets[place]] if is_used else [sources[0], targets[0]]

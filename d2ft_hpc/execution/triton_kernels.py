@@ -49,11 +49,14 @@ def _copy(source, target, index, program, chosen, of, OUTER: tl.constexpr, INNER
 
 @triton.jit
 def copy_heads(
-    source0, target0, source1, target1, source2, target2, source3, target3, index, chosen, of,
+    source0, target0, source1, target1, source2, target2, source3, target3,
+    source4, target4, source5, target5, index, chosen, of,
     OUTER0: tl.constexpr, INNER0: tl.constexpr, ROWS0: tl.constexpr,
     OUTER1: tl.constexpr, INNER1: tl.constexpr, ROWS1: tl.constexpr,
     OUTER2: tl.constexpr, INNER2: tl.constexpr, ROWS2: tl.constexpr,
     OUTER3: tl.constexpr, INNER3: tl.constexpr, ROWS3: tl.constexpr,
+    OUTER4: tl.constexpr, INNER4: tl.constexpr, ROWS4: tl.constexpr,
+    OUTER5: tl.constexpr, INNER5: tl.constexpr, ROWS5: tl.constexpr,
     SPREADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -61,14 +64,20 @@ def copy_heads(
     end0 = tl.cdiv(heads * OUTER0 * INNER0, BLOCK)
     end1 = end0 + tl.cdiv(heads * OUTER1 * INNER1, BLOCK)
     end2 = end1 + tl.cdiv(heads * OUTER2 * INNER2, BLOCK)
+    end3 = end2 + tl.cdiv(heads * OUTER3 * INNER3, BLOCK)
+    end4 = end3 + tl.cdiv(heads * OUTER4 * INNER4, BLOCK)
     if program < end0:
         _copy(source0, target0, index, program, chosen, of, OUTER0, INNER0, ROWS0, SPREADS, BLOCK)
     elif program < end1:
         _copy(source1, target1, index, program - end0, chosen, of, OUTER1, INNER1, ROWS1, SPREADS, BLOCK)
     elif program < end2:
         _copy(source2, target2, index, program - end1, chosen, of, OUTER2, INNER2, ROWS2, SPREADS, BLOCK)
-    else:
+    elif program < end3:
         _copy(source3, target3, index, program - end2, chosen, of, OUTER3, INNER3, ROWS3, SPREADS, BLOCK)
+    elif program < end4:
+        _copy(source4, target4, index, program - end3, chosen, of, OUTER4, INNER4, ROWS4, SPREADS, BLOCK)
+    else:
+        _copy(source5, target5, index, program - end4, chosen, of, OUTER5, INNER5, ROWS5, SPREADS, BLOCK)
 
 
 @triton.jit
