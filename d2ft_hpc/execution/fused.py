@@ -39,6 +39,7 @@ from d2ft_hpc.execution.kernels import (
     norm_backward,
     normalise,
     spread_heads,
+    sum_partials,
     take_heads,
 )
 
@@ -230,17 +231,19 @@ class _Enter(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         rows, norm_weight, norm_bias, weight, bias, normed, mean, rstd, taken = ctx.saved_tensors
         heads, slices = ctx.heads, _qkv_slices(weight, ctx.heads)
-        joined, of_bias = join_qkv(of_query, of_key, of_value, normed.dtype)
+        joined, joined_sums = join_qkv(of_query, of_key, of_value, normed.dtype)
         if taken is None:
             (taken,) = _take([weight], slices[:1], heads.full, heads, normed.dtype)
         of_normed = joined @ taken
-        result, of_norm_weight, of_norm_bias, summed = norm_backward(
+        result, norm_sums = norm_backward(
             of_normed,
             rows,
             Normed(normed, mean, rstd),
             Norm(norm_weight, norm_bias, ctx.epsilon),
             past.reshape(rows.shape),
         )
+        of_bias, of_norm = sum_partials([joined_sums, norm_sums], [torch.float32, norm_weight.dtype])
+        of_norm_weight, of_norm_bias, summed = of_norm.view(3, -1)
         own = _spread_wanted(
             [
                 (weight, slices[0], lambda: joined.t() @ normed),
@@ -325,21 +328,33 @@ class _Leave(torch.autograd.Function):
         )
         rows = gradient.reshape(middle.shape)
         of_branch2, of_fc2_bias, of_scale2 = rows, _summed_already(gradient), None
+        branch_sums: list[Tensor] = []
         if of_fc2_bias is None or scale2 is not None or gradient.dtype != dtype:
-            of_branch2, of_fc2_bias, of_scale2 = branch_backward(rows, branch2, fc2_bias, scale2, dtype)
-        of_hidden, activated, hidden_sum = gelu_backward(of_branch2 @ taken_fc2, hidden)
-        of_middle, of_norm_weight, of_norm_bias, summed = norm_backward(
+            of_branch2, sums = branch_backward(rows, branch2, fc2_bias, scale2, dtype)
+            branch_sums.append(sums)
+        of_hidden, activated, hidden_sums = gelu_backward(of_branch2 @ taken_fc2, hidden)
+        of_middle, norm_sums = norm_backward(
             of_hidden @ taken_fc1,
             middle,
             Normed(normed, mean, rstd),
             Norm(norm_weight, norm_bias, ctx.epsilon),
             rows,
         )
-        of_branch1, of_proj_bias, of_scale1 = of_middle, summed, None
-        if scale1 is not None or of_middle.dtype != dtype:
-            of_branch1, of_proj_bias, of_scale1 = branch_backward(
-                of_middle, branch1, proj_bias, scale1, dtype
-            )
+        of_branch1 = of_middle
+        is_middle_scaled = scale1 is not None or of_middle.dtype != dtype
+        if is_middle_scaled:
+            of_branch1, sums = branch_backward(of_middle, branch1, proj_bias, scale1, dtype)
+            branch_sums.append(sums)
+        hidden_sum, of_norm, *of_branches = sum_partials(
+            [hidden_sums, norm_sums, *branch_sums],
+            [torch.float32, norm_weight.dtype, *[torch.float32] * len(branch_sums)],
+        )
+        of_norm_weight, of_norm_bias, of_proj_bias = of_norm.view(3, -1)
+        of_scale1 = None
+        if is_middle_scaled:
+            of_proj_bias, of_scale1 = of_branches.pop().view(2, -1)
+        if of_branches:
+            of_fc2_bias, of_scale2 = of_branches.pop().view(2, -1)
         of_attention = of_branch1 @ taken_proj
         samples, full, tokens, size = mixed.shape
         wanted = ctx.needs_input_grad

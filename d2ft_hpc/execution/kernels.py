@@ -2,8 +2,8 @@
 
 Matrix products and attention stay the libraries'. These Triton kernels move the weights of the chosen heads and fuse
 what is bound by memory: residual, norm, GELU, and the sums over tokens that biases and norms take as gradients. All
-compute in fp32, read and write any floating type, and are deterministic: sums over tokens go through partial sums, not
-atomics.
+compute in fp32, read and write any floating type, and are deterministic: sums over tokens go through partial sums, fp32
+[program, width], which `sum_partials` adds up, not through atomics.
 
 Tokens are rows [token, channel], with the sample dimension folded in. Where heads lie side by side FULL ones come
 first, then FORWARD_ONLY.
@@ -27,6 +27,8 @@ _MULTIPROCESSORS = 132
 """Of a Hopper GPU, on which the sizes here were the fastest of those tried (analysis/step)."""
 _TILE, _COLUMNS = 8, 128
 """Tokens and columns that an element-wise program has at a time."""
+_SUMMED_COLUMNS = 16
+"""Of partial sums, that one program adds up."""
 _WHOLE_TOKENS = 2048
 """Tokens times channels, rounded up to a power of two, that a program has at a time where it needs whole tokens."""
 
@@ -169,11 +171,11 @@ def _add_norm(
 
 def norm_backward(
     gradient: Tensor, x: Tensor, normed: Normed, norm: Norm, residual: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Gradient of x = what went into `normalise` and past it: `residual` plus what `gradient` gives through the norm.
 
-    gradient, x, residual: [token, channel]. Returns it in x's type, the norm's weight's and bias's gradients, and the
-    first one's sum over tokens, each [channel] in the weight's type.
+    gradient, x, residual: [token, channel]. Returns it in x's type, and partial sums [program, 3 x channel]: the norm's
+    weight's and bias's gradients, and the returned gradient's sum over tokens.
     """
     tokens, channels = x.shape
     tile, block, warps = _whole_tokens(channels)
@@ -196,14 +198,14 @@ def norm_backward(
         block,
         num_warps=warps,
     )
-    of_weight, of_bias, of_result = sum_over_programs(partial, norm.weight.dtype).view(3, channels)
-    return result, of_weight, of_bias, of_result
+    return result, partial
 
 
 def branch_backward(
     gradient: Tensor, branch: Tensor | None, bias: Tensor | None, scale: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `add_branch`: of the branch [token, channel] in `dtype`, of bias and of scale, fp32 [channel].
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `add_branch`: of the branch [token, channel] in `dtype`; of bias and scale, as partial sums
+    [program, 2 x channel].
 
     gradient: of the sum. branch: read where there is a scale. Without one, and in the same type, the branch's gradient
     is `gradient` itself.
@@ -230,8 +232,7 @@ def branch_backward(
         block,
         num_warps=2,
     )
-    of_bias, of_scale = sum_over_programs(partial, torch.float32).view(2, channels)
-    return result, of_bias, of_scale
+    return result, partial
 
 
 def gelu_join(first: Tensor, second: Tensor | None) -> Tensor:
@@ -247,8 +248,8 @@ def gelu_join(first: Tensor, second: Tensor | None) -> Tensor:
 
 
 def gelu_backward(gradient: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Through GELU (erf) of `hidden` [token, width]: the gradient of `hidden`, GELU of it again, and that gradient's
-    sum over tokens, fp32 [width]."""
+    """Through GELU (erf) of `hidden` [token, width]: the gradient of `hidden`, GELU of it again, and partial sums
+    [program, width] of that gradient."""
     tokens, width = hidden.shape
     columns = ceil(width / _COLUMNS)
     rows, programs = _shares(tokens, columns, _TILE, at_once=32)
@@ -257,7 +258,7 @@ def gelu_backward(gradient: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Ten
     triton_kernels.gelu_backward[(columns, programs)](
         gradient, hidden, of_hidden, activated, partial, tokens, width, rows, _TILE, _COLUMNS
     )
-    return of_hidden, activated, sum_over_programs(partial, torch.float32)
+    return of_hidden, activated, partial
 
 
 def join_heads(first: Tensor, second: Tensor | None) -> Tensor:
@@ -292,7 +293,7 @@ def join_heads(first: Tensor, second: Tensor | None) -> Tensor:
 
 def join_qkv(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Gradients of q, k, v, each [sample, head, token, channel], as rows [token, head x (q, k, v) x channel] in
-    `dtype`, and their sum over tokens, fp32."""
+    `dtype`, and partial sums of them."""
     query, key, value = map(_with_unit_stride, (query, key, value))
     samples, heads, tokens, size = query.shape
     width = 3 * heads * size
@@ -321,19 +322,28 @@ def join_qkv(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> t
         tile,
         block,
     )
-    return joined, sum_over_programs(partial, torch.float32)
+    return joined, partial
 
 
 def _with_unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def sum_over_programs(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum of partial sums fp32 [program, width] over programs, [width] in `dtype`."""
-    programs, width = partial.shape
-    result = partial.new_empty(width, dtype=dtype)
-    triton_kernels.sum_rows[(ceil(width / 16),)](partial, result, programs, width, 64, 16)
-    return result
+def sum_partials(partials: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Sums of up to four partial sums fp32 [program, width] over programs, [width] each, in one launch."""
+    results = [
+        partial.new_empty(partial.shape[1], dtype=dtype)
+        for partial, dtype in zip(partials, dtypes, strict=True)
+    ]
+    pointers: list[Tensor] = []
+    shapes: list[int] = []
+    for place in range(4):
+        is_used = place < len(partials)
+        pointers += [partials[place], results[place]] if is_used else [partials[0], results[0]]
+        shapes += partials[place].shape if is_used else (0, 0)
+    programs = sum(ceil(each.numel() / _SUMMED_COLUMNS) for each in results)
+    triton_kernels.sum_rows[(programs,)](*pointers, *shapes, 64, _SUMMED_COLUMNS)
+    return results
 
 
 def _shares(tokens: int, columns: int, tile: int, at_once: int) -> tuple[int, int]:

@@ -287,11 +287,30 @@ def join_qkv(
 
 
 @triton.jit
-def sum_rows(partial, result, rows, width, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def _sum(partial, result, program, rows, width, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    column = program * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((TILE, BLOCK), tl.float32)
     for start in range(0, rows, TILE):
         row = start + tl.arange(0, TILE)
         inside = (row < rows)[:, None] & (column < width)[None, :]
         total += tl.load(partial + row[:, None] * width + column[None, :], mask=inside, other=0.0)
     tl.store(result + column, tl.sum(total, 0).to(result.dtype.element_ty), mask=column < width)
+
+
+@triton.jit
+def sum_rows(
+    partial0, result0, partial1, result1, partial2, result2, partial3, result3,
+    rows0, width0, rows1, width1, rows2, width2, rows3, width3, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    end0 = tl.cdiv(width0, BLOCK)
+    end1 = end0 + tl.cdiv(width1, BLOCK)
+    end2 = end1 + tl.cdiv(width2, BLOCK)
+    if program < end0:
+        _sum(partial0, result0, program, rows0, width0, TILE, BLOCK)
+    elif program < end1:
+        _sum(partial1, result1, program - end0, rows1, width1, TILE, BLOCK)
+    elif program < end2:
+        _sum(partial2, result2, program - end1, rows2, width2, TILE, BLOCK)
+    else:
+        _sum(partial3, result3, program - end2, rows3, width3, TILE, BLOCK)
