@@ -19,6 +19,12 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def release_unused(device: torch.device) -> None:
+    """Gives memory back that torch keeps of a GPU after passes: NCCL and other libraries take theirs beside it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def used_bytes(device: torch.device) -> float:
     """GPU: most memory allocated since `reset_peak`. CPU: what of this process is resident now; NaN if unknown."""
     if device.type == "cuda":

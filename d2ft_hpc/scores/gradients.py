@@ -8,7 +8,7 @@ come from the same pass as those of a whole micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -51,33 +51,72 @@ def gradient_scores(
     the model's own, products in float32 unless the model is in bfloat16.
     adapters: of a model with LoRA, the weights are the heads' slices of the low-rank factors; False: those that the
     factors adapt, as if there were none.
-    Runs the dense model in evaluation mode; model, gradients and random state stay as they were.
+    Runs the dense model in evaluation mode; model, gradients and random state stay as they were. Where memory is too
+    short for all samples at once, they are taken in parts, of half as many at each try.
 
     Returns for each name float32 [1, block, head] for "micro_batch", [sample, block, head] for "sample".
     """
+    at_once = images.shape[0]
+    while True:
+        parts = list(zip(images.split(at_once), labels.split(at_once), strict=True))
+        try:
+            return _scores_of_parts(
+                model, subnets, parts, loss_function, list(names), granularity, autocast_dtype, adapters
+            )
+        except torch.OutOfMemoryError:
+            if at_once == 1:
+                raise
+        at_once = -(-at_once // 2)
+
+
+def _scores_of_parts(
+    model: VisionTransformer,
+    subnets: SubnetMap,
+    parts: Sequence[tuple[Tensor, Tensor]],
+    loss_function: LossFunction,
+    names: Sequence[GradientScore],
+    granularity: Granularity,
+    autocast_dtype: torch.dtype | None,
+    adapters: bool,
+) -> dict[GradientScore, Tensor]:
+    """`gradient_scores` of images and labels in parts. A micro-batch's gradients are kept until its last part."""
     dtype = next(model.parameters()).dtype
     scale = _FP16_SCALE if dtype == torch.float16 else 1.0
-    autocast = torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None)
+    samples, device = sum(images.shape[0] for images, _ in parts), parts[0][0].device
     product_dtype = torch.bfloat16 if torch.bfloat16 in (dtype, autocast_dtype) else torch.float32
-    with probe(model, training=False), _recorded(model) as records:
-        with autocast:
-            loss = loss_function(model(images.to(dtype)), labels)
-        output_gradients = torch.autograd.grad(loss * scale, [output for _, _, _, output in records])
-    groups = 1 if granularity == "micro_batch" else images.shape[0]
-    scores = {name: torch.zeros(groups, *subnets.shape, device=images.device) for name in names}
-    for (block, name, layer_input, _), output_gradient in zip(records, output_gradients, strict=True):
-        layer = model.blocks[block].get_submodule(name)
-        # A sample's own gradient is `samples` times its share in the gradient of the mean loss.
-        inputs = layer_input.to(product_dtype).reshape(groups, -1, layer_input.shape[-1])
-        gradients = groups / scale * output_gradient.float().reshape(groups, -1, output_gradient.shape[-1])
-        at_a_time = max(_GRADIENT_BYTES // (4 * layer.weight.numel()), 1)
-        for part in torch.arange(groups).split(at_a_time):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
-            for axis, value, gradient in gradients_of_heads(
-                layer, name, subnets, inputs[rows], gradients[rows], adapters=adapters
-            ):
-                for score, total in scores.items():
-                    total[rows, block] += axis.sum_by_head(_contribution(score, gradient, value))
+    by_sample = granularity == "sample"
+    scores = {name: torch.zeros(samples if by_sample else 1, *subnets.shape, device=device) for name in names}
+    earlier: dict[tuple[int, str, int], Tensor] = {}
+    first = 0
+    for images, labels in parts:
+        autocast = torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None)
+        with probe(model, training=False), _recorded(model) as records:
+            with autocast:
+                loss = loss_function(model(images.to(dtype)), labels)
+            output_gradients = torch.autograd.grad(loss * scale, [output for _, _, _, output in records])
+        own = images.shape[0]
+        groups = own if by_sample else 1
+        # A sample's own gradient is `own` times its share in the gradient of the mean loss.
+        factor = (own if by_sample else own / samples) / scale
+        for (block, name, layer_input, _), output_gradient in zip(records, output_gradients, strict=True):
+            layer = model.blocks[block].get_submodule(name)
+            inputs = layer_input.to(product_dtype).reshape(groups, -1, layer_input.shape[-1])
+            gradients = factor * output_gradient.float().reshape(groups, -1, output_gradient.shape[-1])
+            at_a_time = max(_GRADIENT_BYTES // (4 * layer.weight.numel()), 1)
+            for some in torch.arange(groups).split(at_a_time):
+                rows = slice(int(some[0]), int(some[-1]) + 1)
+                totals = slice(first + rows.start, first + rows.stop) if by_sample else rows
+                for index, (axis, value, gradient) in enumerate(
+                    gradients_of_heads(layer, name, subnets, inputs[rows], gradients[rows], adapters=adapters)
+                ):
+                    if not by_sample and len(parts) > 1:
+                        gradient = gradient + earlier.pop((block, name, index), 0)
+                        if first + own < samples:
+                            earlier[block, name, index] = gradient
+                            continue
+                    for score, total in scores.items():
+                        total[totals, block] += axis.sum_by_head(_contribution(score, gradient, value))
+        first += own
     return scores
 
 

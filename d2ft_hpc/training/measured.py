@@ -8,6 +8,7 @@ import torch
 
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds, measure_all_reduce
 from d2ft_hpc.metering.kept import KeptBytes, measure_kept
+from d2ft_hpc.metering.memory import release_unused
 from d2ft_hpc.metering.profile import PassProfile, profile_passes
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.plan_costs import PlanCosts, find_costs
@@ -32,5 +33,6 @@ def measure_job(job: Job) -> Measured:
     kept = None
     if job.config.plans_by_free_memory:
         kept = measure_kept(job.model, job.executor, shape, precision)
+    release_unused(job.device)
     all_reduce = measure_all_reduce(job.device)
     return Measured(profile, all_reduce, kept, find_costs(job, profile, all_reduce))

@@ -25,6 +25,7 @@ from d2ft_hpc.errors import PlanError
 from d2ft_hpc.launch import Control, agreed, share
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.metering import meter
+from d2ft_hpc.metering.memory import release_unused
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.planning import PlanProblem, SkipPlan, plan_samples, solve
 from d2ft_hpc.planning.messages import TokenLayout
@@ -106,6 +107,7 @@ def _measure(
             ]
             for batch in (watch.along(_probe(job)) if gradient_names else ())
         ]
+    release_unused(job.device)
     rows: dict[str, np.ndarray] = {
         name: rows_of_all(
             job.control,

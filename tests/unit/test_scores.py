@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from d2ft_hpc.errors import DataError
 from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.metering.memory import activation_limit, kept_bytes
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.planning.plan import SkipPlan
 from d2ft_hpc.scores import Scores, fisher_information, gradient_scores, weight_magnitude
@@ -35,6 +36,34 @@ def by_autograd(score: str, model: nn.Module, subnets: SubnetMap, images: Tensor
     for block, name, parameter in subnets.parameters(model):
         scores[block] += subnets.head_axes[name].sum_by_head(OF_PARAMETER[score](parameter))
     return scores
+
+
+@pytest.mark.parametrize("granularity", ["micro_batch", "sample"])
+def test_samples_are_scored_in_parts_where_memory_is_short(granularity) -> None:
+    model = tiny_vit()
+    subnets = SubnetMap.of(model)
+    images, labels = random_batch(0, 7)
+    tried = []
+
+    def loss_function(logits: Tensor, targets: Tensor) -> Tensor:
+        tried.append(len(targets))
+        return F.cross_entropy(logits, targets)
+
+    def scores() -> dict:
+        return gradient_scores(
+            model, subnets, images, labels, loss_function, ("fisher", "taylor"), granularity
+        )
+
+    whole = scores()
+    kept = kept_bytes(lambda: model(images), [])
+    with activation_limit(0.8 * kept):
+        in_parts = scores()
+    assert tried[0] == sum(tried[1:]) == 7
+    assert len(tried) > 2, "the limit was not reached"
+    for name, expected in whole.items():
+        torch.testing.assert_close(in_parts[name], expected, rtol=1e-4, atol=1e-9)
+    with pytest.raises(torch.OutOfMemoryError), activation_limit(kept / 100):
+        scores()
 
 
 @pytest.mark.parametrize(
