@@ -92,7 +92,7 @@ def kept_bytes(forward: Callable[[], Tensor], beside: Iterable[Tensor]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an operation's own output would keep the operation, and so itself, for good
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = forward()  # alive until all of it is counted: memory is used again

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from d2ft_hpc.planning.messages import ring_bytes
 
 
 @dataclass
 class Metered:
-    """Totals of one metered region on this rank; filled in when the region ends."""
+    """Totals of one metered region on this rank, so far."""
 
     flops: int = 0
     """Floating-point operations of matrix products, convolutions and attention; a multiply-add counts as two."""
@@ -31,20 +31,27 @@ class Metered:
 def meter() -> Iterator[Metered]:
     """Counts what runs inside, backward included. Costs some microseconds an operator: meter single steps."""
     metered = Metered()
-    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS)
-    with _Counter(metered), counter:
+    with _Counter(metered):
         yield metered
-    metered.flops = counter.get_total_flops()
 
 
 class _Counter(TorchDispatchMode):
-    """Sees operators, among them torch.distributed's collectives (`c10d`), as the dispatcher does."""
+    """Sees operators, among them torch.distributed's collectives (`c10d`), as the dispatcher does.
+
+    By torch's formulas, but not by its FlopCounterMode: that keeps the graph of each forward inside until it ends, with
+    all activations of one that ran out of memory.
+    """
 
     def __init__(self, metered: Metered) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._metered = metered
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self:  # in inference mode operators come that are made of others
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         self._metered.operators += 1
         if func.namespace == "c10d":
             name = func.overloadpacket.__name__.strip("_").removesuffix("_coalesced")
@@ -52,7 +59,10 @@ class _Counter(TorchDispatchMode):
             payload = max((_nbytes(arg) for arg in args), default=0)
             sent = self._metered.bytes_sent.get(name, 0) + round(ring_bytes(name, payload, group_size))
             self._metered.bytes_sent[name] = sent
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
+        if count := _FLOPS.get(func.overloadpacket):
+            self._metered.flops += count(*args, **kwargs, out_val=result)
+        return result
 
 
 def _nbytes(argument: Any) -> int:
@@ -70,18 +80,19 @@ def _group_size(args: Any) -> int:
     return torch.distributed.get_world_size()
 
 
-def _flash_forward(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+def _flash_forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
 def _flash_backward(
-    grad_out: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> int:
-    return int(sdpa_backward_flop_count(grad_out, query, key, value))
+    return int(sdpa_backward_flop_count(grad_out.shape, query.shape, key.shape, value.shape))
 
 
-# torch 2.6's counter does not know the CPU's attention kernel.
-_ATTENTION_FLOPS = {
+# torch 2.6 does not know the CPU's attention kernel.
+_FLOPS = {
+    **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash_forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
 }

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds, measure_all_reduce
+from d2ft_hpc.metering.kept import measure_kept
 from d2ft_hpc.metering.profile import profile_passes
 from d2ft_hpc.planning.plan import SkipPlan
 from d2ft_hpc.training.plan_costs import relative_speeds
@@ -48,6 +53,47 @@ def test_a_step_executes_what_the_plan_promises(embeddings: str) -> None:
     assert metered.flops == costs.planned_flops(rows).sum() * len(labels)
     assert costs.planned_share(plan) == pytest.approx(metered.flops / (3 * len(labels) * costs.dense_flops))
     assert metered.bytes_sent == {}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_flops_are_those_of_torch_s_own_counter(inference: bool) -> None:
+    model = tiny_vit()
+    images, labels = random_batch(0)
+    plain = sdpa_kernel(SDPBackend.MATH)  # torch does not know the processor's attention kernel
+    counter = FlopCounterMode(display=False)
+    with plain, torch.inference_mode(inference), counter, meter() as metered:
+        loss = F.cross_entropy(model(images), labels)
+        if not inference:
+            loss.backward()
+    assert metered.flops == counter.get_total_flops() > 0
+
+
+def attention_outputs(model: torch.nn.Module) -> list[weakref.ref[torch.Tensor]]:
+    """Fills with every forward pass. Attention saves its own output for its backward."""
+    references: list[weakref.ref[torch.Tensor]] = []
+    for block in model.blocks:
+        block.attn.proj.register_forward_pre_hook(
+            lambda _, inputs: references.append(weakref.ref(inputs[0]._base))
+        )
+    return references
+
+
+def test_what_is_measured_does_not_stay_in_memory() -> None:
+    model = tiny_vit()
+    executor = attach(model)
+    images, labels = random_batch(0)
+    references = attention_outputs(model)
+    passes = {
+        "metered": lambda: F.cross_entropy(model(images), labels),
+        "kept": lambda: measure_kept(model, executor, (2, 3, 16, 16), torch.float32),
+        "profiled": lambda: profile_passes(model, executor, (2, 3, 16, 16), torch.float32),
+    }
+    for name, run in passes.items():
+        with meter():
+            run()
+            assert references, name
+            assert not [each for each in references if each() is not None], name
+        references.clear()
 
 
 def test_measuring_costs_leaves_no_trace() -> None:
