@@ -280,19 +280,27 @@ def check_choose(control: Control, stage: int) -> dict[str, float]:
     model = model_for("sgd")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     engine, *_ = d2ft_hpc.initialize(model=model, optimizer=optimizer, config=config)
-    drawn, known, losses = 0, 0, []
+    drawn, known = 0, 0
+    batch = [random_batch(10 * slot + control.rank, 8) for slot in range(SLOTS)]
+    images_of_batch, labels_of_batch = (torch.cat(parts) for parts in zip(*batch, strict=True))
+
+    def loss_of_batch() -> float:
+        engine.eval()
+        with torch.no_grad():
+            loss = loss_function(engine(images_of_batch), labels_of_batch)
+        engine.train()
+        return float(loss)
+
+    before = loss_of_batch()
     for _ in range(8):
-        batch = [random_batch(10 * slot + control.rank, 8) for slot in range(SLOTS)]
-        images_of_batch = torch.cat([images for images, _ in batch])
         for images, labels in engine.d2ft.choose(batch):
             drawn += len(images)
             known += sum(bool((images_of_batch == image).all(dim=(1, 2, 3)).any()) for image in images)
             loss = loss_function(engine(images), labels)
             engine.backward(loss)
             engine.step()
-            losses.append(float(loss.detach()))
     share = drawn / (8 * SLOTS * 8)
-    return {"share": share, "known": known / drawn, "learned": losses[0] - losses[-1]}
+    return {"share": share, "known": known / drawn, "learned": before - loss_of_batch()}
 
 
 def check_scoring(control: Control, stage: int) -> dict[str, float]:
