@@ -6,9 +6,11 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from packaging.version import Version
 from timm.models.vision_transformer import Block
 from torch import nn
 
@@ -39,6 +41,16 @@ _NEVER_TRIED = {
 """Settings of DeepSpeed under which no plan was ever compared with one process, and why they matter."""
 
 
+_ADDS_UP_FROM = "0.18"
+"""The first DeepSpeed whose ZeRO 1 and 2 are not known to be wrong without contiguous gradients: in 0.16.4 to 0.17.6
+dense training differs from one process after a few steps."""
+
+
+def adds_up_wrong() -> bool:
+    """Whether the installed DeepSpeed is older."""
+    return Version(version("deepspeed")) < Version(_ADDS_UP_FROM)
+
+
 @dataclass(frozen=True)
 class ZeroRules:
     """How one DeepSpeed configuration runs plans exactly."""
@@ -61,6 +73,11 @@ class ZeroRules:
             )
         if stage not in (0, 1, 2, 3):
             raise ConfigError(f"{where}zero_optimization.stage={stage!r}: ZeRO has the stages 0, 1, 2 and 3")
+        if stage in (1, 2) and zero.get("contiguous_gradients") is False and adds_up_wrong():
+            raise ConfigError(
+                f"{where}zero_optimization.contiguous_gradients=false: DeepSpeed {version('deepspeed')} trains wrongly "
+                f"with it, under a plan or not. Remove it, or install DeepSpeed {_ADDS_UP_FROM} or newer"
+            )
         for key, what in _NEVER_TRIED.items():
             value = _get(config, key)
             if value is True or (value and value != 1):  # a size of 1 is none

@@ -88,7 +88,7 @@ def test_an_all_full_plan_adds_next_to_nothing_to_a_step(results: dict[str, Any]
     """The report's mean loss; under ZeRO 3 whole blocks are gathered instead of their modules, which takes fewer."""
     for name, found in of_kind(results, "overhead").items():
         assert found["ours"]["bytes_sent"] == found["bare"]["bytes_sent"], name
-        assert found["ours"]["operators"] <= found["bare"]["operators"] + 4, name
+        assert found["ours"]["operators"] <= found["bare"]["operators"] + 6, name
 
 
 def test_the_message_model_tells_what_deepspeed_sends(results: dict[str, Any]) -> None:

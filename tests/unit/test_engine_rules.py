@@ -44,6 +44,17 @@ def test_plans_that_do_not_fit_the_engine_are_refused(asked: dict[str, Any], tol
         check_plan(plan, **{"slots": 2, "replicas": 2, "same_rows": None, **asked})
 
 
+def test_a_setting_with_which_old_deepspeed_trains_wrongly_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = {"zero_optimization": {"stage": 1, "contiguous_gradients": False}}
+    monkeypatch.setattr("d2ft_hpc.engines.zero.version", lambda _: "0.19.8")
+    ZeroRules.of(config)
+    monkeypatch.setattr("d2ft_hpc.engines.zero.version", lambda _: "0.17.6")
+    with pytest.raises(ConfigError, match="contiguous_gradients=false: .* trains wrongly"):
+        ZeroRules.of(config)
+
+
 def test_reentrant_recomputation_is_refused() -> None:
     if not hasattr(timm.layers, "set_reentrant_ckpt"):
         pytest.skip("this timm is always reentrant")
