@@ -51,7 +51,7 @@ def test_a_setting_with_which_old_deepspeed_trains_wrongly_is_refused(
     monkeypatch.setattr("d2ft_hpc.engines.zero.version", lambda _: "0.19.8")
     ZeroRules.of(config)
     monkeypatch.setattr("d2ft_hpc.engines.zero.version", lambda _: "0.17.6")
-    with pytest.raises(ConfigError, match="contiguous_gradients=false: .* trains wrongly"):
+    with pytest.raises(ConfigError, match=r"contiguous_gradients=false: .* trains wrongly"):
         ZeroRules.of(config)
 
 
