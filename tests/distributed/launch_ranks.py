@@ -140,6 +140,8 @@ def play(control: Control) -> int | None:
     if SCENE == "killed" and control.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     if SCENE == "interrupt" and control.rank == 1:
+        # Ignored where the tests run in the background.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
     if SCENE == "hang" and control.rank == 1:
