@@ -80,44 +80,64 @@ def _scores_of_parts(
     adapters: bool,
 ) -> dict[GradientScore, Tensor]:
     """`gradient_scores` of images and labels in parts. A micro-batch's gradients are kept until its last part."""
-    dtype = next(model.parameters()).dtype
-    scale = _FP16_SCALE if dtype == torch.float16 else 1.0
-    samples, device = sum(images.shape[0] for images, _ in parts), parts[0][0].device
-    product_dtype = torch.bfloat16 if torch.bfloat16 in (dtype, autocast_dtype) else torch.float32
+    samples, device = sum(len(images) for images, _ in parts), parts[0][0].device
     by_sample = granularity == "sample"
     scores = {name: torch.zeros(samples if by_sample else 1, *subnets.shape, device=device) for name in names}
-    earlier: dict[tuple[int, str, int], Tensor] = {}
-    first = 0
+    earlier: dict[_Place, Tensor] = {}
+    done = 0
     for images, labels in parts:
-        autocast = torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None)
-        with probe(model, training=False), _recorded(model) as records:
-            with autocast:
-                loss = loss_function(model(images.to(dtype)), labels)
-            output_gradients = torch.autograd.grad(loss * scale, [output for _, _, _, output in records])
-        own = images.shape[0]
-        groups = own if by_sample else 1
-        # A sample's own gradient is `own` times its share in the gradient of the mean loss.
-        factor = (own if by_sample else own / samples) / scale
-        for (block, name, layer_input, _), output_gradient in zip(records, output_gradients, strict=True):
-            layer = model.blocks[block].get_submodule(name)
-            inputs = layer_input.to(product_dtype).reshape(groups, -1, layer_input.shape[-1])
-            gradients = factor * output_gradient.float().reshape(groups, -1, output_gradient.shape[-1])
-            at_a_time = max(_GRADIENT_BYTES // (4 * layer.weight.numel()), 1)
-            for some in torch.arange(groups).split(at_a_time):
-                rows = slice(int(some[0]), int(some[-1]) + 1)
-                totals = slice(first + rows.start, first + rows.stop) if by_sample else rows
-                for index, (axis, value, gradient) in enumerate(
-                    gradients_of_heads(layer, name, subnets, inputs[rows], gradients[rows], adapters=adapters)
-                ):
-                    if not by_sample and len(parts) > 1:
-                        gradient = gradient + earlier.pop((block, name, index), 0)
-                        if first + own < samples:
-                            earlier[block, name, index] = gradient
-                            continue
-                    for score, total in scores.items():
-                        total[totals, block] += axis.sum_by_head(_contribution(score, gradient, value))
-        first += own
+        start = done if by_sample else 0
+        done += len(images)
+        for place, rows, axis, value, gradient in _gradients_of_part(
+            model, subnets, images, labels, loss_function, granularity, autocast_dtype, adapters
+        ):
+            if not by_sample and len(parts) > 1:
+                gradient = len(images) / samples * gradient + earlier.pop(place, 0)
+                if done < samples:
+                    earlier[place] = gradient
+                    continue
+            for score, total in scores.items():
+                total[start:][rows, place[0]] += axis.sum_by_head(_contribution(score, gradient, value))
     return scores
+
+
+_Place = tuple[int, str, int]
+"""Block, layer name, which of the layer's parameters."""
+
+
+def _gradients_of_part(
+    model: VisionTransformer,
+    subnets: SubnetMap,
+    images: Tensor,
+    labels: Tensor,
+    loss_function: LossFunction,
+    granularity: Granularity,
+    autocast_dtype: torch.dtype | None,
+    adapters: bool,
+) -> Iterator[tuple[_Place, slice, HeadAxis, Tensor, Tensor]]:
+    """From one pass, of each parameter that heads own: its place, which samples (or the micro-batch), its split by
+    head, its value, their gradients."""
+    dtype = next(model.parameters()).dtype
+    scale = _FP16_SCALE if dtype == torch.float16 else 1.0
+    autocast = torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None)
+    product_dtype = torch.bfloat16 if torch.bfloat16 in (dtype, autocast_dtype) else torch.float32
+    with probe(model, training=False), _recorded(model) as records:
+        with autocast:
+            loss = loss_function(model(images.to(dtype)), labels)
+        output_gradients = torch.autograd.grad(loss * scale, [output for _, _, _, output in records])
+    groups = 1 if granularity == "micro_batch" else images.shape[0]
+    for (block, name, layer_input, _), output_gradient in zip(records, output_gradients, strict=True):
+        layer = model.blocks[block].get_submodule(name)
+        # A sample's own gradient is `samples` times its share in the gradient of the mean loss.
+        inputs = layer_input.to(product_dtype).reshape(groups, -1, layer_input.shape[-1])
+        gradients = groups / scale * output_gradient.float().reshape(groups, -1, output_gradient.shape[-1])
+        at_a_time = max(_GRADIENT_BYTES // (4 * layer.weight.numel()), 1)
+        for some in torch.arange(groups).split(at_a_time):
+            rows = slice(int(some[0]), int(some[-1]) + 1)
+            for index, found in enumerate(
+                gradients_of_heads(layer, name, subnets, inputs[rows], gradients[rows], adapters=adapters)
+            ):
+                yield (block, name, index), rows, *found
 
 
 def gradients_of_heads(
