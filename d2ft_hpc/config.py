@@ -317,8 +317,9 @@ class EngineConfig(Section):
     """On a processor: megabytes that autograd may keep for a micro-batch's backward on each rank; beyond them the rank
     counts as out of memory. null: no limit."""
     compile: bool = False
-    """Whether torch.compile makes the kernels of blocks: of dense ones, and of those that skip heads where these have
-    at most 8 shapes (planner `static`) and no kernels of our own fit (they do on a GPU, without dropout and LoRA)."""
+    """Whether torch.compile makes kernels: of dense blocks, of those that skip heads where these have at most 8 shapes
+    (planner `static`) and no kernels of our own fit (they do on a GPU, without dropout and LoRA), and of what lies
+    outside the blocks, where nothing hooks into it (ZeRO 3 does)."""
     cuda_graphs: bool = False
     """Engine `plain` on a GPU, planners `dense`, `samples`, and others whose micro-batches have at most 8 shapes:
     whether a micro-batch's forward and backward, and the scoring, are launched as one CUDA graph each. It pays where

@@ -213,8 +213,7 @@ def _planned(sizes: Sizes, model: VisionTransformer, plan: SkipPlan) -> dict[str
 
     def under(followed: SkipPlan, samples: int) -> Contender:
         own = copy.deepcopy(model)
-        fuses = sizes.device.type == "cuda" and sizes.lora_rank is None
-        executor = attach(own, compile=not fuses and not followed.is_dense)
+        executor = attach(own, compile=not followed.is_dense)
         executor.load(followed, 0)
         forward = torch.compile(own, dynamic=False) if executor.is_dense else own
         return _contender(forward, own, _batch(sizes, samples), sizes, executor, followed.slots)

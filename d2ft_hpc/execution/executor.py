@@ -14,10 +14,10 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.block import BlockHeads, run_block
+from d2ft_hpc.execution.compilation import cannot_compile, compile_outside_blocks
 from d2ft_hpc.execution.gradients import (
     Owners,
     Reduction,
@@ -229,7 +229,7 @@ class PlanExecutor:
 
         Smaller ones than before, which end an epoch, do not: their kernels would take longer to make than they save.
         """
-        if self.block_shapes > MOST_SHAPES or _cannot_compile():
+        if self.block_shapes > MOST_SHAPES or cannot_compile():
             return False
         self._largest_input = max(self._largest_input, x.numel())
         return x.numel() == self._largest_input
@@ -274,7 +274,7 @@ class PlanExecutor:
         block.forward = MethodType(_planned_forward, block)
 
     def _run_dense(self, block: Block, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._compiled is None or _cannot_compile():
+        if self._compiled is None or cannot_compile():
             return _dense_forward(block, x, *args, **kwargs)
         result: Tensor = self._compiled(block, x, *args, **kwargs)
         return result
@@ -316,12 +316,6 @@ def fused() -> Any:
     return module
 
 
-def _cannot_compile() -> bool:
-    """Within a compilation, or a mode that counts operators: it sees none in a compiled block, and keeps a block that
-    would be compiled then from being compiled for good."""
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-
-
 def _clock() -> float:
     """torch.compile traces what is between two readings, without the clock."""
     return 0.0 if torch.compiler.is_compiling() else time.perf_counter()
@@ -353,8 +347,8 @@ def attach(
     shared: norms, LayerScale, row biases of the blocks: "flow" (trained by what flows through FULL heads) or "frozen".
     rescale: whether what a block's branches add is multiplied by its cells over those that are not SHORTCUT, over the
         batch of a replica, as stochastic depth does (arXiv 1603.09382).
-    compile: whether blocks run through torch.compile, one set of kernels for each shape: dense ones, and those that
-        skip heads under plans with few of them (`PlanExecutor.block_shapes`).
+    compile: whether torch.compile makes kernels, one set for each shape: of dense blocks, of those that skip heads
+        under plans with few shapes (`PlanExecutor.block_shapes`), and of what lies outside the blocks.
     The classifier always trains; parameters that are frozen already stay so.
 
     Raises UnsupportedModelError where the model cannot be cut by head.
@@ -369,6 +363,8 @@ def attach(
             parameter.requires_grad_(False)
     for index, block in enumerate(model.blocks):
         executor.link(block, index)
+    if compile:
+        compile_outside_blocks(model)
     return executor
 
 

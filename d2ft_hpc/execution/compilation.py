@@ -1,0 +1,56 @@
+"""When torch.compile may make kernels, and those of what a model computes below and above its blocks: a dozen that wait
+for memory, by themselves as long as a block's own in a small model."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+
+def cannot_compile() -> bool:
+    """Within a compilation, or a mode that counts operators: it sees none in a compiled function, and keeps a function
+    that would be compiled then from being compiled for good."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+def compile_outside_blocks(model: VisionTransformer) -> None:
+    """Lets the model compute its embeddings and its classifier through torch.compile in training.
+
+    Each shape is compiled for itself, the largest batch so far alone: smaller ones end an epoch. Modules with hooks
+    stay eager; an engine gathers their weights.
+    """
+    below, above = torch.compile(_below, dynamic=False), torch.compile(_above, dynamic=False)
+    largest = 0
+
+    def forward(model: Any, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal largest
+        if model.training:
+            largest = max(largest, len(images))
+        is_plain = model.training and not (args or kwargs or model.grad_checkpointing)
+        if len(images) < largest or not is_plain or _is_hooked(model) or cannot_compile():
+            result: Tensor = type(model).forward(model, images, *args, **kwargs)
+            return result
+        result = above(model, model.blocks(below(model, images)))
+        return result
+
+    model.forward = MethodType(forward, model)
+
+
+def _is_hooked(model: VisionTransformer) -> bool:
+    outside = (child for child in model.children() if child is not model.blocks)
+    return any(part._forward_hooks or part._forward_pre_hooks for child in outside for part in child.modules())
+
+
+def _below(model: Any, images: Tensor) -> Tensor:
+    embedded: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+    return embedded
+
+
+def _above(model: Any, x: Tensor) -> Tensor:
+    logits: Tensor = model.forward_head(model.norm(x))
+    return logits
