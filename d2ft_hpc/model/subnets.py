@@ -58,6 +58,13 @@ class HeadAxis:
             return chosen.reshape(-1, *parameter.shape[1:])
         return chosen.reshape(parameter.shape[0], -1)
 
+    def spread(self, part: Tensor, heads: Tensor) -> Tensor:
+        """A tensor of the parameter's shape with what `select` would take for `heads`, and zeros for all others."""
+        shape = list(self.view_shape)
+        whole = part.new_zeros(shape)
+        shape[self.axis] = heads.numel()
+        return whole.index_copy_(self.axis, heads, part.reshape(shape)).view(self.parameter_shape)
+
     def sum_by_head(self, tensor: Tensor) -> Tensor:
         """Sums of the parameter's entries by head.
 

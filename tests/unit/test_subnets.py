@@ -49,6 +49,17 @@ def test_selected_slices_are_timms_rows_and_columns() -> None:
     )
 
 
+def test_a_spread_part_lies_where_it_was_selected() -> None:
+    block = tiny_vit().blocks[0]
+    own = torch.tensor([0, 2])
+    for name, axis in SubnetMap.of(tiny_vit()).head_axes.items():
+        parameter = block.get_parameter(name).detach()
+        spread = axis.spread(axis.select(parameter, own), own)
+        assert torch.equal(axis.select(spread, own), axis.select(parameter, own)), name
+        assert spread.shape == parameter.shape
+        assert not axis.select(spread, torch.tensor([1])).any(), name
+
+
 def test_every_parameter_has_a_class() -> None:
     model = tiny_vit(init_values=0.1, qk_norm=True, reg_tokens=1, pre_norm=True, fc_norm=True)
     subnets = SubnetMap.of(model)

@@ -1,0 +1,48 @@
+"""A linear layer of some heads, whose copied weights are not kept for the backward, which copies them again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2ft_hpc.model.subnets import HeadAxis
+
+
+def head_linear(axis: HeadAxis, x: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor) -> Tensor:
+    """`x` through the rows or columns of `weight` that the heads own; its gradient has the weight's full shape.
+
+    x: [..., in]. bias: of what comes out. heads: int64 [n]; as they are in rising order, all of them are the weight.
+    """
+    if heads.numel() == axis.view_shape[axis.axis]:
+        # A view, because autocast would cache a leaf's cast without gradient.
+        return F.linear(x, weight.view_as(weight), bias)
+    if not torch.is_grad_enabled():
+        return F.linear(x, axis.select(weight, heads), bias)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # so that this is what is kept
+    # Rows, because what a custom function makes must not be a view where it is added to in place.
+    rows = x.flatten(0, -2)
+    result: Tensor = _HeadLinear.apply(rows, weight, bias, heads, axis.view_shape, axis.axis, axis.splits_rows)
+    return result.view(*x.shape[:-1], -1)
+
+
+class _HeadLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor, *axis: Any
+    ) -> Tensor:
+        ctx.save_for_backward(rows, weight, heads)
+        ctx.axis, ctx.bias_dtype = axis, None if bias is None else bias.dtype
+        return F.linear(rows, HeadAxis(*axis).select(weight, heads), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, heads = ctx.saved_tensors
+        axis, wanted = HeadAxis(*ctx.axis), ctx.needs_input_grad
+        of_rows = gradient @ axis.select(weight, heads).to(gradient.dtype) if wanted[0] else None
+        of_weight = axis.spread((gradient.t() @ rows).to(weight.dtype), heads) if wanted[1] else None
+        of_bias = gradient.sum(0).to(ctx.bias_dtype) if wanted[2] else None
+        return of_rows, of_weight, of_bias, *[None] * 4
