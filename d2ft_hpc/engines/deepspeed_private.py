@@ -8,10 +8,12 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch import Tensor, nn
 
 from d2ft_hpc.parallel.layout import Layout
@@ -23,9 +25,11 @@ SURFACE = (
     "deepspeed.runtime.engine:DeepSpeedEngine._get_gradients_for_reduction",
     "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler",
     "deepspeed.runtime.pipe.engine:PipelineEngine._INSTRUCTION_MAP",
+    "deepspeed.runtime.pipe.engine:PipelineEngine._exec_backward_pass",
     "deepspeed.runtime.pipe.engine:PipelineEngine._exec_recv_grads",
     "deepspeed.runtime.pipe.engine:PipelineEngine._exec_send_grads",
     "deepspeed.runtime.pipe.module:PipelineModule.mpu",
+    "deepspeed.runtime.pipe.schedule:BackwardPass",
     "deepspeed.runtime.pipe.schedule:RecvGrad",
     "deepspeed.runtime.pipe.schedule:SendGrad",
     "deepspeed.runtime.pipe.topology:PipeModelDataParallelTopology",
@@ -195,6 +199,30 @@ def send_needed_gradients(pipeline_engine: Any, is_needed: Callable[[int, int], 
             engine.grad_layer = torch.zeros_like(engine.pipe_buffers["outputs"][buffer_id])
 
     own = {schedule.SendGrad: send, schedule.RecvGrad: receive}
+    pipeline_engine._INSTRUCTION_MAP = {**pipeline_engine._INSTRUCTION_MAP, **own}
+
+
+_DIVIDES_FROM = "0.18.3"
+"""The first DeepSpeed whose pipelines divide gradients by the number of micro-batches: to 0.19.2 once in each stage."""
+
+
+def average_over_micro_batches(pipeline_engine: Any) -> None:
+    """Makes a pipeline's gradients the mean over micro-batches, as those of DeepSpeed's other engines are.
+
+    Older pipelines sum them (DeepSpeed's issue 7773), or divide those of a stage again for each stage above (8152).
+    """
+    if Version(version("deepspeed")) >= Version(_DIVIDES_FROM):
+        if not pipeline_engine.is_last_stage():  # what comes from above is divided
+            pipeline_engine._backward_prologue_per_tensor = lambda gradient: gradient
+        return
+    from deepspeed.runtime.pipe import schedule
+
+    def divide_and_backward(engine: Any, buffer_id: int) -> None:
+        if engine.is_last_stage():
+            engine.loss = engine.loss / engine.micro_batches
+        type(engine)._exec_backward_pass(engine, buffer_id)
+
+    own = {schedule.BackwardPass: divide_and_backward}
     pipeline_engine._INSTRUCTION_MAP = {**pipeline_engine._INSTRUCTION_MAP, **own}
 
 
