@@ -20,6 +20,7 @@ from d2ft_hpc.parallel.layout import Layout
 
 SURFACE = (
     "deepspeed.ops:__compatible_ops__",
+    "deepspeed.runtime.bf16_optimizer:BF16_Optimizer",
     "deepspeed.runtime.engine:DeepSpeedEngine.gradient_accumulation_steps",
     "deepspeed.runtime.engine:DeepSpeedEngine.get_global_grad_norm",
     "deepspeed.runtime.engine:DeepSpeedEngine._get_gradients_for_reduction",
@@ -239,6 +240,21 @@ def reduce_needed_gradients(engine: Any, needed: Callable[[], Sequence[bool]]) -
         return [each for each, is_needed in zip(gradients, needed(), strict=True) if is_needed], of_experts
 
     engine._get_gradients_for_reduction = of_needed
+
+
+def zero_missing_master_gradients(engine: Any) -> None:
+    """Before a batch: lets DeepSpeed's bf16 optimiser count a gradient that never comes as the zeros it holds for it.
+
+    It would leave such a gradient out of norm and clipping, also where other replicas gave it, so that replicas clip
+    differently; and on a rank where none comes it fails. A zero in the parameter's own gradient does not help if
+    DeepSpeed drops it before the first backward (0.16.4), or takes what a backward gives alone
+    (bf16.immediate_grad_update, the default in 0.16.9).
+    """
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        has_gradients = engine.optimizer.fp32_groups_has_gradients
+        has_gradients[:] = [[True] * len(of_group) for of_group in has_gradients]
 
 
 def loss_of_replica(pipeline_engine: Any) -> float:

@@ -23,6 +23,7 @@ from d2ft_hpc.engines.deepspeed_private import (
     loss_of_replica,
     send_needed_gradients,
     topology_of,
+    zero_missing_master_gradients,
 )
 from d2ft_hpc.engines.engine import (
     LossFunction,
@@ -127,6 +128,7 @@ class PipelineEngine:
         if not self.executor.is_dense:
             # Before the first backward, because the engine reduces gradients as soon as the last one is done.
             zero_missing_gradients(self._part)
+            zero_missing_master_gradients(self.engine)
 
     @property
     def part(self) -> ModelPart:

@@ -96,7 +96,9 @@ def build(
     recompute: bool = False,
     token_layout: TokenLayout = "replicated",
     embeddings: EmbeddingPolicy = "frozen",
+    **more: Any,
 ) -> PipelineEngine | TensorParallelEngine:
+    """more: of the precision's section of DeepSpeed's configuration."""
     model.set_grad_checkpointing(recompute)
     executor = attach(model, embeddings=embeddings)
     layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
@@ -108,6 +110,8 @@ def build(
         precision=precision,
         gradient_clipping=clipping,
     )
+    if more:
+        config[precision] = {**config[precision], **more}
 
     make_optimizer = optimizer_maker(optimizer_name, EPSILON[precision])
 
@@ -186,6 +190,29 @@ def check_bf16(control: Control, kind: str, optimizer_name: str, **options: Any)
         return float(torch.cat(squares).mean().sqrt().detach())
 
     return {"plan": error(kind), "dense": error("full")}
+
+
+def check_missing_gradients(control: Control) -> dict[str, list[list[float]]]:
+    """Gradient norms [step][rank] of a bf16 pipeline without ZeRO whose first stage no replica trains in the first step
+    and one replica alone in the second; beside one process in fp32."""
+    # With the latter, DeepSpeed takes no gradient but from a backward.
+    options: Any = {"precision": "bf16", "immediate_grad_update": True}
+    engine = build(control, tiny_vit(), "sgd", stages=2, tensor_ranks=1, **options)
+    layout = Layout.of(control.world_size, control.rank, stages=2, tensor_ranks=1)
+    one = tiny_vit()
+    plain = PlainEngine(one, attach(one), *optimizer_maker("sgd", EPSILON["bf16"])(one), loss_function)
+    found: dict[str, list[list[float]]] = {"ranks": [], "one process": []}
+    for step in range(2):
+        operations = np.full((SLOTS, layout.replicas, DEPTH, HEADS), 2, np.uint8)
+        operations[:, step:, : DEPTH // 2] = 1
+        plan = SkipPlan(operations.reshape(-1, DEPTH, HEADS), layout.replicas)
+        batch = [micro_batch(step, row, plan.num_rows) for row in range(plan.num_rows)]
+        engine.executor.load(plan, layout.replica)
+        own = np.array(engine.step(batch[layout.replica :: layout.replicas]).gradient_norm)
+        found["ranks"].append([float(np.frombuffer(part)[0]) for part in control.all_gather(own.tobytes())])
+        plain.executor.load(SkipPlan(plan.operations, replicas=1), 0)
+        found["one process"].append([float(plain.step(batch).gradient_norm)])
+    return found
 
 
 def check_scoring(control: Control, **options: Any) -> dict[str, float]:
@@ -353,6 +380,7 @@ DEFAULT = (
     "fp32 pp2 tp2 random sgd clipping=0.05 embeddings=trained qk_norm=True token_layout=sharded",
     "fp32 pp2 tp2 whole stages sgd recompute=True token_layout=sharded",
     "bf16 pp2 tp2 whole blocks sgd token_layout=sharded",
+    "missing gradients",
     "scoring pp2 tp2 zero1",
     "sent pp2 tp2 sharded",
     "fp32 pp4 tp1 whole stages sgd zero=0",
@@ -404,6 +432,7 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
         for token_layout in ("replicated", "sharded")[: 1 + (tensor > 1)]:
             sending = {"stages": stages, "tensor_ranks": tensor, "token_layout": token_layout}
             named[f"sent pp{stages} tp{tensor} {token_layout}"] = partial(check_sent, **sending)
+    named["missing gradients"] = check_missing_gradients
     if world_size == 2:
         named["messages"] = check_messages
     return named

@@ -39,6 +39,14 @@ def test_bf16_error_is_at_most_twice_the_dense_engines(results: dict[str, Any]) 
     assert {name: both for name, both in errors.items() if not both["plan"] <= 2 * both["dense"]} == {}
 
 
+def test_gradients_that_never_come_are_zeros_on_every_replica(results: dict[str, Any]) -> None:
+    """In a bf16 pipeline without ZeRO, all of whose ranks clip by one norm then."""
+    found = results["missing gradients"]
+    for ranks, one_process in zip(found["ranks"], found["one process"], strict=True):
+        assert len(set(ranks)) == 1
+        assert ranks == pytest.approx(one_process * len(ranks), rel=0.02)
+
+
 def test_samples_are_scored_by_the_cut_model_itself(results: dict[str, Any]) -> None:
     """As planner `samples` does before each step; all ranks of a replica get the same logits, bit for bit."""
     scoring = {name: result for name, result in results.items() if name.startswith("scoring")}
