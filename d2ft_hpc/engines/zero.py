@@ -51,6 +51,15 @@ def adds_up_wrong() -> bool:
     return Version(version("deepspeed")) < Version(_ADDS_UP_FROM)
 
 
+_NEVER_CLEARS_FROM, _CLEARS_AGAIN_FROM = "0.17.6", "0.18.6"
+"""The first DeepSpeed that never clears the gradients of bf16 without ZeRO, which add up from step to step (its issue
+7837), and the first that does again."""
+
+
+def _never_clears() -> bool:
+    return Version(_NEVER_CLEARS_FROM) <= Version(version("deepspeed")) < Version(_CLEARS_AGAIN_FROM)
+
+
 @dataclass(frozen=True)
 class ZeroRules:
     """How one DeepSpeed configuration runs plans exactly."""
@@ -70,6 +79,11 @@ class ZeroRules:
             raise ConfigError(
                 f"{where}zero_optimization.stage=0 with fp16: DeepSpeed's fp16 optimiser divides by the loss scale, "
                 f"with which its engine multiplies the loss under ZeRO only. Use stage 1, or bf16"
+            )
+        if config.get("bf16", {}).get("enabled", False) and stage == 0 and _never_clears():
+            raise ConfigError(
+                f"{where}zero_optimization.stage=0 with bf16: DeepSpeed {version('deepspeed')} never clears gradients "
+                f"then, under a plan or not. Use stage 1, or install DeepSpeed {_CLEARS_AGAIN_FROM} or newer"
             )
         if stage not in (0, 1, 2, 3):
             raise ConfigError(f"{where}zero_optimization.stage={stage!r}: ZeRO has the stages 0, 1, 2 and 3")

@@ -44,15 +44,33 @@ def test_plans_that_do_not_fit_the_engine_are_refused(asked: dict[str, Any], tol
         check_plan(plan, **{"slots": 2, "replicas": 2, "same_rows": None, **asked})
 
 
+@pytest.mark.parametrize(
+    ("config", "right", "wrong", "told"),
+    [
+        (
+            {"zero_optimization": {"stage": 1, "contiguous_gradients": False}},
+            ["0.19.8"],
+            ["0.17.6"],
+            r"contiguous_gradients=false: .* trains wrongly",
+        ),
+        (
+            {"bf16": {"enabled": True}},
+            ["0.16.4", "0.17.5", "0.18.6", "0.19.8"],
+            ["0.17.6", "0.18.5"],
+            r"stage=0 with bf16: .* never clears gradients .* Use stage 1",
+        ),
+    ],
+)
 def test_a_setting_with_which_old_deepspeed_trains_wrongly_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
+    config: dict[str, Any], right: list[str], wrong: list[str], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = {"zero_optimization": {"stage": 1, "contiguous_gradients": False}}
-    monkeypatch.setattr("d2ft_hpc.engines.zero.version", lambda _: "0.19.8")
-    ZeroRules.of(config)
-    monkeypatch.setattr("d2ft_hpc.engines.zero.version", lambda _: "0.17.6")
-    with pytest.raises(ConfigError, match=r"contiguous_gradients=false: .* trains wrongly"):
+    for release in right:
+        monkeypatch.setattr("d2ft_hpc.engines.zero.version", lambda _, release=release: release)
         ZeroRules.of(config)
+    for release in wrong:
+        monkeypatch.setattr("d2ft_hpc.engines.zero.version", lambda _, release=release: release)
+        with pytest.raises(ConfigError, match=told):
+            ZeroRules.of(config)
 
 
 def test_reentrant_recomputation_is_refused() -> None:
