@@ -43,7 +43,9 @@ def compile_outside_blocks(model: VisionTransformer) -> None:
 
 def _is_hooked(model: VisionTransformer) -> bool:
     outside = (child for child in model.children() if child is not model.blocks)
-    return any(part._forward_hooks or part._forward_pre_hooks for child in outside for part in child.modules())
+    return any(
+        part._forward_hooks or part._forward_pre_hooks for child in outside for part in child.modules()
+    )
 
 
 def _below(model: Any, images: Tensor) -> Tensor:

@@ -25,7 +25,9 @@ def head_linear(axis: HeadAxis, x: Tensor, weight: Tensor, bias: Tensor | None, 
         x = x.to(torch.get_autocast_dtype(x.device.type))  # so that this is what is kept
     # Rows, because what a custom function makes must not be a view where it is added to in place.
     rows = x.flatten(0, -2)
-    result: Tensor = _HeadLinear.apply(rows, weight, bias, heads, axis.view_shape, axis.axis, axis.splits_rows)
+    result: Tensor = _HeadLinear.apply(
+        rows, weight, bias, heads, axis.view_shape, axis.axis, axis.splits_rows
+    )
     return result.view(*x.shape[:-1], -1)
 
 

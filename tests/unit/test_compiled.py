@@ -69,7 +69,8 @@ def train(engine: PlainEngine, plan: SkipPlan, samples: int = 6) -> float:
 def test_a_static_plan_never_recompiles_after_its_first_step(graphs: list[Any]) -> None:
     engine, eager = engine_of(compile=True), engine_of(compile=False)
     assert train(engine, static_plan(0)) == pytest.approx(train(eager, static_plan(0)), rel=1e-6)
-    assert engine.executor.block_shapes == len(graphs) - OUTSIDE == 2  # the first block's input has no gradient
+    # Two, as the first block's input has no gradient.
+    assert engine.executor.block_shapes == len(graphs) - OUTSIDE == 2
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed, samples in enumerate((6, 4, 6)):  # an epoch's last batch is smaller
             losses = [train(each, static_plan(seed), samples) for each in (engine, eager)]
