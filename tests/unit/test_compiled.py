@@ -16,6 +16,7 @@ from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.execution.executor import MOST_SHAPES, attach
 from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.model.any_size import of_any_size
 from d2ft_hpc.planning import SkipPlan
 from tests.models import HEADS, random_batch, tiny_vit
 from tests.reference import FORWARD_ONLY, FULL, SHORTCUT
@@ -87,6 +88,19 @@ def test_a_plan_of_too_many_shapes_runs_eagerly(graphs: list[Any]) -> None:
     before = len(graphs)
     train(engine, static_plan(0))
     assert engine.executor.block_shapes == len(graphs) - before == 2
+
+
+def test_other_resolutions_run_beside_compiled_embeddings(graphs: list[Any]) -> None:
+    """As planner `samples` scores them."""
+    vit, plain = tiny_vit(depth=DEPTH), tiny_vit(depth=DEPTH)
+    attach(vit, compile=True)
+    images, _ = random_batch(0)
+    vit(images)
+    assert len(graphs) == 2 + OUTSIDE
+    half = images[..., ::2, ::2]
+    for model in (vit, plain):
+        model.eval()
+    torch.testing.assert_close(of_any_size(vit)(half), of_any_size(plain)(half))
 
 
 def mixed_rows() -> np.ndarray:
