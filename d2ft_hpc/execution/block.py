@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from d2ft_hpc.execution.head_linear import head_linear
+from d2ft_hpc.execution.head_linear import head_linear, head_part
 from d2ft_hpc.execution.lora import with_lora
 from d2ft_hpc.model.subnets import HeadAxis
 
@@ -156,7 +156,7 @@ def attention_heads(
     """Sum of the heads' attention outputs through `proj`, plus `bias`; [sample, token, channel]."""
     attn = block.attn
     samples, tokens, _ = normed.shape
-    qkv_bias = _part(head_axes.get("attn.qkv.bias"), attn.qkv.bias, heads)
+    qkv_bias = None if attn.qkv.bias is None else head_part(head_axes["attn.qkv.bias"], attn.qkv.bias, heads)
     qkv = head_linear(head_axes["attn.qkv.weight"], normed, attn.qkv.weight, qkv_bias, heads)
     qkv = with_lora(attn.qkv, "attn.qkv", head_axes, normed, heads, qkv)
     query, key, value = qkv.view(samples, tokens, 3, heads.numel(), -1).permute(2, 0, 3, 1, 4).unbind(0)
@@ -186,15 +186,8 @@ def ffn_slices(
 ) -> Tensor:
     """Sum of the heads' FFN slices through `fc2`, plus `bias`; [sample, token, channel]."""
     mlp = block.mlp
-    fc1_bias = _part(head_axes.get("mlp.fc1.bias"), mlp.fc1.bias, heads)
+    fc1_bias = None if mlp.fc1.bias is None else head_part(head_axes["mlp.fc1.bias"], mlp.fc1.bias, heads)
     hidden = head_linear(head_axes["mlp.fc1.weight"], normed, mlp.fc1.weight, fc1_bias, heads)
     hidden = mlp.drop1(mlp.act(with_lora(mlp.fc1, "mlp.fc1", head_axes, normed, heads, hidden)))
     output = head_linear(head_axes["mlp.fc2.weight"], hidden, mlp.fc2.weight, bias, heads)
     return with_lora(mlp.fc2, "mlp.fc2", head_axes, hidden, heads, output)
-
-
-def _part(axis: HeadAxis | None, bias: Tensor | None, heads: Tensor) -> Tensor | None:
-    if axis is None or bias is None:
-        return None
-    # All of it as a view, because autocast would cache a leaf's cast without gradient.
-    return bias.view_as(bias) if heads.numel() == axis.view_shape[axis.axis] else axis.select(bias, heads)

@@ -11,16 +11,21 @@ from torch import Tensor
 from d2ft_hpc.model.subnets import HeadAxis
 
 
+def head_part(axis: HeadAxis, parameter: Tensor, heads: Tensor) -> Tensor:
+    """The heads' part of a parameter. As heads are in rising order, all of them are the parameter, without a copy."""
+    if _are_all(axis, heads):
+        # A view, because autocast would cache a leaf's cast without gradient.
+        return parameter.view_as(parameter)
+    return axis.select(parameter, heads)
+
+
 def head_linear(axis: HeadAxis, x: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor) -> Tensor:
     """`x` through the rows or columns of `weight` that the heads own; its gradient has the weight's full shape.
 
-    x: [..., in]. bias: of what comes out. heads: int64 [n]; as they are in rising order, all of them are the weight.
+    x: [..., in]. bias: of what comes out. heads: int64 [n], in rising order.
     """
-    if heads.numel() == axis.view_shape[axis.axis]:
-        # A view, because autocast would cache a leaf's cast without gradient.
-        return F.linear(x, weight.view_as(weight), bias)
-    if not torch.is_grad_enabled():
-        return F.linear(x, axis.select(weight, heads), bias)
+    if _are_all(axis, heads) or not torch.is_grad_enabled():
+        return F.linear(x, head_part(axis, weight, heads), bias)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))  # so that this is what is kept
     # Rows, because what a custom function makes must not be a view where it is added to in place.
@@ -29,6 +34,10 @@ def head_linear(axis: HeadAxis, x: Tensor, weight: Tensor, bias: Tensor | None, 
         rows, weight, bias, heads, axis.view_shape, axis.axis, axis.splits_rows
     )
     return result.view(*x.shape[:-1], -1)
+
+
+def _are_all(axis: HeadAxis, heads: Tensor) -> bool:
+    return heads.numel() == axis.view_shape[axis.axis]
 
 
 class _HeadLinear(torch.autograd.Function):
