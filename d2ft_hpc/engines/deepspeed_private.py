@@ -27,15 +27,22 @@ SURFACE = (
     "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler",
     "deepspeed.runtime.pipe.engine:PipelineEngine._INSTRUCTION_MAP",
     "deepspeed.runtime.pipe.engine:PipelineEngine._exec_backward_pass",
-    "deepspeed.runtime.pipe.engine:PipelineEngine._exec_recv_grads",
-    "deepspeed.runtime.pipe.engine:PipelineEngine._exec_send_grads",
+    "deepspeed.runtime.pipe.engine:PipelineEngine._exec_recv_activations",
+    "deepspeed.runtime.pipe.engine:PipelineEngine._exec_send_activations",
+    "deepspeed.runtime.pipe.engine:PipelineEngine._recv_tensor_meta",
+    "deepspeed.runtime.pipe.engine:PipelineEngine._send_tensor_meta",
     "deepspeed.runtime.pipe.module:PipelineModule.mpu",
     "deepspeed.runtime.pipe.schedule:BackwardPass",
+    "deepspeed.runtime.pipe.schedule:ForwardPass",
+    "deepspeed.runtime.pipe.schedule:RecvActivation",
     "deepspeed.runtime.pipe.schedule:RecvGrad",
+    "deepspeed.runtime.pipe.schedule:ReduceTiedGrads",
+    "deepspeed.runtime.pipe.schedule:SendActivation",
     "deepspeed.runtime.pipe.schedule:SendGrad",
     "deepspeed.runtime.pipe.topology:PipeModelDataParallelTopology",
     "deepspeed.runtime.pipe.topology:PipelineParallelGrid.get_model_parallel_group",
     "deepspeed.runtime.pipe.topology:PipelineParallelGrid.get_slice_parallel_group",
+    "deepspeed.runtime.pipe.topology:PipelineParallelGrid.stage_to_global",
 )
 """Attributes of modules and classes that are used here, as module:attribute."""
 
@@ -177,30 +184,85 @@ def topology_of(layout: Layout) -> Any:
     )
 
 
-def send_needed_gradients(pipeline_engine: Any, is_needed: Callable[[int, int], bool]) -> None:
-    """Lets a pipeline engine send the gradient between two stages only where it is needed.
+def exchange_both_ways(pipeline_engine: Any, is_needed: Callable[[int, int], bool]) -> None:
+    """Lets neighbouring stages send each other a gradient and the next activations at the same time, where DeepSpeed
+    sends one after the other, and a gradient only where it is needed.
 
-    is_needed: of the stage that sends and the micro-batch's place in the batch; the same on all ranks. The stage below
-    goes on with zeros, so that every micro-batch has its backward.
+    is_needed: of the stage that sends a gradient and the micro-batch's place in the batch; the same on all ranks. The
+    stage below goes on with zeros, so that every micro-batch has its backward.
     """
     from deepspeed.runtime.pipe import schedule
 
+    dist.barrier()  # NCCL connects a group in its first call, which two stages alone would wait in
     sent, received = itertools.count(), itertools.count()
+    pair: list[dist.P2POp] = []  # of one exchange with one stage
+    under_way: list[Any] = []
 
-    def send(engine: Any, buffer_id: int) -> None:
+    def add(operation: Callable[..., Any], tensor: Tensor, engine: Any, stage: int) -> None:
+        pair.append(dist.P2POp(operation, tensor, engine.grid.stage_to_global(stage_id=stage)))
+
+    def start() -> None:
+        # Receives first: gloo tells a sender that there is room, on the way that its own data would go before.
+        pair.sort(key=lambda each: each.op is not dist.irecv)
+        if pair:
+            under_way.extend(dist.batch_isend_irecv(pair))
+        pair.clear()
+
+    def send_activation(engine: Any, buffer_id: int) -> None:
+        if not engine.module.training:
+            type(engine)._exec_send_activations(engine, buffer_id)
+            return
+        outputs = engine.pipe_buffers["outputs"][buffer_id].detach()
+        engine._send_tensor_meta(outputs, engine.next_stage)
+        add(dist.isend, outputs, engine, engine.next_stage)
+        start()
+
+    def receive_activation(engine: Any, buffer_id: int) -> None:
+        if not engine.module.training:
+            type(engine)._exec_recv_activations(engine, buffer_id)
+            return
+        inputs = torch.empty_like(engine._recv_tensor_meta(engine.prev_stage))
+        add(dist.irecv, inputs, engine, engine.prev_stage)
+        start()
+        engine.pipe_buffers["inputs"][buffer_id] = inputs.detach().requires_grad_()
+
+    def send_gradient(engine: Any, buffer_id: int) -> None:
+        start()
+        inputs = engine.pipe_buffers["inputs"][buffer_id]
         if is_needed(engine.stage_id, next(sent) % engine.micro_batches):
-            type(engine)._exec_send_grads(engine, buffer_id)
-        else:
-            engine.pipe_buffers["inputs"][buffer_id] = None  # as sending does
+            add(dist.isend, inputs.grad, engine, engine.prev_stage)
+        engine.pipe_buffers["inputs"][buffer_id] = None
 
-    def receive(engine: Any, buffer_id: int) -> None:
+    def receive_gradient(engine: Any, buffer_id: int) -> None:
+        start()
+        outputs = engine.pipe_buffers["outputs"][buffer_id]
         if is_needed(engine.stage_id + 1, next(received) % engine.micro_batches):
-            type(engine)._exec_recv_grads(engine, buffer_id)
+            engine.grad_layer = torch.empty_like(outputs)
+            add(dist.irecv, engine.grad_layer, engine, engine.next_stage)
         else:
-            engine.grad_layer = torch.zeros_like(engine.pipe_buffers["outputs"][buffer_id])
+            engine.grad_layer = torch.zeros_like(outputs)
 
-    own = {schedule.SendGrad: send, schedule.RecvGrad: receive}
-    pipeline_engine._INSTRUCTION_MAP = {**pipeline_engine._INSTRUCTION_MAP, **own}
+    def after_messages(run: Callable[..., None]) -> Callable[..., None]:
+        def wait_and_run(engine: Any, **arguments: Any) -> None:
+            start()
+            for message in under_way:
+                message.wait()
+            under_way.clear()
+            run(engine, **arguments)
+
+        return wait_and_run
+
+    own = {
+        schedule.SendActivation: send_activation,
+        schedule.RecvActivation: receive_activation,
+        schedule.SendGrad: send_gradient,
+        schedule.RecvGrad: receive_gradient,
+    }
+    waiting = {
+        instruction: after_messages(pipeline_engine._INSTRUCTION_MAP[instruction])
+        for instruction in (schedule.ForwardPass, schedule.BackwardPass, schedule.ReduceTiedGrads)
+    }
+    pipeline_engine._INSTRUCTION_MAP = {**pipeline_engine._INSTRUCTION_MAP, **own, **waiting}
 
 
 _DIVIDES_FROM = "0.18.3"

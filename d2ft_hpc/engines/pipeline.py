@@ -19,9 +19,9 @@ from torch import Tensor, distributed, nn
 from d2ft_hpc.engines.check import check_plan
 from d2ft_hpc.engines.deepspeed_private import (
     average_over_micro_batches,
+    exchange_both_ways,
     import_deepspeed,
     loss_of_replica,
-    send_needed_gradients,
     topology_of,
     zero_missing_master_gradients,
 )
@@ -100,7 +100,7 @@ class PipelineEngine:
         """What `deepspeed.initialize` returned: the engine, and what belongs to it."""
         self.engine = self.made[0]
         average_over_micro_batches(self.engine)
-        send_needed_gradients(self.engine, self._gradient_is_needed)
+        exchange_both_ways(self.engine, self._gradient_is_needed)
         reduce_trained_blocks(self.engine, self._part, self.executor)
         self.short_of_memory: ShortOfMemory | None = (
             None  # stages send while a step is under way: not repeatable

@@ -19,7 +19,6 @@ from d2ft_hpc.planning.messages import (
     pipeline_bytes,
     reduces_trained_blocks_only,
     ring_bytes,
-    shares_of_senders,
     tensor_parallel_bytes,
 )
 
@@ -137,10 +136,14 @@ class PlannedBytes:
         sums = tensor_parallel_bytes(
             operations[:, blocks], placement.owner[blocks], ranks, self._activation_bytes, token_layout
         )
-        full = active_ranks(operations[:, blocks] == Operation.FULL, placement.owner[blocks], ranks)
-        shares = np.minimum(full, 1.0) if is_sharded else shares_of_senders("replicated", ranks)[full]
-        partial = (self._shared if is_sharded else self._by_head)[blocks]
         total += float(sums.forward.sum() + sums.backward.sum())
-        total += ring_bytes("allreduce", float((shares * partial).sum()), ranks)
+        # Gradients of which each rank has a part are summed once a step.
+        active, full = (
+            active_ranks(operations[:, blocks] >= least, placement.owner[blocks], ranks)
+            for least in (Operation.FORWARD_ONLY, Operation.FULL)
+        )
+        alone = ((active == 1) & (full == 1)).any(axis=0)
+        partial = np.where(alone | is_sharded, self._shared[blocks], self._by_head[blocks])
+        total += ring_bytes("allreduce", float(partial[full.any(axis=0)].sum()), ranks)
         joins = is_last + (is_first and self._embeddings == "trained")
         return float(total + is_sharded * joins * len(operations) * (ranks - 1) * own)

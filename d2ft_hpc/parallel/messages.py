@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,16 +51,10 @@ class TokenMessages(ABC):
         """The sum of the active ranks' `own` [sample, token, channel], as split; backward, its gradient goes to the
         FULL ranks. `own` may be overwritten; None on ranks that are not active."""
 
+    @property
     @abstractmethod
-    def partial(self, owners: Owners, by_head: Owners) -> Owners:
-        """Of a block's parameters that no head owns, those of which a rank's gradient is a part of the sum only.
-
-        owners: all of them; by_head: those that each head uses by itself.
-        """
-
-    @abstractmethod
-    def sum(self, tensor: Tensor, full: Ranks) -> Tensor:
-        """Sum over the group, in the tensor's place, of gradients of such parameters."""
+    def has_whole_gradients(self) -> bool:
+        """Whether what all ranks compute alike, norms and what follows a branch's sum, has whole gradients on each."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +77,16 @@ class ReplicatedTokens(TokenMessages):
         total: Tensor = _SumForward.apply(self, active, own, entered)
         return total
 
-    def partial(self, owners: Owners, by_head: Owners) -> Owners:
-        return by_head
+    @property
+    def has_whole_gradients(self) -> bool:
+        return True
 
-    def sum(self, tensor: Tensor, full: Ranks) -> Tensor:
-        if len(full) == 1:
-            sender = distributed.get_global_rank(self.group, full[0])
+    def sum(self, tensor: Tensor, senders: Ranks) -> Tensor:
+        """Over the group, in the tensor's place; of others than the senders it is zero."""
+        if len(senders) == 1:
+            sender = distributed.get_global_rank(self.group, senders[0])
             distributed.broadcast(tensor, sender, group=self.group)
-        elif full:
+        elif senders:
             distributed.all_reduce(tensor, group=self.group)
         return tensor
 
@@ -129,12 +125,9 @@ class ShardedTokens(TokenMessages):
         total: Tensor = _Leave.apply(self, active, full, anchor, own, entered)
         return total
 
-    def partial(self, owners: Owners, by_head: Owners) -> Owners:
-        return owners
-
-    def sum(self, tensor: Tensor, full: Ranks) -> Tensor:
-        distributed.all_reduce(tensor, group=self.group)
-        return tensor
+    @property
+    def has_whole_gradients(self) -> bool:
+        return False
 
     def gather(self, own: Tensor, receivers: Ranks) -> Tensor | None:
         """All tokens from all ranks' runs, on the receivers; None on the others."""
@@ -181,16 +174,57 @@ class ShardedTokens(TokenMessages):
                 work.wait()
 
 
+@dataclass
+class StepSum:
+    """Of one block, the gradients of a step of which each rank has a part only, kept until all of them are there.
+
+    slots: micro-batches of a step that train the block. alone: in some of them, one rank runs it alone.
+    """
+
+    slots: int = 1
+    alone: bool = False
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    """By slot, so that a micro-batch that runs again does not count twice."""
+
+    def add(self, slot: int | None, own: Tensor) -> Tensor | None:
+        """This rank's part over the step; None until its last micro-batch."""
+        if slot is None or self.slots == 1:
+            return own
+        self.kept[slot] = own.float()
+        if len(self.kept) < self.slots:
+            return None
+        parts = [self.kept.pop(each) for each in sorted(self.kept)]
+        return torch.stack(parts).sum(dim=0).to(own.dtype)
+
+
+@dataclass(frozen=True)
+class PartialGradients:
+    """Of a block's parameters in one micro-batch, those of which each rank's gradient is a part of the sum.
+
+    owners: of the parameters. slot: of the micro-batch. whole: how many of the parameters, the last ones, have the
+    sum as their gradient on every rank in this micro-batch; that of the group's first rank counts.
+    """
+
+    owners: Owners
+    step: StepSum
+    slot: int | None
+    whole: int = 0
+
+
 @contextmanager
-def whole_gradients(messages: TokenMessages, owners: Owners, full: Ranks, x: Tensor) -> Iterator[Tensor]:
+def whole_gradients(
+    messages: TokenMessages, partial: PartialGradients, full: Ranks, x: Tensor
+) -> Iterator[Tensor]:
     """Inside, a block computes with stand-ins of parameters of which each rank's gradient is a part of the sum only;
-    backward, their gradients are summed over the group in one message. Yields what stands in for the block's input x,
-    whose gradient brings every rank to that message, also one that uses none of the parameters."""
-    if not (owners and full and torch.is_grad_enabled()):
+    in the backward of the last micro-batch that trains the block, their gradients of the step are summed over the group
+    in one message, and those before it give zeros. Yields what stands in for the block's input x, whose gradient brings
+    every rank to that message, also one that uses none of the parameters."""
+    if not (partial.owners and full and torch.is_grad_enabled()):
         yield x
         return
-    x, *summed = _SumGradients.apply(messages, full, x, *(kept[name] for kept, name in owners))
-    with stand_ins(owners, summed):
+    parameters = [kept[name] for kept, name in partial.owners]
+    x, *summed = _SumGradients.apply(messages, partial, x, *parameters)
+    with stand_ins(partial.owners, summed):
         yield x
 
 
@@ -239,15 +273,24 @@ class _SumForward(torch.autograd.Function):
 
 class _SumGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, messages: TokenMessages, full: Ranks, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.messages, ctx.full = messages, full
-        return tuple(parameter.view_as(parameter) for parameter in parameters)
+    def forward(
+        ctx: Any, messages: TokenMessages, partial: PartialGradients, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.messages, ctx.partial = messages, partial
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         of_x, *own = gradients
-        flat = torch.cat([gradient.flatten() for gradient in own])
-        parts = ctx.messages.sum(flat, ctx.full).split([gradient.numel() for gradient in own])
+        messages, partial = ctx.messages, ctx.partial
+        if messages.rank > 0:
+            counted = len(own) - partial.whole
+            own = [*own[:counted], *(torch.zeros_like(each) for each in own[counted:])]
+        flat = partial.step.add(partial.slot, torch.cat([gradient.flatten() for gradient in own]))
+        if flat is None:
+            return None, None, of_x, *(torch.zeros_like(gradient) for gradient in own)  # engines wait for one
+        distributed.all_reduce(flat, group=messages.group)
+        parts = flat.split([gradient.numel() for gradient in own])
         return None, None, of_x, *(part.view_as(each) for part, each in zip(parts, own, strict=True))
 
 

@@ -5,12 +5,15 @@ the gradient of the branch's input is summed before it reaches the norm. `messag
 every rank holds all tokens, norms, row biases and LayerScale have the same, whole gradients on all ranks; only those of
 parameters that each rank's heads use by themselves without owning them (q/k norms, LoRA's shared halves) are summed.
 Where each holds its own tokens, all of them are.
+
+Where one rank alone has heads to run in a block, nothing is summed between its branches: the rank gets the block's
+input, computes both, and gives what they add; half the messages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +30,17 @@ from d2ft_hpc.execution.rows import choose_heads
 from d2ft_hpc.model.subnets import HeadAxis
 from d2ft_hpc.parallel.head_split import check_owner, cut_block, heads_of, local_axis
 from d2ft_hpc.parallel.messages import (
+    PartialGradients,
     Ranks,
     ReplicatedTokens,
     ShardedTokens,
+    StepSum,
     TokenMessages,
     present_owners,
     whole_gradients,
 )
 from d2ft_hpc.planning.messages import TokenLayout
-from d2ft_hpc.planning.plan import Operation
+from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import Ints
 
 
@@ -54,6 +59,11 @@ class SharedHeads(BlockHeads):
         """On some rank, so that all of them take part in the sums."""
         return bool(self.full_ranks)
 
+    @property
+    def alone(self) -> bool:
+        """One rank runs all that runs of the block."""
+        return len(self.active_ranks) == 1
+
 
 class TensorParallelExecutor(PlanExecutor):
     """The plan of blocks that were cut by head; made by `share_blocks`."""
@@ -69,6 +79,7 @@ class TensorParallelExecutor(PlanExecutor):
         ranks = messages.group.size()
         check_owner(owner, whole.subnets.shape, ranks)
         vars(self).update(vars(whole))
+        self._steps: dict[int, StepSum] = {}
         self.blocks = dict(whole.blocks)
         self.unload()
         self._owner, self._layouts, self.messages = owner, layouts, messages
@@ -77,6 +88,18 @@ class TensorParallelExecutor(PlanExecutor):
             for own in (owner == messages.rank).sum(axis=1)
         ]
         _, self._dense = self._choose(np.full(owner.shape, Operation.FULL), np.ones(len(owner)))
+
+    def load(self, plan: SkipPlan, replica: int) -> None:
+        super().load(plan, replica)
+        self._steps = {index: self._step_sum(index) for index in self.blocks if self.rows}
+
+    def unload(self) -> None:
+        super().unload()
+        self._steps = {}
+
+    def _step_sum(self, index: int) -> StepSum:
+        trained = [row.heads[index] for row in self.rows if row.heads[index].trains]
+        return StepSum(len(trained), any(isinstance(heads, SharedHeads) and heads.alone for heads in trained))
 
     def use(self, token_layout: TokenLayout) -> None:
         """The layout of the tokens from the next micro-batch on; on all ranks of the group alike.
@@ -99,7 +122,9 @@ class TensorParallelExecutor(PlanExecutor):
             )
         heads = self._dense[index] if heads is None else heads
         assert isinstance(heads, SharedHeads)
-        return run_shared_block(block, x, heads, self._axes[index], self.messages)
+        # Outside a plan's steps (`temporarily`), each micro-batch stands for itself.
+        step = StepSum() if self.plan is None else self._steps.get(index, StepSum())
+        return run_shared_block(block, x, heads, self._axes[index], self.messages, step, self.slot)
 
     def _choose(self, operations: np.ndarray, scales: np.ndarray) -> tuple[Tensor, list[SharedHeads]]:
         owned = list(zip(operations, self._owner, strict=True))
@@ -170,9 +195,18 @@ def _draws_by_token(block: Block) -> bool:
 
 
 def run_shared_block(
-    block: Block, x: Tensor, heads: SharedHeads, axes: dict[str, HeadAxis], messages: TokenMessages
+    block: Block,
+    x: Tensor,
+    heads: SharedHeads,
+    axes: dict[str, HeadAxis],
+    messages: TokenMessages,
+    step: StepSum,
+    slot: int | None,
 ) -> Tensor:
-    """One rank's part of a block. x and the result: [sample, token, channel], as `messages` splits them."""
+    """One rank's part of a block. x and the result: [sample, token, channel], as `messages` splits them.
+
+    step, slot: where gradients are kept of which the rank has a part, and under which micro-batch.
+    """
     if not heads.active_ranks:
         return x
 
@@ -182,36 +216,87 @@ def run_shared_block(
     def feed_forward(normed: Tensor, chosen: Tensor) -> Tensor:
         return ffn_slices(block, axes, normed, chosen, None)
 
+    with whole_gradients(messages, _partial(block, heads, axes, messages, step, slot), heads.full_ranks, x) as x:
+        end_attention, end_feed_forward = branch_ends(block, heads.scale)
+        attention = _Branch(heads, block.norm1, attend, block.attn.proj.bias, end_attention)
+        ffn = _Branch(heads, block.norm2, feed_forward, block.mlp.fc2.bias, end_feed_forward)
+        if heads.alone:
+            return x + _alone(x, attention, ffn, messages)
+        x = x + _together(x, attention, messages)
+        return x + _together(x, ffn, messages)
+
+
+def _partial(
+    block: Block,
+    heads: SharedHeads,
+    axes: dict[str, HeadAxis],
+    messages: TokenMessages,
+    step: StepSum,
+    slot: int | None,
+) -> PartialGradients:
     by_head = used_by_head(block, axes)
     after_heads = present_owners([block.norm1, block.norm2, block.ls1, block.ls2])
-    biases = present_owners([block.attn.proj, block.mlp.fc2], ["bias"])
-    partial = messages.partial([*by_head, *after_heads, *biases], by_head)
-    with whole_gradients(messages, partial, heads.full_ranks, x) as x:
-        end_attention, end_feed_forward = branch_ends(block, heads.scale)
-        x = x + _branch(x, heads, block.norm1, attend, block.attn.proj.bias, end_attention, messages)
-        return x + _branch(
-            x, heads, block.norm2, feed_forward, block.mlp.fc2.bias, end_feed_forward, messages
-        )
+    after_heads += present_owners([block.attn.proj, block.mlp.fc2], ["bias"])
+    if not messages.has_whole_gradients or heads.alone:
+        return PartialGradients([*by_head, *after_heads], step, slot)
+    if step.alone:
+        return PartialGradients([*by_head, *after_heads], step, slot, whole=len(after_heads))
+    return PartialGradients(by_head, step, slot)
 
 
-def _branch(
-    x: Tensor,
-    heads: SharedHeads,
-    norm: Callable[[Tensor], Tensor],
-    compute: Callable[[Tensor, Tensor], Tensor],
-    bias: Tensor | None,
-    end: Callable[[Tensor], Tensor],
-    messages: TokenMessages,
-) -> Tensor:
-    """A residual branch: this rank's sum over its heads, the sum over the ranks, the rest."""
-    ranks = heads.active_ranks, heads.full_ranks
-    with nullcontext() if heads.full_ranks else torch.no_grad():
-        entered = messages.enter(norm(x), *ranks)
-        full, forward_only = heads.full, heads.forward_only
-        own = None if full is None else compute(entered, full)
+@dataclass(frozen=True)
+class _Branch:
+    """A residual branch of a block: `compute` for each set of heads; then bias and `end` after the sum over heads."""
+
+    heads: SharedHeads
+    norm: Callable[[Tensor], Tensor]
+    compute: Callable[[Tensor, Tensor], Tensor]
+    bias: Tensor | None
+    end: Callable[[Tensor], Tensor]
+
+    @property
+    def ranks(self) -> tuple[Ranks, Ranks]:
+        """Those that run the branch, and those that train it."""
+        return self.heads.active_ranks, self.heads.full_ranks
+
+    @property
+    def gradients(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.heads.trains else torch.no_grad()
+
+    def of_own_heads(self, normed: Tensor) -> Tensor | None:
+        """Of this rank; None if it runs none."""
+        full, forward_only = self.heads.full, self.heads.forward_only
+        own = None if full is None else self.compute(normed, full)
         if forward_only is not None:
             with torch.no_grad():
-                beside = compute(entered, forward_only)
+                beside = self.compute(normed, forward_only)
                 own = beside if own is None else own.add_(beside)
-        total = messages.leave(own, entered, *ranks)
-        return end(total if bias is None else total + bias)
+        return own
+
+    def finish(self, total: Tensor) -> Tensor:
+        return self.end(total if self.bias is None else total + self.bias)
+
+
+def _together(x: Tensor, branch: _Branch, messages: TokenMessages) -> Tensor:
+    """What a branch adds: this rank's sum over its heads, the sum over the ranks, the rest."""
+    with branch.gradients:
+        entered = messages.enter(branch.norm(x), *branch.ranks)
+        return branch.finish(messages.leave(branch.of_own_heads(entered), entered, *branch.ranks))
+
+
+def _alone(x: Tensor, attention: _Branch, ffn: _Branch, messages: TokenMessages) -> Tensor:
+    """What both branches add together, computed by one rank."""
+    with attention.gradients:
+        entered = messages.enter(x, *attention.ranks)
+        own = None
+        of_heads = attention.of_own_heads(attention.norm(entered))
+        if of_heads is None:  # draws what the other rank draws (DropPath)
+            with torch.no_grad():
+                attention.end(entered)
+                ffn.end(entered)
+        else:
+            after_attention = attention.finish(of_heads)
+            of_slices = ffn.of_own_heads(ffn.norm(entered + after_attention))
+            assert of_slices is not None
+            own = after_attention + ffn.finish(of_slices)
+        return messages.leave(own, entered, *attention.ranks)

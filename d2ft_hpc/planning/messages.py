@@ -23,7 +23,8 @@ TokenLayout = Literal["replicated", "sharded"]
 """What tensor-parallel ranks hold between branches: every token, or each its own (`parallel.messages`)."""
 
 BRANCHES = 2
-"""Of a block, attention and FFN: each is one sum over the tensor-parallel ranks forward, and one backward."""
+"""Of a block, attention and FFN: each is one sum over the tensor-parallel ranks forward, and one backward. Where one
+rank runs a block alone, both are one."""
 
 
 def ring_bytes(collective: str, payload_bytes: float, ranks: int) -> float:
@@ -107,30 +108,44 @@ def reduces_trained_blocks_only(engine: DataParallel, precision: str) -> bool:
 
 
 def shares_of_senders(layout: TokenLayout, ranks: int) -> Floats:
-    """What all tensor-parallel ranks together send for a branch in one direction, as a share of what they send if all
-    of them have an active head: float64 [0 to `ranks` with one].
+    """What all tensor-parallel ranks together send for a block in one direction, as a share of what they send if all
+    of them have an active head: float64 [active, senders], numbers of ranks with a head that runs forward, and with one
+    that runs in that direction.
 
-    replicated: an all-reduce, of which a single sender's broadcast is half. sharded: every active rank receives the
-    others' tokens and returns their partial sums.
+    replicated: an all-reduce a branch, of which a single sender's broadcast is half. sharded: every sender receives the
+    others' tokens and returns their partial sums. A rank that is alone active does so once a block.
     """
-    active = np.arange(ranks + 1.0)
+    senders = np.arange(ranks + 1.0)
     if layout == "sharded" or ranks == 1:
-        return np.asarray(active / ranks)
-    return np.where(active == 1, 0.5, np.minimum(active, 1.0))
+        shares = senders / ranks
+    else:
+        shares = np.where(senders == 1, 0.5, np.minimum(senders, 1.0))
+    return _once_a_block(shares)
 
 
 def busiest_shares(layout: TokenLayout, ranks: int) -> Floats:
-    """What the busiest rank's link carries in its busier direction, as a share of one micro-batch's activations:
-    float64 [0 to `ranks` active ones]. It decides how long the messages of a branch in one direction take.
+    """What the busiest rank's link carries in its busier direction for a block, as a share of one micro-batch's
+    activations: float64 [active, senders], as `shares_of_senders`. It decides how long messages take.
 
-    sharded: with k of R ranks active, an active one sends its tokens to k - 1 and the partial sums of all others'.
+    sharded: with k of R ranks sending, one of them sends its tokens to k - 1 and the partial sums of all others'.
     """
-    active = np.arange(ranks + 1.0)
+    senders = np.arange(ranks + 1.0)
     if ranks == 1:
-        return np.zeros(2)
-    if layout == "sharded":
-        return np.where(active > 0, (ranks + active - 2) / ranks, 0.0)
-    return np.where(active > 1, 2 * (ranks - 1) / ranks, np.minimum(active, 1.0))
+        shares = np.zeros(2)
+    elif layout == "sharded":
+        shares = np.where(senders > 0, (ranks + senders - 2) / ranks, 0.0)
+    else:
+        shares = np.where(senders > 1, 2 * (ranks - 1) / ranks, np.minimum(senders, 1.0))
+    return BRANCHES * _once_a_block(shares)
+
+
+def _once_a_block(shares: Floats) -> Floats:
+    """shares: float64 [senders] of a branch; float64 [active, senders] of a block over that of all its branches."""
+    ranks = len(shares) - 1
+    table = np.tile(shares, (ranks + 1, 1))
+    if ranks > 1:
+        table[1] /= BRANCHES
+    return table
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +189,8 @@ def tensor_parallel_seconds(
     """How long the messages of `tensor_parallel_bytes` take over links that carry a byte in `seconds_per_byte` each
     way at once. latency: of a branch's messages in one direction, seconds."""
     shares = busiest_shares(layout, ranks)
-    seconds = BRANCHES * (shares * activation_bytes * seconds_per_byte + (shares > 0) * latency)
+    messages = BRANCHES * _once_a_block(np.ones(ranks + 1)) * (shares > 0)
+    seconds = shares * activation_bytes * seconds_per_byte + messages * latency
     return _by_senders(operations, owner, ranks, seconds)
 
 
@@ -190,16 +206,14 @@ def active_ranks(active: npt.NDArray[np.bool_], owner: Ints, ranks: int) -> Ints
     return np.asarray(is_active.sum(axis=0))
 
 
-def _by_senders(operations: npt.NDArray[np.uint8], owner: Ints, ranks: int, of_active: Floats) -> ByDirection:
-    """of_active: float64 [number of active ranks]."""
+def _by_senders(operations: npt.NDArray[np.uint8], owner: Ints, ranks: int, of_senders: Floats) -> ByDirection:
+    """of_senders: float64 [active, senders], as `shares_of_senders`."""
     if owner.shape != operations.shape[1:] or owner.min() < 0 or owner.max() >= ranks:
         raise PlanError(
             f"An owner map of shape {owner.shape} with ranks {owner.min()} to {owner.max()} does not fit "
             f"{operations.shape[1]} blocks x {operations.shape[2]} heads on {ranks} ranks."
         )
-    return ByDirection(
-        *(
-            of_active[active_ranks(operations >= least, owner, ranks)]
-            for least in (Operation.FORWARD_ONLY, Operation.FULL)
-        )
+    active, full = (
+        active_ranks(operations >= least, owner, ranks) for least in (Operation.FORWARD_ONLY, Operation.FULL)
     )
+    return ByDirection(of_senders[active, active], of_senders[active, full])

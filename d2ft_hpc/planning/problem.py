@@ -337,10 +337,12 @@ class PlanProblem:
     def _meetings(self, plan: SkipPlan) -> Floats:
         """What the meetings of every device's stage send, float64 [device]."""
         shares = shares_of_senders(self.token_layout, self.ranks)
-        cost = sum(
-            each * shares[active_ranks(plan.operations >= least, self.rank, self.ranks)]
-            for each, least in zip(self.meeting_cost, (Operation.FORWARD_ONLY, Operation.FULL), strict=True)
+        active, full = (
+            active_ranks(plan.operations >= least, self.rank, self.ranks)
+            for least in (Operation.FORWARD_ONLY, Operation.FULL)
         )
+        forward, backward = self.meeting_cost
+        cost = forward * shares[active, active] + backward * shares[active, full]
         replica = np.arange(plan.num_rows) % self.replicas
         team = replica[:, None] * self.stages + self.stage
         sent = np.bincount(team.ravel(), np.ravel(cost), self.replicas * self.stages)

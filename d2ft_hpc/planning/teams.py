@@ -193,14 +193,15 @@ def other_limits(problem: PlanProblem, team: Team) -> list[Limit]:
         ) * levels.backward_heads[:, rank]
         first = rank - rank % problem.ranks  # of the rank's replica
         shares = shares_of_senders(problem.token_layout, problem.ranks)
-        for cost, heads, most_ranks in zip(
-            problem.meeting_cost,
-            (levels.forward_heads, levels.backward_heads),
-            (levels.forward_ranks, levels.backward_ranks),
-            strict=True,
-        ):
-            running = (heads[:, first : first + problem.ranks] > 0).sum(axis=1)
-            message = message + cost * shares[np.minimum(running, most_ranks)]
+        active, full = (
+            np.minimum((heads[:, first : first + problem.ranks] > 0).sum(axis=1), most_ranks)
+            for heads, most_ranks in (
+                (levels.forward_heads, levels.forward_ranks),
+                (levels.backward_heads, levels.backward_ranks),
+            )
+        )
+        forward_meeting, backward_meeting = problem.meeting_cost
+        message = message + forward_meeting * shares[active, active] + backward_meeting * shares[active, full]
         most = problem.budgets()[devices, 1].min() - cells[rank] * shortcut
         memory = np.full(team.slots, problem.memory_budget[devices].min())
         limits += [

@@ -28,8 +28,11 @@ def sent_by_hand(operations, owner, ranks, payload):
     for direction, least in (("forward", 1), ("backward", 2)):
         for row in operations:
             for block, its_operations in enumerate(row):
-                senders = {owner[block][head] for head, its in enumerate(its_operations) if its >= least}
-                for _branch in ("attention", "FFN"):
+                active, senders = (
+                    {owner[block][head] for head, its in enumerate(its_operations) if its >= kind}
+                    for kind in (1, least)
+                )
+                for _message in ("whole block",) if len(active) == 1 < ranks else ("attention", "FFN"):
                     if len(senders) == 1:
                         total[direction] += (ranks - 1) * payload  # a chain of broadcasts
                     elif senders:
@@ -87,8 +90,8 @@ def test_fsdp2_gathers_and_reduces_what_some_replica_runs():
 
 def test_a_communication_budget_by_meeting_counts_blocks_not_heads():
     operations = np.zeros((4, 2, 4), np.uint8)
-    operations[0, 0, 0] = 2  # one head is enough for the whole message
-    operations[1, 0, 1:] = 1
+    operations[0, 0, 0] = 2  # one rank alone: a broadcast each way for both branches, a quarter of their all-reduces
+    operations[1, 0, 1:] = 1  # one head a rank is enough for the whole message
     problem = PlanProblem.parallel(
         np.ones(operations.shape),
         np.ones(operations.shape),
@@ -97,7 +100,7 @@ def test_a_communication_budget_by_meeting_counts_blocks_not_heads():
         communication_budget=0.5,
         messages="by_meeting",
     )
-    np.testing.assert_allclose(problem.used_communication(SkipPlan(operations, 1)), [1.0, 1.0])
+    np.testing.assert_allclose(problem.used_communication(SkipPlan(operations, 1)), [0.75, 0.75])
     np.testing.assert_allclose(problem.dense_communication(), [8, 8])
     np.testing.assert_allclose(problem.communication_budget, [4, 4])
 
@@ -122,7 +125,8 @@ def test_a_cluster_plan_is_the_best_of_all_that_limits_allow():
             runs, full = (operations >= 1).sum(axis=2), (operations == 2).sum(axis=2)
             time = 0.4 * (runs > 0).sum() + 0.6 * (full > 0).sum()
             shares = {"sharded": np.array([0, 0.25, 0.5, 9, 1]), "replicated": np.array([0, 0.5, 1, 9, 1])}
-            sent = 0.5 * shares[layout][runs].sum() + 0.5 * shares[layout][full].sum()
+            once = np.where(runs == 1, 0.5, 1.0)
+            sent = 0.5 * (once * shares[layout][runs]).sum() + 0.5 * (once * shares[layout][full]).sum()
             if time <= 0.7 * 2 + 1e-9 and sent <= 0.5 * 2 + 1e-9:
                 best = max(best, problem.objective(operations))
         assert found.objective == pytest.approx(best)
@@ -160,18 +164,20 @@ def test_few_ranks_run_where_messages_are_scarcer_than_time():
 def test_the_busiest_link_of_the_sharded_layout_by_hand(ranks):
     """One token a rank; messages counted one after the other, sent and received."""
     for active in range(1, ranks + 1):
-        sent, received = np.zeros(ranks), np.zeros(ranks)
-        for head_rank in range(active):
-            for other in set(range(ranks)) - {head_rank}:
-                sent[other] += 1  # its token
-                received[head_rank] += 1
-                sent[head_rank] += 1  # the partial sum of that token
-                received[other] += 1
-        assert max(sent.max(), received.max()) / ranks == pytest.approx(
-            busiest_shares("sharded", ranks)[active]
-        )
-        dense = ranks * (ranks - 1) * 2
-        assert sent.sum() / dense == pytest.approx(shares_of_senders("sharded", ranks)[active])
+        for senders in range(1, active + 1):
+            sent, received = np.zeros(ranks), np.zeros(ranks)
+            for _message in range(1 if active == 1 else 2):
+                for head_rank in range(senders):
+                    for other in set(range(ranks)) - {head_rank}:
+                        sent[other] += 1  # its token
+                        received[head_rank] += 1
+                        sent[head_rank] += 1  # the partial sum of that token
+                        received[other] += 1
+            assert max(sent.max(), received.max()) / ranks == pytest.approx(
+                busiest_shares("sharded", ranks)[active, senders]
+            )
+            dense = 2 * ranks * (ranks - 1) * 2
+            assert sent.sum() / dense == pytest.approx(shares_of_senders("sharded", ranks)[active, senders])
 
 
 def test_the_layout_is_chosen_by_predicted_time():
@@ -187,8 +193,10 @@ def test_the_layout_is_chosen_by_predicted_time():
 
     # Both ranks FULL: 4 sums a row, in either layout a whole activation each way; the first layout is taken.
     assert chosen([[[2, 2]], [[2, 2]]]) == (pytest.approx(2 * (10 + 4 * 103)), "replicated")
-    # One rank alone: the sharded layout sends half an activation where a broadcast is a whole one.
-    assert chosen([[[2, 0]], [[0, 2]]]) == (pytest.approx(2 * (10 + 4 * 53)), "sharded")
+    # One rank alone: the sharded layout sends half an activation where a broadcast is a whole one, once each way.
+    assert chosen([[[2, 0]], [[0, 2]]]) == (pytest.approx(2 * (10 + 2 * 53)), "sharded")
+    # One rank trains beside another: as many messages as branches.
+    assert chosen([[[2, 1]], [[1, 2]]]) == (pytest.approx(2 * (10 + 2 * 103 + 2 * 53)), "sharded")
     # Forward alone sends half as much; nothing where nothing runs.
     assert chosen([[[1, 1]], [[0, 0]]]) == (pytest.approx(4 + 2 * 103), "replicated")
 

@@ -69,11 +69,15 @@ def every_plan(problem):
         owner = problem.rank[problem.stage == stage]
         shares = {"replicated": lambda k, _: min(k / 2, 1.0), "sharded": lambda k, ranks: k / ranks}
         met = 0.0
-        for cost, least in zip(problem.meeting_cost, (1, 2), strict=True):
-            running = sum(((own >= least) & (owner == r)).any(axis=3) for r in range(problem.ranks))
+        active, full = (
+            np.asarray(sum(((own >= least) & (owner == r)).any(axis=3) for r in range(problem.ranks)))
+            for least in (1, 2)
+        )
+        once = np.where((active == 1) & (problem.ranks > 1), 0.5, 1.0)  # a rank that is alone meets once a block
+        for cost, running in zip(problem.meeting_cost, (active, full), strict=True):
             share = [shares[problem.token_layout](k, problem.ranks) for k in range(problem.ranks + 1)]
             share = [float(k) for k in range(2)] if problem.ranks == 1 else share
-            met = met + cost * np.array(share)[np.asarray(running)].sum(axis=(1, 2))
+            met = met + cost * (once * np.array(share)[running]).sum(axis=(1, 2))
         for costs, budget, sent in (
             (problem.compute_cost, problem.compute_budget[device], 0),
             (problem.communication_cost, problem.communication_budget[device], met),
