@@ -301,10 +301,11 @@ class EngineConfig(Section):
     head_placement: Literal["in_order", "spread"] = "in_order"
     """Which tensor-parallel rank holds which heads: neighbouring ones, or such that by their scores each rank's are
     worth the same, for which scores are measured once before training."""
-    token_layout: Literal["replicated", "sharded", "auto"] = "replicated"
+    token_layout: Literal["replicated", "sharded", "overlapped", "auto"] = "replicated"
     """What tensor-parallel ranks hold between branches. replicated: every token, with an all-reduce after each branch.
     sharded: each its own tokens; a branch's input goes only to ranks with an active head, and only those return partial
-    sums, so that messages follow the plan. auto: whichever is predicted to be faster, for each plan."""
+    sums, so that messages follow the plan. overlapped: as sharded, by halves of a micro-batch: the messages of one are
+    under way while the other is computed. auto: whichever is predicted to be fastest, for each plan."""
     activation_checkpointing: bool = False
     """Keep each block's input only and run the block again in the backward, under the same row of the plan."""
     deepspeed: dict[str, Any] = {}
@@ -479,10 +480,10 @@ class RunConfig(Section):
         )
         if engine.name == "plain" or engine.name == "ddp":
             raise ValueError(f"{parts}: with engine {engine.name} a rank has the whole model; use deepspeed")
-        if engine.token_layout == "sharded" and self.plan.planner == "samples":
+        if engine.token_layout in ("sharded", "overlapped") and self.plan.planner == "samples":
             raise ValueError(
-                "engine.token_layout=sharded with plan.planner=samples: samples are scored at another resolution, with "
-                "fewer tokens; use replicated"
+                f"engine.token_layout={engine.token_layout} with plan.planner=samples: samples are scored at another "
+                "resolution, with fewer tokens; use replicated"
             )
         if engine.name == "fsdp2" and engine.pipeline_stages > 1:
             raise ValueError(f"{parts}: engine fsdp2 has no pipeline; use deepspeed")

@@ -20,10 +20,8 @@ from d2ft_hpc.launch import Control, connect, detect, run_guarded, share
 from d2ft_hpc.metering import meter
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import Operation, SkipPlan, simulate, solve
-from d2ft_hpc.planning.messages import TokenLayout
+from d2ft_hpc.planning.messages import LAYOUTS, TokenLayout
 from d2ft_hpc.planning.step_time import StepTime
-
-LAYOUTS: tuple[TokenLayout, ...] = ("replicated", "sharded")
 
 
 @dataclass
@@ -80,9 +78,10 @@ def _run(control: Control, job: dict[str, Any]) -> None:
     of_subnets = (free_dense - free_always) / simulate(dense.plan, by_head).step
     activation_bytes = 4.0 * sizes.samples * TOKENS * sizes.heads * sizes.head_size
     step_time = StepTime(max(of_subnets, 1e-12), activation_bytes, byte_seconds, latency=0.0)
+    allowed = LAYOUTS if setting.placement.layout.tensor_ranks > 1 else LAYOUTS[:1]
+    dense.layout = step_time.fastest(dense.plan, by_head, allowed)[1]
     plans = {"dense": dense}
     paper = solved("paper", by_head)
-    allowed = LAYOUTS if setting.placement.layout.tensor_ranks > 1 else LAYOUTS[:1]
     plans["paper"] = Measured(paper, step_time.fastest(paper, by_head, allowed)[1])
     candidates = [(layout, solved("makespan", by_layout[layout])) for layout in allowed]
     layout, plan = min(candidates, key=lambda each: step_time.of(each[1], by_head, each[0]))

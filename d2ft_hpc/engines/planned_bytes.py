@@ -119,7 +119,7 @@ class PlannedBytes:
     def _of_parts(self, plan: SkipPlan, token_layout: TokenLayout) -> float:
         placement, layout = self._placement, self._placement.layout
         operations, ranks = plan.for_replica(layout.replica), layout.tensor_ranks
-        is_sharded = token_layout == "sharded" and ranks > 1
+        is_sharded = token_layout != "replicated" and ranks > 1
         own = self._activation_bytes / (ranks if is_sharded else 1)
         is_first, is_last = layout.stage == 0, layout.stage == layout.stages - 1
         blocks = list(placement.blocks)

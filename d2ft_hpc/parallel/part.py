@@ -30,7 +30,7 @@ class ModelPart(VisionTransformer):  # type: ignore[misc]
         self.executor = executor
         self.is_first = blocks.start == 0
         self.is_last = blocks.stop == executor.subnets.num_blocks
-        self.tokens = _tokens_of(model)
+        self.tokens = tokens_of(model)
         """Of every sample between the blocks; None if that varies."""
         memo = {id(executor): executor}
         for name, parameter in model._parameters.items():
@@ -82,7 +82,8 @@ class ModelPart(VisionTransformer):  # type: ignore[misc]
             return checkpoint(run, x, use_reentrant=False)
 
 
-def _tokens_of(model: VisionTransformer) -> int | None:
+def tokens_of(model: VisionTransformer) -> int | None:
+    """Of every sample between the blocks; None if that varies."""
     drops = not isinstance(model.patch_drop, nn.Identity)
     varies = drops or getattr(model, "dynamic_img_size", False)
     return None if varies else model.patch_embed.num_patches + model.num_prefix_tokens

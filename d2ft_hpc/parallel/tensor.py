@@ -12,7 +12,7 @@ input, computes both, and gives what they add; half the messages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +39,7 @@ from d2ft_hpc.parallel.messages import (
     present_owners,
     whole_gradients,
 )
-from d2ft_hpc.planning.messages import TokenLayout
+from d2ft_hpc.planning.messages import LAYOUTS, TokenLayout
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import Ints
 
@@ -109,7 +109,8 @@ class TensorParallelExecutor(PlanExecutor):
         if token_layout not in self._layouts:
             raise UnsupportedModelError(
                 f"engine.token_layout={token_layout}: the model draws random numbers for single tokens (proj_drop, "
-                f"drop2, patch_drop) or takes images of any size; use replicated"
+                f"drop2, patch_drop; with overlapped also for single samples, drop_path) or takes images of any size; "
+                f"use one of {', '.join(self._layouts)}"
             )
         self.token_layout, self.messages = token_layout, self._layouts[token_layout]
 
@@ -169,14 +170,34 @@ def share_blocks(
                     f"it to 0, or engine.tensor_parallel=1"
                 )
     rank = distributed.get_rank(group)
-    layouts: dict[TokenLayout, TokenMessages] = {"replicated": ReplicatedTokens(group, rank)}
-    if tokens is not None and not any(_draws_by_token(block) for block in blocks.values()):
-        layouts["sharded"] = ShardedTokens(group, rank, tokens)
-    executor = kind(whole, owner, layouts)
+    executor = kind(
+        whole,
+        owner,
+        {layout: _messages(layout, group, rank, tokens) for layout in layouts_of(blocks.values(), tokens)},
+    )
     for index, block in blocks.items():
         cut_block(block, whole.subnets.head_axes, heads_of(owner, index, rank))
         executor.link(block, index)
     return executor
+
+
+def layouts_of(blocks: Iterable[Block], tokens: int | None) -> tuple[TokenLayout, ...]:
+    """Those in which the blocks draw the same random numbers on all ranks. tokens: as `share_blocks` takes it."""
+    blocks = list(blocks)
+    if tokens is None or any(block.attn.proj_drop.p > 0 or block.mlp.drop2.p > 0 for block in blocks):
+        return ("replicated",)
+    paths = [path for block in blocks for path in (block.drop_path1, block.drop_path2)]
+    draws_by_sample = any(getattr(path, "drop_prob", 0.0) > 0 for path in paths)
+    return ("replicated", "sharded") if draws_by_sample else LAYOUTS
+
+
+def _messages(
+    layout: TokenLayout, group: distributed.ProcessGroup, rank: int, tokens: int | None
+) -> TokenMessages:
+    if layout == "replicated":
+        return ReplicatedTokens(group, rank)
+    assert tokens is not None
+    return ShardedTokens(group, rank, tokens, parts=2 if layout == "overlapped" else 1)
 
 
 def used_by_head(block: Block, axes: dict[str, HeadAxis]) -> Owners:
@@ -188,10 +209,6 @@ def used_by_head(block: Block, axes: dict[str, HeadAxis]) -> Owners:
         for name, parameter in module.named_parameters(recurse=False)
         if ("norm" in path or "lora_" in path) and f"{path}.{name}" not in axes and parameter.requires_grad
     ]
-
-
-def _draws_by_token(block: Block) -> bool:
-    return block.attn.proj_drop.p > 0 or block.mlp.drop2.p > 0  # type: ignore[no-any-return]
 
 
 def run_shared_block(
@@ -216,7 +233,9 @@ def run_shared_block(
     def feed_forward(normed: Tensor, chosen: Tensor) -> Tensor:
         return ffn_slices(block, axes, normed, chosen, None)
 
-    with whole_gradients(messages, _partial(block, heads, axes, messages, step, slot), heads.full_ranks, x) as x:
+    with whole_gradients(
+        messages, _partial(block, heads, axes, messages, step, slot), heads.full_ranks, x
+    ) as x:
         end_attention, end_feed_forward = branch_ends(block, heads.scale)
         attention = _Branch(heads, block.norm1, attend, block.attn.proj.bias, end_attention)
         ffn = _Branch(heads, block.norm2, feed_forward, block.mlp.fc2.bias, end_feed_forward)
@@ -280,23 +299,23 @@ class _Branch:
 def _together(x: Tensor, branch: _Branch, messages: TokenMessages) -> Tensor:
     """What a branch adds: this rank's sum over its heads, the sum over the ranks, the rest."""
     with branch.gradients:
-        entered = messages.enter(branch.norm(x), *branch.ranks)
-        return branch.finish(messages.leave(branch.of_own_heads(entered), entered, *branch.ranks))
+        return branch.finish(messages.through(branch.norm(x), branch.of_own_heads, *branch.ranks))
 
 
 def _alone(x: Tensor, attention: _Branch, ffn: _Branch, messages: TokenMessages) -> Tensor:
     """What both branches add together, computed by one rank."""
-    with attention.gradients:
-        entered = messages.enter(x, *attention.ranks)
-        own = None
+
+    def both(entered: Tensor) -> Tensor | None:
         of_heads = attention.of_own_heads(attention.norm(entered))
-        if of_heads is None:  # draws what the other rank draws (DropPath)
-            with torch.no_grad():
+        if of_heads is None:
+            with torch.no_grad():  # what the other rank draws (DropPath)
                 attention.end(entered)
                 ffn.end(entered)
-        else:
-            after_attention = attention.finish(of_heads)
-            of_slices = ffn.of_own_heads(ffn.norm(entered + after_attention))
-            assert of_slices is not None
-            own = after_attention + ffn.finish(of_slices)
-        return messages.leave(own, entered, *attention.ranks)
+            return None
+        after_attention = attention.finish(of_heads)
+        of_slices = ffn.of_own_heads(ffn.norm(entered + after_attention))
+        assert of_slices is not None
+        return after_attention + ffn.finish(of_slices)
+
+    with attention.gradients:
+        return messages.through(x, both, *attention.ranks)

@@ -19,8 +19,11 @@ Ints = npt.NDArray[np.int64]
 DataParallel = Literal["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]
 """How replicas reduce: torch's DistributedDataParallel, DeepSpeed without ZeRO or with one of its stages, FSDP2."""
 
-TokenLayout = Literal["replicated", "sharded"]
-"""What tensor-parallel ranks hold between branches: every token, or each its own (`parallel.messages`)."""
+TokenLayout = Literal["replicated", "sharded", "overlapped"]
+"""What tensor-parallel ranks hold between branches: every token, or each its own (`parallel.messages`); overlapped:
+each its own, and the messages of one half of a micro-batch are under way while the other half is computed."""
+
+LAYOUTS: tuple[TokenLayout, ...] = ("replicated", "sharded", "overlapped")
 
 BRANCHES = 2
 """Of a block, attention and FFN: each is one sum over the tensor-parallel ranks forward, and one backward. Where one
@@ -116,7 +119,7 @@ def shares_of_senders(layout: TokenLayout, ranks: int) -> Floats:
     others' tokens and returns their partial sums. A rank that is alone active does so once a block.
     """
     senders = np.arange(ranks + 1.0)
-    if layout == "sharded" or ranks == 1:
+    if layout != "replicated" or ranks == 1:
         shares = senders / ranks
     else:
         shares = np.where(senders == 1, 0.5, np.minimum(senders, 1.0))
@@ -124,16 +127,16 @@ def shares_of_senders(layout: TokenLayout, ranks: int) -> Floats:
 
 
 def busiest_shares(layout: TokenLayout, ranks: int) -> Floats:
-    """What the busiest rank's link carries in its busier direction for a block, as a share of one micro-batch's
-    activations: float64 [active, senders], as `shares_of_senders`. It decides how long messages take.
+    """What the busiest rank's link carries for a block, as a share of one micro-batch's activations: float64 [active,
+    senders], as `shares_of_senders`. It decides how long messages take.
 
-    sharded: with k of R ranks sending, one of them sends its tokens to k - 1 and the partial sums of all others'.
+    sharded: of R ranks, a sender gets all others' tokens first, and gives the sums of those when it has computed them.
     """
     senders = np.arange(ranks + 1.0)
     if ranks == 1:
         shares = np.zeros(2)
-    elif layout == "sharded":
-        shares = np.where(senders > 0, (ranks + senders - 2) / ranks, 0.0)
+    elif layout != "replicated":
+        shares = np.where(senders > 0, 2 * (ranks - 1) / ranks, 0.0)
     else:
         shares = np.where(senders > 1, 2 * (ranks - 1) / ranks, np.minimum(senders, 1.0))
     return BRANCHES * _once_a_block(shares)
@@ -189,7 +192,7 @@ def tensor_parallel_seconds(
     """How long the messages of `tensor_parallel_bytes` take over links that carry a byte in `seconds_per_byte` each
     way at once. latency: of a branch's messages in one direction, seconds."""
     shares = busiest_shares(layout, ranks)
-    messages = BRANCHES * _once_a_block(np.ones(ranks + 1)) * (shares > 0)
+    messages = BRANCHES * _once_a_block(np.ones(ranks + 1)) * (shares > 0) * (1 + (layout == "overlapped"))
     seconds = shares * activation_bytes * seconds_per_byte + messages * latency
     return _by_senders(operations, owner, ranks, seconds)
 
@@ -206,7 +209,9 @@ def active_ranks(active: npt.NDArray[np.bool_], owner: Ints, ranks: int) -> Ints
     return np.asarray(is_active.sum(axis=0))
 
 
-def _by_senders(operations: npt.NDArray[np.uint8], owner: Ints, ranks: int, of_senders: Floats) -> ByDirection:
+def _by_senders(
+    operations: npt.NDArray[np.uint8], owner: Ints, ranks: int, of_senders: Floats
+) -> ByDirection:
     """of_senders: float64 [active, senders], as `shares_of_senders`."""
     if owner.shape != operations.shape[1:] or owner.min() < 0 or owner.max() >= ranks:
         raise PlanError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,13 +48,15 @@ def waste(plan: SkipPlan, problem: PlanProblem) -> float:
     return excess if excess > BUDGET_EPSILON else 0.0
 
 
-def simulate(plan: SkipPlan, problem: PlanProblem, messages: ByDirection | None = None) -> Timing:
+def simulate(
+    plan: SkipPlan, problem: PlanProblem, with_messages: Callable[[Floats, Floats], ByDirection] | None = None
+) -> Timing:
     """The plan's step with tensor-parallel ranks that meet after the forward and the backward of every block, a 1F1B
     pipeline over the stages, and replicas that meet at the end or, if the problem says so, in every block. SHORTCUT's
     own cost counts as forward.
 
-    messages: time of every (row, block)'s messages, in the unit of the problem's costs, during which its ranks do
-        nothing else; None = none.
+    with_messages: from the time of the slowest rank's work in every (row, block), forward and backward, to that of work
+        and messages, in the unit of the problem's costs; None: there are no messages.
     """
     problem.require_shape(plan)
     shortcut, forward_only, full = problem.compute_cost
@@ -63,8 +66,9 @@ def simulate(plan: SkipPlan, problem: PlanProblem, messages: ByDirection | None 
     forward, backward = (work.max(axis=2) for work in own)
     if problem.replicas_meet:
         forward, backward = (_of_slowest_replica(times, problem.replicas) for times in (forward, backward))
-    if messages is not None:
-        forward, backward = forward + messages.forward, backward + messages.backward
+    if with_messages is not None:
+        both = with_messages(forward, backward)
+        forward, backward = both.forward, both.backward
     busy = (problem.used_compute(plan)) / problem.device_speed
     steps = []
     for replica in range(problem.replicas):

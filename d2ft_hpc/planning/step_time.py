@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d2ft_hpc.planning.messages import ByDirection, TokenLayout, tensor_parallel_seconds
+from d2ft_hpc.planning.messages import (
+    ByDirection,
+    Floats,
+    Ints,
+    TokenLayout,
+    active_ranks,
+    tensor_parallel_seconds,
+)
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import PlanProblem
 from d2ft_hpc.planning.simulate import simulate
@@ -37,19 +44,52 @@ class StepTime:
             seconds_per_byte=self.seconds_per_byte,
             latency=self.latency,
         )
-        forward, backward = messages.forward, messages.backward
-        share = 1 / problem.ranks if layout == "sharded" else 1.0
+        active, full = (
+            active_ranks(plan.operations >= least, problem.rank, problem.ranks)
+            for least in (Operation.FORWARD_ONLY, Operation.FULL)
+        )
+        between_stages = self._between_stages(plan, problem, layout)
+
+        def with_messages(forward_work: Floats, backward_work: Floats) -> ByDirection:
+            forward, backward = (
+                _with_messages(work, sent / self.seconds_per_cost, senders, layout)
+                for work, sent, senders in (
+                    (forward_work, messages.forward, active),
+                    (backward_work, messages.backward, full),
+                )
+            )
+            return ByDirection(
+                forward + between_stages.forward / self.seconds_per_cost,
+                backward + between_stages.backward / self.seconds_per_cost,
+            )
+
+        return self.seconds_per_cost * simulate(plan, problem, with_messages).step
+
+    def _between_stages(self, plan: SkipPlan, problem: PlanProblem, layout: TokenLayout) -> ByDirection:
+        """Seconds that the stage of each block sends after it, float64 [row, block]."""
+        share = 1.0 if layout == "replicated" else 1 / problem.ranks
         at_boundary = share * self.activation_bytes * self.seconds_per_byte
+        forward, backward = np.zeros((2, *plan.operations.shape[:2]))
         for stage in range(1, problem.stages):
             first = int(np.flatnonzero(problem.stage == stage)[0])
             trained_below = (plan.operations[:, :first] == Operation.FULL).any(axis=(1, 2))
-            forward[:, first - 1] += at_boundary
-            backward[:, first] += at_boundary * trained_below
-        in_costs = ByDirection(forward / self.seconds_per_cost, backward / self.seconds_per_cost)
-        return self.seconds_per_cost * simulate(plan, problem, in_costs).step
+            forward[:, first - 1] = at_boundary
+            backward[:, first] = at_boundary * trained_below
+        return ByDirection(forward, backward)
 
     def fastest(
         self, plan: SkipPlan, problem: PlanProblem, layouts: Sequence[TokenLayout]
     ) -> tuple[float, TokenLayout]:
         """The plan's seconds in the layout in which it is fastest, the first of equal ones; and that layout."""
         return min(((self.of(plan, problem, layout), layout) for layout in layouts), key=lambda pair: pair[0])
+
+
+def _with_messages(work: Floats, sent: Floats, senders: Ints, layout: TokenLayout) -> Floats:
+    """Time of work and messages, one after the other but in the overlapped layout. senders: ranks, int64 [row, block].
+
+    Overlapped, a half's work goes on while the other half's tokens come, or its sums leave; and where one rank sends,
+    these use a link's two directions at once.
+    """
+    if layout != "overlapped":
+        return work + sent
+    return work + sent - np.minimum(np.where(senders == 1, sent / 4 + work / 2, work), sent / 2)

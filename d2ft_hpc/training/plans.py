@@ -27,7 +27,9 @@ from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.metering import meter
 from d2ft_hpc.metering.memory import release_unused
 from d2ft_hpc.parallel.layout import Layout, Placement
-from d2ft_hpc.planning import PlanProblem, SkipPlan, plan_samples, solve
+from d2ft_hpc.parallel.part import tokens_of
+from d2ft_hpc.parallel.tensor import layouts_of
+from d2ft_hpc.planning import BUDGET_EPSILON, PlanProblem, SkipPlan, plan_samples, solve
 from d2ft_hpc.planning.messages import TokenLayout
 from d2ft_hpc.planning.step_time import StepTime
 from d2ft_hpc.scores import Scores, gradient_scores, weight_magnitude
@@ -218,7 +220,7 @@ def solve_here(
         placement=placement,
         most_full=None if costs.most_full is None else by_device(costs.most_full, job.layout),
         step_time=step_time(job, costs),
-        token_layouts=token_layouts(job.config.engine),
+        token_layouts=token_layouts(job),
     )
 
 
@@ -231,11 +233,10 @@ def _budget_from(job: Job, step: int) -> float:
     return job.config.plan.budget_between(step / total, min(step + steps, total) / total)
 
 
-def token_layouts(engine: EngineConfig) -> tuple[TokenLayout, ...]:
+def token_layouts(job: Job) -> tuple[TokenLayout, ...]:
     """Those that a plan may have."""
-    if engine.token_layout == "auto":
-        return ("replicated", "sharded")
-    return (engine.token_layout,)
+    configured = job.config.engine.token_layout
+    return layouts_of(job.model.blocks, tokens_of(job.model)) if configured == "auto" else (configured,)
 
 
 def step_time(job: Job, costs: PlanCosts) -> StepTime:
@@ -253,10 +254,10 @@ def step_time(job: Job, costs: PlanCosts) -> StepTime:
 
 def token_layout_of(plan: SkipPlan, job: Job, placement: Placement, costs: PlanCosts) -> TokenLayout:
     """The layout in which a plan runs: the same on every rank and in a resumed run, from what all have in common."""
-    allowed = token_layouts(job.config.engine)
+    allowed = token_layouts(job)
     if len(allowed) == 1 or plan.binding == "sample":
         return allowed[0]
-    equal = np.ones(plan.operations.shape)
+    config, equal = job.config.plan, np.ones(plan.operations.shape)
     problem = PlanProblem.parallel(
         equal,
         equal,
@@ -264,11 +265,20 @@ def token_layout_of(plan: SkipPlan, job: Job, placement: Placement, costs: PlanC
         rank=placement.owner,
         stage=placement.stage,
         compute_budget=1.0,
+        communication_budget=config.communication_budget,
+        messages=config.messages,
         forward_cost=costs.forward_share,
         device_speed=by_device(costs.device_speed, job.layout),
         replicas_meet=meets_every_block(job.config.engine),
     )
+    if (problem.used_communication(plan) > problem.budgets(BUDGET_EPSILON)[:, 1]).any():
+        allowed = _that_send_no_more("sharded", allowed)  # for which the plan was made
     return step_time(job, costs).fastest(plan, problem, allowed)[1]
+
+
+def _that_send_no_more(than: TokenLayout, layouts: Sequence[TokenLayout]) -> tuple[TokenLayout, ...]:
+    """Of these layouts, those in which no plan sends more than in another."""
+    return tuple(layout for layout in layouts if than == "replicated" or layout != "replicated")
 
 
 def by_device(of_ranks: Sequence[float], layout: Layout) -> list[float]:
@@ -338,7 +348,11 @@ def solve_slots(
             token_layout=token_layout,
         )
 
-    problems = [pose(layout) for layout in token_layouts]
+    problems = [
+        pose(layout)
+        for layout in token_layouts
+        if not (layout == "overlapped" and "sharded" in token_layouts)
+    ]  # which sends the same
     if config.messages == "by_head" or config.communication_budget is None:
         problems = problems[:1]  # the layout changes nothing for the planner
     plans = [solve(problem, config.planner, **_planner_options(config, seed)) for problem in problems]
@@ -346,7 +360,7 @@ def solve_slots(
     if len(plans) > 1:
         assert step_time is not None
         seconds = [
-            step_time.of(each, problem, problem.token_layout)
+            step_time.fastest(each, problem, _that_send_no_more(problem.token_layout, token_layouts))[0]
             for each, problem in zip(plans, problems, strict=True)
         ]
         plan = plans[int(np.argmin(seconds))]

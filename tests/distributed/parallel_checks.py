@@ -34,7 +34,7 @@ from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import SkipPlan
-from d2ft_hpc.planning.messages import TokenLayout
+from d2ft_hpc.planning.messages import LAYOUTS, TokenLayout
 from d2ft_hpc.scores import gradient_scores
 from tests.distributed import engine_checks
 from tests.distributed.engine_checks import (
@@ -370,6 +370,7 @@ DEFAULT = (
     "fp32 pp1 tp2 random adamw zero=3",
     "fp32 pp1 tp2 random adamw zero=2 embeddings=complete_path token_layout=sharded",
     "fp32 pp1 tp2 whole stages sgd zero=1 token_layout=sharded",
+    "fp32 pp1 tp2 whole blocks adamw zero=1 token_layout=overlapped",
     "scoring pp1 tp2 zero3",
     "user loop pp1 tp2 zero3",
     "sent pp1 tp2 replicated",
@@ -378,11 +379,13 @@ DEFAULT = (
     "fp32 pp2 tp2 whole blocks adamw zero=1 qk_norm=True",
     "bf16 pp2 tp2 whole blocks sgd zero=1",
     "fp32 pp2 tp2 random sgd clipping=0.05 embeddings=trained qk_norm=True token_layout=sharded",
-    "fp32 pp2 tp2 whole stages sgd recompute=True token_layout=sharded",
+    "fp32 pp2 tp2 whole stages sgd recompute=True token_layout=overlapped",
     "bf16 pp2 tp2 whole blocks sgd token_layout=sharded",
+    "bf16 pp2 tp2 random sgd zero=0 token_layout=overlapped",
     "missing gradients",
     "scoring pp2 tp2 zero1",
     "sent pp2 tp2 sharded",
+    "sent pp2 tp2 overlapped",
     "fp32 pp4 tp1 whole stages sgd zero=0",
 )
 """What the default tests run, on 4 ranks."""
@@ -423,13 +426,14 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
             add("whole stages", stages, tensor, "sgd", recompute=True)
         if tensor > 1:
             add("whole blocks", stages, tensor, "adamw", zero=1, qk_norm=True)
-            _add_sharded(add, stages, tensor)
+            for token_layout in LAYOUTS[1:]:
+                _add_sharded(add, stages, tensor, token_layout)
         if tensor > 1 and stages == 1:
             for zero in (2, 3):
                 add("random", stages, tensor, "adamw", zero=zero)
                 add("whole blocks", stages, tensor, "sgd", zero=zero)
                 add("whole blocks", stages, tensor, "sgd", "bf16", zero=zero)
-        for token_layout in ("replicated", "sharded")[: 1 + (tensor > 1)]:
+        for token_layout in LAYOUTS if tensor > 1 else LAYOUTS[:1]:
             sending = {"stages": stages, "tensor_ranks": tensor, "token_layout": token_layout}
             named[f"sent pp{stages} tp{tensor} {token_layout}"] = partial(check_sent, **sending)
     named["missing gradients"] = check_missing_gradients
@@ -438,9 +442,9 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
     return named
 
 
-def _add_sharded(add: Callable[..., None], stages: int, tensor: int) -> None:
+def _add_sharded(add: Callable[..., None], stages: int, tensor: int, token_layout: TokenLayout) -> None:
     """Ranks that each hold their own of the 17 tokens, which no number of ranks here divides."""
-    sharded = {"token_layout": "sharded"}
+    sharded = {"token_layout": token_layout}
     for kind in KINDS:
         for optimizer in ("sgd", "adamw"):
             for precision in ("fp32", "bf16"):

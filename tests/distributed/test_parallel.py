@@ -77,7 +77,7 @@ def test_tensor_parallel_messages_follow_the_plan(results: dict[str, Any]) -> No
         assert sent["forward only"] == {"allreduce": sums * one_sum}
         assert sent["full"] == {"allreduce": 2 * sums * one_sum}
         assert sent["one head"].get("allreduce", 0) == 0
-        assert sent["one head"]["broadcast"] == sums * one_sum
+        assert sent["one head"]["broadcast"] == sums * one_sum / 2  # one a block: the rank runs both branches
 
 
 def test_what_is_sent_is_what_the_message_model_says(results: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ def test_what_is_sent_is_what_the_message_model_says(results: dict[str, Any]) ->
         assert 0 <= unchanged <= 10_000, name
         for kind, both in of_kinds.items():
             # Each message's bytes on a ring are rounded; runs of 17 tokens that differ by one count as equal.
-            rounded = 400 + ("sharded" in name) * both["told"] / 17
+            rounded = 400 + ("replicated" not in name) * both["told"] / 17
             assert both["counted"] - both["told"] == pytest.approx(unchanged, abs=rounded), (name, kind)
     for layout in ("pp2 tp2 replicated", "pp2 tp2 sharded"):
         if (of_kinds := sent.get(f"sent {layout}")) is not None:

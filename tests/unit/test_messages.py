@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning import PlanProblem, SkipPlan, in_order, solve
 from d2ft_hpc.planning.messages import (
+    LAYOUTS,
     Replicas,
     active_ranks,
     busiest_shares,
@@ -90,7 +91,9 @@ def test_fsdp2_gathers_and_reduces_what_some_replica_runs():
 
 def test_a_communication_budget_by_meeting_counts_blocks_not_heads():
     operations = np.zeros((4, 2, 4), np.uint8)
-    operations[0, 0, 0] = 2  # one rank alone: a broadcast each way for both branches, a quarter of their all-reduces
+    operations[0, 0, 0] = (
+        2  # one rank alone: a broadcast each way for both branches, a quarter of their all-reduces
+    )
     operations[1, 0, 1:] = 1  # one head a rank is enough for the whole message
     problem = PlanProblem.parallel(
         np.ones(operations.shape),
@@ -162,22 +165,22 @@ def test_few_ranks_run_where_messages_are_scarcer_than_time():
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_the_busiest_link_of_the_sharded_layout_by_hand(ranks):
-    """One token a rank; messages counted one after the other, sent and received."""
+    """One token a rank; messages counted one after the other, sent and received: tokens first, then sums."""
     for active in range(1, ranks + 1):
         for senders in range(1, active + 1):
-            sent, received = np.zeros(ranks), np.zeros(ranks)
-            for _message in range(1 if active == 1 else 2):
-                for head_rank in range(senders):
-                    for other in set(range(ranks)) - {head_rank}:
-                        sent[other] += 1  # its token
-                        received[head_rank] += 1
-                        sent[head_rank] += 1  # the partial sum of that token
-                        received[other] += 1
-            assert max(sent.max(), received.max()) / ranks == pytest.approx(
+            tokens, sums = np.zeros((2, ranks)), np.zeros((2, ranks))  # sent and received
+            for head_rank in range(senders):
+                for other in set(range(ranks)) - {head_rank}:
+                    tokens[0, other] += 1
+                    tokens[1, head_rank] += 1
+                    sums[0, head_rank] += 1
+                    sums[1, other] += 1
+            times = 1 if active == 1 else 2
+            assert times * (tokens.max() + sums.max()) / ranks == pytest.approx(
                 busiest_shares("sharded", ranks)[active, senders]
             )
-            dense = 2 * ranks * (ranks - 1) * 2
-            assert sent.sum() / dense == pytest.approx(shares_of_senders("sharded", ranks)[active, senders])
+            sent, dense = times * (tokens[0].sum() + sums[0].sum()), 2 * ranks * (ranks - 1) * 2
+            assert sent / dense == pytest.approx(shares_of_senders("sharded", ranks)[active, senders])
 
 
 def test_the_layout_is_chosen_by_predicted_time():
@@ -193,12 +196,39 @@ def test_the_layout_is_chosen_by_predicted_time():
 
     # Both ranks FULL: 4 sums a row, in either layout a whole activation each way; the first layout is taken.
     assert chosen([[[2, 2]], [[2, 2]]]) == (pytest.approx(2 * (10 + 4 * 103)), "replicated")
-    # One rank alone: the sharded layout sends half an activation where a broadcast is a whole one, once each way.
-    assert chosen([[[2, 0]], [[0, 2]]]) == (pytest.approx(2 * (10 + 2 * 53)), "sharded")
+    # One rank alone: a broadcast each way for both branches, or half an activation to the rank and half from it.
+    assert chosen([[[2, 0]], [[0, 2]]]) == (pytest.approx(2 * (10 + 2 * 103)), "replicated")
     # One rank trains beside another: as many messages as branches.
-    assert chosen([[[2, 1]], [[1, 2]]]) == (pytest.approx(2 * (10 + 2 * 103 + 2 * 53)), "sharded")
+    assert chosen([[[2, 1]], [[1, 2]]]) == (pytest.approx(2 * (10 + 4 * 103)), "replicated")
     # Forward alone sends half as much; nothing where nothing runs.
     assert chosen([[[1, 1]], [[0, 0]]]) == (pytest.approx(4 + 2 * 103), "replicated")
+
+
+def test_halves_of_a_micro_batch_hide_work_behind_half_of_the_messages():
+    """By hand, as above: per row a FULL head works 4 s forward and 6 s backward beside messages of 200 s each way."""
+    problem = PlanProblem.parallel(
+        *np.ones((2, 2, 1, 2)), rank=in_order(1, 2, 2), compute_budget=1.0, forward_cost=0.4
+    )
+    dense = SkipPlan(np.full((2, 1, 2), 2, np.uint8), 1)
+    for seconds_per_byte, latency, chosen in (
+        (1.0, 1.0, (2 * 4 * 102, "overlapped")),  # all work is hidden; twice as many messages
+        (1.0, 3.0, (2 * (10 + 4 * 103), "replicated")),  # latency costs more than that saves
+        (0.02, 0.0, (2 * (10 + 2 * 4 - 2 * 2), "overlapped")),  # half of the messages is
+    ):
+        step_time = StepTime(
+            seconds_per_cost=10.0,
+            activation_bytes=100.0,
+            seconds_per_byte=seconds_per_byte,
+            latency=latency,
+        )
+        seconds, layout = step_time.fastest(dense, problem, LAYOUTS)
+        assert (pytest.approx(seconds), layout) == chosen
+    # One rank alone, whose messages of 100 s each way are tokens that come, then sums that leave. By quarters of them:
+    # tokens come until 25 and 50; work of 2 and 3 a half goes on from 25 and 50; sums leave from 50 + 2 (or 3) to 77
+    # forward and 78 backward.
+    alone = SkipPlan(np.array([[[2, 0]], [[0, 2]]], np.uint8), 1)
+    step_time = StepTime(seconds_per_cost=10.0, activation_bytes=100.0, seconds_per_byte=1.0, latency=0.0)
+    assert step_time.of(alone, problem, "overlapped") == pytest.approx(2 * (77 + 78))
 
 
 def test_a_boundary_between_stages_takes_time_only_where_something_is_sent():
