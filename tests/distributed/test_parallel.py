@@ -76,7 +76,8 @@ def test_tensor_parallel_messages_follow_the_plan(results: dict[str, Any]) -> No
         assert sent["shortcut"].get("allreduce", 0) == 0
         assert sent["forward only"] == {"allreduce": sums * one_sum}
         assert sent["full"] == {"allreduce": 2 * sums * one_sum}
-        assert sent["one head"].get("allreduce", 0) == 0
+        norms_and_row_biases = 6 * 48 * 4  # of a block, in bytes: the rank's gradients, once a step
+        assert sent["one head"]["allreduce"] == DEPTH * norms_and_row_biases
         assert sent["one head"]["broadcast"] == sums * one_sum / 2  # one a block: the rank runs both branches
 
 
