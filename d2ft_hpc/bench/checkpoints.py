@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from d2ft_hpc.bench.engine import Ratio
+from d2ft_hpc.bench.ratio import Ratio
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.launch import Control, agreed

@@ -149,8 +149,7 @@ def add_benches(benches: Any) -> None:
     step.add_argument(
         "--repeats",
         type=int,
-        default=30,
-        help="measured steps of each (default: 30); at least 5, where all take longer than two minutes",
+        help="measured steps of each (default: as many of 30 as two minutes allow, at least 5)",
     )
     step.add_argument("--peers", action="store_true", help="also time stochastic depth, drop path and LoRA")
     step.add_argument("--profile", action="store_true", help="where the time of dense and plan goes")

@@ -17,13 +17,13 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from scipy.stats import bootstrap
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.bench.bare import bare_engine, frozen_below
+from d2ft_hpc.bench.ratio import Ratio
 from d2ft_hpc.config import OptimizerConfig
 from d2ft_hpc.engines.ddp import DdpEngine
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
@@ -59,26 +59,6 @@ class Workload:
     device: torch.device
     pipeline_stages: int = 1
     tensor_parallel: int = 1
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Of step times; the interval holds the true median with 95 % confidence."""
-
-    median: float
-    low: float
-    high: float
-
-    @staticmethod
-    def of(seconds: np.ndarray, baseline: np.ndarray) -> Ratio:
-        """seconds, baseline: float64 [step], measured in turns."""
-        ratios = seconds / baseline
-        found = bootstrap((ratios,), np.median, confidence_level=0.95, method="percentile", rng=0)
-        interval = found.confidence_interval
-        return Ratio(float(np.median(ratios)), float(interval.low), float(interval.high))
-
-    def __str__(self) -> str:
-        return f"{self.median:.4f} (95 %: {self.low:.4f} to {self.high:.4f})"
 
 
 def overhead(workload: Workload, control: Control) -> dict[str, Any]:

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from d2ft_hpc.bench.engine import Ratio, alternate
+from d2ft_hpc.bench.engine import alternate
+from d2ft_hpc.bench.ratio import Ratio
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.metering import StepCosts, measure_costs, memory

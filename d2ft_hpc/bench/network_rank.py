@@ -1,4 +1,8 @@
-"""One rank of `bench network`: trains under a dense, the paper's and a makespan plan in turn, and counts."""
+"""One rank of `bench network`: trains under a dense, the paper's and a makespan plan in turn, and counts.
+
+Each plan runs in the layout of tokens that is fastest by prediction, the dense one too. A plan's ideal step is that
+prediction (`planning.step_time`) from the steps without throttle and the link's rate.
+"""
 
 from __future__ import annotations
 
@@ -107,13 +111,15 @@ def _run(control: Control, job: dict[str, Any]) -> None:
         "repeats": job["repeats"],
         "free_dense_seconds": free_dense,
         "free_always_seconds": free_always,
-        **{name: _told(setting, each, dense, ideal[name] / ideal["dense"]) for name, each in plans.items()},
+        **{name: _told(setting, each, dense, ideal[name], ideal["dense"]) for name, each in plans.items()},
     }
     if control.rank == 0:
         print(json.dumps(result), flush=True)
 
 
-def _told(setting: Setting, each: Measured, dense: Measured, ideal_step_ratio: float) -> dict[str, Any]:
+def _told(
+    setting: Setting, each: Measured, dense: Measured, ideal_seconds: float, dense_ideal_seconds: float
+) -> dict[str, Any]:
     step_seconds, sent = float(np.median(each.seconds)), float(np.median(each.bytes))
     ratios = [own / other for own, other in zip(each.seconds, dense.seconds, strict=True)]
     return {
@@ -122,7 +128,8 @@ def _told(setting: Setting, each: Measured, dense: Measured, ideal_step_ratio: f
         "ideal_bytes_ratio": each.told / dense.told,
         "step_seconds": step_seconds,
         "step_ratio": float(np.median(ratios)),
-        "ideal_step_ratio": ideal_step_ratio,
+        "ideal_step_seconds": ideal_seconds,
+        "ideal_step_ratio": ideal_seconds / dense_ideal_seconds,
         "counted_bytes": each.counted,
         "model_bytes": each.told,
         "token_layout": each.layout,

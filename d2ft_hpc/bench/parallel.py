@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
-from d2ft_hpc.bench.engine import Ratio, alternate
+from d2ft_hpc.bench.engine import alternate
+from d2ft_hpc.bench.ratio import Ratio
 from d2ft_hpc.config import OptimizerConfig
 from d2ft_hpc.engines.deepspeed import deepspeed_config
 from d2ft_hpc.engines.engine import MicroBatch

@@ -23,6 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from d2ft_hpc.bench.ratio import Ratio
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.metering import StepCosts, measure_costs
@@ -33,10 +34,20 @@ from d2ft_hpc.planning import Operation, SkipPlan
 Step = Callable[[], None]
 
 _WARM_UPS = 3
-_ENOUGH_REPEATS, _ENOUGH_SECONDS = 5, 120.0
+_REPEATS, _ENOUGH_REPEATS, _ENOUGH_SECONDS = 30, 5, 120.0
 """A slow comparison, as on a CPU, ends once it has both."""
-_ALWAYS = ("layer_norm", "norm_backward", "add_norm", "functor_add", "fused_add_", "reduce_kernel", "::add")
-"""In names of kernels and operators that run whatever heads do: norms, residuals, their gradients' sums."""
+_ALWAYS = (
+    "layer_norm",
+    "norm_backward",
+    "add_norm",
+    "functor_add",
+    "fused_add_",
+    "reduce_kernel",
+    "::add",
+    "mkldnn_convolution",
+)
+"""In names of kernels and operators that run whatever heads do: norms, residuals, their gradients' sums, and a CPU's
+embedding of patches."""
 _OF_HEADS = ("gelu", "nvjet", "gemm", "attention", "sdpa", "flash")
 """In names of those that belong to heads although they match above."""
 
@@ -61,7 +72,8 @@ class Sizes:
     """Pixels."""
     device: torch.device
     dtype: torch.dtype
-    repeats: int
+    repeats: int | None
+    """None: as many of `_REPEATS` as are done in `_ENOUGH_SECONDS`, but at least `_ENOUGH_REPEATS`."""
     """Fewer, but at least 5, where they take more than two minutes."""
 
 
@@ -78,7 +90,8 @@ def benchmark(sizes: Sizes, *, with_peers: bool = False, with_profile: bool = Fa
     """The JSON object that `d2ft-hpc bench step` ends with: seconds are medians, ratios medians of pairs in turn.
 
     time_ideal: the share of the dense time that no head owns, from the dense run's own profile, plus the plan's share
-    of the rest. flop_ideal: the plan's share of the FLOPs. efficiency, flop_efficiency: these over the ratio.
+    of the rest. flop_ideal: the plan's share of the FLOPs. efficiency, flop_efficiency: these over the ratio. Intervals
+    hold the true median of the pairs with 95 % confidence.
     """
     if with_peers and sizes.lora_rank is not None:
         raise ConfigError(
@@ -99,7 +112,8 @@ def benchmark(sizes: Sizes, *, with_peers: bool = False, with_profile: bool = Fa
     medians = {name: float(np.median(times)) for name, times in seconds.items()}
     rival = min((name for name in medians if name.startswith("dense")), key=lambda name: medians[name])
     always = _always_share(contenders["dense_eager" if sizes.device.type == "cpu" else rival].step, sizes)
-    ratio = float(np.median(seconds["plan"] / seconds[rival]))
+    over_rival = Ratio.of(seconds["plan"], seconds[rival])
+    ratio = over_rival.median
     shares = plan.shares()
     of_heads = shares[Operation.FULL] + shares[Operation.FORWARD_ONLY] * costs.forward_share
     time_ideal = always + (1 - always) * of_heads
@@ -119,10 +133,12 @@ def benchmark(sizes: Sizes, *, with_peers: bool = False, with_profile: bool = Fa
         "dense_seconds": medians[rival],
         "plan_seconds": medians["plan"],
         "ratio": ratio,
+        "ratio_interval": [over_rival.low, over_rival.high],
         "always_share": always,
         "time_ideal": time_ideal,
         "flop_ideal": costs.planned_share(plan),
         "efficiency": time_ideal / ratio,
+        "efficiency_interval": [time_ideal / over_rival.high, time_ideal / over_rival.low],
         "flop_efficiency": costs.planned_share(plan) / ratio,
         "full_plan_ratio": float(np.median(seconds["all_full"] / seconds[rival])),
         "dense_memory_bytes": contenders["all_full"].kept_bytes,
@@ -151,7 +167,8 @@ def describe(found: Mapping[str, Any]) -> str:
             f"{name:24}{1e3 * seconds:10.3f}  {seconds / found['dense_seconds']:.3f}"
             for name, seconds in found["seconds"].items()
         ),
-        f"ideal by time {found['time_ideal']:.3f}, reached {found['efficiency']:.3f} of it; "
+        f"ideal by time {found['time_ideal']:.3f}, reached {found['efficiency']:.3f} "
+        f"({found['efficiency_interval'][0]:.3f} to {found['efficiency_interval'][1]:.3f}) of it; "
         f"by FLOPs {found['flop_ideal']:.3f}, reached {found['flop_efficiency']:.3f}",
         f"kept for the backward: {found['plan_memory_bytes'] / 2**20:.0f} MiB of "
         f"{found['dense_memory_bytes'] / 2**20:.0f} ({found['memory_ratio']:.3f})",
@@ -362,8 +379,8 @@ def _in_turn(contenders: Mapping[str, Contender], sizes: Sizes) -> dict[str, np.
     # A CPU needs fewer: it has no clock to speed up, and every contender has run already.
     warm_ups = 1 if sizes.device.type == "cpu" else _WARM_UPS
     start = time.perf_counter()
-    for turn in range(warm_ups + sizes.repeats):
-        is_enough = turn >= warm_ups + _ENOUGH_REPEATS
+    for turn in range(warm_ups + (sizes.repeats or _REPEATS)):
+        is_enough = sizes.repeats is None and turn >= warm_ups + _ENOUGH_REPEATS
         if is_enough and time.perf_counter() - start > _ENOUGH_SECONDS:
             break
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
@@ -427,7 +444,7 @@ def _kind(name: str) -> str:
 
 _KINDS: dict[str, tuple[str, ...]] = {
     "attention": ("sdpa", "flash", "fmha", "attention", "cudnn::fusion"),
-    "matrix products": ("nvjet", "gemm", "splitk", "cutlass", "addmm", "::mm", "::bmm", "mkl"),
+    "matrix products": ("nvjet", "gemm", "splitk", "cutlass", "addmm", "::mm", "::bmm", "mkl_"),
     "GELU": ("gelu",),
     "weights by head": ("copy_heads", "index"),
     "heads joined": ("join_", "permute_stack", "catarray", "::cat"),
