@@ -79,12 +79,37 @@ class ReplicatedTokens(TokenMessages):
 
     def sum(self, tensor: Tensor, senders: Ranks) -> Tensor:
         """Over the group, in the tensor's place; of others than the senders it is zero."""
-        if len(senders) == 1:
+        if len(senders) > 1:
+            distributed.all_reduce(tensor, group=self.group)
+        elif senders and self.group.size() > 2 and distributed.get_backend(self.group) == "gloo":
+            self._pass_on(tensor, senders[0])
+        elif senders:
             sender = distributed.get_global_rank(self.group, senders[0])
             distributed.broadcast(tensor, sender, group=self.group)
-        elif senders:
-            distributed.all_reduce(tensor, group=self.group)
         return tensor
+
+    def _pass_on(self, tensor: Tensor, sender: int) -> None:
+        """A broadcast along a chain of ranks, each of which passes on a piece while the next one comes, as NCCL does.
+        gloo's own is a tree, whose root sends the whole to several ranks."""
+        ranks = self.group.size()
+        place = (self.rank - sender) % ranks
+        before, after = (
+            distributed.get_global_rank(self.group, (self.rank + step) % ranks) for step in (-1, 1)
+        )
+        pieces = tensor.view(-1).tensor_split(_PIECES)
+        coming = [distributed.irecv(piece, before, self.group) for piece in pieces] if place > 0 else []
+        leaving = []
+        for index, piece in enumerate(pieces):
+            if coming:
+                coming[index].wait()  # type: ignore[union-attr]
+            if place < ranks - 1:
+                leaving.append(distributed.isend(piece, after, self.group))
+        for work in leaving:
+            work.wait()  # type: ignore[union-attr]
+
+
+_PIECES = 8
+"""In which a tensor goes along a chain of ranks."""
 
 
 @dataclass(frozen=True)

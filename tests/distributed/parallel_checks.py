@@ -8,6 +8,7 @@ A check's result is the largest difference of any parameter, or a dict of facts;
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,9 +21,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
+from torch import distributed
 
 import d2ft_hpc
 from d2ft_hpc.engines.deepspeed import deepspeed_config
+from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
@@ -31,6 +34,7 @@ from d2ft_hpc.execution.executor import EmbeddingPolicy, attach
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import meter
 from d2ft_hpc.parallel.layout import Layout, Placement
+from d2ft_hpc.parallel.messages import ReplicatedTokens
 from d2ft_hpc.parallel.stages import cut_stages
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import SkipPlan
@@ -361,7 +365,23 @@ def check_sent(
     return sent
 
 
+def check_lone_senders(control: Control) -> list[bool]:
+    """Whether every rank has what a lone sender gave, for each sender and for tensors of few and of many numbers."""
+    import_deepspeed().init_distributed(auto_mpi_discovery=False)
+    messages = ReplicatedTokens(distributed.group.WORLD, control.rank)
+    found = []
+    for sender in range(control.world_size):
+        for shape in ((3,), (4, 17, 48)):
+            generator = torch.Generator().manual_seed(sender)
+            given = torch.randn(shape, generator=generator)
+            own = given.clone() if control.rank == sender else torch.zeros(shape)
+            same = torch.equal(messages.sum(own, (sender,)), given)
+            found.append(all(json.loads(part) for part in control.all_gather(json.dumps(same).encode())))
+    return found
+
+
 DEFAULT = (
+    "lone senders",
     "fp32 pp2 tp1 random adamw zero=1",
     "fp32 pp2 tp1 whole stages sgd zero=0",
     "user loop pp2 tp1 zero1",
@@ -437,6 +457,7 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
             sending = {"stages": stages, "tensor_ranks": tensor, "token_layout": token_layout}
             named[f"sent pp{stages} tp{tensor} {token_layout}"] = partial(check_sent, **sending)
     named["missing gradients"] = check_missing_gradients
+    named["lone senders"] = check_lone_senders
     if world_size == 2:
         named["messages"] = check_messages
     return named

@@ -81,6 +81,12 @@ def test_tensor_parallel_messages_follow_the_plan(results: dict[str, Any]) -> No
         assert sent["one head"]["broadcast"] == sums * one_sum / 2  # one a block: the rank runs both branches
 
 
+def test_a_lone_senders_tensor_reaches_every_rank(results: dict[str, Any]) -> None:
+    """On more than two ranks over gloo along a chain of them."""
+    assert len(results["lone senders"]) >= 4
+    assert all(results["lone senders"])
+
+
 def test_what_is_sent_is_what_the_message_model_says(results: dict[str, Any]) -> None:
     """Under every kind of plan, but for what no plan changes: losses, norms, shapes of a pipeline's messages."""
     sent = {name: result for name, result in results.items() if name.startswith("sent")}
