@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from d2ft_hpc.bench.network import bits_per_second
-from d2ft_hpc.bench.parallel import CLASSES, IMAGE_SIZE, PATCH_SIZE, TOKENS, Sizes
+from d2ft_hpc.bench.parallel import IMAGE_SIZE, TOKENS, Sizes
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.parallel.stages import cut_stages, layer_flops
@@ -42,14 +41,7 @@ def show(path: str) -> None:
     sizes = Sizes(**result["sizes"])
     stages, ranks = result["pipeline_stages"], result["tensor_parallel"]
     torch.manual_seed(0)
-    model = VisionTransformer(
-        img_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-        embed_dim=sizes.head_size * sizes.heads,
-        depth=sizes.blocks,
-        num_heads=sizes.heads,
-        num_classes=CLASSES,
-    )
+    model = sizes.model()
     costs = measure_costs(model, attach(model), IMAGES)
     shape = (sizes.micro_batches, sizes.blocks, sizes.heads)
     stage = np.zeros(sizes.blocks, int)

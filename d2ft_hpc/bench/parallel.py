@@ -43,6 +43,16 @@ class Sizes:
     head_size: int = 64
     """Channels of a head."""
 
+    def model(self) -> VisionTransformer:
+        return VisionTransformer(
+            img_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+            embed_dim=self.head_size * self.heads,
+            depth=self.blocks,
+            num_heads=self.heads,
+            num_classes=CLASSES,
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Setting:
@@ -93,14 +103,7 @@ def set_up(control: Control, *, stages: int, tensor_ranks: int, sizes: Sizes) ->
     """On all ranks together. Raises ConfigError if the ranks do not form whole replicas."""
     layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
     torch.manual_seed(0)
-    model = VisionTransformer(
-        img_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-        embed_dim=sizes.head_size * sizes.heads,
-        depth=sizes.blocks,
-        num_heads=sizes.heads,
-        num_classes=CLASSES,
-    )
+    model = sizes.model()
     executor = attach(model)
     costs = measure_costs(model, executor, (3, IMAGE_SIZE, IMAGE_SIZE))
     flops = layer_flops(model, costs, (3, IMAGE_SIZE, IMAGE_SIZE))

@@ -74,7 +74,6 @@ class Sizes:
     dtype: torch.dtype
     repeats: int | None
     """None: as many of `_REPEATS` as are done in `_ENOUGH_SECONDS`, but at least `_ENOUGH_REPEATS`."""
-    """Fewer, but at least 5, where they take more than two minutes."""
 
 
 @dataclass(frozen=True)

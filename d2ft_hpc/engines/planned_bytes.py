@@ -14,7 +14,7 @@ from d2ft_hpc.planning.messages import (
     DataParallel,
     Replicas,
     TokenLayout,
-    active_ranks,
+    active_and_full_ranks,
     fsdp2_bytes,
     pipeline_bytes,
     reduces_trained_blocks_only,
@@ -138,10 +138,7 @@ class PlannedBytes:
         )
         total += float(sums.forward.sum() + sums.backward.sum())
         # Gradients of which each rank has a part are summed once a step.
-        active, full = (
-            active_ranks(operations[:, blocks] >= least, placement.owner[blocks], ranks)
-            for least in (Operation.FORWARD_ONLY, Operation.FULL)
-        )
+        active, full = active_and_full_ranks(operations[:, blocks], placement.owner[blocks], ranks)
         alone = ((active == 1) & (full == 1)).any(axis=0)
         partial = np.where(alone | is_sharded, self._shared[blocks], self._by_head[blocks])
         total += ring_bytes("allreduce", float(partial[full.any(axis=0)].sum()), ranks)

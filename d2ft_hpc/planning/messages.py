@@ -209,6 +209,14 @@ def active_ranks(active: npt.NDArray[np.bool_], owner: Ints, ranks: int) -> Ints
     return np.asarray(is_active.sum(axis=0))
 
 
+def active_and_full_ranks(operations: npt.NDArray[np.uint8], owner: Ints, ranks: int) -> tuple[Ints, Ints]:
+    """How many ranks have a head that is not SHORTCUT, and a FULL one: int64 [row, block] each."""
+    return (
+        active_ranks(operations >= Operation.FORWARD_ONLY, owner, ranks),
+        active_ranks(operations == Operation.FULL, owner, ranks),
+    )
+
+
 def _by_senders(
     operations: npt.NDArray[np.uint8], owner: Ints, ranks: int, of_senders: Floats
 ) -> ByDirection:
@@ -218,7 +226,5 @@ def _by_senders(
             f"An owner map of shape {owner.shape} with ranks {owner.min()} to {owner.max()} does not fit "
             f"{operations.shape[1]} blocks x {operations.shape[2]} heads on {ranks} ranks."
         )
-    active, full = (
-        active_ranks(operations >= least, owner, ranks) for least in (Operation.FORWARD_ONLY, Operation.FULL)
-    )
+    active, full = active_and_full_ranks(operations, owner, ranks)
     return ByDirection(of_senders[active, active], of_senders[active, full])

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.messages import Floats as Floats
 from d2ft_hpc.planning.messages import Ints as Ints
-from d2ft_hpc.planning.messages import TokenLayout, active_ranks, shares_of_senders
+from d2ft_hpc.planning.messages import TokenLayout, active_and_full_ranks, shares_of_senders
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 
 BUDGET_EPSILON = 1e-9
@@ -337,10 +337,7 @@ class PlanProblem:
     def _meetings(self, plan: SkipPlan) -> Floats:
         """What the meetings of every device's stage send, float64 [device]."""
         shares = shares_of_senders(self.token_layout, self.ranks)
-        active, full = (
-            active_ranks(plan.operations >= least, self.rank, self.ranks)
-            for least in (Operation.FORWARD_ONLY, Operation.FULL)
-        )
+        active, full = active_and_full_ranks(plan.operations, self.rank, self.ranks)
         forward, backward = self.meeting_cost
         cost = forward * shares[active, active] + backward * shares[active, full]
         replica = np.arange(plan.num_rows) % self.replicas

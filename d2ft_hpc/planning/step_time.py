@@ -12,7 +12,7 @@ from d2ft_hpc.planning.messages import (
     Floats,
     Ints,
     TokenLayout,
-    active_ranks,
+    active_and_full_ranks,
     tensor_parallel_seconds,
 )
 from d2ft_hpc.planning.plan import Operation, SkipPlan
@@ -44,10 +44,7 @@ class StepTime:
             seconds_per_byte=self.seconds_per_byte,
             latency=self.latency,
         )
-        active, full = (
-            active_ranks(plan.operations >= least, problem.rank, problem.ranks)
-            for least in (Operation.FORWARD_ONLY, Operation.FULL)
-        )
+        active, full = active_and_full_ranks(plan.operations, problem.rank, problem.ranks)
         between_stages = self._between_stages(plan, problem, layout)
 
         def with_messages(forward_work: Floats, backward_work: Floats) -> ByDirection:

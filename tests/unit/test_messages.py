@@ -91,9 +91,8 @@ def test_fsdp2_gathers_and_reduces_what_some_replica_runs():
 
 def test_a_communication_budget_by_meeting_counts_blocks_not_heads():
     operations = np.zeros((4, 2, 4), np.uint8)
-    operations[0, 0, 0] = (
-        2  # one rank alone: a broadcast each way for both branches, a quarter of their all-reduces
-    )
+    # One rank alone: a broadcast each way for both branches, a quarter of their all-reduces.
+    operations[0, 0, 0] = 2
     operations[1, 0, 1:] = 1  # one head a rank is enough for the whole message
     problem = PlanProblem.parallel(
         np.ones(operations.shape),

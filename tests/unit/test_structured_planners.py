@@ -73,9 +73,8 @@ def every_plan(problem):
             np.asarray(sum(((own >= least) & (owner == r)).any(axis=3) for r in range(problem.ranks)))
             for least in (1, 2)
         )
-        once = np.where(
-            (active == 1) & (problem.ranks > 1), 0.5, 1.0
-        )  # a rank that is alone meets once a block
+        # A rank that is alone meets once a block.
+        once = np.where((active == 1) & (problem.ranks > 1), 0.5, 1.0)
         for cost, running in zip(problem.meeting_cost, (active, full), strict=True):
             share = [shares[problem.token_layout](k, problem.ranks) for k in range(problem.ranks + 1)]
             share = [float(k) for k in range(2)] if problem.ranks == 1 else share
