@@ -14,6 +14,8 @@ from d2ft_hpc.command import add_config, on_ranks, read_config
 from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.errors import UNFINISHED, PlanError
 from d2ft_hpc.launch.agree import note_failure
+from d2ft_hpc.launch.control import print_line
+from d2ft_hpc.safe_text import say
 
 if TYPE_CHECKING:
     import torch
@@ -170,7 +172,7 @@ def _plan(options: argparse.Namespace) -> int:
                     "There is nothing to plan from: name a run with scores, or a saved plan with --load."
                 )
             plan = SkipPlan.load(options.load)
-            print(plan_report.describe_alone(plan))
+            say(plan_report.describe_alone(plan))
             finish(plan)
             return
         problem = plan_report.pose(
@@ -187,7 +189,7 @@ def _plan(options: argparse.Namespace) -> int:
             plan = plan_report.load_checked(options.load, problem)
         else:
             plan = solve(problem, options.planner, **planner_options())
-        print(plan_report.describe(plan, problem))
+        say(plan_report.describe(plan, problem))
         finish(plan)
 
     def planner_options() -> dict[str, object]:
@@ -204,7 +206,7 @@ def _plan(options: argparse.Namespace) -> int:
         from d2ft_hpc.planning import SkipPlan
 
         if options.diff is not None:
-            print(plan_report.describe_difference(SkipPlan.load(options.diff), plan))
+            say(plan_report.describe_difference(SkipPlan.load(options.diff), plan))
         if options.save is not None:
             plan.save(options.save)
         if options.png is not None:
@@ -238,7 +240,7 @@ def _data_info(options: argparse.Namespace) -> int:
     def run() -> None:
         from d2ft_hpc.data.packed import describe
 
-        print(describe(options.file))
+        say(describe(options.file))
 
     return run_guarded(None, run)
 
@@ -273,14 +275,14 @@ def _train_each(files: Sequence[Path], overrides: Sequence[str]) -> int:
         load_config(file, overrides)  # faults show before the first run starts
     failed = []
     for file in files:
-        print(f"==> {file}", flush=True)
+        say(f"==> {file}")
         status = subprocess.run([sys.executable, "-m", "d2ft_hpc", "train", str(file), *overrides]).returncode
         if status == 130:
             return status
         if status:
             failed.append(str(file))
     if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+        print_line(f"failed: {', '.join(failed)}")
     return int(bool(failed))
 
 
@@ -291,7 +293,7 @@ def _train_connected(config: RunConfig, signals: StopSignals) -> int:
         if not train(config, control, device, launcher, watch):
             return UNFINISHED
         if control.rank == 0:
-            print(f"results in {config.run_folder / 'results.h5'}")
+            say(f"results in {config.run_folder / 'results.h5'}")
         return 0
 
     return on_ranks(config, train, signals)
@@ -308,7 +310,7 @@ def _score(options: argparse.Namespace) -> int:
 
             score(options.output, config, control, device, launcher, watch)
             if control.rank == 0:
-                print(f"scores in {options.output}")
+                say(f"scores in {options.output}")
             return 0
 
         return on_ranks(config, score)
@@ -328,8 +330,8 @@ def _report(options: argparse.Namespace) -> int:
     from d2ft_hpc.report import report
 
     def run() -> None:
-        print(report(options.runs, page=options.html, png=options.png))
-        print(f"page: {options.html}")
+        say(report(options.runs, page=options.html, png=options.png))
+        say(f"page: {options.html}")
 
     return run_guarded(None, run)
 

@@ -37,11 +37,11 @@ Tree = dict[str, Any]
 """Of mappings, lists, text and `Scalar`."""
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
     """YAML 1.1 with `1e-4` as a number, every key as text, and neither dates nor other kinds of values."""
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc,unused-ignore]
     """Quotes whatever `_Loader` would not read as text."""
 
 
@@ -108,7 +108,7 @@ def plain(tree: Any) -> Any:
 
 def to_yaml(values: dict[str, Any]) -> str:
     """Plain values as YAML that reads back as the same values."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6))
 
 
 def read_values(path: Path) -> dict[str, Any]:

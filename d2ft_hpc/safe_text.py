@@ -41,6 +41,11 @@ def one_line(text: str) -> str:
     return printable(" ".join(text.splitlines()))
 
 
+def say(text: str) -> None:
+    """Prints to stdout what may hold words of files or names."""
+    print(printable(text), flush=True)
+
+
 def shown(value: Any) -> str:
     """A value as a message shows it: as Python writes it, the middle left out if it is long."""
     text = repr(value)

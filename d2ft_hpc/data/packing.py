@@ -22,6 +22,7 @@ from d2ft_hpc.data.packed import FORMAT, VERSION, describe
 from d2ft_hpc.data.sources import StoredSplit, open_source
 from d2ft_hpc.data.workers import worker_options
 from d2ft_hpc.errors import DataError
+from d2ft_hpc.safe_text import say
 
 Encoding = Literal["pixels", "original", "jpeg"]
 BATCH = 64
@@ -50,7 +51,7 @@ def pack_by_name(
         files = size is None and name in ("image_folder", "stanford_cars")
         encoding = "original" if files else "pixels"
     pack(sources, output, encoding=encoding, size=size, quality=quality, workers=workers)
-    print(describe(output))
+    say(describe(output))
 
 
 def pack(

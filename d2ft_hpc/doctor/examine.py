@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from d2ft_hpc.config import RunConfig, load_config
@@ -12,6 +14,7 @@ from d2ft_hpc.doctor.finding import Finding, as_json, as_text, of_all_ranks, of_
 from d2ft_hpc.errors import ConfigError, LaunchError
 from d2ft_hpc.launch import Control, LaunchEnvironment, connect, detect, device_type_of
 from d2ft_hpc.launch.control import FRAGILE_START, MpiControl, SoloControl
+from d2ft_hpc.safe_text import say
 
 
 def examine(path: Path, overrides: Sequence[str], *, json: bool) -> int:
@@ -32,12 +35,13 @@ def examine(path: Path, overrides: Sequence[str], *, json: bool) -> int:
         if control is not None:
             findings += _checks(config, control, left)
     except ConfigError as error:
-        rank = int(os.environ.get("SLURM_PROCID") or os.environ.get("PMI_RANK") or 0)
+        with suppress(LaunchError):
+            rank = detect().rank
         findings.append(of_error("config", error, "correct the key"))
     except LaunchError as error:
         findings.append(of_error("ranks", error, "start with mpirun, srun, torchrun or deepspeed"))
     if rank == 0:
-        print(as_json(findings) if json else as_text(findings), flush=True)
+        say(as_json(findings) if json else as_text(findings))
     if control is not None:
         control.close()
     return int(any(finding.status == "failed" for finding in findings))
@@ -46,7 +50,7 @@ def examine(path: Path, overrides: Sequence[str], *, json: bool) -> int:
 def seconds_left() -> float | None:
     """Until Slurm's time limit; None without one."""
     end = os.environ.get("SLURM_JOB_END_TIME", "")
-    return float(end) - time.time() if end.isdigit() else None
+    return float(end) - time.time() if re.fullmatch("[0-9]{1,12}", end) else None
 
 
 def _meet(config: RunConfig, environment: LaunchEnvironment) -> tuple[Control | None, Finding]:

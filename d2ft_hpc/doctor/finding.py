@@ -9,6 +9,7 @@ from typing import Literal
 
 from d2ft_hpc.launch import Control
 from d2ft_hpc.launch.control import describe_ranks
+from d2ft_hpc.safe_text import one_line
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ def of_all_ranks(control: Control, own: Sequence[Finding]) -> list[Finding]:
 def as_text(findings: Sequence[Finding]) -> str:
     lines = []
     for finding in findings:
-        lines.append(f"{finding.status:8} {finding.check:10} {finding.text}")
+        lines.append(f"{finding.status:8} {finding.check:10} {one_line(finding.text)}")
         if finding.fix:
-            lines.append(f"{'':19} fix: {finding.fix}")
+            lines.append(f"{'':19} fix: {one_line(finding.fix)}")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from d2ft_hpc.figures.run import Run, share, total
 from d2ft_hpc.figures.style import COLOURS, name_ticks, new_figure, number, short
 from d2ft_hpc.planning.messages import reduces_trained_blocks_only
+from d2ft_hpc.safe_text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,7 +113,7 @@ def notes(numbers: dict[str, Any]) -> list[str]:
 
 def as_text(numbers: dict[str, Any]) -> str:
     """The table for a terminal, with the path of each run, and notes."""
-    rows = table(numbers)
+    rows = [[one_line(cell) for cell in row] for row in table(numbers)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -122,7 +123,7 @@ def as_text(numbers: dict[str, Any]) -> str:
     head, body = lines[:3], lines[3:]
     rule = "-" * max(map(len, lines))
     for i, run in enumerate(numbers["runs"]):
-        body[i] += f"\n    {run['path']}" + ("" if run["complete"] else "  (did not end in order)")
+        body[i] += f"\n    {one_line(run['path'])}" + ("" if run["complete"] else "  (did not end in order)")
     return "\n".join([*head, rule, *body, *notes(numbers)])
 
 

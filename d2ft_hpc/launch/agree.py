@@ -16,6 +16,7 @@ from d2ft_hpc import errors
 from d2ft_hpc.errors import UNFINISHED, D2ftError, LaunchError, LostRankError
 from d2ft_hpc.launch.control import GRACE_SECONDS, Control, describe_ranks, print_line
 from d2ft_hpc.launch.environment import detect
+from d2ft_hpc.safe_text import one_line, printable, scrubbed
 
 # Faults of the world outside; anything else is a bug and keeps its traceback.
 FAULTS = (D2ftError, OSError, ValueError, RuntimeError)
@@ -145,7 +146,7 @@ def note_failure(message: str, status: int = 1) -> None:
     path = os.environ.get(FAILURE_FILE)
     if path and status != UNFINISHED:
         with suppress(OSError):  # the message is told in any case
-            Path(path).write_text(message + "\n", encoding="utf-8")
+            Path(path).write_text(scrubbed(one_line(message)) + "\n", encoding="utf-8")
 
 
 def _tell(control: Control | None, error: D2ftError, before_abort: Callable[[str], None]) -> int:
@@ -183,12 +184,12 @@ def _save_traceback(control: Control | None, error: Exception, run_folder: Path 
         path = run_folder / "errors" / f"rank-{_place(control)[0]}.txt"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            path.write_text(scrubbed("".join(traceback.format_exception(error))), encoding="utf-8")
         except OSError:
             pass  # a full or unwritable disk may be the very fault: stderr is left
         else:
             return f" (traceback in {path})"
-    traceback.print_exception(error)
+    print(scrubbed(printable("".join(traceback.format_exception(error)))), end="", file=sys.stderr)
     return " (traceback above)"
 
 

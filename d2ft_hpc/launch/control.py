@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from d2ft_hpc.errors import LaunchError, LostRankError
 from d2ft_hpc.launch.gather import DoneGather, GlooGather, MpiGather, PendingGather
+from d2ft_hpc.safe_text import one_line, scrubbed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,10 +90,10 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def print_line(text: str) -> None:
-    """Write one line to stderr in one piece, after what this process wrote before it."""
+    """Write one line to stderr in one piece, after what this process wrote before it, as `safe_text` makes it safe."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.write(2, (" ".join(text.splitlines()) + "\n").encode(errors="replace"))
+    os.write(2, (scrubbed(one_line(text)) + "\n").encode(errors="replace"))
 
 
 class SoloControl:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from d2ft_hpc.errors import LaunchError
+from d2ft_hpc.safe_text import shown
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ SINGLE_PROCESS = "single process"
 
 # Slurm numbers the batch script, the shell of salloc and the like as steps from here up (slurm.h).
 _FIRST_RESERVED_STEP = 0xFFFFFFF0
+_LAST_PORT = 65535
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def detect(environ: Mapping[str, str] = os.environ) -> LaunchEnvironment:
 
     Raises LaunchError if variables are missing, are no numbers, or contradict each other.
     """
+    _check_port(environ)
     for name, launcher in LAUNCHERS.items():
         if environ.get(launcher.marker) and not _is_shell_of_an_allocation(launcher, environ):
             return _read(name, launcher, environ)
@@ -115,8 +119,7 @@ def _read(name: str, launcher: Launcher, environ: Mapping[str, str]) -> LaunchEn
             f"{name} says rank {rank}, local rank {local_rank} of {world_size} ranks, which cannot be. Look"
             " for variables left over in the environment from another launcher."
         )
-    torch_size = environ.get("WORLD_SIZE")
-    if torch_size and torch_size != str(world_size):
+    if environ.get("WORLD_SIZE") and (torch_size := _number("WORLD_SIZE", environ)) != world_size:
         raise LaunchError(
             f"WORLD_SIZE={torch_size} is set, but {name} started {world_size} ranks. Unset WORLD_SIZE or"
             f" start {torch_size} ranks."
@@ -124,8 +127,19 @@ def _read(name: str, launcher: Launcher, environ: Mapping[str, str]) -> LaunchEn
     return LaunchEnvironment(name, rank, local_rank, world_size, launcher.uses_mpi)
 
 
+def _check_port(environ: Mapping[str, str]) -> None:
+    """Of torch.distributed's rendezvous, which is read later, whatever the launcher."""
+    if environ.get("MASTER_PORT") and not 0 <= _number("MASTER_PORT", environ) <= _LAST_PORT:
+        raise LaunchError(
+            f"environment variable MASTER_PORT={environ['MASTER_PORT']} is no port: set a number from 1 to "
+            f"{_LAST_PORT}, or unset it"
+        )
+
+
 def _number(name: str, environ: Mapping[str, str]) -> int:
-    try:
-        return int(environ[name])
-    except ValueError:
-        raise LaunchError(f"environment variable {name}={environ[name]!r} is not a whole number") from None
+    text = environ[name]
+    if not re.fullmatch(r"-?[0-9]{1,12}", text):
+        raise LaunchError(
+            f"environment variable {name}={shown(text)} is not a whole number: correct it, or unset it"
+        )
+    return int(text)

@@ -6,11 +6,14 @@ import difflib
 from typing import Any
 
 import timm
+import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import d2ft_hpc.demo.model  # noqa: F401  (makes timm know the demo's model)
 from d2ft_hpc.errors import CheckpointError, ConfigError, UnsupportedModelError
+from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.model.weights import check_complete, find_weights
+from d2ft_hpc.safe_text import shown
 
 
 def build_model(
@@ -21,10 +24,13 @@ def build_model(
     weights: see `find_weights`. Position embeddings and patch projection are resampled to the model's image and patch
     size as timm does (`options`: img_size, patch_size, ...); a classifier of another size is dropped.
 
-    Raises ConfigError (unknown name or option), CheckpointError (unreadable or unfitting weights) or
-    UnsupportedModelError (not a vision transformer).
+    Raises ConfigError (unknown name, options that do not fit), CheckpointError (unreadable or unfitting weights) or
+    UnsupportedModelError (cannot be cut by head), the first and the last before any weights are looked for.
     """
     _check_name(name)
+    given = options or {}
+    _check_options(name, given)
+    _check_draft(name, num_classes, given)
     source = find_weights(weights)
     try:
         model = timm.create_model(
@@ -32,24 +38,83 @@ def build_model(
             pretrained=source is not None,
             num_classes=num_classes,
             **({"pretrained_cfg_overlay": source.overlay} if source and source.overlay else {}),
-            **(options or {}),
+            **given,
         )
-    except TypeError as error:
-        raise ConfigError(f"model.options={options}: not accepted by {name}: {error}") from error
     except Exception as error:  # timm, the hub and torch raise many kinds here
         if source is None:
-            raise
+            raise _unfit(name, given, error) from error
         fix = "" if source.file else _HUB_FIX
         raise CheckpointError(
             f"model.weights={weights}: cannot be loaded into {name}: {_first_line(error)}{fix}"
         ) from error
-    if not isinstance(model, VisionTransformer):
-        raise UnsupportedModelError(
-            f"model.name={name!r} is a {type(model).__name__}, not a timm VisionTransformer"
-        )
     if source and source.file:
         check_complete(source.file, model, name)
     return model
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    for key, value in options.items():
+        if key in _SET_ELSEWHERE:
+            raise ConfigError(f"model.options.{key}={shown(value)}: {_SET_ELSEWHERE[key]}; remove it")
+    channels, drop_path = options.get("in_chans", 3), options.get("drop_path_rate", 0)
+    if channels != 3:
+        raise ConfigError(
+            f"model.options.in_chans={shown(channels)}: images have 3 channels, grey ones too; remove it"
+        )
+    if not isinstance(drop_path, float | int) or not 0 <= drop_path < 1:
+        raise ConfigError(
+            f"model.options.drop_path_rate={shown(drop_path)}: a share of samples, from 0 to below 1"
+        )
+
+
+_SET_ELSEWHERE = {
+    "num_classes": "the data set's classes are counted",
+    **dict.fromkeys(
+        ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
+        "model.weights says where weights come from",
+    ),
+    **dict.fromkeys(("device", "dtype"), "engine.device and engine.precision say so"),
+}
+"""Options of timm.create_model that are decided by something else."""
+
+
+def _check_draft(name: str, num_classes: int, options: dict[str, Any]) -> None:
+    """Makes the model without weights or memory for them, and looks at its parts and at the form of its output."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            try:
+                with torch.device("meta"):
+                    draft = timm.create_model(name, num_classes=num_classes, **options)
+            except RuntimeError as error:
+                if "meta" not in str(error):  # older versions of timm look at values while they make a model
+                    raise
+                draft = timm.create_model(name, num_classes=num_classes, **options).to("meta")
+    except Exception as error:
+        raise _unfit(name, options, error) from error
+    if not isinstance(draft, VisionTransformer):
+        raise UnsupportedModelError(
+            f"model.name={name!r} is a {type(draft).__name__}, not a timm VisionTransformer"
+        )
+    try:
+        SubnetMap.of(draft)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"model.name={name!r}: {error}") from error
+    size = draft.patch_embed.img_size or draft.pretrained_cfg["input_size"][-2:]
+    try:
+        shape = tuple(draft(torch.empty(2, 3, *size, device="meta")).shape)
+    except Exception as error:
+        raise _unfit(name, options, error) from error
+    if shape != (2, num_classes):
+        raise ConfigError(
+            f"model.options={shown(options)}: {name} then gives {shape} for 2 images instead of a number for each "
+            f"class; correct or remove them"
+        )
+
+
+def _unfit(name: str, options: dict[str, Any], error: Exception) -> ConfigError:
+    return ConfigError(
+        f"model.options={shown(options)}: {name} cannot be made with them: {_first_line(error)}; correct or remove them"
+    )
 
 
 def pixel_statistics(name: str, weights: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -75,7 +140,8 @@ def _check_name(name: str) -> None:
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models("*vit*"), n=1, cutoff=0.3)
         raise ConfigError(
-            f"model.name={name!r}: timm has no such model" + (f"; did you mean {close[0]}?" if close else "")
+            f"model.name={shown(name)}: timm has no such model"
+            + (f"; did you mean {close[0]}?" if close else "")
         )
     architecture, _, tag = name.partition(".")
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]

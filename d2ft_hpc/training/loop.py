@@ -28,6 +28,7 @@ from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.messages import TokenLayout
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.results.layout import rank_file
+from d2ft_hpc.safe_text import say
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.board import Board
 from d2ft_hpc.training.boundary import StepBoundary
@@ -70,7 +71,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     start = choose_start(config, control)
     if start.finished:
         if control.rank == 0:
-            print(f"{config.run_folder} is finished: nothing is left to do")
+            say(f"{config.run_folder} is finished: nothing is left to do")
         return True
     with agreed(control, "set-up"):
         replicas = layout_of(config, control).replicas
@@ -97,7 +98,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
                 source = str(start.checkpoint or "the beginning")
                 run_folder.record_launch(config, control, environment, source)
                 if config.results.tensorboard:
-                    board = stack.enter_context(closing(Board(config.run_folder / "tensorboard")))
+                    board = stack.enter_context(closing(Board(config.run_folder / run_folder.TENSORBOARD)))
             if config.results.file_per_rank:
                 own_writer = stack.enter_context(_open_own_results(job, start))
             run_folder.open_log(config.run_folder, control.rank)

@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TextIO
 
+from d2ft_hpc.safe_text import one_line
+
 _TERMINAL_SECONDS = 0.3
 _FILE_SECONDS = 10.0
 
@@ -32,7 +34,7 @@ class Progress:
         """A line of its own, which stays."""
         if self._shown:
             self._wipe()
-            print(text, flush=True, file=self._stream)
+            print(one_line(text), flush=True, file=self._stream)
 
     def evaluated(self, accuracy: float, seconds: float) -> None:
         """The accuracy to show from now on; the seconds do not count as steps."""

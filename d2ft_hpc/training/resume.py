@@ -73,9 +73,11 @@ def fitted_to_ranks(config: RunConfig, position: Position, ranks: int) -> RunCon
 
 
 def _choose(config: RunConfig) -> Start:
-    if config.train.resume is False:
-        return Start()
     folder = config.run_folder
+    if config.train.resume is False:
+        run_folder.check_free(folder)
+        return Start()
+    run_folder.check_ours(folder)
     before = run_folder.read_config(folder)
     if before is not None:
         _check_same(before, config)

@@ -1,7 +1,8 @@
 """A run's folder is a contract: what is in it, and under which name.
 
 config.yaml           the effective configuration, every default filled in
-launches.jsonl        one line for each start of the run: when, where, which code, versions and settings
+launches.jsonl        one line for each start of the run: when, where, which code, versions and settings; by it a
+                      folder is known as a run's
 results.h5            everything measured (`results.schema`)
 model.safetensors     the trained weights in timm's names, once the run is finished
 adapter/              of a run with model.lora: the trained factors, as peft reads them
@@ -18,7 +19,6 @@ import json
 import logging
 import os
 import platform
-import re
 import socket
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -30,6 +30,8 @@ from d2ft_hpc.config import RunConfig
 from d2ft_hpc.config_file import read_values
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.launch import Control
+from d2ft_hpc.results.layout import rank_file, segments_folder
+from d2ft_hpc.safe_text import printable, scrubbed
 
 CONFIG = "config.yaml"
 LAUNCHES = "launches.jsonl"
@@ -37,20 +39,65 @@ RESULTS = "results.h5"
 MODEL = "model.safetensors"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
 
-_RECORDED = re.compile(
-    r"(SLURM|OMP|MKL|NCCL|GLOO|UCX|FI|MPICH|I_MPI|OMPI_MCA|PMI|TORCH|PYTORCH|CUDA|HDF5|HF_HUB)_\w+|MASTER_\w+|PATH"
+_WRITTEN = (
+    *(RESULTS, segments_folder(Path(RESULTS)).name, rank_file(Path(RESULTS), 0).parent.name),
+    *(CONFIG, LAUNCHES, MODEL, ADAPTER, CHECKPOINTS, TENSORBOARD),
 )
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|JWT|CREDENTIAL|AUTH", re.IGNORECASE)
+"""What a run writes and would write over."""
+
+_RECORDED = frozenset(
+    [
+        "PATH", "MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "OMP_PROC_BIND",
+        "OMP_PLACES", "MKL_NUM_THREADS", "KMP_AFFINITY", "SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_JOB_NAME",
+        "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES", "SLURM_JOB_START_TIME",
+        "SLURM_JOB_END_TIME", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_NNODES",
+        "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE",
+        "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE", "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_STEP_ID",
+        "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID",
+        "SLURM_CPU_BIND", "SLURM_DISTRIBUTION", "SLURM_MPI_TYPE", "PMI_RANK", "PMI_SIZE", "PMI_JOBID", "PMIX_RANK",
+        "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_MCA_btl", "OMPI_MCA_pml", "OMPI_MCA_mtl", "OMPI_MCA_btl_tcp_if_include",
+        "OMPI_MCA_oob_tcp_if_include", "MPICH_GPU_SUPPORT_ENABLED", "MPICH_OFI_NIC_POLICY", "MPIR_CVAR_CH4_NETMOD",
+        "MPIR_CVAR_NOLOCAL", "I_MPI_FABRICS", "I_MPI_OFI_PROVIDER", "I_MPI_PMI_LIBRARY", "UCX_TLS", "UCX_NET_DEVICES",
+        "FI_PROVIDER", "FI_CXI_RX_MATCH_MODE", "FI_TCP_IFACE", "GLOO_SOCKET_IFNAME", "NCCL_ALGO", "NCCL_BUFFSIZE",
+        "NCCL_CROSS_NIC", "NCCL_DEBUG", "NCCL_IB_DISABLE", "NCCL_IB_GID_INDEX", "NCCL_IB_HCA", "NCCL_IB_TIMEOUT",
+        "NCCL_NET", "NCCL_NET_GDR_LEVEL", "NCCL_NVLS_ENABLE", "NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL",
+        "NCCL_PROTO", "NCCL_SHM_DISABLE", "NCCL_SOCKET_IFNAME", "NCCL_TOPO_FILE", "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+        "TORCH_NCCL_BLOCKING_WAIT", "TORCH_DISTRIBUTED_DEBUG", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT",
+        "TORCHELASTIC_MAX_RESTARTS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_VISIBLE_DEVICES",
+        "CUDA_DEVICE_ORDER", "CUDA_LAUNCH_BLOCKING", "CUDA_DEVICE_MAX_CONNECTIONS", "CUBLAS_WORKSPACE_CONFIG", "HDF5_USE_FILE_LOCKING",
+        "HF_HUB_OFFLINE",
+    ]
+)  # fmt: skip
+"""Variables that steer launchers and libraries. Named one by one, since others carry whole environments and logins."""
+
+
+def check_free(folder: Path) -> None:
+    """Raises ConfigError where a new run would write over what is in its folder already."""
+    there = [name for name in _WRITTEN if os.path.lexists(folder / name)]
+    if there:
+        raise ConfigError(
+            f"{folder / there[0]} exists already and is not overwritten: choose another output folder (run.name or "
+            f"run.folder), or train.resume=auto to go on with a run of this folder"
+        )
+
+
+def check_ours(folder: Path) -> None:
+    """Raises ConfigError where what is in a folder that a run is to go on in was not written by a run."""
+    there = [name for name in (CONFIG, MODEL, ADAPTER) if os.path.lexists(folder / name)]
+    if there and not (folder / LAUNCHES).is_file():
+        raise ConfigError(
+            f"{folder / there[0]}: not of a run, since {LAUNCHES} is absent beside it, and not overwritten; choose "
+            f"another output folder (run.name or run.folder)"
+        )
 
 
 def record_launch(config: RunConfig, control: Control, environment: Mapping[str, Any], start: str) -> None:
-    """Writes the configuration and a line on this start; on rank 0. `start` says from where the run goes on."""
+    """Writes a line on this start and the configuration; on rank 0. `start` says from where the run goes on."""
     folder = config.run_folder
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{CONFIG}.tmp"
-    temporary.write_text(config.to_yaml(), encoding="utf-8")
-    os.replace(temporary, folder / CONFIG)
     line = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "start": start,
@@ -59,8 +106,15 @@ def record_launch(config: RunConfig, control: Control, environment: Mapping[str,
         "environment": dict(environment),
         "variables": recorded_variables(os.environ),
     }
+    # First, since by this file a folder is known as a run's.
     with (folder / LAUNCHES).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+    temporary = folder / f".{CONFIG}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(config.to_yaml())
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut may leave the new name with nothing behind it
+    os.replace(temporary, folder / CONFIG)
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -87,11 +141,7 @@ def describe_code() -> dict[str, str]:
 
 def recorded_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables that steer launchers and libraries, without anything that may be a secret."""
-    return {
-        name: value
-        for name, value in sorted(environ.items())
-        if _RECORDED.fullmatch(name) and not _SECRET.search(name)
-    }
+    return {name: scrubbed(value) for name, value in sorted(environ.items()) if name in _RECORDED}
 
 
 def _commit(git: Path) -> str:
@@ -113,13 +163,20 @@ def _commit(git: Path) -> str:
         return "unknown"
 
 
+class _SafeFormatter(logging.Formatter):
+    """Without secrets and control characters, tracebacks included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return scrubbed(printable(super().format(record)))
+
+
 def open_log(folder: Path, rank: int) -> None:
     """Sends this rank's log records, warnings and fatal signals' tracebacks to logs/rank-R.log as well."""
     path = folder / "logs" / f"rank-{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a", encoding="utf-8")
     handler = logging.StreamHandler(file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_SafeFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     logging.getLogger("d2ft_hpc").setLevel(logging.INFO)

@@ -156,8 +156,10 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
     assert choose_start(config_in(tmp_path, "train.resume=auto"), SoloControl()).checkpoint is None
     with pytest.raises(CheckpointError, match="no checkpoint"):
         choose_start(config_in(tmp_path, "train.resume=true"), SoloControl())
-    begun(tmp_path)
     assert choose_start(config_in(tmp_path), SoloControl()).checkpoint is None
+    begun(tmp_path)
+    with pytest.raises(ConfigError, match=r"config\.yaml exists already and is not overwritten.*resume=auto"):
+        choose_start(config_in(tmp_path), SoloControl())
     for resume in ("auto", "true"):
         start = choose_start(config_in(tmp_path, f"train.resume={resume}", "train.epochs=9"), SoloControl())
         assert start.checkpoint is not None
@@ -192,9 +194,21 @@ def test_ranks_that_cannot_share_the_rows_are_refused(tmp_path: Path) -> None:
         fitted_to_ranks(config_in(tmp_path, "data.slots=3"), Position(rows=12), 5)
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "model.safetensors"])
+@pytest.mark.parametrize("resume", ["false", "auto", "true"])
+def test_what_is_no_run_is_not_written_over(tmp_path: Path, resume: str, name: str) -> None:
+    config = config_in(tmp_path, f"train.resume={resume}")
+    config.run_folder.mkdir(parents=True)
+    (config.run_folder / name).write_text("a: stranger's")
+    with pytest.raises(ConfigError, match=rf"{name}.*not overwritten.*run\.name"):
+        choose_start(config, SoloControl())
+
+
 def test_launches_are_recorded_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_JOB_ID", "SLURM_JWT", "NCCL_DEBUG", "HF_HUB_TOKEN", "OMP_API_KEY", "MY_PASSWORD"):
         monkeypatch.setenv(name, "planted")
+    monkeypatch.setenv("SLURM_EXPORT_ENV", "ALL,HF_TOKEN=secret")
+    monkeypatch.setenv("SLURM_JOB_NAME", "ALL,HF_TOKEN=secret,proxy=http://me:secret@host:3128/")
     config = begun(tmp_path)
     text = (config.run_folder / "launches.jsonl").read_text()
     (line,) = [json.loads(line) for line in text.splitlines()]
@@ -203,6 +217,8 @@ def test_launches_are_recorded_without_secrets(tmp_path: Path, monkeypatch: pyte
         "NCCL_DEBUG",
     }
     assert text.count("planted") == 2
+    assert "secret" not in text
+    assert line["variables"]["SLURM_JOB_NAME"] == "ALL,HF_TOKEN=***,proxy=http://***@host:3128/"
     assert len(line["code"]["sources_sha256"]) == 64
     assert run_folder.read_config(config.run_folder) is not None
 
