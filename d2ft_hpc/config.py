@@ -330,12 +330,7 @@ class EngineConfig(Section):
     @field_validator("deepspeed")
     @classmethod
     def _check_sections(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        for key in ("zero_optimization", "tensor_parallel", "pipeline"):
-            if not isinstance(settings.get(key, {}), dict):
-                raise ValueError(
-                    f"{key} holds settings of its own, such as {{stage: 1}} for zero_optimization"
-                )
-        return settings
+        return deepspeed_sections(settings, "engine.deepspeed.")
 
     @property
     def data_parallel(self) -> Literal["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]:
@@ -353,7 +348,41 @@ class EngineConfig(Section):
     @property
     def tensor_ranks(self) -> int:
         """Tensor-parallel ranks of a replica, whichever key says so."""
-        return int(self.deepspeed.get("tensor_parallel", {}).get("autotp_size", self.tensor_parallel))
+        return int(self.deepspeed.get("tensor_parallel", {}).get("autotp_size", 0)) or self.tensor_parallel
+
+
+def deepspeed_sections(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Settings for DeepSpeed with what decides how plans run in one form; `where` stands before the keys in messages.
+
+    `"zero_optimization": true` is DeepSpeed's older way to say stage 1. Raises ValueError.
+    """
+    settings = dict(settings)
+    zero = settings.get("zero_optimization")
+    if isinstance(zero, bool):
+        settings["zero_optimization"] = {"stage": int(zero)}
+    for key in ("zero_optimization", "tensor_parallel", "pipeline", "fp16", "bf16"):
+        if not isinstance(settings.get(key, {}), Mapping):
+            example = {
+                "zero_optimization": "stage: 1",
+                "tensor_parallel": "autotp_size: 2",
+                "pipeline": "stages: 2",
+            }
+            raise ValueError(
+                f"{where}{key}={shown(settings[key])}: holds settings of its own, such as "
+                f"{{{example.get(key, 'enabled: true')}}}"
+            )
+    for key, inner, least, most in (
+        ("zero_optimization", "stage", 0, 3),
+        ("tensor_parallel", "autotp_size", 0, None),
+        ("pipeline", "stages", 1, None),
+    ):
+        value = settings.get(key, {}).get(inner, least)
+        if key == "pipeline" and value == "auto":
+            continue
+        if type(value) is not int or value < least or (most is not None and value > most):
+            fix = "ZeRO has the stages 0, 1, 2 and 3" if most else f"a whole number, at least {least}"
+            raise ValueError(f"{where}{key}.{inner}={shown(value)}: {fix}")
+    return settings
 
 
 def zero_stage(deepspeed: Mapping[str, Any], precision: str) -> Any:
@@ -462,6 +491,11 @@ class RunConfig(Section):
     def _check_parts(self) -> None:
         """What cannot run where each rank holds a part of the model."""
         engine = self.engine
+        if engine.deepspeed.get("pipeline", {}).get("stages", "auto") not in ("auto", engine.pipeline_stages):
+            raise ValueError(
+                f"engine.deepspeed.pipeline.stages={engine.deepspeed['pipeline']['stages']}: set "
+                f"engine.pipeline_stages instead"
+            )
         autotp = engine.deepspeed.get("tensor_parallel", {})
         if autotp and set(autotp) != {"autotp_size"}:
             extra = sorted(set(autotp) - {"autotp_size"})
@@ -469,7 +503,7 @@ class RunConfig(Section):
                 f"engine.deepspeed.tensor_parallel.{extra[0] if extra else 'autotp_size'}: blocks are cut by head; "
                 f"keep autotp_size alone, or set engine.tensor_parallel"
             )
-        if autotp and engine.tensor_parallel not in (1, autotp["autotp_size"]):
+        if engine.tensor_parallel not in (1, engine.tensor_ranks):
             raise ValueError(
                 f"engine.tensor_parallel={engine.tensor_parallel}, but engine.deepspeed.tensor_parallel.autotp_size="
                 f"{autotp['autotp_size']}: remove one of them"

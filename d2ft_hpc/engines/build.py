@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.optim import Optimizer
@@ -74,17 +76,22 @@ def build_engine(
             param_dtype=low_dtype,
             gradient_clipping=clipping,
         )
-    settings = deepspeed_config(
+    settings = deepspeed_settings(config)
+    if not placement.layout.is_cut:
+        return DeepSpeedEngine(model, executor, *make_optimizer(model), loss_function, settings)
+    kind = PipelineEngine if placement.layout.stages > 1 else TensorParallelEngine
+    return kind(model, executor, placement, make_optimizer, loss_function, settings, control)
+
+
+def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's whole configuration. Raises ConfigError where it cannot run plans or DeepSpeed does not know it."""
+    return deepspeed_config(
         config.engine.deepspeed,
         micro_batch_size=config.data.micro_batch_size,
         slots=config.data.slots,
         precision=config.engine.precision,
         gradient_clipping=config.engine.gradient_clipping,
     )
-    if not placement.layout.is_cut:
-        return DeepSpeedEngine(model, executor, *make_optimizer(model), loss_function, settings)
-    kind = PipelineEngine if placement.layout.stages > 1 else TensorParallelEngine
-    return kind(model, executor, placement, make_optimizer, loss_function, settings, control)
 
 
 def _recompute_blocks(model: VisionTransformer) -> None:

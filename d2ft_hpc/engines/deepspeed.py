@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.config import zero_stage
 from d2ft_hpc.engines.deepspeed_private import forget_step, import_deepspeed
+from d2ft_hpc.engines.deepspeed_settings import check_settings
 from d2ft_hpc.engines.engine import (
     LossFunction,
     MicroBatch,
@@ -85,6 +86,7 @@ def deepspeed_config(
     config = {**quiet, **settings, "zero_optimization": zero, **ours}
     config.pop("tensor_parallel", None)  # blocks are cut by head, not by DeepSpeed
     ZeroRules.of(config, where="engine.deepspeed.")
+    check_settings({**quiet, **settings, "zero_optimization": zero}, "engine.deepspeed.")
     return config
 
 

@@ -18,6 +18,7 @@ from d2ft_hpc.data.datasets import LabelledImages, Split, load_configured
 from d2ft_hpc.data.loader import Batches, eval_loader, train_loader
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
+from d2ft_hpc.engines.build import deepspeed_settings
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.launch import Control
@@ -107,6 +108,8 @@ def layout_of(config: RunConfig, control: Control) -> Layout:
 def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     """Makes a job's parts; no rank waits for another here, so that each can fail on its own."""
     layout = layout_of(config, control)
+    if config.engine.name == "deepspeed":
+        deepspeed_settings(config)  # refuses bad ones before any work is spent
     random.seed(config.run.seed)
     np.random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import current_slot, import_deepspeed
+from d2ft_hpc.engines.deepspeed_settings import check_settings
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.engines.zero import ZeroRules
@@ -98,7 +99,9 @@ def initialize(
             "optimizer= holds the parameters of the whole model, of which each rank will train a part: give a function "
             'of the parameters (lambda parameters: AdamW(parameters, ...)), or "optimizer" in the JSON'
         )
-    ZeroRules.of(settings)  # refuses what cannot run before anything starts
+    # What cannot run is refused before anything starts.
+    ZeroRules.of(settings)
+    check_settings(settings)
     control = _connect()
     import_deepspeed().init_distributed(auto_mpi_discovery=False)
     layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from d2ft_hpc.config import PlanConfig, explain
+from d2ft_hpc.config import PlanConfig, deepspeed_sections, explain
 from d2ft_hpc.errors import ConfigError
 
 SECTION = "d2ft"
@@ -37,13 +37,17 @@ class D2ftSection(PlanConfig):
     """Of planners `random` and `samples`."""
 
 
-def split(config: str | Mapping[str, Any]) -> tuple[dict[str, Any], D2ftSection]:
+def split(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], D2ftSection]:
     """A DeepSpeed configuration (a dict, or the path of a JSON file) without its "d2ft" section, and the section.
 
-    Raises ConfigError where the file is missing or no JSON, or the section has unknown keys or bad values.
+    Raises ConfigError where the file is missing or no JSON, or a section has unknown keys or bad values.
     """
     settings = dict(config) if isinstance(config, Mapping) else _read(Path(config))
     section = settings.pop(SECTION, {})
+    try:
+        settings = deepspeed_sections(settings)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     try:
         parsed = D2ftSection.model_validate(section)
     except ValidationError as error:
@@ -69,7 +73,11 @@ def split(config: str | Mapping[str, Any]) -> tuple[dict[str, Any], D2ftSection]
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text())
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: not a file, but DeepSpeed's configuration is one")
+        settings = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except RecursionError:
+        raise ConfigError(f"{path}: DeepSpeed's configuration is nested too deeply") from None
     except OSError as error:
         raise ConfigError(f"{path}: DeepSpeed's configuration cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -77,3 +85,12 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: DeepSpeed's configuration must be an object")
     return settings
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """As DeepSpeed does, which refuses keys that are there twice."""
+    keys = [key for key, _ in pairs]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise ValueError(f"key {twice!r} is there twice")
+    return dict(pairs)

@@ -8,7 +8,9 @@ import pytest
 
 from d2ft_hpc.config import EngineConfig, load_config
 from d2ft_hpc.engines.deepspeed import deepspeed_config
+from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.user_loop.section import split
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -45,7 +47,20 @@ CONFIGS = Path(__file__).parents[2] / "configs"
             ["engine.deepspeed={tensor_parallel: {autotp_size: 2, partition_config: {}}}"],
             ["tensor_parallel.partition_config", "cut by head"],
         ),
-        (["engine.deepspeed={zero_optimization: true}"], ["zero_optimization holds settings", "{stage: 1}"]),
+        (
+            ["engine.deepspeed={zero_optimization: 2}"],
+            ["engine.deepspeed.zero_optimization=2", "holds settings of its own", "{stage: 1}"],
+        ),
+        (["engine.deepspeed={fp16: true}"], ["engine.deepspeed.fp16=True", "{enabled: true}"]),
+        (
+            ["engine.deepspeed={zero_optimization: {stage: [1]}}"],
+            ["engine.deepspeed.zero_optimization.stage=[1]", "0, 1, 2 and 3"],
+        ),
+        (
+            ["engine.deepspeed={tensor_parallel: {autotp_size: auto}}"],
+            ["engine.deepspeed.tensor_parallel.autotp_size='auto'", "a whole number"],
+        ),
+        (["engine.deepspeed={pipeline: {stages: 2}}"], ["pipeline.stages=2", "set engine.pipeline_stages"]),
         (["engine.tensor_parallel=0"], ["engine.tensor_parallel=0", "greater than or equal to 1"]),
     ],
 )
@@ -53,6 +68,14 @@ def test_refused(overrides: list[str], words: list[str]) -> None:
     with pytest.raises(ConfigError) as raised:
         load_config(CONFIGS / "demo.yaml", overrides)
     assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+def test_deepspeeds_older_way_to_say_stage_1_is_read_as_deepspeed_reads_it() -> None:
+    for stage, said in ((1, "true"), (0, "false")):
+        config = load_config(CONFIGS / "demo.yaml", [f"engine.deepspeed={{zero_optimization: {said}}}"])
+        assert config.engine.zero_stage == stage
+        settings, _ = split({"zero_optimization": bool(stage)})
+        assert ZeroRules.of(settings).stage == stage
 
 
 def test_autotps_key_says_how_many_ranks_share_a_block() -> None:
