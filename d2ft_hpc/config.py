@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from d2ft_hpc.config_file import Scalar, plain, read_tree, to_yaml
 from d2ft_hpc.errors import ConfigError
@@ -22,6 +23,9 @@ PLANNERS_OF_MEMORY = ("joint", "makespan", "depth")
 """Those that give a rank with little memory fewer FULL subnets."""
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+_MOST = 2**31 - 1
+_LONGEST = 1e7
+"""Of waiting times in seconds and minutes: what lies far beyond a job's life overflows clocks."""
 
 
 class Section(BaseModel):
@@ -31,13 +35,21 @@ class Section(BaseModel):
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    @field_validator("*")
+    @classmethod
+    def _check_size(cls, value: Any) -> Any:
+        """Numbers of things: larger ones overflow somewhere."""
+        if isinstance(value, int) and value > _MOST:
+            raise PydanticCustomError("too_large", "input should be at most {most}", {"most": _MOST})
+        return value
+
 
 class RunSection(Section):
     name: str = Field(default="run", pattern=r"^\w[\w.-]*$", max_length=120)
     """Name of the run and of its folder: letters, digits, _, - and ., the first of them no - or ."""
-    folder: str = "runs"
+    folder: str = Field(default="runs", min_length=1)
     """Where run folders are made."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0)
 
 
 class LoraSection(Section):
@@ -139,7 +151,7 @@ class TrainConfig(Section):
     evaluate_every_epochs: int = Field(default=1, gt=0)
     evaluate_at_start: bool = True
     """Whether the model is evaluated before its first step too."""
-    checkpoint_every_minutes: float | None = Field(default=10.0, gt=0)
+    checkpoint_every_minutes: float | None = Field(default=10.0, gt=0, le=_LONGEST)
     """How often a checkpoint is saved while training goes on; null: not by the clock."""
     checkpoint_every_epochs: int | None = Field(default=None, gt=0)
     """null: not by the number of epochs."""
@@ -252,7 +264,7 @@ class PlanConfig(Section):
     """Planner `routing`: most rows that a head takes, in multiples of its fair share."""
     whole_rows: bool = False
     """Planner `depth`: each micro-batch is FULL in all blocks or in none."""
-    time_limit_seconds: float = Field(default=10.0, gt=0)
+    time_limit_seconds: float = Field(default=10.0, gt=0, le=_LONGEST)
     """Planner `joint`, `makespan` and `depth`: after this the best plan so far, or the greedy one, is taken."""
     samples: SamplesConfig = SamplesConfig()
     """How planner `samples` scores and draws."""
@@ -392,18 +404,18 @@ def zero_stage(deepspeed: Mapping[str, Any], precision: str) -> Any:
 
 
 class LaunchConfig(Section):
-    timeout_seconds: float = Field(default=25.0, gt=0)
+    timeout_seconds: float = Field(default=25.0, gt=0, le=_LONGEST)
     """How long ranks wait for each other at the start and whenever they agree on something."""
     stop_signals: list[str] = ["USR2", "TERM"]
     """Signals upon which all ranks save at the next step boundary and end with status 75: start again to go on."""
-    silence_seconds: float = Field(default=30.0, ge=2)
+    silence_seconds: float = Field(default=30.0, ge=2, le=_LONGEST)
     """A rank that is not heard for so long is lost: stopped, or its node is down. A killed one is noticed at once."""
-    stall_seconds: float = Field(default=600.0, gt=0)
+    stall_seconds: float = Field(default=600.0, gt=0, le=_LONGEST)
     """Longest time without a step (or a batch of an evaluation) on any rank, before hung ranks are named."""
 
 
 class ResultsConfig(Section):
-    flush_seconds: float = Field(default=5.0, gt=0)
+    flush_seconds: float = Field(default=5.0, gt=0, le=_LONGEST)
     """Most that a killed run loses of its records."""
     locking: Literal["yes", "no", "best-effort"] = "best-effort"
     """Whether a lock keeps other processes from writing the same run; best-effort: where the file system has locks."""

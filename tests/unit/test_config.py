@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import timm
 import d2ft_hpc.demo.model  # noqa: F401
 from d2ft_hpc.cli import main
 from d2ft_hpc.config import PlanConfig, ReplanConfig, RunConfig, load_config
+from d2ft_hpc.config_file import read_values
 from d2ft_hpc.engines.deepspeed import deepspeed_config
 from d2ft_hpc.errors import ConfigError
 
@@ -54,6 +56,26 @@ def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
         ("optimizer.few_full_exponent=0.5", ["optimizer.few_full_exponent=0.5", "engine.name=plain"]),
         ("engine.precision=fp8", ["engine.precision='fp8'", "'bf16'"]),
         ("no_value", ["'no_value'", "key=value"]),
+        ("run.name=..", ["run.name='..'", "pattern"]),
+        ("run.name=.hidden", ["run.name='.hidden'"]),
+        ("run.name=", ["run.name=''"]),
+        ("run.folder=", ["run.folder=''"]),
+        ("optimizer.learning_rate=.inf", ["optimizer.learning_rate=inf", "finite"]),
+        ("optimizer.weight_decay=.nan", ["optimizer.weight_decay=nan", "finite"]),
+        ("launch.stall_seconds=1e30", ["launch.stall_seconds=1e+30", "less than or equal to"]),
+        (f"data.slots={10**30}", ["data.slots=1", "at most 2147483647"]),
+        (
+            "train.resume=12",
+            ["train.resume='12': input should be a valid boolean, or input should be 'auto'"],
+        ),
+        ("model.lora={rnk: 4}", ["model.lora.rnk: unknown key", "did you mean model.lora.rank?"]),
+        ("run.seed.x=1", ["run.seed={'x': 1}", "integer"]),
+        ("run.name=[", ["run.name='['", "not readable as YAML", "quote it"]),
+        ("run.name=@scratch", ["run.name='@scratch'", "quote it"]),
+        ("model.options={a: 1, a: 2}", ["key a twice"]),
+        ("data.root=!!python/object/apply:os.getcwd []", ["could not determine a constructor"]),
+        (f"run.folder={'[' * 5000}", ["nested too deeply"]),
+        (f"data.root=[{'x' * 5000}]", ["data.root=['xxx", "...", "string"]),
     ],
 )
 def test_faults_name_key_value_and_fix(override: str, words: list[str]) -> None:
@@ -61,6 +83,78 @@ def test_faults_name_key_value_and_fix(override: str, words: list[str]) -> None:
         load_config(DEMO, [override])
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("results.locking=no", "no"),
+        ("results.locking=yes", "yes"),
+        ("run.name=12345", "12345"),
+        ("run.name=0012", "0012"),
+        ("run.name=1e5", "1e5"),
+        ("run.name=1_000", "1_000"),
+        ("run.name=2024-01-01", "2024-01-01"),
+        ("run.name=null", "null"),
+        ("run.folder=on", "on"),
+        ("run.folder=12:30", "12:30"),
+        ("data.root=~", None),
+        ("model.weights=off", "off"),
+        ("model.weights=null", None),
+        ("model.weights=", None),
+        ("launch.stop_signals=[10, no]", ["10", "no"]),
+        ("train.resume=yes", True),
+        ("train.evaluate_at_start=off", False),
+        ("optimizer.learning_rate=1e-4", 1e-4),
+        ("model.options={img_size: 64, flag: no, text: 'no', when: 2024-01-01}",
+         {"img_size": 64, "flag": False, "text": "no", "when": "2024-01-01"}),
+    ],
+)  # fmt: skip
+def test_a_key_that_holds_text_gets_what_was_written(tmp_path: Path, override: str, value: Any) -> None:
+    """On the command line, in a file, and in the effective configuration of a run."""
+    key, _, text = override.partition("=")
+    section, _, name = key.partition(".")
+    (tmp_path / "file.yaml").write_text(f"base: {DEMO}\n{section}: {{{name}: {text}}}\n")
+    for config in (load_config(DEMO, [override]), load_config(tmp_path / "file.yaml")):
+        assert getattr(getattr(config, section), name) == value
+        (tmp_path / "effective.yaml").write_text(config.to_yaml())
+        assert load_config(tmp_path / "effective.yaml") == config
+        assert read_values(tmp_path / "effective.yaml") == config.model_dump()
+
+
+def test_references_reach_keys_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    config = load_config(
+        DEMO, ["run.seed=007", "run.name=s${run.seed}-${model.name}", "data.slots=${run.seed}"]
+    )
+    assert (config.run.name, config.data.slots) == ("s007-vit_digits_demo", 7)
+    for value in (
+        "${oc.env:HF_TOKEN}",
+        "a${oc.decode:x}",
+        "${HF_TOKEN}",
+        "${oc.select:run.seed}",
+        "${",
+        "${}",
+    ):
+        with pytest.raises(ConfigError, match=r"run\.name='.*not for environment variables") as caught:
+            load_config(DEMO, [f"run.name={value}"])
+        assert "hf_secret" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"run\.folder is no short value of its own"):
+        load_config(DEMO, ["run.folder=x${run.name}", "run.name=${run.folder}"])
+
+
+def test_a_file_that_stands_for_any_number_of_values_is_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=r"bomb\.yaml.*more than 10000 values"):
+        load_config(tmp_path / "bomb.yaml")
+    (tmp_path / "large.yaml").write_text("# " + "x" * (1 << 20))
+    with pytest.raises(ConfigError, match="larger than 1 MiB"):
+        load_config(tmp_path / "large.yaml")
+    os.mkfifo(tmp_path / "fifo.yaml")
+    with pytest.raises(ConfigError, match="not a file"):
+        load_config(tmp_path / "fifo.yaml")
 
 
 def test_faults_between_fields_and_all_at_once() -> None:
