@@ -7,6 +7,7 @@ import signal
 from collections.abc import Sequence
 
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.safe_text import shown
 
 INTERRUPT = "INT"
 
@@ -53,10 +54,10 @@ class StopSignals:
 
 def number_of(name: str) -> int:
     """The number of a signal by its name without SIG. Raises ConfigError."""
-    number = getattr(signal, f"SIG{name}", None)
+    number = signal.Signals.__members__.get(f"SIG{name}")
     if number is None or number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGINT):
         raise ConfigError(
-            f"launch.stop_signals: {name!r} is no signal that can be caught; use names such as USR1, USR2, TERM"
+            f"launch.stop_signals: {shown(name)} is no signal that can be caught; use names such as USR1, USR2, TERM"
         )
     return int(number)
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from d2ft_hpc.config import load_config
 from d2ft_hpc.demo.model import DEMO_WEIGHTS
-from d2ft_hpc.errors import CheckpointError, ConfigError
+from d2ft_hpc.errors import CheckpointError, ConfigError, UnsupportedModelError
+from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.model.build import build_model, pixel_statistics
 from d2ft_hpc.training.job import set_up
@@ -102,6 +104,60 @@ def test_the_hubs_cache_without_a_network(tiny: Path, tmp_path: Path) -> None:
     assert found.returncode == 1
     assert "CheckpointError: model.weights=hf-hub:nobody/nothing" in found.stderr
     assert "HF_HUB_OFFLINE=1" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("deit_tiny_distilled_patch16_224", "second classifier for distillation; take the model without it"),
+        ("vit_giant_patch14_dinov2.lvd142m", "SwiGLU and gated MLPs are not supported"),
+        ("resnet18", "is a ResNet, not a timm VisionTransformer"),
+    ],
+)
+def test_models_that_are_not_supported_are_refused_before_their_weights_are_looked_for(
+    name: str, told: str
+) -> None:
+    for weights in (None, "pretrained", "hf-hub:nobody/nothing", "absent.safetensors"):
+        with pytest.raises(UnsupportedModelError, match=rf"model\.name='{name}'.*{told}"):
+            build_model(name, num_classes=3, weights=weights)
+
+
+def test_attach_refuses_a_second_classifier() -> None:
+    with pytest.raises(UnsupportedModelError, match="second classifier"):
+        attach(timm.create_model("deit_tiny_distilled_patch16_224"))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"in_chans": 1}, r"model\.options\.in_chans=1: images have 3 channels"),
+        ({"num_classes": 5}, r"model\.options\.num_classes=5: .*remove it"),
+        ({"checkpoint_path": "x.pth"}, r"model\.options\.checkpoint_path='x\.pth': model\.weights says"),
+        ({"drop_path_rate": 2}, r"model\.options\.drop_path_rate=2: a share"),
+        ({"img_sise": 64}, r"model\.options=\{'img_sise': 64\}: .*img_sise"),
+        ({"img_size": 0}, r"model\.options=\{'img_size': 0\}: .*correct or remove them"),
+        ({"img_size": "large"}, r"model\.options=\{'img_size': 'large'\}"),
+        ({"patch_size": -3}, r"model\.options=\{'patch_size': -3\}"),
+        ({"num_heads": 5}, r"divisible by num_heads; correct"),
+        ({"drop_rate": 5}, r"dropout probability has to be between 0 and 1"),
+        ({"global_pool": ""}, r"gives \(2, 197, 3\) for 2 images"),
+        ({"class_token": False}, r"needs the class token"),
+        ({"norm_layer": 5}, r"model\.options=\{'norm_layer': 5\}"),
+    ],
+)
+def test_options_that_make_no_such_model_are_told(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as caught:
+        build_model(NAME, num_classes=3, weights="absent.safetensors", options=options)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_looking_at_a_model_first_does_not_change_its_random_weights() -> None:
+    torch.manual_seed(5)
+    model = build_model(NAME, num_classes=3, options={"img_size": 32})
+    torch.manual_seed(5)
+    theirs = timm.create_model(NAME, num_classes=3, img_size=32)
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
 
 
 def test_faults(tiny: Path, tmp_path: Path) -> None:
