@@ -24,6 +24,7 @@ PLANNERS_OF_MEMORY = ("joint", "makespan", "depth")
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 _MOST = 2**31 - 1
+_LEAST_ALPHA = 1e-3
 _LONGEST = 1e7
 """Of waiting times in seconds and minutes: what lies far beyond a job's life overflows clocks."""
 
@@ -108,16 +109,26 @@ class DataConfig(Section):
     single files), else resized_crop."""
     timm: dict[str, Any] = {}
     """Options of timm.data.create_transform (auto_augment, color_jitter, re_prob, ...) for augment=timm."""
-    mixup_alpha: float = Field(default=0.0, ge=0)
+    mixup_alpha: float = Field(default=0.0, ge=0, le=1000)
     """Mixup: alpha of Beta(alpha, alpha); 0: none. With CutMix on too, each micro-batch takes one of them."""
-    cutmix_alpha: float = Field(default=0.0, ge=0)
+    cutmix_alpha: float = Field(default=0.0, ge=0, le=1000)
     """CutMix: the same."""
     micro_batch_size: int = Field(gt=0)
     """Samples of one micro-batch."""
     slots: int = Field(gt=0)
     """Micro-batches of one replica in a batch."""
-    workers: int = Field(default=0, ge=0)
+    workers: int = Field(default=0, ge=0, le=1024)
     """Processes of each rank that read and decode; small packed images need none."""
+
+    @field_validator("mixup_alpha", "cutmix_alpha")
+    @classmethod
+    def _check_alpha(cls, alpha: float) -> float:
+        """A smaller one is 0 in float32, where the distribution does not exist."""
+        if 0 < alpha < _LEAST_ALPHA:
+            raise PydanticCustomError(
+                "too_small", "input should be 0, or at least {least}", {"least": _LEAST_ALPHA}
+            )
+        return alpha
 
 
 class OptimizerConfig(Section):

@@ -56,6 +56,8 @@ def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
         ("optimizer.few_full_exponent=0.5", ["optimizer.few_full_exponent=0.5", "engine.name=plain"]),
         ("engine.precision=fp8", ["engine.precision='fp8'", "'bf16'"]),
         ("no_value", ["'no_value'", "key=value"]),
+        ("data.mixup_alpha=1e-300", ["data.mixup_alpha=1e-300", "at least 0.001"]),
+        ("data.workers=100000", ["data.workers=100000", "1024"]),
         ("run.name=..", ["run.name='..'", "pattern"]),
         ("run.name=.hidden", ["run.name='.hidden'"]),
         ("run.name=", ["run.name=''"]),
