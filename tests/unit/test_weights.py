@@ -117,9 +117,8 @@ def test_the_hubs_cache_without_a_network(tiny: Path, tmp_path: Path) -> None:
 def test_models_that_are_not_supported_are_refused_before_their_weights_are_looked_for(
     name: str, told: str
 ) -> None:
-    for weights in (None, "pretrained", "hf-hub:nobody/nothing", "absent.safetensors"):
-        with pytest.raises(UnsupportedModelError, match=rf"model\.name='{name}'.*{told}"):
-            build_model(name, num_classes=3, weights=weights)
+    with pytest.raises(UnsupportedModelError, match=rf"model\.name='{name}'.*{told}"):
+        build_model(name, num_classes=3, weights="hf-hub:nobody/nothing")
 
 
 def test_attach_refuses_a_second_classifier() -> None:
