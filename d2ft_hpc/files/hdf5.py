@@ -3,7 +3,7 @@
 A file may come from anybody, so nothing in it is followed blindly: links and virtual datasets are refused, external
 storage, references, compound types and all filters but gzip and shuffle too. What an array takes in memory is known
 before it is allocated, and unpacked here piece by piece, since the library unpacks a piece to whatever size its stream
-has. What is not ours raises RefusedError, and the library itself OSError, RuntimeError, ValueError, TypeError, KeyError.
+has. What is not ours raises RefusedError; the library raises OSError, RuntimeError, ValueError, TypeError or KeyError.
 
 What cannot be caught is a fault inside the library, which runs in this process: metadata that were damaged on purpose,
 checksums included, may still crash it.
