@@ -12,12 +12,11 @@ from inspect import isclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from yaml import YAMLError
 
+from d2ft_hpc.config_file import Scalar, plain, read_tree, to_yaml
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.safe_text import shown
 
 PLANNERS_OF_MEMORY = ("joint", "makespan", "depth")
 """Those that give a rank with little memory fewer FULL subnets."""
@@ -28,15 +27,17 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 class Section(BaseModel):
     """A part of the configuration: unknown keys and wrong types are errors, values never change."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class RunSection(Section):
-    name: str = Field(default="run", pattern=r"^[\w.-]+$")
-    """Name of the run and of its folder."""
+    name: str = Field(default="run", pattern=r"^\w[\w.-]*$", max_length=120)
+    """Name of the run and of its folder: letters, digits, _, - and ., the first of them no - or ."""
     folder: str = "runs"
     """Where run folders are made."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
 
 class LoraSection(Section):
@@ -528,7 +529,7 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         """The effective configuration, every default filled in."""
-        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump()))
+        return to_yaml(self.model_dump())
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -539,41 +540,37 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError with one line a fault.
     """
+    tree = read_tree(path, overrides)
     try:
-        merged = OmegaConf.merge(*_with_bases(path), OmegaConf.from_dotlist(_checked(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: not a readable YAML configuration: {error}") from None
-    try:
-        return RunConfig.model_validate(values)
+        return RunConfig.model_validate(plain(tree))
     except ValidationError as error:
-        raise ConfigError("\n".join(explain(error, RunConfig))) from None
+        faults = error
+    texts = [fault["loc"] for fault in faults.errors() if fault["type"] in _TEXT_EXPECTED]
+    if sum(_take_text(tree, location) for location in texts):
+        try:
+            return RunConfig.model_validate(plain(tree))
+        except ValidationError as error:
+            faults = error
+    raise ConfigError("\n".join(explain(faults, RunConfig))) from None
 
 
-def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[Any]:
-    """What the file and the files below it say, the deepest base first."""
-    if path.resolve() in above:
-        raise ConfigError(f"base: {path} is a base of itself")
-    loaded = OmegaConf.load(path)
-    if not OmegaConf.is_dict(loaded):
-        raise ConfigError(f"{path}: holds no sections (run, model, data, ...) but something else")
-    base = loaded.pop("base", None)  # type: ignore[call-arg, arg-type]
-    if base is None:
-        return [loaded]
-    if not (path.parent / str(base)).is_file():
-        raise ConfigError(f"base={base}: no such file beside {path}")
-    return [*_with_bases(path.parent / str(base), (*above, path.resolve())), loaded]
+_TEXT_EXPECTED = ("string_type", "literal_error")
 
 
-def _checked(overrides: Sequence[str]) -> list[str]:
-    for override in overrides:
-        if "=" not in override or override.startswith(("=", "-")):
-            raise ConfigError(
-                f"{override!r} is not an override: write key=value, such as plan.compute_budget=0.5"
-            )
-    return list(overrides)
+def _take_text(tree: Any, path: Sequence[str | int]) -> bool:
+    """Puts the text in the place of a bool, number or null that is to be one; whether there was one."""
+    for part in path:
+        if isinstance(tree, dict) and part in tree:
+            place: Any = part
+        elif isinstance(tree, list) and isinstance(part, int):
+            place = part
+        else:
+            return False
+        if isinstance(tree[place], Scalar):
+            tree[place] = tree[place].text
+            return True
+        tree = tree[place]
+    return False
 
 
 def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -581,16 +578,43 @@ def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -
 
     schema: what was validated; prefix: stands before its keys, as in "d2ft.".
     """
+    expected: dict[str, list[str]] = {}  # a value that may be one of several types fails as each
     for fault in error.errors():
-        key = prefix + ".".join(str(part) for part in fault["loc"])
+        key = prefix + ".".join(_key_parts(fault["loc"], schema, unknown=fault["type"] == "extra_forbidden"))
         if fault["type"] == "extra_forbidden":
-            yield f"{key}: unknown key (value {fault['input']!r}){_nearest(key, schema, prefix)}"
+            yield f"{key}: unknown key (value {shown(fault['input'])}){_nearest(key, schema, prefix)}"
         elif fault["type"] == "missing":
             yield f"{key}: missing; set it in the file or as {key}=VALUE"
-        elif not key:
-            yield fault["msg"].removeprefix("Value error, ")
+        elif not fault["loc"]:
+            told = fault["msg"].removeprefix("Value error, ")
+            yield (
+                told
+                if fault["type"] == "value_error"
+                else f"{prefix}{shown(fault['input'])}: holds no settings"
+            )
         else:
-            yield f"{key}={fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+            told = fault["msg"].removeprefix("Value error, ")
+            expected.setdefault(f"{key}={shown(fault['input'])}", []).append(f"{told[0].lower()}{told[1:]}")
+    for value, told_of in expected.items():
+        yield f"{value}: {', or '.join(told_of)}"
+
+
+def _key_parts(
+    location: Sequence[str | int], schema: type[BaseModel] | None, *, unknown: bool
+) -> Iterator[str]:
+    """A fault's place without the names of the types that were tried there."""
+    for part in location:
+        fields = schema.model_fields if schema is not None else {}
+        if part not in fields and not isinstance(part, int) and not unknown:
+            return
+        yield str(part)
+        schema = _section(fields[str(part)].annotation) if part in fields else None
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    """The section that a key holds, if it holds one."""
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isclass(kind)]
+    return next((kind for kind in kinds if issubclass(kind, Section)), None)
 
 
 def _nearest(key: str, schema: type[BaseModel], prefix: str) -> str:
@@ -607,9 +631,6 @@ def _nearest(key: str, schema: type[BaseModel], prefix: str) -> str:
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, info in section.model_fields.items():
         yield prefix + name
-        if (
-            isclass(info.annotation)
-            and not get_args(info.annotation)
-            and issubclass(info.annotation, Section)
-        ):
-            yield from _keys(info.annotation, f"{prefix}{name}.")
+        inner = _section(info.annotation)
+        if inner is not None:
+            yield from _keys(inner, f"{prefix}{name}.")

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.errors import CheckpointError, ConfigError
 from d2ft_hpc.launch import Control, share
@@ -108,7 +106,7 @@ def _is_finished(folder: Path, before: Mapping[str, Any], config: RunConfig) -> 
 
 
 def _check_same(before: Mapping[str, Any], config: RunConfig) -> None:
-    now = dict(_flat(OmegaConf.to_container(OmegaConf.create(config.to_yaml()))))
+    now = dict(_flat(config.model_dump()))
     for key, value in _flat(before):
         if now.get(key, value) != value and not key.startswith(MAY_CHANGE):
             raise ConfigError(

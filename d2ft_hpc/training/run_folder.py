@@ -25,10 +25,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 import d2ft_hpc
 from d2ft_hpc.config import RunConfig
+from d2ft_hpc.config_file import read_values
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.launch import Control
 
@@ -67,14 +66,11 @@ def record_launch(config: RunConfig, control: Control, environment: Mapping[str,
 def read_config(folder: Path) -> dict[str, Any] | None:
     """The configuration that the run in this folder had, None if there is none. Raises ConfigError."""
     try:
-        loaded = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
+        return read_values(folder / CONFIG)
     except FileNotFoundError:
         return None
-    except Exception as error:
-        raise ConfigError(f"{folder / CONFIG}: not readable ({error}): remove it") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{folder / CONFIG}: not a configuration: remove it")
-    return {str(key): value for key, value in loaded.items()}
+    except ConfigError as error:
+        raise ConfigError(f"{error}; if the run in its folder is yours, remove this file") from None
 
 
 def describe_code() -> dict[str, str]:
