@@ -8,20 +8,9 @@ import stat
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 
 class RefusedError(ValueError):
     """What a file holds cannot be ours; the text says why, and what raises it further names the file."""
-
-
-class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
-    """Without aliases, by which a few lines stand for more than fits in memory."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise RefusedError("it has YAML aliases")
-        return super().compose_node(parent, index)
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -53,21 +42,3 @@ def parse_json(text: str | bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RefusedError("it is no JSON object")
     return value
-
-
-def parse_yaml(text: str | bytes, limit: int = 1 << 18) -> dict[str, Any]:
-    """The mapping that a YAML text of at most `limit` bytes is. Raises RefusedError."""
-    if len(text) > limit:
-        raise RefusedError(f"it has more than {limit >> 10} KiB of YAML")
-    try:
-        value = yaml.load(text, _PlainLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RefusedError(f"it is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(value, dict):
-        raise RefusedError("it is empty" if value is None else "it is no YAML mapping")
-    return {str(key): of_key for key, of_key in value.items()}
-
-
-def printable(text: str) -> str:
-    """The text in one line that a terminal shows as it is: what steers terminals is spelt out."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)

@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.files import atomic, hdf5
-from d2ft_hpc.files.untrusted import RefusedError, printable
+from d2ft_hpc.files.untrusted import RefusedError
+from d2ft_hpc.safe_text import one_line
 
 _MAGIC = b"D2FTPLAN"
 _VERSION = 1
@@ -298,10 +299,10 @@ class SkipPlan:
         except PlanError:
             raise
         except OSError as error:
-            raise PlanError(f"{source} cannot be read as a plan: {printable(str(error))}") from error
+            raise PlanError(f"{source} cannot be read as a plan: {one_line(str(error))}") from error
         except Exception as error:  # whatever a damaged file provokes in the library
             raise PlanError(
-                f"{source} is damaged, or not a plan: {printable(str(error))}; make the plan anew."
+                f"{source} is damaged, or not a plan: {one_line(str(error))}; make the plan anew."
             ) from error
         plan = cls._from_fields(values, fields, source)
         if plan.digest != digest:

@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from d2ft_hpc.config_file import parse_values
 from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.files.hdf5 import Allowance, child, open_file, read_attributes
-from d2ft_hpc.files.untrusted import RefusedError, parse_yaml, printable
+from d2ft_hpc.files.untrusted import RefusedError
 from d2ft_hpc.results import columns, frames, schema
 from d2ft_hpc.results.layout import Contents, rank_file, segments_folder
 from d2ft_hpc.results.schema import GROUPS, RANK_FIELDS, TABLES, Array, Group, Scalar, Table
 from d2ft_hpc.results.untrusted import check_root, outside_files, read_group, read_groups, read_table
 from d2ft_hpc.results.version1 import read_version1_table
+from d2ft_hpc.safe_text import one_line
 
 if TYPE_CHECKING:
     import pandas
@@ -109,7 +111,7 @@ class RunResults:
         """The run's resolved configuration as plain dicts, lists and scalars ({} if none was stored)."""
         with _faults_of(self.path):
             text = str(self.datasets("config").get("yaml", ""))
-            return parse_yaml(text) if text.strip() else {}
+            return parse_values(text) if text.strip() else {}
 
     def table(self, name: str, only: Collection[str] | None = None) -> Table:
         """Columns of a table by name, each [row] or [row, *axes] (see `schema`), or only the named ones.
@@ -323,11 +325,11 @@ def _faults_of(path: Path) -> Iterator[None]:
     except ResultsError as fault:
         text = str(fault)
         raise ResultsError(
-            printable(text) if text.startswith("cannot read") else f"cannot read {path}: {printable(text)}"
+            one_line(text) if text.startswith("cannot read") else f"cannot read {path}: {one_line(text)}"
         ) from fault
     except RefusedError as fault:
         raise ResultsError(
-            f"cannot read {path}: not a results file of this package, or damaged ({printable(str(fault))}); "
+            f"cannot read {path}: not a results file of this package, or damaged ({one_line(str(fault))}); "
             "restore it from a copy"
         ) from fault
     except ImportError:
@@ -341,7 +343,7 @@ def _faults_of(path: Path) -> Iterator[None]:
         raise ResultsError(f"cannot read {path}: permission denied; ask its owner for read access") from fault
     except Exception as fault:
         raise ResultsError(
-            f"cannot read {path}: damaged or not an HDF5 file ({printable(str(fault))}); restore it from a copy"
+            f"cannot read {path}: damaged or not an HDF5 file ({one_line(str(fault))}); restore it from a copy"
         ) from fault
 
 

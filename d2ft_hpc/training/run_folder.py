@@ -29,6 +29,7 @@ import d2ft_hpc
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.config_file import read_values
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.files import atomic
 from d2ft_hpc.launch import Control
 
 CONFIG = "config.yaml"
@@ -48,9 +49,7 @@ def record_launch(config: RunConfig, control: Control, environment: Mapping[str,
     """Writes the configuration and a line on this start; on rank 0. `start` says from where the run goes on."""
     folder = config.run_folder
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{CONFIG}.tmp"
-    temporary.write_text(config.to_yaml(), encoding="utf-8")
-    os.replace(temporary, folder / CONFIG)
+    atomic.write(folder / CONFIG, config.to_yaml())
     line = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "start": start,
@@ -59,8 +58,7 @@ def record_launch(config: RunConfig, control: Control, environment: Mapping[str,
         "environment": dict(environment),
         "variables": recorded_variables(os.environ),
     }
-    with (folder / LAUNCHES).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    atomic.append_line(folder / LAUNCHES, json.dumps(line))
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
