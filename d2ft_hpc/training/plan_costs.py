@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.files import atomic
-from d2ft_hpc.files.untrusted import RefusedError, parse_json, read_bytes, read_json
+from d2ft_hpc.files.untrusted import RefusedError, read_bytes, read_json
 from d2ft_hpc.launch import share
 from d2ft_hpc.launch.agree import AgreedError
 from d2ft_hpc.launch.control import print_line
@@ -66,7 +66,7 @@ class PlanCosts:
     def parse(text: bytes) -> PlanCosts:
         """What `keep_costs` wrote. Raises ValueError if it is none."""
         try:
-            costs = _PLAN_COSTS.validate_python(parse_json(text), strict=True)
+            costs = _PLAN_COSTS.validate_json(text, strict=True)
         except ValidationError as error:
             fault = error.errors()[0]
             raise RefusedError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
