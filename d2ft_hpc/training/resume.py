@@ -35,6 +35,10 @@ MAY_CHANGE = (
 """What a resumed run may set otherwise than the run did before; everything else decides its losses."""
 
 
+class ForeignCheckpointError(CheckpointError):
+    """A checkpoint holds the configuration of another run."""
+
+
 @dataclass(frozen=True)
 class Start:
     finished: bool = False
@@ -95,6 +99,7 @@ def _choose(config: RunConfig) -> Start:
         _check_same(before, config)
         if config.train.resume == "auto" and _is_finished(folder, before, config):
             return Start(finished=True)
+    of_another: ForeignCheckpointError | None = None
     for checkpoint in reversed(complete_checkpoints(folder / run_folder.CHECKPOINTS)):
         try:
             if config.train.resume == "auto":  # nobody is there to choose an older one
@@ -104,7 +109,10 @@ def _choose(config: RunConfig) -> Start:
         except CheckpointError as error:
             if config.train.resume is True:
                 raise
+            of_another = error if isinstance(error, ForeignCheckpointError) else of_another
             print_line(f"d2ft-hpc: warning: passed over: {error}")
+    if of_another is not None:  # a new beginning would take the place of that run's record
+        raise of_another
     if config.train.resume is True:
         raise CheckpointError(
             f"train.resume=true: no checkpoint in {folder / run_folder.CHECKPOINTS}; set "
@@ -132,11 +140,11 @@ def _config_before(folder: Path, config: RunConfig) -> dict[str, Any] | None:
 
 
 def _check_of_run(checkpoint: Path, config: RunConfig) -> None:
-    """Raises CheckpointError if the checkpoint holds the configuration of another run."""
+    """Raises ForeignCheckpointError if the checkpoint is one."""
     try:
         _check_same(run_folder.read_config(checkpoint) or {}, config)
     except ConfigError as error:
-        raise CheckpointError(f"{checkpoint}: of another run: {error}") from None
+        raise ForeignCheckpointError(f"{checkpoint}: of another run: {error}") from None
 
 
 def _check_same(before: Mapping[str, Any], config: RunConfig) -> None:
