@@ -19,6 +19,8 @@ from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.safe_text import shown
 
 _MOST_BYTES = 1 << 20
+_MOST_RECORDED = 1 << 17
+"""Characters of a run's recorded configuration; reading that many takes seconds."""
 _MOST_REFERRED = 1000
 """Characters of a value that others refer to."""
 _MOST_VALUES = 10_000
@@ -114,6 +116,16 @@ def to_yaml(values: dict[str, Any]) -> str:
 def read_values(path: Path) -> dict[str, Any]:
     """Plain values of one file. Raises ConfigError, FileNotFoundError."""
     return {key: plain(value) for key, value in _read(path).items()}
+
+
+def parse_values(text: str) -> dict[str, Any]:
+    """Plain values of a YAML text that a file of others holds. Raises ValueError with one line."""
+    if len(text) > _MOST_RECORDED:
+        raise ValueError(f"more than {_MOST_RECORDED >> 10} KiB, which no configuration has")
+    tree = _parsed(text)
+    if not isinstance(tree, dict):
+        raise ValueError("holds no sections (run, model, data, ...) but something else")
+    return {key: plain(value) for key, value in tree.items()}
 
 
 def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Tree]:

@@ -46,14 +46,29 @@ def read_scores(path: Path, index: int = -1) -> SavedScores:
         )
     if not -found <= index < found:
         raise ResultsError(f"{path} holds scores 0 to {found - 1}, asked for {index}.")
-    cells = int(model["num_blocks"]) * int(model["num_heads"])
-    always, full = float(model["always_flops"]), float(model["full_flops"])
+    forward, backward = np.asarray(forward, dtype=np.float64), np.asarray(backward, dtype=np.float64)
+    try:
+        replicas = int(environment["replicas"] if "replicas" in environment else environment["world_size"])
+        always, full, forward_only = (
+            float(model[name]) for name in ("always_flops", "full_flops", "forward_only_flops")
+        )
+    except (LookupError, ValueError, OverflowError) as error:
+        raise ResultsError(f"{path} does not say what its model costs ({error}): name another run.") from None
+    costs = np.array([always, full, forward_only])
+    if forward.shape != backward.shape or replicas < 1 or len(forward) % replicas:
+        raise ResultsError(
+            f"{path} is damaged: scores {forward.shape} and {backward.shape} of {replicas} replicas."
+        )
+    if not np.isfinite(costs).all() or costs.min() < 0 or full <= 0:
+        raise ResultsError(
+            f"{path} is damaged: its model costs {always:g}, {full:g} and {forward_only:g} FLOP."
+        )
     return SavedScores(
-        np.asarray(forward, dtype=np.float64),
-        np.asarray(backward, dtype=np.float64),
-        replicas=int(environment.get("replicas", environment["world_size"])),
-        forward_cost=float(model["forward_only_flops"]) / full,
-        always_share=always / (always + cells * full),
+        forward,
+        backward,
+        replicas=replicas,
+        forward_cost=forward_only / full,
+        always_share=always / (always + forward[0].size * full),
     )
 
 

@@ -22,6 +22,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.engines.engine import StateWriter
 from d2ft_hpc.errors import CheckpointError
+from d2ft_hpc.files import atomic
+from d2ft_hpc.files.untrusted import RefusedError, parse_json
 
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -51,12 +53,19 @@ class PortableState:
         try:
             weights, _ = _read(folder / MODEL)
             named, about = _read(folder / OPTIMIZER)
-            state = cls(weights, {}, json.loads(about["numbers"]), json.loads(about["schedule"]))
+            state = cls(weights, {}, parse_json(about["numbers"]), parse_json(about["schedule"]))
+            for path, tensor in named.items():
+                kind, _, name = path.partition("/")
+                if name not in weights or tensor.shape != weights[name].shape:
+                    raise RefusedError(f"{path!r} in {OPTIMIZER} belongs to no weight of its shape")
+                state.moments.setdefault(kind, {})[name] = tensor
+            for number in state.numbers.values():
+                if type(number) not in (int, float):
+                    raise RefusedError(f"{number!r} in {OPTIMIZER} is no number")
+            if not _is_plain(list(state.schedule.values()) or [0]):
+                raise RefusedError(f"the schedule in {OPTIMIZER} is not of numbers")
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(f"{folder}: no readable training state ({error})") from None
-        for path, tensor in named.items():
-            kind, name = path.split("/", 1)
-            state.moments.setdefault(kind, {})[name] = tensor
         return state
 
     def check_fits(self, model_shapes: Mapping[str, torch.Size]) -> None:
@@ -82,7 +91,7 @@ def file_bytes(content: Mapping[str, Any]) -> bytes:
 def write_file(content: Mapping[str, Any], path: Path) -> None:
     """The StateWriter that writes at once. Raises OSError where it cannot."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(file_bytes(content))
+    atomic.write(path, file_bytes(content))
 
 
 def collect_plain(

@@ -31,6 +31,8 @@ from torch.optim import Optimizer
 from d2ft_hpc.engines.portable import PortableState
 from d2ft_hpc.errors import CheckpointError
 from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.files import atomic
+from d2ft_hpc.files.untrusted import read_json
 from d2ft_hpc.parallel.dtensor import DTensorExecutor
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -86,7 +88,7 @@ def save_sharded(folder: Path, model: nn.Module, optimizer: Optimizer, executor:
     """Writes a DCP folder, each rank its slices; on all ranks together."""
     save(_tensors(model, optimizer), checkpoint_id=folder)
     if dist.get_rank() == 0:
-        (folder / _LAYOUT).write_text(json.dumps(_layout(executor)))
+        atomic.write(folder / _LAYOUT, json.dumps(_layout(executor)))
     dist.barrier()
 
 
@@ -97,7 +99,7 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer, executor:
     the portable state.
     """
     try:
-        saved = json.loads((folder / _LAYOUT).read_text())
+        saved = read_json(folder / _LAYOUT)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: no sharded checkpoint ({error})") from None
     if saved != _layout(executor):

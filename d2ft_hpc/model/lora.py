@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.files import atomic
 from d2ft_hpc.model.subnets import LINEAR_LAYERS, ParameterClass, SubnetMap
 
 ADAPTER = "default"
@@ -93,8 +94,10 @@ def save_adapter(model: VisionTransformer, folder: Path) -> None:
             saved_modules.add(name.rsplit(".", 1)[0])
     config = copy(model.peft_config[ADAPTER])
     config.modules_to_save, config.inference_mode = sorted(saved_modules), True
-    config.save_pretrained(folder)
     prefixed = {
         f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in tensors.items()
     }
-    save_file(prefixed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    building = folder.with_name(f".{folder.name}.tmp")
+    config.save_pretrained(building)
+    save_file(prefixed, building / "adapter_model.safetensors", metadata={"format": "pt"})
+    atomic.replace_folder(building, folder)

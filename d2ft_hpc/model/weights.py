@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from d2ft_hpc.errors import CheckpointError
+from d2ft_hpc.files.untrusted import RefusedError, read_json
 
 PRETRAINED = "pretrained"
 HUB = "hf-hub:"
@@ -60,6 +61,12 @@ def check_complete(path: Path, model: nn.Module, name: str) -> None:
             f"model.weights={path}: lacks {len(lacking)} of {name}'s parameters, first {lacking[0]!r}: "
             f"use weights of the same model in timm's names"
         )
+    for key, value in model.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise CheckpointError(
+                f"model.weights={path}: {key!r} has values that are not finite: its run diverged, or it is damaged; "
+                f"use other weights"
+            )
 
 
 def _file_in(folder: Path) -> Path:
@@ -80,14 +87,24 @@ def _description(config: Path) -> dict[str, Any]:
     if not config.exists():
         return {}
     try:
-        described = json.loads(config.read_text())
+        described = read_json(config)
         described = {**described, **described.get("pretrained_cfg", {})}
-        return {key: tuple(map(float, described[key])) for key in ("mean", "std") if key in described}
+        statistics: dict[str, Any] = {
+            key: tuple(map(float, described[key])) for key in ("mean", "std") if key in described
+        }
+        for key, values in statistics.items():
+            if len(values) not in (1, 3) or not all(-1e3 < value < 1e3 for value in values):
+                raise RefusedError(f"{key} has no numbers of 1 or 3 channels")
+        if not all(value > 0 for value in statistics.get("std", ())):
+            raise RefusedError("std is not above 0")
+        return statistics
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{config}: not a readable description of a model: {error}") from error
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"model.weights={path}: not a regular file")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118

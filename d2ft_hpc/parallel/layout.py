@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.errors import CheckpointError, ConfigError
+from d2ft_hpc.files import atomic
+from d2ft_hpc.files.untrusted import RefusedError, read_json
 from d2ft_hpc.planning.problem import Ints
 
 
@@ -97,10 +99,21 @@ class Placement:
 
     def save(self, path: Path) -> None:
         edges = [[blocks.start, blocks.stop] for blocks in self.stages]
-        path.write_text(json.dumps({"stages": edges, "owner": self.owner.tolist()}))
+        atomic.write(path, json.dumps({"stages": edges, "owner": self.owner.tolist()}))
 
     @staticmethod
     def load(path: Path, layout: Layout) -> Placement:
-        """What `save` wrote, for one process of `layout`."""
-        saved = json.loads(path.read_text())
-        return Placement(layout, [range(*edges) for edges in saved["stages"]], np.array(saved["owner"]))
+        """What `save` wrote, for one process of `layout`. Raises CheckpointError if it places no model."""
+        try:
+            saved = read_json(path)
+            edges = np.array(saved["stages"], dtype=np.int64).reshape(-1, 2)
+            owner = np.array(saved["owner"], dtype=np.int64)
+            if owner.ndim != 2 or owner.min() < 0:
+                raise RefusedError(f"it gives owners of the shape {owner.shape}")
+            if (edges[:, 0] != [0, *edges[:-1, 1]]).any() or edges[-1, 1] != len(owner):
+                raise RefusedError(f"its stages do not follow each other up to block {len(owner)}")
+            if (edges[:, 0] >= edges[:, 1]).any():
+                raise RefusedError("it has a stage without blocks")
+        except (OSError, LookupError, ValueError, TypeError, OverflowError) as error:
+            raise CheckpointError(f"{path}: not the placement of a model ({error})") from None
+        return Placement(layout, [range(start, stop) for start, stop in edges.tolist()], owner)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
 import struct
-import uuid
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -19,6 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.files import atomic, hdf5
+from d2ft_hpc.files.untrusted import RefusedError
+from d2ft_hpc.safe_text import one_line
 
 _MAGIC = b"D2FTPLAN"
 _VERSION = 1
@@ -26,6 +29,10 @@ _PREFIX = struct.Struct("<8sHI")  # magic, version, length of the JSON header in
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _SHIFTS = np.array([0, 2, 4, 6], dtype=np.uint8)
 _HDF5_FORMAT = "d2ft-plan"
+_HDF5_VERSION = 2
+_HDF5_LIBRARY = ("v110", "v110")
+"""Its metadata carry checksums."""
+_EVIDENCE_ERROR = 1e-6
 _FIELDS: dict[str, type] = {
     "replicas": int,
     "binding": str,
@@ -68,7 +75,7 @@ class SkipPlan:
 
     Two plans are equal if their `hash` is: the evidence does not count.
 
-    Raises PlanError if shape, values, replicas or the texts are not as said.
+    Raises PlanError if shape, values, replicas or the texts are not as said, or the evidence contradicts itself.
     """
 
     operations: npt.NDArray[np.uint8]
@@ -110,6 +117,23 @@ class SkipPlan:
         object.__setattr__(self, "replicas", int(self.replicas))
         for name in ("objective", "bound", "gap", "solve_seconds"):
             object.__setattr__(self, name, float(getattr(self, name)))
+        self._check_evidence()
+
+    def _check_evidence(self) -> None:
+        objective, bound, gap = self.objective, self.bound, self.gap
+        for name in ("objective", "bound", "gap", "solve_seconds"):
+            if math.isinf(getattr(self, name)):
+                raise PlanError(f"A plan's {name} is a finite number, or NaN if not known; got infinity.")
+        if not self.solve_seconds >= 0:
+            raise PlanError(f"A plan's solve_seconds cannot be {self.solve_seconds:g}.")
+        if bound < objective - _EVIDENCE_ERROR * abs(objective):
+            raise PlanError(f"A plan's objective {objective:g} is above its bound {bound:g}.")
+        expected = (bound - objective) / bound if bound > 0 else gap
+        if gap < 0 or (math.isfinite(expected) and abs(gap - expected) > _EVIDENCE_ERROR):
+            raise PlanError(
+                f"A plan's gap is (bound - objective) / bound and not negative; got {gap:g} with the objective "
+                f"{objective:g} and the bound {bound:g}."
+            )
 
     @classmethod
     def dense(cls, slots: int, replicas: int, num_blocks: int, num_heads: int) -> SkipPlan:
@@ -130,6 +154,11 @@ class SkipPlan:
         if self.binding != "slot":
             head += self.binding.encode()
         return hashlib.sha256(head + self.operations.tobytes()).hexdigest()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of all of the plan, evidence included."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
 
     @property
     def num_rows(self) -> int:
@@ -235,44 +264,52 @@ class SkipPlan:
 
         Raises PlanError if the file cannot be written; an older file of that name is then unharmed.
         """
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        image = io.BytesIO()  # HDF5 does not recover from a full disk
+        with h5py.File(image, "w", libver=_HDF5_LIBRARY) as file:
+            file.create_dataset("operations", data=self.operations)
+            file.attrs["version"] = _HDF5_VERSION
+            fields = {name: getattr(self, name) for name in _FIELDS}
+            for name, value in {"format": _HDF5_FORMAT, "digest": self.digest, **fields}.items():
+                file.attrs[name] = _fixed(value) if isinstance(value, str) else value
         try:
-            with h5py.File(temporary, "w") as file:
-                file.create_dataset("operations", data=self.operations)
-                file.attrs["format"] = _HDF5_FORMAT
-                file.attrs["version"] = _VERSION
-                for name in _FIELDS:
-                    file.attrs[name] = getattr(self, name)
-            with open(temporary, "rb+") as written:
-                os.fsync(written.fileno())
-            os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:  # h5py raises RuntimeError when closing on a full disk
-            raise PlanError(f"The plan cannot be written to {path}: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+            atomic.write(Path(path), image.getbuffer(), shared=True)
+        except OSError as error:
+            raise PlanError(f"The plan cannot be written to {os.fspath(path)}: {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SkipPlan:
         """Read a plan that `save` wrote. Raises PlanError if the file is missing, foreign or damaged."""
+        source = os.fspath(path)
         try:
-            with h5py.File(path, "r") as file:
-                if file.attrs.get("format") != _HDF5_FORMAT:
-                    raise PlanError(f"{os.fspath(path)} is an HDF5 file, but not a plan.")
-                if file.attrs.get("version") != _VERSION:
+            with hdf5.open_file(Path(path)) as file:
+                version = hdf5.read_attributes(file, ["version"])["version"]
+                if version != _HDF5_VERSION:
                     raise PlanError(
-                        f"{os.fspath(path)} is a plan of format version {file.attrs.get('version')!r}, "
-                        f"this program reads {_VERSION}."
+                        f"{source} is a plan of format version {version!r}, this program reads {_HDF5_VERSION}: "
+                        "make the plan anew."
                     )
-                operations = _read_operations(file)
-                fields = {name: _plain(file.attrs.get(name)) for name in _FIELDS}
+                fields = hdf5.read_attributes(file, ["format", "digest", *_FIELDS])
+                if fields.pop("format") != _HDF5_FORMAT:
+                    raise PlanError(f"{source} is an HDF5 file, but not a plan.")
+                digest = fields.pop("digest")
+                operations = hdf5.child(file, "operations")
+                if operations is None or operations.dtype != np.uint8 or len(operations.shape) != 3:
+                    raise RefusedError("it has no operations uint8 [row, block, head]")
+                values = hdf5.read_array(operations, hdf5.Allowance(file.id.get_filesize()))
         except PlanError:
             raise
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise PlanError(f"{os.fspath(path)} cannot be read as a plan: {error}") from error
-        if operations is None:
-            raise PlanError(f"{os.fspath(path)} is damaged: it has no operations uint8 [row, block, head].")
-        return cls._from_fields(operations, fields, os.fspath(path))
+        except OSError as error:
+            raise PlanError(f"{source} cannot be read as a plan: {one_line(str(error))}") from error
+        except Exception as error:  # whatever a damaged file provokes in the library
+            raise PlanError(
+                f"{source} is damaged, or not a plan: {one_line(str(error))}; make the plan anew."
+            ) from error
+        plan = cls._from_fields(values, fields, source)
+        if plan.digest != digest:
+            raise PlanError(
+                f"{source} is damaged: its evidence does not match its digest; make the plan anew."
+            )
+        return plan
 
     @classmethod
     def _from_fields(cls, operations: npt.NDArray[np.uint8], fields: dict[str, Any], source: str) -> SkipPlan:
@@ -303,24 +340,7 @@ def _unpack(packed: bytes, shape: list[int]) -> npt.NDArray[np.uint8]:
     return quads.ravel()[: math.prod(shape)].reshape(shape).astype(np.uint8)
 
 
-def _read_operations(file: h5py.File) -> npt.NDArray[np.uint8] | None:
-    """The dataset, if its bytes lie in the file itself as `save` lays them: no link out of the file, no
-    filter that could blow up a small file into a large array."""
-    if not isinstance(file.get("operations", getlink=True), h5py.HardLink):
-        return None
-    dataset = file["operations"]
-    if (
-        not isinstance(dataset, h5py.Dataset)
-        or dataset.dtype != np.uint8
-        or dataset.ndim != 3
-        or dataset.external is not None
-        or dataset.is_virtual
-        or dataset.id.get_storage_size() != dataset.size
-    ):
-        return None
-    return np.asarray(dataset[()], dtype=np.uint8)
-
-
-def _plain(value: Any) -> Any:
-    """An HDF5 attribute as the Python value that was written."""
-    return value.item() if isinstance(value, np.generic) else value
+def _fixed(text: str) -> npt.NDArray[np.bytes_]:
+    """The text as HDF5 keeps it without its global heap, which has no checksum."""
+    encoded = text.encode()
+    return np.array(encoded, dtype=h5py.string_dtype("utf-8", max(len(encoded), 1)))

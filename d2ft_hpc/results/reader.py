@@ -13,25 +13,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-import h5py
 import numpy as np
-import yaml
 
+from d2ft_hpc.config_file import parse_values
 from d2ft_hpc.errors import ResultsError
+from d2ft_hpc.files.hdf5 import Allowance, child, open_file, read_attributes
+from d2ft_hpc.files.untrusted import RefusedError
 from d2ft_hpc.results import columns, frames, schema
 from d2ft_hpc.results.layout import Contents, rank_file, segments_folder
 from d2ft_hpc.results.schema import GROUPS, RANK_FIELDS, TABLES, Array, Group, Scalar, Table
-from d2ft_hpc.results.untrusted import (
-    check_root,
-    child,
-    outside_files,
-    read_attributes,
-    read_group,
-    read_groups,
-    read_table,
-    refuse,
-)
+from d2ft_hpc.results.untrusted import check_root, outside_files, read_group, read_groups, read_table
 from d2ft_hpc.results.version1 import read_version1_table
+from d2ft_hpc.safe_text import one_line
 
 if TYPE_CHECKING:
     import pandas
@@ -39,6 +32,7 @@ if TYPE_CHECKING:
 
 _SEGMENT_NAME = re.compile(r"\d{8}\.h5")
 _ATTEMPTS = 5
+_MOST_RANK_FILES = 1 << 20
 
 
 def open_run(path: Path | str, *, locking: bool | Literal["best-effort"] = False) -> "RunResults":
@@ -55,10 +49,14 @@ def open_run(path: Path | str, *, locking: bool | Literal["best-effort"] = False
         path = path / "results.h5"
     if not path.is_file():
         raise ResultsError(f"no results file at {path}: give the path of a run folder or of its results.h5")
-    path = path.resolve()
+    return _open(path.resolve(), locking, rank_files=True)
+
+
+def _open(path: Path, locking: Any, *, rank_files: bool) -> "RunResults":
+    """rank_files: it may be that of a run with a file for each rank, and not of a rank itself."""
     with _faults_of(path):
         for attempt in range(_ATTEMPTS):
-            main = h5py.File(path, "r", locking=locking)
+            main = open_file(path, locking=locking)
             files: list[Any] = []
             ranks: list[RunResults | None] = []
             try:
@@ -70,8 +68,10 @@ def open_run(path: Path | str, *, locking: bool | Literal["best-effort"] = False
                         check_root(files[-1])
                 else:
                     files.append(main)
-                for rank in range(int(attributes.get("rank_files", 0))):
-                    ranks.append(_open_rank_file(rank_file(path, rank), locking))
+                of_ranks = attributes.get("rank_files", 0)
+                if not isinstance(of_ranks, int) or not 0 <= of_ranks <= rank_files * _MOST_RANK_FILES:
+                    raise RefusedError(f"its `rank_files` is {of_ranks!r}")
+                ranks += _open_rank_files(path, of_ranks, locking)
                 return RunResults(path, main, files, ranks, version)
             except FileNotFoundError:  # merged into another by the writer since the linking file was read
                 _close([main, *files, *ranks])
@@ -110,7 +110,8 @@ class RunResults:
     def config(self) -> Any:
         """The run's resolved configuration as plain dicts, lists and scalars ({} if none was stored)."""
         with _faults_of(self.path):
-            return yaml.safe_load(str(self.datasets("config").get("yaml", ""))) or {}
+            text = str(self.datasets("config").get("yaml", ""))
+            return parse_values(text) if text.strip() else {}
 
     def table(self, name: str, only: Collection[str] | None = None) -> Table:
         """Columns of a table by name, each [row] or [row, *axes] (see `schema`), or only the named ones.
@@ -122,8 +123,8 @@ class RunResults:
         for column in only or ():
             self._field(name, column)
         with _faults_of(self.path):
-            recorded = self._recorded(name, only)
-            whole = columns.complete(name, recorded)
+            allowance = self._allowance()
+            whole = columns.complete(name, self._recorded(name, only, allowance), only, allowance)
             return whole if only is None else {column: whole[column] for column in only}
 
     def plan(self, index: int) -> Array:
@@ -188,7 +189,8 @@ class RunResults:
         """Everything in the file as far as it was recorded."""
         with _faults_of(self.path):
             groups = {name: group for file in self._files for name, group in read_groups(file)}
-            return Contents({name: self._recorded(name, None) for name in TABLES}, groups)
+            tables = {name: self._recorded(name, None, self._allowance()) for name in TABLES}
+            return Contents(tables, groups)
 
     def close(self) -> None:
         """Close the underlying files."""
@@ -209,29 +211,44 @@ class RunResults:
             raise ResultsError(f"{self.path} has no column {name}: {schema.nearest(name, known)}")
         return field
 
-    def _recorded(self, name: str, only: Collection[str] | None) -> Table:
+    def _allowance(self) -> Allowance:
+        """For one table."""
+        of_ranks = [file for run in self._ranks if run is not None for file in run._files]
+        return Allowance(sum(file.id.get_filesize() for file in (*self._files, *of_ranks)))
+
+    def _recorded(self, name: str, only: Collection[str] | None, allowance: Allowance) -> Table:
         anchor = None if only is None else {*only, "step"}
         if name == "steps" and self._ranks:
-            return self._join_ranks(anchor)
+            return self._join_ranks(anchor, allowance)
         if self.schema_version == 1:
-            return columns.join(name, [read_version1_table(file, name) for file in self._files])
-        return columns.join(name, [read_table(file, name, anchor) for file in self._files])
+            parts = [read_version1_table(file, name, allowance) for file in self._files]
+        else:
+            parts = [read_table(file, name, anchor, allowance) for file in self._files]
+        recorded = columns.join(name, parts, allowance)
+        if recorded and "step" not in recorded:
+            raise RefusedError(f"{name} has no column step")
+        return recorded
 
-    def _join_ranks(self, only: Collection[str] | None) -> Table:
+    def _join_ranks(self, only: Collection[str] | None, allowance: Allowance) -> Table:
         """The steps of a run with a file for each rank; a rank's rows are found by their step."""
         shared = {
             name for name in TABLES["steps"] if name not in RANK_FIELDS and (only is None or name in only)
         }
-        joined = columns.join("steps", [read_table(file, "steps", shared) for file in self._files])
+        parts = [read_table(file, "steps", {*shared, "step"}, allowance) for file in self._files]
+        joined = columns.join("steps", parts, allowance)
+        joined.setdefault("step", np.empty(0, np.int64))
         rows = columns.length(joined)
         for rank, run in enumerate(self._ranks):
-            own = {} if run is None else run._recorded("steps", only)
+            own = {} if run is None else run._recorded("steps", only, allowance)
             if not own:
                 continue
             _, here, there = np.intersect1d(joined["step"], own["step"], return_indices=True)
             for name in own.keys() & RANK_FIELDS.keys():
                 if name not in joined:
-                    joined[name] = columns.missing(RANK_FIELDS[name], (rows, len(self._ranks)))
+                    shape = (rows, len(self._ranks))
+                    joined[name] = columns.missing(RANK_FIELDS[name], shape, allowance)
+                if own[name].shape[1] != 1:
+                    raise RefusedError(f"the file of rank {rank} has steps of {own[name].shape[1]} ranks")
                 joined[name][here, rank] = own[name][there, 0]
         if "rank_loss" in joined:
             known = np.isfinite(joined["rank_loss"])
@@ -280,14 +297,24 @@ def waiting(communication: Array) -> Array:
 def _open_segment(path: Path, locking: bool | str) -> Any:
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    return h5py.File(path, "r", locking=locking)
+    return open_file(path, locking=locking)
 
 
-def _open_rank_file(path: Path, locking: Any) -> RunResults | None:
-    """The results of one rank; None if it wrote none, as when the run was killed early."""
-    if path.parent.resolve() != path.parent or path.is_symlink():
-        raise refuse(f"{path} is a symbolic link")
-    return open_run(path, locking=locking) if path.is_file() else None
+def _open_rank_files(path: Path, ranks: int, locking: Any) -> list[RunResults | None]:
+    """The results of each rank; None of one that wrote none, as when the run was killed early."""
+    folder = rank_file(path, 0).parent
+    if folder.resolve() != folder:
+        raise RefusedError(f"{folder} is a symbolic link")
+    opened: list[RunResults | None] = []
+    try:
+        for file in (rank_file(path, rank) for rank in range(ranks)):
+            if file.is_symlink():
+                raise RefusedError(f"{file} is a symbolic link")
+            opened.append(_open(file, locking, rank_files=False) if file.is_file() else None)
+    except BaseException:
+        _close(opened)
+        raise
+    return opened
 
 
 @contextmanager
@@ -298,7 +325,12 @@ def _faults_of(path: Path) -> Iterator[None]:
     except ResultsError as fault:
         text = str(fault)
         raise ResultsError(
-            text if text.startswith("cannot read") else f"cannot read {path}: {text}"
+            one_line(text) if text.startswith("cannot read") else f"cannot read {path}: {one_line(text)}"
+        ) from fault
+    except RefusedError as fault:
+        raise ResultsError(
+            f"cannot read {path}: not a results file of this package, or damaged ({one_line(str(fault))}); "
+            "restore it from a copy"
         ) from fault
     except ImportError:
         raise
@@ -311,7 +343,7 @@ def _faults_of(path: Path) -> Iterator[None]:
         raise ResultsError(f"cannot read {path}: permission denied; ask its owner for read access") from fault
     except Exception as fault:
         raise ResultsError(
-            f"cannot read {path}: damaged or not an HDF5 file ({fault}); restore it from a copy"
+            f"cannot read {path}: damaged or not an HDF5 file ({one_line(str(fault))}); restore it from a copy"
         ) from fault
 
 
@@ -319,15 +351,17 @@ def _segment_names(main: Any, path: Path, attributes: dict[str, Scalar]) -> list
     """The segments of a linking file, after checking that it points at nothing else."""
     folder = segments_folder(path)
     names = str(attributes["segments"]).split()
+    if len(set(names)) < len(names):
+        raise RefusedError("it names a segment twice")
     for name in names:
         if not _SEGMENT_NAME.fullmatch(name):
-            raise refuse(f"it names the segment {name!r}")
+            raise RefusedError(f"it names the segment {name!r}")
         if (folder / name).resolve() != folder / name:
-            raise refuse(f"the segment {folder / name} is a symbolic link")
+            raise RefusedError(f"the segment {folder / name} is a symbolic link")
     allowed = {f"{folder.name}/{name}" for name in names}
     for target in outside_files(main):
         if target not in allowed:
-            raise refuse(
+            raise RefusedError(
                 f"it points at {target!r}, which is none of its segments in {folder.name}/; was it renamed?"
             )
     return names

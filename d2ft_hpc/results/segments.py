@@ -23,6 +23,8 @@ import h5py
 
 import d2ft_hpc
 from d2ft_hpc.errors import ResultsError
+from d2ft_hpc.files import atomic
+from d2ft_hpc.files.untrusted import RefusedError
 from d2ft_hpc.results import columns
 from d2ft_hpc.results.layout import (
     FORMAT_VERSIONS,
@@ -169,6 +171,10 @@ class Segments:
                         f"cannot read back {self.folder}: {fault}; leave that folder alone while the run goes on"
                     ) from fault
             yield files
+        except RefusedError as fault:
+            raise ResultsError(
+                f"cannot read back {self.folder}: {fault}; leave that folder alone while the run goes on"
+            ) from fault
         finally:
             for file in files:
                 file.close()
@@ -192,17 +198,8 @@ class Segments:
 
 def write_atomically(path: Path, image: bytes | memoryview) -> None:
     """Make `image` the content of `path`; a kill or a fault leaves all of the old content."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        try:
-            with temporary.open("wb") as file:
-                file.write(image)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        atomic.write(path, image)
     except OSError as fault:
         raise cannot_write(path, fault) from fault
 

@@ -2,26 +2,36 @@
 
 A checkpoint is a folder `checkpoints/step-N`, where N steps are done. It is complete or absent: while it is written it
 has another name. It holds what the engine saves, the plan in force (plan.h5), each rank's random state, the position
-in the run (position.json) and the SHA-256 of every one of these files (manifest.json).
+in the run (position.json), the run's configuration (config.yaml) and the SHA-256 of every one of these files
+(manifest.json). Whoever wrote it: nothing is read but files of the folder itself that the manifest vouches for.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import io
+import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.errors import CheckpointError
+from d2ft_hpc.files.untrusted import RefusedError, read_bytes, read_json
 from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.safe_text import one_line
 
 MANIFEST = "manifest.json"
 POSITION = "position.json"
 PLAN = "plan.h5"
+CONFIG = "config.yaml"
+_MANIFEST_BYTES = 64 << 20
+_NAME = re.compile(r"step-(\d{8,18})")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -51,26 +61,70 @@ def checkpoint_name(steps_done: int) -> str:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}") if not path.parent.suffix)
+    named = ((_NAME.fullmatch(path.parent.name), path.parent) for path in folder.glob(f"step-*/{MANIFEST}"))
+    return [path for _, path in sorted((int(name[1]), path) for name, path in named if name)]
 
 
 def read_position(checkpoint: Path) -> Position:
-    """Raises CheckpointError if the checkpoint is damaged."""
+    """Raises CheckpointError if the checkpoint is damaged, or the position is none that a run comes to."""
     try:
-        return Position(**json.loads((checkpoint / POSITION).read_text()))
+        position = Position(**read_json(checkpoint / POSITION, 1 << 12))
+        for name, value in vars(position).items():
+            if type(value) is not int or value < 0:
+                raise RefusedError(f"{POSITION} has {name}={value!r}")
+        steps = position.steps_done
+        if checkpoint.name != checkpoint_name(steps):
+            raise RefusedError(f"{POSITION} has steps_done={steps}, not those of the folder's name")
+        if max(position.epochs_done, position.batches_done) > steps:
+            raise RefusedError(f"{POSITION} has more epochs or batches than its {steps} steps")
     except (OSError, ValueError, TypeError) as error:
         raise damaged(checkpoint, str(error)) from None
+    return position
 
 
 def verify(checkpoint: Path, *, part: int = 0, of: int = 1) -> None:
-    """Compares every `of`-th file with its checksum. Raises CheckpointError, naming a damaged file."""
+    """Compares every `of`-th file with its checksum. Raises CheckpointError, naming a damaged file, one that is missing
+    or that the manifest does not have, or one that lies elsewhere."""
     try:
-        checksums: dict[str, str] = json.loads((checkpoint / MANIFEST).read_text())
+        checksums = _read_manifest(checkpoint)
+        found = set(_files_in(checkpoint)) - {MANIFEST}
+        if found != checksums.keys():
+            name = min(found ^ checksums.keys())
+            raise RefusedError(f"{name} is {'missing' if name in checksums else f'not in its {MANIFEST}'}")
         for name in sorted(checksums)[part::of]:
             if sha256(checkpoint / name) != checksums[name]:
-                raise damaged(checkpoint, f"{name} does not have its checksum")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+                raise RefusedError(f"{name} does not have its checksum")
+    except (OSError, ValueError) as error:
         raise damaged(checkpoint, str(error)) from None
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 in hex of each file, by its path in the folder."""
+    checksums = read_json(checkpoint / MANIFEST, _MANIFEST_BYTES)
+    for name, checksum in checksums.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or str(path) != name or "\0" in name:
+            raise RefusedError(f"{MANIFEST} names {name!r}, which is not in the folder")
+        if not isinstance(checksum, str) or not _SHA256.fullmatch(checksum):
+            raise RefusedError(f"{MANIFEST} has no SHA-256 for {name!r}")
+    for name in (PLAN, POSITION):
+        if name not in checksums:
+            raise RefusedError(f"{MANIFEST} does not have {name}")
+    return checksums
+
+
+def _files_in(folder: Path, prefix: str = "") -> Iterator[str]:
+    """Paths of all regular files in the folder; nothing in it may be anything else, and it no link itself."""
+    if folder.is_symlink():
+        raise RefusedError(f"{prefix or 'the folder '}is a symbolic link")
+    for entry in os.scandir(folder):
+        name = prefix + entry.name
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files_in(folder / entry.name, f"{name}/")
+        elif entry.is_file(follow_symlinks=False):
+            yield name
+        else:
+            raise RefusedError(f"{name} is not a regular file")
 
 
 def load_checkpoint(checkpoint: Path, engine: Engine, control: Control) -> SkipPlan:
@@ -83,7 +137,10 @@ def load_checkpoint(checkpoint: Path, engine: Engine, control: Control) -> SkipP
     engine.load(checkpoint)
     own = checkpoint / random_state_name(control.rank)
     if own.exists():  # a rank that was not there when the checkpoint was saved goes on with its own
-        restore_random_state(torch.load(own, weights_only=True))
+        try:
+            restore_random_state(torch.load(io.BytesIO(read_bytes(own, 1 << 20)), weights_only=True))
+        except Exception as error:  # torch raises many kinds
+            raise damaged(checkpoint, f"{own.name} is no random state: {error}") from error
     return SkipPlan.load(checkpoint / PLAN)
 
 
@@ -106,7 +163,9 @@ def restore_random_state(state: dict[str, torch.Tensor]) -> None:
 
 
 def damaged(checkpoint: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"{checkpoint}: damaged ({why}); delete the folder to resume from the one before")
+    return CheckpointError(
+        f"{checkpoint}: damaged ({one_line(why)}); delete the folder to resume from the one before"
+    )
 
 
 def sha256(path: Path) -> str:

@@ -18,6 +18,7 @@ from d2ft_hpc.config import RunConfig
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.errors import CheckpointError
+from d2ft_hpc.files import atomic
 from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.model.lora import save_adapter, timm_state
@@ -51,7 +52,7 @@ from d2ft_hpc.training.progress import Progress
 from d2ft_hpc.training.recorded import note, record_job, record_plan, record_scores
 from d2ft_hpc.training.records import StepRecorder
 from d2ft_hpc.training.replanning import Replanner
-from d2ft_hpc.training.resume import Start, choose_start, fitted_to_ranks
+from d2ft_hpc.training.resume import Start, check_position, choose_start, fitted_to_ranks
 from d2ft_hpc.training.room import describe_room, with_room
 from d2ft_hpc.training.saver import CheckpointSaver
 from d2ft_hpc.training.speed_watch import SpeedWatch
@@ -76,6 +77,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     with agreed(control, "set-up"):
         replicas = layout_of(config, control).replicas
         job = set_up(fitted_to_ranks(config, start.position, replicas), control, device)
+        check_position(job, start)
     measured = measure_job(job)  # before the engine, which may spread the weights over ranks
     placement = place(job, start.checkpoint, watch)
     if control.rank == 0 and placement.layout.stages > 1:
@@ -104,7 +106,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
             run_folder.open_log(config.run_folder, control.rank)
         recorder = stack.enter_context(StepRecorder(control, writer, own_writer, board))
         finished = _train_epochs(
-            job, engine, placement, writer, recorder, board, measured, start.position, watch
+            job, engine, placement, writer, recorder, board, measured, start.position, watch, config.to_yaml()
         )
         recorder.finish()
         with engine.full_model() as model, agreed(control, "saving the model"):
@@ -126,8 +128,9 @@ def _train_epochs(
     measured: Measured,
     position: Position,
     watch: Watch,
+    config_text: str,
 ) -> bool:
-    """False if it was stopped and saved before the end."""
+    """False if it was stopped and saved before the end. config_text: as the user gave it, for checkpoints."""
     config, control = job.config, job.control
     costs, speed_watch = measured.plan_costs, SpeedWatch(control)
     progress = Progress(control.rank, job.total_steps)
@@ -163,7 +166,8 @@ def _train_epochs(
         return _take_over(job, engine, placement, costs, writer, progress, position, replanner, wait=True)
 
     folder = config.run_folder / run_folder.CHECKPOINTS
-    with CheckpointSaver(folder, control, keep=config.train.keep_checkpoints) as saver:
+    keep = config.train.keep_checkpoints
+    with CheckpointSaver(folder, control, keep=keep, config=config_text) as saver:
         saver.newest_step = position.steps_done
         boundary = StepBoundary(job, engine, saver, recorder, writer, progress, watch, settle)
         position = replace(position, rows=job.sampler.rows, ranks=control.world_size)
@@ -406,14 +410,12 @@ def _save_model(job: Job, model: VisionTransformer) -> None:
     """Raises CheckpointError where it cannot be written; an older model is then unharmed."""
     weights = {name: tensor.contiguous() for name, tensor in timm_state(model).items()}
     path = job.config.run_folder / run_folder.MODEL
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        save_file(weights, temporary)
-        temporary.replace(path)
+        with atomic.replaced(path) as temporary:
+            save_file(weights, temporary)
         if job.config.model.lora is not None:
             save_adapter(model, job.config.run_folder / run_folder.ADAPTER)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"{path}: the trained model cannot be written: {error}; make room, and resume from the last checkpoint"
         ) from error

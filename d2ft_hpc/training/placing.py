@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from d2ft_hpc.engines.model_parallel import PLACEMENT
+from d2ft_hpc.errors import CheckpointError
 from d2ft_hpc.launch import agreed, share
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.metering import StepCosts
@@ -32,6 +33,10 @@ def place(job: Job, checkpoint: Path | None, watch: Watch) -> Placement:
         if checkpoint is not None and layout.is_cut:
             saved = checkpoint / PLACEMENT
             if saved.exists() and (placement := Placement.load(saved, layout)).fits:
+                if placement.owner.shape != job.executor.subnets.shape:
+                    raise CheckpointError(
+                        f"{saved}: places {placement.owner.shape} blocks and heads, not this model's"
+                    )
                 return placement
         stages = cut_stages(flops, layout.stages)
         owner = even_owner(*job.executor.subnets.shape, layout.tensor_ranks)

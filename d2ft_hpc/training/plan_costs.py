@@ -7,18 +7,21 @@ import json
 import math
 import os
 import platform
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.errors import ConfigError, PlanError
+from d2ft_hpc.files import atomic
+from d2ft_hpc.files.untrusted import RefusedError, read_bytes, read_json
 from d2ft_hpc.launch import share
 from d2ft_hpc.launch.agree import AgreedError
+from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds
 from d2ft_hpc.metering.profile import PassProfile
 from d2ft_hpc.planning import Operation, SkipPlan
@@ -27,6 +30,8 @@ from d2ft_hpc.training.job import Job
 
 COSTS = "costs.json"
 """In the run folder: what a resumed run plans with."""
+
+_MOST_BYTES = 8 << 20
 
 PAPER_FORWARD_COST = 0.4
 """Of FORWARD_ONLY in units of FULL (arXiv 2504.12471)."""
@@ -57,6 +62,28 @@ class PlanCosts:
     most_full: list[float] | None = None
     """Of each rank, the most FULL subnets of a micro-batch for which its memory has room; None: no rank is short."""
 
+    @staticmethod
+    def parse(text: bytes) -> PlanCosts:
+        """What `keep_costs` wrote. Raises ValueError if it is none."""
+        try:
+            costs = _PLAN_COSTS.validate_json(text, strict=True)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise RefusedError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+        numbers = [costs.forward_share, costs.always_share, costs.dense_seconds, costs.message_latency]
+        numbers += [
+            costs.seconds_per_byte,
+            *costs.device_speed,
+            *(costs.room_bytes or ()),
+            *(costs.most_full or ()),
+        ]
+        if any(not number >= 0 for number in numbers) or not all(costs.device_speed):
+            raise RefusedError("a cost is negative or no number")
+        return costs
+
+
+_PLAN_COSTS = TypeAdapter(PlanCosts)
+
 
 def find_costs(job: Job, profile: PassProfile, all_reduce: AllReduceSeconds) -> PlanCosts:
     """What `plan.costs` and `plan.device_speed` ask for; on all ranks together, the same on each.
@@ -82,9 +109,13 @@ def find_costs(job: Job, profile: PassProfile, all_reduce: AllReduceSeconds) -> 
 
     def decide() -> bytes:
         if config.train.resume and path.exists():
-            before = path.read_bytes()
-            if len(PlanCosts(**json.loads(before)).device_speed) == ranks:
-                return before
+            try:
+                before = PlanCosts.parse(read_bytes(path, _MOST_BYTES))
+            except (OSError, ValueError) as error:
+                print_line(f"d2ft-hpc: warning: {path}: not readable ({error}): costs are determined anew")
+            else:
+                if len(before.device_speed) == ranks:
+                    return json.dumps(asdict(before)).encode()
         decided = replace(
             _costs(job, of_ranks),
             dense_seconds=float(np.nan_to_num(np.median([passes.dense_seconds for passes in of_ranks]))),
@@ -160,7 +191,10 @@ def _kept(job: Job, profile: PassProfile) -> PassProfile:
     """The profile that the cache folder keeps for this hardware and model; it keeps this one if it has none."""
     path = cache_folder() / f"profile-{_key(job)}.json"
     try:
-        return PassProfile(**json.loads(path.read_bytes()))
+        kept = PassProfile(**read_json(path, _MOST_BYTES))
+        if all(isinstance(seconds, float) and not seconds <= 0 for seconds in vars(kept).values()):
+            return kept
+        raise RefusedError("a pass takes time")
     except (OSError, ValueError, TypeError):  # none yet, or damaged
         _write(path, json.dumps(asdict(profile)).encode())
         return profile
@@ -204,6 +238,4 @@ def _processor() -> str:
 def _write(path: Path, content: bytes) -> None:
     """Complete or not at all, whoever else writes the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    building.write_bytes(content)
-    os.replace(building, path)
+    atomic.write(path, content, shared=True)

@@ -15,6 +15,7 @@ from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.results import open_run
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.checkpoint import Position, complete_checkpoints, read_position, verify
+from d2ft_hpc.training.job import Job
 
 MAY_CHANGE = (
     "engine.name",  # checkpoints do not depend on how an engine spreads a state
@@ -32,6 +33,10 @@ MAY_CHANGE = (
     "results.",
 )
 """What a resumed run may set otherwise than the run did before; everything else decides its losses."""
+
+
+class ForeignCheckpointError(CheckpointError):
+    """A checkpoint holds the configuration of another run."""
 
 
 @dataclass(frozen=True)
@@ -72,26 +77,44 @@ def fitted_to_ranks(config: RunConfig, position: Position, ranks: int) -> RunCon
     return config.model_copy(update={"data": config.data.model_copy(update={"slots": slots})})
 
 
+def check_position(job: Job, start: Start) -> None:
+    """Raises CheckpointError if no run of these batches comes to the checkpoint's position."""
+    position, batches = start.position, job.sampler.batches_per_epoch
+    whole = position.epochs_done * batches + position.batches_done
+    last_was_cut_short = position.batches_done == 0 and whole - batches < position.steps_done < whole
+    if position.batches_done > batches or not (position.steps_done == whole or last_was_cut_short):
+        raise CheckpointError(
+            f"{start.checkpoint}: {position.steps_done} steps, {position.epochs_done} epochs and "
+            f"{position.batches_done} batches are no position in epochs of {batches} batches: another data set, or "
+            f"damaged; delete the folder to resume from the one before"
+        )
+
+
 def _choose(config: RunConfig) -> Start:
     folder = config.run_folder
     if config.train.resume is False:
         run_folder.check_free(folder)
         return Start()
     run_folder.check_ours(folder)
-    before = run_folder.read_config(folder)
+    before = _config_before(folder, config)
     if before is not None:
         _check_same(before, config)
         if config.train.resume == "auto" and _is_finished(folder, before, config):
             return Start(finished=True)
+    of_another: ForeignCheckpointError | None = None
     for checkpoint in reversed(complete_checkpoints(folder / run_folder.CHECKPOINTS)):
         try:
             if config.train.resume == "auto":  # nobody is there to choose an older one
                 verify(checkpoint)
+            _check_of_run(checkpoint, config)
             return Start(checkpoint=checkpoint, position=read_position(checkpoint))
         except CheckpointError as error:
             if config.train.resume is True:
                 raise
+            of_another = error if isinstance(error, ForeignCheckpointError) else of_another
             print_line(f"d2ft-hpc: warning: passed over: {error}")
+    if of_another is not None:  # a new beginning would take the place of that run's record
+        raise of_another
     if config.train.resume is True:
         raise CheckpointError(
             f"train.resume=true: no checkpoint in {folder / run_folder.CHECKPOINTS}; set "
@@ -105,6 +128,25 @@ def _is_finished(folder: Path, before: Mapping[str, Any], config: RunConfig) -> 
         return False
     with open_run(folder) as run:
         return run.complete
+
+
+def _config_before(folder: Path, config: RunConfig) -> dict[str, Any] | None:
+    """That of the run in the folder, None if it is not known. Raises ConfigError where somebody is there to mend it."""
+    try:
+        return run_folder.read_config(folder)
+    except ConfigError as error:
+        if config.train.resume is True:
+            raise
+        print_line(f"d2ft-hpc: warning: {error}; goes on by the configuration that checkpoints hold")
+        return None
+
+
+def _check_of_run(checkpoint: Path, config: RunConfig) -> None:
+    """Raises ForeignCheckpointError if the checkpoint is one."""
+    try:
+        _check_same(run_folder.read_config(checkpoint) or {}, config)
+    except ConfigError as error:
+        raise ForeignCheckpointError(f"{checkpoint}: of another run: {error}") from None
 
 
 def _check_same(before: Mapping[str, Any], config: RunConfig) -> None:

@@ -29,6 +29,7 @@ import d2ft_hpc
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.config_file import read_values
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.files import atomic
 from d2ft_hpc.launch import Control
 from d2ft_hpc.results.layout import rank_file, segments_folder
 from d2ft_hpc.safe_text import printable, scrubbed
@@ -107,14 +108,8 @@ def record_launch(config: RunConfig, control: Control, environment: Mapping[str,
         "variables": recorded_variables(os.environ),
     }
     # First, since by this file a folder is known as a run's.
-    with (folder / LAUNCHES).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    temporary = folder / f".{CONFIG}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(config.to_yaml())
-        file.flush()
-        os.fsync(file.fileno())  # else a power cut may leave the new name with nothing behind it
-    os.replace(temporary, folder / CONFIG)
+    atomic.append_line(folder / LAUNCHES, json.dumps(line))
+    atomic.write(folder / CONFIG, config.to_yaml())
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:

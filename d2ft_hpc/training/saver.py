@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 import threading
 import time
@@ -19,9 +18,11 @@ import torch
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.engines.portable import file_bytes
 from d2ft_hpc.errors import CheckpointError
+from d2ft_hpc.files import atomic
 from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.training.checkpoint import (
+    CONFIG,
     MANIFEST,
     PLAN,
     POSITION,
@@ -42,10 +43,12 @@ class CheckpointSaver:
     Each rank writes its own files and, when they are on disk, a list of them with their checksums. Rank 0 waits for
     all lists, joins them into the manifest and gives the folder its name: so a kill at any moment leaves only whole
     checkpoints and one folder that the next save removes.
+
+    config: the run's configuration as YAML, by which a checkpoint of another run is known.
     """
 
-    def __init__(self, folder: Path, control: Control, *, keep: int) -> None:
-        self._folder, self._control, self._keep = folder, control, keep
+    def __init__(self, folder: Path, control: Control, *, keep: int, config: str = "") -> None:
+        self._folder, self._control, self._keep, self._config = folder, control, keep, config
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")
         self._written: Future[None] | None = None
         self._completed: Future[None] | None = None
@@ -119,15 +122,16 @@ class CheckpointSaver:
                     file.write(file_bytes(state))
                 else:
                     torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
+            atomic.sync(path)
             checksums[str(path.relative_to(building))] = sha256(path)
-        _write_text(listing, json.dumps(checksums))
+        atomic.write(listing, json.dumps(checksums))
 
     def _complete(self, building: Path, target: Path, plan: SkipPlan, position: Position) -> None:
         """In a thread of rank 0."""
         plan.save(building / PLAN)
-        _write_text(building / POSITION, json.dumps(asdict(position)))
+        atomic.write(building / POSITION, json.dumps(asdict(position)))
+        if self._config:
+            atomic.write(building / CONFIG, self._config)
         listings = [building / _listing_name(rank) for rank in range(self._control.world_size)]
         while not all(listing.exists() for listing in listings):
             if self._abandoned.is_set():
@@ -141,15 +145,12 @@ class CheckpointSaver:
             name = str(path.relative_to(building))
             if name not in checksums:  # the plan, the position and what an engine wrote by itself
                 checksums[name] = sha256(path)
-        _write_text(building / MANIFEST, json.dumps(checksums, indent=1))
-        _sync(building)
-        _remove(target)
-        os.replace(building, target)
-        _sync(self._folder)
+        atomic.write(building / MANIFEST, json.dumps(checksums, indent=1))
+        atomic.replace_folder(building, target)
         for left in self._folder.glob("*.removing"):
             shutil.rmtree(left)
         for old in complete_checkpoints(self._folder)[: -self._keep]:
-            _remove(old)
+            atomic.remove_folder(old)
 
 
 def snapshot(state: Any) -> Any:
@@ -168,29 +169,3 @@ def snapshot(state: Any) -> Any:
 
 def _listing_name(rank: int) -> str:
     return f"rank-{rank}.json"
-
-
-def _remove(checkpoint: Path) -> None:
-    """Removes it; a kill in between leaves no half of it under its name."""
-    if checkpoint.exists():
-        removing = checkpoint.with_suffix(".removing")
-        shutil.rmtree(removing, ignore_errors=True)
-        os.replace(checkpoint, removing)
-        shutil.rmtree(removing)
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

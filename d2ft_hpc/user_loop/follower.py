@@ -19,6 +19,7 @@ from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.portable import write_file
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.files import atomic
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.layout import Placement
@@ -102,7 +103,8 @@ class PlanFollower:
             if self.plan is not None:
                 self.plan.save(folder / "plan.h5")
             if self.scores is not None:
-                np.savez(folder / "scores.npz", forward=self.scores.forward, backward=self.scores.backward)
+                with atomic.replaced(folder / "scores.npz") as temporary, temporary.open("wb") as file:
+                    np.savez(file, forward=self.scores.forward, backward=self.scores.backward)
 
     def overhead(self) -> str:
         """What following plans has cost so far, in words."""

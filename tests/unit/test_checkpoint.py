@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,9 @@ class OneTensor:
         self.tensor = torch.load(folder / "state.pt", weights_only=True)["tensor"]
 
 
-def save_some(folder: Path, steps: int = 5, keep: int = 2) -> None:
+def save_some(folder: Path, steps: int = 5, keep: int = 2, config: str = "") -> None:
     engine = OneTensor()
-    with CheckpointSaver(folder, SoloControl(), keep=keep) as saver:
+    with CheckpointSaver(folder, SoloControl(), keep=keep, config=config) as saver:
         for step in range(1, steps + 1):
             engine.step([])
             position = Position(steps_done=step, batches_done=step, plans_made=1, rows=2, ranks=1)
@@ -100,6 +101,84 @@ def test_every_damage_is_found(tmp_path: Path) -> None:
                 (copy / name).unlink()
             with pytest.raises(CheckpointError, match="damaged"):
                 verify(copy)
+
+
+def test_what_a_manifest_does_not_vouch_for_is_refused(tmp_path: Path) -> None:
+    """Each time in a folder whose checksums are right."""
+    save_some(tmp_path / "whole", steps=1)
+    (whole,) = complete_checkpoints(tmp_path / "whole")
+    (tmp_path / "outside.pt").write_bytes((whole / "state.pt").read_bytes())
+    checksums = json.loads((whole / "manifest.json").read_text())
+    of_state = checksums["state.pt"]
+
+    def refused(reason: str, manifest: object, harm: Callable[[Path], object] = lambda folder: None) -> None:
+        copy = shutil.copytree(whole, tmp_path / "copies" / "step-00000001", dirs_exist_ok=True)
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+        harm(copy)
+        with pytest.raises(CheckpointError, match=f"step-00000001: damaged .*{reason}"):
+            verify(copy)
+        shutil.rmtree(copy)
+
+    def linked(folder: Path) -> None:
+        (folder / "state.pt").unlink()
+        (folder / "state.pt").symlink_to(tmp_path / "outside.pt")
+
+    def piped(folder: Path) -> None:
+        (folder / "state.pt").unlink()
+        os.mkfifo(folder / "state.pt")
+
+    refused("does not have plan.h5", {})
+    refused("no JSON object", [])
+    refused("state.pt is not in its manifest", {n: c for n, c in checksums.items() if n != "state.pt"})
+    refused("more.pt is missing", {**checksums, "more.pt": of_state})
+    refused("not in the folder", {**checksums, "../../outside.pt": of_state})
+    refused("not in the folder", {**checksums, str(tmp_path / "outside.pt"): of_state})
+    refused("not in the folder", {**checksums, "./state.pt": of_state})
+    refused("no SHA-256", {**checksums, "state.pt": 5})
+    refused("state.pt is not a regular file", checksums, linked)
+    refused("state.pt is not a regular file", checksums, piped)
+    refused("manifest.json is not|regular file", checksums, lambda f: (f / "sub").symlink_to(tmp_path))
+    (tmp_path / "step-00000001").symlink_to(whole)
+    with pytest.raises(CheckpointError, match="symbolic link"):
+        verify(tmp_path / "step-00000001")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        {"steps_done": -5},
+        {"steps_done": 10**18},
+        {"steps_done": 4, "epochs_done": 5},
+        {"epochs_done": -1},
+        {"epochs_done": 10**18},
+        {"batches_done": 6},
+        {"rows": 2.0},
+        {"ranks": True},
+        {"more": 1},
+    ],
+)
+def test_positions_that_no_run_comes_to_are_refused(tmp_path: Path, harm: dict[str, float]) -> None:
+    save_some(tmp_path, steps=5, keep=1)
+    (checkpoint,) = complete_checkpoints(tmp_path)
+    position = json.loads((checkpoint / "position.json").read_text())
+    (checkpoint / "position.json").write_text(json.dumps(position | harm))
+    with pytest.raises(CheckpointError, match="step-00000005: damaged"):
+        read_position(checkpoint)
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    for name in (
+        "step-00000020",
+        "step-00000003",
+        "step-100000000",
+        "step-4",
+        "step-00000005.building",
+        "step-x",
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").touch()
+    names = [path.name for path in complete_checkpoints(tmp_path)]
+    assert names == ["step-00000003", "step-00000020", "step-100000000"]
 
 
 def test_a_half_written_checkpoint_is_none_and_is_removed_by_the_next(tmp_path: Path) -> None:
@@ -148,7 +227,7 @@ def begun(folder: Path, *overrides: str) -> RunConfig:
     """A run that has saved two checkpoints."""
     config = config_in(folder, *overrides)
     run_folder.record_launch(config, SoloControl(), {}, "the beginning")
-    save_some(config.run_folder / "checkpoints")
+    save_some(config.run_folder / "checkpoints", config=config.to_yaml())
     return config
 
 
@@ -175,6 +254,37 @@ def test_a_damaged_checkpoint_is_passed_over_where_nobody_can_choose(
     assert start.checkpoint is not None
     assert start.checkpoint.name == "step-00000004"
     assert "passed over" in capfd.readouterr().err
+
+
+def test_checkpoints_of_another_run_are_passed_over(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = begun(tmp_path / "own")
+    other = begun(tmp_path / "other", "run.seed=1")
+    name = Path("checkpoints") / "step-00000005"
+    shutil.rmtree(config.run_folder / name)
+    shutil.copytree(other.run_folder / name, config.run_folder / name)
+    start = choose_start(config_in(tmp_path / "own", "train.resume=auto", "train.epochs=9"), SoloControl())
+    assert start.checkpoint is not None
+    assert start.checkpoint.name == "step-00000004"
+    assert "of another run: run.seed=0" in capfd.readouterr().err
+    with pytest.raises(CheckpointError, match="of another run"):
+        choose_start(config_in(tmp_path / "own", "train.resume=true"), SoloControl())
+    assert (config.run_folder / name).is_dir()
+
+
+def test_a_configuration_that_a_power_cut_emptied(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = begun(tmp_path)
+    (config.run_folder / "config.yaml").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        choose_start(config_in(tmp_path, "train.resume=true"), SoloControl())
+    start = choose_start(config_in(tmp_path, "train.resume=auto"), SoloControl())
+    assert start.checkpoint is not None
+    assert start.checkpoint.name == "step-00000005"
+    assert "goes on by the configuration that checkpoints hold" in capfd.readouterr().err
+    # Another configuration is still known to be one.
+    with pytest.raises(CheckpointError, match=r"run\.seed=1: the run in .* was begun with 0"):
+        choose_start(config_in(tmp_path, "train.resume=auto", "run.seed=1"), SoloControl())
 
 
 def test_another_run_is_not_continued(tmp_path: Path) -> None:

@@ -22,16 +22,17 @@ def plans(draw):
     slots, replicas, blocks, heads = (draw(st.integers(1, 5)) for _ in range(4))
     seed = draw(st.integers(0, 2**32 - 1))
     operations = np.random.default_rng(seed).integers(0, 3, (slots * replicas, blocks, heads), dtype=np.uint8)
-    number = st.floats(allow_nan=False)
+    objective, slack, seconds = (draw(st.floats(0, 1e300)) for _ in range(3))
+    bound = draw(st.sampled_from([objective + slack, math.nan]))
     return SkipPlan(
         operations,
         replicas,
         planner=draw(st.sampled_from(["joint", "paper", "é"])),
-        objective=draw(number),
-        bound=draw(number),
-        gap=draw(number),
+        objective=objective,
+        bound=bound,
+        gap=(bound - objective) / bound if bound != 0 else 0.0,
         status=draw(st.sampled_from(["", "optimal", "greedy: time limit (rank 1)"])),
-        solve_seconds=draw(number),
+        solve_seconds=seconds,
     )
 
 
@@ -41,8 +42,23 @@ def plan():
     return SkipPlan(operations, 2, planner="joint", objective=1.5, bound=2.0, gap=0.25, status="optimal")
 
 
+CONTRADICTIONS = [
+    {"gap": 0.0},
+    {"gap": -0.25},
+    {"gap": 0.3},
+    {"gap": math.inf},
+    {"bound": 1.0},
+    {"bound": math.inf},
+    {"objective": 3.0},
+    {"objective": -math.inf},
+    {"solve_seconds": -1.0},
+    {"solve_seconds": math.nan},
+]
+
+
 def evidence(plan):
-    return {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "operations"}
+    """As text, since NaN is not equal to itself."""
+    return {f.name: repr(getattr(plan, f.name)) for f in dataclasses.fields(plan) if f.name != "operations"}
 
 
 def sealed(body):
@@ -110,6 +126,7 @@ def test_well_sealed_but_hostile_messages_are_refused(plan):
         message_with(header | {"status": "two\nlines"}, packed),
         message_with(header | {"status": "\ud800"}, packed),
         message_with(header | {"objective": "1"}, packed),
+        *(message_with(header | contradiction, packed) for contradiction in CONTRADICTIONS),
         message_with(header | {"hash": "0" * 64}, packed),
         message_with(header, b"\xff" * len(packed)),
         message_with(header, packed[:-1] + bytes([packed[-1] | 0xC0])),
@@ -117,6 +134,19 @@ def test_well_sealed_but_hostile_messages_are_refused(plan):
     for message in hostile:
         with pytest.raises(PlanError):
             SkipPlan.from_bytes(message)
+
+
+@pytest.mark.parametrize("contradiction", CONTRADICTIONS)
+def test_evidence_that_contradicts_itself_is_refused(tmp_path, plan, contradiction):
+    """In a file whose digest was made to fit it, too."""
+    with pytest.raises(PlanError):
+        dataclasses.replace(plan, **contradiction)
+    plan.save(tmp_path / "plan.h5")
+    with h5py.File(tmp_path / "plan.h5", "r+") as file:
+        for name, value in contradiction.items():
+            file.attrs[name] = value
+    with pytest.raises(PlanError, match=r"plan\.h5 is damaged"):
+        SkipPlan.load(tmp_path / "plan.h5")
 
 
 def test_two_bits_an_entry():
@@ -146,8 +176,8 @@ def test_plain_h5py_reads_a_saved_plan(tmp_path, plan):
     plan.save(tmp_path / "plan.h5")
     with h5py.File(tmp_path / "plan.h5") as file:
         np.testing.assert_array_equal(file["operations"][()], plan.operations)
-        assert file.attrs["planner"] == "joint"
-        assert file.attrs["hash"] == plan.hash
+        assert file.attrs["planner"].decode() == "joint"
+        assert file.attrs["hash"].decode() == plan.hash
 
 
 def test_saving_replaces_an_older_plan_and_failing_to_save_leaves_it(tmp_path, plan):
@@ -189,7 +219,13 @@ def link_outside(file):
         lambda file: file.attrs.__delitem__("hash"),
         lambda file: file.attrs.__setitem__("format", "other"),
         lambda file: file.attrs.__setitem__("format", [1, 2]),
-        lambda file: file.attrs.__setitem__("version", 2),
+        lambda file: file.attrs.__setitem__("version", 3),
+        lambda file: file.attrs.__setitem__("version", "2"),
+        lambda file: file.attrs.__setitem__("planner", "of variable length"),
+        lambda file: file.attrs.__setitem__("planner", np.bytes_(b"better")),
+        lambda file: file.attrs.__setitem__("status", np.bytes_(b"\xff")),
+        lambda file: file.attrs.__setitem__("solve_seconds", 0.5),
+        lambda file: file.attrs.__setitem__("digest", np.bytes_(b"0" * 64)),
         lambda file: file.attrs.__setitem__("replicas", 3),
         lambda file: file.attrs.__setitem__("objective", "good"),
         replace_operations(data=np.full((6, 3, 5), 7, np.uint8)),
@@ -220,7 +256,7 @@ def test_files_that_are_no_plans_are_refused(tmp_path, plan):
 
 
 def test_the_hash_covers_shape_replicas_and_operations_only(plan):
-    assert dataclasses.replace(plan, planner="paper", objective=0.0, status="other") == plan
+    assert dataclasses.replace(plan, planner="paper", objective=0.0, gap=1.0, status="other") == plan
     others = [
         SkipPlan(plan.operations, 3),
         SkipPlan(plan.operations.reshape(6, 5, 3), 2),

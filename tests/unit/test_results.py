@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import h5py
@@ -14,7 +15,9 @@ import numpy as np
 import pytest
 
 from d2ft_hpc.errors import ResultsError
-from d2ft_hpc.results import ResultsWriter, open_run, schema
+from d2ft_hpc.files import hdf5
+from d2ft_hpc.files.untrusted import RefusedError
+from d2ft_hpc.results import ResultsWriter, columns, open_run, schema
 from d2ft_hpc.results.layout import rank_file
 from d2ft_hpc.results.schema import TABLES
 
@@ -672,6 +675,17 @@ def torn(file):
     file["steps/loss"] = np.zeros(9)
 
 
+def bomb_in_a_piece(file):
+    """80 bytes that unpack to 100 MB."""
+    del file["steps/loss"]
+    data = file.create_dataset("steps/loss", (10,), "f8", chunks=(10,), compression="gzip")
+    data.id.write_direct_chunk((0,), zlib.compress(bytes(10**8)))
+
+
+def wide_attribute(file):
+    file["config"].attrs["a"] = np.zeros(1000)
+
+
 def external_column(file):
     del file["steps/loss"]
     file["steps/loss"] = h5py.ExternalLink("secret.h5", "steps/loss")
@@ -693,6 +707,8 @@ def many_texts(file):
         torn,
         external_column,
         many_texts,
+        bomb_in_a_piece,
+        wide_attribute,
     ],
 )
 def test_a_whole_file_with_a_harmful_dataset_is_refused(tmp_path, harm):
@@ -701,6 +717,71 @@ def test_a_whole_file_with_a_harmful_dataset_is_refused(tmp_path, harm):
         harm(file)
     with open_run(path) as run, pytest.raises(ResultsError, match="not a results file of this package"):
         run.contents()
+
+
+def test_one_dataset_as_many_columns(tmp_path, monkeypatch):
+    """Each by itself is within what the file may unpack to."""
+    monkeypatch.setattr(hdf5, "_FREE_BYTES", 2**20)
+    path = write_run(tmp_path / "results.h5")
+    with h5py.File(path, "r+") as file:
+        for name, field in TABLES["steps"].items():
+            if field.axes:
+                del file["steps"][name]
+        file.create_dataset("steps/step_seconds", data=np.zeros((10, 20_000), np.int8), compression="gzip")
+    with open_run(path) as run:
+        assert run.table("steps", ["step_seconds"])["step_seconds"].shape == (10, 20_000)
+        with pytest.raises(ResultsError, match="unpacks to far more"):  # the others say "missing"
+            run.table("steps")
+    with h5py.File(path, "r+") as file:
+        for name, field in TABLES["steps"].items():
+            if field.axes and name != "step_seconds":
+                file["steps"][name] = file["steps/step_seconds"]
+    with open_run(path) as run, pytest.raises(ResultsError, match="unpacks to far more"):
+        run.contents()
+
+
+@pytest.mark.parametrize("ranks", [2**62, -1, 1.5, float("nan")])
+def test_files_of_ranks_are_not_counted_on_the_word_of_a_file(tmp_path, ranks):
+    path = write_run(tmp_path / "results.h5")
+    with h5py.File(path, "r+") as file:
+        file.attrs["rank_files"] = ranks
+    with pytest.raises(ResultsError, match="rank_files"):
+        open_run(path)
+
+
+def test_a_segment_is_read_once(tmp_path):
+    path = make_linking(tmp_path)
+    with h5py.File(path, "r+") as file:
+        file.attrs["segments"] = np.bytes_(b" ".join([file.attrs["segments"].split()[0]] * 1000))
+    with pytest.raises(ResultsError, match="twice"):
+        open_run(path)
+
+
+def test_segments_that_grow_when_they_are_joined():
+    """Many small values in one, a large one in the other."""
+    parts = [
+        {"step": np.zeros(shape[0], np.int64), "full_rows": np.zeros(shape, np.int32)}
+        for shape in ((10**6, 1), (1, 10**6))
+    ]
+    with pytest.raises(RefusedError, match="unpacks to far more"):
+        columns.join("steps", parts, hdf5.Allowance(10**6))
+
+
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        "a: &a [x, x]\nb: &b [*a, *a]\n"
+        + "".join(f"c{i}: &c{i} [*{'b' if i == 0 else f'c{i - 1}'}, *b]\n" for i in range(2000)),
+        "[" * 10_000,
+        "- a",
+        "a: " + "x" * 10**6,
+    ],
+)
+def test_a_configuration_that_is_none_is_refused(tmp_path, yaml):
+    with ResultsWriter(tmp_path / "results.h5") as writer:
+        writer.put("config", {"yaml": yaml})
+    with open_run(tmp_path) as run, pytest.raises(ResultsError, match="cannot read"):
+        _ = run.config
 
 
 def test_the_configuration_executes_nothing(tmp_path):

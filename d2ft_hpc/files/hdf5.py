@@ -1,0 +1,179 @@
+"""Reading HDF5 without trusting it.
+
+A file may come from anybody, so nothing in it is followed blindly: links and virtual datasets are refused, external
+storage, references, compound types and all filters but gzip and shuffle too. What an array takes in memory is known
+before it is allocated, and unpacked here piece by piece, since the library unpacks a piece to whatever size its stream
+has. What is not ours raises RefusedError; the library raises OSError, RuntimeError, ValueError, TypeError or KeyError.
+
+What cannot be caught is a fault inside the library, which runs in this process: metadata that were damaged on purpose,
+checksums included, may still crash it.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import os
+import stat
+import zlib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from d2ft_hpc.files.untrusted import RefusedError
+
+Scalar = str | bool | int | float
+
+_FREE_BYTES = 1 << 30
+_BYTES_PER_STORED = 64
+"""Real data seldom pack better, and then by far not all of a large file."""
+_LEAST_PIECE_BYTES = 1 << 10
+_MOST_ATTRIBUTES = 1 << 10
+_MOST_ATTRIBUTE_BYTES = 1 << 20
+_OF_DIMENSION_SCALES = ("CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST", "DIMENSION_LABELS")
+_GZIP, _SHUFFLE = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE
+
+
+class Allowance:
+    """How many bytes what is read may take in memory: 1 GiB and 64 for each byte that is stored.
+
+    stored_bytes: size of all files that are read.
+    """
+
+    def __init__(self, stored_bytes: int) -> None:
+        self._left = _FREE_BYTES + _BYTES_PER_STORED * stored_bytes
+
+    def take(self, nbytes: int, what: str) -> None:
+        """Before `nbytes` are allocated. Raises RefusedError where they are too many."""
+        self._left -= nbytes
+        if self._left < 0:
+            raise RefusedError(f"{what} unpacks to far more than its file holds")
+
+
+def open_file(path: Path, *, locking: Any = False) -> h5py.File:
+    """The file, for reading. Raises RefusedError for what is no regular file (a pipe would hold this process up)."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise RefusedError("it is not a regular file")
+    return h5py.File(path, "r", locking=locking)
+
+
+def open_image(content: bytes) -> h5py.File:
+    """A file that is in memory, for reading."""
+    return h5py.File(io.BytesIO(content), "r")
+
+
+def child(group: Any, name: str) -> Any:
+    """The object called `name` right in `group`, None if there is none; links are refused, not followed."""
+    if group is None or not isinstance(group, h5py.Group) or not group.id.links.exists(name.encode()):
+        return None
+    if group.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
+        raise RefusedError(f"{group.name}/{name} is a link")
+    return group[name]
+
+
+def read_attributes(item: Any, names: Collection[str] | None = None) -> dict[str, Scalar]:
+    """The named attributes, or all but those of dimension scales. Each must be a scalar number or a text of fixed
+    length: others lie in HDF5's global heap, which has no checksum and where damage can hold the library up for ever.
+    """
+    if len(item.attrs) > _MOST_ATTRIBUTES:
+        raise RefusedError(f"{item.name} has {len(item.attrs)} attributes")
+    values: dict[str, Scalar] = {}
+    if names is None:
+        names = [name for name in item.attrs if name not in _OF_DIMENSION_SCALES]
+    for name in names:
+        if name not in item.attrs:
+            raise RefusedError(f"{item.name} has no attribute {name!r}")
+        attribute = item.attrs.get_id(name)
+        dtype = attribute.dtype
+        if attribute.shape != () or dtype.kind not in "biufS" or dtype.itemsize > _MOST_ATTRIBUTE_BYTES:
+            raise RefusedError(
+                f"the attribute {name!r} of {item.name} is not a number or a text of fixed length, below 1 MiB"
+            )
+        value = item.attrs[name].item()
+        values[name] = value.decode() if isinstance(value, bytes) else value
+    return values
+
+
+def read_array(dataset: Any, allowance: Allowance, *, text: bool = False) -> npt.NDArray[Any]:
+    """All of a dataset: numbers, or with `text` bytes of fixed length. What it takes is taken from the allowance."""
+    check_dataset(dataset, text=text)
+    nbytes = math.prod(dataset.shape) * dataset.dtype.itemsize
+    if dataset.chunks is not None:
+        return _unpacked(dataset, allowance)
+    if nbytes > dataset.file.id.get_filesize():
+        raise RefusedError(f"{dataset.name} claims to be larger than its file can hold")
+    allowance.take(nbytes, dataset.name)
+    return np.asarray(dataset[()])
+
+
+def check_dataset(dataset: Any, *, text: bool = False) -> None:
+    """Raises RefusedError if it is no dataset of numbers (with `text`: texts of fixed length), or reading it could
+    reach beyond the file."""
+    where = dataset.name
+    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
+        raise RefusedError(f"{where} is not a plain dataset")
+    filters = dataset.id.get_create_plist()
+    if any(filters.get_filter(i)[0] not in (_GZIP, _SHUFFLE) for i in range(filters.get_nfilters())):
+        raise RefusedError(f"{where} is filtered by something else than gzip")
+    if dataset.shape is None or dataset.dtype.kind not in ("S" if text else "biuf"):
+        raise RefusedError(f"{where} is of type {dataset.dtype}")
+
+
+def _unpacked(dataset: Any, allowance: Allowance) -> npt.NDArray[Any]:
+    """A dataset in pieces (chunks), each of them unpacked to the size that it must have."""
+    where, shape, piece, dtype = dataset.name, dataset.shape, dataset.chunks, dataset.dtype
+    counts = [-(-size // step) for size, step in zip(shape, piece, strict=True)]
+    piece_bytes = math.prod(piece) * dtype.itemsize
+    padded = math.prod(counts) * piece_bytes
+    allowance.take(padded, where)
+    if math.prod(counts) > 1 + padded // _LEAST_PIECE_BYTES:
+        raise RefusedError(f"{where} is cut into too many pieces")
+    stored_type = dataset.id.get_type()
+    if dtype.kind != "S" and not h5py.h5t.py_create(dtype).equal(stored_type):
+        raise RefusedError(f"{where} is of an unusual type")
+    plist = dataset.id.get_create_plist()
+    filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
+    whole = np.empty(shape, dtype)
+    for place in itertools.product(*map(range, counts)):
+        start = tuple(index * step for index, step in zip(place, piece, strict=True))
+        stored = dataset.id.get_chunk_info_by_coord(start)
+        if stored.byte_offset is None or stored.size > piece_bytes + piece_bytes // 100 + 1024:
+            raise RefusedError(f"{where} lacks a piece, or has one that is too large")
+        skipped, content = dataset.id.read_direct_chunk(start)
+        for index in reversed(range(len(filters))):
+            if not skipped >> index & 1:
+                unpack = _gunzip if filters[index] == _GZIP else _unshuffle
+                content = unpack(content, piece_bytes, dtype.itemsize)
+        if len(content) != piece_bytes:
+            raise RefusedError(f"{where} has a piece of the wrong size")
+        values = np.frombuffer(content, dtype).reshape(piece)
+        inside = tuple(
+            slice(0, min(step, size - first)) for first, step, size in zip(start, piece, shape, strict=True)
+        )
+        outside = tuple(slice(first, first + step) for first, step in zip(start, piece, strict=True))
+        whole[outside] = values[inside]
+    return whole
+
+
+def _gunzip(content: bytes, size: int, _itemsize: int) -> bytes:
+    stream = zlib.decompressobj()
+    try:
+        unpacked = stream.decompress(content, size + 1)
+    except zlib.error as error:
+        raise RefusedError(f"a compressed piece is damaged: {error}") from None
+    if not stream.eof:
+        raise RefusedError("a compressed piece does not end where it should")
+    return unpacked
+
+
+def _unshuffle(content: bytes, _size: int, itemsize: int) -> bytes:
+    """Undoes the filter that stores the first bytes of all numbers, then the second ones, ..."""
+    if len(content) % itemsize:
+        raise RefusedError("a piece has a part of a number")
+    numbers: npt.NDArray[np.uint8] = np.frombuffer(content, np.uint8).reshape(itemsize, -1).T
+    return numbers.tobytes()
