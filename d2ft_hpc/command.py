@@ -6,11 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.paths import path_argument
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def add_config(parser: argparse.ArgumentParser, more: str = "") -> None:
     """The arguments that `read_config` reads. more: what else than overrides there may be, for the help."""
-    parser.add_argument("config", type=Path, help="YAML file")
+    parser.add_argument("config", type=path_argument, help="YAML file")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help=f"settings that replace the file's{more}"
     )

@@ -14,19 +14,31 @@ from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from yaml import YAMLError
 
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.paths import expand
 
 PLANNERS_OF_MEMORY = ("joint", "makespan", "depth")
 """Those that give a rank with little memory fewer FULL subnets."""
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+PathText = Annotated[str, AfterValidator(expand)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""As numpy takes it."""
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys and wrong types are errors, values never change."""
+    """A part of the configuration: unknown keys and wrong types are errors, values never change (`~` in paths does)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
@@ -34,9 +46,9 @@ class Section(BaseModel):
 class RunSection(Section):
     name: str = Field(default="run", pattern=r"^[\w.-]+$")
     """Name of the run and of its folder."""
-    folder: str = "runs"
+    folder: PathText = "runs"
     """Where run folders are made."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
 
 class LoraSection(Section):
@@ -59,7 +71,7 @@ class LoraSection(Section):
 class ModelConfig(Section):
     name: str
     """A timm VisionTransformer's name."""
-    weights: str | None = None
+    weights: PathText | None = None
     """A safetensors file in timm's names or a folder with one; "pretrained" for those that the model's name stands for,
     "hf-hub:OWNER/NAME" for others, both from the hub or (HF_HUB_OFFLINE=1) its cache; null for random ones."""
     options: dict[str, Any] = {}
@@ -75,17 +87,17 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     name: Literal["digits", "cifar10", "cifar100", "stanford_cars", "image_folder", "packed"]
-    root: str | None = None
+    root: PathText | None = None
     """Folder of the data set, for those that are not bundled; for packed ones the file."""
     image_size: int = Field(default=32, gt=0)
     """Height and width that the model sees, pixels."""
-    classes: list[int] | None = None
+    classes: Annotated[list[int], Field(min_length=1)] | None = None
     """Classes to keep, relabelled 0, 1, ...; null for all."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training set that is held out of it, to choose settings on."""
     train_fraction: Fraction = 1.0
     """Share of the rest of the training set that is trained on."""
-    split_seed: int = Field(default=0, ge=0)
+    split_seed: Seed = 0
     """Decides which images these two shares are; both are stratified by class."""
     evaluate_on: Literal["test", "validation"] = "test"
     """Choose settings on validation images, report on test images."""
@@ -195,7 +207,7 @@ class PlanConfig(Section):
         "pruning",
         "routing",
     ] = "joint"
-    file: str | None = None
+    file: PathText | None = None
     """A saved plan (d2ft-hpc plan --save) to follow instead of making one; null: make one."""
     compute_budget: Fraction = 0.6
     """Share of the dense run's training FLOPs that each device may spend."""
@@ -226,7 +238,7 @@ class PlanConfig(Section):
     of its own, and `static`, but for one step between blocks, put as many FULL into each block all the same."""
     probe_batches: int = Field(default=1, gt=0)
     """Batches over which scores are averaged; their cost is charged to the run."""
-    score_cache: str | None = None
+    score_cache: PathText | None = None
     """Folder that keeps measured scores for runs with the same weights, probe images and settings; null: none."""
     full_share: Fraction = 0.8
     """Planner `paper` and `random`: most of the budget that FULL may take before FORWARD_ONLY."""
@@ -583,14 +595,15 @@ def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -
     """
     for fault in error.errors():
         key = prefix + ".".join(str(part) for part in fault["loc"])
+        text = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             yield f"{key}: unknown key (value {fault['input']!r}){_nearest(key, schema, prefix)}"
         elif fault["type"] == "missing":
             yield f"{key}: missing; set it in the file or as {key}=VALUE"
         elif not key:
-            yield fault["msg"].removeprefix("Value error, ")
+            yield text
         else:
-            yield f"{key}={fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+            yield f"{key}={fault['input']!r}: {text[0].lower()}{text[1:]}"
 
 
 def _nearest(key: str, schema: type[BaseModel], prefix: str) -> str:
