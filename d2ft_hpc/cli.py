@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from d2ft_hpc import __version__
 from d2ft_hpc.bench.commands import add_benches
-from d2ft_hpc.command import add_config, on_ranks, read_config
+from d2ft_hpc.command import add_config, on_ranks, read_config, whole_number
 from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.errors import UNFINISHED, PlanError
 from d2ft_hpc.launch.agree import note_failure
@@ -149,9 +149,9 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
         help="pixels: fastest, images of one size; original: the files' bytes; jpeg: encoded anew; "
         "auto: original if there are files, else pixels",
     )
-    pack.add_argument("--size", type=int, help="resize the shorter side to this many pixels")
-    pack.add_argument("--quality", type=int, default=95, help="of jpeg (default: 95)")
-    pack.add_argument("--workers", type=int, default=0, help="processes that read and encode")
+    pack.add_argument("--size", type=whole_number(1), help="resize the shorter side to this many pixels")
+    pack.add_argument("--quality", type=whole_number(1, 100), default=95, help="of jpeg (default: 95)")
+    pack.add_argument("--workers", type=whole_number(0), default=0, help="processes that read and encode")
     pack.set_defaults(run=_data_pack)
     info = commands.add_parser("info", help="what a packed file holds, and whether it is undamaged")
     info.add_argument("file", type=path_argument)

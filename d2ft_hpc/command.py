@@ -28,6 +28,22 @@ def add_config(parser: argparse.ArgumentParser, more: str = "") -> None:
     )
 
 
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """For argparse: a number from `least` to `most`."""
+
+    def read(text: str) -> int:
+        bounds = f"at least {least}" if most is None else f"{least} to {most}"
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {bounds}")
+        return number
+
+    return read
+
+
 def read_config(options: argparse.Namespace) -> RunConfig:
     from d2ft_hpc.launch.agree import AgreedError
 
