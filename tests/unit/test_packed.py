@@ -143,7 +143,9 @@ def test_what_cannot_be_packed(folder: Path, packed: Path, tmp_path: Path) -> No
     refused("--size changes the images", encoding="original", size=8)
     refused("cannot be written", output=tmp_path / "absent" / "no.h5")
     np.savez(tmp_path / "float.npz", x_train=np.zeros((2, 4, 4, 3)), y_train=np.zeros(2, int))
-    refused(r"float\.npz: images are float64.*pixels must be uint8", name="arrays", root=tmp_path / "float.npz")
+    refused(
+        r"float\.npz: images are float64.*pixels must be uint8", name="arrays", root=tmp_path / "float.npz"
+    )
     np.savez(tmp_path / "short.npz", x_train=np.zeros((2, 4, 4, 3), np.uint8), y_train=np.zeros(3, int))
     refused("3 labels", name="arrays", root=tmp_path / "short.npz")
     refused("train: is no file; an HDF5 file needs", name="arrays", root=folder / "train")
@@ -176,5 +178,7 @@ def test_damage_is_noticed(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError):
         open_packed(tmp_path / "cut.h5", "train")
     (tmp_path / "text.h5").write_text("text")
-    with pytest.raises(DataError, match=r"text\.h5: damaged, or no HDF5 file .*make it by d2ft-hpc data pack"):
+    with pytest.raises(
+        DataError, match=r"text\.h5: damaged, or no HDF5 file .*make it by d2ft-hpc data pack"
+    ):
         open_packed(tmp_path / "text.h5", "train")
