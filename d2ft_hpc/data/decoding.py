@@ -22,6 +22,8 @@ _NO_PICTURES = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF")
 range."""
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 """TIFF's tags, and a value of the second."""
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+"""Of an image; PIL opens none that has more."""
 
 
 @functools.cache
@@ -51,7 +53,7 @@ def decode(data: bytes) -> Image.Image:
         try:
             return _in_rgb(picture)
         except Exception as error:  # PIL answers damage with many kinds
-            raise DataError(f"not a readable image: {_text(error)}") from error
+            raise _unreadable(str(error).strip() or type(error).__name__) from error
 
 
 def _open(data: bytes) -> Image.Image:
@@ -59,9 +61,9 @@ def _open(data: bytes) -> Image.Image:
         picture = Image.open(io.BytesIO(data), formats=formats())
     except UnidentifiedImageError as error:
         fault = "in no format that PIL reads" if data else "an empty file"
-        raise DataError(f"not a readable image: {fault}") from error
+        raise _unreadable(fault) from error
     except Exception as error:  # too many pixels, damage
-        raise DataError(f"not a readable image: {_text(error)}") from error
+        raise _unreadable(str(error).strip() or type(error).__name__) from error
     # PIL keeps 16 bits of PNG and PGM in mode I, scaled to 0..65535.
     if picture.mode == "F" or (picture.mode == "I" and picture.format not in ("PNG", "PPM")):
         kind = "floats" if picture.mode == "F" else "signed or 32-bit integers"
@@ -69,8 +71,8 @@ def _open(data: bytes) -> Image.Image:
     return picture
 
 
-def _text(error: Exception) -> str:
-    return str(error).strip() or type(error).__name__
+def _unreadable(fault: str) -> DataError:
+    return DataError(f"not a readable image ({fault}): replace or remove it")
 
 
 def _in_rgb(picture: Image.Image) -> Image.Image:

@@ -191,7 +191,10 @@ def list_of_classes(names: Any) -> tuple[str, ...]:
     """Class names from a list or an array. Raises DataError for a text, which is not a list of its characters."""
     if isinstance(names, (str, bytes)) or np.ndim(names) != 1 or not len(names):
         raise DataError(f"class names are {str(names)[:60]!r}: make it a list, such as ['cat', 'dog']")
-    return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
+    try:
+        return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
+    except UnicodeDecodeError as error:
+        raise DataError(f"class names are not in UTF-8: {error}") from error
 
 
 def divide(offsets: npt.NDArray[Any], nbytes: int) -> bool:

@@ -48,7 +48,7 @@ def open_packed(path: Path, split: str) -> Source:
     with _opened(path) as file:
         group = hdf5.child(file, split)
         if group is None:
-            raise DataError(f"has no split {split!r}, only {', '.join(_splits(file))}; {_AGAIN}")
+            raise DataError(f"has no split {split!r}, only {', '.join(_splits(file)) or 'none'}; {_AGAIN}")
         names = hdf5.attribute(file, "classes")
         if getattr(names, "dtype", np.dtype(float)).kind != "S":
             raise DataError(f"damaged: its `classes` are no list of names, bytes in UTF-8; {_AGAIN}")
@@ -79,10 +79,10 @@ def open_packed(path: Path, split: str) -> Source:
 def _opened(path: Path) -> Iterator[Any]:
     """The file, known to be a packed one. Whatever is wrong with it inside becomes a DataError."""
     with hdf5.opened(path, _AGAIN) as file:
-        if hdf5.attribute(file, "format") != FORMAT:
+        if str(hdf5.attribute(file, "format")) != FORMAT:
             raise DataError(f"not a packed data set; {_AGAIN}")
         version = hdf5.attribute(file, "version")
-        if version != VERSION:
+        if str(version) != str(VERSION):
             raise DataError(f"packed in version {version}, this program reads {VERSION}; {_AGAIN}")
         yield file
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from d2ft_hpc.data import decoding
 from d2ft_hpc.data.arrays import open_arrays
 from d2ft_hpc.data.images import EncodedImages, Images, PixelImages, Source
 from d2ft_hpc.data.packed import FORMAT, VERSION, describe
@@ -162,16 +163,21 @@ class _Encoder:
             return file.getvalue(), None
         except (OSError, ValueError, MemoryError, OverflowError) as error:
             told = str(error) or type(error).__name__
+            name = f"image {index}"
+            if isinstance(self._images, EncodedImages):
+                name = self._images.blobs.name(index)
             raise DataError(
-                f"image {index} cannot be encoded with {picture.width} x {picture.height} pixels ({told}): "
-                "choose another --size or --encoding"
+                f"{name}: cannot be encoded ({told}): choose another --size or --encoding"
             ) from error
 
 
 def _resized(picture: Image.Image, size: int, *, square: bool) -> Image.Image:
-    """The shorter side becomes `size`; `square` cuts the longer one to it, in the middle."""
+    """The shorter side becomes `size`; `square` cuts the longer one to it, in the middle. Raises ValueError if nobody
+    could decode the result."""
     scale = size / min(picture.size)
     width, height = (max(round(side * scale), size) for side in picture.size)
+    if width * height > decoding.MOST_PIXELS:
+        raise ValueError(f"it would become {width} x {height}, more than {decoding.MOST_PIXELS}")
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     if not square:
         return picture
