@@ -1,4 +1,12 @@
-"""Images that users keep as arrays in an .npz or HDF5 file of their own, to be packed."""
+"""Images that users keep as arrays in a file of their own, to be packed. SPLIT is train or test:
+
+- an .npz file has x_SPLIT (images) and y_SPLIT (labels);
+- an HDF5 file has SPLIT/images and SPLIT/labels, or, for encoded images, SPLIT/bytes uint8 and SPLIT/offsets int64
+  [image + 1] in place of SPLIT/images; class names may be in its root attribute `classes`.
+
+Images are uint8 0 to 255, [image, height, width, 3], [image, 3, height, width], or grey as [image, height, width] or
+[image, height, width, 1]; labels are whole numbers from 0, [image].
+"""
 
 from __future__ import annotations
 
@@ -25,22 +33,20 @@ from d2ft_hpc.data.images import (
 from d2ft_hpc.errors import DataError
 from d2ft_hpc.metering.memory import free_bytes_of_host
 
-FORM = (
-    "an HDF5 file needs SPLIT/labels [image] and SPLIT/images uint8 [image, height, width, 3] (or [image, height, "
-    "width], or [image, 3, height, width]), or SPLIT/bytes uint8 and SPLIT/offsets int64 [image + 1] of encoded "
-    "images; an .npz file needs x_SPLIT and y_SPLIT. SPLIT is train or test"
-)
+_NPZ = "an .npz file needs x_train, y_train, x_test and y_test"
+_HDF5 = "an HDF5 file needs images and labels (or bytes, offsets and labels) in groups train and test"
+_SHAPE = "images are uint8 [image, height, width, 3], [image, 3, height, width] or [image, height, width]"
 _OTHER_RANGE = "pixels must be uint8, 0 to 255: scale them by what their range is, such as x * 255 for 0 to 1"
 
 
 def open_arrays(path: Path, split: str) -> Source:
-    """One split of a user's file, read into memory. Raises DataError, with the forms known, if it has no such form."""
-    return _of_npz(path, split) if path.suffix == ".npz" else _of_hdf5(path, split)
+    """One split of a user's file, read into memory. Raises DataError if it has no such form."""
+    return _of_npz(path, split) if path.suffix.lower() == ".npz" else _of_hdf5(path, split)
 
 
 def _of_npz(path: Path, split: str) -> Source:
     if not path.is_file():  # a pipe would never end
-        raise DataError(f"{path}: {'is no file' if path.exists() else 'no such file'}; {FORM}")
+        raise DataError(f"{path}: {'is no file' if path.exists() else 'no such file'}; {_NPZ}")
     try:
         with zipfile.ZipFile(path) as file:
             return _source(_pixels(_member(file, f"x_{split}")), _member(file, f"y_{split}"), None)
@@ -48,12 +54,12 @@ def _of_npz(path: Path, split: str) -> Source:
         raise DataError(f"{path}: {error}") from error
     except Exception as error:  # zipfile, zlib and numpy answer damage with many kinds
         told = str(error) or type(error).__name__
-        raise DataError(f"{path}: damaged, or no .npz file ({told}); {FORM}") from error
+        raise DataError(f"{path}: damaged, or no .npz file ({told}); {_NPZ}") from error
 
 
 def _member(file: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
     if f"{name}.npy" not in file.namelist():
-        raise DataError(f"has no array {name!r}: {FORM}")
+        raise DataError(f"has no array {name!r}: {_NPZ}")
     info = file.getinfo(f"{name}.npy")
     with file.open(info) as member:
         version = np.lib.format.read_magic(member)
@@ -74,15 +80,17 @@ def _member(file: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
 
 
 def _of_hdf5(path: Path, split: str) -> Source:
-    with hdf5.opened(path, FORM) as file:
+    with hdf5.opened(path, _HDF5) as file:
         group = hdf5.child(file, split)
         if group is None:
-            raise DataError(f"has no group {split!r}: {FORM}")
+            raise DataError(f"has no group {split!r}: {_HDF5}")
         images: Images
-        if "bytes" in group:
+        if hdf5.child(group, "bytes") is not None:
             buffer, offsets = _array(group, "bytes"), _array(group, "offsets")
             if buffer.dtype != np.uint8 or buffer.ndim != 1 or not divide(offsets, len(buffer)):
-                raise DataError(f"offsets of {split} do not divide its bytes: {FORM}")
+                raise DataError(
+                    f"offsets of {split} do not divide its bytes: they rise from 0 to their number, int64"
+                )
             images = EncodedImages(BufferBlobs(buffer, offsets, str(path)))
         else:
             images = _pixels(_array(group, "images"))
@@ -90,9 +98,11 @@ def _of_hdf5(path: Path, split: str) -> Source:
 
 
 def _array(group: Any, name: str) -> npt.NDArray[Any]:
+    if hdf5.child(group, name) is None:
+        raise DataError(f"{group.name} has no array {name!r}: {_HDF5}")
     stored = hdf5.dataset(group, name)
     if stored.dtype.kind not in "biuf":
-        raise DataError(f"{stored.name} is of type {stored.dtype}: {FORM}")
+        raise DataError(f"{stored.name} is of type {stored.dtype}: store numbers")
     _check_room(stored.name, stored.size * stored.dtype.itemsize)
     return np.asarray(stored[()])
 
@@ -116,7 +126,7 @@ def _pixels(images: npt.NDArray[Any]) -> PixelImages:
     if images.ndim == 3:
         images = np.repeat(images[:, None], 3, axis=1)
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
-        raise DataError(f"images are uint8 {list(images.shape)}: {FORM}")
+        raise DataError(f"images are uint8 {list(images.shape)}: {_SHAPE}")
     return PixelImages(np.ascontiguousarray(images))
 
 

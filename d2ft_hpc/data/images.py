@@ -178,7 +178,9 @@ def checked_labels(
 ) -> npt.NDArray[np.int64]:
     """Labels, int64 [image]. Raises DataError, without a name, if they do not fit so many images in these classes."""
     if labels.dtype.kind not in "iu" or labels.shape != (images,) or not images:
-        raise DataError(f"{labels.size} labels of type {labels.dtype} do not fit {images} images")
+        raise DataError(
+            f"{labels.size} labels of type {labels.dtype} for {images} images: each needs one whole number"
+        )
     least, most = int(labels.min()), int(labels.max())
     if least < 0 or most >= len(class_names):
         raise DataError(
