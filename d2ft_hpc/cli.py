@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from d2ft_hpc import __version__
 from d2ft_hpc.bench.commands import add_benches
-from d2ft_hpc.command import add_config, on_ranks, read_config
+from d2ft_hpc.command import add_config, on_ranks, read_config, whole_number
 from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.errors import UNFINISHED, PlanError
 from d2ft_hpc.launch.agree import note_failure
 from d2ft_hpc.launch.control import print_line
+from d2ft_hpc.paths import path_argument
 from d2ft_hpc.safe_text import say
 
 if TYPE_CHECKING:
@@ -72,18 +73,18 @@ def _parser() -> argparse.ArgumentParser:
         help="measure scores without training; start it as the run",
         description="Measures what a run would measure before its first step; `d2ft-hpc plan` reads the file.",
     )
-    score.add_argument("output", type=Path, help="the file to write, such as scores.h5")
+    score.add_argument("output", type=path_argument, help="the file to write, such as scores.h5")
     add_config(score)
     score.set_defaults(run=_score)
 
     report = commands.add_parser("report", help="compare finished or running runs in a table and on a page")
     report.add_argument(
-        "runs", nargs="+", type=Path, help="run folders or results files; the first is the baseline"
+        "runs", nargs="+", type=path_argument, help="run folders or results files; the first is the baseline"
     )
     report.add_argument(
-        "--html", type=Path, default=Path("report.html"), help="page to write (default: report.html)"
+        "--html", type=path_argument, default=Path("report.html"), help="page to write (default: report.html)"
     )
-    report.add_argument("--png", type=Path, help="also write a picture of compute and time")
+    report.add_argument("--png", type=path_argument, help="also write a picture of compute and time")
     report.set_defaults(run=_report)
 
     plan = commands.add_parser(
@@ -93,13 +94,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument(
         "scores",
-        type=Path,
+        type=path_argument,
         nargs="?",
         help="run folder or results file with scores; not needed to look at a saved plan",
     )
     plan.add_argument("--index", type=int, default=-1, help="which of the file's scores (default: the last)")
     plan.add_argument("--planner", default="makespan", help="paper, joint, makespan, static, depth, ...")
-    plan.add_argument("--load", type=Path, metavar="PLAN", help="look at this plan instead of solving one")
+    plan.add_argument(
+        "--load", type=path_argument, metavar="PLAN", help="look at this plan instead of solving one"
+    )
     plan.add_argument(
         "--coverage", type=int, default=0, help="least FULL micro-batches of every head in a batch"
     )
@@ -113,9 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
     plan.add_argument("--communication-budget", type=float, help="share of the dense step")
     plan.add_argument("--memory-budget", type=float, help="share of the activations of a dense row")
-    plan.add_argument("--save", type=Path, metavar="PLAN", help="where to save the plan")
-    plan.add_argument("--diff", type=Path, metavar="PLAN", help="count what changes from this plan")
-    plan.add_argument("--png", type=Path, help="where to write a heat map")
+    plan.add_argument("--save", type=path_argument, metavar="PLAN", help="where to save the plan")
+    plan.add_argument("--diff", type=path_argument, metavar="PLAN", help="count what changes from this plan")
+    plan.add_argument("--png", type=path_argument, help="where to write a heat map")
     plan.set_defaults(run=_plan)
 
     data = commands.add_parser("data", help="pack a data set into one file, or look at a packed one")
@@ -137,8 +140,10 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
         "name", choices=["cifar10", "cifar100", "stanford_cars", "image_folder", "arrays"],
         help="the data set as data.name; arrays: an .npz or HDF5 file of your own",
     )  # fmt: skip
-    pack.add_argument("output", type=Path, help="the file to make")
-    pack.add_argument("--root", type=Path, required=True, help="its folder as data.root; of arrays the file")
+    pack.add_argument("output", type=path_argument, help="the file to make")
+    pack.add_argument(
+        "--root", type=path_argument, required=True, help="its folder as data.root; of arrays the file"
+    )
     pack.add_argument(
         "--encoding",
         choices=["auto", "pixels", "original", "jpeg"],
@@ -146,12 +151,12 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
         help="pixels: fastest, images of one size; original: the files' bytes; jpeg: encoded anew; "
         "auto: original if there are files, else pixels",
     )
-    pack.add_argument("--size", type=int, help="resize the shorter side to this many pixels")
-    pack.add_argument("--quality", type=int, default=95, help="of jpeg (default: 95)")
-    pack.add_argument("--workers", type=int, default=0, help="processes that read and encode")
+    pack.add_argument("--size", type=whole_number(1), help="resize the shorter side to this many pixels")
+    pack.add_argument("--quality", type=whole_number(1, 100), default=95, help="of jpeg (default: 95)")
+    pack.add_argument("--workers", type=whole_number(0), default=0, help="processes that read and encode")
     pack.set_defaults(run=_data_pack)
     info = commands.add_parser("info", help="what a packed file holds, and whether it is undamaged")
-    info.add_argument("file", type=Path)
+    info.add_argument("file", type=path_argument)
     info.set_defaults(run=_data_info)
 
 

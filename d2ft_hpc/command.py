@@ -6,11 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.paths import path_argument
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +22,26 @@ if TYPE_CHECKING:
 
 def add_config(parser: argparse.ArgumentParser, more: str = "") -> None:
     """The arguments that `read_config` reads. more: what else than overrides there may be, for the help."""
-    parser.add_argument("config", type=Path, help="YAML file")
+    parser.add_argument("config", type=path_argument, help="YAML file")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help=f"settings that replace the file's{more}"
     )
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """For argparse: a number from `least` to `most`."""
+
+    def read(text: str) -> int:
+        bounds = f"at least {least}" if most is None else f"{least} to {most}"
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {bounds}")
+        return number
+
+    return read
 
 
 def read_config(options: argparse.Namespace) -> RunConfig:

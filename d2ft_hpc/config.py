@@ -12,17 +12,29 @@ from inspect import isclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from d2ft_hpc.config_file import Scalar, plain, read_tree, to_yaml
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.paths import expand
 from d2ft_hpc.safe_text import shown
 
 PLANNERS_OF_MEMORY = ("joint", "makespan", "depth")
 """Those that give a rank with little memory fewer FULL subnets."""
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+PathText = Annotated[str, AfterValidator(expand)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""As numpy takes it."""
 _MOST = 2**31 - 1
 _LEAST_ALPHA = 1e-3
 _LONGEST = 1e7
@@ -30,7 +42,7 @@ _LONGEST = 1e7
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys and wrong types are errors, values never change."""
+    """A part of the configuration: unknown keys and wrong types are errors, values never change (`~` in paths does)."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -48,9 +60,9 @@ class Section(BaseModel):
 class RunSection(Section):
     name: str = Field(default="run", pattern=r"^\w[\w.-]*$", max_length=120)
     """Name of the run and of its folder: letters, digits, _, - and ., the first of them no - or ."""
-    folder: str = Field(default="runs", min_length=1)
+    folder: PathText = Field(default="runs", min_length=1)
     """Where run folders are made."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
 
 class LoraSection(Section):
@@ -73,7 +85,7 @@ class LoraSection(Section):
 class ModelConfig(Section):
     name: str
     """A timm VisionTransformer's name."""
-    weights: str | None = None
+    weights: PathText | None = None
     """A safetensors file in timm's names or a folder with one; "pretrained" for those that the model's name stands for,
     "hf-hub:OWNER/NAME" for others, both from the hub or (HF_HUB_OFFLINE=1) its cache; null for random ones."""
     options: dict[str, Any] = {}
@@ -89,17 +101,17 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     name: Literal["digits", "cifar10", "cifar100", "stanford_cars", "image_folder", "packed"]
-    root: str | None = None
+    root: PathText | None = None
     """Folder of the data set, for those that are not bundled; for packed ones the file."""
     image_size: int = Field(default=32, gt=0)
     """Height and width that the model sees, pixels."""
-    classes: list[int] | None = None
+    classes: Annotated[list[int], Field(min_length=1)] | None = None
     """Classes to keep, relabelled 0, 1, ...; null for all."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training set that is held out of it, to choose settings on."""
     train_fraction: Fraction = 1.0
     """Share of the rest of the training set that is trained on."""
-    split_seed: int = Field(default=0, ge=0)
+    split_seed: Seed = 0
     """Decides which images these two shares are; both are stratified by class."""
     evaluate_on: Literal["test", "validation"] = "test"
     """Choose settings on validation images, report on test images."""
@@ -219,7 +231,7 @@ class PlanConfig(Section):
         "pruning",
         "routing",
     ] = "joint"
-    file: str | None = None
+    file: PathText | None = None
     """A saved plan (d2ft-hpc plan --save) to follow instead of making one; null: make one."""
     compute_budget: Fraction = 0.6
     """Share of the dense run's training FLOPs that each device may spend."""
@@ -250,7 +262,7 @@ class PlanConfig(Section):
     of its own, and `static`, but for one step between blocks, put as many FULL into each block all the same."""
     probe_batches: int = Field(default=1, gt=0)
     """Batches over which scores are averaged; their cost is charged to the run."""
-    score_cache: str | None = None
+    score_cache: PathText | None = None
     """Folder that keeps measured scores for runs with the same weights, probe images and settings; null: none."""
     full_share: Fraction = 0.8
     """Planner `paper` and `random`: most of the budget that FULL may take before FORWARD_ONLY."""

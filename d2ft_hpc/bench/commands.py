@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from d2ft_hpc.command import add_config, on_ranks, read_config
 from d2ft_hpc.config import load_config
+from d2ft_hpc.paths import path_argument
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,9 @@ def add_benches(benches: Any) -> None:
     recording.add_argument("--steps", type=int, default=10_000)
     recording.add_argument("--ranks", type=int, default=64)
     recording.add_argument("--step-seconds", type=float, default=0.1, help="how long a step would take")
-    recording.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
+    recording.add_argument(
+        "--folder", type=path_argument, help="where to write (default: the temporary folder)"
+    )
     recording.add_argument("--json", action="store_true", help="print the measurements as JSON")
     recording.set_defaults(run=_results)
 

@@ -1,64 +1,139 @@
-"""Images that users keep as arrays in an .npz or HDF5 file of their own, to be packed."""
+"""Images that users keep as arrays in a file of their own, to be packed. SPLIT is train or test:
+
+- an .npz file has x_SPLIT (images) and y_SPLIT (labels);
+- an HDF5 file has SPLIT/images and SPLIT/labels, or, for encoded images, SPLIT/bytes uint8 and SPLIT/offsets int64
+  [image + 1] in place of SPLIT/images; class names may be in its root attribute `classes`.
+
+Images are uint8 0 to 255, [image, height, width, 3], [image, 3, height, width], or grey as [image, height, width] or
+[image, height, width, 1]; labels are whole numbers from 0, [image].
+"""
 
 from __future__ import annotations
 
+import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
+import numpy.typing as npt
 
-from d2ft_hpc.data.images import BufferBlobs, EncodedImages, Images, PixelImages, Source
-from d2ft_hpc.errors import DataError
-
-FORM = (
-    "an HDF5 file needs SPLIT/labels [image] and SPLIT/images uint8 [image, height, width, 3] (or [image, height, "
-    "width], or [image, 3, height, width]), or SPLIT/bytes uint8 and SPLIT/offsets int64 [image + 1] of encoded "
-    "images; an .npz file needs x_SPLIT and y_SPLIT. SPLIT is train or test"
+from d2ft_hpc.data import hdf5
+from d2ft_hpc.data.images import (
+    MOST_CLASSES,
+    BufferBlobs,
+    EncodedImages,
+    Images,
+    PixelImages,
+    Source,
+    checked_labels,
+    divide,
+    list_of_classes,
 )
+from d2ft_hpc.errors import DataError
+from d2ft_hpc.metering.memory import free_bytes_of_host
+
+_NPZ = "an .npz file needs x_train, y_train, x_test and y_test"
+_HDF5 = "an HDF5 file needs images and labels (or bytes, offsets and labels) in groups train and test"
+_SHAPE = "images are uint8 [image, height, width, 3], [image, 3, height, width] or [image, height, width]"
+_OTHER_RANGE = "pixels must be uint8, 0 to 255: scale them by what their range is, such as x * 255 for 0 to 1"
 
 
 def open_arrays(path: Path, split: str) -> Source:
-    """One split of a user's file, read into memory. Raises DataError, with the forms known, if it has no such form."""
+    """One split of a user's file, read into memory. Raises DataError if it has no such form."""
+    return _of_npz(path, split) if path.suffix.lower() == ".npz" else _of_hdf5(path, split)
+
+
+def _of_npz(path: Path, split: str) -> Source:
+    if not path.is_file():  # a pipe would never end
+        raise DataError(f"{path}: {'is no file' if path.exists() else 'no such file'}; {_NPZ}")
     try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return _source(_pixels(file[f"x_{split}"]), file[f"y_{split}"], None)
-        with h5py.File(path, "r", locking=False) as file:
-            group = file[split]
-            images: Images
-            if "bytes" in group:
-                images = EncodedImages(BufferBlobs(group["bytes"][()], group["offsets"][()], str(path)))
-            else:
-                images = _pixels(group["images"][()])
-            return _source(images, group["labels"][()], file.attrs.get("classes"))
+        with zipfile.ZipFile(path) as file:
+            return _source(_pixels(_member(file, f"x_{split}")), _member(file, f"y_{split}"), None)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise DataError(f"{path}: cannot be read as arrays ({error}): {FORM}") from error
+    except Exception as error:  # zipfile, zlib and numpy answer damage with many kinds
+        told = str(error) or type(error).__name__
+        raise DataError(f"{path}: damaged, or no .npz file ({told}); {_NPZ}") from error
 
 
-def _pixels(images: Any) -> PixelImages:
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise DataError(f"images are {images.dtype} {list(images.shape)}: {FORM}")
-    if images.ndim == 3:
-        return PixelImages(np.repeat(images[:, None], 3, axis=1))
-    if images.shape[-1] == 3:
+def _member(file: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
+    if f"{name}.npy" not in file.namelist():
+        raise DataError(f"has no array {name!r}: {_NPZ}")
+    info = file.getinfo(f"{name}.npy")
+    with file.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        read_header = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read_header(member)
+        # numpy allocates what the header says before it reads.
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes > info.file_size:
+            raise DataError(
+                f"damaged: {name} claims {list(shape)} {dtype}, which is more than the file holds"
+            )
+    _check_room(name, nbytes)
+    with file.open(info) as member:
+        array: npt.NDArray[Any] = np.lib.format.read_array(member, allow_pickle=False)
+    return array
+
+
+def _of_hdf5(path: Path, split: str) -> Source:
+    with hdf5.opened(path, _HDF5) as file:
+        group = hdf5.child(file, split)
+        if group is None:
+            raise DataError(f"has no group {split!r}: {_HDF5}")
+        images: Images
+        if hdf5.child(group, "bytes") is not None:
+            buffer, offsets = _array(group, "bytes"), _array(group, "offsets")
+            if buffer.dtype != np.uint8 or buffer.ndim != 1 or not divide(offsets, len(buffer)):
+                raise DataError(
+                    f"offsets of {split} do not divide its bytes: they rise from 0 to their number, int64"
+                )
+            images = EncodedImages(BufferBlobs(buffer, offsets, str(path)))
+        else:
+            images = _pixels(_array(group, "images"))
+        return _source(images, _array(group, "labels"), hdf5.attribute(file, "classes"))
+
+
+def _array(group: Any, name: str) -> npt.NDArray[Any]:
+    if hdf5.child(group, name) is None:
+        raise DataError(f"{group.name} has no array {name!r}: {_HDF5}")
+    stored = hdf5.dataset(group, name)
+    if stored.dtype.kind not in "biuf":
+        raise DataError(f"{stored.name} is of type {stored.dtype}: store numbers")
+    _check_room(stored.name, stored.size * stored.dtype.itemsize)
+    return np.asarray(stored[()])
+
+
+def _check_room(name: str, nbytes: int) -> None:
+    free = free_bytes_of_host(Path("/"))
+    if nbytes > free:
+        raise DataError(
+            f"{name} takes {nbytes / 1e9:.1f} GB in memory, and {free / 1e9:.1f} GB are free; divide it, or store "
+            "encoded images"
+        )
+
+
+def _pixels(images: npt.NDArray[Any]) -> PixelImages:
+    if images.dtype != np.uint8:
+        raise DataError(f"images are {images.dtype} {list(images.shape)}; {_OTHER_RANGE}")
+    if images.ndim == 4 and images.shape[-1] == 3:
         images = images.transpose(0, 3, 1, 2)
-    if images.shape[1] != 3:
-        raise DataError(f"images are uint8 {list(images.shape)}: {FORM}")
+    elif images.ndim == 4 and images.shape[-1] == 1:
+        images = images[..., 0]
+    if images.ndim == 3:
+        images = np.repeat(images[:, None], 3, axis=1)
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise DataError(f"images are uint8 {list(images.shape)}: {_SHAPE}")
     return PixelImages(np.ascontiguousarray(images))
 
 
-def _source(images: Images, labels: Any, names: Any) -> Source:
-    labels = np.asarray(labels).reshape(-1)
-    if labels.dtype.kind not in "iu" or len(labels) != len(images) or labels.min(initial=0) < 0:
-        raise DataError(f"{len(labels)} labels of type {labels.dtype} for {len(images)} images: {FORM}")
-    num_classes = int(labels.max(initial=-1)) + 1
-    texts = [
-        name.decode() if isinstance(name, bytes) else str(name)
-        for name in (names if names is not None else [])
-    ]
-    if texts and len(texts) < num_classes:
-        raise DataError(f"{len(texts)} class names for labels up to {num_classes - 1}")
-    return Source(images, labels.astype(np.int64), tuple(texts or map(str, range(num_classes))))
+def _source(images: Images, labels: npt.NDArray[Any], names: Any) -> Source:
+    labels = labels.reshape(-1)
+    num_classes = int(labels.max(initial=0)) + 1 if labels.dtype.kind in "iu" else 1
+    if num_classes > MOST_CLASSES:
+        raise DataError(f"labels go up to {num_classes - 1}: number the classes from 0")
+    classes = tuple(map(str, range(num_classes))) if names is None else list_of_classes(names)
+    return Source(images, checked_labels(labels, len(images), classes), classes)

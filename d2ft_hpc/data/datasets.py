@@ -60,6 +60,8 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         """labels: of `indices`. of_sample None: the images are pixels of one size and go to stage 2 as they are.
         of_batch None: what `of_sample` returns is normalised already."""
         self._images, self._indices = source.images, indices
+        self.remark = source.remark
+        """What people should know about it, one sentence; may be empty."""
         self._labels = labels
         self._of_sample, self._of_batch = of_sample, of_batch
         self.num_classes = num_classes

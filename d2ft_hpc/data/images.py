@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from d2ft_hpc.data import decoding
 from d2ft_hpc.errors import DataError
+
+Read = TypeVar("Read")
 
 
 class MappedArray:
@@ -86,7 +88,7 @@ class Blobs(Protocol):
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Images of any size and format that PIL reads."""
+    """Images of any size and format that PIL reads, decoded as decoding.py says."""
 
     blobs: Blobs
 
@@ -100,10 +102,19 @@ class EncodedImages:
 
     def picture(self, index: int) -> Image.Image:
         """The same as a PIL image."""
+        return self._named(index, decoding.decode)
+
+    def check(self, index: int) -> bytes:
+        """The bytes of image `index`, whose pixels may be damaged, but which is of a kind that is read."""
+        self._named(index, decoding.check)
+        return self.blobs[index]
+
+    def _named(self, index: int, read: Callable[[bytes], Read]) -> Read:
+        data = self.blobs[index]
         try:
-            return Image.open(io.BytesIO(self.blobs[index])).convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{self.blobs.name(index)}: not a readable image: {error}") from error
+            return read(data)
+        except DataError as error:
+            raise DataError(f"{self.blobs.name(index)}: {error}") from error
 
 
 Images = PixelImages | EncodedImages
@@ -155,3 +166,46 @@ class Source:
     labels: npt.NDArray[np.int64]
     """[image], 0 to number of classes - 1."""
     class_names: tuple[str, ...]
+    remark: str = ""
+    """What people should know, one sentence."""
+
+
+MOST_CLASSES = 1_000_000
+
+
+def checked_labels(
+    labels: npt.NDArray[Any], images: int, class_names: Sequence[str]
+) -> npt.NDArray[np.int64]:
+    """Labels, int64 [image]. Raises DataError, without a name, if they do not fit so many images in these classes."""
+    if labels.dtype.kind not in "iu" or labels.shape != (images,) or not images:
+        raise DataError(
+            f"{labels.size} labels of type {labels.dtype} for {images} images: each needs one whole number"
+        )
+    least, most = int(labels.min()), int(labels.max())
+    if least < 0 or most >= len(class_names):
+        raise DataError(
+            f"labels are {least} to {most}, and there are {len(class_names)} classes, counted from 0"
+        )
+    return labels.astype(np.int64)
+
+
+def list_of_classes(names: Any) -> tuple[str, ...]:
+    """Class names from a list or an array. Raises DataError for a text, which is not a list of its characters."""
+    if isinstance(names, (str, bytes)) or np.ndim(names) != 1 or not len(names):
+        raise DataError(f"class names are {str(names)[:60]!r}: make it a list, such as ['cat', 'dog']")
+    try:
+        return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
+    except UnicodeDecodeError as error:
+        raise DataError(f"class names are not in UTF-8: {error}") from error
+
+
+def divide(offsets: npt.NDArray[Any], nbytes: int) -> bool:
+    """Whether offsets int64 [image + 1] cut so many bytes into images."""
+    return (
+        offsets.dtype == np.int64
+        and offsets.ndim == 1
+        and len(offsets) > 0
+        and offsets[0] == 0
+        and bool((offsets[1:] >= offsets[:-1]).all())
+        and offsets[-1] == nbytes
+    )

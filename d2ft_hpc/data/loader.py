@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from d2ft_hpc.data.datasets import LabelledImages, RawBatch
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
-from d2ft_hpc.data.workers import worker_options
+from d2ft_hpc.data.workers import Reader, loader_of, read_with
 
 CPU = torch.device("cpu")
 
@@ -22,6 +22,8 @@ _Drawn = tuple[RawBatch, tuple[int, ...]]
 
 class Batches:
     """Yields images float32 [sample, 3, size, size] and labels (int64 [sample], or float32 [sample, class] if mixed).
+
+    Raises DataError if an image cannot be read.
 
     Workers read and decode ahead; resizing, cropping, flipping, normalising and mixing happen here, on `device`.
     """
@@ -35,7 +37,7 @@ class Batches:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for raw, entropy in self._loader:
+        for raw, entropy in read_with(self._loader):
             moved = RawBatch(*(tensor.to(self._device, non_blocking=True) for tensor in raw))
             yield self._finish((moved, tuple(entropy)))
 
@@ -81,24 +83,14 @@ def eval_loader(
 
 
 def _batches(
-    reader: Dataset[Any],
+    reader: Reader,
     order: Any,
     finish: Callable[[_Drawn], tuple[Tensor, Tensor]],
     num_workers: int,
     device: torch.device,
 ) -> Batches:
-    loader = DataLoader(
-        reader,
-        batch_sampler=order,
-        collate_fn=_as_it_is,
-        pin_memory=device.type == "cuda",
-        **worker_options(num_workers),
-    )
+    loader = loader_of(reader, order, num_workers=num_workers, pin_memory=device.type == "cuda")
     return Batches(loader, finish, device)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 class _Draws(Sampler[list[tuple[int, int]]]):
@@ -115,7 +107,7 @@ class _Draws(Sampler[list[tuple[int, int]]]):
             yield [(self._sampler.epoch, index) for index in indices]
 
 
-class _Drawing(Dataset[Any]):
+class _Drawing:
     """Reads micro-batches of (epoch, index), each sample with its own entropy (seed, epoch, index)."""
 
     def __init__(self, dataset: LabelledImages, seed: int) -> None:
@@ -126,7 +118,7 @@ class _Drawing(Dataset[Any]):
         return self._dataset.read([index for _, index in draws], entropies), entropies[0]
 
 
-class _InOrder(Dataset[Any]):
+class _InOrder:
     """Reads batches of indices without draws."""
 
     def __init__(self, dataset: LabelledImages) -> None:

@@ -19,14 +19,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
-from d2ft_hpc.data.images import BufferBlobs, EncodedImages, Images, MappedArray, PixelImages, Source
+from d2ft_hpc.data import hdf5
+from d2ft_hpc.data.images import (
+    BufferBlobs,
+    EncodedImages,
+    Images,
+    PixelImages,
+    Source,
+    checked_labels,
+    divide,
+    list_of_classes,
+)
 from d2ft_hpc.errors import DataError
 
 FORMAT = "d2ft-hpc images"
 VERSION = 1
+_SPLITS = ("train", "test")
+_AGAIN = "make it by d2ft-hpc data pack"
 
 
 def open_packed(path: Path, split: str) -> Source:
@@ -35,60 +46,57 @@ def open_packed(path: Path, split: str) -> Source:
     Raises DataError if the file is missing, foreign or damaged, or lacks the split.
     """
     with _opened(path) as file:
-        if split not in file:
-            raise DataError(f"{path}: has no split {split!r}, only {', '.join(file)}")
-        group = file[split]
-        names = tuple(name.decode() for name in file.attrs["classes"])
-        labels = np.asarray(group["labels"][()], np.int64)
+        group = hdf5.child(file, split)
+        if group is None:
+            raise DataError(f"has no split {split!r}, only {', '.join(_splits(file)) or 'none'}; {_AGAIN}")
+        names = hdf5.attribute(file, "classes")
+        if getattr(names, "dtype", np.dtype(float)).kind != "S":
+            raise DataError(f"damaged: its `classes` are no list of names, bytes in UTF-8; {_AGAIN}")
+        names = list_of_classes(names)
+        labels = hdf5.mapped(path, group, "labels", np.int64, 1)[:]
         images: Images
         if "pixels" in group:
-            images = PixelImages(_mapped(path, group["pixels"], dimensions=4))
+            pixels = hdf5.mapped(path, group, "pixels", np.uint8, 4)
+            if pixels.shape[1] != 3:
+                raise DataError(
+                    f"damaged: pixels of {split} are {list(pixels.shape)}, not [image, 3, height, width]"
+                )
+            images = PixelImages(pixels)
         else:
-            offsets = np.asarray(group["offsets"][()], np.int64)
-            buffer = _mapped(path, group["bytes"], dimensions=1)
-            if offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] != len(buffer):
-                raise DataError(f"{path}: damaged: offsets of {split} do not divide its bytes")
+            offsets = hdf5.mapped(path, group, "offsets", np.int64, 1)[:]
+            buffer = hdf5.mapped(path, group, "bytes", np.uint8, 1)
+            if not divide(offsets, len(buffer)):
+                raise DataError(f"damaged: offsets of {split} do not divide its bytes; {_AGAIN}")
             images = EncodedImages(BufferBlobs(buffer, offsets, str(path)))
-    if labels.shape != (len(images),) or not len(labels) or labels.min() < 0 or labels.max() >= len(names):
-        raise DataError(
-            f"{path}: damaged: {labels.size} labels of {split} do not fit its {len(images)} images in "
-            f"{len(names)} classes"
-        )
+        try:
+            labels = checked_labels(labels, len(images), names)
+        except DataError as error:
+            raise DataError(f"damaged: {split}: {error}; {_AGAIN}") from error
     return Source(images, labels, names)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
+def _opened(path: Path) -> Iterator[Any]:
     """The file, known to be a packed one. Whatever is wrong with it inside becomes a DataError."""
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            if file.attrs.get("format") != FORMAT:
-                raise DataError(f"{path}: not a packed data set; make one by d2ft-hpc data pack")
-            if file.attrs.get("version") != VERSION:
-                version = file.attrs.get("version")
-                raise DataError(f"{path}: packed in version {version}, this program reads {VERSION}")
-            yield file
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; make it by d2ft-hpc data pack") from None
-    except (OSError, LookupError, RuntimeError, ValueError, AttributeError, TypeError) as error:
-        raise DataError(f"{path}: not a readable packed data set: {error}") from error
+    with hdf5.opened(path, _AGAIN) as file:
+        if str(hdf5.attribute(file, "format")) != FORMAT:
+            raise DataError(f"not a packed data set; {_AGAIN}")
+        version = hdf5.attribute(file, "version")
+        if str(version) != str(VERSION):
+            raise DataError(f"packed in version {version}, this program reads {VERSION}; {_AGAIN}")
+        yield file
 
 
-def _mapped(path: Path, dataset: Any, dimensions: int) -> MappedArray:
-    offset = dataset.id.get_offset() if isinstance(dataset, h5py.Dataset) else None
-    if offset is None or dataset.dtype != np.uint8 or dataset.ndim != dimensions or dataset.external:
-        raise DataError(
-            f"{path}: {dataset.name} is not contiguous uint8 [{dimensions} axes] in the file itself"
-        )
-    if offset + dataset.size > path.stat().st_size:
-        raise DataError(f"{path}: cut short: {dataset.name} ends beyond the end of the file")
-    return MappedArray(path, offset, dataset.shape, "u1")
+def _splits(file: Any) -> list[str]:
+    return [split for split in _SPLITS if hdf5.child(file, split) is not None]
 
 
 def describe(path: Path) -> str:
     """Splits, images, classes and form of a packed file, for people. Raises DataError if a checksum does not match."""
     with _opened(path) as file:
-        stated = {split: str(group.attrs.get("sha256", "")) for split, group in file.items()}
+        stated = {split: str(hdf5.attribute(file[split], "sha256")) for split in _splits(file)}
+        if not stated:
+            raise DataError(f"holds neither train nor test; {_AGAIN}")
     lines = []
     for split, checksum in stated.items():
         source = open_packed(path, split)

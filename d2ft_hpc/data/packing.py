@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +14,15 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
+from d2ft_hpc.data import decoding
 from d2ft_hpc.data.arrays import open_arrays
 from d2ft_hpc.data.images import EncodedImages, Images, PixelImages, Source
 from d2ft_hpc.data.packed import FORMAT, VERSION, describe
 from d2ft_hpc.data.sources import StoredSplit, open_source
-from d2ft_hpc.data.workers import worker_options
+from d2ft_hpc.data.workers import loader_of, read_with
 from d2ft_hpc.errors import DataError
+from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.safe_text import say
 
 Encoding = Literal["pixels", "original", "jpeg"]
@@ -47,6 +48,9 @@ def pack_by_name(
         split: open_arrays(root, split) if name == "arrays" else open_source(name, root, split)
         for split in splits
     }
+    for source in sources.values():
+        if source.remark:
+            print_line(f"d2ft-hpc: warning: {source.remark}")
     if encoding == "auto":
         files = size is None and name in ("image_folder", "stanford_cars")
         encoding = "original" if files else "pixels"
@@ -91,7 +95,7 @@ def pack(
         with open(building, "rb+") as finished:
             os.fsync(finished.fileno())
         os.replace(building, output)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise DataError(f"{output}: cannot be written: {error}") from error
     finally:
         for temporary in (flat, building):
@@ -103,11 +107,10 @@ def _write_split(group: Any, source: Source, encoder: _Encoder, flat: Path, work
     """The images go to a flat file first: only then is the size of a contiguous dataset known."""
     digest, lengths = hashlib.sha256(), [0]
     shape: tuple[int, ...] | None = None
-    batches = DataLoader(
-        encoder, batch_size=BATCH, collate_fn=list, **worker_options(workers, persistent=False)
-    )
+    images = range(len(source.labels))
+    batches = [images[start : start + BATCH] for start in images[::BATCH]]
     with flat.open("wb") as file:
-        for batch in batches:
+        for batch in read_with(loader_of(encoder, batches, num_workers=workers, persistent=False)):
             for encoded, its_shape in batch:
                 shape = shape or its_shape
                 if its_shape != shape:
@@ -119,19 +122,23 @@ def _write_split(group: Any, source: Source, encoder: _Encoder, flat: Path, work
                 digest.update(encoded)
                 lengths.append(len(encoded))
     offsets = np.cumsum(np.array(lengths, np.int64))
-    images: npt.NDArray[np.uint8] = np.memmap(flat, "u1", "r")
+    written: npt.NDArray[np.uint8] = np.memmap(flat, "u1", "r")
     if shape is None:
-        group.create_dataset("bytes", data=images)
+        group.create_dataset("bytes", data=written)
         group.create_dataset("offsets", data=offsets)
     else:
-        group.create_dataset("pixels", data=images.reshape(-1, 3, *shape))
+        group.create_dataset("pixels", data=written.reshape(-1, 3, *shape))
     group.create_dataset("labels", data=source.labels)
     digest.update(source.labels.astype("<i8").tobytes())
     group.attrs["sha256"] = digest.hexdigest()
 
 
-class _Encoder(Dataset[tuple[bytes, tuple[int, int] | None]]):
-    """Image i as it will lie in the file, with its (height, width) if it is pixels."""
+_Encoded = tuple[bytes, tuple[int, int] | None]
+"""An image as it will lie in the file, with its (height, width) if it is pixels."""
+
+
+class _Encoder:
+    """Reads and encodes images."""
 
     def __init__(self, images: Images, encoding: Encoding, size: int | None, quality: int) -> None:
         if encoding == "original" and isinstance(images, PixelImages):
@@ -140,26 +147,38 @@ class _Encoder(Dataset[tuple[bytes, tuple[int, int] | None]]):
             )
         self._images, self._encoding, self._size, self._quality = images, encoding, size, quality
 
-    def __len__(self) -> int:
-        return len(self._images)
+    def __getitems__(self, indices: Sequence[int]) -> list[_Encoded]:
+        return [self._encoded(index) for index in indices]
 
-    def __getitem__(self, index: int) -> tuple[bytes, tuple[int, int] | None]:
+    def _encoded(self, index: int) -> _Encoded:
         if self._encoding == "original" and isinstance(self._images, EncodedImages):
-            return self._images.blobs[index], None
+            return self._images.check(index), None
         picture = self._images.picture(index)
-        if self._size is not None:
-            picture = _resized(picture, self._size, square=self._encoding == "pixels")
-        if self._encoding == "pixels":
-            return np.asarray(picture).transpose(2, 0, 1).tobytes(), (picture.height, picture.width)
-        file = io.BytesIO()
-        picture.save(file, "JPEG", quality=self._quality, subsampling=0)
-        return file.getvalue(), None
+        try:
+            if self._size is not None:
+                picture = _resized(picture, self._size, square=self._encoding == "pixels")
+            if self._encoding == "pixels":
+                return np.asarray(picture).transpose(2, 0, 1).tobytes(), (picture.height, picture.width)
+            file = io.BytesIO()
+            picture.save(file, "JPEG", quality=self._quality, subsampling=0)
+            return file.getvalue(), None
+        except (OSError, ValueError, MemoryError, OverflowError) as error:
+            told = str(error) or type(error).__name__
+            name = f"image {index}"
+            if isinstance(self._images, EncodedImages):
+                name = self._images.blobs.name(index)
+            raise DataError(
+                f"{name}: cannot be encoded ({told}): choose another --size or --encoding"
+            ) from error
 
 
 def _resized(picture: Image.Image, size: int, *, square: bool) -> Image.Image:
-    """The shorter side becomes `size`; `square` cuts the longer one to it, in the middle."""
+    """The shorter side becomes `size`; `square` cuts the longer one to it, in the middle. Raises ValueError if nobody
+    could decode the result."""
     scale = size / min(picture.size)
     width, height = (max(round(side * scale), size) for side in picture.size)
+    if width * height > decoding.MOST_PIXELS:
+        raise ValueError(f"it would become {width} x {height}, more than {decoding.MOST_PIXELS}")
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     if not square:
         return picture

@@ -9,7 +9,15 @@ from typing import Literal
 import numpy as np
 from torchvision import datasets as tv
 
-from d2ft_hpc.data.images import EncodedImages, FileBlobs, PixelImages, Source
+from d2ft_hpc.data.folders import class_folders, class_names
+from d2ft_hpc.data.images import (
+    EncodedImages,
+    FileBlobs,
+    PixelImages,
+    Source,
+    checked_labels,
+    list_of_classes,
+)
 from d2ft_hpc.data.packed import open_packed
 from d2ft_hpc.errors import DataError
 
@@ -22,7 +30,7 @@ def open_source(name: str, root: Path | None, split: StoredSplit) -> Source:
     - `digits`: scikit-learn's 8x8 handwritten digits, in the installation itself; a fixed stratified 80/20 split.
     - `cifar10`, `cifar100`: `root` holds the unpacked python version, as torchvision keeps it.
     - `stanford_cars`: `root/stanford_cars/` as torchvision keeps it.
-    - `image_folder`: `root/train/CLASS/*` and `root/test/CLASS/*` (or `root/val`).
+    - `image_folder`: `root/train/CLASS/*` and `root/test/CLASS/*` (or `root/val`); see folders.py.
     - `packed`: `root` is a file that `d2ft-hpc data pack` made.
 
     Raises DataError if the name is unknown or the files are absent or damaged.
@@ -55,7 +63,7 @@ def _cifar(reader: type[tv.CIFAR10]) -> Callable[[Path, StoredSplit], Source]:
         try:
             # torchvision compares every file with a known checksum before it reads it.
             images = reader(str(root), train=split == "train", download=False)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             folder = root / reader.base_folder
             raise DataError(
                 f"{folder}: {reader.__name__} is missing or damaged; unpack {reader.filename} into {root} so that "
@@ -79,16 +87,20 @@ _CARS_FILES = (
 def _stanford_cars(root: Path, split: StoredSplit) -> Source:
     try:
         cars = tv.StanfordCars(str(root), split=split, download=False)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        paths = tuple(Path(path) for path, _ in cars._samples)
+        names = list_of_classes(cars.classes)
+        labels = checked_labels(np.array([label for _, label in cars._samples], int), len(paths), names)
+        outside = [path for path in paths if path.parent != cars._images_base_path]
+        if outside:
+            raise DataError(f"{outside[0]} is outside its folder")
+    except Exception as error:  # scipy answers damage with many kinds
         raise DataError(
             f"{root / 'stanford_cars'}: Stanford Cars is missing or damaged ({error}). Its original address is gone "
             f"and torchvision cannot download it: take a copy (cars_train.tgz, cars_test.tgz, car_devkit.tgz and "
             f"cars_test_annos_withlabels.mat) and unpack it so that {root / 'stanford_cars'} has "
             f"{', '.join(_CARS_FILES)}"
         ) from error
-    paths, labels = zip(*cars._samples, strict=True)
-    images = EncodedImages(FileBlobs(tuple(Path(path) for path in paths)))
-    return Source(images, np.array(labels, np.int64), tuple(str(name) for name in cars.classes))
+    return Source(EncodedImages(FileBlobs(paths)), labels, names)
 
 
 def _image_folder(root: Path, split: StoredSplit) -> Source:
@@ -97,20 +109,21 @@ def _image_folder(root: Path, split: StoredSplit) -> Source:
     if folder is None:
         tried = " and ".join(str(f) for f in folders)
         raise DataError(f"{tried}: no such folder; put the images of each class into {folders[0]}/CLASS/")
-    try:
-        images = tv.ImageFolder(str(folder))
-    except FileNotFoundError as error:  # no class folder, or one without an image
-        raise DataError(f"{folder}: {error}; put the images of each class into {folder}/CLASS/") from error
-    if split == "test":
+    images = class_folders(folder)
+    if split == "test" and (root / "train").is_dir():
         # Labels are places in the sorted class names, so both splits must have the same names.
-        known = sorted(f.name for f in (root / "train").glob("*") if f.is_dir())
-        if known and known != images.classes:
-            differing = ", ".join(sorted(set(known) ^ set(images.classes)))
+        known = class_names(root / "train")
+        if known and known != images.names:
+            differing = ", ".join(sorted(set(known) ^ set(images.names)))
             raise DataError(
                 f"{folder} and {root / 'train'} must have the same class folders; these differ: {differing}"
             )
-    blobs = FileBlobs(tuple(Path(path) for path, _ in images.samples))
-    return Source(EncodedImages(blobs), np.array(images.targets, np.int64), tuple(images.classes))
+    return Source(
+        EncodedImages(FileBlobs(images.files)),
+        np.array(images.labels, np.int64),
+        images.names,
+        images.remark,
+    )
 
 
 _READERS: dict[str, Callable[[Path, StoredSplit], Source]] = {

@@ -1,20 +1,74 @@
-"""How torch's data loaders start their worker processes here."""
+"""How torch's data loaders start their worker processes here, and how these tell of faults."""
 
 from __future__ import annotations
 
 import multiprocessing
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
+from torch.utils.data import DataLoader, Dataset
+
+from d2ft_hpc.errors import D2ftError
 
 
-def worker_options(num_workers: int, *, persistent: bool = True) -> dict[str, Any]:
-    """Options of torch's DataLoader: workers are never forked from this process (a fork after MPI_Init is undefined),
-    and the caller's random state stays as it was."""
-    # A generator of its own: otherwise each iteration would draw from the caller's.
-    options: dict[str, Any] = {"num_workers": num_workers, "generator": torch.Generator()}
-    if num_workers == 0:
-        return options
-    methods = multiprocessing.get_all_start_methods()
-    context = "forkserver" if "forkserver" in methods else "spawn"
-    return {**options, "multiprocessing_context": context, "persistent_workers": persistent}
+class Reader(Protocol):
+    """What workers hold."""
+
+    def __getitems__(self, keys: Sequence[Any], /) -> Any:
+        """A batch of what `keys` name."""
+        ...
+
+
+def loader_of(
+    reader: Reader,
+    batches: Iterable[Sequence[Any]],
+    *,
+    num_workers: int,
+    persistent: bool = True,
+    pin_memory: bool = False,
+) -> DataLoader[Any]:
+    """Reads batches of keys in `num_workers` processes, or in this one (0); `read_with` iterates.
+
+    Workers are never forked from this process (a fork after MPI_Init is undefined), and the caller's random state stays
+    as it was.
+    """
+    options: dict[str, Any] = {}
+    if num_workers > 0:
+        methods = multiprocessing.get_all_start_methods()
+        context = "forkserver" if "forkserver" in methods else "spawn"
+        options = {"multiprocessing_context": context, "persistent_workers": persistent}
+    return DataLoader(
+        _Handing(reader),
+        batch_sampler=batches,  # type: ignore[arg-type]
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # its own: otherwise each iteration would draw from the caller's
+        **options,
+    )
+
+
+def read_with(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches in order. Raises the reader's D2ftError, the same with workers as without."""
+    for batch in loader:
+        if isinstance(batch, D2ftError):
+            raise batch
+        yield batch
+
+
+class _Handing(Dataset[Any]):
+    """Hands faults over as values: what a worker raises, torch raises again with its whole traceback as the text."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+
+    def __getitems__(self, keys: Sequence[Any]) -> Any:
+        try:
+            return self._reader.__getitems__(keys)
+        except D2ftError as error:
+            return error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from d2ft_hpc.config import RunConfig
+from d2ft_hpc.data.datasets import LabelledImages
 from d2ft_hpc.doctor.finding import Finding, of_error
 from d2ft_hpc.errors import DataError
 from d2ft_hpc.launch import Control
@@ -20,22 +22,34 @@ _FIX_WEIGHTS = (
     "CONFIG, compute nodes then find them in the cache"
 )
 
+_DECODED_IMAGES = 100
+"""Of each data set."""
+
 
 def check_parts(
     config: RunConfig, control: Control, device: torch.device
 ) -> tuple[Job | None, list[Finding]]:
-    """Opens the data set and builds the model with its weights, on this rank."""
+    """Opens the data set, decodes some of its images and builds the model with its weights, on this rank."""
     try:
         job = set_up(config, control, device)
+        for images in (job.train_set, job.evaluation_set):
+            _decode_some(images)
     except DataError as error:
         return None, [of_error("data", error, "data.root=FOLDER")]
     except Exception as error:  # hubs, files and timm answer with anything
         return None, [of_error("model", error, _FIX_WEIGHTS)]
     parameters = sum(parameter.numel() for parameter in job.model.parameters())
     return job, [
+        *(Finding("data", "warning", *remark.rsplit("; ", 1)) for remark in job.remarks),
         Finding("data", "ok", f"{len(job.train_set)} training images of {job.train_set.num_classes} classes"),
         Finding("model", "ok", f"{config.model.name}, {parameters / 1e6:.1f} M parameters"),
     ]
+
+
+def _decode_some(images: LabelledImages) -> None:
+    """Images at equal distances, so that all classes are among them if they lie one after the other."""
+    for index in np.linspace(0, len(images) - 1, min(len(images), _DECODED_IMAGES), dtype=int):
+        images.read([int(index)], None)
 
 
 def check_time(job: Job, left: float | None) -> list[Finding]:

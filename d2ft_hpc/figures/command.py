@@ -14,6 +14,7 @@ import numpy as np
 from d2ft_hpc.errors import D2ftError
 from d2ft_hpc.figures.run import Runs
 from d2ft_hpc.figures.style import save
+from d2ft_hpc.paths import path_argument
 
 
 class FigureModule(Protocol):
@@ -34,11 +35,15 @@ def show(
     options: further arguments of the script, as for `add_argument`, which become keywords of `figure.measure`.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders or results files")
+    parser.add_argument(
+        "runs", type=path_argument, nargs="+", metavar="RUN", help="run folders or results files"
+    )
     for name, settings in options:
         parser.add_argument(name, **settings)
     parser.add_argument(
-        "--output", type=Path, help=f"picture to write: .png, .pdf or .svg (default: {default_output})"
+        "--output",
+        type=path_argument,
+        help=f"picture to write: .png, .pdf or .svg (default: {default_output})",
     )
     parser.add_argument("--json", action="store_true", help="print the numbers; draws only with --output")
     arguments = vars(parser.parse_args())

@@ -90,6 +90,12 @@ class Job:
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.train.label_smoothing)
 
     @property
+    def remarks(self) -> list[str]:
+        """What people should know about the data, a sentence each."""
+        both = dict.fromkeys([self.train_set.remark, self.evaluation_set.remark])
+        return [remark for remark in both if remark]
+
+    @property
     def plan_shape(self) -> tuple[int, int, int]:
         """Rows, blocks, heads."""
         return (self.config.data.slots * self.layout.replicas, *self.executor.subnets.shape)

@@ -20,6 +20,7 @@ from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.errors import CheckpointError
 from d2ft_hpc.files import atomic
 from d2ft_hpc.launch import Control, agreed
+from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.model.lora import save_adapter, timm_state
 from d2ft_hpc.parallel.layout import Placement
@@ -78,6 +79,9 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
         replicas = layout_of(config, control).replicas
         job = set_up(fitted_to_ranks(config, start.position, replicas), control, device)
         check_position(job, start)
+    if control.rank == 0:
+        for remark in job.remarks:
+            print_line(f"d2ft-hpc: warning: {remark}")
     measured = measure_job(job)  # before the engine, which may spread the weights over ranks
     placement = place(job, start.checkpoint, watch)
     if control.rank == 0 and placement.layout.stages > 1:

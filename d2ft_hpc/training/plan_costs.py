@@ -203,7 +203,8 @@ def _kept(job: Job, profile: PassProfile) -> PassProfile:
 def cache_folder() -> Path:
     """`D2FT_HPC_CACHE`, or d2ft-hpc in the user's cache folder."""
     own = os.environ.get("D2FT_HPC_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "d2ft-hpc"
+    folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "d2ft-hpc"
+    return folder.expanduser()
 
 
 def _key(job: Job) -> str:

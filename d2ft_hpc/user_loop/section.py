@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from d2ft_hpc.config import PlanConfig, deepspeed_sections, explain
+from d2ft_hpc.config import PathText, PlanConfig, deepspeed_sections, explain
 from d2ft_hpc.errors import ConfigError
 
 SECTION = "d2ft"
@@ -27,7 +27,7 @@ _USABLE: dict[str, tuple[str | float | None, ...]] = {
 class D2ftSection(PlanConfig):
     """Planning as in a run's `plan` section, and what `attach` takes."""
 
-    plan: str | None = None
+    plan: PathText | None = None
     """A saved plan to follow from the first step; null: solve one."""
     embeddings: Literal["frozen", "complete_path", "trained"] = "frozen"
     """Parameters below every block: frozen, trained by micro-batches that are FULL everywhere, or trained by all."""

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -12,6 +18,7 @@ import torch
 from PIL import Image
 
 from d2ft_hpc.cli import main
+from d2ft_hpc.data.arrays import open_arrays
 from d2ft_hpc.data.datasets import load
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.data.packed import describe, open_packed
@@ -143,10 +150,12 @@ def test_what_cannot_be_packed(folder: Path, packed: Path, tmp_path: Path) -> No
     refused("--size changes the images", encoding="original", size=8)
     refused("cannot be written", output=tmp_path / "absent" / "no.h5")
     np.savez(tmp_path / "float.npz", x_train=np.zeros((2, 4, 4, 3)), y_train=np.zeros(2, int))
-    refused("images are float64.*x_SPLIT", name="arrays", root=tmp_path / "float.npz")
+    refused(
+        r"float\.npz: images are float64.*pixels must be uint8", name="arrays", root=tmp_path / "float.npz"
+    )
     np.savez(tmp_path / "short.npz", x_train=np.zeros((2, 4, 4, 3), np.uint8), y_train=np.zeros(3, int))
     refused("3 labels", name="arrays", root=tmp_path / "short.npz")
-    refused("cannot be read as arrays", name="arrays", root=folder / "train")
+    refused("train: is no file; an HDF5 file needs images and labels", name="arrays", root=folder / "train")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["float.npz", "short.npz"]
 
 
@@ -165,7 +174,7 @@ def test_damage_is_noticed(packed: Path, tmp_path: Path) -> None:
 
     damaged(set_value("train/bytes", 50, 7), "does not match its checksum")
     damaged(set_value("train/labels", 0, 1), "does not match its checksum")
-    damaged(set_value("train/labels", 0, 9), "12 labels of train do not fit its 12 images in 3 classes")
+    damaged(set_value("train/labels", 0, 9), "train: labels are 0 to 9, and there are 3 classes")
     damaged(set_value("train/offsets", 3, 10**9), "offsets of train do not divide")
     damaged(lambda file: file.attrs.__setitem__("version", 9), "version 9")
     damaged(lambda file: file.attrs.__delitem__("format"), "not a packed data set")
@@ -176,5 +185,185 @@ def test_damage_is_noticed(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError):
         open_packed(tmp_path / "cut.h5", "train")
     (tmp_path / "text.h5").write_text("text")
-    with pytest.raises(DataError, match="not a readable packed data set"):
+    with pytest.raises(
+        DataError, match=r"text\.h5: damaged, or no HDF5 file .*make it by d2ft-hpc data pack"
+    ):
         open_packed(tmp_path / "text.h5", "train")
+
+
+def refused_in_one_line(read: Callable[[], object], file: Path, words: str) -> None:
+    with pytest.raises(DataError, match=words) as caught:
+        read()
+    text = str(caught.value)
+    assert text.startswith(f"{file}: ")
+    assert "\n" not in text
+    assert len(text) < len(str(file)) + 300
+
+
+def put(name: str, **options: Any) -> Callable[[h5py.File], None]:
+    """Puts a dataset in place of another."""
+
+    def change(file: h5py.File) -> None:
+        del file[name]
+        file.create_dataset(name, **options)
+
+    return change
+
+
+def link(name: str, target: object) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        del file[name]
+        file[name] = target
+
+    return change
+
+
+def virtual(name: str, shape: tuple[int, ...]) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        del file[name]
+        layout = h5py.VirtualLayout(shape, np.uint8)
+        layout[:] = h5py.VirtualSource("elsewhere.h5", "x", shape)
+        file.create_virtual_dataset(name, layout)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (link("train", h5py.SoftLink("/test")), "/train is a link"),
+        (link("train", h5py.ExternalLink("/etc/other.h5", "/train")), "/train is a link"),
+        (link("train/labels", h5py.ExternalLink("/etc/other.h5", "/x")), "/train/labels is a link"),
+        (link("train/bytes", h5py.SoftLink("/test/bytes")), "/train/bytes is a link"),
+        (put("train/bytes", shape=(99,), dtype="u1", external=[("/etc/passwd", 0, 99)]), "in other files"),
+        (virtual("train/bytes", (99,)), "lies in other files"),
+        (put("train/bytes", shape=(10**12,), dtype="u1", chunks=(10**6,), compression="gzip"), "contiguous"),
+        (put("train/labels", shape=(10**12,), dtype="i8", chunks=(10**6,)), "contiguous int64"),
+        (put("train/labels", shape=(10**12,), dtype="i8"), "contiguous int64"),
+        (put("train/labels", data=np.zeros(12, "u1")), "contiguous int64"),
+        (put("train/labels", data=np.full(12, -1)), "labels are -1 to -1"),
+        (put("train/offsets", data=np.zeros(13)), "contiguous int64"),
+        (put("train/offsets", data=np.array([0, 2**63 - 1, -(2**63), 99])), "offsets of train do not divide"),
+        (link("train/offsets", 5), "contiguous int64"),
+        (link("train", 5), "no array 'labels'"),
+        (lambda file: file.attrs.__setitem__("classes", "catdogcow"), "`classes` are no list of names"),
+        (
+            lambda file: file.attrs.__setitem__("classes", np.bytes_("catdog")),
+            "class names are .*make it a list",
+        ),
+        (lambda file: file.attrs.__setitem__("classes", np.array([b"\xff"])), "not in UTF-8"),
+        (lambda file: file.attrs.__setitem__("format", np.zeros(3)), "not a packed data set"),
+    ],
+)
+def test_nothing_leads_out_of_a_packed_file_or_claims_more_than_it_holds(
+    change: Callable[[h5py.File], None], words: str, packed: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.h5"
+    shutil.copy(packed, bad)
+    with h5py.File(bad, "r+") as file:
+        change(file)
+    refused_in_one_line(lambda: open_packed(bad, "train"), bad, words)
+    refused_in_one_line(lambda: describe(bad), bad, words)
+
+
+def test_a_pipe_is_no_packed_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    refused_in_one_line(lambda: open_packed(tmp_path / "pipe", "train"), tmp_path / "pipe", "is no file")
+
+
+PIXELS = np.arange(4 * 5 * 6 * 3, dtype=np.uint8).reshape(4, 5, 6, 3)
+LABELS = np.array([0, 1, 0, 1])
+
+
+@pytest.mark.parametrize("form", ["last", "first", "grey", "grey_last"])
+def test_forms_of_arrays(form: str, tmp_path: Path) -> None:
+    images = {
+        "last": PIXELS,
+        "first": PIXELS.transpose(0, 3, 1, 2),
+        "grey": PIXELS[..., 0],
+        "grey_last": PIXELS[..., :1],
+    }[form]
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=LABELS)
+    source = open_arrays(tmp_path / "a.npz", "train")
+    expected = np.repeat(PIXELS[..., :1], 3, axis=3) if form.startswith("grey") else PIXELS
+    assert np.array_equal(source.images.pixels, expected.transpose(0, 3, 1, 2))
+    assert source.labels.tolist() == LABELS.tolist()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "words"),
+    [
+        (PIXELS.astype(np.uint16), LABELS, "images are uint16 .*pixels must be uint8, 0 to 255"),
+        (PIXELS.astype(int), LABELS, "images are int64"),
+        (PIXELS / 255, LABELS, "images are float64.*such as x . 255 for 0 to 1"),
+        (PIXELS > 0, LABELS, "images are bool"),
+        (np.array([{}] * 4, object), LABELS, "Object arrays cannot be loaded"),
+        (np.array(5, np.uint8), LABELS, r"images are uint8 \[\]"),
+        (PIXELS[:0], LABELS[:0], r"images are uint8 \[0"),
+        (PIXELS[..., :2], LABELS, "images are uint8"),
+        (PIXELS, LABELS / 2, "4 labels of type float64 for 4 images: each needs one whole number"),
+        (PIXELS, LABELS - 1, "labels are -1 to 0"),
+        (PIXELS, LABELS + 2**40, "labels go up to .*number the classes from 0"),
+        (PIXELS, LABELS[:3], "3 labels of type int64 for 4 images"),
+    ],
+)
+def test_arrays_of_other_types_and_shapes_are_refused(
+    images: Any, labels: Any, words: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.npz"
+    np.savez(file, x_train=images, y_train=labels)
+    refused_in_one_line(lambda: open_arrays(file, "train"), file, words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda file: file.attrs.__setitem__("classes", "ab"), r"class names are 'ab': make it a list"),
+        (lambda file: file.attrs.__setitem__("classes", ["a"]), "there are 1 classes"),
+        (link("train", h5py.SoftLink("/test")), "/train is a link"),
+        (link("train/images", h5py.ExternalLink("/etc/other.h5", "/x")), "/train/images is a link"),
+        (virtual("train/images", (4, 5, 6, 3)), "in other files"),
+        (put("train/images", shape=(10**6, 10**4, 100, 3), dtype="u1", chunks=(1, 9, 9, 3)), "GB are free"),
+        (put("train/images", data=["a", "b"]), "store numbers"),
+        (lambda file: file.__delitem__("train/labels"), "no array 'labels': an HDF5 file needs"),
+        (lambda file: file.__delitem__("train"), "no group 'train': an HDF5 file needs"),
+    ],
+)
+def test_arrays_of_hdf5_are_refused(change: Callable[[h5py.File], None], words: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        for split in ("train", "test"):
+            file[f"{split}/images"], file[f"{split}/labels"] = PIXELS, LABELS
+        change(file)
+    refused_in_one_line(lambda: open_arrays(path, "train"), path, words)
+
+
+@pytest.mark.parametrize(
+    "header", ["{'descr': '|u1', 'fortran_order': False, 'shape': (1000000, 1000, 1000)}", "((("]
+)
+def test_what_an_array_claims_is_checked_before_it_is_allocated(header: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("x_train.npy", b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header.encode())
+    refused_in_one_line(lambda: open_arrays(path, "train"), path, "damaged")
+    for name, content in (("b.npz", b"PK text"), ("c.npz", b""), ("d.h5", b"text"), ("e.npy", b"\x93NUMPY")):
+        (tmp_path / name).write_bytes(content)
+        refused_in_one_line(partial(open_arrays, tmp_path / name, "train"), tmp_path / name, "damaged, or no")
+
+
+@pytest.mark.parametrize("option", ["--size=0", "--size=x", "--workers=-1", "--quality=0", "--quality=101"])
+def test_numbers_out_of_range_are_wrong_usage(
+    option: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "pack", "image_folder", str(tmp_path / "x.h5"), "--root", str(folder), option])
+    assert ended.value.code == 2
+    name, value = option.split("=")
+    assert f"argument {name}: {value!r} is not a whole number" in capsys.readouterr().err
+
+
+def test_a_size_that_nobody_could_decode_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"0\.jpg: cannot be encoded \(it would become 1\d+ x 100000.*another --size"
+    ):
+        pack_by_name("image_folder", folder, tmp_path / "x.h5", size=100_000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 from pathlib import Path
 
@@ -134,3 +135,52 @@ def test_image_folder(tmp_path: Path) -> None:
     (tmp_path / "empty" / "train").mkdir(parents=True)
     with pytest.raises(DataError, match="empty"):
         load("image_folder", root=tmp_path / "empty", image_size=8, split="train")
+
+
+def test_every_file_that_is_an_image_counts_and_the_others_are_told(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            put_image(tmp_path / split / name / "1.png", 255)
+    for name in ("2.JFIF", "3.avif", "deep/4.gif", "5.jp2", "6.webp"):
+        file = tmp_path / "train/cat" / name
+        put_image(file.with_suffix(".png"), 0)
+        Image.open(file.with_suffix(".png")).save(file, "JPEG" if name == "2.JFIF" else None)
+        file.with_suffix(".png").unlink()
+    # What systems leave behind is no fault and no news.
+    for name in ("cat/Thumbs.db", "cat/.DS_Store", "cat/._1.png", ".ipynb_checkpoints/x", "desktop.ini"):
+        file = tmp_path / "train" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"no image")
+    quiet = load("image_folder", root=tmp_path, image_size=8, split="train", **PLAIN)
+    assert quiet.labels == [0] * 6 + [1]
+    assert quiet.remark == ""
+    assert [round(float(quiet[i][0][0].mean()), 1) for i in range(7)] == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+    for name in ("cat/7.heic", "dog/8.heic", "dog/noend", "readme.txt"):
+        (tmp_path / "train" / name).write_bytes(b"no image")
+    put_image(tmp_path / "train" / "beside.png", 0)
+    remark = load("image_folder", root=tmp_path, image_size=8, split="train").remark
+    assert remark.startswith(f"{tmp_path}/train: left out 5 files (2 .heic, ")
+    for kind in ("1 no ending", "1 .txt", "1 .png"):
+        assert kind in remark
+    assert load("image_folder", root=tmp_path, image_size=8, split="test").remark == ""
+
+
+def test_folders_that_are_refused(tmp_path: Path) -> None:
+    put_image(tmp_path / "train/cat/1.png", 255)
+    dog = tmp_path / "train/dog"
+    dog.mkdir()
+
+    def refused(words: str) -> None:
+        with pytest.raises(DataError, match=words) as caught:
+            load("image_folder", root=tmp_path, image_size=8, split="train")
+        assert "\n" not in str(caught.value)
+
+    (dog / "1.heic").touch()
+    refused(r"train/dog: holds no image but 1 file \(1 \.heic\); put images there")
+    put_image(dog / "1.png", 255)
+    for make in (lambda path: path.symlink_to("/nowhere"), os.mkfifo):
+        make(dog / "x.png")
+        refused(r"dog/x\.png: neither a file nor a folder, or a broken link")
+        (dog / "x.png").unlink()
+    (dog / "up").symlink_to("..")
+    refused("dog/up: leads back to a folder above it")

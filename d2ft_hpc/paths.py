@@ -1,0 +1,33 @@
+"""Paths as users write them, in configurations and on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+
+def expand(path: str) -> str:
+    """The path with a leading `~` or `~user` replaced by that home folder.
+
+    Raises ValueError for variables: filled in here they would put what the environment holds, secrets too, into
+    folders' names and records, and left as they are they become folders of that name.
+    """
+    if "\0" in path:
+        raise ValueError("a path has no NUL character")
+    variable = re.search(r"\$(\w+|\{[^}]*\}?)", path)
+    if variable is not None:
+        raise ValueError(f"variables are not filled in: write out what {variable[0]} stands for")
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"no such user; a folder of that name in this one is ./{path}")
+    return expanded
+
+
+def path_argument(text: str) -> Path:
+    """For argparse: the path, by `expand`."""
+    try:
+        return Path(expand(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
