@@ -106,6 +106,8 @@ def maximise_integer(
     if branching > LARGEST_MODEL:
         reason = f"{branching} integer variables are more than HiGHS is given ({LARGEST_MODEL})"
         return Solution(None, None, math.inf, reason)
+    if len(gain) == 0:
+        return Solution(np.zeros(0), None, 0.0, OPTIMAL)
     if seconds <= 0:
         return Solution(None, None, math.inf, "time limit")
     solver = _new_solver()

@@ -125,7 +125,9 @@ def best_steps(knapsack: Knapsack, price: Floats, barred: npt.NDArray[np.bool_] 
     forward_price = float(price @ knapsack.forward_step)
     backward_price = float(price @ knapsack.backward_step)
     whole_price = forward_price + backward_price
-    at_once = may & (knapsack.backward_gain * forward_price > knapsack.forward_gain * backward_price)
+    at_once = may & (
+        _per_price(knapsack.backward_gain, backward_price) > _per_price(knapsack.forward_gain, forward_price)
+    )
     apart, later, joined = np.flatnonzero(~at_once), np.flatnonzero(may & ~at_once), np.flatnonzero(at_once)
     kinds = [
         (apart, Operation.SHORTCUT, Operation.FORWARD_ONLY, knapsack.forward_gain[apart], forward_price),
@@ -165,11 +167,15 @@ def _ordered(knapsack: Knapsack, kinds: list[tuple[Ints, Operation, Operation, F
         gain=np.concatenate([gain for *_, gain, _ in kinds]),
         price=np.concatenate([np.full(len(cell), price) for cell, *_, price in kinds]),
     )
-    value = np.full(len(steps.gain), np.inf)  # of steps that cost nothing
-    np.divide(steps.gain, steps.price, out=value, where=steps.price > 0)
+    value = np.concatenate([_per_price(gain, price) for *_, gain, price in kinds])
     kind = np.repeat(np.arange(len(kinds)), [len(cell) for cell, *_ in kinds])
     whole_gain = knapsack.forward_gain + knapsack.backward_gain
     return steps.select(np.lexsort((-whole_gain[steps.cell], kind, -value)))
+
+
+def _per_price(gain: Floats, price: float) -> Floats:
+    """Gain for price; inf for what costs nothing, even if it gains nothing: it never waits."""
+    return gain / price if price > 0 else np.full(len(gain), np.inf)
 
 
 def upper_bound(knapsack: Knapsack) -> float:

@@ -39,11 +39,13 @@ def solve_makespan(
     """Maximise the objective of `solve_joint` with all ranks of a stage in lock step (`levels`).
 
     Where `meeting_cost` is limited, the heads that run in a (row, block) may also lie on few ranks only, while the
-    others wait: that sends less. (Not with coverage, nor where ranks differ in speed.)
+    others wait: that sends less. (Not with coverage, nor where ranks differ in speed.) A rank's memory and what its
+    heads send by themselves are then counted as if it were always one of the few.
 
     The budget is the time in which the first device of a team reaches its compute budget. With several stages,
     every stage gets the same time for the forward of every row, and the same for every backward, so that no stage
-    of the pipeline waits for another; how the two share the row's time is chosen, too.
+    of the pipeline waits for another; how the two share the row's time is chosen, too (where ranks differ in speed,
+    among whole heads of the slowest one).
 
     most_shortcut: share in [0, 1] of every rank's heads that may be SHORTCUT in a (row, block).
     coverage: least number of FULL rows that every (block, head) gets over the whole batch; 0 = no demand. Replicas
@@ -76,8 +78,9 @@ def solve_makespan(
             if short_blocks(team, choice.option, demand).any():
                 raise PlanError(unpaid_coverage(problem, team, coverage))
             team.write(choice.option, operations)
-            take_turns(team, operations, demand)
             statuses.add(choice.status)
+            if take_turns(team, operations, demand):
+                statuses.add("heads in turn for coverage")
     status = OPTIMAL if statuses == {OPTIMAL} else "; ".join(sorted(statuses - {OPTIMAL}))
     return plan_with_bound(
         problem,

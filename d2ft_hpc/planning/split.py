@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 
+from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.choose import Choice, choose
 from d2ft_hpc.planning.prices import Limit
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
@@ -32,6 +33,11 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
     """
     group_time = _group_time(problem, teams)
     splits = _splits(problem, teams, group_time)  # backward part of each
+    if not len(splits):
+        raise PlanError(
+            "The budgets do not pay for the heads that most_shortcut makes run forward in every stage at the pace of the "
+            "slowest. Raise the compute budget or most_shortcut."
+        )
     no_time = -math.inf  # for HiGHS: prices will do here
     even = [choose(team.levels.value, [_group_limit(team, group_time)], deadline=no_time) for team in teams]
     promise = np.full(len(splits), sum(choice.bound for choice in even))
