@@ -19,7 +19,7 @@ from d2ft_hpc.planning.highs import OPTIMAL
 from d2ft_hpc.planning.knapsack import plan_with_bound
 from d2ft_hpc.planning.level_coverage import demand_of
 from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.prices import Limit
+from d2ft_hpc.planning.prices import Limit, different
 from d2ft_hpc.planning.problem import Floats, Ints, PlanProblem, round_up
 
 
@@ -172,8 +172,7 @@ def _limits(problem: PlanProblem, replica: int, option_operations: npt.NDArray[n
             Limit(in_row.astype(float), np.arange(rows), np.full(rows, problem.memory_budget[device]))
         )
     scarce = [limit for limit in limits if np.isfinite(limit.most).all() and limit.use.max() > 0]
-    different = {limit.use.tobytes() + limit.most.tobytes(): limit for limit in scarce}
-    return list(different.values())
+    return different(scarce)
 
 
 def _most_blocks(limits: list[Limit], depths: Ints, rows: int) -> int | None:

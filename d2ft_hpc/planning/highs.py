@@ -12,6 +12,7 @@ import numpy.typing as npt
 from d2ft_hpc.planning.problem import Floats, Ints
 
 OPTIMAL = "optimal"
+INFEASIBLE = "infeasible"
 
 LARGEST_MODEL = 10_000
 """Integer variables of the largest model that HiGHS is given. In larger ones it looks at its clock too
@@ -168,6 +169,8 @@ def _solution(solver: highspy.Highs, *, is_integer: bool) -> Solution:
         status = OPTIMAL
     elif ending == highspy.HighsModelStatus.kTimeLimit:
         status = "time limit"
+    elif ending == highspy.HighsModelStatus.kInfeasible:
+        status = INFEASIBLE
     else:
         status = f"HiGHS ended with {solver.modelStatusToString(ending)}"
     if is_integer:

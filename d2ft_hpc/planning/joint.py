@@ -12,12 +12,12 @@ import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.greedy import greedy
-from d2ft_hpc.planning.highs import OPTIMAL, Rows, maximise_integer
+from d2ft_hpc.planning.highs import INFEASIBLE, OPTIMAL, Rows, maximise_integer
 from d2ft_hpc.planning.joint_coverage import (
     Coverage,
     cover,
     covers,
-    is_even,
+    is_possible,
     least_budget_for,
     most_full,
     price_coverage,
@@ -89,12 +89,18 @@ def solve_joint(
 
     demand = Coverage(coverage, shape[1] * shape[2])
     if not covers(knapsacks, chosen, demand):
+        if not is_possible(knapsacks, [most_full(knapsack) for knapsack in knapsacks], demand):
+            raise PlanError(
+                f"No plan within the budgets gives every block and head {coverage} FULL rows (coverage). "
+                f"{least_budget_for(problem, knapsacks, demand)}"
+            )
         try:
             solution = _solve(knapsacks, deadline - time.monotonic(), relative_gap, demand)
-        except _InfeasibleError as error:
+        except _NothingFoundError as error:
             raise PlanError(
-                f"No plan within the budgets gives every block and head {coverage} FULL rows (coverage): "
-                f"{error}. {least_budget_for(problem, knapsacks, demand)}"
+                f"No plan was found that gives every block and head {coverage} FULL rows (coverage) and keeps "
+                f"most_shortcut {most_shortcut:g} within the budgets: {error}. Raise the budgets or most_shortcut, or "
+                f"lower the coverage."
             ) from error
         chosen, status = solution.operations, solution.status
         bound = min(bound, solution.bound)
@@ -133,8 +139,8 @@ def _require_paid(problem: PlanProblem, knapsacks: Sequence[Knapsack]) -> None:
                 )
 
 
-class _InfeasibleError(Exception):
-    """No plan meets the coverage, or none was found; the text says why."""
+class _NothingFoundError(Exception):
+    """No plan that keeps both coverage and most_shortcut; the text says whether there is none."""
 
 
 def _solve(
@@ -143,9 +149,6 @@ def _solve(
     """The better of HiGHS's plan and the greedy one, for knapsacks that a demand couples or a single one."""
     priced = None if demand is None else price_coverage(knapsacks, demand)
     greedy_plan = _greedy(knapsacks, demand, None if priced is None else priced.loss)
-    is_plain = all(math.isinf(k.memory) and not k.least.any() for k in knapsacks)
-    if greedy_plan is None and demand is not None and is_plain and is_even(knapsacks, demand):
-        raise _InfeasibleError("infeasible")
     greedy_score = -math.inf if greedy_plan is None else _objective(knapsacks, greedy_plan)
     bound = sum(upper_bound(knapsack) for knapsack in knapsacks)
     if priced is not None:
@@ -160,7 +163,9 @@ def _solve(
         if _objective(knapsacks, plan) >= greedy_score:
             return _Solution(plan, bound, status)
     if greedy_plan is None:
-        raise _InfeasibleError(status)
+        raise _NothingFoundError(
+            "there is none" if status == INFEASIBLE else f"there may be one ({status})"
+        )
     return _Solution(greedy_plan, bound, OPTIMAL if status == OPTIMAL else f"greedy: {status}")
 
 
@@ -270,17 +275,17 @@ def _objective(knapsacks: Sequence[Knapsack], plan: Sequence[Operations]) -> flo
 def _greedy(
     knapsacks: Sequence[Knapsack], demand: Coverage | None, loss: Sequence[Floats] | None
 ) -> list[Operations] | None:
-    """The greedy plan; None if it finds none that meets the demand."""
+    """The greedy plan; None if it finds none that meets the demand beside what must run."""
     if demand is None:
         return [greedy(knapsack) for knapsack in knapsacks]
-    capacity = np.array([most_full(knapsack, knapsack.budget) for knapsack in knapsacks])
-    start = cover(knapsacks, capacity, demand, loss)
-    if start is None or not all(
-        k.fits_memory(its_start) and (k.used(k.raised_to_least(its_start)) <= k.budget).all()
-        for k, its_start in zip(knapsacks, start, strict=True)
-    ):
-        return None
-    return [greedy(knapsack, its_start) for knapsack, its_start in zip(knapsacks, start, strict=True)]
+    for its_loss in (loss, None):
+        start = cover(knapsacks, demand, its_loss)
+        if all(
+            (k.used(k.raised_to_least(its_start)) <= k.budget).all()
+            for k, its_start in zip(knapsacks, start, strict=True)
+        ):
+            return [greedy(knapsack, its_start) for knapsack, its_start in zip(knapsacks, start, strict=True)]
+    return None
 
 
 def _summary(statuses: dict[str, str]) -> str:

@@ -42,11 +42,18 @@ class Limit:
         return self.most - self.used(option)
 
 
+def different(limits: Sequence[Limit]) -> list[Limit]:
+    """The limits without those that say the same as another."""
+    return list({(l.use.tobytes(), l.group.tobytes(), l.most.tobytes()): l for l in limits}.values())
+
+
 def less_price(value: Floats, limits: Sequence[Limit], prices: Sequence[Floats]) -> Floats:
     """Value less price, float64 [class, option]."""
-    for limit, price in zip(limits, prices, strict=True):
-        value = value - price[limit.group, None] * limit.use
-    return value
+    if not limits:
+        return value
+    of_class = np.stack([price[limit.group] for limit, price in zip(limits, prices, strict=True)], axis=1)
+    paid = np.any(of_class, axis=0)
+    return value - of_class[:, paid] @ np.stack([limit.use for limit in limits])[paid]
 
 
 def independent_groups(classes: int, limits: Sequence[Limit]) -> Ints:

@@ -14,7 +14,7 @@ from d2ft_hpc.planning.knapsack import largest_use
 from d2ft_hpc.planning.levels import Levels, make_levels
 from d2ft_hpc.planning.messages import shares_of_senders
 from d2ft_hpc.planning.plan import Operation
-from d2ft_hpc.planning.prices import Limit
+from d2ft_hpc.planning.prices import Limit, different
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem, round_up
 
 
@@ -194,7 +194,8 @@ def other_limits(problem: PlanProblem, team: Team) -> list[Limit]:
             limit_above_least(_messages(problem, levels, member), np.zeros_like(row), np.array([most])),
             limit_above_least(levels.backward_heads[:, member].astype(np.float64), row, memory),
         ]
-    return [limit for limit in limits if np.isfinite(limit.most).all()]
+    scarce = [limit for limit in limits if np.isfinite(limit.most).all() and limit.use.max() > 0]
+    return different(scarce)
 
 
 def _messages(problem: PlanProblem, levels: Levels, member: int) -> Floats:
