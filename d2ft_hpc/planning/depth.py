@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.choose import choose
+from d2ft_hpc.planning.choose import choose, share_of_time
 from d2ft_hpc.planning.highs import OPTIMAL
 from d2ft_hpc.planning.knapsack import plan_with_bound
 from d2ft_hpc.planning.level_coverage import demand_of
@@ -65,11 +65,12 @@ def solve_depth(
     for replica in range(problem.replicas):
         rows = slice(replica, None, problem.replicas)
         limits = _limits(problem, replica, option_operations)
-        option, its_bound, status = _best_depths(value[rows], limits, depths, deadline)
+        its_deadline = share_of_time(deadline, problem.replicas - replica)
+        option, its_bound, status = _best_depths(value[rows], limits, depths, its_deadline)
         bound += its_bound
         demand = demand_of(problem, coverage, np.array([replica]))
         if (option == len(depths) - 1).sum() < demand:
-            fed = _with_full_rows(value[rows], limits, depths, demand, deadline)
+            fed = _with_full_rows(value[rows], limits, depths, demand, its_deadline)
             if fed is None:
                 raise PlanError(_unpaid_coverage(problem, rest, demand, coverage))
             option, status = fed

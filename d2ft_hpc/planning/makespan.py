@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.choose import Choice, choose
+from d2ft_hpc.planning.choose import Choice, choose, share_of_time
 from d2ft_hpc.planning.highs import OPTIMAL
 from d2ft_hpc.planning.knapsack import plan_with_bound
 from d2ft_hpc.planning.level_coverage import (
@@ -63,17 +63,19 @@ def solve_makespan(
     deadline = time.monotonic() + time_limit_seconds
     operations = np.full(problem.forward_score.shape, Operation.SHORTCUT, dtype=np.uint8)
     bound, statuses = 0.0, set()
-    for replicas in meeting_replicas(problem):
+    together = meeting_replicas(problem)
+    for index, replicas in enumerate(together):
+        its_deadline = share_of_time(deadline, len(together) - index)
         teams = make_teams(
             problem, replicas, forward_weight, backward_weight, most_shortcut, clusters=coverage == 0
         )
-        choices, its_bound = _choose_levels(problem, teams, deadline)
+        choices, its_bound = _choose_levels(problem, teams, its_deadline)
         bound += its_bound
         demand = demand_of(problem, coverage, replicas)
         for team in teams:
             if not is_affordable(problem, team, demand):
                 raise PlanError(unpaid_coverage(problem, team, coverage))
-        choices = _fed(problem, teams, choices, demand, deadline)
+        choices = _fed(problem, teams, choices, demand, its_deadline)
         for team, choice in zip(teams, choices, strict=True):
             if short_blocks(team, choice.option, demand).any():
                 raise PlanError(unpaid_coverage(problem, team, coverage))
@@ -97,19 +99,23 @@ def _fed(
     problem: PlanProblem, teams: list[Team], choices: list[Choice], demand: int, deadline: float
 ) -> list[Choice]:
     """The choices, or others in which no block has too few FULL heads: FULL heads of blocks that do are rewarded ever
-    more, until there are enough or no reward helps."""
+    more, until there are enough or no reward helps. Where time runs out, they get the largest reward at once."""
     paid = [np.zeros(len(team.blocks)) for team in teams]
+    *_, largest = rewards()
     for reward in rewards():
         short = [
             short_blocks(team, choice.option, demand) for team, choice in zip(teams, choices, strict=True)
         ]
         if not any(its_short.any() for its_short in short):
             break
+        is_late = time.monotonic() > deadline
         for its_paid, its_short in zip(paid, short, strict=True):
-            its_paid[its_short] = reward
+            its_paid[its_short] = largest if is_late else reward
         fed = [rewarded(team, its_paid, demand) for team, its_paid in zip(teams, paid, strict=True)]
         choices, _ = _choose_levels(problem, fed, deadline)
         choices = [replace(choice, status=f"rewarded for coverage: {choice.status}") for choice in choices]
+        if is_late and all((its_paid == largest).all() for its_paid in paid):
+            break
     return choices
 
 

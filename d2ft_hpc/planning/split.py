@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.choose import Choice, choose
+from d2ft_hpc.planning.choose import Choice, choose, share_of_time
 from d2ft_hpc.planning.prices import Limit
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
 from d2ft_hpc.planning.teams import Team, head_times, limit_above_least, other_limits
@@ -51,11 +51,14 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
     while (promise[split] > enough and time.monotonic() < deadline) or not best:
         choices = []
         promises = np.zeros(len(splits))
-        for team in teams:
+        for index, team in enumerate(teams):
+            if best and time.monotonic() > deadline:
+                return best, float(promise.max())
+            until = deadline if best else share_of_time(deadline, len(teams) - index)
             limits = _part_limits(problem, team, group_time - splits[split], splits[split])
             penalty = _unevenness(team, limits)
             choice = choose(
-                team.levels.value - penalty, limits, deadline=deadline, relative_gap=_RELATIVE_GAP
+                team.levels.value - penalty, limits, deadline=until, relative_gap=_RELATIVE_GAP
             )
             choices.append(choice)
             slack = float(penalty.max(axis=1).sum())
