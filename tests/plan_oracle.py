@@ -125,7 +125,9 @@ def draw(seed: int, **fixed: Any) -> Instance:
     share = drawn["compute_budget"]
     share = (max(share - drawn["always_share"], 0.05)) / (1 - drawn["always_share"])
     if drawn["compute_budget"] == 1.0:
-        compute_budget = np.full(devices, math.inf) if not drawn["unlike_budgets"] else cells * compute[2] * unlike[0]
+        compute_budget = (
+            np.full(devices, math.inf) if not drawn["unlike_budgets"] else cells * compute[2] * unlike[0]
+        )
     else:
         compute_budget = cells * (base + np.minimum(share * speed / speed.mean() * unlike[0], 1.0))
     dense = cells * by_head[2]
@@ -336,12 +338,16 @@ def members(problem: PlanProblem, replicas: list[int], stage: int) -> list[tuple
     ]
 
 
-def times(problem: PlanProblem, devices: list[int], heads: int, part: int) -> list[tuple[float, tuple[int, ...]]]:
+def times(
+    problem: PlanProblem, devices: list[int], heads: int, part: int
+) -> list[tuple[float, tuple[int, ...]]]:
     """Times at which some member is done with a whole number of heads, and how many each member is done with."""
     cost = problem.compute_cost[part + 1] - problem.compute_cost[part]
     if cost == 0:
         return [(0.0, (count,) * len(devices)) for count in range(heads + 1)]
-    ends = sorted({count * cost / problem.device_speed[device] for device in devices for count in range(heads + 1)})
+    ends = sorted(
+        {count * cost / problem.device_speed[device] for device in devices for count in range(heads + 1)}
+    )
     done: dict[tuple[int, ...], float] = {}
     for end in ends:
         counts = tuple(min(heads, math.floor(end * problem.device_speed[d] / cost + 1e-7)) for d in devices)
@@ -349,9 +355,7 @@ def times(problem: PlanProblem, devices: list[int], heads: int, part: int) -> li
     return [(end, counts) for counts, end in done.items()]
 
 
-def ways(
-    instance: Instance, replicas: list[int], slot: int, block: int, idle_ranks: bool
-) -> list[Way]:
+def ways(instance: Instance, replicas: list[int], slot: int, block: int, idle_ranks: bool) -> list[Way]:
     """All ways in lock step. idle_ranks: some of the ranks may run nothing, or nothing backward."""
     problem, (forward, backward) = instance.problem, gains(instance)
     stage = int(problem.stage[block])
@@ -485,7 +489,11 @@ def _best_of_replicas(instance: Instance, replicas: list[int]) -> tuple[float, f
 
 
 def _split(
-    instance: Instance, replicas: list[int], program: _Program, group_time: float, rows: list[list[tuple[int, Way]]]
+    instance: Instance,
+    replicas: list[int],
+    program: _Program,
+    group_time: float,
+    rows: list[list[tuple[int, Way]]],
 ) -> None:
     """Every stage's forwards of a row get one time, its backwards another, of `group_time` in all. Where ranks differ
     in speed, the backwards' is a whole number of heads on the slowest rank of the stage with most blocks."""
@@ -521,17 +529,16 @@ def is_in_lock_step(instance: Instance, operations: np.ndarray) -> bool:
                 for block in np.flatnonzero(problem.stage == stage):
                     counts = []
                     for replica, rank, _ in team:
-                        mine = operations[slot * problem.replicas + replica, block][problem.rank[block] == rank]
+                        mine = operations[slot * problem.replicas + replica, block][
+                            problem.rank[block] == rank
+                        ]
                         counts.append((int((mine >= 1).sum()), int((mine == 2).sum())))
                     its_ways = ways(instance, replicas, slot, int(block), idle)
                     same = [way for way in its_ways if way.counts == tuple(counts)]
                     if not same:
                         return False
                     parts[stage, slot] += same[0].forward_time, same[0].backward_time
-        if problem.stages == 1:
-            spent = parts.sum()
-        else:
-            spent = parts.max(axis=(0, 1)).sum() * slots
+        spent = parts.sum() if problem.stages == 1 else parts.max(axis=(0, 1)).sum() * slots
         if spent > budget + 1e-7:
             return False
     return True
@@ -659,7 +666,11 @@ def faults(instance: Instance, planner: str, solve: Any, **options: Any) -> list
         return _faults_of_refusal(instance, planner, str(error), options)
     if not keeps_budgets(problem, plan.operations):
         found.append("breaks a budget")
-    scored = instance if "forward_weight" in given else dataclasses.replace(instance, forward_weight=1.0, backward_weight=1.0)
+    scored = (
+        instance
+        if "forward_weight" in given
+        else dataclasses.replace(instance, forward_weight=1.0, backward_weight=1.0)
+    )
     small = SMALLEST * max(1.0, abs(plan.bound))
     if abs(plan.objective - score(scored, plan.operations)) > small:
         found.append("states another objective than it has")
@@ -681,7 +692,7 @@ def faults(instance: Instance, planner: str, solve: Any, **options: Any) -> list
     best: float | None
     exact = demanded.coverage == 0
     if planner in ("makespan", "static"):
-        if planner == "makespan" and not is_in_lock_step(demanded, plan.operations) :
+        if planner == "makespan" and not is_in_lock_step(demanded, plan.operations):
             found.append("is not in lock step")
         if planner == "makespan":
             both = best_in_lock_step(demanded)
@@ -712,7 +723,9 @@ def faults(instance: Instance, planner: str, solve: Any, **options: Any) -> list
     if plan.status == "optimal" and plan.gap > 1e-4:
         found.append(f"optimal with a gap of {plan.gap:.1e}")
     if planner in PROVES and exact and plan.status != "optimal":
-        found.append(f"not proved: {plan.status}, gap {plan.gap:.1e}, of {1 - plan.objective / max(best, 1e-9):.1e}")
+        found.append(
+            f"not proved: {plan.status}, gap {plan.gap:.1e}, of {1 - plan.objective / max(best, 1e-9):.1e}"
+        )
     return found
 
 
@@ -727,7 +740,11 @@ def _faults_of_refusal(instance: Instance, planner: str, message: str, options: 
         if not holds_alike(problem):
             return []
         if instance.coverage:
-            return [] if "coverage" in message or "most_shortcut" in message or "do not pay" in message else [f"refuses: {message}"]
+            return (
+                []
+                if "coverage" in message or "most_shortcut" in message or "do not pay" in message
+                else [f"refuses: {message}"]
+            )
         exists = (best_in_lock_step(instance) if planner == "makespan" else best_static(instance)) is not None
         return [f"refuses where there is a plan: {message}"] if exists else []
     if planner == "depth":
@@ -739,7 +756,9 @@ def _faults_of_refusal(instance: Instance, planner: str, message: str, options: 
             return [] if meets else [f"breaks a budget: {message}"]
         return [f"refuses where there is a plan: {message}"] if best_of_all(instance) is not None else []
     if planner == "greedy":
-        return [] if meets and "exceeds the communication budget" in message else [f"breaks a budget: {message}"]
+        return (
+            [] if meets and "exceeds the communication budget" in message else [f"breaks a budget: {message}"]
+        )
     allowed = ["exceeds the memory budget"] + (["exceeds the communication budget"] if meets else [])
     if planner == "last_blocks":
         allowed = ["exceeds the"]

@@ -137,7 +137,7 @@ def _fill(value: Floats, limits: Sequence[Limit], option: Ints) -> Ints:
         if not len(order):
             break
         if not limits:
-            return best
+            return np.asarray(best)
         extra = np.stack([limit.use[best] - limit.use[option] for limit in limits], axis=1)  # [class, limit]
         every_left = np.concatenate(left)
         for index in order[np.argsort(-gains[order], kind="stable")]:
@@ -235,5 +235,7 @@ def _decide_core(
     return (
         better,
         bound,
-        solution.status if is_complete else f"{solution.status} among the most promising levels",
+        solution.status
+        if is_complete or solution.status != OPTIMAL
+        else "best of the most promising options",
     )

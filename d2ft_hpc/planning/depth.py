@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.choose import choose, share_of_time
 from d2ft_hpc.planning.highs import OPTIMAL
-from d2ft_hpc.planning.knapsack import plan_with_bound
 from d2ft_hpc.planning.level_coverage import demand_of
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.prices import Limit, different
@@ -80,7 +80,7 @@ def solve_depth(
         problem,
         operations,
         planner="depth",
-        status=OPTIMAL if statuses == {OPTIMAL} else "; ".join(sorted(statuses - {OPTIMAL})),
+        status=statuses,
         forward_weight=forward_weight,
         backward_weight=backward_weight,
         bound=bound,

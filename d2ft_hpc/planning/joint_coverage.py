@@ -36,7 +36,7 @@ def covers(
 
 
 def families(knapsacks: Sequence[Knapsack], demand: Coverage) -> list[list[int]]:
-    """Knapsacks that hold the same subnets, in other rows: one rank of one stage in all replicas. No others share any."""
+    """Those that hold the same subnets, in other rows: one rank of one stage in all replicas. No others share any."""
     found: dict[bytes, list[int]] = {}
     for index, knapsack in enumerate(knapsacks):
         if len(knapsack.cells):
@@ -55,7 +55,11 @@ def most_full(knapsack: Knapsack, budget: Floats | None = None, memory: float | 
         if forward + backward > 0 and left < math.inf:
             count = left / (forward + backward)
             if count < must:
-                count = (left - must * forward) / backward if backward > 0 else (must if left >= must * forward else 0)
+                count = (
+                    (left - must * forward) / backward
+                    if backward > 0
+                    else (must if left >= must * forward else 0)
+                )
             most.append(max(count, 0.0))
     return int(min(most))
 
@@ -168,8 +172,12 @@ def cover(
 def _places(family: Sequence[Knapsack], rows: Sequence[int], wanted: Ints, total: int) -> Ints:
     """FULL cells of every row of a family, int64 [row], `total` in all and as near to `wanted` as budgets allow."""
     device = np.repeat(np.arange(len(family)), rows)
-    cells = np.concatenate([np.full(count, len(k.cells) // count) for k, count in zip(family, rows, strict=True)])
-    memory = np.minimum(cells, np.array([min(k.memory, len(k.cells)) for k in family])[device]).astype(np.int64)
+    cells = np.concatenate(
+        [np.full(count, len(k.cells) // count) for k, count in zip(family, rows, strict=True)]
+    )
+    memory = np.minimum(cells, np.array([min(k.memory, len(k.cells)) for k in family])[device]).astype(
+        np.int64
+    )
     places = np.minimum(wanted, memory)
     most = np.array([most_full(knapsack) for knapsack in family])
     of_device = np.minimum(np.bincount(device, places), most).astype(np.int64)
@@ -180,7 +188,7 @@ def _places(family: Sequence[Knapsack], rows: Sequence[int], wanted: Ints, total
             places[mine] = _levelled(np.zeros_like(places[mine]), places[mine], int(its_total))
         else:
             places[mine] = _levelled(places[mine], memory[mine], int(its_total))
-    return places
+    return np.asarray(places)
 
 
 def _levelled(value: Ints, most: Ints, total: int) -> Ints:
@@ -189,14 +197,12 @@ def _levelled(value: Ints, most: Ints, total: int) -> Ints:
     while low < high:  # the highest level that is not too much
         level = (low + high + 1) // 2
         low, high = (
-            (level, high)
-            if np.maximum(value, np.minimum(level, most)).sum() <= total
-            else (low, level - 1)
+            (level, high) if np.maximum(value, np.minimum(level, most)).sum() <= total else (low, level - 1)
         )
-    raised: Ints = np.maximum(value, np.minimum(low, most))
+    raised = np.asarray(np.maximum(value, np.minimum(low, most)))
     room = np.flatnonzero((raised <= low) & (raised < most))
     raised[room[: total - int(raised.sum())]] += 1
-    return raised
+    return np.asarray(raised)
 
 
 def least_budget_for(problem: PlanProblem, knapsacks: Sequence[Knapsack], demand: Coverage) -> str:

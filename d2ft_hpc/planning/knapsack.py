@@ -1,4 +1,4 @@
-"""One device's knapsack: its gains, the costs of a step up from SHORTCUT, and a bound on the optimum."""
+"""One device's knapsack: its gains, the costs of a step up from SHORTCUT, and the order of steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.plan import Operation
 from d2ft_hpc.planning.problem import Floats, PlanProblem
 
 Ints = npt.NDArray[np.int64]
@@ -178,26 +178,6 @@ def _per_price(gain: Floats, price: float) -> Floats:
     return gain / price if price > 0 else np.full(len(gain), np.inf)
 
 
-def upper_bound(knapsack: Knapsack) -> float:
-    """No plan of the device scores more: the best bound of its one-budget relaxations.
-
-    Each takes the steps in order and a fraction of the first that does not fit (Dantzig 1957; with choices
-    of several steps, Sinha and Zoltners 1979).
-    """
-    bound = float(knapsack.forward_gain.sum() + knapsack.backward_gain.sum())
-    for price in knapsack.prices():
-        steps = best_steps(knapsack, price)
-        budget = float(price[price > 0] @ knapsack.budget[price > 0])
-        spent = np.cumsum(steps.price)
-        count = int(np.searchsorted(spent, budget, side="right"))
-        total = float(steps.gain[:count].sum())
-        if count < len(spent):
-            before = float(spent[count - 1]) if count else 0.0
-            total += float(steps.gain[count]) * (budget - before) / float(steps.price[count])
-        bound = min(bound, total)
-    return bound
-
-
 def device_knapsacks(
     problem: PlanProblem, forward_weight: float, backward_weight: float, most_shortcut: float = 1.0
 ) -> list[Knapsack]:
@@ -247,30 +227,3 @@ def largest_use(cells: int, forward_step: float, backward_step: float, budget: f
     forward = np.minimum(most, cells)
     use = backward * backward_step + forward * forward_step
     return float(use[(forward >= backward) & (left >= 0)].max(initial=0.0)) * (1 + _ROUNDING)
-
-
-def plan_with_bound(
-    problem: PlanProblem,
-    operations: npt.NDArray[np.uint8],
-    *,
-    planner: str,
-    status: str,
-    forward_weight: float = 1.0,
-    backward_weight: float = 1.0,
-    bound: float | None = None,
-) -> SkipPlan:
-    """The plan with its objective, bound (by default the sum of the devices' upper bounds) and gap."""
-    if bound is None:
-        knapsacks = device_knapsacks(problem, forward_weight, backward_weight)
-        bound = sum(upper_bound(knapsack) for knapsack in knapsacks)
-    objective = problem.objective(operations, forward_weight, backward_weight)
-    bound = max(bound, objective)  # they may differ by float error
-    return SkipPlan(
-        operations,
-        problem.replicas,
-        planner=planner,
-        objective=objective,
-        bound=bound,
-        gap=(bound - objective) / bound if bound > 0 else 0.0,
-        status=status,
-    )

@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.choose import Choice, choose, share_of_time
 from d2ft_hpc.planning.highs import OPTIMAL
-from d2ft_hpc.planning.knapsack import plan_with_bound
 from d2ft_hpc.planning.level_coverage import (
     demand_of,
     is_affordable,
@@ -83,12 +83,11 @@ def solve_makespan(
             statuses.add(choice.status)
             if take_turns(team, operations, demand):
                 statuses.add("heads in turn for coverage")
-    status = OPTIMAL if statuses == {OPTIMAL} else "; ".join(sorted(statuses - {OPTIMAL}))
     return plan_with_bound(
         problem,
         operations,
         planner="makespan",
-        status=status,
+        status=statuses,
         forward_weight=forward_weight,
         backward_weight=backward_weight,
         bound=bound,

@@ -45,7 +45,8 @@ class Limit:
 
 def different(limits: Sequence[Limit]) -> list[Limit]:
     """The limits without those that say the same as another."""
-    return list({(l.use.tobytes(), l.group.tobytes(), l.most.tobytes()): l for l in limits}.values())
+    by_content = {(each.use.tobytes(), each.group.tobytes(), each.most.tobytes()): each for each in limits}
+    return list(by_content.values())
 
 
 def less_price(value: Floats, limits: Sequence[Limit], prices: Sequence[Floats]) -> Floats:

@@ -35,8 +35,8 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
     splits = _splits(problem, teams, group_time)  # backward part of each
     if not len(splits):
         raise PlanError(
-            "The budgets do not pay for the heads that most_shortcut makes run forward in every stage at the pace of the "
-            "slowest. Raise the compute budget or most_shortcut."
+            "The budgets do not pay for the heads that most_shortcut makes run forward in every stage at the pace of "
+            "the slowest. Raise the compute budget or most_shortcut."
         )
     no_time = -math.inf  # for HiGHS: prices will do here
     even = [choose(team.levels.value, [_group_limit(team, group_time)], deadline=no_time) for team in teams]
@@ -57,9 +57,7 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
             until = deadline if best else share_of_time(deadline, len(teams) - index)
             limits = _part_limits(problem, team, group_time - splits[split], splits[split])
             penalty = _unevenness(team, limits)
-            choice = choose(
-                team.levels.value - penalty, limits, deadline=until, relative_gap=_RELATIVE_GAP
-            )
+            choice = choose(team.levels.value - penalty, limits, deadline=until, relative_gap=_RELATIVE_GAP)
             choices.append(choice)
             slack = float(penalty.max(axis=1).sum())
             its_promises = np.full(len(splits), choice.price_bound + slack)

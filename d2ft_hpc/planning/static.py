@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.knapsack import plan_with_bound
+from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.level_coverage import demand_of, take_turns, unpaid_coverage
 from d2ft_hpc.planning.levels import Levels
 from d2ft_hpc.planning.plan import Operation, SkipPlan
