@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
         promises = np.zeros(len(splits))
         for index, team in enumerate(teams):
             if best and time.monotonic() > deadline:
-                return best, float(promise.max())
+                break
             until = deadline if best else share_of_time(deadline, len(teams) - index)
             limits = _part_limits(problem, team, group_time - splits[split], splits[split])
             penalty = _unevenness(team, limits)
@@ -68,12 +69,16 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
                     its_promises += price * (most - most[split])
             its_promises[split] = choice.bound + slack
             promises += its_promises
+        if len(choices) < len(teams):
+            break
         promise = np.minimum(promise, promises)
         value = sum(choice.value for choice in choices)
         if value > best_value:
             best, best_value = choices, value
         enough = max(enough, best_value * (1 + _RELATIVE_GAP), promise[split])
         split = int(promise.argmax())
+    if promise.max() > enough:
+        best = [replace(choice, status="time limit") for choice in best]
     return best, float(promise.max())
 
 
