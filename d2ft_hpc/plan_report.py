@@ -112,11 +112,10 @@ def pose(
 def describe_alone(plan: SkipPlan) -> str:
     """What the plan is, as far as it tells itself."""
     shares = ", ".join(f"{share:.1%} {operation.name}" for operation, share in plan.shares().items())
-    evidence = f"gap {plan.gap:.1e} ({plan.status})" if plan.gap == plan.gap else "gap not known"
     return (
-        f"{plan.planner} plan {plan.hash[:12]}: {plan.num_rows} rows x {plan.num_blocks} blocks "
+        f"Plan {plan.hash[:12]} ({plan.evidence}): {plan.num_rows} rows x {plan.num_blocks} blocks "
         f"x {plan.num_heads} heads\n"
-        f"{shares}; {evidence}, solved in {1e3 * plan.solve_seconds:.1f} ms"
+        f"{shares}; solved in {1e3 * plan.solve_seconds:.1f} ms"
     )
 
 

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning import Planner, PlanProblem, solve
-from d2ft_hpc.planning.knapsack import device_knapsacks, upper_bound
+from d2ft_hpc.planning.bounds import upper_bound
+from d2ft_hpc.planning.knapsack import device_knapsacks
 from d2ft_hpc.planning.placement import in_order, place
 from d2ft_hpc.planning.simulate import waste
 

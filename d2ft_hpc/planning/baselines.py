@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.knapsack import plan_with_bound
+from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import PlanProblem, check
 

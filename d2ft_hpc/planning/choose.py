@@ -57,6 +57,12 @@ class Choice:
     status: str
 
 
+def share_of_time(deadline: float, parts: int) -> float:
+    """The deadline of the next of so many parts that are still to be done by `deadline` of time.monotonic()."""
+    now = time.monotonic()
+    return now + (deadline - now) / parts
+
+
 def choose(
     value: Floats, limits: Sequence[Limit], *, deadline: float, relative_gap: float = RELATIVE_GAP
 ) -> Choice:
@@ -117,6 +123,9 @@ def _fill(value: Floats, limits: Sequence[Limit], option: Ints) -> Ints:
     """Changes single classes to options worth more, the largest gain first, while the limits allow any."""
     option = option.copy()
     classes = np.arange(len(value))
+    if limits:  # of a class's groups among those of all limits, [class, limit]
+        first = np.cumsum([0, *[len(limit.most) for limit in limits[:-1]]])
+        place = np.stack([limit.group for limit in limits], axis=1) + first
     for _ in range(len(value)):
         gain = value - value[classes, option][:, None]
         left = [limit.left(option) for limit in limits]
@@ -127,13 +136,15 @@ def _fill(value: Floats, limits: Sequence[Limit], option: Ints) -> Ints:
         order = np.flatnonzero(gains > ROUNDING * np.abs(value[classes, option]))
         if not len(order):
             break
+        if not limits:
+            return np.asarray(best)
+        extra = np.stack([limit.use[best] - limit.use[option] for limit in limits], axis=1)  # [class, limit]
+        every_left = np.concatenate(left)
         for index in order[np.argsort(-gains[order], kind="stable")]:
-            extra = [float(limit.use[best[index]] - limit.use[option[index]]) for limit in limits]
-            places = [(its_left, limit.group[index]) for limit, its_left in zip(limits, left, strict=True)]
-            if all(its_left[g] >= use for (its_left, g), use in zip(places, extra, strict=True)):
+            after = every_left[place[index]] - extra[index]
+            if after.min() >= 0:
                 option[index] = best[index]
-                for (its_left, g), use in zip(places, extra, strict=True):
-                    its_left[g] -= use
+                every_left[place[index]] = after
     return option
 
 
@@ -224,5 +235,7 @@ def _decide_core(
     return (
         better,
         bound,
-        solution.status if is_complete else f"{solution.status} among the most promising levels",
+        solution.status
+        if is_complete or solution.status != OPTIMAL
+        else "best of the most promising options",
     )

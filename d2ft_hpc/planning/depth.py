@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.choose import choose
+from d2ft_hpc.planning.bounds import plan_with_bound
+from d2ft_hpc.planning.choose import choose, share_of_time
 from d2ft_hpc.planning.highs import OPTIMAL
-from d2ft_hpc.planning.knapsack import plan_with_bound
 from d2ft_hpc.planning.level_coverage import demand_of
 from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.prices import Limit
+from d2ft_hpc.planning.prices import Limit, different
 from d2ft_hpc.planning.problem import Floats, Ints, PlanProblem, round_up
 
 
@@ -65,11 +65,12 @@ def solve_depth(
     for replica in range(problem.replicas):
         rows = slice(replica, None, problem.replicas)
         limits = _limits(problem, replica, option_operations)
-        option, its_bound, status = _best_depths(value[rows], limits, depths, deadline)
+        its_deadline = share_of_time(deadline, problem.replicas - replica)
+        option, its_bound, status = _best_depths(value[rows], limits, depths, its_deadline)
         bound += its_bound
         demand = demand_of(problem, coverage, np.array([replica]))
         if (option == len(depths) - 1).sum() < demand:
-            fed = _with_full_rows(value[rows], limits, depths, demand, deadline)
+            fed = _with_full_rows(value[rows], limits, depths, demand, its_deadline)
             if fed is None:
                 raise PlanError(_unpaid_coverage(problem, rest, demand, coverage))
             option, status = fed
@@ -79,7 +80,7 @@ def solve_depth(
         problem,
         operations,
         planner="depth",
-        status=OPTIMAL if statuses == {OPTIMAL} else "; ".join(sorted(statuses - {OPTIMAL})),
+        status=statuses,
         forward_weight=forward_weight,
         backward_weight=backward_weight,
         bound=bound,
@@ -172,8 +173,7 @@ def _limits(problem: PlanProblem, replica: int, option_operations: npt.NDArray[n
             Limit(in_row.astype(float), np.arange(rows), np.full(rows, problem.memory_budget[device]))
         )
     scarce = [limit for limit in limits if np.isfinite(limit.most).all() and limit.use.max() > 0]
-    different = {limit.use.tobytes() + limit.most.tobytes(): limit for limit in scarce}
-    return list(different.values())
+    return different(scarce)
 
 
 def _most_blocks(limits: list[Limit], depths: Ints, rows: int) -> int | None:

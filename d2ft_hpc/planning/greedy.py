@@ -7,16 +7,10 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from d2ft_hpc.planning.knapsack import (
-    Knapsack,
-    Steps,
-    best_steps,
-    device_knapsacks,
-    next_steps,
-    plan_with_bound,
-)
+from d2ft_hpc.planning.bounds import most_gaining, plan_with_bound, price_memory
+from d2ft_hpc.planning.knapsack import Knapsack, Steps, best_steps, device_knapsacks, next_steps
 from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.problem import PlanProblem
+from d2ft_hpc.planning.problem import Floats, PlanProblem
 
 
 def solve_greedy(
@@ -46,34 +40,34 @@ def greedy(knapsack: Knapsack, start: npt.NDArray[np.uint8] | None = None) -> np
     start: operations that the result may raise and never lowers; within the budgets, also once as many cells run as
         must. None = all SHORTCUT.
 
-    Where memory is scarce, only the cells of a row that gain most from their backward may become FULL.
+    Where memory is scarce, only the cells of a row that gain most by it may become FULL.
     """
     if start is None:
         start = np.full(len(knapsack.cells), Operation.SHORTCUT, dtype=np.uint8)
     start = knapsack.raised_to_least(start)
-    barred = _barred_from_full(knapsack, start)
+    is_full = start == Operation.FULL
     candidates = []
     for price in knapsack.prices():
+        barred = _barred_from_full(knapsack, is_full, price)
         operations = start.copy()
         _climb(knapsack, operations, best_steps(knapsack, price, barred))
         fill(knapsack, operations, price, barred)
         candidates.append(operations)
     if not candidates:  # no budget is limited
+        barred = _barred_from_full(knapsack, is_full, np.zeros(2))
         return np.where(barred, Operation.FORWARD_ONLY, Operation.FULL).astype(np.uint8)
     return max(candidates, key=knapsack.objective)
 
 
-def _barred_from_full(knapsack: Knapsack, start: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """bool [cell]: cells for whose backward the memory has no room, once those with more gain have theirs."""
-    barred = np.zeros(len(knapsack.cells), dtype=bool)
-    if knapsack.memory < math.inf:
-        order = np.lexsort(
-            (-knapsack.forward_gain, -knapsack.backward_gain, start != Operation.FULL, knapsack.row)
-        )
-        rows = knapsack.row[order]
-        place = np.arange(len(rows)) - np.searchsorted(rows, rows)
-        barred[order[place >= knapsack.memory]] = True
-    return barred
+def _barred_from_full(
+    knapsack: Knapsack, is_full: npt.NDArray[np.bool_], price: Floats
+) -> npt.NDArray[np.bool_]:
+    """bool [cell]: cells for which the memory has no room, once those that gain more by it have theirs. is_full: bool
+    [cell], those that have it already."""
+    if math.isinf(knapsack.memory):
+        return np.zeros(len(knapsack.cells), dtype=bool)
+    _, gain = price_memory(knapsack, price)
+    return ~most_gaining(knapsack, gain, is_full)
 
 
 def fill(

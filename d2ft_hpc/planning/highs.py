@@ -12,6 +12,7 @@ import numpy.typing as npt
 from d2ft_hpc.planning.problem import Floats, Ints
 
 OPTIMAL = "optimal"
+INFEASIBLE = "infeasible"
 
 LARGEST_MODEL = 10_000
 """Integer variables of the largest model that HiGHS is given. In larger ones it looks at its clock too
@@ -106,6 +107,8 @@ def maximise_integer(
     if branching > LARGEST_MODEL:
         reason = f"{branching} integer variables are more than HiGHS is given ({LARGEST_MODEL})"
         return Solution(None, None, math.inf, reason)
+    if len(gain) == 0:
+        return Solution(np.zeros(0), None, 0.0, OPTIMAL)
     if seconds <= 0:
         return Solution(None, None, math.inf, "time limit")
     solver = _new_solver()
@@ -166,6 +169,8 @@ def _solution(solver: highspy.Highs, *, is_integer: bool) -> Solution:
         status = OPTIMAL
     elif ending == highspy.HighsModelStatus.kTimeLimit:
         status = "time limit"
+    elif ending == highspy.HighsModelStatus.kInfeasible:
+        status = INFEASIBLE
     else:
         status = f"HiGHS ended with {solver.modelStatusToString(ending)}"
     if is_integer:

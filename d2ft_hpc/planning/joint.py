@@ -5,38 +5,47 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.bounds import plan_with_bound, upper_bound
 from d2ft_hpc.planning.greedy import greedy
-from d2ft_hpc.planning.highs import OPTIMAL, Rows, maximise_integer
+from d2ft_hpc.planning.highs import INFEASIBLE, OPTIMAL, Rows, maximise_integer
 from d2ft_hpc.planning.joint_coverage import (
     Coverage,
     cover,
     covers,
-    is_even,
+    is_possible,
     least_budget_for,
     most_full,
     price_coverage,
 )
-from d2ft_hpc.planning.knapsack import Ints, Knapsack, device_knapsacks, plan_with_bound, upper_bound
+from d2ft_hpc.planning.knapsack import Ints, Knapsack, device_knapsacks
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.prices import RELATIVE_GAP
 from d2ft_hpc.planning.problem import Floats, PlanProblem, round_up
 
 Operations = npt.NDArray[np.uint8]
 
+_NAMES = 3  # of devices that one status may name
+
 
 @dataclass(frozen=True, eq=False)
 class _Solution:
-    """Operations uint8 [cell] for each knapsack, a bound on what any could score, and how it ended."""
+    """Operations uint8 [cell] for each knapsack (an empty list if none were found), their score, a bound on what any
+    could score, and how it ended."""
 
     operations: list[Operations]
+    score: float
     bound: float
     status: str
+
+    @property
+    def missing(self) -> float:
+        return self.bound - self.score
 
 
 def solve_joint(
@@ -79,26 +88,38 @@ def solve_joint(
     knapsacks = device_knapsacks(problem, forward_weight, backward_weight, most_shortcut)
     _require_paid(problem, knapsacks)
 
-    solutions = []
-    for index, knapsack in enumerate(knapsacks):
-        seconds = (deadline - time.monotonic()) / (len(knapsacks) - index)
-        solutions.append(_solve([knapsack], seconds, relative_gap))
+    solutions = [_greedily([knapsack]) for knapsack in knapsacks]
+    waiting = sorted(range(len(knapsacks)), key=lambda index: solutions[index].missing)
+    while waiting and not _is_near(solutions, relative_gap):
+        seconds = (deadline - time.monotonic()) / len(waiting)
+        index = waiting.pop()
+        solutions[index] = _improved([knapsacks[index]], solutions[index], seconds, relative_gap)
     chosen = [solution.operations[0] for solution in solutions]
     bound = sum(solution.bound for solution in solutions)
     status = _summary(dict(zip(problem.device_names, (s.status for s in solutions), strict=True)))
 
     demand = Coverage(coverage, shape[1] * shape[2])
     if not covers(knapsacks, chosen, demand):
-        try:
-            solution = _solve(knapsacks, deadline - time.monotonic(), relative_gap, demand)
-        except _InfeasibleError as error:
+        if not is_possible(knapsacks, [most_full(knapsack) for knapsack in knapsacks], demand):
             raise PlanError(
-                f"No plan within the budgets gives every block and head {coverage} FULL rows (coverage): "
-                f"{error}. {least_budget_for(problem, knapsacks, demand)}"
+                f"No plan within the budgets gives every block and head {coverage} FULL rows (coverage). "
+                f"{least_budget_for(problem, knapsacks, demand)}"
+            )
+        try:
+            known = _greedily(knapsacks, demand)
+            solution = _improved(knapsacks, known, deadline - time.monotonic(), relative_gap, demand)
+        except _NothingFoundError as error:
+            raise PlanError(
+                f"No plan was found that gives every block and head {coverage} FULL rows (coverage) and keeps "
+                f"most_shortcut {most_shortcut:g} within the budgets: {error}. Raise the budgets or most_shortcut, or "
+                f"lower the coverage."
             ) from error
         chosen, status = solution.operations, solution.status
         bound = min(bound, solution.bound)
 
+    score = _objective(knapsacks, chosen)
+    if bound - score <= relative_gap * bound:
+        status = OPTIMAL
     operations = np.empty(problem.forward_score.size, dtype=np.uint8)
     for knapsack, its_operations in zip(knapsacks, chosen, strict=True):
         operations[knapsack.cells] = its_operations
@@ -133,35 +154,47 @@ def _require_paid(problem: PlanProblem, knapsacks: Sequence[Knapsack]) -> None:
                 )
 
 
-class _InfeasibleError(Exception):
-    """No plan meets the coverage, or none was found; the text says why."""
+class _NothingFoundError(Exception):
+    """No plan that keeps both coverage and most_shortcut; the text says whether there is none."""
 
 
-def _solve(
-    knapsacks: Sequence[Knapsack], seconds: float, relative_gap: float, demand: Coverage | None = None
-) -> _Solution:
-    """The better of HiGHS's plan and the greedy one, for knapsacks that a demand couples or a single one."""
+def _is_near(solutions: Sequence[_Solution], relative_gap: float) -> bool:
+    """Whether all solutions together are proved to be near enough to the optimum."""
+    bound = sum(solution.bound for solution in solutions)
+    return sum(solution.missing for solution in solutions) <= relative_gap * bound
+
+
+def _greedily(knapsacks: Sequence[Knapsack], demand: Coverage | None = None) -> _Solution:
+    """The greedy plan for knapsacks that a demand couples, or a single one."""
     priced = None if demand is None else price_coverage(knapsacks, demand)
-    greedy_plan = _greedy(knapsacks, demand, None if priced is None else priced.loss)
-    is_plain = all(math.isinf(k.memory) and not k.least.any() for k in knapsacks)
-    if greedy_plan is None and demand is not None and is_plain and is_even(knapsacks, demand):
-        raise _InfeasibleError("infeasible")
-    greedy_score = -math.inf if greedy_plan is None else _objective(knapsacks, greedy_plan)
+    plan = _greedy(knapsacks, demand, None if priced is None else priced.loss)
+    score = _objective(knapsacks, plan) if plan else -math.inf
     bound = sum(upper_bound(knapsack) for knapsack in knapsacks)
     if priced is not None:
-        bound = max(min(bound, priced.bound), greedy_score)
-    if greedy_plan is not None and greedy_score >= bound * (1 - relative_gap):
-        return _Solution(greedy_plan, bound, OPTIMAL)
+        bound = min(bound, priced.bound)
+    return _Solution(plan, score, max(bound, score), "greedy")
 
+
+def _improved(
+    knapsacks: Sequence[Knapsack],
+    known: _Solution,
+    seconds: float,
+    relative_gap: float,
+    demand: Coverage | None = None,
+) -> _Solution:
+    """The better of HiGHS's plan and the one that is known."""
+    if _is_near([known], relative_gap):
+        return replace(known, status=OPTIMAL)
     plan, solver_bound, status = _solve_with_highs(knapsacks, seconds, relative_gap, demand)
-    bound = min(bound, solver_bound)
+    bound = min(known.bound, solver_bound)
     if plan is not None:
         plan = [greedy(knapsack, start) for knapsack, start in zip(knapsacks, plan, strict=True)]
-        if _objective(knapsacks, plan) >= greedy_score:
-            return _Solution(plan, bound, status)
-    if greedy_plan is None:
-        raise _InfeasibleError(status)
-    return _Solution(greedy_plan, bound, OPTIMAL if status == OPTIMAL else f"greedy: {status}")
+        score = _objective(knapsacks, plan)
+        if score >= known.score:
+            return _Solution(plan, score, bound, status)
+    if not known.operations:
+        raise _NothingFoundError("there is none" if status == INFEASIBLE else f"there may be one ({status})")
+    return replace(known, bound=bound, status=OPTIMAL if status == OPTIMAL else f"greedy: {status}")
 
 
 def _solve_with_highs(
@@ -269,18 +302,18 @@ def _objective(knapsacks: Sequence[Knapsack], plan: Sequence[Operations]) -> flo
 
 def _greedy(
     knapsacks: Sequence[Knapsack], demand: Coverage | None, loss: Sequence[Floats] | None
-) -> list[Operations] | None:
-    """The greedy plan; None if it finds none that meets the demand."""
+) -> list[Operations]:
+    """The greedy plan; an empty list if it finds none that meets the demand beside what must run."""
     if demand is None:
         return [greedy(knapsack) for knapsack in knapsacks]
-    capacity = np.array([most_full(knapsack, knapsack.budget) for knapsack in knapsacks])
-    start = cover(knapsacks, capacity, demand, loss)
-    if start is None or not all(
-        k.fits_memory(its_start) and (k.used(k.raised_to_least(its_start)) <= k.budget).all()
-        for k, its_start in zip(knapsacks, start, strict=True)
-    ):
-        return None
-    return [greedy(knapsack, its_start) for knapsack, its_start in zip(knapsacks, start, strict=True)]
+    for its_loss in (loss, None):
+        start = cover(knapsacks, demand, its_loss)
+        if all(
+            (k.used(k.raised_to_least(its_start)) <= k.budget).all()
+            for k, its_start in zip(knapsacks, start, strict=True)
+        ):
+            return [greedy(knapsack, its_start) for knapsack, its_start in zip(knapsacks, start, strict=True)]
+    return []
 
 
 def _summary(statuses: dict[str, str]) -> str:
@@ -291,4 +324,7 @@ def _summary(statuses: dict[str, str]) -> str:
     for device, status in statuses.items():
         if status != OPTIMAL:
             devices.setdefault(status, []).append(device)
-    return "; ".join(f"{status} ({', '.join(names)})" for status, names in devices.items())
+    return "; ".join(
+        f"{status} ({', '.join(names) if len(names) <= _NAMES else f'{len(names)} of {len(statuses)} devices'})"
+        for status, names in devices.items()
+    )

@@ -35,11 +35,43 @@ def covers(
     return bool((rows >= demand.rows).all())
 
 
-def most_full(knapsack: Knapsack, budget: Floats) -> int:
-    """How many FULL cells, the rest SHORTCUT, a budget float64 [2] pays for."""
-    step = knapsack.forward_step + knapsack.backward_step
-    affordable = [left / cost for left, cost in zip(budget, step, strict=True) if cost > 0]
-    return int(min([len(knapsack.cells), *affordable]))
+def families(knapsacks: Sequence[Knapsack], demand: Coverage) -> list[list[int]]:
+    """Those that hold the same subnets, in other rows: one rank of one stage in all replicas. No others share any."""
+    found: dict[bytes, list[int]] = {}
+    for index, knapsack in enumerate(knapsacks):
+        if len(knapsack.cells):
+            found.setdefault(np.unique(knapsack.cells % demand.subnets).tobytes(), []).append(index)
+    return list(found.values())
+
+
+def most_full(knapsack: Knapsack, budget: Floats | None = None, memory: float | None = None) -> int:
+    """How many FULL cells a budget float64 [2] and a memory pay for, beside the cells that must run (by default the
+    knapsack's own)."""
+    budget = knapsack.budget if budget is None else budget
+    memory = knapsack.memory if memory is None else memory
+    must = int(knapsack.least.sum())
+    most = [float(np.minimum(np.bincount(knapsack.row), memory).sum())]
+    for left, forward, backward in zip(budget, knapsack.forward_step, knapsack.backward_step, strict=True):
+        if forward + backward > 0 and left < math.inf:
+            count = left / (forward + backward)
+            if count < must:
+                count = (
+                    (left - must * forward) / backward
+                    if backward > 0
+                    else (must if left >= must * forward else 0)
+                )
+            most.append(max(count, 0.0))
+    return int(min(most))
+
+
+def is_possible(knapsacks: Sequence[Knapsack], most: Sequence[int], demand: Coverage) -> bool:
+    """Whether `most` [knapsack] FULL cells are enough for the demand. They are if there is a plan, and unless some
+    cells must run besides, there is a plan if they are: the rows of a subnet can always be dealt out (`cover`)."""
+    return all(
+        sum(most[index] for index in family)
+        >= demand.rows * len(np.unique(knapsacks[family[0]].cells % demand.subnets))
+        for family in families(knapsacks, demand)
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,15 +86,14 @@ class CoveragePrice:
 def price_coverage(knapsacks: Sequence[Knapsack], demand: Coverage) -> CoveragePrice:
     """At a price of compute every cell does what is worth most, and every subnet makes the rows FULL that lose least by
     it; that and the worth of the budgets is a bound at any price (the other budgets cut off nothing here)."""
-    if not _shares_subnets(knapsacks, demand):
-        parts = [_price_together([knapsack], demand) for knapsack in knapsacks]
-        return CoveragePrice(sum(part.bound for part in parts), [part.loss[0] for part in parts])
-    return _price_together(knapsacks, demand)
-
-
-def _shares_subnets(knapsacks: Sequence[Knapsack], demand: Coverage) -> bool:
-    held = [np.unique(knapsack.cells % demand.subnets) for knapsack in knapsacks]
-    return len(np.unique(np.concatenate(held))) < sum(map(len, held))
+    bound = 0.0
+    loss: list[Floats] = [np.zeros(len(knapsack.cells)) for knapsack in knapsacks]
+    for family in families(knapsacks, demand):
+        part = _price_together([knapsacks[index] for index in family], demand)
+        bound += part.bound
+        for index, its_loss in zip(family, part.loss, strict=True):
+            loss[index] = its_loss
+    return CoveragePrice(bound, loss)
 
 
 def _price_together(knapsacks: Sequence[Knapsack], demand: Coverage) -> CoveragePrice:
@@ -101,38 +132,77 @@ def _price_together(knapsacks: Sequence[Knapsack], demand: Coverage) -> Coverage
 
 
 def cover(
-    knapsacks: Sequence[Knapsack], capacity: Ints, demand: Coverage, loss: Sequence[Floats] | None = None
-) -> list[npt.NDArray[np.uint8]] | None:
-    """FULL cells, the others SHORTCUT, that meet the demand with at most `capacity` int64 [knapsack] in each.
+    knapsacks: Sequence[Knapsack], demand: Coverage, loss: Sequence[Floats] | None = None
+) -> list[npt.NDArray[np.uint8]]:
+    """FULL cells, the others SHORTCUT, that meet a demand that is possible (`is_possible`) within budgets and memory.
 
-    Takes the cell with the least loss (if None: with the largest gain) on the device with the most room. If every
-    device has equally many rows of every subnet (data parallel), this finds a way wherever there is one; if not it may
-    return None.
+    loss: for each knapsack float64 [cell], which cells are better left; None: the FULL cells of each block are spread
+        evenly over the rows.
+
+    Every row of a family first gets a number of FULL cells, as near as may be to what its subnets would like. Then the
+    subnets take their rows one after the other, those first that care most. A row with as many places left as there
+    are subnets to come is taken by all of them; so the numbers always come out.
     """
     plan = [np.full(len(knapsack.cells), Operation.SHORTCUT, dtype=np.uint8) for knapsack in knapsacks]
-    waiting: list[list[list[int]]] = []  # [knapsack][subnet]: its cells, the best last
-    for index, knapsack in enumerate(knapsacks):
-        queues: list[list[int]] = [[] for _ in range(demand.subnets)]
-        worth = knapsack.forward_gain + knapsack.backward_gain if loss is None else -loss[index]
-        for cell in np.argsort(worth, kind="stable"):
-            queues[knapsack.cells[cell] % demand.subnets].append(int(cell))
-        waiting.append(queues)
-    room = capacity.copy()
-    for subnet in range(demand.subnets):
-        for _ in range(demand.rows):
-            having = [index for index in range(len(knapsacks)) if room[index] > 0 and waiting[index][subnet]]
-            if not having:
-                return None
-            index = max(having, key=lambda index: int(room[index]))
-            plan[index][waiting[index][subnet].pop()] = Operation.FULL
-            room[index] -= 1
+    for family in families(knapsacks, demand):
+        subnets = len(np.unique(knapsacks[family[0]].cells % demand.subnets))
+        rows = [len(knapsacks[index].cells) // subnets for index in family]
+        lost = np.zeros((sum(rows), subnets))
+        if loss is not None:
+            lost = np.concatenate([loss[index].reshape(-1, subnets) for index in family])
+        wanted = np.bincount(
+            np.argsort(lost, axis=0, kind="stable")[: demand.rows].ravel(), minlength=sum(rows)
+        )
+        if loss is None:
+            wanted[:] = 0
+        places = _places([knapsacks[index] for index in family], rows, wanted, demand.rows * subnets)
+        order = np.arange(subnets) if loss is None else np.argsort(-np.ptp(lost, axis=0), kind="stable")
+        full = np.zeros(lost.shape, dtype=bool)
+        for taken, subnet in enumerate(order):
+            key = np.where(places > 0, lost[:, subnet] if loss is not None else -places, np.inf)
+            key[places == subnets - taken] = -np.inf
+            chosen = np.argsort(key, kind="stable")[: demand.rows]
+            full[chosen, subnet] = True
+            places[chosen] -= 1
+        for index, its_full in zip(family, np.split(full, np.cumsum(rows)[:-1]), strict=True):
+            plan[index][its_full.ravel()] = Operation.FULL
     return plan
 
 
-def is_even(knapsacks: Sequence[Knapsack], demand: Coverage) -> bool:
-    """Whether every device has equally many rows of every subnet, as in data parallel."""
-    rows = [np.bincount(knapsack.cells % demand.subnets, minlength=demand.subnets) for knapsack in knapsacks]
-    return all(its_rows.min() == its_rows.max() for its_rows in rows)
+def _places(family: Sequence[Knapsack], rows: Sequence[int], wanted: Ints, total: int) -> Ints:
+    """FULL cells of every row of a family, int64 [row], `total` in all and as near to `wanted` as budgets allow."""
+    device = np.repeat(np.arange(len(family)), rows)
+    cells = np.concatenate(
+        [np.full(count, len(k.cells) // count) for k, count in zip(family, rows, strict=True)]
+    )
+    memory = np.minimum(cells, np.array([min(k.memory, len(k.cells)) for k in family])[device]).astype(
+        np.int64
+    )
+    places = np.minimum(wanted, memory)
+    most = np.array([most_full(knapsack) for knapsack in family])
+    of_device = np.minimum(np.bincount(device, places), most).astype(np.int64)
+    of_device = _levelled(of_device, most, total)
+    for index, its_total in enumerate(of_device):
+        mine = device == index
+        if places[mine].sum() > its_total:
+            places[mine] = _levelled(np.zeros_like(places[mine]), places[mine], int(its_total))
+        else:
+            places[mine] = _levelled(places[mine], memory[mine], int(its_total))
+    return np.asarray(places)
+
+
+def _levelled(value: Ints, most: Ints, total: int) -> Ints:
+    """Whole numbers int64 [entry] raised from the lowest up, at most to `most`, until they add up to `total`."""
+    low, high = 0, int(most.max(initial=0))
+    while low < high:  # the highest level that is not too much
+        level = (low + high + 1) // 2
+        low, high = (
+            (level, high) if np.maximum(value, np.minimum(level, most)).sum() <= total else (low, level - 1)
+        )
+    raised = np.asarray(np.maximum(value, np.minimum(low, most)))
+    room = np.flatnonzero((raised <= low) & (raised < most))
+    raised[room[: total - int(raised.sum())]] += 1
+    return np.asarray(raised)
 
 
 def least_budget_for(problem: PlanProblem, knapsacks: Sequence[Knapsack], demand: Coverage) -> str:
@@ -140,17 +210,22 @@ def least_budget_for(problem: PlanProblem, knapsacks: Sequence[Knapsack], demand
     costs = np.array([problem.compute_cost, problem.communication_cost])
     dense = problem.cells_per_device()[:, None] * costs[:, Operation.FULL]
     shortcut = problem.cells_per_device()[:, None] * costs[:, Operation.SHORTCUT]
-    for column, (name, always_share) in enumerate(
-        (("compute", problem.always_share), ("communication", 0.0))
-    ):
+    in_row = problem.cells_per_device() / (problem.forward_score.shape[0] // problem.replicas)
+    for column, name in enumerate(("compute", "communication", "memory")):
 
-        def is_enough(step: int, column: int = column, always_share: float = always_share) -> bool:
-            """Whether coverage is possible with step / 10000 of the dense step, the other budget as it is."""
-            share = max(0.0, step / 10_000 - always_share) / (1 - always_share) + BUDGET_EPSILON / 2
-            raised = problem.budgets()
-            raised[:, column] = np.maximum(raised[:, column], dense[:, column] * share)
-            capacity = map(most_full, knapsacks, raised - shortcut)
-            return cover(knapsacks, np.array(list(capacity)), demand) is not None
+        def is_enough(step: int, column: int = column) -> bool:
+            """Whether coverage is possible with step / 10000 of the dense step, the other budgets as they are."""
+            share = step / 10_000
+            budget, memory = problem.budgets(), problem.memory_budget
+            if column == 0:
+                share = max(0.0, share - problem.always_share) / (1 - problem.always_share)
+            if column == 2:
+                memory = np.maximum(memory, np.floor(share * in_row + BUDGET_EPSILON))
+            else:
+                share += BUDGET_EPSILON / 2
+                budget[:, column] = np.maximum(budget[:, column], dense[:, column] * share)
+            most = [most_full(*each) for each in zip(knapsacks, budget - shortcut, memory, strict=True)]
+            return is_possible(knapsacks, most, demand)
 
         if is_enough(10_000):
             least = bisect_left(range(10_000), True, key=is_enough) / 10_000
@@ -158,4 +233,13 @@ def least_budget_for(problem: PlanProblem, knapsacks: Sequence[Knapsack], demand
                 f"The least feasible {name} budget is {least:g} of the dense step's on every device; "
                 f"raise it or lower the coverage."
             )
-    return "Raise both the compute and the communication budget, or lower the coverage."
+    scarce = [
+        name
+        for name, budget in (
+            ("compute", problem.compute_budget),
+            ("communication", problem.communication_budget),
+            ("memory", problem.memory_budget),
+        )
+        if np.isfinite(budget).any()
+    ]
+    return f"Raise both the {' and the '.join(scarce)} budget, or lower the coverage."

@@ -1,4 +1,4 @@
-"""One device's knapsack: its gains, the costs of a step up from SHORTCUT, and a bound on the optimum."""
+"""One device's knapsack: its gains, the costs of a step up from SHORTCUT, and the order of steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.plan import Operation
 from d2ft_hpc.planning.problem import Floats, PlanProblem
 
 Ints = npt.NDArray[np.int64]
@@ -125,7 +125,9 @@ def best_steps(knapsack: Knapsack, price: Floats, barred: npt.NDArray[np.bool_] 
     forward_price = float(price @ knapsack.forward_step)
     backward_price = float(price @ knapsack.backward_step)
     whole_price = forward_price + backward_price
-    at_once = may & (knapsack.backward_gain * forward_price > knapsack.forward_gain * backward_price)
+    at_once = may & (
+        _per_price(knapsack.backward_gain, backward_price) > _per_price(knapsack.forward_gain, forward_price)
+    )
     apart, later, joined = np.flatnonzero(~at_once), np.flatnonzero(may & ~at_once), np.flatnonzero(at_once)
     kinds = [
         (apart, Operation.SHORTCUT, Operation.FORWARD_ONLY, knapsack.forward_gain[apart], forward_price),
@@ -165,31 +167,15 @@ def _ordered(knapsack: Knapsack, kinds: list[tuple[Ints, Operation, Operation, F
         gain=np.concatenate([gain for *_, gain, _ in kinds]),
         price=np.concatenate([np.full(len(cell), price) for cell, *_, price in kinds]),
     )
-    value = np.full(len(steps.gain), np.inf)  # of steps that cost nothing
-    np.divide(steps.gain, steps.price, out=value, where=steps.price > 0)
+    value = np.concatenate([_per_price(gain, price) for *_, gain, price in kinds])
     kind = np.repeat(np.arange(len(kinds)), [len(cell) for cell, *_ in kinds])
     whole_gain = knapsack.forward_gain + knapsack.backward_gain
     return steps.select(np.lexsort((-whole_gain[steps.cell], kind, -value)))
 
 
-def upper_bound(knapsack: Knapsack) -> float:
-    """No plan of the device scores more: the best bound of its one-budget relaxations.
-
-    Each takes the steps in order and a fraction of the first that does not fit (Dantzig 1957; with choices
-    of several steps, Sinha and Zoltners 1979).
-    """
-    bound = float(knapsack.forward_gain.sum() + knapsack.backward_gain.sum())
-    for price in knapsack.prices():
-        steps = best_steps(knapsack, price)
-        budget = float(price[price > 0] @ knapsack.budget[price > 0])
-        spent = np.cumsum(steps.price)
-        count = int(np.searchsorted(spent, budget, side="right"))
-        total = float(steps.gain[:count].sum())
-        if count < len(spent):
-            before = float(spent[count - 1]) if count else 0.0
-            total += float(steps.gain[count]) * (budget - before) / float(steps.price[count])
-        bound = min(bound, total)
-    return bound
+def _per_price(gain: Floats, price: float) -> Floats:
+    """Gain for price; inf for what costs nothing, even if it gains nothing: it never waits."""
+    return gain / price if price > 0 else np.full(len(gain), np.inf)
 
 
 def device_knapsacks(
@@ -241,30 +227,3 @@ def largest_use(cells: int, forward_step: float, backward_step: float, budget: f
     forward = np.minimum(most, cells)
     use = backward * backward_step + forward * forward_step
     return float(use[(forward >= backward) & (left >= 0)].max(initial=0.0)) * (1 + _ROUNDING)
-
-
-def plan_with_bound(
-    problem: PlanProblem,
-    operations: npt.NDArray[np.uint8],
-    *,
-    planner: str,
-    status: str,
-    forward_weight: float = 1.0,
-    backward_weight: float = 1.0,
-    bound: float | None = None,
-) -> SkipPlan:
-    """The plan with its objective, bound (by default the sum of the devices' upper bounds) and gap."""
-    if bound is None:
-        knapsacks = device_knapsacks(problem, forward_weight, backward_weight)
-        bound = sum(upper_bound(knapsack) for knapsack in knapsacks)
-    objective = problem.objective(operations, forward_weight, backward_weight)
-    bound = max(bound, objective)  # they may differ by float error
-    return SkipPlan(
-        operations,
-        problem.replicas,
-        planner=planner,
-        objective=objective,
-        bound=bound,
-        gap=(bound - objective) / bound if bound > 0 else 0.0,
-        status=status,
-    )

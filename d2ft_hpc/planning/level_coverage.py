@@ -47,8 +47,9 @@ def rewards() -> Iterator[float]:
     return (_FIRST_REWARD * _GROWTH**round_ for round_ in range(_ROUNDS))
 
 
-def take_turns(team: Team, operations: npt.NDArray[np.uint8], demand: int) -> None:
-    """Exchange heads of a rank in single rows, in operations [row, block, head], until each has its FULL rows.
+def take_turns(team: Team, operations: npt.NDArray[np.uint8], demand: int) -> bool:
+    """Exchange heads of a rank in single rows, in operations [row, block, head], until each has its FULL rows; whether
+    any had too few.
 
     A head with too few takes over a row from one with more than enough, where that costs least; no level changes.
     """
@@ -56,12 +57,15 @@ def take_turns(team: Team, operations: npt.NDArray[np.uint8], demand: int) -> No
         [np.zeros_like(team.levels.forward_gain), team.levels.forward_gain, team.levels.backward_gain]
     ).cumsum(axis=0)
     gains = gains.reshape(*gains.shape[:3], team.slots, len(team.blocks))
+    any_short = False
     for member, rows, heads in team.members():
         for index, block in enumerate(team.blocks):
             place = np.ix_(rows, [block], heads[index])
             chosen = operations[place][:, 0]  # [slot, head]
             if (chosen == Operation.FULL).sum(axis=0).min() < demand:
                 operations[place] = _exchanged(chosen, gains[:, :, member, :, index], demand)[:, None]
+                any_short = True
+    return any_short
 
 
 def _exchanged(chosen: npt.NDArray[np.uint8], gain: Floats, demand: int) -> npt.NDArray[np.uint8]:

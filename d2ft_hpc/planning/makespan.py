@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.choose import Choice, choose
+from d2ft_hpc.planning.bounds import plan_with_bound
+from d2ft_hpc.planning.choose import Choice, choose, share_of_time
 from d2ft_hpc.planning.highs import OPTIMAL
-from d2ft_hpc.planning.knapsack import plan_with_bound
 from d2ft_hpc.planning.level_coverage import (
     demand_of,
     is_affordable,
@@ -39,11 +39,13 @@ def solve_makespan(
     """Maximise the objective of `solve_joint` with all ranks of a stage in lock step (`levels`).
 
     Where `meeting_cost` is limited, the heads that run in a (row, block) may also lie on few ranks only, while the
-    others wait: that sends less. (Not with coverage, nor where ranks differ in speed.)
+    others wait: that sends less. (Not with coverage, nor where ranks differ in speed.) A rank's memory and what its
+    heads send by themselves are then counted as if it were always one of the few.
 
     The budget is the time in which the first device of a team reaches its compute budget. With several stages,
     every stage gets the same time for the forward of every row, and the same for every backward, so that no stage
-    of the pipeline waits for another; how the two share the row's time is chosen, too.
+    of the pipeline waits for another; how the two share the row's time is chosen, too (where ranks differ in speed,
+    among whole heads of the slowest one).
 
     most_shortcut: share in [0, 1] of every rank's heads that may be SHORTCUT in a (row, block).
     coverage: least number of FULL rows that every (block, head) gets over the whole batch; 0 = no demand. Replicas
@@ -61,29 +63,31 @@ def solve_makespan(
     deadline = time.monotonic() + time_limit_seconds
     operations = np.full(problem.forward_score.shape, Operation.SHORTCUT, dtype=np.uint8)
     bound, statuses = 0.0, set()
-    for replicas in meeting_replicas(problem):
+    together = meeting_replicas(problem)
+    for index, replicas in enumerate(together):
+        its_deadline = share_of_time(deadline, len(together) - index)
         teams = make_teams(
             problem, replicas, forward_weight, backward_weight, most_shortcut, clusters=coverage == 0
         )
-        choices, its_bound = _choose_levels(problem, teams, deadline)
+        choices, its_bound = _choose_levels(problem, teams, its_deadline)
         bound += its_bound
         demand = demand_of(problem, coverage, replicas)
         for team in teams:
             if not is_affordable(problem, team, demand):
                 raise PlanError(unpaid_coverage(problem, team, coverage))
-        choices = _fed(problem, teams, choices, demand, deadline)
+        choices = _fed(problem, teams, choices, demand, its_deadline)
         for team, choice in zip(teams, choices, strict=True):
             if short_blocks(team, choice.option, demand).any():
                 raise PlanError(unpaid_coverage(problem, team, coverage))
             team.write(choice.option, operations)
-            take_turns(team, operations, demand)
             statuses.add(choice.status)
-    status = OPTIMAL if statuses == {OPTIMAL} else "; ".join(sorted(statuses - {OPTIMAL}))
+            if take_turns(team, operations, demand):
+                statuses.add("heads in turn for coverage")
     return plan_with_bound(
         problem,
         operations,
         planner="makespan",
-        status=status,
+        status=statuses,
         forward_weight=forward_weight,
         backward_weight=backward_weight,
         bound=bound,
@@ -94,19 +98,23 @@ def _fed(
     problem: PlanProblem, teams: list[Team], choices: list[Choice], demand: int, deadline: float
 ) -> list[Choice]:
     """The choices, or others in which no block has too few FULL heads: FULL heads of blocks that do are rewarded ever
-    more, until there are enough or no reward helps."""
+    more, until there are enough or no reward helps. Where time runs out, they get the largest reward at once."""
     paid = [np.zeros(len(team.blocks)) for team in teams]
+    *_, largest = rewards()
     for reward in rewards():
         short = [
             short_blocks(team, choice.option, demand) for team, choice in zip(teams, choices, strict=True)
         ]
         if not any(its_short.any() for its_short in short):
             break
+        is_late = time.monotonic() > deadline
         for its_paid, its_short in zip(paid, short, strict=True):
-            its_paid[its_short] = reward
+            its_paid[its_short] = largest if is_late else reward
         fed = [rewarded(team, its_paid, demand) for team, its_paid in zip(teams, paid, strict=True)]
         choices, _ = _choose_levels(problem, fed, deadline)
         choices = [replace(choice, status=f"rewarded for coverage: {choice.status}") for choice in choices]
+        if is_late and all((its_paid == largest).all() for its_paid in paid):
+            break
     return choices
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
 
@@ -16,23 +17,13 @@ def solve_paper(problem: PlanProblem, *, full_share: float = 0.8) -> SkipPlan:
     Every (device, block, head) gets the part of its device's budgets that its rows are of the device's
     cells, and spends at most `full_share` (in [0, 1]) of it on FULL.
 
-    All rows of a subnet cost the same, so each level is solved exactly by sorting. Bound and gap speak of
-    the bi-level problem, which this solves: bound = objective, gap = 0. They do not say that no other plan
-    within the budgets scores more: `joint` looks for that one. The objective is measured as there.
+    All rows of a subnet cost the same, so each level is solved exactly by sorting. Objective, bound and gap are those
+    of `joint`: how far two levels, each at its optimum, are from what the budgets permit.
 
     Raises PlanError if `full_share` is out of range.
     """
     operations = two_levels(problem, problem.backward_score, problem.forward_score, full_share)
-    objective = problem.objective(operations)
-    return SkipPlan(
-        operations,
-        problem.replicas,
-        planner="paper",
-        objective=objective,
-        bound=objective,
-        gap=0.0,
-        status="optimal at each level",
-    )
+    return plan_with_bound(problem, operations, planner="paper", status="optimal at each level")
 
 
 def two_levels(

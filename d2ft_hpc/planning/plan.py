@@ -23,6 +23,9 @@ from d2ft_hpc.files import atomic, hdf5
 from d2ft_hpc.files.untrusted import RefusedError
 from d2ft_hpc.safe_text import one_line
 
+WORTH_SAYING = 0.01
+"""A gap above this share of the best possible score is said in words."""
+
 _MAGIC = b"D2FTPLAN"
 _VERSION = 1
 _PREFIX = struct.Struct("<8sHI")  # magic, version, length of the JSON header in bytes
@@ -68,7 +71,7 @@ class SkipPlan:
         order in which the replica draws its batch's samples, anew at each step.
     planner: name of what made the plan.
     objective: normalised score of the plan (`PlanProblem.objective`); NaN if it was made without scores.
-    bound: no plan that keeps the budgets scores more than this; NaN if not known.
+    bound: no plan of the planner's kind that keeps the budgets scores more than this; NaN if not known.
     gap: (bound - objective) / bound, from 0 (proved optimal) to 1; NaN if not known.
     status: how the planner ended, one line.
     solve_seconds: wall-clock time of planning.
@@ -192,6 +195,19 @@ class SkipPlan:
         if not 0 <= replica < self.replicas:
             raise PlanError(f"The plan has replicas 0 to {self.replicas - 1}, asked for {replica}.")
         return self.operations[replica :: self.replicas]
+
+    @property
+    def evidence(self) -> str:
+        """Planner, status and gap, for one line of text; a gap that is worth knowing is spelt out."""
+        if math.isnan(self.gap):
+            gap = "gap not known"
+        elif self.gap <= WORTH_SAYING:
+            gap = f"gap {self.gap:.1e}"
+        else:
+            gap = (
+                f"gap {self.gap:.1%}: its score is {self.objective:.6g}, the best may reach {self.bound:.6g}"
+            )
+        return f"{self.planner}, {self.status}, {gap}"
 
     def shares(self) -> dict[Operation, float]:
         """The fraction of all entries that run each operation; the fractions sum to 1."""

@@ -21,6 +21,7 @@ ROUNDING = 1e-12
 
 _ROUNDS = 100  # of closing in on a price; ten are usual
 _TRIAL_SCALES = (0.7, 0.85, 1.0, 1.2, 1.4)  # of first prices, to find options that may be worth it
+_SAFE_SCALES = (1.7, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0, 20.0, 50.0)  # until a choice fits
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +43,19 @@ class Limit:
         return self.most - self.used(option)
 
 
+def different(limits: Sequence[Limit]) -> list[Limit]:
+    """The limits without those that say the same as another."""
+    by_content = {(each.use.tobytes(), each.group.tobytes(), each.most.tobytes()): each for each in limits}
+    return list(by_content.values())
+
+
 def less_price(value: Floats, limits: Sequence[Limit], prices: Sequence[Floats]) -> Floats:
     """Value less price, float64 [class, option]."""
-    for limit, price in zip(limits, prices, strict=True):
-        value = value - price[limit.group, None] * limit.use
-    return value
+    if not limits:
+        return value
+    of_class = np.stack([price[limit.group] for limit, price in zip(limits, prices, strict=True)], axis=1)
+    paid = np.any(of_class, axis=0)
+    return value - of_class[:, paid] @ np.stack([limit.use for limit in limits])[paid]
 
 
 def independent_groups(classes: int, limits: Sequence[Limit]) -> Ints:
@@ -121,13 +130,27 @@ def prices_of_several(value: Floats, limits: Sequence[Limit], deadline: float) -
     classes = np.arange(len(value))
     if not limits:
         return [], value.argmax(axis=1)
-    prices = _first_prices(value, limits)
+    first = _first_prices(value, limits)
     pool = np.zeros(value.shape, dtype=bool)
     pool[:, 0] = True
-    for scale in itertools.product(_TRIAL_SCALES, repeat=min(2, len(limits))):
-        scales = (*scale, *[1.0] * (len(limits) - len(scale)))
-        trial = [price * factor for price, factor in zip(prices, scales, strict=True)]
-        pool[classes, less_price(value, limits, trial).argmax(axis=1)] = True
+    prices, best = first, math.inf
+    option, worth = np.zeros(len(value), dtype=np.int64), -math.inf
+    pairs = itertools.product(_TRIAL_SCALES, repeat=min(2, len(limits)))
+    for scales in (
+        *((*pair, *[1.0] * (len(limits) - len(pair))) for pair in pairs),
+        *([scale] * len(limits) for scale in _SAFE_SCALES),
+    ):
+        if scales[0] in _SAFE_SCALES and math.isfinite(worth):
+            break
+        trial = [price * factor for price, factor in zip(first, scales, strict=True)]
+        tried = less_price(value, limits, trial).argmax(axis=1)
+        pool[classes, tried] = True
+        bound = float(bounds_of(value, limits, trial).sum())
+        if bound < best:
+            best, prices = bound, trial
+        its_worth = float(value[classes, tried].sum())
+        if its_worth > worth and all((limit.left(tried) >= 0).all() for limit in limits):
+            option, worth = tried, its_worth
 
     unit = np.abs(value[pool]).max() or 1.0
     groups = [len(limit.most) for limit in limits]
@@ -136,7 +159,6 @@ def prices_of_several(value: Floats, limits: Sequence[Limit], deadline: float) -
         np.concatenate([np.ones(len(value)), *[limit.most for limit in limits]]),
     )
     its_class, its_option = newcomers = np.nonzero(pool)
-    best, option = math.inf, np.zeros(len(value), dtype=np.int64)
     while True:
         program.add(value[newcomers] / unit, *entries(len(value), limits, *newcomers))
         solution = program.solve(deadline - time.monotonic())

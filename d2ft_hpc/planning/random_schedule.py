@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from d2ft_hpc.planning.knapsack import plan_with_bound
+from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.paper import two_levels
 from d2ft_hpc.planning.plan import SkipPlan
 from d2ft_hpc.planning.problem import PlanProblem

@@ -52,30 +52,16 @@ def solve(problem: PlanProblem, planner: Planner, **options: Any) -> SkipPlan:
     budgets (for "dense": any budget below the dense cost).
     """
     start = time.perf_counter()
-    functions: dict[str, Callable[..., SkipPlan]] = {
-        "dense": solve_dense,
-        "paper": solve_paper,
-        "joint": solve_joint,
-        "makespan": solve_makespan,
-        "static": solve_static,
-        "depth": solve_depth,
-        "greedy": solve_greedy,
-        "random": solve_random,
-        "last_blocks": solve_last_blocks,
-        "stochastic_depth": solve_stochastic_depth,
-        "pruning": solve_pruning,
-        "routing": solve_routing,
-    }
-    if planner not in functions:
-        raise PlanError(f"There is no planner {planner!r}; choose one of {', '.join(functions)}.")
-    known = [name for name in inspect.signature(functions[planner]).parameters if name != "problem"]
+    if planner not in PLANNERS:
+        raise PlanError(f"There is no planner {planner!r}; choose one of {', '.join(PLANNERS)}.")
+    known = [name for name in inspect.signature(PLANNERS[planner]).parameters if name != "problem"]
     for name in options:
         if name not in known:
             raise PlanError(
                 f"Planner {planner} has no option {name}; it knows {', '.join(known) or 'none'}. Leave it out or "
                 f"choose another planner."
             )
-    plan = functions[planner](problem, **options)
+    plan = PLANNERS[planner](problem, **options)
     check(plan, problem)
     return dataclasses.replace(plan, solve_seconds=time.perf_counter() - start)
 
@@ -93,3 +79,20 @@ def solve_dense(problem: PlanProblem) -> SkipPlan:
         gap=0.0,
         status="dense",
     )
+
+
+PLANNERS: dict[str, Callable[..., SkipPlan]] = {
+    "dense": solve_dense,
+    "paper": solve_paper,
+    "joint": solve_joint,
+    "makespan": solve_makespan,
+    "static": solve_static,
+    "depth": solve_depth,
+    "greedy": solve_greedy,
+    "random": solve_random,
+    "last_blocks": solve_last_blocks,
+    "stochastic_depth": solve_stochastic_depth,
+    "pruning": solve_pruning,
+    "routing": solve_routing,
+}
+"""What makes the plan of each planner."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 
-from d2ft_hpc.planning.choose import Choice, choose
+from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.choose import Choice, choose, share_of_time
 from d2ft_hpc.planning.prices import Limit
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
 from d2ft_hpc.planning.teams import Team, head_times, limit_above_least, other_limits
@@ -32,6 +34,11 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
     """
     group_time = _group_time(problem, teams)
     splits = _splits(problem, teams, group_time)  # backward part of each
+    if not len(splits):
+        raise PlanError(
+            "The budgets do not pay for the heads that most_shortcut makes run forward in every stage at the pace of "
+            "the slowest. Raise the compute budget or most_shortcut."
+        )
     no_time = -math.inf  # for HiGHS: prices will do here
     even = [choose(team.levels.value, [_group_limit(team, group_time)], deadline=no_time) for team in teams]
     promise = np.full(len(splits), sum(choice.bound for choice in even))
@@ -45,12 +52,13 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
     while (promise[split] > enough and time.monotonic() < deadline) or not best:
         choices = []
         promises = np.zeros(len(splits))
-        for team in teams:
+        for index, team in enumerate(teams):
+            if best and time.monotonic() > deadline:
+                break
+            until = deadline if best else share_of_time(deadline, len(teams) - index)
             limits = _part_limits(problem, team, group_time - splits[split], splits[split])
             penalty = _unevenness(team, limits)
-            choice = choose(
-                team.levels.value - penalty, limits, deadline=deadline, relative_gap=_RELATIVE_GAP
-            )
+            choice = choose(team.levels.value - penalty, limits, deadline=until, relative_gap=_RELATIVE_GAP)
             choices.append(choice)
             slack = float(penalty.max(axis=1).sum())
             its_promises = np.full(len(splits), choice.price_bound + slack)
@@ -61,12 +69,16 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
                     its_promises += price * (most - most[split])
             its_promises[split] = choice.bound + slack
             promises += its_promises
+        if len(choices) < len(teams):
+            break
         promise = np.minimum(promise, promises)
         value = sum(choice.value for choice in choices)
         if value > best_value:
             best, best_value = choices, value
         enough = max(enough, best_value * (1 + _RELATIVE_GAP), promise[split])
         split = int(promise.argmax())
+    if promise.max() > enough:
+        best = [replace(choice, status="time limit") for choice in best]
     return best, float(promise.max())
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.knapsack import plan_with_bound
+from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.level_coverage import demand_of, take_turns, unpaid_coverage
 from d2ft_hpc.planning.levels import Levels
 from d2ft_hpc.planning.plan import Operation, SkipPlan
@@ -32,7 +32,7 @@ def solve_static(
     whose ranks differ in speed have levels of their own.
 
     Which heads run follows the scores. All levels and their neighbours are tried, so the plan is the best of its kind:
-    bound = objective, gap = 0 (without coverage, for which heads of a rank take turns).
+    bound = objective, gap = 0. With coverage, heads of a rank take turns, and the bound remains that without it.
 
     heads_multiple: numbers of heads are multiples of it, or all of a rank's (matrix products on a GPU run in tiles).
     Other options and errors are those of `solve_makespan`.
@@ -48,10 +48,11 @@ def solve_static(
         ]
         demand = demand_of(problem, coverage, replicas)
         for alike in [teams] if _have_the_same_levels(teams) else [[team] for team in teams]:
-            value, levels = _best_pair(problem, alike, *_neighbours(alike[0].levels), demand)
+            pairs = _neighbours(alike[0].levels)
+            value, levels = _best_pair(problem, alike, *pairs, demand)
             if value == -np.inf:
                 raise PlanError(_unpaid(problem, alike[0], coverage, heads_multiple))
-            bound += value
+            bound += value if demand == 0 else _best_pair(problem, alike, *pairs, 0)[0]
             for team, level in zip(alike, levels, strict=True):
                 team.write(np.tile(level, team.slots), operations)
                 take_turns(team, operations, demand)

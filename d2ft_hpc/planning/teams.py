@@ -14,7 +14,7 @@ from d2ft_hpc.planning.knapsack import largest_use
 from d2ft_hpc.planning.levels import Levels, make_levels
 from d2ft_hpc.planning.messages import shares_of_senders
 from d2ft_hpc.planning.plan import Operation
-from d2ft_hpc.planning.prices import Limit
+from d2ft_hpc.planning.prices import Limit, different
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem, round_up
 
 
@@ -183,32 +183,41 @@ def step_limits(problem: PlanProblem, team: Team) -> list[Limit]:
 def other_limits(problem: PlanProblem, team: Team) -> list[Limit]:
     """The communication of a device in the batch and its memory in a row, as far as they are limited."""
     levels, cells = team.levels, problem.cells_per_device()[team.devices]
-    shortcut, forward, full = problem.communication_cost
+    shortcut = problem.communication_cost[Operation.SHORTCUT]
     row = team.row_of_class
     limits = []
-    for rank in range(1 if team.is_even else len(team.devices)):
-        devices = team.devices if team.is_even else team.devices[rank : rank + 1]
-        message = (forward - shortcut) * levels.forward_heads[:, rank] + (
-            full - forward
-        ) * levels.backward_heads[:, rank]
-        first = rank - rank % problem.ranks  # of the rank's replica
-        shares = shares_of_senders(problem.token_layout, problem.ranks)
-        active, full = (
-            np.minimum((heads[:, first : first + problem.ranks] > 0).sum(axis=1), most_ranks)
-            for heads, most_ranks in (
-                (levels.forward_heads, levels.forward_ranks),
-                (levels.backward_heads, levels.backward_ranks),
-            )
-        )
-        forward_meeting, backward_meeting = problem.meeting_cost
-        message = message + forward_meeting * shares[active, active] + backward_meeting * shares[active, full]
-        most = problem.budgets()[devices, 1].min() - cells[rank] * shortcut
+    for member in range(1 if team.is_even else len(team.devices)):
+        devices = team.devices if team.is_even else team.devices[member : member + 1]
+        most = problem.budgets()[devices, 1].min() - cells[member] * shortcut
         memory = np.full(team.slots, problem.memory_budget[devices].min())
         limits += [
-            limit_above_least(message, np.zeros_like(row), np.array([most])),
-            limit_above_least(levels.backward_heads[:, rank].astype(np.float64), row, memory),
+            limit_above_least(_messages(problem, levels, member), np.zeros_like(row), np.array([most])),
+            limit_above_least(levels.backward_heads[:, member].astype(np.float64), row, memory),
         ]
-    return [limit for limit in limits if np.isfinite(limit.most).all()]
+    scarce = [limit for limit in limits if np.isfinite(limit.most).all() and limit.use.max() > 0]
+    return different(scarce)
+
+
+def _messages(problem: PlanProblem, levels: Levels, member: int) -> Floats:
+    """What the member's heads and meetings send at each level above SHORTCUT everywhere, float64 [level]."""
+    shortcut, forward, full = problem.communication_cost
+    forward_meeting, backward_meeting = problem.meeting_cost
+    first = member - member % problem.ranks  # of the member's replica
+    its_ranks = slice(first, first + problem.ranks)
+    active, training = (
+        np.minimum((heads[:, its_ranks] > 0).sum(axis=1), most_ranks)
+        for heads, most_ranks in (
+            (levels.forward_heads, levels.forward_ranks),
+            (levels.backward_heads, levels.backward_ranks),
+        )
+    )
+    shares = shares_of_senders(problem.token_layout, problem.ranks)
+    return np.asarray(
+        (forward - shortcut) * levels.forward_heads[:, member]
+        + (full - forward) * levels.backward_heads[:, member]
+        + forward_meeting * shares[active, active]
+        + backward_meeting * shares[active, training]
+    )
 
 
 def limit_above_least(use: Floats, group: Ints, most: Floats) -> Limit:

@@ -331,7 +331,7 @@ def _put_in_force(
     layout = _follow(job, engine, placement, costs, plan)
     planned = job.costs.planned_share(plan)
     progress.say(
-        f"plan {position.plans_made} ({plan.planner}, {plan.status}, gap {plan.gap:.1e}): {planned:.1%} of the dense "
+        f"plan {position.plans_made} ({plan.evidence}): {planned:.1%} of the dense "
         f"compute, made in {seconds:.2f} s{'' if layout is None else f', tokens {layout}'}"
     )
     if writer is not None:

@@ -170,7 +170,7 @@ class PlanFollower:
         seconds = time.perf_counter() - start
         self.planning_seconds += seconds
         self._say(
-            f"plan {plan.hash[:12]} ({plan.planner}, {plan.status}, gap {plan.gap:.1e}): "
+            f"plan {plan.hash[:12]} ({plan.evidence}): "
             f"{self._costs.planned_share(plan):.1%} of the dense compute, made in {seconds:.2f} s"
         )
 

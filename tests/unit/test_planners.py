@@ -225,7 +225,7 @@ def test_the_paper_planner_keeps_ties_in_row_order():
     plan = solve(problem, "paper")
     np.testing.assert_array_equal(plan.operations[:, 0, 0], [2, 2, 1, 1, 1])
     assert (plan.operations == plan.operations[:, :1, :1]).all()
-    assert (plan.bound, plan.gap) == (plan.objective, 0.0)
+    assert plan.objective <= solve(problem, "joint").objective <= plan.bound
 
 
 def test_random_draws_the_same_numbers_of_operations_for_other_rows():

@@ -1,0 +1,171 @@
+"""What plans claim, against an oracle: budgets, demands, optima, bounds, gaps and statuses, for every kind of instance
+and every planner."""
+
+import dataclasses
+import inspect
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning import PlanProblem, SkipPlan, check, in_order, solve
+from d2ft_hpc.planning.solve import PLANNERS
+from tests import plan_oracle
+from tests.plan_oracle import FACTORS, FIELDS, Instance, draw, faults
+
+SEEDS = range(96)
+NEEDED: dict[str, dict] = {"random": {"seed": 1}, "stochastic_depth": {"seed": 1}}
+
+
+def test_the_oracle_knows_every_field_planner_and_option():
+    """A new one has to be drawn and judged in `plan_oracle` before this passes."""
+    assert {field.name for field in dataclasses.fields(PlanProblem)} == set(FIELDS)
+    assert {factor for factors in FIELDS.values() for factor in factors} | {
+        "coverage",
+        "most_shortcut",
+        "weights",
+    } == set(FACTORS)
+    options = {
+        name: set(inspect.signature(function).parameters) - {"problem"} for name, function in PLANNERS.items()
+    }
+    assert options == plan_oracle.PLANNERS
+
+
+def test_every_pair_of_kinds_is_drawn():
+    kinds = {
+        "replicas": lambda value: value,
+        "ranks": lambda value: value,
+        "stages": lambda value: value,
+        "speeds": lambda value: value == (1.0,),
+        "replicas_meet": lambda value: value,
+        "messages": lambda value: value,
+        "token_layout": lambda value: value,
+        "compute_budget": lambda value: value < 1,
+        "communication_budget": lambda value: value is None,
+        "memory_budget": lambda value: value is None,
+        "unlike_budgets": lambda value: value,
+        "coverage": lambda value: value > 0,
+        "most_shortcut": lambda value: value < 1,
+    }
+    drawn = [draw(seed).drawn for seed in SEEDS]
+    for one, other in itertools.combinations(kinds, 2):
+        seen = {(kinds[one](each[one]), kinds[other](each[other])) for each in drawn}
+        all_of = [{kinds[name](value) for value in FACTORS[name]} for name in (one, other)]
+        assert seen == set(itertools.product(*all_of)), (one, other)
+
+
+@pytest.mark.parametrize("planner", [name for name in PLANNERS if name != "dense"])
+def test_plans_are_what_they_claim(planner):
+    wrong = {}
+    for seed in SEEDS:
+        options = dict(NEEDED.get(planner, {}))
+        if planner == "depth":
+            options = {"below": ["forward_only", "shortcut"][seed % 2], "whole_rows": seed % 3 == 0}
+        found = faults(draw(seed), planner, solve, **options)
+        if found:
+            wrong[seed] = found
+    assert not wrong
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_oracle_finds_what_trying_all_plans_finds(seed):
+    instance = draw(
+        seed, shape=(2, 2, 2), replicas=1, ranks=[1, 2][seed % 2], messages="by_head", owner="even"
+    )
+    best = -math.inf
+    for choice in itertools.product((0, 1, 2), repeat=8):
+        operations = np.array(choice, dtype=np.uint8).reshape(2, 2, 2)
+        if plan_oracle.keeps_budgets(instance.problem, operations) and plan_oracle.keeps_demands(
+            instance, operations
+        ):
+            best = max(best, plan_oracle.score(instance, operations))
+    found = plan_oracle.best_of_all(instance)
+    assert found is None if best == -math.inf else found[0] == pytest.approx(best)
+
+
+def lognormal(shape, **options):
+    return PlanProblem.parallel(*np.random.default_rng(0).lognormal(0, 1, (2, *shape)), **options)
+
+
+@pytest.mark.parametrize("planner", ["makespan", "static"])
+def test_almost_equal_speeds_plan_like_equal_ones(planner):
+    plans = [
+        solve(
+            lognormal(
+                (8, 12, 12),
+                rank=in_order(12, 12, 2),
+                compute_budget=0.8,
+                communication_budget=0.5,
+                device_speed=speeds,
+            ),
+            planner,
+        )
+        for speeds in ([1.0, 1.0], [1.0, 1.001])
+    ]
+    assert plans[0].objective == pytest.approx(plans[1].objective, rel=1e-6)
+    assert {plan.status for plan in plans} == {"optimal"}
+
+
+@pytest.mark.parametrize("seconds", [1e-6, 10.0])
+def test_coverage_within_a_memory_budget_is_dealt_out_over_the_rows(seconds):
+    problem = lognormal((20, 24, 16), compute_budget=0.6, memory_budget=0.4)
+    plan = solve(problem, "joint", coverage=6, time_limit_seconds=seconds)
+    assert (plan.operations == 2).sum(axis=0).min() >= 6
+    assert (plan.operations == 2).sum(axis=(1, 2)).max() <= 153
+    assert plan.gap < 0.05
+    tightest = solve(problem, "joint", coverage=7, time_limit_seconds=seconds)  # 7 of 20 rows, of 0.398 x 20
+    assert (tightest.operations == 2).sum(axis=0).min() >= 7
+    with pytest.raises(
+        PlanError, match=r"No plan within the budgets .* least feasible memory budget is 0\.4506 "
+    ):
+        solve(problem, "joint", coverage=9, time_limit_seconds=seconds)
+
+
+def test_a_backward_that_costs_nothing_does_not_overdraw_the_budget():
+    generator = np.random.default_rng(3)
+    for _ in range(40):
+        forward, backward = generator.lognormal(0, 1, (2, 4, 3, 4))
+        backward[generator.random(backward.shape) < 0.5] = 0.0
+        problem = PlanProblem.parallel(forward, backward, forward_cost=1.0, compute_budget=0.5)
+        for planner in ("joint", "greedy"):
+            assert solve(problem, planner).objective > 0
+
+
+def test_no_plan_in_time_and_no_plan_at_all_are_told_apart():
+    instance = Instance(lognormal((6, 2, 4), compute_budget=0.4), 0, 1.0, 1.0, 1.0, {})
+    with pytest.raises(PlanError, match=r"No plan within the budgets gives .* 3 FULL rows"):
+        solve(instance.problem, "joint", coverage=3)
+    demanding = dataclasses.replace(instance, coverage=2, most_shortcut=0.0)
+    assert plan_oracle.best_of_all(demanding) is None  # two of six rows FULL, and the rest forward
+    with pytest.raises(PlanError, match=r"No plan (was found|within the budgets)"):
+        solve(instance.problem, "joint", coverage=2, most_shortcut=0.0)
+
+
+def test_a_gap_above_one_per_cent_is_said_in_words():
+    operations = np.zeros((1, 1, 2), dtype=np.uint8)
+    plan = SkipPlan(operations, 1, planner="joint", objective=9.0, bound=10.0, gap=0.1, status="time limit")
+    assert plan.evidence == "joint, time limit, gap 10.0%: its score is 9, the best may reach 10"
+    near = dataclasses.replace(plan, objective=9.95, gap=0.005, status="optimal")
+    assert near.evidence == "joint, optimal, gap 5.0e-03"
+    assert dataclasses.replace(plan, gap=math.nan).evidence == "joint, time limit, gap not known"
+
+
+def test_little_time_is_shared_by_replicas_and_stages():
+    """Each gets prices of its own, so that none is left with nothing."""
+    problem = lognormal(
+        (16, 8, 8),
+        replicas=4,
+        rank=in_order(8, 8, 2),
+        stage=np.arange(8) // 4,
+        compute_budget=0.6,
+        communication_budget=0.6,
+        memory_budget=0.5,
+        device_speed=np.resize([1.0, 0.8, 0.9], 16).tolist(),
+    )
+    plan = solve(problem, "makespan", time_limit_seconds=1e-6)
+    check(plan, problem)
+    by_replica = [(plan.operations[replica::4] == 2).sum() for replica in range(4)]
+    assert min(by_replica) > 0
+    assert plan.bound >= solve(problem, "makespan").objective
