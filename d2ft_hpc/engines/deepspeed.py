@@ -109,7 +109,13 @@ class DeepSpeedEngine:
         deepspeed.init_distributed(auto_mpi_discovery=False)
         self.rules = ZeroRules.of(config)
         self._twin = self.rules.twin_of(model)
-        self.rules.prepare(model, executor, slot_source)
+        # In a loop of the user's own, which can set the boundary itself.
+        self.rules.prepare(
+            model,
+            executor,
+            slot_source,
+            None if slot_source is None else lambda: self.engine.is_gradient_accumulation_boundary(),
+        )
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.made = deepspeed.initialize(
             model=model,

@@ -11,6 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from d2ft_hpc.execution.copies import leave_out_of_copies
+
 
 def cannot_compile() -> bool:
     """Within a compilation, or a mode that counts operators: it sees none in a compiled function, and keeps a function
@@ -39,6 +41,7 @@ def compile_outside_blocks(model: VisionTransformer) -> None:
         return result
 
     model.forward = MethodType(forward, model)
+    leave_out_of_copies(model, ["forward"])
 
 
 def _is_hooked(model: VisionTransformer) -> bool:
