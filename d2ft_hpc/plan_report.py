@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,11 @@ def read_scores(path: Path, index: int = -1) -> SavedScores:
         )
     if not -found <= index < found:
         raise ResultsError(f"{path} holds scores 0 to {found - 1}, asked for {index}.")
+    if frozen := json.loads(str(model.get("frozen_blocks", "[]"))):
+        raise ResultsError(
+            f"{path}: blocks {frozen} were frozen in this run and always run FULL: d2ft-hpc train alone plans for such "
+            f"a model (plan.planner, plan.compute_budget)"
+        )
     cells = int(model["num_blocks"]) * int(model["num_heads"])
     always, full = float(model["always_flops"]), float(model["full_flops"])
     return SavedScores(

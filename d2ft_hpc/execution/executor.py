@@ -148,6 +148,23 @@ class PlanExecutor:
         self.plan = plan
 
     @property
+    def trains(self) -> np.ndarray:
+        """Whether some parameter of each block is not frozen, bool [block]. Of blocks that do not train, plans have
+        nothing to choose: a skip spares no weight gradient there, and no score says what it costs."""
+        return np.array(
+            [
+                any(parameter.requires_grad for parameter in self.blocks[index].parameters())
+                for index in range(self.subnets.num_blocks)
+            ]
+        )
+
+    def uniform(self, operation: Operation) -> np.ndarray:
+        """uint8 [block, head]: `operation` in all heads of blocks that train, FULL in the others."""
+        operations = np.full(self.subnets.shape, Operation.FULL, dtype=np.uint8)
+        operations[self.trains] = operation
+        return operations
+
+    @property
     def is_dense(self) -> bool:
         """Whether every block runs densely on every micro-batch; it may be one of chosen samples."""
         return self.plan is None or self.plan.binding == "sample" or self.plan.is_dense

@@ -195,6 +195,7 @@ class PlanFollower:
             subnets=(num_blocks, num_heads),
             forward_cost=self._costs.forward_share,
             always_share=self._costs.always_share,
+            trains=self._costs.trains,
             device_speed=None if speed is None else by_device(speed, layout),
             replicas_meet=self._engine.zero_optimization_stage() == 3,
             seed=(section.seed, self._plans_made),
