@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.absent import fill_absent_gradients
 from d2ft_hpc.execution.block import BlockHeads, run_block
-from d2ft_hpc.execution.compilation import cannot_compile, compile_outside_blocks
+from d2ft_hpc.execution.compilation import allow_kernels_of, cannot_compile, compile_outside_blocks
 from d2ft_hpc.execution.copies import leave_out_of_copies
 from d2ft_hpc.execution.gradients import (
     Owners,
@@ -145,6 +145,7 @@ class PlanExecutor:
         self._fusible.clear()
         self.block_shapes = self._count_block_shapes(self.rows)
         self.micro_batch_shapes = len({row.shape for row in self.rows})
+        allow_kernels_of(len(self.rows))
         self.plan = plan
 
     @property
