@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,11 @@ def read_scores(path: Path, index: int = -1) -> SavedScores:
     if not np.isfinite(costs).all() or costs.min() < 0 or full <= 0:
         raise ResultsError(
             f"{path} is damaged: its model costs {always:g}, {full:g} and {forward_only:g} FLOP."
+        )
+    if frozen := json.loads(str(model.get("frozen_blocks", "[]"))):
+        raise ResultsError(
+            f"{path}: blocks {frozen} were frozen in this run and always run FULL: d2ft-hpc train alone plans for such "
+            f"a model (plan.planner, plan.compute_budget)"
         )
     return SavedScores(
         forward,

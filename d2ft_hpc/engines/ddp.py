@@ -24,8 +24,13 @@ from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.planning import SkipPlan
 
 
-def follow_ddp(ddp: DistributedDataParallel, executor: PlanExecutor, reduction: Reduction) -> None:
-    """Fits the executor of `ddp.module` to `ddp`, whose replicas may then follow different rows.
+def follow_ddp(
+    ddp: DistributedDataParallel, executor: PlanExecutor, reduction: Reduction = Reduction.AS_LOOP_SAYS
+) -> None:
+    """Fits the executor of `ddp.module` to `ddp`, whose replicas may then follow different rows. Gradients are reduced
+    in each micro-batch that does not run under `ddp.no_sync()`.
+
+    reduction: when, in complete batches.
 
     Raises ConfigError where plans could not be run exactly.
     """
@@ -41,7 +46,9 @@ def follow_ddp(ddp: DistributedDataParallel, executor: PlanExecutor, reduction: 
             f"DistributedDataParallel reduces {reduced} parameters, {trained} are trained; it would wait for the rest: "
             f"call attach, which freezes some, before DistributedDataParallel(model)"
         )
-    executor.follow(None, reduction, partial(_check, ddp))
+    executor.follow(
+        None, reduction, partial(_check, ddp), reduces=lambda block: bool(ddp.require_backward_grad_sync)
+    )
 
 
 def _check(ddp: DistributedDataParallel, plan: SkipPlan) -> None:

@@ -103,15 +103,16 @@ class DeepSpeedEngine:
         config: Mapping[str, Any],
         *,
         slot_source: Callable[[], int] | None = None,
+        is_boundary: Callable[[], bool] | None = None,
         **given: Any,
     ) -> None:
-        """slot_source: as `PlanExecutor.follow` takes it. given: what else `deepspeed.initialize` takes; optimizer and
-        schedule may be what it takes, too."""
+        """slot_source: as `PlanExecutor.follow` takes it. is_boundary: as `ZeroRules.prepare` takes it. given: what
+        else `deepspeed.initialize` takes; optimizer and schedule may be what it takes, too."""
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False)
         self.rules = ZeroRules.of(config)
         self._twin = self.rules.twin_of(model)
-        self.rules.prepare(model, executor, slot_source)
+        self.rules.prepare(model, executor, slot_source, is_boundary)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.made = deepspeed.initialize(
             model=model,

@@ -39,8 +39,13 @@ from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.plan import Operation
 
 
-def follow_fsdp(model: nn.Module, executor: PlanExecutor, reduction: Reduction) -> None:
+def follow_fsdp(
+    model: nn.Module, executor: PlanExecutor, reduction: Reduction = Reduction.AS_LOOP_SAYS
+) -> None:
     """Fits the executor to a model that `fully_shard` has spread, whose replicas may then follow different rows.
+    Gradients are reduced in each micro-batch but those before which `set_requires_gradient_sync(False)` was called.
+
+    reduction: when, in complete batches.
 
     Raises ConfigError where plans could not be run exactly.
     """
@@ -60,10 +65,14 @@ def follow_fsdp(model: nn.Module, executor: PlanExecutor, reduction: Reduction) 
                 f"fully_shard was called on block {index} together with others: call fully_shard(block) for each"
             )
 
-    executor.follow(None, reduction, partial(_check, model))
+    def reduces(block: Any) -> bool:
+        group = _group(block if isinstance(block, FSDPModule) else model)
+        return bool(group.reduce_grads)
+
+    executor.follow(None, reduction, partial(_check, model), reduces)
     # A replica that skips a block gives its input back; nothing in a timm model changes that in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPBlock\) returned a view")
-    gathers = _Gathers(executor, reduction)
+    gathers = _Gathers(executor)
     for index, block in executor.blocks.items():
         if isinstance(block, FSDPModule):
             _let_pass(block, index, gathers)
@@ -77,8 +86,8 @@ def _check(model: nn.Module, plan: SkipPlan) -> None:
 class _Gathers:
     """Which blocks need not be gathered in the micro-batch that runs."""
 
-    def __init__(self, executor: PlanExecutor, reduction: Reduction) -> None:
-        self._executor, self._reduction = executor, reduction
+    def __init__(self, executor: PlanExecutor) -> None:
+        self._executor = executor
         self._pending: set[int] = set()  # blocks with gradients that wait for a reduction
 
     def can_pass(self, block: Block, index: int) -> bool:
@@ -88,11 +97,6 @@ class _Gathers:
             return False
         group = _group(block)
         reduces = bool(group.reduce_grads and group.all_reduce_grads)
-        if reduces and not self._reduction.happens_in(slot, plan.slots):
-            raise PlanError(
-                f"gradients are reduced in micro-batch {slot}, not in the last one alone, as reduced_in='last' says: "
-                f"call set_requires_gradient_sync(False) before it, or prepare with reduced_in='every'"
-            )
         rows = plan.operations[slot * plan.replicas : (slot + 1) * plan.replicas, index]
         nobody_runs = bool((rows == Operation.SHORTCUT).all())
         if nobody_runs and not (reduces and index in self._pending):

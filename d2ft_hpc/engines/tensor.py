@@ -43,10 +43,11 @@ class TensorParallelEngine(DeepSpeedEngine):
         control: Control,
         *,
         slot_source: Callable[[], int] | None = None,
+        is_boundary: Callable[[], bool] | None = None,
         options_for: OptionsFor = no_options,
     ) -> None:
         """model: the whole one, of which the ranks copy their parts; its attached executor. config: DeepSpeed's.
-        slot_source: as `PlanExecutor.follow` takes it."""
+        slot_source: as `PlanExecutor.follow` takes it. is_boundary: as `ZeroRules.prepare` takes it."""
         import_deepspeed().init_distributed(auto_mpi_discovery=False)
         grid = grid_of(placement.layout)
         self._part = ModelPart(model, placement.blocks, executor)
@@ -60,6 +61,7 @@ class TensorParallelEngine(DeepSpeedEngine):
             loss_function,
             config,
             slot_source=slot_source,
+            is_boundary=is_boundary,
             mpu=grid,
             **options_for(self._part),
         )

@@ -120,10 +120,24 @@ class ZeroRules:
         )
 
     def prepare(
-        self, model: nn.Module, executor: PlanExecutor, slot_source: Callable[[], int] | None = None
+        self,
+        model: nn.Module,
+        executor: PlanExecutor,
+        slot_source: Callable[[], int] | None = None,
+        is_boundary: Callable[[], bool] | None = None,
     ) -> None:
-        """Before `deepspeed.initialize`: fits model and executor to the stage."""
-        executor.follow(slot_source, self.reduction)
+        """Before `deepspeed.initialize`: fits model and executor to the stage.
+
+        is_boundary: whether an optimiser step follows the micro-batch that runs; None: after the last one of a batch.
+        """
+        reduces = None
+        if is_boundary is not None and self.reduction is Reduction.LAST_MICRO_BATCH:
+            at_boundary = is_boundary
+
+            def reduces(block: Block) -> bool:
+                return at_boundary()
+
+        executor.follow(slot_source, self.reduction, reduces=reduces)
         if self.stage == 3:
             # A leaf module's parameters are gathered and its gradients reduced together, zero where absent, whatever
             # ran inside.

@@ -7,15 +7,29 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from d2ft_hpc.execution.copies import leave_out_of_copies
 
 
 def cannot_compile() -> bool:
     """Within a compilation, or a mode that counts operators: it sees none in a compiled function, and keeps a function
     that would be compiled then from being compiled for good."""
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+def allow_kernels_of(micro_batches: int) -> None:
+    """Lets torch.compile of a whole model, which is the user's own, make kernels for so many more micro-batches.
+
+    Each runs other heads, for which a compiled model is traced anew; at its limit of 8 torch would go on eagerly, and
+    say so in a log that nobody reads.
+    """
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        # The dense model's in both modes beside them; gradients may come at one point or not.
+        setattr(dynamo_config, name, getattr(dynamo_config, name) + 2 * micro_batches)
 
 
 def compile_outside_blocks(model: VisionTransformer) -> None:
@@ -39,6 +53,7 @@ def compile_outside_blocks(model: VisionTransformer) -> None:
         return result
 
     model.forward = MethodType(forward, model)
+    leave_out_of_copies(model, ["forward"])
 
 
 def _is_hooked(model: VisionTransformer) -> bool:

@@ -11,13 +11,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.execution.absent import fill_absent_gradients
 from d2ft_hpc.execution.block import BlockHeads, run_block
-from d2ft_hpc.execution.compilation import cannot_compile, compile_outside_blocks
+from d2ft_hpc.execution.compilation import allow_kernels_of, cannot_compile, compile_outside_blocks
+from d2ft_hpc.execution.copies import leave_out_of_copies
 from d2ft_hpc.execution.gradients import (
     Owners,
     Reduction,
@@ -45,10 +48,8 @@ class PlanExecutor:
     Made by `attach`.
     """
 
-    def __init__(
-        self, model: VisionTransformer, embeddings: EmbeddingPolicy, rescale: bool, compile: bool
-    ) -> None:
-        self.subnets = SubnetMap.of(model)
+    def __init__(self, subnets: SubnetMap, embeddings: EmbeddingPolicy, rescale: bool, compile: bool) -> None:
+        self.subnets = subnets
         self.plan: SkipPlan | None = None
         """The plan in force; None means dense."""
         self.detach_incomplete = embeddings == "complete_path"
@@ -61,9 +62,11 @@ class PlanExecutor:
         self._slot: int | None = None
         self._slot_source: Callable[[], int] | None = None
         self._reduction = Reduction.AFTER_BACKWARD
+        self._reduces: Callable[[Block], bool] | None = None
         self._check: Callable[[SkipPlan], None] | None = None
         self.blocks: dict[int, Block] = {}
-        """The blocks that follow this executor, by index; `link` adds them."""
+        """The blocks that follow this executor, by index; `link` adds them. Their parameters are looked up when they
+        are needed: a model that was built without memory, or loaded with assign=True, gets others."""
         self._owners: dict[int, Owners] = {}
         self._fusible: dict[int, bool] = {}
         self._compiled_shapes: set[Hashable] = set()
@@ -77,7 +80,6 @@ class PlanExecutor:
         """Different shapes of this replica's micro-batches under the plan in force."""
         self.lookup_seconds = 0.0
         """Time spent on following plans so far, on this rank: everything but the blocks' own work."""
-        self._any_parameter = next(model.parameters())
         # Each shape is compiled for itself: kernels for shapes that may vary are slower.
         self._compiled = torch.compile(_dense_forward, dynamic=False) if compile else None
         self._compiled_heads = torch.compile(run_block, dynamic=False) if compile else None
@@ -87,14 +89,18 @@ class PlanExecutor:
         slot_source: Callable[[], int] | None,
         reduction: Reduction,
         check: Callable[[SkipPlan], None] | None = None,
+        reduces: Callable[[Block], bool] | None = None,
     ) -> None:
         """Fits the executor to an engine that counts micro-batches itself, or reduces gradients during backward.
 
         slot_source: gives the place in the batch of the micro-batch that runs; None: `micro_batch` marks it.
         reduction: when the engine reduces gradients; without an engine, AFTER_BACKWARD.
         check: raises PlanError or ConfigError where the engine cannot run a plan; `load` calls it.
+        reduces: in a block's forward, whether this micro-batch's backward reduces the block's gradients, where the loop
+            can say that anew each time, as at the end of an epoch in an incomplete batch; None: as `reduction` says.
         """
         self._slot_source, self._reduction, self._check = slot_source, reduction, check
+        self._reduces = reduces
         if reduction is Reduction.BY_BLOCK:
             require_input_gradient(self.blocks[0])
 
@@ -131,15 +137,33 @@ class PlanExecutor:
         all_full = (plan.operations == Operation.FULL).all(axis=2)
         all_dense = all_full.reshape(plan.slots, plan.replicas, -1).all(axis=1)
         self.rows = [
-            self._row(cells, scales, ~dense & self._reduction.happens_in(slot, plan.slots))
-            for slot, (cells, dense) in enumerate(zip(rows, all_dense, strict=True))
+            self._row(cells, scales, ~dense)
+            for cells, dense in zip(rows, all_dense, strict=True)
             if plan.binding == "slot"
         ]
         self._owners = {index: owners_of(block) for index, block in self.blocks.items()}
         self._fusible.clear()
         self.block_shapes = self._count_block_shapes(self.rows)
         self.micro_batch_shapes = len({row.shape for row in self.rows})
+        allow_kernels_of(len(self.rows))
         self.plan = plan
+
+    @property
+    def trains(self) -> np.ndarray:
+        """Whether some parameter of each block is not frozen, bool [block]. Of blocks that do not train, plans have
+        nothing to choose: a skip spares no weight gradient there, and no score says what it costs."""
+        return np.array(
+            [
+                any(parameter.requires_grad for parameter in self.blocks[index].parameters())
+                for index in range(self.subnets.num_blocks)
+            ]
+        )
+
+    def uniform(self, operation: Operation) -> np.ndarray:
+        """uint8 [block, head]: `operation` in all heads of blocks that train, FULL in the others."""
+        operations = np.full(self.subnets.shape, Operation.FULL, dtype=np.uint8)
+        operations[self.trains] = operation
+        return operations
 
     @property
     def is_dense(self) -> bool:
@@ -194,12 +218,19 @@ class PlanExecutor:
                 "a model with a plan was called in training mode without saying which micro-batch this is: "
                 "wrap forward and backward in `with executor.micro_batch(slot):`, or call executor.unload()"
             )
+        if index == 0 and self._reduction is Reduction.AFTER_BACKWARD and _reduces_in_backward(block):
+            raise PlanError(
+                "the model trains inside DistributedDataParallel or FSDP2, whose ranks drift apart or hang where they "
+                "skip different heads: call d2ft_hpc.prepare(model, executor) after wrapping it"
+            )
         row = self.rows[slot]
+        if row.indices.device != x.device:
+            row = self.rows[slot] = row.reading(row.indices.to(x.device))
         heads = row.heads[index]
         if index == 0 and self.detach_incomplete and not row.is_complete:
             # Embeddings take no part in this micro-batch; a reduction during backward still waits for them.
             x = x.detach() if self._reduction is Reduction.AFTER_BACKWARD else zero_gradient(x)
-        if row.one_point[index]:
+        if self._at_one_point(slot, index):
             with one_point(self._owners[index], x, gives_gradients=heads.trains) as x:
                 self.lookup_seconds += _clock() - start
                 return self._run(block, index, heads, x, *args, **kwargs)
@@ -246,16 +277,24 @@ class PlanExecutor:
         """Whether torch.compile may make the kernels of the block, which skips heads."""
         if heads.is_dense or heads.is_shortcut:
             return False
-        return not (self._any_parameter.is_cuda and self._is_fused(index, heads))
+        return not (self._device.type == "cuda" and self._is_fused(index, heads))
 
     def _following(self, index: int) -> Block | None:
         """The block above block `index`, if its first norm may be computed with the block's last sum."""
         slot, above = self.slot, index + 1
-        if slot is None or above not in self.blocks or self.rows[slot].one_point[above]:
+        if slot is None or above not in self.blocks or self._at_one_point(slot, above):
             return None
         if self._reduction is Reduction.BY_BLOCK:
             return None  # the engine gathers weights block by block, and has not gathered that one's
         return self.blocks[above] if self._is_fused(above, self.rows[slot].heads[above]) else None
+
+    def _at_one_point(self, slot: int, index: int) -> bool:
+        """Whether the gradients of block `index` must be complete and in order in this micro-batch's backward."""
+        if not self.rows[slot].sparse[index]:
+            return False
+        if self._reduces is not None:
+            return self._reduces(self.blocks[index])
+        return any(self._reduction.may_happen_in(slot, len(self.rows)))
 
     @contextmanager
     def reading(self, slot: int, indices: Tensor) -> Iterator[None]:
@@ -268,10 +307,23 @@ class PlanExecutor:
             self.rows[slot] = own
 
     def link(self, block: Block, index: int) -> None:
-        """Lets a block of the model, its copy or its part follow this executor as block `index`."""
+        """Lets a block of the model, its copy or its part follow this executor as block `index`.
+
+        What copies or pickles the block gets timm's own, dense, which follows nothing.
+        """
         self.blocks[index] = block
-        block._d2ft = _BlockLink(self, index)
-        block.forward = MethodType(_planned_forward, block)
+        own: dict[str, Any] = {
+            "_d2ft": _BlockLink(self, index),
+            "forward": MethodType(_planned_forward, block),
+        }
+        vars(block).update(own)
+        leave_out_of_copies(block, own)
+
+    @property
+    def _device(self) -> torch.device:
+        """Of the parameters; the CPU while they have no memory."""
+        device = next(next(iter(self.blocks.values())).parameters()).device
+        return torch.device("cpu") if device.type == "meta" else device
 
     def _run_dense(self, block: Block, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._compiled is None or cannot_compile():
@@ -279,13 +331,13 @@ class PlanExecutor:
         result: Tensor = self._compiled(block, x, *args, **kwargs)
         return result
 
-    def _row(self, operations: np.ndarray, scales: np.ndarray, one_point: np.ndarray) -> Row:
-        """operations: uint8 [block, head]; scales, one_point: [block]."""
+    def _row(self, operations: np.ndarray, scales: np.ndarray, sparse: np.ndarray) -> Row:
+        """operations: uint8 [block, head]; scales, sparse: [block]."""
         is_complete = bool((operations == Operation.FULL).all())
-        return Row(*self._choose(operations, scales), is_complete, one_point.tolist())
+        return Row(*self._choose(operations, scales), is_complete, sparse.tolist())
 
     def _choose(self, operations: np.ndarray, scales: np.ndarray) -> tuple[Tensor, Sequence[BlockHeads]]:
-        return choose_heads(list(operations), scales.tolist(), self._any_parameter.device)
+        return choose_heads(list(operations), scales.tolist(), self._device)
 
     def _count_block_shapes(self, rows: Sequence[Row]) -> int:
         """`block_shapes` with these rows; kernels for them are counted from now on if they will be made."""
@@ -295,12 +347,15 @@ class PlanExecutor:
             or (self.detach_incomplete and self._reduction is not Reduction.AFTER_BACKWARD)
         )
         shapes = set(self._compiled_shapes)
-        for row in rows:
-            takes_gradient = is_passed_below
-            for index, (heads, at_one_point) in enumerate(zip(row.heads, row.one_point, strict=True)):
-                if index in self.blocks and self._is_compiled(index, heads):
-                    shapes.add((heads.shape, takes_gradient, at_one_point, _drop_rates(self.blocks[index])))
-                takes_gradient |= heads.trains or at_one_point
+        for slot, row in enumerate(rows):
+            for reduces in self._reduction.may_happen_in(slot, len(rows)):
+                takes_gradient = is_passed_below
+                for index, (heads, is_sparse) in enumerate(zip(row.heads, row.sparse, strict=True)):
+                    at_one_point = is_sparse and reduces
+                    if index in self.blocks and self._is_compiled(index, heads):
+                        rates = _drop_rates(self.blocks[index])
+                        shapes.add((heads.shape, takes_gradient, at_one_point, rates))
+                    takes_gradient |= heads.trains or at_one_point
         if len(shapes) <= MOST_SHAPES:
             self._compiled_shapes = shapes
         return len(shapes)
@@ -319,6 +374,13 @@ def fused() -> Any:
 def _clock() -> float:
     """torch.compile traces what is between two readings, without the clock."""
     return 0.0 if torch.compiler.is_compiling() else time.perf_counter()
+
+
+def _reduces_in_backward(block: Block) -> bool:
+    """Whether torch's DDP, or FSDP2, runs the model."""
+    if torch.compiler.is_compiling():
+        return False
+    return isinstance(block, FSDPModule) or DistributedDataParallel._active_ddp_module is not None
 
 
 def _drop_rates(block: Block) -> tuple[float, ...]:
@@ -356,7 +418,7 @@ def attach(
     model = unwrapped(model)
     if any(hasattr(block, "_d2ft") for block in getattr(model, "blocks", ())):
         raise PlanError("the model has an executor already: attach once and keep what attach returned")
-    executor = PlanExecutor(model, embeddings, rescale, compile)
+    executor = PlanExecutor(SubnetMap.of(model), embeddings, rescale, compile)
     frozen = {ParameterClass.EMBEDDING: embeddings == "frozen", ParameterClass.SHARED: shared == "frozen"}
     for name, parameter in model.named_parameters():
         if frozen.get(executor.subnets.classify(name), False):
@@ -365,7 +427,14 @@ def attach(
         executor.link(block, index)
     if compile:
         compile_outside_blocks(model)
+    fill_absent_gradients(model, _skips)
     return executor
+
+
+def _skips(model: Any) -> bool:
+    """Whether the attached model follows a plan by micro-batches."""
+    link: _BlockLink = next(model.blocks.children())._d2ft
+    return bool(link.executor.rows)
 
 
 def _planned_forward(block: Block, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

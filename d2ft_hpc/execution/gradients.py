@@ -25,19 +25,23 @@ class Reduction(Enum):
     AFTER_BACKWARD = "after the backward pass"
     LAST_MICRO_BATCH = "during the backward pass of a batch's last micro-batch"
     EVERY_MICRO_BATCH = "during the backward pass of every micro-batch"
+    AS_LOOP_SAYS = "during the backward pass of the micro-batches that the training loop chooses"
     BY_BLOCK = (
         "by whole blocks, where the engine itself fills what is missing with zeros (ZeRO-3's leaf modules)"
     )
 
-    def happens_in(self, slot: int, slots: int) -> bool:
-        """Whether gradients must be complete and in order in the backward pass of micro-batch `slot` of `slots`."""
+    def may_happen_in(self, slot: int, slots: int) -> tuple[bool, ...]:
+        """Whether gradients must be complete and in order in the backward pass of micro-batch `slot` of `slots`, where
+        a batch is complete; both where that is not known before."""
         match self:
             case Reduction.EVERY_MICRO_BATCH:
-                return True
+                return (True,)
             case Reduction.LAST_MICRO_BATCH:
-                return slot == slots - 1
+                return (slot == slots - 1,)
+            case Reduction.AS_LOOP_SAYS:
+                return (False, True)
             case _:
-                return False
+                return (False,)
 
 
 Owners = list[tuple[dict[str, Any], str]]

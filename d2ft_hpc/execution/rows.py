@@ -19,13 +19,13 @@ class Row:
     """What one micro-batch runs.
 
     indices: int64 [n], all that the blocks' heads are parts of. heads: [block].
-    is_complete: FULL everywhere. one_point: [block], whether a block's gradients must be complete and in order.
+    is_complete: FULL everywhere. sparse: [block], whether some replica does not run the block densely.
     """
 
     indices: Tensor
     heads: Sequence[BlockHeads]
     is_complete: bool
-    one_point: Sequence[bool]
+    sparse: Sequence[bool]
 
     @property
     def shape(self) -> tuple[tuple[int, int, float], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,6 +59,7 @@ def _seconds_of_dense_passes(run: Run) -> float:
     if not samples or any(name not in model for name in names):
         return float("nan")
     seconds, always, full, blocks, heads = (float(model[name]) for name in names)
+    blocks -= len(json.loads(str(model.get("frozen_blocks", "[]"))))
     return seconds / (float(samples) * (always + blocks * heads * full))
 
 

@@ -5,49 +5,95 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.metering.meter import meter
 from d2ft_hpc.model.probe import probe
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 
+Floats = npt.NDArray[np.float64]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class StepCosts:
-    """FLOPs of one sample: of what always runs, of one subnet under FULL and under FORWARD_ONLY, and of scoring it."""
+    """FLOPs of one sample, in training.
 
-    always_flops: float
-    full_flops: float
-    forward_only_flops: float
-    num_subnets: int
+    outside_flops: of what lies outside the blocks. full_by_block, forward_only_by_block: of one subnet of each block,
+        float64 [block]. A block with frozen parameters has fewer in backward: no weight gradients, and none at all if
+        nothing below it trains.
+    subnets: number of them in each block, int64 [block].
+    trains: bool [block]; a block that does not, because all of its parameters are frozen, is no matter of plans: it
+        runs FULL, which counts as always run.
+    trains_embeddings: every micro-batch's gradient goes on below the blocks.
+    score_flops: of scoring the sample; 0 where samples are not scored one by one.
+    """
+
+    outside_flops: float
+    full_by_block: Floats
+    forward_only_by_block: Floats
+    subnets: npt.NDArray[np.int64]
+    trains: npt.NDArray[np.bool_]
+    trains_embeddings: bool = False
     score_flops: float = 0.0
-    """0 where samples are not scored one by one."""
+
+    @property
+    def num_subnets(self) -> int:
+        """Of blocks that train."""
+        return int(self.subnets[self.trains].sum())
+
+    @property
+    def always_flops(self) -> float:
+        """Of what runs whatever the plan says."""
+        frozen = ~self.trains
+        return self.outside_flops + float(self.full_by_block[frozen] @ self.subnets[frozen])
+
+    @property
+    def full_flops(self) -> float:
+        """Of a subnet under FULL, on average over the blocks that train."""
+        return self._mean(self.full_by_block)
+
+    @property
+    def forward_only_flops(self) -> float:
+        """Of a subnet under FORWARD_ONLY, on average over the blocks that train."""
+        return self._mean(self.forward_only_by_block)
+
+    def _mean(self, by_block: Floats) -> float:
+        return float(by_block[self.trains] @ self.subnets[self.trains]) / max(self.num_subnets, 1)
 
     @property
     def forward_share(self) -> float:
         """Cost of FORWARD_ONLY in units of FULL (c_f of the paper)."""
-        return self.forward_only_flops / self.full_flops
+        return self.forward_only_flops / self.full_flops if self.num_subnets else 1.0
+
+    @property
+    def block_flops(self) -> Floats:
+        """Training FLOPs of each block in the dense model, float64 [block]."""
+        return np.asarray(self.full_by_block * self.subnets)
 
     @property
     def dense_flops(self) -> float:
-        """Training FLOPs of one sample in the dense model."""
-        return self.always_flops + self.num_subnets * self.full_flops
+        """Training FLOPs of one sample in the dense model, whose frozen parameters are frozen, too."""
+        return self.outside_flops + float(self.block_flops.sum())
 
     @property
     def always_share(self) -> float:
         """Share of the dense FLOPs that runs whatever the plan says."""
         return self.always_flops / self.dense_flops
 
-    def planned_flops(self, rows: np.ndarray) -> np.ndarray:
+    def planned_flops(self, rows: np.ndarray) -> Floats:
         """Training FLOPs of one sample under each row; rows: uint8 [row, block, head], returns float64 [row]."""
-        full = (rows == Operation.FULL).sum(axis=(1, 2))
-        forward_only = (rows == Operation.FORWARD_ONLY).sum(axis=(1, 2))
-        flops: np.ndarray = (
-            self.always_flops + full * self.full_flops + forward_only * self.forward_only_flops
-        )
-        return flops
+        full = (rows == Operation.FULL).sum(axis=2)
+        forward_only = (rows == Operation.FORWARD_ONLY).sum(axis=2)
+        # A frozen block has a backward only where something below it takes a gradient.
+        takes = (full > 0) & self.trains
+        is_passed = self.trains | self.trains_embeddings | (np.cumsum(takes, axis=1) > takes)
+        of_full = np.where(is_passed, self.full_by_block, self.forward_only_by_block)
+        flops = (full * of_full).sum(axis=1) + forward_only @ self.forward_only_by_block
+        return np.asarray(self.outside_flops + flops)
 
     def planned_share(self, plan: SkipPlan) -> float:
         """The plan's training FLOPs over the dense ones, always-run parts and scoring included."""
@@ -59,27 +105,48 @@ class StepCosts:
 def measure_costs(
     model: VisionTransformer, executor: PlanExecutor, image_shape: tuple[int, int, int]
 ) -> StepCosts:
-    """Counts training passes of one blank image with all subnets SHORTCUT, FORWARD_ONLY and FULL.
+    """Counts a training pass of one blank image through the dense model, and through each block by itself.
 
     image_shape: (channel, height, width). Model, gradients, random state and the loaded plan stay as they were.
     """
-    flops = {operation: _count_flops(model, executor, operation, image_shape) for operation in Operation}
-    subnets = executor.subnets.num_blocks * executor.subnets.num_heads
-    always = flops[Operation.SHORTCUT]
+    blocks, heads = list(model.blocks.children()), executor.subnets.num_heads
+    inputs: list[Tensor] = []
+    handles = [block.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for block in blocks]
+    weight = next(model.parameters())
+    image = torch.zeros(1, *image_shape, device=weight.device, dtype=weight.dtype)
+    with probe(model, training=True):
+        try:
+            dense = _count_flops(model, executor, Operation.FULL, image)
+        finally:
+            for handle in handles:
+                handle.remove()
+        passes = {
+            operation: np.array(
+                [
+                    _count_flops(block, executor, operation, x)
+                    for block, x in zip(blocks, inputs, strict=True)
+                ],
+                dtype=np.float64,
+            )
+            for operation in (Operation.FULL, Operation.FORWARD_ONLY)
+        }
     return StepCosts(
-        always_flops=always,
-        full_flops=(flops[Operation.FULL] - always) / subnets,
-        forward_only_flops=(flops[Operation.FORWARD_ONLY] - always) / subnets,
-        num_subnets=subnets,
+        outside_flops=float(dense - passes[Operation.FULL].sum()),
+        full_by_block=passes[Operation.FULL] / heads,
+        forward_only_by_block=passes[Operation.FORWARD_ONLY] / heads,
+        subnets=np.full(len(blocks), heads, dtype=np.int64),
+        trains=executor.trains,
+        trains_embeddings=executor.trains_embeddings,
     )
 
 
-def _count_flops(
-    model: VisionTransformer, executor: PlanExecutor, operation: Operation, image_shape: tuple[int, int, int]
-) -> int:
+def _count_flops(module: nn.Module, executor: PlanExecutor, operation: Operation, x: Tensor) -> int:
+    """Of a training pass of `x`, which takes a gradient if it is one of a pass that gives it one."""
     operations = np.full(executor.subnets.shape, operation, dtype=np.uint8)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    image = torch.zeros(1, *image_shape, device=trained[0].device, dtype=trained[0].dtype)
-    with probe(model, training=True), executor.temporarily(operations), meter() as metered:
-        torch.autograd.grad(model(image).sum(), trained, allow_unused=True)
+    x = x.detach().requires_grad_(x.requires_grad)
+    wanted = [each for each in (x, *module.parameters()) if each.requires_grad]
+    with executor.temporarily(operations), meter() as metered:
+        output = module(x).sum()
+        if output.requires_grad:
+            torch.autograd.grad(output, wanted, allow_unused=True)
     return metered.flops

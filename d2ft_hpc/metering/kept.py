@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
@@ -19,7 +18,8 @@ from d2ft_hpc.planning.plan import Operation
 class KeptBytes:
     """Of one micro-batch in the whole model, beside its weights; NaN where not even one sample fits.
 
-    unowned: of what no head owns, in a micro-batch with FULL heads in every block. by_full: of each FULL subnet.
+    unowned: of what no head owns, in a micro-batch with FULL heads in every block, and of frozen blocks. by_full: of
+    each FULL subnet of the others.
     """
 
     unowned: float
@@ -41,7 +41,8 @@ def measure_kept(
     images_shape: (sample, channel, height, width); fewer samples are taken, and counted as many times, where memory is
     too short. Model, gradients, random state and the loaded plan stay as they were.
     """
-    samples, (blocks, heads) = images_shape[0], executor.subnets.shape
+    samples, heads = images_shape[0], executor.subnets.num_heads
+    blocks = int(executor.trains.sum())
     few = min(1, heads - 1)  # of a single head, none
     while True:
         try:
@@ -56,7 +57,7 @@ def measure_kept(
                 return KeptBytes(float("nan"), float("nan"))
             samples = -(-samples // 2)
         else:
-            by_full = (dense - sparse) / (blocks * (heads - few))
+            by_full = (dense - sparse) / max(blocks * (heads - few), 1)
             return KeptBytes(sparse - blocks * few * by_full, by_full)
 
 
@@ -68,7 +69,7 @@ def _kept(
     precision: torch.dtype,
 ) -> int:
     """full: heads that are FULL in each block; the others are FORWARD_ONLY."""
-    operations = np.full(executor.subnets.shape, Operation.FORWARD_ONLY, dtype=np.uint8)
+    operations = executor.uniform(Operation.FORWARD_ONLY)
     operations[:, :full] = Operation.FULL
     weight = next(iter(model.parameters()))
     images = torch.zeros(images_shape, device=weight.device, dtype=weight.dtype)

@@ -74,7 +74,7 @@ def _time_pass(
     precision: torch.dtype,
 ) -> float:
     """The fastest of some passes after a first one."""
-    operations = np.full(executor.subnets.shape, operation, dtype=np.uint8)
+    operations = executor.uniform(operation)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = trained[0].device
     images = torch.zeros(images_shape, device=device, dtype=trained[0].dtype)

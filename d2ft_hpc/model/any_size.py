@@ -18,7 +18,6 @@ def of_any_size(model: VisionTransformer) -> VisionTransformer:
     What timm builds for dynamic_img_size=True, made from a model, or the part of one, that was not built so.
     """
     twin: VisionTransformer = copy.copy(model)
-    vars(twin).pop("forward", None)  # where the model's own is compiled, it stays bound to the model
     twin._modules = dict(model._modules)
     if "patch_embed" in twin._modules:  # only the first part of a model has it
         twin.patch_embed = copy.copy(model.patch_embed)

@@ -22,6 +22,9 @@ from d2ft_hpc.errors import UnsupportedModelError
 LINEAR_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 """A block's layers whose rows or columns are cut by head."""
 
+_BELOW_BLOCKS = ("patch_embed", "pos_embed", "cls_token", "dist_token", "reg_token", "norm_pre")
+"""Of timm's models; the distilled DeiTs have a token of their own."""
+
 SUPPORTED = (
     "timm VisionTransformer models whose blocks are timm's Block with Attention and Mlp: fused qkv, any head size, "
     "LayerScale, q/k norm, DropPath, dropout, missing biases, class and register tokens, any pooling, peft's LoRA"
@@ -33,7 +36,7 @@ class ParameterClass(Enum):
 
     SUBNET = "subnet"
     EMBEDDING = "embedding"
-    """Patch projection, positions, class and register tokens, pre-norm: below every block."""
+    """Patch projection, positions, class, distillation and register tokens, pre-norm: below every block."""
     SHARED = "shared"
     """A block's norms, q/k norms, LayerScale, and the biases of `proj` and `fc2`: shared by the block's heads."""
     CLASSIFIER = "classifier"
@@ -115,7 +118,7 @@ class SubnetMap:
         if parameter_name.startswith("blocks."):
             inner = parameter_name.split(".", 2)[2]
             return ParameterClass.SUBNET if inner in self.head_axes else ParameterClass.SHARED
-        if parameter_name.split(".")[0] in ("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre"):
+        if parameter_name.split(".")[0] in _BELOW_BLOCKS:
             return ParameterClass.EMBEDDING
         return ParameterClass.CLASSIFIER
 

@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from d2ft_hpc.execution.copies import copied_state
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.model.subnets import ParameterClass
 from d2ft_hpc.parallel.messages import TokenMessages
@@ -25,21 +26,22 @@ class ModelPart(VisionTransformer):  # type: ignore[misc]
     def __init__(self, model: VisionTransformer, blocks: range, executor: PlanExecutor) -> None:
         nn.Module.__init__(self)  # timm's would make new weights
         self.__dict__.update(
-            {name: value for name, value in vars(model).items() if name not in self.__dict__}
+            {name: value for name, value in copied_state(model).items() if name not in self.__dict__}
         )
         self.executor = executor
         self.is_first = blocks.start == 0
         self.is_last = blocks.stop == executor.subnets.num_blocks
         self.tokens = tokens_of(model)
         """Of every sample between the blocks; None if that varies."""
-        memo = {id(executor): executor}
         for name, parameter in model._parameters.items():
             self.register_parameter(name, copy.deepcopy(parameter) if self._keeps(name) else None)
         for name, module in model.named_children():
             if name != "blocks" and (self._keeps(name) or not list(module.parameters())):
                 self.add_module(name, copy.deepcopy(module))
         of_model = list(model.blocks)
-        self.blocks = nn.ModuleDict({str(index): copy.deepcopy(of_model[index], memo) for index in blocks})
+        self.blocks = nn.ModuleDict({str(index): copy.deepcopy(of_model[index]) for index in blocks})
+        for index, block in self.blocks.items():
+            executor.link(block, int(index))
 
     def _keeps(self, name: str) -> bool:
         is_below = self.executor.subnets.classify(name) is ParameterClass.EMBEDDING

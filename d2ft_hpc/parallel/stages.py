@@ -17,9 +17,7 @@ def layer_flops(model: VisionTransformer, costs: StepCosts, image_shape: tuple[i
     image_shape: (channel, height, width). costs: of the whole model.
     """
     below = _flops_below(model, image_shape)
-    blocks = len(list(model.blocks))
-    of_block = costs.num_subnets * costs.full_flops / blocks
-    return [below, *[of_block] * blocks, costs.always_flops - below]
+    return [below, *costs.block_flops.tolist(), costs.outside_flops - below]
 
 
 def _flops_below(model: VisionTransformer, image_shape: tuple[int, int, int]) -> float:

@@ -132,7 +132,7 @@ class TensorParallelExecutor(PlanExecutor):
         indices, own = choose_heads(
             [cells[owner == self.messages.rank] for cells, owner in owned],
             scales.tolist(),
-            self._any_parameter.device,
+            self._device,
         )
         ranks = (
             tuple(

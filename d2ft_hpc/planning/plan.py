@@ -8,7 +8,7 @@ import json
 import math
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
@@ -189,6 +189,15 @@ class SkipPlan:
 
     def __hash__(self) -> int:
         return hash(self.hash)
+
+    def among(self, planned: npt.NDArray[np.bool_]) -> SkipPlan:
+        """This plan of some blocks in a model of which all others run FULL.
+
+        planned: bool [block] of the model, with as many blocks that are planned as this plan has.
+        """
+        operations = np.full((self.num_rows, len(planned), self.num_heads), Operation.FULL, dtype=np.uint8)
+        operations[:, planned] = self.operations
+        return replace(self, operations=operations)
 
     def for_replica(self, replica: int) -> npt.NDArray[np.uint8]:
         """The operations of one replica, uint8 [slot, block, head], read-only."""

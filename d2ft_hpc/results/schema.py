@@ -15,8 +15,9 @@ their unit in their name.
 
     config         yaml: the resolved configuration
     environment    attributes: library versions, launcher, world_size, replicas, device, ...
-    model          attributes: name, num_blocks, num_heads, always_flops, full_flops, forward_only_flops (FLOP of one
-                   sample), ...; the map from parameters to what owns them
+    model          attributes: name, num_blocks, num_heads, frozen_blocks (JSON, those that count as always run),
+                   always_flops, full_flops, forward_only_flops (FLOP of one sample), ...; the map from parameters to
+                   what owns them
 
 Every dataset has the attributes `units` ("1" for pure numbers) and `description`, and HDF5 dimension scales: the
 index along each axis, which are datasets at the root (rank, row, block, head, label, ...) and, for the first axis,

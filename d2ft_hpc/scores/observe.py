@@ -13,7 +13,8 @@ from d2ft_hpc.scores.gradients import gradients_of_heads
 
 
 class GradientObserver:
-    """Adds up squared weight gradients of dense micro-batches, by slot, block and head, until `close`.
+    """Adds up squared weight gradients of dense micro-batches, by slot, block and head, until `close`; also of frozen
+    weights, where other parameters of the block train.
 
     A linear layer's gradients follow from its input and its output's gradient; parameters and their hooks are not
     touched, so that it works wherever an engine keeps them.
@@ -36,6 +37,7 @@ class GradientObserver:
         self._layers = {
             (index, name): block.get_submodule(name)
             for index, block in enumerate(model.blocks)
+            if any(parameter.requires_grad for parameter in block.parameters())
             for name in LINEAR_LAYERS
         }
         self._handles = [
@@ -49,7 +51,9 @@ class GradientObserver:
 
     def _hook(self, block: int, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def observe(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if layer.training and output.requires_grad:
+            if layer.training and torch.is_grad_enabled():
+                if not output.requires_grad:  # everything up to here is frozen, but not the whole block
+                    output.requires_grad_()
                 slot, layer_input = self._current_slot(), inputs[0].detach()
                 output.register_hook(lambda gradient: self._add(slot, block, name, layer_input, gradient))
 

@@ -151,7 +151,7 @@ def _train_epochs(
         """A plan in force with less memory for these ranks; its index."""
         nonlocal position, costs
         assert engine.executor.plan is not None
-        costs = with_less_memory(costs, engine.executor.plan, ranks)
+        costs = with_less_memory(costs, engine.executor.plan, ranks, job.costs.trains)
         told = ", ".join(f"rank {rank}: at most {costs.most_full[rank]:.0f}" for rank in ranks)  # type: ignore[index]
         progress.say(
             f"out of memory, the step is repeated; FULL subnets of a micro-batch from now on: {told}"

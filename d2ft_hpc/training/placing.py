@@ -65,5 +65,5 @@ def costs_of_rank(job: Job, placement: Placement) -> StepCosts:
     """Costs of this rank's part of the dense model; what always runs does so on every tensor-parallel rank."""
     below, *_, above = job.layer_flops
     layout = placement.layout
-    always = (below if layout.stage == 0 else 0.0) + (above if layout.stage == layout.stages - 1 else 0.0)
-    return replace(job.costs, always_flops=always, num_subnets=int(placement.own.sum()))
+    outside = (below if layout.stage == 0 else 0.0) + (above if layout.stage == layout.stages - 1 else 0.0)
+    return replace(job.costs, outside_flops=outside, subnets=placement.own.sum(axis=1))

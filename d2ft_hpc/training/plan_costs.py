@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import TypeAdapter, ValidationError
 
@@ -162,12 +163,15 @@ def _costs(job: Job, of_ranks: Sequence[PassProfile]) -> PlanCosts:
             )
 
 
-def with_less_memory(costs: PlanCosts, plan: SkipPlan, ranks: Sequence[int]) -> PlanCosts:
+def with_less_memory(
+    costs: PlanCosts, plan: SkipPlan, ranks: Sequence[int], trains: npt.NDArray[np.bool_]
+) -> PlanCosts:
     """The costs after replicas ran out of memory under a plan: a tenth fewer FULL subnets, at least one, than the plan
-    had in a micro-batch. ranks: the replicas, each of one rank. Raises PlanError where there are none left to take."""
+    had in a micro-batch. ranks: the replicas, each of one rank. trains: blocks that plans
+    have a say in, bool [block]. Raises PlanError where there are none left to take."""
     most_full = [math.inf] * plan.replicas if costs.most_full is None else list(costs.most_full)
     for rank in ranks:
-        full = int((plan.for_replica(rank) == Operation.FULL).sum(axis=(1, 2)).max())
+        full = int((plan.for_replica(rank)[:, trains] == Operation.FULL).sum(axis=(1, 2)).max())
         most_full[rank] = min(most_full[rank], full - max(1, full // 10))
         if most_full[rank] < 0:
             raise PlanError(

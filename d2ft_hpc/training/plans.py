@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -213,6 +214,7 @@ def solve_here(
         subnets=job.executor.subnets.shape,
         forward_cost=costs.forward_share,
         always_share=costs.always_share,
+        trains=job.costs.trains,
         device_speed=by_device(costs.device_speed, job.layout),
         replicas_meet=meets_every_block(job.config.engine),
         seed=(job.config.run.seed, index),
@@ -300,6 +302,7 @@ def solve_slots(
     subnets: tuple[int, int],
     forward_cost: float,
     always_share: float,
+    trains: npt.NDArray[np.bool_] | None = None,
     device_speed: Sequence[float] | None,
     replicas_meet: bool,
     seed: tuple[int, int],
@@ -311,31 +314,37 @@ def solve_slots(
 ) -> SkipPlan:
     """The plan by micro-batches that `config` asks for; costs, speeds and `replicas_meet` as PlanProblem takes them.
 
-    subnets: (blocks, heads). same_rows: one replica's plan, by the scores' mean over the replicas, for all of them.
+    subnets: (blocks, heads). trains: bool [block], blocks that plans have a say in; all others, which are frozen, run
+    FULL, as part of what always runs; None: all.
+    same_rows: one replica's plan, by the scores' mean over the replicas, for all of them.
     placement: where a replica's subnets are; None: all on one rank.
     most_full: as PlanProblem takes it. token_layouts: those that the plan may have; if what it sends depends on them,
     the faster of their plans is taken.
+
+    Raises PlanError where no plan keeps the budgets, also because frozen blocks leave nothing to plan.
     """
     assert config.planner != "samples", "that plan is of another kind"
     if config.planner == "dense":
         return SkipPlan.dense(slots, replicas, *subnets)
     posed_replicas = 1 if same_rows else replicas
+    planned = np.ones(subnets[0], dtype=bool) if trains is None else trains
+    _check_frozen(planned, placement)
 
     def posed(values: np.ndarray) -> np.ndarray:
         by_copy = values.astype(np.float64).reshape(slots, -1, posed_replicas, *subnets)
         mean: np.ndarray = by_copy.mean(axis=1).reshape(-1, *subnets)
-        return mean
+        return mean[:, planned]
 
     equal = np.ones((slots * replicas, *subnets))
-    depth = np.arange(1, subnets[0] + 1)[:, None] / subnets[0]  # [block, 1]
+    depth = np.flatnonzero(planned)[:, None] / subnets[0] + 1 / subnets[0]  # [block, 1]
 
     def pose(token_layout: TokenLayout) -> PlanProblem:
         return PlanProblem.parallel(
             posed(equal if scores is None else scores.forward),
             posed(equal if scores is None else scores.backward) * depth**config.depth_exponent,
             replicas=posed_replicas,
-            rank=None if placement is None else placement.owner,
-            stage=None if placement is None else placement.stage,
+            rank=None if placement is None else placement.owner[planned],
+            stage=None if placement is None else placement.stage[planned],
             compute_budget=config.compute_budget,
             communication_budget=config.communication_budget,
             memory_budget=config.memory_budget,
@@ -364,6 +373,7 @@ def solve_slots(
             for each, problem in zip(plans, problems, strict=True)
         ]
         plan = plans[int(np.argmin(seconds))]
+    plan = plan.among(planned)
     copies = replicas // posed_replicas
     return replace(
         plan,
@@ -372,6 +382,22 @@ def solve_slots(
         objective=plan.objective * copies,
         bound=plan.bound * copies,
     )
+
+
+def _check_frozen(planned: npt.NDArray[np.bool_], placement: Placement | None) -> None:
+    """Raises PlanError where frozen blocks leave nothing to plan, on all ranks or on one of them."""
+    frozen = np.flatnonzero(~planned).tolist()
+    if not planned.any():
+        raise PlanError(
+            "every block is frozen, so that no skip would spare a weight gradient: plan.planner=dense, or let some "
+            "blocks train"
+        )
+    for stage, blocks in enumerate([] if placement is None else placement.stages):
+        if not planned[list(blocks)].any():
+            raise PlanError(
+                f"blocks {frozen} are frozen, which is all that pipeline stage {stage} has: no plan can share out the "
+                f"budget; use fewer stages, or none"
+            )
 
 
 def _saved_plan(path: Path, job: Job) -> SkipPlan:

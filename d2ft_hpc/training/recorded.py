@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 
+import numpy as np
+
 from d2ft_hpc.execution.executor import MOST_SHAPES, PlanExecutor
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
@@ -30,6 +32,7 @@ def record_job(
             "name": job.config.model.name,
             "num_blocks": job.executor.subnets.num_blocks,
             "num_heads": job.executor.subnets.num_heads,
+            "frozen_blocks": json.dumps(np.flatnonzero(~job.costs.trains).tolist()),
             "always_flops": job.costs.always_flops,
             "full_flops": job.costs.full_flops,
             "forward_only_flops": job.costs.forward_only_flops,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from d2ft_hpc.engines.portable import write_file
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.files import atomic
-from d2ft_hpc.launch import Control, share
+from d2ft_hpc.launch import Control, agreed, share
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.planning import Operation, SkipPlan, plan_samples
@@ -29,6 +31,7 @@ from d2ft_hpc.scores.observe import GradientObserver
 from d2ft_hpc.selection import SampleSelection
 from d2ft_hpc.training.plans import UNSCORED, by_device, solve_slots
 from d2ft_hpc.user_loop.observe_part import PartObserver
+from d2ft_hpc.user_loop.saved import FILE, SavedFollower
 from d2ft_hpc.user_loop.section import D2ftSection
 
 
@@ -55,17 +58,23 @@ class PlanFollower:
         """Time that scoring's collectives and solving took so far; the dense probe steps come on top."""
         self._ours, self._engine, self._costs, self._placement = ours, ours.engine, costs, placement
         self._selection = selection
+        self.slot = 0
+        """The place in its batch of the micro-batch that runs, or ran last, in training."""
+        self.is_boundary = False
+        """Whether an optimiser step follows it."""
         self._observer: GradientObserver | PartObserver | None = None
+        self._eager = ExitStack()  # what ends when the observer does
         self._batches = 0  # begun since the newest plan was made
         self._seen = -1
         self._plans_made = 0
         if isinstance(ours, PipelineEngine):
             self._lead_batches(ours)
         else:
-            # Before DeepSpeed's own hooks, which gather weights.
-            ours.engine.module.register_forward_pre_hook(self._before_forward, prepend=True)
+            # Of the engine, so that copies of its module have none, and torch.compile sees none.
+            ours.engine.register_forward_pre_hook(self._before_forward)
         if ours.same_rows is not None:
-            self._say(f"one plan for all replicas: {ours.same_rows}")
+            say(control, f"one plan for all replicas: {ours.same_rows}")
+        self._follow_checkpoints()
         if section.plan is not None:
             self.follow(SkipPlan.load(section.plan))
         elif not self._needs_scores:
@@ -106,6 +115,69 @@ class PlanFollower:
                 with atomic.replaced(folder / "scores.npz") as temporary, temporary.open("wb") as file:
                     np.savez(file, forward=self.scores.forward, backward=self.scores.backward)
 
+    def _follow_checkpoints(self) -> None:
+        """The engine's `save_checkpoint` and `load_checkpoint` carry the plan, too, and all that the next ones follow
+        from."""
+        engine, save, load = self._engine, self._engine.save_checkpoint, self._engine.load_checkpoint
+
+        def save_checkpoint(save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+            tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+            content = self._saved().to_bytes()
+            with agreed(self.control, "saving the plan"):
+                if self.control.rank == 0:  # before DeepSpeed says that this checkpoint is the latest
+                    folder = Path(save_dir) / tag
+                    folder.mkdir(parents=True, exist_ok=True)
+                    atomic.write(folder / FILE, content)
+            return save(save_dir, tag, *args, **kwargs)
+
+        def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+            found = load(*args, **kwargs)
+            asked = inspect.signature(load).bind(*args, **kwargs).arguments
+            if found[0] is not None and not asked.get("load_module_only"):
+                self._resume(Path(found[0]).parent / FILE)
+            return found
+
+        engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+
+    def _saved(self) -> SavedFollower:
+        """On all ranks together."""
+        observed = None
+        if self._observer is not None:
+            own = self._observer.sums.cpu().numpy().astype("<f4")
+            of_ranks = self.control.all_gather(own.tobytes())
+            observed = np.stack([np.frombuffer(each, "<f4").reshape(own.shape) for each in of_ranks])
+        return SavedFollower(self.plan, self._batches, self._plans_made, self.scores, observed)
+
+    def _resume(self, path: Path) -> None:
+        """Goes on from the file, if there is one; on all ranks together. A plan that the configuration names and never
+        replaces stays. Raises CheckpointError where the file is damaged."""
+        content = share(self.control, lambda: path.read_bytes() if path.exists() else b"", "the saved plan")
+        if self.section.plan is not None and self.section.replan.every is None:
+            return
+        if not content:
+            say(self.control, f"{path} is missing, which a checkpoint of ours has: plans begin anew")
+            return
+        saved = SavedFollower.from_bytes(content, str(path))
+        try:
+            if saved.plan is not None:
+                self._ours.check(saved.plan)
+        except PlanError as error:
+            say(self.control, f"the checkpoint's plan does not fit, plans begin anew: {error}")
+            return
+        if self._observer is not None:
+            self._observer.close()
+            self._observer = None
+            self._eager.close()
+        self.executor.unload()
+        if saved.plan is not None:
+            self.follow(saved.plan)
+        self._batches, self._plans_made, self.scores = saved.batches, saved.plans_made, saved.scores
+        self._seen = -1
+        if saved.observed is not None and len(saved.observed) == self.control.world_size:
+            self._observe()
+            assert self._observer is not None
+            self._observer.sums.copy_(torch.from_numpy(saved.observed[self.control.rank].copy()))
+
     def overhead(self) -> str:
         """What following plans has cost so far, in words."""
         steps = max(int(self._engine.global_steps), 1)
@@ -129,11 +201,14 @@ class PlanFollower:
 
         pipeline.engine.train_batch = planned_batch
 
-    def _before_forward(self, model: nn.Module, inputs: Any) -> None:
-        if not model.training or not torch.is_grad_enabled():
+    def _before_forward(self, engine: nn.Module, inputs: Any) -> None:
+        if not self._engine.module.training or not torch.is_grad_enabled():
             return
+        # Read here and not in the blocks: torch.compile would make kernels anew for each value of DeepSpeed's counter.
+        self.slot = current_slot(self._engine)
+        self.is_boundary = bool(self._engine.is_gradient_accumulation_boundary())
         micro_step = int(self._engine.micro_steps)
-        if micro_step != self._seen and current_slot(self._engine) == 0:
+        if micro_step != self._seen and self.slot == 0:
             self._begin_batch()
         self._seen = micro_step
 
@@ -146,32 +221,37 @@ class PlanFollower:
             self._batches = 0
             if self._needs_scores:
                 self.executor.unload()
-                self._observer = self._make_observer()
+                self._observe()
             else:
                 self._make_plan(None)
         self._batches += 1
+
+    def _observe(self) -> None:
+        """The steps from now on give scores; not through torch.compile, whose kernels would keep or lack the hooks."""
+        self._observer = self._make_observer()
+        self._eager.enter_context(torch.compiler.set_stance("force_eager"))
 
     def _make_observer(self) -> GradientObserver | PartObserver:
         engine, subnets = self._engine, self.executor.subnets
         slots = int(engine.gradient_accumulation_steps())
         if isinstance(self._ours, (PipelineEngine, TensorParallelEngine)):
             return PartObserver(self._ours.part, subnets, self._placement, slots, lambda: loss_scale(engine))
-        return GradientObserver(
-            engine.module, subnets, slots, lambda: current_slot(engine), lambda: loss_scale(engine)
-        )
+        return GradientObserver(engine.module, subnets, slots, lambda: self.slot, lambda: loss_scale(engine))
 
     def _make_plan(self, observer: GradientObserver | PartObserver | None) -> None:
         start = time.perf_counter()
         self.scores = None if observer is None else self._collect_scores(observer)
         self._observer = None
+        self._eager.close()
         plan = SkipPlan.from_bytes(share(self.control, lambda: self._solve().to_bytes(), "the plan"))
         self._plans_made += 1
         self.follow(plan)
         seconds = time.perf_counter() - start
         self.planning_seconds += seconds
-        self._say(
+        say(
+            self.control,
             f"plan {plan.hash[:12]} ({plan.evidence}): "
-            f"{self._costs.planned_share(plan):.1%} of the dense compute, made in {seconds:.2f} s"
+            f"{self._costs.planned_share(plan):.1%} of the dense compute, made in {seconds:.2f} s",
         )
 
     def _solve(self) -> SkipPlan:
@@ -197,6 +277,7 @@ class PlanFollower:
             subnets=(num_blocks, num_heads),
             forward_cost=self._costs.forward_share,
             always_share=self._costs.always_share,
+            trains=self._costs.trains,
             device_speed=None if speed is None else by_device(speed, layout),
             replicas_meet=self._engine.zero_optimization_stage() == 3,
             seed=(section.seed, self._plans_made),
@@ -228,6 +309,8 @@ class PlanFollower:
         rows: np.ndarray = of_replicas.swapaxes(0, 1).reshape(-1, *of_slots.shape[1:])
         return rows
 
-    def _say(self, text: str) -> None:
-        if self.control.rank == 0:
-            print(f"d2ft: {text}", flush=True)
+
+def say(control: Control, text: str) -> None:
+    """A line for the user, from rank 0."""
+    if control.rank == 0:
+        print(f"d2ft: {text}", flush=True)

@@ -16,7 +16,7 @@ from torch import distributed, nn
 from torch.optim import Optimizer
 
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
-from d2ft_hpc.engines.deepspeed_private import current_slot, import_deepspeed
+from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.engines.deepspeed_settings import check_settings
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
@@ -29,7 +29,7 @@ from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
 from d2ft_hpc.training.job import count_scoring, selection_of
-from d2ft_hpc.user_loop.follower import PlanFollower
+from d2ft_hpc.user_loop.follower import PlanFollower, say
 from d2ft_hpc.user_loop.pipeline_module import PipelineModule
 from d2ft_hpc.user_loop.section import SECTION, split
 
@@ -114,8 +114,8 @@ def initialize(
     placement = Placement(
         layout, cut_stages(flops, stages), even_owner(*executor.subnets.shape, layout.tensor_ranks)
     )
-    if stages > 1 and control.rank == 0:
-        print(f"d2ft: {describe_stages(flops, placement.stages)}", flush=True)
+    if stages > 1:
+        say(control, describe_stages(flops, placement.stages))
     selection = None
     if section.planner == "samples":
         selection = selection_of(
@@ -145,11 +145,14 @@ def initialize(
         step: dict[str, Any] = {
             "loss_function": F.cross_entropy,
             "config": settings,
-            "slot_source": lambda: current_slot(ours.engine),
+            "slot_source": lambda: ours.engine.d2ft.slot,
+            "is_boundary": lambda: ours.engine.d2ft.is_boundary,
         }
         if layout.is_cut:
             ours = TensorParallelEngine(*common, control=control, options_for=options_for, **step)
         else:
+            if isinstance(optimizer, Optimizer) and (frozen := _leave_out_frozen_groups(optimizer)):
+                say(control, f"groups {frozen} of the optimizer have frozen parameters alone: left out")
             ours = DeepSpeedEngine(model, executor, optimizer, lr_scheduler, **step, **options_for(model))
     if selection is not None:
         selection.scorer.follow(ours.logits)
@@ -231,6 +234,15 @@ def _of_part(parameters: Any, whole: VisionTransformer, part: VisionTransformer)
         return kept(given)
     groups = [{**group, "params": kept(group["params"])} for group in given]
     return [group for group in groups if group["params"]]
+
+
+def _leave_out_frozen_groups(optimizer: Optimizer) -> list[int]:
+    """ZeRO cannot partition a group without trained parameters, as of embeddings with a learning rate of their own;
+    returns which groups were taken out."""
+    groups = optimizer.param_groups
+    frozen = [i for i, each in enumerate(groups) if not any(p.requires_grad for p in each["params"])]
+    groups[:] = [group for index, group in enumerate(groups) if index not in frozen]
+    return frozen
 
 
 def _image_shape(model: VisionTransformer) -> tuple[int, int, int]:

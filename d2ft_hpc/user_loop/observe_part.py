@@ -37,9 +37,10 @@ class PartObserver:
         self._handles = []
         for index, block in part.blocks.items():
             heads = heads_of(placement.owner, int(index), placement.layout.tensor_rank).to(device)
-            for name, axis in subnets.head_axes.items():
-                hook = self._hook(int(index), heads, local_axis(axis, heads.numel()))
-                self._handles.append(block.get_parameter(name).register_hook(hook))
+            for name, parameter in block.named_parameters():
+                if parameter.requires_grad and (axis := subnets.head_axes.get(name)):
+                    hook = self._hook(int(index), heads, local_axis(axis, heads.numel()))
+                    self._handles.append(parameter.register_hook(hook))
 
     def close(self) -> None:
         for handle in self._handles:

@@ -1,9 +1,8 @@
-"""`d2ft_hpc.prepare`: plans in a loop of the user's own over torch's DDP or FSDP2."""
+"""`d2ft_hpc.prepare`: plans in a loop of the user's own over plain torch, DDP or FSDP2."""
 
 from __future__ import annotations
 
-from typing import Literal
-
+import torch.distributed as dist
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -17,26 +16,31 @@ from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.model.lora import unwrapped
 
 
-def prepare(
-    model: nn.Module, executor: PlanExecutor, *, reduced_in: Literal["every", "last"] = "every"
-) -> None:
-    """Fits the executor that `attach` gave to the DDP or FSDP2 model that was made of the attached model since.
+def prepare(model: nn.Module, executor: PlanExecutor) -> None:
+    """Fits the executor that `attach` gave to what was made of the attached model since; says what that is on rank 0.
 
     model: `DistributedDataParallel(model)`, or the model after `fully_shard` of each block and of the model. Its
         replicas may follow different rows of a plan: `executor.load(plan, replica=...)`, which from now on refuses
-        plans for another number of replicas.
-    reduced_in: the micro-batches of a batch in whose backward gradients are reduced: "last" where all others run under
-        `no_sync()` or `set_requires_gradient_sync(False)`, which fills up fewer absent gradients.
+        plans for another number of replicas. Or the model as it is, so that one script serves 1 to N ranks.
+
+    Micro-batches whose gradients are only kept run under `no_sync()` or `set_requires_gradient_sync(False)` as always;
+    any one may be that which reduces them, as the last of an incomplete batch at the end of an epoch.
 
     Raises ConfigError where plans could not be run exactly.
     """
-    reduction = {"every": Reduction.EVERY_MICRO_BATCH, "last": Reduction.LAST_MICRO_BATCH}[reduced_in]
     if isinstance(model, DistributedDataParallel):
-        follow_ddp(model, executor, reduction)
+        follow_ddp(model, executor)
+        found = f"DDP over {dist.get_world_size(model.process_group)} ranks"
     elif isinstance(unwrapped(model), VisionTransformer) and isinstance(model, FSDPModule):
-        follow_fsdp(model, executor, reduction)
+        follow_fsdp(model, executor)
+        found = f"FSDP2 over {dist.get_world_size()} ranks"
+    elif isinstance(unwrapped(model), VisionTransformer):
+        executor.follow(None, Reduction.AFTER_BACKWARD)
+        found = "the model by itself, whose gradients no engine reduces"
     else:
         raise ConfigError(
-            f"prepare takes DistributedDataParallel(model), or a timm model after fully_shard (FSDP2), not a "
-            f"{type(model).__name__}"
+            f"prepare takes DistributedDataParallel(model), a timm model after fully_shard (FSDP2), or a timm model as "
+            f"it is, not a {type(model).__name__}"
         )
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"d2ft: prepared {found}", flush=True)

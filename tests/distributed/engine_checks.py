@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import timm.layers
+import timm.utils
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -224,7 +225,7 @@ def check_resume(control: Control, saved_by: int, resumed_by: int, precision: st
     return {"difference": difference}
 
 
-def check_user_loop(control: Control, stage: int) -> dict[str, float]:
+def check_user_loop(control: Control, stage: int, compiled: bool = False) -> dict[str, float]:
     """A loop of the user's own around `d2ft_hpc.initialize`: one dense batch, then the plan that it gave."""
     replicas, rank = control.world_size, control.rank
     config = {
@@ -238,6 +239,8 @@ def check_user_loop(control: Control, stage: int) -> dict[str, float]:
     model, reference = model_for("sgd"), model_for("sgd")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     engine, *_ = d2ft_hpc.initialize(model=model, optimizer=optimizer, config=config)
+    if compiled:
+        engine.compile(backend="aot_eager")  # what its kernels compute is not ours
     for step in range(STEPS):
         for slot in range(SLOTS):
             images, labels = micro_batch(step, slot * replicas + rank, SLOTS * replicas)
@@ -266,6 +269,92 @@ def check_user_loop(control: Control, stage: int) -> dict[str, float]:
         "scores": float((scores / torch.cat(fisher) - 1).abs().max()),
         "planned compute": float(follower._costs.planned_share(follower.plan)),
     }
+
+
+USER_CONFIG = {
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": SLOTS,
+    "gradient_clipping": 0.0,
+    "zero_allow_untested_optimizer": True,
+    "steps_per_print": 10**9,
+}
+
+
+def check_user_checkpoint(control: Control, stage: int, after: int) -> dict[str, Any]:
+    """DeepSpeed's own checkpoint of a user's loop, saved `after` so many batches, goes on in a new engine as the old
+    one does: with the plan, and in the middle of the batches that give the next one."""
+    replicas, rank, batches = control.world_size, control.rank, 8
+    folder = control.broadcast(tempfile.mkdtemp().encode()).decode()
+    planning = {
+        "planner": "joint",
+        "compute_budget": 0.6,
+        "probe_batches": 2,
+        "replan": {"every": 3, "unit": "steps"},
+    }
+    config = {**USER_CONFIG, "zero_optimization": {"stage": stage}, "d2ft": planning}
+
+    def make(seed: int) -> Any:
+        model = tiny_vit(seed, qkv_bias=False)
+        groups = [{"params": list(part.parameters()), "lr": 1e-3} for part in model.children()]
+        outside = [model.pos_embed, model.cls_token]  # frozen, as is the patch embedding
+        optimizer = torch.optim.AdamW([{"params": outside, "lr": 1e-4}, *(g for g in groups if g["params"])])
+        return d2ft_hpc.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+    def train(engine: Any, steps: range) -> list[str]:
+        plans = []
+        for step in steps:
+            for slot in range(SLOTS):
+                images, labels = random_batch(step * SLOTS * replicas + slot * replicas + rank, 4)
+                engine.backward(loss_function(engine(images), labels))
+                engine.step()
+            plans.append("dense" if engine.d2ft.plan is None else engine.d2ft.plan.hash)
+        return plans
+
+    engine, other = make(0), make(1)
+    assert not hasattr(timm.utils.ModelEmaV3(engine.module).module.blocks[0], "_d2ft") or stage == 3
+    before = train(engine, range(after))
+    engine.save_checkpoint(folder, client_state={"own": 7})
+    plans = train(engine, range(after, batches))
+    _, state = other.load_checkpoint(folder)
+    resumed = train(other, range(after, batches))
+    with engine.d2ft._ours.full_model() as one, other.d2ft._ours.full_model() as two:
+        difference = largest_difference(dict(two.named_parameters()), dict(one.named_parameters()))
+    return {
+        "difference": difference,
+        "plans": [*before, *plans],
+        "resumed": [*before, *resumed],
+        "own": state["own"],
+    }
+
+
+def check_user_boundary(control: Control, stage: int) -> float:
+    """A user's loop that ends with an incomplete group of micro-batches, after which it lets DeepSpeed step."""
+    replicas, rank = control.world_size, control.rank
+    config = {
+        **USER_CONFIG,
+        "zero_optimization": {"stage": stage},
+        "d2ft": {"planner": "random", "full_share": 0.3},
+    }
+    model, reference = model_for("sgd"), model_for("sgd")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    engine, *_ = d2ft_hpc.initialize(model=model, optimizer=optimizer, config=config)
+    executor = attach(reference)
+    executor.load(SkipPlan(engine.d2ft.plan.operations, replicas=1), 0)
+    plain = torch.optim.SGD(reference.parameters(), lr=0.05)
+    for step, slots in enumerate((SLOTS, 1)):
+        for slot in range(slots):
+            engine.set_gradient_accumulation_boundary(slot == slots - 1)
+            for row in range(slot * replicas, (slot + 1) * replicas):
+                images, labels = micro_batch(0, step * SLOTS * replicas + row, SLOTS * replicas)
+                with executor.micro_batch(row):
+                    (loss_function(reference(images), labels) / (SLOTS * replicas)).backward()
+                if row % replicas == rank:
+                    engine.backward(loss_function(engine(images), labels))
+                    engine.step()
+        plain.step()
+        plain.zero_grad()
+    with engine.d2ft._ours.full_model() as full:
+        return largest_difference(dict(full.named_parameters()), dict(reference.named_parameters()))
 
 
 def check_choose(control: Control, stage: int) -> dict[str, float]:
@@ -447,6 +536,10 @@ DEFAULT = (
     "choose zero3",
     "user loop zero2",
     "user loop zero3",
+    "user loop zero1 compiled",
+    "checkpoint zero1 probe",
+    "checkpoint zero2 plan",
+    "boundary zero1",
     "one plan for all",
     "bytes",
 )
@@ -498,6 +591,12 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
         named[f"scoring zero{stage}"] = partial(check_scoring, stage=stage)
         named[f"choose zero{stage}"] = partial(check_choose, stage=stage)
         named[f"user loop zero{stage}"] = partial(check_user_loop, stage=stage)
+        named[f"user loop zero{stage} compiled"] = partial(check_user_loop, stage=stage, compiled=True)
+        for after, where in ((3, "plan"), (6, "probe")):
+            named[f"checkpoint zero{stage} {where}"] = partial(
+                check_user_checkpoint, stage=stage, after=after
+            )
+        named[f"boundary zero{stage}"] = partial(check_user_boundary, stage=stage)
     if CAN_RECOMPUTE:
         named["one plan for all"] = check_one_plan_for_all
     named["bytes"] = check_bytes

@@ -66,6 +66,21 @@ def test_a_loop_of_ones_own_trains_as_its_plan_says(results: dict[str, Any]) -> 
         assert 0.4 < result["planned compute"] <= 0.6, name
 
 
+def test_deepspeeds_checkpoint_goes_on_under_the_same_plans(results: dict[str, Any]) -> None:
+    """Bitwise, with replanning every three batches after two dense ones."""
+    for name, found in of_kind(results, "checkpoint").items():
+        assert found["resumed"] == found["plans"], name
+        first, second = found["plans"][2], found["plans"][7]
+        assert found["plans"] == ["dense"] * 2 + [first] * 3 + ["dense"] * 2 + [second], name
+        assert found["difference"] == 0, name
+        assert found["own"] == 7, name
+
+
+def test_a_step_after_an_incomplete_group_is_that_groups(results: dict[str, Any]) -> None:
+    for name, difference in of_kind(results, "boundary").items():
+        assert difference <= 1e-6, name
+
+
 def test_a_loop_of_ones_own_trains_on_drawn_samples(results: dict[str, Any]) -> None:
     for name, result in of_kind(results, "choose").items():
         assert result["share"] == 0.5, name  # of 8 samples; scoring takes the rest of 0.6

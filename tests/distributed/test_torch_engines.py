@@ -81,9 +81,10 @@ def test_what_cannot_run_exactly_is_refused_with_a_fix(results: dict[str, Any]) 
             "attached late": "call attach, which freezes some, before DistributedDataParallel",
             "static graph": "remove static_graph",
             "replicas": "the plan is for 3 replicas, the engine has 2",
-            "not wrapped": "after fully_shard",
+            "no model": "not a Sequential",
             "inner unit": r"Call fully_shard(block)",
-            "reduces too early": "set_requires_gradient_sync(False)",
+            "ddp not prepared": "call d2ft_hpc.prepare(model, executor)",
+            "fsdp2 not prepared": "call d2ft_hpc.prepare(model, executor)",
             "3 heads on 2 ranks": "use a divisor of 3",
             "dropout": "attn.qkv.lora_dropout.default",
         }

@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm.utils
 import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -225,14 +227,20 @@ def check_user_loop(
     control: Control,
     how: str,
     kind: str = "random",
+    optimizer: str = "sgd",
     reduced_in: str = "every",
+    last_slots: int = SLOTS,
     hsdp: bool = False,
     recompute: bool = False,
     compiled: str = "",
+    built_on: str = "cpu",
 ) -> float:
-    """A loop of the user's own; `reduced_in` "last" accumulates without reducing."""
+    """A loop of the user's own; `reduced_in` "last" accumulates without reducing. last_slots: micro-batches of the last
+    step; fewer than of the others is an epoch's incomplete group, whose last one reduces. built_on: "meta": the model
+    gets its memory once it is spread."""
     replicas, rank = control.world_size, control.rank
-    model = tiny_vit()
+    make_optimizer = optimizer_maker(optimizer, EPSILON["fp32"])
+    model = tiny_vit(qkv_bias=optimizer == "sgd").to(built_on)
     model.set_grad_checkpointing(recompute)
     executor = attach(model, compile=compiled == "blocks")
     trainer: nn.Module = model
@@ -241,34 +249,42 @@ def check_user_loop(
     else:
         shape = (2, replicas // 2) if hsdp else (replicas,)
         shard(model, init_device_mesh("cpu", shape, mesh_dim_names=("replica", "shard")[: len(shape)]))
-    d2ft_hpc.prepare(trainer, executor, reduced_in=reduced_in)
+    if built_on == "meta":
+        model.to_empty(device="cpu")
+        weights: Any = tiny_vit(qkv_bias=optimizer == "sgd").state_dict()
+        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+    d2ft_hpc.prepare(trainer, executor)
+    if how == "ddp":
+        average = timm.utils.ModelEmaV3(trainer)
+        assert not hasattr(average.module.module.blocks[0], "_d2ft")
     if compiled == "model":
         trainer = torch.compile(trainer, backend="aot_eager")  # what its kernels compute is not ours
-    optimizer = torch.optim.SGD(trainer.parameters(), lr=0.05)
+    own_optimizer, own_schedule = make_optimizer(model)
     for step in range(STEPS):
         executor.load(plan_of(kind, step, replicas), replica=rank)
-        for slot in range(SLOTS):
+        slots = SLOTS if step < STEPS - 1 else last_slots
+        for slot in range(slots):
             images, labels = micro_batch(step, slot * replicas + rank, SLOTS * replicas)
-            accumulates = reduced_in == "last" and slot < SLOTS - 1
+            accumulates = reduced_in == "last" and slot < slots - 1
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(not accumulates)
             with (
                 trainer.no_sync() if accumulates and how == "ddp" else nullcontext(),
                 executor.micro_batch(slot),
             ):
-                (loss_function(trainer(images), labels) / SLOTS).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+                (loss_function(trainer(images), labels) / slots).backward()
+        own_optimizer.step()
+        own_schedule.step()
+        own_optimizer.zero_grad()
     own = whole_weights(model, executor) if isinstance(model, FSDPModule) else dict(model.named_parameters())
-    plain, plain_executor = tiny_vit(), None
+    plain = tiny_vit(qkv_bias=optimizer == "sgd")
     plain_executor = attach(plain)
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    engine = PlainEngine(plain, plain_executor, optimizer, schedule, loss_function)
+    engine = PlainEngine(plain, plain_executor, *make_optimizer(plain), loss_function)
     for step in range(STEPS):
         plan = plan_of(kind, step, replicas)
         plain_executor.load(SkipPlan(plan.operations, 1), 0)
-        engine.step([micro_batch(step, row, plan.num_rows) for row in range(plan.num_rows)])
+        rows = (SLOTS if step < STEPS - 1 else last_slots) * replicas
+        engine.step([micro_batch(step, row, plan.num_rows) for row in range(rows)])
     return largest_difference(own, dict(plain.named_parameters()))
 
 
@@ -405,17 +421,22 @@ def check_refusals(control: Control) -> dict[str, str]:
     found["replicas"] = message(PlanError, lambda: executor.load(one, 0))
     model = tiny_vit()
     executor = attach(model)
-    found["not wrapped"] = message(ConfigError, lambda: d2ft_hpc.prepare(model, executor))
+    found["no model"] = message(ConfigError, lambda: d2ft_hpc.prepare(nn.Sequential(model), executor))
     fully_shard(model.blocks[1].mlp)
     fully_shard(model)
     found["inner unit"] = message(ConfigError, lambda: d2ft_hpc.prepare(model, executor))
-    model = tiny_vit()
-    executor = attach(model)
-    shard(model, init_device_mesh("cpu", (control.world_size,)))
-    d2ft_hpc.prepare(model, executor, reduced_in="last")
-    executor.load(plan_of("random", 0, control.world_size), control.rank)
-    with executor.micro_batch(0):
-        found["reduces too early"] = message(PlanError, lambda: model(micro_batch(0, 0, 2)[0]))
+    for how in ("ddp", "fsdp2"):
+        model = tiny_vit()
+        executor = attach(model)
+        trainer: nn.Module = model
+        if how == "ddp":
+            trainer = DistributedDataParallel(model)
+        else:
+            shard(model, init_device_mesh("cpu", (control.world_size,)))
+        executor.load(plan_of("random", 0, control.world_size), control.rank)
+        with executor.micro_batch(0):
+            images = micro_batch(0, 0, 2)[0]
+            found[f"{how} not prepared"] = message(PlanError, partial(trainer, images))
     model = tiny_vit()
     executor = attach(model)
     mesh = init_device_mesh("cpu", (control.world_size,))
@@ -441,7 +462,11 @@ DEFAULT = {
         "fp32 fsdp2 recompute adamw",
         "fp32 ddp complete paths",
         "loop ddp last",
+        "loop ddp last incomplete",
+        "loop ddp whole blocks adamw",
         "loop fsdp2 last whole blocks",
+        "loop fsdp2 last incomplete adamw",
+        "loop fsdp2 built on meta",
         "resume fsdp2 -> fsdp2",
         "resume fsdp2 -> zero3",
         "resume ddp -> fsdp2 lora",
@@ -489,7 +514,17 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
         loops: dict[str, dict[str, Any]] = {
             "ddp last": {"how": "ddp", "reduced_in": "last"},
             "ddp compiled model": {"how": "ddp", "compiled": "model"},
+            "fsdp2 built on meta": {"how": "fsdp2", "built_on": "meta"},
+            "ddp last incomplete": {"how": "ddp", "reduced_in": "last", "last_slots": 1},
+            "ddp whole blocks adamw": {"how": "ddp", "kind": "whole blocks", "optimizer": "adamw"},
             "fsdp2 last whole blocks": {"how": "fsdp2", "reduced_in": "last", "kind": "whole blocks"},
+            "fsdp2 last incomplete adamw": {
+                "how": "fsdp2",
+                "kind": "whole blocks",
+                "optimizer": "adamw",
+                "reduced_in": "last",
+                "last_slots": 1,
+            },
             "fsdp2 compiled blocks": {"how": "fsdp2", "compiled": "blocks", "kind": "one complete"},
         }
         resumed = {

@@ -62,7 +62,7 @@ def check_memory(control: Control, stage: int) -> dict[str, Any]:
                     break
                 except MemoryShortError as error:
                     told.append(error.ranks)
-                    costs = with_less_memory(costs, plan, error.ranks)
+                    costs = with_less_memory(costs, plan, error.ranks, engine.executor.trains)
                     plan = solve(problem_of(costs), "joint")
     other = deepspeed_engine(tiny_vit(), "adamw", stage)
     for step in range(STEPS):

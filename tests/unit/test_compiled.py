@@ -140,3 +140,27 @@ def test_as_many_kernels_are_made_as_were_counted(
                 F.cross_entropy(vit(images), labels).backward()
     assert executor.block_shapes == expected
     assert len(graphs) == expected + 1 + OUTSIDE  # and the dense block
+
+
+def test_a_users_own_compiled_model_has_kernels_for_every_micro_batch() -> None:
+    """torch goes on eagerly after 8, and says so in its log alone."""
+    shapes = [(full, full + more) for full in range(HEADS + 1) for more in range(HEADS + 1 - full)]
+    rows = np.zeros((len(shapes), 1, HEADS), np.uint8)
+    for row, (full, runs) in zip(rows, shapes, strict=True):
+        row[0, :runs], row[0, :full] = FORWARD_ONLY, FULL
+    assert len(rows) > 8
+    model = tiny_vit(depth=1)
+    executor = attach(model)
+    graphs: list[Any] = []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=keep)
+    executor.load(SkipPlan(rows, replicas=1), 0)
+    for slot in range(len(rows)):
+        made = len(graphs)
+        with executor.micro_batch(slot):
+            compiled(random_batch(slot)[0])
+        assert len(graphs) > made, slot

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import copy
+import gc
+import io
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+import timm.utils
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.optim import optimizer as torch_optimizer
 
+import d2ft_hpc
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.planning.plan import SkipPlan
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 from tests.reference import FORWARD_ONLY, FULL, SHORTCUT, reference_forward
@@ -233,12 +242,155 @@ def test_shared_parameters_can_be_frozen() -> None:
     }  # fmt: skip
 
 
-def test_copies_follow_their_own_executor() -> None:
+def averaged(model: nn.Module) -> nn.Module:
+    return torch.optim.swa_utils.AveragedModel(model).module
+
+
+def saved_whole(model: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert b"d2ft" not in file.getvalue()
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "torch.save": saved_whole,
+    "AveragedModel": averaged,
+    "ModelEma": lambda model: timm.utils.ModelEma(model).ema,
+    "ModelEmaV2": lambda model: timm.utils.ModelEmaV2(model).module,
+    "ModelEmaV3": lambda model: timm.utils.ModelEmaV3(model).module,
+    "shallow copies of blocks": lambda model: [copy.copy(block) for block in model.blocks],
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_copies_are_plain_dense_models(way: str, compiled: bool) -> None:
     model = tiny_vit()
-    planned(model, np.zeros((DEPTH, HEADS), np.uint8))
-    copied = copy.deepcopy(model)
-    assert copied.blocks[0].forward.__self__ is copied.blocks[0]
-    assert copied.blocks[0]._d2ft.executor is not model.blocks[0]._d2ft.executor
+    executor = attach(model, compile=compiled)
+    executor.follow(None, Reduction.EVERY_MICRO_BATCH, check=lambda plan: None)
+    executor.load(SkipPlan(np.zeros((1, DEPTH, HEADS), np.uint8), replicas=1), 0)
+    copied = COPIES[way](model)
+    dense = tiny_vit()
+    images, _ = random_batch(0)
+    for ours, plain in zip(getattr(copied, "blocks", copied), dense.blocks, strict=True):
+        assert vars(ours).keys() == vars(plain).keys()
+        x = torch.randn(2, 5, 48)
+        assert torch.equal(ours.train()(x), plain(x))
+    if not isinstance(copied, list):
+        assert vars(copied).keys() == vars(dense).keys()
+        assert torch.equal(copied.train()(images), dense(images))
+    with executor.micro_batch(0):  # the model itself still skips every block
+        skipped = model.patch_embed(images)
+        assert torch.equal(model.blocks(skipped), skipped)
+
+
+def test_an_attached_model_is_exported() -> None:
+    model = tiny_vit().eval()
+    attach(model)
+    images, _ = random_batch(0)
+    exported = torch.export.export(model, (images,)).module()
+    torch.testing.assert_close(exported(images), tiny_vit().eval()(images))
+
+
+def of_meta(model: VisionTransformer, weights: dict[str, torch.Tensor]) -> None:
+    model.to_empty(device="cpu")
+    model.load_state_dict(weights)
+
+
+def of_other_parameters(model: VisionTransformer, weights: dict[str, torch.Tensor]) -> None:
+    model.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
+
+
+@pytest.mark.parametrize("load_first", [False, True], ids=["plan after weights", "plan before weights"])
+@pytest.mark.parametrize(
+    ("device", "fill"),
+    [("meta", of_meta), ("meta", of_other_parameters), ("cpu", of_other_parameters)],
+    ids=["to_empty", "meta, assign=True", "assign=True"],
+)
+def test_parameters_may_be_replaced_after_attaching(
+    device: str, fill: Callable[..., None], load_first: bool
+) -> None:
+    rows = special_rows()["random 1"]
+    reference = tiny_vit()
+    with torch.device(device):
+        model = VisionTransformer(
+            img_size=16, patch_size=4, embed_dim=48, depth=DEPTH, num_heads=HEADS, num_classes=10
+        )
+    executor = attach(model)
+    executor.follow(None, Reduction.EVERY_MICRO_BATCH)  # through stand-ins of the parameters
+    steps = [lambda: fill(model, reference.state_dict()), lambda: executor.load(SkipPlan(rows[None], 1), 0)]
+    for step in reversed(steps) if load_first else steps:
+        step()
+    images, labels = random_batch(0)
+    with executor.micro_batch(0):
+        loss, gradients = loss_and_gradients(model, model, images, labels)
+    plain = attach(reference)
+    plain.load(SkipPlan(rows[None], 1), 0)
+    with plain.micro_batch(0):
+        expected, of_plain = loss_and_gradients(reference, reference, images, labels)
+    assert torch.equal(loss, expected)
+    for name, gradient in of_plain.items():
+        own = gradients[name]
+        if gradient is None:
+            assert own is None or not own.any()
+        else:
+            assert torch.equal(own, gradient), name
+
+
+def test_a_model_by_itself_is_prepared_like_one_of_many_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    reference, model = tiny_vit(), tiny_vit()
+    row = special_rows()["random 2"]
+    images, labels = random_batch(0)
+    found = []
+    for each in (reference, model):
+        executor = attach(each)
+        if each is model:
+            d2ft_hpc.prepare(model, executor)
+        executor.load(SkipPlan(row[None], replicas=1), 0)
+        with executor.micro_batch(0):
+            found.append(loss_and_gradients(each, each, images, labels)[0])
+    assert torch.equal(*found)
+    assert (
+        capsys.readouterr().out == "d2ft: prepared the model by itself, whose gradients no engine reduces\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_what_no_micro_batch_ran_takes_a_step_with_a_zero_gradient(name: str) -> None:
+    """As in every engine: moments and weight decay go on, also where the loop is the user's own."""
+    rows = np.full((1, DEPTH, HEADS), FULL, np.uint8)
+    rows[:, 1] = SHORTCUT
+    model, zeros = tiny_vit(), tiny_vit()
+    executor = attach(model)
+    optimizers = [
+        getattr(torch.optim, name)(each.parameters(), lr=0.1, weight_decay=0.1) for each in (model, zeros)
+    ]
+    optimizers[0].step()  # before any gradient, as to begin a schedule: nothing
+    for plan in (None, SkipPlan(rows, replicas=1)):
+        if plan is not None:
+            executor.load(plan, 0)
+        images, labels = random_batch(0)
+        with executor.micro_batch(0):
+            F.cross_entropy(model(images), labels).backward()
+        for parameter, other in zip(model.parameters(), zeros.parameters(), strict=True):
+            given = parameter.grad
+            if parameter.requires_grad:
+                other.grad = torch.zeros_like(other) if given is None else given.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(map(torch.equal, model.parameters(), zeros.parameters()))
+    assert not torch.equal(model.blocks[1].mlp.fc1.weight, tiny_vit().blocks[1].mlp.fc1.weight)
+
+
+def test_a_model_that_is_gone_leaves_nothing_in_optimisers() -> None:
+    before = len(torch_optimizer._global_optimizer_pre_hooks)
+    attach(tiny_vit())
+    gc.collect()
+    assert len(torch_optimizer._global_optimizer_pre_hooks) <= before
 
 
 def test_drop_path_and_dropout_run_under_a_plan() -> None:

@@ -8,16 +8,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from d2ft_hpc.config import PlanConfig
+from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds, measure_all_reduce
 from d2ft_hpc.metering.kept import measure_kept
 from d2ft_hpc.metering.profile import profile_passes
 from d2ft_hpc.planning.plan import SkipPlan
+from d2ft_hpc.scores import Scores
 from d2ft_hpc.training.plan_costs import relative_speeds
+from d2ft_hpc.training.plans import solve_slots
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
 TOKENS, WIDTH, HEAD_DIM, UNITS = 17, 48, 16, 64
@@ -53,6 +58,88 @@ def test_a_step_executes_what_the_plan_promises(embeddings: str) -> None:
     assert metered.flops == costs.planned_flops(rows).sum() * len(labels)
     assert costs.planned_share(plan) == pytest.approx(metered.flops / (3 * len(labels) * costs.dense_flops))
     assert metered.bytes_sent == {}
+
+
+def frozen(model: VisionTransformer, kind: str) -> list[int]:
+    """Freezes part of a model; returns the blocks of which nothing trains."""
+    blocks, some = {
+        "lower blocks": ([0, 1], ""),
+        "upper blocks": ([2, 3], ""),
+        "every second block": ([0, 2], ""),
+        "qkv": (range(DEPTH), "attn.qkv"),
+        "all but norms of lower blocks": ([0, 1], "attn mlp"),
+    }[kind]
+    for index in blocks:
+        for name, parameter in model.blocks[index].named_parameters():
+            if any(name.startswith(part) for part in some.split()) or not some:
+                parameter.requires_grad_(False)
+    return list(blocks) if not some else []
+
+
+@pytest.mark.parametrize("embeddings", ["frozen", "trained"])
+@pytest.mark.parametrize(
+    "kind", ["lower blocks", "upper blocks", "every second block", "qkv", "all but norms of lower blocks"]
+)
+def test_a_plan_of_a_partly_frozen_model_keeps_its_budget_of_that_model(kind: str, embeddings: str) -> None:
+    """Executed FLOPs over those of the dense step of the same model, frozen alike."""
+    model, slots = tiny_vit(), 6
+    of_frozen = frozen(model, kind)
+    executor = attach(model, embeddings=embeddings)  # type: ignore[arg-type]
+    costs = measure_costs(model, executor, (3, 16, 16))
+    assert np.flatnonzero(~costs.trains).tolist() == of_frozen
+    scores = np.random.default_rng(0).uniform(0.1, 1, (slots, DEPTH, HEADS)).astype(np.float32)
+    scores[:, of_frozen] = 0  # as where no gradient comes
+    plan = solve_slots(
+        PlanConfig(planner="joint", compute_budget=0.6),
+        Scores(scores, scores, seconds=0.0),
+        slots=slots,
+        replicas=1,
+        subnets=(DEPTH, HEADS),
+        forward_cost=costs.forward_share,
+        always_share=costs.always_share,
+        trains=costs.trains,
+        device_speed=None,
+        replicas_meet=False,
+        seed=(0, 0),
+        same_rows=False,
+    )
+    assert (plan.operations[:, of_frozen] == 2).all()
+
+    def executed(of: SkipPlan) -> int:
+        executor.load(of, replica=0)
+        with meter() as metered:
+            for slot in range(slots):
+                images, labels = random_batch(slot)
+                with executor.micro_batch(slot):
+                    F.cross_entropy(model(images), labels).backward()
+        return metered.flops
+
+    dense = executed(SkipPlan.dense(slots, 1, DEPTH, HEADS))
+    assert dense == costs.dense_flops * slots * 6
+    assert 0.5 < executed(plan) / dense <= 0.6
+    assert executed(plan) / dense == pytest.approx(costs.planned_share(plan), abs=0.02)
+
+
+def test_a_model_with_frozen_blocks_alone_has_nothing_to_plan() -> None:
+    model = tiny_vit()
+    model.blocks.requires_grad_(False)
+    costs = measure_costs(model, attach(model), (3, 16, 16))
+    assert costs.always_share == 1
+    with pytest.raises(PlanError, match=r"every block is frozen.*plan\.planner=dense"):
+        solve_slots(
+            PlanConfig(planner="joint", compute_budget=0.6),
+            None,
+            slots=2,
+            replicas=1,
+            subnets=(DEPTH, HEADS),
+            forward_cost=costs.forward_share,
+            always_share=costs.always_share,
+            trains=costs.trains,
+            device_speed=None,
+            replicas_meet=False,
+            seed=(0, 0),
+            same_rows=False,
+        )
 
 
 @pytest.mark.parametrize("inference", [False, True])

@@ -107,13 +107,14 @@ def test_a_rank_short_of_memory_is_planned_less_and_the_others_as_before():
         return (plan.for_replica(rank) == Operation.FULL).sum(axis=(1, 2)).max()
 
     first = solved(costs)
-    costs = with_less_memory(costs, first, [1])
+    trains = np.ones(DEPTH, bool)
+    costs = with_less_memory(costs, first, [1], trains)
     second = solved(costs)
     assert costs.most_full[0] == math.inf
     assert most_full(second, 1) <= costs.most_full[1] < most_full(first, 1)
     np.testing.assert_array_equal(first.for_replica(0), second.for_replica(0))
     with pytest.raises(PlanError, match="rank 0 runs out of memory although no head"):
-        with_less_memory(costs, SkipPlan(np.ones((2 * SLOTS, DEPTH, HEADS), np.uint8), 2), [0])
+        with_less_memory(costs, SkipPlan(np.ones((2 * SLOTS, DEPTH, HEADS), np.uint8), 2), [0], trains)
 
 
 @pytest.mark.parametrize(

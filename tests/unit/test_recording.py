@@ -106,7 +106,13 @@ def test_a_profile_leaves_the_model_as_it_was() -> None:
 
 
 def test_ideal_time_is_what_always_runs_and_a_share_of_the_rest() -> None:
-    costs = StepCosts(always_flops=100.0, full_flops=10.0, forward_only_flops=3.0, num_subnets=DEPTH * HEADS)
+    costs = StepCosts(
+        outside_flops=100.0,
+        full_by_block=np.full(DEPTH, 10.0),
+        forward_only_by_block=np.full(DEPTH, 3.0),
+        subnets=np.full(DEPTH, HEADS),
+        trains=np.ones(DEPTH, bool),
+    )
     profile = PassProfile(dense_seconds=5.0, always_seconds=1.0, forward_only_seconds=2.0)
     assert profile.ideal_seconds(1.0, costs) == pytest.approx(5.0)
     assert profile.ideal_seconds(costs.always_share, costs) == pytest.approx(1.0)

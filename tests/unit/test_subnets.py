@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import timm
 import torch
 from timm.layers import SwiGLU
-from timm.models.vision_transformer import Block, ParallelScalingBlock
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, ParallelScalingBlock, VisionTransformer
 from torch import nn
 
 from d2ft_hpc.errors import UnsupportedModelError
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
-from tests.models import DEPTH, HEADS, tiny_vit
+from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
 
 def test_every_entry_of_a_subnets_parameters_belongs_to_one_head() -> None:
@@ -71,6 +74,34 @@ def test_every_parameter_has_a_class() -> None:
     for name in ("fc_norm.weight", "head.weight"):
         assert classes[name] is ParameterClass.CLASSIFIER, name
     assert classes["blocks.3.attn.qkv.bias"] is ParameterClass.SUBNET
+
+
+def distilled() -> VisionTransformer:
+    return VisionTransformerDistilled(img_size=16, patch_size=4, embed_dim=48, depth=2, num_heads=3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        distilled,
+        lambda: tiny_vit(reg_tokens=2, pre_norm=True, fc_norm=True, global_pool="avg"),
+        lambda: tiny_vit(global_pool="map", class_token=False, pos_embed="learn"),
+        lambda: tiny_vit(no_embed_class=True, reg_tokens=1, dynamic_img_size=True),
+    ],
+    ids=["distilled DeiT", "registers, pre-norm, fc_norm", "attention pooling", "positions of patches alone"],
+)
+def test_what_the_first_block_gets_depends_on_embeddings_alone(make: Callable[[], VisionTransformer]) -> None:
+    """The gradient of these, and of no others outside the blocks, comes through skips."""
+    model = make()
+    subnets = SubnetMap.of(model)
+    inputs: list[torch.Tensor] = []
+    model.blocks[0].register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    model(random_batch(0)[0])
+    outside = {name: p for name, p in model.named_parameters() if not name.startswith("blocks.")}
+    gradients = torch.autograd.grad(inputs[0].sum(), list(outside.values()), allow_unused=True)
+    for name, gradient in zip(outside, gradients, strict=True):
+        is_below = subnets.classify(name) is ParameterClass.EMBEDDING
+        assert is_below == (gradient is not None), name
 
 
 class _GatedBlock(Block):

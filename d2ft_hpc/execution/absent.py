@@ -1,0 +1,39 @@
+"""An absent gradient is zero in a loop of the user's own, too, whatever runs the model: plain torch, DDP or FSDP2."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+
+def fill_absent_gradients(model: nn.Module, is_needed: Callable[[nn.Module], bool]) -> None:
+    """From now on, before any optimiser's step, a trained parameter of `model` without a gradient gets a zero one.
+
+    Moments and weight decay then go on for what a plan did not run, and every parameter has a state in a checkpoint.
+    torch's hook, because the optimiser is the loop's own; it ends with the model. An optimiser none of whose parameters
+    has a gradient steps as torch does.
+
+    is_needed: whether a plan is in force.
+    """
+    kept = weakref.ref(model)
+
+    def fill(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        model = kept()
+        if model is None or not is_needed(model):
+            return
+        stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if all(parameter.grad is None for parameter in stepped):
+            return
+        own = {id(parameter) for parameter in model.parameters()}
+        for parameter in stepped:
+            if parameter.grad is None and parameter.requires_grad and id(parameter) in own:
+                parameter.grad = torch.zeros_like(parameter)
+
+    handle = register_optimizer_step_pre_hook(fill)
+    weakref.finalize(model, handle.remove)

@@ -1,0 +1,31 @@
+"""What an attached module holds beside timm's own, and no copy of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+_GETSTATE = "__getstate__"
+
+
+def leave_out_of_copies(module: nn.Module, names: Iterable[str]) -> None:
+    """Makes `copy.copy`, `copy.deepcopy` and pickle (`torch.save`) leave out these attributes of the instance.
+
+    An average of weights (EMA, SWA), or a module saved whole, is then a plain one that needs nothing of ours.
+    """
+
+    def state(module: nn.Module) -> dict[str, Any]:
+        left_out = {*names, _GETSTATE}
+        return {name: value for name, value in vars(module).items() if name not in left_out}
+
+    # Python asks the instance for it, so that the module keeps its class.
+    vars(module)[_GETSTATE] = MethodType(state, module)
+
+
+def copied_state(module: nn.Module) -> dict[str, Any]:
+    """The attributes of the instance that a copy gets."""
+    getstate = vars(module).get(_GETSTATE)
+    return dict(vars(module) if getstate is None else getstate())
