@@ -134,7 +134,6 @@ def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> tu
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rank, world_size = environment.rank, environment.world_size
     key = os.environ.get(SECRET, "").encode()
-    deadline = time.monotonic() + timeout_seconds
     if _is_on_one_host(address, world_size):
         names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
         job = [address, port, *(os.environ.get(name) for name in names)]
@@ -162,7 +161,7 @@ def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> tu
         place = Place(address, port)
         if rank == 0:
             place = _serve(place, key, world_size)
-    store = _enter(place, key, rank, max(deadline - time.monotonic(), 1.0))
+    store = _enter(place, key, rank, timeout_seconds)
     try:
         _await_all(store, environment, timeout_seconds)
     except DistError as error:

@@ -166,6 +166,8 @@ class JobStore(Store):  # type: ignore[misc,unused-ignore]
     def clone(self) -> Store:
         return self
 
+    deleteKey, getNumKeys = delete_key, num_keys  # noqa: N815 - by these names torch's C++ code calls them
+
     def _wait(self, keys: Sequence[str], timeout: timedelta | None) -> list[str]:
         seconds = self._timeout_seconds if timeout is None else timeout.total_seconds()
         values: list[str] | None = self._ask("wait", list(keys), seconds, patience_seconds=seconds)
