@@ -61,7 +61,7 @@ class Channel:
             raise ClosedError("not one of our messages")
         try:
             messages = [json.loads(line) for line in lines]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ClosedError("not one of our messages") from error
         if not all(isinstance(message, list) and message for message in messages):
             raise ClosedError("not one of our messages")

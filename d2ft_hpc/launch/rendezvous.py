@@ -153,7 +153,7 @@ def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> tu
                 agent.set("rank 0", json.dumps([*_serve(own, key + made, world_size), made.hex()]))
             told_address, told_port, more = json.loads(agent.get("rank 0"))
             place, key = Place(str(told_address), int(told_port)), key + bytes.fromhex(more)
-        except (DistError, ValueError, TypeError) as error:
+        except (DistError, ValueError, TypeError, RecursionError) as error:
             raise LaunchError(
                 f"torchrun's store at {address}:{port} does not tell where rank 0 is ({str(error).splitlines()[0]})"
             ) from error
