@@ -24,6 +24,7 @@ from d2ft_hpc.launch.control import GRACE_SECONDS
 from d2ft_hpc.launch.door import Door
 
 _FLUSH_SECONDS = 0.01
+_OVERDUE_SECONDS = 0.1
 
 
 class _Waiting(NamedTuple):
@@ -39,7 +40,8 @@ class StoreServer:
         self._door, self._missing = door, set(range(world_size))
         self._values: dict[str, bytes] = {}
         self._waiting: list[_Waiting] = []
-        self._channels: set[Channel] = set()
+        self._sending: set[Channel] = set()  # whose network has not taken all yet
+        self._look_again = 0.0
         self._selector = selectors.DefaultSelector()
         self._selector.register(door, selectors.EVENT_READ, self._admit)
         threading.Thread(target=self._run, name="store", daemon=True).start()
@@ -48,24 +50,30 @@ class StoreServer:
         while True:
             for key, _ in self._selector.select(self._patience()):
                 key.data()
-            for channel in self._channels:
+            for channel in list(self._sending):
                 channel.flush()
+                if not channel.is_sending:
+                    self._sending.remove(channel)
             now = time.monotonic()
-            for waiting in [each for each in self._waiting if each.deadline < now]:
-                self._waiting.remove(waiting)
-                waiting.channel.send(None)
+            if self._waiting and now > self._look_again:
+                self._look_again = now + _OVERDUE_SECONDS
+                for waiting in [each for each in self._waiting if each.deadline < now]:
+                    self._waiting.remove(waiting)
+                    self._answer(waiting.channel, None)
 
     def _patience(self) -> float | None:
-        if any(channel.is_sending for channel in self._channels):
+        if self._sending:
             return _FLUSH_SECONDS
-        if self._waiting:
-            return max(min(waiting.deadline for waiting in self._waiting) - time.monotonic(), 0) + 1e-3
-        return None
+        return _OVERDUE_SECONDS if self._waiting else None
+
+    def _answer(self, channel: Channel, answer: Any) -> None:
+        channel.send(answer)
+        if channel.is_sending:
+            self._sending.add(channel)
 
     def _admit(self) -> None:
         for rank, connection in self._door.admit():
             channel = Channel(connection)
-            self._channels.add(channel)
             self._selector.register(channel, selectors.EVENT_READ, partial(self._serve, channel))
             self._missing.discard(rank)
         if not self._missing:
@@ -78,33 +86,37 @@ class StoreServer:
                 getattr(self, f"_do_{operation}")(channel, *arguments)
         except (ClosedError, AttributeError, TypeError, ValueError):  # gone, or of another version
             self._selector.unregister(channel)
-            self._channels.remove(channel)
+            self._sending.discard(channel)
             self._waiting = [waiting for waiting in self._waiting if waiting.channel is not channel]
             channel.close()
 
     def _do_set(self, channel: Channel, key: str, value: str) -> None:
         self._put(key, b64decode(value))
-        channel.send(True)
+        self._answer(channel, True)
+
+    def _do_append(self, channel: Channel, key: str, value: str) -> None:
+        self._put(key, self._values.get(key, b"") + b64decode(value))
+        self._answer(channel, True)
 
     def _do_add(self, channel: Channel, key: str, amount: int) -> None:
         total = int(self._values.get(key, b"0")) + amount
         self._put(key, str(total).encode())
-        channel.send(total)
+        self._answer(channel, total)
 
     def _do_compare_set(self, channel: Channel, key: str, expected: str, desired: str) -> None:
         held = self._values.get(key)
         if b64decode(expected) == (held or b""):
             self._put(key, b64decode(desired))
-        channel.send(_as_text(self._values.get(key, b64decode(expected))))
+        self._answer(channel, _as_text(self._values.get(key, b64decode(expected))))
 
     def _do_delete_key(self, channel: Channel, key: str) -> None:
-        channel.send(self._values.pop(key, None) is not None)
+        self._answer(channel, self._values.pop(key, None) is not None)
 
     def _do_check(self, channel: Channel, keys: list[str]) -> None:
-        channel.send(all(key in self._values for key in keys))
+        self._answer(channel, all(key in self._values for key in keys))
 
     def _do_num_keys(self, channel: Channel) -> None:
-        channel.send(len(self._values))
+        self._answer(channel, len(self._values))
 
     def _do_wait(self, channel: Channel, keys: list[str], seconds: float) -> None:
         waiting = _Waiting(channel, keys, time.monotonic() + seconds)
@@ -118,7 +130,7 @@ class StoreServer:
     def _answered(self, waiting: _Waiting) -> bool:
         there = all(key in self._values for key in waiting.keys)
         if there:
-            waiting.channel.send([_as_text(self._values[key]) for key in waiting.keys])
+            self._answer(waiting.channel, [_as_text(self._values[key]) for key in waiting.keys])
         return there
 
 
@@ -142,9 +154,6 @@ class JobStore(Store):  # type: ignore[misc,unused-ignore]
     def get(self, key: str) -> bytes:
         return b64decode(self._wait([key], None)[0])
 
-    def multi_get(self, keys: list[str]) -> list[bytes]:
-        return [b64decode(value) for value in self._wait(keys, None)]
-
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         self._wait(keys, timeout)
 
@@ -162,6 +171,20 @@ class JobStore(Store):  # type: ignore[misc,unused-ignore]
 
     def num_keys(self) -> int:
         return int(self._ask("num_keys"))
+
+    def has_extended_api(self) -> bool:
+        """gloo then asks once for the addresses of all ranks: `multi_get`."""
+        return True
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [b64decode(value) for value in self._wait(keys, None)]
+
+    def multi_set(self, keys: list[str], values: list[bytes | str]) -> None:
+        for key, value in zip(keys, values, strict=True):
+            self.set(key, value)
+
+    def append(self, key: str, value: bytes | str) -> None:
+        self._ask("append", key, _as_text(value))
 
     def clone(self) -> Store:
         return self

@@ -158,6 +158,11 @@ def test_the_store_answers_as_torchs_own(stores: list[JobStore]) -> None:
             one.check(["a"]),
             one.num_keys(),
             other.wait(["new", "count"], timedelta(seconds=1)),
+            one.append("grows", "a"),
+            other.append("grows", "b"),
+            one.multi_set(["x", "y"], ["1", "2"]),
+            other.multi_get(["x", "grows", "y"]),
+            other.has_extended_api(),
         ]
 
     reference = HashStore()
