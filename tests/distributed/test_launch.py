@@ -78,9 +78,9 @@ def torchrun(ranks: int, *arguments: str, **variables: str) -> Job:
     return start("torchrun", f"--nproc_per_node={ranks}", str(PROGRAM), *arguments, **variables)
 
 
-def by_hand(rank: int, world_size: int, port: int, *arguments: str) -> Job:
+def by_hand(rank: int, world_size: int, port: int, *arguments: str, **more: str) -> Job:
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-    strings = {name: str(value) for name, value in variables.items()}
+    strings = {name: str(value) for name, value in variables.items()} | more
     return start(sys.executable, str(PROGRAM), *arguments, MASTER_ADDR="127.0.0.1", **strings)
 
 
@@ -190,7 +190,10 @@ def test_killed_rank_without_a_launcher_is_noticed_by_the_other() -> None:
 def test_rank_that_never_comes() -> None:
     port = free_port()
     jobs = by_hand(0, 2, port, "meet", "2"), by_hand(1, 2, free_port(), "meet", "2"), mpirun(2, "absent", "2")
+    stranger = by_hand(1, 2, port, "meet", "2", D2FT_SECRET="another one")
     alone, lost, mpi = (job.end() for job in jobs)
+    assert stranger.end().status == 1
+    assert "did not reach rank 0" in stranger.messages()[0]
     assert alone.status == 1
     (message,) = alone.messages()
     assert re.search(
