@@ -68,13 +68,12 @@ def _meet(config: RunConfig, environment: LaunchEnvironment) -> tuple[Control | 
     hosts = len(set(control.hosts))
     fragile = isinstance(control, MpiControl) and control.start_is_fragile
     text, fix = FRAGILE_START if fragile else ("", "")
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     library = f" over {control.library}" if hasattr(control, "library") else ""
     return control, Finding(
         "ranks",
         "warning" if fragile else "ok",
-        f"{control.world_size} ranks on {hosts} host{'s' * (hosts > 1)} by {environment.launcher}{library}; "
-        f"rendezvous at {address}{'. ' * fragile}{text}",
+        f"{control.world_size} ranks on {hosts} host{'s' * (hosts > 1)} by {environment.launcher}{library}"
+        f"{'. ' * fragile}{text}",
         fix,
     )
 

@@ -1,4 +1,4 @@
-"""Short messages over a TCP connection: one JSON list a line, never blocking the reader."""
+"""Short messages over a connection: one JSON list a line, never blocking the reader."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class Channel:
     """One end of a connection."""
 
     def __init__(self, connection: socket.socket) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setblocking(False)
         self._socket = connection
         self._unread = b""
@@ -25,6 +26,11 @@ class Channel:
 
     def fileno(self) -> int:
         return self._socket.fileno()
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether the network has not taken all yet: `flush` is to be called again."""
+        return bool(self._unsent)
 
     def send(self, *message: Any) -> None:
         """Queues a message and sends what the network takes. A broken connection is left to `receive`."""
@@ -55,7 +61,7 @@ class Channel:
             raise ClosedError("not one of our messages")
         try:
             messages = [json.loads(line) for line in lines]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ClosedError("not one of our messages") from error
         if not all(isinstance(message, list) and message for message in messages):
             raise ClosedError("not one of our messages")

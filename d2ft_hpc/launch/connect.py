@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING, Literal
 
 from d2ft_hpc.errors import LaunchError
-from d2ft_hpc.launch.agree import AgreedError, agreed, share
+from d2ft_hpc.launch.agree import AgreedError, agreed
 from d2ft_hpc.launch.control import Control, GlooControl, MpiControl, SoloControl
 from d2ft_hpc.launch.environment import LAUNCHERS, LaunchEnvironment
 
 if TYPE_CHECKING:
+    from d2ft_hpc.launch.door import Place
     from d2ft_hpc.launch.rendezvous import Store
 
 DeviceType = Literal["cpu", "cuda"]
@@ -66,13 +66,14 @@ def connect(
             f" ({environment.launcher}) started {environment.world_size}"
         ) from AgreedError()
 
-    def start(store: Store) -> None:
+    def start(store: Store, place: Place) -> None:
         from d2ft_hpc.launch.rendezvous import start_process_group
 
         start_process_group(
             store,
             environment,
             "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
+            one_host=place.port is None,
             timeout_seconds=timeout_seconds,
             collective_timeout_seconds=collective_timeout_seconds,
         )
@@ -80,21 +81,21 @@ def connect(
     if environment.world_size == 1:
         solo = SoloControl()
         if not adopted:
-            start(_meet(solo, environment, device_index, timeout_seconds))
+            start(*_meet(solo, environment, device_index))
             solo.owns_process_group = True
         return solo
     if mpi is not None:
         if not adopted:
-            store = _meet(mpi, environment, device_index, timeout_seconds)
+            met = _meet(mpi, environment, device_index)
             with agreed(mpi, "starting torch.distributed"):
-                start(store)
+                start(*met)
             mpi.owns_process_group = True
         mpi.timeout_seconds = collective_timeout_seconds
         return mpi
     if not adopted:
         from d2ft_hpc.launch.rendezvous import meet_at_master
 
-        start(meet_at_master(environment, timeout_seconds))
+        start(*meet_at_master(environment, timeout_seconds))
     return GlooControl(
         environment.local_rank, timeout_seconds=collective_timeout_seconds, owns_process_group=not adopted
     )
@@ -143,27 +144,11 @@ def _check_world(environment: LaunchEnvironment, control: MpiControl) -> None:
     ) from AgreedError()
 
 
-def _meet(
-    control: Control, environment: LaunchEnvironment, device_index: int, timeout_seconds: float
-) -> Store:
-    """Serve a store on rank 0, tell the others where, and set the environment of torch.distributed.
+def _meet(control: Control, environment: LaunchEnvironment, device_index: int) -> tuple[Store, Place]:
+    """The store of all ranks and where they met; sets the environment of torch.distributed."""
+    from d2ft_hpc.launch.rendezvous import meet_over
 
-    The kernel chooses the port, unless MASTER_PORT is set, and the store never lets go of it: no other job
-    can take it between choosing and using.
-    """
-    from d2ft_hpc.launch.rendezvous import address_for, connect_store, serve_store
-
-    store: Store | None = None
-
-    def serve() -> bytes:
-        nonlocal store
-        address = os.environ.get("MASTER_ADDR") or address_for(control.hosts)
-        store = serve_store(address, int(os.environ.get("MASTER_PORT") or 0), timeout_seconds)
-        return json.dumps([address, store.port]).encode()
-
-    address, port = json.loads(share(control, serve, "opening the rendezvous port of torch.distributed"))
-    with agreed(control, "connecting to rank 0"):
-        store = store or connect_store(address, port, timeout_seconds)
+    store, place, (address, port) = meet_over(control, int(os.environ.get("MASTER_PORT") or 0))
     for name, value in {
         "RANK": environment.rank,
         "WORLD_SIZE": environment.world_size,
@@ -172,4 +157,4 @@ def _meet(
         "MASTER_PORT": port,
     }.items():
         os.environ.setdefault(name, str(value))
-    return store
+    return store, place

@@ -1,41 +1,184 @@
-"""How the ranks find each other: a torch.distributed store at rank 0, then the default process group."""
+"""How the ranks find each other: a store at rank 0 (`store`), then torch.distributed's default process group."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 
 from torch import distributed
-from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined,unused-ignore]
+from torch.distributed import (  # type: ignore[attr-defined,unused-ignore]
+    DistError,
+    DistStoreError,
+    HashStore,
+    PrefixStore,
+    Store,
+    TCPStore,
+)
 
 from d2ft_hpc.errors import LaunchError
-from d2ft_hpc.launch.agree import AgreedError
-from d2ft_hpc.launch.control import describe_ranks
+from d2ft_hpc.launch.agree import AgreedError, agreed, share
+from d2ft_hpc.launch.control import Control, describe_ranks
+from d2ft_hpc.launch.door import Door, Place, enter
 from d2ft_hpc.launch.environment import LaunchEnvironment
+from d2ft_hpc.launch.store import JobStore, StoreServer
 
-__all__ = ["Store", "address_for", "connect_store", "meet_at_master", "serve_store", "start_process_group"]
+__all__ = [
+    "SECRET",
+    "Store",
+    "are_on_one_host",
+    "meet_at_master",
+    "meet_over",
+    "place_for",
+    "start_process_group",
+]
 
 LOOPBACK = "127.0.0.1"
 
+SECRET = "D2FT_SECRET"
+"""Variable with a secret of the job's, equal on all ranks, for launchers that give them nothing to share one by."""
 
-def serve_store(address: str, port: int, timeout_seconds: float) -> TCPStore:
-    """Serve a store; port 0 lets the kernel choose one. It stays bound as long as the store lives."""
-    timeout = timedelta(seconds=timeout_seconds)
+_KEPT: list[Store] = []
+"""torch.distributed keeps only the C++ half of a store that is written in Python."""
+
+
+def meet_over(control: Control, port: int) -> tuple[Store, Place, tuple[str, int]]:
+    """Meet all ranks, which the control plane connects already and over which the job's key travels.
+
+    port: where rank 0 listens for other hosts; 0 lets the kernel choose. Also returns an address and a port for
+    MASTER_ADDR and MASTER_PORT, which libraries look for; nobody listens there once all have met.
+    """
+    if control.world_size == 1:
+        return HashStore(), Place("", None), (LOOPBACK, _free_port())
+    one_host = are_on_one_host(control)
+
+    def serve() -> bytes:
+        key = secrets.token_bytes(32)
+        place = _serve(place_for(control.hosts, one_host, port), key, control.world_size)
+        master = (LOOPBACK, _free_port()) if place.port is None else place
+        return json.dumps([place, master, key.hex()]).encode()
+
+    told, master, key = json.loads(share(control, serve, "opening the rendezvous of the ranks"))
+    place = Place(*told)
+    with agreed(control, "connecting to rank 0"):
+        store = _enter(place, bytes.fromhex(key), control.rank, control.timeout_seconds)
+    return store, place, (master[0], master[1])
+
+
+def _free_port() -> int:
+    with socket.create_server((LOOPBACK, 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def are_on_one_host(control: Control) -> bool:
+    """Whether the ranks reach each other's Unix sockets: one kernel, network namespace and user; on all together."""
     try:
-        return TCPStore(address, port, None, True, timeout, wait_for_workers=False)
-    except DistError as error:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        where = f"{boot} {os.stat('/proc/self/ns/net').st_ino} {os.geteuid()}".encode()
+    except OSError:
+        where = secrets.token_bytes(16)
+    return len(set(control.all_gather(where))) == 1
+
+
+def place_for(hosts: Sequence[str], one_host: bool, port: int = 0) -> Place:
+    """Where rank 0, which calls this, can listen so that all ranks reach it, and as few others as possible."""
+    if one_host:
+        return Place(secrets.token_hex(16), None)
+    return Place(os.environ.get("MASTER_ADDR") or _address_for(hosts), port)
+
+
+def _serve(place: Place, key: bytes, world_size: int) -> Place:
+    """Serve the store to the ranks; the place with its port."""
+    try:
+        door = Door(place, key, world_size)
+    except OSError as error:
         raise LaunchError(
-            f"rank 0 on {socket.gethostname()} cannot serve torch.distributed's rendezvous at"
-            f" {address}:{port}: the port is in use (another job on this host?) or the address is not this"
-            " host's. Unset MASTER_PORT, or choose another one (torchrun and deepspeed: --master_port)."
+            f"rank 0 on {socket.gethostname()} cannot serve the rendezvous at {_master() or place}: {error.strerror}"
+            " (another job on this host?). Unset MASTER_PORT, or choose another one (torchrun and deepspeed:"
+            " --master_port)."
         ) from error
+    StoreServer(door, world_size)
+    return door.place
 
 
-def connect_store(address: str, port: int, timeout_seconds: float) -> TCPStore:
+def _enter(place: Place, key: bytes, rank: int, timeout_seconds: float) -> Store:
     """Connect to the store that rank 0 serves, or will serve before the deadline."""
+    try:
+        store = JobStore(enter(place, key, rank, timeout_seconds), timeout_seconds)
+    except OSError as error:
+        raise LaunchError(
+            f"{socket.gethostname()} did not reach rank 0 at {_master() or place} within"
+            f" {timeout_seconds:g} s ({error}). Rank 0 is not running, or MASTER_ADDR, MASTER_PORT or"
+            f" {SECRET} is wrong, or a firewall is in between."
+        ) from error
+    _KEPT.append(store)
+    return store
+
+
+def _master() -> str:
+    return ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")).strip(":")
+
+
+def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> tuple[Store, Place]:
+    """Meet all ranks that share MASTER_ADDR and MASTER_PORT and nothing else, but for `SECRET` if it is set.
+
+    On one host they meet at a Unix socket that is named after them. On several, torchrun's agent serves a store there,
+    which tells a key and where rank 0 listens; without it rank 0 itself listens there.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, world_size = environment.rank, environment.world_size
+    key = os.environ.get(SECRET, "").encode()
+    if _is_on_one_host(address, world_size):
+        names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+        job = [address, port, *(os.environ.get(name) for name in names)]
+        place = Place(hashlib.sha256(json.dumps(job).encode()).hexdigest()[:32], None)
+        if rank == 0:
+            _serve(place, key, world_size)
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        agent = PrefixStore(
+            "d2ft_hpc/" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+            _connect_to_agent(address, port, timeout_seconds),
+        )
+        try:
+            if rank == 0:
+                towards = _address_towards(address) or LOOPBACK
+                own = Place(address if towards.startswith("127.") else towards, 0)
+                made = secrets.token_bytes(32)
+                agent.set("rank 0", json.dumps([*_serve(own, key + made, world_size), made.hex()]))
+            told_address, told_port, more = json.loads(agent.get("rank 0"))
+            place, key = Place(str(told_address), int(told_port)), key + bytes.fromhex(more)
+        except (DistError, ValueError, TypeError, RecursionError) as error:
+            raise LaunchError(
+                f"torchrun's store at {address}:{port} does not tell where rank 0 is ({str(error).splitlines()[0]})"
+            ) from error
+    else:
+        place = Place(address, port)
+        if rank == 0:
+            place = _serve(place, key, world_size)
+    store = _enter(place, key, rank, timeout_seconds)
+    try:
+        _await_all(store, environment, timeout_seconds)
+    except DistError as error:
+        # Rank 0, which served the store and stopped, tells why.
+        raise LaunchError(
+            f"lost the connection to the store of rank 0 at {_master()} while the ranks met"
+        ) from (AgreedError(error) if rank != 0 else error)
+    return store, place
+
+
+def _is_on_one_host(master_address: str, world_size: int) -> bool:
+    if str(world_size) in (os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("LOCAL_SIZE")):
+        return True  # torchrun and deepspeed say so
+    return master_address in ("localhost", "::1") or master_address.startswith("127.")
+
+
+def _connect_to_agent(address: str, port: int, timeout_seconds: float) -> TCPStore:
     deadline = time.monotonic() + timeout_seconds
     while True:  # a plain socket first, because torch's own retries write stack traces to stderr
         patience = max(0.1, deadline - time.monotonic())
@@ -45,57 +188,36 @@ def connect_store(address: str, port: int, timeout_seconds: float) -> TCPStore:
         except (OSError, DistError) as error:
             if time.monotonic() > deadline:
                 raise LaunchError(
-                    f"{socket.gethostname()} did not reach rank 0 at {address}:{port} within"
-                    f" {timeout_seconds:g} s ({str(error).splitlines()[0]}). Rank 0 is not running, or"
-                    " MASTER_ADDR or MASTER_PORT is wrong, or a firewall is in between."
+                    f"{socket.gethostname()} did not reach torchrun's store at {address}:{port} within"
+                    f" {timeout_seconds:g} s ({str(error).splitlines()[0]})"
                 ) from error
         time.sleep(0.1)
 
 
-def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> Store:
-    """Meet all ranks at MASTER_ADDR:MASTER_PORT, where torchrun's agent or else rank 0 serves the store."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    serves = environment.rank == 0 and not agent_serves
-    server = (serve_store if serves else connect_store)(address, port, timeout_seconds)
-    store = PrefixStore("d2ft_hpc/" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), server)
-    try:
-        _await_all(store, environment, timeout_seconds)
-    except DistError as error:
-        # A rank 0 that served the store and stopped tells why.
-        told_by_rank_0 = environment.rank != 0 and not agent_serves
-        raise LaunchError(f"lost the connection to the store at {address}:{port} while the ranks met") from (
-            AgreedError(error) if told_by_rank_0 else error
-        )
-    return store
-
-
 def _await_all(store: Store, environment: LaunchEnvironment, timeout_seconds: float) -> None:
     rank, world_size = environment.rank, environment.world_size
-    master = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if store.add(f"rank {rank}", 1) > 1:
         raise LaunchError(
-            f"two processes say that they are rank {rank} at MASTER_ADDR:MASTER_PORT {master}. If two jobs"
+            f"two processes say that they are rank {rank} at MASTER_ADDR:MASTER_PORT {_master()}. If two jobs"
             " share the host, give one of them another MASTER_PORT; otherwise look at RANK."
         )
     if not _all_arrive(store, "arrived", world_size, timeout_seconds):
         missing = [str(r) for r in range(world_size) if not store.check([f"rank {r}"])]
         raise LaunchError(
             f"{len(missing)} of the {world_size} ranks that WORLD_SIZE={world_size} promises did not come"
-            f" to {master} within {timeout_seconds:g} s: rank {', '.join(missing)}. Start every rank,"
+            f" to {_master()} within {timeout_seconds:g} s: rank {', '.join(missing)}. Start every rank,"
             " with the same MASTER_ADDR and MASTER_PORT, or correct WORLD_SIZE."
         ) from AgreedError()
 
 
 def _all_arrive(store: Store, where: str, world_size: int, timeout_seconds: float) -> bool:
     """Count this rank in and wait for the others; False if they do not come in time."""
-    deadline = time.monotonic() + timeout_seconds
-    arrived = store.add(where, 1)
-    while arrived < world_size:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-        arrived = store.add(where, 0)
+    if store.add(where, 1) == world_size:
+        store.set(f"all {where}", "yes")
+    try:
+        store.wait([f"all {where}"], timedelta(seconds=timeout_seconds))
+    except DistStoreError:
+        return False
     return True
 
 
@@ -104,10 +226,21 @@ def start_process_group(
     environment: LaunchEnvironment,
     backend: str,
     *,
+    one_host: bool,
     timeout_seconds: float,
     collective_timeout_seconds: float,
 ) -> None:
-    """Start torch.distributed's default process group over the store; every rank must call this."""
+    """Start torch.distributed's default process group over the store; every rank must call this.
+
+    On one host gloo and NCCL listen on the loopback interface alone, unless GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME
+    say otherwise.
+    """
+    if one_host:
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
+    # NCCL's monitor would ask the store each second whether a rank wants a dump, to the very end of the process,
+    # where a store that is written in Python may not be called any more: the process would abort.
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
 
     def start(name: str, backend: str, seconds: float) -> None:
         distributed.init_process_group(
@@ -134,20 +267,30 @@ def start_process_group(
         ) from error
 
 
-def address_for(hosts: Sequence[str]) -> str:
-    """The address at which the other ranks reach this process, which is rank 0, on `hosts[0]`."""
+def _address_for(hosts: Sequence[str]) -> str:
+    """The address at which the other ranks reach this process, if it is rank 0, on `hosts[0]`."""
     others = [host for host in hosts if host != hosts[0]]
-    if not others:
-        return LOOPBACK
+    address = _address_towards(others[0] if others else hosts[0])
+    if address is None:
+        rank = hosts.index(others[0]) if others else 0
+        raise LaunchError(
+            f"rank 0 on {hosts[0]} has no address that {describe_ranks([rank], hosts)} could"
+            " reach. Set MASTER_ADDR to the address of rank 0."
+        )
+    return address
+
+
+def _address_towards(peer: str) -> str | None:
+    """The address of this host from which it would speak to the peer, or else to the world."""
     # "Connecting" a UDP socket sends nothing; it makes the kernel choose the address that routes to the peer.
-    for peer in (others[0], "192.0.2.1"):  # the second is a documentation address: it means the default route
+    for destination in (
+        peer,
+        "192.0.2.1",
+    ):  # the second is a documentation address: it means the default route
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
-                probe.connect((peer, 9))
+                probe.connect((destination, 9))
                 return str(probe.getsockname()[0])
             except OSError:
                 continue
-    raise LaunchError(
-        f"rank 0 on {hosts[0]} has no address that {describe_ranks([hosts.index(others[0])], hosts)} could"
-        " reach. Set MASTER_ADDR to the address of rank 0."
-    )
+    return None

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from d2ft_hpc.errors import DataError, LaunchError, ResultsError
 from d2ft_hpc.launch import Control, agreed, connect, detect, run_guarded, share
 from d2ft_hpc.launch.control import MpiControl
+from d2ft_hpc.launch.watch import Watch
+from tests.distributed.attacker import listening, sockets_of
 
 SCENE = sys.argv[1]
 SECONDS = float(sys.argv[2]) if len(sys.argv) > 2 else 20.0
@@ -122,12 +124,28 @@ def check_workers(control: Control) -> None:
     check_collectives(control)
 
 
+def check_under_attack(control: Control) -> None:
+    """Groups and collectives for two seconds, and where this rank listens meanwhile."""
+    with Watch(control):
+        for _ in range(20):
+            group = distributed.new_group(backend="gloo")
+            total = torch.ones(3)
+            distributed.all_reduce(total, group=group)
+            assert total.tolist() == [control.world_size] * 3
+            check_collectives(control)
+            time.sleep(0.1)
+        for name, address, port in listening(sockets_of(Path("/proc/self"))):
+            print(f"rank {control.rank} listens: {name} {address} {port}", flush=True)
+
+
 def play(control: Control) -> int | None:
     check_collectives(control)
     if "agreement" in SCENE:
         check_agreement(control)
     if "deepspeed" in SCENE:
         check_deepspeed(control)
+    if "attacked" in SCENE:
+        check_under_attack(control)
     if "workers" in SCENE:
         check_workers(control)
     if SCENE == "user error":

@@ -9,8 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -45,7 +47,7 @@ class Job:
         return [line for line in self.err.splitlines() if line.startswith(("d2ft-hpc: ", "[rank "))]
 
 
-def start(*command: str, **variables: str) -> Job:
+def start(*command: str, stdout: int | IO[str] = subprocess.PIPE, **variables: str) -> Job:
     environ = {name: value for name, value in os.environ.items() if not LAUNCHER_VARIABLE.search(name)}
     root = str(Path(__file__).parents[2])
     environ |= {
@@ -55,14 +57,13 @@ def start(*command: str, **variables: str) -> Job:
         "TORCH_CPP_LOG_LEVEL": "FATAL",  # gloo's own lines, which also begin with [rank
         **variables,
     }
-    pipe = subprocess.PIPE
     return Job(
         subprocess.Popen(
             command,
             env=environ,
             stdin=subprocess.DEVNULL,
-            stdout=pipe,
-            stderr=pipe,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
@@ -77,9 +78,9 @@ def torchrun(ranks: int, *arguments: str, **variables: str) -> Job:
     return start("torchrun", f"--nproc_per_node={ranks}", str(PROGRAM), *arguments, **variables)
 
 
-def by_hand(rank: int, world_size: int, port: int, *arguments: str) -> Job:
+def by_hand(rank: int, world_size: int, port: int, *arguments: str, **more: str) -> Job:
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-    strings = {name: str(value) for name, value in variables.items()}
+    strings = {name: str(value) for name, value in variables.items()} | more
     return start(sys.executable, str(PROGRAM), *arguments, MASTER_ADDR="127.0.0.1", **strings)
 
 
@@ -189,7 +190,10 @@ def test_killed_rank_without_a_launcher_is_noticed_by_the_other() -> None:
 def test_rank_that_never_comes() -> None:
     port = free_port()
     jobs = by_hand(0, 2, port, "meet", "2"), by_hand(1, 2, free_port(), "meet", "2"), mpirun(2, "absent", "2")
+    stranger = by_hand(1, 2, port, "meet", "2", D2FT_SECRET="another one")
     alone, lost, mpi = (job.end() for job in jobs)
+    assert stranger.end().status == 1
+    assert "did not reach rank 0" in stranger.messages()[0]
     assert alone.status == 1
     (message,) = alone.messages()
     assert re.search(
@@ -203,15 +207,38 @@ def test_rank_that_never_comes() -> None:
     assert message.startswith(f"[rank 0 on {HOST}] MPI_Init did not return within 2 s")
 
 
-def test_port_in_use_is_named() -> None:
-    with socket.socket() as holder:
-        holder.bind(("", 0))
-        holder.listen()
-        port = holder.getsockname()[1]
-        job = mpirun(2, "meet", MASTER_PORT=str(port)).end()
-    assert job.status == 1
-    (message,) = job.messages()
-    assert re.search(rf"cannot serve .* at 127\.0\.0\.1:{port}: the port is in use", message)
+def test_two_jobs_at_one_port_are_named() -> None:
+    port = free_port()
+    jobs = [by_hand(0, 2, port, "meet", "3") for _ in range(2)]
+    told = sorted(message for job in jobs for message in job.end().messages())
+    assert [job.status for job in jobs] == [1, 1]
+    assert re.search(r"1 of the 2 ranks .* did not come to 127\.0\.0\.1", told[0])
+    assert re.search(
+        rf"cannot serve the rendezvous at 127\.0\.0\.1:{port}: Address already in use \(another job", told[1]
+    )
+
+
+@pytest.mark.parametrize("launch", [mpirun, torchrun])
+def test_ranks_survive_rubbish_at_all_that_they_listen_on(launch: Callable[..., Job], tmp_path: Path) -> None:
+    """From before their start to their end, by a process of the same user, which the kernel cannot tell from a rank."""
+    mark = f"D2FT_ATTACKED={tmp_path}"
+    with (tmp_path / "attacked").open("w") as log:
+        attacker = start(sys.executable, "-m", "tests.distributed.attacker", mark, stdout=log)
+    try:
+        job = launch(2, "attacked", D2FT_ATTACKED=str(tmp_path), UCX_NET_DEVICES="lo")
+        ports(job.end(), 2, "MpiControl" if launch is mpirun else "GlooControl")
+    finally:
+        attacker.process.kill()
+        attacker.process.communicate()
+    attacked = (tmp_path / "attacked").read_text().splitlines()
+    assert any(line.startswith("unix @d2ft_hpc/") for line in attacked)
+    assert (
+        sum(line.startswith("tcp 127.0.0.1 ") for line in attacked) > 2 * 20
+    )  # gloo's, of each rank and group
+    listens = set(re.findall(r"rank \d listens: (.*)", job.out))
+    wider = {line for line in listens if not line.startswith("tcp 127.0.0.1 ")}
+    assert listens - wider
+    assert len(wider) == (launch is mpirun)  # of mpirun itself, which its ranks inherit
 
 
 def test_worlds_of_one_are_refused() -> None:
