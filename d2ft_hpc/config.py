@@ -414,7 +414,7 @@ class RunConfig(Section):
             )
         if engine.compile and engine.zero_stage == 3:
             raise ValueError(
-                "engine.compile=true: under ZeRO 3 compiled blocks do not train (DeepSpeed puts a linear layer of its own "
+                "engine.compile=true: under ZeRO 3 compiled blocks do not train (DeepSpeed puts its own linear layer "
                 "in place of torch's); set engine.compile=false, or use ZeRO 1 or 2"
             )
         if engine.cuda_graphs and (engine.pipeline_stages > 1 or engine.tensor_ranks > 1):
