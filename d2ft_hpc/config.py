@@ -358,9 +358,10 @@ class EngineConfig(Section):
     (planner `static`) and no kernels of our own fit (they do on a GPU, without dropout and LoRA), and of what lies
     outside the blocks, where nothing hooks into it (ZeRO 3 does)."""
     cuda_graphs: bool = False
-    """Engine `plain` on a GPU, planners `dense`, `samples`, and others whose micro-batches have at most 8 shapes:
-    whether a micro-batch's forward and backward, and the scoring, are launched as one CUDA graph each. It pays where
-    the GPU waits for the processor."""
+    """On a GPU, where ranks hold the whole model: whether what a micro-batch runs is launched as CUDA graphs, for
+    planners whose micro-batches have at most 8 shapes (`static`, `samples`, `dense`, and others as it falls out). It
+    pays where the GPU waits for the processor. Engine `plain`: a micro-batch's forward and backward, and the scoring,
+    are one graph each. The others: each block's forward and its backward, and the engine reduces as always."""
 
     @field_validator("deepspeed")
     @classmethod
@@ -476,8 +477,15 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.timm: not read with data.augment={self.data.augment}; remove it, or data.augment=timm"
             )
-        if engine.name != "plain" and engine.cuda_graphs:
-            raise ValueError("engine.cuda_graphs=true: only the plain engine has them; set engine.name=plain")
+        if engine.compile and engine.zero_stage == 3:
+            raise ValueError(
+                "engine.compile=true: under ZeRO 3 compiled blocks do not train (DeepSpeed puts its own linear layer "
+                "in place of torch's); set engine.compile=false, or use ZeRO 1 or 2"
+            )
+        if engine.cuda_graphs and (engine.pipeline_stages > 1 or engine.tensor_ranks > 1):
+            raise ValueError(
+                "engine.cuda_graphs=true: not where ranks hold parts of the model; remove it, or use data parallelism"
+            )
         if engine.name != "plain" and self.optimizer.few_full_exponent:
             raise ValueError(
                 f"optimizer.few_full_exponent={self.optimizer.few_full_exponent:g}: only the plain engine has whole "

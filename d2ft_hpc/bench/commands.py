@@ -60,6 +60,8 @@ def add_benches(benches: Any) -> None:
             engine.add_argument("--tensor-parallel", type=int, default=1)
         if name == "speed":
             engine.add_argument("--engine", default="deepspeed", choices=["deepspeed", "ddp", "fsdp2"])
+            engine.add_argument("--compile", action="store_true", help="dense and plan through torch.compile")
+            engine.add_argument("--cuda-graphs", action="store_true", help="blocks launched as CUDA graphs")
             engine.add_argument("--planner", default="makespan")
             engine.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
         engine.set_defaults(run=_engine, bench=name)
@@ -246,6 +248,8 @@ def _engine(options: argparse.Namespace) -> int:
             device=torch.device(device_type_of(options.device)),
             pipeline_stages=getattr(options, "pipeline_stages", 1),
             tensor_parallel=getattr(options, "tensor_parallel", 1),
+            compile=getattr(options, "compile", False),
+            cuda_graphs=getattr(options, "cuda_graphs", False),
         )
         if options.bench == "overhead":
             result = overhead(workload, control)

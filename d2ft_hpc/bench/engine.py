@@ -59,6 +59,9 @@ class Workload:
     device: torch.device
     pipeline_stages: int = 1
     tensor_parallel: int = 1
+    compile: bool = False
+    cuda_graphs: bool = False
+    """As `attach` takes them."""
 
 
 def overhead(workload: Workload, control: Control) -> dict[str, Any]:
@@ -254,7 +257,7 @@ def _build(workload: Workload, control: Control) -> _Built:
         tensor_ranks=workload.tensor_parallel,
     )
     model = _model(workload)
-    executor = attach(model)
+    executor = attach(model, compile=workload.compile, cuda_graphs=workload.cuda_graphs)
     image_shape = (3, workload.image_size, workload.image_size)
     costs = measure_costs(model, executor, image_shape)
     placement = Placement(

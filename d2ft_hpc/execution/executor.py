@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from types import MethodType
 from typing import Any, Literal
 
@@ -16,9 +17,10 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from d2ft_hpc.errors import PlanError
+from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.execution.absent import fill_absent_gradients
 from d2ft_hpc.execution.block import BlockHeads, run_block
+from d2ft_hpc.execution.block_graphs import BlockGraphs, Link, Links, Pass
 from d2ft_hpc.execution.compilation import allow_kernels_of, cannot_compile, compile_outside_blocks
 from d2ft_hpc.execution.copies import leave_out_of_copies
 from d2ft_hpc.execution.gradients import (
@@ -48,7 +50,16 @@ class PlanExecutor:
     Made by `attach`.
     """
 
-    def __init__(self, subnets: SubnetMap, embeddings: EmbeddingPolicy, rescale: bool, compile: bool) -> None:
+    def __init__(
+        self,
+        subnets: SubnetMap,
+        embeddings: EmbeddingPolicy,
+        rescale: bool,
+        compile: bool,
+        cuda_graphs: bool = False,
+        recomputes: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """recomputes: whether blocks run again in the backward, which keeps nothing that a graph could."""
         self.subnets = subnets
         self.plan: SkipPlan | None = None
         """The plan in force; None means dense."""
@@ -83,6 +94,9 @@ class PlanExecutor:
         # Each shape is compiled for itself: kernels for shapes that may vary are slower.
         self._compiled = torch.compile(_dense_forward, dynamic=False) if compile else None
         self._compiled_heads = torch.compile(run_block, dynamic=False) if compile else None
+        self._graphs = BlockGraphs() if cuda_graphs else None
+        self._recomputes = recomputes
+        self._pass: Pass | None = None  # through graphs, while its forward is under way
 
     def follow(
         self,
@@ -98,9 +112,19 @@ class PlanExecutor:
         check: raises PlanError or ConfigError where the engine cannot run a plan; `load` calls it.
         reduces: in a block's forward, whether this micro-batch's backward reduces the block's gradients, where the loop
             can say that anew each time, as at the end of an epoch in an incomplete batch; None: as `reduction` says.
+
+        Raises ConfigError where blocks are to be compiled and the engine is ZeRO 3.
         """
+        if reduction is Reduction.BY_BLOCK and self._compiled is not None:
+            raise ConfigError(
+                "compile=True: under ZeRO 3 compiled blocks do not train (DeepSpeed puts a linear layer of its own in "
+                "place of torch's, whose weights get no gradient then): compile=False, or use ZeRO 1 or 2"
+            )
         self._slot_source, self._reduction, self._check = slot_source, reduction, check
         self._reduces = reduces
+        if self._graphs is not None:
+            gathers = reduction is Reduction.BY_BLOCK or isinstance(self.blocks[0], FSDPModule)
+            self._graphs = BlockGraphs(copies_weights=gathers)
         if reduction is Reduction.BY_BLOCK:
             require_input_gradient(self.blocks[0])
 
@@ -210,7 +234,8 @@ class PlanExecutor:
     def run(self, block: Block, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Block `index` under the current row; `args` are the block's own."""
         if not self.rows or not block.training:
-            return self._run(block, index, None, x, *args, **kwargs)
+            replayed = self._replayed(block, index, None, x, args, kwargs)
+            return self._run(block, index, None, x, *args, **kwargs) if replayed is None else replayed
         start = _clock()
         slot = self.slot
         if slot is None:
@@ -230,6 +255,10 @@ class PlanExecutor:
         if index == 0 and self.detach_incomplete and not row.is_complete:
             # Embeddings take no part in this micro-batch; a reduction during backward still waits for them.
             x = x.detach() if self._reduction is Reduction.AFTER_BACKWARD else zero_gradient(x)
+        replayed = self._replayed(block, index, slot, x, args, kwargs)
+        if replayed is not None:
+            self.lookup_seconds += _clock() - start
+            return replayed
         if self._at_one_point(slot, index):
             with one_point(self._owners[index], x, gives_gradients=heads.trains) as x:
                 self.lookup_seconds += _clock() - start
@@ -254,6 +283,44 @@ class PlanExecutor:
         run = run_block if self._compiled_heads is None or not self._compiles(x) else self._compiled_heads
         result = run(block, x, heads, self.subnets.head_axes, *args, **kwargs)
         return result
+
+    def _replayed(
+        self, block: Block, index: int, slot: int | None, x: Tensor, args: Any, kwargs: Any
+    ) -> Tensor | None:
+        """Block `index` under the row of `slot`, or densely, through CUDA graphs; None where it has to run without."""
+        if self._graphs is None or not block.training:
+            return None
+        row = None if slot is None else self.rows[slot]
+        chain = self._in_order if row is None else [i for i in row.active if i in self.blocks]
+        if index not in chain:
+            return None
+        if index == chain[0]:
+            self._pass = None
+            if x.is_cuda and torch.is_grad_enabled() and not (cannot_compile() or self._recomputes()):
+                at_one_point = [slot is not None and self._at_one_point(slot, i) for i in chain]
+                key = (
+                    *(x.shape, x.dtype, x.requires_grad, None if row is None else row.shape, *at_one_point),
+                    *(torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")),
+                )
+                indices = None if row is None else row.indices
+                self._pass = self._graphs.begin(
+                    key, x, indices, partial(self._links, chain, row, at_one_point)
+                )
+        running = None if args or kwargs else self._pass
+        result = None if running is None else running.run(index, x)
+        if result is None or index == chain[-1]:
+            self._pass = None
+        return result
+
+    def _links(self, chain: Sequence[int], row: Row | None, at_one_point: Sequence[bool]) -> Links:
+        def compute(index: int, x: Tensor, indices: Tensor | None) -> Tensor:
+            heads = None if row is None or indices is None else row.reading(indices).heads[index]
+            return self._run(self.blocks[index], index, heads, x)
+
+        return {
+            index: Link(partial(compute, index), owners_of(self.blocks[index], frozen_too=True), gives_zeros)
+            for index, gives_zeros in zip(chain, at_one_point, strict=True)
+        }
 
     def _compiles(self, x: Tensor) -> bool:
         """Whether blocks that skip heads run through torch.compile on this input.
@@ -284,6 +351,8 @@ class PlanExecutor:
         slot, above = self.slot, index + 1
         if slot is None or above not in self.blocks or self._at_one_point(slot, above):
             return None
+        if self._graphs is not None:
+            return None  # each block is a graph of its own
         if self._reduction is Reduction.BY_BLOCK:
             return None  # the engine gathers weights block by block, and has not gathered that one's
         return self.blocks[above] if self._is_fused(above, self.rows[slot].heads[above]) else None
@@ -312,6 +381,7 @@ class PlanExecutor:
         What copies or pickles the block gets timm's own, dense, which follows nothing.
         """
         self.blocks[index] = block
+        self._in_order = sorted(self.blocks)
         own: dict[str, Any] = {
             "_d2ft": _BlockLink(self, index),
             "forward": MethodType(_planned_forward, block),
@@ -401,6 +471,7 @@ def attach(
     shared: SharedPolicy = "flow",
     rescale: bool = False,
     compile: bool = False,
+    cuda_graphs: bool = False,
 ) -> PlanExecutor:
     """Lets a timm VisionTransformer follow skip plans, also one inside peft's wrapper.
 
@@ -411,6 +482,8 @@ def attach(
         batch of a replica, as stochastic depth does (arXiv 1603.09382).
     compile: whether torch.compile makes kernels, one set for each shape: of dense blocks, of those that skip heads
         under plans with few shapes (`PlanExecutor.block_shapes`), and of what lies outside the blocks.
+    cuda_graphs: whether, on a GPU, a block's forward and its backward are one launch each, for up to 8 shapes of
+        micro-batches; further ones, and a forward that begins while an earlier one waits for its backward, run without.
     The classifier always trains; parameters that are frozen already stay so.
 
     Raises UnsupportedModelError where the model cannot be cut by head.
@@ -418,7 +491,14 @@ def attach(
     model = unwrapped(model)
     if any(hasattr(block, "_d2ft") for block in getattr(model, "blocks", ())):
         raise PlanError("the model has an executor already: attach once and keep what attach returned")
-    executor = PlanExecutor(SubnetMap.of(model), embeddings, rescale, compile)
+    executor = PlanExecutor(
+        SubnetMap.of(model),
+        embeddings,
+        rescale,
+        compile,
+        cuda_graphs,
+        partial(_recomputes, weakref.ref(model)),
+    )
     frozen = {ParameterClass.EMBEDDING: embeddings == "frozen", ParameterClass.SHARED: shared == "frozen"}
     for name, parameter in model.named_parameters():
         if frozen.get(executor.subnets.classify(name), False):
@@ -429,6 +509,10 @@ def attach(
         compile_outside_blocks(model)
     fill_absent_gradients(model, _skips)
     return executor
+
+
+def _recomputes(model: weakref.ref[Any]) -> bool:
+    return bool(getattr(model(), "grad_checkpointing", False))
 
 
 def _skips(model: Any) -> bool:

@@ -45,16 +45,17 @@ class Reduction(Enum):
 
 
 Owners = list[tuple[dict[str, Any], str]]
-"""Of each trainable parameter of a block: the dictionary that its module keeps it in, and its name there. FSDP2 puts
-others in its place for each forward pass."""
+"""Of parameters of a block: the dictionary that its module keeps it in, and its name there. FSDP2 puts others in its
+place for each forward pass."""
 
 
-def owners_of(block: Block) -> Owners:
+def owners_of(block: Block, *, frozen_too: bool = False) -> Owners:
+    """Of the trainable parameters, or of all."""
     return [
         (module._parameters, name)
         for module in block.modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.requires_grad
+        if parameter.requires_grad or frozen_too
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
@@ -31,6 +32,11 @@ class Row:
     def shape(self) -> tuple[tuple[int, int, float], ...]:
         """Of every block."""
         return tuple(heads.shape for heads in self.heads)
+
+    @cached_property
+    def active(self) -> list[int]:
+        """The blocks that are not SHORTCUT in all heads."""
+        return [index for index, heads in enumerate(self.heads) if not heads.is_shortcut]
 
     def reading(self, indices: Tensor) -> Row:
         """The same numbers of heads, but those of `indices`."""

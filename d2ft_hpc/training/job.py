@@ -144,6 +144,8 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         shared=config.model.shared,
         rescale=config.plan.rescale,
         compile=config.engine.compile,
+        # Engine `plain` makes graphs of whole micro-batches.
+        cuda_graphs=config.engine.cuda_graphs and config.engine.name != "plain",
     )
     image_shape = (3, config.data.image_size, config.data.image_size)
     costs = measure_costs(model, executor, image_shape)
@@ -156,7 +158,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
             seed=config.run.seed,
             replica=layout.replica,
             autocast_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.engine.precision),
-            cuda_graphs=config.engine.cuda_graphs and device.type == "cuda",
+            cuda_graphs=config.engine.cuda_graphs and config.engine.name == "plain" and device.type == "cuda",
         )
         costs = replace(costs, score_flops=count_scoring(selection, config.data.image_size, device))
     return Job(

@@ -107,7 +107,16 @@ def initialize(
     layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
     if layout.is_cut:
         _same_on_all_ranks(model)
-    executor = attach(model, embeddings=section.embeddings, shared=section.shared, rescale=section.rescale)
+    if layout.is_cut and section.cuda_graphs:
+        raise ConfigError("d2ft.cuda_graphs=true: not where ranks hold parts of the model; remove it")
+    executor = attach(
+        model,
+        embeddings=section.embeddings,
+        shared=section.shared,
+        rescale=section.rescale,
+        compile=section.compile,
+        cuda_graphs=section.cuda_graphs,
+    )
     image_shape = _image_shape(model)
     costs = measure_costs(model, executor, image_shape)
     flops = layer_flops(model, costs, image_shape)

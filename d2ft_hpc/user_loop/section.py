@@ -33,6 +33,10 @@ class D2ftSection(PlanConfig):
     """Parameters below every block: frozen, trained by micro-batches that are FULL everywhere, or trained by all."""
     shared: Literal["flow", "frozen"] = "flow"
     """Norms, LayerScale and row biases of the blocks: trained by what flows through FULL heads, or frozen."""
+    compile: bool = False
+    """Whether torch.compile makes kernels; see `attach`."""
+    cuda_graphs: bool = False
+    """Whether blocks are launched as CUDA graphs; see `attach`."""
     seed: int = Field(default=0, ge=0)
     """Of planners `random` and `samples`."""
 

@@ -61,6 +61,18 @@ CONFIGS = Path(__file__).parents[2] / "configs"
             ["engine.deepspeed.tensor_parallel.autotp_size='auto'", "a whole number"],
         ),
         (["engine.deepspeed={pipeline: {stages: 2}}"], ["pipeline.stages=2", "set engine.pipeline_stages"]),
+        (
+            [
+                "engine.compile=true",
+                "engine.name=deepspeed",
+                "engine.deepspeed={zero_optimization: {stage: 3}}",
+            ],
+            ["engine.compile=true", "compiled blocks do not train", "ZeRO 1 or 2"],
+        ),
+        (
+            ["engine.cuda_graphs=true", "engine.name=deepspeed", "engine.tensor_parallel=2"],
+            ["engine.cuda_graphs=true", "remove it"],
+        ),
         (["engine.tensor_parallel=0"], ["engine.tensor_parallel=0", "greater than or equal to 1"]),
     ],
 )

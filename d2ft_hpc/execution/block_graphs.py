@@ -1,0 +1,281 @@
+"""Blocks as CUDA graphs under any engine: a block's forward is one launch and its backward another, while the gradients
+of its parameters go through autograd, so that what an engine hooks there fires as always.
+
+The blocks of a model form a chain: each reads what the one below wrote. A chain is captured whole, forwards from the
+first block to the last and backwards in turn, out of one memory pool, so that it takes as much memory as an eager pass.
+What a chain keeps for its backward lies where the next pass of the same model writes; a pass that begins while an
+earlier one still waits for its backward therefore runs without graphs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2ft_hpc.execution.gradients import Owners
+from d2ft_hpc.execution.gradients import stand_ins as standing_in
+
+_WARM_UPS = 3
+"""Runs before a capture: kernels compile, choose algorithms and allocate their workspaces."""
+
+MOST_CHAINS = 8
+"""Chains that are kept; passes of further shapes run without graphs."""
+
+Compute = Callable[[Tensor, Tensor | None], Tensor]
+"""A block's forward, from its input and the indices of the row's heads, on the parameters that its modules hold."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """One block of a chain.
+
+    owners: of all its parameters. gives_zeros: gradients of parameters that take none are zero instead of absent.
+    """
+
+    compute: Compute
+    owners: Owners
+    gives_zeros: bool
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [kept[name] for kept, name in self.owners]
+
+
+Links = dict[int, Link]
+"""By block, from the first to the last."""
+
+
+class BlockGraphs:
+    """The chains of one model's blocks, by their shapes.
+
+    copies_weights: an engine puts the weights elsewhere in memory for each pass (ZeRO 3, FSDP2), so that each block's
+        are copied to where the graphs read.
+    """
+
+    def __init__(self, copies_weights: bool = False) -> None:
+        self._copies_weights = copies_weights
+        self._chains: dict[Hashable, _Chain] = {}
+        self._pool: Any = None
+        self._pass: weakref.ref[Pass] | None = None
+        self._weights: list[Tensor] | None = None
+
+    def begin(
+        self, key: Hashable, x: Tensor, indices: Tensor | None, make_links: Callable[[], Links]
+    ) -> Pass | None:
+        """A pass on input `x` through the graphs of earlier passes with such a key, or through new ones of what
+        `make_links` gives; None if it has to run without."""
+        if self._pass is not None and self._pass() is not None:
+            return None
+        chain = self._chains.get(key)
+        if chain is not None and chain.places != self._places(chain.links):
+            self._chains.clear()  # the weights have moved, or others of them train: every chain reads them
+            chain = None
+        if chain is None:
+            if len(self._chains) == MOST_CHAINS:
+                return None
+            chain = self._chains[key] = self._capture(x, indices, make_links())
+        running = chain.begin(indices)
+        self._pass = weakref.ref(running)
+        return running
+
+    def _places(self, links: Links) -> list[int | bool]:
+        """Where the graphs read the weights, and which of these train."""
+        parameters = [parameter for link in links.values() for parameter in link.parameters]
+        if self._copies_weights:
+            return [parameter.requires_grad for parameter in parameters]
+        return [place for p in parameters for place in (p.data_ptr(), p.requires_grad)]
+
+    def _stand_ins(self, link: Link) -> list[nn.Parameter]:
+        """Leaves with the parameters' values, at the place from which the graphs read them."""
+        own = link.parameters
+        places = [parameter.detach() for parameter in own]
+        if self._copies_weights:
+            if self._weights is None:  # the first block's are in place now, the others' are not
+                self._weights = [parameter.clone() for parameter in places]
+            places = self._weights
+        return [
+            nn.Parameter(place, requires_grad=parameter.requires_grad)
+            for place, parameter in zip(places, own, strict=True)
+        ]
+
+    def _capture(self, x: Tensor, indices: Tensor | None, links: Links) -> _Chain:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        read = None if indices is None else indices.clone()
+        x = x.detach().clone().requires_grad_(x.requires_grad)
+        blocks: dict[int, _BlockGraph] = {}
+        passed: dict[int, tuple[Tensor, Tensor, list[nn.Parameter]]] = {}
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for index, link in links.items():
+                stand_ins = self._stand_ins(link)
+                for _ in range(_WARM_UPS):
+                    _both(link, stand_ins, x, read)
+                with _captured(self._pool) as forward:
+                    y = _on(link, stand_ins, x, read)
+                weights = stand_ins if self._copies_weights else []
+                blocks[index] = _BlockGraph(forward, x.detach(), y.detach(), [w.detach() for w in weights])
+                passed[index] = x, y, stand_ins
+                x = y.detach().requires_grad_(y.requires_grad)
+            gradient = torch.empty_like(x)
+            for index in reversed(links):
+                x, y, stand_ins = passed.pop(index)
+                if not y.requires_grad:
+                    if links[index].gives_zeros:
+                        blocks[index].of_parameters = [
+                            torch.zeros_like(p) if p.requires_grad else None for p in stand_ins
+                        ]
+                    continue
+                wanted = [tensor for tensor in (x, *stand_ins) if tensor.requires_grad]
+                with _no_autocast(), _captured(self._pool) as backward:
+                    found = torch.autograd.grad(y, wanted, gradient, allow_unused=True)
+                    if links[index].gives_zeros:
+                        found = tuple(
+                            torch.zeros_like(tensor) if part is None else part
+                            for tensor, part in zip(wanted, found, strict=True)
+                        )
+                del y  # and with it what the forward kept: later chains of the pool may lie there
+                parts = iter(found)
+                block = blocks[index]
+                block.backward, block.of_y = backward, gradient
+                block.of_x = next(parts) if x.requires_grad else None
+                block.of_parameters = [next(parts) if p.requires_grad else None for p in stand_ins]
+                if block.of_x is not None:
+                    gradient = block.of_x
+        torch.cuda.current_stream().wait_stream(stream)
+        return _Chain(links, blocks, read, self._places(links))
+
+
+@contextmanager
+def _captured(pool: Any) -> Iterator[torch.cuda.CUDAGraph]:
+    """Captures what is launched inside on the current stream; other threads may go on using the device meanwhile."""
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        yield graph
+    finally:
+        graph.capture_end()
+
+
+def _no_autocast() -> torch.autocast:
+    """As in a backward pass, which runs outside of the forward's autocast."""
+    return torch.autocast("cuda", enabled=False)
+
+
+def _on(link: Link, stand_ins: Sequence[Tensor], x: Tensor, indices: Tensor | None) -> Tensor:
+    dtype, is_on = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+    # A weight in autocast's cache would be gone when the graph reads it.
+    with standing_in(link.owners, stand_ins), torch.autocast("cuda", dtype, is_on, cache_enabled=False):
+        return link.compute(x, indices)
+
+
+def _both(link: Link, stand_ins: Sequence[Tensor], x: Tensor, indices: Tensor | None) -> None:
+    y = _on(link, stand_ins, x, indices)
+    wanted = [tensor for tensor in (x, *stand_ins) if tensor.requires_grad]
+    if y.requires_grad:
+        with _no_autocast():
+            torch.autograd.grad(y, wanted, torch.zeros_like(y), allow_unused=True)
+
+
+@dataclass
+class _BlockGraph:
+    """A captured block: what its graphs read and write."""
+
+    forward: torch.cuda.CUDAGraph
+    x: Tensor
+    y: Tensor
+    weights: list[Tensor]
+    backward: torch.cuda.CUDAGraph | None = None
+    of_y: Tensor | None = None
+    of_x: Tensor | None = None
+    of_parameters: Sequence[Tensor | None] = ()
+
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether there is anything to hand to autograd in the backward."""
+        return self.backward is not None or bool(self.of_parameters)
+
+    def run_forward(self, parameters: Sequence[Tensor]) -> Tensor:
+        self._copy_weights(parameters)
+        self.forward.replay()
+        return self.y.detach()
+
+    def run_backward(self, gradient: Tensor, parameters: Sequence[Tensor]) -> None:
+        if self.backward is None:
+            return
+        assert self.of_y is not None
+        if gradient.data_ptr() != self.of_y.data_ptr():
+            self.of_y.copy_(gradient)
+        self._copy_weights(parameters)
+        self.backward.replay()
+
+    def _copy_weights(self, parameters: Sequence[Tensor]) -> None:
+        if self.weights:
+            torch._foreach_copy_(self.weights, [parameter.detach() for parameter in parameters])
+
+
+class _Chain:
+    """Captured blocks, and where the parameters of all of `links` were."""
+
+    def __init__(
+        self, links: Links, blocks: dict[int, _BlockGraph], indices: Tensor | None, places: list[int | bool]
+    ) -> None:
+        self.links, self.blocks, self.places = links, blocks, places
+        self._indices, self._given = indices, indices
+
+    def begin(self, indices: Tensor | None) -> Pass:
+        if self._indices is not None and indices is not None and indices is not self._given:
+            self._indices.copy_(indices)
+            self._given = indices
+        return Pass(self)
+
+
+class Pass:
+    """One forward through a chain; alive until each of its backwards has run or been given up."""
+
+    def __init__(self, chain: _Chain) -> None:
+        self._chain = chain
+        self._first = next(iter(chain.blocks))
+
+    def run(self, index: int, x: Tensor) -> Tensor | None:
+        """Block `index`; None if it has to run by itself, because its input is not what the block below gave."""
+        block = self._chain.blocks[index]
+        if index == self._first:
+            block.x.copy_(x)
+        elif x.data_ptr() != block.x.data_ptr() or x.shape != block.x.shape:
+            return None
+        parameters = self._chain.links[index].parameters
+        if not block.takes_gradients:
+            with torch.no_grad():
+                return block.run_forward(parameters)
+        result: Tensor = _Replay.apply(self, block, x, *parameters)
+        return result
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, running: Pass, block: _BlockGraph, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.running, ctx.block = running, block
+        ctx.parameters = parameters if block.weights else ()
+        return block.run_forward(parameters)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        if ctx.running is None:
+            raise RuntimeError(
+                "a second backward through blocks that run as CUDA graphs: what the forward kept may be overwritten; "
+                "attach(model, cuda_graphs=False)"
+            )
+        block: _BlockGraph = ctx.block
+        block.run_backward(gradient, ctx.parameters)
+        ctx.running = None
+        # These very tensors, that the chain holds too: autograd then copies them, where it would take over a tensor
+        # that nobody else holds, and the next replay would overwrite a parameter's gradient.
+        return None, None, block.of_x, *block.of_parameters
