@@ -72,7 +72,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _unreadable(fault: str) -> DataError:
-    return DataError(f"not a readable image ({fault}): replace or remove it")
+    return DataError(f"not a readable image ({fault}); replace or remove it")
 
 
 def _in_rgb(picture: Image.Image) -> Image.Image:
