@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from d2ft_hpc.data.datasets import LabelledImages, RawBatch
+from d2ft_hpc.data.lost_worker import batches_of
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.data.workers import worker_options
@@ -35,7 +36,7 @@ class Batches:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for raw, entropy in self._loader:
+        for raw, entropy in batches_of(self._loader):
             moved = RawBatch(*(tensor.to(self._device, non_blocking=True) for tensor in raw))
             yield self._finish((moved, tuple(entropy)))
 
