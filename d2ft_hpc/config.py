@@ -369,8 +369,8 @@ class LaunchConfig(Section):
     silence_seconds: float = Field(default=30.0, ge=2)
     """A rank that is not heard for so long is lost: stopped, or its node is down. A killed one is noticed at once."""
     stall_seconds: float = Field(default=600.0, gt=0)
-    """Longest time in which nothing moves on, on any rank (a step, a batch of an evaluation, the set-up, a save), before
-    hung ranks are named and the run ends with status 75."""
+    """Longest time in which nothing moves on, on any rank (a step, a batch of an evaluation, the set-up, a save),
+    before hung ranks are named and the run ends with status 75."""
 
 
 class ResultsConfig(Section):

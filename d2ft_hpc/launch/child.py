@@ -28,8 +28,10 @@ class Children:
             signal.signal(number, self._pass_on)
 
     def run(self, command: Sequence[str], names: Sequence[str]) -> int:
-        """The command's exit status; `UNFINISHED` where a stop signal ended it before it listened. names: of the signals
-        that stop it."""
+        """The command's exit status; `UNFINISHED` where a stop signal ended it before it listened.
+
+        names: of the signals that stop it.
+        """
         # A signal that comes now waits until there is somebody to pass it on to. The command begins with it blocked, as
         # it means to: one that it gets before it listens is not lost either.
         numbers = {number_of(name) for name in names}

@@ -19,6 +19,7 @@ from d2ft_hpc.config import RunConfig
 from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.launch import share
 from d2ft_hpc.launch.agree import AgreedError
+from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds
 from d2ft_hpc.metering.profile import PassProfile
 from d2ft_hpc.planning import Operation, SkipPlan
@@ -157,13 +158,22 @@ def relative_speeds(seconds: Sequence[float]) -> list[float]:
 
 
 def _kept(job: Job, profile: PassProfile) -> PassProfile:
-    """The profile that the cache folder keeps for this hardware and model; it keeps this one if it has none."""
-    path = cache_folder() / f"profile-{_key(job)}.json"
+    """The profile that the cache folder keeps for this hardware and model; it keeps this one if it has none, and if it
+    can be written: it is a convenience."""
+    name = f"profile-{_key(job)}.json"
     try:
-        return PassProfile(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):  # none yet, or damaged
-        _write(path, json.dumps(asdict(profile)).encode())
-        return profile
+        return PassProfile(**json.loads((cache_folder() / name).read_bytes()))
+    except (OSError, ValueError, TypeError, RuntimeError):  # none yet, or damaged
+        pass
+    try:
+        _write(cache_folder() / name, json.dumps(asdict(profile)).encode())
+    except (OSError, RuntimeError) as error:  # or there is no home folder
+        if job.control.local_rank == 0:
+            print_line(
+                f"d2ft-hpc: warning: the measured costs are not kept for other runs ({error}): set D2FT_HPC_CACHE to a "
+                f"folder that can be written"
+            )
+    return profile
 
 
 def cache_folder() -> Path:

@@ -38,8 +38,8 @@ _POLL_SECONDS = 0.05
 
 
 class CheckpointSaver:
-    """Saves checkpoints into `folder` and keeps the newest `keep`, at least two until the end; a context manager that ends in
-    `finish`.
+    """Saves checkpoints into `folder` and keeps the newest `keep`, at least two until the end; a context manager that
+    ends in `finish`.
 
     Each rank writes its own files and, when they are on disk, a list of them with their checksums. Rank 0 waits for
     all lists, joins them into the manifest and gives the folder its name: so a kill at any moment leaves only whole
