@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -277,7 +278,7 @@ def _train_each(files: Sequence[Path], overrides: Sequence[str]) -> int:
         print(f"==> {file}", flush=True)
         command = [sys.executable, "-m", "d2ft_hpc", "train", str(file), *overrides]
         status = children.run(command, config.launch.stop_signals)
-        if status == 130:
+        if status in (130, -signal.SIGINT):
             return status
         if status not in (0, UNFINISHED):
             failed.append(str(file))
