@@ -51,10 +51,12 @@ def on_ranks(
 
     import torch  # large: after the ranks have met
 
+    from d2ft_hpc.launch.caches import make_caches_usable
     from d2ft_hpc.launch.children import kill_children
     from d2ft_hpc.launch.watch import Watch
 
     device = torch.device(device_type_of(asked))
+    make_caches_usable(tells=control.local_rank == 0)
 
     def run() -> int:
         status = 1
