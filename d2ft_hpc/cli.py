@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns the exit status.
 
-    0 done, 1 fault, 2 wrong usage, 75 stopped and to be continued, 130 interrupted.
+    0 done, 1 fault, 2 wrong usage, 75 to be continued (stopped, hung, or a process was lost), 76 diverged (loss or
+    weights are not finite), 130 interrupted.
     """
     try:
         options = _parser().parse_args(arguments)
@@ -268,24 +270,31 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _train_each(files: Sequence[Path], overrides: Sequence[str]) -> int:
-    """Each configuration in a process of its own, one after the other; 1 if any failed."""
-    import subprocess
-
+    """Each configuration in a process of its own, one after the other; 1 if any failed. One that is to be continued is
+    the last: its status is returned."""
     from d2ft_hpc.errors import LaunchError
     from d2ft_hpc.launch import detect
+    from d2ft_hpc.launch.child import Children
 
     if detect().world_size > 1:
         raise LaunchError(f"{len(files)} configurations under one launcher: start each one, or an array job")
-    for file in files:
-        load_config(file, overrides)  # faults show before the first run starts
+    configs = [load_config(file, overrides) for file in files]  # faults show before the first run starts
+    children = Children([name for config in configs for name in config.launch.stop_signals])
     failed = []
-    for file in files:
+    for index, (file, config) in enumerate(zip(files, configs, strict=True)):
         say(f"==> {file}")
-        status = subprocess.run([sys.executable, "-m", "d2ft_hpc", "train", str(file), *overrides]).returncode
-        if status == 130:
+        command = [sys.executable, "-m", "d2ft_hpc", "train", str(file), *overrides]
+        status = children.run(command, config.launch.stop_signals)
+        if status in (130, -signal.SIGINT):
             return status
-        if status:
+        if status not in (0, UNFINISHED):
             failed.append(str(file))
+        left = files[index + (status != UNFINISHED) :]
+        if left and (status == UNFINISHED or children.stopped):
+            print_line(
+                f"unfinished: {', '.join(map(str, left))}; to go on, start again with train.resume=auto"
+            )
+            return UNFINISHED
     if failed:
         print_line(f"failed: {', '.join(failed)}")
     return int(bool(failed))

@@ -67,24 +67,32 @@ def on_ranks(
 
     import torch  # large: after the ranks have met
 
+    from d2ft_hpc.launch.caches import make_caches_usable
+    from d2ft_hpc.launch.children import kill_children
     from d2ft_hpc.launch.watch import Watch
 
     device = torch.device(device_type_of(asked))
+    make_caches_usable(tells=control.local_rank == 0)
 
     def run() -> int:
-        with Watch(
-            control,
-            silence_seconds=config.launch.silence_seconds,
-            stall_seconds=config.launch.stall_seconds,
-            run_folder=config.run_folder,
-            signals=signals,
-        ) as watch:
-            status = run_guarded(
+        status = 1
+        try:
+            with Watch(
                 control,
-                lambda: function(control, device, environment.launcher, watch),
+                silence_seconds=config.launch.silence_seconds,
+                stall_seconds=config.launch.stall_seconds,
                 run_folder=config.run_folder,
-                before_abort=watch.fail,
-            )
+                signals=signals,
+            ) as watch:
+                status = run_guarded(
+                    control,
+                    lambda: function(control, device, environment.launcher, watch),
+                    run_folder=config.run_folder,
+                    before_abort=watch.fail,
+                )
+        finally:
+            if status:
+                kill_children()  # whatever they were at, nobody wants it
         if control.world_size > 1:
             # Nobody watches the interpreter's own end any more, which takes a while: a rank that hung in it would
             # keep the launcher, and so the job, waiting.

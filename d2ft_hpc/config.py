@@ -181,7 +181,7 @@ class TrainConfig(Section):
     checkpoint_every_steps: int | None = Field(default=None, gt=0)
     """null: not by the number of steps."""
     keep_checkpoints: int = Field(default=2, gt=0)
-    """The newest ones, which stay."""
+    """The newest ones, which stay; at least two until the run ends, since the newest may be of a run that diverges."""
     resume: bool | Literal["auto"] = False
     """true: continue the run in its folder from its newest checkpoint. auto: the same where there is one, start where
     there is none, and end at once if the run is finished: for jobs that may be started again at any time."""
@@ -435,7 +435,8 @@ class LaunchConfig(Section):
     silence_seconds: float = Field(default=30.0, ge=2, le=_LONGEST)
     """A rank that is not heard for so long is lost: stopped, or its node is down. A killed one is noticed at once."""
     stall_seconds: float = Field(default=600.0, gt=0, le=_LONGEST)
-    """Longest time without a step (or a batch of an evaluation) on any rank, before hung ranks are named."""
+    """Longest time in which nothing moves on, on any rank (a step, a batch of an evaluation, the set-up, a save),
+    before hung ranks are named and the run ends with status 75."""
 
 
 class ResultsConfig(Section):

@@ -1,8 +1,16 @@
 """Faults that the user can mend. The text of each is the whole message: what is wrong, where, and the fix."""
 
+UNFINISHED = 75
+"""Exit status (EX_TEMPFAIL) of a run that was stopped, hung or lost one of its processes: started again, it goes on."""
+
+DIVERGED = 76
+"""Exit status of a run whose loss or weights are not finite any more: started again, it would end so again."""
+
 
 class D2ftError(Exception):
     """Base of every fault that ends a run with one message instead of a traceback."""
+
+    exit_status = 1
 
 
 class ConfigError(D2ftError):
@@ -17,9 +25,23 @@ class LostRankError(LaunchError):
     """A rank that had come ended, hangs or cannot be reached any more. The run did not fail by itself, which the exit
     status `UNFINISHED` says: started again, it goes on."""
 
+    exit_status = UNFINISHED
 
-UNFINISHED = 75
-"""Exit status (EX_TEMPFAIL) of a run that was stopped or lost a rank."""
+
+class LostWorkerError(D2ftError):
+    """A process that read data for a rank was killed. As with a lost rank, the run did not fail by itself."""
+
+    exit_status = UNFINISHED
+
+
+class DivergedError(D2ftError):
+    """The loss or the weights are not finite any more. steps_done: before the first step of which this is known."""
+
+    exit_status = DIVERGED
+
+    def __init__(self, text: str, steps_done: int | None = None) -> None:
+        super().__init__(text)
+        self.steps_done = steps_done
 
 
 class DataError(D2ftError):
@@ -36,6 +58,10 @@ class PlanError(D2ftError):
 
 class ResultsError(D2ftError):
     """A results file cannot be written, or is not one of ours."""
+
+
+class LostResultsError(ResultsError):
+    """There is no results file that can be read and continued."""
 
 
 class CheckpointError(D2ftError):

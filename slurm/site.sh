@@ -40,8 +40,9 @@ train() {
   requeue_if_unfinished "$status"
 }
 
-# 75: stopped by a signal, or a rank was lost. 137, 140, 143: a rank was killed, or was signalled before it could listen;
-# so are the others when one fails by itself, which then leaves a message: that job has ended.
+# 75: stopped by a signal, hung, or a process was lost. 137, 140, 143: a rank was killed, or was signalled before it could
+# listen (9, 12, 15 where MPICH's mpirun started it); so are the others when one fails by itself, which then leaves a
+# message: that job has ended. So has one with 76, whose loss is not finite any more: it would end so again.
 requeue_if_unfinished() {
   local most_restarts=20
   if [[ -s $D2FT_FAILURE_FILE ]]; then
@@ -50,7 +51,7 @@ requeue_if_unfinished() {
     exit 1
   fi
   case $1 in
-  75 | 137 | 140 | 143)
+  75 | 137 | 140 | 143 | 9 | 12 | 15)
     # A job that the user cancelled stays so.
     if [[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]] && ((${SLURM_RESTART_COUNT:-0} < most_restarts)); then
       echo "unfinished (status $1): back into the queue"

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from d2ft_hpc.data.lost_worker import batches_of
 from d2ft_hpc.errors import D2ftError
 
 
@@ -50,8 +51,9 @@ def loader_of(
 
 
 def read_with(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches in order. Raises the reader's D2ftError, the same with workers as without."""
-    for batch in loader:
+    """The batches in order. Raises the reader's D2ftError, the same with workers as without, and LostWorkerError if a
+    worker was killed."""
+    for batch in batches_of(loader):
         if isinstance(batch, D2ftError):
             raise batch
         yield batch

@@ -55,7 +55,8 @@ def check_space(config: RunConfig, parameters: int) -> list[Finding]:
     """parameters: of the model."""
     folder = Path(config.run.folder)
     moments = 2 if config.optimizer.name == "adamw" else 1
-    needed = 4 * parameters * ((1 + moments) * (config.train.keep_checkpoints + 1) + 1)
+    checkpoints = max(config.train.keep_checkpoints, 2) + 1
+    needed = 4 * parameters * ((1 + moments) * checkpoints + 1)
     try:
         free = shutil.disk_usage(folder).free
     except OSError:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.config import zero_stage
-from d2ft_hpc.engines.deepspeed_private import forget_step, import_deepspeed
+from d2ft_hpc.engines.deepspeed_private import forget_step, import_deepspeed, take_step
 from d2ft_hpc.engines.deepspeed_settings import check_settings
 from d2ft_hpc.engines.engine import (
     LossFunction,
@@ -145,7 +145,7 @@ class DeepSpeedEngine:
             with report.timed("backward"):
                 self.engine.allreduce_gradients()
         with report.timed("optimizer"):
-            self.engine.step()
+            report.skipped = not take_step(self.engine)
         norm = self.engine.get_global_grad_norm()
         report.gradient_norm = float("nan") if norm is None else norm
         report.loss = torch.stack(losses).mean()

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from packaging.version import Version
 from torch import Tensor, nn
 
+from d2ft_hpc.errors import DivergedError
+from d2ft_hpc.launch.agree import AgreedError
 from d2ft_hpc.parallel.layout import Layout
 
 SURFACE = (
@@ -135,6 +137,18 @@ def write_master_weight(parameter: nn.Parameter, value: Tensor) -> None:
     ranks, own = dist.get_world_size(group), dist.get_rank(group)
     padded = torch.nn.functional.pad(value.flatten(), (0, part * ranks - value.numel()))
     safe_set_local_fp32_param(parameter, padded.narrow(0, part * own, part))
+
+
+def take_step(engine: Any) -> bool:
+    """The optimiser's step; false where fp16's loss scaler leaves it out. Raises DivergedError on all ranks where the
+    scaler has no smaller scale left to try."""
+    try:
+        engine.step()
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise DivergedError("gradients overflow in fp16 even with the smallest loss scale") from AgreedError()
+    return not engine.fp16_enabled() or bool(engine.was_step_applied())
 
 
 def loss_scaler_numbers(engine: Any) -> dict[str, float]:

@@ -36,6 +36,8 @@ class StepReport:
     gradient_norm: float | Tensor = float("nan")
     """Before clipping, over all ranks; NaN where the engine does not compute it."""
     learning_rate: float = float("nan")
+    skipped: bool = False
+    """A gradient overflowed in fp16, so that the loss scaler left the step out."""
 
     def timed(self, phase: Literal["forward", "backward", "optimizer"]) -> AbstractContextManager[None]:
         """What is inside counts as this phase of the step, but for the communication in it."""

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, distributed, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from d2ft_hpc.engines.deepspeed_private import whole
 from d2ft_hpc.engines.engine import StateWriter
-from d2ft_hpc.engines.portable import PortableState, schedule_numbers
+from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
 from d2ft_hpc.engines.zero_state import collect, restore
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
@@ -131,17 +130,7 @@ def load_state(
         state.numbers,
     )
     restore(own, part, engine)
-    schedule: LambdaLR = engine.lr_scheduler
-    # A part has other parameter groups than the whole model or another part: only the step counts.
-    schedule.load_state_dict(
-        {**schedule.state_dict(), **{key: state.schedule[key] for key in ("last_epoch", "_step_count")}}
-    )
-    schedule._last_lr = [
-        base * factor(schedule.last_epoch)
-        for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    ]
-    for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
-        group["lr"] = rate
+    restore_schedule(engine.lr_scheduler, state.schedule)
 
 
 def _kinds_of_all(state: PortableState, control: Control) -> list[str]:

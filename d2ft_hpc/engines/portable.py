@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from d2ft_hpc.engines.engine import StateWriter
 from d2ft_hpc.errors import CheckpointError
@@ -149,9 +149,16 @@ def schedule_numbers(schedule: LRScheduler | None) -> dict[str, Any]:
 
 
 def restore_schedule(schedule: LRScheduler, numbers: Mapping[str, Any]) -> None:
-    """Puts the numbers in force, in the schedule and in its optimiser's learning rates."""
-    schedule.load_state_dict({**schedule.state_dict(), **numbers})
-    for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
+    """Lets the schedule go on after as many steps, by its own rates: those that were saved are of the run's length at
+    that time, and of the parameter groups of the rank that saved them."""
+    assert isinstance(schedule, LambdaLR)
+    counts = {key: numbers[key] for key in ("last_epoch", "_step_count")}
+    schedule.load_state_dict({**schedule.state_dict(), **counts})
+    schedule._last_lr = [
+        base * factor(schedule.last_epoch)
+        for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
         group["lr"] = rate
 
 

@@ -103,15 +103,14 @@ def run_guarded(
 ) -> int:
     """Run a program and return its exit status (None counts as 0), or make all ranks end with one message.
 
-    - A D2ftError that all ranks raised: rank 0 prints `d2ft-hpc: error: ...`; status 1.
+    - A D2ftError that all ranks raised: rank 0 prints `d2ft-hpc: error: ...`; the status is the error's own.
     - A D2ftError of this rank alone: this rank prints it in one line and ends all ranks.
-    - A LostRankError: likewise, with status 75.
     - Any other exception: a bug. Its traceback goes to `<run_folder>/errors/rank-R.txt`, or to stderr without
       a run folder; then as before. What only reports the end of another rank gives that rank and the launcher
       a few seconds to speak first.
     - Ctrl-C: status 130, quietly; with several ranks the process ends here and now.
-    Unless a rank was lost, the message also goes into the file that `FAILURE_FILE` names. `before_abort` gets it before
-    this rank ends the others.
+    Unless the status is 75, the message also goes into the file that `FAILURE_FILE` names. `before_abort` gets it
+    before this rank ends the others.
     The control plane is closed at the end, except after Ctrl-C. `control` is None before `connect`: then this
     rank tells its own errors and ends itself. Guards may be nested; the inner one deals with the error.
     """
@@ -129,7 +128,7 @@ def run_guarded(
         return _tell(control, error, before_abort)
     except Exception as error:
         status = 1
-        if _reports_a_lost_rank(error):
+        if control is not None and control.world_size > 1 and _reports_a_lost_rank(error):
             time.sleep(GRACE_SECONDS)
             status = UNFINISHED
         message = f"unexpected {type(error).__name__}: {error}{_save_traceback(control, error, run_folder)}"
@@ -152,7 +151,7 @@ def note_failure(message: str, status: int = 1) -> None:
 def _tell(control: Control | None, error: D2ftError, before_abort: Callable[[str], None]) -> int:
     """Print a fault once and return the exit status, or abort if the other ranks do not know of it."""
     rank, world_size = _place(control)
-    status = UNFINISHED if isinstance(error, LostRankError) else 1
+    status = error.exit_status
     note_failure(str(error), status)
     if world_size == 1 or is_agreed(error):
         if rank == 0:

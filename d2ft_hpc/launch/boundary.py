@@ -5,7 +5,10 @@ from __future__ import annotations
 import threading
 from typing import Literal
 
-Action = Literal["save", "stop"]
+Action = Literal["save", "stop", "give up"]
+
+_FIRST_TO_LAST: tuple[Action, ...] = ("give up", "stop", "save")
+"""Of several that are due at once, the first is done: it makes the others needless, or does them as well."""
 
 
 class BoundaryGate:
@@ -30,7 +33,7 @@ class BoundaryGate:
             for action in due:
                 del self._due[action]
             self._begun = steps_done + 1
-        return "stop" if "stop" in due else "save" if due else None
+        return next((action for action in _FIRST_TO_LAST if action in due), None)
 
     def hold(self) -> int:
         """No further step begins until `release`. Returns how many have begun."""

@@ -16,9 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from functools import wraps
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
@@ -268,6 +269,8 @@ class MpiControl:
         self.host = socket.gethostname()
         self.hosts: tuple[str, ...] = ("an unknown host",) * self.world_size
         self.hosts = tuple(host.decode() for host in self.all_gather(self.host.encode()))
+        if self._owns_mpi:
+            _forget_names_of_shared_memory()
 
     @property
     def library(self) -> str:
@@ -398,6 +401,15 @@ def _load_mpi() -> Any:
             " `pip install mpi4py mpich`, or load your cluster's MPI module, or start with torchrun instead."
         ) from error
     return MPI
+
+
+def _forget_names_of_shared_memory() -> None:
+    """Removes the names of the memory that MPICH shares among a node's ranks, once all of them have mapped it: it then
+    ends with the last of them, also by a kill, which otherwise leaves megabytes in /dev/shm each time."""
+    with suppress(OSError):
+        mapped = Path("/proc/self/maps").read_text()
+        for name in set(re.findall(r"/dev/shm/mpich_shm_\w+", mapped)):
+            Path(name).unlink(missing_ok=True)
 
 
 def _start_deadline(timeout_seconds: float) -> AbstractContextManager[None]:

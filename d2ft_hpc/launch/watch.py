@@ -4,11 +4,13 @@ Each rank has a thread with a TCP connection to rank 0, which hears a beat of ev
 
 - Loss. A rank whose connection breaks, or that is silent for `silence_seconds` (stopped, or its node is down), is
   named with its host in one line, and every other rank ends. Rank 0 itself is watched by the others.
-- Hanging. If no rank ends a step for `stall_seconds`, the ranks that do not wait in a collective are named.
+- Hanging. If no rank moves on for `stall_seconds`, in whatever phase of the run, from set-up to saving the model, the
+  ranks that do not wait in a collective are named and all end. A stop that was asked for waits less: so it ends the run
+  in bounded time wherever it hangs.
 - Failure. When one rank fails, every other one writes where it was into the run folder before the launcher ends it.
 - Agreement on a step boundary, without any cost to the steps: whoever wants to stop or save tells rank 0; that asks
   all ranks to hold at their next boundary and to say how many steps they have begun, takes the largest number, and
-  lets them go on to it.
+  lets them go on to it. Before the first step there is nothing to save: then a stop ends all ranks at once.
 """
 
 from __future__ import annotations
@@ -25,17 +27,20 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from d2ft_hpc.errors import UNFINISHED
 from d2ft_hpc.launch.boundary import Action, BoundaryGate
 from d2ft_hpc.launch.channel import Channel, ClosedError
+from d2ft_hpc.launch.children import kill_children
 from d2ft_hpc.launch.control import GRACE_SECONDS, Control, describe_ranks, print_line
 from d2ft_hpc.launch.links import connect_links
 from d2ft_hpc.launch.signals import INTERRUPT, StopSignals
 from d2ft_hpc.safe_text import scrubbed
 
 BEAT_SECONDS = 1.0
+STOP_SECONDS = 60.0
+"""Shortest time that a stop waits for the next step boundary before it counts as a hang; longer if steps are."""
 
 Item = TypeVar("Item")
 
@@ -49,8 +54,8 @@ _WAITING = tuple(
 class Watch:
     """Made on all ranks together, after `connect`, in the main thread; a context manager that ends in `close`.
 
-    silence_seconds: a rank that is not heard for so long is lost. stall_seconds: longest time without a step.
-    run_folder: gets errors/rank-R.txt. signals: those that ask for a stop.
+    silence_seconds: a rank that is not heard for so long is lost. stall_seconds: longest time in which no rank moves
+    on. run_folder: gets errors/rank-R.txt. signals: those that ask for a stop.
     Raises LaunchError on all ranks if one of them does not reach rank 0.
     """
 
@@ -67,9 +72,12 @@ class Watch:
         self._silence_seconds, self._stall_seconds = silence_seconds, stall_seconds
         self._main_thread = threading.get_ident()
         self._boundary = BoundaryGate()
-        self._progress: float | None = None  # when the main thread last moved on
-        self.reason = ""
-        """Who asked for the stop: a signal's name and the rank that got it."""
+        # When the main thread last moved on and in what; how much longer than others that may take; the longest step.
+        self._progress, self._phase, self._allowed_seconds = time.monotonic(), "the start", 0.0
+        self._longest_seconds = 0.0
+        self._stop_asked: float | None = None  # on rank 0: when
+        self.reasons: dict[Action, str] = {}
+        """Why all ranks do this at a boundary, such as a signal's name and the rank that got it."""
 
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._bell, self._bell_rope = socket.socketpair()
@@ -80,8 +88,8 @@ class Watch:
         self._peers: dict[int, Channel] = {}  # on rank 0 all others, elsewhere rank 0
         self._heard: dict[int, float] = {}
         self._last_tick = self._last_beat = time.monotonic()
-        # On rank 0: each rank's age of progress, whether it waits, and where it is.
-        self._states: dict[int, tuple[float, bool, str]] = {}
+        # On rank 0: each rank's age of progress, whether it waits, where it is, and in what phase.
+        self._states: dict[int, tuple[float, bool, str, str]] = {}
         # On rank 0: what is to be agreed on, with the reason; the first is under way. Steps begun by rank.
         self._wanted: list[tuple[Action, str]] = []
         self._replies: dict[int, int] = {}
@@ -104,23 +112,35 @@ class Watch:
     # What the main thread calls.
 
     def request(self, action: Action, reason: str = "") -> None:
-        """Asks that all ranks save or stop at a step boundary soon."""
+        """Asks that all ranks do this at a step boundary soon."""
         self._do(lambda: self._want(action, reason))
 
     def boundary(self, steps_done: int) -> Action | None:
         """What all ranks do at this boundary, before step `steps_done`; each calls it before each of its steps.
 
-        After "save" the step follows; after "stop" there is none.
+        After "save" the step follows; after "stop" and "give up" there is none.
         """
-        self._progress = time.monotonic()
+        self._moved_on()
+        self.enter("training")
         return self._boundary.cross(steps_done)
+
+    def enter(self, phase: str, allowed_seconds: float = 0.0) -> None:
+        """The main thread begins with something, named in messages, that ends or moves on within `stall_seconds`.
+
+        allowed_seconds: how much longer it may take.
+        """
+        self._progress, self._phase, self._allowed_seconds = time.monotonic(), phase, allowed_seconds
 
     def along(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items; each one shows that the main thread moves on, in what takes longer than a step."""
         for item in items:
-            if self._progress is not None:
-                self._progress = time.monotonic()
+            self._moved_on()
             yield item
+
+    def _moved_on(self) -> None:
+        now = time.monotonic()
+        self._longest_seconds = max(self._longest_seconds, now - self._progress)
+        self._progress = now
 
     def fail(self, message: str) -> None:
         """Tells the other ranks that this one is about to abort, and gives them time to write where they were."""
@@ -177,10 +197,10 @@ class Watch:
         if now - self._last_tick > self._silence_seconds / 2:
             # This process itself was stopped: it can say nothing of the others' silence.
             self._heard = dict.fromkeys(self._heard, now)
-            self._progress = self._progress and now
+            self._progress = now
         self._last_tick = now
         if now > self._exit_at:
-            os._exit(UNFINISHED)
+            _exit()
         for rank in [r for r, heard in self._heard.items() if now - heard > self._silence_seconds]:
             self._lost(
                 rank, f"has been silent for {self._silence_seconds:g} s: it is stopped or its node is down"
@@ -217,6 +237,8 @@ class Watch:
         if action in (wanted for wanted, _ in self._wanted):
             return
         self._wanted.append((action, reason))
+        if action == "stop":
+            self._stop_asked = time.monotonic()
         if len(self._wanted) == 1:
             self._begin_round()
 
@@ -241,6 +263,8 @@ class Watch:
             return
         action, reason = self._wanted.pop(0)
         step = max(self._replies.values())
+        if action == "stop" and step == 0:
+            self._stop_before_all(reason)
         for peer in self._peers.values():
             peer.send("at", action, step, reason)
         self._on_at(0, action, step, reason)
@@ -248,38 +272,58 @@ class Watch:
             self._begin_round()
 
     def _on_at(self, rank: int, action: Action, step: int, reason: str) -> None:
-        self.reason = reason or self.reason
+        self.reasons[action] = reason
         self._boundary.release(action, step)
+
+    def _stop_before_all(self, reason: str) -> NoReturn:
+        """No rank has begun a step, and none can: its gate is held."""
+        print_line(f"d2ft-hpc: stopped before the first step by {reason}: start the run again to go on")
+        for peer in self._peers.values():
+            peer.send("exit")
+        _exit()
+
+    def _on_exit(self, rank: int) -> NoReturn:
+        _exit()
 
     # Stalls.
 
-    def _state(self, now: float) -> tuple[float, bool, str]:
-        """Seconds since the main thread moved on, whether it waits for other ranks, and where it is."""
-        age = 0.0 if self._progress is None else now - self._progress
+    def _state(self, now: float) -> tuple[float, bool, str, str]:
+        """Seconds since the main thread moved on, whether it waits for other ranks, where it is, and in what phase."""
+        age = max(now - self._progress - self._allowed_seconds, 0.0)
         frame = sys._current_frames().get(self._main_thread)
-        if age < self._stall_seconds / 2 or frame is None:
-            return age, False, ""
+        if age < min(self._stall_seconds, STOP_SECONDS) / 2 or frame is None:
+            return age, False, "", self._phase
         stack = traceback.extract_stack(frame)
         waiting = any(part in entry.filename for entry in stack[-12:] for part in _WAITING)
-        return age, waiting, f"{stack[-1].filename}:{stack[-1].lineno} in {stack[-1].name}"
+        return age, waiting, f"{stack[-1].filename}:{stack[-1].lineno} in {stack[-1].name}", self._phase
 
-    def _on_beat(self, rank: int, age: float, waiting: bool, place: str) -> None:
+    def _on_beat(self, rank: int, age: float, waiting: bool, place: str, phase: str) -> None:
         if self.control.rank == 0:
-            self._states[rank] = (age, waiting, place)
+            self._states[rank] = (age, waiting, place, phase)
 
-    def _look_for_a_stall(self, own: tuple[float, bool, str]) -> None:
+    def _look_for_a_stall(self, own: tuple[float, bool, str, str]) -> None:
         if self.control.rank != 0 or self._ending:
             return
         states = {**self._states, 0: own}
-        if min(age for age, _, _ in states.values()) < self._stall_seconds:
+        age = min(age for age, *_ in states.values())
+        limit, why = self._stall_seconds, "launch.stall_seconds"
+        if self._stop_asked is not None:
+            limit = min(limit, max(STOP_SECONDS, 2 * self._longest_seconds))
+            age, why = min(age, time.monotonic() - self._stop_asked), f"after {self._stop_reason()}"
+        if age < limit:
             return
-        hung = [rank for rank, (_, waiting, _) in states.items() if not waiting] or list(states)
+        hung = [rank for rank, (_, waiting, *_) in states.items() if not waiting] or list(states)
+        phases = " and ".join(sorted({states[rank][3] for rank in hung}))
         places = ", ".join(sorted({states[rank][2] for rank in hung}))
         others = " while the others wait" if len(hung) < len(states) else ""
         self._end(
-            f"error: {describe_ranks(hung, self.control.hosts)} hang{'s' if len(hung) == 1 else ''}: no step has"
-            f" ended for {self._stall_seconds:g} s (launch.stall_seconds){others}; at {places}"
+            f"error: {describe_ranks(hung, self.control.hosts)} hang{'s' if len(hung) == 1 else ''} in {phases}:"
+            f" nothing has moved on for {limit:g} s ({why}){others}; at {places}"
         )
+
+    def _stop_reason(self) -> str:
+        asked = [reason for action, reason in self._wanted if action == "stop"]
+        return asked[0] if asked else self.reasons.get("stop", "a stop")
 
     # Ends.
 
@@ -304,7 +348,7 @@ class Watch:
         print_line(f"[{self._name(self.control.rank)}] {message}")
         self._dump(message)
         self._exit_at = time.monotonic() + GRACE_SECONDS / 3
-        self._announce(message, then=lambda: os._exit(UNFINISHED))
+        self._announce(message, then=_exit)
 
     def _announce(self, message: str, then: Callable[[], None]) -> None:
         """Tells all peers, which write where they were, and does `then` when they have."""
@@ -371,3 +415,9 @@ class Watch:
         self._peers.pop(rank).close()
         del self._heard[rank]
         self._states.pop(rank, None)
+
+
+def _exit() -> NoReturn:
+    """Ends this process at once, wherever its main thread is."""
+    kill_children()
+    os._exit(UNFINISHED)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from d2ft_hpc.errors import ResultsError
+from d2ft_hpc.errors import LostResultsError, ResultsError
 from d2ft_hpc.results import columns, schema
 from d2ft_hpc.results.layout import Contents
 from d2ft_hpc.results.reader import open_run
@@ -83,17 +83,22 @@ class ResultsWriter:
         dropped. Static groups stay; `put` replaces those of the same name.
 
         Raises:
-            ResultsError: the file is missing, damaged, not ours, or cannot be written.
+            LostResultsError: the file is missing, damaged or not ours.
+            ResultsError: it was begun otherwise, another process writes it, or it cannot be written.
         """
-        with open_run(path) as run:
-            if bool(run.rank_files) != bool(rank_files):
-                raise ResultsError(
-                    f"{path} was begun with{'' if run.rank_files else 'out'} a file for each rank: "
-                    "resume it in the same way (results.file_per_rank)"
-                )
-            tables, groups = run.contents()
-            writer = cls.__new__(cls)
-            writer._files = Segments(run.path, created=run.created, rank_files=rank_files)
+        try:
+            with open_run(path) as run:
+                had_rank_files, created, path = run.rank_files, run.created, run.path
+                tables, groups = run.contents()
+        except ResultsError as error:
+            raise LostResultsError(str(error)) from error
+        if bool(had_rank_files) != bool(rank_files):
+            raise ResultsError(
+                f"{path} was begun with{'' if had_rank_files else 'out'} a file for each rank: "
+                "resume it in the same way (results.file_per_rank)"
+            )
+        writer = cls.__new__(cls)
+        writer._files = Segments(path, created=created, rank_files=rank_files)
         for name, table in tables.items():
             if table:
                 # Evaluations and events are numbered by the steps done before them.
@@ -120,7 +125,7 @@ class ResultsWriter:
             self._files.folder.mkdir(parents=True, exist_ok=True)
         except OSError as fault:
             raise cannot_write(self.path, fault) from fault
-        self._lock = _lock(self._files.folder / "lock", locking)
+        self._lock = lock(self._files.folder / "lock", locking)
         self._flush_seconds = flush_seconds
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._flush_often, name="results", daemon=True)
@@ -274,7 +279,7 @@ class ResultsWriter:
             self._lock = None
 
 
-def _lock(path: Path, locking: Locking) -> int | None:
+def lock(path: Path, locking: Locking) -> int | None:
     """An exclusive lock that ends with this process; its file descriptor, None without a lock."""
     if locking == "no":
         return None

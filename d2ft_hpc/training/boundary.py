@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 from d2ft_hpc.config import TrainConfig
 from d2ft_hpc.engines.engine import Engine
+from d2ft_hpc.errors import DivergedError
+from d2ft_hpc.launch.agree import AgreedError
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.training.checkpoint import Position
@@ -37,23 +40,32 @@ class StepBoundary:
         self._recorder, self._writer, self._progress, self._watch = recorder, writer, progress, watch
         self._settle = settle
         self._saved_at = time.monotonic()
+        self._gives_up = False
 
     def cross(self, position: Position) -> tuple[Position, bool]:
-        """Before a step; the position, since a plan may come into force. False: all is saved, no step shall follow."""
+        """Before a step; the position, since a plan may come into force. False: all is saved, no step shall follow.
+
+        Raises DivergedError on all ranks soon after a step whose loss was not finite on one of them.
+        """
         self._ask_when_due_by_the_clock()
+        self._ask_when_diverged()
         action = self._watch.boundary(position.steps_done)
+        if action == "give up":
+            self._diverged(position, self._watch.reasons[action])
         if action is not None or _is_due(position, self._job.config.train):
             position = self._save(position)
         if action != "stop":
             return position, True
         self._saver.finish()
-        text = f"stopped after {position.steps_done} steps by {self._watch.reason}"
+        text = f"stopped after {position.steps_done} steps by {self._watch.reasons['stop']}"
         self._progress.say(f"{text}; saved: start the run again to go on")
         note(self._writer, position.steps_done, "stop", text)
         return position, False
 
     def end(self, position: Position) -> None:
-        """After the last step."""
+        """After the last step. Raises DivergedError as `cross`."""
+        self._watch.enter("saving a checkpoint")
+        self._require_finite_losses(position)
         if _is_due(position, self._job.config.train):
             self._save(position)
         self._saver.finish()
@@ -65,14 +77,35 @@ class StepBoundary:
             if self._job.control.rank == 0:
                 self._watch.request("save")
 
+    def _ask_when_diverged(self) -> None:
+        control = self._job.control
+        if self._recorder.fault and not self._gives_up:
+            self._gives_up = True
+            where = "" if control.world_size == 1 else f" on rank {control.rank}"
+            self._watch.request("give up", f"{self._recorder.fault}{where}")
+
+    def _require_finite_losses(self, position: Position) -> None:
+        """Reads all losses up to here; on all ranks together."""
+        self._recorder.finish()
+        faults = [part.decode() for part in self._job.control.all_gather(self._recorder.fault.encode())]
+        if any(faults):
+            self._diverged(position, next(filter(None, faults)))
+
+    def _diverged(self, position: Position, why: str) -> NoReturn:
+        """why: as `StepRecorder.fault`."""
+        steps_done, text = why.split(" ", 1)
+        note(self._writer, position.steps_done, "diverged", text)
+        raise DivergedError(text, int(steps_done)) from AgreedError()
+
     def _save(self, position: Position) -> Position:
         if self._saver.newest_step == position.steps_done:
             return position  # nothing has been computed since the start or the last save
         start = time.perf_counter()
+        self._watch.enter("saving a checkpoint")
+        self._require_finite_losses(position)
         position = self._settle(position)
         plan = self._engine.executor.plan
         assert plan is not None
-        self._recorder.finish()
         saved = self._saver.save(self._engine, plan, position, self._recorder.flush)
         seconds = time.perf_counter() - start
         self._saved_at = time.monotonic()

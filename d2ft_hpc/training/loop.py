@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,7 +27,6 @@ from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.messages import TokenLayout
 from d2ft_hpc.results import ResultsWriter
-from d2ft_hpc.results.layout import rank_file
 from d2ft_hpc.safe_text import say
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.board import Board
@@ -37,6 +34,7 @@ from d2ft_hpc.training.boundary import StepBoundary
 from d2ft_hpc.training.checkpoint import Position, load_checkpoint
 from d2ft_hpc.training.environment import describe_environment
 from d2ft_hpc.training.evaluate import evaluate
+from d2ft_hpc.training.finite import require_finite, with_advice
 from d2ft_hpc.training.job import Job, layout_of, set_up
 from d2ft_hpc.training.measured import Measured, measure_job
 from d2ft_hpc.training.placing import place
@@ -50,17 +48,16 @@ from d2ft_hpc.training.plans import (
     token_layout_of,
 )
 from d2ft_hpc.training.progress import Progress
-from d2ft_hpc.training.recorded import note, record_job, record_plan, record_scores
+from d2ft_hpc.training.record import first_plan_of, open_own_results, open_results
+from d2ft_hpc.training.recorded import note, record_plan, record_scores
 from d2ft_hpc.training.records import StepRecorder
 from d2ft_hpc.training.replanning import Replanner
-from d2ft_hpc.training.resume import Start, check_position, choose_start, fitted_to_ranks
+from d2ft_hpc.training.resume import check_length, check_position, choose_start, fitted_to_ranks
 from d2ft_hpc.training.room import describe_room, with_room
 from d2ft_hpc.training.saver import CheckpointSaver
 from d2ft_hpc.training.speed_watch import SpeedWatch
 from d2ft_hpc.training.steps import StepRunner
 
-BEFORE_ALL = -2
-"""As the last step that is kept: nothing is, not even the evaluation before the first step."""
 CONFUSION_CLASSES = 256
 """With more classes, evaluations record the accuracy of each class but no confusion."""
 
@@ -69,53 +66,65 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     """Runs the whole job on this rank, together with all others; false if a signal stopped it and it can go on.
 
     launcher: what started the ranks, for the records.
+    Raises DivergedError on all ranks if its loss or its weights stop being finite.
     """
     start = choose_start(config, control)
     if start.finished:
         if control.rank == 0:
             say(f"{config.run_folder} is finished: nothing is left to do")
         return True
+    watch.enter("set-up")
     with agreed(control, "set-up"):
         replicas = layout_of(config, control).replicas
         job = set_up(fitted_to_ranks(config, start.position, replicas), control, device)
         check_position(job, start)
+        check_length(job, start)
     if control.rank == 0:
         for remark in job.remarks:
             print_line(f"d2ft-hpc: warning: {remark}")
+    watch.enter("measuring the model")
     measured = measure_job(job)  # before the engine, which may spread the weights over ranks
     placement = place(job, start.checkpoint, watch)
     if control.rank == 0 and placement.layout.stages > 1:
         print(describe_stages(job.layer_flops, placement.stages), flush=True)
+    watch.enter("building the engine")
     engine = build_engine(job.config, job.model, job.executor, placement, job.total_steps, job.loss, control)
     costs = with_room(job, engine, placement, measured.kept, measured.plan_costs)
     measured = replace(measured, plan_costs=costs)
     if control.rank == 0 and measured.kept is not None:
         print(describe_room(costs, measured.kept, job.costs.num_subnets), flush=True)
     if start.checkpoint is not None:
+        watch.enter("loading the checkpoint")
         plan = load_checkpoint(start.checkpoint, engine, control)
         plan = replace(plan, replicas=job.sampler.replicas)
         _follow(job, engine, placement, measured.plan_costs, plan)
-    with ExitStack() as stack:
-        writer, own_writer, board = None, None, None
+    watch.enter("opening the run's folder")
+    with ExitStack() as stack, with_advice(config):
+        writer, own_writer, board, first_plan = None, None, None, 0
         with agreed(control, "opening the run's folder"):
             if control.rank == 0:
                 environment = describe_environment(control, job.layout, launcher, device)
-                writer = stack.enter_context(_open_results(job, environment, measured, start))
+                writer = stack.enter_context(open_results(job, environment, measured, start))
+                first_plan = first_plan_of(writer, job, engine.executor, start)
                 source = str(start.checkpoint or "the beginning")
                 run_folder.record_launch(config, control, environment, source)
                 if config.results.tensorboard:
                     board = stack.enter_context(closing(Board(config.run_folder / run_folder.TENSORBOARD)))
             if config.results.file_per_rank:
-                own_writer = stack.enter_context(_open_own_results(job, start))
+                own_writer = stack.enter_context(open_own_results(job, start))
             run_folder.open_log(config.run_folder, control.rank)
-        recorder = stack.enter_context(StepRecorder(control, writer, own_writer, board))
+        recorder = stack.enter_context(
+            StepRecorder(control, writer, own_writer, board, first_plan=first_plan)
+        )
         finished = _train_epochs(
             job, engine, placement, writer, recorder, board, measured, start.position, watch, config.to_yaml()
         )
+        watch.enter("saving the model")
         recorder.finish()
         with engine.full_model() as model, agreed(control, "saving the model"):
             if control.rank == 0 and finished:
                 _save_model(job, model)
+        watch.enter("closing the results")
         for opened in (writer, own_writer):
             if opened is not None:
                 opened.close(complete=finished)
@@ -245,8 +254,10 @@ def _replan(
     if overlaps and replanner.is_under_way:
         note(writer, position.steps_done, "replan", "skipped: the plan before is still being solved")
         return position
+    watch.enter("scoring")
     with engine.full_model() as model:
         scores = measure_scores(job, model, job.loss, watch)
+    watch.enter("planning", allowed_seconds=job.config.plan.time_limit_seconds)
     if scores is not None and writer is not None:
         record_scores(writer, scores, position.steps_done)
     same_rows = engine.same_rows is not None
@@ -348,6 +359,7 @@ def _evaluate(
     position: Position,
     watch: Watch,
 ) -> None:
+    watch.enter("evaluation")
     with engine.full_model() as model:
         result = evaluate(model, watch.along(job.evaluation_batches), job.control, job.device)
     progress.evaluated(result.accuracy, result.seconds)
@@ -373,46 +385,11 @@ def _evaluate(
         board.evaluation(position.steps_done, result)
 
 
-def _open_results(
-    job: Job, environment: Mapping[str, str | int], measured: Measured, start: Start
-) -> ResultsWriter:
-    path, settings = job.config.run_folder / run_folder.RESULTS, job.config.results
-    options: dict[str, Any] = {
-        "flush_seconds": settings.flush_seconds,
-        "locking": settings.locking,
-        "rank_files": job.control.world_size if settings.file_per_rank else 0,
-    }
-    if start.checkpoint is not None:
-        writer = ResultsWriter.resume(path, last_step=start.position.steps_done - 1, **options)
-        note(
-            writer,
-            start.position.steps_done,
-            "resume",
-            f"from {start.checkpoint.name} on {job.control.world_size} ranks",
-        )
-        return writer
-    if job.config.train.resume == "auto" and path.exists():  # ended before its first checkpoint
-        writer = ResultsWriter.resume(path, last_step=BEFORE_ALL, **options)
-    else:
-        writer = ResultsWriter(path, **options)
-    record_job(job, writer, environment, measured)
-    return writer
-
-
-def _open_own_results(job: Job, start: Start) -> ResultsWriter:
-    """This rank's own file, in runs with a file for each rank."""
-    settings = job.config.results
-    path = rank_file(job.config.run_folder / run_folder.RESULTS, job.control.rank)
-    options: dict[str, Any] = {"flush_seconds": settings.flush_seconds, "locking": settings.locking}
-    if job.config.train.resume and path.exists():
-        last_step = BEFORE_ALL if start.checkpoint is None else start.position.steps_done - 1
-        return ResultsWriter.resume(path, last_step=last_step, **options)
-    return ResultsWriter(path, **options)
-
-
 def _save_model(job: Job, model: VisionTransformer) -> None:
-    """Raises CheckpointError where it cannot be written; an older model is then unharmed."""
+    """Raises CheckpointError where it cannot be written, DivergedError if its weights are not finite; an older model is
+    then unharmed."""
     weights = {name: tensor.contiguous() for name, tensor in timm_state(model).items()}
+    require_finite(weights)
     path = job.config.run_folder / run_folder.MODEL
     try:
         with atomic.replaced(path) as temporary:

@@ -192,16 +192,24 @@ def relative_speeds(seconds: Sequence[float]) -> list[float]:
 
 
 def _kept(job: Job, profile: PassProfile) -> PassProfile:
-    """The profile that the cache folder keeps for this hardware and model; it keeps this one if it has none."""
-    path = cache_folder() / f"profile-{_key(job)}.json"
+    """The profile that the cache folder keeps for this hardware and model; it keeps this one if it has none, and if it
+    can be written: it is a convenience."""
+    name = f"profile-{_key(job)}.json"
     try:
-        kept = PassProfile(**read_json(path, _MOST_BYTES))
+        kept = PassProfile(**read_json(cache_folder() / name, _MOST_BYTES))
         if all(isinstance(seconds, float) and not seconds <= 0 for seconds in vars(kept).values()):
             return kept
-        raise RefusedError("a pass takes time")
-    except (OSError, ValueError, TypeError):  # none yet, or damaged
-        _write(path, json.dumps(asdict(profile)).encode())
-        return profile
+    except (OSError, ValueError, TypeError, RuntimeError):  # none yet, or damaged, or there is no home folder
+        pass
+    try:
+        _write(cache_folder() / name, json.dumps(asdict(profile)).encode())
+    except (OSError, RuntimeError) as error:
+        if job.control.local_rank == 0:
+            print_line(
+                f"d2ft-hpc: warning: the measured costs are not kept for other runs ({error}): set D2FT_HPC_CACHE to a "
+                f"folder that can be written"
+            )
+    return profile
 
 
 def cache_folder() -> Path:

@@ -22,8 +22,9 @@ from d2ft_hpc import __version__
 from d2ft_hpc.config import EngineConfig, PlanConfig
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch
-from d2ft_hpc.errors import PlanError
-from d2ft_hpc.launch import Control, agreed, share
+from d2ft_hpc.errors import DataError, PlanError
+from d2ft_hpc.launch import Control, share
+from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.metering import meter
 from d2ft_hpc.metering.memory import release_unused
@@ -71,9 +72,11 @@ def measure_scores(
     if kept := share(job.control, lambda: cache.read(key), "the cached scores"):
         return Scores.from_bytes(kept)
     scores = _measure(job, model, loss_function, watch, start)
-    with agreed(job.control, "keeping the scores"):
-        if job.control.rank == 0:
+    if job.control.rank == 0:
+        try:
             cache.write(key, scores)
+        except DataError as error:  # they have been measured: the run goes on with them
+            print_line(f"d2ft-hpc: warning: {error}")
     return scores
 
 

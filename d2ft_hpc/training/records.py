@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -30,8 +31,8 @@ _COLUMNS = tuple(name for name in RANK_FIELDS if name != "waiting_seconds")
 class StepRecord:
     """One step as this rank saw it.
 
-    of_rank: values of per-rank columns of the results' steps. times, loss and gradient_norm may still be on their way
-    from the GPU until the times are ready.
+    of_rank: values of per-rank columns of the results' steps. skipped: as in `StepReport`. times, loss and
+    gradient_norm may still be on their way from the GPU until the times are ready.
     """
 
     step: int
@@ -42,6 +43,7 @@ class StepRecord:
     loss: float | Tensor
     times: StepTimes
     of_rank: Mapping[str, float]
+    skipped: bool = False
 
 
 class StepRecorder:
@@ -58,11 +60,18 @@ class StepRecorder:
         writer: ResultsWriter | None,
         own_writer: ResultsWriter | None = None,
         board: Board | None = None,
+        *,
+        first_plan: int = 0,
     ) -> None:
+        """first_plan: how many plans the run had made before the first one of the writer's record."""
+        self._first_plan = first_plan
         self._control, self._writer, self._own_writer, self._board = control, writer, own_writer, board
         self._measured: deque[StepRecord] = deque()
         self._sent: deque[tuple[StepRecord, Array, PendingGather]] = deque()
         self._recording_seconds = 0.0
+        self.fault = ""
+        """Of this rank's first loss that is not finite: the steps done before, a blank, and what it is; empty while all
+        are finite."""
 
     def add(self, record: StepRecord) -> None:
         """Takes a step; passes on those whose times are ready."""
@@ -114,13 +123,16 @@ class StepRecorder:
             return
         self._own_writer.append("steps", {"step": record.step, **_columns(own[None])})
         if self._writer is not None:
-            self._writer.append("steps", _of_all(record))
+            self._writer.append("steps", self._of_all(record))
 
     def _figures(self, record: StepRecord) -> Array:
         """This rank's values of _COLUMNS, float64."""
         seconds = record.times.seconds()
+        loss = float(record.loss)
+        if not (math.isfinite(loss) or record.skipped or self.fault):
+            self.fault = f"{record.step} the loss of step {record.step + 1} is {loss}"
         figures = {
-            "rank_loss": float(record.loss),
+            "rank_loss": loss,
             **record.of_rank,
             **{f"{phase}_seconds": seconds.get(phase, 0.0) for phase in PHASES},
             "step_seconds": sum(seconds.values()),
@@ -137,7 +149,7 @@ class StepRecorder:
         if "communication_seconds" in columns:
             columns["waiting_seconds"] = waiting(columns["communication_seconds"][None])[0]
         row: dict[str, Any] = {
-            **_of_all(record),
+            **self._of_all(record),
             "loss": float(np.nanmean(columns["rank_loss"])) if "rank_loss" in columns else np.nan,
             "samples": int(columns["rank_samples"].sum()),
             **columns,
@@ -146,15 +158,14 @@ class StepRecorder:
         if self._board is not None:
             self._board.step(row)
 
-
-def _of_all(record: StepRecord) -> dict[str, float]:
-    return {
-        "step": record.step,
-        "epoch": record.epoch,
-        "plan": record.plan,
-        "learning_rate": record.learning_rate,
-        "gradient_norm": float(record.gradient_norm),
-    }
+    def _of_all(self, record: StepRecord) -> dict[str, float]:
+        return {
+            "step": record.step,
+            "epoch": record.epoch,
+            "plan": record.plan - self._first_plan,
+            "learning_rate": record.learning_rate,
+            "gradient_norm": float(record.gradient_norm),
+        }
 
 
 def _columns(of_ranks: Array) -> dict[str, Array]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from inspect import isclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.errors import CheckpointError, ConfigError
+from d2ft_hpc.errors import CheckpointError, ConfigError, ResultsError
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.results import open_run
+from d2ft_hpc.results.aside import is_unbegun
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.checkpoint import Position, complete_checkpoints, read_position, verify
 from d2ft_hpc.training.job import Job
@@ -90,31 +94,70 @@ def check_position(job: Job, start: Start) -> None:
         )
 
 
+def check_length(job: Job, start: Start) -> None:
+    """Raises ConfigError if the run has more steps behind it than it is to have; says where its settings make the
+    learning rate another than they seem to say."""
+    total, done = job.total_steps, start.position.steps_done
+    if done > total:
+        raise ConfigError(
+            f"train.epochs={job.config.train.epochs} makes {total} steps, but the run in {job.config.run_folder} has "
+            f"done {done} already: set it higher to resume that run, or choose another run.name"
+        )
+    optimizer = job.config.optimizer
+    if optimizer.warmup_steps > total and job.control.rank == 0:
+        print_line(
+            f"d2ft-hpc: warning: optimizer.warmup_steps={optimizer.warmup_steps}, but the run has {total} steps: its "
+            f"learning rate only rises, to {optimizer.learning_rate * total / optimizer.warmup_steps:.3g} of "
+            f"optimizer.learning_rate={optimizer.learning_rate:g}; warm up for less, or train longer"
+        )
+
+
 def _choose(config: RunConfig) -> Start:
     folder = config.run_folder
     if config.train.resume is False:
-        run_folder.check_free(folder)
+        run_folder.check_free(folder, may_hold_a_start=is_unbegun(folder / run_folder.RESULTS))
         return Start()
     run_folder.check_ours(folder)
+    checkpoints = complete_checkpoints(folder / run_folder.CHECKPOINTS)
     before = _config_before(folder, config)
-    if before is not None:
-        _check_same(before, config)
-        if config.train.resume == "auto" and _is_finished(folder, before, config):
-            return Start(finished=True)
+    if before is None or (not checkpoints and is_unbegun(folder / run_folder.RESULTS)):
+        before = {}  # what a run that never began a step had does not bind this one
+    _check_same(before, config)
+    epochs_before, epochs = _epochs(before), config.train.epochs
+    finished = _is_finished(folder)
+    if finished and epochs_before == epochs and config.train.resume == "auto":
+        return Start(finished=True)
+    if finished and epochs_before is not None and epochs < epochs_before:
+        raise ConfigError(
+            f"train.epochs={epochs}: the run in {folder} is finished after {epochs_before}; set it back, or higher to "
+            f"go on, or choose another run.name"
+        )
     of_another: ForeignCheckpointError | None = None
-    for checkpoint in reversed(complete_checkpoints(folder / run_folder.CHECKPOINTS)):
+    for checkpoint in reversed(checkpoints):
         try:
             if config.train.resume == "auto":  # nobody is there to choose an older one
                 verify(checkpoint)
             _check_of_run(checkpoint, config)
-            return Start(checkpoint=checkpoint, position=read_position(checkpoint))
+            start = Start(checkpoint=checkpoint, position=read_position(checkpoint))
         except CheckpointError as error:
             if config.train.resume is True:
                 raise
             of_another = error if isinstance(error, ForeignCheckpointError) else of_another
             print_line(f"d2ft-hpc: warning: passed over: {error}")
+            continue
+        if epochs_before not in (None, epochs):
+            print_line(
+                f"d2ft-hpc: train.epochs={epochs}, {'finished' if finished else 'begun'} with {epochs_before}: goes on "
+                f"from {checkpoint.name}, with the learning rate of a run of {epochs}"
+            )
+        return start
     if of_another is not None:  # a new beginning would take the place of that run's record
         raise of_another
+    if finished and epochs_before != epochs:
+        raise CheckpointError(
+            f"train.epochs={epochs}: the run in {folder} is finished after {epochs_before} and has no checkpoint to go "
+            f"on from: choose another run.name, with model.weights={folder / run_folder.MODEL}"
+        )
     if config.train.resume is True:
         raise CheckpointError(
             f"train.resume=true: no checkpoint in {folder / run_folder.CHECKPOINTS}; set "
@@ -123,11 +166,19 @@ def _choose(config: RunConfig) -> Start:
     return Start()
 
 
-def _is_finished(folder: Path, before: Mapping[str, Any], config: RunConfig) -> bool:
-    if before["train"]["epochs"] != config.train.epochs or not (folder / run_folder.MODEL).exists():
+def _is_finished(folder: Path) -> bool:
+    if not (folder / run_folder.MODEL).exists():
         return False
-    with open_run(folder) as run:
-        return run.complete
+    try:
+        with open_run(folder) as run:
+            return run.complete
+    except ResultsError:  # the record is lost: `record` says so, and begins a new one
+        return False
+
+
+def _epochs(before: Mapping[str, Any]) -> Any:
+    train = before.get("train")
+    return train.get("epochs") if isinstance(train, dict) else None
 
 
 def _config_before(folder: Path, config: RunConfig) -> dict[str, Any] | None:
@@ -150,18 +201,24 @@ def _check_of_run(checkpoint: Path, config: RunConfig) -> None:
 
 
 def _check_same(before: Mapping[str, Any], config: RunConfig) -> None:
-    now = dict(_flat(config.model_dump()))
-    for key, value in _flat(before):
-        if now.get(key, value) != value and not key.startswith(MAY_CHANGE):
+    now = dict(_settings(RunConfig, config.model_dump()))
+    for key, value in _settings(RunConfig, before):
+        if now[key] != value and not key.startswith(MAY_CHANGE):
             raise ConfigError(
                 f"{key}={now[key]}: the run in {config.run_folder} was begun with {value}; set it back to resume that "
                 f"run, or choose another run.name"
             )
 
 
-def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+def _settings(
+    section: type[BaseModel], values: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Key and value of each setting that is there. What may hold any keys, or none at all, is one value."""
+    for name, described in section.model_fields.items():
+        if name not in values:  # the run was begun with an older version
+            continue
+        value, kind = values[name], described.annotation
+        if isclass(kind) and issubclass(kind, BaseModel) and isinstance(value, dict):
+            yield from _settings(kind, value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{key}", value
+            yield f"{prefix}{name}", value

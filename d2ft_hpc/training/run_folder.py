@@ -75,9 +75,13 @@ _RECORDED = frozenset(
 """Variables that steer launchers and libraries. Named one by one, since others carry whole environments and logins."""
 
 
-def check_free(folder: Path) -> None:
-    """Raises ConfigError where a new run would write over what is in its folder already."""
-    there = [name for name in _WRITTEN if os.path.lexists(folder / name)]
+def check_free(folder: Path, *, may_hold_a_start: bool) -> None:
+    """Raises ConfigError where a new run would write over what is in its folder already.
+
+    may_hold_a_start: whether what a run leaves that ended before its first step may be there.
+    """
+    written = (MODEL, ADAPTER, CHECKPOINTS) if may_hold_a_start else _WRITTEN
+    there = [name for name in written if os.path.lexists(folder / name)]
     if there:
         raise ConfigError(
             f"{folder / there[0]} exists already and is not overwritten: choose another output folder (run.name or "

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from d2ft_hpc.engines.engine import Engine
-from d2ft_hpc.engines.portable import file_bytes
+from d2ft_hpc.engines.portable import MODEL, file_bytes
 from d2ft_hpc.errors import CheckpointError
 from d2ft_hpc.files import atomic
 from d2ft_hpc.launch import Control, agreed
@@ -33,12 +33,14 @@ from d2ft_hpc.training.checkpoint import (
     random_state_name,
     sha256,
 )
+from d2ft_hpc.training.finite import require_finite
 
 _POLL_SECONDS = 0.05
 
 
 class CheckpointSaver:
-    """Saves checkpoints into `folder` and keeps the newest `keep`; a context manager that ends in `finish`.
+    """Saves checkpoints into `folder` and keeps the newest `keep`, at least two until the end; a context manager that
+    ends in `finish`.
 
     Each rank writes its own files and, when they are on disk, a list of them with their checksums. Rank 0 waits for
     all lists, joins them into the manifest and gives the folder its name: so a kill at any moment leaves only whole
@@ -83,7 +85,11 @@ class CheckpointSaver:
         return target
 
     def finish(self) -> None:
-        """Waits until the newest checkpoint is on disk; on all ranks together. Raises CheckpointError on all."""
+        """Waits until the newest checkpoint is on disk; on all ranks together.
+
+        Raises on all of them CheckpointError, or DivergedError if its weights are not finite: then there is no such
+        checkpoint, and those before it stay.
+        """
         if self._written is None:
             return
         # First whether every rank has written, since rank 0 would wait without end for one that cannot.
@@ -105,6 +111,8 @@ class CheckpointSaver:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.finish()
+            if self._control.rank == 0:
+                self._remove_all_but(self._keep)
         self._abandoned.set()
         self._threads.shutdown()
 
@@ -116,6 +124,8 @@ class CheckpointSaver:
         listing = building / _listing_name(self._control.rank)
         checksums = {}
         for state, path in files:
+            if path.name == MODEL:
+                require_finite(state["tensors"])
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
                 if path.suffix == ".safetensors":
@@ -149,7 +159,11 @@ class CheckpointSaver:
         atomic.replace_folder(building, target)
         for left in self._folder.glob("*.removing"):
             shutil.rmtree(left)
-        for old in complete_checkpoints(self._folder)[: -self._keep]:
+        # The newest is not known to be good before a step from it had a finite loss.
+        self._remove_all_but(max(self._keep, 2))
+
+    def _remove_all_but(self, newest: int) -> None:
+        for old in complete_checkpoints(self._folder)[:-newest]:
             atomic.remove_folder(old)
 
 

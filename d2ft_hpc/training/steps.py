@@ -102,6 +102,7 @@ class StepRunner:
             gradient_norm=gradient_norm,
             loss=loss,
             times=times,
+            skipped=report.skipped,
             of_rank={
                 # Ranks that share a replica's samples count them once.
                 "rank_samples": samples if self._job.layout.leads_replica else 0,

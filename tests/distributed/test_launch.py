@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -152,6 +153,18 @@ def test_fault_of_one_rank_killed_rank_and_late_rank_under_mpirun(tmp_path: Path
     assert late.messages() == [
         f"[rank 0 on {HOST}] error: rank 1 on {HOST} did not come to a barrier within 2 s"
     ]
+
+
+def test_killed_ranks_leave_no_shared_memory() -> None:
+    """Of MPICH, whose own clean-up a kill does without; other jobs of this machine may have some."""
+    before = set(Path("/dev/shm").glob("mpich_shm_*"))
+    assert mpirun(2, "killed").end().status != 0
+    left = set(Path("/dev/shm").glob("mpich_shm_*")) - before
+    mapped = ""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            mapped += (process / "maps").read_text()
+    assert [path for path in left if path.exists() and str(path) not in mapped] == []
 
 
 def test_rank_stopped_while_torch_loads_leaves_the_job_unfinished(tmp_path: Path) -> None:

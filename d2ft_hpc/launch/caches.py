@@ -1,0 +1,50 @@
+"""Caches of compiled code: where the home folder cannot be written, libraries keep them in a folder of this user's."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from d2ft_hpc.launch.control import print_line
+
+_DEFAULTS = {"TRITON_CACHE_DIR": "~/.triton/cache", "TORCH_EXTENSIONS_DIR": "~/.cache/torch_extensions"}
+"""Of variables that Triton and torch's extensions (DeepSpeed's) read; both fail where they cannot write. The caches of
+TorchInductor and matplotlib need no home folder."""
+
+
+def make_caches_usable(*, tells: bool) -> None:
+    """Points the caches that cannot be written elsewhere, for this process and those that it starts.
+
+    tells: whether this process says so.
+    """
+    for variable, default in _DEFAULTS.items():
+        if variable not in os.environ and not _can_be_made(Path(default).expanduser()):
+            os.environ[variable] = str(_own_folder() / variable.lower())
+            if tells:
+                print_line(
+                    f"d2ft-hpc: warning: {default} cannot be written: {variable}={os.environ[variable]} is used"
+                )
+
+
+def _can_be_made(folder: Path) -> bool:
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+def _own_folder() -> Path:
+    """Nobody else may write to it: what lies in it is executed."""
+    folder = Path(tempfile.gettempdir()) / f"d2ft-hpc-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if (
+            folder.is_dir()
+            and not folder.is_symlink()
+            and found.st_uid == os.getuid()
+            and not found.st_mode & 0o077
+        ):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="d2ft-hpc-"))

@@ -1,0 +1,71 @@
+"""A data worker that is killed is told in one way, whenever it happens."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2ft_hpc.data.lost_worker import batches_of
+from d2ft_hpc.data.workers import loader_of
+from d2ft_hpc.errors import UNFINISHED, LostWorkerError
+from d2ft_hpc.launch.agree import run_guarded
+from d2ft_hpc.launch.children import kill_children
+
+
+class Killed:
+    """Batches of numbers, until the one at which the process that reads it gets a signal."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self._signal = number
+
+    def __getitems__(self, keys: Sequence[int]) -> torch.Tensor:
+        if 5 in keys:
+            os.kill(os.getpid(), self._signal)
+        return torch.tensor(list(keys))
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"), [(signal.SIGKILL, "use fewer data.workers"), (signal.SIGBUS, "/dev/shm is too small")]
+)
+def test_a_killed_worker_is_named_with_the_fix(
+    number: signal.Signals, fix: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    batches = [[i] for i in range(12)]
+    loader = loader_of(Killed(number), batches, num_workers=2, persistent=False)
+    read = []
+
+    def read_all() -> None:
+        for batch in batches_of(loader):
+            read.append(int(batch))
+
+    with pytest.raises(
+        LostWorkerError, match=rf"^a data worker \(process \d+\) was killed by {number.name}: .*"
+    ):
+        read_all()
+    assert read == list(range(len(read)))
+    assert len(read) <= 5
+
+    def lost() -> None:
+        raise LostWorkerError(f"a data worker (process 1) was killed by {number.name}: {fix}")
+
+    assert run_guarded(None, lost, run_folder=tmp_path) == UNFINISHED
+    assert fix in capfd.readouterr().err
+
+
+def test_children_are_killed_whatever_they_block() -> None:
+    context = multiprocessing.get_context("forkserver")
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        child = context.Process(target=signal.pause, daemon=True)
+        child.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    kill_children()
+    child.join(10)
+    assert child.exitcode == -signal.SIGKILL

@@ -1,0 +1,234 @@
+"""How runs end that diverge, are refused, are resumed for another length, or have lost their record."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2ft_hpc import results
+from d2ft_hpc.config import RunConfig, load_config
+from d2ft_hpc.engines.optimizer import build_schedule
+from d2ft_hpc.engines.portable import restore_schedule, schedule_numbers
+from d2ft_hpc.errors import CheckpointError, ConfigError, DivergedError, LostResultsError, PlanError
+from d2ft_hpc.launch.control import SoloControl
+from d2ft_hpc.launch.watch import Watch
+from d2ft_hpc.results import ResultsWriter
+from d2ft_hpc.results.aside import set_aside
+from d2ft_hpc.training import plan_costs
+from d2ft_hpc.training.checkpoint import complete_checkpoints, verify
+from d2ft_hpc.training.finite import require_finite
+from d2ft_hpc.training.loop import train
+from d2ft_hpc.training.resume import choose_start
+
+EVERY_EPOCH = "train.checkpoint_every_epochs=1"
+STEPS = 6  # of an epoch
+
+
+def config_in(folder: Path, *overrides: str) -> RunConfig:
+    quick = ("data.micro_batch_size=15", "data.slots=4", "data.train_fraction=0.5")
+    plain = ("engine.name=plain", "engine.device=cpu", "plan.planner=paper", "train.evaluate_at_start=false")
+    return load_config(
+        Path("configs/demo.yaml"), [f"run.folder={folder}", *quick, *plain, "train.epochs=1", *overrides]
+    )
+
+
+def run(folder: Path, *overrides: str) -> Path:
+    """The run's folder, after its end."""
+    config, control = config_in(folder, *overrides), SoloControl()
+    with Watch(control, run_folder=config.run_folder) as watch:
+        assert train(config, control, torch.device("cpu"), "single process", watch)
+    return config.run_folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder around a run of two epochs, with two plans and a checkpoint after each epoch."""
+    folder = tmp_path_factory.mktemp("runs")
+    run(folder, "train.epochs=2", "plan.replan.every=1", EVERY_EPOCH)
+    return folder
+
+
+def copy_of(finished: Path, folder: Path, *, unfinished: bool = False) -> Path:
+    shutil.copytree(finished, folder, dirs_exist_ok=True)
+    if unfinished:
+        (folder / "demo" / "model.safetensors").unlink()
+        shutil.rmtree(folder / "demo" / "checkpoints" / f"step-{2 * STEPS:08d}")
+    return folder / "demo"
+
+
+def test_a_run_that_diverges_ends_with_what_it_had(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError) as error:
+        run(tmp_path, "optimizer.learning_rate=1e30", "train.checkpoint_every_steps=1")
+    text = str(error.value)
+    assert text.startswith("the loss of step 2 is nan: lower optimizer.learning_rate (1e+30)")
+    assert error.value.exit_status == 76
+    # What was saved before step 2 has finite weights, but from them came the loss that is not.
+    assert text.endswith("no checkpoint had been saved")
+    assert not (tmp_path / "demo" / "model.safetensors").exists()
+    with results.open(tmp_path / "demo") as record:
+        assert not record.complete
+        assert "diverged" in record.table("events")["kind"].tolist()
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    require_finite({"a": torch.ones(2), "b": torch.ones(2, dtype=torch.long)})
+    with pytest.raises(DivergedError, match="1 of 2 weights are not finite, the first is b"):
+        require_finite({"a": torch.ones(2), "b": torch.tensor([1.0, float("inf")])})
+
+
+def test_a_resumed_run_has_the_learning_rates_of_its_new_length(finished: Path, tmp_path: Path) -> None:
+    copy_of(finished, tmp_path, unfinished=True)
+    folder = run(tmp_path, "train.epochs=4", "plan.replan.every=1", "train.resume=auto")
+    config = config_in(tmp_path, "train.epochs=4")
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=config.optimizer.learning_rate)
+    schedule = build_schedule(optimizer, config.optimizer, 4 * STEPS)
+    rates = []
+    for _ in range(4 * STEPS):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    resumed = results.open(folder).table("steps")["learning_rate"]
+    assert resumed[STEPS:].tolist() == pytest.approx(rates[STEPS:], rel=1e-6)
+
+
+def test_a_restored_schedule_goes_on_by_its_own_rates() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+
+    def begin(rate: float, factor: float) -> torch.optim.lr_scheduler.LambdaLR:
+        optimizer = torch.optim.SGD([parameter], lr=rate)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor / (step + 1))
+
+    short, long = begin(1.0, 1.0), begin(1.0, 8.0)
+    for _ in range(3):
+        short.optimizer.step()
+        short.step()
+    restore_schedule(long, schedule_numbers(short))
+    assert long.get_last_lr() == [long.optimizer.param_groups[0]["lr"]] == [8.0 / 4]
+    long.optimizer.step()
+    long.step()
+    assert long.get_last_lr() == [8.0 / 5]
+
+
+def test_a_finished_run_and_another_number_of_epochs(
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_of(finished, tmp_path)
+    same = ("plan.replan.every=1", EVERY_EPOCH)
+    auto = (*same, "train.resume=auto")
+    assert choose_start(config_in(tmp_path, *auto, "train.epochs=2"), SoloControl()).finished
+    with pytest.raises(ConfigError, match=r"train\.epochs=1: the run in .* is finished after 2; set it back"):
+        choose_start(config_in(tmp_path, *auto), SoloControl())
+    start = choose_start(config_in(tmp_path, *auto, "train.epochs=3"), SoloControl())
+    assert start.position.steps_done == 2 * STEPS
+    assert "train.epochs=3, finished with 2: goes on from step-00000012" in capfd.readouterr().err
+    shutil.rmtree(folder / "checkpoints")
+    for resume in ("auto", "true"):
+        with pytest.raises(CheckpointError, match=r"no checkpoint to go on from: .*model\.weights="):
+            choose_start(
+                config_in(tmp_path, *same, "train.epochs=3", f"train.resume={resume}"), SoloControl()
+            )
+
+
+def test_more_steps_than_the_run_is_to_have_and_a_warm_up_longer_than_it_are_told(
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_of(finished, tmp_path / "fewer")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"train\.epochs=1 makes 6 steps, but the run in .* has done 12"):
+        run(tmp_path / "fewer", "plan.replan.every=1", "train.resume=auto")
+    run(tmp_path / "warm", "optimizer.warmup_steps=60")
+    assert "the run has 6 steps: its learning rate only rises, to 0.0001 of" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ((), ("model.options.img_size=48",), "model.options"),
+        (("data.augment=timm", "data.timm.re_prob=0.1"), ("data.augment=timm",), "data.timm"),
+        ((), ("model.lora.rank=4",), "model.lora"),
+        ((), ("optimizer.learning_rate=0.1",), "optimizer.learning_rate"),
+        ((), ("optimizer.warmup_steps=1",), "optimizer.warmup_steps"),
+        ((), ("train.steps_share=0.5",), "train.steps_share"),
+        ((), ("data.micro_batch_size=3",), "data.micro_batch_size"),
+    ],
+)
+def test_a_setting_that_decides_losses_is_not_changed_by_a_resume(
+    finished: Path, tmp_path: Path, before: tuple[str, ...], after: tuple[str, ...], named: str
+) -> None:
+    folder = copy_of(finished, tmp_path)
+    (folder / "config.yaml").write_text(config_in(tmp_path, *before).to_yaml())
+    with pytest.raises(ConfigError, match=rf"^where to start: {named}=.*the run in .* was begun with"):
+        choose_start(config_in(tmp_path, *after, "train.resume=true"), SoloControl())
+
+
+@pytest.mark.parametrize(("resume", "files"), [("false", "true"), ("auto", "false")])
+def test_a_run_that_was_refused_does_not_block_the_corrected_one(
+    tmp_path: Path, resume: str, files: str
+) -> None:
+    with pytest.raises(PlanError):
+        run(tmp_path, "plan.coverage=9", "plan.planner=joint", f"train.resume={resume}")
+    assert (tmp_path / "demo" / "results.h5").exists()
+    folder = run(
+        tmp_path, f"train.resume={resume}", f"results.file_per_rank={files}", "train.steps_share=0.4"
+    )
+    with results.open(folder) as record:
+        assert record.complete
+        assert record.table("steps")["step"].tolist() == [0, 1]
+        assert record.config["plan"]["coverage"] == 0
+    with pytest.raises(Exception, match="exists and is not overwritten"):
+        run(tmp_path, "train.steps_share=0.4")
+
+
+@pytest.mark.parametrize("damage", ["file", "segments", "both", "bytes"])
+def test_a_run_goes_on_without_its_record(
+    finished: Path, tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_of(finished, tmp_path, unfinished=True)
+    path = folder / "results.h5"
+    ResultsWriter.resume(
+        path, last_step=STEPS - 1, flush_seconds=0, locking="no"
+    )  # as of a run that was killed
+    if damage in ("file", "both"):
+        path.unlink()
+    if damage in ("segments", "both"):
+        shutil.rmtree(folder / "results.segments")
+    if damage == "bytes":
+        path.write_bytes(path.read_bytes()[:1000])
+    run(tmp_path, "train.epochs=2", "plan.replan.every=1", "train.resume=auto")
+    assert "the record of the first 6 steps is gone" in capfd.readouterr().err
+    assert (folder / "results.lost-1").exists() == (damage != "both")
+    whole = results.open(finished / "demo")
+    with results.open(folder) as record:
+        steps = record.table("steps")
+        assert steps["step"].tolist() == list(range(STEPS, 2 * STEPS))
+        assert steps["loss"].tolist() == whole.table("steps")["loss"][STEPS:].tolist()
+        assert set(steps["plan"].tolist()) == {1}
+        assert record.table("plans")["hash"].tolist() == whole.table("plans")["hash"].tolist()
+        assert record.complete
+    for checkpoint in complete_checkpoints(folder / "checkpoints"):
+        verify(checkpoint)
+
+
+def test_a_record_that_is_being_written_is_not_set_aside(tmp_path: Path) -> None:
+    with ResultsWriter(tmp_path / "results.h5", locking="yes"):
+        with pytest.raises(Exception, match="another process writes this run"):
+            set_aside(tmp_path / "results.h5", "yes")
+        (tmp_path / "results.h5").unlink()
+        with pytest.raises(LostResultsError):
+            ResultsWriter.resume(tmp_path / "results.h5", last_step=0)
+
+
+def test_caches_that_cannot_be_written_are_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("D2FT_HPC_CACHE", "/dev/null/cache")
+    scores = "plan.score_cache=/dev/null/scores"
+    run(tmp_path, "plan.costs=measured", scores, "train.steps_share=0.2")
+    told = capfd.readouterr().err
+    assert "warning: the measured costs are not kept" in told
+    assert "warning: plan.score_cache=/dev/null/scores: cannot be written" in told
+    assert plan_costs.cache_folder() == Path("/dev/null/cache")
