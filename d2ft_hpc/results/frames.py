@@ -45,4 +45,5 @@ def to_xarray(columns: Table, table: str) -> "xarray.Dataset":
     for axis, size in sizes.items():
         if axis not in variables:
             variables[axis] = ((axis,), np.arange(size), {"units": "1", "long_name": f"index along {axis}"})
-    return xarray.Dataset(variables).set_coords(list(sizes))
+    dataset: xarray.Dataset = xarray.Dataset(variables).set_coords(list(sizes))
+    return dataset

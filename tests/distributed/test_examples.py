@@ -1,4 +1,4 @@
-"""The examples, started as their first lines say."""
+"""The examples, started as their first lines say; that with Accelerate must leave no process group's threads behind."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import pytest
 from tests.distributed.launching import REPOSITORY, run_command
 
 EXAMPLES = REPOSITORY / "tests" / "examples"
+RUN = Path(__file__).with_name("run_example.py")
 BESIDE = Path(sys.executable).parent
 COMMANDS = {
     "plain_loop.py": [sys.executable],
-    "accelerate_fsdp2.py": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone"],
+    "accelerate_fsdp2.py": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone", str(RUN)],
     "deepspeed_script.py": [str(BESIDE / "deepspeed"), "--num_gpus", "2", "--master_port", "29651"],
 }
 

@@ -3,6 +3,8 @@
 torchrun --nproc_per_node 2 tests/examples/accelerate_fsdp2.py
 """
 
+import gc
+
 import numpy as np
 import timm
 import torch
@@ -43,4 +45,8 @@ for _ in range(3):
     optimizer.step()
     optimizer.zero_grad()
     accelerator.print(f"loss {accelerator.reduce(loss.detach(), 'mean').item() * SLOTS:.4f}")
+# What holds the process group goes first: one that lives on leaves threads, under which the exit may abort.
+accelerator.free_memory()
+del model, optimizer, executor, loss
+gc.collect()
 accelerator.end_training()
