@@ -255,10 +255,11 @@ class PlanExecutor:
         if index == 0 and self.detach_incomplete and not row.is_complete:
             # Embeddings take no part in this micro-batch; a reduction during backward still waits for them.
             x = x.detach() if self._reduction is Reduction.AFTER_BACKWARD else zero_gradient(x)
+        self.lookup_seconds += _clock() - start
         replayed = self._replayed(block, index, slot, x, args, kwargs)
         if replayed is not None:
-            self.lookup_seconds += _clock() - start
             return replayed
+        start = _clock()
         if self._at_one_point(slot, index):
             with one_point(self._owners[index], x, gives_gradients=heads.trains) as x:
                 self.lookup_seconds += _clock() - start

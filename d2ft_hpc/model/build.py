@@ -95,6 +95,11 @@ def _check_draft(name: str, num_classes: int, options: dict[str, Any]) -> None:
         raise UnsupportedModelError(
             f"model.name={name!r} is a {type(draft).__name__}, not a timm VisionTransformer"
         )
+    if hasattr(draft, "head_dist"):
+        raise UnsupportedModelError(
+            f"model.name={name!r} has a second classifier for distillation, which has no loss here: take the model without "
+            f"it, or train it in a loop of your own (d2ft_hpc.attach)"
+        )
     try:
         SubnetMap.of(draft)
     except UnsupportedModelError as error:

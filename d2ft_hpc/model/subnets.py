@@ -98,10 +98,6 @@ class SubnetMap:
         """Reads the map off the model; raises UnsupportedModelError with every reason why it does not fit."""
         if not isinstance(model, VisionTransformer):
             raise _unsupported(model, ["it is not a timm VisionTransformer"])
-        if hasattr(model, "head_dist"):
-            raise _unsupported(
-                model, ["it has a second classifier for distillation; take the model without it"]
-            )
         blocks = list(model.blocks)
         reasons = [f"block {i} {reason}" for i, block in enumerate(blocks) for reason in _misfits(block)]
         if reasons:

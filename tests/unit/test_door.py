@@ -67,7 +67,11 @@ def admitted(door: Door, while_alive: threading.Thread) -> list[int]:
 @pytest.mark.parametrize(
     ("key", "passes"),
     [(KEY, True), (b"", False), (KEY[:-1], False)],
-    ids=["the key", "none", "part of it"],  # a random key in a test's name would differ from process to process
+    ids=[
+        "the key",
+        "none",
+        "part of it",
+    ],  # a random key in a test's name would differ from process to process
 )
 def test_only_the_key_opens_the_door(door: Door, key: bytes, passes: bool) -> None:
     thread, outcome = entering(door.place, key, rank=7)

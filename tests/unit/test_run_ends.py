@@ -179,7 +179,7 @@ def test_a_run_that_was_refused_does_not_block_the_corrected_one(
         assert record.complete
         assert record.table("steps")["step"].tolist() == [0, 1]
         assert record.config["plan"]["coverage"] == 0
-    with pytest.raises(Exception, match="exists and is not overwritten"):
+    with pytest.raises(Exception, match="exists already and is not overwritten"):
         run(tmp_path, "train.steps_share=0.4")
 
 
