@@ -97,8 +97,8 @@ def _check_draft(name: str, num_classes: int, options: dict[str, Any]) -> None:
         )
     if hasattr(draft, "head_dist"):
         raise UnsupportedModelError(
-            f"model.name={name!r} has a second classifier for distillation, which has no loss here: take the model without "
-            f"it, or train it in a loop of your own (d2ft_hpc.attach)"
+            f"model.name={name!r} has a second classifier for distillation, which has no loss here: take the "
+            f"model without it, or train it in a loop of your own (d2ft_hpc.attach)"
         )
     try:
         SubnetMap.of(draft)
