@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import isclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeGuard, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -39,6 +39,9 @@ _MOST = 2**31 - 1
 _LEAST_ALPHA = 1e-3
 _LONGEST = 1e7
 """Of waiting times in seconds and minutes: what lies far beyond a job's life overflows clocks."""
+
+
+Kind = TypeVar("Kind")
 
 
 class Section(BaseModel):
@@ -691,8 +694,13 @@ def _key_parts(
 
 def _section(annotation: Any) -> type[Section] | None:
     """The section that a key holds, if it holds one."""
-    kinds = [kind for kind in (annotation, *get_args(annotation)) if isclass(kind)]
-    return next((kind for kind in kinds if issubclass(kind, Section)), None)
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if is_class_of(kind, Section)), None)
+
+
+def is_class_of(annotation: Any, kind: type[Kind]) -> TypeGuard[type[Kind]]:
+    """Whether an annotation is that class or one derived from it. Python 3.10 takes `list[str]` for a class, too."""
+    return get_origin(annotation) is None and isclass(annotation) and issubclass(annotation, kind)
 
 
 def _nearest(key: str, schema: type[BaseModel], prefix: str) -> str:

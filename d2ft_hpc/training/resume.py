@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from inspect import isclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from d2ft_hpc.config import RunConfig
+from d2ft_hpc.config import RunConfig, is_class_of
 from d2ft_hpc.errors import CheckpointError, ConfigError, ResultsError
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.launch.control import print_line
@@ -218,7 +217,7 @@ def _settings(
         if name not in values:  # the run was begun with an older version
             continue
         value, kind = values[name], described.annotation
-        if isclass(kind) and issubclass(kind, BaseModel) and isinstance(value, dict):
+        if is_class_of(kind, BaseModel) and isinstance(value, dict):
             yield from _settings(kind, value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -124,7 +124,7 @@ ACCEPTED: list[dict[str, Any]] = [
         "wall_clock_breakdown": True,
     },
     {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "dump_state": False},
-    {"dataloader_drop_last": True, "seq_parallel_communication_data_type": "fp32", "memory_breakdown": False},
+    {"dataloader_drop_last": True, "memory_breakdown": False},
     {"gradient_predivide_factor": 1.0, "disable_allgather": False, "hybrid_engine": {"enabled": False}},
 ]
 

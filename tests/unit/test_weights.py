@@ -137,7 +137,7 @@ def test_models_that_are_not_supported_are_refused_before_their_weights_are_look
         ({"num_heads": 5}, r"divisible by num_heads; correct"),
         ({"drop_rate": 5}, r"dropout probability has to be between 0 and 1"),
         ({"global_pool": ""}, r"gives \(2, 197, 3\) for 2 images"),
-        ({"class_token": False}, r"needs the class token"),
+        ({"class_token": False}, r"model\.options=\{'class_token': False\}"),
         ({"norm_layer": 5}, r"model\.options=\{'norm_layer': 5\}"),
     ],
 )
