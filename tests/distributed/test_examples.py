@@ -21,6 +21,13 @@ COMMANDS = {
 }
 
 
+def upstream() -> str:
+    """Whether Accelerate without this project ends as badly."""
+    command = [*COMMANDS["accelerate_fsdp2.py"], str(RUN.with_name("accelerate_alone.py"))]
+    statuses = [run_command(command, timeout_seconds=300).returncode for _ in range(6)]
+    return f"\nAccelerate alone ended with {statuses}" + (": the fault is upstream" if any(statuses) else "")
+
+
 @pytest.fixture(scope="module")
 def shown() -> dict[str, str]:
     """What each example printed; all run at once."""
@@ -29,7 +36,9 @@ def shown() -> dict[str, str]:
 
     def start(name: str) -> str:
         job = run_command([*COMMANDS[name], str(EXAMPLES / name)], timeout_seconds=300)
-        assert job.returncode == 0, name + job.stdout + job.stderr
+        assert job.returncode == 0, (
+            name + job.stdout + job.stderr + (upstream() if "accelerate" in name else "")
+        )
         return job.stdout
 
     with ThreadPoolExecutor() as pool:
