@@ -108,8 +108,13 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer, executor:
             f"ranks that saved it, and go on from the portable state"
         )
     state = _tensors(model, optimizer)
+    reader = _CheckedReader(folder)
     try:
-        load(state, storage_reader=_CheckedReader(folder))
+        reader.read_metadata()  # before DCP does, which says of a fault here that there is none, in some releases
+    except (OSError, pickle.UnpicklingError, EOFError) as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    try:
+        load(state, storage_reader=reader)
     except CheckpointException as error:
         reasons = sorted(
             str(failure[0]) for failure in error.failures.values()

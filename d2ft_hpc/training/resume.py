@@ -205,7 +205,7 @@ def _check_same(before: Mapping[str, Any], config: RunConfig) -> None:
         if now[key] != value and not key.startswith(MAY_CHANGE):
             raise ConfigError(
                 f"{key}={now[key]}: the run in {config.run_folder} was begun with {value}; set it back to resume that "
-                f"run, or choose another run.name"
+                f"run, choose another run.name, or delete the folder to begin anew"
             )
 
 

@@ -85,7 +85,7 @@ def check_free(folder: Path, *, may_hold_a_start: bool) -> None:
     if there:
         raise ConfigError(
             f"{folder / there[0]} exists already and is not overwritten: choose another output folder (run.name or "
-            f"run.folder), or train.resume=auto to go on with a run of this folder"
+            f"run.folder), train.resume=auto to go on with the run in this one, or delete the folder to begin anew"
         )
 
 
