@@ -53,6 +53,8 @@ def take_turns(team: Team, operations: npt.NDArray[np.uint8], demand: int) -> bo
 
     A head with too few takes over a row from one with more than enough, where that costs least; no level changes.
     """
+    if demand == 0:
+        return False
     gains = np.stack(
         [np.zeros_like(team.levels.forward_gain), team.levels.forward_gain, team.levels.backward_gain]
     ).cumsum(axis=0)

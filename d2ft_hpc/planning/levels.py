@@ -71,12 +71,9 @@ class Levels:
             counts = self.forward_heads[its_level, 0], self.backward_heads[its_level, 0]
             gains = [gain[:, :, here].reshape(heads, -1) for gain in (self.forward_gain, self.backward_gain)]
             table = best_scores(*gains).reshape(heads + 1, heads + 1, ranks, -1)
-            _, role = _best_ranks(
-                table[counts],
-                table[counts[0], 0],
-                self.backward_ranks[its_level],
-                self.forward_ranks[its_level],
-            )
+            of_forward = table[counts[0], 0]
+            some, full = (np.full(len(here), ran[its_level]) for ran in (self.forward_ranks, self.backward_ranks))
+            role = best_heads(of_forward, table[counts] - of_forward, some, full)  # of ranks, as if they were heads
             forward[:, here] *= role >= Operation.FORWARD_ONLY
             backward[:, here] *= role == Operation.FULL
         chosen = best_heads(
@@ -127,10 +124,13 @@ def make_levels(
     values = [value]
     if clusters:
         for level, (_, _, (forward, *_), (backward, *_)) in enumerate(pairs):
-            for full, some in _cluster_sizes(len(speed), forward, backward):
-                its_value, _ = _best_ranks(table[forward, backward], table[forward, 0], full, some)
-                values.append(its_value[None])
-                of_pair, running = np.append(of_pair, level), np.append(running, [[some, full]], axis=0)
+            sizes = _cluster_sizes(len(speed), forward, backward)
+            if sizes:
+                of_forward = table[forward, 0]
+                of_ranks = best_scores(of_forward, table[forward, backward] - of_forward)
+                values.append(np.stack([of_ranks[some, full] for full, some in sizes]))
+                of_pair = np.append(of_pair, np.full(len(sizes), level))
+                running = np.append(running, [(some, full) for full, some in sizes], axis=0)
     return Levels(
         forward_gain,
         backward_gain,
@@ -153,36 +153,6 @@ def _cluster_sizes(ranks: int, forward: int, backward: int) -> list[tuple[int, i
     if not backward:  # no rank has FULL heads, whatever the number says
         return [(size, size) for size in sizes if size < ranks]
     return [(full, some) for some in sizes for full in sizes if full <= some and full < ranks]
-
-
-def _best_ranks(
-    full_value: Floats, forward_value: Floats, full: int, some: int
-) -> tuple[Floats, npt.NDArray[np.uint8]]:
-    """The most that `full` ranks at their value with FULL heads and `some` - `full` at that without give: float64
-    [class]; and what each rank does in it: uint8 [rank, class] of Operation values.
-
-    full_value, forward_value: float64 [rank, class]. Ranks are added one by one.
-    """
-    ranks, classes = full_value.shape
-    rest = some - full
-    table = np.full((full + 1, rest + 1, classes), -np.inf)
-    table[0, 0] = 0.0
-    last = np.zeros((ranks, full + 1, rest + 1, classes), dtype=np.uint8)
-    for rank in range(ranks):
-        before = table.copy()
-        for operation, candidate, places in (
-            (Operation.FORWARD_ONLY, before[:, :-1] + forward_value[rank], np.s_[:, 1:]),
-            (Operation.FULL, before[:-1] + full_value[rank], np.s_[1:]),
-        ):
-            np.copyto(last[rank][places], np.uint8(operation), where=candidate > table[places])
-            np.maximum(table[places], candidate, out=table[places])
-    role = np.zeros((ranks, classes), dtype=np.uint8)
-    full_left, rest_left, each = np.full(classes, full), np.full(classes, rest), np.arange(classes)
-    for rank in reversed(range(ranks)):
-        role[rank] = last[rank, full_left, rest_left, each]
-        full_left = full_left - (role[rank] == Operation.FULL)
-        rest_left = rest_left - (role[rank] == Operation.FORWARD_ONLY)
-    return table[full, rest], role
 
 
 def _times(cost: float, speed: Floats, heads: int) -> tuple[Floats, Ints]:
@@ -217,7 +187,7 @@ def best_heads(
     """Operations uint8 [head, group] that reach best_scores[forward, full] in each group; counts int64 [group]."""
     heads, groups = forward_gain.shape
     result = np.empty((heads, groups), dtype=np.uint8)
-    for chunk in _chunks(groups, (heads + 8) * (heads + 1) ** 2):
+    for chunk in _chunks(groups, 8 * (heads + 1) ** 2):
         size = chunk.stop - chunk.start
         last = np.zeros((heads, heads + 1, heads + 1, size), dtype=np.uint8)
         _score_table(forward_gain[:, chunk], backward_gain[:, chunk], last)
@@ -241,15 +211,16 @@ def _score_table(
     table = np.full((heads + 1, heads + 1, groups), -np.inf)
     table[0, 0] = 0.0
     for head in range(heads):
-        before = table[: head + 1, : head + 1]
-        if_forward, if_full = before + forward_gain[head], before + whole_gain[head]
-        for operation, candidate, places in (
-            (Operation.FORWARD_ONLY, if_forward, np.s_[1 : head + 2, : head + 1]),
-            (Operation.FULL, if_full, np.s_[1 : head + 2, 1 : head + 2]),
-        ):
-            if last is not None:
-                np.copyto(last[head][places], np.uint8(operation), where=candidate > table[places])
-            np.maximum(table[places], candidate, out=table[places])
+        for forward in reversed(range(head + 1)):  # so that the table's own rows are those before this head
+            before = table[forward, : forward + 1]
+            for operation, gain, full in (
+                (Operation.FORWARD_ONLY, forward_gain[head], slice(forward + 1)),
+                (Operation.FULL, whole_gain[head], slice(1, forward + 2)),
+            ):
+                candidate, best = before + gain, table[forward + 1, full]
+                if last is not None:
+                    np.copyto(last[head, forward + 1, full], np.uint8(operation), where=candidate > best)
+                np.maximum(best, candidate, out=best)
     return table
 
 
