@@ -72,8 +72,12 @@ class Levels:
             gains = [gain[:, :, here].reshape(heads, -1) for gain in (self.forward_gain, self.backward_gain)]
             table = best_scores(*gains).reshape(heads + 1, heads + 1, ranks, -1)
             of_forward = table[counts[0], 0]
-            some, full = (np.full(len(here), ran[its_level]) for ran in (self.forward_ranks, self.backward_ranks))
-            role = best_heads(of_forward, table[counts] - of_forward, some, full)  # of ranks, as if they were heads
+            some, full = (
+                np.full(len(here), ran[its_level]) for ran in (self.forward_ranks, self.backward_ranks)
+            )
+            role = best_heads(
+                of_forward, table[counts] - of_forward, some, full
+            )  # of ranks, as if they were heads
             forward[:, here] *= role >= Operation.FORWARD_ONLY
             backward[:, here] *= role == Operation.FULL
         chosen = best_heads(
