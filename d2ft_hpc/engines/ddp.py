@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 from timm.models.vision_transformer import VisionTransformer
+from torch._C._distributed_c10d import BuiltinCommHookType
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -18,6 +19,7 @@ from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.engine import LossFunction, StateWriter
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.execution.block_graphs import GradientPlace
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.model.lora import unwrapped
@@ -25,12 +27,15 @@ from d2ft_hpc.planning import SkipPlan
 
 
 def follow_ddp(
-    ddp: DistributedDataParallel, executor: PlanExecutor, reduction: Reduction = Reduction.AS_LOOP_SAYS
+    ddp: DistributedDataParallel,
+    executor: PlanExecutor,
+    reduction: Reduction = Reduction.AS_LOOP_SAYS,
+    gradient_place: GradientPlace = GradientPlace.COPIED,
 ) -> None:
     """Fits the executor of `ddp.module` to `ddp`, whose replicas may then follow different rows. Gradients are reduced
     in each micro-batch that does not run under `ddp.no_sync()`.
 
-    reduction: when, in complete batches.
+    reduction: when, in complete batches. gradient_place: as `PlanExecutor.follow` takes it.
 
     Raises ConfigError where plans could not be run exactly.
     """
@@ -47,7 +52,11 @@ def follow_ddp(
             f"call attach, which freezes some, before DistributedDataParallel(model)"
         )
     executor.follow(
-        None, reduction, partial(_check, ddp), reduces=lambda block: bool(ddp.require_backward_grad_sync)
+        None,
+        reduction,
+        partial(_check, ddp),
+        reduces=lambda block: bool(ddp.require_backward_grad_sync),
+        gradient_place=gradient_place,
     )
 
 
@@ -71,10 +80,13 @@ class DdpEngine(PlainEngine):
         """options: PlainEngine's, but for `cuda_graphs`."""
         super().__init__(model, executor, optimizer, schedule, loss_function, **options)
         device = next(model.parameters()).device
+        # Gradients stay in the buckets that are reduced, one division each: nothing is launched for each parameter.
+        self._keeps_gradients = True
         self._trainer = self._ddp = DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None
+            model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
-        follow_ddp(self._ddp, executor, Reduction.LAST_MICRO_BATCH)
+        self._ddp._register_builtin_comm_hook(BuiltinCommHookType.ALLREDUCE)
+        follow_ddp(self._ddp, executor, Reduction.LAST_MICRO_BATCH, GradientPlace.OF_ENGINE)
 
     @contextmanager
     def _micro_batch(self, slot: int, slots: int) -> Iterator[None]:

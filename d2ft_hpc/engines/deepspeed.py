@@ -77,6 +77,9 @@ def deepspeed_config(
     }
     if precision != "fp32":
         ours[precision] = {"enabled": True}
+    if precision == "bf16":
+        # Its check of each gradient takes longer than a step; what is not finite ends the run by its loss or weights.
+        ours[precision]["check_grad_overflow"] = False
     quiet = {
         "zero_allow_untested_optimizer": True,
         # Offloaded optimisers may be torch's own, as everywhere else here.

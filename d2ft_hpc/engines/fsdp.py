@@ -204,19 +204,20 @@ class FsdpEngine(PlainEngine):
         restore_schedule(self._schedule, state.schedule)
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Clips gradients that are spread over ranks, on whatever mesh each; returns their norm over all ranks.
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Clips gradients that are spread over ranks, on whatever mesh each, if there is a `max_norm`; returns their norm
+    over all ranks.
 
     torch's own cannot sum over parameters of different meshes, as those of blocks cut by head beside the others.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    squares = torch.stack(
-        [part.float().square().sum() / _copies(g) for part, g in zip(own, gradients, strict=True)]
-    ).sum()
+    norms = torch.stack(torch._foreach_norm([part.float() for part in own]))
+    squares = (norms.square() / torch.tensor([_copies(g) for g in gradients]).to(norms.device)).sum()
     dist.all_reduce(squares)
     norm = squares.sqrt()
-    torch._foreach_mul_(own, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    if max_norm is not None:
+        torch._foreach_mul_(own, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return norm
 
 

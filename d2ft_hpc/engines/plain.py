@@ -65,10 +65,12 @@ class PlainEngine:
         self._optimizer, self._schedule = optimizer, schedule
         self._loss_function = loss_function
         self._autocast_dtype = autocast_dtype
-        self._max_norm = float("inf") if gradient_clipping is None else gradient_clipping
+        self._max_norm = gradient_clipping
         self._head_rates = HeadRates(model, executor, few_full_exponent)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._graphs: dict[Hashable, CudaGraphs[Tensor]] | None = {} if cuda_graphs else None
+        self._keeps_gradients = cuda_graphs
+        """Gradients stay where they are from step to step."""
         self.short_of_memory: ShortOfMemory | None = None
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
@@ -89,7 +91,7 @@ class PlainEngine:
             with self._head_rates.applied():
                 self._optimizer.step()
             self._schedule.step()
-            self._optimizer.zero_grad(set_to_none=self._graphs is None)
+            self._optimizer.zero_grad(set_to_none=not self._keeps_gradients)
         report.loss = torch.stack(losses).mean()
         return report
 
@@ -104,8 +106,11 @@ class PlainEngine:
             yield
 
     def _clip(self) -> Tensor:
-        """Clips the gradients; returns their norm before that."""
-        return nn.utils.clip_grad_norm_(self._trained, self._max_norm)
+        """Clips the gradients, if asked to; returns their norm before that."""
+        norm = nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
+        if self._max_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._trained, self._max_norm, norm)
+        return norm
 
     def _accumulate(
         self, report: StepReport, slot: int, images: Tensor, labels: Tensor, micro_batches: int

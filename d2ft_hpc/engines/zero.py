@@ -17,6 +17,7 @@ from torch import nn
 from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed, whole
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.execution.block_graphs import GradientPlace
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.planning import SkipPlan
@@ -146,7 +147,12 @@ class ZeroRules:
             def reduces(block: Block) -> bool:
                 return at_boundary()
 
-        executor.follow(slot_source, self.reduction, reduces=reduces)
+        executor.follow(
+            slot_source,
+            self.reduction,
+            reduces=reduces,
+            gradient_place=GradientPlace.OWN if self.stage < 2 else GradientPlace.COPIED,
+        )
         if self.stage == 3:
             # A leaf module's parameters are gathered and its gradients reduced together, zero where absent, whatever
             # ran inside.

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.execution.absent import fill_absent_gradients
 from d2ft_hpc.execution.block import BlockHeads, run_block
-from d2ft_hpc.execution.block_graphs import BlockGraphs, Link, Links, Pass
+from d2ft_hpc.execution.block_graphs import BlockGraphs, GradientPlace, Link, Links, Pass
 from d2ft_hpc.execution.compilation import allow_kernels_of, cannot_compile, compile_outside_blocks
 from d2ft_hpc.execution.copies import leave_out_of_copies
 from d2ft_hpc.execution.gradients import (
@@ -104,6 +104,7 @@ class PlanExecutor:
         reduction: Reduction,
         check: Callable[[SkipPlan], None] | None = None,
         reduces: Callable[[Block], bool] | None = None,
+        gradient_place: GradientPlace = GradientPlace.COPIED,
     ) -> None:
         """Fits the executor to an engine that counts micro-batches itself, or reduces gradients during backward.
 
@@ -112,6 +113,7 @@ class PlanExecutor:
         check: raises PlanError or ConfigError where the engine cannot run a plan; `load` calls it.
         reduces: in a block's forward, whether this micro-batch's backward reduces the block's gradients, where the loop
             can say that anew each time, as at the end of an epoch in an incomplete batch; None: as `reduction` says.
+        gradient_place: where blocks that run as CUDA graphs leave gradients.
 
         Raises ConfigError where blocks are to be compiled and the engine is ZeRO 3.
         """
@@ -124,7 +126,7 @@ class PlanExecutor:
         self._reduces = reduces
         if self._graphs is not None:
             gathers = reduction is Reduction.BY_BLOCK or isinstance(self.blocks[0], FSDPModule)
-            self._graphs = BlockGraphs(copies_weights=gathers)
+            self._graphs = BlockGraphs(gathers, gradient_place)
         if reduction is Reduction.BY_BLOCK:
             require_input_gradient(self.blocks[0])
 
