@@ -172,6 +172,7 @@ class BlockGraphs:
                 blocks[index] = _BlockGraph(forward, x.detach(), y.detach(), [w.detach() for w in weights])
                 passed[index] = x, y, stand_ins
                 x = y.detach().requires_grad_(y.requires_grad)
+                vars(x).update(vars(y))  # what a fused block computes ahead for the next one
             gradient = torch.empty_like(x)
             for index in reversed(links):
                 x, y, stand_ins = passed.pop(index)

@@ -97,6 +97,7 @@ class PlanExecutor:
         self._graphs = BlockGraphs() if cuda_graphs else None
         self._recomputes = recomputes
         self._pass: Pass | None = None  # through graphs, while its forward is under way
+        self._captures = False
 
     def follow(
         self,
@@ -318,7 +319,11 @@ class PlanExecutor:
     def _links(self, chain: Sequence[int], row: Row | None, at_one_point: Sequence[bool]) -> Links:
         def compute(index: int, x: Tensor, indices: Tensor | None) -> Tensor:
             heads = None if row is None or indices is None else row.reading(indices).heads[index]
-            return self._run(self.blocks[index], index, heads, x)
+            self._captures = True
+            try:
+                return self._run(self.blocks[index], index, heads, x)
+            finally:
+                self._captures = False
 
         return {
             index: Link(partial(compute, index), owners_of(self.blocks[index], frozen_too=True), gives_zeros)
@@ -352,10 +357,10 @@ class PlanExecutor:
     def _following(self, index: int) -> Block | None:
         """The block above block `index`, if its first norm may be computed with the block's last sum."""
         slot, above = self.slot, index + 1
-        if slot is None or above not in self.blocks or self._at_one_point(slot, above):
+        if slot is None or above not in self.blocks:
             return None
-        if self._graphs is not None:
-            return None  # each block is a graph of its own
+        if self._at_one_point(slot, above) and not self._captures:
+            return None  # that block computes with stand-ins
         if self._reduction is Reduction.BY_BLOCK:
             return None  # the engine gathers weights block by block, and has not gathered that one's
         return self.blocks[above] if self._is_fused(above, self.rows[slot].heads[above]) else None

@@ -153,7 +153,9 @@ class _Ahead(NamedTuple):
 def _normed_ahead(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Normed | None:
     """What the block below has computed with its last sum; None if that was something else."""
     ahead: _Ahead | None = getattr(x, "_d2ft_ahead", None)
-    if ahead is None or ahead.weight is not norm.weight or ahead.version != x._version:
+    if ahead is None or ahead.version != x._version:
+        return None
+    if ahead.weight is not norm.weight and ahead.weight.data_ptr() != norm.weight.data_ptr():
         return None
     return ahead.normed if ahead.normed.rows.dtype == dtype else None
 
