@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -61,7 +61,7 @@ class DdpEngine(PlainEngine):
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: nn.Module,
         executor: PlanExecutor,
         optimizer: Optimizer,
         schedule: LRScheduler,

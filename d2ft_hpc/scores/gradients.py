@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.model.probe import probe
-from d2ft_hpc.model.subnets import LINEAR_LAYERS, HeadAxis, SubnetMap
+from d2ft_hpc.model.subnets import SubnetMap
 
 GradientScore = Literal["fisher", "gradient_magnitude", "taylor"]
 Granularity = Literal["micro_batch", "sample"]
@@ -30,7 +30,7 @@ _GRADIENT_BYTES = 1 << 28
 
 
 def gradient_scores(
-    model: VisionTransformer,
+    model: nn.Module,
     subnets: SubnetMap,
     images: Tensor,
     labels: Tensor,
@@ -70,7 +70,7 @@ def gradient_scores(
 
 
 def _scores_of_parts(
-    model: VisionTransformer,
+    model: nn.Module,
     subnets: SubnetMap,
     parts: Sequence[tuple[Tensor, Tensor]],
     loss_function: LossFunction,
@@ -106,7 +106,7 @@ _Place = tuple[int, str, int]
 
 
 def _gradients_of_part(
-    model: VisionTransformer,
+    model: nn.Module,
     subnets: SubnetMap,
     images: Tensor,
     labels: Tensor,
@@ -121,13 +121,14 @@ def _gradients_of_part(
     scale = _FP16_SCALE if dtype == torch.float16 else 1.0
     autocast = torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None)
     product_dtype = torch.bfloat16 if torch.bfloat16 in (dtype, autocast_dtype) else torch.float32
-    with probe(model, training=False), _recorded(model) as records:
+    with probe(model, training=False), _recorded(model, subnets) as records:
         with autocast:
             loss = loss_function(model(images.to(dtype)), labels)
         output_gradients = torch.autograd.grad(loss * scale, [output for _, _, _, output in records])
+    blocks = subnets.blocks(model)
     groups = 1 if granularity == "micro_batch" else images.shape[0]
     for (block, name, layer_input, _), output_gradient in zip(records, output_gradients, strict=True):
-        layer = model.blocks[block].get_submodule(name)
+        layer: Any = blocks[block].get_submodule(name)
         # A sample's own gradient is `samples` times its share in the gradient of the mean loss.
         inputs = layer_input.to(product_dtype).reshape(groups, -1, layer_input.shape[-1])
         gradients = groups / scale * output_gradient.float().reshape(groups, -1, output_gradient.shape[-1])
@@ -168,7 +169,7 @@ def gradients_of_heads(
 
 
 def fisher_information(
-    model: VisionTransformer,
+    model: nn.Module,
     subnets: SubnetMap,
     images: Tensor,
     labels: Tensor,
@@ -198,7 +199,7 @@ _Record = tuple[int, str, Tensor, Tensor]
 
 
 @contextmanager
-def _recorded(model: VisionTransformer) -> Iterator[list[_Record]]:
+def _recorded(model: nn.Module, subnets: SubnetMap) -> Iterator[list[_Record]]:
     """Records input and output of every linear layer of the blocks for one forward pass."""
     records: list[_Record] = []
 
@@ -212,8 +213,8 @@ def _recorded(model: VisionTransformer) -> Iterator[list[_Record]]:
 
     handles = [
         block.get_submodule(name).register_forward_hook(hook_for(index, name))
-        for index, block in enumerate(model.blocks)
-        for name in LINEAR_LAYERS
+        for index, block in enumerate(subnets.blocks(model))
+        for name in subnets.layers
     ]
     try:
         yield records

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from d2ft_hpc.model.subnets import LINEAR_LAYERS, SubnetMap
+from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.scores.gradients import gradients_of_heads
 
 
@@ -22,7 +21,7 @@ class GradientObserver:
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: nn.Module,
         subnets: SubnetMap,
         slots: int,
         current_slot: Callable[[], int],
@@ -36,9 +35,9 @@ class GradientObserver:
         self._subnets, self._current_slot, self._loss_scale = subnets, current_slot, loss_scale
         self._layers = {
             (index, name): block.get_submodule(name)
-            for index, block in enumerate(model.blocks)
+            for index, block in enumerate(subnets.blocks(model))
             if any(parameter.requires_grad for parameter in block.parameters())
-            for name in LINEAR_LAYERS
+            for name in subnets.layers
         }
         self._handles = [
             layer.register_forward_hook(self._hook(*place)) for place, layer in self._layers.items()
