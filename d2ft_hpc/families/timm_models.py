@@ -69,7 +69,7 @@ class TimmFamily(BlockFamily):
     def recomputes(self, model: Any) -> bool:
         return bool(model.grad_checkpointing)
 
-    not_reentrant = "call timm.layers.set_reentrant_ckpt(False), or with an older timm, which lacks it, do without checkpointing"
+    not_reentrant = "call timm.layers.set_reentrant_ckpt(False); with an older timm, do without checkpointing"
 
     @property
     def recomputes_reentrantly(self) -> bool:

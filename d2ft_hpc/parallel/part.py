@@ -27,7 +27,8 @@ class ModelPart(nn.Module):
 
     def __new__(cls, model: nn.Module | None = None, *args: Any) -> ModelPart:
         """model: None makes an empty one, as copies are made."""
-        part: ModelPart = nn.Module.__new__(cls if model is None else _part_of(type(model)))
+        kind: Any = None if model is None else type(model)
+        part: ModelPart = nn.Module.__new__(cls if kind is None else _part_of(kind))
         return part
 
     def __init__(self, model: nn.Module, blocks: range, executor: PlanExecutor) -> None:

@@ -17,7 +17,6 @@ from d2ft_hpc.errors import UnsupportedModelError
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
-
 UNEQUAL = {"mlp_ratio": 4.1}
 """196 hidden units, of which 3 heads get 65, 65 and 66."""
 
@@ -31,7 +30,8 @@ def test_every_entry_of_a_subnets_parameters_belongs_to_one_head(options: dict[s
         axis = subnets.head_axes[name]
         assert axis.parameter_shape == parameter.shape
         counts = axis.sum_by_head(torch.ones_like(parameter))
-        assert counts.tolist() == axis.entries.tolist() and counts.sum() == parameter.numel()
+        assert counts.tolist() == axis.entries.tolist()
+        assert counts.sum() == parameter.numel()
         own = [axis.by_entry(torch.eye(HEADS)[head]).bool() for head in range(HEADS)]
         assert torch.stack(own).sum(0).eq(1).all()
         assert [int(of_head.sum()) for of_head in own] == axis.entries.tolist()
