@@ -88,6 +88,9 @@ class BlockFamily(ABC):
     blocks_path: str
     """Where the blocks are, one after the other."""
 
+    refuses_parts: str | None = None
+    """Why ranks cannot hold parts of a model, if they cannot."""
+
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return list(model.get_submodule(self.blocks_path).children())
 

@@ -6,9 +6,10 @@ from torch import nn
 
 from d2ft_hpc.errors import UnsupportedModelError
 from d2ft_hpc.families.family import BlockFamily
+from d2ft_hpc.families.timm_eva import TimmEva
 from d2ft_hpc.families.timm_vit import TimmVit
 
-FAMILIES: tuple[BlockFamily, ...] = (TimmVit(),)
+FAMILIES: tuple[BlockFamily, ...] = (TimmVit(), TimmEva())
 
 
 def find_family(model: nn.Module) -> BlockFamily | None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from d2ft_hpc.errors import PlanError
+from d2ft_hpc.errors import PlanError, UnsupportedModelError
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.planning.problem import Ints
@@ -41,6 +41,14 @@ def check_owner(owner: Ints, shape: tuple[int, int], ranks: int) -> None:
                 f"the owner map of block {block} names the ranks {sorted(set(row.tolist()))}; each of the {ranks} "
                 f"tensor-parallel ranks must hold at least one head of each block"
             )
+
+
+def check_parts(subnets: SubnetMap) -> None:
+    """Raises UnsupportedModelError where ranks cannot hold parts of a model of this family."""
+    if subnets.family.refuses_parts is not None:
+        raise UnsupportedModelError(
+            f"{subnets.family.refuses_parts}: use engine.tensor_parallel=1 and engine.pipeline_stages=1"
+        )
 
 
 def heads_of(owner: Ints, block: int, rank: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from d2ft_hpc.execution.copies import copied_state
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.model.subnets import ParameterClass
+from d2ft_hpc.parallel.head_split import check_parts
 from d2ft_hpc.parallel.messages import TokenMessages
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 
@@ -32,6 +33,7 @@ class ModelPart(nn.Module):
         return part
 
     def __init__(self, model: nn.Module, blocks: range, executor: PlanExecutor) -> None:
+        check_parts(executor.subnets)
         nn.Module.__init__(self)  # the model's own would make new weights
         self.__dict__.update(
             {name: value for name, value in copied_state(model).items() if name not in self.__dict__}

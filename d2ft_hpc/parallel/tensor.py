@@ -29,7 +29,7 @@ from d2ft_hpc.execution.rows import choose_heads
 from d2ft_hpc.families.family import BlockFamily, Branch, rate_of
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.model.subnets import SubnetMap
-from d2ft_hpc.parallel.head_split import check_owner, cut_block, heads_of
+from d2ft_hpc.parallel.head_split import check_owner, check_parts, cut_block, heads_of
 from d2ft_hpc.parallel.messages import (
     PartialGradients,
     Ranks,
@@ -177,6 +177,7 @@ def share_blocks(
     Raises UnsupportedModelError where ranks would draw other random numbers, PlanError if the owner map does not fit.
     """
     subnets = whole.subnets
+    check_parts(subnets)
     for index, block in blocks.items():
         by_head = subnets.family.drops(block).by_head
         for name, module in block.named_modules():
