@@ -74,6 +74,8 @@ class PlanExecutor:
         self._slot_source: Callable[[], int] | None = None
         self._reduction = Reduction.AFTER_BACKWARD
         self._reduces: Callable[[nn.Module], bool] | None = None
+        self.trained_beside: list[str] = []
+        """Parameters below the blocks that train by what each block gets beside its input; none from skipped ones."""
         self._check: Callable[[SkipPlan], None] | None = None
         self.blocks: dict[int, nn.Module] = {}
         """The blocks that follow this executor, by index; `link` adds them. Their parameters are looked up when they
@@ -119,6 +121,11 @@ class PlanExecutor:
             raise ConfigError(
                 "compile=True: under ZeRO 3 compiled blocks do not train (DeepSpeed puts a linear layer of its own in "
                 "place of torch's, whose weights get no gradient then): compile=False, or use ZeRO 1 or 2"
+            )
+        if self.trained_beside and reduction is not Reduction.AFTER_BACKWARD:
+            raise ConfigError(
+                f"{self.trained_beside[0]} takes its gradient from the blocks that run, which differ between replicas "
+                f"that reduce {reduction.value}: attach(model, embeddings='frozen'), or model.embeddings=frozen"
             )
         self._slot_source, self._reduction, self._check = slot_source, reduction, check
         self._reduces = reduces
@@ -290,8 +297,8 @@ class PlanExecutor:
         self, block: nn.Module, index: int, slot: int | None, x: Tensor, args: Any, kwargs: Any
     ) -> Tensor | None:
         """Block `index` under the row of `slot`, or densely, through CUDA graphs; None where it has to run without."""
-        if self._graphs is None or not block.training:
-            return None
+        if self._graphs is None or not block.training or args or kwargs:
+            return None  # graphs read a block's input alone
         row = None if slot is None else self.rows[slot]
         chain = self._in_order if row is None else [i for i in row.active if i in self.blocks]
         if index not in chain:
@@ -308,8 +315,7 @@ class PlanExecutor:
                 self._pass = self._graphs.begin(
                     key, x, indices, partial(self._links, chain, row, at_one_point)
                 )
-        running = None if args or kwargs else self._pass
-        result = None if running is None else running.run(index, x)
+        result = None if self._pass is None else self._pass.run(index, x)
         if result is None or index == chain[-1]:
             self._pass = None
         return result
@@ -503,6 +509,8 @@ def attach(
     for name, parameter in model.named_parameters():
         if frozen.get(subnets.classify(name), False):
             parameter.requires_grad_(False)
+        if parameter.requires_grad and subnets.family.goes_beside(name):
+            executor.trained_beside.append(name)
     for index, block in enumerate(blocks):
         executor.link(block, index)
     if compile:

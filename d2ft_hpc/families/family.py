@@ -45,11 +45,8 @@ class Drops(NamedTuple):
 
 
 def rate_of(drop: nn.Module) -> float:
-    """The rate at which a module drops what it gets; 0 of an identity, 1 of what does not say."""
-    if isinstance(drop, nn.Identity):
-        return 0.0
-    rate = getattr(drop, "p", getattr(drop, "drop_prob", 1.0))
-    return float(rate or 0.0)
+    """The rate at which a module drops what it gets; 0 of one that has none, as an identity."""
+    return float(getattr(drop, "p", getattr(drop, "drop_prob", None)) or 0.0)
 
 
 @dataclass(frozen=True)
@@ -109,6 +106,10 @@ class BlockFamily(ABC):
     @abstractmethod
     def is_below(self, name: str) -> bool:
         """Whether a parameter of this name, outside the blocks, lies below all of them; else above."""
+
+    def goes_beside(self, name: str) -> bool:
+        """Whether a parameter of this name, below the blocks, takes gradients from each block that runs, beside x."""
+        return False
 
     @abstractmethod
     def below(self, model: Any, images: Tensor) -> tuple[Tensor, Any]:
@@ -188,6 +189,15 @@ class BlockFamily(ABC):
     @abstractmethod
     def layers(self, block: Any) -> Mapping[str, Sequence[str]]:
         """The linear layers that are cut by head, by their role (qkv, proj, fc1, fc2): names in the block."""
+
+    def biases(self, block: Any, layer: str) -> Mapping[str, slice]:
+        """The parameters that are added to what a layer gives, by their names in the block, and to which channels."""
+        return {f"{layer}.bias": slice(None)}
+
+    def calling(self, block: Any) -> AbstractContextManager[None] | None:
+        """Inside, the block calls its layers as modules, so that hooks on them see what goes in and comes out, and
+        computes the same; None if it always does."""
+        return None
 
     @abstractmethod
     def head_axes(self, block: Any) -> dict[str, HeadAxis]:

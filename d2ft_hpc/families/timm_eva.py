@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -63,6 +64,9 @@ class TimmEva(TimmFamily):
         is_by_depth = rope is not None and getattr(model, "rope_mixed", False)
         return model.norm_pre(x), (rope, is_by_depth)
 
+    def goes_beside(self, name: str) -> bool:
+        return name.startswith("rope.")
+
     def arguments(self, beside: Any, index: int) -> Mapping[str, Any]:
         rope, is_by_depth = beside
         return {"rope": rope[index] if is_by_depth else rope}
@@ -83,6 +87,15 @@ class TimmEva(TimmFamily):
         into = ("attn.qkv",) if attn.qkv is not None else ("attn.q_proj", "attn.k_proj", "attn.v_proj")
         hidden = ("mlp.fc1_g", "mlp.fc1_x") if type(block.mlp) is SwiGLU else ("mlp.fc1",)
         return {"qkv": into, "proj": ("attn.proj",), "fc1": hidden, "fc2": ("mlp.fc2",)}
+
+    def biases(self, block: Any, layer: str) -> Mapping[str, slice]:
+        if layer == "attn.qkv" and _has_own_bias(block.attn):
+            size = block.attn.q_bias.numel()
+            return {"attn.q_bias": slice(size), "attn.v_bias": slice(2 * size, None)}
+        return super().biases(block, layer)
+
+    def calling(self, block: Any) -> AbstractContextManager[None] | None:
+        return _calling_qkv(block.attn) if _has_own_bias(block.attn) else None
 
     def own_axes(self, block: Any) -> dict[str, HeadAxis]:
         attn, mlp, heads = block.attn, block.mlp, self.num_heads(block)
@@ -197,6 +210,20 @@ class TimmEva(TimmFamily):
 def _has_own_bias(attn: Any) -> bool:
     """Whether q and v have biases of their own beside a fused qkv; timm then passes the module `qkv` by."""
     return attn.qkv is not None and getattr(attn, "q_bias", None) is not None
+
+
+@contextmanager
+def _calling_qkv(attn: Any) -> Iterator[None]:
+    """Inside, the biases of q and v are the module's `qkv`, which is then called."""
+    own, of_qkv = attn._parameters, attn.qkv._parameters
+    biases = own["q_bias"], own["v_bias"]
+    of_qkv["bias"] = torch.cat((biases[0], attn.k_bias, biases[1]))
+    own["q_bias"] = own["v_bias"] = None
+    try:
+        yield
+    finally:
+        own["q_bias"], own["v_bias"] = biases
+        of_qkv["bias"] = None
 
 
 def _query_key_value(

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import LayerScale, Mlp
+from timm.layers import DropPath, LayerScale, Mlp
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -142,8 +142,8 @@ class TimmVit(TimmFamily):
             and type(mlp.act) is nn.GELU
             and mlp.act.approximate == "none"
             and all(type(end) in (nn.Identity, LayerScale) for end in (block.ls1, block.ls2))
-            and not any(
-                rate_of(drop)
+            and all(
+                isinstance(drop, nn.Identity | nn.Dropout | DropPath) and rate_of(drop) == 0
                 for drop in (attn.proj_drop, mlp.drop1, mlp.drop2, block.drop_path1, block.drop_path2)
             )
         )

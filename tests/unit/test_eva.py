@@ -14,12 +14,15 @@ import torch.nn.functional as F
 from timm.models.eva import Eva, EvaBlockPostNorm
 from torch import Tensor, nn
 
-from d2ft_hpc.errors import UnsupportedModelError
+from d2ft_hpc.errors import ConfigError, UnsupportedModelError
 from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.parallel.part import ModelPart
 from d2ft_hpc.planning.plan import SkipPlan
+from d2ft_hpc.scores.gradients import fisher_information
+from d2ft_hpc.scores.observe import GradientObserver
 from tests.models import random_batch
 from tests.reference import FORWARD_ONLY, FULL, SHORTCUT
 
@@ -209,6 +212,25 @@ def test_costs_are_those_of_timms_model() -> None:
 
 
 @pytest.mark.parametrize(
+    "variant", ["like EVA-02 small", "like EVA-02 without its inner norm", "grouped queries"]
+)
+def test_fisher_information_is_that_of_the_parameters_own_gradients(variant: str) -> None:
+    model = tiny_eva(**VARIANTS[variant])
+    subnets = attach(model, embeddings="trained").subnets
+    images, labels = random_batch(2)
+    scores = fisher_information(model, subnets, images, labels, F.cross_entropy)
+    observer = GradientObserver(model, subnets, 1, lambda: 0, lambda: 1.0)
+    _, gradients = loss_and_gradients(model, model(images), labels)
+    observer.close()
+    expected = torch.zeros(subnets.shape)
+    for block, name, _ in subnets.parameters(model):
+        expected[block] += subnets.head_axes[name].sum_by_head(gradients[f"blocks.{block}.{name}"].square())
+    torch.testing.assert_close(scores[0], expected, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(observer.sums[0], expected, rtol=1e-4, atol=1e-9)
+    assert "attn.qkv.bias" not in dict(model.blocks[0].named_parameters())
+
+
+@pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"swiglu_mlp": True, "scale_mlp": True}, "scale_mlp"),
@@ -218,6 +240,15 @@ def test_costs_are_those_of_timms_model() -> None:
 def test_norms_across_heads_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):
         SubnetMap.of(tiny_eva(**options))
+
+
+def test_frequencies_train_where_gradients_are_reduced_after_the_backward_alone() -> None:
+    options = VARIANTS["like rotary ViTs with mixed frequencies"]
+    attach(tiny_eva(**options)).follow(None, Reduction.EVERY_MICRO_BATCH)
+    executor = attach(tiny_eva(**options), embeddings="trained")
+    executor.follow(None, Reduction.AFTER_BACKWARD)
+    with pytest.raises(ConfigError, match=r"rope.freqs takes its gradient from the blocks.*frozen"):
+        executor.follow(None, Reduction.EVERY_MICRO_BATCH)
 
 
 def test_ranks_do_not_get_parts() -> None:
