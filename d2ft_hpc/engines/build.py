@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -20,15 +20,16 @@ from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.engines.zero import forgets_steps
-from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.errors import ConfigError, UnsupportedModelError
 from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.families.table import family_of
 from d2ft_hpc.launch import Control
 from d2ft_hpc.parallel.layout import Placement
 
 
 def build_engine(
     config: RunConfig,
-    model: VisionTransformer,
+    model: nn.Module,
     executor: PlanExecutor,
     placement: Placement,
     total_steps: int,
@@ -42,7 +43,7 @@ def build_engine(
     if config.engine.activation_checkpointing:
         _recompute_blocks(model)
 
-    def make_optimizer(part: VisionTransformer) -> tuple[Optimizer, LRScheduler]:
+    def make_optimizer(part: nn.Module) -> tuple[Optimizer, LRScheduler]:
         optimizer = build_optimizer(part, config.optimizer)
         return optimizer, build_schedule(optimizer, config.optimizer, total_steps)
 
@@ -101,15 +102,10 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
     )
 
 
-def _recompute_blocks(model: VisionTransformer) -> None:
-    """Lets timm recompute blocks in the backward without torch's reentrant way, which loses the gradients of a block
-    above frozen embeddings."""
+def _recompute_blocks(model: nn.Module) -> None:
+    """Lets the model recompute blocks in the backward without torch's reentrant way, which loses the gradients of a
+    block above frozen embeddings."""
     try:
-        from timm.layers import set_reentrant_ckpt
-    except ImportError:
-        raise ConfigError(
-            "engine.activation_checkpointing=true: this timm always recomputes in torch's reentrant way, which loses "
-            "gradients above frozen embeddings; update timm, or do without"
-        ) from None
-    set_reentrant_ckpt(False)
-    model.set_grad_checkpointing(True)
+        family_of(model).recompute(model)
+    except UnsupportedModelError as error:
+        raise ConfigError(f"engine.activation_checkpointing=true: {error}") from None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 from torch._C._distributed_c10d import BuiltinCommHookType
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -70,7 +70,7 @@ class DdpEngine(PlainEngine):
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: nn.Module,
         executor: PlanExecutor,
         optimizer: Optimizer,
         schedule: LRScheduler,

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -98,7 +97,7 @@ class DeepSpeedEngine:
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: nn.Module,
         executor: PlanExecutor,
         optimizer: Optimizer | Callable[..., Optimizer] | None,
         schedule: LRScheduler | Callable[..., LRScheduler] | None,
@@ -184,7 +183,7 @@ class DeepSpeedEngine:
     def logits(self, images: Sequence[Tensor]) -> list[Tensor]:
         return evaluated(self._model, images)
 
-    def full_model(self) -> AbstractContextManager[VisionTransformer]:
+    def full_model(self) -> AbstractContextManager[nn.Module]:
         return self.rules.full_model(self._model, self._twin)
 
     def save(self, folder: Path, write: StateWriter) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from d2ft_hpc.execution.executor import PlanExecutor
@@ -21,7 +20,7 @@ class HeadRates:
     by sqrt(n) follows from the optimiser's stochastic differential equation (Malladi et al., arXiv 2205.10287).
     """
 
-    def __init__(self, model: VisionTransformer, executor: PlanExecutor, exponent: float) -> None:
+    def __init__(self, model: nn.Module, executor: PlanExecutor, exponent: float) -> None:
         self._model, self._executor, self._exponent = model, executor, exponent
         self._plan: SkipPlan | None = None
         self._factors: list[tuple[nn.Parameter, Tensor]] = []
@@ -48,8 +47,6 @@ class HeadRates:
         for block, name, parameter in subnets.parameters(self._model):
             if parameter.requires_grad and (share[block] < 1).any():
                 axis = subnets.head_axes[name]
-                shape = [1] * len(axis.view_shape)
-                shape[axis.axis] = subnets.num_heads
-                own = torch.tensor(share[block], dtype=parameter.dtype, device=parameter.device).view(shape)
-                factors.append((parameter, own.expand(axis.view_shape).reshape(parameter.shape)))
+                own = torch.tensor(share[block], dtype=parameter.dtype, device=parameter.device)
+                factors.append((parameter, axis.by_entry(own)))
         return factors

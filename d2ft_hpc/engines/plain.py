@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -44,7 +43,7 @@ class PlainEngine:
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: nn.Module,
         executor: PlanExecutor,
         optimizer: Optimizer,
         schedule: LRScheduler,
@@ -161,7 +160,7 @@ class PlainEngine:
         with self._autocast(images[0].device):
             return evaluated(self._model, images)
 
-    def full_model(self) -> AbstractContextManager[VisionTransformer]:
+    def full_model(self) -> AbstractContextManager[nn.Module]:
         return nullcontext(self._model)
 
     def save(self, folder: Path, write: StateWriter) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from packaging.version import Version
-from timm.models.vision_transformer import Block
 from torch import nn
 
 from d2ft_hpc.engines.check import check_plan, check_recompute
@@ -20,6 +19,7 @@ from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.block_graphs import GradientPlace
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.families.table import find_family
 from d2ft_hpc.planning import SkipPlan
 
 _REDUCTIONS = {
@@ -112,7 +112,7 @@ class ZeroRules:
 
     def same_rows(self, model: nn.Module) -> str | None:
         """Why all replicas must follow the same rows; None where they may differ."""
-        if self.stage == 3 and getattr(model, "grad_checkpointing", False):
+        if self.stage == 3 and (family := find_family(model)) and family.recomputes(model):
             return (
                 "ZeRO-3 with activation checkpointing gathers a block's weights again where the block is recomputed, "
                 "which only happens on replicas that have FULL heads in it"
@@ -144,7 +144,7 @@ class ZeroRules:
         if is_boundary is not None and self.reduction is Reduction.LAST_MICRO_BATCH:
             at_boundary = is_boundary
 
-            def reduces(block: Block) -> bool:
+            def reduces(block: nn.Module) -> bool:
                 return at_boundary()
 
         executor.follow(
@@ -156,7 +156,9 @@ class ZeroRules:
         if self.stage == 3:
             # A leaf module's parameters are gathered and its gradients reduced together, zero where absent, whatever
             # ran inside.
-            import_deepspeed().utils.set_z3_leaf_modules(model, [Block])
+            import_deepspeed().utils.set_z3_leaf_modules(
+                model, list({type(block) for block in executor.blocks.values()})
+            )
 
     def twin_of(self, model: nn.Module) -> nn.Module | None:
         """An empty copy of `model` for `full_model`, taken before the parameters are partitioned."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 import d2ft_hpc.demo.model  # noqa: F401  (makes timm know the demo's model)
 from d2ft_hpc.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -18,7 +18,7 @@ from d2ft_hpc.safe_text import shown
 
 def build_model(
     name: str, *, num_classes: int, weights: str | None = None, options: dict[str, Any] | None = None
-) -> VisionTransformer:
+) -> nn.Module:
     """The model with a new classifier of `num_classes`, on the CPU in float32.
 
     weights: see `find_weights`. Position embeddings and patch projection are resampled to the model's image and patch
@@ -33,7 +33,7 @@ def build_model(
     _check_draft(name, num_classes, given)
     source = find_weights(weights)
     try:
-        model = timm.create_model(
+        model: nn.Module = timm.create_model(
             name,
             pretrained=source is not None,
             num_classes=num_classes,
@@ -91,22 +91,18 @@ def _check_draft(name: str, num_classes: int, options: dict[str, Any]) -> None:
                 draft = timm.create_model(name, num_classes=num_classes, **options).to("meta")
     except Exception as error:
         raise _unfit(name, options, error) from error
-    if not isinstance(draft, VisionTransformer):
-        raise UnsupportedModelError(
-            f"model.name={name!r} is a {type(draft).__name__}, not a timm VisionTransformer"
-        )
+    try:
+        family = SubnetMap.of(draft).family
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"model.name={name!r}: {error}") from error
     if hasattr(draft, "head_dist"):
         raise UnsupportedModelError(
             f"model.name={name!r} has a second classifier for distillation, which has no loss here: take the "
             f"model without it, or train it in a loop of your own (d2ft_hpc.attach)"
         )
+    of_images = family.image_shape(draft) or draft.pretrained_cfg["input_size"]
     try:
-        SubnetMap.of(draft)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"model.name={name!r}: {error}") from error
-    size = draft.patch_embed.img_size or draft.pretrained_cfg["input_size"][-2:]
-    try:
-        shape = tuple(draft(torch.empty(2, 3, *size, device="meta")).shape)
+        shape = tuple(draft(torch.empty(2, *of_images, device="meta")).shape)
     except Exception as error:
         raise _unfit(name, options, error) from error
     if shape != (2, num_classes):

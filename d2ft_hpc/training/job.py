@@ -10,8 +10,7 @@ from functools import cached_property
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2ft_hpc.config import RunConfig, SamplesConfig
 from d2ft_hpc.data.datasets import LabelledImages, Split, load_configured
@@ -21,6 +20,7 @@ from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.engines.build import deepspeed_settings
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
+from d2ft_hpc.families.table import family_of
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import StepCosts, measure_costs, meter
 from d2ft_hpc.model.build import build_model, pixel_statistics
@@ -35,7 +35,7 @@ class Job:
     config: RunConfig
     control: Control
     device: torch.device
-    model: VisionTransformer
+    model: nn.Module
     executor: PlanExecutor
     costs: StepCosts
     train_set: LabelledImages
@@ -166,10 +166,11 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     )
 
 
-def _check_image_size(model: VisionTransformer, size: int) -> None:
-    patches = model.patch_embed
-    if patches.strict_img_size and patches.img_size not in (None, (size, size)):
-        height, width = patches.img_size
+def _check_image_size(model: nn.Module, size: int) -> None:
+    family = family_of(model)
+    shape = family.image_shape(model)
+    if shape is not None and not family.takes_other_sizes(model) and shape[1:] != (size, size):
+        _, height, width = shape
         raise ConfigError(
             f"data.image_size={size}: the model takes {height} x {width} pixels; set model.options.img_size={size}, or "
             f"data.image_size={height}"
@@ -178,7 +179,7 @@ def _check_image_size(model: VisionTransformer, size: int) -> None:
 
 def selection_of(
     config: SamplesConfig,
-    model: VisionTransformer,
+    model: nn.Module,
     image_size: int,
     *,
     seed: int,
@@ -187,7 +188,7 @@ def selection_of(
     cuda_graphs: bool = False,
 ) -> SampleSelection:
     """What scores and draws a replica's samples. image_size: pixels, of the images that are trained on."""
-    patch_size = model.patch_embed.patch_size[0]
+    patch_size = family_of(model).patch_size(model)[0]
     half = -(-image_size // (2 * patch_size)) * patch_size
     scorer = SampleScorer(
         model,

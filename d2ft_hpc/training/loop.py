@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.engines.build import build_engine
@@ -385,7 +385,7 @@ def _evaluate(
         board.evaluation(position.steps_done, result)
 
 
-def _save_model(job: Job, model: VisionTransformer) -> None:
+def _save_model(job: Job, model: nn.Module) -> None:
     """Raises CheckpointError where it cannot be written, DivergedError if its weights are not finite; an older model is
     then unharmed."""
     weights = {name: tensor.contiguous() for name, tensor in timm_state(model).items()}

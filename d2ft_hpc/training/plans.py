@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2ft_hpc import __version__
 from d2ft_hpc.config import EngineConfig, PlanConfig
@@ -29,7 +28,6 @@ from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.metering import meter
 from d2ft_hpc.metering.memory import release_unused
 from d2ft_hpc.parallel.layout import Layout, Placement
-from d2ft_hpc.parallel.part import tokens_of
 from d2ft_hpc.parallel.tensor import layouts_of
 from d2ft_hpc.planning import BUDGET_EPSILON, PlanProblem, SkipPlan, plan_samples, solve
 from d2ft_hpc.planning.messages import TokenLayout
@@ -54,9 +52,7 @@ def is_due(config: PlanConfig, *, epoch: int, step_of_epoch: int, steps_done: in
     return steps_done % every == 0
 
 
-def measure_scores(
-    job: Job, model: VisionTransformer, loss_function: LossFunction, watch: Watch
-) -> Scores | None:
+def measure_scores(job: Job, model: nn.Module, loss_function: LossFunction, watch: Watch) -> Scores | None:
     """Scores averaged over the first batches of the sampler's epoch; on all ranks together, the same on each.
 
     None for planners that read no scores.
@@ -88,9 +84,7 @@ def _probe(job: Job) -> Iterator[list[MicroBatch]]:
     return islice(batches_of(job, loader), job.config.plan.probe_batches)
 
 
-def _measure(
-    job: Job, model: VisionTransformer, loss_function: LossFunction, watch: Watch, start: float
-) -> Scores:
+def _measure(job: Job, model: nn.Module, loss_function: LossFunction, watch: Watch, start: float) -> Scores:
     config, subnets = job.config.plan, job.executor.subnets
     names = (config.forward_score, config.backward_score)
     gradient_names: list[GradientScore] = [name for name in names if name != "weight_magnitude"]
@@ -132,7 +126,7 @@ def _measure(
     return Scores(forward, backward, time.perf_counter() - start, *names, flops)
 
 
-def _cache_key(job: Job, model: VisionTransformer) -> str:
+def _cache_key(job: Job, model: nn.Module) -> str:
     """Of all ranks' weights and images and of the settings that decide the scores."""
     config = job.config
     settings = {
@@ -241,13 +235,15 @@ def _budget_from(job: Job, step: int) -> float:
 def token_layouts(job: Job) -> tuple[TokenLayout, ...]:
     """Those that a plan may have."""
     configured = job.config.engine.token_layout
-    return layouts_of(job.model.blocks, tokens_of(job.model)) if configured == "auto" else (configured,)
+    family = job.executor.subnets.family
+    if configured != "auto":
+        return (configured,)
+    return layouts_of(family, family.blocks(job.model), family.tokens_between(job.model))
 
 
 def step_time(job: Job, costs: PlanCosts) -> StepTime:
     """How long a step's subnets and messages take, by what all ranks measured."""
-    patches = job.model.patch_embed.num_patches + job.model.num_prefix_tokens
-    numbers = job.config.data.micro_batch_size * patches * job.model.embed_dim
+    numbers = job.config.data.micro_batch_size * job.executor.subnets.family.numbers_between(job.model)
     of_subnets = costs.dense_seconds * (1 - costs.always_share)
     return StepTime(
         seconds_per_cost=max(of_subnets / job.costs.num_subnets, 1e-12),

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import distributed, nn
 from torch.optim import Optimizer
 
@@ -23,6 +22,7 @@ from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.errors import ConfigError, LaunchError, UnsupportedModelError
 from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.families.table import family_of
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.parallel.head_split import even_owner
@@ -39,7 +39,7 @@ _END_SECONDS = 25.0
 
 def initialize(
     args: Any = None,
-    model: VisionTransformer | PipelineModule | None = None,
+    model: nn.Module | PipelineModule | None = None,
     optimizer: Any = None,
     model_parameters: Any = None,
     training_data: Any = None,
@@ -84,11 +84,12 @@ def initialize(
         )
     pipeline = model if isinstance(model, PipelineModule) else None
     model = model.layers if isinstance(model, PipelineModule) else model
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
-            f"model is a {type(model).__name__}, not a timm VisionTransformer: make it with timm.create_model, and for "
-            f"a pipeline wrap it in d2ft_hpc.PipelineModule"
+            f"model is a {type(model).__name__}: make one with timm.create_model, and for a pipeline wrap it in "
+            f"d2ft_hpc.PipelineModule"
         )
+    family = family_of(model)
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ConfigError(
             "model was made inside deepspeed.zero.Init: make it outside, ZeRO-3 spreads it here"
@@ -117,7 +118,11 @@ def initialize(
         compile=section.compile,
         cuda_graphs=section.cuda_graphs,
     )
-    image_shape = _image_shape(model)
+    image_shape = family.image_shape(model)
+    if image_shape is None:
+        raise ConfigError(
+            f'the model has no image size: make it with img_size=, so that "{SECTION}" can count costs'
+        )
     costs = measure_costs(model, executor, image_shape)
     flops = layer_flops(model, costs, image_shape)
     placement = Placement(
@@ -134,14 +139,14 @@ def initialize(
         costs = replace(costs, score_flops=count_scoring(selection, image_shape[-1], device))
     whole = model
 
-    def options_for(part: VisionTransformer) -> dict[str, Any]:
+    def options_for(part: nn.Module) -> dict[str, Any]:
         chosen = model_parameters
         if chosen is None and not isinstance(optimizer, Optimizer):
             chosen = whole.parameters()
         own = None if chosen is None else _of_part(chosen, whole, part)
         return {"model_parameters": own, "training_data": training_data, "collate_fn": collate_fn}
 
-    def make_optimizer(part: VisionTransformer) -> tuple[Any, Any]:
+    def make_optimizer(part: nn.Module) -> tuple[Any, Any]:
         return optimizer, lr_scheduler
 
     settings.pop("tensor_parallel", None)  # blocks are cut by head, not by DeepSpeed
@@ -206,7 +211,7 @@ def _parts(settings: Mapping[str, Any], pipeline: PipelineModule | None) -> tupl
     return stages, tensor_ranks
 
 
-def _same_on_all_ranks(model: VisionTransformer) -> None:
+def _same_on_all_ranks(model: nn.Module) -> None:
     """Gives all ranks rank 0's weights, on the device that they will train on: each will hold a part of them."""
     from deepspeed.accelerator import get_accelerator
 
@@ -230,7 +235,7 @@ def _end_together(control: Control) -> None:
             control.close()
 
 
-def _of_part(parameters: Any, whole: VisionTransformer, part: VisionTransformer) -> list[Any]:
+def _of_part(parameters: Any, whole: nn.Module, part: nn.Module) -> list[Any]:
     """The trained ones that a part has of a whole model's parameters, or of groups of them."""
     names = {id(parameter): name for name, parameter in whole.named_parameters()}
     own = {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
@@ -252,13 +257,3 @@ def _leave_out_frozen_groups(optimizer: Optimizer) -> list[int]:
     frozen = [i for i, each in enumerate(groups) if not any(p.requires_grad for p in each["params"])]
     groups[:] = [group for index, group in enumerate(groups) if index not in frozen]
     return frozen
-
-
-def _image_shape(model: VisionTransformer) -> tuple[int, int, int]:
-    """(channel, height, width) that the model was made for."""
-    projection, size = model.patch_embed.proj, model.patch_embed.img_size
-    if size is None:
-        raise ConfigError(
-            f'the model has no image size: make it with img_size=, so that "{SECTION}" can count costs'
-        )
-    return int(projection.in_channels), int(size[0]), int(size[1])

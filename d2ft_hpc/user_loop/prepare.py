@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch.distributed as dist
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -13,6 +12,7 @@ from d2ft_hpc.engines.fsdp import follow_fsdp
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.families.table import find_family
 from d2ft_hpc.model.lora import unwrapped
 
 
@@ -31,10 +31,10 @@ def prepare(model: nn.Module, executor: PlanExecutor) -> None:
     if isinstance(model, DistributedDataParallel):
         follow_ddp(model, executor)
         found = f"DDP over {dist.get_world_size(model.process_group)} ranks"
-    elif isinstance(unwrapped(model), VisionTransformer) and isinstance(model, FSDPModule):
+    elif (is_known := find_family(unwrapped(model)) is not None) and isinstance(model, FSDPModule):
         follow_fsdp(model, executor)
         found = f"FSDP2 over {dist.get_world_size()} ranks"
-    elif isinstance(unwrapped(model), VisionTransformer):
+    elif is_known:
         executor.follow(None, Reduction.AFTER_BACKWARD)
         found = "the model by itself, whose gradients no engine reduces"
     else:

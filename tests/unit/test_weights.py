@@ -113,7 +113,7 @@ def test_the_hubs_cache_without_a_network(tiny: Path, tmp_path: Path) -> None:
             "second classifier for distillation, .*: take the model without it",
         ),
         ("vit_giant_patch14_dinov2.lvd142m", "SwiGLU and gated MLPs are not supported"),
-        ("resnet18", "is a ResNet, not a timm VisionTransformer"),
+        ("resnet18", "ResNet is none of the supported models"),
     ],
 )
 def test_models_that_are_not_supported_are_refused_before_their_weights_are_looked_for(
