@@ -96,5 +96,6 @@ def _checks(config: RunConfig, control: Control, left: float | None) -> list[Fin
     if all(part == b"1" for part in control.all_gather(b"1" if job else b"0")) and job is not None:
         parameters = sum(parameter.numel() for parameter in job.model.parameters())
         findings += storage.check_space(config, parameters)
+        findings += work.check_plans(job)  # by rank 0, which prints
         findings += of_all_ranks(control, work.check_time(job, left))[:1]
     return findings

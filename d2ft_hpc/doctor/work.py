@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.data.datasets import LabelledImages
 from d2ft_hpc.doctor.finding import Finding, of_error
-from d2ft_hpc.errors import DataError
+from d2ft_hpc.errors import D2ftError, DataError
 from d2ft_hpc.launch import Control
 from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.training.foresight import trial_plan
 from d2ft_hpc.training.job import Job, set_up
+from d2ft_hpc.training.placing import place_in_order
+from d2ft_hpc.training.plan_costs import costs_unmeasured
 
 _FIX_WEIGHTS = (
     "a file's path in model.weights; those of a hub are fetched on a login node by HF_HUB_OFFLINE=0 d2ft-hpc doctor "
@@ -50,6 +53,18 @@ def _decode_some(images: LabelledImages) -> None:
     """Images at equal distances, so that all classes are among them if they lie one after the other."""
     for index in np.linspace(0, len(images) - 1, min(len(images), _DECODED_IMAGES), dtype=int):
         images.read([int(index)], None)
+
+
+def check_plans(job: Job) -> list[Finding]:
+    """Whether the plan file fits, or a plan keeps the budgets, by counted costs; on all ranks together."""
+    if job.control.rank:
+        return []
+    try:
+        plan = trial_plan(job, place_in_order(job), costs_unmeasured(job))
+    except D2ftError as error:
+        return [of_error("plan", error, "raise plan.compute_budget")]
+    share = job.costs.planned_share(plan)
+    return [Finding("plan", "ok", f"planner {plan.planner}, {share:.1%} of the dense compute")]
 
 
 def check_time(job: Job, left: float | None) -> list[Finding]:
