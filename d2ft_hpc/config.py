@@ -7,6 +7,7 @@ starts work. Every message names the key, the value and, for an unknown key, the
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import isclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from d2ft_hpc.config_file import Scalar, plain, read_tree, to_yaml
+from d2ft_hpc.engines.deepspeed_keys import unknown_keys
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.paths import expand
 from d2ft_hpc.safe_text import shown
@@ -61,11 +63,20 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    name: str = Field(default="run", pattern=r"^\w[\w.-]*$", max_length=120)
+    name: str = Field(default="run", max_length=120)
     """Name of the run and of its folder: letters, digits, _, - and ., the first of them no - or ."""
-    folder: PathText = Field(default="runs", min_length=1)
+    folder: PathText = "runs"
     """Where run folders are made."""
     seed: Seed = 0
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise PydanticCustomError(
+                "no_name", "use letters, digits, _, - and . alone, and begin with a letter, a digit or _"
+            )
+        return name
 
 
 class LoraSection(Section):
@@ -369,7 +380,11 @@ class EngineConfig(Section):
     @field_validator("deepspeed")
     @classmethod
     def _check_sections(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        return deepspeed_sections(settings, "engine.deepspeed.")
+        settings = deepspeed_sections(settings, "engine.deepspeed.")
+        unknown = list(unknown_keys(settings, "engine.deepspeed."))
+        if unknown:
+            raise ValueError("\n".join(unknown))
+        return settings
 
     @property
     def data_parallel(self) -> Literal["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]:
@@ -675,6 +690,9 @@ def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -
             )
         else:
             told = fault["msg"].removeprefix("Value error, ")
+            if told.startswith(f"{key}."):  # it names a key inside
+                yield told
+                continue
             expected.setdefault(f"{key}={shown(fault['input'])}", []).append(f"{told[0].lower()}{told[1:]}")
     for value, told_of in expected.items():
         yield f"{value}: {', or '.join(told_of)}"

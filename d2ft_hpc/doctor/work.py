@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.data.datasets import LabelledImages
 from d2ft_hpc.doctor.finding import Finding, of_error
 from d2ft_hpc.errors import D2ftError, DataError
 from d2ft_hpc.launch import Control
@@ -36,7 +34,8 @@ def check_parts(
     try:
         job = set_up(config, control, device)
         for images in (job.train_set, job.evaluation_set):
-            _decode_some(images)
+            for index in images.evenly_spaced(_DECODED_IMAGES):
+                images.read([index], None)
     except DataError as error:
         return None, [of_error("data", error, "data.root=FOLDER")]
     except Exception as error:  # hubs, files and timm answer with anything
@@ -47,12 +46,6 @@ def check_parts(
         Finding("data", "ok", f"{len(job.train_set)} training images of {job.train_set.num_classes} classes"),
         Finding("model", "ok", f"{config.model.name}, {parameters / 1e6:.1f} M parameters"),
     ]
-
-
-def _decode_some(images: LabelledImages) -> None:
-    """Images at equal distances, so that all classes are among them if they lie one after the other."""
-    for index in np.linspace(0, len(images) - 1, min(len(images), _DECODED_IMAGES), dtype=int):
-        images.read([int(index)], None)
 
 
 def check_plans(job: Job) -> list[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Literal
 
 from d2ft_hpc.errors import LaunchError
@@ -58,7 +59,8 @@ def connect(
     from torch import distributed
 
     device_type = device_type_of(device_type)
-    device_index = _choose_device(device_type, environment.local_rank)
+    with nullcontext() if mpi is None else agreed(mpi, "choosing the devices"):
+        device_index = _choose_device(device_type, environment.local_rank)
     adopted = distributed.is_initialized()
     if adopted and distributed.get_world_size() != environment.world_size:
         raise LaunchError(
@@ -109,7 +111,8 @@ def _choose_device(device_type: DeviceType, local_rank: int) -> int:
 
     if not torch.cuda.is_available():
         raise LaunchError(
-            "device cuda was asked for, but torch sees no GPU here: ask for cpu, or start on a GPU node"
+            f"engine.device=cuda (--device cuda of a benchmark): torch {torch.__version__} sees no GPU here; set cpu, or "
+            f"start on a GPU node with a CUDA build of torch"
         )
     count = torch.cuda.device_count()
     index = 0 if count == 1 else local_rank

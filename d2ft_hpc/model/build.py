@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import re
 from contextlib import nullcontext
 from typing import Any
 
@@ -122,6 +124,15 @@ def _check_draft(name: str, num_classes: int, options: dict[str, Any]) -> None:
 
 
 def _unfit(name: str, options: dict[str, Any], error: Exception) -> ConfigError:
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if isinstance(error, TypeError) and unknown and unknown[1] in options:
+        key = unknown[1]
+        known = [each for each in inspect.signature(VisionTransformer).parameters if each not in _SET_ELSEWHERE]
+        near = difflib.get_close_matches(key, known, n=1)
+        return ConfigError(
+            f"model.options.{key}={shown(options[key])}: {name} has no such option; "
+            + (f"did you mean model.options.{near[0]}?" if near else "remove it")
+        )
     return ConfigError(
         f"model.options={shown(options)}: {name} cannot be made with them: {_first_line(error)}; correct or remove them"
     )

@@ -6,6 +6,7 @@ fc2 are shared by all heads of a block and take the gradients of those that are 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
@@ -36,13 +37,21 @@ def add_lora(
 
     alpha: the low-rank product counts alpha / rank times, with rslora alpha / sqrt(rank) times.
 
-    Raises ConfigError if peft is not installed.
+    Raises ConfigError if peft is not installed, or the rank is above that of a layer.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise ConfigError("model.lora: needs the library peft: pip install 'd2ft-hpc[lora]'") from None
     inner = "|".join(name.replace(".", r"\.") for name in LINEAR_LAYERS if name.split(".")[1] in layers)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and re.fullmatch(rf"blocks\.\d+\.({inner})", name):
+            most = min(layer.in_features, layer.out_features)
+            if rank > most:
+                raise ConfigError(
+                    f"model.lora.rank={rank}: {name} is {layer.in_features} x {layer.out_features}, whose rank is at "
+                    f"most {most}; use less, such as 8"
+                )
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
