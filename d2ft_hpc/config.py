@@ -514,6 +514,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"engine.deepspeed: engine {engine.name} does not read it; remove it, or engine.name=deepspeed"
             )
+        if self.plan.planner == "samples" and (self.plan.samples.image_size or 0) > self.data.image_size:
+            raise ValueError(
+                f"plan.samples.image_size={self.plan.samples.image_size}: samples are scored at no higher resolution "
+                f"than they are trained on, data.image_size={self.data.image_size}; use less, or null"
+            )
         if engine.name == "fsdp2" and self.plan.planner == "samples":
             raise ValueError(
                 "plan.planner=samples with engine.name=fsdp2: samples are scored by a second model that shares the "
@@ -669,6 +674,10 @@ def _take_text(tree: Any, path: Sequence[str | int]) -> bool:
     return False
 
 
+_IN_WORDS = dict.fromkeys(("model_type", "dict_type"), "holds settings of its own, {KEY: VALUE}")
+"""For the types of pydantic's faults that it tells in words of Python."""
+
+
 def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """One line for each fault: key, value, what is wrong, what would be right.
 
@@ -689,7 +698,7 @@ def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -
                 else f"{prefix}{shown(fault['input'])}: holds no settings"
             )
         else:
-            told = fault["msg"].removeprefix("Value error, ")
+            told = _IN_WORDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
             if told.startswith(f"{key}."):  # it names a key inside
                 yield told
                 continue
@@ -723,7 +732,7 @@ def is_class_of(annotation: Any, kind: type[Kind]) -> TypeGuard[type[Kind]]:
 
 def _nearest(key: str, schema: type[BaseModel], prefix: str) -> str:
     """The valid key that was likely meant: by its whole path, else by its last part in whatever section."""
-    valid_keys = list(_keys(schema, prefix))
+    valid_keys = [each for each in _keys(schema, prefix) if not key.startswith(f"{each}.")]
     by_last_part = {valid.rsplit(".", 1)[-1]: valid for valid in valid_keys}
     close = difflib.get_close_matches(key, valid_keys, n=1, cutoff=0.7) or [
         by_last_part[part]

@@ -127,7 +127,7 @@ def _unfit(name: str, options: dict[str, Any], error: Exception) -> ConfigError:
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if isinstance(error, TypeError) and unknown and unknown[1] in options:
         key = unknown[1]
-        known = [each for each in inspect.signature(VisionTransformer).parameters if each not in _SET_ELSEWHERE]
+        known = {*inspect.signature(VisionTransformer).parameters} - {key, *_SET_ELSEWHERE}
         near = difflib.get_close_matches(key, known, n=1)
         return ConfigError(
             f"model.options.{key}={shown(options[key])}: {name} has no such option; "
@@ -167,7 +167,7 @@ def _check_name(name: str) -> None:
         close = difflib.get_close_matches(name, timm.list_models("*vit*"), n=1, cutoff=0.3)
         raise ConfigError(
             f"model.name={shown(name)}: timm has no such model"
-            + (f"; did you mean {close[0]}?" if close else "")
+            + (f"; did you mean {close[0]}?" if close else "; timm.list_models('*vit*') lists them")
         )
     architecture, _, tag = name.partition(".")
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]

@@ -298,7 +298,9 @@ class SkipPlan:
         try:
             atomic.write(Path(path), image.getbuffer(), shared=True)
         except OSError as error:
-            raise PlanError(f"The plan cannot be written to {os.fspath(path)}: {error}") from error
+            raise PlanError(
+                f"The plan cannot be written to {os.fspath(path)}: {hdf5.reason(error)}; choose another file (--save)"
+            ) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SkipPlan:

@@ -27,8 +27,8 @@ _KEYS = (
 
 
 def foresee_plans(job: Job, placement: Placement, costs: PlanCosts, engine: Engine) -> None:
-    """Raises PlanError on all ranks, which call it together, where the run's plan file is none that the model, the ranks
-    and the engine can follow, or no plan keeps the budgets."""
+    """Raises PlanError on all ranks, which call it together, where the run's plan file is none that the model, the
+    ranks and the engine can follow, or no plan keeps the budgets."""
     plan = SkipPlan.from_bytes(
         share(
             job.control,
@@ -75,7 +75,5 @@ def _with_keys(text: str, config: PlanConfig) -> str:
     if config.file is not None:
         return f"{'' if text.startswith('plan.file=') else 'plan.file='}{text}"
     keys = [key for key in _KEYS if key in text or key.replace("_", " ") in text]
-    told = ", ".join(
-        f"plan.{key}={value:g}" for key in keys if (value := getattr(config, key)) is not None
-    )
+    told = ", ".join(f"plan.{key}={value:g}" for key in keys if (value := getattr(config, key)) is not None)
     return text if not told or text.startswith("plan.") else f"{told}: {text}"

@@ -96,8 +96,8 @@ class Job:
         if sampler.batch_size > len(self.train_set):
             small = (
                 f"data.micro_batch_size={data.micro_batch_size}: a batch of {sampler.rows} micro-batches would take "
-                f"{sampler.batch_size} images, but there are {len(self.train_set)}, which make one smaller batch; use at "
-                f"most {len(self.train_set) // sampler.rows}"
+                f"{sampler.batch_size} images, but there are {len(self.train_set)}, which make one smaller batch; use "
+                f"at most {len(self.train_set) // sampler.rows}"
             )
         every = dict.fromkeys([self.train_set.remark, self.evaluation_set.remark, small])
         return [remark for remark in every if remark]

@@ -142,9 +142,7 @@ def _costs(job: Job, of_ranks: Sequence[PassProfile]) -> PlanCosts:
     if not np.isfinite([passes.dense_seconds for passes in of_ranks]).all():
         raise ConfigError("plan.costs='measured': a dense micro-batch did not fit on some rank; use flops")
     if job.config.plan.device_speed is None:
-        costs = replace(
-            costs, device_speed=relative_speeds([passes.dense_seconds for passes in of_ranks])
-        )
+        costs = replace(costs, device_speed=relative_speeds([passes.dense_seconds for passes in of_ranks]))
     return replace(
         costs,
         forward_share=float(np.median([passes.forward_share for passes in of_ranks])),
