@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from d2ft_hpc import __version__
 from d2ft_hpc.bench.commands import add_benches
-from d2ft_hpc.command import add_config, on_ranks, read_config, whole_number
+from d2ft_hpc.command import add_config, amount, on_ranks, read_config, share, whole_number
 from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.errors import UNFINISHED, PlanError
 from d2ft_hpc.launch.agree import note_failure
@@ -106,18 +106,21 @@ def _parser() -> argparse.ArgumentParser:
         "--load", type=path_argument, metavar="PLAN", help="look at this plan instead of solving one"
     )
     plan.add_argument(
-        "--coverage", type=int, default=0, help="least FULL micro-batches of every head in a batch"
+        "--coverage",
+        type=whole_number(0),
+        default=0,
+        help="least FULL micro-batches of every head in a batch",
     )
     plan.add_argument(
-        "--most-shortcut", type=float, default=1.0, help="most of a block's heads that may not run"
+        "--most-shortcut", type=share(zero=True), default=1.0, help="most of a block's heads that may not run"
     )
-    plan.add_argument("--ranks", type=int, default=1, help="tensor-parallel ranks")
-    plan.add_argument("--stages", type=int, default=1, help="pipeline stages")
+    plan.add_argument("--ranks", type=whole_number(1), default=1, help="tensor-parallel ranks")
+    plan.add_argument("--stages", type=whole_number(1), default=1, help="pipeline stages")
     plan.add_argument("--speeds", type=_numbers, metavar="A,B,...", help="relative speed of each rank")
     plan.add_argument("--placed", action="store_true", help="place the heads on the ranks by their scores")
-    plan.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
-    plan.add_argument("--communication-budget", type=float, help="share of the dense step")
-    plan.add_argument("--memory-budget", type=float, help="share of the activations of a dense row")
+    plan.add_argument("--compute-budget", type=share(), default=0.6, help="share of the dense step")
+    plan.add_argument("--communication-budget", type=share(), help="share of the dense step")
+    plan.add_argument("--memory-budget", type=share(), help="share of the activations of a dense row")
     plan.add_argument("--save", type=path_argument, metavar="PLAN", help="where to save the plan")
     plan.add_argument("--diff", type=path_argument, metavar="PLAN", help="count what changes from this plan")
     plan.add_argument("--png", type=path_argument, help="where to write a heat map")
@@ -163,7 +166,7 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    return [amount(part) for part in text.split(",")]
 
 
 def _plan(options: argparse.Namespace) -> int:

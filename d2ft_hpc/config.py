@@ -7,6 +7,7 @@ starts work. Every message names the key, the value and, for an unknown key, the
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import isclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from d2ft_hpc.config_file import Scalar, plain, read_tree, to_yaml
+from d2ft_hpc.engines.deepspeed_keys import unknown_keys
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.paths import expand
 from d2ft_hpc.safe_text import shown
@@ -61,11 +63,20 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    name: str = Field(default="run", pattern=r"^\w[\w.-]*$", max_length=120)
+    name: str = Field(default="run", max_length=120)
     """Name of the run and of its folder: letters, digits, _, - and ., the first of them no - or ."""
-    folder: PathText = Field(default="runs", min_length=1)
+    folder: PathText = "runs"
     """Where run folders are made."""
     seed: Seed = 0
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise PydanticCustomError(
+                "no_name", "use letters, digits, _, - and . alone, and begin with a letter, a digit or _"
+            )
+        return name
 
 
 class LoraSection(Section):
@@ -369,7 +380,11 @@ class EngineConfig(Section):
     @field_validator("deepspeed")
     @classmethod
     def _check_sections(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        return deepspeed_sections(settings, "engine.deepspeed.")
+        settings = deepspeed_sections(settings, "engine.deepspeed.")
+        unknown = list(unknown_keys(settings, "engine.deepspeed."))
+        if unknown:
+            raise ValueError("\n".join(unknown))
+        return settings
 
     @property
     def data_parallel(self) -> Literal["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]:
@@ -498,6 +513,11 @@ class RunConfig(Section):
         if engine.name != "deepspeed" and engine.deepspeed:
             raise ValueError(
                 f"engine.deepspeed: engine {engine.name} does not read it; remove it, or engine.name=deepspeed"
+            )
+        if self.plan.planner == "samples" and (self.plan.samples.image_size or 0) > self.data.image_size:
+            raise ValueError(
+                f"plan.samples.image_size={self.plan.samples.image_size}: samples are scored at no higher resolution "
+                f"than they are trained on, data.image_size={self.data.image_size}; use less, or null"
             )
         if engine.name == "fsdp2" and self.plan.planner == "samples":
             raise ValueError(
@@ -654,6 +674,10 @@ def _take_text(tree: Any, path: Sequence[str | int]) -> bool:
     return False
 
 
+_IN_WORDS = dict.fromkeys(("model_type", "dict_type"), "holds settings of its own, {KEY: VALUE}")
+"""For the types of pydantic's faults that it tells in words of Python."""
+
+
 def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """One line for each fault: key, value, what is wrong, what would be right.
 
@@ -674,7 +698,10 @@ def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -
                 else f"{prefix}{shown(fault['input'])}: holds no settings"
             )
         else:
-            told = fault["msg"].removeprefix("Value error, ")
+            told = _IN_WORDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+            if told.startswith(f"{key}."):  # it names a key inside
+                yield told
+                continue
             expected.setdefault(f"{key}={shown(fault['input'])}", []).append(f"{told[0].lower()}{told[1:]}")
     for value, told_of in expected.items():
         yield f"{value}: {', or '.join(told_of)}"
@@ -705,7 +732,7 @@ def is_class_of(annotation: Any, kind: type[Kind]) -> TypeGuard[type[Kind]]:
 
 def _nearest(key: str, schema: type[BaseModel], prefix: str) -> str:
     """The valid key that was likely meant: by its whole path, else by its last part in whatever section."""
-    valid_keys = list(_keys(schema, prefix))
+    valid_keys = [each for each in _keys(schema, prefix) if not key.startswith(f"{each}.")]
     by_last_part = {valid.rsplit(".", 1)[-1]: valid for valid in valid_keys}
     close = difflib.get_close_matches(key, valid_keys, n=1, cutoff=0.7) or [
         by_last_part[part]

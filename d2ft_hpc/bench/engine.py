@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
@@ -37,6 +36,7 @@ from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.metering import StepCosts, measure_costs, meter
+from d2ft_hpc.model.build import build_model
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages, layer_flops
@@ -322,7 +322,7 @@ def _config(workload: Workload) -> dict[str, Any]:
 
 def _model(workload: Workload) -> VisionTransformer:
     torch.manual_seed(0)
-    model = timm.create_model(workload.model, img_size=workload.image_size, num_classes=10)
+    model = build_model(workload.model, num_classes=10, options={"img_size": workload.image_size})
     return model.to(workload.device)
 
 

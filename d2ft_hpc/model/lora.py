@@ -37,7 +37,7 @@ def add_lora(
 
     alpha: the low-rank product counts alpha / rank times, with rslora alpha / sqrt(rank) times.
 
-    Raises ConfigError if peft is not installed.
+    Raises ConfigError if peft is not installed, or the rank is above that of a layer.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -51,12 +51,21 @@ def add_lora(
         for name in of_role
     ]
     blocks, inner = (re.escape(family.blocks_path), "|".join(map(re.escape, names)))
+    target = rf"{blocks}\.\d+\.({inner})"
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and re.fullmatch(target, name):
+            most = min(layer.in_features, layer.out_features)
+            if rank > most:
+                raise ConfigError(
+                    f"model.lora.rank={rank}: {name} is {layer.in_features} x {layer.out_features}, whose rank is at "
+                    f"most {most}; use less, such as 8"
+                )
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         use_rslora=rslora,
-        target_modules=rf"{blocks}\.\d+\.({inner})",
+        target_modules=target,
     )
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     subnets = SubnetMap.of(model)

@@ -92,8 +92,15 @@ class Job:
     @property
     def remarks(self) -> list[str]:
         """What people should know about the data, a sentence each."""
-        both = dict.fromkeys([self.train_set.remark, self.evaluation_set.remark])
-        return [remark for remark in both if remark]
+        small, data, sampler = "", self.config.data, self.sampler
+        if sampler.batch_size > len(self.train_set):
+            small = (
+                f"data.micro_batch_size={data.micro_batch_size}: a batch of {sampler.rows} micro-batches would take "
+                f"{sampler.batch_size} images, but there are {len(self.train_set)}, which make one smaller batch; use "
+                f"at most {len(self.train_set) // sampler.rows}"
+            )
+        every = dict.fromkeys([self.train_set.remark, self.evaluation_set.remark, small])
+        return [remark for remark in every if remark]
 
     @property
     def plan_shape(self) -> tuple[int, int, int]:
@@ -120,6 +127,9 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     np.random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
     train_set, evaluation_set = _load_data(config, "train"), _load_data(config, config.data.evaluate_on)
+    if control.rank == 0:
+        for images in (train_set, evaluation_set):
+            images.look_at_some()
     sampler = MicroBatchSampler(
         len(train_set),
         micro_batch_size=config.data.micro_batch_size,
@@ -128,6 +138,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         replica=layout.replica,
         seed=config.run.seed,
     )
+    _check_sizes(config, train_set, sampler)
     model = build_model(
         config.model.name,
         num_classes=train_set.num_classes,
@@ -164,6 +175,26 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     return Job(
         config, control, device, model, executor, costs, train_set, evaluation_set, sampler, layout, selection
     )
+
+
+def _check_sizes(config: RunConfig, train_set: LabelledImages, sampler: MicroBatchSampler) -> None:
+    """Raises ConfigError where there is nothing to learn, or fewer images than are asked for at once."""
+    data, images = config.data, len(train_set)
+    if train_set.num_classes < 2:
+        raise ConfigError(
+            f"data.name={data.name}: all images are of one class, which teaches nothing; add images of another class "
+            f"(data.root, data.classes)"
+        )
+    if data.micro_batch_size > images:
+        raise ConfigError(
+            f"data.micro_batch_size={data.micro_batch_size}: there are {images} training images; use at most "
+            f"{images // sampler.rows}, which is what each of the {sampler.rows} micro-batches of a batch would get"
+        )
+    if config.plan.probe_batches > sampler.batches_per_epoch:
+        raise ConfigError(
+            f"plan.probe_batches={config.plan.probe_batches}: an epoch has {sampler.batches_per_epoch} batches; use at "
+            f"most so many"
+        )
 
 
 def _check_image_size(model: nn.Module, size: int) -> None:

@@ -35,6 +35,7 @@ from d2ft_hpc.training.checkpoint import Position, load_checkpoint
 from d2ft_hpc.training.environment import describe_environment
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.finite import require_finite, with_advice
+from d2ft_hpc.training.foresight import foresee_plans
 from d2ft_hpc.training.job import Job, layout_of, set_up
 from d2ft_hpc.training.measured import Measured, measure_job
 from d2ft_hpc.training.placing import place
@@ -98,6 +99,9 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
         plan = load_checkpoint(start.checkpoint, engine, control)
         plan = replace(plan, replicas=job.sampler.replicas)
         _follow(job, engine, placement, measured.plan_costs, plan)
+    if start.checkpoint is None or job.config.plan.replan.every is not None:
+        watch.enter("looking for a plan", allowed_seconds=2 * job.config.plan.time_limit_seconds)
+        foresee_plans(job, placement, costs, engine)
     watch.enter("opening the run's folder")
     with ExitStack() as stack, with_advice(config):
         writer, own_writer, board, first_plan = None, None, None, 0

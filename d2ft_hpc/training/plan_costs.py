@@ -136,31 +136,32 @@ def keep_costs(job: Job, costs: PlanCosts) -> None:
 
 
 def _costs(job: Job, of_ranks: Sequence[PassProfile]) -> PlanCosts:
-    ranks = len(of_ranks)
-    table = job.config.plan.device_speed
+    costs = costs_unmeasured(job)
+    if job.config.plan.costs != "measured":
+        return costs
+    if not np.isfinite([passes.dense_seconds for passes in of_ranks]).all():
+        raise ConfigError("plan.costs='measured': a dense micro-batch did not fit on some rank; use flops")
+    if job.config.plan.device_speed is None:
+        costs = replace(costs, device_speed=relative_speeds([passes.dense_seconds for passes in of_ranks]))
+    return replace(
+        costs,
+        forward_share=float(np.median([passes.forward_share for passes in of_ranks])),
+        always_share=float(np.median([passes.always_share for passes in of_ranks])),
+        source="measured",
+    )
+
+
+def costs_unmeasured(job: Job) -> PlanCosts:
+    """The paper's costs, or those by FLOPs. Raises ConfigError if there are not as many speeds as ranks."""
+    ranks, table = job.control.world_size, job.config.plan.device_speed
     if table is not None and len(table) != ranks:
         raise ConfigError(
             f"plan.device_speed={table}: {len(table)} speeds for {ranks} ranks; give one for every rank, or null"
         )
     speed = [1.0] * ranks if table is None else list(table)
-    match job.config.plan.costs:
-        case "flops":
-            return PlanCosts(job.costs.forward_share, job.costs.always_share, speed, "flops")
-        case "paper":
-            return PlanCosts(PAPER_FORWARD_COST, 0.0, speed, "paper")
-        case "measured":
-            if not np.isfinite([passes.dense_seconds for passes in of_ranks]).all():
-                raise ConfigError(
-                    "plan.costs='measured': a dense micro-batch did not fit on some rank; use flops"
-                )
-            if table is None:
-                speed = relative_speeds([passes.dense_seconds for passes in of_ranks])
-            return PlanCosts(
-                float(np.median([passes.forward_share for passes in of_ranks])),
-                float(np.median([passes.always_share for passes in of_ranks])),
-                speed,
-                "measured",
-            )
+    if job.config.plan.costs == "paper":
+        return PlanCosts(PAPER_FORWARD_COST, 0.0, speed, "paper")
+    return PlanCosts(job.costs.forward_share, job.costs.always_share, speed, "flops")
 
 
 def with_less_memory(

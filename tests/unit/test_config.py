@@ -58,7 +58,7 @@ def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
         ("no_value", ["'no_value'", "key=value"]),
         ("data.mixup_alpha=1e-300", ["data.mixup_alpha=1e-300", "at least 0.001"]),
         ("data.workers=100000", ["data.workers=100000", "1024"]),
-        ("run.name=..", ["run.name='..'", "pattern"]),
+        ("run.name=..", ["run.name='..'", "use letters, digits, _, - and . alone"]),
         ("run.name=.hidden", ["run.name='.hidden'"]),
         ("run.name=", ["run.name=''"]),
         ("run.folder=", ["run.folder=''"]),
