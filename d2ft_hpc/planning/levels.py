@@ -80,7 +80,7 @@ class Levels:
             here = np.flatnonzero(level == its_level)
             counts = self.forward_heads[its_level, 0], self.backward_heads[its_level, 0]
             gains = [gain[:, :, here].reshape(heads, -1) for gain in (self.forward_gain, self.backward_gain)]
-            of_forward, of_both = _scores_of_counts(*gains, counts, deadline)
+            of_forward, of_both = _scores_of_counts(gains[0], gains[1], counts, deadline)
             of_forward, of_both = of_forward.reshape(ranks, -1), of_both.reshape(ranks, -1)
             some, full = (
                 np.full(len(here), ran[its_level]) for ran in (self.forward_ranks, self.backward_ranks)
@@ -167,7 +167,7 @@ def estimate_levels(
         of_count = np.zeros((len(differing), gain.shape[2]))
         for rank in range(len(speed)):
             of_count += most[differing[:, rank], rank]
-        value += np.ascontiguousarray(of_count.T)[:, of_level.ravel()]
+        value += np.take(of_count.T, of_level.ravel(), axis=1)
     every = np.full(len(pairs), len(speed))
     return Levels(
         forward_gain,
@@ -276,9 +276,10 @@ def likely_heads(
     others that gain most by that."""
     is_full = _place(forward_gain + backward_gain) < full
     is_running = _place(np.where(is_full, np.inf, forward_gain)) < forward
-    return is_running.astype(np.uint8) * np.uint8(Operation.FORWARD_ONLY) + is_full.astype(np.uint8) * np.uint8(
-        Operation.FULL - Operation.FORWARD_ONLY
+    chosen = np.where(
+        is_full, Operation.FULL, np.where(is_running, Operation.FORWARD_ONLY, Operation.SHORTCUT)
     )
+    return np.asarray(chosen, dtype=np.uint8)
 
 
 def _place(gain: Floats) -> Ints:

@@ -25,8 +25,8 @@ from d2ft_hpc.planning.problem import PlanProblem
 from d2ft_hpc.planning.split import choose_by_split
 from d2ft_hpc.planning.teams import Team, make_teams, meeting_replicas, step_limits
 
-_PARTS_OF_TIME = 3
-"""One part is for the tables of what levels give."""
+_PARTS_OF_TIME = 4
+"""One part is for the tables of what levels give; if they are not done by then, one of the rest is for the choice."""
 
 _WRITING = 2.5  # times the time that the tables took
 
@@ -110,10 +110,10 @@ def solve_makespan(
 def _end_of_choice(teams: list[Team], start: float, deadline: float) -> float:
     """Until when levels may be chosen, so that time is left to write down the best heads, which takes longer than the
     tables that have been made since `start`."""
+    if not all(team.levels.is_exact for team in teams):
+        return share_of_time(deadline, _PARTS_OF_TIME)
     now = time.monotonic()
-    half = share_of_time(deadline, 2)
-    is_exact = all(team.levels.is_exact for team in teams)
-    return max(deadline - _WRITING * (now - start), half) if is_exact else half
+    return max(deadline - _WRITING * (now - start), (now + deadline) / 2)
 
 
 def _fed(

@@ -102,13 +102,15 @@ def make_teams(
     stages = range(problem.stages)
     try:
         every = [
-            _make_team(problem, replicas, stage, gains, clusters, share_of_time(deadline, len(stages) - stage))
+            _make_team(
+                problem, replicas, stage, gains, clusters, share_of_time(deadline, len(stages) - stage)
+            )
             for stage in stages
         ]
     except TimeoutError:
         every = [_make_team(problem, replicas, stage, gains, clusters, None) for stage in stages]
     teams = []
-    for stage, team in enumerate(every):
+    for team in every:
         heads = len(team.levels.forward_gain)
         least = heads - math.floor(most_shortcut * heads + BUDGET_EPSILON)
         team = replace(team, levels=team.levels.that_run(least))
@@ -156,11 +158,7 @@ def _make_team(
     is_even = bool((speed == speed[0]).all())
     pay = any(problem.meeting_cost) and bool(np.isfinite(problem.communication_budget[devices]).all())
     clusters = clusters and pay and is_even and len(replicas) == 1
-    make = (
-        estimate_levels
-        if deadline is None
-        else partial(make_levels, clusters=clusters, deadline=deadline)
-    )
+    make = estimate_levels if deadline is None else partial(make_levels, clusters=clusters, deadline=deadline)
     levels = make(
         *gains,
         forward_cost=costs[Operation.FORWARD_ONLY] - costs[Operation.SHORTCUT],
