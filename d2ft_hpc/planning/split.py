@@ -15,6 +15,7 @@ import numpy as np
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.choose import Choice, choose, share_of_time
+from d2ft_hpc.planning.highs import OPTIMAL
 from d2ft_hpc.planning.prices import Limit
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
 from d2ft_hpc.planning.teams import Team, head_times, limit_above_least, other_limits
@@ -53,6 +54,7 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
     best: list[Choice] = []
     best_value = -math.inf
     enough = -math.inf  # a split that promises no more than this is not worth a try
+    reason = OPTIMAL  # or why a split that has been tried may still have more than the best
     while (promise[split] > enough and time.monotonic() < deadline) or not best:
         choices = []
         promises = np.zeros(len(splits))
@@ -85,10 +87,15 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
         value = sum(choice.value for choice in choices)
         if value > best_value:
             best, best_value = choices, value
-        enough = max(enough, best_value * (1 + _RELATIVE_GAP), promise[split])
+        enough = max(enough, best_value * (1 + _RELATIVE_GAP))
+        if promise[split] > enough:
+            enough = float(promise[split])
+            reason = next((choice.status for choice in choices if choice.status != OPTIMAL), OPTIMAL)
         split = int(promise.argmax())
     if promise.max() > enough:
         best = [replace(choice, status="time limit") for choice in best]
+    elif promise.max() > best_value * (1 + _RELATIVE_GAP):
+        best = [replace(choice, status=reason) if choice.status == OPTIMAL else choice for choice in best]
     return best, float(promise.max())
 
 
