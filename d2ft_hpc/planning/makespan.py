@@ -94,6 +94,8 @@ def solve_makespan(
                 raise PlanError(unpaid_coverage(problem, team, coverage))
             team.write(choice.option, operations, its_deadline)
             statuses.add(choice.status)
+            if time.monotonic() > its_deadline:
+                statuses.add("heads: time limit")
             if take_turns(team, operations, demand):
                 statuses.add("heads in turn for coverage")
     return plan_with_bound(
