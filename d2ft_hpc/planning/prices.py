@@ -20,7 +20,7 @@ ROUNDING = 1e-12
 """By which sums of the same numbers in another order may differ."""
 
 _ROUNDS = 100  # of closing in on a price; ten are usual
-_LATE_ROUNDS = 3  # after which the price of a single limit will do, where time is short
+_LATE_ROUNDS = 2  # after which the price of a single limit will do, where time is short
 _TRIAL_SCALES = (0.7, 0.85, 1.0, 1.2, 1.4)  # of first prices, to find options that may be worth it
 _SAFE_SCALES = (1.7, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0, 20.0, 50.0)  # until a choice fits
 
