@@ -192,7 +192,11 @@ def _greedily_covered(
 
 
 def _greedy_until(deadline: float) -> str:
-    return "greedy at its time limit" if time.monotonic() > deadline else "greedy"
+    return "greedy: time limit" if time.monotonic() > deadline else "greedy"
+
+
+def _reason(known: str, of_highs: str) -> str:
+    return f"greedy: {of_highs}" if known == "greedy" else known
 
 
 def _improved(
@@ -214,7 +218,7 @@ def _improved(
             return _Solution(plan, score, bound, status)
     if not known.operations:
         raise _NothingFoundError("there is none" if status == INFEASIBLE else f"there may be one ({status})")
-    return replace(known, bound=bound, status=OPTIMAL if status == OPTIMAL else f"{known.status}: {status}")
+    return replace(known, bound=bound, status=OPTIMAL if status == OPTIMAL else _reason(known.status, status))
 
 
 def _solve_with_highs(
