@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import numpy.typing as npt
@@ -34,11 +35,14 @@ def solve_greedy(
     )
 
 
-def greedy(knapsack: Knapsack, start: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
+def greedy(
+    knapsack: Knapsack, start: npt.NDArray[np.uint8] | None = None, deadline: float = math.inf
+) -> npt.NDArray[np.uint8]:
     """Operations uint8 [cell] within the budgets: the best of the orders that the two budgets suggest.
 
     start: operations that the result may raise and never lowers; within the budgets, also once as many cells run as
         must. None = all SHORTCUT.
+    deadline: of time.monotonic(), after which the best so far will do, or the cells that gain most.
 
     Where memory is scarce, only the cells of a row that gain most by it may become FULL.
     """
@@ -48,15 +52,38 @@ def greedy(knapsack: Knapsack, start: npt.NDArray[np.uint8] | None = None) -> np
     is_full = start == Operation.FULL
     candidates = []
     for price in knapsack.prices():
+        if time.monotonic() > deadline:
+            break
         barred = _barred_from_full(knapsack, is_full, price)
         operations = start.copy()
         _climb(knapsack, operations, best_steps(knapsack, price, barred))
         fill(knapsack, operations, price, barred)
         candidates.append(operations)
+    if not candidates and np.isfinite(knapsack.budget).any():
+        return _with_most_gaining(knapsack, start)
     if not candidates:  # no budget is limited
         barred = _barred_from_full(knapsack, is_full, np.zeros(2))
         return np.where(barred, Operation.FORWARD_ONLY, Operation.FULL).astype(np.uint8)
     return max(candidates, key=knapsack.objective)
+
+
+def _with_most_gaining(knapsack: Knapsack, start: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """As many FULL cells on top of `start` as the budgets pay for, those that gain most, then as many FORWARD_ONLY."""
+    operations: npt.NDArray[np.uint8] = start.copy()
+    whole_gain = knapsack.forward_gain + knapsack.backward_gain
+    has_room = most_gaining(knapsack, whole_gain, start == Operation.FULL)
+    for target, gain, step, may in (
+        (Operation.FULL, whole_gain, knapsack.forward_step + knapsack.backward_step, has_room),
+        (Operation.FORWARD_ONLY, knapsack.forward_gain, knapsack.forward_step, True),
+    ):
+        cells = np.flatnonzero((operations < target) & may)
+        left = knapsack.budget - knapsack.used(operations)
+        paid = np.floor(left[step > 0] / step[step > 0]).min(initial=len(cells))
+        count = max(int(paid), 0)
+        if count < len(cells):
+            cells = cells[np.argpartition(-gain[cells], count)[:count]]
+        operations[cells] = target
+    return operations
 
 
 def _barred_from_full(
