@@ -7,7 +7,7 @@ starts work. Every message names the key, the value and, for an unknown key, the
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import isclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard, TypeVar, get_args, get_origin
@@ -15,49 +15,40 @@ from typing import Annotated, Any, Literal, TypeGuard, TypeVar, get_args, get_or
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
+    SerializeAsAny,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from d2ft_hpc.config_file import Scalar, plain, read_tree, to_yaml
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.paths import expand
+from d2ft_hpc.planning.planner import Options, Planner
+from d2ft_hpc.planning.table import PLANNERS
 from d2ft_hpc.safe_text import shown
+from d2ft_hpc.settings import Fraction, Section
 
-PLANNERS_OF_MEMORY = ("joint", "makespan", "depth")
-"""Those that give a rank with little memory fewer FULL subnets."""
-
-Fraction = Annotated[float, Field(gt=0, le=1)]
 PathText = Annotated[str, AfterValidator(expand)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """As numpy takes it."""
-_MOST = 2**31 - 1
 _LEAST_ALPHA = 1e-3
 _LONGEST = 1e7
 """Of waiting times in seconds and minutes: what lies far beyond a job's life overflows clocks."""
 
 
 Kind = TypeVar("Kind")
+KindOfSection = TypeVar("KindOfSection", bound=Section)
 
 
-class Section(BaseModel):
-    """A part of the configuration: unknown keys and wrong types are errors, values never change (`~` in paths does)."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-    @field_validator("*")
-    @classmethod
-    def _check_size(cls, value: Any) -> Any:
-        """Numbers of things: larger ones overflow somewhere."""
-        if isinstance(value, int) and value > _MOST:
-            raise PydanticCustomError("too_large", "input should be at most {most}", {"most": _MOST})
-        return value
+def _either(names: Iterable[str], word: str = "or") -> str:
+    """`a, b or c`."""
+    *first, last = names
+    return f"{', '.join(first)} {word} {last}" if first else last
 
 
 class RunSection(Section):
@@ -91,7 +82,7 @@ class ModelConfig(Section):
     weights: PathText | None = None
     """A safetensors file in timm's names or a folder with one; "pretrained" for those that the model's name stands for,
     "hf-hub:OWNER/NAME" for others, both from the hub or (HF_HUB_OFFLINE=1) its cache; null for random ones."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={})
     """Further keyword arguments of timm.create_model (img_size, drop_path_rate, ...)."""
     lora: LoraSection | None = None
     """null: the weights themselves are trained."""
@@ -122,7 +113,7 @@ class DataConfig(Section):
     """Of training images. shift: by up to an eighth, and flips; resized_crop: crops of 50 to 100 % of the area, and
     flips; timm: timm.data.create_transform. auto: none for digits, shift for small images (up to 64 x 64 pixels, not
     single files), else resized_crop."""
-    timm: dict[str, Any] = {}
+    timm: dict[str, Any] = Field(default={})
     """Options of timm.data.create_transform (auto_augment, color_jitter, re_prob, ...) for augment=timm."""
     mixup_alpha: float = Field(default=0.0, ge=0, le=1000)
     """Mixup: alpha of Beta(alpha, alpha); 0: none. With CutMix on too, each micro-batch takes one of them."""
@@ -203,37 +194,12 @@ class ReplanConfig(Section):
     resumed run may plan otherwise."""
 
 
-class SamplesConfig(Section):
-    """Planner `samples`: a forward pass at a low resolution scores every sample, then some train, drawn by score."""
-
-    image_size: int | None = Field(default=None, gt=0)
-    """Height and width at which samples are scored, pixels, a multiple of the patch size; null: half of
-    data.image_size, rounded up to whole patches."""
-    score: Literal["error", "loss"] = "error"
-    """error: how far the predicted probabilities are from the label (it bounds the gradient's norm); loss: the cross
-    entropy."""
-    uniform_share: float = Field(default=0.25, ge=0)
-    """Multiple of the mean score that every score gets on top, so that easy samples are drawn too."""
-    weights: Literal["none", "unbiased"] = "none"
-    """unbiased: drawn samples are weighted so that the expected gradient is the whole batch's."""
-
-
 class PlanConfig(Section):
-    planner: Literal[
-        "dense",
-        "samples",
-        "paper",
-        "joint",
-        "makespan",
-        "static",
-        "depth",
-        "greedy",
-        "random",
-        "last_blocks",
-        "stochastic_depth",
-        "pruning",
-        "routing",
-    ] = "joint"
+    planner: str = Field(
+        default="joint", description="\n".join(f"{entry.name}: {entry.about}." for entry in PLANNERS.values())
+    )
+    options: SerializeAsAny[Options] = Field(default_factory=Options, validate_default=True)
+    """What the planner alone reads, by its own names: `OPTIONS of class PLANNER in d2ft_hpc/planning`."""
     file: PathText | None = None
     """A saved plan (d2ft-hpc plan --save) to follow instead of making one; null: make one."""
     compute_budget: Fraction = 0.6
@@ -245,9 +211,9 @@ class PlanConfig(Section):
     by_meeting what tensor-parallel ranks really send in engine.token_layout, which is less where only some of them, or
     none, have an active head in a block."""
     memory_budget: Fraction | None = None
-    """Share of the activations of a dense micro-batch that a device keeps for the backward. null: planners `joint`,
-    `makespan` and `depth` keep to the memory that each rank has left at the start, if it is too little for a dense
-    micro-batch; 1: no limit. Planners `paper` and `random` do not know it and are refused where they exceed it."""
+    """Share of the activations of a dense micro-batch that a device keeps for the backward. null: planners that fit
+    memory (`joint`, `makespan`, `depth`) keep to what each rank has left at the start, if it is too little for a dense
+    micro-batch; 1: no limit. Others are refused where they exceed it."""
     costs: Literal["flops", "measured", "paper"] = "flops"
     """What planners take for the cost of FORWARD_ONLY and of what always runs: counted FLOPs; seconds of a short
     profile on every rank at the start (kept for the same hardware and model), which also gives the ranks' speeds; or
@@ -267,34 +233,56 @@ class PlanConfig(Section):
     """Batches over which scores are averaged; their cost is charged to the run."""
     score_cache: PathText | None = None
     """Folder that keeps measured scores for runs with the same weights, probe images and settings; null: none."""
-    full_share: Fraction = 0.8
-    """Planner `paper` and `random`: most of the budget that FULL may take before FORWARD_ONLY."""
-    coverage: int = Field(default=0, ge=0)
-    """Planner `joint`, `makespan`, `static` and `depth`: least number of FULL micro-batches that each subnet gets in a
-    batch."""
-    most_shortcut: float = Field(default=1.0, ge=0, le=1)
-    """Planner `joint`, `makespan` and `static`: most of a device's heads in a block that may be SHORTCUT in a
-    micro-batch."""
-    heads_multiple: int = Field(default=1, gt=0)
-    """Planner `static`: numbers of heads that a device runs in a block are multiples of it, or all; 2 is faster on a
-    GPU, whose matrix products run in tiles of 128 columns (two heads of most models)."""
-    below: Literal["forward_only", "shortcut"] = "forward_only"
-    """Planner `depth`: what the blocks below the FULL ones do."""
     rescale: bool = False
     """Multiply what a block's branches add by its cells over those that are not SHORTCUT, as stochastic depth does, so
     that over a batch blocks add as much as in the dense model; false: as in the paper."""
     warmup_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of the run over which skipping sets in: the budget of each plan falls from 1 to what keeps
     `compute_budget` over the whole run. Needs `replan.every`; 0: the same budget from the first step."""
-    capacity_factor: float = Field(default=1.25, gt=0)
-    """Planner `routing`: most rows that a head takes, in multiples of its fair share."""
-    whole_rows: bool = False
-    """Planner `depth`: each micro-batch is FULL in all blocks or in none."""
     time_limit_seconds: float = Field(default=10.0, gt=0, le=_LONGEST)
-    """Planner `joint`, `makespan` and `depth`: after this the best plan so far, or the greedy one, is taken."""
-    samples: SamplesConfig = SamplesConfig()
-    """How planner `samples` scores and draws."""
+    """Of planners that search: after this the best plan so far, or the greedy one, is taken."""
     replan: ReplanConfig = ReplanConfig()
+
+    @field_validator("planner")
+    @classmethod
+    def _check_planner(cls, name: str) -> str:
+        if name not in PLANNERS:
+            raise PydanticCustomError(
+                "unknown_planner", "input should be {known}", {"known": _either(map(repr, PLANNERS))}
+            )
+        return name
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _check_options(cls, given: Any, info: ValidationInfo) -> Any:
+        """Reads them as the planner's own."""
+        planner = PLANNERS.get(info.data.get("planner", ""))
+        if planner is None:  # which is fault enough
+            return Options()
+        values = given.model_dump() if isinstance(given, Options) else given
+        if not isinstance(values, dict):
+            raise PydanticCustomError("no_options", "input should be a section of options")
+        known = planner.options.model_fields
+        if unknown := [name for name in values if name not in known]:
+            raise PydanticCustomError(
+                "unknown_option",
+                "planner {planner} has no option {name}; {fix}",
+                {
+                    "planner": planner.name,
+                    "name": unknown[0],
+                    "fix": f"it knows {_either(known, 'and')}" if known else "it knows none: remove it",
+                },
+            )
+        return planner.options.model_validate(values)
+
+    @property
+    def entry(self) -> Planner:
+        """The planner itself."""
+        return PLANNERS[self.planner]
+
+    def arguments(self, *, seed: int | Sequence[int]) -> dict[str, Any]:
+        """Keyword arguments of the planner's function. seed: of planners that draw."""
+        return self.entry.arguments(self.options, seed=seed, time_limit_seconds=self.time_limit_seconds)
 
     @model_validator(mode="after")
     def _check_warmup(self) -> PlanConfig:
@@ -347,7 +335,7 @@ class EngineConfig(Section):
     under way while the other is computed. auto: whichever is predicted to be fastest, for each plan."""
     activation_checkpointing: bool = False
     """Keep each block's input only and run the block again in the backward, under the same row of the plan."""
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field(default={})
     """Further settings for DeepSpeed, in its own names."""
     repeat_out_of_memory: bool = False
     """Where a rank runs out of memory in a step: plan it less from now on and repeat the step, instead of ending. For
@@ -433,7 +421,7 @@ def zero_stage(deepspeed: Mapping[str, Any], precision: str) -> Any:
 class LaunchConfig(Section):
     timeout_seconds: float = Field(default=25.0, gt=0, le=_LONGEST)
     """How long ranks wait for each other at the start and whenever they agree on something."""
-    stop_signals: list[str] = ["USR2", "TERM"]
+    stop_signals: list[str] = Field(default=["USR2", "TERM"])
     """Signals upon which all ranks save at the next step boundary and end with status 75: start again to go on."""
     silence_seconds: float = Field(default=30.0, ge=2, le=_LONGEST)
     """A rank that is not heard for so long is lost: stopped, or its node is down. A killed one is noticed at once."""
@@ -499,10 +487,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"engine.deepspeed: engine {engine.name} does not read it; remove it, or engine.name=deepspeed"
             )
-        if engine.name == "fsdp2" and self.plan.planner == "samples":
+        if engine.name == "fsdp2" and self.plan.entry.binding == "sample":
             raise ValueError(
-                "plan.planner=samples with engine.name=fsdp2: samples are scored by a second model that shares the "
-                "weights, which FSDP2 spreads over ranks; use another planner, or engine.name=ddp"
+                f"plan.planner={self.plan.planner} with engine.name=fsdp2: samples are scored by "
+                "a second model that shares the weights, which FSDP2 spreads over ranks; use another planner, or "
+                "engine.name=ddp"
             )
         if self.engine.repeat_out_of_memory:
             self._check_repeats()
@@ -512,10 +501,10 @@ class RunConfig(Section):
     def _check_repeats(self) -> None:
         """Raises where a step that ran out of memory cannot be repeated."""
         engine, key = self.engine, "engine.repeat_out_of_memory=true"
-        if self.plan.planner not in PLANNERS_OF_MEMORY or self.plan.file is not None:
+        if not self.plan.entry.fits_memory or self.plan.file is not None:
+            others = _either(entry.name for entry in PLANNERS.values() if entry.fits_memory)
             raise ValueError(
-                f"{key}: planner {self.plan.planner} cannot plan a rank less memory; use joint, makespan or depth, and "
-                f"no plan.file"
+                f"{key}: planner {self.plan.planner} cannot plan a rank less memory; use {others}, and no plan.file"
             )
         if engine.cuda_graphs:
             raise ValueError(f"{key}: graphs keep their memory; set engine.cuda_graphs=false")
@@ -562,16 +551,16 @@ class RunConfig(Section):
         )
         if engine.name == "plain" or engine.name == "ddp":
             raise ValueError(f"{parts}: with engine {engine.name} a rank has the whole model; use deepspeed")
-        if engine.token_layout in ("sharded", "overlapped") and self.plan.planner == "samples":
+        if engine.token_layout in ("sharded", "overlapped") and self.plan.entry.binding == "sample":
             raise ValueError(
-                f"engine.token_layout={engine.token_layout} with plan.planner=samples: samples are scored at another "
-                "resolution, with fewer tokens; use replicated"
+                f"engine.token_layout={engine.token_layout} with plan.planner={self.plan.planner}: samples are "
+                "scored at another resolution, with fewer tokens; use replicated"
             )
         if engine.name == "fsdp2" and engine.pipeline_stages > 1:
             raise ValueError(f"{parts}: engine fsdp2 has no pipeline; use deepspeed")
-        if engine.name == "fsdp2" and self.plan.planner == "samples":
+        if engine.name == "fsdp2" and self.plan.entry.binding == "sample":
             raise ValueError(
-                f"plan.planner=samples with {parts}: only engine deepspeed scores samples on cut models"
+                f"plan.planner={self.plan.planner} with {parts}: only engine deepspeed scores samples on cut models"
             )
         if engine.precision == "fp16":
             raise ValueError(
@@ -598,7 +587,7 @@ class RunConfig(Section):
     def plans_by_free_memory(self) -> bool:
         """Whether plans keep to the memory that is measured at the start."""
         return (
-            self.plan.planner in PLANNERS_OF_MEMORY
+            self.plan.entry.fits_memory
             and self.plan.file is None
             and self.plan.memory_budget is None
             and not self.engine.activation_checkpointing  # a block's activations are there for its backward alone
@@ -633,6 +622,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         except ValidationError as error:
             faults = error
     raise ConfigError("\n".join(explain(faults, RunConfig))) from None
+
+
+def validated(schema: type[KindOfSection], values: Any, prefix: str = "") -> KindOfSection:
+    """`values` as that section. Raises ConfigError with one line a fault; prefix: stands before its keys."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error, schema, prefix))) from None
 
 
 _TEXT_EXPECTED = ("string_type", "literal_error")
@@ -685,11 +682,18 @@ def _key_parts(
 ) -> Iterator[str]:
     """A fault's place without the names of the types that were tried there."""
     for part in location:
-        fields = schema.model_fields if schema is not None else {}
+        fields = _fields(schema)
         if part not in fields and not isinstance(part, int) and not unknown:
             return
         yield str(part)
         schema = _section(fields[str(part)].annotation) if part in fields else None
+
+
+def _fields(schema: type[BaseModel] | None) -> Mapping[str, FieldInfo]:
+    """The keys of a section; of the one for a planner's options, those of all planners."""
+    if schema is Options:
+        return {key: info for entry in PLANNERS.values() for key, info in entry.options.model_fields.items()}
+    return schema.model_fields if schema is not None else {}
 
 
 def _section(annotation: Any) -> type[Section] | None:
@@ -715,7 +719,7 @@ def _nearest(key: str, schema: type[BaseModel], prefix: str) -> str:
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, info in section.model_fields.items():
+    for name, info in _fields(section).items():
         yield prefix + name
         inner = _section(info.annotation)
         if inner is not None:

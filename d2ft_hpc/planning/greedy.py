@@ -10,6 +10,7 @@ import numpy.typing as npt
 from d2ft_hpc.planning.bounds import most_gaining, plan_with_bound, price_memory
 from d2ft_hpc.planning.knapsack import Knapsack, Steps, best_steps, device_knapsacks, next_steps
 from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.problem import Floats, PlanProblem
 
 
@@ -27,7 +28,7 @@ def solve_greedy(
     return plan_with_bound(
         problem,
         operations.reshape(problem.forward_score.shape),
-        planner="greedy",
+        planner=GREEDY.name,
         status="greedy",
         forward_weight=forward_weight,
         backward_weight=backward_weight,
@@ -105,3 +106,6 @@ def _climb(knapsack: Knapsack, operations: npt.NDArray[np.uint8], steps: Steps) 
         start, target = steps.start[count], steps.target[count]
         forward_fits &= target != Operation.FORWARD_ONLY
         steps = steps.select((steps.start != start) | (steps.target != target))
+
+
+GREEDY = Planner("greedy", "the best score for its cost first", solve_greedy)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from d2ft_hpc.config import RunConfig, SamplesConfig
+from d2ft_hpc.config import RunConfig
 from d2ft_hpc.data.datasets import LabelledImages, Split, load_configured
 from d2ft_hpc.data.loader import Batches, eval_loader, train_loader
 from d2ft_hpc.data.mixing import Mixing
@@ -27,6 +27,7 @@ from d2ft_hpc.model.build import build_model, pixel_statistics
 from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.parallel.layout import Layout
 from d2ft_hpc.parallel.stages import layer_flops
+from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.selection import SampleScorer, SampleSelection
 
 
@@ -150,9 +151,9 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     image_shape = (3, config.data.image_size, config.data.image_size)
     costs = measure_costs(model, executor, image_shape)
     selection = None
-    if config.plan.planner == "samples":
+    if isinstance(config.plan.options, SampleOptions):
         selection = selection_of(
-            config.plan.samples,
+            config.plan.options,
             model,
             config.data.image_size,
             seed=config.run.seed,
@@ -177,7 +178,7 @@ def _check_image_size(model: VisionTransformer, size: int) -> None:
 
 
 def selection_of(
-    config: SamplesConfig,
+    config: SampleOptions,
     model: VisionTransformer,
     image_size: int,
     *,

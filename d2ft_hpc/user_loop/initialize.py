@@ -28,6 +28,7 @@ from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
+from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.training.job import count_scoring, selection_of
 from d2ft_hpc.user_loop.follower import PlanFollower, say
 from d2ft_hpc.user_loop.pipeline_module import PipelineModule
@@ -126,9 +127,9 @@ def initialize(
     if stages > 1:
         say(control, describe_stages(flops, placement.stages))
     selection = None
-    if section.planner == "samples":
+    if isinstance(section.options, SampleOptions):
         selection = selection_of(
-            section.samples, model, image_shape[-1], seed=section.seed, replica=layout.replica
+            section.options, model, image_shape[-1], seed=section.seed, replica=layout.replica
         )
         device = next(model.parameters()).device
         costs = replace(costs, score_flops=count_scoring(selection, image_shape[-1], device))

@@ -333,7 +333,7 @@ def check_user_boundary(control: Control, stage: int) -> float:
     config = {
         **USER_CONFIG,
         "zero_optimization": {"stage": stage},
-        "d2ft": {"planner": "random", "full_share": 0.3},
+        "d2ft": {"planner": "random", "options": {"full_share": 0.3}},
     }
     model, reference = model_for("sgd"), model_for("sgd")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

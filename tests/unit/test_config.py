@@ -49,6 +49,16 @@ def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
         ("data.slots=1.5", ["data.slots=1.5", "integer"]),
         ("train.epochs=many", ["train.epochs='many'", "integer"]),
         ("plan.planner=magic", ["plan.planner='magic'", "'joint'"]),
+        (
+            "plan.options.full_share=0.5",
+            ["plan.options={'full_share': 0.5}", "joint has no option full_share"],
+        ),
+        ("plan.options.most_shortcut=2", ["plan.options.most_shortcut=2", "less than or equal to 1"]),
+        (
+            "plan.most_shortcut=0",
+            ["plan.most_shortcut: unknown key", "did you mean plan.options.most_shortcut?"],
+        ),
+        ("plan.options=3", ["plan.options=3", "section of options"]),
         ("run.name=a/b", ["run.name='a/b'"]),
         ("data.evaluate_on=validation", ["there are no validation images", "data.validation_fraction"]),
         ("data.timm={re_prob: 0.1}", ["data.timm: not read with data.augment=auto"]),
@@ -193,7 +203,7 @@ def test_every_field_is_documented_or_says_it_all() -> None:
     assert set(undocumented) <= {
         "run.seed", "data.name", "optimizer.name", "optimizer.learning_rate", "optimizer.weight_decay",
         "optimizer.schedule", "optimizer.warmup_steps", "train.epochs", "train.evaluate_every_epochs",
-        "plan.planner", "plan.backward_score", "plan.samples", "plan.replan", "engine.name", "engine.precision",
+        "plan.backward_score", "plan.replan", "engine.name", "engine.precision",
     }  # fmt: skip
 
 
