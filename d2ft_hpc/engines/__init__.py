@@ -3,5 +3,5 @@
 
 `zero` knows what each ZeRO stage needs and refuses, `check` compares a plan with an engine, `portable` is the state
 that every engine saves, `sharded` that of models spread as DTensors, and what DeepSpeed does not document is in
-`deepspeed_private`.
+`deepspeed_private`; `private_names` lists all that is used of libraries without their promise.
 """

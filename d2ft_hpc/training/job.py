@@ -19,9 +19,11 @@ from d2ft_hpc.data.loader import Batches, eval_loader, train_loader
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.engines.build import deepspeed_settings
+from d2ft_hpc.engines.private_names import NEWEST_TESTED, newer_than_tested
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.launch import Control
+from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.metering import StepCosts, measure_costs, meter
 from d2ft_hpc.model.build import build_model, pixel_statistics
 from d2ft_hpc.model.lora import add_lora
@@ -117,6 +119,9 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     layout = layout_of(config, control)
     if config.engine.name == "deepspeed":
         deepspeed_settings(config)  # refuses bad ones before any work is spent
+    if control.rank == 0:
+        for warning in newer_than_tested(NEWEST_TESTED):
+            print_line(f"d2ft-hpc: warning: {warning}")
     random.seed(config.run.seed)
     np.random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)

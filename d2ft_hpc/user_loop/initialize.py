@@ -19,6 +19,7 @@ from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.engines.deepspeed_settings import check_settings
 from d2ft_hpc.engines.pipeline import PipelineEngine
+from d2ft_hpc.engines.private_names import NEWEST_TESTED, newer_than_tested
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.errors import ConfigError, LaunchError, UnsupportedModelError
@@ -104,6 +105,8 @@ def initialize(
     ZeroRules.of(settings)
     check_settings(settings)
     control = _connect()
+    for warning in newer_than_tested(NEWEST_TESTED):
+        say(control, warning)
     import_deepspeed().init_distributed(auto_mpi_discovery=False)
     layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
     if layout.is_cut:
