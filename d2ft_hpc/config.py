@@ -149,9 +149,6 @@ class OptimizerConfig(Section):
     """SGD's."""
     classifier_factor: float = Field(default=1.0, gt=0)
     """The classifier's learning rate in multiples of the others'; a new classifier learns better with 10 or more."""
-    few_full_exponent: float = Field(default=0.0, ge=0, le=1)
-    """Engine `plain`: a head's learning rate is multiplied by its share of FULL micro-batches to this power, because
-    its gradient is the noisier the fewer there are and AdamW makes full steps of it; 0: one rate for all."""
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
     """Least number of steps of linear warm-up."""
@@ -477,11 +474,6 @@ class RunConfig(Section):
         if engine.cuda_graphs and (engine.pipeline_stages > 1 or engine.tensor_ranks > 1):
             raise ValueError(
                 "engine.cuda_graphs=true: not where ranks hold parts of the model; remove it, or use data parallelism"
-            )
-        if engine.name != "plain" and self.optimizer.few_full_exponent:
-            raise ValueError(
-                f"optimizer.few_full_exponent={self.optimizer.few_full_exponent:g}: only the plain engine has whole "
-                f"steps of heads to scale; use 0, or engine.name=plain"
             )
         if engine.name != "deepspeed" and engine.deepspeed:
             raise ValueError(

@@ -56,7 +56,6 @@ def build_engine(
             loss_function,
             autocast_dtype=low_dtype,
             gradient_clipping=clipping,
-            few_full_exponent=config.optimizer.few_full_exponent,
             cuda_graphs=config.engine.cuda_graphs and next(model.parameters()).device.type == "cuda",
         )
     if config.engine.name == "ddp":

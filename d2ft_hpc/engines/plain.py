@@ -24,7 +24,6 @@ from d2ft_hpc.engines.engine import (
     set_training,
     zero_missing_gradients,
 )
-from d2ft_hpc.engines.head_rates import HeadRates
 from d2ft_hpc.engines.out_of_memory import repeatable
 from d2ft_hpc.engines.portable import (
     PortableState,
@@ -52,12 +51,10 @@ class PlainEngine:
         *,
         autocast_dtype: torch.dtype | None = None,
         gradient_clipping: float | None = None,
-        few_full_exponent: float = 0.0,
         cuda_graphs: bool = False,
     ) -> None:
-        """few_full_exponent: see `HeadRates`.
-        cuda_graphs: whether the forward and backward of a micro-batch is one CUDA graph, if the plan has few shapes;
-            its time then counts as backward.
+        """cuda_graphs: whether the forward and backward of a micro-batch is one CUDA graph, if the plan has few shapes;
+        its time then counts as backward.
         """
         self._model, self.executor = model, executor
         self._trainer = model
@@ -66,7 +63,6 @@ class PlainEngine:
         self._loss_function = loss_function
         self._autocast_dtype = autocast_dtype
         self._max_norm = float("inf") if gradient_clipping is None else gradient_clipping
-        self._head_rates = HeadRates(model, executor, few_full_exponent)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._graphs: dict[Hashable, CudaGraphs[Tensor]] | None = {} if cuda_graphs else None
         self.short_of_memory: ShortOfMemory | None = None
@@ -86,8 +82,7 @@ class PlainEngine:
         with report.timed("optimizer"):
             zero_missing_gradients(self._model)
             report.gradient_norm = self._clip()
-            with self._head_rates.applied():
-                self._optimizer.step()
+            self._optimizer.step()
             self._schedule.step()
             self._optimizer.zero_grad(set_to_none=self._graphs is None)
         report.loss = torch.stack(losses).mean()
