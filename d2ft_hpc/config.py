@@ -334,13 +334,6 @@ class EngineConfig(Section):
     """Keep each block's input only and run the block again in the backward, under the same row of the plan."""
     deepspeed: dict[str, Any] = Field(default={})
     """Further settings for DeepSpeed, in its own names."""
-    repeat_out_of_memory: bool = False
-    """Where a rank runs out of memory in a step: plan it less from now on and repeat the step, instead of ending. For
-    planners `joint`, `makespan` and `depth`, and engines that exchange nothing before all micro-batches are through:
-    plain, and DeepSpeed in fp32 with ZeRO 0 or 1, overlap_comm off, the whole model on each rank."""
-    activation_limit_mb: list[Annotated[float, Field(gt=0)]] | None = None
-    """On a processor: megabytes that autograd may keep for a micro-batch's backward on each rank; beyond them the rank
-    counts as out of memory. null: no limit."""
     compile: bool = False
     """Whether torch.compile makes kernels: of dense blocks, of those that skip heads where these have at most 8 shapes
     (planner `static`) and no kernels of our own fit (they do on a GPU, without dropout and LoRA), and of what lies
@@ -485,36 +478,8 @@ class RunConfig(Section):
                 "a second model that shares the weights, which FSDP2 spreads over ranks; use another planner, or "
                 "engine.name=ddp"
             )
-        if self.engine.repeat_out_of_memory:
-            self._check_repeats()
         self._check_parts()
         return self
-
-    def _check_repeats(self) -> None:
-        """Raises where a step that ran out of memory cannot be repeated."""
-        engine, key = self.engine, "engine.repeat_out_of_memory=true"
-        if not self.plan.entry.fits_memory or self.plan.file is not None:
-            others = _either(entry.name for entry in PLANNERS.values() if entry.fits_memory)
-            raise ValueError(
-                f"{key}: planner {self.plan.planner} cannot plan a rank less memory; use {others}, and no plan.file"
-            )
-        if engine.cuda_graphs:
-            raise ValueError(f"{key}: graphs keep their memory; set engine.cuda_graphs=false")
-        if engine.name == "plain":
-            return
-        zero = engine.deepspeed.get("zero_optimization", {})
-        for setting, value, allowed in (
-            ("engine.precision", engine.precision, ("fp32",)),
-            ("engine.deepspeed.zero_optimization.stage", engine.zero_stage, (0, 1)),
-            ("engine.deepspeed.zero_optimization.overlap_comm", zero.get("overlap_comm", False), (False,)),
-            ("engine.pipeline_stages", engine.pipeline_stages, (1,)),
-            ("engine.tensor_parallel", engine.tensor_ranks, (1,)),
-        ):
-            if value not in allowed:
-                raise ValueError(
-                    f"{key} with {setting}={value}: ranks exchange messages while others may have run out of "
-                    f"memory; use {' or '.join(map(str, allowed))}"
-                )
 
     def _check_parts(self) -> None:
         """What cannot run where each rank holds a part of the model."""

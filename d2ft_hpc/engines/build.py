@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
-from d2ft_hpc.engines.zero import forgets_steps
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
@@ -86,11 +84,6 @@ def build_engine(
 
 def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's whole configuration. Raises ConfigError where it cannot run plans or DeepSpeed does not know it."""
-    if config.engine.repeat_out_of_memory and not forgets_steps():
-        raise ConfigError(
-            f"engine.repeat_out_of_memory=true: DeepSpeed {version('deepspeed')} keeps gradients of a step that is "
-            f"undone; install 0.19.8 or newer, or do without"
-        )
     return deepspeed_config(
         config.engine.deepspeed,
         micro_batch_size=config.data.micro_batch_size,

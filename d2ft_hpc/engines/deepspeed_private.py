@@ -55,12 +55,6 @@ def current_slot(engine: Any) -> int:
     return int(engine.micro_steps % engine.gradient_accumulation_steps())
 
 
-def forget_step(engine: Any, micro_steps: int) -> None:
-    """Back to before the micro-batches of a step that was not finished; micro_steps: as they were then."""
-    engine.micro_steps = micro_steps
-    engine.module.zero_grad(set_to_none=True)
-
-
 def loss_scale(engine: Any) -> float:
     """What `engine.backward` multiplies a loss by, gradient accumulation included."""
     scale = 1.0

@@ -17,14 +17,12 @@ from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.engine import (
     LossFunction,
     MicroBatch,
-    ShortOfMemory,
     StateWriter,
     StepReport,
     evaluated,
     set_training,
     zero_missing_gradients,
 )
-from d2ft_hpc.engines.out_of_memory import repeatable
 from d2ft_hpc.engines.portable import (
     PortableState,
     collect_plain,
@@ -65,20 +63,14 @@ class PlainEngine:
         self._max_norm = float("inf") if gradient_clipping is None else gradient_clipping
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._graphs: dict[Hashable, CudaGraphs[Tensor]] | None = {} if cuda_graphs else None
-        self.short_of_memory: ShortOfMemory | None = None
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
         report = StepReport(learning_rate=self._optimizer.param_groups[0]["lr"])
         set_training(self._modules)
-
-        def passes() -> list[Tensor]:
-            losses = []
-            for slot, (images, labels) in enumerate(micro_batches):
-                with self._micro_batch(slot, len(micro_batches)):
-                    losses.append(self._accumulate(report, slot, images, labels, len(micro_batches)))
-            return losses
-
-        losses = repeatable(self.short_of_memory, self._optimizer.zero_grad, passes)
+        losses = []
+        for slot, (images, labels) in enumerate(micro_batches):
+            with self._micro_batch(slot, len(micro_batches)):
+                losses.append(self._accumulate(report, slot, images, labels, len(micro_batches)))
         with report.timed("optimizer"):
             zero_missing_gradients(self._model)
             report.gradient_norm = self._clip()

@@ -64,6 +64,7 @@ def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
         ("data.timm={re_prob: 0.1}", ["data.timm: not read with data.augment=auto"]),
         ("plan.warmup_share=0.3", ["plan.warmup_share=0.3", "set plan.replan.every"]),
         ("optimizer.few_full_exponent=0.5", ["optimizer.few_full_exponent: unknown key"]),
+        ("engine.repeat_out_of_memory=true", ["engine.repeat_out_of_memory: unknown key"]),
         ("engine.precision=fp8", ["engine.precision='fp8'", "'bf16'"]),
         ("no_value", ["'no_value'", "key=value"]),
         ("data.mixup_alpha=1e-300", ["data.mixup_alpha=1e-300", "at least 0.001"]),
