@@ -26,8 +26,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from d2ft_hpc.config_file import Scalar, plain, read_tree, to_yaml
+from d2ft_hpc.engines.kinds.kind import EngineKind
+from d2ft_hpc.engines.kinds.table import ENGINES
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.paths import expand
+from d2ft_hpc.planning.messages import DataParallel
 from d2ft_hpc.planning.planner import Options, Planner
 from d2ft_hpc.planning.table import PLANNERS
 from d2ft_hpc.safe_text import shown
@@ -309,9 +312,9 @@ class PlanConfig(Section):
 
 
 class EngineConfig(Section):
-    name: Literal["deepspeed", "ddp", "fsdp2", "plain"] = "deepspeed"
-    """deepspeed: ZeRO, pipelines, tensor parallelism. ddp: torch's DistributedDataParallel. fsdp2: torch's
-    fully_shard, also with tensor parallelism. plain: one process."""
+    name: str = Field(
+        default="deepspeed", description="\n".join(f"{kind.name}: {kind.about}." for kind in ENGINES.values())
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -349,13 +352,34 @@ class EngineConfig(Section):
     def _check_sections(cls, settings: dict[str, Any]) -> dict[str, Any]:
         return deepspeed_sections(settings, "engine.deepspeed.")
 
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if name not in ENGINES:
+            raise PydanticCustomError(
+                "unknown_engine", "input should be {known}", {"known": _either(map(repr, ENGINES))}
+            )
+        return name
+
     @property
-    def data_parallel(self) -> Literal["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]:
+    def kind(self) -> EngineKind:
+        """What the engine can run."""
+        return ENGINES[self.name]
+
+    @property
+    def data_parallel(self) -> DataParallel:
         """How replicas reduce (`planning.messages`)."""
-        if self.name != "deepspeed":
-            return "fsdp2" if self.name == "fsdp2" else "ddp"
-        stages: dict[Any, Literal["zero0", "zero1", "zero2", "zero3"]] = {1: "zero1", 2: "zero2", 3: "zero3"}
-        return stages.get(self.zero_stage, "zero0")
+        return self.kind.data_parallel(self)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether each rank holds a part of the model."""
+        return self.pipeline_stages * self.tensor_ranks > 1
+
+    @property
+    def parts(self) -> str:
+        """The keys and values that say so, for messages."""
+        return f"engine.pipeline_stages={self.pipeline_stages}, engine.tensor_parallel={self.tensor_ranks}"
 
     @property
     def zero_stage(self) -> Any:
@@ -446,11 +470,6 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_relations(self) -> RunConfig:
-        engine = self.engine
-        if engine.name != "deepspeed" and engine.precision == "fp16":
-            raise ValueError(
-                f"engine.precision=fp16: engine {engine.name} does not scale losses; use bf16, or deepspeed"
-            )
         if self.data.evaluate_on == "validation" and self.data.validation_fraction == 0:
             raise ValueError(
                 "data.evaluate_on=validation: there are no validation images; set data.validation_fraction, such as 0.1"
@@ -459,86 +478,8 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.timm: not read with data.augment={self.data.augment}; remove it, or data.augment=timm"
             )
-        if engine.compile and engine.zero_stage == 3:
-            raise ValueError(
-                "engine.compile=true: under ZeRO 3 compiled blocks do not train (DeepSpeed puts its own linear layer "
-                "in place of torch's); set engine.compile=false, or use ZeRO 1 or 2"
-            )
-        if engine.cuda_graphs and (engine.pipeline_stages > 1 or engine.tensor_ranks > 1):
-            raise ValueError(
-                "engine.cuda_graphs=true: not where ranks hold parts of the model; remove it, or use data parallelism"
-            )
-        if engine.name != "deepspeed" and engine.deepspeed:
-            raise ValueError(
-                f"engine.deepspeed: engine {engine.name} does not read it; remove it, or engine.name=deepspeed"
-            )
-        if engine.name == "fsdp2" and self.plan.entry.binding == "sample":
-            raise ValueError(
-                f"plan.planner={self.plan.planner} with engine.name=fsdp2: samples are scored by "
-                "a second model that shares the weights, which FSDP2 spreads over ranks; use another planner, or "
-                "engine.name=ddp"
-            )
-        self._check_parts()
+        self.engine.kind.check(self)
         return self
-
-    def _check_parts(self) -> None:
-        """What cannot run where each rank holds a part of the model."""
-        engine = self.engine
-        if engine.deepspeed.get("pipeline", {}).get("stages", "auto") not in ("auto", engine.pipeline_stages):
-            raise ValueError(
-                f"engine.deepspeed.pipeline.stages={engine.deepspeed['pipeline']['stages']}: set "
-                f"engine.pipeline_stages instead"
-            )
-        autotp = engine.deepspeed.get("tensor_parallel", {})
-        if autotp and set(autotp) != {"autotp_size"}:
-            extra = sorted(set(autotp) - {"autotp_size"})
-            raise ValueError(
-                f"engine.deepspeed.tensor_parallel.{extra[0] if extra else 'autotp_size'}: blocks are cut by head; "
-                f"keep autotp_size alone, or set engine.tensor_parallel"
-            )
-        if engine.tensor_parallel not in (1, engine.tensor_ranks):
-            raise ValueError(
-                f"engine.tensor_parallel={engine.tensor_parallel}, but engine.deepspeed.tensor_parallel.autotp_size="
-                f"{autotp['autotp_size']}: remove one of them"
-            )
-        if engine.pipeline_stages * engine.tensor_ranks == 1:
-            return
-        parts = (
-            f"engine.pipeline_stages={engine.pipeline_stages}, engine.tensor_parallel={engine.tensor_ranks}"
-        )
-        if engine.name == "plain" or engine.name == "ddp":
-            raise ValueError(f"{parts}: with engine {engine.name} a rank has the whole model; use deepspeed")
-        if engine.token_layout in ("sharded", "overlapped") and self.plan.entry.binding == "sample":
-            raise ValueError(
-                f"engine.token_layout={engine.token_layout} with plan.planner={self.plan.planner}: samples are "
-                "scored at another resolution, with fewer tokens; use replicated"
-            )
-        if engine.name == "fsdp2" and engine.pipeline_stages > 1:
-            raise ValueError(f"{parts}: engine fsdp2 has no pipeline; use deepspeed")
-        if engine.name == "fsdp2" and self.plan.entry.binding == "sample":
-            raise ValueError(
-                f"plan.planner={self.plan.planner} with {parts}: only engine deepspeed scores samples on cut models"
-            )
-        if engine.precision == "fp16":
-            raise ValueError(
-                f"engine.precision=fp16 with {parts}: loss scaling was never tested there; use bf16"
-            )
-        for key in ("pipe_partitioned", "grad_partitioned"):
-            if engine.deepspeed.get("pipeline", {}).get(key, False):
-                raise ValueError(
-                    f"engine.deepspeed.pipeline.{key}: DeepSpeed then keeps the first micro-batch's size, which the "
-                    f"last batch of an epoch does not have; remove it"
-                )
-        if engine.pipeline_stages > 1 and engine.zero_stage == 1 and self.optimizer.classifier_factor != 1:
-            raise ValueError(
-                f"optimizer.classifier_factor={self.optimizer.classifier_factor} with {parts} and ZeRO 1: DeepSpeed "
-                f"sums norms by parameter group, and only the last stage has the classifier's; use 1, or ZeRO 0"
-            )
-        if engine.pipeline_stages > 1 and engine.zero_stage > 1:
-            raise ValueError(
-                f"engine.deepspeed.zero_optimization.stage={engine.zero_stage} with {parts}: a pipeline's stages "
-                f"keep their gradients until the batch's end, and DeepSpeed refuses; use stage 0 or 1"
-            )
 
     @property
     def plans_by_free_memory(self) -> bool:
