@@ -34,6 +34,7 @@ from d2ft_hpc.planning.messages import DataParallel
 from d2ft_hpc.planning.planner import Options, Planner
 from d2ft_hpc.planning.table import PLANNERS
 from d2ft_hpc.safe_text import shown
+from d2ft_hpc.score_table import FISHER, SCORES, WEIGHT_MAGNITUDE
 from d2ft_hpc.settings import Fraction, Section
 
 PathText = Annotated[str, AfterValidator(expand)]
@@ -52,6 +53,13 @@ def _either(names: Iterable[str], word: str = "or") -> str:
     """`a, b or c`."""
     *first, last = names
     return f"{', '.join(first)} {word} {last}" if first else last
+
+
+def _one_of(table: Iterable[str], name: str) -> str:
+    """The name, which must be in the table."""
+    if name not in table:
+        raise PydanticCustomError("unknown", "input should be {known}", {"known": _either(map(repr, table))})
+    return name
 
 
 class RunSection(Section):
@@ -220,11 +228,13 @@ class PlanConfig(Section):
     the paper's constants."""
     device_speed: list[Annotated[float, Field(gt=0)]] | None = None
     """Relative speed of each rank, in place of the measured ones or of equal ones."""
-    forward_score: Literal["fisher", "gradient_magnitude", "taylor", "weight_magnitude"] = "fisher"
-    """What a subnet's forward gives to a micro-batch. fisher: sum of squared gradients over its weights (the paper's);
-    gradient_magnitude: of |g|; taylor: of |w g|; weight_magnitude: of |w|."""
-    backward_score: Literal["fisher", "gradient_magnitude", "taylor", "weight_magnitude"] = "weight_magnitude"
-    """The same for its backward; weight_magnitude is the paper's."""
+    forward_score: str = Field(
+        default=FISHER.name,
+        description="What a subnet's forward gives to a micro-batch, as a sum over its weights w with gradients g:\n"
+        + "\n".join(f"{score.name}: {score.about}." for score in SCORES.values()),
+    )
+    backward_score: str = WEIGHT_MAGNITUDE.name
+    """The same for its backward."""
     depth_exponent: float = Field(default=0.0, ge=0)
     """Backward scores count (place of the block / number of blocks) to this power, so that FULL gathers in the upper
     blocks, above which less is skipped; 0: the same at every depth. Planner `paper`, which gives each subnet a budget
@@ -246,11 +256,12 @@ class PlanConfig(Section):
     @field_validator("planner")
     @classmethod
     def _check_planner(cls, name: str) -> str:
-        if name not in PLANNERS:
-            raise PydanticCustomError(
-                "unknown_planner", "input should be {known}", {"known": _either(map(repr, PLANNERS))}
-            )
-        return name
+        return _one_of(PLANNERS, name)
+
+    @field_validator("forward_score", "backward_score")
+    @classmethod
+    def _check_score(cls, name: str) -> str:
+        return _one_of(SCORES, name)
 
     @field_validator("options", mode="before")
     @classmethod
@@ -355,11 +366,7 @@ class EngineConfig(Section):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        if name not in ENGINES:
-            raise PydanticCustomError(
-                "unknown_engine", "input should be {known}", {"known": _either(map(repr, ENGINES))}
-            )
-        return name
+        return _one_of(ENGINES, name)
 
     @property
     def kind(self) -> EngineKind:

@@ -33,8 +33,8 @@ from d2ft_hpc.parallel.tensor import layouts_of
 from d2ft_hpc.planning import BUDGET_EPSILON, PlanProblem, SkipPlan, plan_samples, solve
 from d2ft_hpc.planning.messages import TokenLayout
 from d2ft_hpc.planning.step_time import StepTime
-from d2ft_hpc.scores import Scores, gradient_scores, weight_magnitude
-from d2ft_hpc.scores.gradients import GradientScore
+from d2ft_hpc.score_table import SCORES
+from d2ft_hpc.scores import Scores, gradient_scores, scores_of_weights
 from d2ft_hpc.scores.measured import ScoreCache, digest
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.plan_costs import PlanCosts
@@ -89,7 +89,7 @@ def _measure(
 ) -> Scores:
     config, subnets = job.config.plan, job.executor.subnets
     names = (config.forward_score, config.backward_score)
-    gradient_names: list[GradientScore] = [name for name in names if name != "weight_magnitude"]
+    gradient_names = [name for name in names if SCORES[name].reads_gradients]
     autocast_dtype = torch.bfloat16 if job.config.engine.precision == "bf16" else None
     lora = job.config.model.lora
     adapters = lora is None or lora.scores == "adapters"
@@ -118,9 +118,9 @@ def _measure(
         )
         for name in gradient_names
     }
-    if "weight_magnitude" in names:
-        magnitude = weight_magnitude(model, subnets, adapters).cpu().numpy()
-        rows["weight_magnitude"] = np.broadcast_to(magnitude, job.plan_shape)
+    for name in set(names) - set(gradient_names):
+        of_all_rows = scores_of_weights(SCORES[name], model, subnets, adapters).cpu().numpy()
+        rows[name] = np.broadcast_to(of_all_rows, job.plan_shape)
     flops = sum(
         struct.unpack("<d", part)[0] for part in job.control.all_gather(struct.pack("<d", metered.flops))
     )
