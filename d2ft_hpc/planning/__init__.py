@@ -2,7 +2,6 @@
 
 from d2ft_hpc.planning.baselines import solve_random
 from d2ft_hpc.planning.depth import solve_depth
-from d2ft_hpc.planning.greedy import solve_greedy
 from d2ft_hpc.planning.joint import solve_joint
 from d2ft_hpc.planning.makespan import solve_makespan
 from d2ft_hpc.planning.paper import solve_paper
@@ -29,7 +28,6 @@ __all__ = [
     "simulate",
     "solve",
     "solve_depth",
-    "solve_greedy",
     "solve_joint",
     "solve_makespan",
     "solve_paper",

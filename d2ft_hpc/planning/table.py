@@ -5,7 +5,6 @@ from __future__ import annotations
 from d2ft_hpc.planning.baselines import LAST_BLOCKS, PRUNING, RANDOM, ROUTING, STOCHASTIC_DEPTH
 from d2ft_hpc.planning.dense import DENSE
 from d2ft_hpc.planning.depth import DEPTH
-from d2ft_hpc.planning.greedy import GREEDY
 from d2ft_hpc.planning.joint import JOINT
 from d2ft_hpc.planning.makespan import MAKESPAN
 from d2ft_hpc.planning.paper import PAPER
@@ -23,7 +22,6 @@ PLANNERS: dict[str, Planner] = {
         MAKESPAN,
         STATIC,
         DEPTH,
-        GREEDY,
         RANDOM,
         LAST_BLOCKS,
         STOCHASTIC_DEPTH,

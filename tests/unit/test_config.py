@@ -48,6 +48,7 @@ def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
         ("plan.compute_budget=1.5", ["plan.compute_budget=1.5", "less than or equal to 1"]),
         ("data.slots=1.5", ["data.slots=1.5", "integer"]),
         ("train.epochs=many", ["train.epochs='many'", "integer"]),
+        ("plan.planner=greedy", ["plan.planner='greedy'", "'joint'"]),
         ("plan.planner=magic", ["plan.planner='magic'", "'joint'"]),
         (
             "plan.options.full_share=0.5",
