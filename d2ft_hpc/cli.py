@@ -101,18 +101,12 @@ def _parser() -> argparse.ArgumentParser:
         help="run folder or results file with scores; not needed to look at a saved plan",
     )
     plan.add_argument("--index", type=int, default=-1, help="which of the file's scores (default: the last)")
-    plan.add_argument("--planner", default="makespan", help="paper, joint, makespan, static, depth, ...")
+    plan.add_argument("--planner", default="makespan", help="as plan.planner; a wrong one lists them")
     plan.add_argument(
         "--load", type=path_argument, metavar="PLAN", help="look at this plan instead of solving one"
     )
     plan.add_argument(
-        "--coverage",
-        type=whole_number(0),
-        default=0,
-        help="least FULL micro-batches of every head in a batch",
-    )
-    plan.add_argument(
-        "--most-shortcut", type=share(zero=True), default=1.0, help="most of a block's heads that may not run"
+        "--options", default="{}", metavar="YAML", help="as plan.options, such as '{most_shortcut: 0}'"
     )
     plan.add_argument("--ranks", type=whole_number(1), default=1, help="tensor-parallel ranks")
     plan.add_argument("--stages", type=whole_number(1), default=1, help="pipeline stages")
@@ -174,6 +168,8 @@ def _plan(options: argparse.Namespace) -> int:
 
     def run() -> None:
         from d2ft_hpc import plan_report
+        from d2ft_hpc.config import PlanConfig, validated
+        from d2ft_hpc.config_file import parse_values
         from d2ft_hpc.planning import SkipPlan, solve
 
         if options.scores is None:
@@ -198,18 +194,11 @@ def _plan(options: argparse.Namespace) -> int:
         if options.load is not None:
             plan = plan_report.load_checked(options.load, problem)
         else:
-            plan = solve(problem, options.planner, **planner_options())
+            given = {"planner": options.planner, "options": parse_values(options.options)}
+            plan_config = validated(PlanConfig, given, "plan.")
+            plan = solve(problem, options.planner, **plan_config.arguments(seed=0))
         say(plan_report.describe(plan, problem))
         finish(plan)
-
-    def planner_options() -> dict[str, object]:
-        """Options that were given; a planner that does not know one refuses it."""
-        given: dict[str, object] = {"seed": 0} if options.planner == "random" else {}
-        if options.coverage:
-            given["coverage"] = options.coverage
-        if options.most_shortcut < 1:
-            given["most_shortcut"] = options.most_shortcut
-        return given
 
     def finish(plan: SkipPlan) -> None:
         from d2ft_hpc import plan_report

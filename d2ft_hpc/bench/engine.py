@@ -351,7 +351,7 @@ def _solved(built: _Built, workload: Workload, planner: str, compute_budget: flo
         forward_cost=built.costs.forward_share,
         always_share=built.costs.always_share,
     )
-    return solve(problem, planner)  # type: ignore[arg-type]
+    return solve(problem, planner)
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:

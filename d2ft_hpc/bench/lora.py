@@ -151,7 +151,7 @@ def _plans(sizes: Sizes, costs: StepCosts, subnets: tuple[int, int]) -> dict[str
         always_share=costs.always_share,
     )
     return {
-        "plan": solve(problem, sizes.planner),  # type: ignore[arg-type]
+        "plan": solve(problem, sizes.planner),
         "full": SkipPlan.dense(sizes.slots, 1, *subnets),
         "nothing": SkipPlan(np.full(shape, Operation.SHORTCUT, dtype=np.uint8), 1),
     }

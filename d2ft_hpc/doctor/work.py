@@ -65,7 +65,7 @@ def check_time(job: Job, left: float | None) -> list[Finding]:
     config = job.config
     own = _seconds_of_micro_batch(job) * config.data.slots
     of_ranks = [float(part) for part in job.control.all_gather(repr(own).encode())]
-    share = 1.0 if config.plan.planner == "dense" else config.plan.compute_budget
+    share = config.plan.compute_budget if config.plan.entry.keeps_budgets else 1.0
     expected = max(of_ranks) * share * job.total_steps
     text = f"about {_clock(expected)} of training expected ({job.total_steps} steps)"
     if left is None:

@@ -44,24 +44,10 @@ class StepReport:
         return phases.phase(phase)
 
 
-class MemoryShortError(Exception):
-    """Ranks ran out of memory in a step, which changed nothing: plan them less and repeat it. Raised on all ranks."""
-
-    def __init__(self, ranks: tuple[int, ...]) -> None:
-        super().__init__(f"out of memory on the ranks {', '.join(map(str, ranks))}")
-        self.ranks = ranks
-
-
-ShortOfMemory = Callable[[bool], tuple[int, ...]]
-"""Takes whether this rank ran out of memory; returns the ranks that did. On all ranks together."""
-
-
 class Engine(Protocol):
     """Trains one replica of a model, or this rank's part of it, by the plan in its executor."""
 
     executor: PlanExecutor
-    short_of_memory: ShortOfMemory | None
-    """If set, a step in which ranks run out of memory raises MemoryShortError on all ranks, where the engine can."""
 
     @property
     def same_rows(self) -> str | None:

@@ -27,6 +27,7 @@ from d2ft_hpc.engines.engine import LossFunction, StateWriter
 from d2ft_hpc.engines.model_parallel import PLACEMENT, MakeOptimizer
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
+from d2ft_hpc.engines.private_names import expect
 from d2ft_hpc.engines.sharded import collect, restore, whole_weights
 from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.execution.executor import PlanExecutor
@@ -123,7 +124,13 @@ def _let_pass(block: nn.Module, index: int, gathers: _Gathers) -> None:
 
 def _group(block: Any) -> Any:
     """FSDP2's own record of a block's parameters; no public name says whether it reduces gradients."""
-    return block._get_fsdp_state()._fsdp_param_group
+    group = expect(expect(block, "_get_fsdp_state", _RECORD)(), "_fsdp_param_group", _RECORD)
+    for name in ("modules", "reduce_grads", "all_reduce_grads", "mesh_info"):
+        expect(group, name, _RECORD)
+    return group
+
+
+_RECORD = "which says whether gradients are reduced, and over which ranks"
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype | None = None) -> None:

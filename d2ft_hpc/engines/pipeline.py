@@ -27,7 +27,6 @@ from d2ft_hpc.engines.deepspeed_private import (
 from d2ft_hpc.engines.engine import (
     LossFunction,
     MicroBatch,
-    ShortOfMemory,
     StateWriter,
     StepReport,
     zero_missing_gradients,
@@ -101,9 +100,6 @@ class PipelineEngine:
         average_over_micro_batches(self.engine)
         exchange_both_ways(self.engine, self._gradient_is_needed)
         reduce_trained_blocks(self.engine, self._part, self.executor)
-        self.short_of_memory: ShortOfMemory | None = (
-            None  # stages send while a step is under way: not repeatable
-        )
         self._slot = 0
         self._row: ExitStack | None = None
         self._module.register_forward_pre_hook(self._before_forward)

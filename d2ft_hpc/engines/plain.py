@@ -16,15 +16,12 @@ from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.engine import (
     LossFunction,
     MicroBatch,
-    ShortOfMemory,
     StateWriter,
     StepReport,
     evaluated,
     set_training,
     zero_missing_gradients,
 )
-from d2ft_hpc.engines.head_rates import HeadRates
-from d2ft_hpc.engines.out_of_memory import repeatable
 from d2ft_hpc.engines.portable import (
     PortableState,
     collect_plain,
@@ -51,12 +48,10 @@ class PlainEngine:
         *,
         autocast_dtype: torch.dtype | None = None,
         gradient_clipping: float | None = None,
-        few_full_exponent: float = 0.0,
         cuda_graphs: bool = False,
     ) -> None:
-        """few_full_exponent: see `HeadRates`.
-        cuda_graphs: whether the forward and backward of a micro-batch is one CUDA graph, if the plan has few shapes;
-            its time then counts as backward.
+        """cuda_graphs: whether the forward and backward of a micro-batch is one CUDA graph, if the plan has few shapes;
+        its time then counts as backward.
         """
         self._model, self.executor = model, executor
         self._trainer = model
@@ -65,30 +60,22 @@ class PlainEngine:
         self._loss_function = loss_function
         self._autocast_dtype = autocast_dtype
         self._max_norm = gradient_clipping
-        self._head_rates = HeadRates(model, executor, few_full_exponent)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._graphs: dict[Hashable, CudaGraphs[Tensor]] | None = {} if cuda_graphs else None
         self._keeps_gradients = cuda_graphs
         """Gradients stay where they are from step to step."""
-        self.short_of_memory: ShortOfMemory | None = None
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
         report = StepReport(learning_rate=self._optimizer.param_groups[0]["lr"])
         set_training(self._modules)
-
-        def passes() -> list[Tensor]:
-            losses = []
-            for slot, (images, labels) in enumerate(micro_batches):
-                with self._micro_batch(slot, len(micro_batches)):
-                    losses.append(self._accumulate(report, slot, images, labels, len(micro_batches)))
-            return losses
-
-        losses = repeatable(self.short_of_memory, self._optimizer.zero_grad, passes)
+        losses = []
+        for slot, (images, labels) in enumerate(micro_batches):
+            with self._micro_batch(slot, len(micro_batches)):
+                losses.append(self._accumulate(report, slot, images, labels, len(micro_batches)))
         with report.timed("optimizer"):
             zero_missing_gradients(self._model)
             report.gradient_norm = self._clip()
-            with self._head_rates.applied():
-                self._optimizer.step()
+            self._optimizer.step()
             self._schedule.step()
             self._optimizer.zero_grad(set_to_none=not self._keeps_gradients)
         report.loss = torch.stack(losses).mean()

@@ -61,15 +61,6 @@ def _never_clears() -> bool:
     return Version(_NEVER_CLEARS_FROM) <= Version(version("deepspeed")) < Version(_CLEARS_AGAIN_FROM)
 
 
-_FORGETS_FROM = "0.19.8"
-"""The first DeepSpeed of which is known that nothing of an undone step stays; 0.16.4 keeps some of its gradients."""
-
-
-def forgets_steps() -> bool:
-    """Whether the installed DeepSpeed is that or newer."""
-    return Version(version("deepspeed")) >= Version(_FORGETS_FROM)
-
-
 @dataclass(frozen=True)
 class ZeroRules:
     """How one DeepSpeed configuration runs plans exactly."""

@@ -1,4 +1,4 @@
-"""Greedy planning: the steps with the best gain for their cost first. Instant and near the optimum."""
+"""The steps with the best gain for their cost first: instant and near the optimum, `joint`'s first solution."""
 
 from __future__ import annotations
 
@@ -8,31 +8,10 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from d2ft_hpc.planning.bounds import most_gaining, plan_with_bound, price_memory
-from d2ft_hpc.planning.knapsack import Knapsack, Steps, best_steps, device_knapsacks, next_steps
-from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.problem import Floats, PlanProblem
-
-
-def solve_greedy(
-    problem: PlanProblem, *, forward_weight: float = 1.0, backward_weight: float = 1.0
-) -> SkipPlan:
-    """Maximise the objective of `solve_joint` by score for cost, device by device.
-
-    The bound is that of the relaxed knapsacks (`knapsack.upper_bound`). Raises PlanError if a weight is not
-    finite or below 0.
-    """
-    operations = np.full(problem.forward_score.size, Operation.SHORTCUT, dtype=np.uint8)
-    for knapsack in device_knapsacks(problem, forward_weight, backward_weight):
-        operations[knapsack.cells] = greedy(knapsack)
-    return plan_with_bound(
-        problem,
-        operations.reshape(problem.forward_score.shape),
-        planner="greedy",
-        status="greedy",
-        forward_weight=forward_weight,
-        backward_weight=backward_weight,
-    )
+from d2ft_hpc.planning.bounds import most_gaining, price_memory
+from d2ft_hpc.planning.knapsack import Knapsack, Steps, best_steps, next_steps
+from d2ft_hpc.planning.plan import Operation
+from d2ft_hpc.planning.problem import Floats
 
 
 def greedy(

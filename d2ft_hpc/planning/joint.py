@@ -25,7 +25,9 @@ from d2ft_hpc.planning.joint_coverage import (
     price_coverage,
 )
 from d2ft_hpc.planning.knapsack import Ints, Knapsack, device_knapsacks
+from d2ft_hpc.planning.options import WithCoverage, WithShortcuts
 from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.prices import RELATIVE_GAP
 from d2ft_hpc.planning.problem import Floats, PlanProblem, round_up
 
@@ -132,7 +134,7 @@ def solve_joint(
     return plan_with_bound(
         problem,
         operations.reshape(shape),
-        planner="joint",
+        planner=JOINT.name,
         status=status,
         forward_weight=forward_weight,
         backward_weight=backward_weight,
@@ -359,3 +361,16 @@ def _summary(statuses: dict[str, str]) -> str:
         f"{status} ({', '.join(names) if len(names) <= _NAMES else f'{len(names)} of {len(statuses)} devices'})"
         for status, names in devices.items()
     )
+
+
+class JointOptions(WithShortcuts, WithCoverage):
+    """Of the optimal planner."""
+
+
+JOINT = Planner(
+    "joint",
+    "both levels at once: the best score within every device's own budgets",
+    solve_joint,
+    JointOptions,
+    fits_memory=True,
+)

@@ -20,7 +20,9 @@ from d2ft_hpc.planning.level_coverage import (
     take_turns,
     unpaid_coverage,
 )
+from d2ft_hpc.planning.options import WithCoverage, WithShortcuts
 from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.problem import PlanProblem
 from d2ft_hpc.planning.split import choose_by_split
 from d2ft_hpc.planning.teams import Team, make_teams, meeting_replicas, step_limits
@@ -101,7 +103,7 @@ def solve_makespan(
     return plan_with_bound(
         problem,
         operations,
-        planner="makespan",
+        planner=MAKESPAN.name,
         status=statuses,
         forward_weight=forward_weight,
         backward_weight=backward_weight,
@@ -161,3 +163,17 @@ def _choose_levels(problem: PlanProblem, teams: list[Team], deadline: float) -> 
     if choice.value > by_split.value:  # which can be only where time ran out, or by less than counts
         by_split = replace(choice, status=by_split.status)
     return [by_split], min(bound, choice.bound)
+
+
+class MakespanOptions(WithShortcuts, WithCoverage):
+    """Of the planner for the clock."""
+
+
+MAKESPAN = Planner(
+    "makespan",
+    "the best score for the clock: ranks that wait for each other run equally many heads",
+    solve_makespan,
+    MakespanOptions,
+    fits_memory=True,
+    needs_scores_for=("coverage",),
+)

@@ -19,8 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.model.probe import probe
 from d2ft_hpc.model.subnets import SubnetMap
+from d2ft_hpc.score_table import FISHER, SCORES
 
-GradientScore = Literal["fisher", "gradient_magnitude", "taylor"]
 Granularity = Literal["micro_batch", "sample"]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -36,15 +36,15 @@ def gradient_scores(
     images: Tensor,
     labels: Tensor,
     loss_function: LossFunction,
-    names: Iterable[GradientScore],
+    names: Iterable[str],
     granularity: Granularity = "micro_batch",
     autocast_dtype: torch.dtype | None = None,
     adapters: bool = True,
-) -> dict[GradientScore, Tensor]:
+) -> dict[str, Tensor]:
     """Scores of one micro-batch or of each of its samples, with g the gradient of the loss and w the weight.
 
-    fisher: sum of g^2 over a subnet's weights (arXiv 2504.12471). gradient_magnitude: sum of |g|. taylor: sum of
-    |w g| (arXiv 1906.10771).
+    names: those in `SCORES` that read gradients, summed over a subnet's weights: fisher g^2 (arXiv 2504.12471),
+    gradient_magnitude |g|, taylor |w g| (arXiv 1906.10771).
 
     images: [sample, channel, height, width], cast to the model's dtype; labels: [sample, ...]; loss_function
     returns the *mean* over the samples. A sample's score is that of its own loss, not of its share in the mean.
@@ -75,11 +75,11 @@ def _scores_of_parts(
     subnets: SubnetMap,
     parts: Sequence[tuple[Tensor, Tensor]],
     loss_function: LossFunction,
-    names: Sequence[GradientScore],
+    names: Sequence[str],
     granularity: Granularity,
     autocast_dtype: torch.dtype | None,
     adapters: bool,
-) -> dict[GradientScore, Tensor]:
+) -> dict[str, Tensor]:
     """`gradient_scores` of images and labels in parts. A micro-batch's gradients are kept until its last part."""
     samples, device = sum(len(images) for images, _ in parts), parts[0][0].device
     by_sample = granularity == "sample"
@@ -98,7 +98,7 @@ def _scores_of_parts(
                     earlier[place] = gradient
                     continue
             for score, total in scores.items():
-                total[start:][rows, place[0]] += axis.sum_by_head(_contribution(score, gradient, value))
+                total[start:][rows, place[0]] += axis.sum_by_head(SCORES[score].of_weight(gradient, value))
     return scores
 
 
@@ -193,19 +193,9 @@ def fisher_information(
 ) -> Tensor:
     """Sum of squared gradients over each subnet's weights; see `gradient_scores`."""
     scores = gradient_scores(
-        model, subnets, images, labels, loss_function, ("fisher",), granularity, adapters=adapters
+        model, subnets, images, labels, loss_function, (FISHER.name,), granularity, adapters=adapters
     )
-    return scores["fisher"]
-
-
-def _contribution(score: GradientScore, gradient: Tensor, value: Tensor) -> Tensor:
-    match score:
-        case "fisher":
-            return gradient.square()
-        case "gradient_magnitude":
-            return gradient.abs()
-        case "taylor":
-            return (gradient * value.detach().float()).abs()
+    return scores[FISHER.name]
 
 
 _Record = tuple[int, str, Tensor, Tensor]

@@ -1,4 +1,4 @@
-"""Weight magnitude of each subnet: the sum of |w| over its weights."""
+"""Scores of each subnet that its weights alone decide, such as their magnitude."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from d2ft_hpc.model.subnets import SubnetMap
+from d2ft_hpc.score_table import WEIGHT_MAGNITUDE, Score
 
 
 @torch.no_grad()
-def weight_magnitude(model: nn.Module, subnets: SubnetMap, adapters: bool = True) -> Tensor:
-    """Sum of |w| over each subnet's weights; float32 [block, head]. The same for every micro-batch.
+def scores_of_weights(score: Score, model: nn.Module, subnets: SubnetMap, adapters: bool = True) -> Tensor:
+    """One that reads no gradients, summed over each subnet's weights; float32 [block, head].
 
     adapters: of a model with LoRA, over the low-rank factors alone; False: over the weights that they adapt.
     """
@@ -20,6 +21,11 @@ def weight_magnitude(model: nn.Module, subnets: SubnetMap, adapters: bool = True
             scores = torch.zeros(subnets.shape, device=parameter.device)
         if subnets.has_adapters and ("lora_" in name) != adapters:
             continue
-        scores[block] += subnets.head_axes[name].sum_by_head(parameter.float().abs())
+        scores[block] += subnets.head_axes[name].sum_by_head(score.of_weight(parameter, parameter))
     assert scores is not None
     return scores
+
+
+def weight_magnitude(model: nn.Module, subnets: SubnetMap, adapters: bool = True) -> Tensor:
+    """Sum of |w| over each subnet's weights; see `scores_of_weights`."""
+    return scores_of_weights(WEIGHT_MAGNITUDE, model, subnets, adapters)

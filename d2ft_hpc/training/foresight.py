@@ -16,14 +16,7 @@ from d2ft_hpc.training.plan_costs import PlanCosts
 from d2ft_hpc.training.plans import solve_here
 
 _TRIAL_SECONDS = 1.0
-_KEYS = (
-    "compute_budget",
-    "communication_budget",
-    "memory_budget",
-    "coverage",
-    "most_shortcut",
-    "heads_multiple",
-)
+_BUDGETS = ("compute_budget", "communication_budget", "memory_budget")
 
 
 def foresee_plans(job: Job, placement: Placement, costs: PlanCosts, engine: Engine) -> None:
@@ -65,15 +58,30 @@ def trial_plan(job: Job, placement: Placement, costs: PlanCosts, *, same_rows: b
 def _left_open(job: Job) -> dict[str, Any]:
     """Demands of which only the plan by the real scores shows whether the planner meets them, as if there were none."""
     config, rows = job.config.plan, job.plan_shape[0]
-    if config.planner == "paper":
-        return {"memory_budget": None}
-    return {"coverage": 0} if config.planner == "makespan" and config.coverage <= rows else {}
+    names = set(config.entry.needs_scores_for)
+    of_options = names & set(type(config.options).model_fields)
+    if getattr(config.options, "coverage", 0) > rows:  # which no scores help
+        of_options -= {"coverage"}
+    defaults = {name: type(config.options).model_fields[name].default for name in of_options}
+    left = dict.fromkeys(names & set(PlanConfig.model_fields))
+    return {**left, "options": config.options.model_copy(update=defaults)}
 
 
 def _with_keys(text: str, config: PlanConfig) -> str:
     """The message with the configuration's keys for what it speaks of."""
     if config.file is not None:
         return f"{'' if text.startswith('plan.file=') else 'plan.file='}{text}"
-    keys = [key for key in _KEYS if key in text or key.replace("_", " ") in text]
-    told = ", ".join(f"plan.{key}={value:g}" for key in keys if (value := getattr(config, key)) is not None)
+    values = {f"plan.{key}": getattr(config, key) for key in _BUDGETS}
+    values |= {f"plan.options.{key}": value for key, value in config.options}
+    told = ", ".join(
+        f"{key}={value:g}"
+        for key, value in values.items()
+        if value is not None and any(name in text for name in _names_of(key))
+    )
     return text if not told or text.startswith("plan.") else f"{told}: {text}"
+
+
+def _names_of(key: str) -> tuple[str, str]:
+    """As planners' messages name what a key of the configuration says."""
+    name = key.rpartition(".")[2]
+    return name, name.replace("_", " ")

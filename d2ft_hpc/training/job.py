@@ -12,21 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2ft_hpc.config import RunConfig, SamplesConfig
+from d2ft_hpc.config import RunConfig
 from d2ft_hpc.data.datasets import LabelledImages, Split, load_configured
 from d2ft_hpc.data.loader import Batches, eval_loader, train_loader
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
-from d2ft_hpc.engines.build import deepspeed_settings
+from d2ft_hpc.engines.private_names import newer_than_tested
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.families.table import family_of
 from d2ft_hpc.launch import Control
+from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.metering import StepCosts, measure_costs, meter
 from d2ft_hpc.model.build import build_model, pixel_statistics
 from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.parallel.layout import Layout
 from d2ft_hpc.parallel.stages import layer_flops
+from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.selection import SampleScorer, SampleSelection
 
 
@@ -121,8 +123,11 @@ def layout_of(config: RunConfig, control: Control) -> Layout:
 def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     """Makes a job's parts; no rank waits for another here, so that each can fail on its own."""
     layout = layout_of(config, control)
-    if config.engine.name == "deepspeed":
-        deepspeed_settings(config)  # refuses bad ones before any work is spent
+    kind = config.engine.kind
+    kind.prepare(config)
+    if control.rank == 0:
+        for warning in newer_than_tested(kind.libraries):
+            print_line(f"d2ft-hpc: warning: {warning}")
     random.seed(config.run.seed)
     np.random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
@@ -155,21 +160,20 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         shared=config.model.shared,
         rescale=config.plan.rescale,
         compile=config.engine.compile,
-        # Engine `plain` makes graphs of whole micro-batches.
-        cuda_graphs=config.engine.cuda_graphs and config.engine.name != "plain",
+        cuda_graphs=config.engine.cuda_graphs and not kind.graphs_micro_batches,
     )
     image_shape = (3, config.data.image_size, config.data.image_size)
     costs = measure_costs(model, executor, image_shape)
     selection = None
-    if config.plan.planner == "samples":
+    if isinstance(config.plan.options, SampleOptions):
         selection = selection_of(
-            config.plan.samples,
+            config.plan.options,
             model,
             config.data.image_size,
             seed=config.run.seed,
             replica=layout.replica,
             autocast_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.engine.precision),
-            cuda_graphs=config.engine.cuda_graphs and config.engine.name == "plain" and device.type == "cuda",
+            cuda_graphs=config.engine.cuda_graphs and kind.graphs_micro_batches and device.type == "cuda",
         )
         costs = replace(costs, score_flops=count_scoring(selection, config.data.image_size, device))
     return Job(
@@ -209,7 +213,7 @@ def _check_image_size(model: nn.Module, size: int) -> None:
 
 
 def selection_of(
-    config: SamplesConfig,
+    config: SampleOptions,
     model: nn.Module,
     image_size: int,
     *,

@@ -39,7 +39,7 @@ from d2ft_hpc.training.foresight import foresee_plans
 from d2ft_hpc.training.job import Job, layout_of, set_up
 from d2ft_hpc.training.measured import Measured, measure_job
 from d2ft_hpc.training.placing import place
-from d2ft_hpc.training.plan_costs import PlanCosts, with_less_memory
+from d2ft_hpc.training.plan_costs import PlanCosts
 from d2ft_hpc.training.plans import (
     batches_of,
     is_due,
@@ -157,27 +157,6 @@ def _train_epochs(
     if position.steps_done == 0 and config.train.evaluate_at_start:
         _evaluate(job, engine, writer, board, progress, position, watch)
 
-    def ranks_short(is_short: bool) -> tuple[int, ...]:
-        return tuple(rank for rank, part in enumerate(control.all_gather(bytes([is_short]))) if part[0])
-
-    def plan_less(ranks: tuple[int, ...]) -> int:
-        """A plan in force with less memory for these ranks; its index."""
-        nonlocal position, costs
-        assert engine.executor.plan is not None
-        costs = with_less_memory(costs, engine.executor.plan, ranks, job.costs.trains)
-        told = ", ".join(f"rank {rank}: at most {costs.most_full[rank]:.0f}" for rank in ranks)  # type: ignore[index]
-        progress.say(
-            f"out of memory, the step is repeated; FULL subnets of a micro-batch from now on: {told}"
-        )
-        note(writer, position.steps_done, "memory", told)
-        position = _replan(
-            job, engine, placement, costs, writer, progress, position, replanner, watch, may_overlap=False
-        )
-        return position.plans_made - 1
-
-    if config.engine.repeat_out_of_memory:
-        engine.short_of_memory = ranks_short
-
     def settle(position: Position) -> Position:
         """No plan is under way any more: a checkpoint holds the one in force."""
         return _take_over(job, engine, placement, costs, writer, progress, position, replanner, wait=True)
@@ -216,9 +195,7 @@ def _train_epochs(
                 if position.plans_made != plans_made:
                     plans_made = position.plans_made
                     speed_watch.begin_plan()
-                record = runner.run(
-                    batches, step=steps_done, epoch=epoch, plan=position.plans_made - 1, less=plan_less
-                )
+                record = runner.run(batches, step=steps_done, epoch=epoch, plan=position.plans_made - 1)
                 recorder.add(record)
                 speed_watch.add(record.of_rank["executed_flops"], record.times)
                 position = position.after_step()

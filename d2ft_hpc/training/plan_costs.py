@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 from collections.abc import Sequence
@@ -12,20 +11,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import TypeAdapter, ValidationError
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.errors import ConfigError, PlanError
+from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.files import atomic
 from d2ft_hpc.files.untrusted import RefusedError, read_bytes, read_json
 from d2ft_hpc.launch import share
-from d2ft_hpc.launch.agree import AgreedError
 from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds
 from d2ft_hpc.metering.profile import PassProfile
-from d2ft_hpc.planning import Operation, SkipPlan
 from d2ft_hpc.planning.messages import ring_bytes
 from d2ft_hpc.training.job import Job
 
@@ -162,24 +158,6 @@ def costs_unmeasured(job: Job) -> PlanCosts:
     if job.config.plan.costs == "paper":
         return PlanCosts(PAPER_FORWARD_COST, 0.0, speed, "paper")
     return PlanCosts(job.costs.forward_share, job.costs.always_share, speed, "flops")
-
-
-def with_less_memory(
-    costs: PlanCosts, plan: SkipPlan, ranks: Sequence[int], trains: npt.NDArray[np.bool_]
-) -> PlanCosts:
-    """The costs after replicas ran out of memory under a plan: a tenth fewer FULL subnets, at least one, than the plan
-    had in a micro-batch. ranks: the replicas, each of one rank. trains: blocks that plans
-    have a say in, bool [block]. Raises PlanError where there are none left to take."""
-    most_full = [math.inf] * plan.replicas if costs.most_full is None else list(costs.most_full)
-    for rank in ranks:
-        full = int((plan.for_replica(rank)[:, trains] == Operation.FULL).sum(axis=(1, 2)).max())
-        most_full[rank] = min(most_full[rank], full - max(1, full // 10))
-        if most_full[rank] < 0:
-            raise PlanError(
-                f"rank {rank} runs out of memory although no head of its micro-batches is FULL: use fewer samples "
-                f"(data.micro_batch_size), or engine.activation_checkpointing=true"
-            ) from AgreedError()
-    return replace(costs, most_full=most_full)
 
 
 def relative_speeds(seconds: Sequence[float]) -> list[float]:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,14 +31,11 @@ from d2ft_hpc.parallel.tensor import layouts_of
 from d2ft_hpc.planning import BUDGET_EPSILON, PlanProblem, SkipPlan, plan_samples, solve
 from d2ft_hpc.planning.messages import TokenLayout
 from d2ft_hpc.planning.step_time import StepTime
-from d2ft_hpc.scores import Scores, gradient_scores, weight_magnitude
-from d2ft_hpc.scores.gradients import GradientScore
+from d2ft_hpc.score_table import SCORES
+from d2ft_hpc.scores import Scores, gradient_scores, scores_of_weights
 from d2ft_hpc.scores.measured import ScoreCache, digest
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.plan_costs import PlanCosts
-
-UNSCORED = ("dense", "samples", "random", "last_blocks", "stochastic_depth")
-"""Planners that read no scores."""
 
 
 def is_due(config: PlanConfig, *, epoch: int, step_of_epoch: int, steps_done: int) -> bool:
@@ -58,7 +54,7 @@ def measure_scores(job: Job, model: nn.Module, loss_function: LossFunction, watc
     None for planners that read no scores.
     """
     config = job.config.plan
-    if config.planner in UNSCORED or config.file is not None:
+    if not config.entry.reads_scores or config.file is not None:
         return None
     start = time.perf_counter()
     if config.score_cache is None:
@@ -87,7 +83,7 @@ def _probe(job: Job) -> Iterator[list[MicroBatch]]:
 def _measure(job: Job, model: nn.Module, loss_function: LossFunction, watch: Watch, start: float) -> Scores:
     config, subnets = job.config.plan, job.executor.subnets
     names = (config.forward_score, config.backward_score)
-    gradient_names: list[GradientScore] = [name for name in names if name != "weight_magnitude"]
+    gradient_names = [name for name in names if SCORES[name].reads_gradients]
     autocast_dtype = torch.bfloat16 if job.config.engine.precision == "bf16" else None
     lora = job.config.model.lora
     adapters = lora is None or lora.scores == "adapters"
@@ -116,9 +112,9 @@ def _measure(job: Job, model: nn.Module, loss_function: LossFunction, watch: Wat
         )
         for name in gradient_names
     }
-    if "weight_magnitude" in names:
-        magnitude = weight_magnitude(model, subnets, adapters).cpu().numpy()
-        rows["weight_magnitude"] = np.broadcast_to(magnitude, job.plan_shape)
+    for name in set(names) - set(gradient_names):
+        of_all_rows = scores_of_weights(SCORES[name], model, subnets, adapters).cpu().numpy()
+        rows[name] = np.broadcast_to(of_all_rows, job.plan_shape)
     flops = sum(
         struct.unpack("<d", part)[0] for part in job.control.all_gather(struct.pack("<d", metered.flops))
     )
@@ -193,7 +189,7 @@ def solve_here(
     if config.file is not None:
         return _saved_plan(Path(config.file), job)
     budget = _budget_from(job, step)
-    if config.planner == "samples":
+    if config.entry.binding == "sample":
         return plan_samples(
             samples=job.config.data.slots * job.config.data.micro_batch_size,
             slots=job.config.data.slots,
@@ -322,8 +318,8 @@ def solve_slots(
 
     Raises PlanError where no plan keeps the budgets, also because frozen blocks leave nothing to plan.
     """
-    assert config.planner != "samples", "that plan is of another kind"
-    if config.planner == "dense":
+    assert config.entry.binding == "slot", "that plan is of another kind"
+    if not config.entry.keeps_budgets:
         return SkipPlan.dense(slots, replicas, *subnets)
     posed_replicas = 1 if same_rows else replicas
     planned = np.ones(subnets[0], dtype=bool) if trains is None else trains
@@ -363,7 +359,7 @@ def solve_slots(
     ]  # which sends the same
     if config.messages == "by_head" or config.communication_budget is None:
         problems = problems[:1]  # the layout changes nothing for the planner
-    plans = [solve(problem, config.planner, **_planner_options(config, seed)) for problem in problems]
+    plans = [solve(problem, config.planner, **config.arguments(seed=seed)) for problem in problems]
     plan = plans[0]
     if len(plans) > 1:
         assert step_time is not None
@@ -407,39 +403,6 @@ def _saved_plan(path: Path, job: Job) -> SkipPlan:
             "score and plan with the same model, data.slots and number of ranks"
         )
     return replace(plan, replicas=job.sampler.replicas)
-
-
-def _planner_options(config: PlanConfig, seed: tuple[int, int]) -> dict[str, Any]:
-    match config.planner:
-        case "paper":
-            return {"full_share": config.full_share}
-        case "random":
-            return {"full_share": config.full_share, "seed": seed}
-        case "stochastic_depth":
-            return {"seed": seed}
-        case "routing":
-            return {"capacity_factor": config.capacity_factor}
-        case "joint" | "makespan":
-            return {
-                "time_limit_seconds": config.time_limit_seconds,
-                "coverage": config.coverage,
-                "most_shortcut": config.most_shortcut,
-            }
-        case "static":
-            return {
-                "coverage": config.coverage,
-                "most_shortcut": config.most_shortcut,
-                "heads_multiple": config.heads_multiple,
-            }
-        case "depth":
-            return {
-                "time_limit_seconds": config.time_limit_seconds,
-                "below": config.below,
-                "whole_rows": config.whole_rows,
-                "coverage": config.coverage,
-            }
-        case _:
-            return {}
 
 
 def rows_of_all(control: Control, own: Tensor, layout: Layout | None = None) -> np.ndarray:

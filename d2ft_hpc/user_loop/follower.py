@@ -29,7 +29,7 @@ from d2ft_hpc.planning import Operation, SkipPlan, plan_samples
 from d2ft_hpc.scores import Scores, weight_magnitude
 from d2ft_hpc.scores.observe import GradientObserver
 from d2ft_hpc.selection import SampleSelection
-from d2ft_hpc.training.plans import UNSCORED, by_device, solve_slots
+from d2ft_hpc.training.plans import by_device, solve_slots
 from d2ft_hpc.user_loop.observe_part import PartObserver
 from d2ft_hpc.user_loop.saved import FILE, SavedFollower
 from d2ft_hpc.user_loop.section import D2ftSection
@@ -188,7 +188,7 @@ class PlanFollower:
 
     @property
     def _needs_scores(self) -> bool:
-        return self.section.planner not in UNSCORED
+        return self.section.entry.reads_scores
 
     def _lead_batches(self, pipeline: PipelineEngine) -> None:
         """A pipeline's batches begin with its `train_batch`."""
@@ -258,7 +258,7 @@ class PlanFollower:
         section, layout = self.section, self._placement.layout
         slots = int(self._engine.gradient_accumulation_steps())
         num_blocks, num_heads = self.executor.subnets.shape
-        if section.planner == "samples":
+        if section.entry.binding == "sample":
             return plan_samples(
                 samples=slots * int(self._engine.train_micro_batch_size_per_gpu()),
                 slots=slots,

@@ -18,6 +18,7 @@ from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.engines.deepspeed_settings import check_settings
 from d2ft_hpc.engines.pipeline import PipelineEngine
+from d2ft_hpc.engines.private_names import NEWEST_TESTED, newer_than_tested
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.errors import ConfigError, LaunchError, UnsupportedModelError
@@ -28,6 +29,7 @@ from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
+from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.training.job import count_scoring, selection_of
 from d2ft_hpc.user_loop.follower import PlanFollower, say
 from d2ft_hpc.user_loop.pipeline_module import PipelineModule
@@ -104,6 +106,8 @@ def initialize(
     ZeroRules.of(settings)
     check_settings(settings)
     control = _connect()
+    for warning in newer_than_tested(NEWEST_TESTED):
+        say(control, warning)
     import_deepspeed().init_distributed(auto_mpi_discovery=False)
     layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
     if layout.is_cut:
@@ -131,9 +135,9 @@ def initialize(
     if stages > 1:
         say(control, describe_stages(flops, placement.stages))
     selection = None
-    if section.planner == "samples":
+    if isinstance(section.options, SampleOptions):
         selection = selection_of(
-            section.samples, model, image_shape[-1], seed=section.seed, replica=layout.replica
+            section.options, model, image_shape[-1], seed=section.seed, replica=layout.replica
         )
         device = next(model.parameters()).device
         costs = replace(costs, score_flops=count_scoring(selection, image_shape[-1], device))

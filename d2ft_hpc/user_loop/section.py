@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from d2ft_hpc.config import PathText, PlanConfig, deepspeed_sections, explain
+from d2ft_hpc.config import PathText, PlanConfig, deepspeed_sections, validated
 from d2ft_hpc.errors import ConfigError
 
 SECTION = "d2ft"
@@ -52,10 +52,7 @@ def split(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], D2ftS
         settings = deepspeed_sections(settings)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    try:
-        parsed = D2ftSection.model_validate(section)
-    except ValidationError as error:
-        raise ConfigError("\n".join(explain(error, D2ftSection, f"{SECTION}."))) from None
+    parsed = validated(D2ftSection, section, f"{SECTION}.")
     for key, usable in _USABLE.items():
         value = getattr(parsed, key)
         if value not in usable:

@@ -89,7 +89,7 @@ def full_by_block(**options: float) -> np.ndarray:
     """Share of FULL cells in each of 6 blocks by planner `joint`, from random scores without SHORTCUT."""
     scores = np.random.default_rng(0).uniform(0.5, 1.5, (4, 6, 3)).astype(np.float32)
     plan = solve_slots(
-        PlanConfig(compute_budget=0.6, most_shortcut=0.0, **options),
+        PlanConfig(compute_budget=0.6, options={"most_shortcut": 0.0}, **options),
         Scores(scores, scores, seconds=0.0),
         slots=4,
         replicas=1,
