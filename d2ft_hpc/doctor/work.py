@@ -88,7 +88,7 @@ def _seconds_of_micro_batch(job: Job) -> float:
     labels = torch.zeros(len(images), dtype=torch.long, device=job.device)
     rows, blocks, heads = job.plan_shape
     replicas = job.sampler.replicas
-    job.executor.load(SkipPlan.dense(rows // replicas, replicas, blocks, heads), job.sampler.replica)
+    job.executor.activate(SkipPlan.dense(rows // replicas, replicas, blocks, heads), job.sampler.replica)
     seconds = 0.0
     for _ in range(2):
         start = time.perf_counter()

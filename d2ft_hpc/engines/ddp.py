@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -24,13 +24,16 @@ from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.planning import SkipPlan
 
 
-def follow_ddp(
-    ddp: DistributedDataParallel, executor: PlanExecutor, reduction: Reduction = Reduction.AS_LOOP_SAYS
+def bind_ddp(
+    ddp: DistributedDataParallel,
+    executor: PlanExecutor,
+    reduction: Reduction = Reduction.AS_LOOP_SAYS,
+    slot_source: Callable[[], int] | None = None,
 ) -> None:
     """Fits the executor of `ddp.module` to `ddp`, whose replicas may then follow different rows. Gradients are reduced
     in each micro-batch that does not run under `ddp.no_sync()`.
 
-    reduction: when, in complete batches.
+    reduction: when, in complete batches. slot_source: as `PlanExecutor.bind` takes it.
 
     Raises ConfigError where plans could not be run exactly.
     """
@@ -46,8 +49,11 @@ def follow_ddp(
             f"DistributedDataParallel reduces {reduced} parameters, {trained} are trained; it would wait for the rest: "
             f"call attach, which freezes some, before DistributedDataParallel(model)"
         )
-    executor.follow(
-        None, reduction, partial(_check, ddp), reduces=lambda block: bool(ddp.require_backward_grad_sync)
+    executor.bind(
+        slot_source,
+        reduction,
+        partial(_check, ddp),
+        reduces=lambda block: bool(ddp.require_backward_grad_sync),
     )
 
 
@@ -74,7 +80,7 @@ class DdpEngine(PlainEngine):
         self._trainer = self._ddp = DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None
         )
-        follow_ddp(self._ddp, executor, Reduction.LAST_MICRO_BATCH)
+        bind_ddp(self._ddp, executor, Reduction.LAST_MICRO_BATCH)
 
     @contextmanager
     def _micro_batch(self, slot: int, slots: int) -> Iterator[None]:

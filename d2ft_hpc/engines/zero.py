@@ -146,7 +146,7 @@ class ZeroRules:
             def reduces(block: Block) -> bool:
                 return at_boundary()
 
-        executor.follow(slot_source, self.reduction, reduces=reduces)
+        executor.bind(slot_source, self.reduction, reduces=reduces)
         if self.stage == 3:
             # A leaf module's parameters are gathered and its gradients reduced together, zero where absent, whatever
             # ran inside.

@@ -11,6 +11,8 @@ from timm.layers import Format
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from d2ft_hpc.errors import ConfigError
+
 
 def of_any_size(model: VisionTransformer) -> VisionTransformer:
     """The same model, its modules and parameters shared, with position embeddings resampled to any image size.
@@ -26,6 +28,31 @@ def of_any_size(model: VisionTransformer) -> VisionTransformer:
         twin.patch_embed.output_fmt = Format.NHWC
     twin.dynamic_img_size = True
     return twin
+
+
+@contextmanager
+def taking_any_size(model: VisionTransformer) -> Iterator[None]:
+    """Inside, the model itself is what `of_any_size` makes of it: for one whose hooks belong to it, as FSDP2's do."""
+    changed = {
+        model: {"dynamic_img_size": True},
+        model.patch_embed: {"strict_img_size": False, "flatten": False, "output_fmt": Format.NHWC},
+    }
+    before = {module: {name: getattr(module, name) for name in names} for module, names in changed.items()}
+    try:
+        for module, values in changed.items():
+            vars(module).update(values)
+        yield
+    finally:
+        for module, values in before.items():
+            vars(module).update(values)
+
+
+def image_shape_of(model: VisionTransformer) -> tuple[int, int, int]:
+    """(channel, height, width) that the model was made for. Raises ConfigError where it does not say."""
+    projection, size = model.patch_embed.proj, model.patch_embed.img_size
+    if size is None:
+        raise ConfigError("the model has no image size: make it with img_size=, so that costs can be counted")
+    return int(projection.in_channels), int(size[0]), int(size[1])
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from d2ft_hpc.model.subnets import SubnetMap
 
@@ -11,6 +12,8 @@ from d2ft_hpc.model.subnets import SubnetMap
 @torch.no_grad()
 def weight_magnitude(model: nn.Module, subnets: SubnetMap, adapters: bool = True) -> Tensor:
     """Sum of |w| over each subnet's weights; float32 [block, head]. The same for every micro-batch.
+
+    Weights that FSDP2 has spread are gathered one by one, by all ranks together.
 
     adapters: of a model with LoRA, over the low-rank factors alone; False: over the weights that they adapt.
     """
@@ -20,6 +23,7 @@ def weight_magnitude(model: nn.Module, subnets: SubnetMap, adapters: bool = True
             scores = torch.zeros(subnets.shape, device=parameter.device)
         if subnets.has_adapters and ("lora_" in name) != adapters:
             continue
-        scores[block] += subnets.head_axes[name].sum_by_head(parameter.float().abs())
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        scores[block] += subnets.head_axes[name].sum_by_head(whole.float().abs())
     assert scores is not None
     return scores

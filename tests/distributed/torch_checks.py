@@ -133,7 +133,7 @@ def step_with(control: Control, engine: Engine, name: str, kind: str, step: int)
     layout = layout_of(control, name)
     plan = plan_for(name, kind, step, layout.replicas)
     engine.check(plan)
-    engine.executor.load(plan, layout.replica)
+    engine.executor.activate(plan, layout.replica)
     rows = [slot * layout.replicas + layout.replica for slot in range(SLOTS)]
     engine.step([micro_batch(step, row, plan.num_rows) for row in rows])
 
@@ -172,7 +172,7 @@ def reference(
     dtype = next(model.parameters()).dtype
     for step in range(STEPS):
         plan = plan_for(name, kind, step, replicas)
-        executor.load(SkipPlan(plan.operations, replicas=1), 0)
+        executor.activate(SkipPlan(plan.operations, replicas=1), 0)
         batch = [micro_batch(step, row, plan.num_rows) for row in range(plan.num_rows)]
         engine.step([(images.to(dtype), labels) for images, labels in batch])
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -261,7 +261,7 @@ def check_user_loop(
         trainer = torch.compile(trainer, backend="aot_eager")  # what its kernels compute is not ours
     own_optimizer, own_schedule = make_optimizer(model)
     for step in range(STEPS):
-        executor.load(plan_of(kind, step, replicas), replica=rank)
+        executor.activate(plan_of(kind, step, replicas), replica=rank)
         slots = SLOTS if step < STEPS - 1 else last_slots
         for slot in range(slots):
             images, labels = micro_batch(step, slot * replicas + rank, SLOTS * replicas)
@@ -282,7 +282,7 @@ def check_user_loop(
     engine = PlainEngine(plain, plain_executor, *make_optimizer(plain), loss_function)
     for step in range(STEPS):
         plan = plan_of(kind, step, replicas)
-        plain_executor.load(SkipPlan(plan.operations, 1), 0)
+        plain_executor.activate(SkipPlan(plan.operations, 1), 0)
         rows = (SLOTS if step < STEPS - 1 else last_slots) * replicas
         engine.step([micro_batch(step, row, plan.num_rows) for row in range(rows)])
     return largest_difference(own, dict(plain.named_parameters()))
@@ -310,7 +310,7 @@ def check_gathered_bytes(control: Control) -> dict[str, Any]:
     )
     found: dict[str, Any] = {"told": {}}
     for name, operations in plans.items():
-        engine.executor.load(SkipPlan(operations, control.world_size), control.rank)
+        engine.executor.activate(SkipPlan(operations, control.world_size), control.rank)
         with meter() as metered:
             engine.step([micro_batch(0, slot, SLOTS) for slot in range(SLOTS)])
         found[name] = metered.bytes_sent
@@ -355,7 +355,7 @@ def step_with_layout(control: Control, engine: Any, name: str, as_name: str, ste
     layout, planned = layout_of(control, name), layout_of(control, as_name)
     plan = plan_for(as_name, "same", step, planned.replicas)
     assert layout.replicas == planned.replicas
-    engine.executor.load(plan, layout.replica)
+    engine.executor.activate(plan, layout.replica)
     rows = [slot * layout.replicas + layout.replica for slot in range(SLOTS)]
     engine.step([micro_batch(step, row, plan.num_rows) for row in rows])
 
@@ -375,7 +375,7 @@ def check_sharded_checkpoint(control: Control, saved_by: str, loaded_by: str) ->
 
     def steps(model: Any, executor: Any, optimizer: Any, numbers: range) -> dict[str, torch.Tensor]:
         for step in numbers:
-            executor.load(plan_of("random", step, replicas), rank)
+            executor.activate(plan_of("random", step, replicas), rank)
             for slot in range(SLOTS):
                 images, labels = micro_batch(step, slot * replicas + rank, SLOTS * replicas)
                 with executor.micro_batch(slot):
@@ -418,7 +418,7 @@ def check_refusals(control: Control) -> dict[str, str]:
     ddp = DistributedDataParallel(model)
     d2ft_hpc.prepare(ddp, executor)
     one = plan_of("full", 0, control.world_size + 1)
-    found["replicas"] = message(PlanError, lambda: executor.load(one, 0))
+    found["replicas"] = message(PlanError, lambda: executor.activate(one, 0))
     model = tiny_vit()
     executor = attach(model)
     found["no model"] = message(ConfigError, lambda: d2ft_hpc.prepare(nn.Sequential(model), executor))
@@ -433,7 +433,7 @@ def check_refusals(control: Control) -> dict[str, str]:
             trainer = DistributedDataParallel(model)
         else:
             shard(model, init_device_mesh("cpu", (control.world_size,)))
-        executor.load(plan_of("random", 0, control.world_size), control.rank)
+        executor.activate(plan_of("random", 0, control.world_size), control.rank)
         with executor.micro_batch(0):
             images = micro_batch(0, 0, 2)[0]
             found[f"{how} not prepared"] = message(PlanError, partial(trainer, images))

@@ -13,11 +13,11 @@ import torch
 
 from d2ft_hpc.engines.engine import MemoryShortError
 from d2ft_hpc.launch import Control, connect, detect
+from d2ft_hpc.lifecycle.costs import PlanCosts, with_less_memory
 from d2ft_hpc.metering import meter
 from d2ft_hpc.metering.memory import activation_limit
 from d2ft_hpc.metering.phases import timed_step
 from d2ft_hpc.planning import PlanProblem, solve
-from d2ft_hpc.training.plan_costs import PlanCosts, with_less_memory
 from d2ft_hpc.training.speed_watch import SpeedWatch
 from tests.distributed.engine_checks import SLOTS, deepspeed_engine, largest_difference, micro_batch, plan_of
 from tests.models import DEPTH, HEADS, tiny_vit
@@ -56,7 +56,7 @@ def check_memory(control: Control, stage: int) -> dict[str, Any]:
     with activation_limit(LIMIT_BYTES) if control.rank == 1 else nullcontext():
         for step in range(STEPS):
             while True:
-                engine.executor.load(plan, control.rank)
+                engine.executor.activate(plan, control.rank)
                 try:
                     engine.step(batch(step))
                     break
@@ -66,7 +66,7 @@ def check_memory(control: Control, stage: int) -> dict[str, Any]:
                     plan = solve(problem_of(costs), "joint")
     other = deepspeed_engine(tiny_vit(), "adamw", stage)
     for step in range(STEPS):
-        other.executor.load(plan, control.rank)
+        other.executor.activate(plan, control.rank)
         other.step(batch(step))
     full = [int((each.for_replica(1) == 2).sum(axis=(1, 2)).max()) for each in (first, plan)]
     difference = largest_difference(*(dict(each._model.named_parameters()) for each in (engine, other)))
@@ -88,7 +88,7 @@ def check_speeds(control: Control) -> dict[str, Any]:
     for sleeper in (1, 0):
         plan = solve(problem_of(costs), "joint")
         watch.begin_plan()
-        engine.executor.load(plan, control.rank)
+        engine.executor.activate(plan, control.rank)
         for step in range(3):
             batch = [micro_batch(step, slot * 2 + control.rank, 2 * SLOTS) for slot in range(SLOTS)]
             with timed_step(torch.device("cpu")) as times:
@@ -118,7 +118,7 @@ def _blocks_that_nobody_trains(control: Control) -> dict[str, list[float]]:
     for stage in (0, 1):
         engine = deepspeed_engine(tiny_vit(), "sgd", stage)
         for kind in ("full", "whole blocks"):
-            engine.executor.load(plan_of(kind, 0, control.world_size), control.rank)
+            engine.executor.activate(plan_of(kind, 0, control.world_size), control.rank)
             with meter() as metered:
                 engine.step([micro_batch(0, slot, SLOTS) for slot in range(SLOTS)])
             sent.setdefault(f"zero{stage}", []).append(metered.bytes_sent["allreduce"])

@@ -31,7 +31,7 @@ d2ft_hpc.prepare(model, executor)
 ranks = accelerator.num_processes
 operations = np.random.default_rng(0).integers(0, 3, (SLOTS * ranks, *executor.subnets.shape))
 operations[:, 1] = 0
-executor.load(SkipPlan(operations, ranks), replica=accelerator.process_index)
+executor.activate(SkipPlan(operations, ranks), replica=accelerator.process_index)
 
 model.train()
 torch.manual_seed(accelerator.process_index)

@@ -30,7 +30,7 @@ problem = PlanProblem.parallel(
     scores, scores, compute_budget=0.6, forward_cost=costs.forward_share, always_share=costs.always_share
 )
 plan = solve(problem, "joint")
-executor.load(plan, replica=0)
+executor.activate(plan, replica=0)
 print(f"{costs.planned_share(plan):.0%} of the dense compute")
 
 model.train()

@@ -40,7 +40,7 @@ def test_each_heads_step_is_that_of_its_own_learning_rate(name: str) -> None:
             F.cross_entropy,
             few_full_exponent=exponent,
         )
-        executor.load(SkipPlan(rows, replicas=1), 0)
+        executor.activate(SkipPlan(rows, replicas=1), 0)
         engine.step([random_batch(slot) for slot in range(len(rows))])
         return model
 

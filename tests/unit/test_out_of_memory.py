@@ -12,9 +12,9 @@ from d2ft_hpc.engines.engine import MemoryShortError
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.lifecycle.costs import PlanCosts, with_less_memory
 from d2ft_hpc.metering.memory import activation_limit
 from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, solve
-from d2ft_hpc.training.plan_costs import PlanCosts, with_less_memory
 from tests.models import DEPTH, HEADS, tiny_vit
 
 SLOTS = 2
@@ -43,7 +43,7 @@ def kept_bytes(plan):
     """What autograd keeps for a micro-batch under the plan."""
     model = tiny_vit(proj_drop_rate=0.2)
     executor = attach(model)
-    executor.load(plan, 0)
+    executor.activate(plan, 0)
     kept = []
 
     def pack(tensor):
@@ -64,7 +64,7 @@ def test_a_step_that_ran_out_of_memory_changes_nothing():
     torch.manual_seed(0)
     once = tiny_vit(proj_drop_rate=0.2)
     engine = engine_and_weights(once)
-    engine.executor.load(less, 0)
+    engine.executor.activate(less, 0)
     torch.manual_seed(1)
     engine.step(batch())
 
@@ -72,12 +72,12 @@ def test_a_step_that_ran_out_of_memory_changes_nothing():
     repeated = tiny_vit(proj_drop_rate=0.2)
     engine = engine_and_weights(repeated)
     engine.short_of_memory = lambda is_short: (0,) if is_short else ()
-    engine.executor.load(full, 0)
+    engine.executor.activate(full, 0)
     torch.manual_seed(1)
     with activation_limit(limit):
         with pytest.raises(MemoryShortError, match="ranks 0"):
             engine.step(batch())
-        engine.executor.load(less, 0)
+        engine.executor.activate(less, 0)
         engine.step(batch())
     for own, other in zip(once.parameters(), repeated.parameters(), strict=True):
         assert torch.equal(own, other)
