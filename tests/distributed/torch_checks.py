@@ -7,6 +7,7 @@ A check's result is the largest difference of any parameter, or a dict of facts;
 
 from __future__ import annotations
 
+import copy
 import pickle
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import d2ft_hpc
+from d2ft_hpc.config import SamplesConfig
 from d2ft_hpc.engines.ddp import DdpEngine
 from d2ft_hpc.engines.fsdp import FsdpEngine, shard
 from d2ft_hpc.engines.plain import PlainEngine
@@ -43,6 +45,7 @@ from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.parallel.dtensor import split_heads
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.selection.build import selection_of
 from tests.distributed.engine_checks import (
     EPSILON,
     SLOTS,
@@ -288,6 +291,73 @@ def check_user_loop(
     return largest_difference(own, dict(plain.named_parameters()))
 
 
+def check_attached_loop(control: Control, how: str, sharing: str = "every") -> dict[str, Any]:
+    """A loop in which `attach` does all: the first batch gives the scores, and a state resumes it on other weights.
+
+    Difference from one process that follows the same plans; whether all ranks have the same ones; the state's loss less
+    the uninterrupted one's; planner samples' draw, equal to that of the model by itself."""
+    replicas, rank = control.world_size, control.rank
+
+    def spread(seed: int, **settings: Any) -> tuple[Any, Any, nn.Module]:
+        model = tiny_vit(seed, qkv_bias=False)
+        d2ft = d2ft_hpc.attach(model, micro_batches=SLOTS, **settings)
+        if how == "ddp":
+            return model, d2ft, DistributedDataParallel(model)
+        shard(model, init_device_mesh("cpu", (replicas,)))
+        return model, d2ft, model
+
+    def step(model: Any, trainer: nn.Module, optimizer: Any, number: int) -> float:
+        for slot in range(SLOTS):
+            images, labels = micro_batch(number, slot * replicas + rank, SLOTS * replicas)
+            waits = how == "ddp" and sharing == "last" and slot < SLOTS - 1
+            with trainer.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                loss = loss_function(trainer(images), labels) / SLOTS
+                loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    planned = {"planner": "joint", "replan": {"every": 2, "unit": "steps"}}
+    model, d2ft, trainer = spread(0, **planned)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    plain = tiny_vit(qkv_bias=False)
+    plain_executor = attach(plain)
+    plain_optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(plain_optimizer, lambda _: 1.0)
+    engine = PlainEngine(plain, plain_executor, plain_optimizer, schedule, loss_function)
+    hashes: list[str] = []
+    for number in range(4):
+        plan = d2ft.plan or SkipPlan.dense(SLOTS, replicas, DEPTH, HEADS)
+        hashes.append(plan.hash)
+        last = step(model, trainer, optimizer, number)
+        plain_executor.activate(SkipPlan(plan.operations, 1), 0)
+        engine.step([micro_batch(number, row, SLOTS * replicas) for row in range(SLOTS * replicas)])
+        if number == 2:
+            state = d2ft.state_dict()
+            weights = (
+                whole_weights(model, d2ft.executor) if how == "fsdp2" else copy.deepcopy(model.state_dict())
+            )
+    own = whole_weights(model, d2ft.executor) if how == "fsdp2" else dict(model.named_parameters())
+    other, resumed, trainer = spread(1, **planned)
+    set_model_state_dict(other, weights, options=StateDictOptions(full_state_dict=True))
+    resumed.load_state_dict(state)
+    again = step(other, trainer, torch.optim.SGD(other.parameters(), lr=0.1), 3)
+    model, d2ft, _ = spread(0, compute_budget=0.7)
+    images, labels = micro_batch(0, rank, replicas)
+    images, labels = images.repeat(4, 1, 1, 1), labels.repeat(4)
+    chosen, _ = d2ft.choose(images, labels)
+    twin = selection_of(SamplesConfig(), tiny_vit(qkv_bias=False), 16, seed=0, replica=rank)
+    (alone,) = twin([(images, labels)], 0, len(chosen) / len(images))
+    told = [part.decode() for part in control.all_gather(" ".join(hashes).encode())]
+    return {
+        "difference": largest_difference(own, dict(plain.named_parameters())),
+        "plans": hashes,
+        "agreed": len(set(told)) == 1,
+        "resumed": abs(again - last),
+        "same draw": bool(torch.equal(chosen, alone[0])),
+    }
+
+
 def check_gathered_bytes(control: Control) -> dict[str, Any]:
     """Bytes of one step, dense and where some blocks are SHORTCUT for all replicas; and by the message model."""
     model = tiny_vit()
@@ -461,6 +531,8 @@ DEFAULT = {
         "fp32 fsdp2 clipped adamw",
         "fp32 fsdp2 recompute adamw",
         "fp32 ddp complete paths",
+        "attach ddp last",
+        "attach fsdp2 every",
         "loop ddp last",
         "loop ddp last incomplete",
         "loop ddp whole blocks adamw",
@@ -541,6 +613,8 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
         }
         resumed = {"fsdp2 tp -> fsdp2 tp": {"saved_by": "fsdp2 tp", "resumed_by": "fsdp2 tp"}}
         named["sharded fsdp -> hsdp"] = partial(check_sharded_checkpoint, saved_by="fsdp", loaded_by="hsdp")
+    for how, sharing in (("ddp", "every"), ("ddp", "last"), ("fsdp2", "every")):
+        named[f"attach {how} {sharing}"] = partial(check_attached_loop, how=how, sharing=sharing)
     named |= {f"loop {name}": partial(check_user_loop, **options) for name, options in loops.items()}
     named |= {f"resume {name}": partial(check_resume, **options) for name, options in resumed.items()}
     return named
