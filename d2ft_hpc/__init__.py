@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "initialize": "d2ft_hpc.user_loop.initialize",
     "PipelineModule": "d2ft_hpc.user_loop.pipeline_module",
-    "attach": "d2ft_hpc.execution.executor",
+    "attach": "d2ft_hpc.user_loop.planned_loop",
     "prepare": "d2ft_hpc.user_loop.prepare",
 }
 

@@ -77,7 +77,7 @@ def overhead(workload: Workload, control: Control) -> dict[str, Any]:
     batch = _batch(workload, layout.replica)
 
     def with_us(built: _Built) -> Callable[[], object]:
-        built.engine.executor.load(dense, layout.replica)
+        built.engine.executor.activate(dense, layout.replica)
         return lambda: built.engine.step(batch)
 
     def without() -> Callable[[], object]:
@@ -97,7 +97,7 @@ def overhead(workload: Workload, control: Control) -> dict[str, Any]:
         counted[name] = {"operators": metered.operators, "bytes_sent": metered.bytes_sent}
     start = time.perf_counter()
     plan = share(control, lambda: _solved(built, workload, "joint", 0.6).to_bytes(), "the plan")
-    engine.executor.load(SkipPlan.from_bytes(plan), layout.replica)
+    engine.executor.activate(SkipPlan.from_bytes(plan), layout.replica)
     planning = time.perf_counter() - start
     bare = seconds["bare"] + seconds["other bare"]
     return {
@@ -149,7 +149,7 @@ def speed(workload: Workload, control: Control, planner: str, compute_budget: fl
 
     def before(name: str) -> None:
         if name in plans:
-            engine.executor.load(plans[name], control.rank)
+            engine.executor.activate(plans[name], control.rank)
 
     seconds = alternate(steps, workload.steps, workload.device, control, before)
     always = float(np.median(seconds["nothing"] / seconds["dense"]))
@@ -200,7 +200,7 @@ def speed_report(result: Mapping[str, Any]) -> str:
 
 def _bytes_sent(built: _Built, batch: list[MicroBatch], plan: SkipPlan, control: Control) -> dict[str, int]:
     """What a rank sends in a step, by collective, counted where it is issued."""
-    built.engine.executor.load(plan, control.rank)
+    built.engine.executor.activate(plan, control.rank)
     with meter() as metered:
         built.engine.step(batch)
     return dict(metered.bytes_sent)

@@ -83,7 +83,7 @@ def compare(sizes: Sizes) -> Comparison:
     def under(plan: SkipPlan) -> Callable[[], None]:
         def run() -> None:
             if executor.plan is not plan:
-                executor.load(plan, 0)
+                executor.activate(plan, 0)
             ours.step()
 
         return run
@@ -98,7 +98,7 @@ def compare(sizes: Sizes) -> Comparison:
         / (costs.dense_flops - costs.always_flops)
     )
     ideal_time = always + (1 - always) * of_subnets
-    executor.load(plan, 0)
+    executor.activate(plan, 0)
     return Comparison(
         peft_step_seconds=float(np.median(seconds["peft"])),
         plan_step=ratio,

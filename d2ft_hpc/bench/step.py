@@ -231,7 +231,7 @@ def _planned(sizes: Sizes, model: VisionTransformer, plan: SkipPlan) -> dict[str
     def under(followed: SkipPlan, samples: int) -> Contender:
         own = copy.deepcopy(model)
         executor = attach(own, compile=not followed.is_dense)
-        executor.load(followed, 0)
+        executor.activate(followed, 0)
         forward = torch.compile(own, dynamic=False) if executor.is_dense else own
         return _contender(forward, own, _batch(sizes, samples), sizes, executor, followed.slots)
 
@@ -251,7 +251,7 @@ def _unowned_memory_share(
     for full in (1, 2):
         operations = np.full((1, *executor.subnets.shape), Operation.SHORTCUT, np.uint8)
         operations[..., :full] = Operation.FULL
-        executor.load(SkipPlan(operations, replicas=1), 0)
+        executor.activate(SkipPlan(operations, replicas=1), 0)
         with executor.micro_batch(0):
             kept.append(_kept_bytes(model, model, _batch(sizes, sizes.micro_batch)))
     return float((2 * kept[0] - kept[1]) / dense)

@@ -15,8 +15,9 @@ from d2ft_hpc.launch import Control
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.training.foresight import trial_plan
 from d2ft_hpc.training.job import Job, set_up
-from d2ft_hpc.training.placing import place_in_order
+from d2ft_hpc.training.model_placement import place_in_order
 from d2ft_hpc.training.plan_costs import costs_unmeasured
+from d2ft_hpc.training.plans import plan_context
 
 _FIX_WEIGHTS = (
     "a file's path in model.weights; those of a hub are fetched on a login node by HF_HUB_OFFLINE=0 d2ft-hpc doctor "
@@ -53,7 +54,7 @@ def check_plans(job: Job) -> list[Finding]:
     if job.control.rank:
         return []
     try:
-        plan = trial_plan(job, place_in_order(job), costs_unmeasured(job))
+        plan = trial_plan(plan_context(job, place_in_order(job), costs_unmeasured(job)))
     except D2ftError as error:
         return [of_error("plan", error, "raise plan.compute_budget")]
     share = job.costs.planned_share(plan)
@@ -96,7 +97,7 @@ def _seconds_of_micro_batch(job: Job) -> float:
     labels = torch.zeros(len(images), dtype=torch.long, device=job.device)
     rows, blocks, heads = job.plan_shape
     replicas = job.sampler.replicas
-    job.executor.load(SkipPlan.dense(rows // replicas, replicas, blocks, heads), job.sampler.replica)
+    job.executor.activate(SkipPlan.dense(rows // replicas, replicas, blocks, heads), job.sampler.replica)
     seconds = 0.0
     for _ in range(2):
         start = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,16 +26,17 @@ from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.planning import SkipPlan
 
 
-def follow_ddp(
+def bind_ddp(
     ddp: DistributedDataParallel,
     executor: PlanExecutor,
     reduction: Reduction = Reduction.AS_LOOP_SAYS,
+    slot_source: Callable[[], int] | None = None,
     gradient_place: GradientPlace = GradientPlace.COPIED,
 ) -> None:
     """Fits the executor of `ddp.module` to `ddp`, whose replicas may then follow different rows. Gradients are reduced
     in each micro-batch that does not run under `ddp.no_sync()`.
 
-    reduction: when, in complete batches. gradient_place: as `PlanExecutor.follow` takes it.
+    reduction: when, in complete batches. slot_source, gradient_place: as `PlanExecutor.bind` takes them.
 
     Raises ConfigError where plans could not be run exactly.
     """
@@ -51,8 +52,8 @@ def follow_ddp(
             f"DistributedDataParallel reduces {reduced} parameters, {trained} are trained; it would wait for the rest: "
             f"call attach, which freezes some, before DistributedDataParallel(model)"
         )
-    executor.follow(
-        None,
+    executor.bind(
+        slot_source,
         reduction,
         partial(_check, ddp),
         reduces=lambda block: bool(ddp.require_backward_grad_sync),
@@ -86,7 +87,12 @@ class DdpEngine(PlainEngine):
             model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
         self._ddp._register_builtin_comm_hook(BuiltinCommHookType.ALLREDUCE)
-        follow_ddp(self._ddp, executor, Reduction.LAST_MICRO_BATCH, GradientPlace.OF_ENGINE)
+        bind_ddp(
+            self._ddp,
+            executor,
+            Reduction.LAST_MICRO_BATCH,
+            gradient_place=GradientPlace.OF_ENGINE,
+        )
 
     @contextmanager
     def _micro_batch(self, slot: int, slots: int) -> Iterator[None]:

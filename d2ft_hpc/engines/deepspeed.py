@@ -105,7 +105,7 @@ class DeepSpeedEngine:
         is_boundary: Callable[[], bool] | None = None,
         **given: Any,
     ) -> None:
-        """slot_source: as `PlanExecutor.follow` takes it. is_boundary: as `ZeroRules.prepare` takes it. given: what
+        """slot_source: as `PlanExecutor.bind` takes it. is_boundary: as `ZeroRules.prepare` takes it. given: what
         else `deepspeed.initialize` takes; optimizer and schedule may be what it takes, too."""
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False)

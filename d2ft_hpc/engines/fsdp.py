@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -40,13 +40,16 @@ from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.plan import Operation
 
 
-def follow_fsdp(
-    model: nn.Module, executor: PlanExecutor, reduction: Reduction = Reduction.AS_LOOP_SAYS
+def bind_fsdp(
+    model: nn.Module,
+    executor: PlanExecutor,
+    reduction: Reduction = Reduction.AS_LOOP_SAYS,
+    slot_source: Callable[[], int] | None = None,
 ) -> None:
     """Fits the executor to a model that `fully_shard` has spread, whose replicas may then follow different rows.
     Gradients are reduced in each micro-batch but those before which `set_requires_gradient_sync(False)` was called.
 
-    reduction: when, in complete batches.
+    reduction: when, in complete batches. slot_source: as `PlanExecutor.bind` takes it.
 
     Raises ConfigError where plans could not be run exactly.
     """
@@ -70,7 +73,7 @@ def follow_fsdp(
         group = _group(block if isinstance(block, FSDPModule) else model)
         return bool(group.reduce_grads)
 
-    executor.follow(None, reduction, partial(_check, model), reduces)
+    executor.bind(slot_source, reduction, partial(_check, model), reduces)
     # A replica that skips a block gives its input back; nothing in these models changes that in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPBlock\) returned a view")
     gathers = _Gathers(executor)
@@ -177,7 +180,7 @@ class FsdpEngine(PlainEngine):
         super().__init__(
             model, executor, *make_optimizer(model), loss_function, gradient_clipping=gradient_clipping
         )
-        follow_fsdp(model, executor, Reduction.EVERY_MICRO_BATCH)
+        bind_fsdp(model, executor, Reduction.EVERY_MICRO_BATCH)
 
     def check(self, plan: SkipPlan) -> None:
         if plan.binding == "sample":

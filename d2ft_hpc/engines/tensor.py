@@ -46,7 +46,7 @@ class TensorParallelEngine(DeepSpeedEngine):
         options_for: OptionsFor = no_options,
     ) -> None:
         """model: the whole one, of which the ranks copy their parts; its attached executor. config: DeepSpeed's.
-        slot_source: as `PlanExecutor.follow` takes it. is_boundary: as `ZeroRules.prepare` takes it."""
+        slot_source: as `PlanExecutor.bind` takes it. is_boundary: as `ZeroRules.prepare` takes it."""
         import_deepspeed().init_distributed(auto_mpi_discovery=False)
         grid = grid_of(placement.layout)
         self._part = ModelPart(model, placement.blocks, executor)

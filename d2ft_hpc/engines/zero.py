@@ -138,7 +138,7 @@ class ZeroRules:
             def reduces(block: nn.Module) -> bool:
                 return at_boundary()
 
-        executor.follow(
+        executor.bind(
             slot_source,
             self.reduction,
             reduces=reduces,

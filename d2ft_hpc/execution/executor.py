@@ -101,7 +101,7 @@ class PlanExecutor:
         self._pass: Pass | None = None  # through graphs, while its forward is under way
         self._captures = False
 
-    def follow(
+    def bind(
         self,
         slot_source: Callable[[], int] | None,
         reduction: Reduction,
@@ -113,7 +113,7 @@ class PlanExecutor:
 
         slot_source: gives the place in the batch of the micro-batch that runs; None: `micro_batch` marks it.
         reduction: when the engine reduces gradients; without an engine, AFTER_BACKWARD.
-        check: raises PlanError or ConfigError where the engine cannot run a plan; `load` calls it.
+        check: raises PlanError or ConfigError where the engine cannot run a plan; `activate` calls it.
         reduces: in a block's forward, whether this micro-batch's backward reduces the block's gradients, where the loop
             can say that anew each time, as at the end of an epoch in an incomplete batch; None: as `reduction` says.
         gradient_place: where blocks that run as CUDA graphs leave gradients.
@@ -138,7 +138,7 @@ class PlanExecutor:
         if reduction is Reduction.BY_BLOCK:
             require_input_gradient(self.blocks[0])
 
-    def load(self, plan: SkipPlan, replica: int) -> None:
+    def activate(self, plan: SkipPlan, replica: int) -> None:
         """Makes the rows of `replica` in `plan` the ones that the next micro-batches follow.
 
         A plan that binds samples must run each sample in all heads or in none; the blocks then run densely on what
@@ -204,7 +204,7 @@ class PlanExecutor:
         """Whether every block runs densely on every micro-batch; it may be one of chosen samples."""
         return self.plan is None or self.plan.binding == "sample" or self.plan.is_dense
 
-    def unload(self) -> None:
+    def deactivate(self) -> None:
         """Back to dense training."""
         self.plan, self.rows, self.block_shapes, self.micro_batch_shapes = None, [], 0, 0
 
@@ -226,8 +226,9 @@ class PlanExecutor:
 
     @property
     def slot(self) -> int | None:
-        """The place in the batch of the micro-batch that runs now; None outside of any."""
-        return self._slot if self._slot_source is None else self._slot_source()
+        """The place in the batch of the micro-batch that runs now, as `micro_batch` or else the loop says; None
+        outside of any."""
+        return self._slot if self._slot is not None or self._slot_source is None else self._slot_source()
 
     @contextmanager
     def temporarily(self, operations: np.ndarray) -> Iterator[None]:
@@ -251,7 +252,7 @@ class PlanExecutor:
         if slot is None:
             raise PlanError(
                 "a model with a plan was called in training mode without saying which micro-batch this is: "
-                "wrap forward and backward in `with executor.micro_batch(slot):`, or call executor.unload()"
+                "wrap forward and backward in `with executor.micro_batch(slot):`, or call executor.deactivate()"
             )
         if index == 0 and self._reduction is Reduction.AFTER_BACKWARD and _reduces_in_backward(block):
             raise PlanError(

@@ -158,6 +158,11 @@ class BlockFamily(ABC):
         """The same model, or part of one, its modules and parameters shared, that takes images of any size."""
 
     @abstractmethod
+    def taking_any_size(self, model: Any) -> AbstractContextManager[None]:
+        """Inside, the model itself is what `of_any_size` makes of it: for one whose hooks belong to it, as FSDP2's
+        do."""
+
+    @abstractmethod
     def recomputes(self, model: Any) -> bool:
         """Whether the model's blocks run again in the backward (activation checkpointing)."""
 

@@ -79,6 +79,11 @@ class TimmEva(TimmFamily):
             )
         return model
 
+    @contextmanager
+    def taking_any_size(self, model: Any) -> Iterator[None]:
+        self.of_any_size(model)  # or it is refused
+        yield
+
     def num_heads(self, block: Any) -> int:
         return int(getattr(block.attn, "num_kv_heads", block.attn.num_heads))
 

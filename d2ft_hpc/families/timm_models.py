@@ -67,6 +67,23 @@ class TimmFamily(BlockFamily):
         twin.dynamic_img_size = True
         return twin
 
+    @contextmanager
+    def taking_any_size(self, model: Any) -> Iterator[None]:
+        changed = {
+            model: {"dynamic_img_size": True},
+            model.patch_embed: {"strict_img_size": False, "flatten": False, "output_fmt": Format.NHWC},
+        }
+        before = {
+            module: {name: getattr(module, name) for name in names} for module, names in changed.items()
+        }
+        try:
+            for module, values in changed.items():
+                vars(module).update(values)
+            yield
+        finally:
+            for module, values in before.items():
+                vars(module).update(values)
+
     def recomputes(self, model: Any) -> bool:
         return bool(model.grad_checkpointing)
 

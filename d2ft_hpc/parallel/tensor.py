@@ -82,7 +82,7 @@ class TensorParallelExecutor(PlanExecutor):
         self._steps: dict[int, StepSum] = {}
         self._unowned: dict[int, list[_Unowned]] = {}
         self.blocks = dict(whole.blocks)
-        self.unload()
+        self.deactivate()
         self._owner, self._layouts, self.messages = owner, layouts, messages
         self._axes = [
             {name: axis.of(int(own)) for name, axis in whole.subnets.head_axes.items()}
@@ -90,12 +90,12 @@ class TensorParallelExecutor(PlanExecutor):
         ]
         _, self._dense = self._choose(np.full(owner.shape, Operation.FULL), np.ones(len(owner)))
 
-    def load(self, plan: SkipPlan, replica: int) -> None:
-        super().load(plan, replica)
+    def activate(self, plan: SkipPlan, replica: int) -> None:
+        super().activate(plan, replica)
         self._steps = {index: self._step_sum(index) for index in self.blocks if self.rows}
 
-    def unload(self) -> None:
-        super().unload()
+    def deactivate(self) -> None:
+        super().deactivate()
         self._steps = {}
 
     def _step_sum(self, index: int) -> StepSum:

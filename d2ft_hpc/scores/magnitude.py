@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.score_table import WEIGHT_MAGNITUDE, Score
@@ -13,6 +14,8 @@ from d2ft_hpc.score_table import WEIGHT_MAGNITUDE, Score
 def scores_of_weights(score: Score, model: nn.Module, subnets: SubnetMap, adapters: bool = True) -> Tensor:
     """One that reads no gradients, summed over each subnet's weights; float32 [block, head].
 
+    Weights that FSDP2 has spread are gathered one by one, by all ranks together.
+
     adapters: of a model with LoRA, over the low-rank factors alone; False: over the weights that they adapt.
     """
     scores: Tensor | None = None
@@ -21,7 +24,8 @@ def scores_of_weights(score: Score, model: nn.Module, subnets: SubnetMap, adapte
             scores = torch.zeros(subnets.shape, device=parameter.device)
         if subnets.has_adapters and ("lora_" in name) != adapters:
             continue
-        scores[block] += subnets.head_axes[name].sum_by_head(score.of_weight(parameter, parameter))
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        scores[block] += subnets.head_axes[name].sum_by_head(score.of_weight(whole, whole))
     assert scores is not None
     return scores
 

@@ -63,6 +63,7 @@ class GradientObserver:
 
     @torch.no_grad()
     def _add(self, slot: int, block: int, name: str, layer_input: Tensor, output_gradient: Tensor) -> None:
+        self.sums = self.sums.to(output_gradient.device)  # where the model may have moved since
         gradient = (output_gradient.float() / self._loss_scale()).flatten(0, -2)[None]
         inputs = layer_input.float().flatten(0, -2)[None]
         for axis, _, of_weight in gradients_of_heads(

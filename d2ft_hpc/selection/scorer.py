@@ -51,7 +51,7 @@ class SampleScorer:
     def num_classes(self) -> int:
         return int(self._model.num_classes)
 
-    def follow(self, logits_of: LogitsOf) -> None:
+    def bind(self, logits_of: LogitsOf) -> None:
         """Scores by these logits from now on: by an engine's, whose ranks may hold parts of the model."""
         self._logits_of = logits_of
 

@@ -6,58 +6,47 @@ from dataclasses import replace
 from typing import Any
 
 from d2ft_hpc.config import PlanConfig
-from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.launch import agreed, share
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.lifecycle.context import PlanContext
+from d2ft_hpc.lifecycle.controller import PlanController
+from d2ft_hpc.lifecycle.solve import solve_plan
 from d2ft_hpc.planning import SkipPlan
-from d2ft_hpc.training.job import Job
-from d2ft_hpc.training.plan_costs import PlanCosts
-from d2ft_hpc.training.plans import solve_here
 
 _TRIAL_SECONDS = 1.0
 _BUDGETS = ("compute_budget", "communication_budget", "memory_budget")
 
 
-def foresee_plans(job: Job, placement: Placement, costs: PlanCosts, engine: Engine) -> None:
+def foresee_plans(plans: PlanController) -> None:
     """Raises PlanError on all ranks, which call it together, where the run's plan file is none that the model, the
     ranks and the engine can follow, or no plan keeps the budgets."""
-    plan = SkipPlan.from_bytes(
-        share(
-            job.control,
-            lambda: trial_plan(job, placement, costs, same_rows=engine.same_rows is not None).to_bytes(),
-            "planning",
-        )
-    )
-    if job.config.plan.file is not None:
-        with agreed(job.control, f"plan.file={job.config.plan.file}"):
-            engine.check(plan)
+    context = replace(plans.context, same_rows=plans.engine.same_rows is not None)
+    plan = SkipPlan.from_bytes(share(plans.control, lambda: trial_plan(context).to_bytes(), "planning"))
+    if context.settings.file is not None:
+        with agreed(plans.control, f"plan.file={context.settings.file}"):
+            plans.engine.check(plan)
 
 
-def trial_plan(job: Job, placement: Placement, costs: PlanCosts, *, same_rows: bool = False) -> SkipPlan:
+def trial_plan(context: PlanContext) -> SkipPlan:
     """The run's plan from a file, or one by equal scores under the least of the run's budgets, on this rank alone.
 
     Raises PlanError, which names the keys.
     """
-    config, total = job.config.plan, job.total_steps
-    every = config.replan.every or total
-    if config.replan.unit == "epochs" and config.replan.every is not None:
-        every *= job.sampler.batches_per_epoch
-    last = (total - 1) // every * every  # budgets only fall
+    settings, total, every = context.settings, context.total_steps, context.steps_between_plans
+    last = 0 if total is None or every is None else (total - 1) // every * every  # budgets only fall
     # What a second does not find may exist; the run itself looks for as long as the configuration says.
-    for seconds in (min(_TRIAL_SECONDS, config.time_limit_seconds), config.time_limit_seconds):
-        tried = config.model_copy(update={"time_limit_seconds": seconds, **_left_open(job)})
-        trial = replace(job, config=job.config.model_copy(update={"plan": tried}))
+    for seconds in (min(_TRIAL_SECONDS, settings.time_limit_seconds), settings.time_limit_seconds):
+        update = {"time_limit_seconds": seconds, **_left_open(context)}
         try:
-            return solve_here(trial, placement, costs, None, 0, last, same_rows=same_rows)
+            return solve_plan(replace(context, settings=settings.model_copy(update=update)), None, 0, last)
         except PlanError as error:
             fault = error
-    raise PlanError(_with_keys(str(fault), config)) from fault
+    raise PlanError(_with_keys(str(fault), settings)) from fault
 
 
-def _left_open(job: Job) -> dict[str, Any]:
+def _left_open(context: PlanContext) -> dict[str, Any]:
     """Demands of which only the plan by the real scores shows whether the planner meets them, as if there were none."""
-    config, rows = job.config.plan, job.plan_shape[0]
+    config, rows = context.settings, context.shape[0]
     names = set(config.entry.needs_scores_for)
     of_options = names & set(type(config.options).model_fields)
     if getattr(config.options, "coverage", 0) > rows:  # which no scores help

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 import torch
@@ -17,19 +19,21 @@ from d2ft_hpc.data.datasets import LabelledImages, Split, load_configured
 from d2ft_hpc.data.loader import Batches, eval_loader, train_loader
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
+from d2ft_hpc.engines.engine import MicroBatch
 from d2ft_hpc.engines.private_names import newer_than_tested
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.families.table import family_of
 from d2ft_hpc.launch import Control
 from d2ft_hpc.launch.control import print_line
-from d2ft_hpc.metering import StepCosts, measure_costs, meter
+from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.model.build import build_model, pixel_statistics
 from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.parallel.layout import Layout
 from d2ft_hpc.parallel.stages import layer_flops
 from d2ft_hpc.planning.samples import SampleOptions
-from d2ft_hpc.selection import SampleScorer, SampleSelection
+from d2ft_hpc.selection import SampleSelection
+from d2ft_hpc.selection.build import count_scoring, selection_of
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,12 @@ class Job:
         return train_loader(
             self.train_set, self.sampler, num_workers=data.workers, device=self.device, mixing=mixing
         )
+
+    def batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
+        """Groups what a loader over the sampler yields into batches on the job's device, in slot order."""
+        on_device = ((images.to(self.device), labels.to(self.device)) for images, labels in micro_batches)
+        while batch := list(islice(on_device, self.config.data.slots)):
+            yield batch
 
     @cached_property
     def evaluation_batches(self) -> Batches:
@@ -210,43 +220,6 @@ def _check_image_size(model: nn.Module, size: int) -> None:
             f"data.image_size={size}: the model takes {height} x {width} pixels; set model.options.img_size={size}, or "
             f"data.image_size={height}"
         )
-
-
-def selection_of(
-    config: SampleOptions,
-    model: nn.Module,
-    image_size: int,
-    *,
-    seed: int,
-    replica: int,
-    autocast_dtype: torch.dtype | None = None,
-    cuda_graphs: bool = False,
-) -> SampleSelection:
-    """What scores and draws a replica's samples. image_size: pixels, of the images that are trained on."""
-    patch_size = family_of(model).patch_size(model)[0]
-    half = -(-image_size // (2 * patch_size)) * patch_size
-    scorer = SampleScorer(
-        model,
-        config.image_size or half,
-        score=config.score,
-        autocast_dtype=autocast_dtype,
-    )
-    return SampleSelection(
-        scorer,
-        uniform_share=config.uniform_share,
-        weights=config.weights,
-        seed=seed,
-        replica=replica,
-        cuda_graphs=cuda_graphs,
-    )
-
-
-def count_scoring(selection: SampleSelection, image_size: int, device: torch.device) -> float:
-    """This rank's FLOPs for one sample's score; on all ranks together where they share the model."""
-    image = torch.zeros(1, 3, image_size, image_size, device=device)
-    with meter() as metered:
-        selection.scorer.of_batch([(image, torch.zeros(1, device=device, dtype=torch.long))])
-    return metered.flops
 
 
 def _load_data(config: RunConfig, split: Split) -> LabelledImages:

@@ -7,19 +7,19 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.files import atomic
-from d2ft_hpc.files.untrusted import RefusedError, read_bytes, read_json
+from d2ft_hpc.files.untrusted import read_bytes, read_json
 from d2ft_hpc.launch import share
 from d2ft_hpc.launch.control import print_line
+from d2ft_hpc.lifecycle.costs import PAPER_FORWARD_COST, PlanCosts, relative_speeds
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds
 from d2ft_hpc.metering.profile import PassProfile
 from d2ft_hpc.planning.messages import ring_bytes
@@ -29,57 +29,6 @@ COSTS = "costs.json"
 """In the run folder: what a resumed run plans with."""
 
 _MOST_BYTES = 8 << 20
-
-PAPER_FORWARD_COST = 0.4
-"""Of FORWARD_ONLY in units of FULL (arXiv 2504.12471)."""
-
-SAME_SPEED = 0.1
-"""Speeds that differ by less than this share count as equal: a measurement's noise must not make plans uneven."""
-
-
-@dataclass(frozen=True)
-class PlanCosts:
-    """forward_share: cost of FORWARD_ONLY in units of FULL. always_share: of the dense step, what always runs.
-
-    device_speed: relative speed of each rank. source: "flops", "measured" or "paper".
-    dense_seconds: of a dense micro-batch, alone on a rank (median of the ranks; 0: not known).
-    message_latency, seconds_per_byte: of an all-reduce over all ranks, and of a byte on one rank's link (the slowest
-    of the ranks).
-    """
-
-    forward_share: float
-    always_share: float
-    device_speed: list[float]
-    source: str
-    dense_seconds: float = 0.0
-    message_latency: float = 0.0
-    seconds_per_byte: float = 0.0
-    room_bytes: list[float] | None = None
-    """Of each rank, what its memory had left for activations at the start; None: not measured."""
-    most_full: list[float] | None = None
-    """Of each rank, the most FULL subnets of a micro-batch for which its memory has room; None: no rank is short."""
-
-    @staticmethod
-    def parse(text: bytes) -> PlanCosts:
-        """What `keep_costs` wrote. Raises ValueError if it is none."""
-        try:
-            costs = _PLAN_COSTS.validate_json(text, strict=True)
-        except ValidationError as error:
-            fault = error.errors()[0]
-            raise RefusedError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
-        numbers = [costs.forward_share, costs.always_share, costs.dense_seconds, costs.message_latency]
-        numbers += [
-            costs.seconds_per_byte,
-            *costs.device_speed,
-            *(costs.room_bytes or ()),
-            *(costs.most_full or ()),
-        ]
-        if any(not number >= 0 for number in numbers) or not all(costs.device_speed):
-            raise RefusedError("a cost is negative or no number")
-        return costs
-
-
-_PLAN_COSTS = TypeAdapter(PlanCosts)
 
 
 def find_costs(job: Job, profile: PassProfile, all_reduce: AllReduceSeconds) -> PlanCosts:
@@ -149,25 +98,10 @@ def _costs(job: Job, of_ranks: Sequence[PassProfile]) -> PlanCosts:
 
 def costs_unmeasured(job: Job) -> PlanCosts:
     """The paper's costs, or those by FLOPs. Raises ConfigError if there are not as many speeds as ranks."""
-    ranks, table = job.control.world_size, job.config.plan.device_speed
-    if table is not None and len(table) != ranks:
-        raise ConfigError(
-            f"plan.device_speed={table}: {len(table)} speeds for {ranks} ranks; give one for every rank, or null"
-        )
-    speed = [1.0] * ranks if table is None else list(table)
+    counted = PlanCosts.counted(job.costs, job.config.plan.device_speed, job.control.world_size)
     if job.config.plan.costs == "paper":
-        return PlanCosts(PAPER_FORWARD_COST, 0.0, speed, "paper")
-    return PlanCosts(job.costs.forward_share, job.costs.always_share, speed, "flops")
-
-
-def relative_speeds(seconds: Sequence[float]) -> list[float]:
-    """Speeds with mean 1 from the seconds that every rank takes for the same work; small differences do not count."""
-    speed = 1 / np.asarray(seconds, dtype=np.float64)
-    order = np.argsort(speed, kind="stable")
-    starts = np.flatnonzero(np.diff(speed[order], prepend=-np.inf) > SAME_SPEED * speed[order])
-    for group in np.split(order, starts[1:]):
-        speed[group] = speed[group].mean()
-    return [float(value) for value in speed / speed.mean()]
+        return PlanCosts(PAPER_FORWARD_COST, 0.0, counted.device_speed, "paper")
+    return counted
 
 
 def _kept(job: Job, profile: PassProfile) -> PassProfile:

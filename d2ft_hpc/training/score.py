@@ -14,9 +14,9 @@ from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.training.environment import describe_environment
 from d2ft_hpc.training.job import set_up
-from d2ft_hpc.training.measured import measure_job
-from d2ft_hpc.training.plans import measure_scores
-from d2ft_hpc.training.recorded import record_job, record_scores
+from d2ft_hpc.training.measurements import measure_job
+from d2ft_hpc.training.probe_scores import measure_scores
+from d2ft_hpc.training.run_log import record_job, record_scores
 
 
 def _check_output(output: Path) -> None:

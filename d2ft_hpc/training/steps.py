@@ -18,8 +18,9 @@ from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import Operation
 from d2ft_hpc.results.schema import BYTE_KINDS
-from d2ft_hpc.training.job import Job, count_scoring
-from d2ft_hpc.training.placing import costs_of_rank
+from d2ft_hpc.selection.build import count_scoring
+from d2ft_hpc.training.job import Job
+from d2ft_hpc.training.model_placement import costs_of_rank
 from d2ft_hpc.training.records import StepRecord
 
 
@@ -46,7 +47,7 @@ class StepRunner:
         self._job, self._engine, self._own = job, engine, placement.own
         self._costs = costs_of_rank(job, placement)
         if job.selection is not None and job.config.engine.name != "plain":
-            job.selection.scorer.follow(engine.logits)
+            job.selection.scorer.bind(engine.logits)
             score_flops = count_scoring(job.selection, job.config.data.image_size, job.device)
             self._costs = replace(self._costs, score_flops=score_flops)
         config = job.config

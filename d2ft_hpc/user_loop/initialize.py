@@ -26,14 +26,16 @@ from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.families.table import family_of
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.metering import measure_costs
+from d2ft_hpc.model.image_shape import image_shape_of
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
 from d2ft_hpc.planning.samples import SampleOptions
-from d2ft_hpc.training.job import count_scoring, selection_of
-from d2ft_hpc.user_loop.follower import PlanFollower, say
+from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.pipeline_module import PipelineModule
-from d2ft_hpc.user_loop.section import SECTION, split
+from d2ft_hpc.user_loop.planned_deepspeed import PlannedDeepSpeed
+from d2ft_hpc.user_loop.section import split
+from d2ft_hpc.user_loop.told import Told
 
 _END_SECONDS = 25.0
 """How long a rank waits for the others when its script ends."""
@@ -58,7 +60,7 @@ def initialize(
     The configuration's "d2ft" section (`d2ft_hpc.user_loop.section.D2ftSection`) says how to plan. The loop stays as
     it is: `engine(images)`, `engine.backward(loss)`, `engine.step()`, once for each micro-batch. The first
     `probe_batches` batches run dense and give the scores, so that each rank needs the memory for that: unlike in
-    `d2ft-hpc train`, no plan is fitted to a rank with less. `engine.d2ft` is the `PlanFollower`.
+    `d2ft-hpc train`, no plan is fitted to a rank with less. `engine.d2ft` is the `PlannedDeepSpeed`.
 
     "tensor_parallel": {"autotp_size": N} cuts the model by head over N ranks; a `PipelineModule` is cut into stages,
     and its engine is DeepSpeed's with `train_batch`. Each rank then trains a part of rank 0's weights: `model` itself
@@ -91,7 +93,7 @@ def initialize(
             f"model is a {type(model).__name__}: make one with timm.create_model, and for a pipeline wrap it in "
             f"d2ft_hpc.PipelineModule"
         )
-    family = family_of(model)
+    family_of(model)  # or it is refused
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ConfigError(
             "model was made inside deepspeed.zero.Init: make it outside, ZeRO-3 spreads it here"
@@ -107,7 +109,7 @@ def initialize(
     check_settings(settings)
     control = _connect()
     for warning in newer_than_tested(NEWEST_TESTED):
-        say(control, warning)
+        Told(control).say(warning)
     import_deepspeed().init_distributed(auto_mpi_discovery=False)
     layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
     if layout.is_cut:
@@ -122,18 +124,14 @@ def initialize(
         compile=section.compile,
         cuda_graphs=section.cuda_graphs,
     )
-    image_shape = family.image_shape(model)
-    if image_shape is None:
-        raise ConfigError(
-            f'the model has no image size: make it with img_size=, so that "{SECTION}" can count costs'
-        )
+    image_shape = image_shape_of(model)
     costs = measure_costs(model, executor, image_shape)
     flops = layer_flops(model, costs, image_shape)
     placement = Placement(
         layout, cut_stages(flops, stages), even_owner(*executor.subnets.shape, layout.tensor_ranks)
     )
     if stages > 1:
-        say(control, describe_stages(flops, placement.stages))
+        Told(control).say(describe_stages(flops, placement.stages))
     selection = None
     if isinstance(section.options, SampleOptions):
         selection = selection_of(
@@ -170,11 +168,11 @@ def initialize(
             ours = TensorParallelEngine(*common, control=control, options_for=options_for, **step)
         else:
             if isinstance(optimizer, Optimizer) and (frozen := _leave_out_frozen_groups(optimizer)):
-                say(control, f"groups {frozen} of the optimizer have frozen parameters alone: left out")
+                Told(control).say(f"groups {frozen} of the optimizer have frozen parameters alone: left out")
             ours = DeepSpeedEngine(model, executor, optimizer, lr_scheduler, **step, **options_for(model))
     if selection is not None:
-        selection.scorer.follow(ours.logits)
-    ours.engine.d2ft = PlanFollower(ours, section, costs, placement, selection, control)
+        selection.scorer.bind(ours.logits)
+    ours.engine.d2ft = PlannedDeepSpeed(ours, section, costs, placement, selection, control)
     return ours.made  # type: ignore[no-any-return]
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from d2ft_hpc.launch import Control, connect, detect
+from d2ft_hpc.lifecycle.costs import PlanCosts
 from d2ft_hpc.metering import meter
 from d2ft_hpc.metering.phases import timed_step
 from d2ft_hpc.planning import PlanProblem, solve
-from d2ft_hpc.training.plan_costs import PlanCosts
 from d2ft_hpc.training.speed_watch import SpeedWatch
 from tests.distributed.engine_checks import SLOTS, deepspeed_engine, micro_batch, plan_of
 from tests.models import DEPTH, HEADS, tiny_vit
@@ -46,7 +46,7 @@ def check_speeds(control: Control) -> dict[str, Any]:
     for sleeper in (1, 0):
         plan = solve(problem_of(costs), "joint")
         watch.begin_plan()
-        engine.executor.load(plan, control.rank)
+        engine.executor.activate(plan, control.rank)
         for step in range(3):
             batch = [micro_batch(step, slot * 2 + control.rank, 2 * SLOTS) for slot in range(SLOTS)]
             with timed_step(torch.device("cpu")) as times:
@@ -77,7 +77,7 @@ def _blocks_that_nobody_trains(control: Control) -> dict[str, list[float]]:
     for stage in (0, 1):
         engine = deepspeed_engine(tiny_vit(), "sgd", stage)
         for kind in ("full", "whole blocks"):
-            engine.executor.load(plan_of(kind, 0, control.world_size), control.rank)
+            engine.executor.activate(plan_of(kind, 0, control.world_size), control.rank)
             with meter() as metered:
                 engine.step([micro_batch(0, slot, SLOTS) for slot in range(SLOTS)])
             sent.setdefault(f"zero{stage}", []).append(metered.bytes_sent["allreduce"])

@@ -69,7 +69,7 @@ def trained(
     for step in range(8):
         between(step, model, executor)
         if step in (2, 5):
-            executor.load(random_plan(step), 0)
+            executor.activate(random_plan(step), 0)
         for slot in range(SLOTS):
             images, labels = random_batch(10 * step + slot, 6 if step < 7 else 4)
             with executor.micro_batch(slot), torch.autocast("cuda", torch.bfloat16, enabled=autocast):

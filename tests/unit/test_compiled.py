@@ -63,7 +63,7 @@ def engine_of(compile: bool) -> PlainEngine:
 
 def train(engine: PlainEngine, plan: SkipPlan, samples: int = 6) -> float:
     """One step on micro-batches of so many samples; its loss."""
-    engine.executor.load(plan, 0)
+    engine.executor.activate(plan, 0)
     return float(engine.step([random_batch(slot, samples) for slot in range(plan.slots)]).loss)
 
 
@@ -133,8 +133,8 @@ def test_as_many_kernels_are_made_as_were_counted(
 ) -> None:
     vit = tiny_vit(depth=DEPTH, **model)
     executor = attach(vit, compile=True, **options)
-    executor.follow(None, reduction)
-    executor.load(SkipPlan(mixed_rows(), replicas=1), 0)
+    executor.bind(None, reduction)
+    executor.activate(SkipPlan(mixed_rows(), replicas=1), 0)
     for _ in range(2):
         for slot in range(2):
             images, labels = random_batch(slot)
@@ -160,7 +160,7 @@ def test_a_users_own_compiled_model_has_kernels_for_every_micro_batch() -> None:
         return graph.forward
 
     compiled = torch.compile(model, backend=keep)
-    executor.load(SkipPlan(rows, replicas=1), 0)
+    executor.activate(SkipPlan(rows, replicas=1), 0)
     for slot in range(len(rows)):
         made = len(graphs)
         with executor.micro_batch(slot):

@@ -61,7 +61,7 @@ def test_a_plan_runs_adapted_heads_as_merged_weights_would(layers: tuple[str, ..
     images, labels = random_batch(0)
     for _ in range(6):
         operations = rng.integers(0, 3, (1, DEPTH, HEADS)).astype(np.uint8)
-        executor.load(SkipPlan(operations, 1), 0)
+        executor.activate(SkipPlan(operations, 1), 0)
         with executor.micro_batch(0):
             loss = F.cross_entropy(model.train()(images), labels)
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
@@ -177,7 +177,7 @@ def test_pefts_own_model_trains_under_a_plan_and_its_files_load_in_peft(
     scale = 6 / (4**0.5 if rslora else 4)
     for _ in range(3):
         operations = rng.integers(0, 3, (1, DEPTH, HEADS)).astype(np.uint8)
-        executor.load(SkipPlan(operations, 1), 0)
+        executor.activate(SkipPlan(operations, 1), 0)
         merged = merged_twin(wrapped.get_base_model(), scale)
         merged.head.load_state_dict(wrapped.get_base_model().head.modules_to_save["default"].state_dict())
         with executor.micro_batch(0):
@@ -223,7 +223,7 @@ def test_factors_in_float32_beside_weights_in_bfloat16() -> None:
     expected = model.train()(images.bfloat16())
     executor = attach(model)
     operations = np.ones((1, DEPTH, HEADS), np.uint8)
-    executor.load(SkipPlan(operations, 1), 0)
+    executor.activate(SkipPlan(operations, 1), 0)
     with executor.micro_batch(0):
         torch.testing.assert_close(model(images.bfloat16()), expected, rtol=0.1, atol=0.1)
 
@@ -231,7 +231,7 @@ def test_factors_in_float32_beside_weights_in_bfloat16() -> None:
 def test_disabled_and_merged_factors_count_as_in_peft() -> None:
     model = adapted()
     executor = attach(model)
-    executor.load(SkipPlan(np.ones((1, DEPTH, HEADS), np.uint8), 1), 0)
+    executor.activate(SkipPlan(np.ones((1, DEPTH, HEADS), np.uint8), 1), 0)
     images, _ = random_batch(0)
     layers = [module for module in model.modules() if hasattr(module, "lora_A")]
 

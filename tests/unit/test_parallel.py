@@ -112,7 +112,7 @@ def test_parts_of_a_model_compute_what_it_does() -> None:
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     images, labels = random_batch(0)
     operations = np.random.default_rng(0).integers(0, 3, (2, DEPTH, HEADS)).astype(np.uint8)
-    executor.load(SkipPlan(operations, 1), 0)
+    executor.activate(SkipPlan(operations, 1), 0)
     for part in parts:
         part.grad_checkpointing = True
     with executor.micro_batch(1):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from d2ft_hpc.training.placing import place_in_order
 
 from d2ft_hpc import results
 from d2ft_hpc.config import RunConfig, load_config
@@ -24,8 +25,8 @@ from d2ft_hpc.training.finite import require_finite
 from d2ft_hpc.training.foresight import trial_plan
 from d2ft_hpc.training.job import set_up
 from d2ft_hpc.training.loop import train
-from d2ft_hpc.training.placing import place_in_order
 from d2ft_hpc.training.plan_costs import costs_unmeasured
+from d2ft_hpc.training.plans import plan_context
 from d2ft_hpc.training.resume import choose_start
 
 EVERY_EPOCH = "train.checkpoint_every_epochs=1"
@@ -225,7 +226,7 @@ def test_plans_that_cannot_be_are_refused_before_anything_is_evaluated_or_writte
 def test_demands_that_only_real_scores_can_decide_are_left_to_them(tmp_path: Path) -> None:
     """The paper's planner knows no memory budget: which of its plans keep one depends on the scores."""
     job = set_up(config_in(tmp_path, "plan.memory_budget=0.001"), SoloControl(), torch.device("cpu"))
-    plan = trial_plan(job, place_in_order(job), costs_unmeasured(job))
+    plan = trial_plan(plan_context(job, place_in_order(job), costs_unmeasured(job)))
     assert plan.operations.shape == job.plan_shape
 
 

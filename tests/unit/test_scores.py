@@ -110,7 +110,7 @@ def test_scores_under_autocast_are_near_those_without() -> None:
 def test_a_probe_leaves_model_gradients_and_random_state_as_they_were() -> None:
     model = tiny_vit(proj_drop_rate=0.2)
     executor = attach(model)
-    executor.load(SkipPlan.dense(1, 1, DEPTH, HEADS), replica=0)
+    executor.activate(SkipPlan.dense(1, 1, DEPTH, HEADS), replica=0)
     model.train()
     model.blocks[1].eval()
     images, labels = random_batch(0)

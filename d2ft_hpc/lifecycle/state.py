@@ -1,4 +1,4 @@
-"""What a plan's follower has to know to go on exactly: a file of ours in DeepSpeed's checkpoint folder."""
+"""What a loop's plans need to go on exactly: the plan in force, and what the next ones follow from."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.scores import Scores
 
 FILE = "d2ft.npz"
+"""In a checkpoint folder."""
 
 
 @dataclass(frozen=True)
-class SavedFollower:
+class PlanState:
     """plan: in force; None: steps are dense. batches: begun since the plan, or since scores are measured. plans_made:
     so far. scores: of the plan. observed: of the batches that give scores now, as far as they went, float32 [rank,
     slot, block, head]; None: none do."""
 
-    plan: SkipPlan | None
-    batches: int
-    plans_made: int
-    scores: Scores | None
-    observed: npt.NDArray[np.float32] | None
+    plan: SkipPlan | None = None
+    batches: int = 0
+    plans_made: int = 0
+    scores: Scores | None = None
+    observed: npt.NDArray[np.float32] | None = None
 
     def to_bytes(self) -> bytes:
         """An .npz file without pickles."""
@@ -47,12 +48,12 @@ class SavedFollower:
         return file.getvalue()
 
     @staticmethod
-    def from_bytes(content: bytes, where: str) -> SavedFollower:
+    def from_bytes(content: bytes, where: str) -> PlanState:
         """What `to_bytes` made. Raises CheckpointError, which names `where` it is from, if it is damaged."""
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 state = json.loads(arrays["state"].tobytes())
-                return SavedFollower(
+                return PlanState(
                     SkipPlan.from_bytes(arrays["plan"].tobytes()) if "plan" in arrays else None,
                     int(state["batches"]),
                     int(state["plans_made"]),

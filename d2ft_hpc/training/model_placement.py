@@ -18,7 +18,7 @@ from d2ft_hpc.parallel.stages import cut_stages
 from d2ft_hpc.planning import PlanProblem
 from d2ft_hpc.planning import place as place_heads
 from d2ft_hpc.training.job import Job
-from d2ft_hpc.training.plans import measure_scores
+from d2ft_hpc.training.probe_scores import measure_scores
 
 
 def place(job: Job, checkpoint: Path | None, watch: Watch) -> Placement:

@@ -6,16 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
+from d2ft_hpc.lifecycle import PlanCosts
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds, measure_all_reduce
 from d2ft_hpc.metering.kept import KeptBytes, measure_kept
 from d2ft_hpc.metering.memory import release_unused
 from d2ft_hpc.metering.profile import PassProfile, profile_passes
 from d2ft_hpc.training.job import Job
-from d2ft_hpc.training.plan_costs import PlanCosts, find_costs
+from d2ft_hpc.training.plan_costs import find_costs
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurements:
     profile: PassProfile
     all_reduce: AllReduceSeconds
     kept: KeptBytes | None
@@ -23,7 +24,7 @@ class Measured:
     plan_costs: PlanCosts
 
 
-def measure_job(job: Job) -> Measured:
+def measure_job(job: Job) -> Measurements:
     """On all ranks together, before the engine is built and any random state is restored."""
     data = job.config.data
     shape = (data.micro_batch_size, 3, data.image_size, data.image_size)
@@ -35,4 +36,4 @@ def measure_job(job: Job) -> Measured:
         kept = measure_kept(job.model, job.executor, shape, precision)
     release_unused(job.device)
     all_reduce = measure_all_reduce(job.device)
-    return Measured(profile, all_reduce, kept, find_costs(job, profile, all_reduce))
+    return Measurements(profile, all_reduce, kept, find_costs(job, profile, all_reduce))

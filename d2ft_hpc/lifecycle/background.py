@@ -15,7 +15,7 @@ _PLAN, _FAULT = b"+", b"-"
 
 
 @dataclass(frozen=True)
-class Replanned:
+class SolvedMeanwhile:
     """What became of a plan that was solved in the background; the same on every rank.
 
     plan: None if there is none, for the `fault` that it tells. seconds: from the order to the boundary.
@@ -26,7 +26,7 @@ class Replanned:
     seconds: float
 
 
-class Replanner:
+class BackgroundSolver:
     """Rank 0 solves in a thread (HiGHS and NumPy release Python's lock); every method is for all ranks together.
 
     While a plan is under way, each boundary costs one broadcast of a few bytes; no step ever waits for the solver. A
@@ -35,7 +35,7 @@ class Replanner:
 
     def __init__(self, control: Control) -> None:
         self._control = control
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="planner")
+        self._thread: ThreadPoolExecutor | None = None
         self._solving: Future[bytes] | None = None
         self._started: float | None = None
 
@@ -49,10 +49,11 @@ class Replanner:
             return False
         self._started = time.perf_counter()
         if self._control.rank == 0:
+            self._thread = self._thread or ThreadPoolExecutor(max_workers=1, thread_name_prefix="planner")
             self._solving = self._thread.submit(lambda: solve().to_bytes())
         return True
 
-    def at_boundary(self, *, wait: bool = False) -> Replanned | None:
+    def at_boundary(self, *, wait: bool = False) -> SolvedMeanwhile | None:
         """The plan that comes into force now, if it is ready.
 
         wait: until it is; for the moments at which a run must know its plan, such as a checkpoint.
@@ -66,8 +67,8 @@ class Replanner:
         seconds = time.perf_counter() - self._started
         self._started = self._solving = None
         if message.startswith(_FAULT):
-            return Replanned(None, message[1:].decode(), seconds)
-        return Replanned(SkipPlan.from_bytes(message[1:]), "", seconds)
+            return SolvedMeanwhile(None, message[1:].decode(), seconds)
+        return SolvedMeanwhile(SkipPlan.from_bytes(message[1:]), "", seconds)
 
     def _result(self, wait: bool) -> bytes:
         """Empty while the solver is at work."""

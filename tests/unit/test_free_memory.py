@@ -16,16 +16,18 @@ from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.launch.watch import Watch
+from d2ft_hpc.lifecycle import solve_plan
 from d2ft_hpc.metering.kept import KeptBytes, measure_kept
 from d2ft_hpc.metering.memory import free_bytes_of_host, kept_bytes
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, solve
-from d2ft_hpc.training import room
+from d2ft_hpc.training import free_memory
 from d2ft_hpc.training.job import set_up
-from d2ft_hpc.training.measured import measure_job
-from d2ft_hpc.training.placing import place
+from d2ft_hpc.training.measurements import measure_job
+from d2ft_hpc.training.model_placement import place
 from d2ft_hpc.training.plan_costs import find_costs
-from d2ft_hpc.training.plans import make_plan, measure_scores
+from d2ft_hpc.training.plans import plan_context
+from d2ft_hpc.training.probe_scores import measure_scores
 from tests.models import DEPTH, HEADS, tiny_vit
 
 SAMPLES = 4
@@ -41,7 +43,7 @@ def placed(rank=0, *, ranks=1, stages=1, tensor_ranks=1):
 
 def really_kept(model, executor, operations):
     images = torch.zeros(SAMPLES, 3, *model.patch_embed.img_size)
-    executor.load(SkipPlan(operations[None], 1), 0)
+    executor.activate(SkipPlan(operations[None], 1), 0)
     with executor.micro_batch(0):
         return kept_bytes(lambda: model(images).sum(), (*model.parameters(), *model.buffers(), images))
 
@@ -67,7 +69,7 @@ def test_a_rank_with_less_memory_is_planned_less_from_the_start(planner):
     scores = np.exp(np.random.default_rng(0).standard_normal((2, 4, DEPTH, HEADS)))
     kept = KeptBytes(unowned=10.0, by_full=2.0)
     half = DEPTH * HEADS // 2
-    limits = [room.most_full(free, kept, placed(), slots=2) for free in (1e9, 10.0 + 2.0 * half + 1.0)]
+    limits = [free_memory.most_full(free, kept, placed(), slots=2) for free in (1e9, 10.0 + 2.0 * half + 1.0)]
     assert limits == [DEPTH * HEADS, half]
 
     def solved(most_full):
@@ -88,17 +90,19 @@ def test_a_rank_with_less_memory_is_planned_less_from_the_start(planner):
 
 def test_limits_of_parts():
     kept = KeptBytes(unowned=DEPTH * 4.0, by_full=2.0)
-    whole = room.most_full(1e9, kept, placed(), slots=4)
+    whole = free_memory.most_full(1e9, kept, placed(), slots=4)
     assert whole == DEPTH * HEADS
-    assert room.most_full(-5.0, kept, placed(), slots=4) == 0
-    assert room.most_full(math.nan, kept, placed(), slots=4) == whole
+    assert free_memory.most_full(-5.0, kept, placed(), slots=4) == 0
+    assert free_memory.most_full(math.nan, kept, placed(), slots=4) == whole
     # The first of two stages keeps two micro-batches at once, the last one: each of half of the blocks.
     first, last = (placed(rank, ranks=2, stages=2) for rank in (0, 1))
     for placement, at_once in ((first, 2), (last, 1)):
         for full in range(int(placement.own.sum()) + 1):
             needed = at_once * (len(placement.blocks) * 4.0 + full * 2.0)
-            assert room.most_full(needed, kept, placement, slots=4) == full
-    assert room.most_full(1e9, kept, placed(ranks=2, tensor_ranks=2), slots=4) == DEPTH * 2  # of 3 heads
+            assert free_memory.most_full(needed, kept, placement, slots=4) == full
+    assert (
+        free_memory.most_full(1e9, kept, placed(ranks=2, tensor_ranks=2), slots=4) == DEPTH * 2
+    )  # of 3 heads
 
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
@@ -111,7 +115,7 @@ def test_gradients_and_optimiser_state_take_what_was_said(make):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     engine = PlainEngine(model, executor, optimizer, schedule, F.cross_entropy)
     said = engine.bytes_to_come
-    executor.load(SkipPlan.dense(1, 1, DEPTH, HEADS), 0)
+    executor.activate(SkipPlan.dense(1, 1, DEPTH, HEADS), 0)
     engine.step([(torch.randn(SAMPLES, 3, *model.patch_embed.img_size), torch.arange(SAMPLES) % 3)])
     gradients = sum(parameter.nbytes for parameter in trained)
     state = sum(
@@ -134,29 +138,36 @@ def test_a_job_short_of_memory_plans_less_and_keeps_to_it_when_resumed(tmp_path,
     watch = Watch(control, silence_seconds=30, stall_seconds=600, run_folder=tmp_path)
     placement = place(job, None, watch)
     engine = build_engine(config, job.model, job.executor, placement, job.total_steps, job.loss, control)
-    assert room.with_room(job, engine, placement, measured.kept, measured.plan_costs).most_full is None
+    assert (
+        free_memory.with_memory_limits(job, engine, placement, measured.kept, measured.plan_costs).most_full
+        is None
+    )
 
     kept, subnets = measured.kept, job.costs.num_subnets
     wanted = engine.bytes_to_come + kept.unowned + (subnets // 2 + 0.5) * kept.by_full
-    monkeypatch.setattr(room, "free_bytes", lambda device: wanted / (1 - room.HEADROOM))
-    costs = room.with_room(job, engine, placement, kept, measured.plan_costs)
+    monkeypatch.setattr(free_memory, "free_bytes", lambda device: wanted / (1 - free_memory.HEADROOM))
+    costs = free_memory.with_memory_limits(job, engine, placement, kept, measured.plan_costs)
     assert costs.most_full == [subnets // 2]
-    assert f"at most: {subnets // 2} on rank 0" in room.describe_room(costs, kept, subnets)
+    assert f"at most: {subnets // 2} on rank 0" in free_memory.describe_memory(costs, kept, subnets)
     scores = measure_scores(job, job.model, job.loss, watch)
-    plans = [make_plan(job, placement, each, scores, 0, 0) for each in (measured.plan_costs, costs)]
+    contexts = [plan_context(job, placement, each) for each in (measured.plan_costs, costs)]
+    plans = [solve_plan(context, scores, 0, 0) for context in contexts]
     unlimited, limited = ((plan.operations == Operation.FULL).sum(axis=(1, 2)).max() for plan in plans)
     assert limited <= subnets // 2 < unlimited
 
     train = config.train.model_copy(update={"resume": True})
     resumed = replace(job, config=config.model_copy(update={"train": train}))
-    monkeypatch.setattr(room, "free_bytes", lambda device: 1e12)
+    monkeypatch.setattr(free_memory, "free_bytes", lambda device: 1e12)
     again = find_costs(resumed, measured.profile, measured.all_reduce)
     assert again == costs
-    assert room.with_room(resumed, engine, placement, kept, again) == costs
+    assert free_memory.with_memory_limits(resumed, engine, placement, kept, again) == costs
 
     told = load_config(Path("configs/demo.yaml"), [*overrides, "plan.memory_budget=1.0"])
     assert measure_job(replace(job, config=told)).kept is None
-    assert room.with_room(job, engine, placement, None, measured.plan_costs) == measured.plan_costs
+    assert (
+        free_memory.with_memory_limits(job, engine, placement, None, measured.plan_costs)
+        == measured.plan_costs
+    )
 
 
 @pytest.mark.parametrize("version", [1, 2])

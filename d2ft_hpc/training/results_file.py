@@ -13,16 +13,16 @@ from d2ft_hpc.results.aside import discard, has_record, is_unbegun, set_aside
 from d2ft_hpc.results.layout import rank_file
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.job import Job
-from d2ft_hpc.training.measured import Measured
-from d2ft_hpc.training.recorded import note, record_job, record_plan
+from d2ft_hpc.training.measurements import Measurements
 from d2ft_hpc.training.resume import Start
+from d2ft_hpc.training.run_log import note, record_job, record_plan
 
 BEFORE_ALL = -2
 """As the last step that is kept: nothing is, not even the evaluation before the first step."""
 
 
 def open_results(
-    job: Job, environment: Mapping[str, str | int], measured: Measured, start: Start
+    job: Job, environment: Mapping[str, str | int], measured: Measurements, start: Start
 ) -> ResultsWriter:
     """Rank 0's writer. A resumed run goes on with the record that it had, or with a new one where that is lost; one
     that begins takes the place of a run that never began a step. Raises ResultsError."""

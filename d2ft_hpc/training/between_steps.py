@@ -11,17 +11,14 @@ from d2ft_hpc.config import TrainConfig
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.errors import DivergedError
 from d2ft_hpc.launch.agree import AgreedError
-from d2ft_hpc.launch.watch import Watch
-from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.training.checkpoint import Position
 from d2ft_hpc.training.job import Job
-from d2ft_hpc.training.progress import Progress
-from d2ft_hpc.training.recorded import note
 from d2ft_hpc.training.records import StepRecorder
+from d2ft_hpc.training.run_log import RunLog
 from d2ft_hpc.training.saver import CheckpointSaver
 
 
-class StepBoundary:
+class BetweenSteps:
     """All ranks cross each boundary together in effect, though none waits for another unless something is due."""
 
     def __init__(
@@ -30,14 +27,12 @@ class StepBoundary:
         engine: Engine,
         saver: CheckpointSaver,
         recorder: StepRecorder,
-        writer: ResultsWriter | None,
-        progress: Progress,
-        watch: Watch,
+        log: RunLog,
         settle: Callable[[Position], Position],
     ) -> None:
         """settle: ends what is under way and belongs into a checkpoint."""
         self._job, self._engine, self._saver = job, engine, saver
-        self._recorder, self._writer, self._progress, self._watch = recorder, writer, progress, watch
+        self._recorder, self._log, self._watch = recorder, log, log.watch
         self._settle = settle
         self._saved_at = time.monotonic()
         self._gives_up = False
@@ -58,8 +53,8 @@ class StepBoundary:
             return position, True
         self._saver.finish()
         text = f"stopped after {position.steps_done} steps by {self._watch.reasons['stop']}"
-        self._progress.say(f"{text}; saved: start the run again to go on")
-        note(self._writer, position.steps_done, "stop", text)
+        self._log.say(f"{text}; saved: start the run again to go on")
+        self._log.note(position.steps_done, "stop", text)
         return position, False
 
     def end(self, position: Position) -> None:
@@ -94,7 +89,7 @@ class StepBoundary:
     def _diverged(self, position: Position, why: str) -> NoReturn:
         """why: as `StepRecorder.fault`."""
         steps_done, text = why.split(" ", 1)
-        note(self._writer, position.steps_done, "diverged", text)
+        self._log.note(position.steps_done, "diverged", text)
         raise DivergedError(text, int(steps_done)) from AgreedError()
 
     def _save(self, position: Position) -> Position:
@@ -109,7 +104,7 @@ class StepBoundary:
         saved = self._saver.save(self._engine, plan, position, self._recorder.flush)
         seconds = time.perf_counter() - start
         self._saved_at = time.monotonic()
-        note(self._writer, position.steps_done, "checkpoint", saved.name, seconds)
+        self._log.note(position.steps_done, "checkpoint", saved.name, seconds)
         logging.getLogger(__name__).info("%s: training waited %.3f s", saved.name, seconds)
         return position
 

@@ -12,7 +12,7 @@ from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.training.evaluate import Evaluation
 
 
-class Board:
+class TensorBoard:
     """Writes the scalars of a run below `folder`. Raises ConfigError if tensorboard is not installed."""
 
     def __init__(self, folder: Path) -> None:

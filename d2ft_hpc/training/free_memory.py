@@ -9,17 +9,18 @@ from dataclasses import replace
 
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import agreed
+from d2ft_hpc.lifecycle import PlanCosts
 from d2ft_hpc.metering.kept import KeptBytes
 from d2ft_hpc.metering.memory import free_bytes
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.training.job import Job
-from d2ft_hpc.training.plan_costs import PlanCosts, keep_costs
+from d2ft_hpc.training.plan_costs import keep_costs
 
 HEADROOM = 0.1
 """Share of the free memory that is left for what a backward needs beside what it was kept for, and for gaps."""
 
 
-def with_room(
+def with_memory_limits(
     job: Job, engine: Engine, placement: Placement, kept: KeptBytes | None, costs: PlanCosts
 ) -> PlanCosts:
     """The costs with the most FULL subnets of each rank, if some rank has not the memory for a dense micro-batch.
@@ -58,7 +59,7 @@ def most_full(room_bytes: float, kept: KeptBytes, placement: Placement, slots: i
     return own if math.isnan(fitting) else max(0.0, min(own, float(math.floor(min(fitting, own)))))
 
 
-def describe_room(costs: PlanCosts, kept: KeptBytes, num_subnets: int) -> str:
+def describe_memory(costs: PlanCosts, kept: KeptBytes, num_subnets: int) -> str:
     """One line of what was measured and what follows."""
     rooms = costs.room_bytes or []
     line = f"memory: a dense micro-batch keeps {_size(kept.of(num_subnets))}, ranks have room for {_range(rooms)}"
