@@ -87,7 +87,7 @@ class PlannedLoop:
 
     same_rows: str | None = None
 
-    def __init__(self, model: VisionTransformer, section: D2ftSection, micro_batches: int) -> None:
+    def __init__(self, model: nn.Module, section: D2ftSection, micro_batches: int) -> None:
         self.section, self.slots = section, micro_batches
         self._model = model
         self.executor = attach_executor(
