@@ -170,7 +170,13 @@ def test_a_run_that_was_refused_does_not_block_the_corrected_one(
     tmp_path: Path, resume: str, files: str
 ) -> None:
     with pytest.raises(PlanError):
-        run(tmp_path, "plan.options.coverage=9", "plan.planner=joint", f"train.resume={resume}")
+        run(
+            tmp_path,
+            "plan.options.most_shortcut=0",
+            "plan.compute_budget=0.2",
+            "plan.planner=joint",
+            f"train.resume={resume}",
+        )
     assert (tmp_path / "demo" / "results.h5").exists()
     folder = run(
         tmp_path, f"train.resume={resume}", f"results.file_per_rank={files}", "train.steps_share=0.4"
@@ -178,7 +184,7 @@ def test_a_run_that_was_refused_does_not_block_the_corrected_one(
     with results.open(folder) as record:
         assert record.complete
         assert record.table("steps")["step"].tolist() == [0, 1]
-        assert record.config["plan"]["options"]["coverage"] == 0
+        assert record.config["plan"]["compute_budget"] == 0.6
     with pytest.raises(Exception, match="exists already and is not overwritten"):
         run(tmp_path, "train.steps_share=0.4")
 
