@@ -130,5 +130,5 @@ def test_a_device_that_waits_for_nobody_is_not_said_to_wait_a_negative_time():
 
 def test_an_option_that_a_planner_does_not_have_is_refused():
     problem = pose(saved_scores(), compute_budget=0.6)
-    with pytest.raises(PlanError, match="Planner paper has no option coverage; it knows full_share"):
-        solve(problem, "paper", coverage=1)
+    with pytest.raises(PlanError, match="Planner paper has no option most_shortcut; it knows full_share"):
+        solve(problem, "paper", most_shortcut=0.5)
