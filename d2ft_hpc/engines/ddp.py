@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -49,12 +49,17 @@ def bind_ddp(
             f"DistributedDataParallel reduces {reduced} parameters, {trained} are trained; it would wait for the rest: "
             f"call attach, which freezes some, before DistributedDataParallel(model)"
         )
-    executor.bind(
-        slot_source,
-        reduction,
-        partial(_check, ddp),
-        reduces=lambda block: bool(ddp.require_backward_grad_sync),
-    )
+    kept = weakref.ref(ddp)  # whose process group ends with it, though the executor may live on
+
+    def check(plan: SkipPlan) -> None:
+        if (ddp := kept()) is not None:
+            _check(ddp, plan)
+
+    def reduces(block: Block) -> bool:
+        ddp = kept()
+        return ddp is not None and bool(ddp.require_backward_grad_sync)
+
+    executor.bind(slot_source, reduction, check, reduces)
 
 
 def _check(ddp: DistributedDataParallel, plan: SkipPlan) -> None:
