@@ -28,6 +28,7 @@ from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.metering.memory import kept_bytes
+from d2ft_hpc.model.build import build_model
 from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.planning import Operation, SkipPlan
 
@@ -179,7 +180,7 @@ def describe(found: Mapping[str, Any]) -> str:
 
 
 def _model(sizes: Sizes) -> VisionTransformer:
-    model: VisionTransformer = timm.create_model(sizes.model, img_size=sizes.image_size, num_classes=1000)
+    model = build_model(sizes.model, num_classes=1000, options={"img_size": sizes.image_size})
     if sizes.lora_rank is not None:
         _adapt(model, sizes.lora_rank)
     return model.to(device=sizes.device, dtype=sizes.dtype).train()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -12,7 +11,7 @@ from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.lifecycle.background import BackgroundSolver
 from d2ft_hpc.lifecycle.context import PlanContext
-from d2ft_hpc.lifecycle.costs import PlanCosts, with_less_memory
+from d2ft_hpc.lifecycle.costs import PlanCosts
 from d2ft_hpc.lifecycle.solve import reads_scores, solve_plan, token_layout_of
 from d2ft_hpc.lifecycle.state import PlanState
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
@@ -116,19 +115,6 @@ class PlanController:
             self.make(step, may_overlap=self.context.settings.replan.overlap and self.plans_made > 0)
         self._take_over(step)
         self.batches += 1
-
-    def plan_less(self, ranks: Sequence[int], step: int) -> None:
-        """After replicas ran out of memory: a plan with fewer FULL subnets for them comes into force."""
-        assert self.plan is not None
-        reckoned = with_less_memory(self.context.reckoned, self.plan, ranks, self.context.costs.trains)
-        self.reckon_with(reckoned)
-        most_full = reckoned.most_full or ()
-        told = ", ".join(f"rank {rank}: at most {most_full[rank]:.0f}" for rank in ranks)
-        self.listener.say(
-            f"out of memory, the step is repeated; FULL subnets of a micro-batch from now on: {told}"
-        )
-        self.listener.note(step, "memory", told)
-        self.make(step)
 
     def reckon_with(self, costs: PlanCosts) -> None:
         """The next plans reckon with other costs or speeds."""

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
-from d2ft_hpc.errors import ConfigError, PlanError
+from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.files.untrusted import RefusedError
-from d2ft_hpc.launch.agree import AgreedError
 from d2ft_hpc.metering import StepCosts
-from d2ft_hpc.planning import Operation, SkipPlan
 
 PAPER_FORWARD_COST = 0.4
 """Of FORWARD_ONLY in units of FULL (arXiv 2504.12471)."""
@@ -77,24 +73,6 @@ class PlanCosts:
 
 
 _PLAN_COSTS = TypeAdapter(PlanCosts)
-
-
-def with_less_memory(
-    costs: PlanCosts, plan: SkipPlan, ranks: Sequence[int], trains: npt.NDArray[np.bool_]
-) -> PlanCosts:
-    """The costs after replicas ran out of memory under a plan: a tenth fewer FULL subnets, at least one, than the plan
-    had in a micro-batch. ranks: the replicas, each of one rank. trains: blocks that plans
-    have a say in, bool [block]. Raises PlanError where there are none left to take."""
-    most_full = [math.inf] * plan.replicas if costs.most_full is None else list(costs.most_full)
-    for rank in ranks:
-        full = int((plan.for_replica(rank)[:, trains] == Operation.FULL).sum(axis=(1, 2)).max())
-        most_full[rank] = min(most_full[rank], full - max(1, full // 10))
-        if most_full[rank] < 0:
-            raise PlanError(
-                f"rank {rank} runs out of memory although no head of its micro-batches is FULL: use fewer samples "
-                f"(data.micro_batch_size), or engine.activation_checkpointing=true"
-            ) from AgreedError()
-    return replace(costs, most_full=most_full)
 
 
 def relative_speeds(seconds: Sequence[float]) -> list[float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +17,10 @@ from d2ft_hpc.planning import BUDGET_EPSILON, PlanProblem, SkipPlan, plan_sample
 from d2ft_hpc.planning.messages import TokenLayout
 from d2ft_hpc.scores import Scores
 
-UNSCORED = ("dense", "samples", "random", "last_blocks", "stochastic_depth")
-"""Planners that read no scores."""
-
 
 def reads_scores(settings: PlanConfig) -> bool:
     """Whether scores are to be measured before a plan can be made."""
-    return settings.planner not in UNSCORED and settings.file is None
+    return settings.entry.reads_scores and settings.file is None
 
 
 def solve_plan(context: PlanContext, scores: Scores | None, index: int, step: int) -> SkipPlan:
@@ -39,7 +35,7 @@ def solve_plan(context: PlanContext, scores: Scores | None, index: int, step: in
     settings, replicas, budget = context.settings, context.replicas, context.budget_from(step)
     if settings.file is not None:
         return _saved_plan(Path(settings.file), context)
-    if settings.planner == "samples":
+    if settings.entry.binding == "sample":
         return plan_samples(
             samples=context.slots * context.micro_batch_size,
             slots=context.slots,
@@ -49,7 +45,7 @@ def solve_plan(context: PlanContext, scores: Scores | None, index: int, step: in
             compute_budget=budget,
             score_cost=context.costs.score_flops / context.costs.dense_flops,
         )
-    if settings.planner == "dense":
+    if not settings.entry.keeps_budgets:
         return SkipPlan.dense(context.slots, replicas, *context.subnets)
     planned = context.costs.trains
     _check_frozen(planned, context.placement)
@@ -61,7 +57,7 @@ def solve_plan(context: PlanContext, scores: Scores | None, index: int, step: in
     ]
     if settings.messages == "by_head" or settings.communication_budget is None:
         problems = problems[:1]  # the layout changes nothing for the planner
-    options = _planner_options(settings, (context.seed, index))
+    options = settings.arguments(seed=(context.seed, index))
     plans = [solve(problem, settings.planner, **options) for problem in problems]
     plan = plans[0]
     if len(plans) > 1:
@@ -167,36 +163,3 @@ def _saved_plan(path: Path, context: PlanContext) -> SkipPlan:
             "score and plan with the same model, data.slots and number of ranks"
         )
     return replace(plan, replicas=context.replicas)
-
-
-def _planner_options(config: PlanConfig, seed: tuple[int, int]) -> dict[str, Any]:
-    match config.planner:
-        case "paper":
-            return {"full_share": config.full_share}
-        case "random":
-            return {"full_share": config.full_share, "seed": seed}
-        case "stochastic_depth":
-            return {"seed": seed}
-        case "routing":
-            return {"capacity_factor": config.capacity_factor}
-        case "joint" | "makespan":
-            return {
-                "time_limit_seconds": config.time_limit_seconds,
-                "coverage": config.coverage,
-                "most_shortcut": config.most_shortcut,
-            }
-        case "static":
-            return {
-                "coverage": config.coverage,
-                "most_shortcut": config.most_shortcut,
-                "heads_multiple": config.heads_multiple,
-            }
-        case "depth":
-            return {
-                "time_limit_seconds": config.time_limit_seconds,
-                "below": config.below,
-                "whole_rows": config.whole_rows,
-                "coverage": config.coverage,
-            }
-        case _:
-            return {}

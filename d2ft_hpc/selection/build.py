@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
-from d2ft_hpc.config import SamplesConfig
+from d2ft_hpc.families.table import family_of
 from d2ft_hpc.metering import meter
+from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.selection.scorer import SampleScorer
 from d2ft_hpc.selection.select import SampleSelection
 
 
 def selection_of(
-    config: SamplesConfig,
-    model: VisionTransformer,
+    config: SampleOptions,
+    model: nn.Module,
     image_size: int,
     *,
     seed: int,
@@ -22,7 +23,7 @@ def selection_of(
     cuda_graphs: bool = False,
 ) -> SampleSelection:
     """What scores and draws a replica's samples. image_size: pixels, of the images that are trained on."""
-    patch_size = model.patch_embed.patch_size[0]
+    patch_size = family_of(model).patch_size(model)[0]
     half = -(-image_size // (2 * patch_size)) * patch_size
     scorer = SampleScorer(
         model,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.engines.build import build_engine
@@ -29,6 +29,7 @@ from d2ft_hpc.training.checkpoint import Position, load_checkpoint
 from d2ft_hpc.training.environment import describe_environment
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.finite import require_finite, with_advice
+from d2ft_hpc.training.foresight import foresee_plans
 from d2ft_hpc.training.free_memory import describe_memory, with_memory_limits
 from d2ft_hpc.training.job import Job, layout_of, set_up
 from d2ft_hpc.training.measurements import Measurements, measure_job
@@ -97,6 +98,9 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
         plan = load_checkpoint(start.checkpoint, engine, control)
         plan = replace(plan, replicas=job.sampler.replicas)
         run.plans.restore(PlanState(plan, plans_made=start.position.plans_made))
+    if start.checkpoint is None or job.config.plan.replan.every is not None:
+        watch.enter("looking for a plan", allowed_seconds=2 * job.config.plan.time_limit_seconds)
+        foresee_plans(run.plans)
     watch.enter("opening the run's folder")
     with ExitStack() as stack, with_advice(config):
         own_writer, first_plan = None, 0
@@ -139,17 +143,6 @@ def _train_epochs(run: _Run, recorder: StepRecorder, position: Position, config_
     if position.steps_done == 0 and config.train.evaluate_at_start:
         _evaluate(run, position)
 
-    def ranks_short(is_short: bool) -> tuple[int, ...]:
-        return tuple(rank for rank, part in enumerate(control.all_gather(bytes([is_short]))) if part[0])
-
-    def plan_less(ranks: tuple[int, ...]) -> int:
-        """A plan in force with less memory for these ranks; its index."""
-        plans.plan_less(ranks, position.steps_done)
-        return plans.plans_made - 1
-
-    if config.engine.repeat_out_of_memory:
-        engine.short_of_memory = ranks_short
-
     def settle(position: Position) -> Position:
         """As a checkpoint holds it: no plan is under way any more."""
         plans.settle(position.steps_done)
@@ -179,7 +172,7 @@ def _train_epochs(run: _Run, recorder: StepRecorder, position: Position, config_
                 if plans.plans_made != plans_made:
                     plans_made = plans.plans_made
                     speed_watch.begin_plan()
-                record = runner.run(batches, step=step, epoch=epoch, plan=plans_made - 1, less=plan_less)
+                record = runner.run(batches, step=step, epoch=epoch, plan=plans_made - 1)
                 recorder.add(record)
                 speed_watch.add(record.of_rank["executed_flops"], record.times)
                 position = replace(position.after_step(), plans_made=plans.plans_made)
@@ -206,7 +199,7 @@ def _evaluate(run: _Run, position: Position) -> None:
     run.log.evaluated(position, result)
 
 
-def _save_model(job: Job, model: VisionTransformer) -> None:
+def _save_model(job: Job, model: nn.Module) -> None:
     """Raises CheckpointError where it cannot be written, DivergedError if its weights are not finite; an older model is
     then unharmed."""
     weights = {name: tensor.contiguous() for name, tensor in timm_state(model).items()}

@@ -28,7 +28,7 @@ def place(job: Job, checkpoint: Path | None, watch: Watch) -> Placement:
     Raises ConfigError or PlanError where the model has too few blocks or heads.
     """
     config, layout = job.config, job.layout
-    flops = job.layer_flops  # counted before an engine spreads the weights
+    _ = job.layer_flops  # counted before an engine spreads the weights
     with agreed(job.control, "placing the model's parts"):
         if checkpoint is not None and layout.is_cut:
             saved = checkpoint / PLACEMENT
@@ -38,8 +38,8 @@ def place(job: Job, checkpoint: Path | None, watch: Watch) -> Placement:
                         f"{saved}: places {placement.owner.shape} blocks and heads, not this model's"
                     )
                 return placement
-        stages = cut_stages(flops, layout.stages)
-        owner = even_owner(*job.executor.subnets.shape, layout.tensor_ranks)
+        placed = place_in_order(job)
+    stages, owner = placed.stages, placed.owner
     if config.engine.head_placement == "spread" and layout.tensor_ranks > 1:
         scores = measure_scores(job, job.model, job.loss, watch)
         if scores is not None:
@@ -59,6 +59,12 @@ def place(job: Job, checkpoint: Path | None, watch: Watch) -> Placement:
             # By rank 0 alone: where the time limit stops it depends on the rank.
             owner = np.frombuffer(share(job.control, solve, "the heads' places"), "<i8").reshape(owner.shape)
     return Placement(layout, stages, owner)
+
+
+def place_in_order(job: Job) -> Placement:
+    """Stages by cost, neighbouring heads together. Raises ConfigError or PlanError as `place`."""
+    stages = cut_stages(job.layer_flops, job.layout.stages)
+    return Placement(job.layout, stages, even_owner(*job.executor.subnets.shape, job.layout.tensor_ranks))
 
 
 def costs_of_rank(job: Job, placement: Placement) -> StepCosts:

@@ -81,27 +81,27 @@ def keep_costs(job: Job, costs: PlanCosts) -> None:
 
 
 def _costs(job: Job, of_ranks: Sequence[PassProfile]) -> PlanCosts:
-    table = job.config.plan.device_speed
-    counted = PlanCosts.counted(job.costs, table, len(of_ranks))
-    speed = counted.device_speed
-    match job.config.plan.costs:
-        case "flops":
-            return counted
-        case "paper":
-            return PlanCosts(PAPER_FORWARD_COST, 0.0, speed, "paper")
-        case "measured":
-            if not np.isfinite([passes.dense_seconds for passes in of_ranks]).all():
-                raise ConfigError(
-                    "plan.costs='measured': a dense micro-batch did not fit on some rank; use flops"
-                )
-            if table is None:
-                speed = relative_speeds([passes.dense_seconds for passes in of_ranks])
-            return PlanCosts(
-                float(np.median([passes.forward_share for passes in of_ranks])),
-                float(np.median([passes.always_share for passes in of_ranks])),
-                speed,
-                "measured",
-            )
+    costs = costs_unmeasured(job)
+    if job.config.plan.costs != "measured":
+        return costs
+    if not np.isfinite([passes.dense_seconds for passes in of_ranks]).all():
+        raise ConfigError("plan.costs='measured': a dense micro-batch did not fit on some rank; use flops")
+    if job.config.plan.device_speed is None:
+        costs = replace(costs, device_speed=relative_speeds([passes.dense_seconds for passes in of_ranks]))
+    return replace(
+        costs,
+        forward_share=float(np.median([passes.forward_share for passes in of_ranks])),
+        always_share=float(np.median([passes.always_share for passes in of_ranks])),
+        source="measured",
+    )
+
+
+def costs_unmeasured(job: Job) -> PlanCosts:
+    """The paper's costs, or those by FLOPs. Raises ConfigError if there are not as many speeds as ranks."""
+    counted = PlanCosts.counted(job.costs, job.config.plan.device_speed, job.control.world_size)
+    if job.config.plan.costs == "paper":
+        return PlanCosts(PAPER_FORWARD_COST, 0.0, counted.device_speed, "paper")
+    return counted
 
 
 def _kept(job: Job, profile: PassProfile) -> PassProfile:

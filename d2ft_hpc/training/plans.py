@@ -5,7 +5,6 @@ from __future__ import annotations
 from d2ft_hpc.config import EngineConfig, PlanConfig
 from d2ft_hpc.lifecycle import PlanContext, PlanCosts
 from d2ft_hpc.parallel.layout import Placement
-from d2ft_hpc.parallel.part import tokens_of
 from d2ft_hpc.parallel.tensor import layouts_of
 from d2ft_hpc.training.job import Job
 
@@ -29,8 +28,8 @@ def plan_context(job: Job, placement: Placement, costs: PlanCosts) -> PlanContex
         if replan.every is None
         else replan.every * (job.sampler.batches_per_epoch if replan.unit == "epochs" else 1)
     )
-    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    numbers = config.data.micro_batch_size * tokens * model.embed_dim
+    family = job.executor.subnets.family
+    numbers = config.data.micro_batch_size * family.numbers_between(model)
     configured = config.engine.token_layout
     return PlanContext(
         config.plan,
@@ -42,7 +41,11 @@ def plan_context(job: Job, placement: Placement, costs: PlanCosts) -> PlanContex
         seed=config.run.seed,
         replicas_meet=meets_every_block(config.engine),
         activation_bytes=numbers * (4 if config.engine.precision == "fp32" else 2),
-        token_layouts=(layouts_of(model.blocks, tokens_of(model)) if configured == "auto" else (configured,)),
+        token_layouts=(
+            layouts_of(family, family.blocks(model), family.tokens_between(model))
+            if configured == "auto"
+            else (configured,)
+        ),
         total_steps=job.total_steps,
         steps_between_plans=steps_between,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from d2ft_hpc import __version__
 from d2ft_hpc.data.loader import train_loader
@@ -26,8 +26,8 @@ from d2ft_hpc.lifecycle.rows import rows_of_all
 from d2ft_hpc.lifecycle.solve import reads_scores
 from d2ft_hpc.metering import meter
 from d2ft_hpc.metering.memory import release_unused
-from d2ft_hpc.scores import Scores, gradient_scores, weight_magnitude
-from d2ft_hpc.scores.gradients import GradientScore
+from d2ft_hpc.score_table import SCORES
+from d2ft_hpc.scores import Scores, gradient_scores, scores_of_weights
 from d2ft_hpc.scores.measured import ScoreCache, digest
 from d2ft_hpc.training.job import Job
 
@@ -43,9 +43,7 @@ class ProbeScores(ScoreSource):
             return measure_scores(self._job, model, self._job.loss, self._watch)
 
 
-def measure_scores(
-    job: Job, model: VisionTransformer, loss_function: LossFunction, watch: Watch
-) -> Scores | None:
+def measure_scores(job: Job, model: nn.Module, loss_function: LossFunction, watch: Watch) -> Scores | None:
     """Scores averaged over the first batches of the sampler's epoch; on all ranks together, the same on each.
 
     None for planners that read no scores.
@@ -77,12 +75,10 @@ def _probe(job: Job) -> Iterator[list[MicroBatch]]:
     return islice(job.batches(loader), job.config.plan.probe_batches)
 
 
-def _measure(
-    job: Job, model: VisionTransformer, loss_function: LossFunction, watch: Watch, start: float
-) -> Scores:
+def _measure(job: Job, model: nn.Module, loss_function: LossFunction, watch: Watch, start: float) -> Scores:
     config, subnets = job.config.plan, job.executor.subnets
     names = (config.forward_score, config.backward_score)
-    gradient_names: list[GradientScore] = [name for name in names if name != "weight_magnitude"]
+    gradient_names = [name for name in names if SCORES[name].reads_gradients]
     autocast_dtype = torch.bfloat16 if job.config.engine.precision == "bf16" else None
     lora = job.config.model.lora
     adapters = lora is None or lora.scores == "adapters"
@@ -112,9 +108,9 @@ def _measure(
         )
         for name in gradient_names
     }
-    if "weight_magnitude" in names:
-        magnitude = weight_magnitude(model, subnets, adapters).cpu().numpy()
-        rows["weight_magnitude"] = np.broadcast_to(magnitude, job.plan_shape)
+    for name in set(names) - set(gradient_names):
+        of_all_rows = scores_of_weights(SCORES[name], model, subnets, adapters).cpu().numpy()
+        rows[name] = np.broadcast_to(of_all_rows, job.plan_shape)
     flops = sum(
         struct.unpack("<d", part)[0] for part in job.control.all_gather(struct.pack("<d", metered.flops))
     )
@@ -122,7 +118,7 @@ def _measure(
     return Scores(forward, backward, time.perf_counter() - start, *names, flops)
 
 
-def _cache_key(job: Job, model: VisionTransformer) -> str:
+def _cache_key(job: Job, model: nn.Module) -> str:
     """Of all ranks' weights and images and of the settings that decide the scores."""
     config = job.config
     settings = {

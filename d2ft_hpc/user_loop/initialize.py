@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import distributed, nn
 from torch.optim import Optimizer
 
@@ -19,16 +18,19 @@ from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.engines.deepspeed_settings import check_settings
 from d2ft_hpc.engines.pipeline import PipelineEngine
+from d2ft_hpc.engines.private_names import NEWEST_TESTED, newer_than_tested
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.errors import ConfigError, LaunchError, UnsupportedModelError
 from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.families.table import family_of
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.metering import measure_costs
-from d2ft_hpc.model.any_size import image_shape_of
+from d2ft_hpc.model.image_shape import image_shape_of
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
+from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.pipeline_module import PipelineModule
 from d2ft_hpc.user_loop.planned_deepspeed import PlannedDeepSpeed
@@ -41,7 +43,7 @@ _END_SECONDS = 25.0
 
 def initialize(
     args: Any = None,
-    model: VisionTransformer | PipelineModule | None = None,
+    model: nn.Module | PipelineModule | None = None,
     optimizer: Any = None,
     model_parameters: Any = None,
     training_data: Any = None,
@@ -86,11 +88,12 @@ def initialize(
         )
     pipeline = model if isinstance(model, PipelineModule) else None
     model = model.layers if isinstance(model, PipelineModule) else model
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
-            f"model is a {type(model).__name__}, not a timm VisionTransformer: make it with timm.create_model, and for "
-            f"a pipeline wrap it in d2ft_hpc.PipelineModule"
+            f"model is a {type(model).__name__}: make one with timm.create_model, and for a pipeline wrap it in "
+            f"d2ft_hpc.PipelineModule"
         )
+    family_of(model)  # or it is refused
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ConfigError(
             "model was made inside deepspeed.zero.Init: make it outside, ZeRO-3 spreads it here"
@@ -105,6 +108,8 @@ def initialize(
     ZeroRules.of(settings)
     check_settings(settings)
     control = _connect()
+    for warning in newer_than_tested(NEWEST_TESTED):
+        Told(control).say(warning)
     import_deepspeed().init_distributed(auto_mpi_discovery=False)
     layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
     if layout.is_cut:
@@ -128,22 +133,22 @@ def initialize(
     if stages > 1:
         Told(control).say(describe_stages(flops, placement.stages))
     selection = None
-    if section.planner == "samples":
+    if isinstance(section.options, SampleOptions):
         selection = selection_of(
-            section.samples, model, image_shape[-1], seed=section.seed, replica=layout.replica
+            section.options, model, image_shape[-1], seed=section.seed, replica=layout.replica
         )
         device = next(model.parameters()).device
         costs = replace(costs, score_flops=count_scoring(selection, image_shape[-1], device))
     whole = model
 
-    def options_for(part: VisionTransformer) -> dict[str, Any]:
+    def options_for(part: nn.Module) -> dict[str, Any]:
         chosen = model_parameters
         if chosen is None and not isinstance(optimizer, Optimizer):
             chosen = whole.parameters()
         own = None if chosen is None else _of_part(chosen, whole, part)
         return {"model_parameters": own, "training_data": training_data, "collate_fn": collate_fn}
 
-    def make_optimizer(part: VisionTransformer) -> tuple[Any, Any]:
+    def make_optimizer(part: nn.Module) -> tuple[Any, Any]:
         return optimizer, lr_scheduler
 
     settings.pop("tensor_parallel", None)  # blocks are cut by head, not by DeepSpeed
@@ -208,7 +213,7 @@ def _parts(settings: Mapping[str, Any], pipeline: PipelineModule | None) -> tupl
     return stages, tensor_ranks
 
 
-def _same_on_all_ranks(model: VisionTransformer) -> None:
+def _same_on_all_ranks(model: nn.Module) -> None:
     """Gives all ranks rank 0's weights, on the device that they will train on: each will hold a part of them."""
     from deepspeed.accelerator import get_accelerator
 
@@ -232,7 +237,7 @@ def _end_together(control: Control) -> None:
             control.close()
 
 
-def _of_part(parameters: Any, whole: VisionTransformer, part: VisionTransformer) -> list[Any]:
+def _of_part(parameters: Any, whole: nn.Module, part: nn.Module) -> list[Any]:
     """The trained ones that a part has of a whole model's parameters, or of groups of them."""
     names = {id(parameter): name for name, parameter in whole.named_parameters()}
     own = {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}

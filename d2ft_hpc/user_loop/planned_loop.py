@@ -25,10 +25,12 @@ from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts, PlanState
 from d2ft_hpc.lifecycle.observed import ObservedScores
 from d2ft_hpc.metering import measure_costs, meter
-from d2ft_hpc.model.any_size import evaluating, image_shape_of, taking_any_size
+from d2ft_hpc.model.evaluating import evaluating
+from d2ft_hpc.model.image_shape import image_shape_of
 from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.planning import Operation, SkipPlan
+from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.scores.observe import GradientObserver
 from d2ft_hpc.selection import SampleSelection
 from d2ft_hpc.selection.build import count_scoring, selection_of
@@ -100,7 +102,7 @@ class PlannedLoop:
         self._image_size = image_shape[-1]
         self._costs = measure_costs(model, self.executor, image_shape)  # before anything spreads the weights
         self._selection: SampleSelection | None = None
-        if section.planner == "samples":
+        if section.entry.binding == "sample":
             device = next(model.parameters()).device
             score_flops = count_scoring(self._new_selection(0), self._image_size, device)
             self._costs = replace(self._costs, score_flops=score_flops)
@@ -127,7 +129,7 @@ class PlannedLoop:
         images: [sample, channel, height, width]; labels: int64 [sample], or probabilities [sample, class].
         Raises PlanError with another planner, or where the budget leaves not one sample.
         """
-        if self.section.planner != "samples":
+        if self.section.entry.binding != "sample":
             raise PlanError(
                 f"choose() draws samples for planner='samples'; with {self.section.planner!r} train on all of them"
             )
@@ -243,7 +245,7 @@ class PlannedLoop:
 
     def _before_forward(self, inputs: Sequence[Any]) -> None:
         """Of the model in training mode: the next micro-batch begins."""
-        if self.section.planner == "samples" and not self._is_chosen:
+        if self.section.entry.binding == "sample" and not self._is_chosen:
             raise PlanError(
                 "planner='samples' draws what a micro-batch trains on: call `images, labels = d2ft.choose(images, "
                 "labels)` before the model, or attach(model, planner=...) another one"
@@ -256,7 +258,7 @@ class PlannedLoop:
             self.bind(ddp if is_ddp else self._model)
         self._plan_batch()
         self._slot, self._is_chosen = self._slot + 1, False
-        if self._is_counting and self.section.planner != "samples":
+        if self._is_counting and self.section.entry.binding != "sample":
             self._counted.samples += len(inputs[0])
 
     def _plan_batch(self, samples: int = 1) -> None:
@@ -305,7 +307,7 @@ class PlannedLoop:
                 Placement.whole(ranks, control.rank, *self.executor.subnets.shape),
                 self._costs,
                 PlanCosts.counted(self._costs, self.section.device_speed, ranks),
-                slots=1 if self.section.planner == "samples" else self.slots,
+                slots=1 if self.section.entry.binding == "sample" else self.slots,
                 micro_batch_size=1,
                 seed=self.section.seed,
                 replicas_meet=isinstance(self._model, FSDPModule),
@@ -319,14 +321,16 @@ class PlannedLoop:
         )
 
     def _new_selection(self, replica: int) -> SampleSelection:
+        assert isinstance(self.section.options, SampleOptions)
         return selection_of(
-            self.section.samples, self._model, self._image_size, seed=self.section.seed, replica=replica
+            self.section.options, self._model, self._image_size, seed=self.section.seed, replica=replica
         )
 
     def _logits(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Of a model that FSDP2 has spread, of which there is no twin for other sizes."""
         dtype = next(self._model.parameters()).dtype
-        with taking_any_size(self._model), evaluating(self._model):
+        family = self.executor.subnets.family
+        with family.taking_any_size(self._model), evaluating(self._model):
             return [self._model(of_slot.to(dtype)) for of_slot in images]
 
     @contextmanager

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch.distributed as dist
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -16,6 +15,7 @@ from d2ft_hpc.engines.fsdp import bind_fsdp
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.families.table import find_family
 from d2ft_hpc.model.lora import unwrapped
 
 
@@ -51,7 +51,7 @@ def bind_engine(
     if isinstance(model, DistributedDataParallel):
         bind_ddp(model, executor, slot_source=slot_source)
         return f"DDP over {dist.get_world_size(model.process_group)} ranks"
-    if not isinstance(unwrapped(model), VisionTransformer):
+    if find_family(unwrapped(model)) is None:
         raise ConfigError(
             f"prepare takes DistributedDataParallel(model), a timm model after fully_shard (FSDP2), or a timm model as "
             f"it is, not a {type(model).__name__}"

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from d2ft_hpc.config import PathText, PlanConfig, deepspeed_sections, explain
+from d2ft_hpc.config import PathText, PlanConfig, deepspeed_sections, validated
 from d2ft_hpc.errors import ConfigError
 
 SECTION = "d2ft"
@@ -58,10 +58,7 @@ def split(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], D2ftS
 def parse_section(section: Any, where: str) -> D2ftSection:
     """Raises ConfigError where it has unknown keys or bad values, or asks for what a loop of one's own cannot do;
     `where` stands before the keys in messages."""
-    try:
-        parsed = D2ftSection.model_validate(section)
-    except ValidationError as error:
-        raise ConfigError("\n".join(explain(error, D2ftSection, where))) from None
+    parsed = validated(D2ftSection, section, where)
     for key, usable in _USABLE.items():
         value = getattr(parsed, key)
         if value not in usable:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import timm.layers
 import timm.utils
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -39,6 +41,7 @@ from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.portable import write_file
+from d2ft_hpc.engines.private_names import PRIVATE_NAMES
 from d2ft_hpc.engines.zero import adds_up_wrong
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import attach
@@ -333,7 +336,7 @@ def check_user_boundary(control: Control, stage: int) -> float:
     config = {
         **USER_CONFIG,
         "zero_optimization": {"stage": stage},
-        "d2ft": {"planner": "random", "full_share": 0.3},
+        "d2ft": {"planner": "random", "options": {"full_share": 0.3}},
     }
     model, reference = model_for("sgd"), model_for("sgd")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -427,7 +430,13 @@ def check_one_plan_for_all(control: Control) -> dict[str, str]:
 def check_private_names(control: Control, stage: int, precision: str) -> dict[str, list[str]]:
     """What this DeepSpeed's engine lacks of the undocumented attributes that the package uses."""
     engine = deepspeed_engine(model_for("adamw"), "adamw", stage, precision=precision).engine
-    missing = [name for name in private.ENGINE_ATTRIBUTES if not hasattr(engine, name)]
+    of_engine = (each for each in PRIVATE_NAMES if "runtime.engine:DeepSpeedEngine." in each.path)
+    names = [
+        each.path.rpartition(".")[2]
+        for each in of_engine
+        if Version(version("deepspeed")) >= Version(each.since)
+    ]
+    missing = [name for name in names if not hasattr(engine, name)]
     if stage in private.MASTER_WEIGHTS and private.flat_master_weights(engine) is None:
         missing.append(f"optimizer.{private.MASTER_WEIGHTS[stage]}")
     return {"missing": missing}

@@ -16,7 +16,7 @@ from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.execution.executor import MOST_SHAPES, attach
 from d2ft_hpc.execution.gradients import Reduction
-from d2ft_hpc.model.any_size import of_any_size
+from d2ft_hpc.families.table import family_of
 from d2ft_hpc.planning import SkipPlan
 from tests.models import HEADS, random_batch, tiny_vit
 from tests.reference import FORWARD_ONLY, FULL, SHORTCUT
@@ -100,7 +100,9 @@ def test_other_resolutions_run_beside_compiled_embeddings(graphs: list[Any]) -> 
     half = images[..., ::2, ::2]
     for model in (vit, plain):
         model.eval()
-    torch.testing.assert_close(of_any_size(vit)(half), of_any_size(plain)(half))
+    torch.testing.assert_close(
+        family_of(vit).of_any_size(vit)(half), family_of(plain).of_any_size(plain)(half)
+    )
 
 
 def mixed_rows() -> np.ndarray:

@@ -35,6 +35,7 @@ VARIANTS = {
         "class_token": False,
     },
     "pre-norm, fc_norm": {"pre_norm": True, "fc_norm": True},
+    "unequal shares of hidden units": {"mlp_ratio": 4.1},
 }
 
 

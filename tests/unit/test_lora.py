@@ -15,7 +15,7 @@ from d2ft_hpc.errors import ConfigError, UnsupportedModelError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.model.lora import add_lora, save_adapter, timm_state
-from d2ft_hpc.model.subnets import LINEAR_LAYERS, ParameterClass, SubnetMap
+from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.scores import fisher_information, weight_magnitude
 from d2ft_hpc.scores.observe import GradientObserver
@@ -24,6 +24,7 @@ from tests.reference import reference_forward
 
 pytest.importorskip("peft")
 ALL = ("qkv", "proj", "fc1", "fc2")
+LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 def adapted(layers: tuple[str, ...] = ALL, seed: int = 0) -> VisionTransformer:
@@ -42,7 +43,7 @@ def merged_twin(model: VisionTransformer, scale: float = 3 / 2) -> VisionTransfo
     twin = tiny_vit()
     twin.requires_grad_(False)
     for block, of_twin in zip(model.blocks, twin.blocks, strict=True):
-        for name in LINEAR_LAYERS:
+        for name in LAYERS:
             layer, plain = block.get_submodule(name), of_twin.get_submodule(name)
             if hasattr(layer, "lora_A"):
                 product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
@@ -88,7 +89,7 @@ def test_what_trains_and_what_heads_own() -> None:
     }
     assert own == {
         f"{layer}.lora_{half}.default.weight": (half == "B") == (layer in ("attn.qkv", "mlp.fc1"))
-        for layer in LINEAR_LAYERS
+        for layer in LAYERS
         for half in "AB"
     }
     assert subnets.classify("blocks.0.attn.qkv.base_layer.weight") is ParameterClass.SUBNET
@@ -146,7 +147,7 @@ def test_frozen_weights_cost_no_gradients_of_their_own() -> None:
     plain, model = tiny_vit(), adapted()
     of_plain, of_lora = (measure_costs(each, attach(each), (3, 16, 16)) for each in (plain, model))
     tokens, rank = 17, 2
-    layers = [plain.blocks[0].get_submodule(name) for name in LINEAR_LAYERS]
+    layers = [plain.blocks[0].get_submodule(name) for name in LAYERS]
     products = sum(2 * tokens * layer.in_features * layer.out_features for layer in layers)
     factors = sum(2 * tokens * rank * (layer.in_features + layer.out_features) for layer in layers)
     # The first layer above the frozen embeddings needs no gradient of its input, nor does its factor A.

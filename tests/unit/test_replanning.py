@@ -92,7 +92,9 @@ def full_by_block(**options: float) -> np.ndarray:
     """Share of FULL cells in each of 6 blocks by planner `joint`, from random scores without SHORTCUT."""
     scores = np.random.default_rng(0).uniform(0.5, 1.5, (4, 6, 3)).astype(np.float32)
     costs = StepCosts(0.0, np.full(6, 3.0), np.ones(6), np.full(6, 3), np.ones(6, dtype=bool))
-    context = context_of(PlanConfig(compute_budget=0.6, most_shortcut=0.0, **options), costs, slots=4)
+    context = context_of(
+        PlanConfig(compute_budget=0.6, options={"most_shortcut": 0.0}, **options), costs, slots=4
+    )
     plan = solve_plan(context, Scores(scores, scores, seconds=0.0), 0, 0)
     return np.asarray((plan.operations == Operation.FULL).mean(axis=(0, 2)))
 

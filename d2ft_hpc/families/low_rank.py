@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2ft_hpc.model.subnets import HeadAxis
+from d2ft_hpc.families.head_axis import HeadAxis
 
 
 def with_lora(
-    layer: Any, name: str, head_axes: dict[str, HeadAxis], x: Tensor, heads: Tensor, output: Tensor
+    layer: Any, name: str, head_axes: Mapping[str, HeadAxis], x: Tensor, heads: Tensor, output: Tensor
 ) -> Tensor:
     """`output` of some heads of layer `name` plus what peft's LoRA adds to it; `output` itself for a plain layer.
 

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2ft_hpc.model.subnets import HeadAxis
+from d2ft_hpc.families.head_axis import HeadAxis
+from d2ft_hpc.families.low_rank import with_lora
+
+
+def into_heads(layer: Any, name: str, axes: Mapping[str, HeadAxis], x: Tensor, heads: Tensor) -> Tensor:
+    """`x` through what the heads own of a layer whose rows they share: [..., own rows].
+
+    name: of the layer in its block. axes: by names in the block. heads: int64 [n], in rising order.
+    """
+    bias = None if layer.bias is None else head_part(axes[f"{name}.bias"], layer.bias, heads)
+    output = head_linear(axes[f"{name}.weight"], x, layer.weight, bias, heads)
+    return with_lora(layer, name, axes, x, heads, output)
+
+
+def out_of_heads(
+    layer: Any, name: str, axes: Mapping[str, HeadAxis], x: Tensor, heads: Tensor, bias: Tensor | None
+) -> Tensor:
+    """`x`, which the heads gave, through what they own of a layer whose columns they share, plus `bias`."""
+    output = head_linear(axes[f"{name}.weight"], x, layer.weight, bias, heads)
+    return with_lora(layer, name, axes, x, heads, output)
 
 
 def head_part(axis: HeadAxis, parameter: Tensor, heads: Tensor) -> Tensor:
@@ -31,13 +51,13 @@ def head_linear(axis: HeadAxis, x: Tensor, weight: Tensor, bias: Tensor | None, 
     # Rows, because what a custom function makes must not be a view where it is added to in place.
     rows = x.flatten(0, -2)
     result: Tensor = _HeadLinear.apply(
-        rows, weight, bias, heads, axis.view_shape, axis.axis, axis.splits_rows
+        rows, weight, bias, heads, axis.view_shape, axis.axis, axis.splits_rows, axis.units
     )
     return result.view(*x.shape[:-1], -1)
 
 
 def _are_all(axis: HeadAxis, heads: Tensor) -> bool:
-    return heads.numel() == axis.view_shape[axis.axis]
+    return heads.numel() == axis.heads
 
 
 class _HeadLinear(torch.autograd.Function):
@@ -56,4 +76,4 @@ class _HeadLinear(torch.autograd.Function):
         of_rows = gradient @ axis.select(weight, heads).to(gradient.dtype) if wanted[0] else None
         of_weight = axis.spread((gradient.t() @ rows).to(weight.dtype), heads) if wanted[1] else None
         of_bias = gradient.sum(0).to(ctx.bias_dtype) if wanted[2] else None
-        return of_rows, of_weight, of_bias, *[None] * 4
+        return of_rows, of_weight, of_bias, *[None] * 5
