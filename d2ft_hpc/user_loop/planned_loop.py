@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -87,7 +86,7 @@ class PlannedLoop:
 
     same_rows: str | None = None
 
-    def __init__(self, model: VisionTransformer, section: D2ftSection, micro_batches: int) -> None:
+    def __init__(self, model: nn.Module, section: D2ftSection, micro_batches: int) -> None:
         self.section, self.slots = section, micro_batches
         self._model = model
         self.executor = attach_executor(
