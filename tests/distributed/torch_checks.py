@@ -407,7 +407,7 @@ def check_resume(control: Control, saved_by: str, resumed_by: str, lora: bool = 
         other: Any = deepspeed_engine(other_model, "adamw", int(resumed_by[-1]))
     else:
         other = build(control, resumed_by, other_model, "adamw")
-    other.load(folder)
+    other.restore(folder)
     for step in range(1, 3):
         # Of equal rows for all replicas, so that layouts with fewer replicas train the same.
         step_with_layout(control, other, resumed_by, saved_by, step)

@@ -169,7 +169,7 @@ def wrap_ddp_in_buckets(model: VisionTransformer, executor: PlanExecutor) -> nn.
 
 
 def own_places(model: VisionTransformer, executor: PlanExecutor) -> nn.Module:
-    executor.follow(None, Reduction.AFTER_BACKWARD, gradient_place=GradientPlace.OWN)
+    executor.bind(None, Reduction.AFTER_BACKWARD, gradient_place=GradientPlace.OWN)
     return model
 
 
@@ -206,7 +206,7 @@ def test_a_gradient_is_no_buffer_of_a_graph() -> None:
 def gradients_with_a_loss_between_blocks(graphs: bool, autocast: bool) -> dict[str, Tensor]:
     model = tiny_vit().cuda()
     executor = attach(model, cuda_graphs=graphs)
-    executor.load(random_plan(2), 0)
+    executor.activate(random_plan(2), 0)
     between: list[Tensor] = []
     model.blocks[1].register_forward_hook(lambda block, inputs, output: between.append(output))
     model.train()

@@ -150,7 +150,7 @@ def test_gradients_equal_timms_modules_with_masks(variant: str, row: np.ndarray)
     model = copy.deepcopy(reference)
     images, labels = random_batch(1)
     executor = attach(model, embeddings="trained")
-    executor.load(SkipPlan(row[None], replicas=1), replica=0)
+    executor.activate(SkipPlan(row[None], replicas=1), replica=0)
     with executor.micro_batch(0):
         loss, gradients = loss_and_gradients(model, model(images.double()), labels)
     expected_loss, expected = loss_and_gradients(
@@ -168,7 +168,7 @@ def test_all_full_is_timms_model_bit_for_bit(variant: str) -> None:
     dense = tiny_eva(**VARIANTS[variant])
     model = copy.deepcopy(dense)
     executor = attach(model, embeddings="trained")
-    executor.load(SkipPlan(np.full((1, DEPTH, HEADS), FULL, np.uint8), replicas=1), replica=0)
+    executor.activate(SkipPlan(np.full((1, DEPTH, HEADS), FULL, np.uint8), replicas=1), replica=0)
     images, labels = random_batch(1)
     with executor.micro_batch(0):
         loss, gradients = loss_and_gradients(model, model(images), labels)
@@ -244,11 +244,11 @@ def test_norms_across_heads_are_refused(options: dict[str, Any], reason: str) ->
 
 def test_frequencies_train_where_gradients_are_reduced_after_the_backward_alone() -> None:
     options = VARIANTS["like rotary ViTs with mixed frequencies"]
-    attach(tiny_eva(**options)).follow(None, Reduction.EVERY_MICRO_BATCH)
+    attach(tiny_eva(**options)).bind(None, Reduction.EVERY_MICRO_BATCH)
     executor = attach(tiny_eva(**options), embeddings="trained")
-    executor.follow(None, Reduction.AFTER_BACKWARD)
+    executor.bind(None, Reduction.AFTER_BACKWARD)
     with pytest.raises(ConfigError, match=r"rope.freqs takes its gradient from the blocks.*frozen"):
-        executor.follow(None, Reduction.EVERY_MICRO_BATCH)
+        executor.bind(None, Reduction.EVERY_MICRO_BATCH)
 
 
 def test_ranks_do_not_get_parts() -> None:

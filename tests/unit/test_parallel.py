@@ -159,8 +159,8 @@ def test_stages_are_cut_by_measured_cost() -> None:
 def test_a_placement_survives_its_file(tmp_path: Path) -> None:
     layout = Layout.of(4, 3, stages=2, tensor_ranks=2)
     placement = Placement(layout, [range(1), range(1, 4)], even_owner(4, 3, 2))
-    placement.save(tmp_path / "placement.json")
-    loaded = Placement.load(tmp_path / "placement.json", layout)
+    placement.write(tmp_path / "placement.json")
+    loaded = Placement.read(tmp_path / "placement.json", layout)
     assert loaded.stages == placement.stages
     assert (loaded.owner == placement.owner).all()
     assert loaded.own.sum() == 3  # one of three heads in each of the last three blocks
