@@ -12,7 +12,7 @@ from tests.distributed.launching import results_of
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    return results_of("tests.distributed.unequal_checks", ranks=2, timeout_seconds=300)
+    return results_of("tests.distributed.unequal_checks", ranks=2)
 
 
 @pytest.mark.parametrize("stage", [0, 1])

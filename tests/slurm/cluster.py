@@ -127,7 +127,7 @@ class Cluster:
         self._controller = self._spawn(["slurmctld", "-D", "-c", "-f", self.environ["SLURM_CONF"]])
         for name in names:
             self.start_node(name)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while self.run("sinfo", "-h", "-N", "-o", "%T", check=False).split() != ["idle"] * NODES:
             if time.monotonic() > deadline:
                 self.stop()
@@ -226,7 +226,7 @@ class Cluster:
         }
         options = [f"--{name}={path}" for name, path in files.items()]
         self._munge = self._spawn(["munged", "--foreground", "--force", *options])
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while not (self.folder / "munge.socket").exists():
             assert time.monotonic() < deadline, "munged does not start"
             time.sleep(0.05)
