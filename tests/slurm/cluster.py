@@ -94,6 +94,7 @@ class Cluster:
         self.environ = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "PMI", "OMPI"))},
             "PATH": _path(),
+            "VIRTUAL_ENV": sys.prefix,
             "PYTHONPATH": str(REPOSITORY),
             "OMP_NUM_THREADS": "1",
             "SLURM_CONF": str(folder / "slurm.conf"),
@@ -245,7 +246,7 @@ class Cluster:
 
 
 def _path() -> str:
-    """With this Python first, whose environment the jobs take over, and the daemons' folders."""
+    """With this Python first, which the jobs take over as an active venv's, and the daemons' folders."""
     return f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
