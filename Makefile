@@ -1,9 +1,23 @@
-# make demo | test | test-slurm | test-matrix | test-oldest | test-newest | lint | check-all | constraints | soak | soak-results | wheel | clean
+# make demo          fine-tunes twice on 2 MPI ranks, dense and under a plan, and compares
+# make test          the tests, with the versions that they last passed on (tests/constraints.txt)
+# make test-slurm    slurm/*.sh on a real Slurm of virtual nodes; needs root and Debian's slurmctld, slurmd, slurm-client, munge
+# make lint          style and types
+# make wheel         dist/*.whl
+# make test-oldest   all tests, those on Slurm too, with Python 3.10 and the lowest supported versions
+# make test-newest   the tests and lint with the newest versions that pip finds, as on a fresh machine
+# make constraints   the same, and then everybody installs these versions
+# make test-matrix   every engine, plan, precision and optimiser on 2 and 4 ranks; `make test` runs a choice of them
+# make soak-results  a results file's writer killed at 100 random moments
+# make soak          ranks of a run killed at 200 random moments; started again with the same file, it goes on where it ended
+# make check-all     all of these but constraints, before a release; takes many hours
+# make clean         removes what the others made, except runs
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
+# Every target fills the machine by itself.
+.NOTPARALLEL:
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,9 +35,10 @@ find_python = for p in $(1); do \
 PYTHONS ?= python3.13 python3.12 python3.11 python3.10 python3 $(wildcard $(HOME)/.pyenv/versions/3.1[0-3].*/bin/python)
 PYTHON310S ?= python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python)
 
-.PHONY: help demo test test-slurm test-matrix test-oldest test-newest lint check-all constraints soak soak-results wheel clean
+.PHONY: help demo test test-slurm test-matrix test-oldest test-newest lint check-all constraints soak soak-results wheel \
+	clean no-newest
 help:
-	@sed -n 1s/..//p Makefile
+	@sed -n '/^#/!q; s/..//p' Makefile
 
 $(BIN)/python:
 	@$(call find_python,$(PYTHONS))
@@ -58,11 +73,9 @@ test: $(VENV)/.installed-dev
 	python -m pytest tests/unit -n 2 $(PYTEST_ARGS)
 	python -m pytest tests/distributed tests/gpu $(PYTEST_ARGS)
 
-# slurm/*.sh on a real Slurm of virtual nodes; needs root and Debian's slurmctld, slurmd, slurm-client and munge.
 test-slurm: $(VENV)/.installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests/slurm $(PYTEST_ARGS)
 
-# A results file's writer killed at 100 random moments.
 soak-results: $(VENV)/.installed-dev
 	D2FT_KILLS=100 $(BIN)/python -m pytest tests/unit/test_results.py -k killed_at_random
 
@@ -71,7 +84,6 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Goes on where it ended, if it is started again with the same file.
 SOAK ?= tests/soak/kills.jsonl
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.soak.kills $(SOAK) --kills 200
@@ -86,24 +98,23 @@ $(OLDEST_VENV)/.installed: pyproject.toml tests/oldest-requirements.txt
 test-oldest: $(OLDEST_VENV)/.installed
 	PATH="$(CURDIR)/$(OLDEST_VENV)/bin:$$PATH" python -m pytest $(PYTEST_ARGS)
 
-# Every engine, plan, precision and optimiser on 2 and 4 ranks; `make test` runs a choice of them.
 test-matrix: $(VENV)/.installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" D2FT_WHOLE_MATRIX=1 python -m pytest tests/distributed/test_engines.py \
 		tests/distributed/test_torch_engines.py tests/distributed/test_parallel.py
 
-# The newest versions that pip finds, as on a fresh machine.
-test-newest:
+# On its own: `make -n` runs a recipe that names $(MAKE), all of it.
+no-newest:
 	rm -rf $(NEWEST_VENV)
+
+test-newest: no-newest
 	$(MAKE) test lint VENV=$(NEWEST_VENV) CONSTRAINTS=/dev/null
 
-# Moves to the newest versions, on purpose: the suite has to pass with them.
 constraints: test-newest
 	$(NEWEST_VENV)/bin/python tests/constraints.py > tests/constraints.txt
 
-# Before a release; takes many hours.
-check-all: wheel lint test test-slurm demo soak-results test-matrix test-oldest test-newest
-	rm -f runs/kills.jsonl
-	$(MAKE) soak SOAK=runs/kills.jsonl
+# What ends soonest comes first. A commit's soak goes on where it ended.
+check-all: lint wheel demo test test-slurm soak-results test-oldest test-newest test-matrix
+	$(MAKE) soak SOAK=runs/kills-$$(git rev-parse --short HEAD).jsonl
 
 wheel: | $(BIN)/python
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .

@@ -4,8 +4,9 @@
 # ---- modules, conda, venv ------------------------------------------------------------------------------------------
 # module purge && module load python cuda openmpi
 # source "$HOME/miniconda3/bin/activate" d2ft
+# The venv that was active where the job was submitted, else .venv.
 # shellcheck disable=SC1091 # made by the user
-if [[ -f .venv/bin/activate ]]; then source .venv/bin/activate; fi
+if [[ -z ${VIRTUAL_ENV-} && -f .venv/bin/activate ]]; then source .venv/bin/activate; fi
 # How srun starts MPI ranks: pmi2 for MPICH and Intel MPI (also the `mpich` wheel), pmix for Open MPI, cray_shasta on
 # Cray. `srun --mpi=list` shows what there is; `sbatch slurm/doctor.sh CONFIG` finds out whether it fits.
 export SLURM_MPI_TYPE=${SLURM_MPI_TYPE:-pmi2}

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 REPOSITORY = Path(__file__).parents[2]
 T = TypeVar("T")
+LIMIT_SECONDS = 600
+"""Far above what any start of a few steps takes, also on a machine busy with others: only a hang reaches it."""
 
 
 def mpirun() -> str:
@@ -30,7 +32,7 @@ def run(
     arguments: list[str],
     *,
     ranks: int = 1,
-    timeout_seconds: float = 120,
+    timeout_seconds: float = LIMIT_SECONDS,
     cwd: Path | None = None,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
@@ -39,7 +41,11 @@ def run(
 
 
 def run_command(
-    command: list[str], *, timeout_seconds: float, cwd: Path | None = None, **environment: str
+    command: list[str],
+    *,
+    timeout_seconds: float = LIMIT_SECONDS,
+    cwd: Path | None = None,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a launcher's whole command line, from the repository unless `cwd` is given."""
     return subprocess.run(
@@ -114,7 +120,9 @@ def _environ() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def results_of(module: str, *arguments: str, ranks: int, timeout_seconds: float = 240) -> dict[str, Any]:
+def results_of(
+    module: str, *arguments: str, ranks: int, timeout_seconds: float = LIMIT_SECONDS
+) -> dict[str, Any]:
     """What a module of checks printed as JSON after the word RESULTS."""
     finished = run(["-m", module, *arguments], ranks=ranks, timeout_seconds=timeout_seconds)
     lines = [line for line in finished.stdout.splitlines() if line.startswith("RESULTS ")]

@@ -1,4 +1,4 @@
-"""`d2ft-hpc train` with faults that users make: all ranks end within 30 s, with one message and a non-zero status."""
+"""`d2ft-hpc train` with faults that users make: all ranks end, with one message and a non-zero status."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -18,25 +17,20 @@ from safetensors.torch import load_file, save_file
 
 from d2ft_hpc import results
 from d2ft_hpc.demo.model import DEMO_WEIGHTS
-from tests.distributed.launching import REPOSITORY, at_once, mpirun, run
+from tests.distributed.launching import LIMIT_SECONDS, REPOSITORY, at_once, mpirun, run
 
-LIMIT_SECONDS = 30
 QUICK = ["data.slots=1", "data.micro_batch_size=4", "train.epochs=1"]
 
 
 def train(
     folder: Path, *overrides: str, ranks: int = 2, **environment: str
-) -> tuple[subprocess.CompletedProcess[str], float]:
-    start = time.monotonic()
+) -> subprocess.CompletedProcess[str]:
     arguments = ["-m", "d2ft_hpc", "train", "configs/demo.yaml", f"run.folder={folder}", *QUICK, *overrides]
-    return run(arguments, ranks=ranks, timeout_seconds=60, **environment), time.monotonic() - start
+    return run(arguments, ranks=ranks, **environment)
 
 
-def assert_ended_with(
-    ended: tuple[subprocess.CompletedProcess[str], float], *words: str, limit_seconds: float = LIMIT_SECONDS
-) -> None:
-    """One message of ours that has all the words, no traceback, a non-zero status, in time."""
-    finished, seconds = ended
+def assert_ended_with(finished: subprocess.CompletedProcess[str], *words: str) -> None:
+    """One message of ours that has all the words, no traceback, a non-zero status."""
     messages = [
         line for line in finished.stderr.splitlines() if re.match(r"(d2ft-hpc: error:|\[rank \d)", line)
     ]
@@ -45,7 +39,6 @@ def assert_ended_with(
     for word in words:
         assert word in messages[0], (word, messages[0])
     assert "Traceback" not in finished.stderr + finished.stdout, finished.stderr
-    assert seconds < limit_seconds
 
 
 def test_wrong_model(tmp_path: Path) -> None:
@@ -151,17 +144,15 @@ def test_killed_rank(tmp_path: Path) -> None:
     ]
     pythons = [pid for pid in pythons if "python" in os.readlink(f"/proc/{pid}/exe")]
     os.kill(pythons[-1], signal.SIGKILL)
-    start = time.monotonic()
     rest, _ = job.communicate(timeout=LIMIT_SECONDS)
     assert job.returncode != 0
-    assert time.monotonic() - start < LIMIT_SECONDS
     assert re.search(r"signal:? 9", rest, re.IGNORECASE), rest
     assert not any(Path(f"/proc/{pid}").exists() for pid in pythons)
     assert len(results.open(tmp_path / "demo").table("evaluations")["accuracy"]) > 0
 
 
 def test_corrupt_checkpoint(tmp_path: Path) -> None:
-    finished, _ = train(tmp_path, "train.checkpoint_every_epochs=1", "data.micro_batch_size=64")
+    finished = train(tmp_path, "train.checkpoint_every_epochs=1", "data.micro_batch_size=64")
     assert finished.returncode == 0, finished.stderr
     (state,) = (tmp_path / "demo" / "checkpoints").glob("step-*/optimizer.safetensors")
     content = bytearray(state.read_bytes())

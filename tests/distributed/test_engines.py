@@ -22,7 +22,7 @@ def results(request: pytest.FixtureRequest) -> dict[str, Any]:
         "tests.distributed.engine_checks",
         *(["--all"] if EVERYTHING else []),
         ranks=request.param,
-        timeout_seconds=1800 if EVERYTHING else 400,
+        timeout_seconds=4 * 3600,  # of all checks, each of which has a limit of its own
     )
     assert set(found) == set(checks(request.param, EVERYTHING))
     return found

@@ -28,7 +28,7 @@ COMMANDS = {
 def upstream() -> str:
     """Whether Accelerate without this project ends as badly."""
     command = [*COMMANDS["accelerate_fsdp2.py"], str(RUN.with_name("accelerate_alone.py"))]
-    statuses = [run_command(command, timeout_seconds=300).returncode for _ in range(6)]
+    statuses = [run_command(command).returncode for _ in range(6)]
     return f"\nAccelerate alone ended with {statuses}" + (": the fault is upstream" if any(statuses) else "")
 
 
@@ -39,7 +39,7 @@ def shown() -> dict[str, str]:
     pytest.importorskip("accelerate")
 
     def start(name: str) -> str:
-        job = run_command([*COMMANDS[name], str(EXAMPLES / name.split()[0])], timeout_seconds=300)
+        job = run_command([*COMMANDS[name], str(EXAMPLES / name.split()[0])])
         assert job.returncode == 0, (
             name + job.stdout + job.stderr + (upstream() if "accelerate" in name else "")
         )

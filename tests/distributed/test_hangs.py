@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from d2ft_hpc.errors import UNFINISHED
-from tests.distributed.launching import REPOSITORY, at_once, mpirun, wait_for_line
+from tests.distributed.launching import LIMIT_SECONDS, REPOSITORY, at_once, mpirun, wait_for_line
 
 HOST = socket.gethostname()
 QUICK = ["configs/demo.yaml", "plan.planner=paper", "train.checkpoint_every_steps=2", "train.steps_share=0.5"]
@@ -43,7 +43,7 @@ def start(folder: Path, phase: str, *overrides: str, ranks: int = 1) -> subproce
 
 def ended(job: subprocess.Popen[str]) -> tuple[int, list[str]]:
     """The status, and what the package's own lines say."""
-    told = job.communicate(timeout=150)[0]
+    told = job.communicate(timeout=LIMIT_SECONDS)[0]
     return job.returncode, [x for x in told.splitlines() if x.startswith(("d2ft-hpc: ", "[rank "))]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from d2ft_hpc.bench.network import why_not_permitted
 from d2ft_hpc.planning.messages import LAYOUTS
-from tests.distributed.launching import REPOSITORY, run
+from tests.distributed.launching import LIMIT_SECONDS, REPOSITORY, run
 
 SMALL = ["-m", "d2ft_hpc", "bench", "network", "--rate", "1gbit", "--tp", "2", "--blocks", "2"]
 SMALL += ["--micro-batches", "2", "--samples", "2", "--repeats", "1", "--json"]
@@ -31,7 +31,7 @@ def links() -> str:
 
 def test_interfaces_send_what_was_counted_and_predicted() -> None:
     before = links()
-    finished = run(SMALL, timeout_seconds=240)
+    finished = run(SMALL)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     result = json.loads(finished.stdout.splitlines()[-1])
     for name in ("dense", "paper", "makespan"):
@@ -54,13 +54,13 @@ def test_nothing_is_left_after_a_kill() -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    patience = time.monotonic() + 60
+    patience = time.monotonic() + LIMIT_SECONDS
     while len(ours()) < 4:  # the command, the keeper of the bridge, two ranks
         assert time.monotonic() < patience
         time.sleep(0.1)
     job.send_signal(signal.SIGKILL)
     job.wait()
-    patience = time.monotonic() + 20
+    patience = time.monotonic() + LIMIT_SECONDS
     while ours():
         assert time.monotonic() < patience, ours()
         time.sleep(0.1)

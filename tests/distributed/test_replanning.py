@@ -18,7 +18,6 @@ def train(overrides: dict[str, object], cache: Path) -> None:
     finished = run(
         ["-m", "d2ft_hpc", "train", "configs/demo.yaml", *settings],
         ranks=2,
-        timeout_seconds=200,
         D2FT_HPC_CACHE=str(cache),
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr

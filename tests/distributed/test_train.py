@@ -23,7 +23,7 @@ from d2ft_hpc import results
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results.schema import PHASES
 from d2ft_hpc.training.checkpoint import verify
-from tests.distributed.launching import at_once, ranks_of, run, start, wait_for_line
+from tests.distributed.launching import LIMIT_SECONDS, at_once, ranks_of, run, start, wait_for_line
 
 HOST = socket.gethostname()
 
@@ -37,9 +37,7 @@ QUICK = [
 
 
 def train(folder: Path, *overrides: str, ranks: int = 2, before: tuple[str, ...] = ("-m", "d2ft_hpc")) -> str:
-    finished = run(
-        [*before, "train", *QUICK, f"run.folder={folder}", *overrides], ranks=ranks, timeout_seconds=240
-    )
+    finished = run([*before, "train", *QUICK, f"run.folder={folder}", *overrides], ranks=ranks)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout
 
@@ -134,14 +132,14 @@ def test_a_run_that_is_stopped_and_hung_ends_bitwise_as_the_uninterrupted_one(
     stopped = start(arguments, ranks=2)
     wait_for_line(stopped, "epoch ")
     os.kill(ranks_of(stopped)[1], signal.SIGUSR2)
-    assert f"by signal USR2 to rank 1 on {HOST}; saved" in stopped.communicate(timeout=60)[0]
+    assert f"by signal USR2 to rank 1 on {HOST}; saved" in stopped.communicate(timeout=LIMIT_SECONDS)[0]
     assert stopped.returncode == 75
 
     hung = start([*arguments, "train.checkpoint_every_steps=2"], ranks=2)
     wait_for_line(hung, "epoch ")
     time.sleep(1.0)
     os.kill(ranks_of(hung)[1], signal.SIGSTOP)
-    told = hung.communicate(timeout=60)[0]
+    told = hung.communicate(timeout=LIMIT_SECONDS)[0]
     messages = [line for line in told.splitlines() if line.startswith("[rank ")]
     assert messages == [
         f"[rank 0 on {HOST}] error: rank 1 on {HOST} has been silent for 3 s: it is stopped or its node is down"

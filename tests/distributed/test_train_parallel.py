@@ -31,7 +31,7 @@ SHARDED = [*TENSOR, "engine.token_layout=sharded"]
 
 def train(folder: Path, *overrides: str, ranks: int) -> str:
     arguments = ["-m", "d2ft_hpc", "train", *QUICK, f"run.folder={folder}", *overrides]
-    finished = run(arguments, ranks=ranks, timeout_seconds=240)
+    finished = run(arguments, ranks=ranks)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout
 

@@ -27,7 +27,7 @@ RUNS = {
 
 
 def start(command: list[str], folder: Path) -> None:
-    finished = run_command([*command, f"run.folder={folder}"], timeout_seconds=300)
+    finished = run_command([*command, f"run.folder={folder}"])
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 

@@ -11,7 +11,7 @@ from tests.distributed.launching import results_of
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    return results_of("tests.distributed.unequal_checks", ranks=2, timeout_seconds=300)
+    return results_of("tests.distributed.unequal_checks", ranks=2)
 
 
 def test_the_next_plan_gives_less_to_the_rank_that_was_slower(results: dict[str, Any]) -> None:

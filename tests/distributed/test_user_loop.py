@@ -29,7 +29,7 @@ JOBS = {
 def finished() -> dict[str, dict[str, Any]]:
     def start(name: str) -> str:
         config = REPOSITORY / "configs" / "deepspeed" / f"{name.split()[1]}.json"
-        job = run_command([*JOBS[name], "--deepspeed_config", str(config)], timeout_seconds=300)
+        job = run_command([*JOBS[name], "--deepspeed_config", str(config)])
         assert job.returncode == 0, name + job.stdout + job.stderr
         return job.stdout
 

@@ -94,6 +94,7 @@ class Cluster:
         self.environ = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "PMI", "OMPI"))},
             "PATH": _path(),
+            "VIRTUAL_ENV": sys.prefix,
             "PYTHONPATH": str(REPOSITORY),
             "OMP_NUM_THREADS": "1",
             "SLURM_CONF": str(folder / "slurm.conf"),
@@ -127,7 +128,7 @@ class Cluster:
         self._controller = self._spawn(["slurmctld", "-D", "-c", "-f", self.environ["SLURM_CONF"]])
         for name in names:
             self.start_node(name)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while self.run("sinfo", "-h", "-N", "-o", "%T", check=False).split() != ["idle"] * NODES:
             if time.monotonic() > deadline:
                 self.stop()
@@ -226,7 +227,7 @@ class Cluster:
         }
         options = [f"--{name}={path}" for name, path in files.items()]
         self._munge = self._spawn(["munged", "--foreground", "--force", *options])
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while not (self.folder / "munge.socket").exists():
             assert time.monotonic() < deadline, "munged does not start"
             time.sleep(0.05)
@@ -245,7 +246,7 @@ class Cluster:
 
 
 def _path() -> str:
-    """With this Python first, whose environment the jobs take over, and the daemons' folders."""
+    """With this Python first, which the jobs take over as an active venv's, and the daemons' folders."""
     return f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
 
 

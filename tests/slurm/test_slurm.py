@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -62,6 +64,9 @@ def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("runs")
     job = cluster.submit("slurm/train.sh", DEMO, *LONG, f"run.folder={folder}")
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    (launch,) = [json.loads(line) for line in (folder / "demo" / "launches.jsonl").read_text().splitlines()]
+    of_job = launch["environment"]
+    assert (of_job["python"], of_job["torch"]) == (platform.python_version(), version("torch"))
     return folder / "demo"
 
 

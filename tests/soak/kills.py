@@ -207,6 +207,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
+    options.file.parent.mkdir(parents=True, exist_ok=True)
     records = (
         [json.loads(line) for line in options.file.read_text().splitlines()] if options.file.exists() else []
     )
