@@ -18,6 +18,7 @@ from d2ft_hpc.errors import ConfigError, UnsupportedModelError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.metering import measure_costs, meter
+from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.parallel.part import ModelPart
 from d2ft_hpc.planning.plan import SkipPlan
@@ -240,6 +241,37 @@ def test_fisher_information_is_that_of_the_parameters_own_gradients(variant: str
 def test_norms_across_heads_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):
         SubnetMap.of(tiny_eva(**options))
+
+
+def test_adapters_of_rows_run_by_head() -> None:
+    pytest.importorskip("peft")
+    reference = tiny_eva(**VARIANTS["like EVA-02 without its inner norm"]).double()
+    add_lora(reference, rank=2, alpha=3, dropout=0.0, layers=("qkv", "fc1"))
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    factors = [name for name, _ in reference.named_parameters() if ".lora_A." in name]
+    adapted = {name.split(".lora_A.")[0].split(".", 2)[2] for name in factors}
+    assert adapted == {"attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc1_g", "mlp.fc1_x"}
+    model = copy.deepcopy(reference)
+    images, labels = random_batch(1)
+    row = some_rows()["random 1"]
+    executor = attach(model)
+    executor.load(SkipPlan(row[None], replicas=1), replica=0)
+    with executor.micro_batch(0):
+        _, gradients = loss_and_gradients(model, model(images.double()), labels)
+    _, expected = loss_and_gradients(reference, masked_forward(reference, images.double(), row), labels)
+    trained = [name for name in expected if "lora_" in name]
+    for name in trained:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_adapters_that_timm_passes_by_are_refused() -> None:
+    pytest.importorskip("peft")
+    model = tiny_eva(**VARIANTS["like EVA-02 small"])
+    with pytest.raises(UnsupportedModelError, match=r"LoRA on attn.qkv, which timm passes by"):
+        add_lora(model, rank=2, alpha=3, dropout=0.0, layers=("qkv",))
 
 
 def test_frequencies_train_where_gradients_are_reduced_after_the_backward_alone() -> None:
