@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import d2ft_hpc
-from d2ft_hpc.engines.ddp import follow_ddp
+from d2ft_hpc.engines.ddp import bind_ddp
 from d2ft_hpc.execution.block_graphs import GradientPlace
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.execution.gradients import Reduction
@@ -164,7 +164,7 @@ def wrap_ddp(model: VisionTransformer, executor: PlanExecutor) -> nn.Module:
 def wrap_ddp_in_buckets(model: VisionTransformer, executor: PlanExecutor) -> nn.Module:
     """As the DDP engine does, whose gradients the graphs add to where they are."""
     ddp = DistributedDataParallel(model, device_ids=[0], gradient_as_bucket_view=True)
-    follow_ddp(ddp, executor, gradient_place=GradientPlace.OF_ENGINE)
+    bind_ddp(ddp, executor, gradient_place=GradientPlace.OF_ENGINE)
     return ddp
 
 
