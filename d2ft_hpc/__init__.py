@@ -1,21 +1,80 @@
-"""D2FT: distributed dynamic fine-tuning of vision transformers on HPC clusters (arXiv 2504.12471)."""
+"""D2FT: distributed dynamic fine-tuning of vision transformers on HPC clusters (arXiv 2504.12471).
 
-from typing import Any
+What `__all__` lists is stable: it changes with a new minor version, and is said then. All else may change any time.
+Importing the package costs no torch; a name is loaded when it is first used. Names that are DeepSpeed's own come from
+DeepSpeed, so that `import d2ft_hpc as deepspeed` is enough in a script that has them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from d2ft_hpc.errors import (
+        CheckpointError,
+        ConfigError,
+        D2ftError,
+        DataError,
+        LaunchError,
+        PlanError,
+        ResultsError,
+        UnsupportedModelError,
+    )
+    from d2ft_hpc.planning.plan import Operation, SkipPlan
+    from d2ft_hpc.user_loop.initialize import initialize
+    from d2ft_hpc.user_loop.pipeline_module import PipelineModule
+    from d2ft_hpc.user_loop.planned_loop import PlannedLoop, attach
+    from d2ft_hpc.user_loop.prepare import prepare
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "initialize": "d2ft_hpc.user_loop.initialize",
-    "PipelineModule": "d2ft_hpc.user_loop.pipeline_module",
-    "attach": "d2ft_hpc.execution.executor",
-    "prepare": "d2ft_hpc.user_loop.prepare",
+_PLACES = {
+    "d2ft_hpc.errors": (
+        "CheckpointError",
+        "ConfigError",
+        "D2ftError",
+        "DataError",
+        "LaunchError",
+        "PlanError",
+        "ResultsError",
+        "UnsupportedModelError",
+    ),
+    "d2ft_hpc.planning.plan": ("Operation", "SkipPlan"),
+    "d2ft_hpc.user_loop.initialize": ("initialize",),
+    "d2ft_hpc.user_loop.pipeline_module": ("PipelineModule",),
+    "d2ft_hpc.user_loop.planned_loop": ("PlannedLoop", "attach"),
+    "d2ft_hpc.user_loop.prepare": ("prepare",),
 }
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "D2ftError",
+    "DataError",
+    "LaunchError",
+    "Operation",
+    "PipelineModule",
+    "PlanError",
+    "PlannedLoop",
+    "ResultsError",
+    "SkipPlan",
+    "UnsupportedModelError",
+    "attach",
+    "initialize",
+    "prepare",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """The functions and classes for users' own scripts, without which importing the package costs no torch."""
-    if name not in _PUBLIC:
+    for place, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(place), name)
+    # Python asks for a module of ours here before it imports it.
+    if name.startswith("__") or find_spec(f"{__name__}.{name}") is not None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_PUBLIC[name]), name)
+    try:
+        return getattr(import_module("deepspeed"), name)
+    except (ImportError, AttributeError):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}, nor has deepspeed") from None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from d2ft_hpc import __version__
 from d2ft_hpc.bench.commands import add_benches
-from d2ft_hpc.command import add_config, on_ranks, read_config, whole_number
+from d2ft_hpc.command import add_config, amount, on_ranks, read_config, share, whole_number
 from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.errors import UNFINISHED, PlanError
 from d2ft_hpc.launch.agree import note_failure
@@ -101,23 +101,20 @@ def _parser() -> argparse.ArgumentParser:
         help="run folder or results file with scores; not needed to look at a saved plan",
     )
     plan.add_argument("--index", type=int, default=-1, help="which of the file's scores (default: the last)")
-    plan.add_argument("--planner", default="makespan", help="paper, joint, makespan, static, depth, ...")
+    plan.add_argument("--planner", default="makespan", help="as plan.planner; a wrong one lists them")
     plan.add_argument(
         "--load", type=path_argument, metavar="PLAN", help="look at this plan instead of solving one"
     )
     plan.add_argument(
-        "--coverage", type=int, default=0, help="least FULL micro-batches of every head in a batch"
+        "--options", default="{}", metavar="YAML", help="as plan.options, such as '{most_shortcut: 0}'"
     )
-    plan.add_argument(
-        "--most-shortcut", type=float, default=1.0, help="most of a block's heads that may not run"
-    )
-    plan.add_argument("--ranks", type=int, default=1, help="tensor-parallel ranks")
-    plan.add_argument("--stages", type=int, default=1, help="pipeline stages")
+    plan.add_argument("--ranks", type=whole_number(1), default=1, help="tensor-parallel ranks")
+    plan.add_argument("--stages", type=whole_number(1), default=1, help="pipeline stages")
     plan.add_argument("--speeds", type=_numbers, metavar="A,B,...", help="relative speed of each rank")
     plan.add_argument("--placed", action="store_true", help="place the heads on the ranks by their scores")
-    plan.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
-    plan.add_argument("--communication-budget", type=float, help="share of the dense step")
-    plan.add_argument("--memory-budget", type=float, help="share of the activations of a dense row")
+    plan.add_argument("--compute-budget", type=share(), default=0.6, help="share of the dense step")
+    plan.add_argument("--communication-budget", type=share(), help="share of the dense step")
+    plan.add_argument("--memory-budget", type=share(), help="share of the activations of a dense row")
     plan.add_argument("--save", type=path_argument, metavar="PLAN", help="where to save the plan")
     plan.add_argument("--diff", type=path_argument, metavar="PLAN", help="count what changes from this plan")
     plan.add_argument("--png", type=path_argument, help="where to write a heat map")
@@ -163,7 +160,7 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    return [amount(part) for part in text.split(",")]
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -171,6 +168,8 @@ def _plan(options: argparse.Namespace) -> int:
 
     def run() -> None:
         from d2ft_hpc import plan_report
+        from d2ft_hpc.config import PlanConfig, validated
+        from d2ft_hpc.config_file import parse_values
         from d2ft_hpc.planning import SkipPlan, solve
 
         if options.scores is None:
@@ -195,18 +194,11 @@ def _plan(options: argparse.Namespace) -> int:
         if options.load is not None:
             plan = plan_report.load_checked(options.load, problem)
         else:
-            plan = solve(problem, options.planner, **planner_options())
+            given = {"planner": options.planner, "options": parse_values(options.options)}
+            plan_config = validated(PlanConfig, given, "plan.")
+            plan = solve(problem, options.planner, **plan_config.arguments(seed=0))
         say(plan_report.describe(plan, problem))
         finish(plan)
-
-    def planner_options() -> dict[str, object]:
-        """Options that were given; a planner that does not know one refuses it."""
-        given: dict[str, object] = {"seed": 0} if options.planner == "random" else {}
-        if options.coverage:
-            given["coverage"] = options.coverage
-        if options.most_shortcut < 1:
-            given["most_shortcut"] = options.most_shortcut
-        return given
 
     def finish(plan: SkipPlan) -> None:
         from d2ft_hpc import plan_report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -24,7 +25,11 @@ def add_config(parser: argparse.ArgumentParser, more: str = "") -> None:
     """The arguments that `read_config` reads. more: what else than overrides there may be, for the help."""
     parser.add_argument("config", type=path_argument, help="YAML file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help=f"settings that replace the file's{more}"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"settings that replace the file's{more}",
     )
 
 
@@ -39,6 +44,29 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
             number = least - 1
         if number < least or (most is not None and number > most):
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {bounds}")
+        return number
+
+    return read
+
+
+def share(*, zero: bool = False) -> Callable[[str], float]:
+    """For argparse: a number above 0 (zero: or 0) and at most 1."""
+    return _number("a share, from 0 to 1" if zero else "a share above 0, at most 1", zero=zero, most=1.0)
+
+
+def amount(text: str) -> float:
+    """For argparse: a finite number above 0."""
+    return _number("a number above 0", zero=False, most=sys.float_info.max)(text)
+
+
+def _number(said: str, *, zero: bool, most: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not (0 < number <= most or (zero and number == 0)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {said}")
         return number
 
     return read

@@ -7,7 +7,8 @@ starts work. Every message names the key, the value and, for an unknown key, the
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import isclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard, TypeVar, get_args, get_origin
@@ -15,57 +16,69 @@ from typing import Annotated, Any, Literal, TypeGuard, TypeVar, get_args, get_or
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
+    SerializeAsAny,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from d2ft_hpc.config_file import Scalar, plain, read_tree, to_yaml
+from d2ft_hpc.engines.deepspeed_keys import unknown_keys
+from d2ft_hpc.engines.kinds.kind import EngineKind
+from d2ft_hpc.engines.kinds.table import ENGINES
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.paths import expand
+from d2ft_hpc.planning.messages import DataParallel
+from d2ft_hpc.planning.planner import Options, Planner
+from d2ft_hpc.planning.table import PLANNERS
 from d2ft_hpc.safe_text import shown
+from d2ft_hpc.score_table import FISHER, SCORES, WEIGHT_MAGNITUDE
+from d2ft_hpc.settings import Fraction, Section
 
-PLANNERS_OF_MEMORY = ("joint", "makespan", "depth")
-"""Those that give a rank with little memory fewer FULL subnets."""
-
-Fraction = Annotated[float, Field(gt=0, le=1)]
 PathText = Annotated[str, AfterValidator(expand)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """As numpy takes it."""
-_MOST = 2**31 - 1
 _LEAST_ALPHA = 1e-3
 _LONGEST = 1e7
 """Of waiting times in seconds and minutes: what lies far beyond a job's life overflows clocks."""
 
 
 Kind = TypeVar("Kind")
+KindOfSection = TypeVar("KindOfSection", bound=Section)
 
 
-class Section(BaseModel):
-    """A part of the configuration: unknown keys and wrong types are errors, values never change (`~` in paths does)."""
+def _either(names: Iterable[str], word: str = "or") -> str:
+    """`a, b or c`."""
+    *first, last = names
+    return f"{', '.join(first)} {word} {last}" if first else last
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
-    @field_validator("*")
-    @classmethod
-    def _check_size(cls, value: Any) -> Any:
-        """Numbers of things: larger ones overflow somewhere."""
-        if isinstance(value, int) and value > _MOST:
-            raise PydanticCustomError("too_large", "input should be at most {most}", {"most": _MOST})
-        return value
+def _one_of(table: Iterable[str], name: str) -> str:
+    """The name, which must be in the table."""
+    if name not in table:
+        raise PydanticCustomError("unknown", "input should be {known}", {"known": _either(map(repr, table))})
+    return name
 
 
 class RunSection(Section):
-    name: str = Field(default="run", pattern=r"^\w[\w.-]*$", max_length=120)
+    name: str = Field(default="run", max_length=120)
     """Name of the run and of its folder: letters, digits, _, - and ., the first of them no - or ."""
-    folder: PathText = Field(default="runs", min_length=1)
+    folder: PathText = "runs"
     """Where run folders are made."""
     seed: Seed = 0
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise PydanticCustomError(
+                "no_name", "use letters, digits, _, - and . alone, and begin with a letter, a digit or _"
+            )
+        return name
 
 
 class LoraSection(Section):
@@ -91,7 +104,7 @@ class ModelConfig(Section):
     weights: PathText | None = None
     """A safetensors file in timm's names or a folder with one; "pretrained" for those that the model's name stands for,
     "hf-hub:OWNER/NAME" for others, both from the hub or (HF_HUB_OFFLINE=1) its cache; null for random ones."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={})
     """Further keyword arguments of timm.create_model (img_size, drop_path_rate, ...)."""
     lora: LoraSection | None = None
     """null: the weights themselves are trained."""
@@ -122,7 +135,7 @@ class DataConfig(Section):
     """Of training images. shift: by up to an eighth, and flips; resized_crop: crops of 50 to 100 % of the area, and
     flips; timm: timm.data.create_transform. auto: none for digits, shift for small images (up to 64 x 64 pixels, not
     single files), else resized_crop."""
-    timm: dict[str, Any] = {}
+    timm: dict[str, Any] = Field(default={})
     """Options of timm.data.create_transform (auto_augment, color_jitter, re_prob, ...) for augment=timm."""
     mixup_alpha: float = Field(default=0.0, ge=0, le=1000)
     """Mixup: alpha of Beta(alpha, alpha); 0: none. With CutMix on too, each micro-batch takes one of them."""
@@ -158,9 +171,6 @@ class OptimizerConfig(Section):
     """SGD's."""
     classifier_factor: float = Field(default=1.0, gt=0)
     """The classifier's learning rate in multiples of the others'; a new classifier learns better with 10 or more."""
-    few_full_exponent: float = Field(default=0.0, ge=0, le=1)
-    """Engine `plain`: a head's learning rate is multiplied by its share of FULL micro-batches to this power, because
-    its gradient is the noisier the fewer there are and AdamW makes full steps of it; 0: one rate for all."""
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
     """Least number of steps of linear warm-up."""
@@ -203,37 +213,12 @@ class ReplanConfig(Section):
     resumed run may plan otherwise."""
 
 
-class SamplesConfig(Section):
-    """Planner `samples`: a forward pass at a low resolution scores every sample, then some train, drawn by score."""
-
-    image_size: int | None = Field(default=None, gt=0)
-    """Height and width at which samples are scored, pixels, a multiple of the patch size; null: half of
-    data.image_size, rounded up to whole patches."""
-    score: Literal["error", "loss"] = "error"
-    """error: how far the predicted probabilities are from the label (it bounds the gradient's norm); loss: the cross
-    entropy."""
-    uniform_share: float = Field(default=0.25, ge=0)
-    """Multiple of the mean score that every score gets on top, so that easy samples are drawn too."""
-    weights: Literal["none", "unbiased"] = "none"
-    """unbiased: drawn samples are weighted so that the expected gradient is the whole batch's."""
-
-
 class PlanConfig(Section):
-    planner: Literal[
-        "dense",
-        "samples",
-        "paper",
-        "joint",
-        "makespan",
-        "static",
-        "depth",
-        "greedy",
-        "random",
-        "last_blocks",
-        "stochastic_depth",
-        "pruning",
-        "routing",
-    ] = "joint"
+    planner: str = Field(
+        default="joint", description="\n".join(f"{entry.name}: {entry.about}." for entry in PLANNERS.values())
+    )
+    options: SerializeAsAny[Options] = Field(default_factory=Options, validate_default=True)
+    """What the planner alone reads, by its own names: `OPTIONS of class PLANNER in d2ft_hpc/planning`."""
     file: PathText | None = None
     """A saved plan (d2ft-hpc plan --save) to follow instead of making one; null: make one."""
     compute_budget: Fraction = 0.6
@@ -245,20 +230,22 @@ class PlanConfig(Section):
     by_meeting what tensor-parallel ranks really send in engine.token_layout, which is less where only some of them, or
     none, have an active head in a block."""
     memory_budget: Fraction | None = None
-    """Share of the activations of a dense micro-batch that a device keeps for the backward. null: planners `joint`,
-    `makespan` and `depth` keep to the memory that each rank has left at the start, if it is too little for a dense
-    micro-batch; 1: no limit. Planners `paper` and `random` do not know it and are refused where they exceed it."""
+    """Share of the activations of a dense micro-batch that a device keeps for the backward. null: planners that fit
+    memory (`joint`, `makespan`, `depth`) keep to what each rank has left at the start, if it is too little for a dense
+    micro-batch; 1: no limit. Others are refused where they exceed it."""
     costs: Literal["flops", "measured", "paper"] = "flops"
     """What planners take for the cost of FORWARD_ONLY and of what always runs: counted FLOPs; seconds of a short
     profile on every rank at the start (kept for the same hardware and model), which also gives the ranks' speeds; or
     the paper's constants."""
     device_speed: list[Annotated[float, Field(gt=0)]] | None = None
     """Relative speed of each rank, in place of the measured ones or of equal ones."""
-    forward_score: Literal["fisher", "gradient_magnitude", "taylor", "weight_magnitude"] = "fisher"
-    """What a subnet's forward gives to a micro-batch. fisher: sum of squared gradients over its weights (the paper's);
-    gradient_magnitude: of |g|; taylor: of |w g|; weight_magnitude: of |w|."""
-    backward_score: Literal["fisher", "gradient_magnitude", "taylor", "weight_magnitude"] = "weight_magnitude"
-    """The same for its backward; weight_magnitude is the paper's."""
+    forward_score: str = Field(
+        default=FISHER.name,
+        description="What a subnet's forward gives to a micro-batch, as a sum over its weights w with gradients g:\n"
+        + "\n".join(f"{score.name}: {score.about}." for score in SCORES.values()),
+    )
+    backward_score: str = WEIGHT_MAGNITUDE.name
+    """The same for its backward."""
     depth_exponent: float = Field(default=0.0, ge=0)
     """Backward scores count (place of the block / number of blocks) to this power, so that FULL gathers in the upper
     blocks, above which less is skipped; 0: the same at every depth. Planner `paper`, which gives each subnet a budget
@@ -267,34 +254,57 @@ class PlanConfig(Section):
     """Batches over which scores are averaged; their cost is charged to the run."""
     score_cache: PathText | None = None
     """Folder that keeps measured scores for runs with the same weights, probe images and settings; null: none."""
-    full_share: Fraction = 0.8
-    """Planner `paper` and `random`: most of the budget that FULL may take before FORWARD_ONLY."""
-    coverage: int = Field(default=0, ge=0)
-    """Planner `joint`, `makespan`, `static` and `depth`: least number of FULL micro-batches that each subnet gets in a
-    batch."""
-    most_shortcut: float = Field(default=1.0, ge=0, le=1)
-    """Planner `joint`, `makespan` and `static`: most of a device's heads in a block that may be SHORTCUT in a
-    micro-batch."""
-    heads_multiple: int = Field(default=1, gt=0)
-    """Planner `static`: numbers of heads that a device runs in a block are multiples of it, or all; 2 is faster on a
-    GPU, whose matrix products run in tiles of 128 columns (two heads of most models)."""
-    below: Literal["forward_only", "shortcut"] = "forward_only"
-    """Planner `depth`: what the blocks below the FULL ones do."""
     rescale: bool = False
     """Multiply what a block's branches add by its cells over those that are not SHORTCUT, as stochastic depth does, so
     that over a batch blocks add as much as in the dense model; false: as in the paper."""
     warmup_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of the run over which skipping sets in: the budget of each plan falls from 1 to what keeps
     `compute_budget` over the whole run. Needs `replan.every`; 0: the same budget from the first step."""
-    capacity_factor: float = Field(default=1.25, gt=0)
-    """Planner `routing`: most rows that a head takes, in multiples of its fair share."""
-    whole_rows: bool = False
-    """Planner `depth`: each micro-batch is FULL in all blocks or in none."""
     time_limit_seconds: float = Field(default=10.0, gt=0, le=_LONGEST)
-    """Planner `joint`, `makespan` and `depth`: after this the best plan so far, or the greedy one, is taken."""
-    samples: SamplesConfig = SamplesConfig()
-    """How planner `samples` scores and draws."""
+    """Of planners that search: after this the best plan so far, or the greedy one, is taken."""
     replan: ReplanConfig = ReplanConfig()
+
+    @field_validator("planner")
+    @classmethod
+    def _check_planner(cls, name: str) -> str:
+        return _one_of(PLANNERS, name)
+
+    @field_validator("forward_score", "backward_score")
+    @classmethod
+    def _check_score(cls, name: str) -> str:
+        return _one_of(SCORES, name)
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _check_options(cls, given: Any, info: ValidationInfo) -> Any:
+        """Reads them as the planner's own."""
+        planner = PLANNERS.get(info.data.get("planner", ""))
+        if planner is None:  # which is fault enough
+            return Options()
+        values = given.model_dump() if isinstance(given, Options) else given
+        if not isinstance(values, dict):
+            raise PydanticCustomError("no_options", "input should be a section of options")
+        known = planner.options.model_fields
+        if unknown := [name for name in values if name not in known]:
+            raise PydanticCustomError(
+                "unknown_option",
+                "planner {planner} has no option {name}; {fix}",
+                {
+                    "planner": planner.name,
+                    "name": unknown[0],
+                    "fix": f"it knows {_either(known, 'and')}" if known else "it knows none: remove it",
+                },
+            )
+        return planner.options.model_validate(values)
+
+    @property
+    def entry(self) -> Planner:
+        """The planner itself."""
+        return PLANNERS[self.planner]
+
+    def arguments(self, *, seed: int | Sequence[int]) -> dict[str, Any]:
+        """Keyword arguments of the planner's function. seed: of planners that draw."""
+        return self.entry.arguments(self.options, seed=seed, time_limit_seconds=self.time_limit_seconds)
 
     @model_validator(mode="after")
     def _check_warmup(self) -> PlanConfig:
@@ -324,9 +334,9 @@ class PlanConfig(Section):
 
 
 class EngineConfig(Section):
-    name: Literal["deepspeed", "ddp", "fsdp2", "plain"] = "deepspeed"
-    """deepspeed: ZeRO, pipelines, tensor parallelism. ddp: torch's DistributedDataParallel. fsdp2: torch's
-    fully_shard, also with tensor parallelism. plain: one process."""
+    name: str = Field(
+        default="deepspeed", description="\n".join(f"{kind.name}: {kind.about}." for kind in ENGINES.values())
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -347,15 +357,8 @@ class EngineConfig(Section):
     under way while the other is computed. auto: whichever is predicted to be fastest, for each plan."""
     activation_checkpointing: bool = False
     """Keep each block's input only and run the block again in the backward, under the same row of the plan."""
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field(default={})
     """Further settings for DeepSpeed, in its own names."""
-    repeat_out_of_memory: bool = False
-    """Where a rank runs out of memory in a step: plan it less from now on and repeat the step, instead of ending. For
-    planners `joint`, `makespan` and `depth`, and engines that exchange nothing before all micro-batches are through:
-    plain, and DeepSpeed in fp32 with ZeRO 0 or 1, overlap_comm off, the whole model on each rank."""
-    activation_limit_mb: list[Annotated[float, Field(gt=0)]] | None = None
-    """On a processor: megabytes that autograd may keep for a micro-batch's backward on each rank; beyond them the rank
-    counts as out of memory. null: no limit."""
     compile: bool = False
     """Whether torch.compile makes kernels: of dense blocks, of those that skip heads where these have at most 8 shapes
     (planner `static`) and no kernels of our own fit (they do on a GPU, without dropout and LoRA), and of what lies
@@ -369,15 +372,36 @@ class EngineConfig(Section):
     @field_validator("deepspeed")
     @classmethod
     def _check_sections(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        return deepspeed_sections(settings, "engine.deepspeed.")
+        settings = deepspeed_sections(settings, "engine.deepspeed.")
+        unknown = list(unknown_keys(settings, "engine.deepspeed."))
+        if unknown:
+            raise ValueError("\n".join(unknown))
+        return settings
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        return _one_of(ENGINES, name)
 
     @property
-    def data_parallel(self) -> Literal["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]:
+    def kind(self) -> EngineKind:
+        """What the engine can run."""
+        return ENGINES[self.name]
+
+    @property
+    def data_parallel(self) -> DataParallel:
         """How replicas reduce (`planning.messages`)."""
-        if self.name != "deepspeed":
-            return "fsdp2" if self.name == "fsdp2" else "ddp"
-        stages: dict[Any, Literal["zero0", "zero1", "zero2", "zero3"]] = {1: "zero1", 2: "zero2", 3: "zero3"}
-        return stages.get(self.zero_stage, "zero0")
+        return self.kind.data_parallel(self)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether each rank holds a part of the model."""
+        return self.pipeline_stages * self.tensor_ranks > 1
+
+    @property
+    def parts(self) -> str:
+        """The keys and values that say so, for messages."""
+        return f"engine.pipeline_stages={self.pipeline_stages}, engine.tensor_parallel={self.tensor_ranks}"
 
     @property
     def zero_stage(self) -> Any:
@@ -433,7 +457,7 @@ def zero_stage(deepspeed: Mapping[str, Any], precision: str) -> Any:
 class LaunchConfig(Section):
     timeout_seconds: float = Field(default=25.0, gt=0, le=_LONGEST)
     """How long ranks wait for each other at the start and whenever they agree on something."""
-    stop_signals: list[str] = ["USR2", "TERM"]
+    stop_signals: list[str] = Field(default=["USR2", "TERM"])
     """Signals upon which all ranks save at the next step boundary and end with status 75: start again to go on."""
     silence_seconds: float = Field(default=30.0, ge=2, le=_LONGEST)
     """A rank that is not heard for so long is lost: stopped, or its node is down. A killed one is noticed at once."""
@@ -468,11 +492,6 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_relations(self) -> RunConfig:
-        engine = self.engine
-        if engine.name != "deepspeed" and engine.precision == "fp16":
-            raise ValueError(
-                f"engine.precision=fp16: engine {engine.name} does not scale losses; use bf16, or deepspeed"
-            )
         if self.data.evaluate_on == "validation" and self.data.validation_fraction == 0:
             raise ValueError(
                 "data.evaluate_on=validation: there are no validation images; set data.validation_fraction, such as 0.1"
@@ -481,124 +500,20 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.timm: not read with data.augment={self.data.augment}; remove it, or data.augment=timm"
             )
-        if engine.compile and engine.zero_stage == 3:
+        scored_at = getattr(self.plan.options, "image_size", None)
+        if scored_at is not None and scored_at > self.data.image_size:
             raise ValueError(
-                "engine.compile=true: under ZeRO 3 compiled blocks do not train (DeepSpeed puts its own linear layer "
-                "in place of torch's); set engine.compile=false, or use ZeRO 1 or 2"
+                f"plan.options.image_size={scored_at}: samples are scored at no higher resolution than they are "
+                f"trained on, data.image_size={self.data.image_size}; use less, or null"
             )
-        if engine.cuda_graphs and (engine.pipeline_stages > 1 or engine.tensor_ranks > 1):
-            raise ValueError(
-                "engine.cuda_graphs=true: not where ranks hold parts of the model; remove it, or use data parallelism"
-            )
-        if engine.name != "plain" and self.optimizer.few_full_exponent:
-            raise ValueError(
-                f"optimizer.few_full_exponent={self.optimizer.few_full_exponent:g}: only the plain engine has whole "
-                f"steps of heads to scale; use 0, or engine.name=plain"
-            )
-        if engine.name != "deepspeed" and engine.deepspeed:
-            raise ValueError(
-                f"engine.deepspeed: engine {engine.name} does not read it; remove it, or engine.name=deepspeed"
-            )
-        if engine.name == "fsdp2" and self.plan.planner == "samples":
-            raise ValueError(
-                "plan.planner=samples with engine.name=fsdp2: samples are scored by a second model that shares the "
-                "weights, which FSDP2 spreads over ranks; use another planner, or engine.name=ddp"
-            )
-        if self.engine.repeat_out_of_memory:
-            self._check_repeats()
-        self._check_parts()
+        self.engine.kind.check(self)
         return self
-
-    def _check_repeats(self) -> None:
-        """Raises where a step that ran out of memory cannot be repeated."""
-        engine, key = self.engine, "engine.repeat_out_of_memory=true"
-        if self.plan.planner not in PLANNERS_OF_MEMORY or self.plan.file is not None:
-            raise ValueError(
-                f"{key}: planner {self.plan.planner} cannot plan a rank less memory; use joint, makespan or depth, and "
-                f"no plan.file"
-            )
-        if engine.cuda_graphs:
-            raise ValueError(f"{key}: graphs keep their memory; set engine.cuda_graphs=false")
-        if engine.name == "plain":
-            return
-        zero = engine.deepspeed.get("zero_optimization", {})
-        for setting, value, allowed in (
-            ("engine.precision", engine.precision, ("fp32",)),
-            ("engine.deepspeed.zero_optimization.stage", engine.zero_stage, (0, 1)),
-            ("engine.deepspeed.zero_optimization.overlap_comm", zero.get("overlap_comm", False), (False,)),
-            ("engine.pipeline_stages", engine.pipeline_stages, (1,)),
-            ("engine.tensor_parallel", engine.tensor_ranks, (1,)),
-        ):
-            if value not in allowed:
-                raise ValueError(
-                    f"{key} with {setting}={value}: ranks exchange messages while others may have run out of "
-                    f"memory; use {' or '.join(map(str, allowed))}"
-                )
-
-    def _check_parts(self) -> None:
-        """What cannot run where each rank holds a part of the model."""
-        engine = self.engine
-        if engine.deepspeed.get("pipeline", {}).get("stages", "auto") not in ("auto", engine.pipeline_stages):
-            raise ValueError(
-                f"engine.deepspeed.pipeline.stages={engine.deepspeed['pipeline']['stages']}: set "
-                f"engine.pipeline_stages instead"
-            )
-        autotp = engine.deepspeed.get("tensor_parallel", {})
-        if autotp and set(autotp) != {"autotp_size"}:
-            extra = sorted(set(autotp) - {"autotp_size"})
-            raise ValueError(
-                f"engine.deepspeed.tensor_parallel.{extra[0] if extra else 'autotp_size'}: blocks are cut by head; "
-                f"keep autotp_size alone, or set engine.tensor_parallel"
-            )
-        if engine.tensor_parallel not in (1, engine.tensor_ranks):
-            raise ValueError(
-                f"engine.tensor_parallel={engine.tensor_parallel}, but engine.deepspeed.tensor_parallel.autotp_size="
-                f"{autotp['autotp_size']}: remove one of them"
-            )
-        if engine.pipeline_stages * engine.tensor_ranks == 1:
-            return
-        parts = (
-            f"engine.pipeline_stages={engine.pipeline_stages}, engine.tensor_parallel={engine.tensor_ranks}"
-        )
-        if engine.name == "plain" or engine.name == "ddp":
-            raise ValueError(f"{parts}: with engine {engine.name} a rank has the whole model; use deepspeed")
-        if engine.token_layout in ("sharded", "overlapped") and self.plan.planner == "samples":
-            raise ValueError(
-                f"engine.token_layout={engine.token_layout} with plan.planner=samples: samples are scored at another "
-                "resolution, with fewer tokens; use replicated"
-            )
-        if engine.name == "fsdp2" and engine.pipeline_stages > 1:
-            raise ValueError(f"{parts}: engine fsdp2 has no pipeline; use deepspeed")
-        if engine.name == "fsdp2" and self.plan.planner == "samples":
-            raise ValueError(
-                f"plan.planner=samples with {parts}: only engine deepspeed scores samples on cut models"
-            )
-        if engine.precision == "fp16":
-            raise ValueError(
-                f"engine.precision=fp16 with {parts}: loss scaling was never tested there; use bf16"
-            )
-        for key in ("pipe_partitioned", "grad_partitioned"):
-            if engine.deepspeed.get("pipeline", {}).get(key, False):
-                raise ValueError(
-                    f"engine.deepspeed.pipeline.{key}: DeepSpeed then keeps the first micro-batch's size, which the "
-                    f"last batch of an epoch does not have; remove it"
-                )
-        if engine.pipeline_stages > 1 and engine.zero_stage == 1 and self.optimizer.classifier_factor != 1:
-            raise ValueError(
-                f"optimizer.classifier_factor={self.optimizer.classifier_factor} with {parts} and ZeRO 1: DeepSpeed "
-                f"sums norms by parameter group, and only the last stage has the classifier's; use 1, or ZeRO 0"
-            )
-        if engine.pipeline_stages > 1 and engine.zero_stage > 1:
-            raise ValueError(
-                f"engine.deepspeed.zero_optimization.stage={engine.zero_stage} with {parts}: a pipeline's stages "
-                f"keep their gradients until the batch's end, and DeepSpeed refuses; use stage 0 or 1"
-            )
 
     @property
     def plans_by_free_memory(self) -> bool:
         """Whether plans keep to the memory that is measured at the start."""
         return (
-            self.plan.planner in PLANNERS_OF_MEMORY
+            self.plan.entry.fits_memory
             and self.plan.file is None
             and self.plan.memory_budget is None
             and not self.engine.activation_checkpointing  # a block's activations are there for its backward alone
@@ -635,6 +550,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     raise ConfigError("\n".join(explain(faults, RunConfig))) from None
 
 
+def validated(schema: type[KindOfSection], values: Any, prefix: str = "") -> KindOfSection:
+    """`values` as that section. Raises ConfigError with one line a fault; prefix: stands before its keys."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error, schema, prefix))) from None
+
+
 _TEXT_EXPECTED = ("string_type", "literal_error")
 
 
@@ -652,6 +575,10 @@ def _take_text(tree: Any, path: Sequence[str | int]) -> bool:
             return True
         tree = tree[place]
     return False
+
+
+_IN_WORDS = dict.fromkeys(("model_type", "dict_type"), "holds settings of its own, {KEY: VALUE}")
+"""For the types of pydantic's faults that it tells in words of Python."""
 
 
 def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -674,7 +601,10 @@ def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -
                 else f"{prefix}{shown(fault['input'])}: holds no settings"
             )
         else:
-            told = fault["msg"].removeprefix("Value error, ")
+            told = _IN_WORDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+            if told.startswith(f"{key}."):  # it names a key inside
+                yield told
+                continue
             expected.setdefault(f"{key}={shown(fault['input'])}", []).append(f"{told[0].lower()}{told[1:]}")
     for value, told_of in expected.items():
         yield f"{value}: {', or '.join(told_of)}"
@@ -685,11 +615,18 @@ def _key_parts(
 ) -> Iterator[str]:
     """A fault's place without the names of the types that were tried there."""
     for part in location:
-        fields = schema.model_fields if schema is not None else {}
+        fields = _fields(schema)
         if part not in fields and not isinstance(part, int) and not unknown:
             return
         yield str(part)
         schema = _section(fields[str(part)].annotation) if part in fields else None
+
+
+def _fields(schema: type[BaseModel] | None) -> Mapping[str, FieldInfo]:
+    """The keys of a section; of the one for a planner's options, those of all planners."""
+    if schema is Options:
+        return {key: info for entry in PLANNERS.values() for key, info in entry.options.model_fields.items()}
+    return schema.model_fields if schema is not None else {}
 
 
 def _section(annotation: Any) -> type[Section] | None:
@@ -705,7 +642,7 @@ def is_class_of(annotation: Any, kind: type[Kind]) -> TypeGuard[type[Kind]]:
 
 def _nearest(key: str, schema: type[BaseModel], prefix: str) -> str:
     """The valid key that was likely meant: by its whole path, else by its last part in whatever section."""
-    valid_keys = list(_keys(schema, prefix))
+    valid_keys = [each for each in _keys(schema, prefix) if not key.startswith(f"{each}.")]
     by_last_part = {valid.rsplit(".", 1)[-1]: valid for valid in valid_keys}
     close = difflib.get_close_matches(key, valid_keys, n=1, cutoff=0.7) or [
         by_last_part[part]
@@ -715,7 +652,7 @@ def _nearest(key: str, schema: type[BaseModel], prefix: str) -> str:
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, info in section.model_fields.items():
+    for name, info in _fields(section).items():
         yield prefix + name
         inner = _section(info.annotation)
         if inner is not None:

@@ -44,6 +44,10 @@ class DivergedError(D2ftError):
         self.steps_done = steps_done
 
 
+class LibraryError(D2ftError):
+    """A library lacks something undocumented that is built upon, or means something else by it."""
+
+
 class DataError(D2ftError):
     """A data set is missing or does not have the form that its reader expects."""
 

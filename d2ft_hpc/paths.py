@@ -11,9 +11,12 @@ from pathlib import Path
 def expand(path: str) -> str:
     """The path with a leading `~` or `~user` replaced by that home folder.
 
-    Raises ValueError for variables: filled in here they would put what the environment holds, secrets too, into
-    folders' names and records, and left as they are they become folders of that name.
+    Raises ValueError for an empty one, which would be this folder, and for variables: filled in here they would put
+    what the environment holds, secrets too, into folders' names and records, and left as they are they become folders
+    of that name.
     """
+    if not path:
+        raise ValueError("empty: write a path, or leave it out")
     if "\0" in path:
         raise ValueError("a path has no NUL character")
     variable = re.search(r"\$(\w+|\{[^}]*\}?)", path)

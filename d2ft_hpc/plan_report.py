@@ -202,7 +202,10 @@ def save_heat_map(plan: SkipPlan, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        raise PlanError(f"The picture cannot be written to {path}: {error}") from error
+        told = getattr(error, "strerror", None) or error
+        raise PlanError(
+            f"The picture cannot be written to {path}: {told}; choose another file (--png)"
+        ) from error
 
 
 def load_checked(path: Path, problem: PlanProblem) -> SkipPlan:

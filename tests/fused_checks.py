@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2ft_hpc.execution.block import BlockHeads
-from d2ft_hpc.execution.fused import fits, run_fused
+from d2ft_hpc.execution.fused import run_fused
+from d2ft_hpc.families.table import family_of
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 from tests.reference import reference_forward
 
@@ -36,9 +37,9 @@ def rows(seed: int) -> np.ndarray:
 
 def fused_forward(model: nn.Module, images: Tensor, operations: np.ndarray, keeps: bool = True) -> Tensor:
     x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-    blocks = list(model.blocks)
+    blocks = [family_of(model).kernel_parts(block) for block in model.blocks]
     for index, (block, row) in enumerate(zip(blocks, operations, strict=True)):
-        assert fits(block)
+        assert block is not None
         full, forward_only = (np.flatnonzero(row == operation) for operation in (2, 1))
         places = np.full(HEADS, -1)
         places[full] = np.arange(full.size)

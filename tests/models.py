@@ -9,6 +9,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from d2ft_hpc.config import PlanConfig
+from d2ft_hpc.lifecycle import PlanContext, PlanCosts
+from d2ft_hpc.metering import StepCosts
+from d2ft_hpc.parallel.layout import Placement
+
 DEPTH, HEADS, CLASSES = 4, 3, 10
 
 
@@ -30,3 +35,16 @@ def random_batch(seed: int, samples: int = 6) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(samples, 3, 16, 16, generator=generator)
     return images, torch.randint(0, CLASSES, (samples,), generator=generator)
+
+
+def context_of(settings: PlanConfig, costs: StepCosts, *, slots: int, ranks: int = 1) -> PlanContext:
+    """Of `ranks` replicas that hold the whole model."""
+    blocks, heads = len(costs.subnets), int(costs.subnets[0])
+    return PlanContext(
+        settings,
+        Placement.whole(ranks, 0, blocks, heads),
+        costs,
+        PlanCosts.counted(costs, None, ranks),
+        slots=slots,
+        micro_batch_size=8,
+    )

@@ -756,10 +756,6 @@ def _faults_of_refusal(instance: Instance, planner: str, message: str, options: 
         if "exceeds the communication budget" in message:
             return [] if meets else [f"breaks a budget: {message}"]
         return [f"refuses where there is a plan: {message}"] if best_of_all(instance) is not None else []
-    if planner == "greedy":
-        return (
-            [] if meets and "exceeds the communication budget" in message else [f"breaks a budget: {message}"]
-        )
     allowed = ["exceeds the memory budget"] + (["exceeds the communication budget"] if meets else [])
     if planner == "last_blocks":
         allowed = ["exceeds the"]
@@ -774,7 +770,6 @@ PLANNERS: dict[str, set[str]] = {
     "makespan": {*OPTIONS_OF_INSTANCE, "time_limit_seconds"},
     "static": {*OPTIONS_OF_INSTANCE, "heads_multiple"},
     "depth": {"coverage", "forward_weight", "backward_weight", "below", "whole_rows", "time_limit_seconds"},
-    "greedy": {"forward_weight", "backward_weight"},
     "random": {"seed", "full_share"},
     "last_blocks": set(),
     "stochastic_depth": {"seed"},

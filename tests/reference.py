@@ -75,7 +75,7 @@ def attention_head(block: Block, z: Tensor, head: int) -> Tensor:
 def ffn_slice(block: Block, z: Tensor, head: int) -> Tensor:
     """One head's slice of the FFN through its columns of fc2."""
     mlp, heads = block.mlp, block.attn.num_heads
-    units = mlp.fc1.out_features // heads
-    own = slice(head * units, (head + 1) * units)
+    units = mlp.fc1.out_features
+    own = slice(head * units // heads, (head + 1) * units // heads)
     hidden = mlp.act(F.linear(z, mlp.fc1.weight[own], None if mlp.fc1.bias is None else mlp.fc1.bias[own]))
     return F.linear(hidden, mlp.fc2.weight[:, own])

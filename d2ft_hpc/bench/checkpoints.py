@@ -19,8 +19,7 @@ from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.training.checkpoint import Position
 from d2ft_hpc.training.job import set_up
-from d2ft_hpc.training.placing import place
-from d2ft_hpc.training.plans import batches_of
+from d2ft_hpc.training.model_placement import place
 from d2ft_hpc.training.saver import CheckpointSaver
 
 
@@ -38,9 +37,9 @@ def benchmark(
     placement = place(job, None, watch)
     engine = build_engine(job.config, job.model, job.executor, placement, 10**6, job.loss, control)
     plan = SkipPlan.dense(config.data.slots, job.layout.replicas, *job.executor.subnets.shape)
-    engine.executor.load(plan, job.layout.replica)
+    engine.executor.activate(plan, job.layout.replica)
     job.sampler.set_epoch(0)
-    batch = next(batches_of(job, job.train_batches))
+    batch = next(job.batches(job.train_batches))
     folder = Path(config.run.folder) / "bench-checkpoints"
     seconds: dict[bool, list[float]] = {True: [], False: []}
     waits, sizes = [], []

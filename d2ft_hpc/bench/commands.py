@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from d2ft_hpc.command import add_config, on_ranks, read_config
+from d2ft_hpc.command import add_config, amount, on_ranks, read_config, share, whole_number
 from d2ft_hpc.config import load_config
 from d2ft_hpc.paths import path_argument
 
@@ -25,15 +25,15 @@ def add_benches(benches: Any) -> None:
         help="time and quality of every planner on synthetic scores",
         description="Solves one synthetic problem with every planner; needs no GPU and no MPI.",
     )
-    planner.add_argument("--blocks", type=int, required=True)
-    planner.add_argument("--heads", type=int, required=True)
-    planner.add_argument("--micro-batches", type=int, required=True)
-    planner.add_argument("--ranks", type=int, required=True, help="tensor-parallel ranks")
-    planner.add_argument("--stages", type=int, default=1, help="pipeline stages")
+    planner.add_argument("--blocks", type=whole_number(1), required=True)
+    planner.add_argument("--heads", type=whole_number(1), required=True)
+    planner.add_argument("--micro-batches", type=whole_number(1), required=True)
+    planner.add_argument("--ranks", type=whole_number(1), required=True, help="tensor-parallel ranks")
+    planner.add_argument("--stages", type=whole_number(1), default=1, help="pipeline stages")
     planner.add_argument("--heterogeneous", action="store_true", help="ranks of different speeds")
     planner.add_argument("--equal-scores", action="store_true", help="no head is better than another")
     planner.add_argument("--in-order", action="store_true", help="heads stay where timm has them")
-    planner.add_argument("--seed", type=int, default=0, help="of the scores")
+    planner.add_argument("--seed", type=whole_number(0), default=0, help="of the scores")
     planner.add_argument("--json", action="store_true", help="end with one line of JSON")
     planner.set_defaults(run=_planner)
 
@@ -47,23 +47,25 @@ def add_benches(benches: Any) -> None:
             description=f"{what}; start it alone or with mpirun, srun, torchrun or deepspeed.",
         )
         engine.add_argument("--model", default="vit_tiny_patch16_224", help="a timm VisionTransformer's name")
-        engine.add_argument("--image-size", type=int, default=64, help="pixels")
-        engine.add_argument("--micro-batch-size", type=int, default=8, help="samples")
-        engine.add_argument("--slots", type=int, default=2, help="micro-batches of a replica in a step")
-        engine.add_argument("--stage", type=int, default=1, choices=range(4), help="of ZeRO")
+        engine.add_argument("--image-size", type=whole_number(1), default=64, help="pixels")
+        engine.add_argument("--micro-batch-size", type=whole_number(1), default=8, help="samples")
+        engine.add_argument(
+            "--slots", type=whole_number(1), default=2, help="micro-batches of a replica in a step"
+        )
+        engine.add_argument("--stage", type=whole_number(1), default=1, choices=range(4), help="of ZeRO")
         engine.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-        engine.add_argument("--steps", type=int, default=100, help="measured steps of each")
+        engine.add_argument("--steps", type=whole_number(1), default=100, help="measured steps of each")
         engine.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
         engine.add_argument("--json", action="store_true", help="end with one line of JSON")
         if name == "overhead":
-            engine.add_argument("--pipeline-stages", type=int, default=1)
-            engine.add_argument("--tensor-parallel", type=int, default=1)
+            engine.add_argument("--pipeline-stages", type=whole_number(1), default=1)
+            engine.add_argument("--tensor-parallel", type=whole_number(1), default=1)
         if name == "speed":
             engine.add_argument("--engine", default="deepspeed", choices=["deepspeed", "ddp", "fsdp2"])
             engine.add_argument("--compile", action="store_true", help="dense and plan through torch.compile")
             engine.add_argument("--cuda-graphs", action="store_true", help="blocks launched as CUDA graphs")
             engine.add_argument("--planner", default="makespan")
-            engine.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
+            engine.add_argument("--compute-budget", type=share(), default=0.6, help="share of the dense step")
         engine.set_defaults(run=_engine, bench=name)
 
     recording = benches.add_parser(
@@ -71,9 +73,9 @@ def add_benches(benches: Any) -> None:
         help="what recording costs, and how fast its file opens",
         description="Writes, opens, summarises and draws the records of a synthetic run.",
     )
-    recording.add_argument("--steps", type=int, default=10_000)
-    recording.add_argument("--ranks", type=int, default=64)
-    recording.add_argument("--step-seconds", type=float, default=0.1, help="how long a step would take")
+    recording.add_argument("--steps", type=whole_number(1), default=10_000)
+    recording.add_argument("--ranks", type=whole_number(1), default=64)
+    recording.add_argument("--step-seconds", type=amount, default=0.1, help="how long a step would take")
     recording.add_argument(
         "--folder", type=path_argument, help="where to write (default: the temporary folder)"
     )
@@ -86,7 +88,7 @@ def add_benches(benches: Any) -> None:
         description="Reads as one replica of a run does, without a model: compare with what the model consumes.",
     )
     add_config(images)
-    images.add_argument("--seconds", type=float, default=10.0, help="how long to read (default: 10)")
+    images.add_argument("--seconds", type=amount, default=10.0, help="how long to read (default: 10)")
     images.set_defaults(run=_data)
     saves = benches.add_parser(
         "checkpoints",
@@ -94,8 +96,10 @@ def add_benches(benches: Any) -> None:
         description="Trains in stretches with and without a save, in turns; start it alone or as the run.",
     )
     add_config(saves)
-    saves.add_argument("--steps", type=int, default=50, help="of a stretch (default: 50)")
-    saves.add_argument("--pairs", type=int, default=10, help="stretches with and without (default: 10)")
+    saves.add_argument("--steps", type=whole_number(1), default=50, help="of a stretch (default: 50)")
+    saves.add_argument(
+        "--pairs", type=whole_number(1), default=10, help="stretches with and without (default: 10)"
+    )
     saves.add_argument("--json", action="store_true", help="print the measurements as JSON")
     saves.set_defaults(run=_checkpoints)
     scores = benches.add_parser(
@@ -104,7 +108,7 @@ def add_benches(benches: Any) -> None:
         description="Scores a micro-batch of random images, by micro-batch and by sample, between dense passes.",
     )
     add_config(scores)
-    scores.add_argument("--repeats", type=int, default=10, help="of each (default: 10)")
+    scores.add_argument("--repeats", type=whole_number(1), default=10, help="of each (default: 10)")
     scores.set_defaults(run=_scores)
 
     lora = benches.add_parser(
@@ -113,14 +117,14 @@ def add_benches(benches: Any) -> None:
         description="Trains the same adapted model by peft alone and under a plan, in turns. The last line is JSON.",
     )
     lora.add_argument("--model", default="vit_small_patch16_224", help="a timm VisionTransformer's name")
-    lora.add_argument("--image-size", type=int, default=224, help="pixels")
-    lora.add_argument("--micro-batch-size", type=int, default=16, help="samples")
-    lora.add_argument("--slots", type=int, default=5, help="micro-batches in a step")
-    lora.add_argument("--rank", type=int, default=8)
+    lora.add_argument("--image-size", type=whole_number(1), default=224, help="pixels")
+    lora.add_argument("--micro-batch-size", type=whole_number(1), default=16, help="samples")
+    lora.add_argument("--slots", type=whole_number(1), default=5, help="micro-batches in a step")
+    lora.add_argument("--rank", type=whole_number(1), default=8)
     lora.add_argument("--layers", default="qkv,proj,fc1,fc2", help="those that are adapted")
     lora.add_argument("--planner", default="joint")
-    lora.add_argument("--compute-budget", type=float, default=0.6, help="share of peft's step")
-    lora.add_argument("--steps", type=int, default=10, help="measured steps of each")
+    lora.add_argument("--compute-budget", type=share(), default=0.6, help="share of peft's step")
+    lora.add_argument("--steps", type=whole_number(1), default=10, help="measured steps of each")
     lora.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     lora.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     lora.set_defaults(run=_lora)
@@ -130,10 +134,13 @@ def add_benches(benches: Any) -> None:
         description="Times one micro-batch in one process, dense and under the plan in turn.",
     )
     step.add_argument("--model", default="vit_small_patch16_224", help="a timm VisionTransformer's name")
-    step.add_argument("--micro-batch", type=int, default=16, help="samples")
-    step.add_argument("--compute", type=float, default=0.6, help="most of the dense FLOPs (default: 0.6)")
+    step.add_argument("--micro-batch", type=whole_number(1), default=16, help="samples")
+    step.add_argument("--compute", type=share(), default=0.6, help="most of the dense FLOPs (default: 0.6)")
     step.add_argument(
-        "--forward-only", type=float, default=0.0, help="share of heads that run forward only (default: 0)"
+        "--forward-only",
+        type=share(zero=True),
+        default=0.0,
+        help="share of heads that run forward only (default: 0)",
     )
     step.add_argument(
         "--plan",
@@ -142,18 +149,20 @@ def add_benches(benches: Any) -> None:
     )
     step.add_argument(
         "--heads-multiple",
-        type=int,
+        type=whole_number(1),
         help="numbers of FULL heads are multiples of it (default: 2 on a GPU for more than 8 heads, else 1)",
     )
     step.add_argument(
-        "--lora", type=int, help="LoRA of this rank, by peft, of the dense model too (default: none)"
+        "--lora",
+        type=whole_number(1),
+        help="LoRA of this rank, by peft, of the dense model too (default: none)",
     )
-    step.add_argument("--image-size", type=int, default=224, help="pixels")
+    step.add_argument("--image-size", type=whole_number(1), default=224, help="pixels")
     step.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     step.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     step.add_argument(
         "--repeats",
-        type=int,
+        type=whole_number(1),
         help="measured steps of each (default: as many of 30 as two minutes allow, at least 5)",
     )
     step.add_argument("--peers", action="store_true", help="also time stochastic depth, drop path and LoRA")
@@ -166,14 +175,14 @@ def add_benches(benches: Any) -> None:
         help="step time of pipeline and tensor parallelism under a makespan plan, against dense and the prediction",
         description="Times one engine under a dense and a makespan plan in turn; start it with mpirun -n N.",
     )
-    parallel.add_argument("--pipeline-stages", type=int, default=1)
-    parallel.add_argument("--tensor-parallel", type=int, default=1)
-    parallel.add_argument("--blocks", type=int, default=8)
-    parallel.add_argument("--heads", type=int, default=4)
-    parallel.add_argument("--micro-batches", type=int, default=8, help="of each replica")
-    parallel.add_argument("--samples", type=int, default=8, help="of a micro-batch")
-    parallel.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
-    parallel.add_argument("--repeats", type=int, default=15, help="steps of each plan")
+    parallel.add_argument("--pipeline-stages", type=whole_number(1), default=1)
+    parallel.add_argument("--tensor-parallel", type=whole_number(1), default=1)
+    parallel.add_argument("--blocks", type=whole_number(1), default=8)
+    parallel.add_argument("--heads", type=whole_number(1), default=4)
+    parallel.add_argument("--micro-batches", type=whole_number(1), default=8, help="of each replica")
+    parallel.add_argument("--samples", type=whole_number(1), default=8, help="of a micro-batch")
+    parallel.add_argument("--compute-budget", type=share(), default=0.6, help="share of the dense step")
+    parallel.add_argument("--repeats", type=whole_number(1), default=15, help="steps of each plan")
     parallel.add_argument("--json", action="store_true", help="end with one line of JSON")
     parallel.set_defaults(run=_parallel)
     network = benches.add_parser(
@@ -183,15 +192,15 @@ def add_benches(benches: Any) -> None:
         "needs root, ip and tc.",
     )
     network.add_argument("--rate", default="100mbit", help="of every link each way (default: 100mbit)")
-    network.add_argument("--tp", type=int, default=4, help="tensor-parallel ranks (default: 4)")
-    network.add_argument("--pp", type=int, default=1, help="pipeline stages (default: 1)")
-    network.add_argument("--blocks", type=int, default=4)
-    network.add_argument("--heads", type=int, default=8, help="of 32 channels")
-    network.add_argument("--micro-batches", type=int, default=8)
-    network.add_argument("--samples", type=int, default=4, help="of a micro-batch")
-    network.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
-    network.add_argument("--communication-budget", type=float, default=0.5, help="share of the dense step")
-    network.add_argument("--repeats", type=int, default=3, help="steps of each plan (default: 3)")
+    network.add_argument("--tp", type=whole_number(1), default=4, help="tensor-parallel ranks (default: 4)")
+    network.add_argument("--pp", type=whole_number(1), default=1, help="pipeline stages (default: 1)")
+    network.add_argument("--blocks", type=whole_number(1), default=4)
+    network.add_argument("--heads", type=whole_number(1), default=8, help="of 32 channels")
+    network.add_argument("--micro-batches", type=whole_number(1), default=8)
+    network.add_argument("--samples", type=whole_number(1), default=4, help="of a micro-batch")
+    network.add_argument("--compute-budget", type=share(), default=0.6, help="share of the dense step")
+    network.add_argument("--communication-budget", type=share(), default=0.5, help="share of the dense step")
+    network.add_argument("--repeats", type=whole_number(1), default=3, help="steps of each plan (default: 3)")
     network.add_argument("--json", action="store_true", help="end with one line of JSON")
     network.set_defaults(run=_network)
     unequal = benches.add_parser(
@@ -199,8 +208,10 @@ def add_benches(benches: Any) -> None:
         help="waiting at the meeting point when a busy process shares one rank's core",
         description="Equal shares against shares by watched speeds; start it with mpirun -n 2 on two idle cores.",
     )
-    unequal.add_argument("--compute-budget", type=float, default=0.6, help="share of the dense step")
-    unequal.add_argument("--steps", type=int, default=10, help="measured steps of each plan (default: 10)")
+    unequal.add_argument("--compute-budget", type=share(), default=0.6, help="share of the dense step")
+    unequal.add_argument(
+        "--steps", type=whole_number(1), default=10, help="measured steps of each plan (default: 10)"
+    )
     unequal.add_argument("--json", action="store_true", help="end with one line of JSON")
     unequal.set_defaults(run=_unequal)
 
@@ -226,10 +237,21 @@ def _planner(options: argparse.Namespace) -> int:
     return run_guarded(None, run)
 
 
-def _engine(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import connect, detect, device_type_of, run_guarded
+def _connected(device: Literal["auto", "cpu", "cuda"]) -> Control:
+    """The ranks that a launcher started; ends the command with one line where they do not meet."""
+    from d2ft_hpc.launch import connect, detect, run_guarded
 
-    control = connect(detect(), device_type=options.device)
+    met: list[Control] = []
+    status = run_guarded(None, lambda: met.append(connect(detect(), device_type=device)))
+    if status:
+        raise SystemExit(status)
+    return met[0]
+
+
+def _engine(options: argparse.Namespace) -> int:
+    from d2ft_hpc.launch import device_type_of, run_guarded
+
+    control = _connected(options.device)
 
     def run() -> None:
         import torch
@@ -366,7 +388,7 @@ def _step(options: argparse.Namespace) -> int:
 
 
 def _lora(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import run_guarded
+    from d2ft_hpc.launch import device_type_of, run_guarded
 
     def run() -> None:
         import torch
@@ -383,7 +405,7 @@ def _lora(options: argparse.Namespace) -> int:
             planner=options.planner,
             compute_budget=options.compute_budget,
             steps=options.steps,
-            device=torch.device(options.device),
+            device=torch.device(device_type_of(options.device)),
             dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype],
         )
         print(report(sizes, compare(sizes)))
@@ -392,9 +414,9 @@ def _lora(options: argparse.Namespace) -> int:
 
 
 def _parallel(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import connect, detect, run_guarded
+    from d2ft_hpc.launch import run_guarded
 
-    control = connect(detect(), device_type="cpu")
+    control = _connected("cpu")
 
     def run() -> None:
         from d2ft_hpc.bench.parallel import Sizes, benchmark, report
@@ -439,9 +461,9 @@ def _network(options: argparse.Namespace) -> int:
 
 
 def _unequal(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import connect, detect, run_guarded
+    from d2ft_hpc.launch import run_guarded
 
-    control = connect(detect(), device_type="cpu")
+    control = _connected("cpu")
 
     def run() -> None:
         from d2ft_hpc.bench.unequal import benchmark, report

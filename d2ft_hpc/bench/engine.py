@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
@@ -31,11 +30,13 @@ from d2ft_hpc.engines.engine import Engine, MicroBatch
 from d2ft_hpc.engines.fsdp import FsdpEngine
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.pipeline import PipelineEngine
+from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.metering import StepCosts, measure_costs, meter
+from d2ft_hpc.model.build import build_model
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages, layer_flops
@@ -76,7 +77,7 @@ def overhead(workload: Workload, control: Control) -> dict[str, Any]:
     batch = _batch(workload, layout.replica)
 
     def with_us(built: _Built) -> Callable[[], object]:
-        built.engine.executor.load(dense, layout.replica)
+        built.engine.executor.activate(dense, layout.replica)
         return lambda: built.engine.step(batch)
 
     def without() -> Callable[[], object]:
@@ -96,7 +97,7 @@ def overhead(workload: Workload, control: Control) -> dict[str, Any]:
         counted[name] = {"operators": metered.operators, "bytes_sent": metered.bytes_sent}
     start = time.perf_counter()
     plan = share(control, lambda: _solved(built, workload, "joint", 0.6).to_bytes(), "the plan")
-    engine.executor.load(SkipPlan.from_bytes(plan), layout.replica)
+    engine.executor.activate(SkipPlan.from_bytes(plan), layout.replica)
     planning = time.perf_counter() - start
     bare = seconds["bare"] + seconds["other bare"]
     return {
@@ -142,13 +143,15 @@ def speed(workload: Workload, control: Control, planner: str, compute_budget: fl
     batch = _batch(workload, control.rank)
 
     plans = {"dense": dense, "plan": plan, "nothing": nothing}
-    seconds = alternate(
-        {name: lambda: engine.step(batch) for name in plans},
-        workload.steps,
-        workload.device,
-        control,
-        before=lambda name: engine.executor.load(plans[name], control.rank),
-    )
+    steps: dict[str, Callable[[], object]] = {name: lambda: engine.step(batch) for name in plans}
+    plain = _plain(workload)
+    steps["plain"] = lambda: plain.step(batch)
+
+    def before(name: str) -> None:
+        if name in plans:
+            engine.executor.activate(plans[name], control.rank)
+
+    seconds = alternate(steps, workload.steps, workload.device, control, before)
     always = float(np.median(seconds["nothing"] / seconds["dense"]))
     by_replica = [
         (costs.planned_flops(plan.for_replica(r)).sum() / workload.slots - costs.always_flops)
@@ -160,6 +163,11 @@ def speed(workload: Workload, control: Control, planner: str, compute_budget: fl
         "planner": planner,
         "compute_budget": compute_budget,
         "dense_seconds": float(np.median(seconds["dense"])),
+        "dense_over_plain": asdict(Ratio.of(seconds["dense"], seconds["plain"])),
+        "images_per_second": workload.slots
+        * workload.micro_batch_size
+        * control.world_size
+        / float(np.median(seconds["plan"])),
         "plan_over_dense": asdict(Ratio.of(seconds["plan"], seconds["dense"])),
         "promised_by_flops": costs.planned_share(plan),
         "always_share": always,
@@ -175,8 +183,10 @@ def speed_report(result: Mapping[str, Any]) -> str:
         [
             _title(result),
             f"dense step               {1e3 * result['dense_seconds']:9.2f} ms",
+            f"  over one process's with the same samples and no engine  {Ratio(**result['dense_over_plain'])}",
             f"plan ({result['planner']}, {result['compute_budget']:.0%}): step over the dense one  "
             f"{Ratio(**result['plan_over_dense'])}",
+            f"images under the plan    {result['images_per_second']:9.0f} a second, all ranks",
             f"promised by FLOPs        {result['promised_by_flops']:9.4f}",
             f"promised by time         {result['promised_by_time']:9.4f}  (what always runs, measured at "
             f"{result['always_share']:.4f}, plus the busiest replica's share of the rest)",
@@ -190,7 +200,7 @@ def speed_report(result: Mapping[str, Any]) -> str:
 
 def _bytes_sent(built: _Built, batch: list[MicroBatch], plan: SkipPlan, control: Control) -> dict[str, int]:
     """What a rank sends in a step, by collective, counted where it is issued."""
-    built.engine.executor.load(plan, control.rank)
+    built.engine.executor.activate(plan, control.rank)
     with meter() as metered:
         built.engine.step(batch)
     return dict(metered.bytes_sent)
@@ -280,6 +290,20 @@ def _build(workload: Workload, control: Control) -> _Built:
     return _Built(engine, costs, placement)
 
 
+def _plain(workload: Workload) -> PlainEngine:
+    """One process's dense training, each rank for itself: what the engines' own work is measured against."""
+    model = _model(workload)
+    executor = attach(model, compile=workload.compile)
+    return PlainEngine(
+        model,
+        executor,
+        *_make_optimizer(model),
+        _loss,
+        autocast_dtype=torch.bfloat16 if workload.precision == "bf16" else None,
+        cuda_graphs=workload.cuda_graphs,
+    )
+
+
 def _make_optimizer(model: VisionTransformer) -> tuple[Optimizer, LRScheduler]:
     settings = OptimizerConfig(learning_rate=1e-4)
     optimizer = build_optimizer(model, settings)
@@ -298,7 +322,7 @@ def _config(workload: Workload) -> dict[str, Any]:
 
 def _model(workload: Workload) -> VisionTransformer:
     torch.manual_seed(0)
-    model = timm.create_model(workload.model, img_size=workload.image_size, num_classes=10)
+    model = build_model(workload.model, num_classes=10, options={"img_size": workload.image_size})
     return model.to(workload.device)
 
 
@@ -327,7 +351,7 @@ def _solved(built: _Built, workload: Workload, planner: str, compute_budget: flo
         forward_cost=built.costs.forward_share,
         always_share=built.costs.always_share,
     )
-    return solve(problem, planner)  # type: ignore[arg-type]
+    return solve(problem, planner)
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -20,17 +20,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from d2ft_hpc.bench.engine import alternate
 from d2ft_hpc.bench.ratio import Ratio
-from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.metering import StepCosts, measure_costs, memory
+from d2ft_hpc.model.build import build_model
 from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.planning import PlanProblem, SkipPlan, solve
 from d2ft_hpc.planning.plan import Operation
@@ -85,7 +83,7 @@ def compare(sizes: Sizes) -> Comparison:
     def under(plan: SkipPlan) -> Callable[[], None]:
         def run() -> None:
             if executor.plan is not plan:
-                executor.load(plan, 0)
+                executor.activate(plan, 0)
             ours.step()
 
         return run
@@ -100,7 +98,7 @@ def compare(sizes: Sizes) -> Comparison:
         / (costs.dense_flops - costs.always_flops)
     )
     ideal_time = always + (1 - always) * of_subnets
-    executor.load(plan, 0)
+    executor.activate(plan, 0)
     return Comparison(
         peft_step_seconds=float(np.median(seconds["peft"])),
         plan_step=ratio,
@@ -153,7 +151,7 @@ def _plans(sizes: Sizes, costs: StepCosts, subnets: tuple[int, int]) -> dict[str
         always_share=costs.always_share,
     )
     return {
-        "plan": solve(problem, sizes.planner),  # type: ignore[arg-type]
+        "plan": solve(problem, sizes.planner),
         "full": SkipPlan.dense(sizes.slots, 1, *subnets),
         "nothing": SkipPlan(np.full(shape, Operation.SHORTCUT, dtype=np.uint8), 1),
     }
@@ -164,10 +162,8 @@ class _Training:
 
     def __init__(self, sizes: Sizes) -> None:
         torch.manual_seed(0)
-        options = {"img_size": sizes.image_size, "num_classes": _CLASSES}
-        model = timm.create_model(sizes.model, **options)
-        if not isinstance(model, VisionTransformer):
-            raise ConfigError(f"--model {sizes.model}: no timm VisionTransformer")
+        options = {"img_size": sizes.image_size}
+        model = build_model(sizes.model, num_classes=_CLASSES, options=options)
         add_lora(model, rank=sizes.rank, alpha=2 * sizes.rank, dropout=0.0, layers=sizes.layers)
         self.model = model.to(sizes.device, sizes.dtype).train()
         self.micro_batch: Callable[[int], AbstractContextManager[None]] = lambda slot: nullcontext()

@@ -160,7 +160,7 @@ def _step(control: Control, setting: Setting, each: Measured) -> tuple[float, fl
     executor = setting.engine.executor
     if isinstance(executor, TensorParallelExecutor):
         executor.use(each.layout)
-    executor.load(each.plan, setting.placement.layout.replica)
+    executor.activate(each.plan, setting.placement.layout.replica)
     batch = setting.batch()
     control.barrier(120)
     before, start = _interface_bytes(), time.perf_counter()

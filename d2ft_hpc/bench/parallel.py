@@ -143,7 +143,7 @@ def benchmark(
         repeats,
         torch.device("cpu"),
         control,
-        before=lambda name: engine.executor.load(plans[name], replica),
+        before=lambda name: engine.executor.activate(plans[name], replica),
         warm_up=1,
     )
     medians = {name: float(np.median(times)) for name, times in seconds.items()}

@@ -28,6 +28,7 @@ from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.metering.memory import kept_bytes
+from d2ft_hpc.model.build import build_model
 from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.planning import Operation, SkipPlan
 
@@ -179,7 +180,7 @@ def describe(found: Mapping[str, Any]) -> str:
 
 
 def _model(sizes: Sizes) -> VisionTransformer:
-    model: VisionTransformer = timm.create_model(sizes.model, img_size=sizes.image_size, num_classes=1000)
+    model = build_model(sizes.model, num_classes=1000, options={"img_size": sizes.image_size})
     if sizes.lora_rank is not None:
         _adapt(model, sizes.lora_rank)
     return model.to(device=sizes.device, dtype=sizes.dtype).train()
@@ -230,7 +231,7 @@ def _planned(sizes: Sizes, model: VisionTransformer, plan: SkipPlan) -> dict[str
     def under(followed: SkipPlan, samples: int) -> Contender:
         own = copy.deepcopy(model)
         executor = attach(own, compile=not followed.is_dense)
-        executor.load(followed, 0)
+        executor.activate(followed, 0)
         forward = torch.compile(own, dynamic=False) if executor.is_dense else own
         return _contender(forward, own, _batch(sizes, samples), sizes, executor, followed.slots)
 
@@ -250,7 +251,7 @@ def _unowned_memory_share(
     for full in (1, 2):
         operations = np.full((1, *executor.subnets.shape), Operation.SHORTCUT, np.uint8)
         operations[..., :full] = Operation.FULL
-        executor.load(SkipPlan(operations, replicas=1), 0)
+        executor.activate(SkipPlan(operations, replicas=1), 0)
         with executor.micro_batch(0):
             kept.append(_kept_bytes(model, model, _batch(sizes, sizes.micro_batch)))
     return float((2 * kept[0] - kept[1]) / dense)

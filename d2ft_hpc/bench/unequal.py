@@ -170,7 +170,7 @@ def _step(
     control: Control, engine: DeepSpeedEngine, plan: SkipPlan, costs: StepCosts, watch: SpeedWatch
 ) -> tuple[float, float]:
     """The share of the step in which one of the ranks waits for the other, and its seconds."""
-    engine.executor.load(plan, control.rank)
+    engine.executor.activate(plan, control.rank)
     generator = torch.Generator().manual_seed(control.rank)
     batch = [
         (

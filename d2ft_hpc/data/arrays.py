@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2ft_hpc.data import hdf5
 from d2ft_hpc.data.images import (
     MOST_CLASSES,
     BufferBlobs,
@@ -31,6 +30,7 @@ from d2ft_hpc.data.images import (
     list_of_classes,
 )
 from d2ft_hpc.errors import DataError
+from d2ft_hpc.files import hdf5
 from d2ft_hpc.metering.memory import free_bytes_of_host
 
 _NPZ = "an .npz file needs x_train, y_train, x_test and y_test"
@@ -80,7 +80,7 @@ def _member(file: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
 
 
 def _of_hdf5(path: Path, split: str) -> Source:
-    with hdf5.opened(path, _HDF5) as file:
+    with hdf5.opened(path, DataError, _HDF5) as file:
         group = hdf5.child(file, split)
         if group is None:
             raise DataError(f"has no group {split!r}: {_HDF5}")
@@ -94,13 +94,13 @@ def _of_hdf5(path: Path, split: str) -> Source:
             images = EncodedImages(BufferBlobs(buffer, offsets, str(path)))
         else:
             images = _pixels(_array(group, "images"))
-        return _source(images, _array(group, "labels"), hdf5.attribute(file, "classes"))
+        return _source(images, _array(group, "labels"), hdf5.read_attribute(file, "classes"))
 
 
 def _array(group: Any, name: str) -> npt.NDArray[Any]:
     if hdf5.child(group, name) is None:
         raise DataError(f"{group.name} has no array {name!r}: {_HDF5}")
-    stored = hdf5.dataset(group, name)
+    stored = hdf5.plain_dataset(group, name)
     if stored.dtype.kind not in "biuf":
         raise DataError(f"{stored.name} is of type {stored.dtype}: store numbers")
     _check_room(stored.name, stored.size * stored.dtype.itemsize)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from d2ft_hpc.config import DataConfig
-from d2ft_hpc.data.images import PixelImages, Source
+from d2ft_hpc.data.images import EncodedImages, PixelImages, Source
 from d2ft_hpc.data.sources import open_source
 from d2ft_hpc.data.subsets import training_and_validation
 from d2ft_hpc.data.transforms import (
@@ -26,6 +26,9 @@ from d2ft_hpc.data.transforms import (
     uniform_draws,
 )
 from d2ft_hpc.errors import DataError
+
+_LOOKED_AT = 1000
+"""Images, in a second or a few."""
 
 Split = Literal["train", "validation", "test"]
 Entropy = Sequence[int]
@@ -73,6 +76,20 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    def evenly_spaced(self, most: int) -> list[int]:
+        """Indices at equal distances: all classes are among them where these lie one after the other."""
+        chosen: list[int] = np.linspace(0, len(self) - 1, min(len(self), most), dtype=int).tolist()
+        return chosen
+
+    def look_at_some(self) -> None:
+        """Raises DataError if one of some images is of no kind that is read, or cut short; nothing whole is decoded.
+
+        Reading all of a large data set would take as long as an epoch, in which the others are told.
+        """
+        if isinstance(self._images, EncodedImages):
+            for index in self.evenly_spaced(_LOOKED_AT):
+                self._images.look_at(int(self._indices[index]))
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """A finished image, float32 [3, image_size, image_size], drawn from torch's own generator, and its label."""

@@ -47,6 +47,20 @@ def check(data: bytes) -> None:
         pass
 
 
+def look(data: bytes) -> None:
+    """The same, and for what `decode` refuses of files whose end is missing: a JPEG or PNG without its last mark is
+    decoded."""
+    check(data)
+    lacks_end = any(data.startswith(begin) and end not in data[-_TAIL_BYTES:] for begin, end in _ENDS)
+    if lacks_end:
+        decode(data)
+
+
+_ENDS = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND"))
+"""How files begin and end, but for what some cameras and programs put behind."""
+_TAIL_BYTES = 1024
+
+
 def decode(data: bytes) -> Image.Image:
     """The picture in mode RGB. Raises DataError, without a name, if it is damaged or of no known range."""
     with _open(data) as picture:

@@ -109,6 +109,10 @@ class EncodedImages:
         self._named(index, decoding.check)
         return self.blobs[index]
 
+    def look_at(self, index: int) -> None:
+        """Raises DataError if image `index` is of no kind that is read, or cut short."""
+        self._named(index, decoding.look)
+
     def _named(self, index: int, read: Callable[[bytes], Read]) -> Read:
         data = self.blobs[index]
         try:

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from d2ft_hpc.data import hdf5
 from d2ft_hpc.data.images import (
     BufferBlobs,
     EncodedImages,
     Images,
+    MappedArray,
     PixelImages,
     Source,
     checked_labels,
@@ -33,6 +34,7 @@ from d2ft_hpc.data.images import (
     list_of_classes,
 )
 from d2ft_hpc.errors import DataError
+from d2ft_hpc.files import hdf5
 
 FORMAT = "d2ft-hpc images"
 VERSION = 1
@@ -49,22 +51,22 @@ def open_packed(path: Path, split: str) -> Source:
         group = hdf5.child(file, split)
         if group is None:
             raise DataError(f"has no split {split!r}, only {', '.join(_splits(file)) or 'none'}; {_AGAIN}")
-        names = hdf5.attribute(file, "classes")
+        names = hdf5.read_attribute(file, "classes")
         if getattr(names, "dtype", np.dtype(float)).kind != "S":
             raise DataError(f"damaged: its `classes` are no list of names, bytes in UTF-8; {_AGAIN}")
         names = list_of_classes(names)
-        labels = hdf5.mapped(path, group, "labels", np.int64, 1)[:]
+        labels = _mapped(path, group, "labels", np.int64, 1)[:]
         images: Images
         if "pixels" in group:
-            pixels = hdf5.mapped(path, group, "pixels", np.uint8, 4)
+            pixels = _mapped(path, group, "pixels", np.uint8, 4)
             if pixels.shape[1] != 3:
                 raise DataError(
                     f"damaged: pixels of {split} are {list(pixels.shape)}, not [image, 3, height, width]"
                 )
             images = PixelImages(pixels)
         else:
-            offsets = hdf5.mapped(path, group, "offsets", np.int64, 1)[:]
-            buffer = hdf5.mapped(path, group, "bytes", np.uint8, 1)
+            offsets = _mapped(path, group, "offsets", np.int64, 1)[:]
+            buffer = _mapped(path, group, "bytes", np.uint8, 1)
             if not divide(offsets, len(buffer)):
                 raise DataError(f"damaged: offsets of {split} do not divide its bytes; {_AGAIN}")
             images = EncodedImages(BufferBlobs(buffer, offsets, str(path)))
@@ -78,13 +80,19 @@ def open_packed(path: Path, split: str) -> Source:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The file, known to be a packed one. Whatever is wrong with it inside becomes a DataError."""
-    with hdf5.opened(path, _AGAIN) as file:
-        if str(hdf5.attribute(file, "format")) != FORMAT:
+    with hdf5.opened(path, DataError, _AGAIN) as file:
+        if str(hdf5.read_attribute(file, "format")) != FORMAT:
             raise DataError(f"not a packed data set; {_AGAIN}")
-        version = hdf5.attribute(file, "version")
+        version = hdf5.read_attribute(file, "version")
         if str(version) != str(VERSION):
             raise DataError(f"packed in version {version}, this program reads {VERSION}; {_AGAIN}")
         yield file
+
+
+def _mapped(path: Path, group: Any, name: str, dtype: npt.DTypeLike, dimensions: int) -> MappedArray:
+    """A dataset as it lies in the file at `path`, by `hdf5.offset_of`."""
+    stored = hdf5.plain_dataset(group, name)
+    return MappedArray(path, hdf5.offset_of(stored, dtype, dimensions), stored.shape, stored.dtype.str)
 
 
 def _splits(file: Any) -> list[str]:
@@ -94,7 +102,7 @@ def _splits(file: Any) -> list[str]:
 def describe(path: Path) -> str:
     """Splits, images, classes and form of a packed file, for people. Raises DataError if a checksum does not match."""
     with _opened(path) as file:
-        stated = {split: str(hdf5.attribute(file[split], "sha256")) for split in _splits(file)}
+        stated = {split: str(hdf5.read_attribute(file[split], "sha256")) for split in _splits(file)}
         if not stated:
             raise DataError(f"holds neither train nor test; {_AGAIN}")
     lines = []

@@ -22,6 +22,7 @@ from d2ft_hpc.data.packed import FORMAT, VERSION, describe
 from d2ft_hpc.data.sources import StoredSplit, open_source
 from d2ft_hpc.data.workers import loader_of, read_with
 from d2ft_hpc.errors import DataError
+from d2ft_hpc.files import hdf5
 from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.safe_text import say
 
@@ -43,6 +44,7 @@ def pack_by_name(
 
     See `pack`; "auto" is "original" where images have files of their own and keep their size, else "pixels".
     """
+    _check_output(output)
     splits: tuple[StoredSplit, ...] = ("train", "test")
     sources: dict[str, Source] = {
         split: open_arrays(root, split) if name == "arrays" else open_source(name, root, split)
@@ -76,8 +78,7 @@ def pack(
     Raises DataError if `output` exists or cannot be written, an image cannot be read, images for "pixels" differ in
     size, or "original" is asked of images that have no files.
     """
-    if output.exists():
-        raise DataError(f"{output}: exists and is not overwritten: remove it or choose another file")
+    _check_output(output)
     if encoding == "original" and size is not None:
         raise DataError("--size changes the images: choose --encoding jpeg or pixels with it")
     names = max((source.class_names for source in splits.values()), key=len)
@@ -96,11 +97,22 @@ def pack(
             os.fsync(finished.fileno())
         os.replace(building, output)
     except (OSError, RuntimeError, ValueError) as error:
-        raise DataError(f"{output}: cannot be written: {error}") from error
+        raise DataError(
+            f"{output}: cannot be written: {hdf5.reason(error)}; choose another file, or make room"
+        ) from error
     finally:
         for temporary in (flat, building):
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _check_output(output: Path) -> None:
+    if output.exists():
+        raise DataError(f"{output}: exists and is not overwritten: remove it or choose another file")
+    if not output.parent.is_dir():
+        raise DataError(f"{output}: there is no folder {output.parent}; make it, or choose another")
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise DataError(f"{output}: {output.parent} cannot be written to; choose another folder")
 
 
 def _write_split(group: Any, source: Source, encoder: _Encoder, flat: Path, workers: int) -> None:

@@ -13,19 +13,14 @@ Indices = npt.NDArray[np.int64]
 def hold_out(labels: Indices, fraction: float, seed: int) -> tuple[Indices, Indices]:
     """Sorted indices of (the rest, the held-out `fraction`); each class is in both by its share.
 
-    Raises DataError if a class would be missing in either.
+    Raises ValueError if a class would be missing in either.
     """
     everything = np.arange(len(labels))
     if fraction == 0:
         return everything, everything[:0]
     from sklearn.model_selection import train_test_split
 
-    try:
-        rest, held_out = train_test_split(everything, test_size=fraction, stratify=labels, random_state=seed)
-    except ValueError as error:
-        raise DataError(
-            f"a fraction {fraction} of {len(labels)} images cannot keep every class: {error}"
-        ) from error
+    rest, held_out = train_test_split(everything, test_size=fraction, stratify=labels, random_state=seed)
     return np.sort(rest), np.sort(held_out)
 
 
@@ -37,8 +32,16 @@ def training_and_validation(
     The validation images do not depend on `train_fraction`, which is a share of what they leave.
     Raises DataError if a class would be missing in either.
     """
-    rest, validation = hold_out(labels, validation_fraction, seed)
-    if train_fraction < 1:
-        _, chosen = hold_out(labels[rest], train_fraction, seed)
-        rest = rest[chosen]
+    key, fraction, images = "validation_fraction", validation_fraction, len(labels)
+    try:
+        rest, validation = hold_out(labels, validation_fraction, seed)
+        if train_fraction < 1:
+            key, fraction, images = "train_fraction", train_fraction, len(rest)
+            _, chosen = hold_out(labels[rest], train_fraction, seed)
+            rest = rest[chosen]
+    except ValueError as error:
+        raise DataError(
+            f"data.{key}={fraction:g}: a fraction {fraction:g} of {images} images cannot keep every class "
+            f"in both parts; choose another"
+        ) from error
     return rest, validation

@@ -6,7 +6,6 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from d2ft_hpc.config import RunConfig, load_config
@@ -14,6 +13,7 @@ from d2ft_hpc.doctor.finding import Finding, as_json, as_text, of_all_ranks, of_
 from d2ft_hpc.errors import ConfigError, LaunchError
 from d2ft_hpc.launch import Control, LaunchEnvironment, connect, detect, device_type_of
 from d2ft_hpc.launch.control import FRAGILE_START, MpiControl, SoloControl
+from d2ft_hpc.launch.environment import likely_rank
 from d2ft_hpc.safe_text import say
 
 
@@ -23,7 +23,7 @@ def examine(path: Path, overrides: Sequence[str], *, json: bool) -> int:
     Rank 0 prints. Returns 0, or 1 if the run would fail. Where the ranks do not meet, rank 0 goes on alone.
     """
     findings: list[Finding] = []
-    rank = 0
+    rank = likely_rank()
     control: Control | None = None
     try:
         config = load_config(path, overrides)
@@ -35,8 +35,6 @@ def examine(path: Path, overrides: Sequence[str], *, json: bool) -> int:
         if control is not None:
             findings += _checks(config, control, left)
     except ConfigError as error:
-        with suppress(LaunchError):
-            rank = detect().rank
         findings.append(of_error("config", error, "correct the key"))
     except LaunchError as error:
         findings.append(of_error("ranks", error, "start with mpirun, srun, torchrun or deepspeed"))
@@ -96,5 +94,6 @@ def _checks(config: RunConfig, control: Control, left: float | None) -> list[Fin
     if all(part == b"1" for part in control.all_gather(b"1" if job else b"0")) and job is not None:
         parameters = sum(parameter.numel() for parameter in job.model.parameters())
         findings += storage.check_space(config, parameters)
+        findings += work.check_plans(job)  # by rank 0, which prints
         findings += of_all_ranks(control, work.check_time(job, left))[:1]
     return findings

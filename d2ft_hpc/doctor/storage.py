@@ -10,6 +10,7 @@ import h5py
 
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.doctor.finding import Finding
+from d2ft_hpc.files.hdf5 import reason
 from d2ft_hpc.launch import Control
 from d2ft_hpc.launch.control import describe_ranks
 
@@ -78,7 +79,7 @@ def _check_locks(folder: Path, path: Path) -> list[Finding]:
             Finding(
                 "locks",
                 "warning",
-                f"the file system of {folder.absolute()} refuses HDF5's locks ({error}); the run takes none",
+                f"the file system of {folder.absolute()} refuses HDF5's locks ({reason(error)}); the run takes none",
                 "export HDF5_USE_FILE_LOCKING=FALSE for programs that open its results with locks",
             )
         ]

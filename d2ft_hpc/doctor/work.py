@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.data.datasets import LabelledImages
 from d2ft_hpc.doctor.finding import Finding, of_error
-from d2ft_hpc.errors import DataError
+from d2ft_hpc.errors import D2ftError, DataError
 from d2ft_hpc.launch import Control
 from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.training.foresight import trial_plan
 from d2ft_hpc.training.job import Job, set_up
+from d2ft_hpc.training.model_placement import place_in_order
+from d2ft_hpc.training.plan_costs import costs_unmeasured
+from d2ft_hpc.training.plans import plan_context
 
 _FIX_WEIGHTS = (
     "a file's path in model.weights; those of a hub are fetched on a login node by HF_HUB_OFFLINE=0 d2ft-hpc doctor "
@@ -33,7 +35,8 @@ def check_parts(
     try:
         job = set_up(config, control, device)
         for images in (job.train_set, job.evaluation_set):
-            _decode_some(images)
+            for index in images.evenly_spaced(_DECODED_IMAGES):
+                images.read([index], None)
     except DataError as error:
         return None, [of_error("data", error, "data.root=FOLDER")]
     except Exception as error:  # hubs, files and timm answer with anything
@@ -46,10 +49,16 @@ def check_parts(
     ]
 
 
-def _decode_some(images: LabelledImages) -> None:
-    """Images at equal distances, so that all classes are among them if they lie one after the other."""
-    for index in np.linspace(0, len(images) - 1, min(len(images), _DECODED_IMAGES), dtype=int):
-        images.read([int(index)], None)
+def check_plans(job: Job) -> list[Finding]:
+    """Whether the plan file fits, or a plan keeps the budgets, by counted costs; on all ranks together."""
+    if job.control.rank:
+        return []
+    try:
+        plan = trial_plan(plan_context(job, place_in_order(job), costs_unmeasured(job)))
+    except D2ftError as error:
+        return [of_error("plan", error, "raise plan.compute_budget")]
+    share = job.costs.planned_share(plan)
+    return [Finding("plan", "ok", f"planner {plan.planner}, {share:.1%} of the dense compute")]
 
 
 def check_time(job: Job, left: float | None) -> list[Finding]:
@@ -57,7 +66,7 @@ def check_time(job: Job, left: float | None) -> list[Finding]:
     config = job.config
     own = _seconds_of_micro_batch(job) * config.data.slots
     of_ranks = [float(part) for part in job.control.all_gather(repr(own).encode())]
-    share = 1.0 if config.plan.planner == "dense" else config.plan.compute_budget
+    share = config.plan.compute_budget if config.plan.entry.keeps_budgets else 1.0
     expected = max(of_ranks) * share * job.total_steps
     text = f"about {_clock(expected)} of training expected ({job.total_steps} steps)"
     if left is None:
@@ -88,7 +97,7 @@ def _seconds_of_micro_batch(job: Job) -> float:
     labels = torch.zeros(len(images), dtype=torch.long, device=job.device)
     rows, blocks, heads = job.plan_shape
     replicas = job.sampler.replicas
-    job.executor.load(SkipPlan.dense(rows // replicas, replicas, blocks, heads), job.sampler.replica)
+    job.executor.activate(SkipPlan.dense(rows // replicas, replicas, blocks, heads), job.sampler.replica)
     seconds = 0.0
     for _ in range(2):
         start = time.perf_counter()

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-from typing import Any
-
-import torch
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.engines.ddp import DdpEngine
-from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
 from d2ft_hpc.engines.engine import Engine, LossFunction
-from d2ft_hpc.engines.fsdp import FsdpEngine
+from d2ft_hpc.engines.kinds.kind import Request
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
-from d2ft_hpc.engines.pipeline import PipelineEngine
-from d2ft_hpc.engines.plain import PlainEngine
-from d2ft_hpc.engines.tensor import TensorParallelEngine
-from d2ft_hpc.engines.zero import forgets_steps
-from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.errors import ConfigError, UnsupportedModelError
 from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.families.table import family_of
 from d2ft_hpc.launch import Control
 from d2ft_hpc.parallel.layout import Placement
 
 
 def build_engine(
     config: RunConfig,
-    model: VisionTransformer,
+    model: nn.Module,
     executor: PlanExecutor,
     placement: Placement,
     total_steps: int,
@@ -42,74 +33,19 @@ def build_engine(
     if config.engine.activation_checkpointing:
         _recompute_blocks(model)
 
-    def make_optimizer(part: VisionTransformer) -> tuple[Optimizer, LRScheduler]:
+    def make_optimizer(part: nn.Module) -> tuple[Optimizer, LRScheduler]:
         optimizer = build_optimizer(part, config.optimizer)
         return optimizer, build_schedule(optimizer, config.optimizer, total_steps)
 
-    low_dtype = torch.bfloat16 if config.engine.precision == "bf16" else None
-    clipping = config.engine.gradient_clipping
-    if config.engine.name == "plain":
-        return PlainEngine(
-            model,
-            executor,
-            *make_optimizer(model),
-            loss_function,
-            autocast_dtype=low_dtype,
-            gradient_clipping=clipping,
-            few_full_exponent=config.optimizer.few_full_exponent,
-            cuda_graphs=config.engine.cuda_graphs and next(model.parameters()).device.type == "cuda",
-        )
-    if config.engine.name == "ddp":
-        return DdpEngine(
-            model,
-            executor,
-            *make_optimizer(model),
-            loss_function,
-            autocast_dtype=low_dtype,
-            gradient_clipping=clipping,
-        )
-    if config.engine.name == "fsdp2":
-        return FsdpEngine(
-            model,
-            executor,
-            placement,
-            make_optimizer,
-            loss_function,
-            param_dtype=low_dtype,
-            gradient_clipping=clipping,
-        )
-    settings = deepspeed_settings(config)
-    if not placement.layout.is_cut:
-        return DeepSpeedEngine(model, executor, *make_optimizer(model), loss_function, settings)
-    kind = PipelineEngine if placement.layout.stages > 1 else TensorParallelEngine
-    return kind(model, executor, placement, make_optimizer, loss_function, settings, control)
-
-
-def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
-    """DeepSpeed's whole configuration. Raises ConfigError where it cannot run plans or DeepSpeed does not know it."""
-    if config.engine.repeat_out_of_memory and not forgets_steps():
-        raise ConfigError(
-            f"engine.repeat_out_of_memory=true: DeepSpeed {version('deepspeed')} keeps gradients of a step that is "
-            f"undone; install 0.19.8 or newer, or do without"
-        )
-    return deepspeed_config(
-        config.engine.deepspeed,
-        micro_batch_size=config.data.micro_batch_size,
-        slots=config.data.slots,
-        precision=config.engine.precision,
-        gradient_clipping=config.engine.gradient_clipping,
+    return config.engine.kind.build(
+        Request(config, model, executor, placement, make_optimizer, loss_function, control)
     )
 
 
-def _recompute_blocks(model: VisionTransformer) -> None:
-    """Lets timm recompute blocks in the backward without torch's reentrant way, which loses the gradients of a block
-    above frozen embeddings."""
+def _recompute_blocks(model: nn.Module) -> None:
+    """Lets the model recompute blocks in the backward without torch's reentrant way, which loses the gradients of a
+    block above frozen embeddings."""
     try:
-        from timm.layers import set_reentrant_ckpt
-    except ImportError:
-        raise ConfigError(
-            "engine.activation_checkpointing=true: this timm always recomputes in torch's reentrant way, which loses "
-            "gradients above frozen embeddings; update timm, or do without"
-        ) from None
-    set_reentrant_ckpt(False)
-    model.set_grad_checkpointing(True)
+        family_of(model).recompute(model)
+    except UnsupportedModelError as error:
+        raise ConfigError(f"engine.activation_checkpointing=true: {error}") from None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from d2ft_hpc.errors import ConfigError, PlanError
+from d2ft_hpc.families.table import find_family
 from d2ft_hpc.planning import SkipPlan
 
 
@@ -41,16 +41,9 @@ def check_recompute(model: nn.Module) -> None:
     Reentrant checkpointing gives no gradient at all to a block whose input needs none, as the first one's above
     frozen embeddings: torch only warns.
     """
-    if isinstance(model, VisionTransformer) and model.grad_checkpointing and _is_reentrant():
+    family = find_family(model)
+    if family is not None and family.recomputes(model) and family.recomputes_reentrantly:
         raise ConfigError(
-            "activation checkpointing is reentrant, which loses the gradients of a block above frozen embeddings: call "
-            "timm.layers.set_reentrant_ckpt(False), or with an older timm, which lacks it, do without checkpointing"
+            f"activation checkpointing is reentrant, which loses the gradients of a block above frozen embeddings: "
+            f"{family.not_reentrant}"
         )
-
-
-def _is_reentrant() -> bool:
-    try:
-        from timm.layers import use_reentrant_ckpt
-    except ImportError:  # older timm leaves it to torch, whose default is reentrant
-        return True
-    return bool(use_reentrant_ckpt())

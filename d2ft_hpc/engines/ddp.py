@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch._C._distributed_c10d import BuiltinCommHookType
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -18,19 +19,24 @@ from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.engine import LossFunction, StateWriter
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.execution.block_graphs import GradientPlace
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.planning import SkipPlan
 
 
-def follow_ddp(
-    ddp: DistributedDataParallel, executor: PlanExecutor, reduction: Reduction = Reduction.AS_LOOP_SAYS
+def bind_ddp(
+    ddp: DistributedDataParallel,
+    executor: PlanExecutor,
+    reduction: Reduction = Reduction.AS_LOOP_SAYS,
+    slot_source: Callable[[], int] | None = None,
+    gradient_place: GradientPlace = GradientPlace.COPIED,
 ) -> None:
     """Fits the executor of `ddp.module` to `ddp`, whose replicas may then follow different rows. Gradients are reduced
     in each micro-batch that does not run under `ddp.no_sync()`.
 
-    reduction: when, in complete batches.
+    reduction: when, in complete batches. slot_source, gradient_place: as `PlanExecutor.bind` takes them.
 
     Raises ConfigError where plans could not be run exactly.
     """
@@ -46,8 +52,12 @@ def follow_ddp(
             f"DistributedDataParallel reduces {reduced} parameters, {trained} are trained; it would wait for the rest: "
             f"call attach, which freezes some, before DistributedDataParallel(model)"
         )
-    executor.follow(
-        None, reduction, partial(_check, ddp), reduces=lambda block: bool(ddp.require_backward_grad_sync)
+    executor.bind(
+        slot_source,
+        reduction,
+        partial(_check, ddp),
+        reduces=lambda block: bool(ddp.require_backward_grad_sync),
+        gradient_place=gradient_place,
     )
 
 
@@ -61,7 +71,7 @@ class DdpEngine(PlainEngine):
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: nn.Module,
         executor: PlanExecutor,
         optimizer: Optimizer,
         schedule: LRScheduler,
@@ -71,10 +81,18 @@ class DdpEngine(PlainEngine):
         """options: PlainEngine's, but for `cuda_graphs`."""
         super().__init__(model, executor, optimizer, schedule, loss_function, **options)
         device = next(model.parameters()).device
+        # Gradients stay in the buckets that are reduced, one division each: nothing is launched for each parameter.
+        self._keeps_gradients = True
         self._trainer = self._ddp = DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None
+            model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
-        follow_ddp(self._ddp, executor, Reduction.LAST_MICRO_BATCH)
+        self._ddp._register_builtin_comm_hook(BuiltinCommHookType.ALLREDUCE)
+        bind_ddp(
+            self._ddp,
+            executor,
+            Reduction.LAST_MICRO_BATCH,
+            gradient_place=GradientPlace.OF_ENGINE,
+        )
 
     @contextmanager
     def _micro_batch(self, slot: int, slots: int) -> Iterator[None]:

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.config import zero_stage
-from d2ft_hpc.engines.deepspeed_private import forget_step, import_deepspeed, take_step
+from d2ft_hpc.engines.deepspeed_private import import_deepspeed, take_step
 from d2ft_hpc.engines.deepspeed_settings import check_settings
 from d2ft_hpc.engines.engine import (
     LossFunction,
     MicroBatch,
-    ShortOfMemory,
     StateWriter,
     StepReport,
     evaluated,
     set_training,
 )
-from d2ft_hpc.engines.out_of_memory import repeatable
 from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
 from d2ft_hpc.engines.replicas import reduce_trained_blocks
 from d2ft_hpc.engines.state_bytes import bytes_to_come
@@ -77,6 +73,9 @@ def deepspeed_config(
     }
     if precision != "fp32":
         ours[precision] = {"enabled": True}
+    if precision == "bf16":
+        # Its check of each gradient takes longer than a step; what is not finite ends the run by its loss or weights.
+        ours[precision]["check_grad_overflow"] = False
     quiet = {
         "zero_allow_untested_optimizer": True,
         # Offloaded optimisers may be torch's own, as everywhere else here.
@@ -95,7 +94,7 @@ class DeepSpeedEngine:
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: nn.Module,
         executor: PlanExecutor,
         optimizer: Optimizer | Callable[..., Optimizer] | None,
         schedule: LRScheduler | Callable[..., LRScheduler] | None,
@@ -106,7 +105,7 @@ class DeepSpeedEngine:
         is_boundary: Callable[[], bool] | None = None,
         **given: Any,
     ) -> None:
-        """slot_source: as `PlanExecutor.follow` takes it. is_boundary: as `ZeroRules.prepare` takes it. given: what
+        """slot_source: as `PlanExecutor.bind` takes it. is_boundary: as `ZeroRules.prepare` takes it. given: what
         else `deepspeed.initialize` takes; optimizer and schedule may be what it takes, too."""
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False)
@@ -127,23 +126,15 @@ class DeepSpeedEngine:
         self._model, self.executor, self._loss_function = model, executor, loss_function
         reduce_trained_blocks(self.engine, model, executor)
         self._dtype = next(model.parameters()).dtype
-        self.short_of_memory: ShortOfMemory | None = None
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
         report = StepReport(learning_rate=self.engine.get_lr()[0])
         set_training(self._modules)
         last = len(micro_batches) - 1
-        losses = repeatable(
-            self.short_of_memory,
-            partial(forget_step, self.engine, self.engine.micro_steps),
-            lambda: [
-                self._accumulate(report, slot, micro_batch, is_last=slot == last)
-                for slot, micro_batch in enumerate(micro_batches)
-            ],
-        )
-        if self.short_of_memory is not None:
-            with report.timed("backward"):
-                self.engine.allreduce_gradients()
+        losses = [
+            self._accumulate(report, slot, micro_batch, is_last=slot == last)
+            for slot, micro_batch in enumerate(micro_batches)
+        ]
         with report.timed("optimizer"):
             report.skipped = not take_step(self.engine)
         norm = self.engine.get_global_grad_norm()
@@ -152,14 +143,12 @@ class DeepSpeedEngine:
         return report
 
     def _accumulate(self, report: StepReport, slot: int, micro_batch: MicroBatch, is_last: bool) -> Tensor:
-        """Adds a micro-batch's gradient; returns its loss. DeepSpeed reduces in the last one's backward, unless a step
-        can be repeated: then it must not before all ranks have done theirs."""
+        """Adds a micro-batch's gradient; returns its loss. DeepSpeed reduces in the last one's backward."""
         images, labels = micro_batch
-        waits = is_last and self.short_of_memory is not None
         with self.executor.micro_batch(slot):
             with report.timed("forward"):
                 loss = self._loss_function(self.engine(images.to(self._dtype)).float(), labels)
-            with report.timed("backward"), self.engine.no_sync() if waits else nullcontext():
+            with report.timed("backward"):
                 self.engine.backward(loss)
         if not is_last:
             with report.timed("optimizer"):
@@ -181,7 +170,7 @@ class DeepSpeedEngine:
     def logits(self, images: Sequence[Tensor]) -> list[Tensor]:
         return evaluated(self._model, images)
 
-    def full_model(self) -> AbstractContextManager[VisionTransformer]:
+    def full_model(self) -> AbstractContextManager[nn.Module]:
         return self.rules.full_model(self._model, self._twin)
 
     def save(self, folder: Path, write: StateWriter) -> None:

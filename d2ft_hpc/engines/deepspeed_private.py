@@ -1,4 +1,5 @@
-"""Every use of what DeepSpeed does not document: an upgrade breaks this file alone, and its test names what is gone."""
+"""Every use of what DeepSpeed does not document: an upgrade breaks this file alone, and `private_names` lists what is
+used."""
 
 from __future__ import annotations
 
@@ -16,40 +17,17 @@ import torch.distributed as dist
 from packaging.version import Version
 from torch import Tensor, nn
 
+from d2ft_hpc.engines.private_names import (
+    DIVIDES_FROM,
+    SCALE_AT_MINIMUM,
+    SCALER_COUNTERS,
+    changed,
+    expect,
+    replace,
+)
 from d2ft_hpc.errors import DivergedError
 from d2ft_hpc.launch.agree import AgreedError
 from d2ft_hpc.parallel.layout import Layout
-
-SURFACE = (
-    "deepspeed.ops:__compatible_ops__",
-    "deepspeed.runtime.bf16_optimizer:BF16_Optimizer",
-    "deepspeed.runtime.engine:DeepSpeedEngine.gradient_accumulation_steps",
-    "deepspeed.runtime.engine:DeepSpeedEngine.get_global_grad_norm",
-    "deepspeed.runtime.engine:DeepSpeedEngine._get_gradients_for_reduction",
-    "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler",
-    "deepspeed.runtime.pipe.engine:PipelineEngine._INSTRUCTION_MAP",
-    "deepspeed.runtime.pipe.engine:PipelineEngine._exec_backward_pass",
-    "deepspeed.runtime.pipe.engine:PipelineEngine._exec_recv_activations",
-    "deepspeed.runtime.pipe.engine:PipelineEngine._exec_send_activations",
-    "deepspeed.runtime.pipe.engine:PipelineEngine._recv_tensor_meta",
-    "deepspeed.runtime.pipe.engine:PipelineEngine._send_tensor_meta",
-    "deepspeed.runtime.pipe.module:PipelineModule.mpu",
-    "deepspeed.runtime.pipe.schedule:BackwardPass",
-    "deepspeed.runtime.pipe.schedule:ForwardPass",
-    "deepspeed.runtime.pipe.schedule:RecvActivation",
-    "deepspeed.runtime.pipe.schedule:RecvGrad",
-    "deepspeed.runtime.pipe.schedule:ReduceTiedGrads",
-    "deepspeed.runtime.pipe.schedule:SendActivation",
-    "deepspeed.runtime.pipe.schedule:SendGrad",
-    "deepspeed.runtime.pipe.topology:PipeModelDataParallelTopology",
-    "deepspeed.runtime.pipe.topology:PipelineParallelGrid.get_model_parallel_group",
-    "deepspeed.runtime.pipe.topology:PipelineParallelGrid.get_slice_parallel_group",
-    "deepspeed.runtime.pipe.topology:PipelineParallelGrid.stage_to_global",
-)
-"""Attributes of modules and classes that are used here, as module:attribute."""
-
-ENGINE_ATTRIBUTES = ("micro_steps", "dp_world_size", "basic_optimizer", "global_steps", "optimizer")
-"""Attributes of a DeepSpeed engine that exist only once it is made."""
 
 MASTER_WEIGHTS = {
     1: "single_partition_of_fp32_groups",
@@ -77,17 +55,11 @@ def current_slot(engine: Any) -> int:
     return int(engine.micro_steps % engine.gradient_accumulation_steps())
 
 
-def forget_step(engine: Any, micro_steps: int) -> None:
-    """Back to before the micro-batches of a step that was not finished; micro_steps: as they were then."""
-    engine.micro_steps = micro_steps
-    engine.module.zero_grad(set_to_none=True)
-
-
 def loss_scale(engine: Any) -> float:
     """What `engine.backward` multiplies a loss by, gradient accumulation included."""
-    scale = (
-        getattr(engine.optimizer, "cur_scale", None) or getattr(engine.optimizer, "loss_scale", None) or 1.0
-    )
+    scale = 1.0
+    if engine.fp16_enabled():
+        scale = expect(engine.optimizer, "cur_scale", "by which losses are scaled in fp16")
     return float(scale) / int(engine.gradient_accumulation_steps())
 
 
@@ -108,20 +80,23 @@ def unpartitioned_master_weights(model: nn.Module, engine: Any) -> dict[str, Ten
 
     The parameter itself in fp32, DeepSpeed's float32 copy of it in bf16.
     """
+    trained: dict[str, Tensor] = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    if engine.optimizer is engine.basic_optimizer:
+        return trained
+    own, kept = (
+        expect(engine.optimizer, name, "the trained weights and their float32 copies")
+        for name in ("fp16_groups", "fp32_groups")
+    )
     copies = {
         id(parameter): copy
-        for own, kept in zip(
-            getattr(engine.optimizer, "fp16_groups", ()),
-            getattr(engine.optimizer, "fp32_groups", ()),
-            strict=True,
-        )
-        for parameter, copy in zip(own, kept, strict=True)
+        for of_own, of_kept in zip(own, kept, strict=True)
+        for parameter, copy in zip(of_own, of_kept, strict=True)
     }
-    return {
-        name: copies.get(id(parameter), parameter)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    for name, parameter in trained.items():
+        copy = copies.get(id(parameter))
+        if copy is None or copy.dtype != torch.float32 or copy.shape != parameter.shape:
+            raise changed(engine.optimizer, f"keeps no float32 copy of {name} in fp32_groups")
+    return {name: copies[id(parameter)] for name, parameter in trained.items()}
 
 
 def write_master_weight(parameter: nn.Parameter, value: Tensor) -> None:
@@ -145,7 +120,7 @@ def take_step(engine: Any) -> bool:
     try:
         engine.step()
     except Exception as error:
-        if "loss scale already at minimum" not in str(error):
+        if SCALE_AT_MINIMUM not in str(error):
             raise
         raise DivergedError("gradients overflow in fp16 even with the smallest loss scale") from AgreedError()
     return not engine.fp16_enabled() or bool(engine.was_step_applied())
@@ -153,20 +128,23 @@ def take_step(engine: Any) -> bool:
 
 def loss_scaler_numbers(engine: Any) -> dict[str, float]:
     """What a dynamic loss scaler of fp16 counts; empty for other precisions."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if scaler is None or not getattr(scaler, "dynamic", False):
-        return {}
-    return {name: float(getattr(scaler, name)) for name in _SCALER_COUNTERS}
+    scaler = _dynamic_scaler(engine)
+    return {} if scaler is None else {name: float(getattr(scaler, name)) for name in SCALER_COUNTERS}
 
 
 def restore_loss_scaler(engine: Any, numbers: Mapping[str, float]) -> None:
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    for name in _SCALER_COUNTERS:
-        if scaler is not None and name in numbers and getattr(scaler, "dynamic", False):
+    scaler = _dynamic_scaler(engine)
+    for name in SCALER_COUNTERS:
+        if scaler is not None and name in numbers:
             setattr(scaler, name, type(getattr(scaler, name))(numbers[name]))
 
 
-_SCALER_COUNTERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+def _dynamic_scaler(engine: Any) -> Any:
+    """None where losses are scaled by a fixed number, or not at all."""
+    if not engine.fp16_enabled():
+        return None
+    scaler = expect(engine.optimizer, "loss_scaler", "which scales losses in fp16")
+    return scaler if expect(scaler, "dynamic", "whether the scale changes") else None
 
 
 @contextmanager
@@ -175,6 +153,8 @@ def whole(parameter: nn.Parameter, *, written: bool = False) -> Iterator[Tensor]
     import deepspeed
 
     if not hasattr(parameter, "ds_tensor"):
+        if parameter.numel() == 0:
+            raise changed(parameter, "is spread over ranks, but has no ds_tensor")
         yield parameter.data
         return
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if written else None):
@@ -276,11 +256,17 @@ def exchange_both_ways(pipeline_engine: Any, is_needed: Callable[[int, int], boo
         instruction: after_messages(pipeline_engine._INSTRUCTION_MAP[instruction])
         for instruction in (schedule.ForwardPass, schedule.BackwardPass, schedule.ReduceTiedGrads)
     }
-    pipeline_engine._INSTRUCTION_MAP = {**pipeline_engine._INSTRUCTION_MAP, **own, **waiting}
+    _instruct(pipeline_engine, {**own, **waiting})
 
 
-_DIVIDES_FROM = "0.18.3"
-"""The first DeepSpeed whose pipelines divide gradients by the number of micro-batches: to 0.19.2 once in each stage."""
+def _instruct(pipeline_engine: Any, own: Mapping[Any, Callable[..., None]]) -> None:
+    """Puts `own` ways to carry out instructions in place of the engine's. Raises LibraryError where it has none."""
+    means = "which says how each instruction of a schedule is carried out"
+    known = expect(pipeline_engine, "_INSTRUCTION_MAP", means)
+    for instruction in own:
+        if instruction not in known:
+            raise changed(pipeline_engine, f"knows no instruction {instruction.__name__}")
+    replace(pipeline_engine, "_INSTRUCTION_MAP", {**known, **own}, means)
 
 
 def average_over_micro_batches(pipeline_engine: Any) -> None:
@@ -288,9 +274,14 @@ def average_over_micro_batches(pipeline_engine: Any) -> None:
 
     Older pipelines sum them (DeepSpeed's issue 7773), or divide those of a stage again for each stage above (8152).
     """
-    if Version(version("deepspeed")) >= Version(_DIVIDES_FROM):
+    if Version(version("deepspeed")) >= Version(DIVIDES_FROM):
         if not pipeline_engine.is_last_stage():  # what comes from above is divided
-            pipeline_engine._backward_prologue_per_tensor = lambda gradient: gradient
+            replace(
+                pipeline_engine,
+                "_backward_prologue_per_tensor",
+                lambda gradient: gradient,
+                "which divides gradients by the number of micro-batches",
+            )
         return
     from deepspeed.runtime.pipe import schedule
 
@@ -299,8 +290,7 @@ def average_over_micro_batches(pipeline_engine: Any) -> None:
             engine.loss = engine.loss / engine.micro_batches
         type(engine)._exec_backward_pass(engine, buffer_id)
 
-    own = {schedule.BackwardPass: divide_and_backward}
-    pipeline_engine._INSTRUCTION_MAP = {**pipeline_engine._INSTRUCTION_MAP, **own}
+    _instruct(pipeline_engine, {schedule.BackwardPass: divide_and_backward})
 
 
 def reduce_needed_gradients(engine: Any, needed: Callable[[], Sequence[bool]]) -> None:
@@ -309,13 +299,14 @@ def reduce_needed_gradients(engine: Any, needed: Callable[[], Sequence[bool]]) -
     needed: whether the gradient of each trained parameter is, in the model's order; the same on all replicas. In fp32
     only: in bf16 DeepSpeed's optimiser names the gradients itself.
     """
-    every = engine._get_gradients_for_reduction
+    means = "which lists the gradients that replicas reduce"
+    every = expect(engine, "_get_gradients_for_reduction", means)
 
     def of_needed() -> Any:
         gradients, of_experts = every()
         return [each for each, is_needed in zip(gradients, needed(), strict=True) if is_needed], of_experts
 
-    engine._get_gradients_for_reduction = of_needed
+    replace(engine, "_get_gradients_for_reduction", of_needed, means)
 
 
 def zero_missing_master_gradients(engine: Any) -> None:
@@ -329,7 +320,9 @@ def zero_missing_master_gradients(engine: Any) -> None:
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
     if isinstance(engine.optimizer, BF16_Optimizer):
-        has_gradients = engine.optimizer.fp32_groups_has_gradients
+        has_gradients = expect(
+            engine.optimizer, "fp32_groups_has_gradients", "which gradients count in norm and clipping"
+        )
         has_gradients[:] = [[True] * len(of_group) for of_group in has_gradients]
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.families.table import family_of
 from d2ft_hpc.metering import phases
-from d2ft_hpc.model.any_size import evaluating, of_any_size
+from d2ft_hpc.model.evaluating import evaluating
 from d2ft_hpc.planning import SkipPlan
 
 MicroBatch = tuple[Tensor, Tensor]
@@ -44,24 +44,10 @@ class StepReport:
         return phases.phase(phase)
 
 
-class MemoryShortError(Exception):
-    """Ranks ran out of memory in a step, which changed nothing: plan them less and repeat it. Raised on all ranks."""
-
-    def __init__(self, ranks: tuple[int, ...]) -> None:
-        super().__init__(f"out of memory on the ranks {', '.join(map(str, ranks))}")
-        self.ranks = ranks
-
-
-ShortOfMemory = Callable[[bool], tuple[int, ...]]
-"""Takes whether this rank ran out of memory; returns the ranks that did. On all ranks together."""
-
-
 class Engine(Protocol):
     """Trains one replica of a model, or this rank's part of it, by the plan in its executor."""
 
     executor: PlanExecutor
-    short_of_memory: ShortOfMemory | None
-    """If set, a step in which ranks run out of memory raises MemoryShortError on all ranks, where the engine can."""
 
     @property
     def same_rows(self) -> str | None:
@@ -77,7 +63,7 @@ class Engine(Protocol):
         """Raises PlanError or ConfigError, with reason and fix, where this engine cannot run `plan` exactly."""
         ...
 
-    def full_model(self) -> AbstractContextManager[VisionTransformer]:
+    def full_model(self) -> AbstractContextManager[nn.Module]:
         """The model with its present weights, all on this rank, that no other rank is needed to run.
 
         The model itself, or a copy where its weights are spread over ranks; made by all ranks together.
@@ -102,9 +88,9 @@ class Engine(Protocol):
         ...
 
 
-def evaluated(model: VisionTransformer, images: Sequence[Tensor]) -> list[Tensor]:
+def evaluated(model: nn.Module, images: Sequence[Tensor]) -> list[Tensor]:
     """`Engine.logits` of a model that this rank can run."""
-    twin, dtype = of_any_size(model), next(model.parameters()).dtype
+    twin, dtype = family_of(model).of_any_size(model), next(model.parameters()).dtype
     with evaluating(model):
         return [twin(of_slot.to(dtype)) for of_slot in images]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -28,10 +27,12 @@ from d2ft_hpc.engines.engine import LossFunction, StateWriter
 from d2ft_hpc.engines.model_parallel import PLACEMENT, MakeOptimizer
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
+from d2ft_hpc.engines.private_names import expect
 from d2ft_hpc.engines.sharded import collect, restore, whole_weights
 from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.families.table import family_of
 from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.parallel.dtensor import split_heads
 from d2ft_hpc.parallel.layout import Placement
@@ -39,13 +40,16 @@ from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.plan import Operation
 
 
-def follow_fsdp(
-    model: nn.Module, executor: PlanExecutor, reduction: Reduction = Reduction.AS_LOOP_SAYS
+def bind_fsdp(
+    model: nn.Module,
+    executor: PlanExecutor,
+    reduction: Reduction = Reduction.AS_LOOP_SAYS,
+    slot_source: Callable[[], int] | None = None,
 ) -> None:
     """Fits the executor to a model that `fully_shard` has spread, whose replicas may then follow different rows.
     Gradients are reduced in each micro-batch but those before which `set_requires_gradient_sync(False)` was called.
 
-    reduction: when, in complete batches.
+    reduction: when, in complete batches. slot_source: as `PlanExecutor.bind` takes it.
 
     Raises ConfigError where plans could not be run exactly.
     """
@@ -69,8 +73,8 @@ def follow_fsdp(
         group = _group(block if isinstance(block, FSDPModule) else model)
         return bool(group.reduce_grads)
 
-    executor.follow(None, reduction, partial(_check, model), reduces)
-    # A replica that skips a block gives its input back; nothing in a timm model changes that in place.
+    executor.bind(slot_source, reduction, partial(_check, model), reduces)
+    # A replica that skips a block gives its input back; nothing in these models changes that in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPBlock\) returned a view")
     gathers = _Gathers(executor)
     for index, block in executor.blocks.items():
@@ -90,7 +94,7 @@ class _Gathers:
         self._executor = executor
         self._pending: set[int] = set()  # blocks with gradients that wait for a reduction
 
-    def can_pass(self, block: Block, index: int) -> bool:
+    def can_pass(self, block: nn.Module, index: int) -> bool:
         """Whether block `index` can be passed by; the same answer on all ranks."""
         plan, slot = self._executor.plan, self._executor.slot
         if plan is None or slot is None or plan.binding == "sample" or not block.training:
@@ -108,7 +112,7 @@ class _Gathers:
         return False
 
 
-def _let_pass(block: Block, index: int, gathers: _Gathers) -> None:
+def _let_pass(block: nn.Module, index: int, gathers: _Gathers) -> None:
     """Gives the block a class, as fully_shard does, whose call leaves out FSDP's hooks where it can be passed by."""
     of_block: Any = type(block)
 
@@ -123,10 +127,16 @@ def _let_pass(block: Block, index: int, gathers: _Gathers) -> None:
 
 def _group(block: Any) -> Any:
     """FSDP2's own record of a block's parameters; no public name says whether it reduces gradients."""
-    return block._get_fsdp_state()._fsdp_param_group
+    group = expect(expect(block, "_get_fsdp_state", _RECORD)(), "_fsdp_param_group", _RECORD)
+    for name in ("modules", "reduce_grads", "all_reduce_grads", "mesh_info"):
+        expect(group, name, _RECORD)
+    return group
 
 
-def shard(model: VisionTransformer, mesh: DeviceMesh, param_dtype: torch.dtype | None = None) -> None:
+_RECORD = "which says whether gradients are reduced, and over which ranks"
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype | None = None) -> None:
     """Spreads a model over a mesh of 1 dimension, or of 2 (replicas x shards): each block by itself, then the rest.
 
     param_dtype: of the gathered parameters and of activations; gradients are reduced in float32. None: their own.
@@ -134,7 +144,7 @@ def shard(model: VisionTransformer, mesh: DeviceMesh, param_dtype: torch.dtype |
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None
     )
-    for block in model.blocks.children():
+    for block in family_of(model).blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
@@ -147,7 +157,7 @@ class FsdpEngine(PlainEngine):
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: nn.Module,
         executor: PlanExecutor,
         placement: Placement,
         make_optimizer: MakeOptimizer,
@@ -170,7 +180,7 @@ class FsdpEngine(PlainEngine):
         super().__init__(
             model, executor, *make_optimizer(model), loss_function, gradient_clipping=gradient_clipping
         )
-        follow_fsdp(model, executor, Reduction.EVERY_MICRO_BATCH)
+        bind_fsdp(model, executor, Reduction.EVERY_MICRO_BATCH)
 
     def check(self, plan: SkipPlan) -> None:
         if plan.binding == "sample":
@@ -184,7 +194,7 @@ class FsdpEngine(PlainEngine):
         return clip_gradients(self._trained, self._max_norm)
 
     @contextmanager
-    def full_model(self) -> Iterator[VisionTransformer]:
+    def full_model(self) -> Iterator[nn.Module]:
         device = next(self._model.parameters()).device
         full = copy.deepcopy(self._twin).to_empty(device=device)
         full.load_state_dict(whole_weights(self._model, self.executor), strict=True)
@@ -204,19 +214,20 @@ class FsdpEngine(PlainEngine):
         restore_schedule(self._schedule, state.schedule)
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Clips gradients that are spread over ranks, on whatever mesh each; returns their norm over all ranks.
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Clips gradients that are spread over ranks, on whatever mesh each, if there is a `max_norm`; returns their norm
+    over all ranks.
 
     torch's own cannot sum over parameters of different meshes, as those of blocks cut by head beside the others.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    squares = torch.stack(
-        [part.float().square().sum() / _copies(g) for part, g in zip(own, gradients, strict=True)]
-    ).sum()
+    norms = torch.stack(torch._foreach_norm([part.float() for part in own]))
+    squares = (norms.square() / torch.tensor([_copies(g) for g in gradients]).to(norms.device)).sum()
     dist.all_reduce(squares)
     norm = squares.sqrt()
-    torch._foreach_mul_(own, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    if max_norm is not None:
+        torch._foreach_mul_(own, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return norm
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, distributed, nn
 
 from d2ft_hpc.engines.deepspeed_private import whole
@@ -26,14 +25,14 @@ from d2ft_hpc.parallel.tensor import share_blocks
 PLACEMENT = "placement.json"
 """What a checkpoint calls the file that says which rank held what."""
 
-MakeOptimizer = Callable[[VisionTransformer], tuple[Any, Any]]
+MakeOptimizer = Callable[[nn.Module], tuple[Any, Any]]
 """Makes optimiser and schedule for a model or a part of one; or gives what `deepspeed.initialize` makes them of."""
 
-OptionsFor = Callable[[VisionTransformer], Mapping[str, Any]]
+OptionsFor = Callable[[nn.Module], Mapping[str, Any]]
 """What else `deepspeed.initialize` takes for a part."""
 
 
-def no_options(part: VisionTransformer) -> Mapping[str, Any]:
+def no_options(part: nn.Module) -> Mapping[str, Any]:
     return {}
 
 
@@ -48,7 +47,7 @@ def share_part(
     for parameter in part.parameters():
         if layout.tensor_rank == 0:
             # DeepSpeed counts these in gradient norms on every rank, all others on the first of all stages only.
-            parameter.model_parallel = True
+            parameter.model_parallel = True  # type: ignore[attr-defined]
     return executor
 
 
@@ -75,8 +74,8 @@ def share_logits(
 
 @contextmanager
 def full_model(
-    model: VisionTransformer, part: nn.Module, executor: PlanExecutor, placement: Placement, control: Control
-) -> Iterator[VisionTransformer]:
+    model: nn.Module, part: nn.Module, executor: PlanExecutor, placement: Placement, control: Control
+) -> Iterator[nn.Module]:
     """The whole `model` with the trained weights of all ranks' parts; entered by all ranks together."""
     own = {name: full_precision(parameter) for name, parameter in part.named_parameters()}
     targets = dict(model.named_parameters())

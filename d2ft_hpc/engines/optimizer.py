@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.optim import Optimizer
@@ -19,7 +18,7 @@ except ImportError:  # older timm
     from timm.optim.optim_factory import param_groups_weight_decay
 
 
-def build_optimizer(model: VisionTransformer, config: OptimizerConfig) -> Optimizer:
+def build_optimizer(model: Any, config: OptimizerConfig) -> Optimizer:
     """timm's optimiser of that name over the trainable parameters; no weight decay on norms and biases."""
     # Groups of its own only where needed: a pipeline's ZeRO-1 sums norms group by group on all stages alike.
     own_rate = config.classifier_factor != 1

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, distributed, nn
 
 from d2ft_hpc.engines.check import check_plan
@@ -28,7 +27,6 @@ from d2ft_hpc.engines.deepspeed_private import (
 from d2ft_hpc.engines.engine import (
     LossFunction,
     MicroBatch,
-    ShortOfMemory,
     StateWriter,
     StepReport,
     zero_missing_gradients,
@@ -48,7 +46,7 @@ from d2ft_hpc.engines.state_bytes import bytes_to_come
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering.phases import phase
-from d2ft_hpc.model.any_size import evaluating, of_any_size
+from d2ft_hpc.model.evaluating import evaluating
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.part import ModelPart
 from d2ft_hpc.planning import Operation, SkipPlan
@@ -59,7 +57,7 @@ class PipelineEngine:
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: nn.Module,
         executor: PlanExecutor,
         placement: Placement,
         make_optimizer: MakeOptimizer,
@@ -102,9 +100,6 @@ class PipelineEngine:
         average_over_micro_batches(self.engine)
         exchange_both_ways(self.engine, self._gradient_is_needed)
         reduce_trained_blocks(self.engine, self._part, self.executor)
-        self.short_of_memory: ShortOfMemory | None = (
-            None  # stages send while a step is under way: not repeatable
-        )
         self._slot = 0
         self._row: ExitStack | None = None
         self._module.register_forward_pre_hook(self._before_forward)
@@ -147,7 +142,8 @@ class PipelineEngine:
         check_plan(plan, slots=slots, replicas=replicas, same_rows=None)
 
     def logits(self, images: Sequence[Tensor]) -> list[Tensor]:
-        layout, part = self._placement.layout, of_any_size(self._part)
+        family = self.executor.subnets.family
+        layout, part = self._placement.layout, family.of_any_size(self._part)
         dtype = next(self._part.parameters()).dtype
         below, above = (
             layout.rank_of(stage=layout.stage + step, replica=layout.replica, tensor_rank=layout.tensor_rank)
@@ -158,7 +154,9 @@ class PipelineEngine:
             for of_slot in images:
                 x = of_slot.to(dtype)
                 if not self._part.is_first:
-                    x = x.new_empty(len(x), self._tokens(x), self._part.embed_dim)
+                    x = x.new_empty(
+                        len(x), family.tokens(self._model, *x.shape[-2:]), family.width(self._model)
+                    )
                     distributed.recv(x, below)
                 outputs.append(part(x))
                 if not self._part.is_last:
@@ -168,13 +166,7 @@ class PipelineEngine:
                 message.wait()
         return share_logits(outputs, images, self._part, layout, self._replica_group)
 
-    def _tokens(self, images: Tensor) -> int:
-        """Of an image, with those that stand for no patch."""
-        high, wide = self._model.patch_embed.patch_size
-        patches = images.shape[-2] // high * (images.shape[-1] // wide)
-        return int(patches + self._model.num_prefix_tokens)
-
-    def full_model(self) -> AbstractContextManager[VisionTransformer]:
+    def full_model(self) -> AbstractContextManager[nn.Module]:
         return full_model(self._model, self._part, self.executor, self._placement, self._control)
 
     def save(self, folder: Path, write: StateWriter) -> None:

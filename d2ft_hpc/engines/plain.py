@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -17,15 +16,12 @@ from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.engine import (
     LossFunction,
     MicroBatch,
-    ShortOfMemory,
     StateWriter,
     StepReport,
     evaluated,
     set_training,
     zero_missing_gradients,
 )
-from d2ft_hpc.engines.head_rates import HeadRates
-from d2ft_hpc.engines.out_of_memory import repeatable
 from d2ft_hpc.engines.portable import (
     PortableState,
     collect_plain,
@@ -44,7 +40,7 @@ class PlainEngine:
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: nn.Module,
         executor: PlanExecutor,
         optimizer: Optimizer,
         schedule: LRScheduler,
@@ -52,12 +48,10 @@ class PlainEngine:
         *,
         autocast_dtype: torch.dtype | None = None,
         gradient_clipping: float | None = None,
-        few_full_exponent: float = 0.0,
         cuda_graphs: bool = False,
     ) -> None:
-        """few_full_exponent: see `HeadRates`.
-        cuda_graphs: whether the forward and backward of a micro-batch is one CUDA graph, if the plan has few shapes;
-            its time then counts as backward.
+        """cuda_graphs: whether the forward and backward of a micro-batch is one CUDA graph, if the plan has few shapes;
+        its time then counts as backward.
         """
         self._model, self.executor = model, executor
         self._trainer = model
@@ -65,31 +59,25 @@ class PlainEngine:
         self._optimizer, self._schedule = optimizer, schedule
         self._loss_function = loss_function
         self._autocast_dtype = autocast_dtype
-        self._max_norm = float("inf") if gradient_clipping is None else gradient_clipping
-        self._head_rates = HeadRates(model, executor, few_full_exponent)
+        self._max_norm = gradient_clipping
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._graphs: dict[Hashable, CudaGraphs[Tensor]] | None = {} if cuda_graphs else None
-        self.short_of_memory: ShortOfMemory | None = None
+        self._keeps_gradients = cuda_graphs
+        """Gradients stay where they are from step to step."""
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
         report = StepReport(learning_rate=self._optimizer.param_groups[0]["lr"])
         set_training(self._modules)
-
-        def passes() -> list[Tensor]:
-            losses = []
-            for slot, (images, labels) in enumerate(micro_batches):
-                with self._micro_batch(slot, len(micro_batches)):
-                    losses.append(self._accumulate(report, slot, images, labels, len(micro_batches)))
-            return losses
-
-        losses = repeatable(self.short_of_memory, self._optimizer.zero_grad, passes)
+        losses = []
+        for slot, (images, labels) in enumerate(micro_batches):
+            with self._micro_batch(slot, len(micro_batches)):
+                losses.append(self._accumulate(report, slot, images, labels, len(micro_batches)))
         with report.timed("optimizer"):
             zero_missing_gradients(self._model)
             report.gradient_norm = self._clip()
-            with self._head_rates.applied():
-                self._optimizer.step()
+            self._optimizer.step()
             self._schedule.step()
-            self._optimizer.zero_grad(set_to_none=self._graphs is None)
+            self._optimizer.zero_grad(set_to_none=not self._keeps_gradients)
         report.loss = torch.stack(losses).mean()
         return report
 
@@ -104,8 +92,11 @@ class PlainEngine:
             yield
 
     def _clip(self) -> Tensor:
-        """Clips the gradients; returns their norm before that."""
-        return nn.utils.clip_grad_norm_(self._trained, self._max_norm)
+        """Clips the gradients, if asked to; returns their norm before that."""
+        norm = nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
+        if self._max_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._trained, self._max_norm, norm)
+        return norm
 
     def _accumulate(
         self, report: StepReport, slot: int, images: Tensor, labels: Tensor, micro_batches: int
@@ -156,7 +147,7 @@ class PlainEngine:
         with self._autocast(images[0].device):
             return evaluated(self._model, images)
 
-    def full_model(self) -> AbstractContextManager[VisionTransformer]:
+    def full_model(self) -> AbstractContextManager[nn.Module]:
         return nullcontext(self._model)
 
     def save(self, folder: Path, write: StateWriter) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from d2ft_hpc.engines.replicas import trained_blocks
 from d2ft_hpc.execution.executor import EmbeddingPolicy
@@ -28,7 +28,7 @@ class PlannedBytes:
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: nn.Module,
         subnets: SubnetMap,
         placement: Placement,
         *,
@@ -44,9 +44,8 @@ class PlannedBytes:
         self._placement, self._slots, self._data_parallel = placement, slots, data_parallel
         self._embeddings = embeddings
         self._blocks = subnets.num_blocks
-        tokens = model.patch_embed.num_patches + model.num_prefix_tokens
         whole, half = (4, 4) if precision == "fp32" else (4, 2)
-        self._activation_bytes = micro_batch_size * tokens * model.embed_dim * half
+        self._activation_bytes = micro_batch_size * subnets.family.numbers_between(model) * half
         self._leaves_out = reduces_trained_blocks_only(data_parallel, precision)
         self._parameters = np.zeros(
             self._blocks + 1
@@ -60,15 +59,16 @@ class PlannedBytes:
             kind = subnets.classify(name)
             size = float(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO 3 leaves an empty tensor
             block = self._blocks
-            if name.startswith("blocks."):
-                block = int(name.split(".")[1])
+            place = subnets.place_of(name)
+            if place is not None:
+                block, inner = place
                 if block not in placement.blocks:
                     continue
                 if kind is ParameterClass.SUBNET:
                     size *= own_heads[block] / subnets.num_heads
                 elif parameter.requires_grad:
                     self._shared[block] += half * size
-                    self._by_head[block] += half * size * (".q_norm." in name or ".k_norm." in name)
+                    self._by_head[block] += half * size * subnets.family.used_by_head(inner)
             elif layout.stage != (0 if kind is ParameterClass.EMBEDDING else layout.stages - 1):
                 continue
             if data_parallel == "fsdp2":  # each rank gets as many rows

@@ -25,7 +25,7 @@ def reduce_trained_blocks(engine: Any, model: nn.Module, executor: PlanExecutor)
     if engine.zero_optimization_stage() != 0:
         return
     block_of = [
-        int(name.split(".")[1]) if name.startswith("blocks.") else None
+        place[0] if (place := executor.subnets.place_of(name)) is not None else None
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     ]

@@ -7,8 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import grid_of, import_deepspeed
@@ -34,7 +33,7 @@ class TensorParallelEngine(DeepSpeedEngine):
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: nn.Module,
         executor: PlanExecutor,
         placement: Placement,
         make_optimizer: MakeOptimizer,
@@ -47,7 +46,7 @@ class TensorParallelEngine(DeepSpeedEngine):
         options_for: OptionsFor = no_options,
     ) -> None:
         """model: the whole one, of which the ranks copy their parts; its attached executor. config: DeepSpeed's.
-        slot_source: as `PlanExecutor.follow` takes it. is_boundary: as `ZeroRules.prepare` takes it."""
+        slot_source: as `PlanExecutor.bind` takes it. is_boundary: as `ZeroRules.prepare` takes it."""
         import_deepspeed().init_distributed(auto_mpi_discovery=False)
         grid = grid_of(placement.layout)
         self._part = ModelPart(model, placement.blocks, executor)
@@ -80,5 +79,5 @@ class TensorParallelEngine(DeepSpeedEngine):
     def load(self, folder: Path) -> None:
         load_state(folder, self._part, self.engine, self.executor, self._placement)
 
-    def full_model(self) -> AbstractContextManager[VisionTransformer]:
+    def full_model(self) -> AbstractContextManager[nn.Module]:
         return full_model(self._whole, self._part, self.executor, self._placement, self._control)

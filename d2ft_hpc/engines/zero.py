@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from packaging.version import Version
-from timm.models.vision_transformer import Block
 from torch import nn
 
 from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed, whole
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.execution.block_graphs import GradientPlace
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.families.table import find_family
 from d2ft_hpc.planning import SkipPlan
 
 _REDUCTIONS = {
@@ -58,15 +59,6 @@ _NEVER_CLEARS_FROM, _CLEARS_AGAIN_FROM = "0.17.6", "0.18.6"
 
 def _never_clears() -> bool:
     return Version(_NEVER_CLEARS_FROM) <= Version(version("deepspeed")) < Version(_CLEARS_AGAIN_FROM)
-
-
-_FORGETS_FROM = "0.19.8"
-"""The first DeepSpeed of which is known that nothing of an undone step stays; 0.16.4 keeps some of its gradients."""
-
-
-def forgets_steps() -> bool:
-    """Whether the installed DeepSpeed is that or newer."""
-    return Version(version("deepspeed")) >= Version(_FORGETS_FROM)
 
 
 @dataclass(frozen=True)
@@ -111,7 +103,7 @@ class ZeroRules:
 
     def same_rows(self, model: nn.Module) -> str | None:
         """Why all replicas must follow the same rows; None where they may differ."""
-        if self.stage == 3 and getattr(model, "grad_checkpointing", False):
+        if self.stage == 3 and (family := find_family(model)) and family.recomputes(model):
             return (
                 "ZeRO-3 with activation checkpointing gathers a block's weights again where the block is recomputed, "
                 "which only happens on replicas that have FULL heads in it"
@@ -143,14 +135,21 @@ class ZeroRules:
         if is_boundary is not None and self.reduction is Reduction.LAST_MICRO_BATCH:
             at_boundary = is_boundary
 
-            def reduces(block: Block) -> bool:
+            def reduces(block: nn.Module) -> bool:
                 return at_boundary()
 
-        executor.follow(slot_source, self.reduction, reduces=reduces)
+        executor.bind(
+            slot_source,
+            self.reduction,
+            reduces=reduces,
+            gradient_place=GradientPlace.OWN if self.stage < 2 else GradientPlace.COPIED,
+        )
         if self.stage == 3:
             # A leaf module's parameters are gathered and its gradients reduced together, zero where absent, whatever
             # ran inside.
-            import_deepspeed().utils.set_z3_leaf_modules(model, [Block])
+            import_deepspeed().utils.set_z3_leaf_modules(
+                model, list({type(block) for block in executor.blocks.values()})
+            )
 
     def twin_of(self, model: nn.Module) -> nn.Module | None:
         """An empty copy of `model` for `full_model`, taken before the parameters are partitioned."""

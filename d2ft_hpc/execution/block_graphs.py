@@ -3,8 +3,9 @@ of its parameters go through autograd, so that what an engine hooks there fires 
 
 The blocks of a model form a chain: each reads what the one below wrote. A chain is captured whole, forwards from the
 first block to the last and backwards in turn, out of one memory pool, so that it takes as much memory as an eager pass.
-What a chain keeps for its backward lies where the next pass of the same model writes; a pass that begins while an
-earlier one still waits for its backward therefore runs without graphs.
+Where an engine allows, the graphs add to gradients where these lie, in one place for all chains, and autograd gets
+the very tensors, which cost no launch. What a chain keeps for its backward lies where the next pass of the same model
+writes; a pass that begins while an earlier one still waits for its backward therefore runs without graphs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -26,6 +28,20 @@ _WARM_UPS = 3
 
 MOST_CHAINS = 8
 """Chains that are kept; passes of further shapes run without graphs."""
+
+
+class GradientPlace(Enum):
+    """Where the graphs leave gradients of parameters."""
+
+    COPIED = (
+        "in tensors of each chain, from which autograd copies them: a `.grad` may be kept from step to step"
+    )
+    OWN = "in the graphs' own tensors, which become the `.grad`: none may be read after the next backward"
+    OF_ENGINE = "where the engine keeps each `.grad` from step to step (DDP's buckets)"
+
+
+_MOST_ADOPTIONS = 4
+"""Times that graphs are captured anew because an engine has put gradients elsewhere; DDP does in its first steps."""
 
 Compute = Callable[[Tensor, Tensor | None], Tensor]
 """A block's forward, from its input and the indices of the row's heads, on the parameters that its modules hold."""
@@ -58,8 +74,12 @@ class BlockGraphs:
         are copied to where the graphs read.
     """
 
-    def __init__(self, copies_weights: bool = False) -> None:
-        self._copies_weights = copies_weights
+    def __init__(
+        self, copies_weights: bool = False, gradient_place: GradientPlace = GradientPlace.COPIED
+    ) -> None:
+        self._copies_weights, self._gradient_place = copies_weights, gradient_place
+        self._gradients: dict[tuple[int, int], Tensor] = {}  # by block and number, unless they are copied
+        self._adoptions = 0
         self._chains: dict[Hashable, _Chain] = {}
         self._pool: Any = None
         self._pass: weakref.ref[Pass] | None = None
@@ -73,9 +93,11 @@ class BlockGraphs:
         if self._pass is not None and self._pass() is not None:
             return None
         chain = self._chains.get(key)
-        if chain is not None and chain.places != self._places(chain.links):
-            self._chains.clear()  # the weights have moved, or others of them train: every chain reads them
-            chain = None
+        if chain is not None and (chain.places != self._places(chain.links) or self._moved_gradients(chain)):
+            # The weights have moved, or others of them train, or gradients have: every chain reads or writes them.
+            self._chains.clear()
+            self._gradients.clear()
+            self._pool = chain = None  # a pool ends with its last graph
         if chain is None:
             if len(self._chains) == MOST_CHAINS:
                 return None
@@ -83,6 +105,32 @@ class BlockGraphs:
         running = chain.begin(indices)
         self._pass = weakref.ref(running)
         return running
+
+    def _moved_gradients(self, chain: _Chain) -> bool:
+        """Whether to follow an engine that put gradients elsewhere."""
+        if self._gradient_place is not GradientPlace.OF_ENGINE or self._adoptions == _MOST_ADOPTIONS:
+            return False
+        moved = any(block.found_others for block in chain.blocks.values())
+        self._adoptions += moved
+        return moved
+
+    def _gradients_of(self, index: int, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """Where the graphs add to gradients of block `index`; None for a parameter that takes none."""
+        places: list[Tensor | None] = []
+        for number, parameter in enumerate(parameters):
+            if not parameter.requires_grad:
+                places.append(None)
+                continue
+            key = index, number
+            if key not in self._gradients:
+                is_kept = self._gradient_place is GradientPlace.OF_ENGINE and parameter.grad is not None
+                self._gradients[key] = (
+                    parameter.grad.detach()  # type: ignore[union-attr]
+                    if is_kept
+                    else torch.zeros_like(parameter, requires_grad=False)
+                )
+            places.append(self._gradients[key])
+        return places
 
     def _places(self, links: Links) -> list[int | bool]:
         """Where the graphs read the weights, and which of these train."""
@@ -124,31 +172,34 @@ class BlockGraphs:
                 blocks[index] = _BlockGraph(forward, x.detach(), y.detach(), [w.detach() for w in weights])
                 passed[index] = x, y, stand_ins
                 x = y.detach().requires_grad_(y.requires_grad)
+                vars(x).update(vars(y))  # what a fused block computes ahead for the next one
             gradient = torch.empty_like(x)
             for index in reversed(links):
                 x, y, stand_ins = passed.pop(index)
-                if not y.requires_grad:
-                    if links[index].gives_zeros:
-                        blocks[index].of_parameters = [
-                            torch.zeros_like(p) if p.requires_grad else None for p in stand_ins
-                        ]
-                    continue
-                wanted = [tensor for tensor in (x, *stand_ins) if tensor.requires_grad]
-                with _no_autocast(), _captured(self._pool) as backward:
-                    found = torch.autograd.grad(y, wanted, gradient, allow_unused=True)
-                    if links[index].gives_zeros:
-                        found = tuple(
-                            torch.zeros_like(tensor) if part is None else part
-                            for tensor, part in zip(wanted, found, strict=True)
-                        )
+                block, gives_zeros = blocks[index], links[index].gives_zeros
+                places: list[Tensor | None] = [None] * len(stand_ins)
+                if self._gradient_place is not GradientPlace.COPIED:
+                    block.adds, places = True, self._gradients_of(index, links[index].parameters)
+                found: list[Tensor | None] = [None] * len(stand_ins)
+                if y.requires_grad:
+                    with _no_autocast(), _captured(self._pool) as block.backward:
+                        of_x, found = _gradients(y, x, stand_ins, gradient)
+                        if block.adds:
+                            _add(places, found)
+                    block.of_y, block.of_x = gradient, of_x
+                    block.of_y_sum = _sum_left_with(gradient)
+                    gradient = gradient if of_x is None else of_x
                 del y  # and with it what the forward kept: later chains of the pool may lie there
-                parts = iter(found)
-                block = blocks[index]
-                block.backward, block.of_y = backward, gradient
-                block.of_x = next(parts) if x.requires_grad else None
-                block.of_parameters = [next(parts) if p.requires_grad else None for p in stand_ins]
-                if block.of_x is not None:
-                    gradient = block.of_x
+                block.of_parameters = [
+                    torch.zeros_like(p) if part is None and gives_zeros and p.requires_grad else part
+                    for p, part in zip(stand_ins, found, strict=True)
+                ]
+                if block.adds:
+                    block.of_parameters = [
+                        place if part is not None else None
+                        for place, part in zip(places, block.of_parameters, strict=True)
+                    ]
+                del found
         torch.cuda.current_stream().wait_stream(stream)
         return _Chain(links, blocks, read, self._places(links))
 
@@ -176,6 +227,28 @@ def _on(link: Link, stand_ins: Sequence[Tensor], x: Tensor, indices: Tensor | No
         return link.compute(x, indices)
 
 
+def _gradients(
+    y: Tensor, x: Tensor, stand_ins: Sequence[Tensor], of_y: Tensor
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of a block's input and of its parameters; None of those that take none or get none."""
+    wanted = [tensor for tensor in (x, *stand_ins) if tensor.requires_grad]
+    parts = iter(torch.autograd.grad(y, wanted, of_y, allow_unused=True))
+    of_x = next(parts) if x.requires_grad else None
+    return of_x, [next(parts) if p.requires_grad else None for p in stand_ins]
+
+
+def _sum_left_with(gradient: Tensor) -> Tensor | None:
+    """The sum that a fused block has left with its input's gradient for the block below."""
+    summed = getattr(gradient, "_d2ft_summed", None)
+    return None if summed is None else summed.sum
+
+
+def _add(places: Sequence[Tensor | None], parts: Sequence[Tensor | None]) -> None:
+    pairs = [(place, part) for place, part in zip(places, parts, strict=True) if part is not None]
+    if pairs:
+        torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+
+
 def _both(link: Link, stand_ins: Sequence[Tensor], x: Tensor, indices: Tensor | None) -> None:
     y = _on(link, stand_ins, x, indices)
     wanted = [tensor for tensor in (x, *stand_ins) if tensor.requires_grad]
@@ -194,8 +267,15 @@ class _BlockGraph:
     weights: list[Tensor]
     backward: torch.cuda.CUDAGraph | None = None
     of_y: Tensor | None = None
+    of_y_sum: Tensor | None = None
+    """Where the block above leaves the sum of `of_y` over samples and tokens, [channel], if the backward reads it."""
     of_x: Tensor | None = None
     of_parameters: Sequence[Tensor | None] = ()
+    """For each parameter its gradient, or the place of it."""
+    adds: bool = False
+    """The backward adds to what is in the gradients' places."""
+    found_others: bool = False
+    """A parameter had a gradient that lay elsewhere."""
 
     @property
     def takes_gradients(self) -> bool:
@@ -207,14 +287,48 @@ class _BlockGraph:
         self.forward.replay()
         return self.y.detach()
 
-    def run_backward(self, gradient: Tensor, parameters: Sequence[Tensor]) -> None:
-        if self.backward is None:
-            return
-        assert self.of_y is not None
-        if gradient.data_ptr() != self.of_y.data_ptr():
-            self.of_y.copy_(gradient)
-        self._copy_weights(parameters)
-        self.backward.replay()
+    def run_backward(
+        self, gradient: Tensor, is_from_above: bool, parameters: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Returns what autograd takes as the gradients of the parameters.
+
+        is_from_above: the gradient is what the block above left, and where it did."""
+        # These very tensors, that the chain holds too: autograd then copies them, where it would take over a tensor
+        # that nobody else holds, and the next replay would overwrite a parameter's gradient.
+        handed = self._cleared(parameters) if self.adds else list(self.of_parameters)
+        if self.backward is not None:
+            assert self.of_y is not None
+            if not is_from_above:
+                self.of_y.copy_(gradient)
+                if self.of_y_sum is not None:
+                    self.of_y_sum.copy_(gradient.flatten(0, -2).sum(0, dtype=self.of_y_sum.dtype))
+            self._copy_weights(parameters)
+            self.backward.replay()
+        return handed
+
+    def _cleared(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """Makes the places ready to be added to. Returns what autograd takes over as `.grad`, without a copy because
+        it is held nowhere else; a gradient that lies elsewhere gets the sum added."""
+        handed: list[Tensor | None] = []
+        empty: list[Tensor] = []
+        for parameter, place in zip(parameters, self.of_parameters, strict=True):
+            if place is None:
+                handed.append(None)
+                continue
+            before = parameter.grad
+            if before is not None and before.data_ptr() == place.data_ptr():
+                parameter.grad = None  # for autograd to put the same memory there again
+                handed.append(place.detach())
+                continue
+            empty.append(place)
+            if before is None:
+                handed.append(place.detach())
+            else:
+                self.found_others = True
+                handed.append(place)
+        if empty:
+            torch._foreach_zero_(empty)
+        return handed
 
     def _copy_weights(self, parameters: Sequence[Tensor]) -> None:
         if self.weights:
@@ -243,19 +357,30 @@ class Pass:
     def __init__(self, chain: _Chain) -> None:
         self._chain = chain
         self._first = next(iter(chain.blocks))
+        self._left: tuple[int, int] | None = None
+
+    def leave(self, tensor: Tensor | None) -> None:
+        """What the block has just written for its neighbour: a result, or a gradient."""
+        self._left = None if tensor is None else (tensor.data_ptr(), tensor._version)
+
+    def was_left(self, tensor: Tensor) -> bool:
+        """Whether this is what the neighbour has written, where it was and as it was."""
+        return (tensor.data_ptr(), tensor._version) == self._left
 
     def run(self, index: int, x: Tensor) -> Tensor | None:
         """Block `index`; None if it has to run by itself, because its input is not what the block below gave."""
         block = self._chain.blocks[index]
         if index == self._first:
             block.x.copy_(x)
-        elif x.data_ptr() != block.x.data_ptr() or x.shape != block.x.shape:
+        elif not self.was_left(x) or x.shape != block.x.shape:
             return None
         parameters = self._chain.links[index].parameters
-        if not block.takes_gradients:
+        if block.takes_gradients:
+            result: Tensor = _Replay.apply(self, block, x, *parameters)
+        else:
             with torch.no_grad():
-                return block.run_forward(parameters)
-        result: Tensor = _Replay.apply(self, block, x, *parameters)
+                result = block.run_forward(parameters)
+        self.leave(result)
         return result
 
 
@@ -263,19 +388,19 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, running: Pass, block: _BlockGraph, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.running, ctx.block = running, block
-        ctx.parameters = parameters if block.weights else ()
+        ctx.parameters = parameters if block.weights or block.adds else ()
         return block.run_forward(parameters)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        if ctx.running is None:
+        running: Pass | None = ctx.running
+        if running is None:
             raise RuntimeError(
                 "a second backward through blocks that run as CUDA graphs: what the forward kept may be overwritten; "
                 "attach(model, cuda_graphs=False)"
             )
         block: _BlockGraph = ctx.block
-        block.run_backward(gradient, ctx.parameters)
-        ctx.running = None
-        # These very tensors, that the chain holds too: autograd then copies them, where it would take over a tensor
-        # that nobody else holds, and the next replay would overwrite a parameter's gradient.
-        return None, None, block.of_x, *block.of_parameters
+        handed = block.run_backward(gradient, running.was_left(gradient), ctx.parameters)
+        running.leave(block.of_x)
+        ctx.running = ctx.parameters = None
+        return None, None, block.of_x, *handed

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch._dynamo.config as dynamo_config
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from d2ft_hpc.execution.copies import leave_out_of_copies
+from d2ft_hpc.families.family import BlockFamily
 
 
 def cannot_compile() -> bool:
@@ -32,42 +32,36 @@ def allow_kernels_of(micro_batches: int) -> None:
         setattr(dynamo_config, name, getattr(dynamo_config, name) + 2 * micro_batches)
 
 
-def compile_outside_blocks(model: VisionTransformer) -> None:
+def compile_outside_blocks(model: nn.Module, family: BlockFamily) -> None:
     """Lets the model compute its embeddings and its classifier through torch.compile in training.
 
     Each shape is compiled for itself, the largest batch so far alone: smaller ones end an epoch. Modules with hooks
     stay eager; an engine gathers their weights.
     """
-    below, above = torch.compile(_below, dynamic=False), torch.compile(_above, dynamic=False)
+    below = torch.compile(family.below, dynamic=False)
+    above = torch.compile(family.above, dynamic=False)
     largest = 0
 
-    def forward(model: Any, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(model: nn.Module, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         nonlocal largest
         if model.training:
             largest = max(largest, len(images))
-        is_plain = model.training and not (args or kwargs or model.grad_checkpointing)
-        if len(images) < largest or not is_plain or _is_hooked(model) or cannot_compile():
+        is_plain = model.training and not (args or kwargs or family.recomputes(model))
+        if len(images) < largest or not is_plain or _is_hooked(model, family) or cannot_compile():
             result: Tensor = type(model).forward(model, images, *args, **kwargs)
             return result
-        result = above(model, model.blocks(below(model, images)))
-        return result
+        x, beside = below(model, images)
+        for index, block in enumerate(family.blocks(model)):
+            x = block(x, **family.arguments(beside, index))
+        return above(model, x)
 
     model.forward = MethodType(forward, model)
     leave_out_of_copies(model, ["forward"])
 
 
-def _is_hooked(model: VisionTransformer) -> bool:
-    outside = (child for child in model.children() if child is not model.blocks)
+def _is_hooked(model: nn.Module, family: BlockFamily) -> bool:
+    with_blocks = family.blocks_path.partition(".")[0]
+    outside = (child for name, child in model.named_children() if name != with_blocks)
     return any(
         part._forward_hooks or part._forward_pre_hooks for child in outside for part in child.modules()
     )
-
-
-def _below(model: Any, images: Tensor) -> Tensor:
-    embedded: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-    return embedded
-
-
-def _above(model: Any, x: Tensor) -> Tensor:
-    logits: Tensor = model.forward_head(model.norm(x))
-    return logits

@@ -8,19 +8,18 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import Block
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.execution.absent import fill_absent_gradients
 from d2ft_hpc.execution.block import BlockHeads, run_block
-from d2ft_hpc.execution.block_graphs import BlockGraphs, Link, Links, Pass
+from d2ft_hpc.execution.block_graphs import BlockGraphs, GradientPlace, Link, Links, Pass
 from d2ft_hpc.execution.compilation import allow_kernels_of, cannot_compile, compile_outside_blocks
 from d2ft_hpc.execution.copies import leave_out_of_copies
 from d2ft_hpc.execution.gradients import (
@@ -32,6 +31,7 @@ from d2ft_hpc.execution.gradients import (
     zero_gradient,
 )
 from d2ft_hpc.execution.rows import Row, choose_heads
+from d2ft_hpc.families.family import BlockFamily, KernelParts
 from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.planning.plan import Operation, SkipPlan
@@ -73,13 +73,15 @@ class PlanExecutor:
         self._slot: int | None = None
         self._slot_source: Callable[[], int] | None = None
         self._reduction = Reduction.AFTER_BACKWARD
-        self._reduces: Callable[[Block], bool] | None = None
+        self._reduces: Callable[[nn.Module], bool] | None = None
+        self.trained_beside: list[str] = []
+        """Parameters below the blocks that train by what each block gets beside its input; none from skipped ones."""
         self._check: Callable[[SkipPlan], None] | None = None
-        self.blocks: dict[int, Block] = {}
+        self.blocks: dict[int, nn.Module] = {}
         """The blocks that follow this executor, by index; `link` adds them. Their parameters are looked up when they
         are needed: a model that was built without memory, or loaded with assign=True, gets others."""
         self._owners: dict[int, Owners] = {}
-        self._fusible: dict[int, bool] = {}
+        self._kernel_parts: dict[int, KernelParts | None] = {}
         self._compiled_shapes: set[Hashable] = set()
         self._largest_input = 0  # numbers in what blocks that skip heads got
         self.block_shapes = 0
@@ -97,21 +99,24 @@ class PlanExecutor:
         self._graphs = BlockGraphs() if cuda_graphs else None
         self._recomputes = recomputes
         self._pass: Pass | None = None  # through graphs, while its forward is under way
+        self._captures = False
 
-    def follow(
+    def bind(
         self,
         slot_source: Callable[[], int] | None,
         reduction: Reduction,
         check: Callable[[SkipPlan], None] | None = None,
-        reduces: Callable[[Block], bool] | None = None,
+        reduces: Callable[[nn.Module], bool] | None = None,
+        gradient_place: GradientPlace = GradientPlace.COPIED,
     ) -> None:
         """Fits the executor to an engine that counts micro-batches itself, or reduces gradients during backward.
 
         slot_source: gives the place in the batch of the micro-batch that runs; None: `micro_batch` marks it.
         reduction: when the engine reduces gradients; without an engine, AFTER_BACKWARD.
-        check: raises PlanError or ConfigError where the engine cannot run a plan; `load` calls it.
+        check: raises PlanError or ConfigError where the engine cannot run a plan; `activate` calls it.
         reduces: in a block's forward, whether this micro-batch's backward reduces the block's gradients, where the loop
             can say that anew each time, as at the end of an epoch in an incomplete batch; None: as `reduction` says.
+        gradient_place: where blocks that run as CUDA graphs leave gradients.
 
         Raises ConfigError where blocks are to be compiled and the engine is ZeRO 3.
         """
@@ -120,15 +125,20 @@ class PlanExecutor:
                 "compile=True: under ZeRO 3 compiled blocks do not train (DeepSpeed puts a linear layer of its own in "
                 "place of torch's, whose weights get no gradient then): compile=False, or use ZeRO 1 or 2"
             )
+        if self.trained_beside and reduction is not Reduction.AFTER_BACKWARD:
+            raise ConfigError(
+                f"{self.trained_beside[0]} takes its gradient from the blocks that run, which differ between replicas "
+                f"that reduce {reduction.value}: attach(model, embeddings='frozen'), or model.embeddings=frozen"
+            )
         self._slot_source, self._reduction, self._check = slot_source, reduction, check
         self._reduces = reduces
         if self._graphs is not None:
             gathers = reduction is Reduction.BY_BLOCK or isinstance(self.blocks[0], FSDPModule)
-            self._graphs = BlockGraphs(copies_weights=gathers)
+            self._graphs = BlockGraphs(gathers, gradient_place)
         if reduction is Reduction.BY_BLOCK:
             require_input_gradient(self.blocks[0])
 
-    def load(self, plan: SkipPlan, replica: int) -> None:
+    def activate(self, plan: SkipPlan, replica: int) -> None:
         """Makes the rows of `replica` in `plan` the ones that the next micro-batches follow.
 
         A plan that binds samples must run each sample in all heads or in none; the blocks then run densely on what
@@ -166,7 +176,7 @@ class PlanExecutor:
             if plan.binding == "slot"
         ]
         self._owners = {index: owners_of(block) for index, block in self.blocks.items()}
-        self._fusible.clear()
+        self._kernel_parts.clear()
         self.block_shapes = self._count_block_shapes(self.rows)
         self.micro_batch_shapes = len({row.shape for row in self.rows})
         allow_kernels_of(len(self.rows))
@@ -194,7 +204,7 @@ class PlanExecutor:
         """Whether every block runs densely on every micro-batch; it may be one of chosen samples."""
         return self.plan is None or self.plan.binding == "sample" or self.plan.is_dense
 
-    def unload(self) -> None:
+    def deactivate(self) -> None:
         """Back to dense training."""
         self.plan, self.rows, self.block_shapes, self.micro_batch_shapes = None, [], 0, 0
 
@@ -216,8 +226,9 @@ class PlanExecutor:
 
     @property
     def slot(self) -> int | None:
-        """The place in the batch of the micro-batch that runs now; None outside of any."""
-        return self._slot if self._slot_source is None else self._slot_source()
+        """The place in the batch of the micro-batch that runs now, as `micro_batch` or else the loop says; None
+        outside of any."""
+        return self._slot if self._slot is not None or self._slot_source is None else self._slot_source()
 
     @contextmanager
     def temporarily(self, operations: np.ndarray) -> Iterator[None]:
@@ -231,7 +242,7 @@ class PlanExecutor:
         finally:
             self.plan, self.rows, self.block_shapes, self._slot, self._slot_source = before
 
-    def run(self, block: Block, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def run(self, block: nn.Module, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Block `index` under the current row; `args` are the block's own."""
         if not self.rows or not block.training:
             replayed = self._replayed(block, index, None, x, args, kwargs)
@@ -241,7 +252,7 @@ class PlanExecutor:
         if slot is None:
             raise PlanError(
                 "a model with a plan was called in training mode without saying which micro-batch this is: "
-                "wrap forward and backward in `with executor.micro_batch(slot):`, or call executor.unload()"
+                "wrap forward and backward in `with executor.micro_batch(slot):`, or call executor.deactivate()"
             )
         if index == 0 and self._reduction is Reduction.AFTER_BACKWARD and _reduces_in_backward(block):
             raise PlanError(
@@ -268,7 +279,7 @@ class PlanExecutor:
         return self._run(block, index, heads, x, *args, **kwargs)
 
     def _run(
-        self, block: Block, index: int, heads: BlockHeads | None, x: Tensor, *args: Any, **kwargs: Any
+        self, block: nn.Module, index: int, heads: BlockHeads | None, x: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Block `index` with these heads; None: all of them."""
         if heads is None or heads.is_dense:
@@ -278,19 +289,20 @@ class PlanExecutor:
         if x.is_cuda and self._is_fused(index, heads):
             gathers = self._reduction is Reduction.BY_BLOCK or isinstance(block, FSDPModule)
             result: Tensor = fused().run_fused(
-                block, x, heads, self._following(index), not gathers, *args, **kwargs
+                self._kernel_parts[index], x, heads, self._following(index), not gathers, *args, **kwargs
             )
             return result
         run = run_block if self._compiled_heads is None or not self._compiles(x) else self._compiled_heads
-        result = run(block, x, heads, self.subnets.head_axes, *args, **kwargs)
+        subnets = self.subnets
+        result = run(subnets.family, block, x, heads, subnets.head_axes, *args, **kwargs)
         return result
 
     def _replayed(
-        self, block: Block, index: int, slot: int | None, x: Tensor, args: Any, kwargs: Any
+        self, block: nn.Module, index: int, slot: int | None, x: Tensor, args: Any, kwargs: Any
     ) -> Tensor | None:
         """Block `index` under the row of `slot`, or densely, through CUDA graphs; None where it has to run without."""
-        if self._graphs is None or not block.training:
-            return None
+        if self._graphs is None or not block.training or args or kwargs:
+            return None  # graphs read a block's input alone
         row = None if slot is None else self.rows[slot]
         chain = self._in_order if row is None else [i for i in row.active if i in self.blocks]
         if index not in chain:
@@ -307,8 +319,7 @@ class PlanExecutor:
                 self._pass = self._graphs.begin(
                     key, x, indices, partial(self._links, chain, row, at_one_point)
                 )
-        running = None if args or kwargs else self._pass
-        result = None if running is None else running.run(index, x)
+        result = None if self._pass is None else self._pass.run(index, x)
         if result is None or index == chain[-1]:
             self._pass = None
         return result
@@ -316,7 +327,11 @@ class PlanExecutor:
     def _links(self, chain: Sequence[int], row: Row | None, at_one_point: Sequence[bool]) -> Links:
         def compute(index: int, x: Tensor, indices: Tensor | None) -> Tensor:
             heads = None if row is None or indices is None else row.reading(indices).heads[index]
-            return self._run(self.blocks[index], index, heads, x)
+            self._captures = True
+            try:
+                return self._run(self.blocks[index], index, heads, x)
+            finally:
+                self._captures = False
 
         return {
             index: Link(partial(compute, index), owners_of(self.blocks[index], frozen_too=True), gives_zeros)
@@ -337,9 +352,9 @@ class PlanExecutor:
         """Whether our own kernels run the block on a GPU."""
         if not heads.trains or heads.is_dense or heads.scale != 1 or fused() is None:
             return False
-        if index not in self._fusible:
-            self._fusible[index] = fused().fits(self.blocks[index])
-        return self._fusible[index]
+        if index not in self._kernel_parts:
+            self._kernel_parts[index] = self.subnets.family.kernel_parts(self.blocks[index])
+        return self._kernel_parts[index] is not None
 
     def _is_compiled(self, index: int, heads: BlockHeads) -> bool:
         """Whether torch.compile may make the kernels of the block, which skips heads."""
@@ -347,16 +362,16 @@ class PlanExecutor:
             return False
         return not (self._device.type == "cuda" and self._is_fused(index, heads))
 
-    def _following(self, index: int) -> Block | None:
-        """The block above block `index`, if its first norm may be computed with the block's last sum."""
+    def _following(self, index: int) -> KernelParts | None:
+        """Of the block above block `index`, if its first norm may be computed with the block's last sum."""
         slot, above = self.slot, index + 1
-        if slot is None or above not in self.blocks or self._at_one_point(slot, above):
+        if slot is None or above not in self.blocks:
             return None
-        if self._graphs is not None:
-            return None  # each block is a graph of its own
+        if self._at_one_point(slot, above) and not self._captures:
+            return None  # that block computes with stand-ins
         if self._reduction is Reduction.BY_BLOCK:
             return None  # the engine gathers weights block by block, and has not gathered that one's
-        return self.blocks[above] if self._is_fused(above, self.rows[slot].heads[above]) else None
+        return self._kernel_parts[above] if self._is_fused(above, self.rows[slot].heads[above]) else None
 
     def _at_one_point(self, slot: int, index: int) -> bool:
         """Whether the gradients of block `index` must be complete and in order in this micro-batch's backward."""
@@ -376,10 +391,10 @@ class PlanExecutor:
         finally:
             self.rows[slot] = own
 
-    def link(self, block: Block, index: int) -> None:
+    def link(self, block: nn.Module, index: int) -> None:
         """Lets a block of the model, its copy or its part follow this executor as block `index`.
 
-        What copies or pickles the block gets timm's own, dense, which follows nothing.
+        What copies or pickles the block gets one as it was, dense, which follows nothing.
         """
         self.blocks[index] = block
         self._in_order = sorted(self.blocks)
@@ -396,7 +411,7 @@ class PlanExecutor:
         device = next(next(iter(self.blocks.values())).parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
 
-    def _run_dense(self, block: Block, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _run_dense(self, block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._compiled is None or cannot_compile():
             return _dense_forward(block, x, *args, **kwargs)
         result: Tensor = self._compiled(block, x, *args, **kwargs)
@@ -424,7 +439,7 @@ class PlanExecutor:
                 for index, (heads, is_sparse) in enumerate(zip(row.heads, row.sparse, strict=True)):
                     at_one_point = is_sparse and reduces
                     if index in self.blocks and self._is_compiled(index, heads):
-                        rates = _drop_rates(self.blocks[index])
+                        rates = self.subnets.family.drops(self.blocks[index]).rates_by_sample
                         shapes.add((heads.shape, takes_gradient, at_one_point, rates))
                     takes_gradient |= heads.trains or at_one_point
         if len(shapes) <= MOST_SHAPES:
@@ -447,19 +462,15 @@ def _clock() -> float:
     return 0.0 if torch.compiler.is_compiling() else time.perf_counter()
 
 
-def _reduces_in_backward(block: Block) -> bool:
+def _reduces_in_backward(block: nn.Module) -> bool:
     """Whether torch's DDP, or FSDP2, runs the model."""
     if torch.compiler.is_compiling():
         return False
     return isinstance(block, FSDPModule) or DistributedDataParallel._active_ddp_module is not None
 
 
-def _drop_rates(block: Block) -> tuple[float, ...]:
-    return tuple(getattr(path, "drop_prob", 0.0) for path in (block.drop_path1, block.drop_path2))
-
-
 class _BlockLink:
-    """What a block keeps: its executor and its place. A plain object, so that the module tree stays timm's."""
+    """What a block keeps: its executor and its place. A plain object, so that the module tree stays as it was."""
 
     def __init__(self, executor: PlanExecutor, index: int) -> None:
         self.executor, self.index = executor, index
@@ -474,7 +485,7 @@ def attach(
     compile: bool = False,
     cuda_graphs: bool = False,
 ) -> PlanExecutor:
-    """Lets a timm VisionTransformer follow skip plans, also one inside peft's wrapper.
+    """Lets a model of one of the families (`d2ft_hpc.families`) follow skip plans, also one inside peft's wrapper.
 
     embeddings: what becomes of the parameters below every block, whose gradient is biased by every skip above them:
         "frozen" (default), "complete_path" (trained by the micro-batches that are FULL everywhere) or "trained".
@@ -490,43 +501,48 @@ def attach(
     Raises UnsupportedModelError where the model cannot be cut by head.
     """
     model = unwrapped(model)
-    if any(hasattr(block, "_d2ft") for block in getattr(model, "blocks", ())):
+    subnets = SubnetMap.of(model)
+    blocks = subnets.blocks(model)
+    if any(hasattr(block, "_d2ft") for block in blocks):
         raise PlanError("the model has an executor already: attach once and keep what attach returned")
     executor = PlanExecutor(
-        SubnetMap.of(model),
+        subnets,
         embeddings,
         rescale,
         compile,
         cuda_graphs,
-        partial(_recomputes, weakref.ref(model)),
+        partial(_recomputes, subnets.family, weakref.ref(model)),
     )
     frozen = {ParameterClass.EMBEDDING: embeddings == "frozen", ParameterClass.SHARED: shared == "frozen"}
     for name, parameter in model.named_parameters():
-        if frozen.get(executor.subnets.classify(name), False):
+        if frozen.get(subnets.classify(name), False):
             parameter.requires_grad_(False)
-    for index, block in enumerate(model.blocks):
+        if parameter.requires_grad and subnets.family.goes_beside(name):
+            executor.trained_beside.append(name)
+    for index, block in enumerate(blocks):
         executor.link(block, index)
     if compile:
-        compile_outside_blocks(model)
-    fill_absent_gradients(model, _skips)
+        compile_outside_blocks(model, subnets.family)
+    fill_absent_gradients(model, partial(_skips, subnets))
     return executor
 
 
-def _recomputes(model: weakref.ref[Any]) -> bool:
-    return bool(getattr(model(), "grad_checkpointing", False))
+def _recomputes(family: BlockFamily, model: weakref.ref[Any]) -> bool:
+    attached = model()
+    return attached is not None and family.recomputes(attached)
 
 
-def _skips(model: Any) -> bool:
+def _skips(subnets: SubnetMap, model: nn.Module) -> bool:
     """Whether the attached model follows a plan by micro-batches."""
-    link: _BlockLink = next(model.blocks.children())._d2ft
+    link: _BlockLink = cast(Any, subnets.blocks(model)[0])._d2ft
     return bool(link.executor.rows)
 
 
-def _planned_forward(block: Block, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    link: _BlockLink = block._d2ft
+def _planned_forward(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    link: _BlockLink = cast(Any, block)._d2ft
     return link.executor.run(block, link.index, x, *args, **kwargs)
 
 
-def _dense_forward(block: Block, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _dense_forward(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     result: Tensor = type(block).forward(block, x, *args, **kwargs)
     return result

@@ -20,11 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerScale
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from d2ft_hpc.execution.block import BlockHeads, attended
+from d2ft_hpc.execution.block import BlockHeads
 from d2ft_hpc.execution.kernels import (
     HeadSlices,
     Norm,
@@ -42,56 +40,41 @@ from d2ft_hpc.execution.kernels import (
     sum_partials,
     take_heads,
 )
-
-
-def fits(block: Block) -> bool:
-    """Whether `run_fused` can run this block in training: plain linear layers and GELU, nothing random but in
-    attention."""
-    attn, mlp = block.attn, block.mlp
-    return (
-        all(type(layer) is nn.Linear for layer in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))
-        and all(
-            isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
-            for norm in (block.norm1, block.norm2)
-        )
-        and type(mlp.act) is nn.GELU
-        and mlp.act.approximate == "none"
-        and all(type(end) in (nn.Identity, LayerScale) for end in (block.ls1, block.ls2))
-        and all(
-            _is_off(drop)
-            for drop in (attn.proj_drop, mlp.drop1, mlp.drop2, block.drop_path1, block.drop_path2)
-        )
-    )
-
-
-def _is_off(drop: nn.Module) -> bool:
-    return isinstance(drop, nn.Identity) or getattr(drop, "p", getattr(drop, "drop_prob", None)) == 0
+from d2ft_hpc.families.family import KernelParts
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def run_fused(
-    block: Block,
+    parts: KernelParts,
     x: Tensor,
     heads: BlockHeads,
-    following: Block | None = None,
+    following: KernelParts | None = None,
     keeps: bool = True,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
     """Runs a block with at least one FULL head. x: [sample, token, channel]; returns the same shape and dtype.
 
-    following: the block that gets the result next, if its first norm may be computed with it.
+    following: of the block that gets the result next, if its first norm may be computed with it.
     keeps: whether the weights of the chosen heads stay in memory until the backward.
+    args, kwargs: what the block's forward takes beside x.
     """
-    attn, mlp = block.attn, block.mlp
+    qkv_layer, proj_layer, fc1_layer, fc2_layer = parts.qkv, parts.proj, parts.fc1, parts.fc2
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    norm1 = block.norm1
+    norm1, norm2 = parts.norm1, parts.norm2
     normed = _normed_ahead(x, norm1, dtype)
     if normed is None:
         normed = normalise(x.detach().flatten(0, -2), _norm(norm1), dtype)
     qkv, qkv_bias, proj, fc1, fc2, fc1_bias = _take(
-        [attn.qkv.weight, attn.qkv.bias, attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight, mlp.fc1.bias],
-        [*_qkv_slices(attn.qkv.weight, heads), *_leave_slices(attn.proj.weight, mlp.fc1.weight, heads)],
+        [
+            qkv_layer.weight,
+            qkv_layer.bias,
+            proj_layer.weight,
+            fc1_layer.weight,
+            fc2_layer.weight,
+            fc1_layer.bias,
+        ],
+        [*_qkv_slices(qkv_layer.weight, heads), *_leave_slices(proj_layer.weight, fc1_layer.weight, heads)],
         heads.order,
         heads,
         dtype,
@@ -100,8 +83,8 @@ def run_fused(
         x,
         norm1.weight,
         norm1.bias,
-        attn.qkv.weight,
-        attn.qkv.bias,
+        qkv_layer.weight,
+        qkv_layer.bias,
         heads,
         norm1.eps,
         normed,
@@ -109,11 +92,11 @@ def run_fused(
         qkv_bias,
         keeps,
     )
-    mixed, beside = attended(attn, query, key, value, attn_mask, is_causal), None
+    mixed, beside = parts.attend(query, key, value, *args, **kwargs), None
     if others:
         query, key, value = others
         with torch.no_grad():
-            beside = attended(attn, query, key, value, attn_mask, is_causal)
+            beside = parts.attend(query, key, value, *args, **kwargs)
     ahead = (
         following.norm1 if following is not None and type(following.norm1.weight) is nn.Parameter else None
     )
@@ -121,18 +104,18 @@ def run_fused(
         x,
         mixed,
         beside,
-        attn.proj.weight,
-        attn.proj.bias,
-        getattr(block.ls1, "gamma", None),
-        block.norm2.weight,
-        block.norm2.bias,
-        mlp.fc1.weight,
-        mlp.fc1.bias,
-        mlp.fc2.weight,
-        mlp.fc2.bias,
-        getattr(block.ls2, "gamma", None),
+        proj_layer.weight,
+        proj_layer.bias,
+        getattr(parts.scale1, "gamma", None),
+        norm2.weight,
+        norm2.bias,
+        fc1_layer.weight,
+        fc1_layer.bias,
+        fc2_layer.weight,
+        fc2_layer.bias,
+        getattr(parts.scale2, "gamma", None),
         heads,
-        block.norm2.eps,
+        norm2.eps,
         None if ahead is None else _norm(ahead),
         (proj, fc1, fc2, fc1_bias),
         keeps,
@@ -153,7 +136,9 @@ class _Ahead(NamedTuple):
 def _normed_ahead(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Normed | None:
     """What the block below has computed with its last sum; None if that was something else."""
     ahead: _Ahead | None = getattr(x, "_d2ft_ahead", None)
-    if ahead is None or ahead.weight is not norm.weight or ahead.version != x._version:
+    if ahead is None or ahead.version != x._version:
+        return None
+    if ahead.weight is not norm.weight and ahead.weight.data_ptr() != norm.weight.data_ptr():
         return None
     return ahead.normed if ahead.normed.rows.dtype == dtype else None
 

@@ -15,7 +15,6 @@ from enum import Enum
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 
@@ -49,7 +48,7 @@ Owners = list[tuple[dict[str, Any], str]]
 place for each forward pass."""
 
 
-def owners_of(block: Block, *, frozen_too: bool = False) -> Owners:
+def owners_of(block: nn.Module, *, frozen_too: bool = False) -> Owners:
     """Of the trainable parameters, or of all."""
     return [
         (module._parameters, name)
@@ -90,7 +89,7 @@ def zero_gradient(x: Tensor) -> Tensor:
     return result
 
 
-def require_input_gradient(block: Block) -> None:
+def require_input_gradient(block: nn.Module) -> None:
     """Makes the input of `block` take a gradient in training, also above frozen embeddings.
 
     torch runs a module's full backward hook before the module's own gradients exist where no input needs one.

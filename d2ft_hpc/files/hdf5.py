@@ -15,9 +15,11 @@ import io
 import itertools
 import math
 import os
+import re
 import stat
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from d2ft_hpc.errors import D2ftError
 from d2ft_hpc.files.untrusted import RefusedError
 
 Scalar = str | bool | int | float
@@ -62,6 +65,35 @@ def open_file(path: Path, *, locking: Any = False) -> h5py.File:
     return h5py.File(path, "r", locking=locking)
 
 
+@contextmanager
+def opened(path: Path, kind: type[D2ftError], fix: str) -> Iterator[h5py.File]:
+    """The file, for reading. Whatever is wrong with it becomes one line of `kind` with its name; fix: what to do
+    then."""
+    if not path.is_file():  # a pipe would never end
+        raise kind(f"{path}: {'is no file' if path.exists() else 'no such file'}; {fix}")
+    try:
+        with open_file(path) as file:
+            yield file
+    except kind as error:
+        raise kind(f"{path}: {error}") from error
+    except RefusedError as error:
+        raise kind(f"{path}: {error}; {fix}") from error
+    except Exception as error:  # the library answers damage with many kinds
+        raise kind(f"{path}: damaged, or no HDF5 file ({reason(error)}); {fix}") from error
+
+
+def reason(error: Exception) -> str:
+    """What the library means, in one line without its own functions' names."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    told = " ".join(str(error).split()) or type(error).__name__
+    inner = _LIBRARY_SAYS.fullmatch(told)
+    return inner[1] if inner else told
+
+
+_LIBRARY_SAYS = re.compile(r"(?:Unable|Can't) to? ?[\w ]+\((.*)\)", re.DOTALL)
+
+
 def open_image(content: bytes) -> h5py.File:
     """A file that is in memory, for reading."""
     return h5py.File(io.BytesIO(content), "r")
@@ -72,8 +104,41 @@ def child(group: Any, name: str) -> Any:
     if group is None or not isinstance(group, h5py.Group) or not group.id.links.exists(name.encode()):
         return None
     if group.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
-        raise RefusedError(f"{group.name}/{name} is a link")
+        raise RefusedError(
+            f"{group.name.rstrip('/')}/{name} is a link, which is not followed: copy what it stands for into the file"
+        )
     return group[name]
+
+
+def plain_dataset(group: Any, name: str) -> Any:
+    """The dataset called `name` right in `group`, whose values are in the file itself, in whatever type and filter."""
+    found = child(group, name)
+    if not isinstance(found, h5py.Dataset) or found.shape is None:
+        raise RefusedError(f"{group.name} has no array {name!r}")
+    if found.is_virtual or found.external:
+        raise RefusedError(f"{found.name} lies in other files: copy it into this one")
+    return found
+
+
+def offset_of(dataset: Any, dtype: npt.DTypeLike, dimensions: int) -> int:
+    """Where in the file the values of a plain dataset begin. Raises RefusedError if they are not stored in one piece,
+    without filters, in this dtype and with so many axes, all but the first longer than 0."""
+    offset: int | None = dataset.id.get_offset()
+    if offset is None or dataset.dtype != dtype or dataset.ndim != dimensions or 0 in dataset.shape[1:]:
+        raise RefusedError(f"{dataset.name} is not contiguous {np.dtype(dtype)} [{dimensions} axes]")
+    if offset + dataset.size * dataset.dtype.itemsize > os.path.getsize(dataset.file.filename):
+        raise RefusedError(f"cut short: {dataset.name} ends beyond the end of the file")
+    return offset
+
+
+def read_attribute(item: Any, name: str) -> Any:
+    """An attribute of any type, None if there is none. Raises RefusedError if it claims more than its file can hold."""
+    if name not in item.attrs:
+        return None
+    stated = item.attrs.get_id(name)
+    if stated.shape is None or stated.get_storage_size() > item.file.id.get_filesize():
+        raise RefusedError(f"the attribute {name!r} is damaged")
+    return item.attrs[name]
 
 
 def read_attributes(item: Any, names: Collection[str] | None = None) -> dict[str, Scalar]:
@@ -114,9 +179,9 @@ def read_array(dataset: Any, allowance: Allowance, *, text: bool = False) -> npt
 def check_dataset(dataset: Any, *, text: bool = False) -> None:
     """Raises RefusedError if it is no dataset of numbers (with `text`: texts of fixed length), or reading it could
     reach beyond the file."""
-    where = dataset.name
     if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
-        raise RefusedError(f"{where} is not a plain dataset")
+        raise RefusedError(f"{getattr(dataset, 'name', None)} is not a plain dataset")
+    where = dataset.name
     filters = dataset.id.get_create_plist()
     if any(filters.get_filter(i)[0] not in (_GZIP, _SHUFFLE) for i in range(filters.get_nfilters())):
         raise RefusedError(f"{where} is filtered by something else than gzip")

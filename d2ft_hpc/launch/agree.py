@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import socket
 import sys
 import time
 import traceback
@@ -15,7 +17,7 @@ from pathlib import Path
 from d2ft_hpc import errors
 from d2ft_hpc.errors import UNFINISHED, D2ftError, LaunchError, LostRankError
 from d2ft_hpc.launch.control import GRACE_SECONDS, Control, describe_ranks, print_line
-from d2ft_hpc.launch.environment import detect
+from d2ft_hpc.launch.environment import LAUNCHERS, detect, likely_rank
 from d2ft_hpc.safe_text import one_line, printable, scrubbed
 
 # Faults of the world outside; anything else is a bug and keeps its traceback.
@@ -163,17 +165,35 @@ def _tell(control: Control | None, error: D2ftError, before_abort: Callable[[str
     if control is not None:
         before_abort(f"error: {error}")
         control.abort(f"error: {error}", status)
-    print_line(f"d2ft-hpc: error: [rank {rank}] {error}")
+    if world_size:
+        print_line(f"d2ft-hpc: error: [rank {rank}] {error}")
+        return status
+    _tell_once_a_host(f"d2ft-hpc: error: {error}")
     return status
 
 
+def _tell_once_a_host(line: str) -> None:
+    """Prints what most likely all processes of the launcher have to say, which do not know each other."""
+    named = hashlib.sha256(f"{os.getuid()} {os.getppid()} {line}".encode()).hexdigest()
+    with socket.socket(socket.AF_UNIX) as sign:
+        try:
+            sign.bind(f"\0d2ft-hpc told {named}")
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:  # another one tells it
+                return
+        print_line(line)
+        if any(os.environ.get(launcher.marker) for launcher in LAUNCHERS.values()):
+            time.sleep(GRACE_SECONDS)
+
+
 def _place(control: Control | None) -> tuple[int, int]:
+    """Rank and number of ranks; 0 if it is not known."""
     if control is not None:
         return control.rank, control.world_size
     try:
         environment = detect()
     except LaunchError:  # the very error that is being told, on every rank
-        return 0, 1
+        return likely_rank(), 0
     return environment.rank, environment.world_size
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
 
@@ -37,7 +39,7 @@ class Children:
         numbers = {number_of(name) for name in names}
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
         try:
-            self._running = subprocess.Popen(command)
+            self._running = subprocess.Popen(command, preexec_fn=_follow_parent(os.getpid()))
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
         status = self._wait(self._running)
@@ -58,3 +60,23 @@ class Children:
         self.stopped = True
         if self._running is not None:
             self._running.send_signal(number)
+
+
+def _follow_parent(parent: int) -> Callable[[], None] | None:
+    """What makes the system send a child SIGTERM when this process, killed perhaps, is gone: nobody would wait for it
+    or pass signals on any more. For the child, before it becomes the command; None where the system has no such thing.
+    """
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is None:
+        return None
+
+    def follow() -> None:
+        prctl(_SEND_AT_PARENTS_END, int(signal.SIGTERM), 0, 0, 0)
+        if os.getppid() != parent:  # it ended in between
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return follow
+
+
+_SEND_AT_PARENTS_END = 1
+"""PR_SET_PDEATHSIG of Linux."""

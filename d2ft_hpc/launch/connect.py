@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Literal
 
 from d2ft_hpc.errors import LaunchError
@@ -18,12 +19,19 @@ DeviceType = Literal["cpu", "cuda"]
 
 
 def device_type_of(asked: Literal["auto", "cpu", "cuda"]) -> DeviceType:
-    """What is asked for; of "auto", CUDA where torch sees a GPU."""
-    if asked != "auto":
+    """What is asked for; of "auto", CUDA where torch sees a GPU. Raises LaunchError for "cuda" where it sees none."""
+    if asked == "cpu":
         return asked
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if asked == "cuda":
+        raise LaunchError(
+            f"engine.device=cuda (of a benchmark --device): torch {torch.__version__} sees no GPU here; set cpu, or "
+            f"start on a GPU node with a CUDA build of torch"
+        )
+    return "cpu"
 
 
 def connect(
@@ -57,8 +65,9 @@ def connect(
 
     from torch import distributed
 
-    device_type = device_type_of(device_type)
-    device_index = _choose_device(device_type, environment.local_rank)
+    with nullcontext() if mpi is None else agreed(mpi, "choosing the devices"):
+        device_type = device_type_of(device_type)
+        device_index = _choose_device(device_type, environment.local_rank)
     adopted = distributed.is_initialized()
     if adopted and distributed.get_world_size() != environment.world_size:
         raise LaunchError(
@@ -107,10 +116,6 @@ def _choose_device(device_type: DeviceType, local_rank: int) -> int:
         return local_rank
     import torch
 
-    if not torch.cuda.is_available():
-        raise LaunchError(
-            "device cuda was asked for, but torch sees no GPU here: ask for cpu, or start on a GPU node"
-        )
     count = torch.cuda.device_count()
     index = 0 if count == 1 else local_rank
     if index >= count:

@@ -99,6 +99,12 @@ def detect(environ: Mapping[str, str] = os.environ) -> LaunchEnvironment:
     return LaunchEnvironment(SINGLE_PROCESS, rank=0, local_rank=0, world_size=1, uses_mpi=False)
 
 
+def likely_rank(environ: Mapping[str, str] = os.environ) -> int:
+    """This process's rank where `detect` refuses the environment, as far as any launcher says; else 0."""
+    told = (environ.get(name, "") for launcher in LAUNCHERS.values() for name in launcher.rank)
+    return max((int(text) for text in told if re.fullmatch("[0-9]{1,9}", text)), default=0)
+
+
 def _is_shell_of_an_allocation(launcher: Launcher, environ: Mapping[str, str]) -> bool:
     return launcher.marker == "SLURM_STEP_ID" and _number("SLURM_STEP_ID", environ) >= _FIRST_RESERVED_STEP
 

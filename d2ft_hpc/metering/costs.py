@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from d2ft_hpc.execution.executor import PlanExecutor
@@ -102,16 +102,17 @@ class StepCosts:
         return float(self.planned_flops(plan.operations).mean() / self.dense_flops)
 
 
-def measure_costs(
-    model: VisionTransformer, executor: PlanExecutor, image_shape: tuple[int, int, int]
-) -> StepCosts:
+def measure_costs(model: nn.Module, executor: PlanExecutor, image_shape: tuple[int, int, int]) -> StepCosts:
     """Counts a training pass of one blank image through the dense model, and through each block by itself.
 
     image_shape: (channel, height, width). Model, gradients, random state and the loaded plan stay as they were.
     """
-    blocks, heads = list(model.blocks.children()), executor.subnets.num_heads
-    inputs: list[Tensor] = []
-    handles = [block.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for block in blocks]
+    blocks, heads = executor.subnets.blocks(model), executor.subnets.num_heads
+    inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    handles = [
+        block.register_forward_pre_hook(lambda _, *given: inputs.append(given), with_kwargs=True)
+        for block in blocks
+    ]
     weight = next(model.parameters())
     image = torch.zeros(1, *image_shape, device=weight.device, dtype=weight.dtype)
     with probe(model, training=True):
@@ -123,8 +124,8 @@ def measure_costs(
         passes = {
             operation: np.array(
                 [
-                    _count_flops(block, executor, operation, x)
-                    for block, x in zip(blocks, inputs, strict=True)
+                    _count_flops(block, executor, operation, *args, **kwargs)
+                    for block, (args, kwargs) in zip(blocks, inputs, strict=True)
                 ],
                 dtype=np.float64,
             )
@@ -140,13 +141,15 @@ def measure_costs(
     )
 
 
-def _count_flops(module: nn.Module, executor: PlanExecutor, operation: Operation, x: Tensor) -> int:
+def _count_flops(
+    module: nn.Module, executor: PlanExecutor, operation: Operation, x: Tensor, *args: Any, **kwargs: Any
+) -> int:
     """Of a training pass of `x`, which takes a gradient if it is one of a pass that gives it one."""
     operations = np.full(executor.subnets.shape, operation, dtype=np.uint8)
     x = x.detach().requires_grad_(x.requires_grad)
     wanted = [each for each in (x, *module.parameters()) if each.requires_grad]
     with executor.temporarily(operations), meter() as metered:
-        output = module(x).sum()
+        output = module(x, *args, **kwargs).sum()
         if output.requires_grad:
             torch.autograd.grad(output, wanted, allow_unused=True)
     return metered.flops

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.metering.memory import kept_bytes
@@ -31,7 +31,7 @@ class KeptBytes:
 
 
 def measure_kept(
-    model: VisionTransformer,
+    model: nn.Module,
     executor: PlanExecutor,
     images_shape: tuple[int, int, int, int],
     precision: torch.dtype,
@@ -62,7 +62,7 @@ def measure_kept(
 
 
 def _kept(
-    model: VisionTransformer,
+    model: nn.Module,
     executor: PlanExecutor,
     full: int,
     images_shape: tuple[int, ...],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.metering.costs import StepCosts
@@ -45,7 +45,7 @@ class PassProfile:
 
 
 def profile_passes(
-    model: VisionTransformer,
+    model: nn.Module,
     executor: PlanExecutor,
     images_shape: tuple[int, int, int, int],
     precision: torch.dtype,
@@ -67,7 +67,7 @@ def profile_passes(
 
 
 def _time_pass(
-    model: VisionTransformer,
+    model: nn.Module,
     executor: PlanExecutor,
     operation: Operation,
     images_shape: tuple[int, int, int, int],

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import re
+from contextlib import nullcontext
 from typing import Any
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 import d2ft_hpc.demo.model  # noqa: F401  (makes timm know the demo's model)
 from d2ft_hpc.errors import CheckpointError, ConfigError, UnsupportedModelError
+from d2ft_hpc.model.hub import cache_alone_if_unreachable
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.model.weights import check_complete, find_weights
 from d2ft_hpc.safe_text import shown
@@ -18,7 +22,7 @@ from d2ft_hpc.safe_text import shown
 
 def build_model(
     name: str, *, num_classes: int, weights: str | None = None, options: dict[str, Any] | None = None
-) -> VisionTransformer:
+) -> nn.Module:
     """The model with a new classifier of `num_classes`, on the CPU in float32.
 
     weights: see `find_weights`. Position embeddings and patch projection are resampled to the model's image and patch
@@ -32,21 +36,24 @@ def build_model(
     _check_options(name, given)
     _check_draft(name, num_classes, given)
     source = find_weights(weights)
-    try:
-        model = timm.create_model(
-            name,
-            pretrained=source is not None,
-            num_classes=num_classes,
-            **({"pretrained_cfg_overlay": source.overlay} if source and source.overlay else {}),
-            **given,
-        )
-    except Exception as error:  # timm, the hub and torch raise many kinds here
-        if source is None:
-            raise _unfit(name, given, error) from error
-        fix = "" if source.file else _HUB_FIX
-        raise CheckpointError(
-            f"model.weights={weights}: cannot be loaded into {name}: {_first_line(error)}{fix}"
-        ) from error
+    told_of = {**_described(name), **source.overlay} if source is not None else {}
+    of_hub = "hf_hub_id" in told_of and "file" not in told_of
+    with cache_alone_if_unreachable() if of_hub else nullcontext("") as no_hub:
+        try:
+            model: nn.Module = timm.create_model(
+                name,
+                pretrained=source is not None,
+                num_classes=num_classes,
+                **({"pretrained_cfg_overlay": source.overlay} if source and source.overlay else {}),
+                **given,
+            )
+        except Exception as error:  # timm, the hub and torch raise many kinds here
+            if source is None:
+                raise _unfit(name, given, error) from error
+            told = f"{no_hub}, and not in the cache" if no_hub else _first_line(error)
+            raise CheckpointError(
+                f"model.weights={weights}: cannot be loaded into {name}: {told}{_HUB_FIX * of_hub}"
+            ) from error
     if source and source.file:
         check_complete(source.file, model, name)
     return model
@@ -91,22 +98,18 @@ def _check_draft(name: str, num_classes: int, options: dict[str, Any]) -> None:
                 draft = timm.create_model(name, num_classes=num_classes, **options).to("meta")
     except Exception as error:
         raise _unfit(name, options, error) from error
-    if not isinstance(draft, VisionTransformer):
-        raise UnsupportedModelError(
-            f"model.name={name!r} is a {type(draft).__name__}, not a timm VisionTransformer"
-        )
+    try:
+        family = SubnetMap.of(draft).family
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"model.name={name!r}: {error}") from error
     if hasattr(draft, "head_dist"):
         raise UnsupportedModelError(
             f"model.name={name!r} has a second classifier for distillation, which has no loss here: take the "
             f"model without it, or train it in a loop of your own (d2ft_hpc.attach)"
         )
+    of_images = family.image_shape(draft) or draft.pretrained_cfg["input_size"]
     try:
-        SubnetMap.of(draft)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"model.name={name!r}: {error}") from error
-    size = draft.patch_embed.img_size or draft.pretrained_cfg["input_size"][-2:]
-    try:
-        shape = tuple(draft(torch.empty(2, 3, *size, device="meta")).shape)
+        shape = tuple(draft(torch.empty(2, *of_images, device="meta")).shape)
     except Exception as error:
         raise _unfit(name, options, error) from error
     if shape != (2, num_classes):
@@ -117,6 +120,17 @@ def _check_draft(name: str, num_classes: int, options: dict[str, Any]) -> None:
 
 
 def _unfit(name: str, options: dict[str, Any], error: Exception) -> ConfigError:
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if isinstance(error, TypeError) and unknown and unknown[1] in options:
+        key = unknown[1]
+        with torch.device("meta"):
+            made = type(timm.create_model(name))
+        known = {*inspect.signature(made).parameters} - {key, *_SET_ELSEWHERE}
+        near = difflib.get_close_matches(key, known, n=1)
+        return ConfigError(
+            f"model.options.{key}={shown(options[key])}: {name} has no such option; "
+            + (f"did you mean model.options.{near[0]}?" if near else "remove it")
+        )
     return ConfigError(
         f"model.options={shown(options)}: {name} cannot be made with them: {_first_line(error)}; correct or remove them"
     )
@@ -128,11 +142,16 @@ def pixel_statistics(name: str, weights: str | None) -> tuple[tuple[float, ...],
     Raises ConfigError (unknown name) or CheckpointError (no such weights).
     """
     _check_name(name)
-    known = timm.get_pretrained_cfg(name)
     source = find_weights(weights)
-    of_weights: dict[str, Any] = source.overlay if source else {}
-    mean, std = (of_weights.get(key, getattr(known, key, None)) for key in ("mean", "std"))
+    of_weights = {**_described(name), **(source.overlay if source else {})}
+    mean, std = (of_weights.get(key) for key in ("mean", "std"))
     return tuple(mean or (0.5, 0.5, 0.5)), tuple(std or (0.5, 0.5, 0.5))
+
+
+def _described(name: str) -> dict[str, Any]:
+    """What timm knows of the weights that a model's name stands for."""
+    known = timm.get_pretrained_cfg(name)
+    return known.to_dict() if known is not None else {}
 
 
 _HUB_FIX = (
@@ -146,7 +165,7 @@ def _check_name(name: str) -> None:
         close = difflib.get_close_matches(name, timm.list_models("*vit*"), n=1, cutoff=0.3)
         raise ConfigError(
             f"model.name={shown(name)}: timm has no such model"
-            + (f"; did you mean {close[0]}?" if close else "")
+            + (f"; did you mean {close[0]}?" if close else "; timm.list_models('*vit*') lists them")
         )
     architecture, _, tag = name.partition(".")
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]

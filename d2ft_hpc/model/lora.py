@@ -6,6 +6,7 @@ fc2 are shared by all heads of a block and take the gradients of those that are 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
@@ -13,18 +14,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.families.table import family_of
 from d2ft_hpc.files import atomic
-from d2ft_hpc.model.subnets import LINEAR_LAYERS, ParameterClass, SubnetMap
+from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 
 ADAPTER = "default"
 
 
 def add_lora(
-    model: VisionTransformer,
+    model: nn.Module,
     *,
     rank: int,
     alpha: int,
@@ -36,19 +37,35 @@ def add_lora(
 
     alpha: the low-rank product counts alpha / rank times, with rslora alpha / sqrt(rank) times.
 
-    Raises ConfigError if peft is not installed.
+    Raises ConfigError if peft is not installed, or the rank is above that of a layer.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise ConfigError("model.lora: needs the library peft: pip install 'd2ft-hpc[lora]'") from None
-    inner = "|".join(name.replace(".", r"\.") for name in LINEAR_LAYERS if name.split(".")[1] in layers)
+    family = family_of(model)
+    names = [
+        name
+        for role, of_role in family.layers(family.blocks(model)[0]).items()
+        if role in layers
+        for name in of_role
+    ]
+    blocks, inner = (re.escape(family.blocks_path), "|".join(map(re.escape, names)))
+    target = rf"{blocks}\.\d+\.({inner})"
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and re.fullmatch(target, name):
+            most = min(layer.in_features, layer.out_features)
+            if rank > most:
+                raise ConfigError(
+                    f"model.lora.rank={rank}: {name} is {layer.in_features} x {layer.out_features}, whose rank is at "
+                    f"most {most}; use less, such as 8"
+                )
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         use_rslora=rslora,
-        target_modules=rf"blocks\.\d+\.({inner})",
+        target_modules=target,
     )
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     subnets = SubnetMap.of(model)
@@ -77,7 +94,7 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def save_adapter(model: VisionTransformer, folder: Path) -> None:
+def save_adapter(model: Any, folder: Path) -> None:
     """Writes what was trained, as `PeftModel.from_pretrained(timm_model, folder)` reads it.
 
     model: one that `add_lora` adapted, or its twin. The classifier and the final norm go with it, as peft's

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
+
+from d2ft_hpc.families.table import find_family
 
 
 @contextmanager
 def probe(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Training or evaluation mode for every module inside; afterwards modes and random states are as before.
 
-    Inside, timm recomputes no block: hooks would see its layers twice.
+    Inside, no block is recomputed: hooks would see its layers twice.
     """
-    recomputes = getattr(model, "grad_checkpointing", False)
+    family = find_family(model)
+    once = nullcontext() if family is None else family.not_recomputing(model)
     modes = [(module, module.training) for module in model.modules()]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
+    with torch.random.fork_rng(devices=list(devices)), torch.enable_grad(), once:
         try:
             model.train(training)
-            if recomputes:
-                cast(Any, model).set_grad_checkpointing(False)
             yield
         finally:
-            if recomputes:
-                cast(Any, model).set_grad_checkpointing(True)
             for module, was_training in modes:
                 module.training = was_training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def find_weights(weights: str | None) -> WeightsSource | None:
     if weights == PRETRAINED:
         return WeightsSource()
     if weights.startswith(HUB):
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", weights.removeprefix(HUB)):
+            raise CheckpointError(f"model.weights={weights}: no name of the hub's; write {HUB}OWNER/NAME")
         return WeightsSource({"hf_hub_id": weights.removeprefix(HUB)})
     path = Path(weights)
     described: dict[str, Any] = {}

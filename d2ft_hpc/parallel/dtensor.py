@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -19,7 +18,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import stand_ins
-from d2ft_hpc.model.subnets import HeadAxis
+from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.parallel.head_split import even_owner, heads_of, join, replace_parameter
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor, share_blocks
 from d2ft_hpc.planning.problem import Ints
@@ -28,8 +27,8 @@ from d2ft_hpc.planning.problem import Ints
 class DTensorExecutor(TensorParallelExecutor):
     """Runs blocks whose parameters are DTensors by what of them lies on this rank; made by `split_heads`."""
 
-    def run(self, block: Block, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        cut = [
+    def run(self, block: nn.Module, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        cut: list[tuple[dict[str, Any], str]] = [
             (module._parameters, name)
             for module in block.modules()
             for name, parameter in module._parameters.items()
@@ -61,11 +60,12 @@ class DTensorExecutor(TensorParallelExecutor):
 
     def _cut_of(self, name: str) -> tuple[HeadAxis | None, list[Tensor]]:
         """How the parameter is cut by head, and each rank's heads."""
-        if not name.startswith("blocks."):
+        place = self.subnets.place_of(name)
+        if place is None:
             return None, []
-        _, block, inner = name.split(".", 2)
+        block, inner = place
         ranks = range(self.messages.group.size())
-        return self.subnets.head_axes.get(inner), [heads_of(self._owner, int(block), rank) for rank in ranks]
+        return self.subnets.head_axes.get(inner), [heads_of(self._owner, block, rank) for rank in ranks]
 
 
 class _ByHead(ParallelStyle):
@@ -85,7 +85,7 @@ class _ByHead(ParallelStyle):
 
 
 def split_heads(
-    model: VisionTransformer, executor: PlanExecutor, mesh: DeviceMesh, owner: Ints | None = None
+    model: nn.Module, executor: PlanExecutor, mesh: DeviceMesh, owner: Ints | None = None
 ) -> DTensorExecutor:
     """Cuts an attached model's blocks by head over a mesh of 1 dimension, in place, as `parallelize_module` does.
 
@@ -106,5 +106,6 @@ def split_heads(
         )
     shared = share_blocks(dict(executor.blocks), executor, owner, mesh.get_group(), None, DTensorExecutor)
     assert isinstance(shared, DTensorExecutor)
-    parallelize_module(model, mesh, {"blocks.*": _ByHead(executor.subnets.head_axes)})
+    blocks = f"{executor.subnets.family.blocks_path}.*"
+    parallelize_module(model, mesh, {blocks: _ByHead(executor.subnets.head_axes)})
     return shared

@@ -25,7 +25,7 @@ def gather(
     values = {name: value.detach().cpu().contiguous() for name, value in part.items()}
     whole: dict[str, Tensor] = {}
     for block in range(subnets.num_blocks):
-        prefix = f"blocks.{block}."
+        prefix = f"{subnets.family.blocks_path}.{block}."
         own = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
         packed = control.all_gather(save(own) if own and layout.replica == 0 else b"")
         holders = [
@@ -35,7 +35,7 @@ def gather(
         if packed[holders[0]]:
             joined = join_block([load(packed[rank]) for rank in holders], subnets, placement.owner, block)
             whole |= {prefix + name: value for name, value in joined.items()}
-    rest = {name: value for name, value in values.items() if not name.startswith("blocks.")}
+    rest = {name: value for name, value in values.items() if subnets.place_of(name) is None}
     speaks = rest and layout.replica == 0 and layout.tensor_rank == 0
     for packed_rest in control.all_gather(save(rest) if speaks else b""):
         whole |= load(packed_rest) if packed_rest else {}
@@ -49,10 +49,10 @@ def part_of(
     part: dict[str, Tensor] = {}
     for name in names & whole.keys():
         tensor = whole[name]
-        if name.startswith("blocks."):
-            _, block, inner = name.split(".", 2)
-            if inner in subnets.head_axes:
-                heads = heads_of(placement.owner, int(block), placement.layout.tensor_rank)
-                tensor = subnets.head_axes[inner].select(tensor, heads)
+        place = subnets.place_of(name)
+        if place is not None and place[1] in subnets.head_axes:
+            block, inner = place
+            heads = heads_of(placement.owner, block, placement.layout.tensor_rank)
+            tensor = subnets.head_axes[inner].select(tensor, heads)
         part[name] = tensor
     return part

@@ -7,15 +7,15 @@ its parameters in the order of their indices; ranks may hold different numbers o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from d2ft_hpc.errors import PlanError
-from d2ft_hpc.model.subnets import LINEAR_LAYERS, HeadAxis, SubnetMap
+from d2ft_hpc.errors import PlanError, UnsupportedModelError
+from d2ft_hpc.families.head_axis import HeadAxis
+from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.planning.problem import Ints
 
 
@@ -43,35 +43,38 @@ def check_owner(owner: Ints, shape: tuple[int, int], ranks: int) -> None:
             )
 
 
+def check_parts(subnets: SubnetMap) -> None:
+    """Raises UnsupportedModelError where ranks cannot hold parts of a model of this family."""
+    if subnets.family.refuses_parts is not None:
+        raise UnsupportedModelError(
+            f"{subnets.family.refuses_parts}: use engine.tensor_parallel=1 and engine.pipeline_stages=1"
+        )
+
+
 def heads_of(owner: Ints, block: int, rank: int) -> Tensor:
     """The heads of a block that a rank holds, int64 [n], timm's indices in rising order."""
     return torch.from_numpy(np.flatnonzero(owner[block] == rank))
 
 
-def local_axis(axis: HeadAxis, heads: int) -> HeadAxis:
-    """The split of a parameter of which `heads` heads are left."""
-    shape = (*axis.view_shape[: axis.axis], heads, *axis.view_shape[axis.axis + 1 :])
-    return replace(axis, view_shape=shape)
-
-
-def cut_block(block: Block, head_axes: Mapping[str, HeadAxis], heads: Tensor) -> None:
-    """Leaves in a block the parameters of these heads only, and all that no head owns.
+def cut_block(block: nn.Module, subnets: SubnetMap, heads: Tensor) -> None:
+    """Leaves in a block the parameters of these heads only, and all that no head owns. Where heads have unequal shares
+    of the hidden units, the largest share each: units of zeros, which stay so, fill the others up.
 
     The parameters that are cut are new ones, marked `tensor_model_parallel` as DeepSpeed and Megatron do.
     """
     for name, whole in list(block.named_parameters()):
-        if name not in head_axes:
+        if name not in subnets.head_axes:
             continue
-        part = head_axes[name].select(whole.detach(), heads.to(whole.device)).clone()
+        part = subnets.head_axes[name].select(whole.detach(), heads.to(whole.device)).clone()
         parameter = nn.Parameter(part, requires_grad=whole.requires_grad)
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         replace_parameter(block, name, parameter)
-    for name in LINEAR_LAYERS:
+    for name in subnets.layers:
+        layer: Any
         for layer in block.get_submodule(name).modules():  # itself, or what LoRA made of it
             if isinstance(getattr(layer, "weight", None), Tensor):
                 layer.out_features, layer.in_features = layer.weight.shape
-    block.attn.num_heads = heads.numel()
-    block.attn.attn_dim = heads.numel() * block.attn.head_dim
+    subnets.family.set_heads(block, heads.numel())
 
 
 def replace_parameter(block: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -82,11 +85,10 @@ def replace_parameter(block: nn.Module, name: str, parameter: nn.Parameter) -> N
 
 def join(axis: HeadAxis, parts: Sequence[Tensor], heads: Sequence[Tensor]) -> Tensor:
     """The whole parameter in timm's order from every rank's part and heads; undoes `HeadAxis.select`."""
-    whole = parts[0].new_empty(axis.view_shape)
+    whole = parts[0].new_zeros(axis.parameter_shape)
     for part, its_heads in zip(parts, heads, strict=True):
-        shape = local_axis(axis, its_heads.numel()).view_shape
-        whole.index_copy_(axis.axis, its_heads.to(part.device), part.reshape(shape))
-    return whole.reshape(axis.parameter_shape)
+        axis.put(part, its_heads.to(part.device), whole)
+    return whole
 
 
 def join_block(

@@ -76,6 +76,12 @@ class Placement:
     stages: list[range]
     owner: Ints
 
+    @staticmethod
+    def whole(world_size: int, rank: int, blocks: int, heads: int) -> Placement:
+        """Each rank is a replica that holds all subnets."""
+        layout = Layout.of(world_size, rank)
+        return Placement(layout, [range(blocks)], np.zeros((blocks, heads), dtype=np.int64))
+
     @property
     def stage(self) -> Ints:
         """Pipeline stage of each block, int64 [block]."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from d2ft_hpc.execution.gradients import Owners, stand_ins
 
@@ -267,21 +267,6 @@ def whole_gradients(
     x, *summed = _SumGradients.apply(messages, partial, x, *parameters)
     with stand_ins(partial.owners, summed):
         yield x
-
-
-def present_owners(modules: Sequence[nn.Module | None], names: Sequence[str] = ()) -> Owners:
-    """Of each trainable parameter of these modules now: the dictionary that keeps it, and its name there.
-
-    Stand-ins that an engine's rules put there count. names: only parameters of these names; () for all.
-    """
-    return [
-        (inner._parameters, name)
-        for module in modules
-        if module is not None
-        for inner in module.modules()
-        for name, parameter in inner._parameters.items()
-        if parameter is not None and parameter.requires_grad and (not names or name in names)
-    ]
 
 
 class _SumBackward(torch.autograd.Function):

@@ -1,44 +1,55 @@
-"""The part of a timm vision transformer that one rank holds, under timm's parameter names."""
+"""The part of a model that one rank holds, under the model's parameter names."""
 
 from __future__ import annotations
 
 import copy
+from functools import cache
+from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from d2ft_hpc.execution.copies import copied_state
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.model.subnets import ParameterClass
+from d2ft_hpc.parallel.head_split import check_parts
 from d2ft_hpc.parallel.messages import TokenMessages
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 
 
-class ModelPart(VisionTransformer):  # type: ignore[misc]
+class ModelPart(nn.Module):
     """Neighbouring blocks of a model, with all that lies before the first block or after the last.
 
-    A copy: the model stays whole. Its blocks follow the model's executor under their own indices. With timm's
-    `grad_checkpointing` each block keeps only its input and runs again in the backward, under the row that it had.
+    A copy, of the model's class too: the model stays whole. Its blocks follow the model's executor under their own
+    indices. With activation checkpointing each block keeps only its input and runs again in the backward, under the row
+    that it had.
     """
 
-    def __init__(self, model: VisionTransformer, blocks: range, executor: PlanExecutor) -> None:
-        nn.Module.__init__(self)  # timm's would make new weights
+    def __new__(cls, model: nn.Module | None = None, *args: Any) -> ModelPart:
+        """model: None makes an empty one, as copies are made."""
+        kind: Any = None if model is None else type(model)
+        part: ModelPart = nn.Module.__new__(cls if kind is None else _part_of(kind))
+        return part
+
+    def __init__(self, model: nn.Module, blocks: range, executor: PlanExecutor) -> None:
+        check_parts(executor.subnets)
+        nn.Module.__init__(self)  # the model's own would make new weights
         self.__dict__.update(
             {name: value for name, value in copied_state(model).items() if name not in self.__dict__}
         )
-        self.executor = executor
+        self.executor, self._family = executor, executor.subnets.family
         self.is_first = blocks.start == 0
         self.is_last = blocks.stop == executor.subnets.num_blocks
-        self.tokens = tokens_of(model)
+        self.num_classes: int
+        self.tokens = self._family.tokens_between(model)
         """Of every sample between the blocks; None if that varies."""
         for name, parameter in model._parameters.items():
             self.register_parameter(name, copy.deepcopy(parameter) if self._keeps(name) else None)
         for name, module in model.named_children():
-            if name != "blocks" and (self._keeps(name) or not list(module.parameters())):
+            if name != self._family.blocks_path and (self._keeps(name) or not list(module.parameters())):
                 self.add_module(name, copy.deepcopy(module))
-        of_model = list(model.blocks)
+        of_model = self._family.blocks(model)
         self.blocks = nn.ModuleDict({str(index): copy.deepcopy(of_model[index]) for index in blocks})
         for index, block in self.blocks.items():
             executor.link(block, int(index))
@@ -48,8 +59,9 @@ class ModelPart(VisionTransformer):  # type: ignore[misc]
         return self.is_first if is_below else self.is_last
 
     def get_classifier(self) -> nn.Module:
-        """timm's; one without parameters where this part has none."""
-        return super().get_classifier() if self.is_last else nn.Identity()
+        """The model's; one without parameters where this part has none."""
+        own: nn.Module = super().get_classifier() if self.is_last else nn.Identity()  # type: ignore[misc]
+        return own
 
     def forward(self, x: Tensor) -> Tensor:
         """Images, or the part below's output [sample, token, channel], to this part's output or the logits.
@@ -57,13 +69,14 @@ class ModelPart(VisionTransformer):  # type: ignore[misc]
         Between parts as between blocks, tensor-parallel ranks hold the tokens as their messages split them.
         """
         if self.is_first:
-            x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+            x, _ = self._family.below(self, x)
             x = x if self._messages is None else self._messages.split(x)
+        again = self.training and self._family.recomputes(self)
         for block in self.blocks.values():
-            x = self._again_in_backward(block, x) if self.grad_checkpointing and self.training else block(x)
+            x = self._again_in_backward(block, x) if again else block(x)
         if self.is_last:
             x = x if self._messages is None else self._messages.join(x)
-            return self.forward_head(self.norm(x))  # type: ignore[no-any-return]
+            return self._family.above(self, x)
         # A pipeline sends a gradient back into every output, also where nothing here is trained.
         return x if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_()
 
@@ -84,8 +97,7 @@ class ModelPart(VisionTransformer):  # type: ignore[misc]
             return checkpoint(run, x, use_reentrant=False)
 
 
-def tokens_of(model: VisionTransformer) -> int | None:
-    """Of every sample between the blocks; None if that varies."""
-    drops = not isinstance(model.patch_drop, nn.Identity)
-    varies = drops or getattr(model, "dynamic_img_size", False)
-    return None if varies else model.patch_embed.num_patches + model.num_prefix_tokens
+@cache
+def _part_of(kind: Any) -> type[ModelPart]:
+    """Parts of models of this class, whose methods engines and optimisers call."""
+    return type(kind.__name__, (ModelPart, kind), {})

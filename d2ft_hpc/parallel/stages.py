@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.metering import StepCosts, meter
 from d2ft_hpc.model.probe import probe
+from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 
 
-def layer_flops(model: VisionTransformer, costs: StepCosts, image_shape: tuple[int, int, int]) -> list[float]:
+def layer_flops(model: nn.Module, costs: StepCosts, image_shape: tuple[int, int, int]) -> list[float]:
     """Training FLOPs of one sample in the dense model: of what lies below the blocks, of each block, of the rest.
 
     image_shape: (channel, height, width). costs: of the whole model.
@@ -20,15 +21,19 @@ def layer_flops(model: VisionTransformer, costs: StepCosts, image_shape: tuple[i
     return [below, *costs.block_flops.tolist(), costs.outside_flops - below]
 
 
-def _flops_below(model: VisionTransformer, image_shape: tuple[int, int, int]) -> float:
-    embedding = model.patch_embed
-    trained = [parameter for parameter in embedding.parameters() if parameter.requires_grad]
-    parameter = next(embedding.parameters())
+def _flops_below(model: nn.Module, image_shape: tuple[int, int, int]) -> float:
+    subnets = SubnetMap.of(model)
+    trained = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and subnets.classify(name) is ParameterClass.EMBEDDING
+    ]
+    parameter = next(model.parameters())
     image = torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype)
     with probe(model, training=True), meter() as metered:
-        tokens = embedding(image)
+        tokens, _ = subnets.family.below(model, image)
         if trained:
-            torch.autograd.grad(tokens.sum(), trained)
+            torch.autograd.grad(tokens.sum(), trained, allow_unused=True)
     return float(metered.flops)
 
 

@@ -12,23 +12,24 @@ input, computes both, and gives what they add; half the messages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import Block
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from d2ft_hpc.errors import UnsupportedModelError
-from d2ft_hpc.execution.block import BlockHeads, attention_heads, branch_ends, ffn_slices
+from d2ft_hpc.execution.block import BlockHeads, scaled
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Owners
 from d2ft_hpc.execution.rows import choose_heads
-from d2ft_hpc.model.subnets import HeadAxis
-from d2ft_hpc.parallel.head_split import check_owner, cut_block, heads_of, local_axis
+from d2ft_hpc.families.family import BlockFamily, Branch, rate_of
+from d2ft_hpc.families.head_axis import HeadAxis
+from d2ft_hpc.model.subnets import SubnetMap
+from d2ft_hpc.parallel.head_split import check_owner, check_parts, cut_block, heads_of
 from d2ft_hpc.parallel.messages import (
     PartialGradients,
     Ranks,
@@ -36,7 +37,6 @@ from d2ft_hpc.parallel.messages import (
     ShardedTokens,
     StepSum,
     TokenMessages,
-    present_owners,
     whole_gradients,
 )
 from d2ft_hpc.planning.messages import LAYOUTS, TokenLayout
@@ -80,21 +80,22 @@ class TensorParallelExecutor(PlanExecutor):
         check_owner(owner, whole.subnets.shape, ranks)
         vars(self).update(vars(whole))
         self._steps: dict[int, StepSum] = {}
+        self._unowned: dict[int, list[_Unowned]] = {}
         self.blocks = dict(whole.blocks)
-        self.unload()
+        self.deactivate()
         self._owner, self._layouts, self.messages = owner, layouts, messages
         self._axes = [
-            {name: local_axis(axis, int(own)) for name, axis in whole.subnets.head_axes.items()}
+            {name: axis.of(int(own)) for name, axis in whole.subnets.head_axes.items()}
             for own in (owner == messages.rank).sum(axis=1)
         ]
         _, self._dense = self._choose(np.full(owner.shape, Operation.FULL), np.ones(len(owner)))
 
-    def load(self, plan: SkipPlan, replica: int) -> None:
-        super().load(plan, replica)
+    def activate(self, plan: SkipPlan, replica: int) -> None:
+        super().activate(plan, replica)
         self._steps = {index: self._step_sum(index) for index in self.blocks if self.rows}
 
-    def unload(self) -> None:
-        super().unload()
+    def deactivate(self) -> None:
+        super().deactivate()
         self._steps = {}
 
     def _step_sum(self, index: int) -> StepSum:
@@ -115,7 +116,7 @@ class TensorParallelExecutor(PlanExecutor):
         self.token_layout, self.messages = token_layout, self._layouts[token_layout]
 
     def _run(
-        self, block: Block, index: int, heads: BlockHeads | None, x: Tensor, *args: Any, **kwargs: Any
+        self, block: nn.Module, index: int, heads: BlockHeads | None, x: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         if args or any(value is not None and value is not False for value in kwargs.values()):
             raise UnsupportedModelError(
@@ -125,7 +126,21 @@ class TensorParallelExecutor(PlanExecutor):
         assert isinstance(heads, SharedHeads)
         # Outside a plan's steps (`temporarily`), each micro-batch stands for itself.
         step = StepSum() if self.plan is None else self._steps.get(index, StepSum())
-        return run_shared_block(block, x, heads, self._axes[index], self.messages, step, self.slot)
+        partial = self._partial(block, index, heads, step)
+        family, axes = self.subnets.family, self._axes[index]
+        return run_shared_block(family, block, x, heads, axes, self.messages, partial)
+
+    def _partial(self, block: nn.Module, index: int, heads: SharedHeads, step: StepSum) -> PartialGradients:
+        if index not in self._unowned:
+            self._unowned[index] = _unowned(self.subnets, block)
+        trained = [each for each in self._unowned[index] if each.kept[each.name].requires_grad]
+        owners: Owners = [(kept, name) for kept, name, by_head in trained if by_head]
+        after_heads: Owners = [(kept, name) for kept, name, by_head in trained if not by_head]
+        if not self.messages.has_whole_gradients or heads.alone:
+            return PartialGradients([*owners, *after_heads], step, self.slot)
+        if step.alone:
+            return PartialGradients([*owners, *after_heads], step, self.slot, whole=len(after_heads))
+        return PartialGradients(owners, step, self.slot)
 
     def _choose(self, operations: np.ndarray, scales: np.ndarray) -> tuple[Tensor, list[SharedHeads]]:
         owned = list(zip(operations, self._owner, strict=True))
@@ -148,7 +163,7 @@ class TensorParallelExecutor(PlanExecutor):
 
 
 def share_blocks(
-    blocks: dict[int, Block],
+    blocks: dict[int, nn.Module],
     whole: PlanExecutor,
     owner: Ints,
     group: distributed.ProcessGroup,
@@ -161,10 +176,12 @@ def share_blocks(
 
     Raises UnsupportedModelError where ranks would draw other random numbers, PlanError if the owner map does not fit.
     """
+    subnets = whole.subnets
+    check_parts(subnets)
     for index, block in blocks.items():
+        by_head = subnets.family.drops(block).by_head
         for name, module in block.named_modules():
-            by_head = name in ("attn.attn_drop", "mlp.drop1") or "lora_dropout" in name
-            if by_head and getattr(module, "p", 0.0) > 0:
+            if (name in by_head or "lora_dropout" in name) and rate_of(module) > 0:
                 raise UnsupportedModelError(
                     f"block {index} has dropout in {name}, of which every tensor-parallel rank would draw its own: set "
                     f"it to 0, or engine.tensor_parallel=1"
@@ -173,21 +190,25 @@ def share_blocks(
     executor = kind(
         whole,
         owner,
-        {layout: _messages(layout, group, rank, tokens) for layout in layouts_of(blocks.values(), tokens)},
+        {
+            layout: _messages(layout, group, rank, tokens)
+            for layout in layouts_of(subnets.family, blocks.values(), tokens)
+        },
     )
     for index, block in blocks.items():
-        cut_block(block, whole.subnets.head_axes, heads_of(owner, index, rank))
+        cut_block(block, subnets, heads_of(owner, index, rank))
         executor.link(block, index)
     return executor
 
 
-def layouts_of(blocks: Iterable[Block], tokens: int | None) -> tuple[TokenLayout, ...]:
+def layouts_of(
+    family: BlockFamily, blocks: Iterable[nn.Module], tokens: int | None
+) -> tuple[TokenLayout, ...]:
     """Those in which the blocks draw the same random numbers on all ranks. tokens: as `share_blocks` takes it."""
-    blocks = list(blocks)
-    if tokens is None or any(block.attn.proj_drop.p > 0 or block.mlp.drop2.p > 0 for block in blocks):
+    drops = [family.drops(block) for block in blocks]
+    if tokens is None or any(rate_of(drop) > 0 for of_block in drops for drop in of_block.by_token):
         return ("replicated",)
-    paths = [path for block in blocks for path in (block.drop_path1, block.drop_path2)]
-    draws_by_sample = any(getattr(path, "drop_prob", 0.0) > 0 for path in paths)
+    draws_by_sample = any(rate > 0 for of_block in drops for rate in of_block.rates_by_sample)
     return ("replicated", "sharded") if draws_by_sample else LAYOUTS
 
 
@@ -200,78 +221,54 @@ def _messages(
     return ShardedTokens(group, rank, tokens, parts=2 if layout == "overlapped" else 1)
 
 
-def used_by_head(block: Block, axes: dict[str, HeadAxis]) -> Owners:
-    """The trainable parameters that each head uses by itself and none owns: q/k norms, LoRA's shared halves."""
+class _Unowned(NamedTuple):
+    """Of a parameter that no head owns: the dictionary that its module keeps it in, its name there, and whether each
+    head uses it by itself (q/k norms, LoRA's shared halves) instead of what goes into or comes out of all of them."""
+
+    kept: dict[str, Any]
+    name: str
+    by_head: bool
+
+
+def _unowned(subnets: SubnetMap, block: nn.Module) -> list[_Unowned]:
     return [
-        (module._parameters, name)
-        for part in ("attn", "mlp")
-        for path, module in block.get_submodule(part).named_modules(prefix=part)
-        for name, parameter in module.named_parameters(recurse=False)
-        if ("norm" in path or "lora_" in path) and f"{path}.{name}" not in axes and parameter.requires_grad
+        _Unowned(module._parameters, name, subnets.family.used_by_head(of_block))
+        for path, module in block.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and (of_block := f"{path}.{name}" if path else name) not in subnets.head_axes
     ]
 
 
 def run_shared_block(
-    block: Block,
+    family: BlockFamily,
+    block: nn.Module,
     x: Tensor,
     heads: SharedHeads,
     axes: dict[str, HeadAxis],
     messages: TokenMessages,
-    step: StepSum,
-    slot: int | None,
+    partial: PartialGradients,
 ) -> Tensor:
     """One rank's part of a block. x and the result: [sample, token, channel], as `messages` splits them.
 
-    step, slot: where gradients are kept of which the rank has a part, and under which micro-batch.
+    partial: the parameters of whose gradients the rank has a part.
     """
     if not heads.active_ranks:
         return x
-
-    def attend(normed: Tensor, chosen: Tensor) -> Tensor:
-        return attention_heads(block, axes, normed, chosen, None, None, False)
-
-    def feed_forward(normed: Tensor, chosen: Tensor) -> Tensor:
-        return ffn_slices(block, axes, normed, chosen, None)
-
-    with whole_gradients(
-        messages, _partial(block, heads, axes, messages, step, slot), heads.full_ranks, x
-    ) as x:
-        end_attention, end_feed_forward = branch_ends(block, heads.scale)
-        attention = _Branch(heads, block.norm1, attend, block.attn.proj.bias, end_attention)
-        ffn = _Branch(heads, block.norm2, feed_forward, block.mlp.fc2.bias, end_feed_forward)
+    with whole_gradients(messages, partial, heads.full_ranks, x) as x:
+        branches = [_SharedBranch(heads, branch) for branch in family.branches(block, axes)]
         if heads.alone:
-            return x + _alone(x, attention, ffn, messages)
-        x = x + _together(x, attention, messages)
-        return x + _together(x, ffn, messages)
-
-
-def _partial(
-    block: Block,
-    heads: SharedHeads,
-    axes: dict[str, HeadAxis],
-    messages: TokenMessages,
-    step: StepSum,
-    slot: int | None,
-) -> PartialGradients:
-    by_head = used_by_head(block, axes)
-    after_heads = present_owners([block.norm1, block.norm2, block.ls1, block.ls2])
-    after_heads += present_owners([block.attn.proj, block.mlp.fc2], ["bias"])
-    if not messages.has_whole_gradients or heads.alone:
-        return PartialGradients([*by_head, *after_heads], step, slot)
-    if step.alone:
-        return PartialGradients([*by_head, *after_heads], step, slot, whole=len(after_heads))
-    return PartialGradients(by_head, step, slot)
+            return x + _alone(x, branches, messages)
+        for branch in branches:
+            x = x + _together(x, branch, messages)
+        return x
 
 
 @dataclass(frozen=True)
-class _Branch:
-    """A residual branch of a block: `compute` for each set of heads; then bias and `end` after the sum over heads."""
+class _SharedBranch:
+    """A residual branch of a block, of which each rank has a part of the sum over heads."""
 
     heads: SharedHeads
-    norm: Callable[[Tensor], Tensor]
-    compute: Callable[[Tensor, Tensor], Tensor]
-    bias: Tensor | None
-    end: Callable[[Tensor], Tensor]
+    of_block: Branch
 
     @property
     def ranks(self) -> tuple[Ranks, Ranks]:
@@ -282,40 +279,53 @@ class _Branch:
     def gradients(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.heads.trains else torch.no_grad()
 
+    def norm(self, x: Tensor) -> Tensor:
+        return self.of_block.norm(x)
+
     def of_own_heads(self, normed: Tensor) -> Tensor | None:
         """Of this rank; None if it runs none."""
         full, forward_only = self.heads.full, self.heads.forward_only
-        own = None if full is None else self.compute(normed, full)
+        own = None if full is None else self._sum(normed, full)
         if forward_only is not None:
             with torch.no_grad():
-                beside = self.compute(normed, forward_only)
+                beside = self._sum(normed, forward_only)
                 own = beside if own is None else own.add_(beside)
         return own
 
+    def _sum(self, normed: Tensor, chosen: Tensor) -> Tensor:
+        return self.of_block.out(self.of_block.inner(normed, chosen), chosen, None)
+
+    def end(self, total: Tensor) -> Tensor:
+        return scaled(self.of_block.end(total), self.heads)
+
     def finish(self, total: Tensor) -> Tensor:
-        return self.end(total if self.bias is None else total + self.bias)
+        bias = self.of_block.bias
+        return self.end(total if bias is None else total + bias)
 
 
-def _together(x: Tensor, branch: _Branch, messages: TokenMessages) -> Tensor:
+def _together(x: Tensor, branch: _SharedBranch, messages: TokenMessages) -> Tensor:
     """What a branch adds: this rank's sum over its heads, the sum over the ranks, the rest."""
     with branch.gradients:
         return branch.finish(messages.through(branch.norm(x), branch.of_own_heads, *branch.ranks))
 
 
-def _alone(x: Tensor, attention: _Branch, ffn: _Branch, messages: TokenMessages) -> Tensor:
-    """What both branches add together, computed by one rank."""
+def _alone(x: Tensor, branches: list[_SharedBranch], messages: TokenMessages) -> Tensor:
+    """What all branches add together, computed by one rank."""
 
-    def both(entered: Tensor) -> Tensor | None:
-        of_heads = attention.of_own_heads(attention.norm(entered))
-        if of_heads is None:
-            with torch.no_grad():  # what the other rank draws (DropPath)
-                attention.end(entered)
-                ffn.end(entered)
-            return None
-        after_attention = attention.finish(of_heads)
-        of_slices = ffn.of_own_heads(ffn.norm(entered + after_attention))
-        assert of_slices is not None
-        return after_attention + ffn.finish(of_slices)
+    def all_of_them(entered: Tensor) -> Tensor | None:
+        added: Tensor | None = None
+        for branch in branches:
+            total = branch.of_own_heads(branch.norm(entered if added is None else entered + added))
+            assert total is not None
+            finished = branch.finish(total)
+            added = finished if added is None else added + finished
+        return added
 
-    with attention.gradients:
-        return messages.through(x, both, *attention.ranks)
+    def nothing(entered: Tensor) -> None:
+        with torch.no_grad():  # what the other rank draws (DropPath)
+            for branch in branches:
+                branch.end(entered)
+
+    first = branches[0]
+    with first.gradients:
+        return messages.through(x, nothing if first.heads.is_shortcut else all_of_them, *first.ranks)

@@ -1,4 +1,5 @@
-"""What D2FT is compared with, as plans under the same budgets: last blocks, stochastic depth, pruning, routing."""
+"""What D2FT is compared with, as plans under the same budgets: random scheduling, pruning and routing as in the paper,
+and last blocks and stochastic depth."""
 
 from __future__ import annotations
 
@@ -7,13 +8,27 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.bounds import plan_with_bound
+from d2ft_hpc.planning.paper import PaperOptions, two_levels
 from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.planner import Options, Planner
 from d2ft_hpc.planning.problem import PlanProblem, check
 
 Operations = npt.NDArray[np.uint8]
+
+
+def solve_random(problem: PlanProblem, *, seed: int | Sequence[int], full_share: float = 0.8) -> SkipPlan:
+    """The plan of `solve_paper` with random numbers for scores; the same for the same seed (numbers >= 0).
+
+    Objective, bound and gap are those of the real scores: how far random is from what the budgets permit.
+    """
+    generator = np.random.default_rng(seed)
+    full_key, forward_key = generator.random((2, *problem.forward_score.shape))
+    operations = two_levels(problem, full_key, forward_key, full_share)
+    return plan_with_bound(problem, operations, planner=RANDOM.name, status=f"seed {seed}")
 
 
 def solve_last_blocks(problem: PlanProblem) -> SkipPlan:
@@ -25,7 +40,7 @@ def solve_last_blocks(problem: PlanProblem) -> SkipPlan:
     rows, blocks, _ = problem.forward_score.shape
     slots = rows // problem.replicas
     order = np.arange(blocks)[::-1] * slots + np.arange(rows)[:, None] // problem.replicas
-    return _longest(problem, order[:, :, None], Operation.FORWARD_ONLY, "last_blocks")
+    return _longest(problem, order[:, :, None], Operation.FORWARD_ONLY, LAST_BLOCKS.name)
 
 
 def solve_stochastic_depth(problem: PlanProblem, *, seed: int | Sequence[int]) -> SkipPlan:
@@ -41,7 +56,7 @@ def solve_stochastic_depth(problem: PlanProblem, *, seed: int | Sequence[int]) -
         turn = generator.permuted(np.tile(np.arange(slots)[:, None], blocks), axis=0)  # [slot, block]
         within = generator.permuted(np.tile(np.arange(blocks), (slots, 1)), axis=1)  # [turn, block]
         order[:, replica] = turn * blocks + np.take_along_axis(within, turn, axis=0)
-    return _longest(problem, order.reshape(rows, blocks, 1), Operation.SHORTCUT, "stochastic_depth")
+    return _longest(problem, order.reshape(rows, blocks, 1), Operation.SHORTCUT, STOCHASTIC_DEPTH.name)
 
 
 def solve_pruning(problem: PlanProblem) -> SkipPlan:
@@ -54,7 +69,7 @@ def solve_pruning(problem: PlanProblem) -> SkipPlan:
     order = np.empty(score.size, dtype=np.int64)
     order[np.argsort(-score.ravel(), kind="stable")] = np.arange(score.size)
     everywhere = np.broadcast_to(order.reshape(score.shape), problem.forward_score.shape)
-    return _longest(problem, everywhere, Operation.SHORTCUT, "pruning")
+    return _longest(problem, everywhere, Operation.SHORTCUT, PRUNING.name)
 
 
 def solve_routing(problem: PlanProblem, *, capacity_factor: float = 1.25) -> SkipPlan:
@@ -89,7 +104,7 @@ def solve_routing(problem: PlanProblem, *, capacity_factor: float = 1.25) -> Ski
                             taken[head] += 1
         return made
 
-    return _largest(problem, operations, blocks * heads, "routing")
+    return _largest(problem, operations, blocks * heads, ROUTING.name)
 
 
 def _longest(problem: PlanProblem, order: npt.NDArray[np.int64], rest: Operation, planner: str) -> SkipPlan:
@@ -126,3 +141,40 @@ def _largest(
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return plan_with_bound(problem, operations(low), planner=planner, status=f"{low} of {most}")
+
+
+class RoutingOptions(Options):
+    """Of routing."""
+
+    capacity_factor: float = Field(default=1.25, gt=0)
+    """Most rows that a head takes, in multiples of its fair share."""
+
+
+RANDOM = Planner(
+    "random",
+    "baseline of the paper: its numbers of each operation, drawn at random",
+    solve_random,
+    PaperOptions,
+    reads_scores=False,
+)
+LAST_BLOCKS = Planner(
+    "last_blocks",
+    "baseline: the top blocks FULL, those below FORWARD_ONLY",
+    solve_last_blocks,
+    reads_scores=False,
+)
+STOCHASTIC_DEPTH = Planner(
+    "stochastic_depth",
+    "baseline: whole blocks SHORTCUT at random",
+    solve_stochastic_depth,
+    reads_scores=False,
+)
+PRUNING = Planner(
+    "pruning", "baseline of the paper: the subnets with the smallest backward scores SHORTCUT", solve_pruning
+)
+ROUTING = Planner(
+    "routing",
+    "baseline of the paper: mixture of experts, the heads with the largest forward scores",
+    solve_routing,
+    RoutingOptions,
+)

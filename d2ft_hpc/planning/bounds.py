@@ -9,6 +9,7 @@ plan makes FULL.
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import numpy.typing as npt
@@ -20,17 +21,23 @@ from d2ft_hpc.planning.prices import RELATIVE_GAP
 from d2ft_hpc.planning.problem import Floats, PlanProblem
 
 _ROUNDS = 30  # of closing in on a price; ten are usual
+_LATE_ROUNDS = 3  # will do where time is short
 _NEAR = 1e-8
 
 
-def upper_bound(knapsack: Knapsack) -> float:
+def upper_bound(knapsack: Knapsack, deadline: float = math.inf) -> float:
     """No plan of the device scores more: the best bound of its one-budget relaxations.
+
+    deadline: of time.monotonic(), after which a bound near the best will do.
 
     Each takes the steps in order and a fraction of the first that does not fit (Dantzig 1957; with choices
     of several steps, Sinha and Zoltners 1979). Scarce memory lowers it further.
     """
     bound = float(knapsack.forward_gain.sum() + knapsack.backward_gain.sum())
-    for price in knapsack.prices():
+    prices = [*knapsack.prices()]
+    for price in prices:
+        if time.monotonic() > deadline:
+            break
         steps = best_steps(knapsack, price)
         budget = float(price[price > 0] @ knapsack.budget[price > 0])
         spent = np.cumsum(steps.price)
@@ -40,15 +47,17 @@ def upper_bound(knapsack: Knapsack) -> float:
             before = float(spent[count - 1]) if count else 0.0
             total += float(steps.gain[count]) * (budget - before) / float(steps.price[count])
         bound = min(bound, total)
-    if math.isfinite(knapsack.memory):
-        for price in [*knapsack.prices()] or [np.zeros(2)]:
-            bound = min(bound, price_memory(knapsack, price)[0])
+    if math.isfinite(knapsack.memory) or time.monotonic() > deadline:
+        for price in reversed(prices or [np.zeros(2)]):
+            bound = min(bound, price_memory(knapsack, price, deadline)[0])
+            if time.monotonic() > deadline:
+                break
     return bound
 
 
-def price_memory(knapsack: Knapsack, price: Floats) -> tuple[float, Floats]:
+def price_memory(knapsack: Knapsack, price: Floats, deadline: float = math.inf) -> tuple[float, Floats]:
     """The least bound over all multiples of `price` float64 [2] (`Knapsack.prices`), and what each cell then gains by
-    being FULL, float64 [cell].
+    being FULL, float64 [cell]. After the deadline, of time.monotonic(), a multiple near the best will do.
 
     The bound is convex in the multiple: the lines that touch it from both sides of its least close in on that.
     """
@@ -80,8 +89,8 @@ def price_memory(knapsack: Knapsack, price: Floats) -> tuple[float, Floats]:
     cheapest = min(step for step in (forward_price, forward_price + backward_price) if step > 0)
     high = float((knapsack.forward_gain + knapsack.backward_gain).max()) / cheapest
     high_bound, high_slope = at(high)
-    for _ in range(_ROUNDS):
-        if high_slope <= low_slope:
+    for round_ in range(_ROUNDS):
+        if high_slope <= low_slope or (round_ >= _LATE_ROUNDS and time.monotonic() > deadline):
             break
         middle = (low_bound - high_bound + high_slope * high - low_slope * low) / (high_slope - low_slope)
         touched = low_bound + low_slope * (middle - low)  # nowhere is the bound lower than here
@@ -104,11 +113,11 @@ def most_gaining(
 
     first: bool [cell], cells that come before all others.
     """
-    rows = max(1, len(np.unique(knapsack.row)))  # equally long ones, one after the other
+    rows = max(1, knapsack.rows)  # equally long ones, one after the other
     table = np.where(first, np.inf, gain).reshape(rows, -1) if first is not None else gain.reshape(rows, -1)
-    count = int(knapsack.memory)
-    if count >= table.shape[1]:
+    if knapsack.memory >= table.shape[1]:
         return np.ones(len(gain), dtype=bool)
+    count = int(knapsack.memory)
     most = np.zeros(table.shape, dtype=bool)
     chosen = np.argpartition(-table, count, axis=1)[:, :count]
     np.put_along_axis(most, chosen, True, axis=1)

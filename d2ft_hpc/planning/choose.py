@@ -64,12 +64,19 @@ def share_of_time(deadline: float, parts: int) -> float:
 
 
 def choose(
-    value: Floats, limits: Sequence[Limit], *, deadline: float, relative_gap: float = RELATIVE_GAP
+    value: Floats,
+    limits: Sequence[Limit],
+    *,
+    deadline: float,
+    relative_gap: float = RELATIVE_GAP,
+    search: bool = True,
 ) -> Choice:
     """Maximise the value of the options taken. The same input gives the same choice, unless time runs out.
 
-    value: float64 [class, option]. deadline: of time.monotonic(); if it passes, the best choice so far is taken.
+    value: float64 [class, option]; option 0 fits in all classes. deadline: of time.monotonic(); if it passes, the best
+        choice so far is taken, or the best option that all classes can have at once.
     relative_gap: a choice that is proved to be this near its optimum is good enough.
+    search: with HiGHS; without, first prices and filling will do.
     """
     given = value
     prices = [np.zeros(len(limit.most)) for limit in limits]
@@ -80,23 +87,40 @@ def choose(
         if alone_too_much.any():
             value = np.where(alone_too_much[limit.group], -np.inf, value)
     if len(some) == 1:
-        its_prices, option = price_of_one(value, some[0])
+        its_prices, option = price_of_one(value, some[0], deadline)
+    elif time.monotonic() > deadline:
+        its_prices, option = [np.zeros(len(limit.most)) for limit in some], _one_for_all(value, some)
     else:
-        its_prices, option = prices_of_several(value, some, deadline)
+        its_prices, option = prices_of_several(value, some, deadline, solve=search)
+        if time.monotonic() > deadline:
+            option = max(option, _one_for_all(value, some), key=lambda each: _worth(value, each))
     for i, price in zip(scarce, its_prices, strict=True):
         prices[i] = price
-    option = _fill(value, some, option)
-    if len(some) == 1 and len(some[0].most) == 1:
+    option = _fill(value, some, option, deadline)
+    if len(some) == 1 and len(some[0].most) == 1 and time.monotonic() <= deadline:
         option = _exchange(value, some[0], float(its_prices[0][0]), option)
     worth = _worth(value, option)
     bound = max(worth, float(bounds_of(value, some, its_prices).sum()))
     price_bound = max(worth, float(bounds_of(given, limits, prices).sum()))
     status = OPTIMAL
-    if worth < bound * (1 - relative_gap):
-        option, bound, status = _decide_core(value, some, its_prices, option, deadline, relative_gap)
-        option = _fill(value, some, option)
+    if worth < bound * (1 - relative_gap) and time.monotonic() > deadline:
+        status = "prices: time limit"
+    elif worth < bound * (1 - relative_gap):
+        until = deadline if search else -math.inf
+        option, bound, status = _decide_core(value, some, its_prices, option, until, relative_gap)
+        option = _fill(value, some, option, deadline)
         worth = _worth(value, option)
     return Choice(option, worth, max(bound, worth), prices, price_bound, status)
+
+
+def _one_for_all(value: Floats, limits: Sequence[Limit]) -> Ints:
+    """The best option that all classes can have at once: found in the time of a sum."""
+    fits = np.ones(value.shape[1], dtype=bool)
+    for limit in limits:
+        classes = np.bincount(limit.group, minlength=len(limit.most))
+        fits &= (limit.use[:, None] * classes <= limit.most).all(axis=1)
+    fits[0] = True
+    return np.full(len(value), int(np.where(fits, value.sum(axis=0), -np.inf).argmax()))
 
 
 def _can_be_exceeded(limit: Limit) -> bool:
@@ -119,14 +143,17 @@ def _worth(value: Floats, option: Ints) -> float:
     return float(value[np.arange(len(value)), option].sum())
 
 
-def _fill(value: Floats, limits: Sequence[Limit], option: Ints) -> Ints:
-    """Changes single classes to options worth more, the largest gain first, while the limits allow any."""
+def _fill(value: Floats, limits: Sequence[Limit], option: Ints, deadline: float) -> Ints:
+    """Changes single classes to options worth more, the largest gain first, while the limits allow any and there is
+    time."""
     option = option.copy()
     classes = np.arange(len(value))
     if limits:  # of a class's groups among those of all limits, [class, limit]
         first = np.cumsum([0, *[len(limit.most) for limit in limits[:-1]]])
         place = np.stack([limit.group for limit in limits], axis=1) + first
     for _ in range(len(value)):
+        if time.monotonic() > deadline:
+            break
         gain = value - value[classes, option][:, None]
         left = [limit.left(option) for limit in limits]
         for limit, its_left in zip(limits, left, strict=True):

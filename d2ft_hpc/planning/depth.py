@@ -18,7 +18,9 @@ from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.choose import choose, share_of_time
 from d2ft_hpc.planning.highs import OPTIMAL
 from d2ft_hpc.planning.level_coverage import demand_of
+from d2ft_hpc.planning.options import WithCoverage
 from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.prices import Limit, different
 from d2ft_hpc.planning.problem import Floats, Ints, PlanProblem, round_up
 
@@ -79,7 +81,7 @@ def solve_depth(
     return plan_with_bound(
         problem,
         operations,
-        planner="depth",
+        planner=DEPTH.name,
         status=statuses,
         forward_weight=forward_weight,
         backward_weight=backward_weight,
@@ -205,3 +207,21 @@ def _best_options(value: Floats, depths: Ints, total: int) -> Ints:
         options[row] = chosen[row, total]
         total -= int(depths[options[row]])
     return options
+
+
+class DepthOptions(WithCoverage):
+    """Of the planner by depth."""
+
+    below: Literal["forward_only", "shortcut"] = "forward_only"
+    """What the blocks below the FULL ones do."""
+    whole_rows: bool = False
+    """Each micro-batch is FULL in all blocks or in none."""
+
+
+DEPTH = Planner(
+    "depth",
+    "one depth for each micro-batch: the blocks above it FULL, those below FORWARD_ONLY",
+    solve_depth,
+    DepthOptions,
+    fits_memory=True,
+)

@@ -1,44 +1,27 @@
-"""Greedy planning: the steps with the best gain for their cost first. Instant and near the optimum."""
+"""The steps with the best gain for their cost first: instant and near the optimum, `joint`'s first solution."""
 
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import numpy.typing as npt
 
-from d2ft_hpc.planning.bounds import most_gaining, plan_with_bound, price_memory
-from d2ft_hpc.planning.knapsack import Knapsack, Steps, best_steps, device_knapsacks, next_steps
-from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.problem import Floats, PlanProblem
+from d2ft_hpc.planning.bounds import most_gaining, price_memory
+from d2ft_hpc.planning.knapsack import Knapsack, Steps, best_steps, next_steps
+from d2ft_hpc.planning.plan import Operation
+from d2ft_hpc.planning.problem import Floats
 
 
-def solve_greedy(
-    problem: PlanProblem, *, forward_weight: float = 1.0, backward_weight: float = 1.0
-) -> SkipPlan:
-    """Maximise the objective of `solve_joint` by score for cost, device by device.
-
-    The bound is that of the relaxed knapsacks (`knapsack.upper_bound`). Raises PlanError if a weight is not
-    finite or below 0.
-    """
-    operations = np.full(problem.forward_score.size, Operation.SHORTCUT, dtype=np.uint8)
-    for knapsack in device_knapsacks(problem, forward_weight, backward_weight):
-        operations[knapsack.cells] = greedy(knapsack)
-    return plan_with_bound(
-        problem,
-        operations.reshape(problem.forward_score.shape),
-        planner="greedy",
-        status="greedy",
-        forward_weight=forward_weight,
-        backward_weight=backward_weight,
-    )
-
-
-def greedy(knapsack: Knapsack, start: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
+def greedy(
+    knapsack: Knapsack, start: npt.NDArray[np.uint8] | None = None, deadline: float = math.inf
+) -> npt.NDArray[np.uint8]:
     """Operations uint8 [cell] within the budgets: the best of the orders that the two budgets suggest.
 
     start: operations that the result may raise and never lowers; within the budgets, also once as many cells run as
         must. None = all SHORTCUT.
+    deadline: of time.monotonic(), after which the best so far will do, or the cells that gain most.
 
     Where memory is scarce, only the cells of a row that gain most by it may become FULL.
     """
@@ -48,15 +31,38 @@ def greedy(knapsack: Knapsack, start: npt.NDArray[np.uint8] | None = None) -> np
     is_full = start == Operation.FULL
     candidates = []
     for price in knapsack.prices():
+        if time.monotonic() > deadline:
+            break
         barred = _barred_from_full(knapsack, is_full, price)
         operations = start.copy()
         _climb(knapsack, operations, best_steps(knapsack, price, barred))
         fill(knapsack, operations, price, barred)
         candidates.append(operations)
+    if not candidates and np.isfinite(knapsack.budget).any():
+        return _with_most_gaining(knapsack, start)
     if not candidates:  # no budget is limited
         barred = _barred_from_full(knapsack, is_full, np.zeros(2))
         return np.where(barred, Operation.FORWARD_ONLY, Operation.FULL).astype(np.uint8)
     return max(candidates, key=knapsack.objective)
+
+
+def _with_most_gaining(knapsack: Knapsack, start: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """As many FULL cells on top of `start` as the budgets pay for, those that gain most, then as many FORWARD_ONLY."""
+    operations: npt.NDArray[np.uint8] = start.copy()
+    whole_gain = knapsack.forward_gain + knapsack.backward_gain
+    has_room = most_gaining(knapsack, whole_gain, start == Operation.FULL)
+    for target, gain, step, may in (
+        (Operation.FULL, whole_gain, knapsack.forward_step + knapsack.backward_step, has_room),
+        (Operation.FORWARD_ONLY, knapsack.forward_gain, knapsack.forward_step, True),
+    ):
+        cells = np.flatnonzero((operations < target) & may)
+        left = knapsack.budget - knapsack.used(operations)
+        paid = np.floor(left[step > 0] / step[step > 0]).min(initial=len(cells))
+        count = max(int(paid), 0)
+        if count < len(cells):
+            cells = cells[np.argpartition(-gain[cells], count)[:count]]
+        operations[cells] = target
+    return operations
 
 
 def _barred_from_full(

@@ -88,6 +88,13 @@ class LinearProgram:
         return _solution(self._solver, is_integer=False)
 
 
+def reason_against(integers: int, seconds: float) -> str:
+    """Why HiGHS is not given a model with so many integer variables and so much time; empty if it is."""
+    if integers > LARGEST_MODEL:
+        return f"{integers} integer variables are more than HiGHS is given ({LARGEST_MODEL})"
+    return "time limit" if seconds <= 0 else ""
+
+
 def maximise_integer(
     gain: Floats,
     rows: Rows,
@@ -104,13 +111,11 @@ def maximise_integer(
     seconds: wall-clock limit. absolute_gap, relative_gap: a solution this near its bound is optimal.
     """
     branching = len(gain) if is_integer is None else int(is_integer.sum())
-    if branching > LARGEST_MODEL:
-        reason = f"{branching} integer variables are more than HiGHS is given ({LARGEST_MODEL})"
+    reason = reason_against(branching, 1.0 if len(gain) == 0 else seconds)
+    if reason:
         return Solution(None, None, math.inf, reason)
     if len(gain) == 0:
         return Solution(np.zeros(0), None, 0.0, OPTIMAL)
-    if seconds <= 0:
-        return Solution(None, None, math.inf, "time limit")
     solver = _new_solver()
     solver.setOptionValue("time_limit", seconds)
     solver.setOptionValue("mip_abs_gap", absolute_gap)

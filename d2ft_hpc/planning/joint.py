@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.bounds import plan_with_bound, upper_bound
+from d2ft_hpc.planning.choose import share_of_time
 from d2ft_hpc.planning.greedy import greedy
-from d2ft_hpc.planning.highs import INFEASIBLE, OPTIMAL, Rows, maximise_integer
+from d2ft_hpc.planning.highs import INFEASIBLE, OPTIMAL, Rows, maximise_integer, reason_against
 from d2ft_hpc.planning.joint_coverage import (
     Coverage,
     cover,
@@ -24,13 +25,19 @@ from d2ft_hpc.planning.joint_coverage import (
     price_coverage,
 )
 from d2ft_hpc.planning.knapsack import Ints, Knapsack, device_knapsacks
+from d2ft_hpc.planning.options import WithCoverage, WithShortcuts
 from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.prices import RELATIVE_GAP
 from d2ft_hpc.planning.problem import Floats, PlanProblem, round_up
 
 Operations = npt.NDArray[np.uint8]
 
 _NAMES = 3  # of devices that one status may name
+
+_GREEDY_SHARE = (
+    2 / 3
+)  # of the time, after which the devices that are left get a quicker plan than the greedy one
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +76,8 @@ def solve_joint(
     Without coverage the devices share nothing: each is solved by itself and the bounds add up. Coverage may
     couple them: if the devices' own plans do not happen to meet it, all of them are solved together.
     Where HiGHS runs out of time or fails, the greedy plan takes its place if it is the better one: the
-    status is then "greedy: <reason>" and the bound still holds. The same problem gives the same plan, unless
-    time runs out.
+    status is then "greedy: <reason>" and the bound still holds. Where time does not even do for that, a device runs
+    the cells that gain most. The same problem gives the same plan, unless time runs out.
 
     Raises PlanError if an option is out of range, or if the budgets cannot pay for the coverage or for `most_shortcut`
     (the message states the least feasible budget).
@@ -84,16 +91,17 @@ def solve_joint(
         raise PlanError(f"coverage must be from 0 to the number of rows, {shape[0]}, got {coverage}.")
     if not 0 <= most_shortcut <= 1:
         raise PlanError(f"most_shortcut is a share of a device's heads in [0, 1], got {most_shortcut}.")
-    deadline = time.monotonic() + time_limit_seconds
+    start = time.monotonic()
+    deadline, greedy_until = start + time_limit_seconds, start + _GREEDY_SHARE * time_limit_seconds
     knapsacks = device_knapsacks(problem, forward_weight, backward_weight, most_shortcut)
     _require_paid(problem, knapsacks)
 
-    solutions = [_greedily([knapsack]) for knapsack in knapsacks]
+    solutions = [_greedily(knapsack, greedy_until) for knapsack in knapsacks]
     waiting = sorted(range(len(knapsacks)), key=lambda index: solutions[index].missing)
     while waiting and not _is_near(solutions, relative_gap):
-        seconds = (deadline - time.monotonic()) / len(waiting)
+        its_deadline = share_of_time(deadline, len(waiting))
         index = waiting.pop()
-        solutions[index] = _improved([knapsacks[index]], solutions[index], seconds, relative_gap)
+        solutions[index] = _improved([knapsacks[index]], solutions[index], its_deadline, relative_gap)
     chosen = [solution.operations[0] for solution in solutions]
     bound = sum(solution.bound for solution in solutions)
     status = _summary(dict(zip(problem.device_names, (s.status for s in solutions), strict=True)))
@@ -106,8 +114,8 @@ def solve_joint(
                 f"{least_budget_for(problem, knapsacks, demand)}"
             )
         try:
-            known = _greedily(knapsacks, demand)
-            solution = _improved(knapsacks, known, deadline - time.monotonic(), relative_gap, demand)
+            known = _greedily_covered(knapsacks, demand, bound, greedy_until)
+            solution = _improved(knapsacks, known, deadline, relative_gap, demand)
         except _NothingFoundError as error:
             raise PlanError(
                 f"No plan was found that gives every block and head {coverage} FULL rows (coverage) and keeps "
@@ -126,7 +134,7 @@ def solve_joint(
     return plan_with_bound(
         problem,
         operations.reshape(shape),
-        planner="joint",
+        planner=JOINT.name,
         status=status,
         forward_weight=forward_weight,
         backward_weight=backward_weight,
@@ -164,28 +172,46 @@ def _is_near(solutions: Sequence[_Solution], relative_gap: float) -> bool:
     return sum(solution.missing for solution in solutions) <= relative_gap * bound
 
 
-def _greedily(knapsacks: Sequence[Knapsack], demand: Coverage | None = None) -> _Solution:
-    """The greedy plan for knapsacks that a demand couples, or a single one."""
-    priced = None if demand is None else price_coverage(knapsacks, demand)
-    plan = _greedy(knapsacks, demand, None if priced is None else priced.loss)
+def _greedily(knapsack: Knapsack, deadline: float) -> _Solution:
+    """The greedy plan for a knapsack."""
+    operations = greedy(knapsack, deadline=deadline)
+    score = knapsack.objective(operations)
+    return _Solution(
+        [operations], score, max(upper_bound(knapsack, deadline), score), _greedy_until(deadline)
+    )
+
+
+def _greedily_covered(
+    knapsacks: Sequence[Knapsack], demand: Coverage, bound: float, deadline: float
+) -> _Solution:
+    """The greedy plan for knapsacks that a demand couples. bound: on plans that need not meet it."""
+    plan = _covered(knapsacks, demand, [None], deadline) if time.monotonic() > deadline else []
+    if not plan:
+        priced = price_coverage(knapsacks, demand)
+        plan, bound = _covered(knapsacks, demand, [priced.loss, None], deadline), min(bound, priced.bound)
     score = _objective(knapsacks, plan) if plan else -math.inf
-    bound = sum(upper_bound(knapsack) for knapsack in knapsacks)
-    if priced is not None:
-        bound = min(bound, priced.bound)
-    return _Solution(plan, score, max(bound, score), "greedy")
+    return _Solution(plan, score, max(bound, score), _greedy_until(deadline))
+
+
+def _greedy_until(deadline: float) -> str:
+    return "greedy: time limit" if time.monotonic() > deadline else "greedy"
+
+
+def _reason(known: str, of_highs: str) -> str:
+    return f"greedy: {of_highs}" if known == "greedy" else known
 
 
 def _improved(
     knapsacks: Sequence[Knapsack],
     known: _Solution,
-    seconds: float,
+    deadline: float,
     relative_gap: float,
     demand: Coverage | None = None,
 ) -> _Solution:
     """The better of HiGHS's plan and the one that is known."""
     if _is_near([known], relative_gap):
         return replace(known, status=OPTIMAL)
-    plan, solver_bound, status = _solve_with_highs(knapsacks, seconds, relative_gap, demand)
+    plan, solver_bound, status = _solve_with_highs(knapsacks, deadline, relative_gap, demand)
     bound = min(known.bound, solver_bound)
     if plan is not None:
         plan = [greedy(knapsack, start) for knapsack, start in zip(knapsacks, plan, strict=True)]
@@ -194,11 +220,11 @@ def _improved(
             return _Solution(plan, score, bound, status)
     if not known.operations:
         raise _NothingFoundError("there is none" if status == INFEASIBLE else f"there may be one ({status})")
-    return replace(known, bound=bound, status=OPTIMAL if status == OPTIMAL else f"greedy: {status}")
+    return replace(known, bound=bound, status=OPTIMAL if status == OPTIMAL else _reason(known.status, status))
 
 
 def _solve_with_highs(
-    knapsacks: Sequence[Knapsack], seconds: float, relative_gap: float, demand: Coverage | None
+    knapsacks: Sequence[Knapsack], deadline: float, relative_gap: float, demand: Coverage | None
 ) -> tuple[list[Operations] | None, float, str]:
     """HiGHS's plan (None if it has none that keeps the budgets), its bound, and how it ended."""
     counts = np.repeat([float(len(knapsack.cells)) for knapsack in knapsacks], 2)
@@ -210,12 +236,17 @@ def _solve_with_highs(
     # themselves: branching on two counts a device instead of on every cell. Memory, coverage and most_shortcut
     # break that.
     cells_branch = demand is not None or any(math.isfinite(k.memory) or k.least.any() for k in knapsacks)
+    is_integer = np.concatenate([np.full(2 * cells, cells_branch), np.ones(len(counts), dtype=bool)])
+    reason = reason_against(int(is_integer.sum()), deadline - time.monotonic())
+    if reason:  # before the rows are made
+        return None, math.inf, reason
+    rows = _rows(knapsacks, demand)
     solution = maximise_integer(
         np.concatenate([*gains, np.zeros(len(counts))]),
-        _rows(knapsacks, demand),
-        seconds=seconds,
+        rows,
+        seconds=deadline - time.monotonic(),
         largest=np.concatenate([np.ones(2 * cells), counts]),
-        is_integer=np.concatenate([np.full(2 * cells, cells_branch), np.ones(len(counts), dtype=bool)]),
+        is_integer=is_integer,
         relative_gap=relative_gap,
     )
     if solution.values is None:
@@ -300,19 +331,21 @@ def _objective(knapsacks: Sequence[Knapsack], plan: Sequence[Operations]) -> flo
     return sum(k.objective(operations) for k, operations in zip(knapsacks, plan, strict=True))
 
 
-def _greedy(
-    knapsacks: Sequence[Knapsack], demand: Coverage | None, loss: Sequence[Floats] | None
+def _covered(
+    knapsacks: Sequence[Knapsack],
+    demand: Coverage,
+    losses: Sequence[Sequence[Floats] | None],
+    deadline: float,
 ) -> list[Operations]:
-    """The greedy plan; an empty list if it finds none that meets the demand beside what must run."""
-    if demand is None:
-        return [greedy(knapsack) for knapsack in knapsacks]
-    for its_loss in (loss, None):
+    """The greedy plan on the first cover that the budgets pay for beside what must run, of covers for these losses
+    (`cover`); an empty list if there is none."""
+    for its_loss in losses:
         start = cover(knapsacks, demand, its_loss)
         if all(
             (k.used(k.raised_to_least(its_start)) <= k.budget).all()
             for k, its_start in zip(knapsacks, start, strict=True)
         ):
-            return [greedy(knapsack, its_start) for knapsack, its_start in zip(knapsacks, start, strict=True)]
+            return [greedy(k, its_start, deadline) for k, its_start in zip(knapsacks, start, strict=True)]
     return []
 
 
@@ -328,3 +361,16 @@ def _summary(statuses: dict[str, str]) -> str:
         f"{status} ({', '.join(names) if len(names) <= _NAMES else f'{len(names)} of {len(statuses)} devices'})"
         for status, names in devices.items()
     )
+
+
+class JointOptions(WithShortcuts, WithCoverage):
+    """Of the optimal planner."""
+
+
+JOINT = Planner(
+    "joint",
+    "both levels at once: the best score within every device's own budgets",
+    solve_joint,
+    JointOptions,
+    fits_memory=True,
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,11 @@ class Knapsack:
     memory: float
     group: Ints
     least: Ints
+
+    @cached_property
+    def rows(self) -> int:
+        """Number of rows, which hold equally many cells."""
+        return len(np.unique(self.row))
 
     def runs_enough(self, operations: npt.NDArray[np.uint8]) -> bool:
         """Whether operations uint8 [cell] run as many cells of every (row, block) as must."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 
@@ -21,10 +20,17 @@ from d2ft_hpc.planning.level_coverage import (
     take_turns,
     unpaid_coverage,
 )
+from d2ft_hpc.planning.options import WithCoverage, WithShortcuts
 from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.problem import PlanProblem
 from d2ft_hpc.planning.split import choose_by_split
 from d2ft_hpc.planning.teams import Team, make_teams, meeting_replicas, step_limits
+
+_PARTS_OF_TIME = 4
+"""One part is for the tables of what levels give; if they are not done by then, one of the rest is for the choice."""
+
+_WRITING = 2.5  # times the time that the tables took
 
 
 def solve_makespan(
@@ -53,7 +59,8 @@ def solve_makespan(
     time_limit_seconds: wall-clock time, > 0.
 
     Bound and gap are those of this problem: no other plan in lock step (and with such rows) scores more.
-    Where time runs out, the plan that the prices suggest is taken; the status says so.
+    Where time runs out, the best plan so far is taken; the status says so. Where it does not even do for the tables of
+    what levels give, that is one level for each stage, and the bound is that of the time budget alone.
 
     Raises PlanError if an option is out of range, if ranks do not hold equally many heads in all blocks, or if the
     budgets do not pay for `most_shortcut` or `coverage` (the message names the device and the least feasible budget).
@@ -65,33 +72,52 @@ def solve_makespan(
     bound, statuses = 0.0, set()
     together = meeting_replicas(problem)
     for index, replicas in enumerate(together):
+        start = time.monotonic()
         its_deadline = share_of_time(deadline, len(together) - index)
         teams = make_teams(
-            problem, replicas, forward_weight, backward_weight, most_shortcut, clusters=coverage == 0
+            problem,
+            replicas,
+            forward_weight,
+            backward_weight,
+            most_shortcut,
+            clusters=coverage == 0,
+            deadline=share_of_time(its_deadline, _PARTS_OF_TIME),
         )
-        choices, its_bound = _choose_levels(problem, teams, its_deadline)
+        choose_until = _end_of_choice(teams, start, its_deadline)
+        choices, its_bound = _choose_levels(problem, teams, choose_until)
         bound += its_bound
         demand = demand_of(problem, coverage, replicas)
         for team in teams:
             if not is_affordable(problem, team, demand):
                 raise PlanError(unpaid_coverage(problem, team, coverage))
-        choices = _fed(problem, teams, choices, demand, its_deadline)
+        choices = _fed(problem, teams, choices, demand, choose_until)
         for team, choice in zip(teams, choices, strict=True):
             if short_blocks(team, choice.option, demand).any():
                 raise PlanError(unpaid_coverage(problem, team, coverage))
-            team.write(choice.option, operations)
+            team.write(choice.option, operations, its_deadline)
             statuses.add(choice.status)
+            if time.monotonic() > its_deadline:
+                statuses.add("heads: time limit")
             if take_turns(team, operations, demand):
                 statuses.add("heads in turn for coverage")
     return plan_with_bound(
         problem,
         operations,
-        planner="makespan",
+        planner=MAKESPAN.name,
         status=statuses,
         forward_weight=forward_weight,
         backward_weight=backward_weight,
         bound=bound,
     )
+
+
+def _end_of_choice(teams: list[Team], start: float, deadline: float) -> float:
+    """Until when levels may be chosen, so that time is left to write down the best heads, which takes longer than the
+    tables that have been made since `start`."""
+    if not all(team.levels.is_exact for team in teams):
+        return share_of_time(deadline, _PARTS_OF_TIME)
+    now = time.monotonic()
+    return max(deadline - _WRITING * (now - start), (now + deadline) / 2)
 
 
 def _fed(
@@ -123,13 +149,31 @@ def _choose_levels(problem: PlanProblem, teams: list[Team], deadline: float) -> 
     if len(teams) > 1:
         return choose_by_split(problem, teams, deadline)
     (team,) = teams
-    search_until = (
-        -math.inf if team.is_even else deadline
-    )  # ranks of one speed have a better way than to search
-    choice = choose(team.levels.value, step_limits(problem, team), deadline=search_until)
-    if choice.status == OPTIMAL or not team.is_even or time.monotonic() > deadline:
+    limits = step_limits(problem, team)
+    # Ranks of one speed have a better way than to search.
+    is_exact = team.levels.is_exact
+    choice = choose(team.levels.value, limits, deadline=deadline, search=is_exact and not team.is_even)
+    if not is_exact or (choice.status != OPTIMAL and time.monotonic() > deadline):
+        by_time = choose(team.levels.value, limits[:1], deadline=deadline, search=False).bound
+        choice = replace(choice, status="time limit")
+        return [choice], min(choice.bound, by_time) if is_exact else by_time
+    if choice.status == OPTIMAL or not team.is_even:
         return [choice], choice.bound
     (by_split,), bound = choose_by_split(problem, teams, deadline)
     if choice.value > by_split.value:  # which can be only where time ran out, or by less than counts
         by_split = replace(choice, status=by_split.status)
     return [by_split], min(bound, choice.bound)
+
+
+class MakespanOptions(WithShortcuts, WithCoverage):
+    """Of the planner for the clock."""
+
+
+MAKESPAN = Planner(
+    "makespan",
+    "the best score for the clock: ranks that wait for each other run equally many heads",
+    solve_makespan,
+    MakespanOptions,
+    fits_memory=True,
+    needs_scores_for=("coverage",),
+)

@@ -8,7 +8,9 @@ import numpy.typing as npt
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.planner import Options, Planner
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
+from d2ft_hpc.settings import Fraction
 
 
 def solve_paper(problem: PlanProblem, *, full_share: float = 0.8) -> SkipPlan:
@@ -23,7 +25,7 @@ def solve_paper(problem: PlanProblem, *, full_share: float = 0.8) -> SkipPlan:
     Raises PlanError if `full_share` is out of range.
     """
     operations = two_levels(problem, problem.backward_score, problem.forward_score, full_share)
-    return plan_with_bound(problem, operations, planner="paper", status="optimal at each level")
+    return plan_with_bound(problem, operations, planner=PAPER.name, status="optimal at each level")
 
 
 def two_levels(
@@ -75,3 +77,19 @@ def _rank(key: Floats, among: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     """Place of each row among the rows of its subnet that are in `among`, largest key first; others last."""
     order = np.argsort(np.where(among, -key, np.inf), axis=0, kind="stable")
     return np.argsort(order, axis=0, kind="stable")
+
+
+class PaperOptions(Options):
+    """Of the two planners that spend the budget level by level."""
+
+    full_share: Fraction = 0.8
+    """Most of the budget that FULL may take before FORWARD_ONLY."""
+
+
+PAPER = Planner(
+    "paper",
+    "the paper's bi-level knapsack: FULL by backward score, then FORWARD_ONLY by forward score",
+    solve_paper,
+    PaperOptions,
+    needs_scores_for=("memory_budget",),
+)

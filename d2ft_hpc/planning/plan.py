@@ -21,7 +21,6 @@ import numpy.typing as npt
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.files import atomic, hdf5
 from d2ft_hpc.files.untrusted import RefusedError
-from d2ft_hpc.safe_text import one_line
 
 WORTH_SAYING = 0.01
 """A gap above this share of the best possible score is said in words."""
@@ -299,36 +298,28 @@ class SkipPlan:
         try:
             atomic.write(Path(path), image.getbuffer(), shared=True)
         except OSError as error:
-            raise PlanError(f"The plan cannot be written to {os.fspath(path)}: {error}") from error
+            raise PlanError(
+                f"The plan cannot be written to {os.fspath(path)}: {hdf5.reason(error)}; choose another file (--save)"
+            ) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SkipPlan:
         """Read a plan that `save` wrote. Raises PlanError if the file is missing, foreign or damaged."""
         source = os.fspath(path)
-        try:
-            with hdf5.open_file(Path(path)) as file:
-                version = hdf5.read_attributes(file, ["version"])["version"]
-                if version != _HDF5_VERSION:
-                    raise PlanError(
-                        f"{source} is a plan of format version {version!r}, this program reads {_HDF5_VERSION}: "
-                        "make the plan anew."
-                    )
-                fields = hdf5.read_attributes(file, ["format", "digest", *_FIELDS])
-                if fields.pop("format") != _HDF5_FORMAT:
-                    raise PlanError(f"{source} is an HDF5 file, but not a plan.")
-                digest = fields.pop("digest")
-                operations = hdf5.child(file, "operations")
-                if operations is None or operations.dtype != np.uint8 or len(operations.shape) != 3:
-                    raise RefusedError("it has no operations uint8 [row, block, head]")
-                values = hdf5.read_array(operations, hdf5.Allowance(file.id.get_filesize()))
-        except PlanError:
-            raise
-        except OSError as error:
-            raise PlanError(f"{source} cannot be read as a plan: {one_line(str(error))}") from error
-        except Exception as error:  # whatever a damaged file provokes in the library
-            raise PlanError(
-                f"{source} is damaged, or not a plan: {one_line(str(error))}; make the plan anew."
-            ) from error
+        with hdf5.opened(Path(path), PlanError, "make the plan by d2ft-hpc plan --save") as file:
+            version = hdf5.read_attributes(file, ["version"])["version"]
+            if version != _HDF5_VERSION:
+                raise PlanError(
+                    f"a plan of format version {version!r}, this program reads {_HDF5_VERSION}: make the plan anew"
+                )
+            fields = hdf5.read_attributes(file, ["format", "digest", *_FIELDS])
+            if fields.pop("format") != _HDF5_FORMAT:
+                raise PlanError("an HDF5 file, but not a plan")
+            digest = fields.pop("digest")
+            operations = hdf5.child(file, "operations")
+            if operations is None or operations.dtype != np.uint8 or len(operations.shape) != 3:
+                raise RefusedError("it has no operations uint8 [row, block, head]")
+            values = hdf5.read_array(operations, hdf5.Allowance(file.id.get_filesize()))
         plan = cls._from_fields(values, fields, source)
         if plan.digest != digest:
             raise PlanError(

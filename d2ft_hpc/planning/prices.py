@@ -20,6 +20,7 @@ ROUNDING = 1e-12
 """By which sums of the same numbers in another order may differ."""
 
 _ROUNDS = 100  # of closing in on a price; ten are usual
+_LATE_ROUNDS = 2  # after which the price of a single limit will do, where time is short
 _TRIAL_SCALES = (0.7, 0.85, 1.0, 1.2, 1.4)  # of first prices, to find options that may be worth it
 _SAFE_SCALES = (1.7, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0, 20.0, 50.0)  # until a choice fits
 
@@ -75,8 +76,10 @@ def bounds_of(value: Floats, limits: Sequence[Limit], prices: Sequence[Floats]) 
     return bounds
 
 
-def price_of_one(value: Floats, limit: Limit) -> tuple[list[Floats], Ints]:
+def price_of_one(value: Floats, limit: Limit, deadline: float = math.inf) -> tuple[list[Floats], Ints]:
     """The best prices of a single limit, and a choice that fits and is optimal but for what it leaves unused.
+
+    deadline: of time.monotonic(), after which prices that are near the best will do.
 
     In each group, two choices close in on the price from both sides: one that fits, and one that does not. The
     price that makes both equally good is tried next; if it brings up none better than the two, it is the right one.
@@ -94,8 +97,8 @@ def price_of_one(value: Floats, limit: Limit) -> tuple[list[Floats], Ints]:
     price = np.zeros(groups)
     open_ = over_use > limit.most
     under = np.where(open_[limit.group], under, over)
-    for _ in range(_ROUNDS):
-        if not open_.any():
+    for round_ in range(_ROUNDS):
+        if not open_.any() or (round_ >= _LATE_ROUNDS and time.monotonic() > deadline):
             break
         slope = (over_worth - under_worth)[open_] / (over_use - under_use)[open_]
         price[open_] = slope
@@ -121,16 +124,21 @@ def price_of_one(value: Floats, limit: Limit) -> tuple[list[Floats], Ints]:
     return [price], under
 
 
-def prices_of_several(value: Floats, limits: Sequence[Limit], deadline: float) -> tuple[list[Floats], Ints]:
+def prices_of_several(
+    value: Floats, limits: Sequence[Limit], deadline: float, *, solve: bool = True
+) -> tuple[list[Floats], Ints]:
     """The best prices of several limits, and a choice that fits.
 
     A linear program over a pool of options finds prices; options that beat the pool at these prices join it, until
     there are none (column generation).
+
+    deadline: of time.monotonic(), after which the best prices so far will do. solve: with the linear program; without,
+        multiples of first prices will do.
     """
     classes = np.arange(len(value))
     if not limits:
         return [], value.argmax(axis=1)
-    first = _first_prices(value, limits)
+    first = _first_prices(value, limits, deadline)
     pool = np.zeros(value.shape, dtype=bool)
     pool[:, 0] = True
     prices, best = first, math.inf
@@ -142,6 +150,8 @@ def prices_of_several(value: Floats, limits: Sequence[Limit], deadline: float) -
     ):
         if scales[0] in _SAFE_SCALES and math.isfinite(worth):
             break
+        if math.isfinite(best) and time.monotonic() > deadline:
+            return prices, option
         trial = [price * factor for price, factor in zip(first, scales, strict=True)]
         tried = less_price(value, limits, trial).argmax(axis=1)
         pool[classes, tried] = True
@@ -152,6 +162,8 @@ def prices_of_several(value: Floats, limits: Sequence[Limit], deadline: float) -
         if its_worth > worth and all((limit.left(tried) >= 0).all() for limit in limits):
             option, worth = tried, its_worth
 
+    if not solve:
+        return prices, option
     unit = np.abs(value[pool]).max() or 1.0
     groups = [len(limit.most) for limit in limits]
     program = LinearProgram(
@@ -183,13 +195,13 @@ def prices_of_several(value: Floats, limits: Sequence[Limit], deadline: float) -
         its_class, its_option = np.append(its_class, newcomers[0]), np.append(its_option, newcomers[1])
 
 
-def _first_prices(value: Floats, limits: Sequence[Limit]) -> list[Floats]:
+def _first_prices(value: Floats, limits: Sequence[Limit], deadline: float) -> list[Floats]:
     """One price for all limits of a group together, each weighed by how scarce it is."""
     group = independent_groups(len(value), limits)
     classes = np.bincount(group)
     scarcity = [len(value) / (limit.most.sum() or 1.0) for limit in limits]
     use = np.sum([limit.use * scarce for limit, scarce in zip(limits, scarcity, strict=True)], axis=0)
-    (price,), _ = price_of_one(value, Limit(use, group, len(limits) * classes.astype(np.float64)))
+    (price,), _ = price_of_one(value, Limit(use, group, len(limits) * classes.astype(np.float64)), deadline)
     return [
         scarce * (price if len(price) > 1 else np.full(len(limit.most), price[0]))
         for limit, scarce in zip(limits, scarcity, strict=True)

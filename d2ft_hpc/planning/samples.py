@@ -6,10 +6,14 @@ and it alone, kept the accuracy of dense training (analysis/plan_structure).
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
+from pydantic import Field
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.planner import Options, Planner
 
 
 def plan_samples(
@@ -39,7 +43,7 @@ def plan_samples(
         raise PlanError(
             f"plan.compute_budget={compute_budget:g}: scoring {samples} samples takes {score_cost:.3f} of the dense "
             f"compute and leaves less than one sample for each of {slots} micro-batches; at least {least:.3f}, or a "
-            f"smaller plan.samples.image_size"
+            f"smaller plan.options.image_size"
         )
     trained = min(per_slot * slots, samples)
     operations = np.full((samples, replicas, num_blocks, num_heads), Operation.SHORTCUT, dtype=np.uint8)
@@ -48,9 +52,34 @@ def plan_samples(
         operations.reshape(samples * replicas, num_blocks, num_heads),
         replicas,
         binding="sample",
-        planner="samples",
+        planner=SAMPLES.name,
         objective=trained / samples,
         bound=trained / samples,
         gap=0.0,
         status="optimal",
     )
+
+
+class SampleOptions(Options):
+    """A forward pass at a low resolution scores every sample, then some train, drawn by score."""
+
+    image_size: int | None = Field(default=None, gt=0)
+    """Height and width at which samples are scored, pixels, a multiple of the patch size; null: half of
+    data.image_size, rounded up to whole patches."""
+    score: Literal["error", "loss"] = "error"
+    """error: how far the predicted probabilities are from the label (it bounds the gradient's norm); loss: the cross
+    entropy."""
+    uniform_share: float = Field(default=0.25, ge=0)
+    """Multiple of the mean score that every score gets on top, so that easy samples are drawn too."""
+    weights: Literal["none", "unbiased"] = "none"
+    """unbiased: drawn samples are weighted so that the expected gradient is the whole batch's."""
+
+
+SAMPLES = Planner(
+    "samples",
+    "whole samples, drawn in each step by a score of their own at a low resolution",
+    plan_samples,
+    SampleOptions,
+    reads_scores=False,
+    binding="sample",
+)

@@ -15,6 +15,7 @@ import numpy as np
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.choose import Choice, choose, share_of_time
+from d2ft_hpc.planning.highs import OPTIMAL
 from d2ft_hpc.planning.prices import Limit
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
 from d2ft_hpc.planning.teams import Team, head_times, limit_above_least, other_limits
@@ -30,7 +31,8 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
 
     The time of a group of classes (of a row in a pipeline, else of all) is split the same way for all groups and
     stages. One split is solved; its prices say how good any other could be; the most promising one is solved next,
-    until none promises more than the best one has.
+    until none promises more than the best one has. Of levels that are only estimated, one split is tried, and the
+    bound is that of the time alone, which clusters do not change.
     """
     group_time = _group_time(problem, teams)
     splits = _splits(problem, teams, group_time)  # backward part of each
@@ -39,8 +41,11 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
             "The budgets do not pay for the heads that most_shortcut makes run forward in every stage at the pace of "
             "the slowest. Raise the compute budget or most_shortcut."
         )
-    no_time = -math.inf  # for HiGHS: prices will do here
-    even = [choose(team.levels.value, [_group_limit(team, group_time)], deadline=no_time) for team in teams]
+    even = [
+        choose(team.levels.value, [_group_limit(team, group_time)], deadline=deadline, search=False)
+        for team in teams
+    ]
+    is_exact = all(team.levels.is_exact for team in teams)
     promise = np.full(len(splits), sum(choice.bound for choice in even))
     backward = [
         team.levels.backward_time[c.option].sum() / team.groups for team, c in zip(teams, even, strict=True)
@@ -49,6 +54,7 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
     best: list[Choice] = []
     best_value = -math.inf
     enough = -math.inf  # a split that promises no more than this is not worth a try
+    reason = OPTIMAL  # or why a split that has been tried may still have more than the best
     while (promise[split] > enough and time.monotonic() < deadline) or not best:
         choices = []
         promises = np.zeros(len(splits))
@@ -58,8 +64,14 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
             until = deadline if best else share_of_time(deadline, len(teams) - index)
             limits = _part_limits(problem, team, group_time - splits[split], splits[split])
             penalty = _unevenness(team, limits)
-            choice = choose(team.levels.value - penalty, limits, deadline=until, relative_gap=_RELATIVE_GAP)
-            choices.append(choice)
+            choice = choose(
+                team.levels.value - penalty,
+                limits,
+                deadline=until,
+                relative_gap=_RELATIVE_GAP,
+                search=is_exact,
+            )
+            choices.append(choice if is_exact else replace(choice, status="time limit"))
             slack = float(penalty.max(axis=1).sum())
             its_promises = np.full(len(splits), choice.price_bound + slack)
             for part, parts in ((0, group_time - splits), (1, splits)):
@@ -68,17 +80,22 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
                     most = np.array([_whole_heads(problem, team, part, time) for time in parts])
                     its_promises += price * (most - most[split])
             its_promises[split] = choice.bound + slack
-            promises += its_promises
+            promises += np.minimum(its_promises, even[index].bound) if is_exact else even[index].bound
         if len(choices) < len(teams):
             break
         promise = np.minimum(promise, promises)
         value = sum(choice.value for choice in choices)
         if value > best_value:
             best, best_value = choices, value
-        enough = max(enough, best_value * (1 + _RELATIVE_GAP), promise[split])
+        enough = max(enough, best_value * (1 + _RELATIVE_GAP))
+        if promise[split] > enough:
+            enough = float(promise[split])
+            reason = next((choice.status for choice in choices if choice.status != OPTIMAL), OPTIMAL)
         split = int(promise.argmax())
     if promise.max() > enough:
         best = [replace(choice, status="time limit") for choice in best]
+    elif promise.max() > best_value * (1 + _RELATIVE_GAP):
+        best = [replace(choice, status=reason) if choice.status == OPTIMAL else choice for choice in best]
     return best, float(promise.max())
 
 

@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.level_coverage import demand_of, take_turns, unpaid_coverage
 from d2ft_hpc.planning.levels import Levels
+from d2ft_hpc.planning.options import WithCoverage, WithShortcuts
 from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem
 from d2ft_hpc.planning.teams import Team, make_teams, meeting_replicas, step_limits
 
@@ -61,7 +64,7 @@ def solve_static(
     return plan_with_bound(
         problem,
         operations,
-        planner="static",
+        planner=STATIC.name,
         status="optimal" if coverage == 0 else "the best levels, with heads in turn",
         forward_weight=forward_weight,
         backward_weight=backward_weight,
@@ -142,3 +145,19 @@ def _have_the_same_levels(teams: list[Team]) -> bool:
         and np.array_equal(team.levels.backward_heads, first.backward_heads)
         for team in teams
     )
+
+
+class StaticOptions(WithShortcuts, WithCoverage):
+    """Of the planner for fixed shapes."""
+
+    heads_multiple: int = Field(default=1, gt=0)
+    """Numbers of heads that a device runs in a block are multiples of it, or all; 2 is faster on a GPU, whose matrix
+    products run in tiles of 128 columns (two heads of most models)."""
+
+
+STATIC = Planner(
+    "static",
+    "fixed shapes: equally many heads of a block in all micro-batches, which torch.compile and CUDA graphs need",
+    solve_static,
+    StaticOptions,
+)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.choose import share_of_time
 from d2ft_hpc.planning.knapsack import largest_use
-from d2ft_hpc.planning.levels import Levels, make_levels
+from d2ft_hpc.planning.levels import Levels, estimate_levels, make_levels
 from d2ft_hpc.planning.messages import shares_of_senders
 from d2ft_hpc.planning.plan import Operation
 from d2ft_hpc.planning.prices import Limit, different
@@ -61,9 +63,10 @@ class Team:
     def classes_of_group(self) -> int:
         return len(self.group) // self.groups
 
-    def write(self, level: Ints, operations: npt.NDArray[np.uint8]) -> None:
-        """Put the best heads at the level int64 [class] of each class into operations [row, block, head]."""
-        chosen = self.levels.operations(level)
+    def write(self, level: Ints, operations: npt.NDArray[np.uint8], deadline: float = math.inf) -> None:
+        """Put the best heads at the level int64 [class] of each class into operations [row, block, head]; after the
+        deadline, of time.monotonic(), those that are likely the best."""
+        chosen = self.levels.operations(level, deadline)
         chosen = chosen.reshape(*chosen.shape[:2], self.slots, len(self.blocks))
         for member, rows, heads in self.members():
             operations[rows[:, None, None], self.blocks[:, None], heads] = chosen[:, member].transpose(
@@ -85,16 +88,29 @@ def make_teams(
     most_shortcut: float,
     *,
     clusters: bool = False,
+    deadline: float = math.inf,
 ) -> list[Team]:
     """The teams of all stages of replicas that meet. Raises PlanError as `solve_makespan` does.
 
     clusters: where messages are limited, levels at which only some of a team's ranks run anything count, too.
+    deadline: of time.monotonic(). If what levels give is not known by then, it is estimated for all teams
+        (`Levels.is_exact`).
     """
     if not 0 <= most_shortcut <= 1:
         raise PlanError(f"most_shortcut is a share of a rank's heads in [0, 1], got {most_shortcut}.")
+    gains = problem.gains(forward_weight, backward_weight)
+    stages = range(problem.stages)
+    try:
+        every = [
+            _make_team(
+                problem, replicas, stage, gains, clusters, share_of_time(deadline, len(stages) - stage)
+            )
+            for stage in stages
+        ]
+    except TimeoutError:
+        every = [_make_team(problem, replicas, stage, gains, clusters, None) for stage in stages]
     teams = []
-    for stage in range(problem.stages):
-        team = _make_team(problem, replicas, stage, forward_weight, backward_weight, clusters)
+    for team in every:
         heads = len(team.levels.forward_gain)
         least = heads - math.floor(most_shortcut * heads + BUDGET_EPSILON)
         team = replace(team, levels=team.levels.that_run(least))
@@ -108,11 +124,14 @@ def _make_team(
     problem: PlanProblem,
     replicas: Ints,
     stage: int,
-    forward_weight: float,
-    backward_weight: float,
+    problem_gains: tuple[Floats, Floats],
     clusters: bool,
+    deadline: float | None,
 ) -> Team:
-    """The ranks of a stage with all levels. Raises PlanError if a rank's number of heads varies by block."""
+    """The ranks of a stage with all levels. deadline: None = what these give is estimated.
+
+    Raises PlanError if a rank's number of heads varies by block, TimeoutError at the deadline.
+    """
     rows = replicas[:, None] + np.arange(0, problem.forward_score.shape[0], problem.replicas)
     blocks = np.flatnonzero(problem.stage == stage)
     devices = (
@@ -132,18 +151,19 @@ def _make_team(
         gain[rows[:, :, None, None, None], blocks[:, None, None], heads]  # [replica, slot, block, head, rank]
         .transpose(3, 0, 4, 1, 2)
         .reshape(heads.shape[1], len(devices), -1)
-        for gain in problem.gains(forward_weight, backward_weight)
+        for gain in problem_gains
     ]
     costs = problem.compute_cost
     speed = problem.device_speed[devices]
     is_even = bool((speed == speed[0]).all())
     pay = any(problem.meeting_cost) and bool(np.isfinite(problem.communication_budget[devices]).all())
-    levels = make_levels(
+    clusters = clusters and pay and is_even and len(replicas) == 1
+    make = estimate_levels if deadline is None else partial(make_levels, clusters=clusters, deadline=deadline)
+    levels = make(
         *gains,
         forward_cost=costs[Operation.FORWARD_ONLY] - costs[Operation.SHORTCUT],
         backward_cost=costs[Operation.FULL] - costs[Operation.FORWARD_ONLY],
         speed=speed,
-        clusters=clusters and pay and is_even and len(replicas) == 1,
     )
     row_of_class = np.repeat(np.arange(rows.shape[1]), len(blocks))
     group = row_of_class if problem.stages > 1 else np.zeros_like(row_of_class)

@@ -17,7 +17,7 @@ import numpy as np
 
 from d2ft_hpc.config_file import parse_values
 from d2ft_hpc.errors import ResultsError
-from d2ft_hpc.files.hdf5 import Allowance, child, open_file, read_attributes
+from d2ft_hpc.files.hdf5 import Allowance, child, open_file, read_attributes, reason
 from d2ft_hpc.files.untrusted import RefusedError
 from d2ft_hpc.results import columns, frames, schema
 from d2ft_hpc.results.layout import Contents, rank_file, segments_folder
@@ -343,7 +343,7 @@ def _faults_of(path: Path) -> Iterator[None]:
         raise ResultsError(f"cannot read {path}: permission denied; ask its owner for read access") from fault
     except Exception as fault:
         raise ResultsError(
-            f"cannot read {path}: damaged or not an HDF5 file ({one_line(str(fault))}); restore it from a copy"
+            f"cannot read {path}: damaged or not an HDF5 file ({one_line(reason(fault))}); restore it from a copy"
         ) from fault
 
 

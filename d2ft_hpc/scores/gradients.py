@@ -9,17 +9,18 @@ come from the same pass as those of a whole micro-batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.model.probe import probe
-from d2ft_hpc.model.subnets import LINEAR_LAYERS, HeadAxis, SubnetMap
+from d2ft_hpc.model.subnets import SubnetMap
+from d2ft_hpc.score_table import FISHER, SCORES
 
-GradientScore = Literal["fisher", "gradient_magnitude", "taylor"]
 Granularity = Literal["micro_batch", "sample"]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -30,20 +31,20 @@ _GRADIENT_BYTES = 1 << 28
 
 
 def gradient_scores(
-    model: VisionTransformer,
+    model: nn.Module,
     subnets: SubnetMap,
     images: Tensor,
     labels: Tensor,
     loss_function: LossFunction,
-    names: Iterable[GradientScore],
+    names: Iterable[str],
     granularity: Granularity = "micro_batch",
     autocast_dtype: torch.dtype | None = None,
     adapters: bool = True,
-) -> dict[GradientScore, Tensor]:
+) -> dict[str, Tensor]:
     """Scores of one micro-batch or of each of its samples, with g the gradient of the loss and w the weight.
 
-    fisher: sum of g^2 over a subnet's weights (arXiv 2504.12471). gradient_magnitude: sum of |g|. taylor: sum of
-    |w g| (arXiv 1906.10771).
+    names: those in `SCORES` that read gradients, summed over a subnet's weights: fisher g^2 (arXiv 2504.12471),
+    gradient_magnitude |g|, taylor |w g| (arXiv 1906.10771).
 
     images: [sample, channel, height, width], cast to the model's dtype; labels: [sample, ...]; loss_function
     returns the *mean* over the samples. A sample's score is that of its own loss, not of its share in the mean.
@@ -70,15 +71,15 @@ def gradient_scores(
 
 
 def _scores_of_parts(
-    model: VisionTransformer,
+    model: nn.Module,
     subnets: SubnetMap,
     parts: Sequence[tuple[Tensor, Tensor]],
     loss_function: LossFunction,
-    names: Sequence[GradientScore],
+    names: Sequence[str],
     granularity: Granularity,
     autocast_dtype: torch.dtype | None,
     adapters: bool,
-) -> dict[GradientScore, Tensor]:
+) -> dict[str, Tensor]:
     """`gradient_scores` of images and labels in parts. A micro-batch's gradients are kept until its last part."""
     samples, device = sum(len(images) for images, _ in parts), parts[0][0].device
     by_sample = granularity == "sample"
@@ -97,7 +98,7 @@ def _scores_of_parts(
                     earlier[place] = gradient
                     continue
             for score, total in scores.items():
-                total[start:][rows, place[0]] += axis.sum_by_head(_contribution(score, gradient, value))
+                total[start:][rows, place[0]] += axis.sum_by_head(SCORES[score].of_weight(gradient, value))
     return scores
 
 
@@ -106,7 +107,7 @@ _Place = tuple[int, str, int]
 
 
 def _gradients_of_part(
-    model: VisionTransformer,
+    model: nn.Module,
     subnets: SubnetMap,
     images: Tensor,
     labels: Tensor,
@@ -121,29 +122,39 @@ def _gradients_of_part(
     scale = _FP16_SCALE if dtype == torch.float16 else 1.0
     autocast = torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None)
     product_dtype = torch.bfloat16 if torch.bfloat16 in (dtype, autocast_dtype) else torch.float32
-    with probe(model, training=False), _recorded(model) as records:
+    with probe(model, training=False), _recorded(model, subnets) as records:
         with autocast:
             loss = loss_function(model(images.to(dtype)), labels)
         output_gradients = torch.autograd.grad(loss * scale, [output for _, _, _, output in records])
+    blocks = subnets.blocks(model)
     groups = 1 if granularity == "micro_batch" else images.shape[0]
     for (block, name, layer_input, _), output_gradient in zip(records, output_gradients, strict=True):
-        layer = model.blocks[block].get_submodule(name)
+        weight: Any = blocks[block].get_submodule(name).weight
         # A sample's own gradient is `samples` times its share in the gradient of the mean loss.
         inputs = layer_input.to(product_dtype).reshape(groups, -1, layer_input.shape[-1])
         gradients = groups / scale * output_gradient.float().reshape(groups, -1, output_gradient.shape[-1])
-        at_a_time = max(_GRADIENT_BYTES // (4 * layer.weight.numel()), 1)
+        at_a_time = max(_GRADIENT_BYTES // (4 * weight.numel()), 1)
         for some in torch.arange(groups).split(at_a_time):
             rows = slice(int(some[0]), int(some[-1]) + 1)
             for index, found in enumerate(
-                gradients_of_heads(layer, name, subnets, inputs[rows], gradients[rows], adapters=adapters)
+                gradients_of_heads(
+                    blocks[block], name, subnets, inputs[rows], gradients[rows], adapters=adapters
+                )
             ):
                 yield (block, name, index), rows, *found
 
 
 def gradients_of_heads(
-    layer: Any, name: str, subnets: SubnetMap, inputs: Tensor, output_gradients: Tensor, *, adapters: bool
+    block: nn.Module,
+    name: str,
+    subnets: SubnetMap,
+    inputs: Tensor,
+    output_gradients: Tensor,
+    *,
+    adapters: bool,
 ) -> Iterator[tuple[HeadAxis, Tensor, Tensor]]:
-    """Of what heads own of layer `name`: its split by head, its value, its gradient float32 [group, *value.shape].
+    """Of what heads own of a block's layer `name`: its split by head, value and gradient, float32
+    [group, *value.shape].
 
     inputs: [group, token, channel] in the dtype of the products; output_gradients: float32. adapters: as in
     `gradient_scores`.
@@ -152,11 +163,15 @@ def gradients_of_heads(
     def summed(left: Tensor, right: Tensor) -> Tensor:
         return torch.einsum("gto,gti->goi", left.to(inputs.dtype), right.to(inputs.dtype)).float()
 
+    layer: Any = block.get_submodule(name)
     if not (adapters and subnets.has_adapters):
         if axis := subnets.head_axes.get(f"{name}.weight"):
             yield axis, layer.weight, summed(output_gradients, inputs)
-        if axis := subnets.head_axes.get(f"{name}.bias"):
-            yield axis, layer.bias, output_gradients.sum(1)
+        for bias, channels in subnets.family.biases(block, name).items():
+            if axis := subnets.head_axes.get(bias):
+                owner, _, last = bias.rpartition(".")
+                value = getattr(block.get_submodule(owner), last)
+                yield axis, value, output_gradients[..., channels].sum(1)
         return
     for adapter in getattr(layer, "active_adapters", ()):
         down, up = (factor[adapter].weight.detach() for factor in (layer.lora_A, layer.lora_B))
@@ -168,7 +183,7 @@ def gradients_of_heads(
 
 
 def fisher_information(
-    model: VisionTransformer,
+    model: nn.Module,
     subnets: SubnetMap,
     images: Tensor,
     labels: Tensor,
@@ -178,19 +193,9 @@ def fisher_information(
 ) -> Tensor:
     """Sum of squared gradients over each subnet's weights; see `gradient_scores`."""
     scores = gradient_scores(
-        model, subnets, images, labels, loss_function, ("fisher",), granularity, adapters=adapters
+        model, subnets, images, labels, loss_function, (FISHER.name,), granularity, adapters=adapters
     )
-    return scores["fisher"]
-
-
-def _contribution(score: GradientScore, gradient: Tensor, value: Tensor) -> Tensor:
-    match score:
-        case "fisher":
-            return gradient.square()
-        case "gradient_magnitude":
-            return gradient.abs()
-        case "taylor":
-            return (gradient * value.detach().float()).abs()
+    return scores[FISHER.name]
 
 
 _Record = tuple[int, str, Tensor, Tensor]
@@ -198,7 +203,7 @@ _Record = tuple[int, str, Tensor, Tensor]
 
 
 @contextmanager
-def _recorded(model: VisionTransformer) -> Iterator[list[_Record]]:
+def _recorded(model: nn.Module, subnets: SubnetMap) -> Iterator[list[_Record]]:
     """Records input and output of every linear layer of the blocks for one forward pass."""
     records: list[_Record] = []
 
@@ -210,13 +215,32 @@ def _recorded(model: VisionTransformer) -> Iterator[list[_Record]]:
 
         return record
 
+    blocks = subnets.blocks(model)
     handles = [
         block.get_submodule(name).register_forward_hook(hook_for(index, name))
-        for index, block in enumerate(model.blocks)
-        for name in LINEAR_LAYERS
+        for index, block in enumerate(blocks)
+        for name in subnets.layers
     ]
+    handles += [handle for block in blocks for handle in hooks_for_calls(block, subnets)]
     try:
         yield records
     finally:
         for handle in handles:
             handle.remove()
+
+
+def hooks_for_calls(block: nn.Module, subnets: SubnetMap) -> list[RemovableHandle]:
+    """Lets a block call its layers as modules, so that hooks on these fire, until the returned ones are removed."""
+    if subnets.family.calling(block) is None:
+        return []
+    entered = ExitStack()
+
+    def before(*_: Any) -> None:
+        context = subnets.family.calling(block)
+        assert context is not None
+        entered.enter_context(context)
+
+    def after(*_: Any) -> None:
+        entered.close()
+
+    return [block.register_forward_pre_hook(before), block.register_forward_hook(after, always_call=True)]

@@ -1,16 +1,20 @@
-"""Weight magnitude of each subnet: the sum of |w| over its weights."""
+"""Scores of each subnet that its weights alone decide, such as their magnitude."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from d2ft_hpc.model.subnets import SubnetMap
+from d2ft_hpc.score_table import WEIGHT_MAGNITUDE, Score
 
 
 @torch.no_grad()
-def weight_magnitude(model: nn.Module, subnets: SubnetMap, adapters: bool = True) -> Tensor:
-    """Sum of |w| over each subnet's weights; float32 [block, head]. The same for every micro-batch.
+def scores_of_weights(score: Score, model: nn.Module, subnets: SubnetMap, adapters: bool = True) -> Tensor:
+    """One that reads no gradients, summed over each subnet's weights; float32 [block, head].
+
+    Weights that FSDP2 has spread are gathered one by one, by all ranks together.
 
     adapters: of a model with LoRA, over the low-rank factors alone; False: over the weights that they adapt.
     """
@@ -20,6 +24,12 @@ def weight_magnitude(model: nn.Module, subnets: SubnetMap, adapters: bool = True
             scores = torch.zeros(subnets.shape, device=parameter.device)
         if subnets.has_adapters and ("lora_" in name) != adapters:
             continue
-        scores[block] += subnets.head_axes[name].sum_by_head(parameter.float().abs())
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        scores[block] += subnets.head_axes[name].sum_by_head(score.of_weight(whole, whole))
     assert scores is not None
     return scores
+
+
+def weight_magnitude(model: nn.Module, subnets: SubnetMap, adapters: bool = True) -> Tensor:
+    """Sum of |w| over each subnet's weights; see `scores_of_weights`."""
+    return scores_of_weights(WEIGHT_MAGNITUDE, model, subnets, adapters)

@@ -61,7 +61,7 @@ class Scores:
                     for name in ("forward", "backward")
                 )
         except Exception as error:  # whatever damage provokes in the library
-            raise DataError(f"not a readable file of scores: {one_line(str(error))}") from error
+            raise DataError(f"not a readable file of scores: {one_line(hdf5.reason(error))}") from error
         if about["format"] != FORMAT or about["sha256"] != _checksum(forward, backward):
             raise DataError("not a file of scores, or damaged")
         if forward.ndim != 3 or forward.shape != backward.shape:

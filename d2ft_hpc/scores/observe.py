@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from d2ft_hpc.model.subnets import LINEAR_LAYERS, SubnetMap
-from d2ft_hpc.scores.gradients import gradients_of_heads
+from d2ft_hpc.model.subnets import SubnetMap
+from d2ft_hpc.scores.gradients import gradients_of_heads, hooks_for_calls
 
 
 class GradientObserver:
@@ -22,7 +21,7 @@ class GradientObserver:
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: nn.Module,
         subnets: SubnetMap,
         slots: int,
         current_slot: Callable[[], int],
@@ -34,15 +33,18 @@ class GradientObserver:
         self.sums = torch.zeros(slots, *subnets.shape, device=device)
         """float32 [slot, block, head]"""
         self._subnets, self._current_slot, self._loss_scale = subnets, current_slot, loss_scale
-        self._layers = {
-            (index, name): block.get_submodule(name)
-            for index, block in enumerate(model.blocks)
+        self._blocks = {
+            index: block
+            for index, block in enumerate(subnets.blocks(model))
             if any(parameter.requires_grad for parameter in block.parameters())
-            for name in LINEAR_LAYERS
         }
         self._handles = [
-            layer.register_forward_hook(self._hook(*place)) for place, layer in self._layers.items()
+            block.get_submodule(name).register_forward_hook(self._hook(index, name))
+            for index, block in self._blocks.items()
+            for name in subnets.layers
         ]
+        for block in self._blocks.values():
+            self._handles += hooks_for_calls(block, subnets)
 
     def close(self) -> None:
         for handle in self._handles:
@@ -61,9 +63,10 @@ class GradientObserver:
 
     @torch.no_grad()
     def _add(self, slot: int, block: int, name: str, layer_input: Tensor, output_gradient: Tensor) -> None:
+        self.sums = self.sums.to(output_gradient.device)  # where the model may have moved since
         gradient = (output_gradient.float() / self._loss_scale()).flatten(0, -2)[None]
-        layer = self._layers[block, name]
+        inputs = layer_input.float().flatten(0, -2)[None]
         for axis, _, of_weight in gradients_of_heads(
-            layer, name, self._subnets, layer_input.float().flatten(0, -2)[None], gradient, adapters=True
+            self._blocks[block], name, self._subnets, inputs, gradient, adapters=True
         ):
             self.sums[slot, block] += axis.sum_by_head(of_weight.square())[0]

@@ -7,11 +7,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2ft_hpc.errors import ConfigError
-from d2ft_hpc.model.any_size import of_any_size
+from d2ft_hpc.families.table import family_of
 
 SampleScore = Literal["error", "loss"]
 
@@ -31,27 +30,28 @@ class SampleScorer:
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: nn.Module,
         image_size: int,
         *,
         score: SampleScore = "error",
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
-        patch_size = model.patch_embed.patch_size[0]
+        family = family_of(model)
+        patch_size = family.patch_size(model)[0]
         if image_size < patch_size or image_size % patch_size:
             raise ConfigError(
-                f"plan.samples.image_size={image_size}: must be a multiple of the model's patches of {patch_size} "
+                f"plan.options.image_size={image_size}: must be a multiple of the model's patches of {patch_size} "
                 f"pixels; nearest: {max(patch_size, round(image_size / patch_size) * patch_size)}"
             )
         self._image_size, self._score, self._autocast_dtype = image_size, score, autocast_dtype
-        self._model = of_any_size(model)
+        self._model = family.of_any_size(model)
         self._logits_of: LogitsOf | None = None
 
     @property
     def num_classes(self) -> int:
         return int(self._model.num_classes)
 
-    def follow(self, logits_of: LogitsOf) -> None:
+    def bind(self, logits_of: LogitsOf) -> None:
         """Scores by these logits from now on: by an engine's, whose ranks may hold parts of the model."""
         self._logits_of = logits_of
 

@@ -57,8 +57,8 @@ def describe_environment(
 def describe_parameters(model: nn.Module, subnets: SubnetMap) -> dict[str, Any]:
     """Datasets for the results file: each parameter's name, size and class, and how many each subnet owns."""
     owned = np.zeros(subnets.shape, np.int64)
-    for block, _, parameter in subnets.parameters(model):
-        owned[block] += parameter.numel() // subnets.num_heads
+    for block, name, _ in subnets.parameters(model):
+        owned[block] += subnets.head_axes[name].entries
     named = list(model.named_parameters())
     return {
         "parameter": np.array([name for name, _ in named]),

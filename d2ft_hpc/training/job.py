@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
-from d2ft_hpc.config import RunConfig, SamplesConfig
+from d2ft_hpc.config import RunConfig
 from d2ft_hpc.data.datasets import LabelledImages, Split, load_configured
 from d2ft_hpc.data.loader import Batches, eval_loader, train_loader
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
-from d2ft_hpc.engines.build import deepspeed_settings
+from d2ft_hpc.engines.engine import MicroBatch
+from d2ft_hpc.engines.private_names import newer_than_tested
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
+from d2ft_hpc.families.table import family_of
 from d2ft_hpc.launch import Control
-from d2ft_hpc.metering import StepCosts, measure_costs, meter
+from d2ft_hpc.launch.control import print_line
+from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.model.build import build_model, pixel_statistics
 from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.parallel.layout import Layout
 from d2ft_hpc.parallel.stages import layer_flops
-from d2ft_hpc.selection import SampleScorer, SampleSelection
+from d2ft_hpc.planning.samples import SampleOptions
+from d2ft_hpc.selection import SampleSelection
+from d2ft_hpc.selection.build import count_scoring, selection_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Job:
     config: RunConfig
     control: Control
     device: torch.device
-    model: VisionTransformer
+    model: nn.Module
     executor: PlanExecutor
     costs: StepCosts
     train_set: LabelledImages
@@ -73,6 +79,12 @@ class Job:
             self.train_set, self.sampler, num_workers=data.workers, device=self.device, mixing=mixing
         )
 
+    def batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
+        """Groups what a loader over the sampler yields into batches on the job's device, in slot order."""
+        on_device = ((images.to(self.device), labels.to(self.device)) for images, labels in micro_batches)
+        while batch := list(islice(on_device, self.config.data.slots)):
+            yield batch
+
     @cached_property
     def evaluation_batches(self) -> Batches:
         """This replica's share of the evaluation images."""
@@ -92,8 +104,15 @@ class Job:
     @property
     def remarks(self) -> list[str]:
         """What people should know about the data, a sentence each."""
-        both = dict.fromkeys([self.train_set.remark, self.evaluation_set.remark])
-        return [remark for remark in both if remark]
+        small, data, sampler = "", self.config.data, self.sampler
+        if sampler.batch_size > len(self.train_set):
+            small = (
+                f"data.micro_batch_size={data.micro_batch_size}: a batch of {sampler.rows} micro-batches would take "
+                f"{sampler.batch_size} images, but there are {len(self.train_set)}, which make one smaller batch; use "
+                f"at most {len(self.train_set) // sampler.rows}"
+            )
+        every = dict.fromkeys([self.train_set.remark, self.evaluation_set.remark, small])
+        return [remark for remark in every if remark]
 
     @property
     def plan_shape(self) -> tuple[int, int, int]:
@@ -114,12 +133,18 @@ def layout_of(config: RunConfig, control: Control) -> Layout:
 def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     """Makes a job's parts; no rank waits for another here, so that each can fail on its own."""
     layout = layout_of(config, control)
-    if config.engine.name == "deepspeed":
-        deepspeed_settings(config)  # refuses bad ones before any work is spent
+    kind = config.engine.kind
+    kind.prepare(config)
+    if control.rank == 0:
+        for warning in newer_than_tested(kind.libraries):
+            print_line(f"d2ft-hpc: warning: {warning}")
     random.seed(config.run.seed)
     np.random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
     train_set, evaluation_set = _load_data(config, "train"), _load_data(config, config.data.evaluate_on)
+    if control.rank == 0:
+        for images in (train_set, evaluation_set):
+            images.look_at_some()
     sampler = MicroBatchSampler(
         len(train_set),
         micro_batch_size=config.data.micro_batch_size,
@@ -128,6 +153,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         replica=layout.replica,
         seed=config.run.seed,
     )
+    _check_sizes(config, train_set, sampler)
     model = build_model(
         config.model.name,
         num_classes=train_set.num_classes,
@@ -144,21 +170,20 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         shared=config.model.shared,
         rescale=config.plan.rescale,
         compile=config.engine.compile,
-        # Engine `plain` makes graphs of whole micro-batches.
-        cuda_graphs=config.engine.cuda_graphs and config.engine.name != "plain",
+        cuda_graphs=config.engine.cuda_graphs and not kind.graphs_micro_batches,
     )
     image_shape = (3, config.data.image_size, config.data.image_size)
     costs = measure_costs(model, executor, image_shape)
     selection = None
-    if config.plan.planner == "samples":
+    if isinstance(config.plan.options, SampleOptions):
         selection = selection_of(
-            config.plan.samples,
+            config.plan.options,
             model,
             config.data.image_size,
             seed=config.run.seed,
             replica=layout.replica,
             autocast_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.engine.precision),
-            cuda_graphs=config.engine.cuda_graphs and config.engine.name == "plain" and device.type == "cuda",
+            cuda_graphs=config.engine.cuda_graphs and kind.graphs_micro_batches and device.type == "cuda",
         )
         costs = replace(costs, score_flops=count_scoring(selection, config.data.image_size, device))
     return Job(
@@ -166,51 +191,35 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     )
 
 
-def _check_image_size(model: VisionTransformer, size: int) -> None:
-    patches = model.patch_embed
-    if patches.strict_img_size and patches.img_size not in (None, (size, size)):
-        height, width = patches.img_size
+def _check_sizes(config: RunConfig, train_set: LabelledImages, sampler: MicroBatchSampler) -> None:
+    """Raises ConfigError where there is nothing to learn, or fewer images than are asked for at once."""
+    data, images = config.data, len(train_set)
+    if train_set.num_classes < 2:
+        raise ConfigError(
+            f"data.name={data.name}: all images are of one class, which teaches nothing; add images of another class "
+            f"(data.root, data.classes)"
+        )
+    if data.micro_batch_size > images:
+        raise ConfigError(
+            f"data.micro_batch_size={data.micro_batch_size}: there are {images} training images; use at most "
+            f"{images // sampler.rows}, which is what each of the {sampler.rows} micro-batches of a batch would get"
+        )
+    if config.plan.probe_batches > sampler.batches_per_epoch:
+        raise ConfigError(
+            f"plan.probe_batches={config.plan.probe_batches}: an epoch has {sampler.batches_per_epoch} batches; use at "
+            f"most so many"
+        )
+
+
+def _check_image_size(model: nn.Module, size: int) -> None:
+    family = family_of(model)
+    shape = family.image_shape(model)
+    if shape is not None and not family.takes_other_sizes(model) and shape[1:] != (size, size):
+        _, height, width = shape
         raise ConfigError(
             f"data.image_size={size}: the model takes {height} x {width} pixels; set model.options.img_size={size}, or "
             f"data.image_size={height}"
         )
-
-
-def selection_of(
-    config: SamplesConfig,
-    model: VisionTransformer,
-    image_size: int,
-    *,
-    seed: int,
-    replica: int,
-    autocast_dtype: torch.dtype | None = None,
-    cuda_graphs: bool = False,
-) -> SampleSelection:
-    """What scores and draws a replica's samples. image_size: pixels, of the images that are trained on."""
-    patch_size = model.patch_embed.patch_size[0]
-    half = -(-image_size // (2 * patch_size)) * patch_size
-    scorer = SampleScorer(
-        model,
-        config.image_size or half,
-        score=config.score,
-        autocast_dtype=autocast_dtype,
-    )
-    return SampleSelection(
-        scorer,
-        uniform_share=config.uniform_share,
-        weights=config.weights,
-        seed=seed,
-        replica=replica,
-        cuda_graphs=cuda_graphs,
-    )
-
-
-def count_scoring(selection: SampleSelection, image_size: int, device: torch.device) -> float:
-    """This rank's FLOPs for one sample's score; on all ranks together where they share the model."""
-    image = torch.zeros(1, 3, image_size, image_size, device=device)
-    with meter() as metered:
-        selection.scorer.of_batch([(image, torch.zeros(1, device=device, dtype=torch.long))])
-    return metered.flops
 
 
 def _load_data(config: RunConfig, split: Split) -> LabelledImages:

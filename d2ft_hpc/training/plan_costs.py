@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.errors import ConfigError, PlanError
+from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.files import atomic
-from d2ft_hpc.files.untrusted import RefusedError, read_bytes, read_json
+from d2ft_hpc.files.untrusted import read_bytes, read_json
 from d2ft_hpc.launch import share
-from d2ft_hpc.launch.agree import AgreedError
 from d2ft_hpc.launch.control import print_line
+from d2ft_hpc.lifecycle.costs import PAPER_FORWARD_COST, PlanCosts, relative_speeds
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds
 from d2ft_hpc.metering.profile import PassProfile
-from d2ft_hpc.planning import Operation, SkipPlan
 from d2ft_hpc.planning.messages import ring_bytes
 from d2ft_hpc.training.job import Job
 
@@ -33,57 +29,6 @@ COSTS = "costs.json"
 """In the run folder: what a resumed run plans with."""
 
 _MOST_BYTES = 8 << 20
-
-PAPER_FORWARD_COST = 0.4
-"""Of FORWARD_ONLY in units of FULL (arXiv 2504.12471)."""
-
-SAME_SPEED = 0.1
-"""Speeds that differ by less than this share count as equal: a measurement's noise must not make plans uneven."""
-
-
-@dataclass(frozen=True)
-class PlanCosts:
-    """forward_share: cost of FORWARD_ONLY in units of FULL. always_share: of the dense step, what always runs.
-
-    device_speed: relative speed of each rank. source: "flops", "measured" or "paper".
-    dense_seconds: of a dense micro-batch, alone on a rank (median of the ranks; 0: not known).
-    message_latency, seconds_per_byte: of an all-reduce over all ranks, and of a byte on one rank's link (the slowest
-    of the ranks).
-    """
-
-    forward_share: float
-    always_share: float
-    device_speed: list[float]
-    source: str
-    dense_seconds: float = 0.0
-    message_latency: float = 0.0
-    seconds_per_byte: float = 0.0
-    room_bytes: list[float] | None = None
-    """Of each rank, what its memory had left for activations at the start; None: not measured."""
-    most_full: list[float] | None = None
-    """Of each rank, the most FULL subnets of a micro-batch for which its memory has room; None: no rank is short."""
-
-    @staticmethod
-    def parse(text: bytes) -> PlanCosts:
-        """What `keep_costs` wrote. Raises ValueError if it is none."""
-        try:
-            costs = _PLAN_COSTS.validate_json(text, strict=True)
-        except ValidationError as error:
-            fault = error.errors()[0]
-            raise RefusedError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
-        numbers = [costs.forward_share, costs.always_share, costs.dense_seconds, costs.message_latency]
-        numbers += [
-            costs.seconds_per_byte,
-            *costs.device_speed,
-            *(costs.room_bytes or ()),
-            *(costs.most_full or ()),
-        ]
-        if any(not number >= 0 for number in numbers) or not all(costs.device_speed):
-            raise RefusedError("a cost is negative or no number")
-        return costs
-
-
-_PLAN_COSTS = TypeAdapter(PlanCosts)
 
 
 def find_costs(job: Job, profile: PassProfile, all_reduce: AllReduceSeconds) -> PlanCosts:
@@ -136,59 +81,27 @@ def keep_costs(job: Job, costs: PlanCosts) -> None:
 
 
 def _costs(job: Job, of_ranks: Sequence[PassProfile]) -> PlanCosts:
-    ranks = len(of_ranks)
-    table = job.config.plan.device_speed
-    if table is not None and len(table) != ranks:
-        raise ConfigError(
-            f"plan.device_speed={table}: {len(table)} speeds for {ranks} ranks; give one for every rank, or null"
-        )
-    speed = [1.0] * ranks if table is None else list(table)
-    match job.config.plan.costs:
-        case "flops":
-            return PlanCosts(job.costs.forward_share, job.costs.always_share, speed, "flops")
-        case "paper":
-            return PlanCosts(PAPER_FORWARD_COST, 0.0, speed, "paper")
-        case "measured":
-            if not np.isfinite([passes.dense_seconds for passes in of_ranks]).all():
-                raise ConfigError(
-                    "plan.costs='measured': a dense micro-batch did not fit on some rank; use flops"
-                )
-            if table is None:
-                speed = relative_speeds([passes.dense_seconds for passes in of_ranks])
-            return PlanCosts(
-                float(np.median([passes.forward_share for passes in of_ranks])),
-                float(np.median([passes.always_share for passes in of_ranks])),
-                speed,
-                "measured",
-            )
+    costs = costs_unmeasured(job)
+    if job.config.plan.costs != "measured":
+        return costs
+    if not np.isfinite([passes.dense_seconds for passes in of_ranks]).all():
+        raise ConfigError("plan.costs='measured': a dense micro-batch did not fit on some rank; use flops")
+    if job.config.plan.device_speed is None:
+        costs = replace(costs, device_speed=relative_speeds([passes.dense_seconds for passes in of_ranks]))
+    return replace(
+        costs,
+        forward_share=float(np.median([passes.forward_share for passes in of_ranks])),
+        always_share=float(np.median([passes.always_share for passes in of_ranks])),
+        source="measured",
+    )
 
 
-def with_less_memory(
-    costs: PlanCosts, plan: SkipPlan, ranks: Sequence[int], trains: npt.NDArray[np.bool_]
-) -> PlanCosts:
-    """The costs after replicas ran out of memory under a plan: a tenth fewer FULL subnets, at least one, than the plan
-    had in a micro-batch. ranks: the replicas, each of one rank. trains: blocks that plans
-    have a say in, bool [block]. Raises PlanError where there are none left to take."""
-    most_full = [math.inf] * plan.replicas if costs.most_full is None else list(costs.most_full)
-    for rank in ranks:
-        full = int((plan.for_replica(rank)[:, trains] == Operation.FULL).sum(axis=(1, 2)).max())
-        most_full[rank] = min(most_full[rank], full - max(1, full // 10))
-        if most_full[rank] < 0:
-            raise PlanError(
-                f"rank {rank} runs out of memory although no head of its micro-batches is FULL: use fewer samples "
-                f"(data.micro_batch_size), or engine.activation_checkpointing=true"
-            ) from AgreedError()
-    return replace(costs, most_full=most_full)
-
-
-def relative_speeds(seconds: Sequence[float]) -> list[float]:
-    """Speeds with mean 1 from the seconds that every rank takes for the same work; small differences do not count."""
-    speed = 1 / np.asarray(seconds, dtype=np.float64)
-    order = np.argsort(speed, kind="stable")
-    starts = np.flatnonzero(np.diff(speed[order], prepend=-np.inf) > SAME_SPEED * speed[order])
-    for group in np.split(order, starts[1:]):
-        speed[group] = speed[group].mean()
-    return [float(value) for value in speed / speed.mean()]
+def costs_unmeasured(job: Job) -> PlanCosts:
+    """The paper's costs, or those by FLOPs. Raises ConfigError if there are not as many speeds as ranks."""
+    counted = PlanCosts.counted(job.costs, job.config.plan.device_speed, job.control.world_size)
+    if job.config.plan.costs == "paper":
+        return PlanCosts(PAPER_FORWARD_COST, 0.0, counted.device_speed, "paper")
+    return counted
 
 
 def _kept(job: Job, profile: PassProfile) -> PassProfile:

@@ -20,7 +20,7 @@ from d2ft_hpc.metering.phases import StepTimes
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.results.reader import waiting
 from d2ft_hpc.results.schema import PHASES, RANK_FIELDS, Array
-from d2ft_hpc.training.board import Board
+from d2ft_hpc.training.tensorboard import TensorBoard
 
 _PATIENCE_SECONDS = 60.0
 _COLUMNS = tuple(name for name in RANK_FIELDS if name != "waiting_seconds")
@@ -59,13 +59,18 @@ class StepRecorder:
         control: Control,
         writer: ResultsWriter | None,
         own_writer: ResultsWriter | None = None,
-        board: Board | None = None,
+        tensorboard: TensorBoard | None = None,
         *,
         first_plan: int = 0,
     ) -> None:
         """first_plan: how many plans the run had made before the first one of the writer's record."""
         self._first_plan = first_plan
-        self._control, self._writer, self._own_writer, self._board = control, writer, own_writer, board
+        self._control, self._writer, self._own_writer, self._tensorboard = (
+            control,
+            writer,
+            own_writer,
+            tensorboard,
+        )
         self._measured: deque[StepRecord] = deque()
         self._sent: deque[tuple[StepRecord, Array, PendingGather]] = deque()
         self._recording_seconds = 0.0
@@ -155,8 +160,8 @@ class StepRecorder:
             **columns,
         }
         self._writer.append("steps", row)
-        if self._board is not None:
-            self._board.step(row)
+        if self._tensorboard is not None:
+            self._tensorboard.step(row)
 
     def _of_all(self, record: StepRecord) -> dict[str, float]:
         return {

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import h5py
 import torch
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.errors import ConfigError, ResultsError
 from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.training.environment import describe_environment
 from d2ft_hpc.training.job import set_up
-from d2ft_hpc.training.measured import measure_job
-from d2ft_hpc.training.plans import measure_scores
-from d2ft_hpc.training.recorded import record_job, record_scores
+from d2ft_hpc.training.measurements import measure_job
+from d2ft_hpc.training.probe_scores import measure_scores
+from d2ft_hpc.training.run_log import record_job, record_scores
+
+
+def _check_output(output: Path) -> None:
+    """Raises ResultsError for what is no file of scores to replace."""
+    if output.exists() and not (output.is_file() and h5py.is_hdf5(output)):
+        raise ResultsError(
+            f"{output}: exists and is no file of scores; choose another name, such as scores.h5"
+        )
 
 
 def score(
@@ -26,6 +35,7 @@ def score(
     An older file of scores is replaced. Raises ConfigError if the planner reads no scores.
     """
     with agreed(control, "set-up"):
+        _check_output(output)
         job = set_up(config, control, device)
     measured = measure_job(job)
     scores = measure_scores(job, job.model, job.loss, watch)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from d2ft_hpc.launch import Control
+from d2ft_hpc.lifecycle.costs import relative_speeds
 from d2ft_hpc.metering.phases import StepTimes
-from d2ft_hpc.training.plan_costs import relative_speeds
 
 _STEPS = 50
 """So many newest steps count."""

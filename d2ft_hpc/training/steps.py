@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from d2ft_hpc.engines.engine import Engine, MemoryShortError, MicroBatch, StepReport
+from d2ft_hpc.engines.engine import Engine, MicroBatch, StepReport
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.metering import Metered, meter
-from d2ft_hpc.metering.memory import activation_limit, reset_peak, used_bytes
+from d2ft_hpc.metering.memory import reset_peak, used_bytes
 from d2ft_hpc.metering.phases import phase, timed_step
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import Operation
 from d2ft_hpc.results.schema import BYTE_KINDS
-from d2ft_hpc.training.job import Job, count_scoring
-from d2ft_hpc.training.placing import costs_of_rank
+from d2ft_hpc.selection.build import count_scoring
+from d2ft_hpc.training.job import Job
+from d2ft_hpc.training.model_placement import costs_of_rank
 from d2ft_hpc.training.records import StepRecord
 
 
@@ -47,7 +47,7 @@ class StepRunner:
         self._job, self._engine, self._own = job, engine, placement.own
         self._costs = costs_of_rank(job, placement)
         if job.selection is not None and job.config.engine.name != "plain":
-            job.selection.scorer.follow(engine.logits)
+            job.selection.scorer.bind(engine.logits)
             score_flops = count_scoring(job.selection, job.config.data.image_size, job.device)
             self._costs = replace(self._costs, score_flops=score_flops)
         config = job.config
@@ -73,24 +73,14 @@ class StepRunner:
         step: int,
         epoch: int,
         plan: int,
-        less: Callable[[tuple[int, ...]], int],
     ) -> StepRecord:
-        """One optimiser step on this replica's next batch; on all ranks together.
-
-        less: plans ranks that ran out of memory less, and returns the index of the plan that is in force then; the
-        step is repeated.
-        """
+        """One optimiser step on this replica's next batch; on all ranks together."""
         device = self._job.device
         reset_peak(device)
         with timed_step(device) as times:
             with phase("data"):
                 micro_batches = next(batches)
-            while True:
-                try:
-                    report, work = self._metered_step(micro_batches, step, plan)
-                    break
-                except MemoryShortError as error:
-                    plan = less(error.ranks)
+            report, work = self._metered_step(micro_batches, step, plan)
             loss, gradient_norm = _on_host(report.loss), _on_host(report.gradient_norm)
         self._steps_done += 1
         samples = sum(len(labels) for _, labels in micro_batches)
@@ -122,12 +112,10 @@ class StepRunner:
     def _metered_step(
         self, micro_batches: list[MicroBatch], step: int, plan: int
     ) -> tuple[StepReport, _Work]:
-        limit = self._job.config.engine.activation_limit_mb
-        with nullcontext() if limit is None else activation_limit(1e6 * limit[self._job.control.rank]):
-            if plan == self._metered_plan and self._steps_done > 1:
-                return self._step(micro_batches, step)
-            with meter() as self._metered:
-                report, work = self._step(micro_batches, step)
+        if plan == self._metered_plan and self._steps_done > 1:
+            return self._step(micro_batches, step)
+        with meter() as self._metered:
+            report, work = self._step(micro_batches, step)
         self._metered_plan, self._metered_planned_flops = plan, work.planned_flops
         self._bytes_of_plan = self._promised_bytes()
         return report, work

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import distributed, nn
 from torch.optim import Optimizer
 
@@ -19,19 +18,24 @@ from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.engines.deepspeed_settings import check_settings
 from d2ft_hpc.engines.pipeline import PipelineEngine
+from d2ft_hpc.engines.private_names import NEWEST_TESTED, newer_than_tested
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.errors import ConfigError, LaunchError, UnsupportedModelError
 from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.families.table import family_of
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.metering import measure_costs
+from d2ft_hpc.model.image_shape import image_shape_of
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
-from d2ft_hpc.training.job import count_scoring, selection_of
-from d2ft_hpc.user_loop.follower import PlanFollower, say
+from d2ft_hpc.planning.samples import SampleOptions
+from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.pipeline_module import PipelineModule
-from d2ft_hpc.user_loop.section import SECTION, split
+from d2ft_hpc.user_loop.planned_deepspeed import PlannedDeepSpeed
+from d2ft_hpc.user_loop.section import split
+from d2ft_hpc.user_loop.told import Told
 
 _END_SECONDS = 25.0
 """How long a rank waits for the others when its script ends."""
@@ -39,7 +43,7 @@ _END_SECONDS = 25.0
 
 def initialize(
     args: Any = None,
-    model: VisionTransformer | PipelineModule | None = None,
+    model: nn.Module | PipelineModule | None = None,
     optimizer: Any = None,
     model_parameters: Any = None,
     training_data: Any = None,
@@ -56,7 +60,7 @@ def initialize(
     The configuration's "d2ft" section (`d2ft_hpc.user_loop.section.D2ftSection`) says how to plan. The loop stays as
     it is: `engine(images)`, `engine.backward(loss)`, `engine.step()`, once for each micro-batch. The first
     `probe_batches` batches run dense and give the scores, so that each rank needs the memory for that: unlike in
-    `d2ft-hpc train`, no plan is fitted to a rank with less. `engine.d2ft` is the `PlanFollower`.
+    `d2ft-hpc train`, no plan is fitted to a rank with less. `engine.d2ft` is the `PlannedDeepSpeed`.
 
     "tensor_parallel": {"autotp_size": N} cuts the model by head over N ranks; a `PipelineModule` is cut into stages,
     and its engine is DeepSpeed's with `train_batch`. Each rank then trains a part of rank 0's weights: `model` itself
@@ -84,11 +88,12 @@ def initialize(
         )
     pipeline = model if isinstance(model, PipelineModule) else None
     model = model.layers if isinstance(model, PipelineModule) else model
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
-            f"model is a {type(model).__name__}, not a timm VisionTransformer: make it with timm.create_model, and for "
-            f"a pipeline wrap it in d2ft_hpc.PipelineModule"
+            f"model is a {type(model).__name__}: make one with timm.create_model, and for a pipeline wrap it in "
+            f"d2ft_hpc.PipelineModule"
         )
+    family_of(model)  # or it is refused
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ConfigError(
             "model was made inside deepspeed.zero.Init: make it outside, ZeRO-3 spreads it here"
@@ -103,6 +108,8 @@ def initialize(
     ZeroRules.of(settings)
     check_settings(settings)
     control = _connect()
+    for warning in newer_than_tested(NEWEST_TESTED):
+        Told(control).say(warning)
     import_deepspeed().init_distributed(auto_mpi_discovery=False)
     layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
     if layout.is_cut:
@@ -117,31 +124,31 @@ def initialize(
         compile=section.compile,
         cuda_graphs=section.cuda_graphs,
     )
-    image_shape = _image_shape(model)
+    image_shape = image_shape_of(model)
     costs = measure_costs(model, executor, image_shape)
     flops = layer_flops(model, costs, image_shape)
     placement = Placement(
         layout, cut_stages(flops, stages), even_owner(*executor.subnets.shape, layout.tensor_ranks)
     )
     if stages > 1:
-        say(control, describe_stages(flops, placement.stages))
+        Told(control).say(describe_stages(flops, placement.stages))
     selection = None
-    if section.planner == "samples":
+    if isinstance(section.options, SampleOptions):
         selection = selection_of(
-            section.samples, model, image_shape[-1], seed=section.seed, replica=layout.replica
+            section.options, model, image_shape[-1], seed=section.seed, replica=layout.replica
         )
         device = next(model.parameters()).device
         costs = replace(costs, score_flops=count_scoring(selection, image_shape[-1], device))
     whole = model
 
-    def options_for(part: VisionTransformer) -> dict[str, Any]:
+    def options_for(part: nn.Module) -> dict[str, Any]:
         chosen = model_parameters
         if chosen is None and not isinstance(optimizer, Optimizer):
             chosen = whole.parameters()
         own = None if chosen is None else _of_part(chosen, whole, part)
         return {"model_parameters": own, "training_data": training_data, "collate_fn": collate_fn}
 
-    def make_optimizer(part: VisionTransformer) -> tuple[Any, Any]:
+    def make_optimizer(part: nn.Module) -> tuple[Any, Any]:
         return optimizer, lr_scheduler
 
     settings.pop("tensor_parallel", None)  # blocks are cut by head, not by DeepSpeed
@@ -161,11 +168,11 @@ def initialize(
             ours = TensorParallelEngine(*common, control=control, options_for=options_for, **step)
         else:
             if isinstance(optimizer, Optimizer) and (frozen := _leave_out_frozen_groups(optimizer)):
-                say(control, f"groups {frozen} of the optimizer have frozen parameters alone: left out")
+                Told(control).say(f"groups {frozen} of the optimizer have frozen parameters alone: left out")
             ours = DeepSpeedEngine(model, executor, optimizer, lr_scheduler, **step, **options_for(model))
     if selection is not None:
-        selection.scorer.follow(ours.logits)
-    ours.engine.d2ft = PlanFollower(ours, section, costs, placement, selection, control)
+        selection.scorer.bind(ours.logits)
+    ours.engine.d2ft = PlannedDeepSpeed(ours, section, costs, placement, selection, control)
     return ours.made  # type: ignore[no-any-return]
 
 
@@ -206,7 +213,7 @@ def _parts(settings: Mapping[str, Any], pipeline: PipelineModule | None) -> tupl
     return stages, tensor_ranks
 
 
-def _same_on_all_ranks(model: VisionTransformer) -> None:
+def _same_on_all_ranks(model: nn.Module) -> None:
     """Gives all ranks rank 0's weights, on the device that they will train on: each will hold a part of them."""
     from deepspeed.accelerator import get_accelerator
 
@@ -230,7 +237,7 @@ def _end_together(control: Control) -> None:
             control.close()
 
 
-def _of_part(parameters: Any, whole: VisionTransformer, part: VisionTransformer) -> list[Any]:
+def _of_part(parameters: Any, whole: nn.Module, part: nn.Module) -> list[Any]:
     """The trained ones that a part has of a whole model's parameters, or of groups of them."""
     names = {id(parameter): name for name, parameter in whole.named_parameters()}
     own = {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
@@ -252,13 +259,3 @@ def _leave_out_frozen_groups(optimizer: Optimizer) -> list[int]:
     frozen = [i for i, each in enumerate(groups) if not any(p.requires_grad for p in each["params"])]
     groups[:] = [group for index, group in enumerate(groups) if index not in frozen]
     return frozen
-
-
-def _image_shape(model: VisionTransformer) -> tuple[int, int, int]:
-    """(channel, height, width) that the model was made for."""
-    projection, size = model.patch_embed.proj, model.patch_embed.img_size
-    if size is None:
-        raise ConfigError(
-            f'the model has no image size: make it with img_size=, so that "{SECTION}" can count costs'
-        )
-    return int(projection.in_channels), int(size[0]), int(size[1])

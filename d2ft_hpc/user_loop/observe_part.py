@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from d2ft_hpc.model.subnets import HeadAxis, SubnetMap
-from d2ft_hpc.parallel.head_split import heads_of, local_axis
+from d2ft_hpc.families.head_axis import HeadAxis
+from d2ft_hpc.model.subnets import SubnetMap
+from d2ft_hpc.parallel.head_split import heads_of
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.part import ModelPart
 
@@ -39,7 +40,7 @@ class PartObserver:
             heads = heads_of(placement.owner, int(index), placement.layout.tensor_rank).to(device)
             for name, parameter in block.named_parameters():
                 if parameter.requires_grad and (axis := subnets.head_axes.get(name)):
-                    hook = self._hook(int(index), heads, local_axis(axis, heads.numel()))
+                    hook = self._hook(int(index), heads, axis.of(heads.numel()))
                     self._handles.append(parameter.register_hook(hook))
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from d2ft_hpc.engines.engine import LossFunction
 
@@ -17,6 +17,6 @@ class PipelineModule:
     loss_fn: mean loss of logits and labels. num_stages: None: "pipeline": {"stages": N} in DeepSpeed's configuration.
     """
 
-    layers: VisionTransformer
+    layers: nn.Module
     loss_fn: LossFunction
     num_stages: int | None = None

@@ -1,26 +1,37 @@
-"""`d2ft_hpc.prepare`: plans in a loop of the user's own over plain torch, DDP or FSDP2."""
+"""What became of an attached model in a loop of the user's own, over plain torch, DDP or FSDP2."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch.distributed as dist
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from d2ft_hpc.engines.ddp import follow_ddp
-from d2ft_hpc.engines.fsdp import follow_fsdp
+from d2ft_hpc.engines.ddp import bind_ddp
+from d2ft_hpc.engines.fsdp import bind_fsdp
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.families.table import find_family
 from d2ft_hpc.model.lora import unwrapped
 
 
-def prepare(model: nn.Module, executor: PlanExecutor) -> None:
-    """Fits the executor that `attach` gave to what was made of the attached model since; says what that is on rank 0.
+class Bound(Protocol):
+    """What `attach` gives."""
+
+    def bind(self, model: nn.Module) -> str: ...
+
+
+def prepare(model: nn.Module, attached: PlanExecutor | Bound) -> None:
+    """Fits what `attach` gave to what was made of the attached model since; says what that is on rank 0.
+
+    Not needed after `d2ft_hpc.attach`, whose first forward does so; it says early where plans could not be run.
 
     model: `DistributedDataParallel(model)`, or the model after `fully_shard` of each block and of the model. Its
-        replicas may follow different rows of a plan: `executor.load(plan, replica=...)`, which from now on refuses
+        replicas may follow different rows of a plan: `executor.activate(plan, replica=...)`, which from now on refuses
         plans for another number of replicas. Or the model as it is, so that one script serves 1 to N ranks.
 
     Micro-batches whose gradients are only kept run under `no_sync()` or `set_requires_gradient_sync(False)` as always;
@@ -28,19 +39,25 @@ def prepare(model: nn.Module, executor: PlanExecutor) -> None:
 
     Raises ConfigError where plans could not be run exactly.
     """
+    found = bind_engine(model, attached) if isinstance(attached, PlanExecutor) else attached.bind(model)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"d2ft: prepared {found}", flush=True)
+
+
+def bind_engine(
+    model: nn.Module, executor: PlanExecutor, slot_source: Callable[[], int] | None = None
+) -> str:
+    """Binds the executor to DDP, FSDP2 or the model as it is, and returns which. Raises ConfigError as `prepare`."""
     if isinstance(model, DistributedDataParallel):
-        follow_ddp(model, executor)
-        found = f"DDP over {dist.get_world_size(model.process_group)} ranks"
-    elif isinstance(unwrapped(model), VisionTransformer) and isinstance(model, FSDPModule):
-        follow_fsdp(model, executor)
-        found = f"FSDP2 over {dist.get_world_size()} ranks"
-    elif isinstance(unwrapped(model), VisionTransformer):
-        executor.follow(None, Reduction.AFTER_BACKWARD)
-        found = "the model by itself, whose gradients no engine reduces"
-    else:
+        bind_ddp(model, executor, slot_source=slot_source)
+        return f"DDP over {dist.get_world_size(model.process_group)} ranks"
+    if find_family(unwrapped(model)) is None:
         raise ConfigError(
             f"prepare takes DistributedDataParallel(model), a timm model after fully_shard (FSDP2), or a timm model as "
             f"it is, not a {type(model).__name__}"
         )
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"d2ft: prepared {found}", flush=True)
+    if isinstance(model, FSDPModule):
+        bind_fsdp(model, executor, slot_source=slot_source)
+        return f"FSDP2 over {dist.get_world_size()} ranks"
+    executor.bind(slot_source, Reduction.AFTER_BACKWARD)
+    return "the model by itself, whose gradients no engine reduces"

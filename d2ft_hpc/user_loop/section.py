@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from d2ft_hpc.config import PathText, PlanConfig, deepspeed_sections, explain
+from d2ft_hpc.config import PathText, PlanConfig, deepspeed_sections, validated
 from d2ft_hpc.errors import ConfigError
 
 SECTION = "d2ft"
@@ -28,7 +28,7 @@ class D2ftSection(PlanConfig):
     """Planning as in a run's `plan` section, and what `attach` takes."""
 
     plan: PathText | None = None
-    """A saved plan to follow from the first step; null: solve one."""
+    """`file` by its older name."""
     embeddings: Literal["frozen", "complete_path", "trained"] = "frozen"
     """Parameters below every block: frozen, trained by micro-batches that are FULL everywhere, or trained by all."""
     shared: Literal["flow", "frozen"] = "flow"
@@ -52,10 +52,12 @@ def split(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], D2ftS
         settings = deepspeed_sections(settings)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    try:
-        parsed = D2ftSection.model_validate(section)
-    except ValidationError as error:
-        raise ConfigError("\n".join(explain(error, D2ftSection, f"{SECTION}."))) from None
+    return settings, parse_section(section)
+
+
+def parse_section(section: Any) -> D2ftSection:
+    """Raises ConfigError where it has unknown keys or bad values, or asks for what a loop of one's own cannot do."""
+    parsed = validated(D2ftSection, section, f"{SECTION}.")
     for key, usable in _USABLE.items():
         value = getattr(parsed, key)
         if value not in usable:
@@ -63,6 +65,7 @@ def split(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], D2ftS
                 f"{SECTION}.{key}={value!r}: only d2ft-hpc train can do that; "
                 f"in a loop of your own: {', '.join(map(repr, usable))}"
             )
+    parsed = parsed.model_copy(update={"file": parsed.plan or parsed.file})
     if parsed.replan.overlap:
         raise ConfigError(
             f"{SECTION}.replan.overlap=true: only d2ft-hpc train solves while it trains; remove it"
@@ -72,7 +75,7 @@ def split(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], D2ftS
             f"{SECTION}.replan.unit='epochs': only the training loop knows its epochs; count steps "
             f'("replan": {{"every": N, "unit": "steps"}})'
         )
-    return settings, parsed
+    return parsed
 
 
 def _read(path: Path) -> dict[str, Any]:

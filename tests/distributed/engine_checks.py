@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import timm.layers
 import timm.utils
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -39,6 +41,7 @@ from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.portable import write_file
+from d2ft_hpc.engines.private_names import PRIVATE_NAMES
 from d2ft_hpc.engines.zero import adds_up_wrong
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import attach
@@ -118,7 +121,7 @@ def reference_parameters(
     dtype = next(model.parameters()).dtype
     for step in range(STEPS):
         plan = plan_of(kind, step, replicas)
-        executor.load(SkipPlan(plan.operations, replicas=1), 0)
+        executor.activate(SkipPlan(plan.operations, replicas=1), 0)
         batch = [micro_batch(step, row, plan.num_rows) for row in range(plan.num_rows)]
         engine.step([(images.to(dtype), labels) for images, labels in batch])
     return dict(model.named_parameters())
@@ -153,7 +156,7 @@ def trained_parameters(
     for step in steps:
         plan = plan_of(kind, step, control.world_size)
         engine.check(plan)
-        engine.executor.load(plan, control.rank)
+        engine.executor.activate(plan, control.rank)
         rows = [slot * control.world_size + control.rank for slot in range(SLOTS)]
         engine.step([micro_batch(step, row, plan.num_rows) for row in rows])
     with engine.full_model() as full:
@@ -258,7 +261,7 @@ def check_user_loop(control: Control, stage: int, compiled: bool = False) -> dic
     plain = PlainEngine(reference, executor, optimizer, schedule, loss_function)
     for step, batch in enumerate(batches):
         if step == 1:
-            executor.load(SkipPlan(follower.plan.operations, replicas=1), 0)
+            executor.activate(SkipPlan(follower.plan.operations, replicas=1), 0)
         plain.step(batch)
     own = {}
     with follower._ours.full_model() as full:
@@ -267,7 +270,7 @@ def check_user_loop(control: Control, stage: int, compiled: bool = False) -> dic
     return {
         "parameters": largest_difference(own, dict(reference.named_parameters())),
         "scores": float((scores / torch.cat(fisher) - 1).abs().max()),
-        "planned compute": float(follower._costs.planned_share(follower.plan)),
+        "planned compute": float(follower.plans.context.costs.planned_share(follower.plan)),
     }
 
 
@@ -333,13 +336,13 @@ def check_user_boundary(control: Control, stage: int) -> float:
     config = {
         **USER_CONFIG,
         "zero_optimization": {"stage": stage},
-        "d2ft": {"planner": "random", "full_share": 0.3},
+        "d2ft": {"planner": "random", "options": {"full_share": 0.3}},
     }
     model, reference = model_for("sgd"), model_for("sgd")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     engine, *_ = d2ft_hpc.initialize(model=model, optimizer=optimizer, config=config)
     executor = attach(reference)
-    executor.load(SkipPlan(engine.d2ft.plan.operations, replicas=1), 0)
+    executor.activate(SkipPlan(engine.d2ft.plan.operations, replicas=1), 0)
     plain = torch.optim.SGD(reference.parameters(), lr=0.05)
     for step, slots in enumerate((SLOTS, 1)):
         for slot in range(slots):
@@ -427,7 +430,13 @@ def check_one_plan_for_all(control: Control) -> dict[str, str]:
 def check_private_names(control: Control, stage: int, precision: str) -> dict[str, list[str]]:
     """What this DeepSpeed's engine lacks of the undocumented attributes that the package uses."""
     engine = deepspeed_engine(model_for("adamw"), "adamw", stage, precision=precision).engine
-    missing = [name for name in private.ENGINE_ATTRIBUTES if not hasattr(engine, name)]
+    of_engine = (each for each in PRIVATE_NAMES if "runtime.engine:DeepSpeedEngine." in each.path)
+    names = [
+        each.path.rpartition(".")[2]
+        for each in of_engine
+        if Version(version("deepspeed")) >= Version(each.since)
+    ]
+    missing = [name for name in names if not hasattr(engine, name)]
     if stage in private.MASTER_WEIGHTS and private.flat_master_weights(engine) is None:
         missing.append(f"optimizer.{private.MASTER_WEIGHTS[stage]}")
     return {"missing": missing}
@@ -437,7 +446,7 @@ def check_bytes(control: Control) -> dict[str, Any]:
     """Bytes of a step's all-reduce as counted, beside the gradients' size."""
     model = tiny_vit()
     engine = deepspeed_engine(model, "sgd", 0)
-    engine.executor.load(plan_of("random", 0, control.world_size), control.rank)
+    engine.executor.activate(plan_of("random", 0, control.world_size), control.rank)
     with meter() as metered:
         engine.step([micro_batch(0, slot, SLOTS) for slot in range(SLOTS)])
     gradients = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
@@ -451,7 +460,7 @@ def check_message_model(control: Control, stage: int) -> dict[str, Any]:
     """Bytes of the second step as counted, beside those that the message model tells; the first is ZeRO 3's own."""
     model = tiny_vit()
     engine = deepspeed_engine(model, "sgd", stage, zero={"stage3_param_persistence_threshold": 1000})
-    engine.executor.load(plan_of("random", 0, control.world_size), control.rank)
+    engine.executor.activate(plan_of("random", 0, control.world_size), control.rank)
     batch = [micro_batch(0, slot, SLOTS) for slot in range(SLOTS)]
     engine.step(batch)
     with meter() as metered:
@@ -471,7 +480,7 @@ def check_overhead(control: Control, stage: int) -> dict[str, Any]:
     """What runs in a step of an all-FULL plan, and in one of the same DeepSpeed engine without us."""
     batch = [micro_batch(0, slot, SLOTS) for slot in range(SLOTS)]
     ours = deepspeed_engine(tiny_vit(), "sgd", stage)
-    ours.executor.load(plan_of("full", 0, control.world_size), control.rank)
+    ours.executor.activate(plan_of("full", 0, control.world_size), control.rank)
     config = deepspeed_config(
         {"zero_optimization": {"stage": stage}},
         micro_batch_size=4,

@@ -8,7 +8,9 @@ from typing import Any, NoReturn
 
 from d2ft_hpc.cli import main
 from d2ft_hpc.launch import detect
-from d2ft_hpc.training import boundary, loop
+from d2ft_hpc.training import loop
+from d2ft_hpc.training.probe_scores import ProbeScores
+from d2ft_hpc.training.run_log import RunLog
 from d2ft_hpc.training.saver import CheckpointSaver
 
 
@@ -26,8 +28,8 @@ if __name__ == "__main__":
             case "evaluation":
                 loop.evaluate = hang
             case "scoring":
-                loop.measure_scores = hang
+                ProbeScores.measure = hang  # type: ignore[method-assign]
             case "saving a checkpoint":
                 CheckpointSaver.save = hang  # type: ignore[method-assign]
-                boundary.note = lambda *_: None
+                RunLog.note = lambda *_: None  # type: ignore[method-assign]
     sys.exit(main())

@@ -136,7 +136,7 @@ def trained(
     )
     for step in range(STEPS):
         plan = plan_of(kind, step, layout.replicas)
-        engine.executor.load(plan, layout.replica)
+        engine.executor.activate(plan, layout.replica)
         rows = [slot * layout.replicas + layout.replica for slot in range(SLOTS)]
         engine.step([micro_batch(step, row, plan.num_rows) for row in rows])
     with engine.full_model() as full:
@@ -159,7 +159,7 @@ def reference(
     dtype = next(model.parameters()).dtype
     for step in range(STEPS):
         plan = plan_of(kind, step, replicas)
-        executor.load(SkipPlan(plan.operations, replicas=1), 0)
+        executor.activate(SkipPlan(plan.operations, replicas=1), 0)
         batch = [micro_batch(step, row, plan.num_rows) for row in range(plan.num_rows)]
         engine.step([(images.to(dtype), labels) for images, labels in batch])
     return dict(model.named_parameters())
@@ -211,10 +211,10 @@ def check_missing_gradients(control: Control) -> dict[str, list[list[float]]]:
         operations[:, step:, : DEPTH // 2] = 1
         plan = SkipPlan(operations.reshape(-1, DEPTH, HEADS), layout.replicas)
         batch = [micro_batch(step, row, plan.num_rows) for row in range(plan.num_rows)]
-        engine.executor.load(plan, layout.replica)
+        engine.executor.activate(plan, layout.replica)
         own = np.array(engine.step(batch[layout.replica :: layout.replicas]).gradient_norm)
         found["ranks"].append([float(np.frombuffer(part)[0]) for part in control.all_gather(own.tobytes())])
-        plain.executor.load(SkipPlan(plan.operations, replicas=1), 0)
+        plain.executor.activate(SkipPlan(plan.operations, replicas=1), 0)
         found["one process"].append([float(plain.step(batch).gradient_norm)])
     return found
 
@@ -239,7 +239,7 @@ def check_scoring(control: Control, **options: Any) -> dict[str, float]:
         with engine.full_model() as full, torch.no_grad():
             timm_model.load_state_dict(full.state_dict())
             differences.append(float((logits - timm_model(torch.cat(small))).abs().max()))
-        engine.executor.load(plan, layout.replica)
+        engine.executor.activate(plan, layout.replica)
         engine.step(batch)
     with engine.full_model() as full:
         own = dict(full.named_parameters())
@@ -300,7 +300,7 @@ def check_user_loop(control: Control, zero: int, **options: Any) -> dict[str, fl
     ]
     for step, whole_batch in enumerate(batches):
         if step == 1:
-            executor.load(SkipPlan(engine.d2ft.plan.operations, replicas=1), 0)
+            executor.activate(SkipPlan(engine.d2ft.plan.operations, replicas=1), 0)
         plain.step(whole_batch)
     scores = torch.from_numpy(engine.d2ft.scores.forward.copy())
     return {
@@ -318,13 +318,13 @@ def check_messages(control: Control) -> dict[str, Any]:
     sent = {}
     rows = {"full": 2, "forward only": 1, "shortcut": 0}
     for name, operation in rows.items():
-        engine.executor.load(SkipPlan(np.full((SLOTS, DEPTH, HEADS), operation, np.uint8), 1), 0)
+        engine.executor.activate(SkipPlan(np.full((SLOTS, DEPTH, HEADS), operation, np.uint8), 1), 0)
         with meter() as metered:
             engine.step([micro_batch(0, slot, SLOTS) for slot in range(SLOTS)])
         sent[name] = metered.bytes_sent
     lonely = np.zeros((SLOTS, DEPTH, HEADS), np.uint8)
     lonely[:, :, 0] = 2
-    engine.executor.load(SkipPlan(lonely, 1), 0)
+    engine.executor.activate(SkipPlan(lonely, 1), 0)
     with meter() as metered:
         engine.step([micro_batch(0, slot, SLOTS) for slot in range(SLOTS)])
     sent["one head"] = metered.bytes_sent
@@ -352,7 +352,7 @@ def check_sent(
     sent = {}
     for kind in KINDS:
         plan = plan_of(kind, 0, layout.replicas)
-        engine.executor.load(plan, layout.replica)
+        engine.executor.activate(plan, layout.replica)
         rows = [slot * layout.replicas + layout.replica for slot in range(SLOTS)]
         batch = [micro_batch(0, row, plan.num_rows) for row in rows]
         if kind == KINDS[0]:

@@ -54,7 +54,7 @@ def test_faults_of_model_and_data(tmp_path: Path) -> None:
     faults: dict[tuple[str, ...], tuple[str, ...]] = {
         ("model.name=resnet18", "model.weights=null", "engine.name=plain"): (
             "resnet18",
-            "not a timm VisionTransformer",
+            "none of the supported models",
         ),
         ("data.name=cifar10", f"data.root={tmp_path}/absent", "data.classes=null"): (
             f"{tmp_path}/absent",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +17,9 @@ EXAMPLES = REPOSITORY / "tests" / "examples"
 RUN = Path(__file__).with_name("run_example.py")
 BESIDE = Path(sys.executable).parent
 COMMANDS = {
-    "plain_loop.py": [sys.executable],
+    "own_loop.py": [sys.executable],
+    "own_loop.py on 2 ranks": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone", str(RUN)],
+    "heads_loop.py": [sys.executable],
     "accelerate_fsdp2.py": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone", str(RUN)],
     "deepspeed_script.py": [str(BESIDE / "deepspeed"), "--num_gpus", "2", "--master_port", "29651"],
 }
@@ -35,7 +39,7 @@ def shown() -> dict[str, str]:
     pytest.importorskip("accelerate")
 
     def start(name: str) -> str:
-        job = run_command([*COMMANDS[name], str(EXAMPLES / name)])
+        job = run_command([*COMMANDS[name], str(EXAMPLES / name.split()[0])])
         assert job.returncode == 0, (
             name + job.stdout + job.stderr + (upstream() if "accelerate" in name else "")
         )
@@ -46,7 +50,7 @@ def shown() -> dict[str, str]:
 
 
 def test_every_example_is_run() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(COMMANDS)
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {name.split()[0] for name in COMMANDS}
 
 
 def test_examples_train(shown: dict[str, str]) -> None:
@@ -54,6 +58,22 @@ def test_examples_train(shown: dict[str, str]) -> None:
         losses = [float(value) for value in re.findall(r"loss (\d+\.\d+)", text)]
         assert len(losses) == 3, name + text
         assert all(0.5 < loss < 10 for loss in losses), name
-    assert "60% of the dense compute" in shown["plain_loop.py"]
-    (share,) = re.findall(r"(\d+\.\d)% of the dense compute", shown["deepspeed_script.py"])
-    assert 55 < float(share) <= 60
+    for name in ("deepspeed_script.py", "heads_loop.py", "accelerate_fsdp2.py"):
+        (share,) = re.findall(r"(\d+\.\d)% of the dense compute", shown[name])
+        assert 55 < float(share) <= 60, name
+    for name in ("own_loop.py", "own_loop.py on 2 ranks"):
+        for promised, measured in re.findall(r"promised (\S+)% .* measured (\S+)%", shown[name]):
+            assert 50 < float(promised) == float(measured) <= 60, name
+
+
+def test_the_readme_s_own_loop_is_the_example() -> None:
+    readme = (REPOSITORY / "README.md").read_text().split("## In your own loop\n")[1]
+    lines = itertools.takewhile(lambda line: not line.strip() or line.startswith("    "), readme.splitlines())
+    script = (EXAMPLES / "own_loop.py").read_text().split('"""\n')[1]
+    assert textwrap.dedent("\n".join(lines)).strip() == script.strip()
+
+
+def test_d2ft_adds_five_lines_at_most_to_a_loop() -> None:
+    for name in ("own_loop.py", "heads_loop.py"):
+        script = (EXAMPLES / name).read_text().split('"""\n')[1]
+        assert sum("d2ft" in line and "checkpoint" not in line for line in script.splitlines()) <= 5, name

@@ -52,6 +52,18 @@ def test_a_loop_of_ones_own_trains_as_its_plan_says(results: dict[str, Any]) -> 
         assert difference <= 1e-6, name
 
 
+def test_attach_plans_and_resumes_a_loop_on_several_ranks(results: dict[str, Any]) -> None:
+    if "attach ddp last" not in results:
+        pytest.skip("run on 2 ranks")
+    for name, found in of_kind(results, "attach").items():
+        assert found["difference"] <= 1e-6, name
+        assert found["agreed"], name
+        assert found["same draw"], name
+        assert found["resumed"] <= 1e-6, name
+        dense, first, *_ = found["plans"]
+        assert dense != first, name
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(results: dict[str, Any]) -> None:
     """Bitwise under the same engine; else as near as two engines are to each other."""
     for name, found in of_kind(results, "resume").items():

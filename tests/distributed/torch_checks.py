@@ -7,6 +7,7 @@ A check's result is the largest difference of any parameter, or a dict of facts;
 
 from __future__ import annotations
 
+import copy
 import pickle
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import d2ft_hpc
+from d2ft_hpc.config import SamplesConfig
 from d2ft_hpc.engines.ddp import DdpEngine
 from d2ft_hpc.engines.fsdp import FsdpEngine, shard
 from d2ft_hpc.engines.plain import PlainEngine
@@ -43,6 +45,7 @@ from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.parallel.dtensor import split_heads
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.selection.build import selection_of
 from tests.distributed.engine_checks import (
     EPSILON,
     SLOTS,
@@ -133,7 +136,7 @@ def step_with(control: Control, engine: Engine, name: str, kind: str, step: int)
     layout = layout_of(control, name)
     plan = plan_for(name, kind, step, layout.replicas)
     engine.check(plan)
-    engine.executor.load(plan, layout.replica)
+    engine.executor.activate(plan, layout.replica)
     rows = [slot * layout.replicas + layout.replica for slot in range(SLOTS)]
     engine.step([micro_batch(step, row, plan.num_rows) for row in rows])
 
@@ -172,7 +175,7 @@ def reference(
     dtype = next(model.parameters()).dtype
     for step in range(STEPS):
         plan = plan_for(name, kind, step, replicas)
-        executor.load(SkipPlan(plan.operations, replicas=1), 0)
+        executor.activate(SkipPlan(plan.operations, replicas=1), 0)
         batch = [micro_batch(step, row, plan.num_rows) for row in range(plan.num_rows)]
         engine.step([(images.to(dtype), labels) for images, labels in batch])
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -261,7 +264,7 @@ def check_user_loop(
         trainer = torch.compile(trainer, backend="aot_eager")  # what its kernels compute is not ours
     own_optimizer, own_schedule = make_optimizer(model)
     for step in range(STEPS):
-        executor.load(plan_of(kind, step, replicas), replica=rank)
+        executor.activate(plan_of(kind, step, replicas), replica=rank)
         slots = SLOTS if step < STEPS - 1 else last_slots
         for slot in range(slots):
             images, labels = micro_batch(step, slot * replicas + rank, SLOTS * replicas)
@@ -282,10 +285,77 @@ def check_user_loop(
     engine = PlainEngine(plain, plain_executor, *make_optimizer(plain), loss_function)
     for step in range(STEPS):
         plan = plan_of(kind, step, replicas)
-        plain_executor.load(SkipPlan(plan.operations, 1), 0)
+        plain_executor.activate(SkipPlan(plan.operations, 1), 0)
         rows = (SLOTS if step < STEPS - 1 else last_slots) * replicas
         engine.step([micro_batch(step, row, plan.num_rows) for row in range(rows)])
     return largest_difference(own, dict(plain.named_parameters()))
+
+
+def check_attached_loop(control: Control, how: str, sharing: str = "every") -> dict[str, Any]:
+    """A loop in which `attach` does all: the first batch gives the scores, and a state resumes it on other weights.
+
+    Difference from one process that follows the same plans; whether all ranks have the same ones; the state's loss less
+    the uninterrupted one's; planner samples' draw, equal to that of the model by itself."""
+    replicas, rank = control.world_size, control.rank
+
+    def spread(seed: int, **settings: Any) -> tuple[Any, Any, nn.Module]:
+        model = tiny_vit(seed, qkv_bias=False)
+        d2ft = d2ft_hpc.attach(model, micro_batches=SLOTS, **settings)
+        if how == "ddp":
+            return model, d2ft, DistributedDataParallel(model)
+        shard(model, init_device_mesh("cpu", (replicas,)))
+        return model, d2ft, model
+
+    def step(model: Any, trainer: nn.Module, optimizer: Any, number: int) -> float:
+        for slot in range(SLOTS):
+            images, labels = micro_batch(number, slot * replicas + rank, SLOTS * replicas)
+            waits = how == "ddp" and sharing == "last" and slot < SLOTS - 1
+            with trainer.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                loss = loss_function(trainer(images), labels) / SLOTS
+                loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    planned = {"planner": "joint", "replan": {"every": 2, "unit": "steps"}}
+    model, d2ft, trainer = spread(0, **planned)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    plain = tiny_vit(qkv_bias=False)
+    plain_executor = attach(plain)
+    plain_optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(plain_optimizer, lambda _: 1.0)
+    engine = PlainEngine(plain, plain_executor, plain_optimizer, schedule, loss_function)
+    hashes: list[str] = []
+    for number in range(4):
+        plan = d2ft.plan or SkipPlan.dense(SLOTS, replicas, DEPTH, HEADS)
+        hashes.append(plan.hash)
+        last = step(model, trainer, optimizer, number)
+        plain_executor.activate(SkipPlan(plan.operations, 1), 0)
+        engine.step([micro_batch(number, row, SLOTS * replicas) for row in range(SLOTS * replicas)])
+        if number == 2:
+            state = d2ft.state_dict()
+            weights = (
+                whole_weights(model, d2ft.executor) if how == "fsdp2" else copy.deepcopy(model.state_dict())
+            )
+    own = whole_weights(model, d2ft.executor) if how == "fsdp2" else dict(model.named_parameters())
+    other, resumed, trainer = spread(1, **planned)
+    set_model_state_dict(other, weights, options=StateDictOptions(full_state_dict=True))
+    resumed.load_state_dict(state)
+    again = step(other, trainer, torch.optim.SGD(other.parameters(), lr=0.1), 3)
+    model, d2ft, _ = spread(0, compute_budget=0.7)
+    images, labels = micro_batch(0, rank, replicas)
+    images, labels = images.repeat(4, 1, 1, 1), labels.repeat(4)
+    chosen, _ = d2ft.choose(images, labels)
+    twin = selection_of(SamplesConfig(), tiny_vit(qkv_bias=False), 16, seed=0, replica=rank)
+    (alone,) = twin([(images, labels)], 0, len(chosen) / len(images))
+    told = [part.decode() for part in control.all_gather(" ".join(hashes).encode())]
+    return {
+        "difference": largest_difference(own, dict(plain.named_parameters())),
+        "plans": hashes,
+        "agreed": len(set(told)) == 1,
+        "resumed": abs(again - last),
+        "same draw": bool(torch.equal(chosen, alone[0])),
+    }
 
 
 def check_gathered_bytes(control: Control) -> dict[str, Any]:
@@ -310,7 +380,7 @@ def check_gathered_bytes(control: Control) -> dict[str, Any]:
     )
     found: dict[str, Any] = {"told": {}}
     for name, operations in plans.items():
-        engine.executor.load(SkipPlan(operations, control.world_size), control.rank)
+        engine.executor.activate(SkipPlan(operations, control.world_size), control.rank)
         with meter() as metered:
             engine.step([micro_batch(0, slot, SLOTS) for slot in range(SLOTS)])
         found[name] = metered.bytes_sent
@@ -355,7 +425,7 @@ def step_with_layout(control: Control, engine: Any, name: str, as_name: str, ste
     layout, planned = layout_of(control, name), layout_of(control, as_name)
     plan = plan_for(as_name, "same", step, planned.replicas)
     assert layout.replicas == planned.replicas
-    engine.executor.load(plan, layout.replica)
+    engine.executor.activate(plan, layout.replica)
     rows = [slot * layout.replicas + layout.replica for slot in range(SLOTS)]
     engine.step([micro_batch(step, row, plan.num_rows) for row in rows])
 
@@ -375,7 +445,7 @@ def check_sharded_checkpoint(control: Control, saved_by: str, loaded_by: str) ->
 
     def steps(model: Any, executor: Any, optimizer: Any, numbers: range) -> dict[str, torch.Tensor]:
         for step in numbers:
-            executor.load(plan_of("random", step, replicas), rank)
+            executor.activate(plan_of("random", step, replicas), rank)
             for slot in range(SLOTS):
                 images, labels = micro_batch(step, slot * replicas + rank, SLOTS * replicas)
                 with executor.micro_batch(slot):
@@ -418,7 +488,7 @@ def check_refusals(control: Control) -> dict[str, str]:
     ddp = DistributedDataParallel(model)
     d2ft_hpc.prepare(ddp, executor)
     one = plan_of("full", 0, control.world_size + 1)
-    found["replicas"] = message(PlanError, lambda: executor.load(one, 0))
+    found["replicas"] = message(PlanError, lambda: executor.activate(one, 0))
     model = tiny_vit()
     executor = attach(model)
     found["no model"] = message(ConfigError, lambda: d2ft_hpc.prepare(nn.Sequential(model), executor))
@@ -433,7 +503,7 @@ def check_refusals(control: Control) -> dict[str, str]:
             trainer = DistributedDataParallel(model)
         else:
             shard(model, init_device_mesh("cpu", (control.world_size,)))
-        executor.load(plan_of("random", 0, control.world_size), control.rank)
+        executor.activate(plan_of("random", 0, control.world_size), control.rank)
         with executor.micro_batch(0):
             images = micro_batch(0, 0, 2)[0]
             found[f"{how} not prepared"] = message(PlanError, partial(trainer, images))
@@ -461,6 +531,8 @@ DEFAULT = {
         "fp32 fsdp2 clipped adamw",
         "fp32 fsdp2 recompute adamw",
         "fp32 ddp complete paths",
+        "attach ddp last",
+        "attach fsdp2 every",
         "loop ddp last",
         "loop ddp last incomplete",
         "loop ddp whole blocks adamw",
@@ -541,6 +613,8 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
         }
         resumed = {"fsdp2 tp -> fsdp2 tp": {"saved_by": "fsdp2 tp", "resumed_by": "fsdp2 tp"}}
         named["sharded fsdp -> hsdp"] = partial(check_sharded_checkpoint, saved_by="fsdp", loaded_by="hsdp")
+    for how, sharing in (("ddp", "every"), ("ddp", "last"), ("fsdp2", "every")):
+        named[f"attach {how} {sharing}"] = partial(check_attached_loop, how=how, sharing=sharing)
     named |= {f"loop {name}": partial(check_user_loop, **options) for name, options in loops.items()}
     named |= {f"resume {name}": partial(check_resume, **options) for name, options in resumed.items()}
     return named

@@ -1,11 +1,10 @@
-"""D2FT in a Hugging Face Accelerate loop over FSDP2; `attach` before `prepare`, `d2ft_hpc.prepare` after it.
+"""D2FT in a Hugging Face Accelerate loop over FSDP2; `attach` before `prepare`.
 
 torchrun --nproc_per_node 2 tests/examples/accelerate_fsdp2.py
 """
 
 import gc
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 import d2ft_hpc
-from d2ft_hpc.planning import SkipPlan
 
 SLOTS = 2  # micro-batches of a rank in a batch
 plugin = FullyShardedDataParallelPlugin(
@@ -22,31 +20,24 @@ plugin = FullyShardedDataParallelPlugin(
 accelerator = Accelerator(fsdp_plugin=plugin, cpu=not torch.cuda.is_available())
 torch.manual_seed(0)
 model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10, depth=4)
-executor = d2ft_hpc.attach(model)
+d2ft = d2ft_hpc.attach(model, compute_budget=0.6, planner="joint", micro_batches=SLOTS)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 model, optimizer = accelerator.prepare(model, optimizer)
-d2ft_hpc.prepare(model, executor)
-
-# Any plan will do; each rank follows rows of its own. The second block is skipped by all: it is not even gathered.
-ranks = accelerator.num_processes
-operations = np.random.default_rng(0).integers(0, 3, (SLOTS * ranks, *executor.subnets.shape))
-operations[:, 1] = 0
-executor.load(SkipPlan(operations, ranks), replica=accelerator.process_index)
+accelerator.register_for_checkpointing(d2ft)  # its plan goes with save_state and load_state
 
 model.train()
 torch.manual_seed(accelerator.process_index)
 for _ in range(3):
-    for slot in range(SLOTS):
+    for _slot in range(SLOTS):
         images = torch.randn(8, 3, 32, 32, device=accelerator.device)
         labels = torch.randint(0, 10, (8,), device=accelerator.device)
-        with executor.micro_batch(slot):
-            loss = F.cross_entropy(model(images), labels) / SLOTS
-            accelerator.backward(loss)
+        loss = F.cross_entropy(model(images), labels) / SLOTS
+        accelerator.backward(loss)
     optimizer.step()
     optimizer.zero_grad()
     accelerator.print(f"loss {accelerator.reduce(loss.detach(), 'mean').item() * SLOTS:.4f}")
 # What holds the process group goes first: one that lives on leaves threads, under which the exit may abort.
 accelerator.free_memory()
-del model, optimizer, executor, loss
+del model, optimizer, d2ft, loss
 gc.collect()
 accelerator.end_training()

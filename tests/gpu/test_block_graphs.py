@@ -17,7 +17,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import d2ft_hpc
+from d2ft_hpc.engines.ddp import follow_ddp
+from d2ft_hpc.execution.block_graphs import GradientPlace
 from d2ft_hpc.execution.executor import PlanExecutor, attach
+from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.planning import Operation, SkipPlan
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
@@ -52,6 +55,7 @@ def trained(
     wrap: Wrap = lambda model, executor: model,
     autocast: bool = False,
     compile: bool = False,
+    keeps_gradients: bool = False,
     **options: object,
 ) -> tuple[list[float], dict[str, Tensor], PlanExecutor]:
     """Losses and weights after steps of unequal micro-batches under plans that change, the last step's smaller."""
@@ -65,7 +69,7 @@ def trained(
     for step in range(8):
         between(step, model, executor)
         if step in (2, 5):
-            executor.load(random_plan(step), 0)
+            executor.activate(random_plan(step), 0)
         for slot in range(SLOTS):
             images, labels = random_batch(10 * step + slot, 6 if step < 7 else 4)
             with executor.micro_batch(slot), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
@@ -74,7 +78,7 @@ def trained(
                 loss.backward()
             losses.append(float(loss))
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=not keeps_gradients)
     whole = {
         name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         for name, tensor in model.state_dict().items()
@@ -157,6 +161,18 @@ def wrap_ddp(model: VisionTransformer, executor: PlanExecutor) -> nn.Module:
     return ddp
 
 
+def wrap_ddp_in_buckets(model: VisionTransformer, executor: PlanExecutor) -> nn.Module:
+    """As the DDP engine does, whose gradients the graphs add to where they are."""
+    ddp = DistributedDataParallel(model, device_ids=[0], gradient_as_bucket_view=True)
+    follow_ddp(ddp, executor, gradient_place=GradientPlace.OF_ENGINE)
+    return ddp
+
+
+def own_places(model: VisionTransformer, executor: PlanExecutor) -> nn.Module:
+    executor.follow(None, Reduction.AFTER_BACKWARD, gradient_place=GradientPlace.OWN)
+    return model
+
+
 def wrap_fsdp(model: VisionTransformer, executor: PlanExecutor) -> nn.Module:
     for block in model.blocks:
         fully_shard(block)
@@ -165,9 +181,12 @@ def wrap_fsdp(model: VisionTransformer, executor: PlanExecutor) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("wrap", [wrap_ddp, wrap_fsdp], ids=["ddp", "fsdp2"])
-def test_engines_with_hooks(wrap: Wrap, one_rank: None) -> None:
-    assert_same(trained(True, wrap=wrap), trained(False, wrap=wrap))
+@pytest.mark.parametrize("keeps", [False, True], ids=["cleared", "kept"])
+@pytest.mark.parametrize("wrap", [wrap_ddp, wrap_ddp_in_buckets, own_places, wrap_fsdp])
+def test_engines_with_hooks(wrap: Wrap, keeps: bool, one_rank: None) -> None:
+    """keeps: gradients are set to zero after a step, not to None."""
+    eager = trained(False, wrap=wrap, keeps_gradients=keeps)
+    assert_same(trained(True, wrap=wrap, keeps_gradients=keeps), eager)
 
 
 def test_a_gradient_is_no_buffer_of_a_graph() -> None:
@@ -182,6 +201,29 @@ def test_a_gradient_is_no_buffer_of_a_graph() -> None:
     model(random_batch(1)[0].cuda()).square().mean().backward()
     for name, gradient in first.items():
         assert torch.equal(gradient, kept[name]), name
+
+
+def gradients_with_a_loss_between_blocks(graphs: bool, autocast: bool) -> dict[str, Tensor]:
+    model = tiny_vit().cuda()
+    executor = attach(model, cuda_graphs=graphs)
+    executor.load(random_plan(2), 0)
+    between: list[Tensor] = []
+    model.blocks[1].register_forward_hook(lambda block, inputs, output: between.append(output))
+    model.train()
+    for slot in range(SLOTS):
+        with executor.micro_batch(slot), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            logits = model(random_batch(slot)[0].cuda())
+            (logits.square().mean() + between.pop().float().sin().sum()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_what_is_added_to_a_gradient_between_blocks_counts(autocast: bool) -> None:
+    """Also in the sums that a block leaves for the one below."""
+    eager, graphs = (gradients_with_a_loss_between_blocks(on, autocast) for on in (False, True))
+    for name, gradient in eager.items():
+        tolerance = (1e-2 if autocast else 1e-4) * float(gradient.abs().max())
+        torch.testing.assert_close(graphs[name], gradient, rtol=0, atol=tolerance, msg=name)
 
 
 def test_a_second_backward_is_refused() -> None:

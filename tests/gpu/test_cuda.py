@@ -38,7 +38,7 @@ def test_gradients_equal_reference_on_the_gpu(seed: int) -> None:
     model = copy.deepcopy(reference)
     images, labels = (tensor.cuda() for tensor in random_batch(seed))
     executor = attach(model, embeddings="trained")
-    executor.load(SkipPlan(row[None], replicas=1), 0)
+    executor.activate(SkipPlan(row[None], replicas=1), 0)
     with executor.micro_batch(0):
         F.cross_entropy(model(images), labels).backward()
     F.cross_entropy(reference_forward(reference, images, row), labels).backward()
@@ -58,7 +58,7 @@ def test_an_fp16_overflow_drops_the_same_updates_as_without_us() -> None:
         wrapper = deepspeed_engine(model, "sgd", 1, precision="fp16", fp16=fp16)
         engine, rates = wrapper.engine, []
         if ours:
-            wrapper.executor.load(SkipPlan.dense(2, 1, DEPTH, HEADS), 0)
+            wrapper.executor.activate(SkipPlan.dense(2, 1, DEPTH, HEADS), 0)
         for step in range(20):
             batch = [tuple(tensor.cuda() for tensor in random_batch(2 * step + slot, 4)) for slot in range(2)]
             if ours:
@@ -81,7 +81,7 @@ def test_counted_flops_are_the_plans_on_the_gpu() -> None:
     executor = attach(model)
     costs = measure_costs(model, executor, (3, 16, 16))
     row = np.random.default_rng(0).integers(0, 3, (1, DEPTH, HEADS)).astype(np.uint8)
-    executor.load(SkipPlan(row, replicas=1), 0)
+    executor.activate(SkipPlan(row, replicas=1), 0)
     images, labels = (tensor.cuda() for tensor in random_batch(0))
     with executor.micro_batch(0), meter() as metered:
         F.cross_entropy(model(images), labels).backward()

@@ -58,7 +58,7 @@ def trained(
         batch = [random_batch(10 * step + slot, size) for slot, size in enumerate(sizes)]
         on_gpu = [(images.cuda(), labels.cuda()) for images, labels in batch]
         if plans:
-            executor.load(plans[step // 2], 0)
+            executor.activate(plans[step // 2], 0)
         if step == 0:
             with meter() as metered:
                 losses.append(float(engine.step(on_gpu).loss))

@@ -46,7 +46,7 @@ def trained(cuda_graphs: bool, recompute: bool = False) -> tuple[list[float], li
     losses = []
     for step in range(6):
         if step in (0, 3):
-            executor.load(static_plan(step), 0)
+            executor.activate(static_plan(step), 0)
         batch = [tuple(each.cuda() for each in random_batch(10 * step + slot)) for slot in range(2)]
         losses.append(float(engine.step(batch).loss))
     graphs = 0 if engine._graphs is None else sum(len(each._captures) for each in engine._graphs.values())
@@ -73,7 +73,7 @@ def test_recomputed_blocks_train_the_same() -> None:
 def test_nothing_waits_for_the_gpu() -> None:
     model = tiny_vit().cuda()
     executor = attach(model)
-    executor.load(static_plan(0), 0)
+    executor.activate(static_plan(0), 0)
     images, labels = (each.cuda() for each in random_batch(0))
     for check in (False, True):
         torch.cuda.set_sync_debug_mode("error" if check else "default")

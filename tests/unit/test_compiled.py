@@ -16,7 +16,7 @@ from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.execution.executor import MOST_SHAPES, attach
 from d2ft_hpc.execution.gradients import Reduction
-from d2ft_hpc.model.any_size import of_any_size
+from d2ft_hpc.families.table import family_of
 from d2ft_hpc.planning import SkipPlan
 from tests.models import HEADS, random_batch, tiny_vit
 from tests.reference import FORWARD_ONLY, FULL, SHORTCUT
@@ -63,7 +63,7 @@ def engine_of(compile: bool) -> PlainEngine:
 
 def train(engine: PlainEngine, plan: SkipPlan, samples: int = 6) -> float:
     """One step on micro-batches of so many samples; its loss."""
-    engine.executor.load(plan, 0)
+    engine.executor.activate(plan, 0)
     return float(engine.step([random_batch(slot, samples) for slot in range(plan.slots)]).loss)
 
 
@@ -100,7 +100,9 @@ def test_other_resolutions_run_beside_compiled_embeddings(graphs: list[Any]) -> 
     half = images[..., ::2, ::2]
     for model in (vit, plain):
         model.eval()
-    torch.testing.assert_close(of_any_size(vit)(half), of_any_size(plain)(half))
+    torch.testing.assert_close(
+        family_of(vit).of_any_size(vit)(half), family_of(plain).of_any_size(plain)(half)
+    )
 
 
 def mixed_rows() -> np.ndarray:
@@ -131,8 +133,8 @@ def test_as_many_kernels_are_made_as_were_counted(
 ) -> None:
     vit = tiny_vit(depth=DEPTH, **model)
     executor = attach(vit, compile=True, **options)
-    executor.follow(None, reduction)
-    executor.load(SkipPlan(mixed_rows(), replicas=1), 0)
+    executor.bind(None, reduction)
+    executor.activate(SkipPlan(mixed_rows(), replicas=1), 0)
     for _ in range(2):
         for slot in range(2):
             images, labels = random_batch(slot)
@@ -158,7 +160,7 @@ def test_a_users_own_compiled_model_has_kernels_for_every_micro_batch() -> None:
         return graph.forward
 
     compiled = torch.compile(model, backend=keep)
-    executor.load(SkipPlan(rows, replicas=1), 0)
+    executor.activate(SkipPlan(rows, replicas=1), 0)
     for slot in range(len(rows)):
         made = len(graphs)
         with executor.micro_batch(slot):

@@ -48,17 +48,33 @@ def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
         ("plan.compute_budget=1.5", ["plan.compute_budget=1.5", "less than or equal to 1"]),
         ("data.slots=1.5", ["data.slots=1.5", "integer"]),
         ("train.epochs=many", ["train.epochs='many'", "integer"]),
+        ("plan.planner=greedy", ["plan.planner='greedy'", "'joint'"]),
         ("plan.planner=magic", ["plan.planner='magic'", "'joint'"]),
+        (
+            "plan.options.full_share=0.5",
+            ["plan.options={'full_share': 0.5}", "joint has no option full_share"],
+        ),
+        ("plan.options.most_shortcut=2", ["plan.options.most_shortcut=2", "less than or equal to 1"]),
+        (
+            "plan.most_shortcut=0",
+            ["plan.most_shortcut: unknown key", "did you mean plan.options.most_shortcut?"],
+        ),
+        (
+            "plan.forward_score=fischer",
+            ["plan.forward_score='fischer'", "'fisher', 'gradient_magnitude', 'taylor' or"],
+        ),
+        ("plan.options=3", ["plan.options=3", "section of options"]),
         ("run.name=a/b", ["run.name='a/b'"]),
         ("data.evaluate_on=validation", ["there are no validation images", "data.validation_fraction"]),
         ("data.timm={re_prob: 0.1}", ["data.timm: not read with data.augment=auto"]),
         ("plan.warmup_share=0.3", ["plan.warmup_share=0.3", "set plan.replan.every"]),
-        ("optimizer.few_full_exponent=0.5", ["optimizer.few_full_exponent=0.5", "engine.name=plain"]),
+        ("optimizer.few_full_exponent=0.5", ["optimizer.few_full_exponent: unknown key"]),
+        ("engine.repeat_out_of_memory=true", ["engine.repeat_out_of_memory: unknown key"]),
         ("engine.precision=fp8", ["engine.precision='fp8'", "'bf16'"]),
         ("no_value", ["'no_value'", "key=value"]),
         ("data.mixup_alpha=1e-300", ["data.mixup_alpha=1e-300", "at least 0.001"]),
         ("data.workers=100000", ["data.workers=100000", "1024"]),
-        ("run.name=..", ["run.name='..'", "pattern"]),
+        ("run.name=..", ["run.name='..'", "use letters, digits, _, - and . alone"]),
         ("run.name=.hidden", ["run.name='.hidden'"]),
         ("run.name=", ["run.name=''"]),
         ("run.folder=", ["run.folder=''"]),
@@ -193,7 +209,7 @@ def test_every_field_is_documented_or_says_it_all() -> None:
     assert set(undocumented) <= {
         "run.seed", "data.name", "optimizer.name", "optimizer.learning_rate", "optimizer.weight_decay",
         "optimizer.schedule", "optimizer.warmup_steps", "train.epochs", "train.evaluate_every_epochs",
-        "plan.planner", "plan.backward_score", "plan.samples", "plan.replan", "engine.name", "engine.precision",
+        "plan.replan", "engine.precision",
     }  # fmt: skip
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from d2ft_hpc.config import EngineConfig, load_config
 from d2ft_hpc.engines.deepspeed import deepspeed_config
+from d2ft_hpc.engines.kinds.table import ENGINES
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.user_loop.section import split
@@ -80,6 +84,43 @@ def test_refused(overrides: list[str], words: list[str]) -> None:
     with pytest.raises(ConfigError) as raised:
         load_config(CONFIGS / "demo.yaml", overrides)
     assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+def test_every_engine_says_what_it_runs() -> None:
+    """Each of what one of them cannot run is refused by some and taken by others, before torch is imported."""
+    described = str(EngineConfig.model_fields["name"].description)
+    asked = {
+        "fp16": "engine.precision=fp16",
+        "pipeline": "engine.pipeline_stages=2",
+        "heads": "engine.tensor_parallel=2",
+        "samples": "plan.planner=samples",
+        "deepspeed": "engine.deepspeed={zero_optimization: {stage: 1}}",
+    }
+    runs: dict[str, set[str]] = {}
+    for name, kind in ENGINES.items():
+        assert kind.about in described
+        for what, override in asked.items():
+            with suppress(ConfigError):
+                load_config(CONFIGS / "demo.yaml", [f"engine.name={name}", override])
+                runs.setdefault(name, set()).add(what)
+    assert runs == {
+        "deepspeed": set(asked),
+        "ddp": {"samples"},
+        "fsdp2": {"heads"},
+        "plain": {"samples"},
+    }
+    with pytest.raises(
+        ConfigError, match=r"engine\.name='horovod': input should be 'deepspeed', 'ddp', 'fsdp2' or"
+    ):
+        load_config(CONFIGS / "demo.yaml", ["engine.name=horovod"])
+
+
+def test_a_configuration_is_checked_without_torch() -> None:
+    code = (
+        "import sys; from d2ft_hpc.config import load_config; from pathlib import Path;"
+        f"load_config(Path({str(CONFIGS / 'demo.yaml')!r})); print('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_deepspeeds_older_way_to_say_stage_1_is_read_as_deepspeed_reads_it() -> None:

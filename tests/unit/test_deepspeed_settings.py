@@ -11,7 +11,6 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 import d2ft_hpc
 from d2ft_hpc.config import load_config
-from d2ft_hpc.engines.build import deepspeed_settings
 from d2ft_hpc.engines.deepspeed_settings import check_settings
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.user_loop.section import split
@@ -151,7 +150,7 @@ def test_train_names_the_key_in_the_runs_configuration() -> None:
     with pytest.raises(
         ConfigError, match=r"engine\.deepspeed\.zero_optimisation: .*engine\.deepspeed\.zero_optimization\?"
     ):
-        deepspeed_settings(config)
+        config.engine.kind.prepare(config)
 
 
 def test_keys_that_are_there_twice_or_files_that_are_none_are_told(tmp_path: Path) -> None:

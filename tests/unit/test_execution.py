@@ -35,6 +35,7 @@ VARIANTS = {
         "class_token": False,
     },
     "pre-norm, fc_norm": {"pre_norm": True, "fc_norm": True},
+    "unequal shares of hidden units": {"mlp_ratio": 4.1},
 }
 
 
@@ -70,7 +71,7 @@ def loss_and_gradients(model, forward, images, labels):
 
 def planned(model: VisionTransformer, row: np.ndarray, **options):
     executor = attach(model, embeddings="trained", **options)
-    executor.load(SkipPlan(row[None], replicas=1), replica=0)
+    executor.activate(SkipPlan(row[None], replicas=1), replica=0)
     return executor
 
 
@@ -184,7 +185,7 @@ def test_micro_batches_follow_their_own_rows_with_activation_checkpointing() -> 
     model = copy.deepcopy(reference)
     model.set_grad_checkpointing()
     executor = attach(model, embeddings="trained")
-    executor.load(SkipPlan(rows, replicas=1), replica=0)
+    executor.activate(SkipPlan(rows, replicas=1), replica=0)
     for slot, row in enumerate(rows):
         images, labels = random_batch(slot)
         with executor.micro_batch(slot):
@@ -202,7 +203,7 @@ def test_autocast_inside_one_context_keeps_gradients() -> None:
     rows = np.array([[[FORWARD_ONLY] * HEADS] * DEPTH, [[FULL, FULL, SHORTCUT]] * DEPTH], np.uint8)
     model = tiny_vit()
     executor = attach(model)
-    executor.load(SkipPlan(rows, replicas=1), replica=0)
+    executor.activate(SkipPlan(rows, replicas=1), replica=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for slot in range(2):
             images, labels = random_batch(slot)
@@ -219,7 +220,7 @@ def test_embedding_policies(policy: str) -> None:
     rows[0, 2, 1] = FORWARD_ONLY
     model = tiny_vit()
     executor = attach(model, embeddings=policy)  # type: ignore[arg-type]
-    executor.load(SkipPlan(rows, replicas=1), replica=0)
+    executor.activate(SkipPlan(rows, replicas=1), replica=0)
     trained = []
     for slot in range(2):
         model.zero_grad(set_to_none=True)
@@ -270,8 +271,8 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 def test_copies_are_plain_dense_models(way: str, compiled: bool) -> None:
     model = tiny_vit()
     executor = attach(model, compile=compiled)
-    executor.follow(None, Reduction.EVERY_MICRO_BATCH, check=lambda plan: None)
-    executor.load(SkipPlan(np.zeros((1, DEPTH, HEADS), np.uint8), replicas=1), 0)
+    executor.bind(None, Reduction.EVERY_MICRO_BATCH, check=lambda plan: None)
+    executor.activate(SkipPlan(np.zeros((1, DEPTH, HEADS), np.uint8), replicas=1), 0)
     copied = COPIES[way](model)
     dense = tiny_vit()
     images, _ = random_batch(0)
@@ -320,15 +321,18 @@ def test_parameters_may_be_replaced_after_attaching(
             img_size=16, patch_size=4, embed_dim=48, depth=DEPTH, num_heads=HEADS, num_classes=10
         )
     executor = attach(model)
-    executor.follow(None, Reduction.EVERY_MICRO_BATCH)  # through stand-ins of the parameters
-    steps = [lambda: fill(model, reference.state_dict()), lambda: executor.load(SkipPlan(rows[None], 1), 0)]
+    executor.bind(None, Reduction.EVERY_MICRO_BATCH)  # through stand-ins of the parameters
+    steps = [
+        lambda: fill(model, reference.state_dict()),
+        lambda: executor.activate(SkipPlan(rows[None], 1), 0),
+    ]
     for step in reversed(steps) if load_first else steps:
         step()
     images, labels = random_batch(0)
     with executor.micro_batch(0):
         loss, gradients = loss_and_gradients(model, model, images, labels)
     plain = attach(reference)
-    plain.load(SkipPlan(rows[None], 1), 0)
+    plain.activate(SkipPlan(rows[None], 1), 0)
     with plain.micro_batch(0):
         expected, of_plain = loss_and_gradients(reference, reference, images, labels)
     assert torch.equal(loss, expected)
@@ -349,7 +353,7 @@ def test_a_model_by_itself_is_prepared_like_one_of_many_ranks(capsys: pytest.Cap
         executor = attach(each)
         if each is model:
             d2ft_hpc.prepare(model, executor)
-        executor.load(SkipPlan(row[None], replicas=1), 0)
+        executor.activate(SkipPlan(row[None], replicas=1), 0)
         with executor.micro_batch(0):
             found.append(loss_and_gradients(each, each, images, labels)[0])
     assert torch.equal(*found)
@@ -371,7 +375,7 @@ def test_what_no_micro_batch_ran_takes_a_step_with_a_zero_gradient(name: str) ->
     optimizers[0].step()  # before any gradient, as to begin a schedule: nothing
     for plan in (None, SkipPlan(rows, replicas=1)):
         if plan is not None:
-            executor.load(plan, 0)
+            executor.activate(plan, 0)
         images, labels = random_batch(0)
         with executor.micro_batch(0):
             F.cross_entropy(model(images), labels).backward()
@@ -416,12 +420,12 @@ def test_misuse_is_refused() -> None:
     with pytest.raises(PlanError, match="no row"), executor.micro_batch(1):
         pass
     with pytest.raises(PlanError, match="4 x 3"):
-        executor.load(SkipPlan.dense(1, 1, DEPTH, HEADS + 1), replica=0)
+        executor.activate(SkipPlan.dense(1, 1, DEPTH, HEADS + 1), replica=0)
     with pytest.raises(PlanError, match="no replica 1"):
-        executor.load(SkipPlan.dense(1, 1, DEPTH, HEADS), replica=1)
+        executor.activate(SkipPlan.dense(1, 1, DEPTH, HEADS), replica=1)
     with pytest.raises(PlanError, match="already"):
         attach(model)
-    executor.unload()
+    executor.deactivate()
     assert model(images).requires_grad
 
 
@@ -434,7 +438,7 @@ def test_rescaled_blocks_add_as_much_over_a_batch_as_dense_ones() -> None:
     reference = tiny_vit()
     model = copy.deepcopy(reference)
     executor = attach(model, embeddings="trained", rescale=True)
-    executor.load(SkipPlan(rows, replicas=1), replica=0)
+    executor.activate(SkipPlan(rows, replicas=1), replica=0)
     for slot, row in enumerate(rows):
         images, labels = random_batch(slot)
         with executor.micro_batch(slot):
@@ -454,6 +458,6 @@ def test_a_dense_plan_is_not_rescaled() -> None:
     model, images = tiny_vit(), random_batch(0)[0]
     dense = model.train()(images)
     executor = attach(model, rescale=True)
-    executor.load(SkipPlan.dense(1, 1, DEPTH, HEADS), replica=0)
+    executor.activate(SkipPlan.dense(1, 1, DEPTH, HEADS), replica=0)
     with executor.micro_batch(0):
         assert torch.equal(model(images), dense)

@@ -17,9 +17,9 @@ import pytest
 from d2ft_hpc.errors import CheckpointError
 from d2ft_hpc.files import atomic, hdf5
 from d2ft_hpc.files.untrusted import RefusedError, read_bytes, read_json
+from d2ft_hpc.lifecycle.costs import PlanCosts
 from d2ft_hpc.model.weights import find_weights
 from d2ft_hpc.parallel.layout import Layout, Placement
-from d2ft_hpc.training.plan_costs import PlanCosts
 
 
 def test_an_interrupted_write_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:

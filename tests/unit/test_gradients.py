@@ -30,8 +30,8 @@ def rows() -> Iterator[np.ndarray]:
 def order_of_gradients(model: VisionTransformer, row: np.ndarray, **options: str) -> list[str]:
     """Names of the trained parameters in the order in which their gradients come, beside a replica that skips all."""
     executor = attach(model, **options)
-    executor.follow(None, Reduction.EVERY_MICRO_BATCH)
-    executor.load(SkipPlan(np.stack([row, np.zeros_like(row)]), replicas=2), 0)
+    executor.bind(None, Reduction.EVERY_MICRO_BATCH)
+    executor.activate(SkipPlan(np.stack([row, np.zeros_like(row)]), replicas=2), 0)
     order: list[str] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -73,8 +73,8 @@ def test_gradients_are_those_of_the_row_and_zero_elsewhere(index: int) -> None:
 def test_blocks_that_all_replicas_run_densely_are_left_alone() -> None:
     model = tiny_vit()
     executor = attach(model)
-    executor.follow(None, Reduction.EVERY_MICRO_BATCH)
-    executor.load(SkipPlan.dense(1, 2, DEPTH, HEADS), 0)
+    executor.bind(None, Reduction.EVERY_MICRO_BATCH)
+    executor.activate(SkipPlan.dense(1, 2, DEPTH, HEADS), 0)
     seen = []
     model.blocks[1].attn.register_forward_pre_hook(
         lambda attn, _: seen.append(isinstance(attn.qkv.weight, torch.nn.Parameter))

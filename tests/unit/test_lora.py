@@ -15,7 +15,7 @@ from d2ft_hpc.errors import ConfigError, UnsupportedModelError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.model.lora import add_lora, save_adapter, timm_state
-from d2ft_hpc.model.subnets import LINEAR_LAYERS, ParameterClass, SubnetMap
+from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.scores import fisher_information, weight_magnitude
 from d2ft_hpc.scores.observe import GradientObserver
@@ -24,6 +24,7 @@ from tests.reference import reference_forward
 
 pytest.importorskip("peft")
 ALL = ("qkv", "proj", "fc1", "fc2")
+LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 def adapted(layers: tuple[str, ...] = ALL, seed: int = 0) -> VisionTransformer:
@@ -42,7 +43,7 @@ def merged_twin(model: VisionTransformer, scale: float = 3 / 2) -> VisionTransfo
     twin = tiny_vit()
     twin.requires_grad_(False)
     for block, of_twin in zip(model.blocks, twin.blocks, strict=True):
-        for name in LINEAR_LAYERS:
+        for name in LAYERS:
             layer, plain = block.get_submodule(name), of_twin.get_submodule(name)
             if hasattr(layer, "lora_A"):
                 product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
@@ -60,7 +61,7 @@ def test_a_plan_runs_adapted_heads_as_merged_weights_would(layers: tuple[str, ..
     images, labels = random_batch(0)
     for _ in range(6):
         operations = rng.integers(0, 3, (1, DEPTH, HEADS)).astype(np.uint8)
-        executor.load(SkipPlan(operations, 1), 0)
+        executor.activate(SkipPlan(operations, 1), 0)
         with executor.micro_batch(0):
             loss = F.cross_entropy(model.train()(images), labels)
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
@@ -88,7 +89,7 @@ def test_what_trains_and_what_heads_own() -> None:
     }
     assert own == {
         f"{layer}.lora_{half}.default.weight": (half == "B") == (layer in ("attn.qkv", "mlp.fc1"))
-        for layer in LINEAR_LAYERS
+        for layer in LAYERS
         for half in "AB"
     }
     assert subnets.classify("blocks.0.attn.qkv.base_layer.weight") is ParameterClass.SUBNET
@@ -146,7 +147,7 @@ def test_frozen_weights_cost_no_gradients_of_their_own() -> None:
     plain, model = tiny_vit(), adapted()
     of_plain, of_lora = (measure_costs(each, attach(each), (3, 16, 16)) for each in (plain, model))
     tokens, rank = 17, 2
-    layers = [plain.blocks[0].get_submodule(name) for name in LINEAR_LAYERS]
+    layers = [plain.blocks[0].get_submodule(name) for name in LAYERS]
     products = sum(2 * tokens * layer.in_features * layer.out_features for layer in layers)
     factors = sum(2 * tokens * rank * (layer.in_features + layer.out_features) for layer in layers)
     # The first layer above the frozen embeddings needs no gradient of its input, nor does its factor A.
@@ -176,7 +177,7 @@ def test_pefts_own_model_trains_under_a_plan_and_its_files_load_in_peft(
     scale = 6 / (4**0.5 if rslora else 4)
     for _ in range(3):
         operations = rng.integers(0, 3, (1, DEPTH, HEADS)).astype(np.uint8)
-        executor.load(SkipPlan(operations, 1), 0)
+        executor.activate(SkipPlan(operations, 1), 0)
         merged = merged_twin(wrapped.get_base_model(), scale)
         merged.head.load_state_dict(wrapped.get_base_model().head.modules_to_save["default"].state_dict())
         with executor.micro_batch(0):
@@ -222,7 +223,7 @@ def test_factors_in_float32_beside_weights_in_bfloat16() -> None:
     expected = model.train()(images.bfloat16())
     executor = attach(model)
     operations = np.ones((1, DEPTH, HEADS), np.uint8)
-    executor.load(SkipPlan(operations, 1), 0)
+    executor.activate(SkipPlan(operations, 1), 0)
     with executor.micro_batch(0):
         torch.testing.assert_close(model(images.bfloat16()), expected, rtol=0.1, atol=0.1)
 
@@ -230,7 +231,7 @@ def test_factors_in_float32_beside_weights_in_bfloat16() -> None:
 def test_disabled_and_merged_factors_count_as_in_peft() -> None:
     model = adapted()
     executor = attach(model)
-    executor.load(SkipPlan(np.ones((1, DEPTH, HEADS), np.uint8), 1), 0)
+    executor.activate(SkipPlan(np.ones((1, DEPTH, HEADS), np.uint8), 1), 0)
     images, _ = random_batch(0)
     layers = [module for module in model.modules() if hasattr(module, "lora_A")]
 

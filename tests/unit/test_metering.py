@@ -15,15 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.lifecycle import solve_plan
+from d2ft_hpc.lifecycle.costs import relative_speeds
 from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds, measure_all_reduce
 from d2ft_hpc.metering.kept import measure_kept
 from d2ft_hpc.metering.profile import profile_passes
 from d2ft_hpc.planning.plan import SkipPlan
 from d2ft_hpc.scores import Scores
-from d2ft_hpc.training.plan_costs import relative_speeds
-from d2ft_hpc.training.plans import solve_slots
-from tests.models import DEPTH, HEADS, random_batch, tiny_vit
+from tests.models import DEPTH, HEADS, context_of, random_batch, tiny_vit
 
 TOKENS, WIDTH, HEAD_DIM, UNITS = 17, 48, 16, 64
 
@@ -49,7 +49,7 @@ def test_a_step_executes_what_the_plan_promises(embeddings: str) -> None:
     rows = np.random.default_rng(1).integers(0, 3, (3, DEPTH, HEADS)).astype(np.uint8)
     rows[:, 0, 0] = 2
     plan = SkipPlan(rows, replicas=1)
-    executor.load(plan, replica=0)
+    executor.activate(plan, replica=0)
     with meter() as metered:
         for slot in range(3):
             images, labels = random_batch(slot)
@@ -89,24 +89,12 @@ def test_a_plan_of_a_partly_frozen_model_keeps_its_budget_of_that_model(kind: st
     assert np.flatnonzero(~costs.trains).tolist() == of_frozen
     scores = np.random.default_rng(0).uniform(0.1, 1, (slots, DEPTH, HEADS)).astype(np.float32)
     scores[:, of_frozen] = 0  # as where no gradient comes
-    plan = solve_slots(
-        PlanConfig(planner="joint", compute_budget=0.6),
-        Scores(scores, scores, seconds=0.0),
-        slots=slots,
-        replicas=1,
-        subnets=(DEPTH, HEADS),
-        forward_cost=costs.forward_share,
-        always_share=costs.always_share,
-        trains=costs.trains,
-        device_speed=None,
-        replicas_meet=False,
-        seed=(0, 0),
-        same_rows=False,
-    )
+    context = context_of(PlanConfig(planner="joint", compute_budget=0.6), costs, slots=slots)
+    plan = solve_plan(context, Scores(scores, scores, seconds=0.0), 0, 0)
     assert (plan.operations[:, of_frozen] == 2).all()
 
     def executed(of: SkipPlan) -> int:
-        executor.load(of, replica=0)
+        executor.activate(of, replica=0)
         with meter() as metered:
             for slot in range(slots):
                 images, labels = random_batch(slot)
@@ -126,20 +114,7 @@ def test_a_model_with_frozen_blocks_alone_has_nothing_to_plan() -> None:
     costs = measure_costs(model, attach(model), (3, 16, 16))
     assert costs.always_share == 1
     with pytest.raises(PlanError, match=r"every block is frozen.*plan\.planner=dense"):
-        solve_slots(
-            PlanConfig(planner="joint", compute_budget=0.6),
-            None,
-            slots=2,
-            replicas=1,
-            subnets=(DEPTH, HEADS),
-            forward_cost=costs.forward_share,
-            always_share=costs.always_share,
-            trains=costs.trains,
-            device_speed=None,
-            replicas_meet=False,
-            seed=(0, 0),
-            same_rows=False,
-        )
+        solve_plan(context_of(PlanConfig(planner="joint", compute_budget=0.6), costs, slots=2), None, 0, 0)
 
 
 @pytest.mark.parametrize("inference", [False, True])

@@ -148,7 +148,7 @@ def test_what_cannot_be_packed(folder: Path, packed: Path, tmp_path: Path) -> No
     refused("exists and is not overwritten", output=packed)
     refused(r"image 1 of train has .*choose --size", encoding="pixels")
     refused("--size changes the images", encoding="original", size=8)
-    refused("cannot be written", output=tmp_path / "absent" / "no.h5")
+    refused("there is no folder .*absent; make it", output=tmp_path / "absent" / "no.h5")
     np.savez(tmp_path / "float.npz", x_train=np.zeros((2, 4, 4, 3)), y_train=np.zeros(2, int))
     refused(
         r"float\.npz: images are float64.*pixels must be uint8", name="arrays", root=tmp_path / "float.npz"

@@ -50,7 +50,7 @@ def test_blocks_cut_by_head_join_to_the_same_block(options: dict[str, object]) -
     parts = [tiny_vit(**options) for _ in range(2)]
     for rank, part in enumerate(parts):
         for index, block in enumerate(part.blocks):
-            cut_block(block, subnets.head_axes, heads_of(owner, index, rank))
+            cut_block(block, subnets, heads_of(owner, index, rank))
             assert block.attn.num_heads == (owner[index] == rank).sum()
     for index, block in enumerate(whole.blocks):
         own = [dict(part.blocks[index].named_parameters()) for part in parts]
@@ -73,7 +73,7 @@ def test_a_ranks_part_of_whole_tensors_is_what_it_holds() -> None:
         placement = Placement(Layout.of(2, rank, tensor_ranks=2), [range(DEPTH)], owner)
         own, cut = part_of(state, names, subnets, placement), tiny_vit(qk_norm=True)
         for index, block in enumerate(cut.blocks):
-            cut_block(block, subnets.head_axes, heads_of(owner, index, rank))
+            cut_block(block, subnets, heads_of(owner, index, rank))
         expected = dict(cut.named_parameters())
         assert all(torch.equal(own[name], expected[name]) for name in names)
         parts.append(own)
@@ -112,7 +112,7 @@ def test_parts_of_a_model_compute_what_it_does() -> None:
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     images, labels = random_batch(0)
     operations = np.random.default_rng(0).integers(0, 3, (2, DEPTH, HEADS)).astype(np.uint8)
-    executor.load(SkipPlan(operations, 1), 0)
+    executor.activate(SkipPlan(operations, 1), 0)
     for part in parts:
         part.grad_checkpointing = True
     with executor.micro_batch(1):

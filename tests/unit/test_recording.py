@@ -18,11 +18,11 @@ from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.metering import StepCosts, phases
 from d2ft_hpc.metering.profile import PassProfile, profile_passes
-from d2ft_hpc.training.board import Board
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.progress import Progress
 from d2ft_hpc.training.records import StepRecord, StepRecorder
 from d2ft_hpc.training.steps import _bytes_by_kind
+from d2ft_hpc.training.tensorboard import TensorBoard
 from tests.models import DEPTH, HEADS, tiny_vit
 
 CPU = torch.device("cpu")
@@ -200,15 +200,15 @@ def test_what_was_recorded_before_a_fault_is_kept(tmp_path: Path) -> None:
 def test_tensorboard_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match="pip install"):
-        Board(tmp_path)
+        TensorBoard(tmp_path)
 
 
 def test_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    board = Board(tmp_path / "tensorboard")
+    board = TensorBoard(tmp_path / "tensorboard")
     with (
         results.ResultsWriter(tmp_path / "results.h5") as writer,
-        StepRecorder(SoloControl(), writer, board=board) as recorder,
+        StepRecorder(SoloControl(), writer, tensorboard=board) as recorder,
     ):
         for step in range(3):
             recorder.add(record(step))

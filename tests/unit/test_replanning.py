@@ -10,10 +10,13 @@ import pytest
 from d2ft_hpc.config import EngineConfig, PlanConfig, ReplanConfig
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.launch.control import SoloControl
+from d2ft_hpc.lifecycle import solve_plan
+from d2ft_hpc.lifecycle.background import BackgroundSolver
+from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.planning import Operation, SkipPlan
 from d2ft_hpc.scores import Scores
-from d2ft_hpc.training.plans import is_due, meets_every_block, solve_slots
-from d2ft_hpc.training.replanning import Replanner
+from d2ft_hpc.training.plans import is_due, meets_every_block
+from tests.models import context_of
 
 
 @pytest.mark.parametrize(
@@ -46,23 +49,23 @@ def a_plan(value: int) -> SkipPlan:
 
 
 def test_a_plan_comes_into_force_at_the_boundary_after_it_is_solved() -> None:
-    replanner, may_end = Replanner(SoloControl()), threading.Event()
+    solver, may_end = BackgroundSolver(SoloControl()), threading.Event()
 
     def solve() -> SkipPlan:
         assert may_end.wait(10)
         return a_plan(1)
 
-    assert replanner.at_boundary() is None
-    assert replanner.start(solve)
-    assert replanner.at_boundary() is None
-    assert not replanner.start(lambda: a_plan(2))  # the late plan is used later, and no other begun
+    assert solver.at_boundary() is None
+    assert solver.start(solve)
+    assert solver.at_boundary() is None
+    assert not solver.start(lambda: a_plan(2))  # the late plan is used later, and no other begun
     may_end.set()
-    made = replanner.at_boundary(wait=True)
+    made = solver.at_boundary(wait=True)
     assert made is not None
     assert made.plan == a_plan(1)
-    assert replanner.at_boundary() is None
-    assert replanner.start(lambda: a_plan(2))
-    made = replanner.at_boundary(wait=True)
+    assert solver.at_boundary() is None
+    assert solver.start(lambda: a_plan(2))
+    made = solver.at_boundary(wait=True)
     assert made is not None
     assert made.plan == a_plan(2)
 
@@ -74,33 +77,25 @@ def test_an_impossible_budget_leaves_the_old_plan_and_a_bug_does_not_pass() -> N
     def bug() -> SkipPlan:
         raise ZeroDivisionError
 
-    replanner = Replanner(SoloControl())
-    replanner.start(impossible)
-    made = replanner.at_boundary(wait=True)
+    solver = BackgroundSolver(SoloControl())
+    solver.start(impossible)
+    made = solver.at_boundary(wait=True)
     assert made is not None
     assert made.plan is None
     assert made.fault == "the budget does not pay for it"
-    replanner.start(bug)
+    solver.start(bug)
     with pytest.raises(ZeroDivisionError):
-        replanner.at_boundary(wait=True)
+        solver.at_boundary(wait=True)
 
 
 def full_by_block(**options: float) -> np.ndarray:
     """Share of FULL cells in each of 6 blocks by planner `joint`, from random scores without SHORTCUT."""
     scores = np.random.default_rng(0).uniform(0.5, 1.5, (4, 6, 3)).astype(np.float32)
-    plan = solve_slots(
-        PlanConfig(compute_budget=0.6, most_shortcut=0.0, **options),
-        Scores(scores, scores, seconds=0.0),
-        slots=4,
-        replicas=1,
-        subnets=(6, 3),
-        forward_cost=1 / 3,
-        always_share=0.0,
-        device_speed=None,
-        replicas_meet=False,
-        seed=(0, 0),
-        same_rows=False,
+    costs = StepCosts(0.0, np.full(6, 3.0), np.ones(6), np.full(6, 3), np.ones(6, dtype=bool))
+    context = context_of(
+        PlanConfig(compute_budget=0.6, options={"most_shortcut": 0.0}, **options), costs, slots=4
     )
+    plan = solve_plan(context, Scores(scores, scores, seconds=0.0), 0, 0)
     return np.asarray((plan.operations == Operation.FULL).mean(axis=(0, 2)))
 
 

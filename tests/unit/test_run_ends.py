@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from d2ft_hpc.training.placing import place_in_order
 
 from d2ft_hpc import results
 from d2ft_hpc.config import RunConfig, load_config
@@ -15,12 +16,17 @@ from d2ft_hpc.engines.portable import restore_schedule, schedule_numbers
 from d2ft_hpc.errors import CheckpointError, ConfigError, DivergedError, LostResultsError, PlanError
 from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.launch.watch import Watch
+from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.results.aside import set_aside
 from d2ft_hpc.training import plan_costs
 from d2ft_hpc.training.checkpoint import complete_checkpoints, verify
 from d2ft_hpc.training.finite import require_finite
+from d2ft_hpc.training.foresight import trial_plan
+from d2ft_hpc.training.job import set_up
 from d2ft_hpc.training.loop import train
+from d2ft_hpc.training.plan_costs import costs_unmeasured
+from d2ft_hpc.training.plans import plan_context
 from d2ft_hpc.training.resume import choose_start
 
 EVERY_EPOCH = "train.checkpoint_every_epochs=1"
@@ -165,12 +171,77 @@ def test_a_setting_that_decides_losses_is_not_changed_by_a_resume(
         choose_start(config_in(tmp_path, *after, "train.resume=true"), SoloControl())
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (("plan.file=/nope.h5",), r"planning: plan\.file=/nope\.h5: no such file"),
+        (
+            ("plan.file=README.md",),
+            r"plan\.file=README\.md: damaged, or no HDF5 file \(file signature not found\)",
+        ),
+        (
+            ("plan.file={other}",),
+            r"plan\.file=.*other\.h5 has \(4, 9, 2\) rows, blocks and heads, but this run \(4, ",
+        ),
+        (
+            ("plan.compute_budget=1e-4",),
+            r"plan\.compute_budget=0\.0001: .*The least feasible compute_budget is",
+        ),
+        (
+            ("plan.compute_budget=1e-4", "plan.planner=samples"),
+            r"plan\.compute_budget=0\.0001: scoring .* at least",
+        ),
+        (
+            ("plan.communication_budget=0.1", "plan.planner=depth"),
+            r"plan\.communication_budget=0\.1: .*least feasible communication budget is 0\.5",
+        ),
+        (
+            ("plan.memory_budget=0.001", "plan.planner=random"),
+            r"plan\.memory_budget=0\.001: The random plan exceeds the memory budget",
+        ),
+        (
+            ("plan.options.coverage=9", "plan.planner=joint"),
+            r"plan\.options\.coverage=9: .*number of rows, 4",
+        ),
+        (
+            ("plan.compute_budget=0.3", "plan.warmup_share=0.55", "plan.replan.every=1", "train.epochs=8"),
+            r"plan\.compute_budget=0\.3: compute_budget 0\.03",
+        ),
+    ],
+)
+def test_plans_that_cannot_be_are_refused_before_anything_is_evaluated_or_written(
+    tmp_path: Path, overrides: tuple[str, ...], told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    SkipPlan.dense(4, 1, 9, 2).save(tmp_path / "other.h5")
+    with pytest.raises(PlanError, match=told):
+        run(
+            tmp_path,
+            "train.evaluate_at_start=true",
+            *(each.format(other=tmp_path / "other.h5") for each in overrides),
+        )
+    assert "evaluation" not in capfd.readouterr().out
+    assert not (tmp_path / "demo" / "results.h5").exists()
+
+
+def test_demands_that_only_real_scores_can_decide_are_left_to_them(tmp_path: Path) -> None:
+    """The paper's planner knows no memory budget: which of its plans keep one depends on the scores."""
+    job = set_up(config_in(tmp_path, "plan.memory_budget=0.001"), SoloControl(), torch.device("cpu"))
+    plan = trial_plan(plan_context(job, place_in_order(job), costs_unmeasured(job)))
+    assert plan.operations.shape == job.plan_shape
+
+
 @pytest.mark.parametrize(("resume", "files"), [("false", "true"), ("auto", "false")])
 def test_a_run_that_was_refused_does_not_block_the_corrected_one(
     tmp_path: Path, resume: str, files: str
 ) -> None:
-    with pytest.raises(PlanError):
-        run(tmp_path, "plan.coverage=9", "plan.planner=joint", f"train.resume={resume}")
+    with pytest.raises(PlanError):  # found by the plan by scores alone
+        run(
+            tmp_path,
+            "plan.options.coverage=4",
+            "plan.planner=makespan",
+            f"train.resume={resume}",
+            f"results.file_per_rank={files}",
+        )
     assert (tmp_path / "demo" / "results.h5").exists()
     folder = run(
         tmp_path, f"train.resume={resume}", f"results.file_per_rank={files}", "train.steps_share=0.4"
@@ -178,7 +249,7 @@ def test_a_run_that_was_refused_does_not_block_the_corrected_one(
     with results.open(folder) as record:
         assert record.complete
         assert record.table("steps")["step"].tolist() == [0, 1]
-        assert record.config["plan"]["coverage"] == 0
+        assert record.config["plan"]["options"]["coverage"] == 0
     with pytest.raises(Exception, match="exists already and is not overwritten"):
         run(tmp_path, "train.steps_share=0.4")
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from d2ft_hpc.errors import DataError
 from d2ft_hpc.execution.executor import attach
-from d2ft_hpc.metering.memory import activation_limit, kept_bytes
+from d2ft_hpc.metering.memory import kept_bytes
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.planning.plan import SkipPlan
 from d2ft_hpc.scores import Scores, fisher_information, gradient_scores, weight_magnitude
 from d2ft_hpc.scores import gradients as gradients_module
 from d2ft_hpc.scores.measured import ScoreCache, digest
+from tests.memory_limit import activation_limit
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
 OF_PARAMETER = {
@@ -109,7 +110,7 @@ def test_scores_under_autocast_are_near_those_without() -> None:
 def test_a_probe_leaves_model_gradients_and_random_state_as_they_were() -> None:
     model = tiny_vit(proj_drop_rate=0.2)
     executor = attach(model)
-    executor.load(SkipPlan.dense(1, 1, DEPTH, HEADS), replica=0)
+    executor.activate(SkipPlan.dense(1, 1, DEPTH, HEADS), replica=0)
     model.train()
     model.blocks[1].eval()
     images, labels = random_batch(0)
@@ -194,3 +195,13 @@ def test_the_cache_key_changes_with_any_weight_image_or_setting() -> None:
         digest(tiny_vit(), [images, labels], {"a": 2}),
     ]
     assert len({known, *others}) == 5
+
+
+def test_a_limit_that_nothing_exceeds_is_free_again_after_every_backward():
+    model = torch.nn.Linear(100, 100)
+    with activation_limit(3 * 4 * 100 * 100):
+        for _ in range(5):
+            model(torch.ones(100, 100, requires_grad=True)).sum().backward()
+        four_times = torch.nn.Sequential(model, model, model, model)
+        with pytest.raises(torch.OutOfMemoryError, match="allowed are 120000"):
+            four_times(torch.ones(100, 100, requires_grad=True))

@@ -97,7 +97,7 @@ def test_a_half_size_score_is_that_of_timms_model_of_any_size() -> None:
     torch.testing.assert_close(SampleScorer(model, 16)(images, labels), error)
     with torch.no_grad():
         assert model(images).shape == (6, 5), "the model itself still takes its own size"
-    with pytest.raises(ConfigError, match=r"plan.samples.image_size=20: .* nearest: 16"):
+    with pytest.raises(ConfigError, match=r"plan.options.image_size=20: .* nearest: 16"):
         SampleScorer(model, 20)
 
 

@@ -113,7 +113,7 @@ def test_the_hubs_cache_without_a_network(tiny: Path, tmp_path: Path) -> None:
             "second classifier for distillation, .*: take the model without it",
         ),
         ("vit_giant_patch14_dinov2.lvd142m", "SwiGLU and gated MLPs are not supported"),
-        ("resnet18", "is a ResNet, not a timm VisionTransformer"),
+        ("resnet18", "ResNet is none of the supported models"),
     ],
 )
 def test_models_that_are_not_supported_are_refused_before_their_weights_are_looked_for(
@@ -130,7 +130,7 @@ def test_models_that_are_not_supported_are_refused_before_their_weights_are_look
         ({"num_classes": 5}, r"model\.options\.num_classes=5: .*remove it"),
         ({"checkpoint_path": "x.pth"}, r"model\.options\.checkpoint_path='x\.pth': model\.weights says"),
         ({"drop_path_rate": 2}, r"model\.options\.drop_path_rate=2: a share"),
-        ({"img_sise": 64}, r"model\.options=\{'img_sise': 64\}: .*img_sise"),
+        ({"img_sise": 64}, r"model\.options\.img_sise=64: .*; did you mean model\.options\.img_size\?"),
         ({"img_size": 0}, r"model\.options=\{'img_size': 0\}: .*correct or remove them"),
         ({"img_size": "large"}, r"model\.options=\{'img_size': 'large'\}"),
         ({"patch_size": -3}, r"model\.options=\{'patch_size': -3\}"),

@@ -1,0 +1,207 @@
+"""Every name that is used of DeepSpeed, torch and timm without their promise to keep it: what it means, how to tell.
+
+A test walks the list under whatever versions are installed; where a name is used, `expect` and `replace` ask again,
+because an attribute that nobody reads can be set without an error, and a number that is not there passes for 1.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+from packaging.version import Version
+
+from d2ft_hpc.errors import LibraryError
+
+NEWEST_TESTED = {"torch": "2.14.1", "deepspeed": "0.19.8"}
+"""As in tests/constraints.txt."""
+
+
+@dataclass(frozen=True)
+class PrivateName:
+    """A name of a module, a class, or of objects that a class makes."""
+
+    path: str
+    """module:attribute, the attribute with dots."""
+    says: str = ""
+    """What the module's source says about it if it still means the same; without one, that it is there is enough. Names
+    of objects are not there before an object is: of them the source says that they are set."""
+    since: str = "0"
+    """Version of the library that has it first."""
+
+    @property
+    def library(self) -> str:
+        return self.path.partition(".")[0].partition(":")[0]
+
+    def fault(self) -> str | None:
+        """What is not as expected in the library that is installed; None where all is."""
+        if Version(version(self.library)) < Version(self.since):
+            return None
+        module_name, _, attribute = self.path.partition(":")
+        try:
+            module = import_module(module_name)
+        except ImportError as error:
+            return f"{self.path}: {error}"
+        source = inspect.getsource(module)
+        if self.says and self.says not in source:
+            return f"{self.path}: {module_name} does not say {self.says!r} any more"
+        owner: Any = module
+        for part in attribute.split("."):
+            if not hasattr(owner, part):
+                is_of_objects = inspect.isclass(owner) and part in self.says
+                return None if is_of_objects else f"{self.path}: there is no {part}"
+            owner = getattr(owner, part)
+        return None
+
+
+def _deepspeed() -> Iterator[PrivateName]:
+    yield PrivateName("deepspeed.ops:__compatible_ops__")
+    engine = "deepspeed.runtime.engine:DeepSpeedEngine"
+    yield PrivateName(f"{engine}.micro_steps", "self.micro_steps += 1")
+    yield PrivateName(f"{engine}.global_steps", "self.global_steps += 1")
+    yield PrivateName(
+        f"{engine}.dp_world_size", "self.dp_world_size = groups._get_data_parallel_world_size()"
+    )
+    yield PrivateName(f"{engine}.basic_optimizer", "self.basic_optimizer = basic_optimizer")
+    yield PrivateName(
+        f"{engine}.optimizer", "self.optimizer = self._configure_zero_optimizer(basic_optimizer)"
+    )
+    yield PrivateName(f"{engine}.gradient_accumulation_steps")
+    yield PrivateName(f"{engine}.get_global_grad_norm")
+    yield PrivateName(
+        f"{engine}._get_gradients_for_reduction",
+        "non_expert_grads, expert_grads = self._get_gradients_for_reduction()",
+    )
+    yield PrivateName(
+        f"{engine}._backward_prologue_per_tensor",
+        "preprocess_per_tensor_fn=self._backward_prologue_per_tensor",
+        since=DIVIDES_FROM,
+    )
+    bf16 = "deepspeed.runtime.bf16_optimizer:BF16_Optimizer"
+    yield PrivateName(f"{bf16}.fp32_groups_flat_partition", "self.fp32_groups_flat_partition = []")
+    yield PrivateName(f"{bf16}.fp32_groups_has_gradients", "self.fp32_groups_has_gradients.append([False]")
+    unfused = "deepspeed.runtime.fp16.unfused_optimizer:FP16_UnfusedOptimizer"
+    yield PrivateName(f"{unfused}.fp16_groups", "self.fp16_groups = []")
+    yield PrivateName(f"{unfused}.fp32_groups", "self.fp32_groups = []")
+    zero = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
+    yield PrivateName(f"{zero}.single_partition_of_fp32_groups", "self.single_partition_of_fp32_groups = []")
+    zero3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
+    yield PrivateName(f"{zero3}.fp32_partitioned_groups_flat", "self.fp32_partitioned_groups_flat = []")
+    for optimizer in (zero, zero3):
+        yield PrivateName(f"{optimizer}.cur_scale", "return self.loss_scaler.cur_scale")
+        yield PrivateName(f"{optimizer}.loss_scaler", "self.loss_scaler = ")
+    spread = "deepspeed.runtime.zero.partition_parameters:Init"
+    for name in ("ds_id", "ds_shape", "ds_tensor", "ds_process_group"):
+        yield PrivateName(f"{spread}.{name}", f"param.{name} = ")
+    yield PrivateName(f"{spread}.ds_numel", "param.ds_tensor.ds_numel = ")
+    scaler = "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler"
+    for name in SCALER_COUNTERS:
+        yield PrivateName(f"{scaler}.{name}", f"self.{name} = ")
+    yield PrivateName(f"{scaler}.dynamic", "self.dynamic = True")
+    yield PrivateName(f"{scaler}.update_scale", SCALE_AT_MINIMUM)
+    pipeline = "deepspeed.runtime.pipe.engine:PipelineEngine"
+    yield PrivateName(f"{pipeline}._INSTRUCTION_MAP", "MethodType(self._INSTRUCTION_MAP[type(cmd)], self)")
+    yield PrivateName(f"{pipeline}._exec_backward_pass", "def _exec_backward_pass(self, buffer_id):")
+    yield PrivateName(f"{pipeline}._exec_recv_activations", "def _exec_recv_activations(self, buffer_id):")
+    yield PrivateName(f"{pipeline}._exec_send_activations", "def _exec_send_activations(self, buffer_id):")
+    yield PrivateName(f"{pipeline}._recv_tensor_meta", "def _recv_tensor_meta(self, send_stage):")
+    yield PrivateName(f"{pipeline}._send_tensor_meta", "def _send_tensor_meta(self, buffer, recv_stage):")
+    yield PrivateName(f"{pipeline}.is_last_stage")
+    yield PrivateName(f"{pipeline}.micro_batches", "self.micro_batches = self.gradient_accumulation_steps()")
+    yield PrivateName(f"{pipeline}.grad_layer", "grad_tensors = self.grad_layer")
+    yield PrivateName(f"{pipeline}.pipe_buffers", "self.pipe_buffers['outputs'][buffer_id]")
+    yield PrivateName(f"{pipeline}.dp_group_loss", "self.dp_group_loss = ")
+    yield PrivateName(f"{pipeline}.grid", "self.grid = self.module._grid")
+    yield PrivateName(f"{pipeline}.stage_id", "self.stage_id = self.grid.get_stage_id()")
+    yield PrivateName(f"{pipeline}.prev_stage", "self.prev_stage = self.stage_id - 1")
+    yield PrivateName(f"{pipeline}.next_stage", "self.next_stage = self.stage_id + 1")
+    yield PrivateName("deepspeed.runtime.pipe.module:PipelineModule.mpu")
+    for instruction in (
+        "BackwardPass",
+        "ForwardPass",
+        "RecvActivation",
+        "RecvGrad",
+        "ReduceTiedGrads",
+        "SendActivation",
+        "SendGrad",
+    ):
+        yield PrivateName(f"deepspeed.runtime.pipe.schedule:{instruction}", f"class {instruction}(")
+    yield PrivateName("deepspeed.runtime.pipe.topology:PipeModelDataParallelTopology")
+    for name in ("get_model_parallel_group", "get_slice_parallel_group", "stage_to_global"):
+        yield PrivateName(f"deepspeed.runtime.pipe.topology:PipelineParallelGrid.{name}")
+
+
+def _torch_and_timm() -> Iterator[PrivateName]:
+    fsdp = "torch.distributed.fsdp._fully_shard"
+    yield PrivateName(f"{fsdp}._fully_shard:FSDPModule._get_fsdp_state")
+    yield PrivateName(f"{fsdp}._fsdp_state:FSDPState._fsdp_param_group", "self._fsdp_param_group")
+    group = f"{fsdp}._fsdp_param_group:FSDPParamGroup"
+    yield PrivateName(f"{group}.modules", "self.modules = modules")
+    yield PrivateName(f"{group}.mesh_info", "self.mesh_info = mesh_info")
+    yield PrivateName(f"{group}.reduce_grads", "if not self.reduce_grads:")
+    yield PrivateName(f"{group}.all_reduce_grads", "self.all_reduce_grads: bool = True")
+    ddp = "torch.nn.parallel.distributed:DistributedDataParallel"
+    yield PrivateName(f"{ddp}._get_ddp_logging_data")
+    yield PrivateName(f"{ddp}._active_ddp_module", "DistributedDataParallel._active_ddp_module = self")
+    yield PrivateName(f"{ddp}.require_backward_grad_sync", "self.require_backward_grad_sync = False")
+    schedule = "torch.optim.lr_scheduler:LRScheduler"
+    yield PrivateName(f"{schedule}._last_lr", "self._last_lr")
+    yield PrivateName(f"{schedule}._step_count", "self._step_count")
+    module = "torch.nn.modules.module:Module"
+    yield PrivateName(f"{module}._parameters", '"_parameters"')
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        yield PrivateName(f"{module}.{hooks}", f"self.{hooks}")
+    yield PrivateName("torch:Tensor._version")
+    yield PrivateName("torch:_foreach_mul_")
+    yield PrivateName("torch:_foreach_copy_")
+    yield PrivateName("torch.utils._python_dispatch:_get_current_dispatch_mode")
+    yield PrivateName("timm.models.vision_transformer:VisionTransformer._pos_embed", "def _pos_embed(self, x")
+
+
+DIVIDES_FROM = "0.18.3"
+"""The first DeepSpeed whose pipelines divide gradients by the number of micro-batches: to 0.19.2 once in each stage."""
+SCALER_COUNTERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What a dynamic loss scaler counts."""
+SCALE_AT_MINIMUM = "loss scale already at minimum"
+"""Of the message with which a loss scaler gives up."""
+
+PRIVATE_NAMES = (*_deepspeed(), *_torch_and_timm())
+
+
+def expect(owner: Any, name: str, means: str) -> Any:
+    """`owner`'s attribute. Raises LibraryError, with what it was there for, where the library has it no more."""
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        raise changed(owner, f"has no {name}, {means}") from None
+
+
+def replace(owner: Any, name: str, value: Any, means: str) -> None:
+    """Puts `value` in place of an attribute that the library reads. Raises LibraryError where it has none."""
+    expect(owner, name, means)
+    setattr(owner, name, value)
+
+
+def changed(owner: Any, what: str) -> LibraryError:
+    """That a library's object is not as it was. what: as in "has no x, which ..."."""
+    kind = type(owner)
+    library = kind.__module__.partition(".")[0]
+    tested = NEWEST_TESTED.get(library)
+    known = f" {version(library)}" if tested else ""
+    fix = f": install {library} {tested} or older, the newest that was tested" if tested else ""
+    return LibraryError(f"{library}{known}: {kind.__name__} {what}{fix}")
+
+
+def newer_than_tested(libraries: Iterable[str]) -> Iterator[str]:
+    """A sentence for each of them that is newer than the newest tested one."""
+    for library in libraries:
+        installed, tested = version(library), NEWEST_TESTED[library]
+        if Version(Version(installed).public) > Version(tested):
+            yield (
+                f"{library} {installed} is newer than {tested}, the newest that was tested: should it fail or train "
+                f"otherwise, install that"
+            )

@@ -1,0 +1,233 @@
+"""What a family of models says of itself, so that plans can run on it; README.md says how the parts fit together."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from d2ft_hpc.families.head_axis import HeadAxis
+
+
+class Branch(NamedTuple):
+    """A residual branch of a block: x + end(sum over heads of out(inner(norm(x))) + bias).
+
+    x: [sample, token, channel]. norm keeps its shape. inner: of the normed x and heads, int64 [n] in rising order, what
+    these compute, [sample, token, their channels]. out: of that, the heads and a bias or None, the sum of what they
+    give, [sample, token, channel]. end: of the sum over all heads; keeps its shape.
+    """
+
+    norm: Callable[[Tensor], Tensor]
+    inner: Callable[[Tensor, Tensor], Tensor]
+    out: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    bias: Tensor | None
+    end: Callable[[Tensor], Tensor]
+
+
+class Drops(NamedTuple):
+    """The modules of a block that draw random numbers in training.
+
+    by_head: for single heads, by names in the block. by_token: for single tokens, after the sum over heads. by_sample:
+    for single samples.
+    """
+
+    by_head: Mapping[str, nn.Module]
+    by_token: Sequence[nn.Module]
+    by_sample: Sequence[nn.Module]
+
+    @property
+    def rates_by_sample(self) -> tuple[float, ...]:
+        return tuple(rate_of(module) for module in self.by_sample)
+
+
+def rate_of(drop: nn.Module) -> float:
+    """The rate at which a module drops what it gets; 0 of one that has none, as an identity."""
+    return float(getattr(drop, "p", getattr(drop, "drop_prob", None)) or 0.0)
+
+
+@dataclass(frozen=True)
+class KernelParts:
+    """The modules of a block that our GPU kernels can run (`execution/fused.py`):
+
+        x = x + gamma1 * proj(attend(qkv(norm1(x)))),   y = x + gamma2 * fc2(gelu(fc1(norm2(x))))
+
+    with plain linear layers, rows of qkv in the order q, k, v, layer norms, and equal shares of hidden units.
+
+    attend: of q, k, v, each [sample, head, token, channel], and of what the block's forward takes beside x. scale1,
+    scale2: their `gamma`, if they have one, is gamma1, gamma2.
+    """
+
+    norm1: nn.LayerNorm
+    qkv: nn.Linear
+    attend: Callable[..., Tensor]
+    proj: nn.Linear
+    scale1: nn.Module
+    norm2: nn.LayerNorm
+    fc1: nn.Linear
+    fc2: nn.Linear
+    scale2: nn.Module
+
+
+class BlockFamily(ABC):
+    """Models whose blocks are cut by head in one way. Holds nothing of any one model.
+
+    Blocks of a model that `refusals` lets pass are alike. Methods that take a block take it whole, or what
+    `parallel.head_split` has left of it.
+    """
+
+    supported: str
+    """What fits, in words, for messages."""
+
+    blocks_path: str
+    """Where the blocks are, one after the other."""
+
+    refuses_parts: str | None = None
+    """Why ranks cannot hold parts of a model, if they cannot."""
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return list(model.get_submodule(self.blocks_path).children())
+
+    # ---- which models fit
+
+    @abstractmethod
+    def has(self, model: nn.Module) -> bool:
+        """Whether it is this family that knows the model's class."""
+
+    @abstractmethod
+    def misfits(self, block: nn.Module) -> list[str]:
+        """Why a block cannot be cut by head, each a phrase of which the block is the subject; empty if it can."""
+
+    # ---- what lies around the blocks
+
+    @abstractmethod
+    def is_below(self, name: str) -> bool:
+        """Whether a parameter of this name, outside the blocks, lies below all of them; else above."""
+
+    def goes_beside(self, name: str) -> bool:
+        """Whether a parameter of this name, below the blocks, takes gradients from each block that runs, beside x."""
+        return False
+
+    @abstractmethod
+    def below(self, model: Any, images: Tensor) -> tuple[Tensor, Any]:
+        """What the first block gets, and what `arguments` makes of it what blocks get beside."""
+
+    def arguments(self, beside: Any, index: int) -> Mapping[str, Any]:
+        """What the forward of block `index` gets beside x, by keyword. beside: of `below`."""
+        return {}
+
+    @abstractmethod
+    def above(self, model: Any, x: Tensor) -> Tensor:
+        """Logits, of what the last block gives."""
+
+    @abstractmethod
+    def tokens(self, model: Any, height: int, width: int) -> int:
+        """Between the blocks, of an image of so many pixels."""
+
+    @abstractmethod
+    def tokens_between(self, model: Any) -> int | None:
+        """Of every sample between the blocks; None if that varies."""
+
+    @abstractmethod
+    def width(self, model: Any) -> int:
+        """Channels between the blocks."""
+
+    @abstractmethod
+    def image_shape(self, model: Any) -> tuple[int, int, int] | None:
+        """(channel, height, width) that the model was made for; None if it was made for no size."""
+
+    def numbers_between(self, model: Any) -> int:
+        """Numbers that a sample has between the blocks, of images of the size that the model was made for."""
+        shape = self.image_shape(model)
+        assert shape is not None
+        return self.tokens(model, *shape[1:]) * self.width(model)
+
+    @abstractmethod
+    def takes_other_sizes(self, model: Any) -> bool:
+        """Whether the model itself takes images of other sizes."""
+
+    @abstractmethod
+    def patch_size(self, model: Any) -> tuple[int, int]:
+        """Height and width of the pixels that become one token."""
+
+    @abstractmethod
+    def of_any_size(self, model: Any) -> Any:
+        """The same model, or part of one, its modules and parameters shared, that takes images of any size."""
+
+    @abstractmethod
+    def taking_any_size(self, model: Any) -> AbstractContextManager[None]:
+        """Inside, the model itself is what `of_any_size` makes of it: for one whose hooks belong to it, as FSDP2's
+        do."""
+
+    @abstractmethod
+    def recomputes(self, model: Any) -> bool:
+        """Whether the model's blocks run again in the backward (activation checkpointing)."""
+
+    @property
+    @abstractmethod
+    def recomputes_reentrantly(self) -> bool:
+        """Whether that is in torch's reentrant way, which loses the gradients of a block whose input takes none."""
+
+    not_reentrant: str
+    """What to do against it, in words."""
+
+    @abstractmethod
+    def recompute(self, model: Any) -> None:
+        """Lets the model's blocks run again in the backward, not reentrantly.
+
+        Raises UnsupportedModelError where it cannot.
+        """
+
+    @abstractmethod
+    def not_recomputing(self, model: Any) -> AbstractContextManager[None]:
+        """Inside, the model's blocks run once."""
+
+    # ---- a block
+
+    @abstractmethod
+    def num_heads(self, block: Any) -> int:
+        """Subnets of a block."""
+
+    @abstractmethod
+    def layers(self, block: Any) -> Mapping[str, Sequence[str]]:
+        """The linear layers that are cut by head, by their role (qkv, proj, fc1, fc2): names in the block."""
+
+    def biases(self, block: Any, layer: str) -> Mapping[str, slice]:
+        """The parameters that are added to what a layer gives, by their names in the block, and to which channels."""
+        return {f"{layer}.bias": slice(None)}
+
+    def calling(self, block: Any) -> AbstractContextManager[None] | None:
+        """Inside, the block calls its layers as modules, so that hooks on them see what goes in and comes out, and
+        computes the same; None if it always does."""
+        return None
+
+    @abstractmethod
+    def head_axes(self, block: Any) -> dict[str, HeadAxis]:
+        """Of each parameter that heads own, by its name in the block, LoRA's included."""
+
+    @abstractmethod
+    def used_by_head(self, name: str) -> bool:
+        """Whether each head computes with the parameter of this name in the block, which no head owns, by itself."""
+
+    @abstractmethod
+    def branches(
+        self, block: Any, axes: Mapping[str, HeadAxis], *args: Any, **kwargs: Any
+    ) -> Sequence[Branch]:
+        """What the block adds to its input, one after the other.
+
+        axes: of the block's parameters as they are now. args, kwargs: what the block's forward takes beside x.
+        """
+
+    @abstractmethod
+    def drops(self, block: Any) -> Drops: ...
+
+    @abstractmethod
+    def set_heads(self, block: Any, heads: int) -> None:
+        """Tells the modules of a block that was cut how many heads are left."""
+
+    @abstractmethod
+    def kernel_parts(self, block: Any) -> KernelParts | None:
+        """None if our kernels cannot run the block in training."""

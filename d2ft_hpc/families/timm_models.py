@@ -1,0 +1,201 @@
+"""What timm's vision transformers have in common: patches below the blocks, a classifier above, blocks in between."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import Format, PatchEmbed
+from torch import Tensor, nn
+
+from d2ft_hpc.errors import UnsupportedModelError
+from d2ft_hpc.families.family import BlockFamily
+from d2ft_hpc.families.head_axis import HeadAxis
+
+
+class TimmFamily(BlockFamily):
+    blocks_path = "blocks"
+
+    names_below: tuple[str, ...]
+    """First parts of the names of parameters below all blocks."""
+
+    def is_below(self, name: str) -> bool:
+        return name.split(".")[0] in self.names_below
+
+    def above(self, model: Any, x: Tensor) -> Tensor:
+        logits: Tensor = model.forward_head(model.norm(x))
+        return logits
+
+    def tokens(self, model: Any, height: int, width: int) -> int:
+        high, wide = model.patch_embed.patch_size
+        return int(height // high * (width // wide) + model.num_prefix_tokens)
+
+    def tokens_between(self, model: Any) -> int | None:
+        drops = not is_identity(model.patch_drop)
+        varies = drops or getattr(model, "dynamic_img_size", False)
+        return None if varies else model.patch_embed.num_patches + model.num_prefix_tokens
+
+    def width(self, model: Any) -> int:
+        return int(model.embed_dim)
+
+    def image_shape(self, model: Any) -> tuple[int, int, int] | None:
+        projection, size = model.patch_embed.proj, model.patch_embed.img_size
+        return None if size is None else (int(projection.in_channels), int(size[0]), int(size[1]))
+
+    def takes_other_sizes(self, model: Any) -> bool:
+        return not model.patch_embed.strict_img_size
+
+    def patch_size(self, model: Any) -> tuple[int, int]:
+        high, wide = model.patch_embed.patch_size
+        return int(high), int(wide)
+
+    def of_any_size(self, model: Any) -> Any:
+        """What timm builds for dynamic_img_size=True, made from a model that was not built so: position embeddings are
+        resampled."""
+        twin = copy.copy(model)
+        twin._modules = dict(model._modules)
+        if "patch_embed" in twin._modules:  # only the first part of a model has it
+            twin.patch_embed = copy.copy(model.patch_embed)
+            twin.patch_embed.strict_img_size = False
+            twin.patch_embed.flatten = False
+            twin.patch_embed.output_fmt = Format.NHWC
+        twin.dynamic_img_size = True
+        return twin
+
+    @contextmanager
+    def taking_any_size(self, model: Any) -> Iterator[None]:
+        changed = {
+            model: {"dynamic_img_size": True},
+            model.patch_embed: {"strict_img_size": False, "flatten": False, "output_fmt": Format.NHWC},
+        }
+        before = {
+            module: {name: getattr(module, name) for name in names} for module, names in changed.items()
+        }
+        try:
+            for module, values in changed.items():
+                vars(module).update(values)
+            yield
+        finally:
+            for module, values in before.items():
+                vars(module).update(values)
+
+    def recomputes(self, model: Any) -> bool:
+        return bool(model.grad_checkpointing)
+
+    not_reentrant = "call timm.layers.set_reentrant_ckpt(False); with an older timm, do without checkpointing"
+
+    @property
+    def recomputes_reentrantly(self) -> bool:
+        try:
+            from timm.layers import use_reentrant_ckpt
+        except ImportError:  # older timm leaves it to torch, whose default is reentrant
+            return True
+        return bool(use_reentrant_ckpt())
+
+    def recompute(self, model: Any) -> None:
+        try:
+            from timm.layers import set_reentrant_ckpt
+        except ImportError:
+            raise UnsupportedModelError(
+                "this timm always recomputes in torch's reentrant way, which loses gradients above frozen embeddings; "
+                "update timm, or do without"
+            ) from None
+        set_reentrant_ckpt(False)
+        model.set_grad_checkpointing(True)
+
+    @contextmanager
+    def not_recomputing(self, model: Any) -> Iterator[None]:
+        if not model.grad_checkpointing:
+            yield
+            return
+        model.set_grad_checkpointing(False)
+        try:
+            yield
+        finally:
+            model.set_grad_checkpointing(True)
+
+    def head_axes(self, block: Any) -> dict[str, HeadAxis]:
+        axes = {
+            name: axis for name, axis in self.own_axes(block).items() if _parameter(block, name) is not None
+        }
+        for names in self.layers(block).values():
+            for name in names:
+                axes |= _adapter_axes(block.get_submodule(name), name, axes)
+        return axes
+
+    @abstractmethod
+    def own_axes(self, block: Any) -> dict[str, HeadAxis]:
+        """`head_axes` without LoRA, also of parameters that the block may lack."""
+
+    def used_by_head(self, name: str) -> bool:
+        part, _, path = name.rpartition(".")[0].partition(".")
+        return part in ("attn", "mlp") and ("norm" in path or "lora_" in path)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """A Linear, or one that peft has wrapped, without the variants that change more than a low-rank sum (DoRA, ...)."""
+    return type(layer) is nn.Linear or (
+        type(getattr(layer, "base_layer", None)) is nn.Linear
+        and hasattr(layer, "lora_A")
+        and not getattr(layer, "lora_variant", {})
+        and not any(getattr(layer, "use_dora", {}).values())
+        and not any(getattr(layer, "lora_bias", {}).values())
+    )
+
+
+def is_identity(module: Any) -> bool:
+    return module is None or isinstance(module, nn.Identity)
+
+
+def _parameter(block: nn.Module, name: str) -> Any:
+    path, _, last = name.rpartition(".")
+    return getattr(block.get_submodule(path), last)
+
+
+def _adapter_axes(layer: Any, name: str, axes: Mapping[str, HeadAxis]) -> dict[str, HeadAxis]:
+    """Of the parameters of a layer that carries LoRA: the weights by peft's name, the factors that heads own."""
+    more: dict[str, HeadAxis] = {}
+    if type(layer) is nn.Linear:
+        return more
+    for kind in ("weight", "bias"):
+        if f"{name}.{kind}" in axes:
+            more[f"{name}.base_layer.{kind}"] = axes[f"{name}.{kind}"]
+    of_weight = axes[f"{name}.weight"]
+    for adapter, down in layer.lora_A.items():
+        if of_weight.splits_rows:
+            shape = (*of_weight.view_shape[:-1], down.out_features)
+            more[f"{name}.lora_B.{adapter}.weight"] = replace(of_weight, view_shape=shape)
+        else:
+            shape = (down.out_features, *of_weight.view_shape[1:])
+            more[f"{name}.lora_A.{adapter}.weight"] = replace(of_weight, view_shape=shape)
+    return more
+
+
+def patches(embed: Any, images: Tensor) -> Tensor:
+    """What timm's module gives, [sample, patch, channel], as one matrix product where patches do not overlap: a
+    convolution takes four times as long on a GPU."""
+    if not _is_one_product(embed, images):
+        embedded: Tensor = embed(images)
+        return embedded
+    (samples, channels, height, width), (h, w) = images.shape, embed.patch_size
+    cut = images.view(samples, channels, height // h, h, width // w, w).permute(0, 2, 4, 1, 3, 5)
+    rows = cut.reshape(samples, -1, channels * h * w)
+    projected: Tensor = embed.norm(F.linear(rows, embed.proj.weight.flatten(1), embed.proj.bias))
+    return projected
+
+
+def _is_one_product(embed: Any, images: Tensor) -> bool:
+    if type(embed) is not PatchEmbed or type(embed.proj) is not nn.Conv2d or not embed.flatten:
+        return False
+    size, proj = embed.patch_size, embed.proj
+    return (
+        (proj.kernel_size, proj.stride, proj.padding, proj.dilation) == (size, size, (0, 0), (1, 1))
+        and proj.groups == 1
+        and images.shape[-2:] == embed.img_size
+        and images.shape[-2] % size[0] == images.shape[-1] % size[1] == 0
+    )

@@ -1,0 +1,84 @@
+"""What the plans of a run depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from d2ft_hpc.config import PlanConfig
+from d2ft_hpc.lifecycle.costs import PlanCosts
+from d2ft_hpc.metering import StepCosts
+from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.planning.messages import TokenLayout
+from d2ft_hpc.planning.step_time import StepTime
+
+
+@dataclass(frozen=True, eq=False)
+class PlanContext:
+    """The same on all ranks but for which of them this is.
+
+    settings: how to plan. placement: which rank holds which subnet. costs: counted FLOPs of the whole model.
+    reckoned: what planners take for costs, speeds and memory. slots: micro-batches of a replica's batch.
+    micro_batch_size: samples of one. seed: of planners that draw.
+    replicas_meet: replicas wait for each other in every block, as under ZeRO 3 and FSDP2, which gather its weights.
+    same_rows: all replicas follow the same rows.
+    activation_bytes: of a micro-batch between blocks. token_layouts: of the tokens, those that a plan may have.
+    total_steps: of the run; steps_between_plans: None: one plan for all of them. Only a warm-up asks for them.
+    """
+
+    settings: PlanConfig
+    placement: Placement
+    costs: StepCosts
+    reckoned: PlanCosts
+    slots: int
+    micro_batch_size: int
+    seed: int = 0
+    replicas_meet: bool = False
+    same_rows: bool = False
+    activation_bytes: float = 0.0
+    token_layouts: Sequence[TokenLayout] = ("replicated",)
+    total_steps: int | None = None
+    steps_between_plans: int | None = None
+
+    @property
+    def replicas(self) -> int:
+        return self.placement.layout.replicas
+
+    @property
+    def subnets(self) -> tuple[int, int]:
+        """Blocks, heads."""
+        blocks, heads = self.placement.owner.shape
+        return blocks, heads
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Rows, blocks, heads."""
+        return (self.slots * self.replicas, *self.subnets)
+
+    def budget_from(self, step: int) -> float:
+        """Compute budget of a plan whose first step is `step`, until the next one is due."""
+        total, steps = self.total_steps, self.steps_between_plans
+        if total is None or steps is None:
+            return self.settings.compute_budget
+        return self.settings.budget_between(step / total, min(step + steps, total) / total)
+
+    def by_device(self, of_ranks: Sequence[float]) -> list[float]:
+        """The ranks' values in the order of a problem's devices: replica, stage, tensor-parallel rank."""
+        layout = self.placement.layout
+        return [
+            of_ranks[layout.rank_of(stage=stage, replica=replica, tensor_rank=tensor_rank)]
+            for replica in range(layout.replicas)
+            for stage in range(layout.stages)
+            for tensor_rank in range(layout.tensor_ranks)
+        ]
+
+    @property
+    def step_time(self) -> StepTime:
+        """How long a step's subnets and messages take, by what all ranks measured."""
+        of_subnets = self.reckoned.dense_seconds * (1 - self.reckoned.always_share)
+        return StepTime(
+            seconds_per_cost=max(of_subnets / self.costs.num_subnets, 1e-12),
+            activation_bytes=self.activation_bytes,
+            seconds_per_byte=self.reckoned.seconds_per_byte,
+            latency=self.reckoned.message_latency,
+        )

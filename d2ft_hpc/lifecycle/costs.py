@@ -1,0 +1,85 @@
+"""What a run's planners reckon with: costs of operations, speeds of ranks, memory, messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.files.untrusted import RefusedError
+from d2ft_hpc.metering import StepCosts
+
+PAPER_FORWARD_COST = 0.4
+"""Of FORWARD_ONLY in units of FULL (arXiv 2504.12471)."""
+
+SAME_SPEED = 0.1
+"""Speeds that differ by less than this share count as equal: a measurement's noise must not make plans uneven."""
+
+
+@dataclass(frozen=True)
+class PlanCosts:
+    """forward_share: cost of FORWARD_ONLY in units of FULL. always_share: of the dense step, what always runs.
+
+    device_speed: relative speed of each rank. source: "flops", "measured" or "paper".
+    dense_seconds: of a dense micro-batch, alone on a rank (median of the ranks; 0: not known).
+    message_latency, seconds_per_byte: of an all-reduce over all ranks, and of a byte on one rank's link (the slowest
+    of the ranks).
+    """
+
+    forward_share: float
+    always_share: float
+    device_speed: list[float]
+    source: str
+    dense_seconds: float = 0.0
+    message_latency: float = 0.0
+    seconds_per_byte: float = 0.0
+    room_bytes: list[float] | None = None
+    """Of each rank, what its memory had left for activations at the start; None: not measured."""
+    most_full: list[float] | None = None
+    """Of each rank, the most FULL subnets of a micro-batch for which its memory has room; None: no rank is short."""
+
+    @staticmethod
+    def counted(costs: StepCosts, device_speed: Sequence[float] | None, ranks: int) -> PlanCosts:
+        """By counted FLOPs. device_speed: None: all ranks are equal. Raises ConfigError if it is not one for each."""
+        if device_speed is not None and len(device_speed) != ranks:
+            raise ConfigError(
+                f"plan.device_speed={list(device_speed)}: {len(device_speed)} speeds for {ranks} ranks; give one for "
+                f"every rank, or null"
+            )
+        speed = [1.0] * ranks if device_speed is None else list(device_speed)
+        return PlanCosts(costs.forward_share, costs.always_share, speed, "flops")
+
+    @staticmethod
+    def parse(text: bytes) -> PlanCosts:
+        """What `keep_costs` wrote. Raises ValueError if it is none."""
+        try:
+            costs = _PLAN_COSTS.validate_json(text, strict=True)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise RefusedError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+        numbers = [costs.forward_share, costs.always_share, costs.dense_seconds, costs.message_latency]
+        numbers += [
+            costs.seconds_per_byte,
+            *costs.device_speed,
+            *(costs.room_bytes or ()),
+            *(costs.most_full or ()),
+        ]
+        if any(not number >= 0 for number in numbers) or not all(costs.device_speed):
+            raise RefusedError("a cost is negative or no number")
+        return costs
+
+
+_PLAN_COSTS = TypeAdapter(PlanCosts)
+
+
+def relative_speeds(seconds: Sequence[float]) -> list[float]:
+    """Speeds with mean 1 from the seconds that every rank takes for the same work; small differences do not count."""
+    speed = 1 / np.asarray(seconds, dtype=np.float64)
+    order = np.argsort(speed, kind="stable")
+    starts = np.flatnonzero(np.diff(speed[order], prepend=-np.inf) > SAME_SPEED * speed[order])
+    for group in np.split(order, starts[1:]):
+        speed[group] = speed[group].mean()
+    return [float(value) for value in speed / speed.mean()]

@@ -1,0 +1,165 @@
+"""The one place that poses the problem of a run's plan, and solves it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from d2ft_hpc.config import PlanConfig
+from d2ft_hpc.errors import PlanError
+from d2ft_hpc.lifecycle.context import PlanContext
+from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.planning import BUDGET_EPSILON, PlanProblem, SkipPlan, plan_samples, solve
+from d2ft_hpc.planning.messages import TokenLayout
+from d2ft_hpc.scores import Scores
+
+
+def reads_scores(settings: PlanConfig) -> bool:
+    """Whether scores are to be measured before a plan can be made."""
+    return settings.entry.reads_scores and settings.file is None
+
+
+def solve_plan(context: PlanContext, scores: Scores | None, index: int, step: int) -> SkipPlan:
+    """The plan that the settings ask for, on this rank alone; all others get it from rank 0.
+
+    scores: None where `reads_scores` says so. index: how many plans were made before; planners that draw draw anew for
+    each. step: the first one under the plan.
+
+    Raises PlanError where no plan keeps the budgets, also because frozen blocks leave nothing to plan, or where a saved
+    plan is of another shape.
+    """
+    settings, replicas, budget = context.settings, context.replicas, context.budget_from(step)
+    if settings.file is not None:
+        return _saved_plan(Path(settings.file), context)
+    if settings.entry.binding == "sample":
+        return plan_samples(
+            samples=context.slots * context.micro_batch_size,
+            slots=context.slots,
+            replicas=replicas,
+            num_blocks=context.subnets[0],
+            num_heads=context.subnets[1],
+            compute_budget=budget,
+            score_cost=context.costs.score_flops / context.costs.dense_flops,
+        )
+    if not settings.entry.keeps_budgets:
+        return SkipPlan.dense(context.slots, replicas, *context.subnets)
+    planned = context.costs.trains
+    _check_frozen(planned, context.placement)
+    layouts = context.token_layouts
+    problems = [
+        pose(context, scores, planned, compute_budget=budget, token_layout=layout)
+        for layout in layouts
+        if not (layout == "overlapped" and "sharded" in layouts)  # which sends the same
+    ]
+    if settings.messages == "by_head" or settings.communication_budget is None:
+        problems = problems[:1]  # the layout changes nothing for the planner
+    options = settings.arguments(seed=(context.seed, index))
+    plans = [solve(problem, settings.planner, **options) for problem in problems]
+    plan = plans[0]
+    if len(plans) > 1:
+        seconds = [
+            context.step_time.fastest(each, problem, _that_send_no_more(problem.token_layout, layouts))[0]
+            for each, problem in zip(plans, problems, strict=True)
+        ]
+        plan = plans[int(np.argmin(seconds))]
+    plan = plan.among(planned)
+    copies = replicas // plan.replicas
+    return replace(
+        plan,
+        operations=plan.operations.repeat(copies, axis=0),
+        replicas=replicas,
+        objective=plan.objective * copies,
+        bound=plan.bound * copies,
+    )
+
+
+def pose(
+    context: PlanContext,
+    scores: Scores | None,
+    planned: npt.NDArray[np.bool_],
+    *,
+    compute_budget: float,
+    token_layout: TokenLayout = "replicated",
+) -> PlanProblem:
+    """The problem of one batch: of one replica, by the scores' mean over all, where all follow the same rows.
+
+    scores: None: all the same. planned: bool [block], blocks that the problem is about; all others, which are frozen,
+    run FULL, as part of what always runs.
+
+    Raises PlanError as `PlanProblem.parallel`.
+    """
+    settings, reckoned, same_rows = context.settings, context.reckoned, context.same_rows
+    replicas, blocks = 1 if same_rows else context.replicas, context.subnets[0]
+
+    def posed(values: np.ndarray) -> np.ndarray:
+        by_copy = values.astype(np.float64).reshape(context.slots, -1, replicas, *context.subnets)
+        mean: np.ndarray = by_copy.mean(axis=1).reshape(-1, *context.subnets)
+        return mean[:, planned]
+
+    equal = np.ones(context.shape)
+    depth = np.flatnonzero(planned)[:, None] / blocks + 1 / blocks  # [block, 1]
+    most_full = None if reckoned.most_full is None else context.by_device(reckoned.most_full)
+    return PlanProblem.parallel(
+        posed(equal if scores is None else scores.forward),
+        posed(equal if scores is None else scores.backward) * depth**settings.depth_exponent,
+        replicas=replicas,
+        rank=context.placement.owner[planned],
+        stage=context.placement.stage[planned],
+        compute_budget=compute_budget,
+        communication_budget=settings.communication_budget,
+        memory_budget=settings.memory_budget,
+        forward_cost=reckoned.forward_share,
+        always_share=reckoned.always_share,
+        device_speed=None if same_rows else context.by_device(reckoned.device_speed),
+        most_full=[min(most_full)] if same_rows and most_full is not None else most_full,
+        messages=settings.messages,
+        replicas_meet=context.replicas_meet and not same_rows,
+        token_layout=token_layout,
+    )
+
+
+def token_layout_of(plan: SkipPlan, context: PlanContext) -> TokenLayout:
+    """The layout in which a plan runs: the same on every rank and in a resumed run, from what all have in common."""
+    allowed = context.token_layouts
+    if len(allowed) == 1 or plan.binding == "sample":
+        return allowed[0]
+    everywhere = np.ones(plan.num_blocks, dtype=bool)
+    problem = pose(replace(context, same_rows=False), None, everywhere, compute_budget=1.0)
+    if (problem.used_communication(plan) > problem.budgets(BUDGET_EPSILON)[:, 1]).any():
+        allowed = _that_send_no_more("sharded", allowed)  # for which the plan was made
+    return context.step_time.fastest(plan, problem, allowed)[1]
+
+
+def _that_send_no_more(than: TokenLayout, layouts: Sequence[TokenLayout]) -> tuple[TokenLayout, ...]:
+    """Of these layouts, those in which no plan sends more than in another."""
+    return tuple(layout for layout in layouts if than == "replicated" or layout != "replicated")
+
+
+def _check_frozen(planned: npt.NDArray[np.bool_], placement: Placement) -> None:
+    """Raises PlanError where frozen blocks leave nothing to plan, on all ranks or on one of them."""
+    frozen = np.flatnonzero(~planned).tolist()
+    if not planned.any():
+        raise PlanError(
+            "every block is frozen, so that no skip would spare a weight gradient: plan.planner=dense, or let some "
+            "blocks train"
+        )
+    for stage, blocks in enumerate(placement.stages):
+        if not planned[list(blocks)].any():
+            raise PlanError(
+                f"blocks {frozen} are frozen, which is all that pipeline stage {stage} has: no plan can share out the "
+                f"budget; use fewer stages, or none"
+            )
+
+
+def _saved_plan(path: Path, context: PlanContext) -> SkipPlan:
+    plan = SkipPlan.load(path)
+    if plan.operations.shape != context.shape:
+        raise PlanError(
+            f"plan.file={path} has {plan.operations.shape} rows, blocks and heads, but this run {context.shape}: "
+            "score and plan with the same model, data.slots and number of ranks"
+        )
+    return replace(plan, replicas=context.replicas)

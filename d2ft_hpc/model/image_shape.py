@@ -1,0 +1,16 @@
+"""The images that a model was made for."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.families.table import family_of
+
+
+def image_shape_of(model: nn.Module) -> tuple[int, int, int]:
+    """(channel, height, width). Raises ConfigError where the model does not say."""
+    shape = family_of(model).image_shape(model)
+    if shape is None:
+        raise ConfigError("the model has no image size: make it with img_size=, so that costs can be counted")
+    return shape

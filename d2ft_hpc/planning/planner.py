@@ -1,0 +1,53 @@
+"""What every planner says of itself, in its own file; `table.py` lists them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from d2ft_hpc.planning.plan import SkipPlan
+from d2ft_hpc.settings import Section
+
+
+class Options(Section):
+    """What one planner alone reads of the configuration, as `plan.options`. Fields are named as the parameters of the
+    planner's function and have the same defaults."""
+
+
+@dataclass(frozen=True)
+class Planner:
+    """One way to make plans. All that others ask about it is here, so that nobody asks for its name."""
+
+    name: str
+    about: str
+    """For users, who choose by it."""
+    solve: Callable[..., SkipPlan]
+    """Takes a `PlanProblem` and keyword options; with `binding="sample"` no problem, but numbers of samples."""
+    options: type[Options] = Options
+    reads_scores: bool = True
+    keeps_budgets: bool = True
+    """False: there is nothing to plan."""
+    fits_memory: bool = False
+    """Gives a rank with little memory fewer FULL subnets. Others are refused where they exceed it."""
+    needs_scores_for: tuple[str, ...] = ()
+    """Demands, by their names in the configuration's plan or options, of which only the plan by the real scores shows
+    whether the planner meets them."""
+    binding: Literal["slot", "sample"] = "slot"
+    """What a row of its plans is: a micro-batch, or a sample of a batch, drawn in each step."""
+
+    @cached_property
+    def parameters(self) -> list[str]:
+        """Names of the keyword options that `solve` takes."""
+        return [name for name in inspect.signature(self.solve).parameters if name != "problem"]
+
+    def arguments(
+        self, options: Options, *, seed: int | Sequence[int], time_limit_seconds: float
+    ) -> dict[str, Any]:
+        """Keyword arguments of `solve`: its own options, and of what any planner may take what this one does."""
+        of_all = {"seed": seed, "time_limit_seconds": time_limit_seconds}
+        return options.model_dump() | {
+            name: value for name, value in of_all.items() if name in self.parameters
+        }

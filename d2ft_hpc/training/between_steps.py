@@ -1,0 +1,117 @@
+"""What happens between two steps: saves that are due, and the end of the run when a signal asks for it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from d2ft_hpc.config import TrainConfig
+from d2ft_hpc.engines.engine import Engine
+from d2ft_hpc.errors import DivergedError
+from d2ft_hpc.launch.agree import AgreedError
+from d2ft_hpc.training.checkpoint import Position
+from d2ft_hpc.training.job import Job
+from d2ft_hpc.training.records import StepRecorder
+from d2ft_hpc.training.run_log import RunLog
+from d2ft_hpc.training.saver import CheckpointSaver
+
+
+class BetweenSteps:
+    """All ranks cross each boundary together in effect, though none waits for another unless something is due."""
+
+    def __init__(
+        self,
+        job: Job,
+        engine: Engine,
+        saver: CheckpointSaver,
+        recorder: StepRecorder,
+        log: RunLog,
+        settle: Callable[[Position], Position],
+    ) -> None:
+        """settle: ends what is under way and belongs into a checkpoint."""
+        self._job, self._engine, self._saver = job, engine, saver
+        self._recorder, self._log, self._watch = recorder, log, log.watch
+        self._settle = settle
+        self._saved_at = time.monotonic()
+        self._gives_up = False
+
+    def cross(self, position: Position) -> tuple[Position, bool]:
+        """Before a step; the position, since a plan may come into force. False: all is saved, no step shall follow.
+
+        Raises DivergedError on all ranks soon after a step whose loss was not finite on one of them.
+        """
+        self._ask_when_due_by_the_clock()
+        self._ask_when_diverged()
+        action = self._watch.boundary(position.steps_done)
+        if action == "give up":
+            self._diverged(position, self._watch.reasons[action])
+        if action is not None or _is_due(position, self._job.config.train):
+            position = self._save(position)
+        if action != "stop":
+            return position, True
+        self._saver.finish()
+        text = f"stopped after {position.steps_done} steps by {self._watch.reasons['stop']}"
+        self._log.say(f"{text}; saved: start the run again to go on")
+        self._log.note(position.steps_done, "stop", text)
+        return position, False
+
+    def end(self, position: Position) -> None:
+        """After the last step. Raises DivergedError as `cross`."""
+        self._watch.enter("saving a checkpoint")
+        self._require_finite_losses(position)
+        if _is_due(position, self._job.config.train):
+            self._save(position)
+        self._saver.finish()
+
+    def _ask_when_due_by_the_clock(self) -> None:
+        minutes = self._job.config.train.checkpoint_every_minutes
+        if minutes is not None and time.monotonic() - self._saved_at > 60 * minutes:
+            self._saved_at = time.monotonic()
+            if self._job.control.rank == 0:
+                self._watch.request("save")
+
+    def _ask_when_diverged(self) -> None:
+        control = self._job.control
+        if self._recorder.fault and not self._gives_up:
+            self._gives_up = True
+            where = "" if control.world_size == 1 else f" on rank {control.rank}"
+            self._watch.request("give up", f"{self._recorder.fault}{where}")
+
+    def _require_finite_losses(self, position: Position) -> None:
+        """Reads all losses up to here; on all ranks together."""
+        self._recorder.finish()
+        faults = [part.decode() for part in self._job.control.all_gather(self._recorder.fault.encode())]
+        if any(faults):
+            self._diverged(position, next(filter(None, faults)))
+
+    def _diverged(self, position: Position, why: str) -> NoReturn:
+        """why: as `StepRecorder.fault`."""
+        steps_done, text = why.split(" ", 1)
+        self._log.note(position.steps_done, "diverged", text)
+        raise DivergedError(text, int(steps_done)) from AgreedError()
+
+    def _save(self, position: Position) -> Position:
+        if self._saver.newest_step == position.steps_done:
+            return position  # nothing has been computed since the start or the last save
+        start = time.perf_counter()
+        self._watch.enter("saving a checkpoint")
+        self._require_finite_losses(position)
+        position = self._settle(position)
+        plan = self._engine.executor.plan
+        assert plan is not None
+        saved = self._saver.save(self._engine, plan, position, self._recorder.flush)
+        seconds = time.perf_counter() - start
+        self._saved_at = time.monotonic()
+        self._log.note(position.steps_done, "checkpoint", saved.name, seconds)
+        logging.getLogger(__name__).info("%s: training waited %.3f s", saved.name, seconds)
+        return position
+
+
+def _is_due(position: Position, config: TrainConfig) -> bool:
+    """Whether a save is due by the count of steps or epochs."""
+    of_steps, of_epochs = config.checkpoint_every_steps, config.checkpoint_every_epochs
+    by_steps = of_steps is not None and position.steps_done % of_steps == 0
+    by_epochs = of_epochs is not None and position.batches_done == 0 and position.epochs_done % of_epochs == 0
+    return position.steps_done > 0 and (by_steps or by_epochs)

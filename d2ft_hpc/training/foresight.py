@@ -1,0 +1,76 @@
+"""Finds out before anything is trained or evaluated whether the plans that a run asks for exist."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from d2ft_hpc.config import PlanConfig
+from d2ft_hpc.errors import PlanError
+from d2ft_hpc.launch import agreed, share
+from d2ft_hpc.lifecycle.context import PlanContext
+from d2ft_hpc.lifecycle.controller import PlanController
+from d2ft_hpc.lifecycle.solve import solve_plan
+from d2ft_hpc.planning import SkipPlan
+
+_TRIAL_SECONDS = 1.0
+_BUDGETS = ("compute_budget", "communication_budget", "memory_budget")
+
+
+def foresee_plans(plans: PlanController) -> None:
+    """Raises PlanError on all ranks, which call it together, where the run's plan file is none that the model, the
+    ranks and the engine can follow, or no plan keeps the budgets."""
+    context = replace(plans.context, same_rows=plans.engine.same_rows is not None)
+    plan = SkipPlan.from_bytes(share(plans.control, lambda: trial_plan(context).to_bytes(), "planning"))
+    if context.settings.file is not None:
+        with agreed(plans.control, f"plan.file={context.settings.file}"):
+            plans.engine.check(plan)
+
+
+def trial_plan(context: PlanContext) -> SkipPlan:
+    """The run's plan from a file, or one by equal scores under the least of the run's budgets, on this rank alone.
+
+    Raises PlanError, which names the keys.
+    """
+    settings, total, every = context.settings, context.total_steps, context.steps_between_plans
+    last = 0 if total is None or every is None else (total - 1) // every * every  # budgets only fall
+    # What a second does not find may exist; the run itself looks for as long as the configuration says.
+    for seconds in (min(_TRIAL_SECONDS, settings.time_limit_seconds), settings.time_limit_seconds):
+        update = {"time_limit_seconds": seconds, **_left_open(context)}
+        try:
+            return solve_plan(replace(context, settings=settings.model_copy(update=update)), None, 0, last)
+        except PlanError as error:
+            fault = error
+    raise PlanError(_with_keys(str(fault), settings)) from fault
+
+
+def _left_open(context: PlanContext) -> dict[str, Any]:
+    """Demands of which only the plan by the real scores shows whether the planner meets them, as if there were none."""
+    config, rows = context.settings, context.shape[0]
+    names = set(config.entry.needs_scores_for)
+    of_options = names & set(type(config.options).model_fields)
+    if getattr(config.options, "coverage", 0) > rows:  # which no scores help
+        of_options -= {"coverage"}
+    defaults = {name: type(config.options).model_fields[name].default for name in of_options}
+    left = dict.fromkeys(names & set(PlanConfig.model_fields))
+    return {**left, "options": config.options.model_copy(update=defaults)}
+
+
+def _with_keys(text: str, config: PlanConfig) -> str:
+    """The message with the configuration's keys for what it speaks of."""
+    if config.file is not None:
+        return f"{'' if text.startswith('plan.file=') else 'plan.file='}{text}"
+    values = {f"plan.{key}": getattr(config, key) for key in _BUDGETS}
+    values |= {f"plan.options.{key}": value for key, value in config.options}
+    told = ", ".join(
+        f"{key}={value:g}"
+        for key, value in values.items()
+        if value is not None and any(name in text for name in _names_of(key))
+    )
+    return text if not told or text.startswith("plan.") else f"{told}: {text}"
+
+
+def _names_of(key: str) -> tuple[str, str]:
+    """As planners' messages name what a key of the configuration says."""
+    name = key.rpartition(".")[2]
+    return name, name.replace("_", " ")

@@ -1,0 +1,78 @@
+"""How many FULL subnets each rank has memory for, by what was measured at the start."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from d2ft_hpc.engines.engine import Engine
+from d2ft_hpc.launch import agreed
+from d2ft_hpc.lifecycle import PlanCosts
+from d2ft_hpc.metering.kept import KeptBytes
+from d2ft_hpc.metering.memory import free_bytes
+from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.training.job import Job
+from d2ft_hpc.training.plan_costs import keep_costs
+
+HEADROOM = 0.1
+"""Share of the free memory that is left for what a backward needs beside what it was kept for, and for gaps."""
+
+
+def with_memory_limits(
+    job: Job, engine: Engine, placement: Placement, kept: KeptBytes | None, costs: PlanCosts
+) -> PlanCosts:
+    """The costs with the most FULL subnets of each rank, if some rank has not the memory for a dense micro-batch.
+
+    On all ranks together, once their engines are built. kept: this rank's; None: the costs stay as they are, as those
+    of a resumed run do.
+    """
+    control = job.control
+    if kept is None or costs.room_bytes is not None:
+        return costs
+    control.all_gather(b"")  # what others still build would count as free
+    free = free_bytes(job.device)
+    if job.device.type == "cpu":
+        free /= control.hosts.count(control.host)
+    room = (1 - HEADROOM) * free - engine.bytes_to_come
+    most = most_full(room, kept, placement, job.config.data.slots)
+    own = [room, most, float(placement.own.sum())]
+    of_ranks = [json.loads(part) for part in control.all_gather(json.dumps(own).encode())]
+    rooms, limits, subnets = (list(column) for column in zip(*of_ranks, strict=True))
+    costs = replace(costs, room_bytes=rooms, most_full=None if limits == subnets else limits)
+    with agreed(control, "keeping the costs"):
+        if control.rank == 0:
+            keep_costs(job, costs)
+    return costs
+
+
+def most_full(room_bytes: float, kept: KeptBytes, placement: Placement, slots: int) -> float:
+    """The most FULL subnets of a micro-batch whose activations fit on this rank: none to all of its own.
+
+    A pipeline's stage keeps those of as many micro-batches at once as there are stages from it to the last.
+    """
+    layout, own = placement.layout, float(placement.own.sum())
+    at_once = min(layout.stages - layout.stage, slots)
+    unowned = kept.unowned * len(placement.blocks) / len(placement.owner)
+    fitting = (room_bytes / at_once - unowned) / kept.by_full if kept.by_full else math.inf
+    return own if math.isnan(fitting) else max(0.0, min(own, float(math.floor(min(fitting, own)))))
+
+
+def describe_memory(costs: PlanCosts, kept: KeptBytes, num_subnets: int) -> str:
+    """One line of what was measured and what follows."""
+    rooms = costs.room_bytes or []
+    line = f"memory: a dense micro-batch keeps {_size(kept.of(num_subnets))}, ranks have room for {_range(rooms)}"
+    if costs.most_full is None:
+        return line
+    told = ", ".join(f"{most:.0f} on rank {rank}" for rank, most in enumerate(costs.most_full))
+    return f"{line}; FULL subnets of a micro-batch at most: {told}"
+
+
+def _range(sizes: Sequence[float]) -> str:
+    least, most = _size(min(sizes)), _size(max(sizes))
+    return least if least == most else f"{least} to {most}"
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if abs(size) >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,39 @@
+"""What a job measures on its ranks before it starts: passes, messages, memory, and costs for its planner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from d2ft_hpc.lifecycle import PlanCosts
+from d2ft_hpc.metering.all_reduce import AllReduceSeconds, measure_all_reduce
+from d2ft_hpc.metering.kept import KeptBytes, measure_kept
+from d2ft_hpc.metering.memory import release_unused
+from d2ft_hpc.metering.profile import PassProfile, profile_passes
+from d2ft_hpc.training.job import Job
+from d2ft_hpc.training.plan_costs import find_costs
+
+
+@dataclass(frozen=True)
+class Measurements:
+    profile: PassProfile
+    all_reduce: AllReduceSeconds
+    kept: KeptBytes | None
+    """None where plans do not depend on it."""
+    plan_costs: PlanCosts
+
+
+def measure_job(job: Job) -> Measurements:
+    """On all ranks together, before the engine is built and any random state is restored."""
+    data = job.config.data
+    shape = (data.micro_batch_size, 3, data.image_size, data.image_size)
+    precisions = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    precision = precisions[job.config.engine.precision]
+    profile = profile_passes(job.model, job.executor, shape, precision)
+    kept = None
+    if job.config.plans_by_free_memory:
+        kept = measure_kept(job.model, job.executor, shape, precision)
+    release_unused(job.device)
+    all_reduce = measure_all_reduce(job.device)
+    return Measurements(profile, all_reduce, kept, find_costs(job, profile, all_reduce))

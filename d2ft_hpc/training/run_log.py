@@ -1,0 +1,161 @@
+"""What a run tells besides its steps, to people and in its results file: itself, its plans, evaluations, events."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime, timezone
+
+import numpy as np
+
+from d2ft_hpc.execution.executor import MOST_SHAPES, PlanExecutor
+from d2ft_hpc.launch.watch import Watch
+from d2ft_hpc.lifecycle import PlanListener
+from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.results import ResultsWriter
+from d2ft_hpc.scores import Scores
+from d2ft_hpc.training.checkpoint import Position
+from d2ft_hpc.training.environment import describe_parameters
+from d2ft_hpc.training.evaluate import Evaluation
+from d2ft_hpc.training.job import Job
+from d2ft_hpc.training.measurements import Measurements
+from d2ft_hpc.training.progress import Progress
+from d2ft_hpc.training.tensorboard import TensorBoard
+
+CONFUSION_CLASSES = 256
+"""With more classes, evaluations record the accuracy of each class but no confusion."""
+
+
+class RunLog(PlanListener):
+    """Of one run on this rank: rank 0 speaks and, once its files are open, writes."""
+
+    def __init__(self, job: Job, executor: PlanExecutor, progress: Progress, watch: Watch) -> None:
+        self.progress, self.watch = progress, watch
+        self.writer: ResultsWriter | None = None
+        self.tensorboard: TensorBoard | None = None
+        self._job, self._executor = job, executor
+
+    def enter(self, phase: str, *, allowed_seconds: float = 0.0) -> None:
+        self.watch.enter(phase, allowed_seconds=allowed_seconds)
+
+    def say(self, text: str) -> None:
+        self.progress.say(text)
+
+    def scored(self, scores: Scores, step: int) -> None:
+        if self.writer is not None:
+            record_scores(self.writer, scores, step)
+
+    def planned(self, plan: SkipPlan, step: int, seconds: float) -> None:
+        if self.writer is not None:
+            record_plan(self._job, self._executor, self.writer, plan, step, seconds)
+
+    def note(self, step: int, kind: str, text: str, seconds: float = 0.0) -> None:
+        if self.writer is not None:
+            note(self.writer, step, kind, text, seconds)
+
+    def evaluated(self, position: Position, result: Evaluation) -> None:
+        """An evaluation of the present model."""
+        self.progress.evaluated(result.accuracy, result.seconds)
+        self.say(
+            f"evaluation after {position.epochs_done} epochs: accuracy {result.accuracy:.2%}, loss {result.loss:.4f} "
+            f"({result.samples} images, {result.seconds:.1f} s)"
+        )
+        if self.writer is not None:
+            self.writer.append(
+                "evaluations",
+                {
+                    "step": position.steps_done,
+                    "epoch": position.epochs_done,
+                    "accuracy": result.accuracy,
+                    "loss": result.loss,
+                    "samples": result.samples,
+                    "seconds": result.seconds,
+                    "class_accuracy": result.class_accuracy,
+                    **({"confusion": result.confusion} if len(result.confusion) <= CONFUSION_CLASSES else {}),
+                },
+            )
+        if self.tensorboard is not None:
+            self.tensorboard.evaluation(position.steps_done, result)
+
+
+def record_job(
+    job: Job, writer: ResultsWriter, environment: Mapping[str, str | int], measured: Measurements
+) -> None:
+    """What does not change during a run."""
+    writer.put("config", {"yaml": job.config.to_yaml()})
+    writer.put("environment", {}, environment)
+    writer.put(
+        "model",
+        describe_parameters(job.model, job.executor.subnets),
+        {
+            "name": job.config.model.name,
+            "num_blocks": job.executor.subnets.num_blocks,
+            "num_heads": job.executor.subnets.num_heads,
+            "frozen_blocks": json.dumps(np.flatnonzero(~job.costs.trains).tolist()),
+            "always_flops": job.costs.always_flops,
+            "full_flops": job.costs.full_flops,
+            "forward_only_flops": job.costs.forward_only_flops,
+            "dense_pass_seconds": measured.profile.dense_seconds,
+            "always_pass_seconds": measured.profile.always_seconds,
+            "dense_kept_bytes": measured.kept.of(job.costs.num_subnets) if measured.kept else math.nan,
+            "plan_costs": json.dumps(asdict(measured.plan_costs)),
+            "all_reduce_seconds": measured.all_reduce.latency,
+            "all_reduce_seconds_per_byte": measured.all_reduce.per_byte,
+        },
+    )
+
+
+def record_scores(writer: ResultsWriter, scores: Scores, step: int) -> None:
+    """Of the plan that is made next."""
+    writer.append(
+        "scores",
+        {
+            "step": step,
+            "forward": scores.forward,
+            "backward": scores.backward,
+            "forward_name": scores.forward_name,
+            "backward_name": scores.backward_name,
+            "seconds": scores.seconds,
+            "flops": scores.flops,
+            "cached": scores.cached,
+        },
+    )
+
+
+def record_plan(
+    job: Job, executor: PlanExecutor, writer: ResultsWriter, plan: SkipPlan, step: int, seconds: float
+) -> None:
+    """executor: the plan is in force on it. `step` is the first one under the plan."""
+    writer.append(
+        "plans",
+        {
+            "step": step,
+            "operations": plan.operations,
+            "hash": plan.hash,
+            "planner": plan.planner,
+            "replicas": plan.replicas,
+            "binding": plan.binding,
+            "objective": plan.objective,
+            "bound": plan.bound,
+            "gap": plan.gap,
+            "status": plan.status,
+            "solve_seconds": plan.solve_seconds,
+            "planned_compute": job.costs.planned_share(plan),
+            "planned_time": max(
+                float(job.costs.planned_flops(plan.for_replica(replica)).mean()) / job.costs.dense_flops
+                for replica in range(plan.replicas)
+            ),
+            "block_shapes": executor.block_shapes,
+            "micro_batch_shapes": executor.micro_batch_shapes,
+            "most_shapes": MOST_SHAPES,
+        },
+    )
+    note(writer, step, "plan", plan.hash, seconds)
+
+
+def note(writer: ResultsWriter, step: int, kind: str, text: str, seconds: float = 0.0) -> None:
+    """Records an event; `step` is the number of steps done before."""
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    writer.append("events", {"step": step, "time": now, "kind": kind, "text": text, "seconds": seconds})

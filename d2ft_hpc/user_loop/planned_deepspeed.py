@@ -1,0 +1,215 @@
+"""A user's DeepSpeed engine under plans: tells the controller where batches begin, and carries plans in checkpoints."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
+from d2ft_hpc.engines.deepspeed_private import current_slot, loss_scale
+from d2ft_hpc.engines.engine import MicroBatch
+from d2ft_hpc.engines.pipeline import PipelineEngine
+from d2ft_hpc.engines.portable import write_file
+from d2ft_hpc.engines.tensor import TensorParallelEngine
+from d2ft_hpc.errors import PlanError
+from d2ft_hpc.files import atomic
+from d2ft_hpc.launch import Control, agreed, share
+from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts, PlanState
+from d2ft_hpc.lifecycle.observed import ObservedScores, Observer
+from d2ft_hpc.lifecycle.solve import reads_scores
+from d2ft_hpc.lifecycle.state import FILE
+from d2ft_hpc.metering import StepCosts
+from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.planning import Operation, SkipPlan
+from d2ft_hpc.scores import Scores
+from d2ft_hpc.scores.observe import GradientObserver
+from d2ft_hpc.selection import SampleSelection
+from d2ft_hpc.user_loop.observe_part import PartObserver
+from d2ft_hpc.user_loop.section import D2ftSection
+from d2ft_hpc.user_loop.told import Told
+
+
+class PlannedDeepSpeed:
+    """What `initialize` adds to a DeepSpeed engine, as `engine.d2ft`.
+
+    Batches of which scores are measured run dense; a plan is in force from the batch after them.
+    """
+
+    def __init__(
+        self,
+        ours: DeepSpeedEngine | PipelineEngine,
+        section: D2ftSection,
+        costs: StepCosts,
+        placement: Placement,
+        selection: SampleSelection | None,
+        control: Control,
+    ) -> None:
+        """On all ranks together. ours: the user's engine as our training loop has it. selection: of planner samples."""
+        self.executor, self.section, self.control = ours.executor, section, control
+        self._ours, self._engine, self._placement, self._selection = ours, ours.engine, placement, selection
+        slots = int(ours.engine.gradient_accumulation_steps())
+        self._source = ObservedScores(
+            section,
+            self.executor.subnets,
+            lambda: (control, placement.layout),
+            self._make_observer,
+            ours.full_model,
+        )
+        self.plans = PlanController(
+            PlanContext(
+                section,
+                placement,
+                costs,
+                PlanCosts.counted(costs, section.device_speed, control.world_size),
+                slots=slots,
+                micro_batch_size=int(ours.engine.train_micro_batch_size_per_gpu()),
+                seed=section.seed,
+                replicas_meet=ours.engine.zero_optimization_stage() == 3,
+            ),
+            ours,
+            control,
+            self._source,
+            Told(control),
+        )
+        self.slot = 0
+        """The place in its batch of the micro-batch that runs, or ran last, in training."""
+        self.is_boundary = False
+        """Whether an optimiser step follows it."""
+        self._seen = -1
+        if isinstance(ours, PipelineEngine):
+            self._lead_batches(ours)
+        else:
+            # Of the engine, so that copies of its module have none, and torch.compile sees none.
+            ours.engine.register_forward_pre_hook(self._before_forward)
+        self._follow_checkpoints()
+        if not reads_scores(section):
+            self.plans.make(0)
+
+    @property
+    def plan(self) -> SkipPlan | None:
+        """The plan in force; None while steps run dense."""
+        return self.executor.plan
+
+    @property
+    def scores(self) -> Scores | None:
+        """Those of the newest plan; None where the planner reads none."""
+        return self.plans.scores
+
+    def choose(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Planner `samples`: of a batch, (images, labels) for each micro-batch, what is to be trained on, in as many
+        micro-batches; by all ranks together, between two steps.
+
+        Raises PlanError with another planner.
+        """
+        if self._selection is None or self.plan is None:
+            raise PlanError(
+                f'choose() draws samples for "planner": "samples"; with {self.section.planner!r} train on all of them'
+            )
+        share_of_all = float((self.plan.operations == Operation.FULL).mean())
+        return self._selection(micro_batches, int(self._engine.global_steps), share_of_all)
+
+    def activate(self, plan: SkipPlan) -> None:
+        """Puts `plan` in force from the next batch on. Raises PlanError where this engine cannot run it."""
+        self.plans.activate(plan)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes weights and optimiser in timm's names, plan and scores to `folder`; on all ranks together."""
+        folder = Path(folder)
+        self._ours.save(folder, write_file)
+        if self.control.rank == 0:
+            if self.plan is not None:
+                self.plan.save(folder / "plan.h5")
+            if self.scores is not None:
+                with atomic.replaced(folder / "scores.npz") as temporary, temporary.open("wb") as file:
+                    np.savez(file, forward=self.scores.forward, backward=self.scores.backward)
+
+    def overhead(self) -> str:
+        """What following plans has cost so far, in words."""
+        steps = max(int(self._engine.global_steps), 1)
+        return (
+            f"following the plan {1e6 * self.executor.lookup_seconds / steps:.0f} us a step, "
+            f"planning {1e6 * self.plans.planning_seconds / steps:.0f} us a step over {steps} steps"
+        )
+
+    def _follow_checkpoints(self) -> None:
+        """The engine's `save_checkpoint` and `load_checkpoint` carry the plan, too, and all that the next ones follow
+        from."""
+        engine, save, load = self._engine, self._engine.save_checkpoint, self._engine.load_checkpoint
+
+        def save_checkpoint(save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+            tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+            content = replace(self.plans.state(), observed=self._source.so_far()).to_bytes()
+            with agreed(self.control, "saving the plan"):
+                if self.control.rank == 0:  # before DeepSpeed says that this checkpoint is the latest
+                    folder = Path(save_dir) / tag
+                    folder.mkdir(parents=True, exist_ok=True)
+                    atomic.write(folder / FILE, content)
+            return save(save_dir, tag, *args, **kwargs)
+
+        def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+            found = load(*args, **kwargs)
+            asked = inspect.signature(load).bind(*args, **kwargs).arguments
+            if found[0] is not None and not asked.get("load_module_only"):
+                self._resume(Path(found[0]).parent / FILE)
+            return found
+
+        engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+
+    def _resume(self, path: Path) -> None:
+        """Goes on from the file, if there is one; on all ranks together. A plan that the configuration names stays.
+        Raises CheckpointError where the file is damaged."""
+        content = share(self.control, lambda: path.read_bytes() if path.exists() else b"", "the saved plan")
+        if self.section.file is not None:
+            return
+        say = self.plans.listener.say
+        if not content:
+            say(f"{path} is missing, which a checkpoint of ours has: plans begin anew")
+            return
+        saved = PlanState.from_bytes(content, str(path))
+        try:
+            self.plans.restore(saved)
+        except PlanError as error:
+            say(f"the checkpoint's plan does not fit, plans begin anew: {error}")
+            return
+        self._seen = -1
+        if saved.observed is not None and len(saved.observed) == self.control.world_size:
+            self._source.go_on(saved.observed)
+
+    def _lead_batches(self, pipeline: PipelineEngine) -> None:
+        """A pipeline's batches begin with its `train_batch`."""
+        train_batch = pipeline.engine.train_batch
+
+        def planned_batch(*args: Any, **kwargs: Any) -> Any:
+            self._begin_batch()
+            pipeline.begin_batch()
+            return train_batch(*args, **kwargs)
+
+        pipeline.engine.train_batch = planned_batch
+
+    def _before_forward(self, engine: nn.Module, inputs: Any) -> None:
+        if not self._engine.module.training or not torch.is_grad_enabled():
+            return
+        # Read here and not in the blocks: torch.compile would make kernels anew for each value of DeepSpeed's counter.
+        self.slot = current_slot(self._engine)
+        self.is_boundary = bool(self._engine.is_gradient_accumulation_boundary())
+        micro_step = int(self._engine.micro_steps)
+        if micro_step != self._seen and self.slot == 0:
+            self._begin_batch()
+        self._seen = micro_step
+
+    def _begin_batch(self) -> None:
+        self.plans.before_batch(int(self._engine.global_steps))
+
+    def _make_observer(self) -> Observer:
+        engine, subnets = self._engine, self.executor.subnets
+        slots = int(engine.gradient_accumulation_steps())
+        if isinstance(self._ours, (PipelineEngine, TensorParallelEngine)):
+            return PartObserver(self._ours.part, subnets, self._placement, slots, lambda: loss_scale(engine))
+        return GradientObserver(engine.module, subnets, slots, lambda: self.slot, lambda: loss_scale(engine))

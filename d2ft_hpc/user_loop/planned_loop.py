@@ -1,0 +1,376 @@
+"""`d2ft_hpc.attach`: plans in a training loop of the user's own, over plain torch, DDP or FSDP2."""
+
+from __future__ import annotations
+
+import base64
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from d2ft_hpc.engines.check import check_plan
+from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
+from d2ft_hpc.execution.executor import attach as attach_executor
+from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts, PlanState
+from d2ft_hpc.lifecycle.observed import ObservedScores
+from d2ft_hpc.lifecycle.solve import reads_scores
+from d2ft_hpc.metering import measure_costs, meter
+from d2ft_hpc.model.evaluating import evaluating
+from d2ft_hpc.model.image_shape import image_shape_of
+from d2ft_hpc.model.lora import unwrapped
+from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.planning import Operation, SkipPlan
+from d2ft_hpc.planning.samples import SampleOptions
+from d2ft_hpc.scores.observe import GradientObserver
+from d2ft_hpc.selection import SampleSelection
+from d2ft_hpc.selection.build import count_scoring, selection_of
+from d2ft_hpc.user_loop.default_group import control_of_loop
+from d2ft_hpc.user_loop.prepare import bind_engine
+from d2ft_hpc.user_loop.section import D2ftSection, parse_section
+from d2ft_hpc.user_loop.told import Told
+
+
+def attach(
+    model: Any,
+    compute_budget: float = 0.6,
+    *,
+    planner: str = "samples",
+    micro_batches: int = 1,
+    **settings: Any,
+) -> PlannedLoop:
+    """Lets a timm VisionTransformer, also one inside peft's wrapper, train under plans in the loop that follows.
+
+    Call it before the optimiser, DDP or `fully_shard` get the model: it freezes what lies below the blocks.
+
+    compute_budget: share of the dense training FLOPs. planner: `samples`, which keeps dense training's accuracy, scores
+        what `PlannedLoop.choose` is given and draws what trains; any other one plans by heads, and the first
+        `probe_batches` batches run dense and give the scores. micro_batches: those of a rank whose gradients make one
+        step of the optimiser. settings: other keys of the "d2ft" section (`D2ftSection`), such as `embeddings`,
+        `compile`, `cuda_graphs`, `replan={"every": 100, "unit": "steps"}` or `file`, a saved plan.
+
+    Raises ConfigError for settings that cannot be, UnsupportedModelError where the model cannot be cut by head.
+    """
+    if micro_batches < 1:
+        raise ConfigError(f"micro_batches={micro_batches}: a batch has at least one")
+    given = {"compute_budget": compute_budget, "planner": planner, **settings}
+    return PlannedLoop(unwrapped(model), parse_section(given), micro_batches)
+
+
+@dataclass
+class _Counted:
+    """What this rank computed in a plan's first batch that was counted. plan: how many were made. samples: of which the
+    dense compute is the measure. micro_batches: that were counted."""
+
+    plan: int = -1
+    step: int = -1
+    flops: int = 0
+    samples: int = 0
+    micro_batches: int = 0
+
+
+class PlannedLoop:
+    """A model of the user's loop with its plan and all that the next ones follow from.
+
+    A batch ends with a step of the optimiser, each forward in training mode is its next micro-batch. On several ranks
+    each is a replica that follows rows of its own; all come to the same batches.
+    """
+
+    same_rows: str | None = None
+
+    def __init__(self, model: nn.Module, section: D2ftSection, micro_batches: int) -> None:
+        self.section, self.slots = section, micro_batches
+        self._model = model
+        self.executor = attach_executor(
+            model,
+            embeddings=section.embeddings,
+            shared=section.shared,
+            rescale=section.rescale,
+            compile=section.compile,
+            cuda_graphs=section.cuda_graphs,
+        )
+        image_shape = image_shape_of(model)
+        self._image_size = image_shape[-1]
+        self._costs = measure_costs(model, self.executor, image_shape)  # before anything spreads the weights
+        self._selection: SampleSelection | None = None
+        if section.entry.binding == "sample":
+            device = next(model.parameters()).device
+            score_flops = count_scoring(self._new_selection(0), self._image_size, device)
+            self._costs = replace(self._costs, score_flops=score_flops)
+        self._controller: PlanController | None = None
+        self._restored: PlanState | None = None
+        self._slot = -1  # of the micro-batch that runs, or ran last; -1 between batches
+        self._steps = self._draws = 0
+        self._is_planned = False  # the batch that runs, or comes
+        self._is_chosen = self._is_bound = False
+        self._counted, self._is_counting = _Counted(), False
+        self.executor.bind(self.current_slot, Reduction.AFTER_BACKWARD)
+        self._source = ObservedScores(
+            section,
+            self.executor.subnets,
+            lambda: (self._plans().control, self._plans().context.placement.layout),
+            self._observer,
+            lambda: nullcontext(model),
+        )
+        if reads_scores(section):
+            self._source.measure()  # now, because torch.compile may trace the first forward
+        _watch(self, model)
+
+    def choose(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Planner `samples`: of a micro-batch, the samples that are to be trained on; by all ranks together.
+
+        images: [sample, channel, height, width]; labels: int64 [sample], or probabilities [sample, class].
+        Raises PlanError with another planner, or where the budget leaves not one sample.
+        """
+        if self.section.entry.binding != "sample":
+            raise PlanError(
+                f"choose() draws samples for planner='samples'; with {self.section.planner!r} train on all of them"
+            )
+        self._plan_batch(len(labels))
+        if self._selection is None:
+            self._selection = self._new_selection(self._plans().control.rank)
+            if isinstance(self._model, FSDPModule):
+                self._selection.scorer.bind(self._logits)
+        assert self.executor.plan is not None
+        share = float((self.executor.plan.operations == Operation.FULL).mean())
+        with self._counting():
+            (chosen,) = self._selection([(images, labels)], self._draws, share)
+            self._counted.samples += len(labels) if self._is_counting else 0
+        self._draws += 1
+        self._is_chosen = True
+        return chosen
+
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """Optional, around a micro-batch's forward and backward: counts what a plan's first batch computes."""
+        self._plan_batch()
+        with self._counting():
+            self._counted.micro_batches += 1 if self._is_counting else 0
+            yield
+
+    @property
+    def plan(self) -> SkipPlan | None:
+        """The plan in force; None while batches run dense."""
+        return self.executor.plan if self._restored is None else self._restored.plan
+
+    @property
+    def promised_share(self) -> float | None:
+        """Of the dense compute, what the plan in force lets this rank compute; None without a plan."""
+        plan = self.executor.plan
+        if plan is None:
+            return None
+        if plan.binding == "sample":
+            return self._costs.planned_share(plan)
+        own = plan.for_replica(self._plans().control.rank)
+        return float(self._costs.planned_flops(own).mean() / self._costs.dense_flops)
+
+    @property
+    def measured_share(self) -> float | None:
+        """Of the dense compute, what this rank computed in the plan's first batch; None where `micro_batch` did not
+        count it."""
+        counted = self._counted
+        if not counted.micro_batches or not counted.samples or counted.plan != self._plans().plans_made:
+            return None
+        return counted.flops / (self._costs.dense_flops * counted.samples)
+
+    def report(self) -> str:
+        """One line of this rank: what the plan in force promised, and what was measured under it."""
+        plan, promised, measured = self.executor.plan, self.promised_share, self.measured_share
+        if plan is None:
+            return "no plan is in force: batches run dense"
+        told = "not measured (wrap micro-batches in `with d2ft.micro_batch():`)"
+        if measured is not None:
+            told = f"measured {measured:.1%}"
+        return (
+            f"plan {plan.hash[:12]} ({plan.evidence}): promised {promised:.1%} of the dense compute, {told}"
+        )
+
+    def activate(self, plan: SkipPlan) -> None:
+        """Puts a plan of one's own in force from the next batch on. Raises PlanError where it cannot be run."""
+        plans = self._plans()
+        plans.restore(PlanState(plan, batches=1, plans_made=plans.plans_made + 1))
+        self._is_planned = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plan and replanning, between two batches: the same on all ranks, and none need ask the others."""
+        state = self._restored
+        if state is None:
+            state = PlanState() if self._controller is None else self._controller.state()
+        return {
+            "plans": base64.b64encode(state.to_bytes()).decode(),
+            "steps": self._steps,
+            "draws": self._draws,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on, from the next batch on, as the loop whose `state_dict` this was.
+
+        Raises CheckpointError where it is none or damaged. The next batch raises PlanError where its plan does not fit
+        the model or the number of ranks.
+        """
+        try:
+            content = base64.b64decode(state["plans"], validate=True)
+            self._steps, self._draws = int(state["steps"]), int(state["draws"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"d2ft.load_state_dict: not what state_dict() gave ({error!r})") from None
+        self._restored = PlanState.from_bytes(content, "d2ft.load_state_dict")
+        self._slot, self._is_planned = -1, False
+
+    def current_slot(self) -> int:
+        """The place in its batch of the micro-batch that runs, or ran last."""
+        return max(self._slot, 0)
+
+    def bind(self, model: nn.Module) -> str:
+        """Fits plans to what was made of the attached model, and returns what that is; the first training forward does
+        so by itself. Raises ConfigError where plans could not be run exactly."""
+        found = bind_engine(model, self.executor, self.current_slot)
+        self._is_bound = True
+        if self._controller is not None:
+            meets = isinstance(self._model, FSDPModule)
+            self._controller.context = replace(self._controller.context, replicas_meet=meets)
+            if self.executor.plan is not None:
+                self.executor.activate(self.executor.plan, self._controller.control.rank)
+        return found
+
+    def check(self, plan: SkipPlan) -> None:
+        """Raises PlanError where the loop cannot run `plan`."""
+        check_plan(plan, slots=self.slots, replicas=self._plans().control.world_size, same_rows=None)
+
+    def _before_forward(self, inputs: Sequence[Any]) -> None:
+        """Of the model in training mode: the next micro-batch begins."""
+        if self.section.entry.binding == "sample" and not self._is_chosen:
+            raise PlanError(
+                "planner='samples' draws what a micro-batch trains on: call `images, labels = d2ft.choose(images, "
+                "labels)` before the model, or attach(model, planner=...) another one"
+            )
+        if self._slot >= self.slots - 1:
+            self._end_batch()  # the optimiser left a step out
+        if not self._is_bound:
+            ddp: Any = DistributedDataParallel._active_ddp_module
+            is_ddp = ddp is not None and unwrapped(ddp.module) is self._model
+            self.bind(ddp if is_ddp else self._model)
+        self._plan_batch()
+        self._slot, self._is_chosen = self._slot + 1, False
+        if self._is_counting and self.section.entry.binding != "sample":
+            self._counted.samples += len(inputs[0])
+
+    def _plan_batch(self, samples: int = 1) -> None:
+        """The plan of the batch that comes is in force; by all ranks together. samples: of a micro-batch."""
+        plans = self._plans()
+        plans.context = replace(plans.context, micro_batch_size=samples) if samples > 1 else plans.context
+        if self._restored is not None:
+            plans.restore(self._restored)
+            self._is_planned = self._restored.plan is not None
+            self._restored = None
+        if not self._is_planned:
+            plans.before_batch(self._steps)
+            self._is_planned = True
+
+    def _end_batch(self) -> None:
+        self._slot, self._is_planned = -1, False
+        self._steps += 1
+        if self.section.entry.binding != "sample":
+            self._plan_batch()  # now, so that a checkpoint has it and torch.compile does not trace it
+
+    def _after_optimizer(self) -> None:
+        if self._slot >= 0:
+            self._end_batch()
+
+    def _plans(self) -> PlanController:
+        """Made at the first need, when the ranks have met; by all of them together."""
+        if self._controller is None:
+            control = control_of_loop()
+            ranks = control.world_size
+            context = PlanContext(
+                self.section,
+                Placement.whole(ranks, control.rank, *self.executor.subnets.shape),
+                self._costs,
+                PlanCosts.counted(self._costs, self.section.device_speed, ranks),
+                slots=1 if self.section.entry.binding == "sample" else self.slots,
+                micro_batch_size=1,
+                seed=self.section.seed,
+                replicas_meet=isinstance(self._model, FSDPModule),
+            )
+            self._controller = PlanController(context, self, control, self._source, Told(control))
+        return self._controller
+
+    def _observer(self) -> GradientObserver:
+        return GradientObserver(
+            self._model, self.executor.subnets, self.slots, self.current_slot, lambda: 1.0
+        )
+
+    def _new_selection(self, replica: int) -> SampleSelection:
+        assert isinstance(self.section.options, SampleOptions)
+        return selection_of(
+            self.section.options, self._model, self._image_size, seed=self.section.seed, replica=replica
+        )
+
+    def _logits(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Of a model that FSDP2 has spread, of which there is no twin for other sizes."""
+        dtype = next(self._model.parameters()).dtype
+        family = self.executor.subnets.family
+        with family.taking_any_size(self._model), evaluating(self._model):
+            return [self._model(of_slot.to(dtype)) for of_slot in images]
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        made = self._plans().plans_made
+        if self.executor.plan is not None and self._counted.plan != made:
+            self._counted = _Counted(made, self._steps)
+        if self._counted.step != self._steps or self._counted.plan != made or self._is_counting:
+            yield
+            return
+        self._is_counting = True
+        try:
+            with meter() as metered:
+                yield
+        finally:
+            self._is_counting = False
+            self._counted.flops += metered.flops
+
+
+class _BeforeForward:
+    """A hook of the attached model alone: copies and pickles of it get one that does nothing."""
+
+    def __init__(self, loop: PlannedLoop, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._begin: Callable[[Sequence[Any]], None] = torch.compiler.disable(loop._before_forward)
+
+    def __call__(self, module: nn.Module, inputs: Sequence[Any]) -> None:
+        if module is self._model() and module.training and torch.is_grad_enabled():
+            self._begin(inputs)
+
+    def __reduce__(self) -> Any:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(module: nn.Module, inputs: Any) -> None:
+    pass
+
+
+def _watch(loop: PlannedLoop, model: nn.Module) -> None:
+    """Tells the loop of forwards and of steps of any optimiser that has parameters of the model, while it lives."""
+    model.register_forward_pre_hook(_BeforeForward(loop, model))
+    kept = weakref.ref(loop)
+
+    def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        loop = kept()
+        if loop is not None and loop._slot >= 0:
+            own = {id(parameter) for parameter in loop._model.parameters()}
+            if any(id(each) in own for group in optimizer.param_groups for each in group["params"]):
+                loop._after_optimizer()
+
+    handle = register_optimizer_step_post_hook(stepped)
+    weakref.finalize(loop, handle.remove)

@@ -1,0 +1,178 @@
+"""`d2ft_hpc.attach`: plans, checkpoints and counters of a loop of one's own, in one process."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import d2ft_hpc
+from d2ft_hpc.config import PlanConfig
+from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
+from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.lifecycle import solve_plan
+from d2ft_hpc.metering import measure_costs
+from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.scores import Scores, fisher_information, weight_magnitude
+from tests.models import DEPTH, HEADS, context_of, random_batch, tiny_vit
+
+SLOTS = 3
+
+
+class Loop:
+    """A dense loop that somebody wrote, with what d2ft adds."""
+
+    def __init__(self, weights: int = 0, **settings: Any) -> None:
+        self.model = tiny_vit(weights)
+        self.d2ft = d2ft_hpc.attach(self.model, **{"micro_batches": SLOTS, **settings})
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-3)
+        self.model.train()
+
+    def step(self, step: int, slots: int = SLOTS) -> float:
+        total = 0.0
+        for slot in range(slots):
+            images, labels = random_batch(10 * step + slot, samples=12)
+            if self.d2ft.section.planner == "samples":
+                images, labels = self.d2ft.choose(images, labels)
+            with self.d2ft.micro_batch():
+                loss = F.cross_entropy(self.model(images), labels) / slots
+                loss.backward()
+            total += loss.item()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total
+
+
+def test_the_first_batch_gives_the_scores_of_the_plan_that_the_next_ones_follow() -> None:
+    loop, twin = Loop(planner="joint"), tiny_vit()
+    executor = attach(twin)
+    costs = measure_costs(twin, executor, (3, 16, 16))
+    pairs = [random_batch(slot, samples=12) for slot in range(SLOTS)]
+    fisher = np.concatenate(
+        [fisher_information(twin, executor.subnets, *pair, F.cross_entropy).numpy() for pair in pairs]
+    )
+    assert loop.d2ft.plan is None
+    dense = sum(F.cross_entropy(twin(images), labels).item() / SLOTS for images, labels in pairs)
+    assert loop.step(0) == pytest.approx(dense, rel=1e-6)
+    magnitude = weight_magnitude(loop.model, loop.d2ft.executor.subnets).numpy()
+    scores = Scores(fisher, np.broadcast_to(magnitude, fisher.shape), 0.0)
+    context = context_of(PlanConfig(planner="joint", compute_budget=0.6), costs, slots=SLOTS)
+    assert loop.d2ft.plan == solve_plan(context, scores, 0, 0)
+    assert loop.d2ft.measured_share is None
+    loop.step(1)
+    assert loop.d2ft.promised_share == pytest.approx(0.6, abs=0.02)
+    assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
+    assert f"promised {loop.d2ft.promised_share:.1%}" in loop.d2ft.report()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"planner": "joint", "replan": {"every": 2, "unit": "steps"}},
+        {"planner": "random", "seed": 3, "replan": {"every": 2, "unit": "steps"}},
+        {"planner": "samples", "compute_budget": 0.7},
+    ],
+)
+def test_a_loop_resumed_between_any_batches_goes_on_as_it_was(settings: dict[str, Any]) -> None:
+    steps = 7
+    whole = Loop(**settings)
+    states, losses, plans = [], [], []
+    for step in range(steps):
+        saved = io.BytesIO()
+        parts = {"model": whole.model, "optimizer": whole.optimizer, "d2ft": whole.d2ft}
+        torch.save({name: part.state_dict() for name, part in parts.items()}, saved)
+        states.append(saved.getvalue())
+        losses.append(whole.step(step))
+        plans.append(whole.d2ft.plan)
+    different = {plan.hash for plan in plans if plan is not None}
+    assert len(different) == {"joint": 3, "random": 4, "samples": 1}[settings["planner"]]
+    for begun, state in enumerate(states):
+        resumed = Loop(weights=1, **settings)
+        for name, content in torch.load(io.BytesIO(state), weights_only=True).items():
+            getattr(resumed, name).load_state_dict(content)
+        again = [(resumed.step(step), resumed.d2ft.plan) for step in range(begun, steps)]
+        assert again == list(zip(losses[begun:], plans[begun:], strict=True)), begun
+
+
+def test_samples_are_drawn_within_the_budget_and_never_forgotten() -> None:
+    loop = Loop(planner="samples", compute_budget=0.7)
+    images, labels = random_batch(0, samples=12)
+    with pytest.raises(PlanError, match=r"images, labels = d2ft\.choose\(images, labels\)"):
+        loop.model(images)
+    chosen, targets = loop.d2ft.choose(images, labels)
+    assert len(chosen) == len(targets) < 12
+    assert all(any(torch.equal(each, image) for image in images) for each in chosen)
+    loop = Loop(planner="samples", compute_budget=0.7, micro_batches=1)
+    loop.step(0, slots=1)
+    assert 0.5 < loop.d2ft.promised_share <= 0.7
+    assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=0.01)
+    with pytest.raises(PlanError, match="'joint' train on all"):
+        Loop(planner="joint").d2ft.choose(images, labels)
+
+
+def test_batches_end_with_the_optimiser_s_step_or_where_it_is_left_out() -> None:
+    loop = Loop(planner="random", seed=1)
+    loop.step(0, slots=SLOTS - 1)  # the last of an epoch
+    images, _ = random_batch(0)
+    for slot in (0, 1, 2, 0, 1):  # of which a gradient scaler leaves the optimiser's step out
+        loop.model(images)
+        assert loop.d2ft.current_slot() == slot
+    with torch.no_grad():
+        loop.model(images)
+    loop.model.eval()
+    loop.model(images)
+    assert loop.d2ft.current_slot() == 1
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]).step()  # of another model
+    assert loop.d2ft.current_slot() == 1
+
+
+def test_copies_and_files_of_the_model_are_plain_ones() -> None:
+    loop = Loop(planner="joint")
+    loop.step(0)
+    average = copy.deepcopy(loop.model).train()
+    saved = io.BytesIO()
+    torch.save(loop.model, saved)
+    read = torch.load(io.BytesIO(saved.getvalue()), weights_only=False).train()
+    images, _ = random_batch(0)
+    expected = average(images)  # dense: no plan, no micro-batch
+    torch.testing.assert_close(read(images), expected)
+    assert loop.d2ft.current_slot() == 0
+    loop.step(1)
+
+
+def test_a_plan_of_one_s_own() -> None:
+    plan = SkipPlan(np.random.default_rng(0).integers(0, 3, (SLOTS, DEPTH, HEADS)), 1)
+    loop = Loop(planner="joint")
+    loop.d2ft.activate(plan)
+    reference = tiny_vit()
+    executor = attach(reference)
+    executor.activate(plan, 0)
+    expected = 0.0
+    for slot in range(SLOTS):
+        images, labels = random_batch(slot, samples=12)
+        with executor.micro_batch(slot):
+            expected += F.cross_entropy(reference.train()(images), labels).item() / SLOTS
+    assert loop.step(0) == pytest.approx(expected, rel=1e-6)
+    assert loop.d2ft.plan == plan
+    with pytest.raises(PlanError, match="rows for 1 micro-batches a replica"):
+        loop.d2ft.activate(SkipPlan.dense(1, 1, DEPTH, HEADS))
+
+
+def test_bad_settings_and_states() -> None:
+    with pytest.raises(ConfigError, match="compute_budgets"):
+        d2ft_hpc.attach(tiny_vit(), compute_budgets=0.5)
+    with pytest.raises(ConfigError, match="compute_budget=6"):
+        d2ft_hpc.attach(tiny_vit(), 6)
+    with pytest.raises(ConfigError, match="micro_batches=0"):
+        d2ft_hpc.attach(tiny_vit(), micro_batches=0)
+    loop = Loop(planner="joint")
+    with pytest.raises(CheckpointError, match="not what state_dict"):
+        loop.d2ft.load_state_dict({"plans": 3})
+    with pytest.raises(CheckpointError, match="damaged"):
+        loop.d2ft.load_state_dict({"plans": "AAAA", "steps": 0, "draws": 0})
