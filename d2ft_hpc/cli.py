@@ -177,7 +177,7 @@ def _plan(options: argparse.Namespace) -> int:
                 raise PlanError(
                     "There is nothing to plan from: name a run with scores, or a saved plan with --load."
                 )
-            plan = SkipPlan.load(options.load)
+            plan = SkipPlan.read(options.load)
             say(plan_report.describe_alone(plan))
             finish(plan)
             return
@@ -205,9 +205,9 @@ def _plan(options: argparse.Namespace) -> int:
         from d2ft_hpc.planning import SkipPlan
 
         if options.diff is not None:
-            say(plan_report.describe_difference(SkipPlan.load(options.diff), plan))
+            say(plan_report.describe_difference(SkipPlan.read(options.diff), plan))
         if options.save is not None:
-            plan.save(options.save)
+            plan.write(options.save)
         if options.png is not None:
             plan_report.save_heat_map(plan, options.png)
 

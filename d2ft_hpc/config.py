@@ -100,7 +100,7 @@ class LoraSection(Section):
 
 class ModelConfig(Section):
     name: str
-    """A timm VisionTransformer's name."""
+    """timm's name of a model of one of the families (d2ft_hpc/families)."""
     weights: PathText | None = None
     """A safetensors file in timm's names or a folder with one; "pretrained" for those that the model's name stands for,
     "hf-hub:OWNER/NAME" for others, both from the hub or (HF_HUB_OFFLINE=1) its cache; null for random ones."""

@@ -53,7 +53,7 @@ class DataError(D2ftError):
 
 
 class UnsupportedModelError(D2ftError):
-    """The model is not a timm VisionTransformer whose blocks can be cut by head."""
+    """The model is of no family (d2ft_hpc/families) that knows it, or its blocks cannot be cut by head."""
 
 
 class PlanError(D2ftError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +110,7 @@ def pose(
     problem = PlanProblem.parallel(
         scores.forward, scores.backward, rank=in_order(blocks, heads, ranks), **options
     )
-    if not placed:
-        return problem
-    return PlanProblem.parallel(scores.forward, scores.backward, rank=place(problem, ranks), **options)
+    return replace(problem, rank=place(problem, ranks)) if placed else problem
 
 
 def describe_alone(plan: SkipPlan) -> str:
@@ -210,6 +208,6 @@ def save_heat_map(plan: SkipPlan, path: Path) -> None:
 
 def load_checked(path: Path, problem: PlanProblem) -> SkipPlan:
     """A saved plan; raises PlanError if it is damaged, or does not fit the problem's shape or budgets."""
-    plan = SkipPlan.load(path)
+    plan = SkipPlan.read(path)
     check(plan, problem)
     return plan

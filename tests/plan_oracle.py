@@ -47,7 +47,6 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "always_share": (0.0, 0.1),
     "scores": ("different", "different", "whole", "equal", "no_backward", "no_forward"),
     "owner": ("even", "even", "even", "uneven"),
-    "coverage": (0, 0, 1, 2),
     "most_shortcut": (1.0, 1.0, 0.5, 0.0),
     "weights": ((1.0, 1.0), (1.0, 1.0), (0.3, 2.0), (1.0, 0.0)),
 }
@@ -78,7 +77,6 @@ class Instance:
     """A problem, and the planners' options that belong to it."""
 
     problem: PlanProblem
-    coverage: int
     most_shortcut: float
     forward_weight: float
     backward_weight: float
@@ -157,8 +155,7 @@ def draw(seed: int, **fixed: Any) -> Instance:
         replicas_meet=drawn["replicas_meet"],
         token_layout=drawn["token_layout"],
     )
-    coverage = min(drawn["coverage"], shape[0])
-    return Instance(problem, coverage, drawn["most_shortcut"], *drawn["weights"], drawn)
+    return Instance(problem, drawn["most_shortcut"], *drawn["weights"], drawn)
 
 
 def gains(instance: Instance) -> tuple[np.ndarray, np.ndarray]:
@@ -217,9 +214,9 @@ def keeps_budgets(problem: PlanProblem, operations: np.ndarray) -> bool:
 
 
 def keeps_demands(instance: Instance, operations: np.ndarray) -> bool:
-    """Whether coverage and most_shortcut hold."""
+    """Whether most_shortcut holds."""
     problem = instance.problem
-    enough = (operations == 2).sum(axis=0).min() >= instance.coverage
+    enough = True
     for rank in range(problem.ranks):
         mine = problem.rank == rank
         idle, held = ((operations == 0) & mine).sum(axis=2), mine.sum(axis=1)
@@ -295,9 +292,6 @@ def best_of_all(instance: Instance) -> tuple[float, float, np.ndarray] | None:
                 here = [cell for cell in mine if cell[:2] == (row, block)]
                 least = len(here) - math.floor(instance.most_shortcut * len(here) + EPSILON)
                 program.row({int(runs[cell]): 1.0 for cell in here}, least, math.inf)
-    if instance.coverage:
-        for block, head in np.ndindex(*forward.shape[1:]):
-            program.row({int(v): 1.0 for v in full[:, block, head]}, instance.coverage, math.inf)
     solved = program.solve()
     if solved is None:
         return None
@@ -432,8 +426,7 @@ def has_idle_ranks(instance: Instance, replicas: list[int], stage: int) -> bool:
     problem = instance.problem
     devices = [device for _, _, device in members(problem, replicas, stage)]
     return (
-        instance.coverage == 0
-        and any(problem.meeting_cost)
+        any(problem.meeting_cost)
         and bool(np.isfinite(problem.communication_budget[devices]).all())
         and len(set(problem.device_speed[devices])) == 1
         and len(replicas) == 1
@@ -441,7 +434,7 @@ def has_idle_ranks(instance: Instance, replicas: list[int], stage: int) -> bool:
 
 
 def best_in_lock_step(instance: Instance) -> tuple[float, float] | None:
-    """The optimum of `makespan`'s plans without coverage, from below and above; None if there is no such plan."""
+    """The optimum of `makespan`'s plans, from below and above; None if there is no such plan."""
     totals = np.zeros(2)
     for replicas in teams(instance.problem):
         solved = _best_of_replicas(instance, replicas)
@@ -545,7 +538,7 @@ def is_in_lock_step(instance: Instance, operations: np.ndarray) -> bool:
 
 
 def best_static(instance: Instance) -> float | None:
-    """The optimum of `static`'s plans, without coverage, by trying all; None if there is none."""
+    """The optimum of `static`'s plans by trying all; None if there is none."""
     problem = instance.problem
     total = 0.0
     slots = problem.forward_score.shape[0] // problem.replicas
@@ -613,16 +606,15 @@ def _fits(instance: Instance, replicas: list[int], stage: int, chosen: dict[tupl
     return True
 
 
-def best_by_depth(instance: Instance, below: int, whole_rows: bool) -> float | None:
-    """The optimum of `depth`'s plans by trying all, with coverage as whole rows FULL; None if there is none."""
+def best_by_depth(instance: Instance) -> float | None:
+    """The optimum of `depth`'s plans by trying all; None if there is none."""
     problem = instance.problem
     rows, blocks, heads = problem.forward_score.shape
-    depths = (0, blocks) if whole_rows else range(blocks + 1)
+    depths = range(blocks + 1)
     slots = rows // problem.replicas
     total = 0.0
     for replica in range(problem.replicas):
         best = -math.inf
-        demand = instance.coverage // problem.replicas + (replica < instance.coverage % problem.replicas)
         alone = dataclasses.replace(
             instance,
             problem=dataclasses.replace(
@@ -633,11 +625,9 @@ def best_by_depth(instance: Instance, below: int, whole_rows: bool) -> float | N
             ),
         )
         for choice in itertools.product(depths, repeat=slots):
-            if sum(depth == blocks for depth in choice) < demand:
-                continue
             operations = np.zeros((rows, blocks, heads), dtype=np.uint8)
             for slot, depth in enumerate(choice):
-                operations[slot * problem.replicas + replica] = below
+                operations[slot * problem.replicas + replica] = 1
                 operations[slot * problem.replicas + replica, blocks - depth :] = 2
             if keeps_budgets(alone.problem, operations):
                 best = max(best, score(alone, operations))
@@ -680,17 +670,11 @@ def faults(instance: Instance, planner: str, solve: Any, **options: Any) -> list
         found.append("states another gap than it has")
     demanded = dataclasses.replace(
         scored,
-        coverage=given.get("coverage", 0),
         most_shortcut=given.get("most_shortcut", 1.0),
     )
-    if planner == "depth":  # whose coverage is of whole rows
-        if (plan.operations == 2).sum(axis=0).min() < demanded.coverage:
-            found.append("keeps no coverage")
-    elif not keeps_demands(demanded, plan.operations):
-        found.append("keeps no coverage or most_shortcut")
-    free = dataclasses.replace(demanded, coverage=0)
+    if not keeps_demands(demanded, plan.operations):
+        found.append("keeps no most_shortcut")
     best: float | None
-    exact = demanded.coverage == 0
     if planner in ("makespan", "static"):
         if planner == "makespan" and not is_in_lock_step(demanded, plan.operations):
             found.append("is not in lock step")
@@ -701,13 +685,11 @@ def faults(instance: Instance, planner: str, solve: Any, **options: Any) -> list
             best = best_static(demanded)
             most = best if best is not None else math.inf
     elif planner == "depth":
-        below = 1 if given.get("below", "forward_only") == "forward_only" else 0
-        best = best_by_depth(free, below, given.get("whole_rows", False))
+        best = best_by_depth(demanded)
         most = math.inf if best is None else best
     else:
-        of_all = best_of_all(demanded if planner == "joint" else free)
+        of_all = best_of_all(demanded)
         best, most = (None, math.inf) if of_all is None else of_all[:2]
-        exact = True
         if of_all is not None and not keeps_budgets(problem, of_all[2]):
             most = best = of_all[0]  # meetings are limited: a bound on what is allowed
             if keeps_meetings_free(problem):
@@ -718,12 +700,12 @@ def faults(instance: Instance, planner: str, solve: Any, **options: Any) -> list
         found.append(f"bound below the optimum by {1 - plan.bound / best:.1e}")
     if plan.objective > most * (1 + 1e-7) + small:
         found.append(f"better than the optimum by {plan.objective / most - 1:.1e}")
-    if plan.status == "optimal" and exact and plan.objective < best * (1 - PROVED) - small:
+    if plan.status == "optimal" and plan.objective < best * (1 - PROVED) - small:
         found.append(f"optimal, but {1 - plan.objective / best:.1e} below the optimum")
     if plan.status == "optimal" and plan.gap > 1e-4:
         found.append(f"optimal with a gap of {plan.gap:.1e}")
     is_late = "time limit" in plan.status  # as HiGHS may be on a busy machine
-    if planner in PROVES and exact and plan.status != "optimal" and not is_late:
+    if planner in PROVES and plan.status != "optimal" and not is_late:
         found.append(
             f"not proved: {plan.status}, gap {plan.gap:.1e}, of {1 - plan.objective / max(best, 1e-9):.1e}"
         )
@@ -740,17 +722,10 @@ def _faults_of_refusal(instance: Instance, planner: str, message: str, options: 
     if planner in ("makespan", "static"):
         if not holds_alike(problem):
             return []
-        if instance.coverage:
-            return (
-                []
-                if "coverage" in message or "most_shortcut" in message or "do not pay" in message
-                else [f"refuses: {message}"]
-            )
         exists = (best_in_lock_step(instance) if planner == "makespan" else best_static(instance)) is not None
         return [f"refuses where there is a plan: {message}"] if exists else []
     if planner == "depth":
-        below = 1 if options.get("below", "forward_only") == "forward_only" else 0
-        exists = best_by_depth(instance, below, options.get("whole_rows", False)) is not None
+        exists = best_by_depth(instance) is not None
         return [f"refuses where there is a plan: {message}"] if exists else []
     if planner == "joint":
         if "exceeds the communication budget" in message:
@@ -762,14 +737,14 @@ def _faults_of_refusal(instance: Instance, planner: str, message: str, options: 
     return [] if any(reason in message for reason in allowed) else [f"refuses: {message}"]
 
 
-OPTIONS_OF_INSTANCE = ("coverage", "most_shortcut", "forward_weight", "backward_weight")
+OPTIONS_OF_INSTANCE = ("most_shortcut", "forward_weight", "backward_weight")
 PLANNERS: dict[str, set[str]] = {
     "dense": set(),
     "paper": {"full_share"},
     "joint": {*OPTIONS_OF_INSTANCE, "time_limit_seconds", "relative_gap"},
     "makespan": {*OPTIONS_OF_INSTANCE, "time_limit_seconds"},
     "static": {*OPTIONS_OF_INSTANCE, "heads_multiple"},
-    "depth": {"coverage", "forward_weight", "backward_weight", "below", "whole_rows", "time_limit_seconds"},
+    "depth": {"forward_weight", "backward_weight", "time_limit_seconds"},
     "random": {"seed", "full_share"},
     "last_blocks": set(),
     "stochastic_depth": {"seed"},

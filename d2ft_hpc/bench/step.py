@@ -104,7 +104,7 @@ def benchmark(sizes: Sizes, *, with_peers: bool = False, with_profile: bool = Fa
     for name, parameter in attached.named_parameters():
         dense.get_parameter(name).requires_grad_(parameter.requires_grad)
     costs = measure_costs(attached, executor, (3, sizes.image_size, sizes.image_size))
-    plan = _static(sizes, costs, executor) if sizes.plan is None else SkipPlan.load(sizes.plan)
+    plan = _static(sizes, costs, executor) if sizes.plan is None else SkipPlan.read(sizes.plan)
     contenders = {**_dense(sizes, dense), **_planned(sizes, dense, plan)}
     if with_peers:
         contenders |= _peers(sizes, dense, 1 - plan.shares()[Operation.FULL])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,17 @@ def bind_ddp(
             f"DistributedDataParallel reduces {reduced} parameters, {trained} are trained; it would wait for the rest: "
             f"call attach, which freezes some, before DistributedDataParallel(model)"
         )
-    executor.bind(
-        slot_source,
-        reduction,
-        partial(_check, ddp),
-        reduces=lambda block: bool(ddp.require_backward_grad_sync),
-        gradient_place=gradient_place,
-    )
+    kept = weakref.ref(ddp)  # whose process group ends with it, though the executor may live on
+
+    def check(plan: SkipPlan) -> None:
+        if (ddp := kept()) is not None:
+            _check(ddp, plan)
+
+    def reduces(block: nn.Module) -> bool:
+        ddp = kept()
+        return ddp is not None and bool(ddp.require_backward_grad_sync)
+
+    executor.bind(slot_source, reduction, check, reduces, gradient_place=gradient_place)
 
 
 def _check(ddp: DistributedDataParallel, plan: SkipPlan) -> None:

@@ -177,9 +177,9 @@ class DeepSpeedEngine:
         state = collect(self._model, self.engine)
         if dist.get_rank() == 0:
             state.schedule = schedule_numbers(self.engine.lr_scheduler)
-            state.save(folder, write)
+            state.write(folder, write)
 
-    def load(self, folder: Path) -> None:
-        state = PortableState.load(folder)
+    def restore(self, folder: Path) -> None:
+        state = PortableState.read(folder)
         restore(state, self._model, self.engine)
         restore_schedule(self.engine.lr_scheduler, state.schedule)

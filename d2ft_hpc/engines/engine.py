@@ -83,7 +83,7 @@ class Engine(Protocol):
         """Hands weights, optimiser and schedule to `write`, for files below `folder`; on all ranks together."""
         ...
 
-    def load(self, folder: Path) -> None:
+    def restore(self, folder: Path) -> None:
         """Restores what `save` wrote; on all ranks together. Raises CheckpointError."""
         ...
 

@@ -204,12 +204,12 @@ class FsdpEngine(PlainEngine):
         state = collect(self._model, self._optimizer, self.executor)
         if dist.get_rank() == 0:
             state.schedule = schedule_numbers(self._schedule)
-            state.save(folder, write)
+            state.write(folder, write)
             if self._placement.layout.is_cut:
-                self._placement.save(folder / PLACEMENT)
+                self._placement.write(folder / PLACEMENT)
 
-    def load(self, folder: Path) -> None:
-        state = PortableState.load(folder)
+    def restore(self, folder: Path) -> None:
+        state = PortableState.read(folder)
         restore(state, self._model, self._optimizer, self.executor)
         restore_schedule(self._schedule, state.schedule)
 

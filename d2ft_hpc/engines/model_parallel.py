@@ -109,15 +109,15 @@ def save_state(
         schedule_numbers(engine.lr_scheduler),
     )
     if control.rank == 0:
-        state.save(folder, write)
-        placement.save(folder / PLACEMENT)
+        state.write(folder, write)
+        placement.write(folder / PLACEMENT)
 
 
 def load_state(
     folder: Path, part: nn.Module, engine: Any, executor: PlanExecutor, placement: Placement
 ) -> None:
     """Puts this rank's part of a portable state in force, whatever layout saved it; on all ranks together."""
-    state = PortableState.load(folder)
+    state = PortableState.read(folder)
     names = {name for name, _ in part.named_parameters()}
 
     def of_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -153,10 +153,10 @@ class PlainEngine:
     def save(self, folder: Path, write: StateWriter) -> None:
         state = collect_plain(self._model, self._optimizer)
         state.schedule = schedule_numbers(self._schedule)
-        state.save(folder, write)
+        state.write(folder, write)
 
-    def load(self, folder: Path) -> None:
-        state = PortableState.load(folder)
+    def restore(self, folder: Path) -> None:
+        state = PortableState.read(folder)
         state.check_fits({name: tensor.shape for name, tensor in self._model.state_dict().items()})
         restore_plain(state, self._model, self._optimizer)
         restore_schedule(self._schedule, state.schedule)

@@ -40,7 +40,7 @@ class PortableState:
     schedule: dict[str, Any] = field(default_factory=dict)
     """The learning-rate schedule's state_dict, as far as it is numbers."""
 
-    def save(self, folder: Path, write: StateWriter) -> None:
+    def write(self, folder: Path, write: StateWriter) -> None:
         """Hands both files' contents to `write`: {"tensors": ..., "metadata": ...}, as `write_file` takes them."""
         named = {f"{kind}/{name}": t for kind, of_kind in self.moments.items() for name, t in of_kind.items()}
         about = {"numbers": json.dumps(self.numbers), "schedule": json.dumps(self.schedule)}
@@ -48,7 +48,7 @@ class PortableState:
         write({"tensors": named, "metadata": about}, folder / OPTIMIZER)
 
     @classmethod
-    def load(cls, folder: Path) -> PortableState:
+    def read(cls, folder: Path) -> PortableState:
         """Raises CheckpointError where the files are missing or damaged."""
         try:
             weights, _ = _read(folder / MODEL)

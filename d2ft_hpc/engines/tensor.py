@@ -76,7 +76,7 @@ class TensorParallelEngine(DeepSpeedEngine):
     def save(self, folder: Path, write: StateWriter) -> None:
         save_state(folder, write, self._part, self.engine, self.executor, self._placement, self._control)
 
-    def load(self, folder: Path) -> None:
+    def restore(self, folder: Path) -> None:
         load_state(folder, self._part, self.engine, self.executor, self._placement)
 
     def full_model(self) -> AbstractContextManager[nn.Module]:

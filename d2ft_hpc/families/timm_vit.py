@@ -34,9 +34,7 @@ class TimmVit(TimmFamily):
         if type(block.attn) is not Attention:
             return [f"has attention of class {type(block.attn).__name__}, not timm's Attention"]
         if type(block.mlp) is not Mlp:
-            return [
-                f"has an MLP of class {type(block.mlp).__name__} (SwiGLU and gated MLPs are not supported), not Mlp"
-            ]
+            return [f"has an MLP of class {type(block.mlp).__name__}, not Mlp"]
         reasons = []
         if getattr(block.attn, "gate", None) is not None:
             reasons.append("has gated attention")

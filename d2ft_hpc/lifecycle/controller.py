@@ -46,8 +46,8 @@ class ScoreSource:
         """Scores for the next plan at once; None: they come from the next `probe_batches` batches, which run dense."""
         return None
 
-    def collect(self) -> Scores:
-        """After those batches: their scores."""
+    def collect(self) -> Scores | None:
+        """After those batches: their scores; None: they come from the next ones."""
         raise NotImplementedError
 
     def stop(self) -> None:

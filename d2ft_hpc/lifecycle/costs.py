@@ -36,7 +36,7 @@ class PlanCosts:
     dense_seconds: float = 0.0
     message_latency: float = 0.0
     seconds_per_byte: float = 0.0
-    room_bytes: list[float] | None = None
+    free_bytes: list[float] | None = None
     """Of each rank, what its memory had left for activations at the start; None: not measured."""
     most_full: list[float] | None = None
     """Of each rank, the most FULL subnets of a micro-batch for which its memory has room; None: no rank is short."""
@@ -64,7 +64,7 @@ class PlanCosts:
         numbers += [
             costs.seconds_per_byte,
             *costs.device_speed,
-            *(costs.room_bytes or ()),
+            *(costs.free_bytes or ()),
             *(costs.most_full or ()),
         ]
         if any(not number >= 0 for number in numbers) or not all(costs.device_speed):

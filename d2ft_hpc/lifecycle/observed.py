@@ -63,11 +63,15 @@ class ObservedScores(ScoreSource):
         self._observer = None
         self._eager.close()
 
-    def collect(self) -> Scores:
+    def collect(self) -> Scores | None:
+        """None where a gradient overflowed, in fp16: then the next batches are observed."""
         assert self._observer is not None
         own = self._observer.sums / self._settings.probe_batches
         self.stop()
         fisher = rows_of_all(*self._ranks(), own)
+        if not np.isfinite(fisher).all():
+            self.measure()
+            return None
         names = (self._settings.forward_score, self._settings.backward_score)
         if self._settings.backward_score == "fisher":
             return Scores(fisher, fisher, 0.0, *names, 0)

@@ -156,7 +156,7 @@ def _check_frozen(planned: npt.NDArray[np.bool_], placement: Placement) -> None:
 
 
 def _saved_plan(path: Path, context: PlanContext) -> SkipPlan:
-    plan = SkipPlan.load(path)
+    plan = SkipPlan.read(path)
     if plan.operations.shape != context.shape:
         raise PlanError(
             f"plan.file={path} has {plan.operations.shape} rows, blocks and heads, but this run {context.shape}: "

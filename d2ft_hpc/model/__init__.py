@@ -1,1 +1,1 @@
-"""The model: a timm vision transformer, the map of its subnets, and its weights."""
+"""The model: how it is made, the map of its subnets, and its weights."""

@@ -103,13 +103,13 @@ class Placement:
         """It was made for as many stages and tensor-parallel ranks as the layout has."""
         return (len(self.stages), int(self.owner.max()) + 1) == (self.layout.stages, self.layout.tensor_ranks)
 
-    def save(self, path: Path) -> None:
+    def write(self, path: Path) -> None:
         edges = [[blocks.start, blocks.stop] for blocks in self.stages]
         atomic.write(path, json.dumps({"stages": edges, "owner": self.owner.tolist()}))
 
     @staticmethod
-    def load(path: Path, layout: Layout) -> Placement:
-        """What `save` wrote, for one process of `layout`. Raises CheckpointError if it places no model."""
+    def read(path: Path, layout: Layout) -> Placement:
+        """What `write` wrote, for one process of `layout`. Raises CheckpointError if it places no model."""
         try:
             saved = read_json(path)
             edges = np.array(saved["stages"], dtype=np.int64).reshape(-1, 2)

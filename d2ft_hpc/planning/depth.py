@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +16,6 @@ from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.choose import choose, share_of_time
 from d2ft_hpc.planning.highs import OPTIMAL
-from d2ft_hpc.planning.level_coverage import demand_of
-from d2ft_hpc.planning.options import WithCoverage
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.prices import Limit, different
@@ -28,39 +25,29 @@ from d2ft_hpc.planning.problem import Floats, Ints, PlanProblem, round_up
 def solve_depth(
     problem: PlanProblem,
     *,
-    below: Literal["forward_only", "shortcut"] = "forward_only",
-    whole_rows: bool = False,
-    coverage: int = 0,
     forward_weight: float = 1.0,
     backward_weight: float = 1.0,
     time_limit_seconds: float = 10.0,
 ) -> SkipPlan:
-    """Maximise the objective of `solve_joint` by one depth for each row: that many top blocks FULL.
-
-    below: what the blocks below do.
-    whole_rows: depths are 0 and all blocks only, so that each row is trained everywhere or nowhere.
-
-    coverage: least number of rows of the batch that are FULL in all blocks, replicas sharing them evenly; 0 = no
-        demand. Where the best depths have fewer, those that gain most by it are made so, and the bound remains that
-        without coverage.
+    """Maximise the objective of `solve_joint` by one depth for each row: so many top blocks FULL, those below
+    FORWARD_ONLY.
 
     The budgets of every device hold. Bound and gap are those of plans of this form. Raises PlanError if an option
-    is out of range, or if a device's budgets do not pay for `below` everywhere or for `coverage`.
+    is out of range, or if a device's budgets do not pay for FORWARD_ONLY everywhere.
     """
-    if below not in ("forward_only", "shortcut"):
-        raise PlanError(f"below must be forward_only or shortcut, got {below!r}.")
     if not time_limit_seconds > 0:
         raise PlanError(f"time_limit_seconds must be > 0, got {time_limit_seconds}.")
     deadline = time.monotonic() + time_limit_seconds
-    rest = Operation.FORWARD_ONLY if below == "forward_only" else Operation.SHORTCUT
     blocks = problem.forward_score.shape[1]
-    depths = np.array([0, blocks]) if whole_rows else np.arange(blocks + 1)
+    depths = np.arange(blocks + 1)
     is_full = np.arange(blocks) >= blocks - depths[:, None]  # [option, block]
-    option_operations = np.where(is_full, Operation.FULL, rest).astype(np.uint8)  # [option, block]
+    option_operations = np.where(is_full, Operation.FULL, Operation.FORWARD_ONLY).astype(
+        np.uint8
+    )  # [option, block]
     forward_gain, backward_gain = (
         gain.sum(axis=2) for gain in problem.gains(forward_weight, backward_weight)
     )
-    value = forward_gain @ (option_operations >= Operation.FORWARD_ONLY).T + backward_gain @ is_full.T
+    value = forward_gain.sum(axis=1, keepdims=True) + backward_gain @ is_full.T
 
     operations = np.empty(problem.forward_score.shape, dtype=np.uint8)
     bound, statuses = 0.0, set()
@@ -70,12 +57,6 @@ def solve_depth(
         its_deadline = share_of_time(deadline, problem.replicas - replica)
         option, its_bound, status = _best_depths(value[rows], limits, depths, its_deadline)
         bound += its_bound
-        demand = demand_of(problem, coverage, np.array([replica]))
-        if (option == len(depths) - 1).sum() < demand:
-            fed = _with_full_rows(value[rows], limits, depths, demand, its_deadline)
-            if fed is None:
-                raise PlanError(_unpaid_coverage(problem, rest, demand, coverage))
-            option, status = fed
         operations[rows] = option_operations[option][:, :, None]
         statuses.add(status)
     return plan_with_bound(
@@ -99,39 +80,6 @@ def _best_depths(
         return choice.option, choice.bound, choice.status
     option = _best_options(value, depths, total)
     return option, float(value[np.arange(len(option)), option].sum()), OPTIMAL
-
-
-def _with_full_rows(
-    value: Floats, limits: list[Limit], depths: Ints, demand: int, deadline: float
-) -> tuple[Ints, str] | None:
-    """Options of which at least `demand` are FULL in all blocks: first these, then the best of the others. None if the
-    limits do not allow it."""
-    option = np.full(len(value), len(depths) - 1)
-    others = np.sort(np.argsort(value[:, 0] - value[:, -1], kind="stable")[demand:])
-    forced = np.setdiff1d(np.arange(len(value)), others)
-    left = []
-    for limit in limits:
-        most = limit.most - np.bincount(limit.group[forced], np.full(demand, limit.use[-1]), len(limit.most))
-        if (most < -1e-9 * limit.most).any():
-            return None
-        left.append(Limit(limit.use, limit.group[others], np.maximum(most, 0.0)))
-    if len(others):
-        option[others], _, status = _best_depths(value[others], left, depths, deadline)
-    else:
-        status = OPTIMAL
-    return option, f"{demand} rows FULL for coverage, the rest: {status}"
-
-
-def _unpaid_coverage(problem: PlanProblem, rest: Operation, demand: int, coverage: int) -> str:
-    """The message for budgets that do not pay for so many rows of a replica FULL in all blocks."""
-    share = demand * problem.replicas / problem.forward_score.shape[0]
-    cost = share + (1 - share) * problem.compute_cost[rest] / problem.compute_cost[Operation.FULL]
-    least = problem.always_share + (1 - problem.always_share) * cost
-    return (
-        f"The budgets do not pay for {coverage} rows FULL in all blocks (coverage) with {rest.name} below in the "
-        f"others. That takes {round_up(least):g} of the dense compute on every device; raise the budgets or lower the "
-        f"coverage."
-    )
 
 
 def _limits(problem: PlanProblem, replica: int, option_operations: npt.NDArray[np.uint8]) -> list[Limit]:
@@ -167,7 +115,7 @@ def _limits(problem: PlanProblem, replica: int, option_operations: npt.NDArray[n
                 raise PlanError(
                     f"The {resource} budget of {problem.device_names[device]} is {budget:g}, but FORWARD_ONLY in "
                     f"every block of every row uses {use[0] * rows:g}. The least feasible {resource} budget is "
-                    f"{round_up(least):g} of its dense step; or let the blocks below be SHORTCUT."
+                    f"{round_up(least):g} of its dense step."
                 )
             limits.append(Limit(use - use[0], everything, np.array([budget - use[0] * rows])))
         in_row = (option_operations == Operation.FULL) @ heads
@@ -209,19 +157,9 @@ def _best_options(value: Floats, depths: Ints, total: int) -> Ints:
     return options
 
 
-class DepthOptions(WithCoverage):
-    """Of the planner by depth."""
-
-    below: Literal["forward_only", "shortcut"] = "forward_only"
-    """What the blocks below the FULL ones do."""
-    whole_rows: bool = False
-    """Each micro-batch is FULL in all blocks or in none."""
-
-
 DEPTH = Planner(
     "depth",
     "one depth for each micro-batch: the blocks above it FULL, those below FORWARD_ONLY",
     solve_depth,
-    DepthOptions,
     fits_memory=True,
 )

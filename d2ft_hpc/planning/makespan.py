@@ -11,16 +11,7 @@ from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.choose import Choice, choose, share_of_time
 from d2ft_hpc.planning.highs import OPTIMAL
-from d2ft_hpc.planning.level_coverage import (
-    demand_of,
-    is_affordable,
-    rewarded,
-    rewards,
-    short_blocks,
-    take_turns,
-    unpaid_coverage,
-)
-from d2ft_hpc.planning.options import WithCoverage, WithShortcuts
+from d2ft_hpc.planning.options import WithShortcuts
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.problem import PlanProblem
@@ -39,13 +30,12 @@ def solve_makespan(
     forward_weight: float = 1.0,
     backward_weight: float = 1.0,
     most_shortcut: float = 1.0,
-    coverage: int = 0,
     time_limit_seconds: float = 10.0,
 ) -> SkipPlan:
     """Maximise the objective of `solve_joint` with all ranks of a stage in lock step (`levels`).
 
     Where `meeting_cost` is limited, the heads that run in a (row, block) may also lie on few ranks only, while the
-    others wait: that sends less. (Not with coverage, nor where ranks differ in speed.) A rank's memory and what its
+    others wait: that sends less. (Not where ranks differ in speed.) A rank's memory and what its
     heads send by themselves are then counted as if it were always one of the few.
 
     The budget is the time in which the first device of a team reaches its compute budget. With several stages,
@@ -54,8 +44,6 @@ def solve_makespan(
     among whole heads of the slowest one).
 
     most_shortcut: share in [0, 1] of every rank's heads that may be SHORTCUT in a (row, block).
-    coverage: least number of FULL rows that every (block, head) gets over the whole batch; 0 = no demand. Replicas
-        share it evenly. The bound is then that without coverage, which holds for plans with it.
     time_limit_seconds: wall-clock time, > 0.
 
     Bound and gap are those of this problem: no other plan in lock step (and with such rows) scores more.
@@ -63,7 +51,7 @@ def solve_makespan(
     what levels give, that is one level for each stage, and the bound is that of the time budget alone.
 
     Raises PlanError if an option is out of range, if ranks do not hold equally many heads in all blocks, or if the
-    budgets do not pay for `most_shortcut` or `coverage` (the message names the device and the least feasible budget).
+    budgets do not pay for `most_shortcut` (the message names the device and the least feasible budget).
     """
     if not time_limit_seconds > 0:
         raise PlanError(f"time_limit_seconds must be > 0, got {time_limit_seconds}.")
@@ -80,26 +68,16 @@ def solve_makespan(
             forward_weight,
             backward_weight,
             most_shortcut,
-            clusters=coverage == 0,
+            clusters=True,
             deadline=share_of_time(its_deadline, _PARTS_OF_TIME),
         )
-        choose_until = _end_of_choice(teams, start, its_deadline)
-        choices, its_bound = _choose_levels(problem, teams, choose_until)
+        choices, its_bound = _choose_levels(problem, teams, _end_of_choice(teams, start, its_deadline))
         bound += its_bound
-        demand = demand_of(problem, coverage, replicas)
-        for team in teams:
-            if not is_affordable(problem, team, demand):
-                raise PlanError(unpaid_coverage(problem, team, coverage))
-        choices = _fed(problem, teams, choices, demand, choose_until)
         for team, choice in zip(teams, choices, strict=True):
-            if short_blocks(team, choice.option, demand).any():
-                raise PlanError(unpaid_coverage(problem, team, coverage))
             team.write(choice.option, operations, its_deadline)
             statuses.add(choice.status)
             if time.monotonic() > its_deadline:
                 statuses.add("heads: time limit")
-            if take_turns(team, operations, demand):
-                statuses.add("heads in turn for coverage")
     return plan_with_bound(
         problem,
         operations,
@@ -118,30 +96,6 @@ def _end_of_choice(teams: list[Team], start: float, deadline: float) -> float:
         return share_of_time(deadline, _PARTS_OF_TIME)
     now = time.monotonic()
     return max(deadline - _WRITING * (now - start), (now + deadline) / 2)
-
-
-def _fed(
-    problem: PlanProblem, teams: list[Team], choices: list[Choice], demand: int, deadline: float
-) -> list[Choice]:
-    """The choices, or others in which no block has too few FULL heads: FULL heads of blocks that do are rewarded ever
-    more, until there are enough or no reward helps. Where time runs out, they get the largest reward at once."""
-    paid = [np.zeros(len(team.blocks)) for team in teams]
-    *_, largest = rewards()
-    for reward in rewards():
-        short = [
-            short_blocks(team, choice.option, demand) for team, choice in zip(teams, choices, strict=True)
-        ]
-        if not any(its_short.any() for its_short in short):
-            break
-        is_late = time.monotonic() > deadline
-        for its_paid, its_short in zip(paid, short, strict=True):
-            its_paid[its_short] = largest if is_late else reward
-        fed = [rewarded(team, its_paid, demand) for team, its_paid in zip(teams, paid, strict=True)]
-        choices, _ = _choose_levels(problem, fed, deadline)
-        choices = [replace(choice, status=f"rewarded for coverage: {choice.status}") for choice in choices]
-        if is_late and all((its_paid == largest).all() for its_paid in paid):
-            break
-    return choices
 
 
 def _choose_levels(problem: PlanProblem, teams: list[Team], deadline: float) -> tuple[list[Choice], float]:
@@ -165,15 +119,10 @@ def _choose_levels(problem: PlanProblem, teams: list[Team], deadline: float) -> 
     return [by_split], min(bound, choice.bound)
 
 
-class MakespanOptions(WithShortcuts, WithCoverage):
-    """Of the planner for the clock."""
-
-
 MAKESPAN = Planner(
     "makespan",
     "the best score for the clock: ranks that wait for each other run equally many heads",
     solve_makespan,
-    MakespanOptions,
+    WithShortcuts,
     fits_memory=True,
-    needs_scores_for=("coverage",),
 )

@@ -10,8 +10,3 @@ from d2ft_hpc.planning.planner import Options
 class WithShortcuts(Options):
     most_shortcut: float = Field(default=1.0, ge=0, le=1)
     """Most of a device's heads in a block that may be SHORTCUT in a micro-batch."""
-
-
-class WithCoverage(Options):
-    coverage: int = Field(default=0, ge=0)
-    """Least number of FULL micro-batches that each subnet gets in a batch."""

@@ -283,7 +283,7 @@ class SkipPlan:
             raise PlanError("The plan is damaged: the bits after its last entry are not zero.")
         return cls._from_fields(operations, header, "The plan")
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def write(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as HDF5: dataset `operations` and one attribute a field. Replaces `path` at once.
 
         Raises PlanError if the file cannot be written; an older file of that name is then unharmed.
@@ -303,8 +303,8 @@ class SkipPlan:
             ) from error
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SkipPlan:
-        """Read a plan that `save` wrote. Raises PlanError if the file is missing, foreign or damaged."""
+    def read(cls, path: str | os.PathLike[str]) -> SkipPlan:
+        """Read a plan that `write` wrote. Raises PlanError if the file is missing, foreign or damaged."""
         source = os.fspath(path)
         with hdf5.opened(Path(path), PlanError, "make the plan by d2ft-hpc plan --save") as file:
             version = hdf5.read_attributes(file, ["version"])["version"]

@@ -10,9 +10,8 @@ from pydantic import Field
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.bounds import plan_with_bound
-from d2ft_hpc.planning.level_coverage import demand_of, take_turns, unpaid_coverage
 from d2ft_hpc.planning.levels import Levels
-from d2ft_hpc.planning.options import WithCoverage, WithShortcuts
+from d2ft_hpc.planning.options import WithShortcuts
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem
@@ -25,7 +24,6 @@ def solve_static(
     forward_weight: float = 1.0,
     backward_weight: float = 1.0,
     most_shortcut: float = 1.0,
-    coverage: int = 0,
     heads_multiple: int = 1,
 ) -> SkipPlan:
     """Maximise the objective of `solve_joint` with one level for each block, the same in all rows of a replica.
@@ -35,7 +33,7 @@ def solve_static(
     whose ranks differ in speed have levels of their own.
 
     Which heads run follows the scores. All levels and their neighbours are tried, so the plan is the best of its kind:
-    bound = objective, gap = 0. With coverage, heads of a rank take turns, and the bound remains that without it.
+    bound = objective, gap = 0.
 
     heads_multiple: numbers of heads are multiples of it, or all of a rank's (matrix products on a GPU run in tiles).
     Other options and errors are those of `solve_makespan`.
@@ -43,29 +41,27 @@ def solve_static(
     if heads_multiple < 1:
         raise PlanError(f"heads_multiple is a number of heads from 1, got {heads_multiple}.")
     operations = np.full(problem.forward_score.shape, Operation.SHORTCUT, dtype=np.uint8)
-    bound = 0.0
     for replicas in meeting_replicas(problem):
         teams = [
             replace(team, levels=team.levels.in_multiples(heads_multiple))
             for team in make_teams(problem, replicas, forward_weight, backward_weight, most_shortcut)
         ]
-        demand = demand_of(problem, coverage, replicas)
         for alike in [teams] if _have_the_same_levels(teams) else [[team] for team in teams]:
             pairs = _neighbours(alike[0].levels)
-            value, levels = _best_pair(problem, alike, *pairs, demand)
+            value, levels = _best_pair(problem, alike, *pairs)
             if value == -np.inf:
-                raise PlanError(_unpaid(problem, alike[0], coverage, heads_multiple))
-            bound += value if demand == 0 else _best_pair(problem, alike, *pairs, 0)[0]
+                raise PlanError(  # a single head would be paid for: `make_teams` has seen to it
+                    f"heads_multiple={heads_multiple}: no such number of heads keeps the budgets and most_shortcut. "
+                    f"Lower it, or raise one of these."
+                )
             for team, level in zip(alike, levels, strict=True):
                 team.write(np.tile(level, team.slots), operations)
-                take_turns(team, operations, demand)
-    if coverage == 0:
-        bound = problem.objective(operations, forward_weight, backward_weight)
+    bound = problem.objective(operations, forward_weight, backward_weight)
     return plan_with_bound(
         problem,
         operations,
         planner=STATIC.name,
-        status="optimal" if coverage == 0 else "the best levels, with heads in turn",
+        status="optimal",
         forward_weight=forward_weight,
         backward_weight=backward_weight,
         bound=bound,
@@ -86,9 +82,7 @@ def _neighbours(levels: Levels) -> tuple[Ints, Ints]:
     return lower[upper >= 0], upper[upper >= 0]
 
 
-def _best_pair(
-    problem: PlanProblem, teams: list[Team], lower: Ints, upper: Ints, demand: int
-) -> tuple[float, list[Ints]]:
+def _best_pair(problem: PlanProblem, teams: list[Team], lower: Ints, upper: Ints) -> tuple[float, list[Ints]]:
     """What the best of the pairs (lower, upper) of levels, which all the teams have, gives in all, -inf if none fits;
     each team's levels, int64 [block]."""
     total = np.zeros(len(lower))
@@ -101,8 +95,6 @@ def _best_pair(
         np.cumsum(np.take_along_axis(gain, order, axis=0), axis=0, out=gained[1:])
         gained[np.arange(len(gained))[:, None] > _most_upper(problem, team, lower, upper)] = -np.inf
         total += value[:, lower].sum(axis=0) + gained.max(axis=0)
-        trained = team.levels.backward_heads[lower].min(axis=1) * team.slots
-        total[trained < demand * len(team.levels.forward_gain)] = -np.inf
         ranked.append(order)
         counts.append(gained.argmax(axis=0))
     pair = int(total.argmax())
@@ -129,15 +121,6 @@ def _most_upper(problem: PlanProblem, team: Team, lower: Ints, upper: Ints) -> n
     return most
 
 
-def _unpaid(problem: PlanProblem, team: Team, coverage: int, heads_multiple: int) -> str:
-    if coverage == 0:  # a single head would be paid for: `make_teams` has seen to it
-        return (
-            f"heads_multiple={heads_multiple}: no such number of heads keeps the budgets and most_shortcut. Lower it, "
-            f"or raise one of these."
-        )
-    return unpaid_coverage(problem, team, coverage)
-
-
 def _have_the_same_levels(teams: list[Team]) -> bool:
     first = teams[0].levels
     return all(
@@ -147,7 +130,7 @@ def _have_the_same_levels(teams: list[Team]) -> bool:
     )
 
 
-class StaticOptions(WithShortcuts, WithCoverage):
+class StaticOptions(WithShortcuts):
     """Of the planner for fixed shapes."""
 
     heads_multiple: int = Field(default=1, gt=0)

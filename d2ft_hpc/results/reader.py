@@ -23,7 +23,6 @@ from d2ft_hpc.results import columns, frames, schema
 from d2ft_hpc.results.layout import Contents, rank_file, segments_folder
 from d2ft_hpc.results.schema import GROUPS, RANK_FIELDS, TABLES, Array, Group, Scalar, Table
 from d2ft_hpc.results.untrusted import check_root, outside_files, read_group, read_groups, read_table
-from d2ft_hpc.results.version1 import read_version1_table
 from d2ft_hpc.safe_text import one_line
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ class RunResults:
         complete: the run ended in order (false while it goes on, and after a kill or an error).
         created: start of the run, UTC, ISO 8601.
         package_version: version of the package that wrote the file.
-        schema_version: of the file; older ones are read as if they were of today's.
+        schema_version: of the file.
         rank_files: how many files of single ranks belong to the run; 0 if this one holds everything.
     """
 
@@ -220,10 +219,7 @@ class RunResults:
         anchor = None if only is None else {*only, "step"}
         if name == "steps" and self._ranks:
             return self._join_ranks(anchor, allowance)
-        if self.schema_version == 1:
-            parts = [read_version1_table(file, name, allowance) for file in self._files]
-        else:
-            parts = [read_table(file, name, anchor, allowance) for file in self._files]
+        parts = [read_table(file, name, anchor, allowance) for file in self._files]
         recorded = columns.join(name, parts, allowance)
         if recorded and "step" not in recorded:
             raise RefusedError(f"{name} has no column step")

@@ -26,13 +26,18 @@ _BYTES_OF_TEXT = 64
 
 
 def check_root(file: Any) -> int:
-    """The schema version of a file of ours; raises ResultsError for others and for newer ones."""
+    """The schema version of a file of ours; raises ResultsError for others, and for older and newer ones."""
     attributes = read_attributes(file)
     if attributes.get("format") != FORMAT:
         raise RefusedError(f"its `format` is {attributes.get('format')!r}")
     version = attributes.get("schema_version")
     if not isinstance(version, int) or version < 1:
         raise RefusedError(f"its `schema_version` is {version!r}")
+    if version < SCHEMA_VERSION:
+        raise ResultsError(
+            f"its schema version is {version} and this package reads {SCHEMA_VERSION}; read it with the package that "
+            f"wrote it, {attributes.get('package_version')} of that time"
+        )
     if version > SCHEMA_VERSION:
         raise ResultsError(
             f"its schema version is {version} and this package reads up to {SCHEMA_VERSION}; "

@@ -134,14 +134,14 @@ def load_checkpoint(checkpoint: Path, engine: Engine, control: Control) -> SkipP
     """
     with agreed(control, f"checking checkpoint {checkpoint}"):
         verify(checkpoint, part=control.rank, of=control.world_size)
-    engine.load(checkpoint)
+    engine.restore(checkpoint)
     own = checkpoint / random_state_name(control.rank)
     if own.exists():  # a rank that was not there when the checkpoint was saved goes on with its own
         try:
             restore_random_state(torch.load(io.BytesIO(read_bytes(own, 1 << 20)), weights_only=True))
         except Exception as error:  # torch raises many kinds
             raise damaged(checkpoint, f"{own.name} is no random state: {error}") from error
-    return SkipPlan.load(checkpoint / PLAN)
+    return SkipPlan.read(checkpoint / PLAN)
 
 
 def random_state_name(rank: int) -> str:

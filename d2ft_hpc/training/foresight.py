@@ -46,11 +46,9 @@ def trial_plan(context: PlanContext) -> SkipPlan:
 
 def _left_open(context: PlanContext) -> dict[str, Any]:
     """Demands of which only the plan by the real scores shows whether the planner meets them, as if there were none."""
-    config, rows = context.settings, context.shape[0]
+    config = context.settings
     names = set(config.entry.needs_scores_for)
     of_options = names & set(type(config.options).model_fields)
-    if getattr(config.options, "coverage", 0) > rows:  # which no scores help
-        of_options -= {"coverage"}
     defaults = {name: type(config.options).model_fields[name].default for name in of_options}
     left = dict.fromkeys(names & set(PlanConfig.model_fields))
     return {**left, "options": config.options.model_copy(update=defaults)}

@@ -29,25 +29,25 @@ def with_memory_limits(
     of a resumed run do.
     """
     control = job.control
-    if kept is None or costs.room_bytes is not None:
+    if kept is None or costs.free_bytes is not None:
         return costs
     control.all_gather(b"")  # what others still build would count as free
     free = free_bytes(job.device)
     if job.device.type == "cpu":
         free /= control.hosts.count(control.host)
-    room = (1 - HEADROOM) * free - engine.bytes_to_come
-    most = most_full(room, kept, placement, job.config.data.slots)
-    own = [room, most, float(placement.own.sum())]
+    free = (1 - HEADROOM) * free - engine.bytes_to_come
+    most = most_full(free, kept, placement, job.config.data.slots)
+    own = [free, most, float(placement.own.sum())]
     of_ranks = [json.loads(part) for part in control.all_gather(json.dumps(own).encode())]
-    rooms, limits, subnets = (list(column) for column in zip(*of_ranks, strict=True))
-    costs = replace(costs, room_bytes=rooms, most_full=None if limits == subnets else limits)
+    of_all, limits, subnets = (list(column) for column in zip(*of_ranks, strict=True))
+    costs = replace(costs, free_bytes=of_all, most_full=None if limits == subnets else limits)
     with agreed(control, "keeping the costs"):
         if control.rank == 0:
             keep_costs(job, costs)
     return costs
 
 
-def most_full(room_bytes: float, kept: KeptBytes, placement: Placement, slots: int) -> float:
+def most_full(free: float, kept: KeptBytes, placement: Placement, slots: int) -> float:
     """The most FULL subnets of a micro-batch whose activations fit on this rank: none to all of its own.
 
     A pipeline's stage keeps those of as many micro-batches at once as there are stages from it to the last.
@@ -55,14 +55,14 @@ def most_full(room_bytes: float, kept: KeptBytes, placement: Placement, slots: i
     layout, own = placement.layout, float(placement.own.sum())
     at_once = min(layout.stages - layout.stage, slots)
     unowned = kept.unowned * len(placement.blocks) / len(placement.owner)
-    fitting = (room_bytes / at_once - unowned) / kept.by_full if kept.by_full else math.inf
+    fitting = (free / at_once - unowned) / kept.by_full if kept.by_full else math.inf
     return own if math.isnan(fitting) else max(0.0, min(own, float(math.floor(min(fitting, own)))))
 
 
 def describe_memory(costs: PlanCosts, kept: KeptBytes, num_subnets: int) -> str:
     """One line of what was measured and what follows."""
-    rooms = costs.room_bytes or []
-    line = f"memory: a dense micro-batch keeps {_size(kept.of(num_subnets))}, ranks have room for {_range(rooms)}"
+    free = _range(costs.free_bytes or [])
+    line = f"memory: a dense micro-batch keeps {_size(kept.of(num_subnets))}, ranks have room for {free}"
     if costs.most_full is None:
         return line
     told = ", ".join(f"{most:.0f} on rank {rank}" for rank, most in enumerate(costs.most_full))

@@ -32,7 +32,7 @@ def place(job: Job, checkpoint: Path | None, watch: Watch) -> Placement:
     with agreed(job.control, "placing the model's parts"):
         if checkpoint is not None and layout.is_cut:
             saved = checkpoint / PLACEMENT
-            if saved.exists() and (placement := Placement.load(saved, layout)).fits:
+            if saved.exists() and (placement := Placement.read(saved, layout)).fits:
                 if placement.owner.shape != job.executor.subnets.shape:
                     raise CheckpointError(
                         f"{saved}: places {placement.owner.shape} blocks and heads, not this model's"

@@ -138,7 +138,7 @@ class CheckpointSaver:
 
     def _complete(self, building: Path, target: Path, plan: SkipPlan, position: Position) -> None:
         """In a thread of rank 0."""
-        plan.save(building / PLAN)
+        plan.write(building / PLAN)
         atomic.write(building / POSITION, json.dumps(asdict(position)))
         if self._config:
             atomic.write(building / CONFIG, self._config)

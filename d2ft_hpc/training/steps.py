@@ -46,7 +46,7 @@ class StepRunner:
     def __init__(self, job: Job, engine: Engine, placement: Placement) -> None:
         self._job, self._engine, self._own = job, engine, placement.own
         self._costs = costs_of_rank(job, placement)
-        if job.selection is not None and job.config.engine.name != "plain":
+        if job.selection is not None and job.config.engine.kind.scores_with_own_model:
             job.selection.scorer.bind(engine.logits)
             score_flops = count_scoring(job.selection, job.config.data.image_size, job.device)
             self._costs = replace(self._costs, score_flops=score_flops)

@@ -1,1 +1,1 @@
-"""Plans in a training loop that the user owns: `initialize` in place of `deepspeed.initialize`."""
+"""Plans in a training loop that the user owns: `attach`, or `initialize` in place of `deepspeed.initialize`."""

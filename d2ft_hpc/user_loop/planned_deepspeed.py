@@ -125,7 +125,7 @@ class PlannedDeepSpeed:
         self._ours.save(folder, write_file)
         if self.control.rank == 0:
             if self.plan is not None:
-                self.plan.save(folder / "plan.h5")
+                self.plan.write(folder / "plan.h5")
             if self.scores is not None:
                 with atomic.replaced(folder / "scores.npz") as temporary, temporary.open("wb") as file:
                     np.savez(file, forward=self.scores.forward, backward=self.scores.backward)

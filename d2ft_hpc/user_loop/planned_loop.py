@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -22,7 +23,6 @@ from d2ft_hpc.execution.executor import attach as attach_executor
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts, PlanState
 from d2ft_hpc.lifecycle.observed import ObservedScores
-from d2ft_hpc.lifecycle.solve import reads_scores
 from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.model.evaluating import evaluating
 from d2ft_hpc.model.image_shape import image_shape_of
@@ -62,7 +62,7 @@ def attach(
     if micro_batches < 1:
         raise ConfigError(f"micro_batches={micro_batches}: a batch has at least one")
     given = {"compute_budget": compute_budget, "planner": planner, **settings}
-    return PlannedLoop(unwrapped(model), parse_section(given), micro_batches)
+    return PlannedLoop(unwrapped(model), parse_section(given, ""), micro_batches)
 
 
 @dataclass
@@ -120,8 +120,6 @@ class PlannedLoop:
             self._observer,
             lambda: nullcontext(model),
         )
-        if reads_scores(section):
-            self._source.measure()  # now, because torch.compile may trace the first forward
         _watch(self, model)
 
     def choose(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,10 +273,19 @@ class PlannedLoop:
             self._is_planned = True
 
     def _end_batch(self) -> None:
+        seen = self._slot + 1
         self._slot, self._is_planned = -1, False
         self._steps += 1
-        if self.section.entry.binding != "sample":
-            self._plan_batch()  # now, so that a checkpoint has it and torch.compile does not trace it
+        plans = self._plans()
+        if self._source.is_observing and seen < self.slots:
+            plans.listener.say(
+                f"a batch of {seen} micro-batches gives no scores for plans of {self.slots} (attach's micro_batches): "
+                f"the next one runs dense, too"
+            )
+            self._source.stop()
+            self._source.measure()
+            plans.batches = 0
+        self._plan_batch()  # now, so that a checkpoint has it
 
     def _after_optimizer(self) -> None:
         if self._slot >= 0:
@@ -289,6 +296,11 @@ class PlannedLoop:
         if self._controller is None:
             control = control_of_loop()
             ranks = control.world_size
+            if (changed := np.flatnonzero(self.executor.trains != self._costs.trains)).size:
+                raise ConfigError(
+                    f"blocks {changed.tolist()} were frozen, or freed, after attach had counted what they cost: do so "
+                    f"before d2ft_hpc.attach(model)"
+                )
             context = PlanContext(
                 self.section,
                 Placement.whole(ranks, control.rank, *self.executor.subnets.shape),

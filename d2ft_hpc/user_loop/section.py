@@ -52,27 +52,28 @@ def split(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], D2ftS
         settings = deepspeed_sections(settings)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return settings, parse_section(section)
+    return settings, parse_section(section, f"{SECTION}.")
 
 
-def parse_section(section: Any) -> D2ftSection:
-    """Raises ConfigError where it has unknown keys or bad values, or asks for what a loop of one's own cannot do."""
-    parsed = validated(D2ftSection, section, f"{SECTION}.")
+def parse_section(section: Any, where: str) -> D2ftSection:
+    """Raises ConfigError where it has unknown keys or bad values, or asks for what a loop of one's own cannot do;
+    `where` stands before the keys in messages."""
+    parsed = validated(D2ftSection, section, where)
     for key, usable in _USABLE.items():
         value = getattr(parsed, key)
         if value not in usable:
             raise ConfigError(
-                f"{SECTION}.{key}={value!r}: only d2ft-hpc train can do that; "
+                f"{where}{key}={value!r}: only d2ft-hpc train can do that; "
                 f"in a loop of your own: {', '.join(map(repr, usable))}"
             )
     parsed = parsed.model_copy(update={"file": parsed.plan or parsed.file})
     if parsed.replan.overlap:
         raise ConfigError(
-            f"{SECTION}.replan.overlap=true: only d2ft-hpc train solves while it trains; remove it"
+            f"{where}replan.overlap=true: only d2ft-hpc train solves while it trains; remove it"
         )
     if parsed.replan.every is not None and parsed.replan.unit == "epochs":
         raise ConfigError(
-            f"{SECTION}.replan.unit='epochs': only the training loop knows its epochs; count steps "
+            f"{where}replan.unit='epochs': only the training loop knows its epochs; count steps "
             f'("replan": {{"every": N, "unit": "steps"}})'
         )
     return parsed

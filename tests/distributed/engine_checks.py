@@ -221,7 +221,7 @@ def check_resume(control: Control, saved_by: int, resumed_by: int, precision: st
     control.barrier(30)
     uninterrupted = trained_parameters(control, engine, "random", [1, 2])
     other = deepspeed_engine(tiny_vit(seed=1, qkv_bias=False), "adamw", resumed_by, precision=precision)
-    other.load(folder)
+    other.restore(folder)
     difference = largest_difference(trained_parameters(control, other, "random", [1, 2]), uninterrupted)
     plain = model_for("adamw")
     plain.load_state_dict(load_file(folder / "model.safetensors"), strict=True)

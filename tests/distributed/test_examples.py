@@ -18,7 +18,7 @@ RUN = Path(__file__).with_name("run_example.py")
 BESIDE = Path(sys.executable).parent
 COMMANDS = {
     "own_loop.py": [sys.executable],
-    "own_loop.py on 2 ranks": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone", str(RUN)],
+    "own_loop.py on 2 ranks": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone"],
     "heads_loop.py": [sys.executable],
     "accelerate_fsdp2.py": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone", str(RUN)],
     "deepspeed_script.py": [str(BESIDE / "deepspeed"), "--num_gpus", "2", "--master_port", "29651"],

@@ -87,6 +87,11 @@ def test_blocks_that_no_replica_runs_are_not_gathered(results: dict[str, Any]) -
             assert sum(found[name].values()) == pytest.approx(told, rel=1e-3), name
 
 
+def test_ddp_sends_its_gradients_once_a_step(results: dict[str, Any]) -> None:
+    if "reduced bytes" in results:
+        assert results["reduced bytes"]["counted"] == 3 * [results["reduced bytes"]["ring"]]
+
+
 def test_what_cannot_run_exactly_is_refused_with_a_fix(results: dict[str, Any]) -> None:
     if "refusals" in results:
         expected = {

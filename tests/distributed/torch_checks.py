@@ -391,6 +391,20 @@ def check_gathered_bytes(control: Control) -> dict[str, Any]:
     return found
 
 
+def check_reduced_bytes(control: Control) -> dict[str, Any]:
+    """Bytes of DDP's all-reduces as counted in its first steps, in which it lays its buckets out; and a ring's."""
+    model = tiny_vit()
+    engine = build(control, "ddp", model, "sgd")
+    counted = []
+    for step in range(3):
+        engine.executor.load(plan_of("random", step, control.world_size), control.rank)
+        with meter() as metered:
+            engine.step([micro_batch(step, slot, SLOTS) for slot in range(SLOTS)])
+        counted.append(metered.bytes_sent.get("allreduce"))
+    gradients = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    return {"counted": counted, "ring": 2 * (control.world_size - 1) / control.world_size * gradients}
+
+
 def check_resume(control: Control, saved_by: str, resumed_by: str, lora: bool = False) -> dict[str, Any]:
     """Difference from an uninterrupted run after a portable checkpoint goes to another engine."""
     folder = Path(control.broadcast(tempfile.mkdtemp().encode()).decode())
@@ -407,7 +421,7 @@ def check_resume(control: Control, saved_by: str, resumed_by: str, lora: bool = 
         other: Any = deepspeed_engine(other_model, "adamw", int(resumed_by[-1]))
     else:
         other = build(control, resumed_by, other_model, "adamw")
-    other.load(folder)
+    other.restore(folder)
     for step in range(1, 3):
         # Of equal rows for all replicas, so that layouts with fewer replicas train the same.
         step_with_layout(control, other, resumed_by, saved_by, step)
@@ -543,6 +557,7 @@ DEFAULT = {
         "resume fsdp2 -> zero3",
         "resume ddp -> fsdp2 lora",
         "gathered bytes",
+        "reduced bytes",
         "refusals",
         "sharded fsdp -> fsdp",
     ),
@@ -605,6 +620,7 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
             "ddp -> fsdp2 lora": {"saved_by": "ddp", "resumed_by": "fsdp2", "lora": True},
         }
         named["gathered bytes"] = check_gathered_bytes
+        named["reduced bytes"] = check_reduced_bytes
         named["refusals"] = check_refusals
     else:
         loops = {

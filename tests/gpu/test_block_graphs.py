@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import d2ft_hpc
-from d2ft_hpc.engines.ddp import follow_ddp
+from d2ft_hpc.engines.ddp import bind_ddp
 from d2ft_hpc.execution.block_graphs import GradientPlace
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.execution.gradients import Reduction
@@ -164,12 +164,12 @@ def wrap_ddp(model: VisionTransformer, executor: PlanExecutor) -> nn.Module:
 def wrap_ddp_in_buckets(model: VisionTransformer, executor: PlanExecutor) -> nn.Module:
     """As the DDP engine does, whose gradients the graphs add to where they are."""
     ddp = DistributedDataParallel(model, device_ids=[0], gradient_as_bucket_view=True)
-    follow_ddp(ddp, executor, gradient_place=GradientPlace.OF_ENGINE)
+    bind_ddp(ddp, executor, gradient_place=GradientPlace.OF_ENGINE)
     return ddp
 
 
 def own_places(model: VisionTransformer, executor: PlanExecutor) -> nn.Module:
-    executor.follow(None, Reduction.AFTER_BACKWARD, gradient_place=GradientPlace.OWN)
+    executor.bind(None, Reduction.AFTER_BACKWARD, gradient_place=GradientPlace.OWN)
     return model
 
 
@@ -206,7 +206,7 @@ def test_a_gradient_is_no_buffer_of_a_graph() -> None:
 def gradients_with_a_loss_between_blocks(graphs: bool, autocast: bool) -> dict[str, Tensor]:
     model = tiny_vit().cuda()
     executor = attach(model, cuda_graphs=graphs)
-    executor.load(random_plan(2), 0)
+    executor.activate(random_plan(2), 0)
     between: list[Tensor] = []
     model.blocks[1].register_forward_hook(lambda block, inputs, output: between.append(output))
     model.train()

@@ -187,7 +187,7 @@ def test_scoring_planning_training_as_a_chain(cluster: Cluster, tmp_path: Path) 
         int(number) for number in re.findall(r"(?:scoring|planning|training) (\d+)", cluster.output(chain))
     ]
     assert cluster.wait(jobs[2]) == "COMPLETED", "".join(map(cluster.output, jobs))
-    saved = SkipPlan.load(tmp_path / "plan.h5")
+    saved = SkipPlan.read(tmp_path / "plan.h5")
     np.testing.assert_array_equal(open_run(tmp_path / "demo").plan(0), saved.operations)
 
 

@@ -51,7 +51,7 @@ class OneTensor:
     def save(self, folder: Path, write: StateWriter) -> None:
         write({"tensor": self.tensor}, folder / "state.pt")
 
-    def load(self, folder: Path) -> None:
+    def restore(self, folder: Path) -> None:
         self.tensor = torch.load(folder / "state.pt", weights_only=True)["tensor"]
 
 

@@ -63,6 +63,7 @@ def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
             "plan.forward_score=fischer",
             ["plan.forward_score='fischer'", "'fisher', 'gradient_magnitude', 'taylor' or"],
         ),
+        ("plan.coverage=1", ["plan.coverage: unknown key"]),
         ("plan.options=3", ["plan.options=3", "section of options"]),
         ("run.name=a/b", ["run.name='a/b'"]),
         ("data.evaluate_on=validation", ["there are no validation images", "data.validation_fraction"]),

@@ -158,7 +158,6 @@ def test_images_that_are_cut_short_are_found_among_those_that_are_looked_at(
     ("arguments", "told"),
     [
         (["doctor"], "arguments are required: config\n"),
-        (["plan", "run", "--coverage", "-1"], "--coverage: '-1' is not a whole number, at least 0"),
         (["plan", "run", "--compute-budget", "nan"], "'nan' is not a share above 0, at most 1"),
         (["plan", "run", "--speeds", "1,-2"], "--speeds: '-2' is not a number above 0"),
         (["plan", ""], "'': empty: write a path"),

@@ -160,16 +160,16 @@ def test_a_portable_state_comes_back_bitwise_and_names_what_does_not_fit(tmp_pat
         optimizers[0].step()
         optimizers[0].zero_grad()
     collect_plain(model, optimizers[0]).save(tmp_path, write_file)
-    restore_plain(PortableState.load(tmp_path), other, optimizers[1])
+    restore_plain(PortableState.read(tmp_path), other, optimizers[1])
     for each, optimizer in zip((model, other), optimizers, strict=True):
         torch.nn.functional.cross_entropy(each(images), labels).backward()
         optimizer.step()
     assert all(bool((a == b).all()) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     tiny_vit().load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
-    state = PortableState.load(tmp_path)
+    state = PortableState.read(tmp_path)
     del state.weights["head.bias"]
     with pytest.raises(CheckpointError, match=r"of another model.*head\.bias"):
         state.check_fits({name: tensor.shape for name, tensor in model.state_dict().items()})
     (tmp_path / "optimizer.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="no readable training state"):
-        PortableState.load(tmp_path)
+        PortableState.read(tmp_path)

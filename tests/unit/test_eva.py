@@ -18,6 +18,7 @@ from d2ft_hpc.errors import ConfigError, UnsupportedModelError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.metering import measure_costs, meter
+from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.parallel.part import ModelPart
 from d2ft_hpc.planning.plan import SkipPlan
@@ -150,7 +151,7 @@ def test_gradients_equal_timms_modules_with_masks(variant: str, row: np.ndarray)
     model = copy.deepcopy(reference)
     images, labels = random_batch(1)
     executor = attach(model, embeddings="trained")
-    executor.load(SkipPlan(row[None], replicas=1), replica=0)
+    executor.activate(SkipPlan(row[None], replicas=1), replica=0)
     with executor.micro_batch(0):
         loss, gradients = loss_and_gradients(model, model(images.double()), labels)
     expected_loss, expected = loss_and_gradients(
@@ -168,7 +169,7 @@ def test_all_full_is_timms_model_bit_for_bit(variant: str) -> None:
     dense = tiny_eva(**VARIANTS[variant])
     model = copy.deepcopy(dense)
     executor = attach(model, embeddings="trained")
-    executor.load(SkipPlan(np.full((1, DEPTH, HEADS), FULL, np.uint8), replicas=1), replica=0)
+    executor.activate(SkipPlan(np.full((1, DEPTH, HEADS), FULL, np.uint8), replicas=1), replica=0)
     images, labels = random_batch(1)
     with executor.micro_batch(0):
         loss, gradients = loss_and_gradients(model, model(images), labels)
@@ -242,13 +243,44 @@ def test_norms_across_heads_are_refused(options: dict[str, Any], reason: str) ->
         SubnetMap.of(tiny_eva(**options))
 
 
+def test_adapters_of_rows_run_by_head() -> None:
+    pytest.importorskip("peft")
+    reference = tiny_eva(**VARIANTS["like EVA-02 without its inner norm"]).double()
+    add_lora(reference, rank=2, alpha=3, dropout=0.0, layers=("qkv", "fc1"))
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    factors = [name for name, _ in reference.named_parameters() if ".lora_A." in name]
+    adapted = {name.split(".lora_A.")[0].split(".", 2)[2] for name in factors}
+    assert adapted == {"attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc1_g", "mlp.fc1_x"}
+    model = copy.deepcopy(reference)
+    images, labels = random_batch(1)
+    row = some_rows()["random 1"]
+    executor = attach(model)
+    executor.load(SkipPlan(row[None], replicas=1), replica=0)
+    with executor.micro_batch(0):
+        _, gradients = loss_and_gradients(model, model(images.double()), labels)
+    _, expected = loss_and_gradients(reference, masked_forward(reference, images.double(), row), labels)
+    trained = [name for name in expected if "lora_" in name]
+    for name in trained:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_adapters_that_timm_passes_by_are_refused() -> None:
+    pytest.importorskip("peft")
+    model = tiny_eva(**VARIANTS["like EVA-02 small"])
+    with pytest.raises(UnsupportedModelError, match=r"LoRA on attn.qkv, which timm passes by"):
+        add_lora(model, rank=2, alpha=3, dropout=0.0, layers=("qkv",))
+
+
 def test_frequencies_train_where_gradients_are_reduced_after_the_backward_alone() -> None:
     options = VARIANTS["like rotary ViTs with mixed frequencies"]
-    attach(tiny_eva(**options)).follow(None, Reduction.EVERY_MICRO_BATCH)
+    attach(tiny_eva(**options)).bind(None, Reduction.EVERY_MICRO_BATCH)
     executor = attach(tiny_eva(**options), embeddings="trained")
-    executor.follow(None, Reduction.AFTER_BACKWARD)
+    executor.bind(None, Reduction.AFTER_BACKWARD)
     with pytest.raises(ConfigError, match=r"rope.freqs takes its gradient from the blocks.*frozen"):
-        executor.follow(None, Reduction.EVERY_MICRO_BATCH)
+        executor.bind(None, Reduction.EVERY_MICRO_BATCH)
 
 
 def test_ranks_do_not_get_parts() -> None:

@@ -192,10 +192,10 @@ def test_a_placement_places_every_block_once(tmp_path: Path) -> None:
     ):
         path.write_text(json.dumps({**whole, **harm}))
         if not harm:
-            assert Placement.load(path, layout).stages == [range(2), range(2, 3)]
+            assert Placement.read(path, layout).stages == [range(2), range(2, 3)]
             continue
         with pytest.raises(CheckpointError, match=r"placement\.json: not the placement"):
-            Placement.load(path, layout)
+            Placement.read(path, layout)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,8 @@ def test_parts_of_a_model_compute_what_it_does() -> None:
         expected, x = model(images), images
         for part in parts:
             x = part(x)
-    assert torch.equal(x, expected)
+    # Not bit for bit: a part embeds patches by one matrix product, timm's forward by a convolution.
+    torch.testing.assert_close(x, expected)
     torch.nn.functional.cross_entropy(expected, labels).backward()
     with executor.micro_batch(0):  # the parts run again under the row of their forward, whatever runs by now
         torch.nn.functional.cross_entropy(x, labels).backward()
@@ -159,8 +160,8 @@ def test_stages_are_cut_by_measured_cost() -> None:
 def test_a_placement_survives_its_file(tmp_path: Path) -> None:
     layout = Layout.of(4, 3, stages=2, tensor_ranks=2)
     placement = Placement(layout, [range(1), range(1, 4)], even_owner(4, 3, 2))
-    placement.save(tmp_path / "placement.json")
-    loaded = Placement.load(tmp_path / "placement.json", layout)
+    placement.write(tmp_path / "placement.json")
+    loaded = Placement.read(tmp_path / "placement.json", layout)
     assert loaded.stages == placement.stages
     assert (loaded.owner == placement.owner).all()
     assert loaded.own.sum() == 3  # one of three heads in each of the last three blocks

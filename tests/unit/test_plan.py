@@ -141,12 +141,12 @@ def test_evidence_that_contradicts_itself_is_refused(tmp_path, plan, contradicti
     """In a file whose digest was made to fit it, too."""
     with pytest.raises(PlanError):
         dataclasses.replace(plan, **contradiction)
-    plan.save(tmp_path / "plan.h5")
+    plan.write(tmp_path / "plan.h5")
     with h5py.File(tmp_path / "plan.h5", "r+") as file:
         for name, value in contradiction.items():
             file.attrs[name] = value
     with pytest.raises(PlanError, match=r"plan\.h5 is damaged"):
-        SkipPlan.load(tmp_path / "plan.h5")
+        SkipPlan.read(tmp_path / "plan.h5")
 
 
 def test_two_bits_an_entry():
@@ -158,8 +158,8 @@ def test_two_bits_an_entry():
 @given(plans())
 def test_a_saved_plan_comes_back(tmp_path_factory, plan):
     path = tmp_path_factory.mktemp("plans") / "plan.h5"
-    plan.save(path)
-    back = SkipPlan.load(path)
+    plan.write(path)
+    back = SkipPlan.read(path)
     assert back == plan
     assert evidence(back) == evidence(plan)
     assert [entry.name for entry in path.parent.iterdir()] == ["plan.h5"]
@@ -167,13 +167,13 @@ def test_a_saved_plan_comes_back(tmp_path_factory, plan):
 
 def test_unknown_evidence_survives_packing_and_saving(tmp_path):
     plan = SkipPlan(np.zeros((1, 1, 1), dtype=np.uint8), 1)
-    plan.save(tmp_path / "plan.h5")
-    for back in (SkipPlan.from_bytes(plan.to_bytes()), SkipPlan.load(tmp_path / "plan.h5")):
+    plan.write(tmp_path / "plan.h5")
+    for back in (SkipPlan.from_bytes(plan.to_bytes()), SkipPlan.read(tmp_path / "plan.h5")):
         assert math.isnan(back.bound)
 
 
 def test_plain_h5py_reads_a_saved_plan(tmp_path, plan):
-    plan.save(tmp_path / "plan.h5")
+    plan.write(tmp_path / "plan.h5")
     with h5py.File(tmp_path / "plan.h5") as file:
         np.testing.assert_array_equal(file["operations"][()], plan.operations)
         assert file.attrs["planner"].decode() == "joint"
@@ -182,14 +182,14 @@ def test_plain_h5py_reads_a_saved_plan(tmp_path, plan):
 
 def test_saving_replaces_an_older_plan_and_failing_to_save_leaves_it(tmp_path, plan):
     path = tmp_path / "plan.h5"
-    SkipPlan.dense(1, 1, 1, 1).save(path)
-    plan.save(path)
-    assert SkipPlan.load(path) == plan
+    SkipPlan.dense(1, 1, 1, 1).write(path)
+    plan.write(path)
+    assert SkipPlan.read(path) == plan
     with pytest.raises(PlanError, match="missing"):
-        plan.save(tmp_path / "missing" / "plan.h5")
+        plan.write(tmp_path / "missing" / "plan.h5")
     (tmp_path / "folder.h5").mkdir()
     with pytest.raises(PlanError, match=r"folder\.h5"):
-        plan.save(tmp_path / "folder.h5")
+        plan.write(tmp_path / "folder.h5")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder.h5", "plan.h5"]
 
 
@@ -236,23 +236,23 @@ def link_outside(file):
 )
 def test_a_damaged_file_is_refused(tmp_path, plan, damage):
     path = tmp_path / "plan.h5"
-    plan.save(path)
+    plan.write(path)
     with h5py.File(path, "r+") as file:
         damage(file)
     with pytest.raises(PlanError, match=r"plan\.h5"):
-        SkipPlan.load(path)
+        SkipPlan.read(path)
 
 
 def test_files_that_are_no_plans_are_refused(tmp_path, plan):
     (tmp_path / "text.h5").write_text("not HDF5")
     with h5py.File(tmp_path / "foreign.h5", "w") as file:
         file["operations"] = plan.operations
-    plan.save(tmp_path / "short.h5")
+    plan.write(tmp_path / "short.h5")
     whole = (tmp_path / "short.h5").read_bytes()
     (tmp_path / "short.h5").write_bytes(whole[: len(whole) // 2])
     for name in ("text.h5", "foreign.h5", "short.h5", "absent.h5"):
         with pytest.raises(PlanError, match=name):
-            SkipPlan.load(tmp_path / name)
+            SkipPlan.read(tmp_path / name)
 
 
 def test_the_hash_covers_shape_replicas_and_operations_only(plan):

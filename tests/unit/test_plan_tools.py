@@ -66,7 +66,7 @@ def test_a_plan_is_described_device_by_device_with_its_time(tmp_path):
     assert 50 < shares[0] <= 60.5  # not more than the budget
     paper = [float(line.split(":")[1].split("%")[0]) for line in text.splitlines() if "paper's plan:" in line]
     assert paper[0] > shares[0]
-    plan.save(tmp_path / "plan.h5")
+    plan.write(tmp_path / "plan.h5")
     assert load_checked(tmp_path / "plan.h5", problem) == plan
     assert describe_difference(plan, plan) == "the plans are the same"
     assert "entries change: " in describe_difference(solve(problem, "paper"), plan)
@@ -110,8 +110,8 @@ def test_scores_are_read_from_a_results_file(tmp_path):
 def test_saved_plans_are_looked_at_and_compared_without_scores(tmp_path, capfd):
     problem = pose(saved_scores(), ranks=2, compute_budget=0.6)
     makespan, paper = solve(problem, "makespan"), solve(problem, "paper")
-    makespan.save(tmp_path / "makespan.h5")
-    paper.save(tmp_path / "paper.h5")
+    makespan.write(tmp_path / "makespan.h5")
+    paper.write(tmp_path / "paper.h5")
     options = ["--load", str(tmp_path / "makespan.h5"), "--diff", str(tmp_path / "paper.h5")]
     assert main(["plan", *options, "--png", str(tmp_path / "heat.png")]) == 0
     shown = capfd.readouterr().out
@@ -130,5 +130,5 @@ def test_a_device_that_waits_for_nobody_is_not_said_to_wait_a_negative_time():
 
 def test_an_option_that_a_planner_does_not_have_is_refused():
     problem = pose(saved_scores(), compute_budget=0.6)
-    with pytest.raises(PlanError, match="Planner paper has no option coverage; it knows full_share"):
-        solve(problem, "paper", coverage=1)
+    with pytest.raises(PlanError, match="Planner paper has no option most_shortcut; it knows full_share"):
+        solve(problem, "paper", most_shortcut=0.5)

@@ -132,6 +132,23 @@ def test_batches_end_with_the_optimiser_s_step_or_where_it_is_left_out() -> None
     assert loop.d2ft.current_slot() == 1
 
 
+def test_scores_are_taken_from_whole_batches_of_finite_gradients(capsys: pytest.CaptureFixture[str]) -> None:
+    loop = Loop(planner="joint")
+    loop.step(0, slots=SLOTS - 1)
+    assert loop.d2ft.plan is None
+    assert "a batch of 2 micro-batches gives no scores for plans of 3" in capsys.readouterr().out
+    for slot in range(SLOTS):  # as a loss scale that is too high
+        images, labels = random_batch(slot)
+        (F.cross_entropy(loop.model(images), labels) * (torch.inf if slot else 1.0)).backward()
+    loop.optimizer.zero_grad()
+    loop.step(1)  # begins where the optimiser's step was left out, and gives the scores
+    assert loop.d2ft.plan is not None
+    twin = Loop(planner="joint")
+    twin.step(0, slots=SLOTS - 1)
+    twin.step(1)
+    assert loop.d2ft.plan == twin.d2ft.plan
+
+
 def test_copies_and_files_of_the_model_are_plain_ones() -> None:
     loop = Loop(planner="joint")
     loop.step(0)
@@ -172,6 +189,9 @@ def test_bad_settings_and_states() -> None:
     with pytest.raises(ConfigError, match="micro_batches=0"):
         d2ft_hpc.attach(tiny_vit(), micro_batches=0)
     loop = Loop(planner="joint")
+    loop.model.blocks[1].requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"blocks \[1\] were frozen.*before d2ft_hpc\.attach"):
+        loop.step(0)
     with pytest.raises(CheckpointError, match="not what state_dict"):
         loop.d2ft.load_state_dict({"plans": 3})
     with pytest.raises(CheckpointError, match="damaged"):

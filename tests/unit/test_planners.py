@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from d2ft_hpc.errors import PlanError
@@ -367,51 +367,6 @@ def test_float_error_in_a_budget_decides_nothing():
     assert solve(third, "joint").shares()[1] == 1  # three forwards, each a third
 
 
-@settings(max_examples=60, deadline=None)
-@given(problems(max_cells=7), st.integers(1, 2))
-@example(random_problem(3, (6, 1, 1), 3, compute_budget=0.34), 2)
-def test_joint_with_coverage_finds_the_optimum_or_says_that_there_is_none(problem, coverage):
-    assume(coverage <= problem.forward_score.shape[0])
-    plans, allowed = every_plan(problem)
-    full = (plans.reshape(-1, *problem.forward_score.shape) == 2).sum(axis=1)
-    allowed &= (full >= coverage).all(axis=(1, 2))
-    if not allowed.any():
-        with pytest.raises(PlanError, match=f"gives every block and head {coverage} FULL rows"):
-            solve(problem, "joint", coverage=coverage)
-        return
-    best = scores_of(problem, plans[allowed]).max()
-    plan = solve(problem, "joint", coverage=coverage)
-    assert ((plan.operations == 2).sum(axis=0) >= coverage).all()
-    assert best * (1 - 1e-4) - 1e-9 <= plan.objective <= best * (1 + 1e-9) + 1e-9
-    assert plan.bound >= best * (1 - 1e-9)
-
-
-def test_coverage_feeds_heads_that_would_starve_and_states_the_least_budget():
-    backward = np.ones((8, 4, 3))
-    backward[:, :2] = 1e-3
-
-    def problem(budget, **options):
-        return PlanProblem.parallel(
-            np.ones_like(backward), backward, replicas=2, compute_budget=budget, **options
-        )
-
-    assert (solve(problem(0.6), "joint").operations == 2).sum(axis=0).min() == 0
-    fed = solve(problem(0.6), "joint", coverage=2)
-    assert (fed.operations == 2).sum(axis=0).min() == 2
-    assert fed.gap <= 1e-4 or fed.status == "optimal"
-    with pytest.raises(PlanError, match=r"least feasible compute budget is 0\.5 "):
-        solve(problem(0.4), "joint", coverage=4)
-    solve(problem(0.5), "joint", coverage=4)
-    with pytest.raises(PlanError, match=r"least feasible compute budget is 0\.6 "):
-        solve(problem(0.5, always_share=0.2), "joint", coverage=4)
-    with pytest.raises(PlanError, match=r"least feasible communication budget is 0\.5 "):
-        solve(problem(0.6, communication_budget=0.3), "joint", coverage=4)
-    with pytest.raises(PlanError, match="both the compute and the communication"):
-        solve(problem(0.4, communication_budget=0.3), "joint", coverage=4)
-    with pytest.raises(PlanError, match="coverage must be from 0 to the number of rows, 8, got 9"):
-        solve(problem(0.6), "joint", coverage=9)
-
-
 def test_without_time_the_greedy_plan_comes_with_a_bound_that_holds():
     problem = random_problem(shape=(10, 12, 6))
     late = solve_joint(problem, time_limit_seconds=1e-9, relative_gap=0.0)
@@ -420,18 +375,14 @@ def test_without_time_the_greedy_plan_comes_with_a_bound_that_holds():
     check(late, problem)
     assert late.objective <= proved.objective * (1 + 1e-4)
     assert late.bound >= proved.objective
-    covered = solve_joint(problem, time_limit_seconds=1e-9, coverage=3)
-    check(covered, problem)
-    assert (covered.operations == 2).sum(axis=0).min() == 3
-    assert covered.bound >= solve_joint(problem, coverage=3).objective
 
 
 def test_a_model_too_large_for_the_solver_is_left_to_greedy_and_said():
-    problem = random_problem(shape=(16, 24, 16), replicas=1)
-    plan = solve(problem, "joint", coverage=8, relative_gap=0.0)
+    problem = random_problem(shape=(16, 24, 16), replicas=1, memory_budget=0.31, communication_budget=0.55)
+    plan = solve(problem, "joint", relative_gap=0.0)
     assert plan.status == "greedy: 12290 integer variables are more than HiGHS is given (10000)"
     assert 0 <= plan.gap < 1e-5
-    assert solve(problem, "joint", coverage=8).status == "optimal"
+    assert solve(problem, "joint").status == "optimal"
 
 
 @pytest.mark.parametrize(
@@ -444,7 +395,6 @@ def test_a_model_too_large_for_the_solver_is_left_to_greedy_and_said():
         ("joint", {"relative_gap": 1}, "relative_gap .* got 1"),
         ("joint", {"forward_weight": -1}, "forward_weight .* got -1"),
         ("joint", {"backward_weight": math.nan}, "backward_weight .* got nan"),
-        ("joint", {"coverage": -1}, "coverage .* got -1"),
     ],
 )
 def test_planner_options_out_of_range_are_named(planner, options, message):
@@ -458,8 +408,8 @@ def test_solving_is_timed():
 
 
 @settings(max_examples=60, deadline=None)
-@given(problems(max_cells=7), st.sampled_from([0.0, 0.34, 0.5, 0.67]), st.integers(0, 1))
-def test_joint_runs_as_many_heads_of_each_block_as_must(problem, most_shortcut, coverage):
+@given(problems(max_cells=7), st.sampled_from([0.0, 0.34, 0.5, 0.67]))
+def test_joint_runs_as_many_heads_of_each_block_as_must(problem, most_shortcut):
     plans, allowed = every_plan(problem)
     shaped = plans.reshape(-1, *problem.forward_score.shape)
     for device in range(problem.num_devices):
@@ -467,10 +417,9 @@ def test_joint_runs_as_many_heads_of_each_block_as_must(problem, most_shortcut, 
         held = mine.sum(axis=2)
         running = ((shaped >= 1) & mine).sum(axis=3)
         allowed &= (held - running <= most_shortcut * held + 1e-9).all(axis=(1, 2))
-    allowed &= ((shaped == 2).sum(axis=1) >= coverage).all(axis=(1, 2))
-    options = {"most_shortcut": most_shortcut, "coverage": coverage}
+    options = {"most_shortcut": most_shortcut}
     if not allowed.any():
-        with pytest.raises(PlanError, match=r"most_shortcut|coverage"):
+        with pytest.raises(PlanError, match="most_shortcut"):
             solve(problem, "joint", **options)
         return
     best = scores_of(problem, plans[allowed]).max()

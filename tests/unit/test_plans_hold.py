@@ -9,11 +9,10 @@ import time
 import numpy as np
 import pytest
 
-from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning import PlanProblem, SkipPlan, check, highs, in_order, solve
 from d2ft_hpc.planning.table import PLANNERS
 from tests import plan_oracle
-from tests.plan_oracle import FACTORS, FIELDS, Instance, draw, faults
+from tests.plan_oracle import FACTORS, FIELDS, draw, faults
 
 SEEDS = range(96)
 NEEDED: dict[str, dict] = {"random": {"seed": 1}, "stochastic_depth": {"seed": 1}}
@@ -23,7 +22,6 @@ def test_the_oracle_knows_every_field_planner_and_option():
     """A new one has to be drawn and judged in `plan_oracle` before this passes."""
     assert {field.name for field in dataclasses.fields(PlanProblem)} == set(FIELDS)
     assert {factor for factors in FIELDS.values() for factor in factors} | {
-        "coverage",
         "most_shortcut",
         "weights",
     } == set(FACTORS)
@@ -44,7 +42,6 @@ def test_every_pair_of_kinds_is_drawn():
         "communication_budget": lambda value: value is None,
         "memory_budget": lambda value: value is None,
         "unlike_budgets": lambda value: value,
-        "coverage": lambda value: value > 0,
         "most_shortcut": lambda value: value < 1,
     }
     drawn = [draw(seed).drawn for seed in SEEDS]
@@ -61,8 +58,6 @@ def test_plans_are_what_they_claim(planner):
     wrong = {}
     for seed in SEEDS:
         options = dict(NEEDED.get(planner, {}))
-        if planner == "depth":
-            options = {"below": ["forward_only", "shortcut"][seed % 2], "whole_rows": seed % 3 == 0}
         found = faults(draw(seed), planner, solve, **options)
         if found:
             wrong[seed] = found
@@ -108,21 +103,6 @@ def test_almost_equal_speeds_plan_like_equal_ones(planner):
     assert {plan.status for plan in plans} == {"optimal"}
 
 
-@pytest.mark.parametrize(("seconds", "gap"), [(1e-6, 0.3), (10.0, 0.05)])
-def test_coverage_within_a_memory_budget_is_dealt_out_over_the_rows(seconds, gap):
-    problem = lognormal((20, 24, 16), compute_budget=0.6, memory_budget=0.4)
-    plan = solve(problem, "joint", coverage=6, time_limit_seconds=seconds)
-    assert (plan.operations == 2).sum(axis=0).min() >= 6
-    assert (plan.operations == 2).sum(axis=(1, 2)).max() <= 153
-    assert plan.gap < gap
-    tightest = solve(problem, "joint", coverage=7, time_limit_seconds=seconds)  # 7 of 20 rows, of 0.398 x 20
-    assert (tightest.operations == 2).sum(axis=0).min() >= 7
-    with pytest.raises(
-        PlanError, match=r"No plan within the budgets .* least feasible memory budget is 0\.4506 "
-    ):
-        solve(problem, "joint", coverage=9, time_limit_seconds=seconds)
-
-
 def test_a_backward_that_costs_nothing_does_not_overdraw_the_budget():
     generator = np.random.default_rng(3)
     for _ in range(40):
@@ -131,16 +111,6 @@ def test_a_backward_that_costs_nothing_does_not_overdraw_the_budget():
         problem = PlanProblem.parallel(forward, backward, forward_cost=1.0, compute_budget=0.5)
         for seconds in (10.0, 1e-9):
             assert solve(problem, "joint", time_limit_seconds=seconds).objective > 0
-
-
-def test_no_plan_in_time_and_no_plan_at_all_are_told_apart():
-    instance = Instance(lognormal((6, 2, 4), compute_budget=0.4), 0, 1.0, 1.0, 1.0, {})
-    with pytest.raises(PlanError, match=r"No plan within the budgets gives .* 3 FULL rows"):
-        solve(instance.problem, "joint", coverage=3)
-    demanding = dataclasses.replace(instance, coverage=2, most_shortcut=0.0)
-    assert plan_oracle.best_of_all(demanding) is None  # two of six rows FULL, and the rest forward
-    with pytest.raises(PlanError, match=r"No plan (was found|within the budgets)"):
-        solve(instance.problem, "joint", coverage=2, most_shortcut=0.0)
 
 
 class Clock:

@@ -290,32 +290,15 @@ def test_a_file_for_each_rank(tmp_path):
         np.testing.assert_array_equal(file["steps/step_seconds"][:], expected)
 
 
-def test_a_file_of_version_1(tmp_path):
-    """Written by the package when the schema was at version 1: the demo under two plans."""
-    path = Path(__file__).parents[1] / "data" / "results_version1.h5"
-    with open_run(path) as run, h5py.File(path, locking=False) as file:
-        assert run.schema_version == 1
-        assert run.complete
-        steps = run.table("steps")
-        np.testing.assert_array_equal(steps["loss"], file["steps/loss"][:])
-        np.testing.assert_array_equal(steps["step_seconds"], file["steps/step_seconds"][:].astype("f4"))
-        assert np.isnan(steps["waiting_seconds"]).all()
-        for index in (0, 1):
-            old = file[f"plans/{index}"]
-            np.testing.assert_array_equal(run.plan(index), old["operations"][:])
-            np.testing.assert_array_equal(run.score(index, "forward"), file[f"scores/{index}/forward"][:])
-            plans = run.table("plans")
-            for new, name in (("step", "first_step"), ("gap", "gap"), ("solve_seconds", "solve_seconds")):
-                assert plans[new][index] == old.attrs[name]
-            assert plans["planner"][index] == "joint"
-        assert run.attributes("model")["num_heads"] == 4
-    shutil.copy(path, tmp_path / "results.h5")
-    with ResultsWriter.resume(tmp_path / "results.h5", last_step=8) as writer:
-        writer.append("steps", {"step": 9})
-    with open_run(tmp_path) as run:
-        assert run.schema_version == 2
-        assert run.table("steps", ["step"])["step"].tolist() == list(range(10))
-        assert len(run.table("plans")["step"]) == 1
+def test_a_file_of_another_schema_version_is_refused_with_both_versions(tmp_path):
+    for version, fix in ((1, "read it with the package that wrote it"), (3, "update d2ft-hpc")):
+        path = tmp_path / f"version{version}.h5"
+        with ResultsWriter(path):
+            pass
+        with h5py.File(path, "r+", locking=False) as file:
+            file.attrs["schema_version"] = version
+        with pytest.raises(ResultsError, match=rf"its schema version is {version} .*{fix}"):
+            open_run(path)
 
 
 def test_the_schemas_document_is_current():

@@ -200,8 +200,8 @@ def test_a_setting_that_decides_losses_is_not_changed_by_a_resume(
             r"plan\.memory_budget=0\.001: The random plan exceeds the memory budget",
         ),
         (
-            ("plan.options.coverage=9", "plan.planner=joint"),
-            r"plan\.options\.coverage=9: .*number of rows, 4",
+            ("plan.options.most_shortcut=0", "plan.compute_budget=0.2", "plan.planner=joint"),
+            r"plan\.compute_budget=0\.2, plan\.options\.most_shortcut=0: ",
         ),
         (
             ("plan.compute_budget=0.3", "plan.warmup_share=0.55", "plan.replan.every=1", "train.epochs=8"),
@@ -237,8 +237,8 @@ def test_a_run_that_was_refused_does_not_block_the_corrected_one(
     with pytest.raises(PlanError):  # found by the plan by scores alone
         run(
             tmp_path,
-            "plan.options.coverage=4",
-            "plan.planner=makespan",
+            "plan.memory_budget=0.001",
+            "plan.planner=paper",
             f"train.resume={resume}",
             f"results.file_per_rank={files}",
         )
@@ -249,7 +249,7 @@ def test_a_run_that_was_refused_does_not_block_the_corrected_one(
     with results.open(folder) as record:
         assert record.complete
         assert record.table("steps")["step"].tolist() == [0, 1]
-        assert record.config["plan"]["options"]["coverage"] == 0
+        assert record.config["plan"]["compute_budget"] == 0.6
     with pytest.raises(Exception, match="exists already and is not overwritten"):
         run(tmp_path, "train.steps_share=0.4")
 

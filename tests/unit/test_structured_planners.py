@@ -204,52 +204,6 @@ def test_replicas_that_meet_in_every_block_are_planned_like_ranks(planner, speed
     assert waste(solve(alone, planner), as_replicas) >= waste(here, as_replicas)
     if planner == "makespan" and speeds == [1.0, 1.0]:
         assert waste(here, as_replicas) == 0 < waste(solve(alone, planner), as_replicas)
-    covered = solve(as_replicas, planner, coverage=3 if planner == "makespan" else 1)
-    assert (covered.operations == Operation.FULL).sum(axis=0).min() >= (3 if planner == "makespan" else 1)
-
-
-@settings(max_examples=80, deadline=None)
-@given(problems(), st.sampled_from(["makespan", "static", "depth"]), st.integers(1, 2))
-def test_coverage_is_kept_or_refused(problem, planner, coverage):
-    rows = problem.forward_score.shape[0]
-    try:
-        free = solve(problem, planner)
-        plan = solve(problem, planner, coverage=min(coverage, rows))
-    except PlanError as error:
-        assert "coverage" in str(error) or "FORWARD_ONLY in" in str(error)  # noqa: PT017
-        return
-    assert (plan.operations == Operation.FULL).sum(axis=0).min() >= min(coverage, rows)
-    assert plan.objective <= free.bound * (1 + 1e-9)
-    assert plan.bound >= plan.objective
-
-
-@pytest.mark.parametrize("planner", ["makespan", "static", "depth"])
-@pytest.mark.parametrize("kind", ["different", "equal", "starving"])
-@pytest.mark.parametrize(("stages", "speeds"), [(1, [1.0]), (2, [1.0]), (1, [1.0, 0.8])])
-def test_no_head_starves_where_the_budget_feeds_all(planner, kind, stages, speeds):
-    shape = (10, 4, 8)
-    scores = np.random.default_rng(1).lognormal(0, 1, (2, *shape))
-    if kind == "equal":
-        scores[:] = 1.0
-    if kind == "starving":
-        scores[:, :, :2] *= 1e-3
-    problem = PlanProblem.parallel(
-        *scores,
-        rank=in_order(4, 8, 2),
-        stage=np.arange(4) * stages // 4,
-        compute_budget=0.6,
-        device_speed=np.resize(speeds, 2 * stages).tolist(),
-    )
-    options = {"below": "shortcut"} if planner == "depth" else {}
-    for coverage in (1, 3):
-        plan = solve(problem, planner, coverage=coverage, **options)
-        assert (plan.operations == Operation.FULL).sum(axis=0).min() >= coverage
-        if planner == "makespan" and kind == "different":
-            assert plan.gap < 0.02 * coverage
-    with pytest.raises(PlanError, match="coverage"):
-        solve(problem, planner, coverage=9, **options)
-    with pytest.raises(PlanError, match="coverage must be from 0 to the number of rows, 10, got 11"):
-        solve(problem, planner, coverage=11, **options)
 
 
 @settings(max_examples=80, deadline=None)
@@ -307,13 +261,12 @@ def test_static_keeps_to_multiples_of_heads_and_uses_the_budget_up():
 
 
 @settings(max_examples=80, deadline=None)
-@given(problems(), st.sampled_from(["forward_only", "shortcut"]), st.booleans())
-def test_depth_is_the_best_plan_of_its_form(problem, below, whole_rows):
+@given(problems())
+def test_depth_is_the_best_plan_of_its_form(problem):
     rows, blocks, heads = problem.forward_score.shape
-    rest = Operation.FORWARD_ONLY if below == "forward_only" else Operation.SHORTCUT
-    depths = np.array(list(itertools.product((0, blocks) if whole_rows else range(blocks + 1), repeat=rows)))
+    depths = np.array(list(itertools.product(range(blocks + 1), repeat=rows)))
     is_full = np.arange(blocks) >= blocks - depths[:, :, None]
-    plans = np.repeat(np.where(is_full, 2, rest).astype(np.uint8)[..., None], heads, axis=3)
+    plans = np.repeat(np.where(is_full, 2, 1).astype(np.uint8)[..., None], heads, axis=3)
     allowed = []
     for operations in plans:
         plan = SkipPlan(operations, problem.replicas)
@@ -322,9 +275,9 @@ def test_depth_is_the_best_plan_of_its_form(problem, below, whole_rows):
         allowed.append(bool(with_budget and (problem.used_memory(plan) <= problem.memory_budget).all()))
     if not any(allowed):
         with pytest.raises(PlanError, match="least feasible"):
-            solve(problem, "depth", below=below, whole_rows=whole_rows)
+            solve(problem, "depth")
         return
-    plan = solve(problem, "depth", below=below, whole_rows=whole_rows)
+    plan = solve(problem, "depth")
     best = scores_of(problem, plans[allowed]).max()
     assert best * (1 - 3e-5) - 1e-9 <= plan.objective <= best * (1 + 1e-9) + 1e-9
     assert plan.bound >= best * (1 - 1e-9)
@@ -419,7 +372,6 @@ def test_ranks_with_unlike_numbers_of_heads_are_refused_for_lock_step():
         ("makespan", {"time_limit_seconds": 0}, "time_limit_seconds .* got 0"),
         ("makespan", {"most_shortcut": -0.1}, "most_shortcut .* got -0.1"),
         ("static", {"most_shortcut": 1.1}, "most_shortcut .* got 1.1"),
-        ("depth", {"below": "full"}, "below .* got 'full'"),
         ("depth", {"time_limit_seconds": -1}, "time_limit_seconds .* got -1"),
     ],
 )
