@@ -30,7 +30,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import d2ft_hpc
-from d2ft_hpc.config import SamplesConfig
 from d2ft_hpc.engines.ddp import DdpEngine
 from d2ft_hpc.engines.fsdp import FsdpEngine, shard
 from d2ft_hpc.engines.plain import PlainEngine
@@ -45,6 +44,7 @@ from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.parallel.dtensor import split_heads
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.selection.build import selection_of
 from tests.distributed.engine_checks import (
     EPSILON,
@@ -346,7 +346,7 @@ def check_attached_loop(control: Control, how: str, sharing: str = "every") -> d
     images, labels = micro_batch(0, rank, replicas)
     images, labels = images.repeat(4, 1, 1, 1), labels.repeat(4)
     chosen, _ = d2ft.choose(images, labels)
-    twin = selection_of(SamplesConfig(), tiny_vit(qkv_bias=False), 16, seed=0, replica=rank)
+    twin = selection_of(SampleOptions(), tiny_vit(qkv_bias=False), 16, seed=0, replica=rank)
     (alone,) = twin([(images, labels)], 0, len(chosen) / len(images))
     told = [part.decode() for part in control.all_gather(" ".join(hashes).encode())]
     return {

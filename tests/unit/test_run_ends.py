@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from d2ft_hpc.training.placing import place_in_order
 
 from d2ft_hpc import results
 from d2ft_hpc.config import RunConfig, load_config
@@ -25,6 +24,7 @@ from d2ft_hpc.training.finite import require_finite
 from d2ft_hpc.training.foresight import trial_plan
 from d2ft_hpc.training.job import set_up
 from d2ft_hpc.training.loop import train
+from d2ft_hpc.training.model_placement import place_in_order
 from d2ft_hpc.training.plan_costs import costs_unmeasured
 from d2ft_hpc.training.plans import plan_context
 from d2ft_hpc.training.resume import choose_start
