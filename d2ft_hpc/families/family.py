@@ -75,7 +75,7 @@ class KernelParts:
 class BlockFamily(ABC):
     """Models whose blocks are cut by head in one way. Holds nothing of any one model.
 
-    Blocks of a model that `refusals` lets pass are alike. Methods that take a block take it whole, or what
+    Blocks without `misfits` in one model have to be alike. Methods that take a block take it whole, or what
     `parallel.head_split` has left of it.
     """
 
