@@ -146,6 +146,7 @@ def _torch_and_timm() -> Iterator[PrivateName]:
     yield PrivateName(f"{group}.all_reduce_grads", "self.all_reduce_grads: bool = True")
     ddp = "torch.nn.parallel.distributed:DistributedDataParallel"
     yield PrivateName(f"{ddp}._get_ddp_logging_data")
+    yield PrivateName(f"{ddp}._register_builtin_comm_hook", "ALLREDUCE")
     yield PrivateName(f"{ddp}._active_ddp_module", "DistributedDataParallel._active_ddp_module = self")
     yield PrivateName(f"{ddp}.require_backward_grad_sync", "self.require_backward_grad_sync = False")
     schedule = "torch.optim.lr_scheduler:LRScheduler"
@@ -156,10 +157,11 @@ def _torch_and_timm() -> Iterator[PrivateName]:
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         yield PrivateName(f"{module}.{hooks}", f"self.{hooks}")
     yield PrivateName("torch:Tensor._version")
-    yield PrivateName("torch:_foreach_mul_")
-    yield PrivateName("torch:_foreach_copy_")
+    for operator in ("add_", "copy_", "mul_", "norm", "zero_"):
+        yield PrivateName(f"torch:_foreach_{operator}")
     yield PrivateName("torch.utils._python_dispatch:_get_current_dispatch_mode")
-    yield PrivateName("timm.models.vision_transformer:VisionTransformer._pos_embed", "def _pos_embed(self, x")
+    for model in ("vision_transformer:VisionTransformer", "eva:Eva"):
+        yield PrivateName(f"timm.models.{model}._pos_embed", "def _pos_embed(self, x")
 
 
 DIVIDES_FROM = "0.18.3"

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem
@@ -47,6 +46,8 @@ def spread(problem: PlanProblem, ranks: int) -> Ints:
 
     Raises PlanError if the heads cannot be divided evenly.
     """
+    from scipy.optimize import linear_sum_assignment  # not before MPI starts, where a configuration is read
+
     forward_gain, backward_gain = (gain.mean(axis=0) for gain in problem.gains())
     shortcut, forward_only, full = problem.compute_cost
     both = (forward_gain + backward_gain) / max(full - shortcut, BUDGET_EPSILON)

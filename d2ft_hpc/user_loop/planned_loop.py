@@ -47,7 +47,7 @@ def attach(
     micro_batches: int = 1,
     **settings: Any,
 ) -> PlannedLoop:
-    """Lets a timm VisionTransformer, also one inside peft's wrapper, train under plans in the loop that follows.
+    """Lets a model of a known family, also one inside peft's wrapper, train under plans in the loop that follows.
 
     Call it before the optimiser, DDP or `fully_shard` get the model: it freezes what lies below the blocks.
 

@@ -159,7 +159,7 @@ def test_a_portable_state_comes_back_bitwise_and_names_what_does_not_fit(tmp_pat
         torch.nn.functional.cross_entropy(model(images), labels).backward()
         optimizers[0].step()
         optimizers[0].zero_grad()
-    collect_plain(model, optimizers[0]).save(tmp_path, write_file)
+    collect_plain(model, optimizers[0]).write(tmp_path, write_file)
     restore_plain(PortableState.read(tmp_path), other, optimizers[1])
     for each, optimizer in zip((model, other), optimizers, strict=True):
         torch.nn.functional.cross_entropy(each(images), labels).backward()

@@ -258,7 +258,7 @@ def test_adapters_of_rows_run_by_head() -> None:
     images, labels = random_batch(1)
     row = some_rows()["random 1"]
     executor = attach(model)
-    executor.load(SkipPlan(row[None], replicas=1), replica=0)
+    executor.activate(SkipPlan(row[None], replicas=1), replica=0)
     with executor.micro_batch(0):
         _, gradients = loss_and_gradients(model, model(images.double()), labels)
     _, expected = loss_and_gradients(reference, masked_forward(reference, images.double(), row), labels)
