@@ -212,7 +212,7 @@ def test_a_setting_that_decides_losses_is_not_changed_by_a_resume(
 def test_plans_that_cannot_be_are_refused_before_anything_is_evaluated_or_written(
     tmp_path: Path, overrides: tuple[str, ...], told: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    SkipPlan.dense(4, 1, 9, 2).save(tmp_path / "other.h5")
+    SkipPlan.dense(4, 1, 9, 2).write(tmp_path / "other.h5")
     with pytest.raises(PlanError, match=told):
         run(
             tmp_path,
