@@ -13,6 +13,7 @@ errors/rank-R.txt     where each rank was when a start of the run last failed
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import hashlib
 import json
@@ -20,6 +21,7 @@ import logging
 import os
 import platform
 import socket
+import stat
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,7 +34,7 @@ from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.files import atomic
 from d2ft_hpc.launch import Control
 from d2ft_hpc.results.layout import rank_file, segments_folder
-from d2ft_hpc.safe_text import printable, scrubbed
+from d2ft_hpc.safe_text import printable, scrubbed, shown
 
 CONFIG = "config.yaml"
 LAUNCHES = "launches.jsonl"
@@ -73,6 +75,26 @@ _RECORDED = frozenset(
     ]
 )  # fmt: skip
 """Variables that steer launchers and libraries. Named one by one, since others carry whole environments and logins."""
+
+
+def check_possible(folder: Path) -> None:
+    """Raises ConfigError where a run could not make its folder, or write in it."""
+    for path in (folder, *folder.parents):
+        try:
+            if not stat.S_ISDIR(path.stat().st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno == errno.ENOTDIR and path.parent != path and not path.exists():
+                continue  # the file is further up, and is the one to name
+            raise ConfigError(
+                f"run.folder={shown(str(folder.parent))}: no run can be written there ({shown(str(path))}: "
+                f"{error.strerror}); choose another folder (run.folder) or name (run.name)"
+            ) from None
 
 
 def check_free(folder: Path, *, may_hold_a_start: bool) -> None:

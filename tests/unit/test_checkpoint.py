@@ -287,6 +287,20 @@ def test_a_configuration_that_a_power_cut_emptied(tmp_path: Path, capfd: pytest.
         choose_start(config_in(tmp_path, "train.resume=auto", "run.seed=1"), SoloControl())
 
 
+@pytest.mark.parametrize("resume", ["false", "auto"])
+@pytest.mark.parametrize(
+    ("folder", "words"), [("file/x", "Not a directory"), ("d" * 300, "File name too long")]
+)
+def test_a_folder_that_cannot_be_is_refused_by_key_before_any_work(
+    tmp_path: Path, folder: str, words: str, resume: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ConfigError, match=rf"^where to start: run\.folder=.*{words}\); choose another folder"
+    ):
+        choose_start(config_in(tmp_path / folder, f"train.resume={resume}"), SoloControl())
+
+
 def test_another_run_is_not_continued(tmp_path: Path) -> None:
     begun(tmp_path)
     with pytest.raises(ConfigError, match=r"run\.seed=1: the run in .* was begun with 0; .* run\.name"):
