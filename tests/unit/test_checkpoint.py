@@ -127,6 +127,10 @@ def test_what_a_manifest_does_not_vouch_for_is_refused(tmp_path: Path) -> None:
         (folder / "state.pt").unlink()
         os.mkfifo(folder / "state.pt")
 
+    def deep(folder: Path) -> None:
+        (folder / "/".join("d" * 20)).mkdir(parents=True)
+
+    refused("8 folders in each other", checksums, deep)
     refused("does not have plan.h5", {})
     refused("no JSON object", [])
     refused("state.pt is not in its manifest", {n: c for n, c in checksums.items() if n != "state.pt"})
