@@ -204,7 +204,9 @@ def _plan(options: argparse.Namespace) -> int:
 
     def planner_options() -> dict[str, object]:
         """Options that were given; a planner that does not know one refuses it."""
-        given: dict[str, object] = {"seed": 0} if options.planner == "random" else {}
+        from d2ft_hpc.planning.solve import options_of
+
+        given: dict[str, object] = {"seed": 0} if "seed" in options_of(options.planner) else {}
         if options.coverage:
             given["coverage"] = options.coverage
         if options.most_shortcut < 1:

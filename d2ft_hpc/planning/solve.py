@@ -54,7 +54,10 @@ def solve(problem: PlanProblem, planner: Planner, **options: Any) -> SkipPlan:
     start = time.perf_counter()
     if planner not in PLANNERS:
         raise PlanError(f"There is no planner {planner!r}; choose one of {', '.join(PLANNERS)}.")
-    known = [name for name in inspect.signature(PLANNERS[planner]).parameters if name != "problem"]
+    known = options_of(planner)
+    for name, is_needed in known.items():
+        if is_needed and name not in options:
+            raise PlanError(f"Planner {planner} needs the option {name}.")
     for name in options:
         if name not in known:
             raise PlanError(
@@ -64,6 +67,14 @@ def solve(problem: PlanProblem, planner: Planner, **options: Any) -> SkipPlan:
     plan = PLANNERS[planner](problem, **options)
     check(plan, problem)
     return dataclasses.replace(plan, solve_seconds=time.perf_counter() - start)
+
+
+def options_of(planner: str) -> dict[str, bool]:
+    """The options that a planner knows, and whether it cannot do without; none for a planner that there is not."""
+    if planner not in PLANNERS:
+        return {}
+    parameters = inspect.signature(PLANNERS[planner]).parameters
+    return {name: each.default is each.empty for name, each in parameters.items() if name != "problem"}
 
 
 def solve_dense(problem: PlanProblem) -> SkipPlan:
