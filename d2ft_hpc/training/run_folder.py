@@ -13,7 +13,6 @@ errors/rank-R.txt     where each rank was when a start of the run last failed
 
 from __future__ import annotations
 
-import errno
 import faulthandler
 import hashlib
 import json
@@ -21,7 +20,6 @@ import logging
 import os
 import platform
 import socket
-import stat
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,6 +31,7 @@ from d2ft_hpc.config_file import read_values
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.files import atomic
 from d2ft_hpc.launch import Control
+from d2ft_hpc.paths import why_not_writable
 from d2ft_hpc.results.layout import rank_file, segments_folder
 from d2ft_hpc.safe_text import printable, scrubbed, shown
 
@@ -79,22 +78,11 @@ _RECORDED = frozenset(
 
 def check_possible(folder: Path) -> None:
     """Raises ConfigError where a run could not make its folder, or write in it."""
-    for path in (folder, *folder.parents):
-        try:
-            if not stat.S_ISDIR(path.stat().st_mode):
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-            if not os.access(path, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            return
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            if error.errno == errno.ENOTDIR and path.parent != path and not path.exists():
-                continue  # the file is further up, and is the one to name
-            raise ConfigError(
-                f"run.folder={shown(str(folder.parent))}: no run can be written there ({shown(str(path))}: "
-                f"{error.strerror}); choose another folder (run.folder) or name (run.name)"
-            ) from None
+    if why := why_not_writable(folder):
+        raise ConfigError(
+            f"run.folder={shown(str(folder.parent))}: no run can be written there ({why}); choose another folder "
+            f"(run.folder) or name (run.name)"
+        )
 
 
 def check_free(folder: Path, *, may_hold_a_start: bool) -> None:
