@@ -323,7 +323,7 @@ def test_page(paths, tmp_path):
 def test_a_figure_of_no_numbers_is_left_out_in_words(tmp_path):
     path = make_run(tmp_path / "a" / "results.h5", 0.6, steps=10)
     with h5py.File(path, "r+") as file:
-        file["scores/forward"][...] = np.inf
+        file["scores/forward"][...] = np.nan
     report([path], page=tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text().count("Cannot be drawn from what is recorded: ") == 1
 
