@@ -26,6 +26,9 @@ _MOST_REFERRED = 1000
 _MOST_VALUES = 10_000
 """A few lines of aliases of aliases can stand for any number of values."""
 
+_DEEPEST = 32
+"""Levels of keys in keys; no setting has more than a few."""
+
 
 @dataclass(frozen=True)
 class Scalar:
@@ -183,6 +186,8 @@ def _of_override(override: str) -> Tree:
             f"{key}={shown(text)}: not readable as YAML ({error}); quote it: {key}='\"...\"'"
         ) from None
     first, *rest = key.split(".")
+    if len(rest) > _DEEPEST:
+        raise ConfigError(f"{shown(override)}: {len(rest)} sections in each other, which no key has")
     for part in reversed(rest):
         value = {part: value}
     return {first: value}
@@ -206,11 +211,13 @@ def _parsed(text: str) -> Any:
     return tree
 
 
-def _values(tree: Any) -> Iterator[Any]:
-    """Everything in it, however often it comes."""
+def _values(tree: Any, depth: int = 0) -> Iterator[Any]:
+    """Everything in it, however often it comes. Raises ValueError."""
+    if depth > _DEEPEST:
+        raise ValueError("nested too deeply")
     yield tree
     for value in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
-        yield from _values(value)
+        yield from _values(value, depth + 1)
 
 
 def _merged(below: Tree, above: Tree) -> Tree:

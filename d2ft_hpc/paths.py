@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
+import stat
 from pathlib import Path
+
+from d2ft_hpc.safe_text import shown
 
 
 def expand(path: str) -> str:
@@ -34,3 +38,21 @@ def path_argument(text: str) -> Path:
         return Path(expand(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+
+
+def why_not_writable(folder: Path) -> str:
+    """Why nothing can be written into a folder that may have to be made first; "" if it can, as far as one sees."""
+    for path in (folder, *folder.parents):
+        try:
+            if not stat.S_ISDIR(path.stat().st_mode):
+                return f"{shown(str(path))}: {os.strerror(errno.ENOTDIR)}"
+            return (
+                ""
+                if os.access(path, os.W_OK | os.X_OK)
+                else f"{shown(str(path))}: {os.strerror(errno.EACCES)}"
+            )
+        except (FileNotFoundError, NotADirectoryError):  # it is to be made, or a file further up is the fault
+            continue
+        except OSError as error:
+            return f"{shown(str(path))}: {error.strerror}"
+    return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError, ResultsError
 from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, check, in_order, place, simulate, solve
+from d2ft_hpc.safe_text import shortened
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +64,10 @@ def read_scores(path: Path, index: int = -1) -> SavedScores:
         raise ResultsError(
             f"{path} is damaged: its model costs {always:g}, {full:g} and {forward_only:g} FLOP."
         )
-    if frozen := json.loads(str(model.get("frozen_blocks", "[]"))):
+    if (frozen := str(model.get("frozen_blocks", "[]"))) != "[]":
         raise ResultsError(
-            f"{path}: blocks {frozen} were frozen in this run and always run FULL: d2ft-hpc train alone plans for such "
-            f"a model (plan.planner, plan.compute_budget)"
+            f"{path}: blocks {shortened(frozen)} were frozen in this run and always run FULL: d2ft-hpc train alone "
+            f"plans for such a model (plan.planner, plan.compute_budget)"
         )
     return SavedScores(
         forward,

@@ -28,6 +28,7 @@ from d2ft_hpc.figures import (
 )
 from d2ft_hpc.figures.run import Run, Runs
 from d2ft_hpc.figures.style import number, save, to_svg
+from d2ft_hpc.safe_text import one_line
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1180px;
@@ -151,10 +152,16 @@ def _sections(runs: Sequence[Run], numbers: dict[str, Any]) -> Iterator[tuple[st
 
 def _if_recorded(title: str, figure: Any, runs: Sequence[Run], caption: str) -> Iterator[tuple[str, str]]:
     try:
-        numbers = figure.measure(runs)
+        drawn = _figure(figure.draw(figure.measure(runs)), caption)
     except ResultsError:
         return
-    yield title, _figure(figure.draw(numbers), caption)
+    except (
+        ArithmeticError,
+        LookupError,
+        ValueError,
+    ) as error:  # of records that are damaged, or of no numbers
+        drawn = f"<p>Cannot be drawn from what is recorded: {html.escape(one_line(str(error)))}.</p>"
+    yield title, drawn
 
 
 def _rivals(rivals: list[dict[str, Any]]) -> str:

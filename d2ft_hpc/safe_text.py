@@ -11,7 +11,7 @@ _TOKENS = re.compile(
     r"\b(?:hf_|ghp_|gho_|ghs_|github_pat_|glpat-|xox[abprs]-|sk-|AKIA|ASIA)[\w-]{12,}"
     r"|\beyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?"  # a JSON web token
 )
-_IN_ADDRESS = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^/\s@'\"]+@")
+_IN_ADDRESS = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*:/{1,2})[^/\s'\"]+@")
 _WORDS = "KEY|TOKEN|SECRET|PASSW|PWD|JWT|CREDENTIAL|AUTH|COOKIE"
 _NAMED = re.compile(
     rf"(\b[A-Z0-9_]*(?:{_WORDS})[A-Z0-9_]*=)[^\s,;]+"  # NAME=value, as in a list of environment variables
@@ -48,11 +48,13 @@ def say(text: str) -> None:
 
 def shown(value: Any) -> str:
     """A value as a message shows it: as Python writes it, the middle left out if it is long."""
-    text = repr(value)
-    if len(text) <= _MOST_SHOWN:
-        return text
-    half = _MOST_SHOWN // 2
-    return f"{text[:half]}...{text[-half:]}"
+    return shortened(repr(value), _MOST_SHOWN)
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """`text`, the middle left out if it has more than `most` characters."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
 
 def _escape(character: str) -> str:

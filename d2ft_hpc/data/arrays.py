@@ -53,8 +53,7 @@ def _of_npz(path: Path, split: str) -> Source:
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except Exception as error:  # zipfile, zlib and numpy answer damage with many kinds
-        told = str(error) or type(error).__name__
-        raise DataError(f"{path}: damaged, or no .npz file ({told}); {_NPZ}") from error
+        raise DataError(f"{path}: damaged, or no .npz file ({hdf5.reason(error)}); {_NPZ}") from error
 
 
 def _member(file: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:

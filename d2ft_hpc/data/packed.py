@@ -81,12 +81,17 @@ def open_packed(path: Path, split: str) -> Source:
 def _opened(path: Path) -> Iterator[Any]:
     """The file, known to be a packed one. Whatever is wrong with it inside becomes a DataError."""
     with hdf5.opened(path, DataError, _AGAIN) as file:
-        if str(hdf5.read_attribute(file, "format")) != FORMAT:
+        if _text(file, "format") != FORMAT:
             raise DataError(f"not a packed data set; {_AGAIN}")
         version = hdf5.read_attribute(file, "version")
         if str(version) != str(VERSION):
             raise DataError(f"packed in version {version}, this program reads {VERSION}; {_AGAIN}")
         yield file
+
+
+def _text(item: Any, name: str) -> str:
+    value = hdf5.read_attribute(item, name)
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def _mapped(path: Path, group: Any, name: str, dtype: npt.DTypeLike, dimensions: int) -> MappedArray:
@@ -102,7 +107,7 @@ def _splits(file: Any) -> list[str]:
 def describe(path: Path) -> str:
     """Splits, images, classes and form of a packed file, for people. Raises DataError if a checksum does not match."""
     with _opened(path) as file:
-        stated = {split: str(hdf5.read_attribute(file[split], "sha256")) for split in _splits(file)}
+        stated = {split: _text(file[split], "sha256") for split in _splits(file)}
         if not stated:
             raise DataError(f"holds neither train nor test; {_AGAIN}")
     lines = []

@@ -86,7 +86,7 @@ def pack(
     flat = building.with_suffix(".flat")
     try:
         with h5py.File(building, "w") as file:
-            file.attrs["format"], file.attrs["version"] = FORMAT, VERSION
+            file.attrs["format"], file.attrs["version"] = np.bytes_(FORMAT), VERSION
             file.attrs["classes"] = np.array([name.encode() for name in names])
             for split, source in splits.items():
                 if source.class_names != names[: len(source.class_names)]:
@@ -142,7 +142,7 @@ def _write_split(group: Any, source: Source, encoder: _Encoder, flat: Path, work
         group.create_dataset("pixels", data=written.reshape(-1, 3, *shape))
     group.create_dataset("labels", data=source.labels)
     digest.update(source.labels.astype("<i8").tobytes())
-    group.attrs["sha256"] = digest.hexdigest()
+    group.attrs["sha256"] = np.bytes_(digest.hexdigest())
 
 
 _Encoded = tuple[bytes, tuple[int, int] | None]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import mmap
 import os
 import re
 import stat
@@ -29,6 +30,7 @@ import numpy.typing as npt
 
 from d2ft_hpc.errors import D2ftError
 from d2ft_hpc.files.untrusted import RefusedError
+from d2ft_hpc.safe_text import shortened
 
 Scalar = str | bool | int | float
 
@@ -39,6 +41,7 @@ _LEAST_PIECE_BYTES = 1 << 10
 _MOST_ATTRIBUTES = 1 << 10
 _MOST_ATTRIBUTE_BYTES = 1 << 20
 _OF_DIMENSION_SCALES = ("CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST", "DIMENSION_LABELS")
+_HEAP = b"GCOL\1\0\0\0"
 _GZIP, _SHUFFLE = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE
 
 
@@ -88,7 +91,7 @@ def reason(error: Exception) -> str:
         return os.strerror(error.errno)
     told = " ".join(str(error).split()) or type(error).__name__
     inner = _LIBRARY_SAYS.fullmatch(told)
-    return inner[1] if inner else told
+    return shortened(inner[1] if inner else told)
 
 
 _LIBRARY_SAYS = re.compile(r"(?:Unable|Can't) to? ?[\w ]+\((.*)\)", re.DOTALL)
@@ -138,7 +141,34 @@ def read_attribute(item: Any, name: str) -> Any:
     stated = item.attrs.get_id(name)
     if stated.shape is None or stated.get_storage_size() > item.file.id.get_filesize():
         raise RefusedError(f"the attribute {name!r} is damaged")
+    if stated.dtype.hasobject:
+        _check_heaps(Path(item.file.filename))
     return item.attrs[name]
+
+
+def _check_heaps(path: Path) -> None:
+    """Texts of any length lie in global heaps, which have no checksum; the library never ends with an entry without
+    length. Reads all of the file."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start = content.find(_HEAP)
+        while start >= 0:
+            size = int.from_bytes(content[start + 8 : start + 16], "little")
+            end = start + size
+            if not 16 <= size <= len(content) - start:
+                raise RefusedError("a heap of its texts is damaged")
+            entry = start + 16
+            while entry + 16 <= end:
+                index = int.from_bytes(content[entry : entry + 2], "little")
+                length = int.from_bytes(content[entry + 8 : entry + 16], "little")
+                if index == 0:  # what is free, its own head included
+                    entry += length
+                    if length < 16:
+                        raise RefusedError("a heap of its texts is damaged")
+                else:
+                    entry += 16 + (length + 7) // 8 * 8
+            if entry > end:
+                raise RefusedError("a heap of its texts is damaged")
+            start = content.find(_HEAP, start + 8)
 
 
 def read_attributes(item: Any, names: Collection[str] | None = None) -> dict[str, Scalar]:

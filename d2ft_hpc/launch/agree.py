@@ -203,7 +203,7 @@ def _save_traceback(control: Control | None, error: Exception, run_folder: Path 
         path = run_folder / "errors" / f"rank-{_place(control)[0]}.txt"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(scrubbed("".join(traceback.format_exception(error))), encoding="utf-8")
+            path.write_text(scrubbed(printable("".join(traceback.format_exception(error)))), encoding="utf-8")
         except OSError:
             pass  # a full or unwritable disk may be the very fault: stderr is left
         else:

@@ -36,7 +36,7 @@ from d2ft_hpc.launch.children import kill_children
 from d2ft_hpc.launch.control import GRACE_SECONDS, Control, describe_ranks, print_line
 from d2ft_hpc.launch.links import connect_links
 from d2ft_hpc.launch.signals import INTERRUPT, StopSignals
-from d2ft_hpc.safe_text import scrubbed
+from d2ft_hpc.safe_text import printable, scrubbed
 
 BEAT_SECONDS = 1.0
 STOP_SECONDS = 60.0
@@ -393,7 +393,7 @@ class Watch:
         path = self._run_folder / "errors" / name
         with suppress(OSError):  # the message is told in any case
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(scrubbed(text), encoding="utf-8")
+            path.write_text(scrubbed(printable(text)), encoding="utf-8")
 
     def _leave(self) -> None:
         self._on_done(self.control.rank)

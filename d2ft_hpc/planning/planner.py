@@ -43,6 +43,12 @@ class Planner:
         """Names of the keyword options that `solve` takes."""
         return [name for name in inspect.signature(self.solve).parameters if name != "problem"]
 
+    @cached_property
+    def needed(self) -> list[str]:
+        """Those without which it cannot plan."""
+        parameters = inspect.signature(self.solve).parameters
+        return [name for name in self.parameters if parameters[name].default is inspect.Parameter.empty]
+
     def arguments(
         self, options: Options, *, seed: int | Sequence[int], time_limit_seconds: float
     ) -> dict[str, Any]:

@@ -20,6 +20,9 @@ from d2ft_hpc.planning.plan import Operation, SkipPlan
 BUDGET_EPSILON = 1e-9
 """A device may exceed a budget by this fraction of its dense cost, so that float error decides nothing."""
 
+_FASTEST = 1e50
+"""Of a device; the squares of quotients of speeds are still numbers."""
+
 Costs = tuple[float, float, float]
 
 
@@ -37,7 +40,7 @@ class PlanProblem:
     replicas: data-parallel replicas; row = slot * replicas + replica.
     rank: int64 [block, head], the owner map: the tensor-parallel rank that holds the head.
     stage: int64 [block], the pipeline stage that holds the block.
-    device_speed: float64 [device], > 0: cost that the device gets done in a unit of time.
+    device_speed: float64 [device], 1e-50 to 1e50: cost that the device gets done in a unit of time.
     compute_cost, communication_cost: of a cell under SHORTCUT, FORWARD_ONLY and FULL, not decreasing.
     meeting_cost: what every rank of a stage sends, on average, for a (row, block) forward and backward if all of them
         have a head that runs, or is FULL: the engine's own messages. If only some have, it is the share of it that
@@ -92,8 +95,10 @@ class PlanProblem:
                 f"device_speed needs a number for every rank of {self.replicas} replicas x {self.stages} "
                 f"stages, got the shape {speed.shape}."
             )
-        if not (np.isfinite(speed) & (speed > 0)).all():
-            raise PlanError(f"device_speed must be finite and > 0, got {speed.tolist()}.")
+        if not ((speed >= 1 / _FASTEST) & (speed <= _FASTEST)).all():
+            raise PlanError(
+                f"device_speed must be from {1 / _FASTEST:g} to {_FASTEST:g}, got {speed.tolist()}."
+            )
         if self.rank.min() < 0 or self.rank.max() >= self.ranks:
             raise PlanError(
                 f"Heads lie on ranks {self.rank.min()} to {self.rank.max()}, "

@@ -27,6 +27,9 @@ def solve(problem: PlanProblem, planner: str, **options: Any) -> SkipPlan:
             f"There is no planner {planner!r} of micro-batches; choose one of {', '.join(choices)}."
         )
     known = choices[planner].parameters
+    for name in choices[planner].needed:
+        if name not in options:
+            raise PlanError(f"Planner {planner} needs the option {name}.")
     for name in options:
         if name not in known:
             raise PlanError(

@@ -30,6 +30,8 @@ POSITION = "position.json"
 PLAN = "plan.h5"
 CONFIG = "config.yaml"
 _MANIFEST_BYTES = 64 << 20
+_DEEPEST = 8
+"""Folders in each other; a checkpoint has fewer."""
 _NAME = re.compile(r"step-(\d{8,18})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -117,6 +119,8 @@ def _files_in(folder: Path, prefix: str = "") -> Iterator[str]:
     """Paths of all regular files in the folder; nothing in it may be anything else, and it no link itself."""
     if folder.is_symlink():
         raise RefusedError(f"{prefix or 'the folder '}is a symbolic link")
+    if prefix.count("/") > _DEEPEST:
+        raise RefusedError(f"it has {_DEEPEST} folders in each other")
     for entry in os.scandir(folder):
         name = prefix + entry.name
         if entry.is_dir(follow_symlinks=False):

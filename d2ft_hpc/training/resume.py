@@ -113,6 +113,7 @@ def check_length(job: Job, start: Start) -> None:
 
 def _choose(config: RunConfig) -> Start:
     folder = config.run_folder
+    run_folder.check_possible(folder)
     if config.train.resume is False:
         run_folder.check_free(folder, may_hold_a_start=is_unbegun(folder / run_folder.RESULTS))
         return Start()

@@ -31,8 +31,9 @@ from d2ft_hpc.config_file import read_values
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.files import atomic
 from d2ft_hpc.launch import Control
+from d2ft_hpc.paths import why_not_writable
 from d2ft_hpc.results.layout import rank_file, segments_folder
-from d2ft_hpc.safe_text import printable, scrubbed
+from d2ft_hpc.safe_text import printable, scrubbed, shown
 
 CONFIG = "config.yaml"
 LAUNCHES = "launches.jsonl"
@@ -73,6 +74,15 @@ _RECORDED = frozenset(
     ]
 )  # fmt: skip
 """Variables that steer launchers and libraries. Named one by one, since others carry whole environments and logins."""
+
+
+def check_possible(folder: Path) -> None:
+    """Raises ConfigError where a run could not make its folder, or write in it."""
+    if why := why_not_writable(folder):
+        raise ConfigError(
+            f"run.folder={shown(str(folder.parent))}: no run can be written there ({why}); choose another folder "
+            f"(run.folder) or name (run.name)"
+        )
 
 
 def check_free(folder: Path, *, may_hold_a_start: bool) -> None:

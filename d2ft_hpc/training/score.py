@@ -11,6 +11,7 @@ from d2ft_hpc.config import RunConfig
 from d2ft_hpc.errors import ConfigError, ResultsError
 from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.launch.watch import Watch
+from d2ft_hpc.paths import why_not_writable
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.training.environment import describe_environment
 from d2ft_hpc.training.job import set_up
@@ -20,7 +21,9 @@ from d2ft_hpc.training.run_log import record_job, record_scores
 
 
 def _check_output(output: Path) -> None:
-    """Raises ResultsError for what is no file of scores to replace."""
+    """Raises ResultsError for what is no file of scores to replace, and where none can be written."""
+    if why := why_not_writable(output.parent):
+        raise ResultsError(f"{output}: cannot be written ({why}); choose another file")
     if output.exists() and not (output.is_file() and h5py.is_hdf5(output)):
         raise ResultsError(
             f"{output}: exists and is no file of scores; choose another name, such as scores.h5"

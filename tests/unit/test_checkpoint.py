@@ -127,6 +127,10 @@ def test_what_a_manifest_does_not_vouch_for_is_refused(tmp_path: Path) -> None:
         (folder / "state.pt").unlink()
         os.mkfifo(folder / "state.pt")
 
+    def deep(folder: Path) -> None:
+        (folder / "/".join("d" * 20)).mkdir(parents=True)
+
+    refused("8 folders in each other", checksums, deep)
     refused("does not have plan.h5", {})
     refused("no JSON object", [])
     refused("state.pt is not in its manifest", {n: c for n, c in checksums.items() if n != "state.pt"})
@@ -285,6 +289,20 @@ def test_a_configuration_that_a_power_cut_emptied(tmp_path: Path, capfd: pytest.
     # Another configuration is still known to be one.
     with pytest.raises(CheckpointError, match=r"run\.seed=1: the run in .* was begun with 0"):
         choose_start(config_in(tmp_path, "train.resume=auto", "run.seed=1"), SoloControl())
+
+
+@pytest.mark.parametrize("resume", ["false", "auto"])
+@pytest.mark.parametrize(
+    ("folder", "words"), [("file/x", "Not a directory"), ("d" * 300, "File name too long")]
+)
+def test_a_folder_that_cannot_be_is_refused_by_key_before_any_work(
+    tmp_path: Path, folder: str, words: str, resume: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ConfigError, match=rf"^where to start: run\.folder=.*{words}\); choose another folder"
+    ):
+        choose_start(config_in(tmp_path / folder, f"train.resume={resume}"), SoloControl())
 
 
 def test_another_run_is_not_continued(tmp_path: Path) -> None:

@@ -178,6 +178,15 @@ def test_scores_replace_nothing_else(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert own.read_text() == DEMO.read_text()
 
 
+def test_scores_that_could_not_be_written_are_not_measured(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "scores.h5"
+    assert main(["score", str(output), str(DEMO), "engine.name=plain", "engine.device=cpu"]) == 1
+    assert f"{output}: cannot be written ({str(tmp_path / 'file')!r}: Not a dir" in capfd.readouterr().err
+
+
 def test_the_rank_in_a_faulty_environment() -> None:
     assert likely_rank({}) == 0
     assert likely_rank({"RANK": "0", "PMI_RANK": "3"}) == 3

@@ -18,6 +18,7 @@ from d2ft_hpc.plan_report import (
     save_heat_map,
 )
 from d2ft_hpc.planning import solve
+from d2ft_hpc.planning.solve import PLANNERS as ALL_PLANNERS
 
 
 def saved_scores():
@@ -107,6 +108,18 @@ def test_scores_are_read_from_a_results_file(tmp_path):
         read_scores(tmp_path, 2)
 
 
+@pytest.mark.parametrize("frozen", ["[0, 1]", "[[[", "x" * 10_000])
+def test_scores_of_a_model_that_is_frozen_in_part_are_refused_whatever_its_file_says(tmp_path, frozen):
+    results = pytest.importorskip("d2ft_hpc.results")
+    with results.ResultsWriter(tmp_path / "results.h5") as writer:
+        writer.put("environment", {}, {"world_size": 1})
+        flops = {"always_flops": 24.0, "full_flops": 10.0, "forward_only_flops": 3.5}
+        writer.put("model", {}, {"frozen_blocks": frozen, **flops})
+        writer.append("scores", {"step": 0, "forward": np.ones((2, 2, 3)), "backward": np.ones((2, 2, 3))})
+    with pytest.raises(ResultsError, match=r"blocks .{1,300} were frozen"):
+        read_scores(tmp_path)
+
+
 def test_saved_plans_are_looked_at_and_compared_without_scores(tmp_path, capfd):
     problem = pose(saved_scores(), ranks=2, compute_budget=0.6)
     makespan, paper = solve(problem, "makespan"), solve(problem, "paper")
@@ -126,6 +139,25 @@ def test_a_device_that_waits_for_nobody_is_not_said_to_wait_a_negative_time():
     problem = pose(saved_scores(), compute_budget=0.6)
     for planner in ("joint", "paper", "static"):
         assert "-0.0%" not in describe(solve(problem, planner), problem)
+
+
+def test_the_command_plans_with_every_planner(tmp_path, capfd):
+    results = pytest.importorskip("d2ft_hpc.results")
+    scores = saved_scores()
+    with results.ResultsWriter(tmp_path / "results.h5") as writer:
+        writer.put("environment", {}, {"world_size": 1})
+        flops = {"always_flops": 24.0, "full_flops": 10.0, "forward_only_flops": 3.5}
+        writer.put("model", {}, flops)
+        writer.append("scores", {"step": 0, "forward": scores.forward, "backward": scores.backward})
+    for planner in ALL_PLANNERS:
+        budget = "1" if planner == "dense" else "0.7"
+        assert main(["plan", str(tmp_path), "--planner", planner, "--compute-budget", budget]) == 0
+        assert f"({planner}, " in capfd.readouterr().out
+
+
+def test_an_option_that_a_planner_needs_is_named():
+    with pytest.raises(PlanError, match="Planner random needs the option seed"):
+        solve(synthetic_problem((4, 3, 4), ranks=2), "random")
 
 
 def test_an_option_that_a_planner_does_not_have_is_refused():

@@ -298,7 +298,8 @@ def test_unusable_scores_are_named(name, value):
         ({"replicas": 3}, "10 rows .* 3 replicas"),
         ({"replicas": 0}, "0 replicas"),
         ({"device_speed": [1.0]}, "device_speed needs 2"),
-        ({"device_speed": [1.0, 0.0]}, "device_speed must be finite and > 0"),
+        ({"device_speed": [1.0, 0.0]}, "device_speed must be from 1e-50 to 1e\\+50"),
+        ({"device_speed": [1.0, 1e-300]}, "device_speed must be from 1e-50 to 1e\\+50"),
     ],
 )
 def test_options_out_of_range_are_named(options, message):

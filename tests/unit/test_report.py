@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import h5py
 import numpy as np
 import pytest
 from matplotlib.image import imread
@@ -317,6 +318,14 @@ def test_page(paths, tmp_path):
     assert imread(tmp_path / "picture.png").shape[0] > 400
     with pytest.raises(ResultsError, match="cannot write the page"):
         report(paths, page=paths[0] / "report.html")
+
+
+def test_a_figure_of_no_numbers_is_left_out_in_words(tmp_path):
+    path = make_run(tmp_path / "a" / "results.h5", 0.6, steps=10)
+    with h5py.File(path, "r+") as file:
+        file["scores/forward"][...] = np.nan
+    report([path], page=tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text().count("Cannot be drawn from what is recorded: ") == 1
 
 
 def test_names_cannot_become_markup(tmp_path):

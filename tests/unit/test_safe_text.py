@@ -20,6 +20,11 @@ from d2ft_hpc.training import run_folder
         ("ALL,HF_TOKEN=hf_abc,OMP_NUM_THREADS=2", "ALL,HF_TOKEN=***,OMP_NUM_THREADS=2"),
         ("AWS_SECRET_ACCESS_KEY=a/b+c MY_PASSWORD=x;", "AWS_SECRET_ACCESS_KEY=*** MY_PASSWORD=***;"),
         ("http://me:pw@proxy:3128 and https://host/x", "http://***@proxy:3128 and https://host/x"),
+        ("http://me:p@ss@w@proxy:3128/x@y", "http://***@proxy:3128/x@y"),
+        (
+            "no such file https:/me:pw@host/x, as a path has it",
+            "no such file https:/***@host/x, as a path has it",
+        ),
         ("s3://key@bucket", "s3://***@bucket"),
         ("https://host/x?token=abc&y=1", "https://host/x?token=***&y=1"),
         ("Bearer hf_abcdefghijklmnop", "Bearer ***"),
@@ -52,13 +57,15 @@ def test_messages_and_their_files_are_safe(
         raise ConfigError("key \x1b[31m at http://me:pw@host")
 
     def bug() -> None:
-        raise KeyError("HF_TOKEN=planted")
+        raise AttributeError("HF_TOKEN=planted \x1b[31m")
 
     assert run_guarded(None, fault) == 1
     assert (tmp_path / "failure").read_text() == "key \\x1b[31m at http://***@host\n"
     assert capfd.readouterr().err == "d2ft-hpc: error: key \\x1b[31m at http://***@host\n"
     assert run_guarded(None, bug, run_folder=tmp_path) == 1
-    assert "planted" not in capfd.readouterr().err + (tmp_path / "errors" / "rank-0.txt").read_text()
+    traceback = (tmp_path / "errors" / "rank-0.txt").read_text()
+    assert "planted" not in capfd.readouterr().err + traceback
+    assert "HF_TOKEN=*** \\x1b[31m" in traceback
 
 
 def test_logs_are_safe(tmp_path: Path) -> None:
