@@ -145,7 +145,7 @@ def test_the_shipped_files_are_accepted(path: Path) -> None:
 
 
 def test_train_names_the_key_in_the_runs_configuration() -> None:
-    """A key that stands somewhere in DeepSpeed's sources, so that only DeepSpeed itself knows that it is out of place."""
+    """With a key that stands in DeepSpeed's sources, of which only DeepSpeed knows that it is out of place."""
     config = load_config(REPOSITORY / "configs" / "demo.yaml", ["engine.deepspeed={stage: 2}"])
     with pytest.raises(ConfigError, match=r"^engine\.deepspeed\.stage: unknown key of DeepSpeed"):
         deepspeed_settings(config)
