@@ -397,7 +397,7 @@ def check_reduced_bytes(control: Control) -> dict[str, Any]:
     engine = build(control, "ddp", model, "sgd")
     counted = []
     for step in range(3):
-        engine.executor.load(plan_of("random", step, control.world_size), control.rank)
+        engine.executor.activate(plan_of("random", step, control.world_size), control.rank)
         with meter() as metered:
             engine.step([micro_batch(step, slot, SLOTS) for slot in range(SLOTS)])
         counted.append(metered.bytes_sent.get("allreduce"))
