@@ -205,7 +205,7 @@ def test_a_setting_that_decides_losses_is_not_changed_by_a_resume(
         ),
         (
             ("plan.compute_budget=0.2755", "plan.warmup_share=0.55", "plan.replan.every=1", "train.epochs=8"),
-            r"plan\.compute_budget=0\.2755: compute_budget 0\.00069",
+            r"plan\.compute_budget=0\.2755: compute_budget 0\.00068",
         ),
     ],
 )
