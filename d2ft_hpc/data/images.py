@@ -104,14 +104,10 @@ class EncodedImages:
         """The same as a PIL image."""
         return self._named(index, decoding.decode)
 
-    def check(self, index: int) -> bytes:
-        """The bytes of image `index`, whose pixels may be damaged, but which is of a kind that is read."""
-        self._named(index, decoding.check)
-        return self.blobs[index]
-
-    def look_at(self, index: int) -> None:
-        """Raises DataError if image `index` is of no kind that is read, or cut short."""
+    def look_at(self, index: int) -> bytes:
+        """Its bytes. Raises DataError if image `index` is of no kind that is read, or cut short."""
         self._named(index, decoding.look)
+        return self.blobs[index]
 
     def _named(self, index: int, read: Callable[[bytes], Read]) -> Read:
         data = self.blobs[index]

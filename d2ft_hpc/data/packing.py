@@ -164,7 +164,7 @@ class _Encoder:
 
     def _encoded(self, index: int) -> _Encoded:
         if self._encoding == "original" and isinstance(self._images, EncodedImages):
-            return self._images.check(index), None
+            return self._images.look_at(index), None
         picture = self._images.picture(index)
         try:
             if self._size is not None:

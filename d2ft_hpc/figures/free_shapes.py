@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,7 +59,7 @@ def _seconds_of_dense_passes(run: Run) -> float:
     if not samples or any(name not in model for name in names):
         return float("nan")
     seconds, always, full, blocks, heads = (float(model[name]) for name in names)
-    blocks -= len(json.loads(str(model.get("frozen_blocks", "[]"))))
+    blocks -= len(re.findall(r"\d+", str(model.get("frozen_blocks", "[]"))))
     return seconds / (float(samples) * (always + blocks * heads * full))
 
 

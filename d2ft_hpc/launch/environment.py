@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from d2ft_hpc.errors import LaunchError
 from d2ft_hpc.safe_text import shown
@@ -69,6 +70,11 @@ SINGLE_PROCESS = "single process"
 # Slurm numbers the batch script, the shell of salloc and the like as steps from here up (slurm.h).
 _FIRST_RESERVED_STEP = 0xFFFFFFF0
 _LAST_PORT = 65535
+_ADDRESSES = (
+    "HF_ENDPOINT",
+    *(f"{scheme}_proxy" for scheme in ("http", "https", "all")),
+    *(f"{scheme}_PROXY" for scheme in ("HTTP", "HTTPS", "ALL")),
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ def detect(environ: Mapping[str, str] = os.environ) -> LaunchEnvironment:
     Raises LaunchError if variables are missing, are no numbers, or contradict each other.
     """
     _check_port(environ)
+    _check_addresses(environ)
     for name, launcher in LAUNCHERS.items():
         if environ.get(launcher.marker) and not _is_shell_of_an_allocation(launcher, environ):
             return _read(name, launcher, environ)
@@ -140,6 +147,17 @@ def _check_port(environ: Mapping[str, str]) -> None:
             f"environment variable MASTER_PORT={environ['MASTER_PORT']} is no port: set a number from 1 to "
             f"{_LAST_PORT}, or unset it"
         )
+
+
+def _check_addresses(environ: Mapping[str, str]) -> None:
+    """Of hubs and proxies: the libraries that read them show the whole address, with its password, if they cannot."""
+    for name in _ADDRESSES:
+        try:
+            _ = urlsplit(environ.get(name, "")).port
+        except ValueError:
+            raise LaunchError(
+                f"environment variable {name} is no address: write / @ : of a password as %2F %40 %3A, or unset it"
+            ) from None
 
 
 def _number(name: str, environ: Mapping[str, str]) -> int:

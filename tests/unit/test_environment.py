@@ -75,6 +75,8 @@ def test_detect(environ: dict[str, str], expected: LaunchEnvironment) -> None:
         ({**SRUN, "SLURM_NTASKS": "2(x3)"}, ["SLURM_NTASKS='2(x3)'", "whole number"]),
         ({**SRUN, "WORLD_SIZE": "abc"}, ["WORLD_SIZE='abc'", "whole number"]),
         ({**SRUN, "WORLD_SIZE": "16"}, ["WORLD_SIZE=16", "srun started 8"]),
+        ({"HF_ENDPOINT": "https://me:SECRET/w@hub"}, ["variable HF_ENDPOINT is no address", "%2F"]),
+        ({**HYDRA, "https_proxy": "http://me:SECRET/w@proxy"}, ["variable https_proxy is no address"]),
     ],
 )
 def test_contradictions_are_named(environ: dict[str, str], parts: list[str]) -> None:
@@ -82,6 +84,7 @@ def test_contradictions_are_named(environ: dict[str, str], parts: list[str]) -> 
         detect(environ)
     for part in parts:
         assert part in str(caught.value)
+    assert "SECRET" not in str(caught.value)
 
 
 def test_every_launcher_is_one_row() -> None:

@@ -76,6 +76,15 @@ def test_the_original_bytes_and_batches_come_back(folder: Path, packed: Path) ->
     assert_same(batches("packed", packed, start=1), whole[2:])
 
 
+def test_files_that_were_cut_short_are_not_packed(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "cut")
+    image = tmp_path / "cut" / "train" / "bee" / "0.jpg"
+    image.write_bytes(image.read_bytes()[:-40])
+    with pytest.raises(DataError, match=r"bee/0\.jpg: not a readable image"):
+        pack_by_name("image_folder", tmp_path / "cut", tmp_path / "packed.h5")
+    assert not (tmp_path / "packed.h5").exists()
+
+
 def test_every_encoding(folder: Path, tmp_path: Path) -> None:
     for encoding in ("jpeg", "pixels"):
         pack_by_name(
