@@ -53,12 +53,9 @@ if __name__ == "__main__":
     for ranks in (8, 1):
         for seconds in LIMITS:
             measure("makespan", ranks, BY_HEAD, time_limit_seconds=seconds)
-            measure("makespan", ranks, BY_HEAD, time_limit_seconds=seconds, coverage=10)
             measure("joint", ranks, BY_HEAD, time_limit_seconds=seconds)
-            measure("joint", ranks, BY_HEAD, time_limit_seconds=seconds, coverage=30)
-            measure("depth", ranks, BY_HEAD, time_limit_seconds=seconds, below="shortcut")
-        for planner in ("greedy", "static"):
-            measure(planner, ranks, BY_HEAD)
+            measure("depth", ranks, BY_HEAD, time_limit_seconds=seconds)
+        measure("static", ranks, BY_HEAD)
         measure("paper", ranks, {})
     for seconds in LIMITS:
         measure("makespan", 8, BY_MEETING, time_limit_seconds=seconds)
