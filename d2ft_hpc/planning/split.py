@@ -100,19 +100,30 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
 
 
 def _group_time(problem: PlanProblem, teams: list[Team]) -> float:
-    """What every stage gets for a group: the share of the stage that is done first, at most what a dense one takes."""
-    dense = [t.classes_of_group * (t.levels.forward_time.max() + t.levels.backward_time.max()) for t in teams]
-    return float(min(*(team.time_budget / team.groups for team in teams), max(dense) * (1 + BUDGET_EPSILON)))
+    """What every stage gets for a group: the share of the stage that is done first, at most what all may use."""
+    forward = max(team.classes_of_group * float(team.levels.forward_time.max()) for team in teams)
+    head_time, count = _backward_heads(problem, teams)
+    most = (forward + count * head_time) * (1 + BUDGET_EPSILON)
+    return float(min(*(team.time_budget / team.groups for team in teams), most))
 
 
 def _splits(problem: PlanProblem, teams: list[Team], group_time: float) -> Floats:
-    """Times for a group's backwards that are worth a try, float64 [split]: whole heads on the slowest rank."""
-    largest = max(teams, key=lambda team: team.classes_of_group)
-    _, head_time = head_times(problem, largest)
-    count = largest.classes_of_group * len(largest.levels.forward_gain)
+    """Times for a group's backwards that are worth a try, float64 [split]: whole heads on the slowest rank of the
+    stage with most blocks, up to the dense backwards of all stages."""
+    head_time, count = _backward_heads(problem, teams)
     splits = np.arange(count + 1) * head_time
     least = max(t.classes_of_group * float(t.levels.forward_time[0]) for t in teams)
     return np.asarray(splits[splits <= group_time - least])
+
+
+def _backward_heads(problem: PlanProblem, teams: list[Team]) -> tuple[float, int]:
+    """Time of a head's backward on that rank, and in how many of them every stage is done with dense backwards."""
+    largest = max(teams, key=lambda team: team.classes_of_group)
+    _, head_time = head_times(problem, largest)
+    if head_time == 0:
+        return 0.0, 0
+    dense = max(team.classes_of_group * float(team.levels.backward_time.max()) for team in teams)
+    return head_time, math.ceil(dense / head_time - BUDGET_EPSILON)
 
 
 def _group_limit(team: Team, group_time: float) -> Limit:

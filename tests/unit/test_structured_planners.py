@@ -482,3 +482,19 @@ def test_spread_gives_every_rank_one_head_of_each_group(seed, sizes):
         for block in range(2):
             dealt = owner[block, np.argsort(-price[block], kind="stable")].reshape(-1, ranks)
             assert (np.sort(dealt, axis=1) == np.arange(ranks)).all()
+
+
+def test_a_slow_stage_may_run_densely_where_budgets_allow_it():
+    """The time for backwards goes as far as the slowest stage's, though another has the heads that it is counted in."""
+    scores = np.random.default_rng(0).lognormal(0, 1, (2, 4, 6, 4))
+    problem = PlanProblem.parallel(
+        *scores,
+        rank=np.zeros((6, 4), dtype=int),
+        stage=np.repeat([0, 1], 3),
+        device_speed=[1.0, 0.45],
+        compute_budget=1.0,
+        forward_cost=0.3,
+    )
+    plan = solve(problem, "makespan")
+    assert (plan.operations == 2).all()
+    assert plan.status == "optimal"
