@@ -177,9 +177,9 @@ def _adapter_axes(layer: Any, name: str, axes: Mapping[str, HeadAxis]) -> dict[s
 
 
 def patches(embed: Any, images: Tensor) -> Tensor:
-    """What timm's module gives, [sample, patch, channel], as one matrix product where patches do not overlap: a
-    convolution takes four times as long on a GPU."""
-    if not _is_one_product(embed, images):
+    """What timm's module gives, [sample, patch, channel]; on a GPU as one matrix product where patches do not overlap,
+    since a convolution takes four times as long there."""
+    if not (images.is_cuda and _is_one_product(embed, images)):
         embedded: Tensor = embed(images)
         return embedded
     (samples, channels, height, width), (h, w) = images.shape, embed.patch_size
