@@ -239,7 +239,7 @@ def _query_key_value(
     if attn.qkv is None:
         query, key, value = (
             into_heads(layer, name, axes, normed, heads)
-            .view(samples, tokens, -1, attn.head_dim)
+            .view(samples, tokens, -1, attn.proj.in_features // attn.num_heads)
             .transpose(1, 2)
             for layer, name in (
                 (attn.q_proj, "attn.q_proj"),

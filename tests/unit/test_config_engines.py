@@ -48,8 +48,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
             ["engine.tensor_parallel=4", "autotp_size=2", "remove one"],
         ),
         (
-            ["engine.deepspeed={tensor_parallel: {autotp_size: 2, partition_config: {}}}"],
-            ["tensor_parallel.partition_config", "cut by head"],
+            ["engine.deepspeed={tensor_parallel: {autotp_size: 2, keep_module_on_host: true}}"],
+            ["tensor_parallel.keep_module_on_host", "cut by head"],
         ),
         (
             ["engine.deepspeed={zero_optimization: 2}"],
