@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.lifecycle import PlanContext, PlanCosts
@@ -15,19 +15,25 @@ from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.layout import Placement
 
 DEPTH, HEADS, CLASSES = 4, 3, 10
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def tiny_vit(seed: int = 0, **options: Any) -> VisionTransformer:
     """A ViT of 4 blocks of 3 heads, width 48, 17 tokens, with biases and norms away from their initial values."""
+    return tiny(VisionTransformer, 0.05, seed, **{"num_classes": CLASSES, **options})
+
+
+def tiny(kind: type[Model], noise: float, seed: int = 0, **options: Any) -> Model:
+    """noise: of the normal numbers that are added to every parameter."""
     torch.manual_seed(seed)
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": DEPTH, "num_heads": HEADS}
     try:
-        model = VisionTransformer(**{**sizes, "num_classes": CLASSES, **options})
+        model = kind(**{**sizes, **options})
     except TypeError as error:
-        pytest.skip(f"this timm's VisionTransformer lacks an option: {error}")
+        pytest.skip(f"this timm's {kind.__name__} lacks an option: {error}")
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
+            parameter.add_(torch.randn_like(parameter) * noise)
     return model
 
 

@@ -222,8 +222,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    norms = torch.stack(torch._foreach_norm([part.float() for part in own]))
-    squares = (norms.square() / torch.tensor([_copies(g) for g in gradients]).to(norms.device)).sum()
+    norms = torch._foreach_norm([part.float() for part in own])
+    # Numbers that the host has: a tensor of them would wait for the device.
+    squares = (
+        torch.stack(torch._foreach_div(norms, [math.sqrt(_copies(g)) for g in gradients])).square().sum()
+    )
     dist.all_reduce(squares)
     norm = squares.sqrt()
     if max_norm is not None:

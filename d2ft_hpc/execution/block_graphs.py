@@ -251,10 +251,9 @@ def _add(places: Sequence[Tensor | None], parts: Sequence[Tensor | None]) -> Non
 
 def _both(link: Link, stand_ins: Sequence[Tensor], x: Tensor, indices: Tensor | None) -> None:
     y = _on(link, stand_ins, x, indices)
-    wanted = [tensor for tensor in (x, *stand_ins) if tensor.requires_grad]
     if y.requires_grad:
         with _no_autocast():
-            torch.autograd.grad(y, wanted, torch.zeros_like(y), allow_unused=True)
+            _gradients(y, x, stand_ins, torch.zeros_like(y))
 
 
 @dataclass

@@ -87,16 +87,6 @@ class HeadAxis:
         sums = of_units.new_zeros(*before, self.heads)
         return sums.index_add_(-1, self._head_of_unit(tensor.device), of_units)
 
-    def by_entry(self, values: Tensor) -> Tensor:
-        """values: [head]. Of the parameter's shape, with each head's value in its entries."""
-        shape = [1] * (len(self.view_shape) if self.units is None else len(self._shape_of_units))
-        if self.units is None:
-            shape[self.axis] = self.heads
-            return values.view(shape).expand(self.view_shape).reshape(self.parameter_shape)
-        shape[self.axis] = self.units
-        of_units = values[self._head_of_unit(values.device)].view(shape)
-        return of_units.expand(self._shape_of_units).reshape(self.parameter_shape)
-
     @property
     def heads(self) -> int:
         return self.view_shape[self.axis]

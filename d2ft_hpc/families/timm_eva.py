@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from d2ft_hpc.errors import UnsupportedModelError
 from d2ft_hpc.families.family import Branch, Drops, KernelParts
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.families.head_linear import head_linear, head_part, into_heads, out_of_heads
-from d2ft_hpc.families.timm_models import TimmFamily, is_identity, is_linear, patches
+from d2ft_hpc.families.timm_models import TimmFamily, is_identity, is_linear, patches, require_one_mask
 
 
 class TimmEva(TimmFamily):
@@ -139,9 +140,10 @@ class TimmEva(TimmFamily):
         is_causal: bool = False,
     ) -> Sequence[Branch]:
         """attn_mask must broadcast over the heads."""
-        if attn_mask is not None and attn_mask.dim() > 3 and attn_mask.shape[1] > 1:
-            raise ValueError("an attention mask that differs between heads is not supported under a plan")
+        require_one_mask(attn_mask)
         attn, mlp = block.attn, block.mlp
+        project = partial(out_of_heads, attn.proj, "attn.proj", axes)
+        contract = partial(out_of_heads, mlp.fc2, "mlp.fc2", axes)
 
         def mix(normed: Tensor, heads: Tensor) -> Tensor:
             query, key, value = _query_key_value(attn, axes, normed, heads)
@@ -163,9 +165,6 @@ class TimmEva(TimmFamily):
             )
             return mixed.transpose(1, 2).flatten(2)
 
-        def project(mixed: Tensor, heads: Tensor, bias: Tensor | None) -> Tensor:
-            return out_of_heads(attn.proj, "attn.proj", axes, mixed, heads, bias)
-
         def activate(normed: Tensor, heads: Tensor) -> Tensor:
             if type(mlp) is SwiGLU:
                 gate, hidden = (
@@ -182,9 +181,6 @@ class TimmEva(TimmFamily):
                     hidden = mlp.act(hidden)
             dropped: Tensor = mlp.drop1(hidden)
             return dropped
-
-        def contract(hidden: Tensor, heads: Tensor, bias: Tensor | None) -> Tensor:
-            return out_of_heads(mlp.fc2, "mlp.fc2", axes, hidden, heads, bias)
 
         before, after = _norms_and_scales(block)
         return (

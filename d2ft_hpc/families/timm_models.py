@@ -17,6 +17,9 @@ from d2ft_hpc.errors import UnsupportedModelError
 from d2ft_hpc.families.family import BlockFamily
 from d2ft_hpc.families.head_axis import HeadAxis
 
+_EMBEDS_ANY_SIZE = {"strict_img_size": False, "flatten": False, "output_fmt": Format.NHWC}
+"""What PatchEmbed has in a model of timm's that was built with dynamic_img_size=True."""
+
 
 class TimmFamily(BlockFamily):
     blocks_path = "blocks"
@@ -61,9 +64,7 @@ class TimmFamily(BlockFamily):
         twin._modules = dict(model._modules)
         if "patch_embed" in twin._modules:  # only the first part of a model has it
             twin.patch_embed = copy.copy(model.patch_embed)
-            twin.patch_embed.strict_img_size = False
-            twin.patch_embed.flatten = False
-            twin.patch_embed.output_fmt = Format.NHWC
+            vars(twin.patch_embed).update(_EMBEDS_ANY_SIZE)
         twin.dynamic_img_size = True
         return twin
 
@@ -71,7 +72,7 @@ class TimmFamily(BlockFamily):
     def taking_any_size(self, model: Any) -> Iterator[None]:
         changed = {
             model: {"dynamic_img_size": True},
-            model.patch_embed: {"strict_img_size": False, "flatten": False, "output_fmt": Format.NHWC},
+            model.patch_embed: _EMBEDS_ANY_SIZE,
         }
         before = {
             module: {name: getattr(module, name) for name in names} for module, names in changed.items()
@@ -174,6 +175,12 @@ def _adapter_axes(layer: Any, name: str, axes: Mapping[str, HeadAxis]) -> dict[s
             shape = (down.out_features, *of_weight.view_shape[1:])
             more[f"{name}.lora_A.{adapter}.weight"] = replace(of_weight, view_shape=shape)
     return more
+
+
+def require_one_mask(attn_mask: Tensor | None) -> None:
+    """Raises ValueError for an attention mask that is not the same for all heads."""
+    if attn_mask is not None and attn_mask.dim() > 3 and attn_mask.shape[1] > 1:
+        raise ValueError("an attention mask that differs between heads is not supported under a plan")
 
 
 def patches(embed: Any, images: Tensor) -> Tensor:

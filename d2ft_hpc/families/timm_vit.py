@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from d2ft_hpc.families.family import Branch, Drops, KernelParts, rate_of
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.families.head_linear import into_heads, out_of_heads
-from d2ft_hpc.families.timm_models import TimmFamily, is_identity, is_linear, patches
+from d2ft_hpc.families.timm_models import TimmFamily, is_identity, is_linear, patches, require_one_mask
 
 
 class TimmVit(TimmFamily):
@@ -80,9 +80,10 @@ class TimmVit(TimmFamily):
         is_causal: bool = False,
     ) -> Sequence[Branch]:
         """attn_mask must broadcast over the heads."""
-        if attn_mask is not None and attn_mask.dim() > 3 and attn_mask.shape[1] > 1:
-            raise ValueError("an attention mask that differs between heads is not supported under a plan")
+        require_one_mask(attn_mask)
         attn, mlp = block.attn, block.mlp
+        project = partial(out_of_heads, attn.proj, "attn.proj", axes)
+        contract = partial(out_of_heads, mlp.fc2, "mlp.fc2", axes)
 
         def mix(normed: Tensor, heads: Tensor) -> Tensor:
             samples, tokens, _ = normed.shape
@@ -93,9 +94,6 @@ class TimmVit(TimmFamily):
             mixed = _attend(attn, query, key, value, attn_mask, is_causal)
             return mixed.transpose(1, 2).reshape(samples, tokens, -1)
 
-        def project(mixed: Tensor, heads: Tensor, bias: Tensor | None) -> Tensor:
-            return out_of_heads(attn.proj, "attn.proj", axes, mixed, heads, bias)
-
         def end_attention(branch: Tensor) -> Tensor:
             ended: Tensor = block.drop_path1(block.ls1(attn.proj_drop(branch)))
             return ended
@@ -103,9 +101,6 @@ class TimmVit(TimmFamily):
         def activate(normed: Tensor, heads: Tensor) -> Tensor:
             hidden: Tensor = mlp.drop1(mlp.act(into_heads(mlp.fc1, "mlp.fc1", axes, normed, heads)))
             return hidden
-
-        def contract(hidden: Tensor, heads: Tensor, bias: Tensor | None) -> Tensor:
-            return out_of_heads(mlp.fc2, "mlp.fc2", axes, hidden, heads, bias)
 
         def end_mlp(branch: Tensor) -> Tensor:
             ended: Tensor = block.drop_path2(block.ls2(mlp.drop2(branch)))

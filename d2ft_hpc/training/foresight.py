@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.errors import PlanError
@@ -36,22 +35,13 @@ def trial_plan(context: PlanContext) -> SkipPlan:
     last = 0 if total is None or every is None else (total - 1) // every * every  # budgets only fall
     # What a second does not find may exist; the run itself looks for as long as the configuration says.
     for seconds in (min(_TRIAL_SECONDS, settings.time_limit_seconds), settings.time_limit_seconds):
-        update = {"time_limit_seconds": seconds, **_left_open(context)}
+        # Demands of which only the real scores tell are left open.
+        update = {"time_limit_seconds": seconds, **dict.fromkeys(settings.entry.needs_scores_for)}
         try:
             return solve_plan(replace(context, settings=settings.model_copy(update=update)), None, 0, last)
         except PlanError as error:
             fault = error
     raise PlanError(_with_keys(str(fault), settings)) from fault
-
-
-def _left_open(context: PlanContext) -> dict[str, Any]:
-    """Demands of which only the plan by the real scores shows whether the planner meets them, as if there were none."""
-    config = context.settings
-    names = set(config.entry.needs_scores_for)
-    of_options = names & set(type(config.options).model_fields)
-    defaults = {name: type(config.options).model_fields[name].default for name in of_options}
-    left = dict.fromkeys(names & set(PlanConfig.model_fields))
-    return {**left, "options": config.options.model_copy(update=defaults)}
 
 
 def _with_keys(text: str, config: PlanConfig) -> str:

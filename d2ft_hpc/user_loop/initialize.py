@@ -22,16 +22,14 @@ from d2ft_hpc.engines.private_names import NEWEST_TESTED, newer_than_tested
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.errors import ConfigError, LaunchError, UnsupportedModelError
-from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.families.table import family_of
 from d2ft_hpc.launch import Control, connect, detect
-from d2ft_hpc.metering import measure_costs
-from d2ft_hpc.model.image_shape import image_shape_of
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
 from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.selection.build import count_scoring, selection_of
+from d2ft_hpc.user_loop.attached import attached
 from d2ft_hpc.user_loop.pipeline_module import PipelineModule
 from d2ft_hpc.user_loop.planned_deepspeed import PlannedDeepSpeed
 from d2ft_hpc.user_loop.section import split
@@ -116,16 +114,7 @@ def initialize(
         _same_on_all_ranks(model)
     if layout.is_cut and section.cuda_graphs:
         raise ConfigError("d2ft.cuda_graphs=true: not where ranks hold parts of the model; remove it")
-    executor = attach(
-        model,
-        embeddings=section.embeddings,
-        shared=section.shared,
-        rescale=section.rescale,
-        compile=section.compile,
-        cuda_graphs=section.cuda_graphs,
-    )
-    image_shape = image_shape_of(model)
-    costs = measure_costs(model, executor, image_shape)
+    executor, image_shape, costs = attached(model, section)
     flops = layer_flops(model, costs, image_shape)
     placement = Placement(
         layout, cut_stages(flops, stages), even_owner(*executor.subnets.shape, layout.tensor_ranks)

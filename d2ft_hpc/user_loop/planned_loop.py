@@ -19,13 +19,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from d2ft_hpc.engines.check import check_plan
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
-from d2ft_hpc.execution.executor import attach as attach_executor
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts, PlanState
 from d2ft_hpc.lifecycle.observed import ObservedScores
-from d2ft_hpc.metering import measure_costs, meter
+from d2ft_hpc.metering import meter
 from d2ft_hpc.model.evaluating import evaluating
-from d2ft_hpc.model.image_shape import image_shape_of
 from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.planning import Operation, SkipPlan
@@ -33,6 +31,7 @@ from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.scores.observe import GradientObserver
 from d2ft_hpc.selection import SampleSelection
 from d2ft_hpc.selection.build import count_scoring, selection_of
+from d2ft_hpc.user_loop.attached import attached
 from d2ft_hpc.user_loop.default_group import control_of_loop
 from d2ft_hpc.user_loop.prepare import bind_engine
 from d2ft_hpc.user_loop.section import D2ftSection, parse_section
@@ -89,17 +88,8 @@ class PlannedLoop:
     def __init__(self, model: nn.Module, section: D2ftSection, micro_batches: int) -> None:
         self.section, self.slots = section, micro_batches
         self._model = model
-        self.executor = attach_executor(
-            model,
-            embeddings=section.embeddings,
-            shared=section.shared,
-            rescale=section.rescale,
-            compile=section.compile,
-            cuda_graphs=section.cuda_graphs,
-        )
-        image_shape = image_shape_of(model)
+        self.executor, image_shape, self._costs = attached(model, section)
         self._image_size = image_shape[-1]
-        self._costs = measure_costs(model, self.executor, image_shape)  # before anything spreads the weights
         self._selection: SampleSelection | None = None
         if section.entry.binding == "sample":
             device = next(model.parameters()).device

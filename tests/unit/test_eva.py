@@ -24,7 +24,7 @@ from d2ft_hpc.parallel.part import ModelPart
 from d2ft_hpc.planning.plan import SkipPlan
 from d2ft_hpc.scores.gradients import fisher_information
 from d2ft_hpc.scores.observe import GradientObserver
-from tests.models import random_batch
+from tests.models import random_batch, tiny
 from tests.reference import FORWARD_ONLY, FULL, SHORTCUT
 
 DEPTH, HEADS = 3, 3
@@ -73,16 +73,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def tiny_eva(**options: Any) -> Eva:
     """Blocks of 3 subnets, with biases and norms away from their initial values."""
-    torch.manual_seed(0)
-    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": DEPTH, "num_heads": HEADS}
-    try:
-        model = Eva(**{**sizes, "num_classes": 10, "head_init_scale": 1.0, **options})
-    except TypeError as error:
-        pytest.skip(f"this timm's Eva lacks an option: {error}")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    sizes = {"depth": DEPTH, "num_heads": HEADS, "num_classes": 10, "head_init_scale": 1.0}
+    return tiny(Eva, 0.1, **{**sizes, **options})
 
 
 def some_rows() -> dict[str, np.ndarray]:

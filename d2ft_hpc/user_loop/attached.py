@@ -1,0 +1,28 @@
+"""A model of the user's own that was made ready for plans."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from d2ft_hpc.execution.executor import PlanExecutor, attach
+from d2ft_hpc.metering import StepCosts, measure_costs
+from d2ft_hpc.model.image_shape import image_shape_of
+from d2ft_hpc.user_loop.section import D2ftSection
+
+
+def attached(model: nn.Module, section: D2ftSection) -> tuple[PlanExecutor, tuple[int, int, int], StepCosts]:
+    """The executor that the section asks for, (channel, height, width) of the model's images, and what it costs.
+
+    Before anything spreads the weights. Raises UnsupportedModelError where the model cannot be cut by head, ConfigError
+    where it does not say for which images it was made.
+    """
+    executor = attach(
+        model,
+        embeddings=section.embeddings,
+        shared=section.shared,
+        rescale=section.rescale,
+        compile=section.compile,
+        cuda_graphs=section.cuda_graphs,
+    )
+    image_shape = image_shape_of(model)
+    return executor, image_shape, measure_costs(model, executor, image_shape)
