@@ -152,7 +152,7 @@ class PlannedBytes:
         return self._tokens(down * high, across * wide) / self._full_tokens
 
     def _of_tokens(self, operations: np.ndarray, whole: float, token_layout: TokenLayout) -> float:
-        """Of the tokens of micro-batches that have `whole` bytes of them each. operations: uint8 [slot, block, head]."""
+        """Of the tokens of micro-batches, `whole` bytes of each. operations: uint8 [slot, block, head]."""
         placement, layout = self._placement, self._placement.layout
         ranks = layout.tensor_ranks
         is_sharded = token_layout != "replicated" and ranks > 1

@@ -137,7 +137,7 @@ class SkipPlan:
         given = np.asarray(self.grids)
         if given.shape != (len(self.operations), 2) or given.dtype.kind not in "ui":
             raise PlanError(
-                f"A plan's grids are integers [row, 2], here [{len(self.operations)}, 2]; got {given.dtype} {given.shape}."
+                f"A plan's grids are integers [{len(self.operations)}, 2], got {given.dtype} {list(given.shape)}."
             )
         if given.min() < 1 or given.max() > _MOST_PATCHES:
             raise PlanError(

@@ -85,8 +85,9 @@ def _shares(costs: np.ndarray, budget: float) -> np.ndarray:
 
     def at(steepness: float) -> np.ndarray:
         exponents = -steepness * costs
-        weights: np.ndarray = np.exp(exponents - exponents.max())
-        return weights / weights.sum()
+        weights = np.exp(exponents - exponents.max())
+        shares: np.ndarray = weights / weights.sum()
+        return shares
 
     def excess(steepness: float) -> float:
         return float(at(steepness) @ costs) - budget
