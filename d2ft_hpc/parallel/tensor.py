@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from d2ft_hpc.errors import UnsupportedModelError
+from d2ft_hpc.errors import PlanError, UnsupportedModelError
 from d2ft_hpc.execution.block import BlockHeads, scaled
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Owners
@@ -91,6 +91,11 @@ class TensorParallelExecutor(PlanExecutor):
         _, self._dense = self._choose(np.full(owner.shape, Operation.FULL), np.ones(len(owner)))
 
     def activate(self, plan: SkipPlan, replica: int) -> None:
+        if plan.grids is not None and self.token_layout != "replicated":
+            raise PlanError(
+                f"engine.token_layout={self.token_layout}: ranks share out the tokens of images of one size, but the "
+                f"plan scales images; use replicated"
+            )
         super().activate(plan, replica)
         self._steps = {index: self._step_sum(index) for index in self.blocks if self.rows}
 

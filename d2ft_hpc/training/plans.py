@@ -31,7 +31,7 @@ def plan_context(job: Job, placement: Placement, costs: PlanCosts) -> PlanContex
     )
     family = job.executor.subnets.family
     numbers = config.data.micro_batch_size * family.numbers_between(model)
-    configured = config.engine.token_layout
+    configured = config.engine.token_layout if config.plan.token_share is None else "replicated"
     budget, total_steps = config.plan.token_share, job.total_steps
     return PlanContext(
         config.plan,
