@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import d2ft_hpc
-from d2ft_hpc.bench.bare import bare_engine, frozen_below
+from analysis.engines.bare import bare_engine, frozen_below
 from d2ft_hpc.config import OptimizerConfig
 from d2ft_hpc.engines import deepspeed_private as private
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2ft_hpc.bench.checkpoints import benchmark, report_text
+from analysis.cluster.checkpoints import benchmark, report_text
 from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.engines.engine import MicroBatch, StateWriter, StepReport
 from d2ft_hpc.errors import CheckpointError, ConfigError

@@ -1,9 +1,14 @@
-"""What saving checkpoints costs the training beside it: `d2ft-hpc bench checkpoints`."""
+"""What saving checkpoints costs the training beside it; start it as the run:
+
+mpirun -n 2 python -m analysis.cluster.checkpoints configs/demo.yaml
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from d2ft_hpc.bench.ratio import Ratio
+from d2ft_hpc.bench.turns import Ratio
+from d2ft_hpc.command import add_config, on_ranks, read_config, whole_number
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.engines.build import build_engine
-from d2ft_hpc.launch import Control, agreed
+from d2ft_hpc.launch import Control, agreed, run_guarded
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.training.checkpoint import Position
@@ -105,3 +111,32 @@ def _arrive(control: Control, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     control.barrier(600)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="checkpoints", description="Trains in stretches with and without a save, in turns."
+    )
+    add_config(parser)
+    parser.add_argument("--steps", type=whole_number(1), default=50, help="of a stretch (default: 50)")
+    parser.add_argument(
+        "--pairs", type=whole_number(1), default=10, help="stretches with and without (default: 10)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the measurements as JSON")
+    options = parser.parse_args()
+
+    def run() -> int:
+        def bench(control: Control, device: torch.device, launcher: str, watch: Watch) -> int:
+            measured = benchmark(config, control, device, watch, steps=options.steps, pairs=options.pairs)
+            if control.rank == 0:
+                print(report_text(measured, options.json))
+            return 0
+
+        config = read_config(options)
+        return on_ranks(config, bench)
+
+    return run_guarded(None, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
