@@ -72,4 +72,10 @@ def costs_of_rank(job: Job, placement: Placement) -> StepCosts:
     below, *_, above = job.layer_flops
     layout = placement.layout
     outside = (below if layout.stage == 0 else 0.0) + (above if layout.stage == layout.stages - 1 else 0.0)
-    return replace(job.costs, outside_flops=outside, subnets=placement.own.sum(axis=1))
+
+    def own(costs: StepCosts) -> StepCosts:
+        # What lies outside the blocks is patches and, as little, a classifier: at each resolution as at the full one.
+        of_rank = outside * costs.outside_flops / job.costs.outside_flops
+        return replace(costs, outside_flops=of_rank, subnets=placement.own.sum(axis=1))
+
+    return replace(own(job.costs), at={grid: own(costs) for grid, costs in job.costs.at.items()})

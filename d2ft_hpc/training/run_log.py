@@ -133,6 +133,7 @@ def record_plan(
         {
             "step": step,
             "operations": plan.operations,
+            "grids": np.zeros((plan.num_rows, 2)) if plan.grids is None else plan.grids,
             "hash": plan.hash,
             "planner": plan.planner,
             "replicas": plan.replicas,
@@ -144,7 +145,7 @@ def record_plan(
             "solve_seconds": plan.solve_seconds,
             "planned_compute": job.costs.planned_share(plan),
             "planned_time": max(
-                float(job.costs.planned_flops(plan.for_replica(replica)).mean()) / job.costs.dense_flops
+                float(job.costs.of_replica(plan, replica).mean()) / job.costs.dense_flops
                 for replica in range(plan.replicas)
             ),
             "block_shapes": executor.block_shapes,
