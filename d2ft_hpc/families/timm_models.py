@@ -190,8 +190,10 @@ def require_one_mask(attn_mask: Tensor | None) -> None:
 
 
 def patches(embed: Any, images: Tensor) -> Tensor:
-    """What timm's module gives, [sample, patch, channel] or, in a model for any size, [sample, down, across, channel]; on
-    a GPU as one matrix product where patches do not overlap, since a convolution takes four times as long there."""
+    """What timm's module gives, [sample, patch, channel] or, in a model for any size, [sample, down, across, channel].
+
+    On a GPU as one matrix product where patches do not overlap, since a convolution takes four times as long there.
+    """
     if not (images.is_cuda and _is_one_product(embed, images)):
         embedded: Tensor = embed(images)
         return embedded

@@ -195,8 +195,12 @@ class PlanController:
         self._put_in_force(made.plan, step, made.seconds)
 
     def _put_in_force(self, plan: SkipPlan, step: int, seconds: float) -> None:
-        plan = self.context.scaled(plan, step)
+        plan, curve = self.context.scaled(plan, step), self.context.curve
         self.activate(plan)
+        if curve is not None and self.plans_made == 0:
+            self.listener.say(
+                f"images of {curve}: {curve.share:.1%} of the dense tokens' compute over the run"
+            )
         self.planning_seconds += seconds
         executor = self.engine.executor
         tokens = f", tokens {executor.token_layout}" if isinstance(executor, TensorParallelExecutor) else ""

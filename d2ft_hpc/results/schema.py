@@ -110,7 +110,7 @@ ROW_AXES = {
     "scores": "scoring",
 }
 """The first axis of each table."""
-AXES = ("rank", "row", "block", "head", "class", "label", "prediction", "parameter")
+AXES = ("rank", "row", "side", "block", "head", "class", "label", "prediction", "parameter")
 """All other axes."""
 
 TABLES: dict[str, dict[str, Field]] = {
