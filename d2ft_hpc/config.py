@@ -112,8 +112,6 @@ class ModelConfig(Section):
     embeddings: Literal["frozen", "complete_path", "trained"] = "frozen"
     """Parameters below every block, whose gradient is biased by each skip above them: frozen, trained by the
     micro-batches that are FULL everywhere, or trained by all."""
-    shared: Literal["flow", "frozen"] = "flow"
-    """Norms, LayerScale and row biases of the blocks: trained by what flows through FULL heads, or frozen."""
 
 
 class DataConfig(Section):
@@ -251,17 +249,10 @@ class PlanConfig(Section):
     )
     backward_score: str = WEIGHT_MAGNITUDE.name
     """The same for its backward."""
-    depth_exponent: float = Field(default=0.0, ge=0)
-    """Backward scores count (place of the block / number of blocks) to this power, so that FULL gathers in the upper
-    blocks, above which less is skipped; 0: the same at every depth. Planner `paper`, which gives each subnet a budget
-    of its own, and `static`, but for one step between blocks, put as many FULL into each block all the same."""
     probe_batches: int = Field(default=1, gt=0)
     """Batches over which scores are averaged; their cost is charged to the run."""
     score_cache: PathText | None = None
     """Folder that keeps measured scores for runs with the same weights, probe images and settings; null: none."""
-    rescale: bool = False
-    """Multiply what a block's branches add by its cells over those that are not SHORTCUT, as stochastic depth does, so
-    that over a batch blocks add as much as in the dense model; false: as in the paper."""
     warmup_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of the run over which skipping sets in: the budget of each plan falls from 1 to what keeps
     `compute_budget` over the whole run. Needs `replan.every`; 0: the same budget from the first step."""

@@ -168,8 +168,6 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     executor = attach(
         model,
         embeddings=config.model.embeddings,
-        shared=config.model.shared,
-        rescale=config.plan.rescale,
         compile=config.engine.compile,
         cuda_graphs=config.engine.cuda_graphs and not kind.graphs_micro_batches,
     )

@@ -31,8 +31,6 @@ class D2ftSection(PlanConfig):
     """`file` by its older name."""
     embeddings: Literal["frozen", "complete_path", "trained"] = "frozen"
     """Parameters below every block: frozen, trained by micro-batches that are FULL everywhere, or trained by all."""
-    shared: Literal["flow", "frozen"] = "flow"
-    """Norms, LayerScale and row biases of the blocks: trained by what flows through FULL heads, or frozen."""
     compile: bool = False
     """Whether torch.compile makes kernels; see `attach`."""
     cuda_graphs: bool = False
