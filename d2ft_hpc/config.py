@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import isclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeGuard, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -87,16 +87,12 @@ class LoraSection(Section):
 
     rank: int = Field(default=8, gt=0)
     alpha: int = Field(default=16, gt=0)
-    """The low-rank product counts alpha / rank times."""
+    """The low-rank product counts alpha / rank times; a larger alpha stabilises large ranks (arXiv 2312.03732)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Of what the low-rank product gets."""
     layers: list[Literal["qkv", "proj", "fc1", "fc2"]] = Field(
         default=["qkv", "proj", "fc1", "fc2"], min_length=1
     )
-    rslora: bool = False
-    """The product counts alpha / sqrt(rank) times instead (arXiv 2312.03732)."""
-    scores: Literal["adapters", "weights"] = "adapters"
-    """What scores are measured on: the low-rank factors, or the weights that they adapt."""
 
 
 class ModelConfig(Section):
@@ -162,19 +158,31 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
-    """AdamW's."""
     epsilon: float = Field(default=1e-8, gt=0)
-    """AdamW's, added to the root of the second moment."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """SGD's."""
+    """AdamW's, added to the root of the second moment. Its betas are 0.9 and 0.999, SGD's momentum 0.9."""
     classifier_factor: float = Field(default=1.0, gt=0)
     """The classifier's learning rate in multiples of the others'; a new classifier learns better with 10 or more."""
     schedule: Literal["constant", "cosine"] = "cosine"
-    warmup_steps: int = Field(default=0, ge=0)
-    """Least number of steps of linear warm-up."""
     warmup_share: float = Field(default=0.0, ge=0, lt=1)
-    """Least share of all steps that warm up."""
+    """Share of all steps in which the learning rate rises linearly."""
+
+
+class Interval(NamedTuple):
+    """So many minutes, or whole epochs or steps."""
+
+    number: float
+    unit: str
+    """minute, epoch or step."""
+
+    @staticmethod
+    def read(text: str) -> Interval | None:
+        """None if it is none."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(minute|epoch|step)s?", text)
+        if not found:
+            return None
+        number, unit = float(found[1]), found[2]
+        whole = unit == "minute" or number.is_integer()
+        return Interval(number, unit) if whole and 0 < number <= _LONGEST else None
 
 
 class TrainConfig(Section):
@@ -186,17 +194,25 @@ class TrainConfig(Section):
     evaluate_every_epochs: int = Field(default=1, gt=0)
     evaluate_at_start: bool = True
     """Whether the model is evaluated before its first step too."""
-    checkpoint_every_minutes: float | None = Field(default=10.0, gt=0, le=_LONGEST)
-    """How often a checkpoint is saved while training goes on; null: not by the clock."""
-    checkpoint_every_epochs: int | None = Field(default=None, gt=0)
-    """null: not by the number of epochs."""
-    checkpoint_every_steps: int | None = Field(default=None, gt=0)
-    """null: not by the number of steps."""
-    keep_checkpoints: int = Field(default=2, gt=0)
-    """The newest ones, which stay; at least two until the run ends, since the newest may be of a run that diverges."""
+    checkpoint_every: str | None = "10 minutes"
+    """How often a checkpoint is saved: so many minutes, epochs or steps; null: never, but where a run is stopped. The
+    newest two stay."""
     resume: bool | Literal["auto"] = False
     """true: continue the run in its folder from its newest checkpoint. auto: the same where there is one, start where
     there is none, and end at once if the run is finished: for jobs that may be started again at any time."""
+
+    @field_validator("checkpoint_every")
+    @classmethod
+    def _check_interval(cls, text: str | None) -> str | None:
+        if text is not None and Interval.read(text) is None:
+            raise PydanticCustomError(
+                "no_interval", "write so many minutes, epochs or steps, such as '10 minutes' or '50 steps'"
+            )
+        return text
+
+    @property
+    def checkpoint_interval(self) -> Interval | None:
+        return None if self.checkpoint_every is None else Interval.read(self.checkpoint_every)
 
 
 class ReplanConfig(Section):
@@ -251,8 +267,6 @@ class PlanConfig(Section):
     """The same for its backward."""
     probe_batches: int = Field(default=1, gt=0)
     """Batches over which scores are averaged; their cost is charged to the run."""
-    score_cache: PathText | None = None
-    """Folder that keeps measured scores for runs with the same weights, probe images and settings; null: none."""
     warmup_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of the run over which skipping sets in: the budget of each plan falls from 1 to what keeps
     `compute_budget` over the whole run. Needs `replan.every`; 0: the same budget from the first step."""

@@ -50,7 +50,7 @@ def benchmark(
     seconds: dict[bool, list[float]] = {True: [], False: []}
     waits, sizes = [], []
     try:
-        with CheckpointSaver(folder, control, keep=1) as saver:
+        with CheckpointSaver(folder, control) as saver:
             for turn in range(2 * pairs + 2):
                 saves = turn % 4 in (0, 3)  # the order changes from pair to pair
                 _arrive(control, device)
@@ -69,7 +69,7 @@ def benchmark(
         if control.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
     with_saves, without = (np.array(seconds[saves][1:]) for saves in (True, False))
-    ratio = Ratio.of(with_saves, without)
+    ratio, interval = Ratio.of(with_saves, without), config.train.checkpoint_interval
     stretch = float(np.median(without))
     return {
         "model": config.model.name,
@@ -82,7 +82,7 @@ def benchmark(
         "step_seconds": stretch / steps,
         "wait_seconds": float(np.median(waits[1:])),
         "save_seconds": [stretch * (value - 1) for value in (ratio.median, ratio.low, ratio.high)],
-        "checkpoint_every_minutes": config.train.checkpoint_every_minutes,
+        "minutes_between": interval.number if interval is not None and interval.unit == "minute" else None,
         "seconds_with_save": with_saves.tolist(),
         "seconds_without": without.tolist(),
     }
@@ -101,9 +101,9 @@ def report_text(measured: dict[str, Any], as_json: bool) -> str:
         f"(95 %: {low:.3f} to {high:.3f})",
         f"that is 1 % of the time with a save every {100 * max(cost, 0):.0f} s (at most {100 * max(high, 0):.0f})",
     ]
-    if m["checkpoint_every_minutes"]:
-        share = cost / (60 * m["checkpoint_every_minutes"])
-        lines.append(f"and {share:.3%} with one every {m['checkpoint_every_minutes']:g} min, as configured")
+    if m["minutes_between"]:
+        share = cost / (60 * m["minutes_between"])
+        lines.append(f"and {share:.3%} with one every {m['minutes_between']:g} min, as configured")
     return "\n".join(lines)
 
 

@@ -232,7 +232,7 @@ class PlanExecutor:
     def temporarily(self, operations: np.ndarray) -> Iterator[None]:
         """Every micro-batch inside follows `operations`, uint8 [block, head]; afterwards the plan is as before."""
         before = self.plan, self.rows, self.block_shapes, self._slot, self._slot_source
-        row = self._row(operations, np.ones(len(operations)), np.zeros(len(operations), bool))
+        row = self._row(operations, np.zeros(len(operations), bool))
         self.plan, self.rows, self.block_shapes = None, [row], self._count_block_shapes([row])
         self._slot, self._slot_source = 0, None
         try:

@@ -31,7 +31,7 @@ class Row:
     grid: Grid | None = None
 
     @property
-    def shape(self) -> tuple[Grid | None, tuple[tuple[int, int, float], ...]]:
+    def shape(self) -> tuple[Grid | None, tuple[tuple[int, int], ...]]:
         """Of the images, and of every block."""
         return self.grid, tuple(heads.shape for heads in self.heads)
 

@@ -88,7 +88,7 @@ class TensorParallelExecutor(PlanExecutor):
             {name: axis.of(int(own)) for name, axis in whole.subnets.head_axes.items()}
             for own in (owner == messages.rank).sum(axis=1)
         ]
-        _, self._dense = self._choose(np.full(owner.shape, Operation.FULL), np.ones(len(owner)))
+        _, self._dense = self._choose(np.full(owner.shape, Operation.FULL))
 
     def activate(self, plan: SkipPlan, replica: int) -> None:
         super().activate(plan, replica)

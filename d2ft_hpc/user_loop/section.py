@@ -17,7 +17,6 @@ SECTION = "d2ft"
 _USABLE: dict[str, tuple[str | float | None, ...]] = {
     "forward_score": ("fisher",),
     "backward_score": ("fisher", "weight_magnitude"),
-    "score_cache": (None,),
     "costs": ("flops",),
     "warmup_share": (0.0,),
 }

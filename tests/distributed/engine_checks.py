@@ -95,7 +95,7 @@ same plan, with any engine (analysis/engines). With 1e-4 what is compared is the
 def optimizer_maker(name: str, epsilon: float) -> Callable[[nn.Module], tuple[Optimizer, LRScheduler]]:
     """What makes the optimiser and its schedule for a model or a part of it."""
     config = OptimizerConfig(
-        name=name, learning_rate=0.05 if name == "sgd" else 1e-3, epsilon=epsilon, warmup_steps=2
+        name=name, learning_rate=0.05 if name == "sgd" else 1e-3, epsilon=epsilon, warmup_share=2 / STEPS
     )
 
     def make(part: nn.Module) -> tuple[Optimizer, LRScheduler]:
