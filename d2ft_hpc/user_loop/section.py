@@ -11,14 +11,16 @@ from pydantic import Field
 
 from d2ft_hpc.config import PathText, PlanConfig, deepspeed_sections, validated
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.score_table import SCORES
 
 SECTION = "d2ft"
 
-_USABLE: dict[str, tuple[str | float | None, ...]] = {
-    "forward_score": ("fisher",),
-    "backward_score": ("fisher", "weight_magnitude"),
-    "costs": ("flops",),
-    "warmup_share": (0.0,),
+_IN_STEPS = [score.name for score in SCORES.values() if score.in_steps]
+_USABLE: dict[str, list[Any]] = {
+    "forward_score": _IN_STEPS,
+    "backward_score": [*_IN_STEPS, *(score.name for score in SCORES.values() if not score.reads_gradients)],
+    "costs": ["flops"],
+    "warmup_share": [0.0],
 }
 """Values of the keys that need a run of ours for their others."""
 

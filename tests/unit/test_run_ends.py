@@ -153,7 +153,7 @@ def test_more_steps_than_the_run_is_to_have_are_told(finished: Path, tmp_path: P
         (("data.augment=timm", "data.timm.re_prob=0.1"), ("data.augment=timm",), "data.timm"),
         ((), ("model.lora.rank=4",), "model.lora"),
         ((), ("optimizer.learning_rate=0.1",), "optimizer.learning_rate"),
-        ((), ("optimizer.warmup_share=0.1",), "optimizer.warmup_share"),
+        ((), ("optimizer.warmup_share=0.3",), "optimizer.warmup_share"),
         ((), ("train.steps_share=0.5",), "train.steps_share"),
         ((), ("data.micro_batch_size=3",), "data.micro_batch_size"),
     ],
