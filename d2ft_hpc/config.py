@@ -27,7 +27,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from d2ft_hpc.config_file import Scalar, plain, read_tree, to_yaml
-from d2ft_hpc.engines.deepspeed_keys import unknown_keys
+from d2ft_hpc.engines.deepspeed_keys import deepspeed_sections, unknown_keys, zero_stage
 from d2ft_hpc.engines.kinds.kind import EngineKind
 from d2ft_hpc.engines.kinds.table import ENGINES
 from d2ft_hpc.errors import ConfigError
@@ -162,9 +162,8 @@ class OptimizerConfig(Section):
     """AdamW's, added to the root of the second moment. Its betas are 0.9 and 0.999, SGD's momentum 0.9."""
     classifier_factor: float = Field(default=1.0, gt=0)
     """The classifier's learning rate in multiples of the others'; a new classifier learns better with 10 or more."""
-    schedule: Literal["constant", "cosine"] = "cosine"
     warmup_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of all steps in which the learning rate rises linearly."""
+    """Share of all steps in which the learning rate rises linearly, before it falls to zero as a cosine."""
 
 
 class Interval(NamedTuple):
@@ -453,46 +452,6 @@ class EngineConfig(Section):
     def tensor_ranks(self) -> int:
         """Tensor-parallel ranks of a replica, whichever key says so."""
         return int(self.deepspeed.get("tensor_parallel", {}).get("autotp_size", 0)) or self.tensor_parallel
-
-
-def deepspeed_sections(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Settings for DeepSpeed with what decides how plans run in one form; `where` stands before the keys in messages.
-
-    `"zero_optimization": true` is DeepSpeed's older way to say stage 1. Raises ValueError.
-    """
-    settings = dict(settings)
-    zero = settings.get("zero_optimization")
-    if isinstance(zero, bool):
-        settings["zero_optimization"] = {"stage": int(zero)}
-    for key in ("zero_optimization", "tensor_parallel", "pipeline", "fp16", "bf16"):
-        if not isinstance(settings.get(key, {}), Mapping):
-            example = {
-                "zero_optimization": "stage: 1",
-                "tensor_parallel": "autotp_size: 2",
-                "pipeline": "stages: 2",
-            }
-            raise ValueError(
-                f"{where}{key}={shown(settings[key])}: holds settings of its own, such as "
-                f"{{{example.get(key, 'enabled: true')}}}"
-            )
-    for key, inner, least, most in (
-        ("zero_optimization", "stage", 0, 3),
-        ("tensor_parallel", "autotp_size", 0, None),
-        ("pipeline", "stages", 1, None),
-    ):
-        value = settings.get(key, {}).get(inner, least)
-        if key == "pipeline" and value == "auto":
-            continue
-        if type(value) is not int or value < least or (most is not None and value > most):
-            fix = "ZeRO has the stages 0, 1, 2 and 3" if most else f"a whole number, at least {least}"
-            raise ValueError(f"{where}{key}.{inner}={shown(value)}: {fix}")
-    return settings
-
-
-def zero_stage(deepspeed: Mapping[str, Any], precision: str) -> Any:
-    """ZeRO's stage in settings for DeepSpeed; without one 0, or 1 under fp16, whose losses DeepSpeed scales under ZeRO
-    only."""
-    return deepspeed.get("zero_optimization", {}).get("stage", int(precision == "fp16"))
 
 
 class LaunchConfig(Section):

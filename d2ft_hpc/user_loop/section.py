@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from d2ft_hpc.config import PathText, PlanConfig, deepspeed_sections, validated
+from d2ft_hpc.config import PathText, PlanConfig, validated
+from d2ft_hpc.engines.deepspeed_keys import deepspeed_sections
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.score_table import SCORES
 

@@ -215,7 +215,7 @@ def test_every_field_is_documented_or_says_it_all() -> None:
     ]
     assert set(undocumented) <= {
         "run.seed", "data.name", "optimizer.name", "optimizer.learning_rate", "optimizer.weight_decay",
-        "optimizer.schedule", "train.epochs", "train.evaluate_every_epochs",
+        "train.epochs", "train.evaluate_every_epochs",
         "plan.replan", "engine.precision",
     }  # fmt: skip
 
