@@ -74,11 +74,8 @@ def check_time(job: Job, left: float | None) -> list[Finding]:
     text += f", {_clock(left)} left of the time limit"
     if expected < 0.9 * left:
         return [Finding("time", "ok", text)]
-    train = config.train
-    if (train.checkpoint_every_minutes, train.checkpoint_every_steps, train.checkpoint_every_epochs) == (
-        None,
-    ) * 3:
-        return [Finding("time", "failed", text, "longer --time, or train.checkpoint_every_minutes=10")]
+    if config.train.checkpoint_every is None:
+        return [Finding("time", "failed", text, "longer --time, or train.checkpoint_every='10 minutes'")]
     jobs = math.ceil(expected / max(left, 1.0))
     return [
         Finding(

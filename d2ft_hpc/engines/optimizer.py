@@ -32,9 +32,7 @@ def build_optimizer(model: Any, config: OptimizerConfig) -> Optimizer:
         groups.append({**group, "params": body})
         groups.append({**group, "params": head, "lr": config.learning_rate * config.classifier_factor})
     options: dict[str, Any] = (
-        {"momentum": config.momentum}
-        if config.name == "sgd"
-        else {"betas": tuple(config.betas), "eps": config.epsilon}
+        {"momentum": 0.9} if config.name == "sgd" else {"betas": (0.9, 0.999), "eps": config.epsilon}
     )
     if next(model.parameters()).device.type == "cuda":
         options["fused"] = True
@@ -49,14 +47,12 @@ def build_optimizer(model: Any, config: OptimizerConfig) -> Optimizer:
 
 
 def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: int) -> LambdaLR:
-    """Linear warm-up, then constant or a cosine to zero at `total_steps`."""
-    warmup_steps = max(config.warmup_steps, round(config.warmup_share * total_steps))
+    """Linear warm-up, then a cosine to zero at `total_steps`."""
+    warmup_steps = round(config.warmup_share * total_steps)
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        if config.schedule == "constant":
-            return 1.0
         remaining = max(total_steps - warmup_steps, 1)
         return 0.5 * (1 + math.cos(math.pi * min((step - warmup_steps) / remaining, 1.0)))
 

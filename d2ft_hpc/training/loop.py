@@ -149,8 +149,7 @@ def _train_epochs(run: _Run, recorder: StepRecorder, position: Position, config_
         return replace(position, plans_made=plans.plans_made)
 
     folder = config.run_folder / run_folder.CHECKPOINTS
-    keep = config.train.keep_checkpoints
-    with CheckpointSaver(folder, control, keep=keep, config=config_text) as saver:
+    with CheckpointSaver(folder, control, config=config_text) as saver:
         saver.newest_step = position.steps_done
         between = BetweenSteps(job, engine, saver, recorder, log, settle)
         position = replace(position, rows=job.sampler.rows, ranks=control.world_size)

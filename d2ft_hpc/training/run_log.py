@@ -119,7 +119,6 @@ def record_scores(writer: ResultsWriter, scores: Scores, step: int) -> None:
             "backward_name": scores.backward_name,
             "seconds": scores.seconds,
             "flops": scores.flops,
-            "cached": scores.cached,
         },
     )
 
@@ -133,7 +132,7 @@ def record_plan(
         {
             "step": step,
             "operations": plan.operations,
-            "grids": np.zeros((plan.num_rows, 2)) if plan.grids is None else plan.grids,
+            "grids": np.zeros((plan.num_rows, 2), np.int64) if plan.grids is None else plan.grids,
             "hash": plan.hash,
             "planner": plan.planner,
             "replicas": plan.replicas,

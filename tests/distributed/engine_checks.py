@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import d2ft_hpc
-from d2ft_hpc.bench.bare import bare_engine, frozen_below
+from analysis.engines.bare import bare_engine, frozen_below
 from d2ft_hpc.config import OptimizerConfig
 from d2ft_hpc.engines import deepspeed_private as private
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
@@ -101,7 +101,7 @@ same plan, with any engine (analysis/engines). With 1e-4 what is compared is the
 def optimizer_maker(name: str, epsilon: float) -> Callable[[nn.Module], tuple[Optimizer, LRScheduler]]:
     """What makes the optimiser and its schedule for a model or a part of it."""
     config = OptimizerConfig(
-        name=name, learning_rate=0.05 if name == "sgd" else 1e-3, epsilon=epsilon, warmup_steps=2
+        name=name, learning_rate=0.05 if name == "sgd" else 1e-3, epsilon=epsilon, warmup_share=2 / STEPS
     )
 
     def make(part: nn.Module) -> tuple[Optimizer, LRScheduler]:
