@@ -163,7 +163,7 @@ class OptimizerConfig(Section):
     classifier_factor: float = Field(default=1.0, gt=0)
     """The classifier's learning rate in multiples of the others'; a new classifier learns better with 10 or more."""
     warmup_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of all steps in which the learning rate rises linearly, before it falls to zero as a cosine."""
+    """Share of all steps in which the learning rate rises linearly, before it falls to zero in a line."""
 
 
 class Interval(NamedTuple):
