@@ -77,7 +77,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
         check_position(job, start)
         check_length(job, start)
     if control.rank == 0:
-        for remark in job.remarks:
+        for remark in filter(None, [*job.remarks, config.plan.price]):
             print_line(f"d2ft-hpc: warning: {remark}")
     watch.enter("measuring the model")
     measured = measure_job(job)  # before the engine, which may spread the weights over ranks
