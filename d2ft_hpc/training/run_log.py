@@ -7,14 +7,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 
-import numpy as np
-
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.lifecycle import PlanListener
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.recording.entries import note, record_plan, record_scores
-from d2ft_hpc.recording.environment import describe_parameters
+from d2ft_hpc.recording.environment import describe_model
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.scores import Scores
 from d2ft_hpc.training.checkpoint import Position
@@ -86,17 +84,13 @@ def record_job(
     """What does not change during a run."""
     writer.put("config", {"yaml": job.config.to_yaml()})
     writer.put("environment", {}, environment)
+    parameters, attributes = describe_model(job.model, job.executor.subnets, job.costs)
     writer.put(
         "model",
-        describe_parameters(job.model, job.executor.subnets),
+        parameters,
         {
             "name": job.config.model.name,
-            "num_blocks": job.executor.subnets.num_blocks,
-            "num_heads": job.executor.subnets.num_heads,
-            "frozen_blocks": json.dumps(np.flatnonzero(~job.costs.trains).tolist()),
-            "always_flops": job.costs.always_flops,
-            "full_flops": job.costs.full_flops,
-            "forward_only_flops": job.costs.forward_only_flops,
+            **attributes,
             "dense_pass_seconds": measured.profile.dense_seconds,
             "always_pass_seconds": measured.profile.always_seconds,
             "dense_kept_bytes": measured.kept.of(job.costs.num_subnets) if measured.kept else math.nan,

@@ -37,6 +37,8 @@ class D2ftSection(PlanConfig):
     """Whether torch.compile makes kernels; see `attach`."""
     cuda_graphs: bool = False
     """Whether blocks are launched as CUDA graphs; see `attach`."""
+    results: PathText | None = None
+    """Folder of the loop's `results.h5`; null: no record."""
     seed: int = Field(default=0, ge=0)
     """Of planners `random` and `samples`."""
 

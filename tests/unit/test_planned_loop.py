@@ -40,10 +40,10 @@ class Loop:
             images, labels = random_batch(10 * step + slot, samples=12)
             if self.d2ft.section.planner == "samples":
                 images, labels = self.d2ft.choose(images, labels)
-            with self.d2ft.micro_batch():
-                loss = F.cross_entropy(self.model(images), labels) / slots
-                loss.backward()
-            total += loss.item()
+            loss = F.cross_entropy(self.model(images), labels)
+            self.d2ft.record.loss(loss)
+            (loss / slots).backward()
+            total += loss.item() / slots
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total
