@@ -24,14 +24,17 @@ from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.errors import ConfigError, LaunchError, UnsupportedModelError
 from d2ft_hpc.families.table import family_of
 from d2ft_hpc.launch import Control, connect, detect
+from d2ft_hpc.lifecycle.costs import costs_of_part
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
 from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.attached import attached
+from d2ft_hpc.user_loop.batch_counter import BatchCounter
 from d2ft_hpc.user_loop.pipeline_module import PipelineModule
 from d2ft_hpc.user_loop.planned_deepspeed import PlannedDeepSpeed
+from d2ft_hpc.user_loop.record import LoopRecord
 from d2ft_hpc.user_loop.section import split
 from d2ft_hpc.user_loop.told import Told
 
@@ -129,6 +132,7 @@ def initialize(
         device = next(model.parameters()).device
         costs = replace(costs, score_flops=count_scoring(selection, image_shape[-1], device))
     whole = model
+    record = LoopRecord(section.results, section.model_dump(mode="json"), model, executor.subnets, costs)
 
     def options_for(part: nn.Module) -> dict[str, Any]:
         chosen = model_parameters
@@ -161,7 +165,12 @@ def initialize(
             ours = DeepSpeedEngine(model, executor, optimizer, lr_scheduler, **step, **options_for(model))
     if selection is not None:
         selection.scorer.bind(ours.logits)
-    ours.engine.d2ft = PlannedDeepSpeed(ours, section, costs, placement, selection, control)
+    part_costs = costs_of_part(costs, flops, placement)
+    if selection is not None and layout.is_cut:
+        score_flops = count_scoring(selection, image_shape[-1], ours.engine.device)
+        part_costs = replace(part_costs, score_flops=score_flops)
+    counter = BatchCounter(part_costs, ours.executor)
+    ours.engine.d2ft = PlannedDeepSpeed(ours, section, costs, placement, selection, control, counter, record)
     return ours.made  # type: ignore[no-any-return]
 
 

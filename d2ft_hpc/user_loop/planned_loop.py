@@ -97,7 +97,7 @@ class PlannedLoop:
         self._is_begun = False  # a batch, as opposed to what a loop does between two
         self._counter = BatchCounter(self._costs, self.executor)
         settings = {**section.model_dump(mode="json"), "micro_batches": micro_batches}
-        self.record = LoopRecord(section.results, settings, model, self.executor, self._costs)
+        self.record = LoopRecord(section.results, settings, model, self.executor.subnets, self._costs)
         """What the loop can add to its `results.h5`: `record.loss`, `record.evaluation`, `record.close`."""
         self.executor.bind(self.current_slot, Reduction.AFTER_BACKWARD)
         self._source = ObservedScores(

@@ -15,11 +15,11 @@ import yaml
 from torch import Tensor, nn
 
 from d2ft_hpc.errors import ConfigError, LostResultsError
-from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import agreed
 from d2ft_hpc.lifecycle import PlanController
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.metering.phases import StepTimes
+from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.paths import why_not_writable
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.recording.entries import note, record_plan, record_scores
@@ -47,7 +47,7 @@ class LoopRecord:
         folder: str | None,
         settings: Mapping[str, Any],
         model: nn.Module,
-        executor: PlanExecutor,
+        subnets: SubnetMap,
         costs: StepCosts,
     ) -> None:
         """settings: of plans, for the record. model: before anything spreads its weights. costs: of the whole model.
@@ -59,8 +59,8 @@ class LoopRecord:
             raise ConfigError(
                 f"results={folder!r}: nothing can be written there ({why}); choose another folder"
             )
-        self._settings, self._executor, self._costs = settings, executor, costs
-        self._model = describe_model(model, executor.subnets, costs)
+        self._settings, self._costs = settings, costs
+        self._model = describe_model(model, subnets, costs)
         self._name = type(model).__name__
         self._writers: list[ResultsWriter] = []
         self._writer: ResultsWriter | None = None  # of rank 0
@@ -128,7 +128,7 @@ class LoopRecord:
             StepRecord(
                 step=step,
                 epoch=-1,
-                plan=-1 if self._executor.plan is None else self._plans - 1,
+                plan=-1 if plans.plan is None else self._plans - 1,
                 learning_rate=learning_rate,
                 gradient_norm=math.nan,
                 loss=on_host(loss),
@@ -140,7 +140,7 @@ class LoopRecord:
         self._times, self._losses = None, []
 
     def _record_plan(self, step: int, plans: PlanController) -> None:
-        plan, before = self._executor.plan, self._plan
+        plan, before = plans.plan, self._plan
         if plan is None or plan is before:
             return
         self._plan = plan
@@ -152,7 +152,7 @@ class LoopRecord:
         if self._writer is not None:
             if plans.scores is not None:
                 record_scores(self._writer, plans.scores, step)
-            record_plan(self._costs, self._executor, self._writer, plan, step, seconds)
+            record_plan(self._costs, plans.engine.executor, self._writer, plan, step, seconds)
 
     def _open(self, plans: PlanController, device: torch.device, steps_done: int) -> None:
         assert self._path is not None
