@@ -9,8 +9,10 @@ import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from d2ft_hpc import results
 from tests.distributed.launching import REPOSITORY, run_command
 
 EXAMPLES = REPOSITORY / "tests" / "examples"
@@ -33,13 +35,19 @@ def upstream() -> str:
 
 
 @pytest.fixture(scope="module")
-def shown() -> dict[str, str]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In which they run."""
+    return tmp_path_factory.mktemp("examples")
+
+
+@pytest.fixture(scope="module")
+def shown(folder: Path) -> dict[str, str]:
     """What each example printed; all run at once."""
 
     pytest.importorskip("accelerate")
 
     def start(name: str) -> str:
-        job = run_command([*COMMANDS[name], str(EXAMPLES / name.split()[0])])
+        job = run_command([*COMMANDS[name], str(EXAMPLES / name.split()[0])], cwd=folder)
         assert job.returncode == 0, (
             name + job.stdout + job.stderr + (upstream() if "accelerate" in name else "")
         )
@@ -64,6 +72,15 @@ def test_examples_train(shown: dict[str, str]) -> None:
     for name in ("own_loop.py", "own_loop.py on 2 ranks"):
         for promised, measured in re.findall(r"promised (\S+)% .* measured (\S+)%", shown[name]):
             assert 50 < float(promised) == float(measured) <= 60, name
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("heads_loop", 1), ("accelerate_fsdp2", 2)])
+def test_examples_leave_a_record(shown: dict[str, str], folder: Path, name: str, ranks: int) -> None:
+    with results.open(folder / "runs" / name) as run:
+        steps = run.table("steps")
+        assert run.complete
+        assert steps["executed_flops"].shape == (3, ranks)
+        np.testing.assert_allclose(steps["executed_flops"][1:], steps["planned_flops"][1:], rtol=1e-9)
 
 
 def test_the_readme_s_own_loop_is_the_example() -> None:
