@@ -35,6 +35,7 @@ from d2ft_hpc.paths import expand
 from d2ft_hpc.planning.messages import DataParallel
 from d2ft_hpc.planning.planner import Options, Planner
 from d2ft_hpc.planning.table import PLANNERS
+from d2ft_hpc.planning.tokens import TokenOptions
 from d2ft_hpc.safe_text import shown
 from d2ft_hpc.score_table import FISHER, SCORES, WEIGHT_MAGNITUDE
 from d2ft_hpc.settings import Fraction, Section
@@ -223,6 +224,10 @@ class PlanConfig(Section):
     """A saved plan (d2ft-hpc plan --save) to follow instead of making one; null: make one."""
     compute_budget: Fraction = 0.6
     """Share of the dense run's training FLOPs that each device may spend."""
+    token_budget: Fraction | None = None
+    """Share of the dense run's training FLOPs that images of lower resolution leave over the run: they begin small and
+    end at data.image_size (`TokenOptions in d2ft_hpc/planning/tokens.py`). Planners by heads then keep compute_budget
+    together with it; planner `tokens` has no other. null: all images have full size."""
     communication_budget: Fraction | None = None
     """Share of the dense run's messages between subnets; null: no limit."""
     messages: Literal["by_head", "by_meeting"] = "by_head"
@@ -302,9 +307,40 @@ class PlanConfig(Section):
         """The planner itself."""
         return PLANNERS[self.planner]
 
+    @property
+    def token_share(self) -> float | None:
+        """`token_budget`, or what it is for a planner that has no other; None: images have full size."""
+        return self.compute_budget if self.entry.scales_images else self.token_budget
+
+    @property
+    def sides(self) -> tuple[float, ...]:
+        """Of images in training, in units of data.image_size."""
+        return self.options.sides if isinstance(self.options, TokenOptions) else TokenOptions().sides
+
     def arguments(self, *, seed: int | Sequence[int]) -> dict[str, Any]:
         """Keyword arguments of the planner's function. seed: of planners that draw."""
         return self.entry.arguments(self.options, seed=seed, time_limit_seconds=self.time_limit_seconds)
+
+    @model_validator(mode="after")
+    def _check_token_budget(self) -> PlanConfig:
+        if self.token_budget is None:
+            return self
+        if self.entry.scales_images:
+            raise ValueError(
+                f"plan.token_budget={self.token_budget:g}: with plan.planner={self.planner} it is plan.compute_budget; "
+                f"remove it"
+            )
+        if self.entry.binding == "sample" or self.file is not None:
+            asked = f"plan.file={self.file}" if self.file is not None else f"plan.planner={self.planner}"
+            raise ValueError(
+                f"plan.token_budget={self.token_budget:g}: {asked} trains on images of full size; remove one of them"
+            )
+        if self.token_budget < self.compute_budget:
+            raise ValueError(
+                f"plan.token_budget={self.token_budget:g}: is below plan.compute_budget={self.compute_budget:g}, which "
+                f"would leave the heads nothing to skip; use plan.planner=tokens, or a larger one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_warmup(self) -> PlanConfig:

@@ -116,8 +116,9 @@ class PlainEngine:
             return loss.detach()
 
         zero_missing_gradients(self._model)  # a graph adds to gradients that are there when it is captured
-        row = None if self.executor.is_dense else self.executor.rows[slot]
+        row = self.executor.rows[slot] if self.executor.rows else None
         key = (micro_batches, None if row is None else row.shape)
+        row = None if self.executor.is_dense else row  # dense blocks read no indices
         if key not in self._graphs and len(self._graphs) >= 2 * MOST_SHAPES:
             self._graphs.clear()  # of earlier plans, which would keep their memory for good
         graphs = self._graphs.setdefault(key, CudaGraphs(self._gradients))

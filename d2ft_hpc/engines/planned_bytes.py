@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from torch import nn
 
@@ -45,7 +47,13 @@ class PlannedBytes:
         self._embeddings = embeddings
         self._blocks = subnets.num_blocks
         whole, half = (4, 4) if precision == "fp32" else (4, 2)
-        self._activation_bytes = micro_batch_size * subnets.family.numbers_between(model) * half
+        family = subnets.family
+        self._activation_bytes = micro_batch_size * family.numbers_between(model) * half
+        self._patch_size = family.patch_size(model)
+        full = family.image_shape(model)
+        assert full is not None  # or there would be no numbers between the blocks
+        self._tokens = partial(family.tokens, model)
+        self._full_tokens = self._tokens(*full[1:])
         self._leaves_out = reduces_trained_blocks_only(data_parallel, precision)
         self._parameters = np.zeros(
             self._blocks + 1
@@ -119,8 +127,36 @@ class PlannedBytes:
     def _of_parts(self, plan: SkipPlan, token_layout: TokenLayout) -> float:
         placement, layout = self._placement, self._placement.layout
         operations, ranks = plan.for_replica(layout.replica), layout.tensor_ranks
+        tokens = np.array([self._token_share(plan, slot) for slot in range(plan.slots)])
+        total = 0.0
+        for share in np.unique(tokens):
+            total += self._of_tokens(
+                operations[tokens == share], share * self._activation_bytes, token_layout
+            )
+        if ranks == 1:
+            return total
+        # Gradients of which each rank has a part are summed once a step.
+        blocks = list(placement.blocks)
+        is_sharded = token_layout != "replicated"
+        active, full = active_and_full_ranks(operations[:, blocks], placement.owner[blocks], ranks)
+        alone = ((active == 1) & (full == 1)).any(axis=0)
+        shared = np.where(alone | is_sharded, self._shared[blocks], self._by_head[blocks])
+        return total + ring_bytes("allreduce", float(shared[full.any(axis=0)].sum()), ranks)
+
+    def _token_share(self, plan: SkipPlan, slot: int) -> float:
+        """Tokens of a micro-batch's images in units of those that have full size."""
+        grid = plan.grid_of(slot * plan.replicas + self._placement.layout.replica)
+        if grid is None:
+            return 1.0
+        (down, across), (high, wide) = grid, self._patch_size
+        return self._tokens(down * high, across * wide) / self._full_tokens
+
+    def _of_tokens(self, operations: np.ndarray, whole: float, token_layout: TokenLayout) -> float:
+        """Of the tokens of micro-batches, `whole` bytes of each. operations: uint8 [slot, block, head]."""
+        placement, layout = self._placement, self._placement.layout
+        ranks = layout.tensor_ranks
         is_sharded = token_layout != "replicated" and ranks > 1
-        own = self._activation_bytes / (ranks if is_sharded else 1)
+        own = whole / (ranks if is_sharded else 1)
         is_first, is_last = layout.stage == 0, layout.stage == layout.stages - 1
         blocks = list(placement.blocks)
         total = 0.0
@@ -134,13 +170,8 @@ class PlannedBytes:
         if ranks == 1:
             return total
         sums = tensor_parallel_bytes(
-            operations[:, blocks], placement.owner[blocks], ranks, self._activation_bytes, token_layout
+            operations[:, blocks], placement.owner[blocks], ranks, whole, token_layout
         )
         total += float(sums.forward.sum() + sums.backward.sum())
-        # Gradients of which each rank has a part are summed once a step.
-        active, full = active_and_full_ranks(operations[:, blocks], placement.owner[blocks], ranks)
-        alone = ((active == 1) & (full == 1)).any(axis=0)
-        partial = np.where(alone | is_sharded, self._shared[blocks], self._by_head[blocks])
-        total += ring_bytes("allreduce", float(partial[full.any(axis=0)].sum()), ranks)
         joins = is_last + (is_first and self._embeddings == "trained")
         return float(total + is_sharded * joins * len(operations) * (ranks - 1) * own)

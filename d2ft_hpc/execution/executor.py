@@ -30,11 +30,12 @@ from d2ft_hpc.execution.gradients import (
     require_input_gradient,
     zero_gradient,
 )
+from d2ft_hpc.execution.images import scaled
 from d2ft_hpc.execution.rows import Row, choose_heads
 from d2ft_hpc.families.family import BlockFamily, KernelParts
 from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
-from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.plan import Grid, Operation, SkipPlan
 
 EmbeddingPolicy = Literal["frozen", "complete_path", "trained"]
 SharedPolicy = Literal["flow", "frozen"]
@@ -83,7 +84,8 @@ class PlanExecutor:
         self._owners: dict[int, Owners] = {}
         self._kernel_parts: dict[int, KernelParts | None] = {}
         self._compiled_shapes: set[Hashable] = set()
-        self._largest_input = 0  # numbers in what blocks that skip heads got
+        self._largest_input: dict[int, int] = {}  # numbers in what blocks that skip heads got, by tokens
+        self._images_of: Callable[[], Any] = lambda: None  # the model, or part of one, that embeds the images
         self.block_shapes = 0
         """Kernels of blocks that skip heads and are not fused, under this and earlier plans, if torch.compile makes
         them: one for each different shape of heads, for inputs with and without gradient, for gradients at one point,
@@ -157,6 +159,9 @@ class PlanExecutor:
         if not 0 <= replica < plan.replicas:
             raise PlanError(f"the plan is for {plan.replicas} replicas and has no replica {replica}")
         rows = plan.for_replica(replica)
+        grids = [plan.grid_of(slot * plan.replicas + replica) for slot in range(plan.slots)]
+        if plan.grids is not None:
+            self._take_any_size(plan)
         if plan.binding == "sample":
             whole = np.isin(rows.reshape(len(rows), -1).sum(1), (0, Operation.FULL * rows[0].size))
             if not whole.all():
@@ -171,8 +176,8 @@ class PlanExecutor:
         all_full = (plan.operations == Operation.FULL).all(axis=2)
         all_dense = all_full.reshape(plan.slots, plan.replicas, -1).all(axis=1)
         self.rows = [
-            self._row(cells, scales, ~dense)
-            for cells, dense in zip(rows, all_dense, strict=True)
+            self._row(cells, scales, ~dense, grid)
+            for cells, dense, grid in zip(rows, all_dense, grids, strict=True)
             if plan.binding == "slot"
         ]
         self._owners = {index: owners_of(block) for index, block in self.blocks.items()}
@@ -248,12 +253,7 @@ class PlanExecutor:
             replayed = self._replayed(block, index, None, x, args, kwargs)
             return self._run(block, index, None, x, *args, **kwargs) if replayed is None else replayed
         start = _clock()
-        slot = self.slot
-        if slot is None:
-            raise PlanError(
-                "a model with a plan was called in training mode without saying which micro-batch this is: "
-                "wrap forward and backward in `with executor.micro_batch(slot):`, or call executor.deactivate()"
-            )
+        slot = self._slot_of_forward()
         if index == 0 and self._reduction is Reduction.AFTER_BACKWARD and _reduces_in_backward(block):
             raise PlanError(
                 "the model trains inside DistributedDataParallel or FSDP2, whose ranks drift apart or hang where they "
@@ -277,6 +277,25 @@ class PlanExecutor:
                 return self._run(block, index, heads, x, *args, **kwargs)
         self.lookup_seconds += _clock() - start
         return self._run(block, index, heads, x, *args, **kwargs)
+
+    def scaled(self, images: Tensor) -> Tensor:
+        """A micro-batch's images [sample, channel, height, width] at the resolution that its row asks for."""
+        if not self.rows:
+            return images
+        grid = self.rows[self._slot_of_forward()].grid
+        if grid is None:
+            return images
+        high, wide = self.subnets.family.patch_size(self._images_of())
+        return scaled(images, (grid[0] * high, grid[1] * wide))
+
+    def _slot_of_forward(self) -> int:
+        slot = self.slot
+        if slot is None:
+            raise PlanError(
+                "a model with a plan was called in training mode without saying which micro-batch this is: "
+                "wrap forward and backward in `with executor.micro_batch(slot):`, or call executor.deactivate()"
+            )
+        return slot
 
     def _run(
         self, block: nn.Module, index: int, heads: BlockHeads | None, x: Tensor, *args: Any, **kwargs: Any
@@ -345,8 +364,8 @@ class PlanExecutor:
         """
         if self.block_shapes > MOST_SHAPES or cannot_compile():
             return False
-        self._largest_input = max(self._largest_input, x.numel())
-        return x.numel() == self._largest_input
+        largest = self._largest_input[x.shape[1]] = max(self._largest_input.get(x.shape[1], 0), x.numel())
+        return x.numel() == largest
 
     def _is_fused(self, index: int, heads: BlockHeads) -> bool:
         """Whether our own kernels run the block on a GPU."""
@@ -405,6 +424,24 @@ class PlanExecutor:
         vars(block).update(own)
         leave_out_of_copies(block, own)
 
+    def link_images(self, model: nn.Module) -> None:
+        """Lets a model, or the part of one that gets the images, scale them in training as the plan says."""
+        embedding = self.subnets.family.embedding(model)
+        if embedding is None:
+            return
+        self._images_of = weakref.ref(model)
+        own: dict[str, Any] = {"_d2ft": self, "forward": MethodType(_scaling_forward, embedding)}
+        vars(embedding).update(own)
+        leave_out_of_copies(embedding, own)
+
+    def _take_any_size(self, plan: SkipPlan) -> None:
+        """Raises PlanError where the blocks cannot be run on images of other sizes."""
+        if plan.binding == "sample":
+            raise PlanError("the plan scales images and draws samples: only one of them can be")
+        model = self._images_of()
+        if model is not None:
+            self.subnets.family.take_any_size(model)
+
     @property
     def _device(self) -> torch.device:
         """Of the parameters; the CPU while they have no memory."""
@@ -417,10 +454,12 @@ class PlanExecutor:
         result: Tensor = self._compiled(block, x, *args, **kwargs)
         return result
 
-    def _row(self, operations: np.ndarray, scales: np.ndarray, sparse: np.ndarray) -> Row:
-        """operations: uint8 [block, head]; scales, sparse: [block]."""
+    def _row(
+        self, operations: np.ndarray, scales: np.ndarray, sparse: np.ndarray, grid: Grid | None = None
+    ) -> Row:
+        """operations: uint8 [block, head]; scales, sparse: [block]. grid: patches of the images."""
         is_complete = bool((operations == Operation.FULL).all())
-        return Row(*self._choose(operations, scales), is_complete, sparse.tolist())
+        return Row(*self._choose(operations, scales), is_complete, sparse.tolist(), grid)
 
     def _choose(self, operations: np.ndarray, scales: np.ndarray) -> tuple[Tensor, Sequence[BlockHeads]]:
         return choose_heads(list(operations), scales.tolist(), self._device)
@@ -440,7 +479,7 @@ class PlanExecutor:
                     at_one_point = is_sparse and reduces
                     if index in self.blocks and self._is_compiled(index, heads):
                         rates = self.subnets.family.drops(self.blocks[index]).rates_by_sample
-                        shapes.add((heads.shape, takes_gradient, at_one_point, rates))
+                        shapes.add((row.grid, heads.shape, takes_gradient, at_one_point, rates))
                     takes_gradient |= heads.trains or at_one_point
         if len(shapes) <= MOST_SHAPES:
             self._compiled_shapes = shapes
@@ -521,8 +560,9 @@ def attach(
             executor.trained_beside.append(name)
     for index, block in enumerate(blocks):
         executor.link(block, index)
+    executor.link_images(model)
     if compile:
-        compile_outside_blocks(model, subnets.family)
+        compile_outside_blocks(model, subnets.family, executor.scaled)
     fill_absent_gradients(model, partial(_skips, subnets))
     return executor
 
@@ -541,6 +581,13 @@ def _skips(subnets: SubnetMap, model: nn.Module) -> bool:
 def _planned_forward(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     link: _BlockLink = cast(Any, block)._d2ft
     return link.executor.run(block, link.index, x, *args, **kwargs)
+
+
+def _scaling_forward(embedding: nn.Module, images: Tensor) -> Tensor:
+    executor: PlanExecutor = cast(Any, embedding)._d2ft
+    images = executor.scaled(images) if embedding.training else images
+    result: Tensor = type(embedding).forward(embedding, images)
+    return result
 
 
 def _dense_forward(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from d2ft_hpc.execution.block import BlockHeads
-from d2ft_hpc.planning.plan import Operation
+from d2ft_hpc.planning.plan import Grid, Operation
 
 
 @dataclass(frozen=True)
@@ -20,18 +20,20 @@ class Row:
     """What one micro-batch runs.
 
     indices: int64 [n], all that the blocks' heads are parts of. heads: [block].
-    is_complete: FULL everywhere. sparse: [block], whether some replica does not run the block densely.
+    is_complete: FULL everywhere. sparse: [block], whether some replica does not run the block densely. grid: patches of
+    the images, down and across; None: as they come.
     """
 
     indices: Tensor
     heads: Sequence[BlockHeads]
     is_complete: bool
     sparse: Sequence[bool]
+    grid: Grid | None = None
 
     @property
-    def shape(self) -> tuple[tuple[int, int, float], ...]:
-        """Of every block."""
-        return tuple(heads.shape for heads in self.heads)
+    def shape(self) -> tuple[Grid | None, tuple[tuple[int, int, float], ...]]:
+        """Of the images, and of every block."""
+        return self.grid, tuple(heads.shape for heads in self.heads)
 
     @cached_property
     def active(self) -> list[int]:

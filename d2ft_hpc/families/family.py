@@ -158,6 +158,14 @@ class BlockFamily(ABC):
         """The same model, or part of one, its modules and parameters shared, that takes images of any size."""
 
     @abstractmethod
+    def take_any_size(self, model: Any) -> None:
+        """Makes the model itself what `of_any_size` makes of it, for good."""
+
+    @abstractmethod
+    def embedding(self, model: Any) -> nn.Module | None:
+        """The module that gets a model's images; None in a part of a model that has none."""
+
+    @abstractmethod
     def taking_any_size(self, model: Any) -> AbstractContextManager[None]:
         """Inside, the model itself is what `of_any_size` makes of it: for one whose hooks belong to it, as FSDP2's
         do."""

@@ -80,9 +80,12 @@ class TimmEva(TimmFamily):
             )
         return model
 
+    def take_any_size(self, model: Any) -> None:
+        self.of_any_size(model)  # or it is refused
+
     @contextmanager
     def taking_any_size(self, model: Any) -> Iterator[None]:
-        self.of_any_size(model)  # or it is refused
+        self.take_any_size(model)
         yield
 
     def num_heads(self, block: Any) -> int:

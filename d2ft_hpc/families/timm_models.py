@@ -35,7 +35,7 @@ class TimmFamily(BlockFamily):
         return logits
 
     def tokens(self, model: Any, height: int, width: int) -> int:
-        high, wide = model.patch_embed.patch_size
+        high, wide = self.patch_size(model)
         return int(height // high * (width // wide) + model.num_prefix_tokens)
 
     def tokens_between(self, model: Any) -> int | None:
@@ -54,8 +54,14 @@ class TimmFamily(BlockFamily):
         return not model.patch_embed.strict_img_size
 
     def patch_size(self, model: Any) -> tuple[int, int]:
-        high, wide = model.patch_embed.patch_size
+        high, wide = model.patch_embed.feat_ratio(
+            as_scalar=False
+        )  # of hybrids, what their stem does included
         return int(high), int(wide)
+
+    def embedding(self, model: Any) -> nn.Module | None:
+        embed: nn.Module | None = model._modules.get("patch_embed")
+        return embed
 
     def of_any_size(self, model: Any) -> Any:
         """What timm builds for dynamic_img_size=True, made from a model that was not built so: position embeddings are
@@ -68,18 +74,18 @@ class TimmFamily(BlockFamily):
         twin.dynamic_img_size = True
         return twin
 
+    def take_any_size(self, model: Any) -> None:
+        vars(model)["dynamic_img_size"] = True
+        vars(model.patch_embed).update(_EMBEDS_ANY_SIZE)
+
     @contextmanager
     def taking_any_size(self, model: Any) -> Iterator[None]:
-        changed = {
-            model: {"dynamic_img_size": True},
-            model.patch_embed: _EMBEDS_ANY_SIZE,
-        }
+        names = {model: ["dynamic_img_size"], model.patch_embed: list(_EMBEDS_ANY_SIZE)}
         before = {
-            module: {name: getattr(module, name) for name in names} for module, names in changed.items()
+            module: {name: getattr(module, name) for name in changed} for module, changed in names.items()
         }
         try:
-            for module, values in changed.items():
-                vars(module).update(values)
+            self.take_any_size(model)
             yield
         finally:
             for module, values in before.items():
@@ -184,8 +190,10 @@ def require_one_mask(attn_mask: Tensor | None) -> None:
 
 
 def patches(embed: Any, images: Tensor) -> Tensor:
-    """What timm's module gives, [sample, patch, channel]; on a GPU as one matrix product where patches do not overlap,
-    since a convolution takes four times as long there."""
+    """What timm's module gives, [sample, patch, channel] or, in a model for any size, [sample, down, across, channel].
+
+    On a GPU as one matrix product where patches do not overlap, since a convolution takes four times as long there.
+    """
     if not (images.is_cuda and _is_one_product(embed, images)):
         embedded: Tensor = embed(images)
         return embedded
@@ -193,16 +201,18 @@ def patches(embed: Any, images: Tensor) -> Tensor:
     cut = images.view(samples, channels, height // h, h, width // w, w).permute(0, 2, 4, 1, 3, 5)
     rows = cut.reshape(samples, -1, channels * h * w)
     projected: Tensor = embed.norm(F.linear(rows, embed.proj.weight.flatten(1), embed.proj.bias))
-    return projected
+    return projected if embed.flatten else projected.unflatten(1, (height // h, width // w))
 
 
 def _is_one_product(embed: Any, images: Tensor) -> bool:
-    if type(embed) is not PatchEmbed or type(embed.proj) is not nn.Conv2d or not embed.flatten:
+    if type(embed) is not PatchEmbed or type(embed.proj) is not nn.Conv2d:
+        return False
+    if not embed.flatten and embed.output_fmt != Format.NHWC:
         return False
     size, proj = embed.patch_size, embed.proj
     return (
         (proj.kernel_size, proj.stride, proj.padding, proj.dilation) == (size, size, (0, 0), (1, 1))
         and proj.groups == 1
-        and images.shape[-2:] == embed.img_size
+        and (not embed.strict_img_size or images.shape[-2:] == embed.img_size)
         and images.shape[-2] % size[0] == images.shape[-1] % size[1] == 0
     )

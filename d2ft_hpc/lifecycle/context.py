@@ -9,8 +9,10 @@ from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.lifecycle.costs import PlanCosts
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.messages import TokenLayout
 from d2ft_hpc.planning.step_time import StepTime
+from d2ft_hpc.planning.token_curve import TokenCurve
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +26,7 @@ class PlanContext:
     same_rows: all replicas follow the same rows.
     activation_bytes: of a micro-batch between blocks. token_layouts: of the tokens, those that a plan may have.
     total_steps: of the run; steps_between_plans: None: one plan for all of them. Only a warm-up asks for them.
+    curve: the resolution of each step's images; None: they have full size.
     """
 
     settings: PlanConfig
@@ -39,6 +42,7 @@ class PlanContext:
     token_layouts: Sequence[TokenLayout] = ("replicated",)
     total_steps: int | None = None
     steps_between_plans: int | None = None
+    curve: TokenCurve | None = None
 
     @property
     def replicas(self) -> int:
@@ -56,11 +60,18 @@ class PlanContext:
         return (self.slots * self.replicas, *self.subnets)
 
     def budget_from(self, step: int) -> float:
-        """Compute budget of a plan whose first step is `step`, until the next one is due."""
+        """Compute budget of a plan whose first step is `step`, until the next one is due: of a step's dense compute at
+        the resolution that it has."""
         total, steps = self.total_steps, self.steps_between_plans
+        tokens = 1.0 if self.curve is None else self.curve.share
         if total is None or steps is None:
-            return self.settings.compute_budget
-        return self.settings.budget_between(step / total, min(step + steps, total) / total)
+            return min(self.settings.compute_budget / tokens, 1.0)
+        of_run = self.settings.budget_between(step / total, min(step + steps, total) / total)
+        return min(of_run / tokens, 1.0)
+
+    def scaled(self, plan: SkipPlan, step: int) -> SkipPlan:
+        """The plan as it is at `step`: with the grid that the curve has there."""
+        return plan if self.curve is None else plan.at(self.curve.grid_at(step))
 
     def by_device(self, of_ranks: Sequence[float]) -> list[float]:
         """The ranks' values in the order of a problem's devices: replica, stage, tensor-parallel rank."""

@@ -101,7 +101,7 @@ class PlanController:
         return self.engine.executor.plan
 
     def before_batch(self, step: int, *, due: bool | None = None) -> None:
-        """Puts the plan in force that batch `step` runs under.
+        """Puts the plan in force that batch `step` runs under, at the resolution of the step.
 
         due: whether a plan is to be made now; None: as soon as there is none, or the one in force has had its
         `replan.every` batches.
@@ -114,6 +114,10 @@ class PlanController:
         if due:
             self.make(step, may_overlap=self.context.settings.replan.overlap and self.plans_made > 0)
         self._take_over(step)
+        if self.plan is not None and self.plan != (scaled := self.context.scaled(self.plan, step)):
+            batches = self.batches
+            self._put_in_force(scaled, step, 0.0)
+            self.batches = batches  # it is the same plan, on larger images
         self.batches += 1
 
     def reckon_with(self, costs: PlanCosts) -> None:
@@ -191,10 +195,17 @@ class PlanController:
         self._put_in_force(made.plan, step, made.seconds)
 
     def _put_in_force(self, plan: SkipPlan, step: int, seconds: float) -> None:
+        plan, curve = self.context.scaled(plan, step), self.context.curve
         self.activate(plan)
+        if curve is not None and self.plans_made == 0:
+            self.listener.say(
+                f"images of {curve}: {curve.share:.1%} of the dense tokens' compute over the run"
+            )
         self.planning_seconds += seconds
         executor = self.engine.executor
         tokens = f", tokens {executor.token_layout}" if isinstance(executor, TensorParallelExecutor) else ""
+        if (grid := plan.grid_of(0)) is not None:
+            tokens += f", images of {grid[0]} x {grid[1]} patches"
         self.listener.say(
             f"plan {self.plans_made} ({plan.evidence}): {self.context.costs.planned_share(plan):.1%} of the dense "
             f"compute, made in {seconds:.2f} s{tokens}"

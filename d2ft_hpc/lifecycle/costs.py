@@ -92,7 +92,12 @@ def costs_of_part(costs: StepCosts, layer_flops: Sequence[float], placement: Pla
     layer_flops: of what lies below the blocks, of each block, and of what lies above.
     """
     layout = placement.layout
-    outside = (layer_flops[0] if layout.stage == 0 else 0.0) + (
-        layer_flops[-1] if layout.stage == layout.stages - 1 else 0.0
-    )
-    return replace(costs, outside_flops=outside, subnets=placement.own.sum(axis=1))
+    below = layer_flops[0] if layout.stage == 0 else 0.0
+    above = layer_flops[-1] if layout.stage == layout.stages - 1 else 0.0
+
+    def own(of_size: StepCosts) -> StepCosts:
+        # What lies outside the blocks is patches and, as little, a classifier: at each resolution as at the full one.
+        outside = (below + above) * of_size.outside_flops / costs.outside_flops
+        return replace(of_size, outside_flops=outside, subnets=placement.own.sum(axis=1))
+
+    return replace(own(costs), at={grid: own(of_size) for grid, of_size in costs.at.items()})

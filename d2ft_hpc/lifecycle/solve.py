@@ -46,7 +46,8 @@ def solve_plan(context: PlanContext, scores: Scores | None, index: int, step: in
             score_cost=context.costs.score_flops / context.costs.dense_flops,
         )
     if not settings.entry.keeps_budgets:
-        return SkipPlan.dense(context.slots, replicas, *context.subnets)
+        dense = SkipPlan.dense(context.slots, replicas, *context.subnets)
+        return replace(dense, planner=settings.planner)
     planned = context.costs.trains
     _check_frozen(planned, context.placement)
     layouts = context.token_layouts

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.metering.meter import meter
 from d2ft_hpc.model.probe import probe
-from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.plan import Grid, Operation, SkipPlan
+from d2ft_hpc.planning.token_curve import TokenCurve, token_curve
+from d2ft_hpc.planning.tokens import grids_of
 
 Floats = npt.NDArray[np.float64]
 
@@ -30,6 +34,7 @@ class StepCosts:
         runs FULL, which counts as always run.
     trains_embeddings: every micro-batch's gradient goes on below the blocks.
     score_flops: of scoring the sample; 0 where samples are not scored one by one.
+    at: the same for images of other sizes, by their patches, down and across; those that a run's plans have.
     """
 
     outside_flops: float
@@ -39,6 +44,7 @@ class StepCosts:
     trains: npt.NDArray[np.bool_]
     trains_embeddings: bool = False
     score_flops: float = 0.0
+    at: Mapping[Grid, StepCosts] = field(default_factory=dict)
 
     @property
     def num_subnets(self) -> int:
@@ -84,8 +90,16 @@ class StepCosts:
         """Share of the dense FLOPs that runs whatever the plan says."""
         return self.always_flops / self.dense_flops
 
-    def planned_flops(self, rows: np.ndarray) -> Floats:
-        """Training FLOPs of one sample under each row; rows: uint8 [row, block, head], returns float64 [row]."""
+    def planned_flops(self, rows: np.ndarray, grids: np.ndarray | None = None) -> Floats:
+        """Training FLOPs of one sample under each row; rows: uint8 [row, block, head], returns float64 [row].
+
+        grids: patches of the rows' images, [row, 2], of which costs are in `at`; None: images have full size.
+        """
+        if grids is not None:
+            of_rows = zip(rows, grids.tolist(), strict=True)
+            return np.array(
+                [self._at((down, across)).planned_flops(row[None])[0] for row, (down, across) in of_rows]
+            )
         full = (rows == Operation.FULL).sum(axis=2)
         forward_only = (rows == Operation.FORWARD_ONLY).sum(axis=2)
         # A frozen block has a backward only where something below it takes a gradient.
@@ -99,7 +113,20 @@ class StepCosts:
         """The plan's training FLOPs over the dense ones, always-run parts and scoring included."""
         if plan.binding == "sample":
             return plan.shares()[Operation.FULL] + self.score_flops / self.dense_flops
-        return float(self.planned_flops(plan.operations).mean() / self.dense_flops)
+        return float(self.planned_flops(plan.operations, plan.grids).mean() / self.dense_flops)
+
+    def of_replica(self, plan: SkipPlan, replica: int) -> Floats:
+        """Training FLOPs of one sample in each of a replica's rows, float64 [slot]."""
+        grids = None if plan.grids is None else plan.grids[replica :: plan.replicas]
+        return self.planned_flops(plan.for_replica(replica), grids)
+
+    def _at(self, grid: Grid) -> StepCosts:
+        if grid not in self.at:
+            raise PlanError(
+                f"the plan has images of {grid[0]} x {grid[1]} patches, whose costs were not counted; this run has "
+                f"{', '.join(f'{down} x {across}' for down, across in self.at) or 'those of full size'}"
+            )
+        return self.at[grid]
 
 
 def measure_costs(model: nn.Module, executor: PlanExecutor, image_shape: tuple[int, int, int]) -> StepCosts:
@@ -153,3 +180,32 @@ def _count_flops(
         if output.requires_grad:
             torch.autograd.grad(output, wanted, allow_unused=True)
     return metered.flops
+
+
+def measure_costs_at(
+    costs: StepCosts,
+    model: nn.Module,
+    executor: PlanExecutor,
+    image_shape: tuple[int, int, int],
+    sides: Sequence[float],
+) -> StepCosts:
+    """`costs`, which are those of full size, with what images of these sides cost, in units of the full ones.
+
+    image_shape: (channel, height, width) of full size.
+    Raises UnsupportedModelError where the model takes one size only.
+    """
+    family, (channels, height, width) = executor.subnets.family, image_shape
+    high, wide = family.patch_size(model)
+    full = height // high, width // wide
+    at = {}
+    with family.taking_any_size(model):
+        for grid in grids_of(full, tuple(sides)):
+            shape = channels, grid[0] * high, grid[1] * wide
+            at[grid] = costs if grid == full else measure_costs(model, executor, shape)
+    return replace(costs, at=at)
+
+
+def token_curve_of(costs: StepCosts, budget: float, total_steps: int) -> TokenCurve:
+    """The curve over the grids of `costs.at`. Raises PlanError as `token_curve`."""
+    relative = [of_grid.dense_flops / costs.dense_flops for of_grid in costs.at.values()]
+    return token_curve(list(costs.at), relative, budget, total_steps)

@@ -53,6 +53,7 @@ class ModelPart(nn.Module):
         self.blocks = nn.ModuleDict({str(index): copy.deepcopy(of_model[index]) for index in blocks})
         for index, block in self.blocks.items():
             executor.link(block, int(index))
+        executor.link_images(self)
 
     def _keeps(self, name: str) -> bool:
         is_below = self.executor.subnets.classify(name) is ParameterClass.EMBEDDING

@@ -35,6 +35,8 @@ _HDF5_VERSION = 2
 _HDF5_LIBRARY = ("v110", "v110")
 """Its metadata carry checksums."""
 _EVIDENCE_ERROR = 1e-6
+_MOST_PATCHES = 4096
+"""Down or across an image."""
 _FIELDS: dict[str, type] = {
     "replicas": int,
     "binding": str,
@@ -46,6 +48,10 @@ _FIELDS: dict[str, type] = {
     "solve_seconds": float,
     "hash": str,
 }
+
+
+Grid = tuple[int, int]
+"""Patches of an image, down and across."""
 
 
 class Operation(IntEnum):
@@ -74,6 +80,8 @@ class SkipPlan:
     gap: (bound - objective) / bound, from 0 (proved optimal) to 1; NaN if not known.
     status: how the planner ended, one line.
     solve_seconds: wall-clock time of planning.
+    grids: uint16 [row, 2], the patches (down, across) to which a row's images are scaled in training; None: images stay
+        as they are.
 
     Two plans are equal if their `hash` is: the evidence does not count.
 
@@ -89,6 +97,7 @@ class SkipPlan:
     gap: float = math.nan
     status: str = ""
     solve_seconds: float = 0.0
+    grids: npt.NDArray[np.uint16] | None = None
 
     def __post_init__(self) -> None:
         given = np.asarray(self.operations)
@@ -117,9 +126,24 @@ class SkipPlan:
         frozen = np.frombuffer(given.astype(np.uint8).tobytes(), dtype=np.uint8).reshape(given.shape)
         object.__setattr__(self, "operations", frozen)
         object.__setattr__(self, "replicas", int(self.replicas))
+        object.__setattr__(self, "grids", self._frozen_grids())
         for name in ("objective", "bound", "gap", "solve_seconds"):
             object.__setattr__(self, name, float(getattr(self, name)))
         self._check_evidence()
+
+    def _frozen_grids(self) -> npt.NDArray[np.uint16] | None:
+        if self.grids is None:
+            return None
+        given = np.asarray(self.grids)
+        if given.shape != (len(self.operations), 2) or given.dtype.kind not in "ui":
+            raise PlanError(
+                f"A plan's grids are integers [{len(self.operations)}, 2], got {given.dtype} {list(given.shape)}."
+            )
+        if given.min() < 1 or given.max() > _MOST_PATCHES:
+            raise PlanError(
+                f"A plan's grids have 1 to {_MOST_PATCHES} patches a side, got {given.tolist()[0]}."
+            )
+        return np.frombuffer(given.astype("<u2").tobytes(), dtype="<u2").reshape(given.shape)
 
     def _check_evidence(self) -> None:
         objective, bound, gap = self.objective, self.bound, self.gap
@@ -151,10 +175,12 @@ class SkipPlan:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 (hex) of shape, replicas, operations and, unless it is "slot", the binding."""
+        """SHA-256 (hex) of shape, replicas, operations and, unless it is "slot", the binding; of grids if there are."""
         head = struct.pack("<4q", *self.operations.shape, self.replicas)
         if self.binding != "slot":
             head += self.binding.encode()
+        if self.grids is not None:
+            head += b"grids" + self.grids.tobytes()
         return hashlib.sha256(head + self.operations.tobytes()).hexdigest()
 
     @cached_property
@@ -217,6 +243,18 @@ class SkipPlan:
             )
         return f"{self.planner}, {self.status}, {gap}"
 
+    def grid_of(self, row: int) -> Grid | None:
+        """Patches down and across of a row's images; None: as they come."""
+        if self.grids is None:
+            return None
+        down, across = self.grids[row].tolist()
+        return down, across
+
+    def at(self, grid: Grid | None) -> SkipPlan:
+        """The same operations on images of this many patches in every row."""
+        grids = None if grid is None else np.full((self.num_rows, 2), grid, dtype=np.uint16)
+        return replace(self, grids=grids)
+
     def shares(self) -> dict[Operation, float]:
         """The fraction of all entries that run each operation; the fractions sum to 1."""
         counts = np.bincount(self.operations.ravel(), minlength=len(Operation))
@@ -243,6 +281,8 @@ class SkipPlan:
     def to_bytes(self) -> bytes:
         """The plan as a message: a JSON header and 2 bits an entry, with a checksum over all of it."""
         header = {name: getattr(self, name) for name in _FIELDS} | {"shape": list(self.operations.shape)}
+        if self.grids is not None:
+            header["grids"] = self.grids.tolist()
         text = json.dumps(header).encode()
         body = _PREFIX.pack(_MAGIC, _VERSION, len(text)) + text + _pack(self.operations)
         return body + hashlib.sha256(body).digest()
@@ -268,8 +308,9 @@ class SkipPlan:
             header = json.loads(body[_PREFIX.size : _PREFIX.size + header_bytes])
         except (ValueError, RecursionError) as error:
             raise PlanError("The plan is damaged: its header is not JSON.") from error
-        if not isinstance(header, dict) or set(header) != {*_FIELDS, "shape"}:
+        if not isinstance(header, dict) or set(header) - {"grids"} != {*_FIELDS, "shape"}:
             raise PlanError("The plan is damaged: its header does not have the fields of a plan.")
+        grids = _parsed_grids(header.pop("grids", None))
         shape = header.pop("shape")
         if (
             not isinstance(shape, list)
@@ -281,7 +322,7 @@ class SkipPlan:
         operations = _unpack(packed, shape)
         if _pack(operations) != packed:
             raise PlanError("The plan is damaged: the bits after its last entry are not zero.")
-        return cls._from_fields(operations, header, "The plan")
+        return cls._from_fields(operations, grids, header, "The plan")
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as HDF5: dataset `operations` and one attribute a field. Replaces `path` at once.
@@ -291,6 +332,8 @@ class SkipPlan:
         image = io.BytesIO()  # HDF5 does not recover from a full disk
         with h5py.File(image, "w", libver=_HDF5_LIBRARY) as file:
             file.create_dataset("operations", data=self.operations)
+            if self.grids is not None:
+                file.create_dataset("grids", data=self.grids)
             file.attrs["version"] = _HDF5_VERSION
             fields = {name: getattr(self, name) for name in _FIELDS}
             for name, value in {"format": _HDF5_FORMAT, "digest": self.digest, **fields}.items():
@@ -319,8 +362,11 @@ class SkipPlan:
             operations = hdf5.child(file, "operations")
             if operations is None or operations.dtype != np.uint8 or len(operations.shape) != 3:
                 raise RefusedError("it has no operations uint8 [row, block, head]")
-            values = hdf5.read_array(operations, hdf5.Allowance(file.id.get_filesize()))
-        plan = cls._from_fields(values, fields, source)
+            allowance = hdf5.Allowance(file.id.get_filesize())
+            values = hdf5.read_array(operations, allowance)
+            of_file = hdf5.child(file, "grids")
+            grids = None if of_file is None else hdf5.read_array(of_file, allowance)
+        plan = cls._from_fields(values, grids, fields, source)
         if plan.digest != digest:
             raise PlanError(
                 f"{source} is damaged: its evidence does not match its digest; make the plan anew."
@@ -328,18 +374,37 @@ class SkipPlan:
         return plan
 
     @classmethod
-    def _from_fields(cls, operations: npt.NDArray[np.uint8], fields: dict[str, Any], source: str) -> SkipPlan:
+    def _from_fields(
+        cls,
+        operations: npt.NDArray[np.uint8],
+        grids: npt.NDArray[Any] | None,
+        fields: dict[str, Any],
+        source: str,
+    ) -> SkipPlan:
         for name, kind in _FIELDS.items():
             if type(fields[name]) is not kind:
                 raise PlanError(f"{source} is damaged: {name} is {fields[name]!r}, not {kind.__name__}.")
         stated = fields.pop("hash")
         try:
-            plan = cls(operations, **fields)
+            plan = cls(operations, grids=grids, **fields)
         except PlanError as error:
             raise PlanError(f"{source} is damaged: {error}") from error
         if plan.hash != stated:
             raise PlanError(f"{source} is damaged: its operations do not match its hash.")
         return plan
+
+
+def _parsed_grids(given: Any) -> npt.NDArray[Any] | None:
+    """Of a message's header. Raises PlanError where they are none."""
+    if given is None:
+        return None
+    try:
+        grids = np.array(given)
+    except (ValueError, RecursionError):
+        grids = np.array(None)
+    if grids.dtype.kind not in "ui":
+        raise PlanError("The plan is damaged: its grids are no pairs of whole numbers.")
+    return grids
 
 
 def _pack(operations: npt.NDArray[np.uint8]) -> bytes:

@@ -29,7 +29,9 @@ class Planner:
     options: type[Options] = Options
     reads_scores: bool = True
     keeps_budgets: bool = True
-    """False: there is nothing to plan."""
+    """False: there is nothing to plan by heads."""
+    scales_images: bool = False
+    """The whole of plan.compute_budget is one of tokens."""
     fits_memory: bool = False
     """Gives a rank with little memory fewer FULL subnets. Others are refused where they exceed it."""
     needs_scores_for: tuple[str, ...] = ()

@@ -11,10 +11,12 @@ from d2ft_hpc.planning.paper import PAPER
 from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.samples import SAMPLES
 from d2ft_hpc.planning.static import STATIC
+from d2ft_hpc.planning.tokens import TOKENS
 
 PLANNERS: dict[str, Planner] = {
     planner.name: planner
     for planner in (
+        TOKENS,
         DENSE,
         SAMPLES,
         PAPER,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from datetime import datetime, timezone
 
+import numpy as np
+
 from d2ft_hpc.execution.executor import MOST_SHAPES, PlanExecutor
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.planning import SkipPlan
@@ -37,6 +39,7 @@ def record_plan(
         {
             "step": step,
             "operations": plan.operations,
+            "grids": np.zeros((plan.num_rows, 2), np.int64) if plan.grids is None else plan.grids,
             "hash": plan.hash,
             "planner": plan.planner,
             "replicas": plan.replicas,
@@ -48,7 +51,7 @@ def record_plan(
             "solve_seconds": plan.solve_seconds,
             "planned_compute": costs.planned_share(plan),
             "planned_time": max(
-                float(costs.planned_flops(plan.for_replica(replica)).mean()) / costs.dense_flops
+                float(costs.of_replica(plan, replica).mean()) / costs.dense_flops
                 for replica in range(plan.replicas)
             ),
             "block_shapes": executor.block_shapes,

@@ -110,7 +110,7 @@ ROW_AXES = {
     "scores": "scoring",
 }
 """The first axis of each table."""
-AXES = ("rank", "row", "block", "head", "class", "label", "prediction", "parameter")
+AXES = ("rank", "row", "side", "block", "head", "class", "label", "prediction", "parameter")
 """All other axes."""
 
 TABLES: dict[str, dict[str, Field]] = {
@@ -165,6 +165,13 @@ TABLES: dict[str, dict[str, Field]] = {
     "plans": _fields(
         Field("step", "int64", "1", "first optimizer step under the plan"),
         Field("operations", "uint8", "1", "0 SHORTCUT, 1 FORWARD_ONLY, 2 FULL", _PLAN_AXES),
+        Field(
+            "grids",
+            "int64",
+            "1",
+            "patches of a row's images in training, down and across; 0: as the loader gives them",
+            ("row", "side"),
+        ),
         Field("hash", "text", "1", "SHA-256 of the plan"),
         Field("planner", "text", "1", "what made it"),
         Field("replicas", "int64", "1", "data-parallel replicas; row = slot * replicas + replica"),

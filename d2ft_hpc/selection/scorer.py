@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.execution.images import scaled
 from d2ft_hpc.families.table import family_of
 
 SampleScore = Literal["error", "loss"]
@@ -88,9 +89,7 @@ class SampleScorer:
         return score_samples(logits.float(), targets, self._score)
 
     def _resized(self, images: Tensor) -> Tensor:
-        if images.shape[-1] == self._image_size:
-            return images
-        return F.interpolate(images, self._image_size, mode="bilinear", antialias=True)
+        return scaled(images, (self._image_size, self._image_size))
 
 
 def score_samples(logits: Tensor, targets: Tensor, score: SampleScore) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from d2ft_hpc.config import EngineConfig, PlanConfig
 from d2ft_hpc.lifecycle import PlanContext, PlanCosts
+from d2ft_hpc.metering.costs import token_curve_of
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.tensor import layouts_of
 from d2ft_hpc.training.job import Job
@@ -31,6 +32,7 @@ def plan_context(job: Job, placement: Placement, costs: PlanCosts) -> PlanContex
     family = job.executor.subnets.family
     numbers = config.data.micro_batch_size * family.numbers_between(model)
     configured = config.engine.token_layout
+    budget, total_steps = config.plan.token_share, job.total_steps
     return PlanContext(
         config.plan,
         placement,
@@ -46,8 +48,9 @@ def plan_context(job: Job, placement: Placement, costs: PlanCosts) -> PlanContex
             if configured == "auto"
             else (configured,)
         ),
-        total_steps=job.total_steps,
+        total_steps=total_steps,
         steps_between_plans=steps_between,
+        curve=None if budget is None else token_curve_of(job.costs, budget, total_steps),
     )
 
 

@@ -135,7 +135,9 @@ class StepRunner:
         operations = plan.for_replica(self._job.layout.replica)
         if plan.binding == "slot":
             own = np.where(self._own, operations, Operation.SHORTCUT)  # what this rank's subnets do
-            flops = zip(costs.planned_flops(own), micro_batches, strict=True)
+            replica = self._job.layout.replica
+            grids = None if plan.grids is None else plan.grids[replica :: plan.replicas]
+            flops = zip(costs.planned_flops(own, grids), micro_batches, strict=True)
             planned = float(sum(each * len(labels) for each, (_, labels) in flops))
             most = own.reshape(len(own), -1).max(1)
             full, forward_only, left_out = (

@@ -6,7 +6,9 @@ from torch import nn
 
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.metering import StepCosts, measure_costs
+from d2ft_hpc.metering.costs import measure_costs_at, token_curve_of
 from d2ft_hpc.model.image_shape import image_shape_of
+from d2ft_hpc.planning.token_curve import TokenCurve
 from d2ft_hpc.user_loop.section import D2ftSection
 
 
@@ -25,4 +27,14 @@ def attached(model: nn.Module, section: D2ftSection) -> tuple[PlanExecutor, tupl
         cuda_graphs=section.cuda_graphs,
     )
     image_shape = image_shape_of(model)
-    return executor, image_shape, measure_costs(model, executor, image_shape)
+    costs = measure_costs(model, executor, image_shape)
+    if section.token_share is not None:
+        costs = measure_costs_at(costs, model, executor, image_shape, section.sides)
+    return executor, image_shape, costs
+
+
+def curve_of(section: D2ftSection, costs: StepCosts) -> TokenCurve | None:
+    """The resolution of each step; None: full size. Raises PlanError where none keeps the budget."""
+    if section.token_share is None or section.total_steps is None:
+        return None
+    return token_curve_of(costs, section.token_share, section.total_steps)

@@ -111,10 +111,10 @@ class BatchCounter:
             planned = self._scored * costs.score_flops + trained * costs.dense_flops
             rows = [trained, 0, samples - trained]
         else:
-            own = np.where(
-                placement.own, plan.for_replica(placement.layout.replica)[slots], Operation.SHORTCUT
-            )
-            planned = float(costs.planned_flops(own) @ sizes)
+            replica = placement.layout.replica
+            own = np.where(placement.own, plan.for_replica(replica)[slots], Operation.SHORTCUT)
+            grids = None if plan.grids is None else plan.grids[replica :: plan.replicas][slots]
+            planned = float(costs.planned_flops(own, grids) @ sizes)
             most = own.reshape(len(own), -1).max(1, initial=0)
             rows = [int((most == operation).sum()) for operation in sorted(Operation, reverse=True)]
         dense = costs.dense_flops * samples

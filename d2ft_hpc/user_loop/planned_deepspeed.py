@@ -31,6 +31,7 @@ from d2ft_hpc.planning import Operation, SkipPlan
 from d2ft_hpc.scores import Scores
 from d2ft_hpc.scores.observe import GradientObserver
 from d2ft_hpc.selection import SampleSelection
+from d2ft_hpc.user_loop.attached import curve_of
 from d2ft_hpc.user_loop.batch_counter import BatchCounter
 from d2ft_hpc.user_loop.observe_part import PartObserver
 from d2ft_hpc.user_loop.record import LoopRecord
@@ -77,6 +78,8 @@ class PlannedDeepSpeed:
                 micro_batch_size=int(ours.engine.train_micro_batch_size_per_gpu()),
                 seed=section.seed,
                 replicas_meet=ours.engine.zero_optimization_stage() == 3,
+                total_steps=section.total_steps,
+                curve=curve_of(section, costs),
             ),
             ours,
             control,

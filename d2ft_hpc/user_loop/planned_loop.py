@@ -31,7 +31,7 @@ from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.scores.observe import GradientObserver
 from d2ft_hpc.selection import SampleSelection
 from d2ft_hpc.selection.build import count_scoring, selection_of
-from d2ft_hpc.user_loop.attached import attached
+from d2ft_hpc.user_loop.attached import attached, curve_of
 from d2ft_hpc.user_loop.batch_counter import BatchCounter
 from d2ft_hpc.user_loop.default_group import control_of_loop
 from d2ft_hpc.user_loop.prepare import bind_engine
@@ -147,8 +147,8 @@ class PlannedLoop:
             return None
         if plan.binding == "sample":
             return self._costs.planned_share(plan)
-        own = plan.for_replica(self._plans().control.rank)
-        return float(self._costs.planned_flops(own).mean() / self._costs.dense_flops)
+        own = self._costs.of_replica(plan, self._plans().control.rank)
+        return float(own.mean() / self._costs.dense_flops)
 
     @property
     def measured_share(self) -> float | None:
@@ -304,6 +304,8 @@ class PlannedLoop:
                 micro_batch_size=1,
                 seed=self.section.seed,
                 replicas_meet=isinstance(self._model, FSDPModule),
+                total_steps=self.section.total_steps,
+                curve=curve_of(self.section, self._costs),
             )
             self._controller = PlanController(context, self, control, self._source, Told(control))
         return self._controller

@@ -1,0 +1,36 @@
+"""Plans by tokens: every head and every sample train, at a resolution that rises through the run (`token_curve`)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from d2ft_hpc.planning.dense import solve_dense
+from d2ft_hpc.planning.plan import Grid
+from d2ft_hpc.planning.planner import Options, Planner
+
+
+class TokenOptions(Options):
+    """Images begin small and end at data.image_size."""
+
+    sides: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.5, 0.75, 1.0)
+    """Sides that images may have in training, in units of data.image_size; rounded to whole patches."""
+
+
+def grids_of(full: Grid, sides: tuple[float, ...]) -> list[Grid]:
+    """Patches of images whose sides are these shares of one with `full` patches, rising, the full one last."""
+    down, across = full
+    scaled = {(max(round(side * down), 1), max(round(side * across), 1)) for side in sides}
+    return sorted(scaled | {full})
+
+
+TOKENS = Planner(
+    "tokens",
+    "every head on images that begin small and end at full size, so that a run keeps plan.compute_budget",
+    solve_dense,
+    TokenOptions,
+    reads_scores=False,
+    keeps_budgets=False,
+    scales_images=True,
+)

@@ -1,0 +1,178 @@
+"""Resolution as an axis of plans: the curve over a run, plans that hold grids, models that train on scaled images."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from d2ft_hpc.errors import PlanError, UnsupportedModelError
+from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.images import scaled
+from d2ft_hpc.metering import measure_costs, meter
+from d2ft_hpc.metering.costs import measure_costs_at, token_curve_of
+from d2ft_hpc.planning import Operation, SkipPlan
+from d2ft_hpc.planning.token_curve import token_curve
+from d2ft_hpc.planning.tokens import grids_of
+
+GRIDS = [(8, 8), (12, 12), (16, 16)]
+COSTS = [0.24, 0.54, 1.0]
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
+
+
+def _vit(**more: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model: torch.nn.Module = timm.create_model("vit_tiny_patch16_224", **{**TINY, **more}).double()
+    return model
+
+
+@pytest.mark.parametrize("budget", [0.24, 0.25, 0.4, 0.5, 0.593, 0.7, 0.95, 1.0])
+@pytest.mark.parametrize("steps", [1, 7, 108, 2345])
+def test_a_curve_keeps_its_budget_and_leaves_no_step_of_it(budget: float, steps: int) -> None:
+    curve = token_curve(GRIDS, COSTS, budget, steps)
+    spent = float(np.dot(curve.steps, COSTS))
+    assert sum(curve.steps) == steps
+    assert spent <= budget * steps + 1e-6
+    rises = [
+        COSTS[above] - COSTS[below]
+        for below, above in itertools.combinations(range(3), 2)
+        if curve.steps[below]
+    ]
+    assert not rises or budget * steps - spent < min(rises) + 1e-6
+    grids = [curve.grid_at(step) for step in range(steps)]
+    assert grids == sorted(grids)
+    assert [grids.count(grid) for grid in GRIDS] == list(curve.steps)
+
+
+def test_a_curve_spreads_steps_as_evenly_as_the_budget_allows() -> None:
+    """Against a search over all shares of a fine grid."""
+    budget, parts = 0.45, 400
+    most = max(
+        _entropy(shares)
+        for i in range(parts + 1)
+        for j in range(parts + 1 - i)
+        if np.dot(shares := (i / parts, j / parts, (parts - i - j) / parts), COSTS) <= budget
+    )
+    curve = token_curve(GRIDS, COSTS, budget, 100_000)
+    assert most - 1e-4 <= _entropy([steps / 100_000 for steps in curve.steps]) <= most + 1e-3
+
+
+def _entropy(shares: Sequence[float]) -> float:
+    return -sum(share * np.log(share) for share in shares if share > 0)
+
+
+def test_a_budget_below_the_smallest_images_is_refused_with_the_least_one() -> None:
+    with pytest.raises(PlanError, match=r"0\.2 is below what 8 x 8 patches throughout take; at least 0\.240"):
+        token_curve(GRIDS, COSTS, 0.2, 100)
+
+
+def test_sides_are_whole_patches_and_end_at_full_size() -> None:
+    assert grids_of((14, 14), (0.5, 0.75, 1.0)) == [(7, 7), (10, 10), (14, 14)]
+    assert grids_of((16, 12), (0.5,)) == [(8, 6), (16, 12)]
+    assert grids_of((2, 2), (0.1, 0.2)) == [(1, 1), (2, 2)]
+
+
+def test_a_plan_keeps_its_grids_as_message_and_as_file(tmp_path: Path) -> None:
+    plain = SkipPlan.dense(2, 2, 3, 3)
+    plan = plain.at((3, 2))
+    assert plan != plain
+    assert plan.at(None) == plain
+    assert plan.at((4, 2)) != plan
+    assert plan.grid_of(3) == (3, 2)
+    assert plain.grid_of(3) is None
+    again = SkipPlan.from_bytes(plan.to_bytes())
+    assert again == plan
+    assert again.grid_of(0) == (3, 2)
+    plan.write(tmp_path / "plan.h5")
+    assert SkipPlan.read(tmp_path / "plan.h5").digest == plan.digest
+    for wrong in (np.ones((3, 2), int), np.zeros((4, 2), int), np.ones((4, 2)), np.full((4, 2), 10**6)):
+        with pytest.raises(PlanError, match="grids"):
+            SkipPlan(plan.operations, 2, grids=wrong)
+
+
+@pytest.mark.parametrize("options", [{}, {"class_token": False, "global_pool": "avg"}, {"pos_embed": "none"}])
+def test_scaled_training_is_that_of_timms_model_on_small_images(options: dict[str, object]) -> None:
+    model, reference = _vit(**options), _vit(dynamic_img_size=True, **options)
+    executor = attach(model)
+    images, labels = torch.rand(4, 3, 32, 32, dtype=torch.float64), torch.arange(4)
+    grids = [(2, 2), (4, 4), (3, 2)]
+    plan = SkipPlan(np.full((3, 3, 3), Operation.FULL), 1, grids=np.array(grids))
+    executor.activate(plan, 0)
+    model.train()
+    for slot, (down, across) in enumerate(grids):
+        with executor.micro_batch(slot):
+            own = F.cross_entropy(model(images), labels)
+            own.backward()
+        expected = F.cross_entropy(reference(scaled(images, (8 * down, 8 * across))), labels)
+        expected.backward()
+        assert own.item() == expected.item()
+    of_reference = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter.grad, of_reference[name].grad), name
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(images), reference.eval()(images))
+
+
+def test_copies_of_a_model_under_such_a_plan_train_on_images_as_they_come() -> None:
+    model = _vit()
+    executor = attach(model)
+    executor.activate(SkipPlan.dense(1, 1, 3, 3).at((2, 2)), 0)
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin.train()(images), model.eval()(images))
+
+
+def test_skipped_heads_and_small_images_go_together() -> None:
+    """Against a model of its own for the small images, under the same plan."""
+    operations = np.random.default_rng(0).integers(0, 3, (1, 3, 3))
+    plan = SkipPlan(operations, 1)
+    images = torch.rand(4, 3, 32, 32, dtype=torch.float64)
+    outputs = []
+    for options, own, seen in (
+        ({}, plan.at((2, 2)), images),
+        ({"dynamic_img_size": True}, plan, scaled(images, (16, 16))),
+    ):
+        model = _vit(**options).train()
+        executor = attach(model)
+        executor.activate(own, 0)
+        with executor.micro_batch(0):
+            outputs.append(model(seen))
+    assert torch.equal(*outputs)
+
+
+def test_costs_at_each_resolution_are_what_a_pass_computes() -> None:
+    model = _vit()
+    executor = attach(model)
+    costs = measure_costs(model, executor, (3, 32, 32))
+    costs = measure_costs_at(costs, model, executor, (3, 32, 32), (0.5, 0.75))
+    assert list(costs.at) == [(2, 2), (3, 3), (4, 4)]
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    model.train()
+    for grid in costs.at:
+        plan = SkipPlan(np.array([[[2, 2, 0], [2, 1, 1], [2, 0, 0]]]), 1).at(grid)
+        executor.activate(plan, 0)
+        with executor.micro_batch(0), meter() as metered:
+            model(images).sum().backward()
+        assert metered.flops == pytest.approx(2 * costs.of_replica(plan, 0)[0], rel=1e-9)
+    curve = token_curve_of(costs, 0.6, 100)
+    assert curve.share == pytest.approx(0.6, abs=0.01)
+    with pytest.raises(
+        PlanError, match=r"1 x 1 patches, whose costs were not counted; this run has 2 x 2, 3 x 3"
+    ):
+        costs.planned_share(plan.at((1, 1)))
+
+
+def test_a_model_for_one_size_is_refused_by_name() -> None:
+    model = timm.create_model("eva02_tiny_patch14_224", img_size=28, embed_dim=24, depth=1, num_heads=3)
+    executor = attach(model)
+    with pytest.raises(UnsupportedModelError, match="dynamic_img_size=True"):
+        executor.activate(SkipPlan.dense(1, 1, *executor.subnets.shape).at((1, 1)), 0)
