@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from d2ft_hpc.config import PlanConfig
+from d2ft_hpc.families.table import backbone_of
 from d2ft_hpc.launch import Control
 from d2ft_hpc.lifecycle.controller import ScoreSource
 from d2ft_hpc.lifecycle.rows import rows_of_all
@@ -76,7 +77,7 @@ class ObservedScores(ScoreSource):
         if self._settings.backward_score == "fisher":
             return Scores(fisher, fisher, 0.0, *names, 0)
         with self._full_model() as model:
-            magnitude = weight_magnitude(model, self._subnets).cpu().numpy()
+            magnitude = weight_magnitude(backbone_of(model), self._subnets).cpu().numpy()
         return Scores(fisher, np.broadcast_to(magnitude, fisher.shape), 0.0, *names, 0)
 
     def so_far(self) -> npt.NDArray[np.float32] | None:

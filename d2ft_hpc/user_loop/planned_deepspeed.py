@@ -19,6 +19,7 @@ from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.portable import write_file
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.families.table import backbone_of
 from d2ft_hpc.files import atomic
 from d2ft_hpc.launch import Control, agreed, share
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts, PlanState
@@ -271,4 +272,6 @@ class PlannedDeepSpeed:
         slots = int(engine.gradient_accumulation_steps())
         if isinstance(self._ours, (PipelineEngine, TensorParallelEngine)):
             return PartObserver(self._ours.part, subnets, self._placement, slots, lambda: loss_scale(engine))
-        return GradientObserver(engine.module, subnets, slots, lambda: self.slot, lambda: loss_scale(engine))
+        return GradientObserver(
+            backbone_of(engine.module), subnets, slots, lambda: self.slot, lambda: loss_scale(engine)
+        )

@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from d2ft_hpc.engines.check import check_plan
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
 from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.families.table import backbone_of, find_backbone
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts, PlanState
 from d2ft_hpc.lifecycle.observed import ObservedScores
 from d2ft_hpc.model.evaluating import evaluating
@@ -50,7 +51,10 @@ def attach(
     micro_batches: int = 1,
     **settings: Any,
 ) -> PlannedLoop:
-    """Lets a model of a known family, also one inside peft's wrapper, train under plans in the loop that follows.
+    """Lets a model of a known family train under plans in the loop that follows.
+
+    It may be inside peft's wrapper or a module of the user's own, which trains as before; shares of compute are of the
+    model of the known family alone.
 
     Call it before the optimiser, DDP or `fully_shard` get the model: it freezes what lies below the blocks.
 
@@ -66,7 +70,7 @@ def attach(
     if micro_batches < 1:
         raise ConfigError(f"micro_batches={micro_batches}: a batch has at least one")
     given = {"compute_budget": compute_budget, "planner": planner, **settings}
-    return PlannedLoop(unwrapped(model), parse_section(given, ""), micro_batches)
+    return PlannedLoop(model, parse_section(given, ""), micro_batches)
 
 
 class PlannedLoop:
@@ -80,7 +84,9 @@ class PlannedLoop:
 
     def __init__(self, model: nn.Module, section: D2ftSection, micro_batches: int) -> None:
         self.section, self.slots = section, micro_batches
-        self._model = model
+        self._whole = model
+        self._model = model = backbone_of(model)
+        """The supported model that the user's own is, or has inside."""
         self.executor, image_shape, self._costs = attached(model, section)
         self._image_size = image_shape[-1]
         self._selection: SampleSelection | None = None
@@ -94,6 +100,7 @@ class PlannedLoop:
         self._steps = self._draws = 0
         self._is_planned = False  # the batch that runs, or comes
         self._is_chosen = self._is_bound = False
+        self._unseen_steps = 0
         self._is_begun = False  # a batch, as opposed to what a loop does between two
         self._counter = BatchCounter(self._costs, self.executor)
         settings = {**section.model_dump(mode="json"), "micro_batches": micro_batches}
@@ -107,7 +114,7 @@ class PlannedLoop:
             self._observer,
             lambda: nullcontext(model),
         )
-        _watch(self, model)
+        _watch(self)
 
     def choose(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Planner `samples`: of a micro-batch, the samples that are to be trained on; by all ranks together.
@@ -122,7 +129,7 @@ class PlannedLoop:
         self._plan_batch(len(labels))
         if self._selection is None:
             self._selection = self._new_selection(self._plans().control.rank)
-            if isinstance(self._model, FSDPModule):
+            if self._is_spread or self._wraps:
                 self._selection.scorer.bind(self._logits)
         assert self.executor.plan is not None
         share = float((self.executor.plan.operations == Operation.FULL).mean())
@@ -206,8 +213,7 @@ class PlannedLoop:
         found = bind_engine(model, self.executor, self.current_slot)
         self._is_bound = True
         if self._controller is not None:
-            meets = isinstance(self._model, FSDPModule)
-            self._controller.context = replace(self._controller.context, replicas_meet=meets)
+            self._controller.context = replace(self._controller.context, replicas_meet=self._is_spread)
             if self.executor.plan is not None:
                 self.executor.activate(self.executor.plan, self._controller.control.rank)
         return found
@@ -227,8 +233,8 @@ class PlannedLoop:
             self._end_batch()  # the optimiser left a step out
         if not self._is_bound:
             ddp: Any = DistributedDataParallel._active_ddp_module
-            is_ddp = ddp is not None and unwrapped(ddp.module) is self._model
-            self.bind(ddp if is_ddp else self._model)
+            is_ddp = ddp is not None and find_backbone(ddp.module) is self._model
+            self.bind(ddp if is_ddp else self._whole)
         self._plan_batch()
         self._slot, self._is_chosen, self._is_begun = self._slot + 1, False, True
         self._turn_to("forward")
@@ -282,6 +288,15 @@ class PlannedLoop:
         self._turn_to("data")
 
     def _before_optimizer(self) -> None:
+        if self._slot < 0:  # a second optimiser's, or one that makes its state for a checkpoint
+            self._unseen_steps += self._steps == 0
+            if self._unseen_steps > 1:
+                name = type(self._model).__name__
+                raise PlanError(
+                    f"the optimiser steps, but {name} was not called in training mode, so that no plan is followed: "
+                    f"call it (not its forward or forward_features), or attach the module that does"
+                )
+            return
         self._counter.stop()
         self._turn_to("optimizer")
 
@@ -303,7 +318,7 @@ class PlannedLoop:
                 slots=1 if self.section.entry.binding == "sample" else self.slots,
                 micro_batch_size=1,
                 seed=self.section.seed,
-                replicas_meet=isinstance(self._model, FSDPModule),
+                replicas_meet=self._is_spread,
                 total_steps=self.section.total_steps,
                 curve=curve_of(self.section, self._costs),
             )
@@ -322,11 +337,20 @@ class PlannedLoop:
         )
 
     def _logits(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Of a model that FSDP2 has spread, of which there is no twin for other sizes."""
+        """Of a model that FSDP2 has spread, or that has the supported one inside: there is no twin for other sizes."""
         dtype = next(self._model.parameters()).dtype
         family = self.executor.subnets.family
-        with family.taking_any_size(self._model), evaluating(self._model):
-            return [self._model(of_slot.to(dtype)) for of_slot in images]
+        with family.taking_any_size(self._model), evaluating(self._whole):
+            return [self._whole(of_slot.to(dtype)) for of_slot in images]
+
+    @property
+    def _wraps(self) -> bool:
+        """The user's module computes more than the supported model."""
+        return unwrapped(self._whole) is not self._model
+
+    @property
+    def _is_spread(self) -> bool:
+        return isinstance(self._whole, FSDPModule) or isinstance(self._model, FSDPModule)
 
 
 class _Hook:
@@ -358,21 +382,24 @@ def _nothing(*args: Any) -> None:
     pass
 
 
-def _watch(loop: PlannedLoop, model: nn.Module) -> None:
+def _watch(loop: PlannedLoop) -> None:
     """Tells the loop of forwards and of steps of any optimiser that has parameters of the model, while it lives."""
+    model: nn.Module = loop._model
+    if loop._wraps:  # and calls what it likes of it, but for its images that is its first module
+        model = loop.executor.subnets.family.embedding(model) or model
     is_recorded = loop.record.is_on
     before = _Hook(model, loop._before_forward, loop._in_evaluation if is_recorded else None)
     model.register_forward_pre_hook(before, with_kwargs=True)
     if is_recorded:
-        model.register_forward_hook(_Hook(model, loop._after_forward), with_kwargs=True)
+        loop._model.register_forward_hook(_Hook(loop._model, loop._after_forward), with_kwargs=True)
     kept = weakref.ref(loop)
 
     def stepping(optimizer: Optimizer) -> PlannedLoop | None:
-        """The loop, if it is its batch that this optimiser ends."""
+        """The loop, if this optimiser trains its model."""
         loop = kept()
-        if loop is None or loop._slot < 0:
+        if loop is None:
             return None
-        own = {id(parameter) for parameter in loop._model.parameters()}
+        own = {id(parameter) for parameter in loop._whole.parameters()}
         steps = any(id(each) in own for group in optimizer.param_groups for each in group["params"])
         return loop if steps else None
 
@@ -381,7 +408,7 @@ def _watch(loop: PlannedLoop, model: nn.Module) -> None:
             loop._before_optimizer()
 
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if (loop := stepping(optimizer)) is not None:
+        if (loop := stepping(optimizer)) is not None and loop._slot >= 0:
             loop._end_batch(float(optimizer.param_groups[0]["lr"]))
 
     for handle in (
