@@ -80,13 +80,12 @@ class BatchCounter:
     def begin(self) -> None:
         """Counts from here on, in the first batch under its plan."""
         is_known = self._counted is not None and self._counted.plan is self._executor.plan
-        if self._metered is None and not is_known:
-            if (
-                other := BatchCounter._counting
-            ) is not None:  # of a loop that an error ended, or of a second model
+        if BatchCounter._counting is not self and (self._metered is not None or not is_known):
+            other = BatchCounter._counting  # of a loop that an error ended, or of a second model
+            if other is not None:
                 other.stop()
                 other._metered = None
-            self._metered = Metered()
+            self._metered = self._metered or Metered()
             # Not through torch.compile, whose functions hide their operators, and stay eager once they met the counter.
             self._modes = [torch.compiler.set_stance("force_eager"), OperatorCounter(self._metered)]
             for mode in self._modes:
@@ -94,7 +93,8 @@ class BatchCounter:
             BatchCounter._counting = self
 
     def stop(self) -> None:
-        """What follows is none of the batch's passes."""
+        """What follows is none of the batch's passes, unless another forward comes, as inside an optimiser's step that
+        was given a closure."""
         if BatchCounter._counting is self:
             for mode in reversed(self._modes):
                 mode.__exit__(None, None, None)

@@ -251,3 +251,25 @@ def test_what_cannot_be_followed_is_said() -> None:
         d2ft_hpc.attach(nn.ModuleList([tiny_vit(), tiny_vit()]))
     with pytest.raises(UnsupportedModelError, match="Linear is none of the supported models"):
         d2ft_hpc.attach(nn.Linear(2, 2))
+
+
+def test_a_forward_may_be_in_the_closure_of_the_optimiser_s_step() -> None:
+    """As Lightning has it: the last micro-batch of each batch."""
+    loop, usual = Loop(planner="joint"), Loop(planner="joint")
+
+    def closure(loss: Tensor) -> Tensor:
+        (loss / SLOTS).backward()
+        return loss
+
+    for step in range(2):
+        for slot in range(SLOTS):
+            images, labels = random_batch(10 * step + slot, samples=12)
+            if slot < SLOTS - 1:
+                closure(F.cross_entropy(loop.model(images), labels))
+        last = images, labels
+        loop.optimizer.step(lambda last=last: closure(F.cross_entropy(loop.model(last[0]), last[1])))
+        loop.optimizer.zero_grad()
+        usual.step(step)
+    torch.testing.assert_close(loop.model.state_dict(), usual.model.state_dict())
+    assert loop.d2ft.plan == usual.d2ft.plan
+    assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
