@@ -22,7 +22,7 @@ DEEPSPEED = [str(BESIDE / "deepspeed"), "--num_gpus", "2", "--master_port", "296
 JOBS = {
     "mpirun zero1": MPIRUN,
     "mpirun zero1-tensor": MPIRUN,
-    "torchrun zero3": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone", "-m", SCRIPT],
+    "torchrun zero3": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone", "-m", SCRIPT, "--wrapped"],
     "deepspeed zero1-pipeline": DEEPSPEED,
 }  # fmt: skip
 
