@@ -129,8 +129,6 @@ class PlannedLoop:
         self._plan_batch(len(labels))
         if self._selection is None:
             self._selection = self._new_selection(self._plans().control.rank)
-            if self._is_spread or self._wraps:
-                self._selection.scorer.bind(self._logits)
         assert self.executor.plan is not None
         share = float((self.executor.plan.operations == Operation.FULL).mean())
         self._is_begun = True
@@ -332,12 +330,14 @@ class PlannedLoop:
 
     def _new_selection(self, replica: int) -> SampleSelection:
         assert isinstance(self.section.options, SampleOptions)
-        return selection_of(
+        selection = selection_of(
             self.section.options, self._model, self._image_size, seed=self.section.seed, replica=replica
         )
+        selection.scorer.bind(self._logits)
+        return selection
 
     def _logits(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Of a model that FSDP2 has spread, or that has the supported one inside: there is no twin for other sizes."""
+        """By the model itself, with all that the loop's libraries have made of its forward; a twin would lack it."""
         dtype = next(self._model.parameters()).dtype
         family = self.executor.subnets.family
         with family.taking_any_size(self._model), evaluating(self._whole):
@@ -360,14 +360,15 @@ class _Hook:
         """training, evaluation: what to call with the forward's arguments in these modes."""
         self._model = weakref.ref(model)
         self._training = torch.compiler.disable(training)
-        self._evaluation = None if evaluation is None else torch.compiler.disable(evaluation)
+        # Not None, which code that torch.compile made for another hook would call.
+        self._evaluation = _nothing if evaluation is None else torch.compiler.disable(evaluation)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
         if module is not self._model():
             return
         if module.training and torch.is_grad_enabled():
             self._training([*args, *kwargs.values()])
-        elif self._evaluation is not None and not module.training:
+        elif not module.training:
             self._evaluation([])
 
     def __reduce__(self) -> Any:

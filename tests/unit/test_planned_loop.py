@@ -273,3 +273,23 @@ def test_a_forward_may_be_in_the_closure_of_the_optimiser_s_step() -> None:
     torch.testing.assert_close(loop.model.state_dict(), usual.model.state_dict())
     assert loop.d2ft.plan == usual.d2ft.plan
     assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
+
+
+def test_samples_are_scored_by_what_libraries_made_of_the_model() -> None:
+    """As Accelerate does for mixed precision: another forward, which is bound to the model; some modules stay as in
+    evaluation."""
+    loop = Loop(planner="samples", compute_budget=0.7)
+    plain, seen = loop.model.forward, []
+
+    def forward(images: Tensor) -> Tensor:
+        seen.append((loop.model.training, images.shape[-1]))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits: Tensor = plain(images)
+        return logits.float()
+
+    loop.model.forward = forward
+    loop.model.norm.eval()
+    loop.step(0)
+    assert seen == [(False, 8), (True, 16)] * SLOTS
+    assert loop.model.training
+    assert not loop.model.norm.training
