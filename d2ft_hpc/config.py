@@ -35,7 +35,7 @@ from d2ft_hpc.paths import expand
 from d2ft_hpc.planning.messages import DataParallel
 from d2ft_hpc.planning.planner import Options, Planner
 from d2ft_hpc.planning.table import PLANNERS
-from d2ft_hpc.planning.tokens import TokenOptions
+from d2ft_hpc.planning.tokens import TOKENS, TokenOptions
 from d2ft_hpc.safe_text import shown
 from d2ft_hpc.score_table import FISHER, SCORES, WEIGHT_MAGNITUDE
 from d2ft_hpc.settings import Fraction, Section
@@ -134,8 +134,8 @@ class DataConfig(Section):
     """Choose settings on validation images, report on test images."""
     augment: Literal["auto", "none", "shift", "resized_crop", "timm"] = "auto"
     """Of training images. shift: by up to an eighth, and flips; resized_crop: crops of 50 to 100 % of the area, and
-    flips; timm: timm.data.create_transform. auto: none for digits, shift for small images (up to 64 x 64 pixels, not
-    single files), else resized_crop."""
+    flips; timm: timm.data.create_transform. auto: none for digits, shift for small images (up to 64 x 64 pixels), else
+    resized_crop."""
     timm: dict[str, Any] = Field(default={})
     """Options of timm.data.create_transform (auto_augment, color_jitter, re_prob, ...) for augment=timm."""
     mixup_alpha: float = Field(default=0.0, ge=0, le=1000)
@@ -216,7 +216,8 @@ class ReplanConfig(Section):
 
 class PlanConfig(Section):
     planner: str = Field(
-        default="joint", description="\n".join(f"{entry.name}: {entry.about}." for entry in PLANNERS.values())
+        default=TOKENS.name,
+        description="\n".join(f"{entry.name}: {entry.about}." for entry in PLANNERS.values()),
     )
     options: SerializeAsAny[Options] = Field(default_factory=Options, validate_default=True)
     """What the planner alone reads, by its own names: `OPTIONS of class PLANNER in d2ft_hpc/planning`."""

@@ -35,6 +35,8 @@ Entropy = Sequence[int]
 
 SMALL_PIXELS = 64
 """Images up to this side show one object that fills them: they are shifted, larger ones cropped."""
+_LOOKED_AT = 16
+"""Images of a split that tell how large all are."""
 
 
 class RawBatch(NamedTuple):
@@ -217,8 +219,13 @@ def _label_of(source: Source, classes: Sequence[int] | None) -> npt.NDArray[np.i
 def _automatic(name: str, source: Source) -> Augmentation:
     if name == "digits":
         return "none"
-    small = isinstance(source.images, PixelImages) and max(source.images.size) <= SMALL_PIXELS
-    return "shift" if small else "resized_crop"
+    images = source.images
+    if isinstance(images, PixelImages):
+        sides = images.size
+    else:  # of which a few tell: a data set is of one kind
+        some = range(0, len(images), max(len(images) // _LOOKED_AT, 1))
+        sides = tuple(max(images.picture(index).size) for index in some)
+    return "shift" if max(sides, default=0) <= SMALL_PIXELS else "resized_crop"
 
 
 def _transforms(

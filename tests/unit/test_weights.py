@@ -48,8 +48,13 @@ def test_files_and_folders(tiny: Path) -> None:
         assert loaded["head.weight"].shape == (10, 192)
         for name, weight in stored.items():
             assert name.startswith("head.") or torch.equal(loaded[name], weight.float()), name
+        # Nearly zero, so that the first steps do not shake what was pretrained; not zero, which would score nothing.
+        assert loaded["head.weight"].std().item() == pytest.approx(1e-3)
+        assert not loaded["head.bias"].any()
     same_classes = build_model(NAME, num_classes=7, weights=str(tiny), options={"img_size": 96})
     assert torch.equal(same_classes.head.weight, stored["head.weight"].float())
+    new = build_model(NAME, num_classes=10, options={"img_size": 96})
+    assert new.head.weight.std().item() == pytest.approx(0.02, rel=0.1)  # all of it is new: as timm makes it
     assert pixel_statistics(NAME, str(tiny)) == ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
     assert pixel_statistics(NAME, str(tiny / "model.safetensors")) == ((0.5,) * 3, (0.5,) * 3)
     assert pixel_statistics("vit_small_patch14_dinov2", None)[0] == (0.485, 0.456, 0.406)
