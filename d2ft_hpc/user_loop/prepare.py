@@ -54,7 +54,7 @@ def bind_engine(
     if backbone is None:
         raise ConfigError(
             f"prepare takes DistributedDataParallel(model), a timm model after fully_shard (FSDP2), or a timm model as "
-            f"it is, not a {type(model).__name__}"
+            f"it is, each also inside a module of one's own, not a {type(model).__name__}"
         )
     for spread in (model, backbone):
         if isinstance(spread, FSDPModule):
