@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from d2ft_hpc.errors import ConfigError, PlanError
-from d2ft_hpc.families.table import find_family
+from d2ft_hpc.families.table import family_of, find_backbone
 from d2ft_hpc.planning import SkipPlan
 
 
@@ -41,8 +41,11 @@ def check_recompute(model: nn.Module) -> None:
     Reentrant checkpointing gives no gradient at all to a block whose input needs none, as the first one's above
     frozen embeddings: torch only warns.
     """
-    family = find_family(model)
-    if family is not None and family.recomputes(model) and family.recomputes_reentrantly:
+    backbone = find_backbone(model)
+    if backbone is None:
+        return
+    family = family_of(backbone)
+    if family.recomputes(backbone) and family.recomputes_reentrantly:
         raise ConfigError(
             f"activation checkpointing is reentrant, which loses the gradients of a block above frozen embeddings: "
             f"{family.not_reentrant}"

@@ -22,7 +22,6 @@ from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.block_graphs import GradientPlace
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
-from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.planning import SkipPlan
 
 
@@ -66,7 +65,7 @@ def bind_ddp(
 
 
 def _check(ddp: DistributedDataParallel, plan: SkipPlan) -> None:
-    check_recompute(unwrapped(ddp.module))
+    check_recompute(ddp.module)
     check_plan(plan, slots=plan.slots, replicas=dist.get_world_size(ddp.process_group), same_rows=None)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from d2ft_hpc.execution.executor import PlanExecutor
-from d2ft_hpc.families.table import family_of
+from d2ft_hpc.families.table import backbone_of, family_of
 from d2ft_hpc.metering import phases
 from d2ft_hpc.model.evaluating import evaluating
 from d2ft_hpc.planning import SkipPlan
@@ -90,7 +90,12 @@ class Engine(Protocol):
 
 def evaluated(model: nn.Module, images: Sequence[Tensor]) -> list[Tensor]:
     """`Engine.logits` of a model that this rank can run."""
-    twin, dtype = family_of(model).of_any_size(model), next(model.parameters()).dtype
+    backbone, dtype = backbone_of(model), next(model.parameters()).dtype
+    family = family_of(backbone)
+    if backbone is not model:
+        with family.taking_any_size(backbone), evaluating(model):
+            return [model(of_slot.to(dtype)) for of_slot in images]
+    twin = family.of_any_size(model)
     with evaluating(model):
         return [twin(of_slot.to(dtype)) for of_slot in images]
 

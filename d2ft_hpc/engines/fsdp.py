@@ -33,7 +33,6 @@ from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import family_of
-from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.parallel.dtensor import split_heads
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.planning import SkipPlan
@@ -83,7 +82,7 @@ def bind_fsdp(
 
 
 def _check(model: nn.Module, plan: SkipPlan) -> None:
-    check_recompute(unwrapped(model))
+    check_recompute(model)
     check_plan(plan, slots=plan.slots, replicas=int(_group(model).mesh_info.mesh.size()), same_rows=None)
 
 

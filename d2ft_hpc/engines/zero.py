@@ -19,7 +19,7 @@ from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.block_graphs import GradientPlace
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
-from d2ft_hpc.families.table import find_family
+from d2ft_hpc.families.table import family_of, find_backbone
 from d2ft_hpc.planning import SkipPlan
 
 _REDUCTIONS = {
@@ -103,7 +103,8 @@ class ZeroRules:
 
     def same_rows(self, model: nn.Module) -> str | None:
         """Why all replicas must follow the same rows; None where they may differ."""
-        if self.stage == 3 and (family := find_family(model)) and family.recomputes(model):
+        backbone = find_backbone(model) if self.stage == 3 else None
+        if backbone is not None and family_of(backbone).recomputes(backbone):
             return (
                 "ZeRO-3 with activation checkpointing gathers a block's weights again where the block is recomputed, "
                 "which only happens on replicas that have FULL heads in it"

@@ -33,7 +33,7 @@ from d2ft_hpc.execution.gradients import (
 from d2ft_hpc.execution.images import scaled
 from d2ft_hpc.execution.rows import Row, choose_heads
 from d2ft_hpc.families.family import BlockFamily, KernelParts
-from d2ft_hpc.model.lora import unwrapped
+from d2ft_hpc.families.table import backbone_of
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.planning.plan import Grid, Operation, SkipPlan
 
@@ -513,7 +513,8 @@ def attach(
     compile: bool = False,
     cuda_graphs: bool = False,
 ) -> PlanExecutor:
-    """Lets a model of one of the families (`d2ft_hpc.families`) follow skip plans, also one inside peft's wrapper.
+    """Lets a model of one of the families (`d2ft_hpc.families`), or the one inside peft's wrapper or a module of one's
+    own, follow skip plans.
 
     embeddings: what becomes of the parameters below every block, whose gradient is biased by every skip above them:
         "frozen" (default), "complete_path" (trained by the micro-batches that are FULL everywhere) or "trained".
@@ -525,7 +526,7 @@ def attach(
 
     Raises UnsupportedModelError where the model cannot be cut by head.
     """
-    model = unwrapped(model)
+    model = backbone_of(model)
     subnets = SubnetMap.of(model)
     blocks = subnets.blocks(model)
     if any(hasattr(block, "_d2ft") for block in blocks):

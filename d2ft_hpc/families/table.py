@@ -25,6 +25,27 @@ def family_of(model: nn.Module) -> BlockFamily:
     return family
 
 
+def find_backbone(model: nn.Module) -> nn.Module | None:
+    """The first model of a known family that `model` is or has inside; None if there is none."""
+    return next((module for module in model.modules() if find_family(module) is not None), None)
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The model of a known family that `model` is or has inside, such as in peft's wrapper or under a head of its own.
+
+    Raises UnsupportedModelError where there is none, or more than one.
+    """
+    found = [module for module in model.modules() if find_family(module) is not None]
+    if len(found) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {len(found)} supported models inside ({type(found[0]).__name__}, ...): "
+            f"give the one that is to follow plans"
+        )
+    if not found:
+        family_of(model)  # or it is refused
+    return found[0]
+
+
 def supported() -> str:
     """All that fits, in words."""
     return "; ".join(family.supported for family in FAMILIES)

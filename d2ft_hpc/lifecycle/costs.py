@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.files.untrusted import RefusedError
 from d2ft_hpc.metering import StepCosts
+from d2ft_hpc.parallel.layout import Placement
 
 PAPER_FORWARD_COST = 0.4
 """Of FORWARD_ONLY in units of FULL (arXiv 2504.12471)."""
@@ -83,3 +84,20 @@ def relative_speeds(seconds: Sequence[float]) -> list[float]:
     for group in np.split(order, starts[1:]):
         speed[group] = speed[group].mean()
     return [float(value) for value in speed / speed.mean()]
+
+
+def costs_of_part(costs: StepCosts, layer_flops: Sequence[float], placement: Placement) -> StepCosts:
+    """Costs of a rank's part of the dense model; what always runs does so on every tensor-parallel rank.
+
+    layer_flops: of what lies below the blocks, of each block, and of what lies above.
+    """
+    layout = placement.layout
+    below = layer_flops[0] if layout.stage == 0 else 0.0
+    above = layer_flops[-1] if layout.stage == layout.stages - 1 else 0.0
+
+    def own(of_size: StepCosts) -> StepCosts:
+        # What lies outside the blocks is patches and, as little, a classifier: at each resolution as at the full one.
+        outside = (below + above) * of_size.outside_flops / costs.outside_flops
+        return replace(of_size, outside_flops=outside, subnets=placement.own.sum(axis=1))
+
+    return replace(own(costs), at={grid: own(of_size) for grid, of_size in costs.at.items()})

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from d2ft_hpc.config import PlanConfig
+from d2ft_hpc.families.table import backbone_of
 from d2ft_hpc.launch import Control
 from d2ft_hpc.lifecycle.controller import ScoreSource
 from d2ft_hpc.lifecycle.rows import rows_of_all
@@ -78,7 +79,7 @@ class ObservedScores(ScoreSource):
         if backward.reads_gradients:
             return Scores(fisher, fisher, 0.0, *names, 0)
         with self._full_model() as model:
-            of_weights = scores_of_weights(backward, model, self._subnets).cpu().numpy()
+            of_weights = scores_of_weights(backward, backbone_of(model), self._subnets).cpu().numpy()
         return Scores(fisher, np.broadcast_to(of_weights, fisher.shape), 0.0, *names, 0)
 
     def so_far(self) -> npt.NDArray[np.float32] | None:

@@ -31,12 +31,13 @@ class Metered:
 def meter() -> Iterator[Metered]:
     """Counts what runs inside, backward included. Costs some microseconds an operator: meter single steps."""
     metered = Metered()
-    with _Counter(metered):
+    with OperatorCounter(metered):
         yield metered
 
 
-class _Counter(TorchDispatchMode):
-    """Sees operators, among them torch.distributed's collectives (`c10d`), as the dispatcher does.
+class OperatorCounter(TorchDispatchMode):
+    """Sees operators, among them torch.distributed's collectives (`c10d`), as the dispatcher does; for `meter`, and for
+    loops that have no place for a `with`.
 
     By torch's formulas, but not by its FlopCounterMode: that keeps the graph of each forward inside until it ends, with
     all activations of one that ran out of memory.

@@ -28,8 +28,8 @@ _SENDING = (
 class StepTimes:
     """The times of one step. They are there once `ready`."""
 
-    def __init__(self, stream: torch.cuda.Stream | None) -> None:
-        self._stream = stream
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._marks: list[tuple[str, Any]] = []
         self._open = [OTHER]
         self._mark()
@@ -44,6 +44,11 @@ class StepTimes:
         finally:
             self._open.pop()
             self._mark()
+
+    def turn_to(self, name: str) -> None:
+        """Everything from here on belongs to the phase; for loops that are not ours to put into `with`."""
+        self._open[-1] = name
+        self._mark()
 
     def end(self) -> None:
         """The step ends here."""
@@ -81,7 +86,7 @@ def timed_step(device: torch.device) -> Iterator[StepTimes]:
     """Times one step: `phase` and all communication from Python inside count towards it."""
     global _current
     _watch_communication()
-    times = StepTimes(torch.cuda.current_stream(device) if device.type == "cuda" else None)
+    times = StepTimes(device)
     _current = times
     try:
         yield times

@@ -57,13 +57,24 @@ class SubnetMap:
         ]
         if reasons:
             raise _unsupported(model, family, reasons)
-        alike = [(family.num_heads(block), family.head_axes(block)) for block in blocks]
-        differing = [i for i, of_block in enumerate(alike) if of_block != alike[0]]
+        heads, axes = (
+            [family.num_heads(block) for block in blocks],
+            [family.head_axes(block) for block in blocks],
+        )
+        # LoRA may be on some blocks only, alike where it is.
+        head_axes = {name: axis for of_block in axes for name, axis in of_block.items()}
+        differing = [
+            i
+            for i, of_block in enumerate(axes)
+            if heads[i] != heads[0]
+            or not of_block.items() <= head_axes.items()
+            or {name for name in head_axes if not _is_adapters(name)} - of_block.keys()
+        ]
         if not blocks or differing:
             where = f"blocks {differing} differ in shape from block 0" if blocks else "it has no blocks"
             raise _unsupported(model, family, [where])
         layers = tuple(name for names in family.layers(blocks[0]).values() for name in names)
-        return SubnetMap(family, len(blocks), *alike[0], layers)
+        return SubnetMap(family, len(blocks), heads[0], head_axes, layers)
 
     def classify(self, parameter_name: str) -> ParameterClass:
         """The class of a parameter by its name in the model."""
@@ -100,6 +111,11 @@ class SubnetMap:
     def shape(self) -> tuple[int, int]:
         """(blocks, heads)."""
         return self.num_blocks, self.num_heads
+
+
+def _is_adapters(name: str) -> bool:
+    """By peft's naming: a factor, or the weight that factors are added to."""
+    return "lora_" in name or ".base_layer." in name
 
 
 def _unsupported(model: nn.Module, family: BlockFamily, reasons: list[str]) -> UnsupportedModelError:

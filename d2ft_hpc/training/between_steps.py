@@ -11,9 +11,9 @@ from d2ft_hpc.config import TrainConfig
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.errors import DivergedError
 from d2ft_hpc.launch.agree import AgreedError
+from d2ft_hpc.recording.steps import StepRecorder
 from d2ft_hpc.training.checkpoint import Position
 from d2ft_hpc.training.job import Job
-from d2ft_hpc.training.records import StepRecorder
 from d2ft_hpc.training.run_log import RunLog
 from d2ft_hpc.training.saver import CheckpointSaver
 

@@ -22,11 +22,12 @@ from d2ft_hpc.lifecycle import PlanController, PlanState
 from d2ft_hpc.model.lora import save_adapter, timm_state
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.stages import describe_stages
+from d2ft_hpc.recording.environment import describe_environment
+from d2ft_hpc.recording.steps import StepRecorder
 from d2ft_hpc.safe_text import say
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.between_steps import BetweenSteps
 from d2ft_hpc.training.checkpoint import Position, load_checkpoint
-from d2ft_hpc.training.environment import describe_environment
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.finite import require_finite, with_advice
 from d2ft_hpc.training.foresight import foresee_plans
@@ -37,7 +38,6 @@ from d2ft_hpc.training.model_placement import place
 from d2ft_hpc.training.plans import is_due, plan_context
 from d2ft_hpc.training.probe_scores import ProbeScores
 from d2ft_hpc.training.progress import Progress
-from d2ft_hpc.training.records import StepRecorder
 from d2ft_hpc.training.results_file import first_plan_of, open_own_results, open_results
 from d2ft_hpc.training.resume import check_length, check_position, choose_start, fitted_to_ranks
 from d2ft_hpc.training.run_log import RunLog
@@ -117,8 +117,9 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
             if config.results.file_per_rank:
                 own_writer = stack.enter_context(open_own_results(job, start))
             run_folder.open_log(config.run_folder, control.rank)
+        on_step = None if log.tensorboard is None else log.tensorboard.step
         recorder = stack.enter_context(
-            StepRecorder(control, log.writer, own_writer, log.tensorboard, first_plan=first_plan)
+            StepRecorder(control, log.writer, own_writer, on_step, first_plan=first_plan)
         )
         finished = _train_epochs(run, recorder, start.position, config.to_yaml())
         watch.enter("saving the model")

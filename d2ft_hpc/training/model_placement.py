@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from d2ft_hpc.engines.model_parallel import PLACEMENT
 from d2ft_hpc.errors import CheckpointError
 from d2ft_hpc.launch import agreed, share
 from d2ft_hpc.launch.watch import Watch
+from d2ft_hpc.lifecycle.costs import costs_of_part
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.layout import Placement
@@ -69,13 +69,4 @@ def place_in_order(job: Job) -> Placement:
 
 def costs_of_rank(job: Job, placement: Placement) -> StepCosts:
     """Costs of this rank's part of the dense model; what always runs does so on every tensor-parallel rank."""
-    below, *_, above = job.layer_flops
-    layout = placement.layout
-    outside = (below if layout.stage == 0 else 0.0) + (above if layout.stage == layout.stages - 1 else 0.0)
-
-    def own(costs: StepCosts) -> StepCosts:
-        # What lies outside the blocks is patches and, as little, a classifier: at each resolution as at the full one.
-        of_rank = outside * costs.outside_flops / job.costs.outside_flops
-        return replace(costs, outside_flops=of_rank, subnets=placement.own.sum(axis=1))
-
-    return replace(own(job.costs), at={grid: own(costs) for grid, costs in job.costs.at.items()})
+    return costs_of_part(job.costs, job.layer_flops, placement)

@@ -8,6 +8,7 @@ from typing import Any
 from d2ft_hpc.errors import LostResultsError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch.control import print_line
+from d2ft_hpc.recording.entries import note, record_plan
 from d2ft_hpc.results import ResultsWriter, open_run
 from d2ft_hpc.results.aside import discard, has_record, is_unbegun, set_aside
 from d2ft_hpc.results.layout import rank_file
@@ -15,7 +16,7 @@ from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.measurements import Measurements
 from d2ft_hpc.training.resume import Start
-from d2ft_hpc.training.run_log import note, record_job, record_plan
+from d2ft_hpc.training.run_log import record_job
 
 BEFORE_ALL = -2
 """As the last step that is kept: nothing is, not even the evaluation before the first step."""
@@ -66,7 +67,7 @@ def first_plan_of(writer: ResultsWriter, job: Job, executor: PlanExecutor, start
         missing = start.position.plans_made - len(run.table("plans", ["step"])["step"])
     if missing > 0:
         assert executor.plan is not None
-        record_plan(job, executor, writer, executor.plan, start.position.steps_done, 0.0)
+        record_plan(job.costs, executor, writer, executor.plan, start.position.steps_done, 0.0)
     return max(missing - 1, 0)
 
 

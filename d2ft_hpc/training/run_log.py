@@ -6,18 +6,16 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import datetime, timezone
 
-import numpy as np
-
-from d2ft_hpc.execution.executor import MOST_SHAPES, PlanExecutor
+from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.lifecycle import PlanListener
 from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.recording.entries import note, record_plan, record_scores
+from d2ft_hpc.recording.environment import describe_model
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.scores import Scores
 from d2ft_hpc.training.checkpoint import Position
-from d2ft_hpc.training.environment import describe_parameters
 from d2ft_hpc.training.evaluate import Evaluation
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.measurements import Measurements
@@ -49,7 +47,7 @@ class RunLog(PlanListener):
 
     def planned(self, plan: SkipPlan, step: int, seconds: float) -> None:
         if self.writer is not None:
-            record_plan(self._job, self._executor, self.writer, plan, step, seconds)
+            record_plan(self._job.costs, self._executor, self.writer, plan, step, seconds)
 
     def note(self, step: int, kind: str, text: str, seconds: float = 0.0) -> None:
         if self.writer is not None:
@@ -86,17 +84,13 @@ def record_job(
     """What does not change during a run."""
     writer.put("config", {"yaml": job.config.to_yaml()})
     writer.put("environment", {}, environment)
+    parameters, attributes = describe_model(job.model, job.executor.subnets, job.costs)
     writer.put(
         "model",
-        describe_parameters(job.model, job.executor.subnets),
+        parameters,
         {
             "name": job.config.model.name,
-            "num_blocks": job.executor.subnets.num_blocks,
-            "num_heads": job.executor.subnets.num_heads,
-            "frozen_blocks": json.dumps(np.flatnonzero(~job.costs.trains).tolist()),
-            "always_flops": job.costs.always_flops,
-            "full_flops": job.costs.full_flops,
-            "forward_only_flops": job.costs.forward_only_flops,
+            **attributes,
             "dense_pass_seconds": measured.profile.dense_seconds,
             "always_pass_seconds": measured.profile.always_seconds,
             "dense_kept_bytes": measured.kept.of(job.costs.num_subnets) if measured.kept else math.nan,
@@ -105,57 +99,3 @@ def record_job(
             "all_reduce_seconds_per_byte": measured.all_reduce.per_byte,
         },
     )
-
-
-def record_scores(writer: ResultsWriter, scores: Scores, step: int) -> None:
-    """Of the plan that is made next."""
-    writer.append(
-        "scores",
-        {
-            "step": step,
-            "forward": scores.forward,
-            "backward": scores.backward,
-            "forward_name": scores.forward_name,
-            "backward_name": scores.backward_name,
-            "seconds": scores.seconds,
-            "flops": scores.flops,
-        },
-    )
-
-
-def record_plan(
-    job: Job, executor: PlanExecutor, writer: ResultsWriter, plan: SkipPlan, step: int, seconds: float
-) -> None:
-    """executor: the plan is in force on it. `step` is the first one under the plan."""
-    writer.append(
-        "plans",
-        {
-            "step": step,
-            "operations": plan.operations,
-            "grids": np.zeros((plan.num_rows, 2), np.int64) if plan.grids is None else plan.grids,
-            "hash": plan.hash,
-            "planner": plan.planner,
-            "replicas": plan.replicas,
-            "binding": plan.binding,
-            "objective": plan.objective,
-            "bound": plan.bound,
-            "gap": plan.gap,
-            "status": plan.status,
-            "solve_seconds": plan.solve_seconds,
-            "planned_compute": job.costs.planned_share(plan),
-            "planned_time": max(
-                float(job.costs.of_replica(plan, replica).mean()) / job.costs.dense_flops
-                for replica in range(plan.replicas)
-            ),
-            "block_shapes": executor.block_shapes,
-            "micro_batch_shapes": executor.micro_batch_shapes,
-            "most_shapes": MOST_SHAPES,
-        },
-    )
-    note(writer, step, "plan", plan.hash, seconds)
-
-
-def note(writer: ResultsWriter, step: int, kind: str, text: str, seconds: float = 0.0) -> None:
-    """Records an event; `step` is the number of steps done before."""
-    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    writer.append("events", {"step": step, "time": now, "kind": kind, "text": text, "seconds": seconds})

@@ -12,12 +12,13 @@ from d2ft_hpc.errors import ConfigError, ResultsError
 from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.paths import why_not_writable
+from d2ft_hpc.recording.entries import record_scores
+from d2ft_hpc.recording.environment import describe_environment
 from d2ft_hpc.results import ResultsWriter
-from d2ft_hpc.training.environment import describe_environment
 from d2ft_hpc.training.job import set_up
 from d2ft_hpc.training.measurements import measure_job
 from d2ft_hpc.training.probe_scores import measure_scores
-from d2ft_hpc.training.run_log import record_job, record_scores
+from d2ft_hpc.training.run_log import record_job
 
 
 def _check_output(output: Path) -> None:

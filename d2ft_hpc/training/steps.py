@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from d2ft_hpc.engines.engine import Engine, MicroBatch, StepReport
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
@@ -17,11 +15,11 @@ from d2ft_hpc.metering.phases import phase, timed_step
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import Operation
+from d2ft_hpc.recording.steps import StepRecord, on_host
 from d2ft_hpc.results.schema import BYTE_KINDS
 from d2ft_hpc.selection.build import count_scoring
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.model_placement import costs_of_rank
-from d2ft_hpc.training.records import StepRecord
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class StepRunner:
             with phase("data"):
                 micro_batches = next(batches)
             report, work = self._metered_step(micro_batches, step, plan)
-            loss, gradient_norm = _on_host(report.loss), _on_host(report.gradient_norm)
+            loss, gradient_norm = on_host(report.loss), on_host(report.gradient_norm)
         self._steps_done += 1
         samples = sum(len(labels) for _, labels in micro_batches)
         return StepRecord(
@@ -153,14 +151,6 @@ class StepRunner:
         scored, trained = (sum(len(labels) for _, labels in batch) for batch in (micro_batches, chosen))
         planned = scored * costs.score_flops + trained * costs.dense_flops
         return self._engine.step(chosen), _Work(planned, trained, 0, scored - trained)
-
-
-def _on_host(value: float | Tensor) -> float | Tensor:
-    """The value on its way to the host: there when the step's times are ready, and nothing waits for it now."""
-    if not isinstance(value, Tensor) or value.device.type != "cuda":
-        return value
-    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-    return host.copy_(value.detach(), non_blocking=True)
 
 
 def _bytes_by_kind(by_collective: Mapping[str, int]) -> dict[str, float]:

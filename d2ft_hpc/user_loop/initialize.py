@@ -22,16 +22,19 @@ from d2ft_hpc.engines.private_names import NEWEST_TESTED, newer_than_tested
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.errors import ConfigError, LaunchError, UnsupportedModelError
-from d2ft_hpc.families.table import family_of
+from d2ft_hpc.families.table import backbone_of
 from d2ft_hpc.launch import Control, connect, detect
+from d2ft_hpc.lifecycle.costs import costs_of_part
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
 from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.attached import attached
+from d2ft_hpc.user_loop.batch_counter import BatchCounter
 from d2ft_hpc.user_loop.pipeline_module import PipelineModule
 from d2ft_hpc.user_loop.planned_deepspeed import PlannedDeepSpeed
+from d2ft_hpc.user_loop.record import LoopRecord
 from d2ft_hpc.user_loop.section import split
 from d2ft_hpc.user_loop.told import Told
 
@@ -91,12 +94,17 @@ def initialize(
             f"model is a {type(model).__name__}: make one with timm.create_model, and for a pipeline wrap it in "
             f"d2ft_hpc.PipelineModule"
         )
-    family_of(model)  # or it is refused
+    backbone = backbone_of(model)
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ConfigError(
             "model was made inside deepspeed.zero.Init: make it outside, ZeRO-3 spreads it here"
         )
     stages, tensor_ranks = _parts(settings, pipeline)
+    if stages * tensor_ranks > 1 and backbone is not model:
+        raise ConfigError(
+            f"model is a {type(model).__name__} around a {type(backbone).__name__}: ranks that hold parts of a model "
+            f"need the {type(backbone).__name__} itself"
+        )
     if stages * tensor_ranks > 1 and isinstance(optimizer, Optimizer):
         raise ConfigError(
             "optimizer= holds the parameters of the whole model, of which each rank will train a part: give a function "
@@ -114,8 +122,8 @@ def initialize(
         _same_on_all_ranks(model)
     if layout.is_cut and section.cuda_graphs:
         raise ConfigError("d2ft.cuda_graphs=true: not where ranks hold parts of the model; remove it")
-    executor, image_shape, costs = attached(model, section)
-    flops = layer_flops(model, costs, image_shape)
+    executor, image_shape, costs = attached(backbone, section)
+    flops = layer_flops(backbone, costs, image_shape)
     placement = Placement(
         layout, cut_stages(flops, stages), even_owner(*executor.subnets.shape, layout.tensor_ranks)
     )
@@ -124,11 +132,12 @@ def initialize(
     selection = None
     if isinstance(section.options, SampleOptions):
         selection = selection_of(
-            section.options, model, image_shape[-1], seed=section.seed, replica=layout.replica
+            section.options, backbone, image_shape[-1], seed=section.seed, replica=layout.replica
         )
         device = next(model.parameters()).device
         costs = replace(costs, score_flops=count_scoring(selection, image_shape[-1], device))
     whole = model
+    record = LoopRecord(section.results, section.model_dump(mode="json"), backbone, executor.subnets, costs)
 
     def options_for(part: nn.Module) -> dict[str, Any]:
         chosen = model_parameters
@@ -161,7 +170,12 @@ def initialize(
             ours = DeepSpeedEngine(model, executor, optimizer, lr_scheduler, **step, **options_for(model))
     if selection is not None:
         selection.scorer.bind(ours.logits)
-    ours.engine.d2ft = PlannedDeepSpeed(ours, section, costs, placement, selection, control)
+    part_costs = costs_of_part(costs, flops, placement)
+    if selection is not None and layout.is_cut:
+        score_flops = count_scoring(selection, image_shape[-1], ours.engine.device)
+        part_costs = replace(part_costs, score_flops=score_flops)
+    counter = BatchCounter(part_costs, ours.executor)
+    ours.engine.d2ft = PlannedDeepSpeed(ours, section, costs, placement, selection, control, counter, record)
     return ours.made  # type: ignore[no-any-return]
 
 

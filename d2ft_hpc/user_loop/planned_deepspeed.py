@@ -19,6 +19,7 @@ from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.portable import write_file
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.families.table import backbone_of
 from d2ft_hpc.files import atomic
 from d2ft_hpc.launch import Control, agreed, share
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts, PlanState
@@ -32,7 +33,9 @@ from d2ft_hpc.scores import Scores
 from d2ft_hpc.scores.observe import GradientObserver
 from d2ft_hpc.selection import SampleSelection
 from d2ft_hpc.user_loop.attached import curve_of
+from d2ft_hpc.user_loop.batch_counter import BatchCounter
 from d2ft_hpc.user_loop.observe_part import PartObserver
+from d2ft_hpc.user_loop.record import LoopRecord
 from d2ft_hpc.user_loop.section import D2ftSection
 from d2ft_hpc.user_loop.told import Told
 
@@ -51,8 +54,11 @@ class PlannedDeepSpeed:
         placement: Placement,
         selection: SampleSelection | None,
         control: Control,
+        counter: BatchCounter,
+        record: LoopRecord,
     ) -> None:
-        """On all ranks together. ours: the user's engine as our training loop has it. selection: of planner samples."""
+        """On all ranks together. ours: the user's engine as our training loop has it. selection: of planner samples.
+        counter: of this rank's part of the model."""
         self.executor, self.section, self.control = ours.executor, section, control
         self._ours, self._engine, self._placement, self._selection = ours, ours.engine, placement, selection
         slots = int(ours.engine.gradient_accumulation_steps())
@@ -86,11 +92,16 @@ class PlannedDeepSpeed:
         self.is_boundary = False
         """Whether an optimiser step follows it."""
         self._seen = -1
+        self._counter = counter
+        self.record = record
+        """What the script can add to its `results.h5`: `record.evaluation`, `record.close`."""
         if isinstance(ours, PipelineEngine):
             self._lead_batches(ours)
         else:
             # Of the engine, so that copies of its module have none, and torch.compile sees none.
             ours.engine.register_forward_pre_hook(self._before_forward)
+            ours.engine.register_forward_hook(self._after_forward)
+            self._lead_steps()
         self._follow_checkpoints()
         if not reads_scores(section):
             self.plans.make(0)
@@ -115,6 +126,8 @@ class PlannedDeepSpeed:
             raise PlanError(
                 f'choose() draws samples for "planner": "samples"; with {self.section.planner!r} train on all of them'
             )
+        self._turn_to("forward")
+        self._counter.score(sum(len(labels) for _, labels in micro_batches))
         share_of_all = float((self.plan.operations == Operation.FULL).mean())
         return self._selection(micro_batches, int(self._engine.global_steps), share_of_all)
 
@@ -191,13 +204,51 @@ class PlannedDeepSpeed:
 
         def planned_batch(*args: Any, **kwargs: Any) -> Any:
             self._begin_batch()
+            self._turn_to("backward")
             pipeline.begin_batch()
-            return train_batch(*args, **kwargs)
+            for slot in range(int(self._engine.gradient_accumulation_steps())):
+                self._counter.train(slot, int(self._engine.train_micro_batch_size_per_gpu()))
+            step, rate = int(self._engine.global_steps), float(self._engine.get_lr()[0])
+            loss = train_batch(*args, **kwargs)
+            self.record.loss(loss)
+            self._end_batch(step, rate)
+            return loss
 
         pipeline.engine.train_batch = planned_batch
 
+    def _lead_steps(self) -> None:
+        """Losses and the ends of batches are those that the script's `backward` and `step` see."""
+        engine, backward, take_step = self._engine, self._engine.backward, self._engine.step
+
+        def noted_backward(loss: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+                self.record.loss(loss)
+            return backward(loss, *args, **kwargs)
+
+        def noted_step(*args: Any, **kwargs: Any) -> Any:
+            if self.is_boundary:
+                self._counter.stop()
+            self._turn_to("optimizer")
+            step, rate = int(engine.global_steps), float(engine.get_lr()[0])
+            result = take_step(*args, **kwargs)
+            if int(engine.global_steps) != step:
+                self._end_batch(step, rate)
+            return result
+
+        engine.backward, engine.step = noted_backward, noted_step
+
+    def _end_batch(self, step: int, learning_rate: float) -> None:
+        self.record.end_batch(step, self._counter.end(self._placement), self.plans, learning_rate)
+        self._turn_to("data")
+
+    def _turn_to(self, phase: str) -> None:
+        if self.record.is_on:
+            self.record.turn_to(phase, self.plans, self._engine.device, int(self._engine.global_steps))
+
     def _before_forward(self, engine: nn.Module, inputs: Any) -> None:
         if not self._engine.module.training or not torch.is_grad_enabled():
+            if self.is_boundary:  # and that step is done
+                self.record.pause()
             return
         # Read here and not in the blocks: torch.compile would make kernels anew for each value of DeepSpeed's counter.
         self.slot = current_slot(self._engine)
@@ -206,6 +257,12 @@ class PlannedDeepSpeed:
         if micro_step != self._seen and self.slot == 0:
             self._begin_batch()
         self._seen = micro_step
+        self._turn_to("forward")
+        self._counter.train(self.slot, len(inputs[0]))
+
+    def _after_forward(self, engine: nn.Module, inputs: Any, output: Any) -> None:
+        if self._engine.module.training and torch.is_grad_enabled():
+            self._turn_to("backward")
 
     def _begin_batch(self) -> None:
         self.plans.before_batch(int(self._engine.global_steps))
@@ -215,4 +272,6 @@ class PlannedDeepSpeed:
         slots = int(engine.gradient_accumulation_steps())
         if isinstance(self._ours, (PipelineEngine, TensorParallelEngine)):
             return PartObserver(self._ours.part, subnets, self._placement, slots, lambda: loss_scale(engine))
-        return GradientObserver(engine.module, subnets, slots, lambda: self.slot, lambda: loss_scale(engine))
+        return GradientObserver(
+            backbone_of(engine.module), subnets, slots, lambda: self.slot, lambda: loss_scale(engine)
+        )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from d2ft_hpc.engines.check import check_plan
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
 from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.families.table import backbone_of, find_backbone
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts, PlanState
 from d2ft_hpc.lifecycle.observed import ObservedScores
-from d2ft_hpc.metering import meter
 from d2ft_hpc.model.evaluating import evaluating
 from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.parallel.layout import Placement
@@ -32,10 +33,14 @@ from d2ft_hpc.scores.observe import GradientObserver
 from d2ft_hpc.selection import SampleSelection
 from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.attached import attached, curve_of
+from d2ft_hpc.user_loop.batch_counter import BatchCounter
 from d2ft_hpc.user_loop.default_group import control_of_loop
 from d2ft_hpc.user_loop.prepare import bind_engine
+from d2ft_hpc.user_loop.record import LoopRecord
 from d2ft_hpc.user_loop.section import D2ftSection, parse_section
 from d2ft_hpc.user_loop.told import Told
+
+Call = Callable[[Sequence[Any]], None]
 
 
 def attach(
@@ -46,7 +51,10 @@ def attach(
     micro_batches: int = 1,
     **settings: Any,
 ) -> PlannedLoop:
-    """Lets a model of a known family, also one inside peft's wrapper, train under plans in the loop that follows.
+    """Lets a model of a known family train under plans in the loop that follows.
+
+    It may be inside peft's wrapper or a module of the user's own, which trains as before; shares of compute are of the
+    model of the known family alone.
 
     Call it before the optimiser, DDP or `fully_shard` get the model: it freezes what lies below the blocks.
 
@@ -54,26 +62,15 @@ def attach(
         what `PlannedLoop.choose` is given and draws what trains; any other one plans by heads, and the first
         `probe_batches` batches run dense and give the scores. micro_batches: those of a rank whose gradients make one
         step of the optimiser. settings: other keys of the "d2ft" section (`D2ftSection`), such as `embeddings`,
-        `compile`, `cuda_graphs`, `replan={"every": 100, "unit": "steps"}` or `file`, a saved plan.
+        `compile`, `cuda_graphs`, `replan={"every": 100, "unit": "steps"}`, `file`, a saved plan, or
+        `results="runs/mine"`, a folder for `results.h5`, which `d2ft-hpc report runs/mine` reads.
 
     Raises ConfigError for settings that cannot be, UnsupportedModelError where the model cannot be cut by head.
     """
     if micro_batches < 1:
         raise ConfigError(f"micro_batches={micro_batches}: a batch has at least one")
     given = {"compute_budget": compute_budget, "planner": planner, **settings}
-    return PlannedLoop(unwrapped(model), parse_section(given, ""), micro_batches)
-
-
-@dataclass
-class _Counted:
-    """What this rank computed in a plan's first batch that was counted. plan: how many were made. samples: of which the
-    dense compute is the measure. micro_batches: that were counted."""
-
-    plan: int = -1
-    step: int = -1
-    flops: int = 0
-    samples: int = 0
-    micro_batches: int = 0
+    return PlannedLoop(model, parse_section(given, ""), micro_batches)
 
 
 class PlannedLoop:
@@ -87,7 +84,9 @@ class PlannedLoop:
 
     def __init__(self, model: nn.Module, section: D2ftSection, micro_batches: int) -> None:
         self.section, self.slots = section, micro_batches
-        self._model = model
+        self._whole = model
+        self._model = model = backbone_of(model)
+        """The supported model that the user's own is, or has inside."""
         self.executor, image_shape, self._costs = attached(model, section)
         self._image_size = image_shape[-1]
         self._selection: SampleSelection | None = None
@@ -101,7 +100,12 @@ class PlannedLoop:
         self._steps = self._draws = 0
         self._is_planned = False  # the batch that runs, or comes
         self._is_chosen = self._is_bound = False
-        self._counted, self._is_counting = _Counted(), False
+        self._unseen_steps = 0
+        self._is_begun = False  # a batch, as opposed to what a loop does between two
+        self._counter = BatchCounter(self._costs, self.executor)
+        settings = {**section.model_dump(mode="json"), "micro_batches": micro_batches}
+        self.record = LoopRecord(section.results, settings, model, self.executor.subnets, self._costs)
+        """What the loop can add to its `results.h5`: `record.loss`, `record.evaluation`, `record.close`."""
         self.executor.bind(self.current_slot, Reduction.AFTER_BACKWARD)
         self._source = ObservedScores(
             section,
@@ -110,7 +114,7 @@ class PlannedLoop:
             self._observer,
             lambda: nullcontext(model),
         )
-        _watch(self, model)
+        _watch(self)
 
     def choose(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Planner `samples`: of a micro-batch, the samples that are to be trained on; by all ranks together.
@@ -125,24 +129,15 @@ class PlannedLoop:
         self._plan_batch(len(labels))
         if self._selection is None:
             self._selection = self._new_selection(self._plans().control.rank)
-            if isinstance(self._model, FSDPModule):
-                self._selection.scorer.bind(self._logits)
         assert self.executor.plan is not None
         share = float((self.executor.plan.operations == Operation.FULL).mean())
-        with self._counting():
-            (chosen,) = self._selection([(images, labels)], self._draws, share)
-            self._counted.samples += len(labels) if self._is_counting else 0
+        self._is_begun = True
+        self._turn_to("forward")
+        self._counter.score(len(labels))
+        (chosen,) = self._selection([(images, labels)], self._draws, share)
         self._draws += 1
         self._is_chosen = True
         return chosen
-
-    @contextmanager
-    def micro_batch(self) -> Iterator[None]:
-        """Optional, around a micro-batch's forward and backward: counts what a plan's first batch computes."""
-        self._plan_batch()
-        with self._counting():
-            self._counted.micro_batches += 1 if self._is_counting else 0
-            yield
 
     @property
     def plan(self) -> SkipPlan | None:
@@ -162,21 +157,15 @@ class PlannedLoop:
 
     @property
     def measured_share(self) -> float | None:
-        """Of the dense compute, what this rank computed in the plan's first batch; None where `micro_batch` did not
-        count it."""
-        counted = self._counted
-        if not counted.micro_batches or not counted.samples or counted.plan != self._plans().plans_made:
-            return None
-        return counted.flops / (self._costs.dense_flops * counted.samples)
+        """Of the dense compute, what this rank computed in the first batch under the plan in force; None before."""
+        return self._counter.measured_share
 
     def report(self) -> str:
         """One line of this rank: what the plan in force promised, and what was measured under it."""
         plan, promised, measured = self.executor.plan, self.promised_share, self.measured_share
         if plan is None:
             return "no plan is in force: batches run dense"
-        told = "not measured (wrap micro-batches in `with d2ft.micro_batch():`)"
-        if measured is not None:
-            told = f"measured {measured:.1%}"
+        told = "not measured yet" if measured is None else f"measured {measured:.1%}"
         return (
             f"plan {plan.hash[:12]} ({plan.evidence}): promised {promised:.1%} of the dense compute, {told}"
         )
@@ -222,8 +211,7 @@ class PlannedLoop:
         found = bind_engine(model, self.executor, self.current_slot)
         self._is_bound = True
         if self._controller is not None:
-            meets = isinstance(self._model, FSDPModule)
-            self._controller.context = replace(self._controller.context, replicas_meet=meets)
+            self._controller.context = replace(self._controller.context, replicas_meet=self._is_spread)
             if self.executor.plan is not None:
                 self.executor.activate(self.executor.plan, self._controller.control.rank)
         return found
@@ -243,12 +231,28 @@ class PlannedLoop:
             self._end_batch()  # the optimiser left a step out
         if not self._is_bound:
             ddp: Any = DistributedDataParallel._active_ddp_module
-            is_ddp = ddp is not None and unwrapped(ddp.module) is self._model
-            self.bind(ddp if is_ddp else self._model)
+            is_ddp = ddp is not None and find_backbone(ddp.module) is self._model
+            self.bind(ddp if is_ddp else self._whole)
         self._plan_batch()
-        self._slot, self._is_chosen = self._slot + 1, False
-        if self._is_counting and self.section.entry.binding != "sample":
-            self._counted.samples += len(inputs[0])
+        self._slot, self._is_chosen, self._is_begun = self._slot + 1, False, True
+        self._turn_to("forward")
+        images = next(each for each in inputs if isinstance(each, Tensor))
+        self._counter.train(self._slot, len(images))
+
+    def _after_forward(self, inputs: Sequence[Any]) -> None:
+        self._turn_to("backward")
+
+    def _in_evaluation(self, inputs: Sequence[Any]) -> None:
+        if not self._is_begun:
+            self.record.pause()
+
+    def _turn_to(self, phase: str) -> None:
+        if self.record.is_on:
+            self.record.turn_to(phase, self._plans(), self._device, self._steps)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
 
     def _plan_batch(self, samples: int = 1) -> None:
         """The plan of the batch that comes is in force; by all ranks together. samples: of a micro-batch."""
@@ -262,11 +266,14 @@ class PlannedLoop:
             plans.before_batch(self._steps)
             self._is_planned = True
 
-    def _end_batch(self) -> None:
+    def _end_batch(self, learning_rate: float = math.nan) -> None:
+        """learning_rate: NaN: the optimiser makes no step."""
         seen = self._slot + 1
-        self._slot, self._is_planned = -1, False
-        self._steps += 1
         plans = self._plans()
+        work = self._counter.end(plans.context.placement)
+        self.record.end_batch(self._steps, work, plans, learning_rate)
+        self._slot, self._is_planned, self._is_begun = -1, False, False
+        self._steps += 1
         if self._source.is_observing and seen < self.slots:
             plans.listener.say(
                 f"a batch of {seen} micro-batches gives no scores for plans of {self.slots} (attach's micro_batches): "
@@ -276,10 +283,20 @@ class PlannedLoop:
             self._source.measure()
             plans.batches = 0
         self._plan_batch()  # now, so that a checkpoint has it
+        self._turn_to("data")
 
-    def _after_optimizer(self) -> None:
-        if self._slot >= 0:
-            self._end_batch()
+    def _before_optimizer(self) -> None:
+        if self._slot < 0:  # a second optimiser's, or one that makes its state for a checkpoint
+            self._unseen_steps += self._steps == 0
+            if self._unseen_steps > 1:
+                name = type(self._model).__name__
+                raise PlanError(
+                    f"the optimiser steps, but {name} was not called in training mode, so that no plan is followed: "
+                    f"call it (not its forward or forward_features), or attach the module that does"
+                )
+            return
+        self._counter.stop()
+        self._turn_to("optimizer")
 
     def _plans(self) -> PlanController:
         """Made at the first need, when the ranks have met; by all of them together."""
@@ -299,7 +316,7 @@ class PlannedLoop:
                 slots=1 if self.section.entry.binding == "sample" else self.slots,
                 micro_batch_size=1,
                 seed=self.section.seed,
-                replicas_meet=isinstance(self._model, FSDPModule),
+                replicas_meet=self._is_spread,
                 total_steps=self.section.total_steps,
                 curve=curve_of(self.section, self._costs),
             )
@@ -313,44 +330,46 @@ class PlannedLoop:
 
     def _new_selection(self, replica: int) -> SampleSelection:
         assert isinstance(self.section.options, SampleOptions)
-        return selection_of(
+        selection = selection_of(
             self.section.options, self._model, self._image_size, seed=self.section.seed, replica=replica
         )
+        selection.scorer.bind(self._logits)
+        return selection
 
     def _logits(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Of a model that FSDP2 has spread, of which there is no twin for other sizes."""
+        """By the model itself, with all that the loop's libraries have made of its forward; a twin would lack it."""
         dtype = next(self._model.parameters()).dtype
         family = self.executor.subnets.family
-        with family.taking_any_size(self._model), evaluating(self._model):
-            return [self._model(of_slot.to(dtype)) for of_slot in images]
+        with family.taking_any_size(self._model), evaluating(self._whole):
+            return [self._whole(of_slot.to(dtype)) for of_slot in images]
 
-    @contextmanager
-    def _counting(self) -> Iterator[None]:
-        made = self._plans().plans_made
-        if self.executor.plan is not None and self._counted.plan != made:
-            self._counted = _Counted(made, self._steps)
-        if self._counted.step != self._steps or self._counted.plan != made or self._is_counting:
-            yield
-            return
-        self._is_counting = True
-        try:
-            with meter() as metered:
-                yield
-        finally:
-            self._is_counting = False
-            self._counted.flops += metered.flops
+    @property
+    def _wraps(self) -> bool:
+        """The user's module computes more than the supported model."""
+        return unwrapped(self._whole) is not self._model
+
+    @property
+    def _is_spread(self) -> bool:
+        return isinstance(self._whole, FSDPModule) or isinstance(self._model, FSDPModule)
 
 
-class _BeforeForward:
-    """A hook of the attached model alone: copies and pickles of it get one that does nothing."""
+class _Hook:
+    """Of the attached model alone: copies and pickles of it get one that does nothing."""
 
-    def __init__(self, loop: PlannedLoop, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, training: Call, evaluation: Call | None = None) -> None:
+        """training, evaluation: what to call with the forward's arguments in these modes."""
         self._model = weakref.ref(model)
-        self._begin: Callable[[Sequence[Any]], None] = torch.compiler.disable(loop._before_forward)
+        self._training = torch.compiler.disable(training)
+        # Not None, which code that torch.compile made for another hook would call.
+        self._evaluation = _nothing if evaluation is None else torch.compiler.disable(evaluation)
 
-    def __call__(self, module: nn.Module, inputs: Sequence[Any]) -> None:
-        if module is self._model() and module.training and torch.is_grad_enabled():
-            self._begin(inputs)
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+        if module is not self._model():
+            return
+        if module.training and torch.is_grad_enabled():
+            self._training([*args, *kwargs.values()])
+        elif not module.training:
+            self._evaluation([])
 
     def __reduce__(self) -> Any:
         return _no_hook, ()
@@ -360,21 +379,41 @@ def _no_hook() -> Callable[..., None]:
     return _nothing
 
 
-def _nothing(module: nn.Module, inputs: Any) -> None:
+def _nothing(*args: Any) -> None:
     pass
 
 
-def _watch(loop: PlannedLoop, model: nn.Module) -> None:
+def _watch(loop: PlannedLoop) -> None:
     """Tells the loop of forwards and of steps of any optimiser that has parameters of the model, while it lives."""
-    model.register_forward_pre_hook(_BeforeForward(loop, model))
+    model: nn.Module = loop._model
+    if loop._wraps:  # and calls what it likes of it, but for its images that is its first module
+        model = loop.executor.subnets.family.embedding(model) or model
+    is_recorded = loop.record.is_on
+    before = _Hook(model, loop._before_forward, loop._in_evaluation if is_recorded else None)
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    if is_recorded:
+        loop._model.register_forward_hook(_Hook(loop._model, loop._after_forward), with_kwargs=True)
     kept = weakref.ref(loop)
 
-    def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def stepping(optimizer: Optimizer) -> PlannedLoop | None:
+        """The loop, if this optimiser trains its model."""
         loop = kept()
-        if loop is not None and loop._slot >= 0:
-            own = {id(parameter) for parameter in loop._model.parameters()}
-            if any(id(each) in own for group in optimizer.param_groups for each in group["params"]):
-                loop._after_optimizer()
+        if loop is None:
+            return None
+        own = {id(parameter) for parameter in loop._whole.parameters()}
+        steps = any(id(each) in own for group in optimizer.param_groups for each in group["params"])
+        return loop if steps else None
 
-    handle = register_optimizer_step_post_hook(stepped)
-    weakref.finalize(loop, handle.remove)
+    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if (loop := stepping(optimizer)) is not None:
+            loop._before_optimizer()
+
+    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if (loop := stepping(optimizer)) is not None and loop._slot >= 0:
+            loop._end_batch(float(optimizer.param_groups[0]["lr"]))
+
+    for handle in (
+        register_optimizer_step_pre_hook(before_step),
+        register_optimizer_step_post_hook(after_step),
+    ):
+        weakref.finalize(loop, handle.remove)

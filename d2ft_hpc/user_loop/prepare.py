@@ -15,8 +15,7 @@ from d2ft_hpc.engines.fsdp import bind_fsdp
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
-from d2ft_hpc.families.table import find_family
-from d2ft_hpc.model.lora import unwrapped
+from d2ft_hpc.families.table import find_backbone
 
 
 class Bound(Protocol):
@@ -51,13 +50,15 @@ def bind_engine(
     if isinstance(model, DistributedDataParallel):
         bind_ddp(model, executor, slot_source=slot_source)
         return f"DDP over {dist.get_world_size(model.process_group)} ranks"
-    if find_family(unwrapped(model)) is None:
+    backbone = find_backbone(model)
+    if backbone is None:
         raise ConfigError(
             f"prepare takes DistributedDataParallel(model), a timm model after fully_shard (FSDP2), or a timm model as "
-            f"it is, not a {type(model).__name__}"
+            f"it is, each also inside a module of one's own, not a {type(model).__name__}"
         )
-    if isinstance(model, FSDPModule):
-        bind_fsdp(model, executor, slot_source=slot_source)
-        return f"FSDP2 over {dist.get_world_size()} ranks"
+    for spread in (model, backbone):
+        if isinstance(spread, FSDPModule):
+            bind_fsdp(spread, executor, slot_source=slot_source)
+            return f"FSDP2 over {dist.get_world_size()} ranks"
     executor.bind(slot_source, Reduction.AFTER_BACKWARD)
     return "the model by itself, whose gradients no engine reduces"

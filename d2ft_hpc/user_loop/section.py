@@ -39,6 +39,8 @@ class D2ftSection(PlanConfig):
     """Whether blocks are launched as CUDA graphs; see `attach`."""
     total_steps: int | None = Field(default=None, gt=0)
     """Steps of the optimizer in the whole training; plans by tokens, whose images grow through it, need to know."""
+    results: PathText | None = None
+    """Folder of the loop's `results.h5`; null: no record."""
     seed: int = Field(default=0, ge=0)
     """Of planners `random` and `samples`."""
 

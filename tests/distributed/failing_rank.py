@@ -7,7 +7,7 @@ from typing import Any
 
 from d2ft_hpc.cli import main
 from d2ft_hpc.launch import detect
-from d2ft_hpc.training.records import StepRecord
+from d2ft_hpc.recording.steps import StepRecord
 from d2ft_hpc.training.steps import StepRunner
 
 run = StepRunner.run

@@ -13,8 +13,8 @@ import torch
 
 from d2ft_hpc.launch import connect, detect
 from d2ft_hpc.metering.phases import phase, timed_step
+from d2ft_hpc.recording.steps import StepRecord, StepRecorder
 from d2ft_hpc.results import ResultsWriter
-from d2ft_hpc.training.records import StepRecord, StepRecorder
 
 STEPS = 30
 folder = Path(sys.argv[1])

@@ -9,8 +9,10 @@ import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from d2ft_hpc import results
 from tests.distributed.launching import REPOSITORY, run_command
 
 EXAMPLES = REPOSITORY / "tests" / "examples"
@@ -21,6 +23,10 @@ COMMANDS = {
     "own_loop.py on 2 ranks": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone"],
     "heads_loop.py": [sys.executable],
     "accelerate_fsdp2.py": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone", str(RUN)],
+    "transformers_trainer.py": [sys.executable],
+    "transformers_trainer.py on 2 ranks": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone"],
+    "lightning_loop.py": [sys.executable],
+    "lightning_loop.py on 2 ranks": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone"],
     "deepspeed_script.py": [str(BESIDE / "deepspeed"), "--num_gpus", "2", "--master_port", "29651"],
 }
 
@@ -33,13 +39,20 @@ def upstream() -> str:
 
 
 @pytest.fixture(scope="module")
-def shown() -> dict[str, str]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In which each runs in one of its own."""
+    return tmp_path_factory.mktemp("examples")
+
+
+@pytest.fixture(scope="module")
+def shown(folder: Path) -> dict[str, str]:
     """What each example printed; all run at once."""
 
     pytest.importorskip("accelerate")
 
     def start(name: str) -> str:
-        job = run_command([*COMMANDS[name], str(EXAMPLES / name.split()[0])])
+        (folder / name).mkdir()
+        job = run_command([*COMMANDS[name], str(EXAMPLES / name.split()[0])], cwd=folder / name)
         assert job.returncode == 0, (
             name + job.stdout + job.stderr + (upstream() if "accelerate" in name else "")
         )
@@ -58,12 +71,21 @@ def test_examples_train(shown: dict[str, str]) -> None:
         losses = [float(value) for value in re.findall(r"loss (\d+\.\d+)", text)]
         assert len(losses) == 3, name + text
         assert all(0.5 < loss < 10 for loss in losses), name
-    for name in ("deepspeed_script.py", "heads_loop.py", "accelerate_fsdp2.py"):
-        (share,) = re.findall(r"(\d+\.\d)% of the dense compute", shown[name])
+    for name in shown.keys() - {"own_loop.py", "own_loop.py on 2 ranks"}:  # one plan, after a resumption too
+        (share,) = re.findall(r"(\d+\.\d)% of the dense compute, made", shown[name])
         assert 55 < float(share) <= 60, name
     for name in ("own_loop.py", "own_loop.py on 2 ranks"):
         for promised, measured in re.findall(r"promised (\S+)% .* measured (\S+)%", shown[name]):
             assert 50 < float(promised) == float(measured) <= 60, name
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("heads_loop", 1), ("accelerate_fsdp2", 2)])
+def test_examples_leave_a_record(shown: dict[str, str], folder: Path, name: str, ranks: int) -> None:
+    with results.open(folder / f"{name}.py" / "runs" / name) as run:
+        steps = run.table("steps")
+        assert run.complete
+        assert steps["executed_flops"].shape == (3, ranks)
+        np.testing.assert_allclose(steps["executed_flops"][1:], steps["planned_flops"][1:], rtol=1e-9)
 
 
 def test_the_readme_s_own_loop_is_the_example() -> None:

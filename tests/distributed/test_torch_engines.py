@@ -98,7 +98,7 @@ def test_what_cannot_run_exactly_is_refused_with_a_fix(results: dict[str, Any]) 
             "attached late": "call attach, which freezes some, before DistributedDataParallel",
             "static graph": "remove static_graph",
             "replicas": "the plan is for 3 replicas, the engine has 2",
-            "no model": "not a Sequential",
+            "no model": "not a Linear",
             "inner unit": r"Call fully_shard(block)",
             "ddp not prepared": "call d2ft_hpc.prepare(model, executor)",
             "fsdp2 not prepared": "call d2ft_hpc.prepare(model, executor)",

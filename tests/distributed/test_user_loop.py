@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from d2ft_hpc import results
+from d2ft_hpc.report import report
 from tests.distributed.launching import REPOSITORY, mpirun, run_command
 
 SCRIPT = "tests.distributed.user_script"
@@ -20,15 +22,23 @@ DEEPSPEED = [str(BESIDE / "deepspeed"), "--num_gpus", "2", "--master_port", "296
 JOBS = {
     "mpirun zero1": MPIRUN,
     "mpirun zero1-tensor": MPIRUN,
-    "torchrun zero3": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone", "-m", SCRIPT],
+    "torchrun zero3": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone", "-m", SCRIPT, "--wrapped"],
     "deepspeed zero1-pipeline": DEEPSPEED,
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def finished() -> dict[str, dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> dict[str, dict[str, Any]]:
     def start(name: str) -> str:
-        config = REPOSITORY / "configs" / "deepspeed" / f"{name.split()[1]}.json"
+        settings = json.loads((REPOSITORY / "configs" / "deepspeed" / f"{name.split()[1]}.json").read_text())
+        settings["d2ft"]["results"] = str(folder / name)
+        config = folder / f"{name}.json"
+        config.write_text(json.dumps(settings))
         job = run_command([*JOBS[name], "--deepspeed_config", str(config)])
         assert job.returncode == 0, name + job.stdout + job.stderr
         return job.stdout
@@ -59,3 +69,20 @@ def test_cut_models_train_in_the_same_loop(finished: dict[str, dict[str, Any]]) 
     assert np.isfinite(one["losses"] + other["losses"]).all()
     np.testing.assert_allclose(other["losses"][0], one["losses"][0], rtol=1e-5)
     assert one["plan"] != other["plan"]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_record_of_every_engine_has_what_all_ranks_computed(
+    finished: dict[str, dict[str, Any]], folder: Path, name: str
+) -> None:
+    with results.open(folder / name) as run:
+        assert run.complete
+        assert run.rank_files == 2
+        steps = run.table("steps")
+        assert steps["step"].tolist() == [0, 1, 2, 3]
+        assert steps["plan"].tolist() == [-1, 0, 0, 0]
+        assert run.table("plans")["hash"].tolist() == [finished[name]["plan"]]
+        np.testing.assert_allclose(steps["executed_flops"][1:], steps["planned_flops"][1:], rtol=1e-3)
+        if "pipeline" not in name:  # whose loss is that of all stages
+            np.testing.assert_allclose(steps["loss"], finished[name]["losses"], rtol=1e-5)
+    assert name in report([folder / name])

@@ -506,7 +506,7 @@ def check_refusals(control: Control) -> dict[str, str]:
     found["replicas"] = message(PlanError, lambda: executor.activate(one, 0))
     model = tiny_vit()
     executor = attach(model)
-    found["no model"] = message(ConfigError, lambda: d2ft_hpc.prepare(nn.Sequential(model), executor))
+    found["no model"] = message(ConfigError, lambda: d2ft_hpc.prepare(nn.Linear(2, 2), executor))
     fully_shard(model.blocks[1].mlp)
     fully_shard(model)
     found["inner unit"] = message(ConfigError, lambda: d2ft_hpc.prepare(model, executor))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import d2ft_hpc as deepspeed
 from tests.models import random_batch, tiny_vit
@@ -17,6 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--deepspeed_config")
     parser.add_argument("--local_rank", type=int, default=0)
+    parser.add_argument("--wrapped", action="store_true", help="the model is inside a module of one's own")
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = json.loads(Path(args.deepspeed_config).read_text())
@@ -25,6 +27,7 @@ def main() -> None:
         settings.get("tensor_parallel", {}).get("autotp_size", 1),
     )
     model = tiny_vit(qkv_bias=False, num_heads=4)
+    model = nn.Sequential(model) if args.wrapped else model
     engine, *_ = deepspeed.initialize(
         args=args,
         model=deepspeed.PipelineModule(model, loss_fn=F.cross_entropy) if is_pipeline else model,

@@ -20,7 +20,9 @@ plugin = FullyShardedDataParallelPlugin(
 accelerator = Accelerator(fsdp_plugin=plugin, cpu=not torch.cuda.is_available())
 torch.manual_seed(0)
 model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10, depth=4)
-d2ft = d2ft_hpc.attach(model, compute_budget=0.6, planner="joint", micro_batches=SLOTS)
+d2ft = d2ft_hpc.attach(
+    model, compute_budget=0.6, planner="joint", micro_batches=SLOTS, results="runs/accelerate_fsdp2"
+)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 model, optimizer = accelerator.prepare(model, optimizer)
 accelerator.register_for_checkpointing(d2ft)  # its plan goes with save_state and load_state

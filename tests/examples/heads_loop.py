@@ -12,7 +12,9 @@ import d2ft_hpc
 SLOTS = 4  # micro-batches that make a step
 torch.manual_seed(0)
 model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10, depth=4)
-d2ft = d2ft_hpc.attach(model, compute_budget=0.6, planner="joint", micro_batches=SLOTS)
+d2ft = d2ft_hpc.attach(
+    model, compute_budget=0.6, planner="joint", micro_batches=SLOTS, results="runs/heads_loop"
+)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 model.train()
 for _ in range(3):

@@ -26,9 +26,8 @@ model.train()
 for _ in range(3):
     images, labels = torch.randn(32, 3, 64, 64), torch.randint(0, 10, (32,))
     images, labels = d2ft.choose(images, labels)
-    with d2ft.micro_batch():
-        loss = F.cross_entropy(trained(images), labels)
-        loss.backward()
+    loss = F.cross_entropy(trained(images), labels)
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     if ranks == 1 or dist.get_rank() == 0:

@@ -27,10 +27,18 @@ ALL = ("qkv", "proj", "fc1", "fc2")
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
-def adapted(layers: tuple[str, ...] = ALL, seed: int = 0) -> VisionTransformer:
-    """A tiny model with low-rank products that are not zero."""
+def adapted(
+    layers: tuple[str, ...] = ALL, seed: int = 0, blocks: list[int] | None = None
+) -> VisionTransformer:
+    """A tiny model with low-rank products that are not zero, in some of its blocks or in all."""
     model = tiny_vit(seed)
-    add_lora(model, rank=2, alpha=3, dropout=0.0, layers=layers)
+    if blocks is None:
+        add_lora(model, rank=2, alpha=3, dropout=0.0, layers=layers)
+    else:
+        from peft import LoraConfig, get_peft_model
+
+        options = {"layers_to_transform": blocks, "layers_pattern": "blocks"}
+        get_peft_model(model, LoraConfig(r=2, lora_alpha=3, target_modules=list(layers), **options))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -52,9 +60,11 @@ def merged_twin(model: VisionTransformer, scale: float = 3 / 2) -> VisionTransfo
     return twin
 
 
-@pytest.mark.parametrize("layers", [ALL, ("qkv", "fc2")])
-def test_a_plan_runs_adapted_heads_as_merged_weights_would(layers: tuple[str, ...]) -> None:
-    model = adapted(layers)
+@pytest.mark.parametrize(("layers", "blocks"), [(ALL, None), (("qkv", "fc2"), None), (ALL, [1, 3])])
+def test_a_plan_runs_adapted_heads_as_merged_weights_would(
+    layers: tuple[str, ...], blocks: list[int] | None
+) -> None:
+    model = adapted(layers, blocks=blocks)
     executor = attach(model)
     trained = {name: p for name, p in model.named_parameters() if "lora_" in name}
     rng = np.random.default_rng(0)
@@ -242,3 +252,14 @@ def test_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"pip install 'd2ft-hpc\[lora\]'"):
         add_lora(tiny_vit(), rank=2, alpha=2, dropout=0.0, layers=ALL)
+
+
+def test_lora_in_some_blocks_only_leaves_the_others_out_of_plans() -> None:
+    model = adapted(blocks=[1, 3])
+    executor = attach(model)
+    assert executor.trains.tolist() == [False, True, False, True]
+    magnitude = weight_magnitude(model, executor.subnets)
+    assert (magnitude > 0).all(1).tolist() == [False, True, False, True]
+    costs = measure_costs(model, executor, (3, 16, 16))
+    assert costs.num_subnets == 2 * HEADS
+    assert costs.full_by_block[0] < costs.full_by_block[1]

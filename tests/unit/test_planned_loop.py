@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 import d2ft_hpc
 from d2ft_hpc.config import PlanConfig
-from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
+from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.lifecycle import solve_plan
 from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.scores import Scores, fisher_information, weight_magnitude
-from tests.models import DEPTH, HEADS, context_of, random_batch, tiny_vit
+from tests.models import CLASSES, DEPTH, HEADS, context_of, random_batch, tiny_vit
 
 SLOTS = 3
 
@@ -27,8 +28,12 @@ SLOTS = 3
 class Loop:
     """A dense loop that somebody wrote, with what d2ft adds."""
 
-    def __init__(self, weights: int = 0, **settings: Any) -> None:
-        self.model = tiny_vit(weights)
+    def __init__(
+        self, weights: int = 0, wrap: Any = None, num_classes: int = CLASSES, **settings: Any
+    ) -> None:
+        self.model: Any = tiny_vit(weights, num_classes=num_classes)
+        if wrap is not None:
+            self.model = wrap(self.model)
         self.d2ft = d2ft_hpc.attach(self.model, **{"micro_batches": SLOTS, **settings})
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3)
@@ -40,10 +45,10 @@ class Loop:
             images, labels = random_batch(10 * step + slot, samples=12)
             if self.d2ft.section.planner == "samples":
                 images, labels = self.d2ft.choose(images, labels)
-            with self.d2ft.micro_batch():
-                loss = F.cross_entropy(self.model(images), labels) / slots
-                loss.backward()
-            total += loss.item()
+            loss = F.cross_entropy(self.model(images), labels)
+            self.d2ft.record.loss(loss)
+            (loss / slots).backward()
+            total += loss.item() / slots
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total
@@ -196,3 +201,95 @@ def test_bad_settings_and_states() -> None:
         loop.d2ft.load_state_dict({"plans": 3})
     with pytest.raises(CheckpointError, match="damaged"):
         loop.d2ft.load_state_dict({"plans": "AAAA", "steps": 0, "draws": 0})
+
+
+class Wrapped(nn.Module):
+    """A supported model under a head of its own, of which it calls what it needs."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        self.backbone, self.own_head = backbone, nn.Linear(48, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.own_head(self.backbone.forward_features(images)[:, 0])
+        return logits
+
+
+@pytest.mark.parametrize("settings", [{"planner": "joint"}, {"planner": "samples", "compute_budget": 0.7}])
+def test_a_model_inside_a_module_of_one_s_own(settings: dict[str, Any]) -> None:
+    loop, again = (Loop(wrap=Wrapped, num_classes=0, **settings) for _ in range(2))
+    again.model.load_state_dict(loop.model.state_dict())
+    begun = loop.model.own_head.weight.clone()
+    losses = [[each.step(step) for step in range(3)] for each in (loop, again)]
+    assert losses[0] == losses[1]
+    assert not torch.equal(loop.model.own_head.weight, begun)
+    promised = loop.d2ft.promised_share
+    assert promised == pytest.approx(settings.get("compute_budget", 0.6), abs=0.1)
+    # The head beside it counts as computed, and was not promised.
+    assert promised < loop.d2ft.measured_share < 1.001 * promised
+
+
+def test_a_module_inside_a_module_follows_the_plan_as_by_itself() -> None:
+    plan = SkipPlan(np.random.default_rng(0).integers(0, 3, (SLOTS, DEPTH, HEADS)), 1)
+    losses = []
+    for wrap in (None, nn.Sequential):
+        loop = Loop(wrap=wrap, planner="joint")
+        loop.d2ft.activate(plan)
+        losses.append([loop.step(step) for step in range(3)])
+    assert losses[0] == losses[1]
+
+
+def test_what_cannot_be_followed_is_said() -> None:
+    loop = Loop(planner="joint")
+    loop.model.forward(torch.zeros(2, 3, 16, 16)).sum().backward()
+    loop.optimizer.step()
+    with pytest.raises(
+        PlanError, match=r"VisionTransformer was not called in training mode.*not its forward"
+    ):
+        loop.optimizer.step()
+    with pytest.raises(UnsupportedModelError, match="ModuleList has 2 supported models inside"):
+        d2ft_hpc.attach(nn.ModuleList([tiny_vit(), tiny_vit()]))
+    with pytest.raises(UnsupportedModelError, match="Linear is none of the supported models"):
+        d2ft_hpc.attach(nn.Linear(2, 2))
+
+
+def test_a_forward_may_be_in_the_closure_of_the_optimiser_s_step() -> None:
+    """As Lightning has it: the last micro-batch of each batch."""
+    loop, usual = Loop(planner="joint"), Loop(planner="joint")
+
+    def closure(loss: Tensor) -> Tensor:
+        (loss / SLOTS).backward()
+        return loss
+
+    for step in range(2):
+        for slot in range(SLOTS):
+            images, labels = random_batch(10 * step + slot, samples=12)
+            if slot < SLOTS - 1:
+                closure(F.cross_entropy(loop.model(images), labels))
+        last = images, labels
+        loop.optimizer.step(lambda last=last: closure(F.cross_entropy(loop.model(last[0]), last[1])))
+        loop.optimizer.zero_grad()
+        usual.step(step)
+    torch.testing.assert_close(loop.model.state_dict(), usual.model.state_dict())
+    assert loop.d2ft.plan == usual.d2ft.plan
+    assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
+
+
+def test_samples_are_scored_by_what_libraries_made_of_the_model() -> None:
+    """As Accelerate does for mixed precision: another forward, which is bound to the model; some modules stay as in
+    evaluation."""
+    loop = Loop(planner="samples", compute_budget=0.7)
+    plain, seen = loop.model.forward, []
+
+    def forward(images: Tensor) -> Tensor:
+        seen.append((loop.model.training, images.shape[-1]))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits: Tensor = plain(images)
+        return logits.float()
+
+    loop.model.forward = forward
+    loop.model.norm.eval()
+    loop.step(0)
+    assert seen == [(False, 8), (True, 16)] * SLOTS
+    assert loop.model.training
+    assert not loop.model.norm.training

@@ -18,9 +18,9 @@ from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.metering import StepCosts, phases
 from d2ft_hpc.metering.profile import PassProfile, profile_passes
+from d2ft_hpc.recording.steps import StepRecord, StepRecorder
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.progress import Progress
-from d2ft_hpc.training.records import StepRecord, StepRecorder
 from d2ft_hpc.training.steps import _bytes_by_kind
 from d2ft_hpc.training.tensorboard import TensorBoard
 from tests.models import DEPTH, HEADS, tiny_vit
@@ -208,7 +208,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path / "tensorboard")
     with (
         results.ResultsWriter(tmp_path / "results.h5") as writer,
-        StepRecorder(SoloControl(), writer, tensorboard=board) as recorder,
+        StepRecorder(SoloControl(), writer, on_step=board.step) as recorder,
     ):
         for step in range(3):
             recorder.add(record(step))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from d2ft_hpc.launch import Control
@@ -20,7 +21,6 @@ from d2ft_hpc.metering.phases import StepTimes
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.results.reader import waiting
 from d2ft_hpc.results.schema import PHASES, RANK_FIELDS, Array
-from d2ft_hpc.training.tensorboard import TensorBoard
 
 _PATIENCE_SECONDS = 60.0
 _COLUMNS = tuple(name for name in RANK_FIELDS if name != "waiting_seconds")
@@ -49,9 +49,9 @@ class StepRecord:
 class StepRecorder:
     """Collects step records and passes them on without waiting for any rank, GPU or disk.
 
-    All ranks add the same steps. Rank 0 passes the run's writer and TensorBoard's; with a file for each rank, every
-    rank also passes a writer of its own and nothing is gathered. As a context manager it ends with `finish`, or after
-    an exception with what rank 0 has.
+    All ranks add the same steps. Rank 0 passes the run's writer; with a file for each rank, every rank also passes a
+    writer of its own and nothing is gathered. As a context manager it ends with `finish`, or after an exception with
+    what rank 0 has.
     """
 
     def __init__(
@@ -59,18 +59,14 @@ class StepRecorder:
         control: Control,
         writer: ResultsWriter | None,
         own_writer: ResultsWriter | None = None,
-        tensorboard: TensorBoard | None = None,
+        on_step: Callable[[Mapping[str, Any]], None] | None = None,
         *,
         first_plan: int = 0,
     ) -> None:
-        """first_plan: how many plans the run had made before the first one of the writer's record."""
+        """on_step: gets each row of the results' steps, too. first_plan: how many plans the run had made before the
+        first one of the writer's record."""
         self._first_plan = first_plan
-        self._control, self._writer, self._own_writer, self._tensorboard = (
-            control,
-            writer,
-            own_writer,
-            tensorboard,
-        )
+        self._control, self._writer, self._own_writer, self._on_step = control, writer, own_writer, on_step
         self._measured: deque[StepRecord] = deque()
         self._sent: deque[tuple[StepRecord, Array, PendingGather]] = deque()
         self._recording_seconds = 0.0
@@ -160,8 +156,8 @@ class StepRecorder:
             **columns,
         }
         self._writer.append("steps", row)
-        if self._tensorboard is not None:
-            self._tensorboard.step(row)
+        if self._on_step is not None:
+            self._on_step(row)
 
     def _of_all(self, record: StepRecord) -> dict[str, float]:
         return {
@@ -171,6 +167,14 @@ class StepRecorder:
             "learning_rate": record.learning_rate,
             "gradient_norm": float(record.gradient_norm),
         }
+
+
+def on_host(value: float | Tensor) -> float | Tensor:
+    """The value on its way to the host: there when the step's times are ready, and nothing waits for it now."""
+    if not isinstance(value, Tensor) or value.device.type != "cuda":
+        return value
+    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    return host.copy_(value.detach(), non_blocking=True)
 
 
 def _columns(of_ranks: Array) -> dict[str, Array]:

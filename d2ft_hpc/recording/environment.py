@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -12,8 +13,10 @@ import torch
 from torch import nn
 
 from d2ft_hpc.launch import Control
+from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.parallel.layout import Layout
+from d2ft_hpc.results.schema import Scalar
 
 _PACKAGES = (
     "d2ft-hpc",
@@ -54,16 +57,27 @@ def describe_environment(
     return described
 
 
-def describe_parameters(model: nn.Module, subnets: SubnetMap) -> dict[str, Any]:
-    """Datasets for the results file: each parameter's name, size and class, and how many each subnet owns."""
+def describe_model(
+    model: nn.Module, subnets: SubnetMap, costs: StepCosts
+) -> tuple[dict[str, Any], dict[str, Scalar]]:
+    """Datasets and attributes for the results file: each parameter's name, size and class, how many each subnet owns,
+    and what passes cost."""
     owned = np.zeros(subnets.shape, np.int64)
     for block, name, _ in subnets.parameters(model):
         owned[block] += subnets.head_axes[name].entries
     named = list(model.named_parameters())
-    return {
+    datasets = {
         "parameter": np.array([name for name, _ in named]),
         "parameter_size": np.array([parameter.numel() for _, parameter in named]),
         "parameter_class": np.array([subnets.classify(name).value for name, _ in named]),
         "parameter_trained": np.array([parameter.requires_grad for _, parameter in named], np.uint8),
         "subnet_parameters": owned,
+    }
+    return datasets, {
+        "num_blocks": subnets.num_blocks,
+        "num_heads": subnets.num_heads,
+        "frozen_blocks": json.dumps(np.flatnonzero(~costs.trains).tolist()),
+        "always_flops": costs.always_flops,
+        "full_flops": costs.full_flops,
+        "forward_only_flops": costs.forward_only_flops,
     }

@@ -1,0 +1,1 @@
+"""What loops tell the results file: steps of every rank, plans and scores, machine and model."""

@@ -1,0 +1,67 @@
+"""Rows of the results' tables beside the steps: scores, plans, events."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+
+import numpy as np
+
+from d2ft_hpc.execution.executor import MOST_SHAPES, PlanExecutor
+from d2ft_hpc.metering import StepCosts
+from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.results import ResultsWriter
+from d2ft_hpc.scores import Scores
+
+
+def record_scores(writer: ResultsWriter, scores: Scores, step: int) -> None:
+    """Of the plan that is made next."""
+    writer.append(
+        "scores",
+        {
+            "step": step,
+            "forward": scores.forward,
+            "backward": scores.backward,
+            "forward_name": scores.forward_name,
+            "backward_name": scores.backward_name,
+            "seconds": scores.seconds,
+            "flops": scores.flops,
+        },
+    )
+
+
+def record_plan(
+    costs: StepCosts, executor: PlanExecutor, writer: ResultsWriter, plan: SkipPlan, step: int, seconds: float
+) -> None:
+    """executor: the plan is in force on it. `step` is the first one under the plan."""
+    writer.append(
+        "plans",
+        {
+            "step": step,
+            "operations": plan.operations,
+            "grids": np.zeros((plan.num_rows, 2), np.int64) if plan.grids is None else plan.grids,
+            "hash": plan.hash,
+            "planner": plan.planner,
+            "replicas": plan.replicas,
+            "binding": plan.binding,
+            "objective": plan.objective,
+            "bound": plan.bound,
+            "gap": plan.gap,
+            "status": plan.status,
+            "solve_seconds": plan.solve_seconds,
+            "planned_compute": costs.planned_share(plan),
+            "planned_time": max(
+                float(costs.of_replica(plan, replica).mean()) / costs.dense_flops
+                for replica in range(plan.replicas)
+            ),
+            "block_shapes": executor.block_shapes,
+            "micro_batch_shapes": executor.micro_batch_shapes,
+            "most_shapes": MOST_SHAPES,
+        },
+    )
+    note(writer, step, "plan", plan.hash, seconds)
+
+
+def note(writer: ResultsWriter, step: int, kind: str, text: str, seconds: float = 0.0) -> None:
+    """Records an event; `step` is the number of steps done before."""
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    writer.append("events", {"step": step, "time": now, "kind": kind, "text": text, "seconds": seconds})

@@ -1,0 +1,131 @@
+"""What a batch of a user's loop computes on this rank, beside what its plan promises and what a dense one would."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.metering import Metered, StepCosts
+from d2ft_hpc.metering.meter import OperatorCounter
+from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.planning import Operation, SkipPlan
+
+
+@dataclass(frozen=True)
+class BatchWork:
+    """A batch of this rank, by columns of the results' steps. executed_flops, bytes_sent: NaN where no batch under its
+    plan was counted."""
+
+    rank_samples: int
+    dense_flops: float
+    planned_flops: float
+    executed_flops: float
+    bytes_sent: float
+    full_rows: int
+    forward_only_rows: int
+    left_out_rows: int
+
+
+@dataclass(frozen=True)
+class _Counted:
+    plan: SkipPlan | None
+    metered: Metered
+    planned_flops: float
+    dense_flops: float
+
+
+class BatchCounter:
+    """Counts the first batch under every plan; later ones run the same operators on other samples, so that theirs are
+    the counted ones times their share of what is planned.
+
+    Counting begins with the first that the loop computes of a batch and goes on until `stop`: nothing has to be put
+    around the loop's own lines, and what else it multiplies meanwhile, such as a teacher's layers, counts too.
+    """
+
+    _counting: ClassVar[BatchCounter | None] = None
+    """The one of the process that counts now. It is held, so that its end is no affair of the garbage collector's."""
+
+    def __init__(self, costs: StepCosts, executor: PlanExecutor) -> None:
+        """costs: of this rank's part of the model."""
+        self._costs, self._executor = costs, executor
+        self._modes: list[Any] = []
+        self._metered: Metered | None = None  # of the batch that runs
+        self._counted: _Counted | None = None
+        self._scored = 0
+        self._trained: list[tuple[int, int]] = []
+
+    @property
+    def measured_share(self) -> float | None:
+        """Of the dense compute, what the batch computed that was counted under the plan in force; None: none was."""
+        counted = self._counted
+        if counted is None or counted.plan is not self._executor.plan:
+            return None
+        return counted.metered.flops / counted.dense_flops
+
+    def score(self, samples: int) -> None:
+        """So many samples are about to be scored, of which some will train."""
+        self.begin()
+        self._scored += samples
+
+    def train(self, slot: int, samples: int) -> None:
+        """So many samples are about to train, in this place of the batch."""
+        self.begin()
+        self._trained.append((slot, samples))
+
+    def begin(self) -> None:
+        """Counts from here on, in the first batch under its plan."""
+        is_known = self._counted is not None and self._counted.plan is self._executor.plan
+        if BatchCounter._counting is not self and (self._metered is not None or not is_known):
+            other = BatchCounter._counting  # of a loop that an error ended, or of a second model
+            if other is not None:
+                other.stop()
+                other._metered = None
+            self._metered = self._metered or Metered()
+            # Not through torch.compile, whose functions hide their operators, and stay eager once they met the counter.
+            self._modes = [torch.compiler.set_stance("force_eager"), OperatorCounter(self._metered)]
+            for mode in self._modes:
+                mode.__enter__()
+            BatchCounter._counting = self
+
+    def stop(self) -> None:
+        """What follows is none of the batch's passes, unless another forward comes, as inside an optimiser's step that
+        was given a closure."""
+        if BatchCounter._counting is self:
+            for mode in reversed(self._modes):
+                mode.__exit__(None, None, None)
+            BatchCounter._counting = None
+
+    def end(self, placement: Placement) -> BatchWork:
+        """The batch is done, under the plan that is still in force."""
+        self.stop()
+        plan, costs = self._executor.plan, self._costs
+        slots, sizes = [slot for slot, _ in self._trained], [samples for _, samples in self._trained]
+        trained = sum(sizes)
+        samples = self._scored or trained
+        if plan is None or plan.binding == "sample":
+            planned = self._scored * costs.score_flops + trained * costs.dense_flops
+            rows = [trained, 0, samples - trained]
+        else:
+            replica = placement.layout.replica
+            own = np.where(placement.own, plan.for_replica(replica)[slots], Operation.SHORTCUT)
+            grids = None if plan.grids is None else plan.grids[replica :: plan.replicas][slots]
+            planned = float(costs.planned_flops(own, grids) @ sizes)
+            most = own.reshape(len(own), -1).max(1, initial=0)
+            rows = [int((most == operation).sum()) for operation in sorted(Operation, reverse=True)]
+        dense = costs.dense_flops * samples
+        if self._metered is not None and samples:
+            self._counted = _Counted(plan, self._metered, planned, dense)
+        self._metered, self._scored, self._trained = None, 0, []
+        executed = sent = math.nan
+        if self._counted is not None and self._counted.plan is plan:
+            executed = self._counted.metered.flops * planned / self._counted.planned_flops
+            sent = float(sum(self._counted.metered.bytes_sent.values()))
+        # Ranks that share a replica's samples count them once.
+        return BatchWork(
+            samples if placement.layout.leads_replica else 0, dense, planned, executed, sent, *rows
+        )

@@ -1,0 +1,198 @@
+"""`results.h5` of a loop of the user's own."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from d2ft_hpc.errors import ConfigError, LostResultsError
+from d2ft_hpc.launch import agreed
+from d2ft_hpc.lifecycle import PlanController
+from d2ft_hpc.metering import StepCosts
+from d2ft_hpc.metering.phases import StepTimes
+from d2ft_hpc.model.subnets import SubnetMap
+from d2ft_hpc.paths import why_not_writable
+from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.recording.entries import note, record_plan, record_scores
+from d2ft_hpc.recording.environment import describe_environment, describe_model
+from d2ft_hpc.recording.steps import StepRecord, StepRecorder, on_host
+from d2ft_hpc.results import ResultsWriter, open_run
+from d2ft_hpc.results.aside import discard, has_record, is_unbegun, set_aside
+from d2ft_hpc.results.layout import rank_file
+from d2ft_hpc.user_loop.batch_counter import BatchWork
+
+FILE = "results.h5"
+
+
+class LoopRecord:
+    """Writes what `d2ft-hpc train` writes of a run, as far as the loop can be watched; nothing without a folder.
+
+    A step's seconds go from the optimiser's step before to its own, but for an evaluation in between. Data: until the
+    batch's first forward; backward: all between a forward and the optimiser's step that is not another forward.
+    Ranks send each other nothing: of several, each has a file of its own (`results.ranks/`), which `results.h5` joins.
+    A kill loses the last five seconds.
+    """
+
+    def __init__(
+        self,
+        folder: str | None,
+        settings: Mapping[str, Any],
+        model: nn.Module,
+        subnets: SubnetMap,
+        costs: StepCosts,
+    ) -> None:
+        """settings: of plans, for the record. model: before anything spreads its weights. costs: of the whole model.
+
+        Raises ConfigError where nothing can be written into the folder.
+        """
+        self._path = None if folder is None else Path(folder) / FILE
+        if folder is not None and (why := why_not_writable(Path(folder))):
+            raise ConfigError(
+                f"results={folder!r}: nothing can be written there ({why}); choose another folder"
+            )
+        self._settings, self._costs = settings, costs
+        self._model = describe_model(model, subnets, costs)
+        self._name = type(model).__name__
+        self._writers: list[ResultsWriter] = []
+        self._writer: ResultsWriter | None = None  # of rank 0
+        self._recorder: StepRecorder | None = None
+        self._plan: SkipPlan | None = None  # the newest one in the record
+        self._plans, self._last_hash = 0, ""  # of the record
+        self._planning_seconds = 0.0
+        self._steps = 0
+        self._times: StepTimes | None = None
+        self._losses: list[Tensor] = []
+
+    @property
+    def is_on(self) -> bool:
+        """There is a folder, and the record goes on."""
+        return self._path is not None
+
+    def loss(self, loss: Tensor | float) -> None:
+        """The mean loss of a micro-batch of this rank, as it is before any division by their number."""
+        if self.is_on:
+            self._losses.append(torch.as_tensor(loss).detach().float())
+
+    def evaluation(self, accuracy: float, loss: float = math.nan, samples: int = -1) -> None:
+        """Of the present model; accuracy: top-1, 0 to 1, over all ranks. Rank 0's counts."""
+        if self._writer is not None:
+            row = {"step": self._steps, "accuracy": accuracy, "loss": loss, "samples": samples}
+            self._writer.append("evaluations", row)
+
+    def close(self) -> None:
+        """Nothing more comes: `results.h5` becomes one file. Called at the script's end, too."""
+        if self._recorder is not None:
+            self._recorder.finish()
+            for writer in self._writers:
+                writer.close(complete=not hasattr(sys, "last_value"))
+            self._recorder, self._writer, self._writers = None, None, []
+            atexit.unregister(self.close)
+
+    def turn_to(self, phase: str, plans: PlanController, device: torch.device, steps_done: int) -> None:
+        """What the loop does from here on. At the first call the files are opened, on all ranks together: those of a
+        loop that goes on after `steps_done` steps go on.
+
+        Raises ResultsError where the folder holds another run.
+        """
+        if not self.is_on:
+            return
+        if self._recorder is None:
+            self._open(plans, device, steps_done)
+        if self._times is None:
+            self._times = StepTimes(device)
+        self._times.turn_to(phase)
+
+    def pause(self) -> None:
+        """What the loop did since the last step, and does until the next one begins, belongs to no step."""
+        self._times = None
+
+    def end_batch(self, step: int, work: BatchWork, plans: PlanController, learning_rate: float) -> None:
+        """A batch is done, under the plan that is still in force. learning_rate: NaN: the optimiser made no step."""
+        if self._recorder is None or self._times is None:
+            return
+        self._steps = step + 1
+        self._record_plan(step, plans)
+        times = self._times
+        times.end()
+        loss = torch.stack(self._losses).mean() if self._losses else math.nan
+        self._recorder.add(
+            StepRecord(
+                step=step,
+                epoch=-1,
+                plan=-1 if plans.plan is None else self._plans - 1,
+                learning_rate=learning_rate,
+                gradient_norm=math.nan,
+                loss=on_host(loss),
+                times=times,
+                of_rank=asdict(work),
+                skipped=math.isnan(learning_rate),
+            )
+        )
+        self._times, self._losses = None, []
+
+    def _record_plan(self, step: int, plans: PlanController) -> None:
+        plan, before = plans.plan, self._plan
+        if plan is None or plan is before:
+            return
+        self._plan = plan
+        seconds = plans.planning_seconds - self._planning_seconds
+        self._planning_seconds = plans.planning_seconds
+        if before is None and self._plans and plan.hash == self._last_hash:  # a loop that goes on
+            return
+        self._plans += 1
+        if self._writer is not None:
+            if plans.scores is not None:
+                record_scores(self._writer, plans.scores, step)
+            record_plan(self._costs, plans.engine.executor, self._writer, plan, step, seconds)
+
+    def _open(self, plans: PlanController, device: torch.device, steps_done: int) -> None:
+        assert self._path is not None
+        control, layout = plans.control, plans.context.placement.layout
+        ranks = control.world_size
+        with agreed(control, "opening the results"):
+            own = None
+            if control.rank == 0:
+                self._writer = self._opened(self._path, steps_done, ranks if ranks > 1 else 0)
+                self._count_plans(self._writer)
+                self._writer.put("config", {"yaml": yaml.safe_dump(dict(self._settings))})
+                self._writer.put(
+                    "environment", {}, describe_environment(control, layout, "a loop of its own", device)
+                )
+                parameters, attributes = self._model
+                self._writer.put("model", parameters, {"name": self._name, **attributes})
+                if steps_done:
+                    note(self._writer, steps_done, "resume", f"after {steps_done} steps on {ranks} ranks")
+            if ranks > 1:
+                own = self._opened(rank_file(self._path, control.rank), steps_done, 0)
+        self._recorder = StepRecorder(control, self._writer, own)
+        self._steps = steps_done
+        atexit.register(self.close)
+
+    def _count_plans(self, writer: ResultsWriter) -> None:
+        writer.flush()
+        with open_run(writer.path) as run:
+            hashes = run.table("plans", ["hash"])["hash"]
+        self._plans, self._last_hash = len(hashes), "".join(hashes[-1:])
+
+    def _opened(self, path: Path, steps_done: int, rank_files: int) -> ResultsWriter:
+        if steps_done and has_record(path):
+            try:
+                writer = ResultsWriter.resume(path, last_step=steps_done - 1, rank_files=rank_files)
+            except LostResultsError:
+                set_aside(path, "best-effort")
+                writer = ResultsWriter(path, rank_files=rank_files)
+        else:
+            if is_unbegun(path):
+                discard(path, "best-effort")
+            writer = ResultsWriter(path, rank_files=rank_files)
+        self._writers.append(writer)
+        return writer

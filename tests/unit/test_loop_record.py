@@ -1,0 +1,93 @@
+"""`results.h5` of a loop of one's own: what it holds, after a kill and a resume too."""
+
+from __future__ import annotations
+
+import atexit
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from d2ft_hpc import results
+from d2ft_hpc.errors import ConfigError, ResultsError
+from d2ft_hpc.report import report
+from tests.unit.test_planned_loop import SLOTS, Loop
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"planner": "joint"}, {"planner": "samples", "compute_budget": 0.7}, {"planner": "random", "seed": 1}],
+)
+def test_a_loop_s_record_has_its_steps_plans_and_promises(tmp_path: Path, settings: dict[str, Any]) -> None:
+    loop = Loop(results=str(tmp_path / "mine"), **settings)
+    losses = [loop.step(step) for step in range(3)]
+    loop.model.eval()
+    with torch.no_grad():
+        loop.model(torch.zeros(1, 3, 16, 16))
+    loop.d2ft.record.evaluation(0.25, 1.5, samples=8)
+    loop.model.train()
+    losses.append(loop.step(3, slots=SLOTS - 1))
+    promised = loop.d2ft.promised_share
+    loop.d2ft.record.close()
+    with results.open(tmp_path / "mine") as run:
+        assert run.complete
+        steps, plans = run.table("steps"), run.table("plans")
+        np.testing.assert_allclose(steps["loss"], losses, rtol=1e-6)
+        np.testing.assert_allclose(steps["learning_rate"], 1e-3)
+        first = -1 if settings["planner"] == "joint" else 0  # dense, to measure scores
+        assert steps["plan"].tolist() == [first, 0, 0, 0]
+        assert steps["rank_samples"][:, 0].tolist() == [36, 36, 36, 24]
+        scores = 1 if first else 0  # batches that give them compute more than dense ones
+        executed, planned = steps["executed_flops"], steps["planned_flops"]
+        np.testing.assert_allclose(executed[scores:], planned[scores:], rtol=1e-9)
+        assert (executed[:scores] > planned[:scores]).all()
+        share = steps["planned_flops"] / steps["dense_flops"]
+        assert share[0, 0] == pytest.approx(1.0 if first else promised, abs=0.02)
+        assert share[1, 0] == pytest.approx(promised, abs=0.02)  # samples are whole ones
+        assert plans["hash"].tolist() == [loop.d2ft.plan.hash] if loop.d2ft.plan else False
+        assert plans["step"].tolist() == [1 if first else 0]
+        assert len(run.table("scores")["step"]) == (1 if first else 0)
+        assert run.table("evaluations")["accuracy"].tolist() == [0.25]
+        assert (steps["step_seconds"] > 0).all()
+        assert (steps["data_seconds"][[0, 3]] == 0).all()  # begins; after an evaluation, which is no data
+        assert run.config["planner"] == settings["planner"]
+    table = report([tmp_path / "mine"], page=tmp_path / "report.html")
+    assert f"{100 * share.mean():.0f}"[:1] in table
+    assert "Promised and measured" in (tmp_path / "report.html").read_text()
+
+
+def test_a_killed_loop_leaves_a_readable_file_that_its_resumption_continues(tmp_path: Path) -> None:
+    settings = {"planner": "joint", "results": str(tmp_path / "mine")}
+    loop = Loop(**settings)
+    for step in range(3):
+        if step == 2:
+            state = {name: part.state_dict() for name, part in vars(loop).items()}
+        loop.step(step)
+    loop.d2ft.record._writer.flush()  # as its thread does; then the process is killed
+    with results.open(tmp_path / "mine") as run:
+        assert not run.complete
+        assert run.table("steps")["step"].tolist() == [0, 1, 2]
+    atexit.unregister(loop.d2ft.record.close)
+    for writer in loop.d2ft.record._writers:
+        writer._release()
+    with pytest.raises(ResultsError, match="is not overwritten"):
+        Loop(**settings).step(0)
+    resumed = Loop(weights=1, **settings)
+    for name, part in vars(resumed).items():
+        part.load_state_dict(state[name])
+    for step in (2, 3):
+        resumed.step(step)
+    resumed.d2ft.record.close()
+    with results.open(tmp_path / "mine") as run:
+        assert run.table("steps")["step"].tolist() == [0, 1, 2, 3]
+        assert run.table("steps")["plan"].tolist() == [-1, 0, 0, 0]
+        assert run.table("plans")["hash"].tolist() == [loop.d2ft.plan.hash]
+        assert "resume" in run.table("events")["kind"]
+
+
+def test_a_folder_where_nothing_can_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"results='.*mine': nothing can be written there.*another folder"):
+        Loop(results=str(tmp_path / "file" / "mine"))
