@@ -328,7 +328,7 @@ class PlanConfig(Section):
         )
 
     @property
-    def sides(self) -> tuple[float, ...]:
+    def sides(self) -> list[float]:
         """Of images in training, in units of data.image_size."""
         return self.options.sides if isinstance(self.options, TokenOptions) else TokenOptions().sides
 

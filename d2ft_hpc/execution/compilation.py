@@ -4,6 +4,7 @@ for memory, by themselves as long as a block's own in a small model."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import MethodType
 from typing import Any
 
@@ -33,9 +34,11 @@ def allow_kernels_of(micro_batches: int) -> None:
         setattr(dynamo_config, name, getattr(dynamo_config, name) + 2 * micro_batches)
 
 
-def compile_outside_blocks(model: nn.Module, family: BlockFamily, scaled: Callable[[Tensor], Tensor]) -> None:
+def compile_outside_blocks(
+    model: nn.Module, family: BlockFamily, scaled: Callable[[Tensor], AbstractContextManager[Tensor]]
+) -> None:
     """Lets the model compute its embeddings and its classifier through torch.compile in training, of images that
-    `scaled` has brought to their resolution.
+    `scaled` brings to their resolution.
 
     Each shape is compiled for itself, the largest batch so far alone: smaller ones end an epoch. Modules with hooks
     stay eager; an engine gathers their weights.
@@ -52,7 +55,8 @@ def compile_outside_blocks(model: nn.Module, family: BlockFamily, scaled: Callab
         if len(images) < largest or not is_plain or _is_hooked(model, family) or cannot_compile():
             result: Tensor = type(model).forward(model, images, *args, **kwargs)
             return result
-        x, beside = below(model, scaled(images))
+        with scaled(images) as images:
+            x, beside = below(model, images)
         for index, block in enumerate(family.blocks(model)):
             x = block(x, **family.arguments(beside, index))
         return above(model, x)

@@ -82,6 +82,7 @@ class PlanExecutor:
         self._kernel_parts: dict[int, KernelParts | None] = {}
         self._compiled_shapes: set[Hashable] = set()
         self._largest_input: dict[int, int] = {}  # numbers in what blocks that skip heads got, by tokens
+        self._is_scaled = False  # what embeds the images gets them as they are to be
         self._images_of: Callable[[], Any] = lambda: None  # the model, or part of one, that embeds the images
         self.block_shapes = 0
         """Kernels of blocks that skip heads and are not fused, under this and earlier plans, if torch.compile makes
@@ -273,13 +274,22 @@ class PlanExecutor:
 
     def scaled(self, images: Tensor) -> Tensor:
         """A micro-batch's images [sample, channel, height, width] at the resolution that its row asks for."""
-        if not self.rows:
+        if self._is_scaled or not self.rows:
             return images
         grid = self.rows[self._slot_of_forward()].grid
         if grid is None:
             return images
         high, wide = self.subnets.family.patch_size(self._images_of())
         return scaled(images, (grid[0] * high, grid[1] * wide))
+
+    @contextmanager
+    def scaled_before(self, images: Tensor) -> Iterator[Tensor]:
+        """The same, once: inside nothing is scaled or looked up; what is compiled there fits all micro-batches."""
+        images, self._is_scaled = self.scaled(images), True
+        try:
+            yield images
+        finally:
+            self._is_scaled = False
 
     def _slot_of_forward(self) -> int:
         slot = self.slot
@@ -547,7 +557,7 @@ def attach(
         executor.link(block, index)
     executor.link_images(model)
     if compile:
-        compile_outside_blocks(model, subnets.family, executor.scaled)
+        compile_outside_blocks(model, subnets.family, executor.scaled_before)
     fill_absent_gradients(model, partial(_skips, subnets))
     return executor
 

@@ -199,7 +199,7 @@ def measure_costs_at(
     full = height // high, width // wide
     at = {}
     with family.taking_any_size(model):
-        for grid in grids_of(full, tuple(sides)):
+        for grid in grids_of(full, sides):
             shape = channels, grid[0] * high, grid[1] * wide
             at[grid] = costs if grid == full else measure_costs(model, executor, shape)
     return replace(costs, at=at)

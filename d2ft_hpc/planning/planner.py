@@ -40,6 +40,11 @@ class Planner:
     binding: Literal["slot", "sample"] = "slot"
     """What a row of its plans is: a micro-batch, or a sample of a batch, drawn in each step."""
 
+    @property
+    def plans_heads(self) -> bool:
+        """Whether its plans say which heads of a micro-batch run: a problem is all that it needs."""
+        return self.binding == "slot" and not self.scales_images
+
     @cached_property
     def parameters(self) -> list[str]:
         """Names of the keyword options that `solve` takes."""

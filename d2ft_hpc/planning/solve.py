@@ -21,7 +21,7 @@ def solve(problem: PlanProblem, planner: str, **options: Any) -> SkipPlan:
     plan keeps the budgets (for "dense": any budget below the dense cost).
     """
     start = time.perf_counter()
-    choices = {name: entry for name, entry in PLANNERS.items() if entry.binding == "slot"}
+    choices = {name: entry for name, entry in PLANNERS.items() if entry.plans_heads}
     if planner not in choices:
         raise PlanError(
             f"There is no planner {planner!r} of micro-batches; choose one of {', '.join(choices)}."

@@ -5,6 +5,7 @@ In experiments this kept the accuracy of dense training at 0.6 of its compute (a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field
@@ -17,11 +18,11 @@ from d2ft_hpc.planning.planner import Options, Planner
 class TokenOptions(Options):
     """Images begin small and end at data.image_size."""
 
-    sides: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.5, 0.75, 1.0)
+    sides: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[0.5, 0.75, 1.0], min_length=1)
     """Sides that images may have in training, in units of data.image_size; rounded to whole patches."""
 
 
-def grids_of(full: Grid, sides: tuple[float, ...]) -> list[Grid]:
+def grids_of(full: Grid, sides: Sequence[float]) -> list[Grid]:
     """Patches of images whose sides are these shares of one with `full` patches, rising, the full one last."""
     down, across = full
     scaled = {(max(round(side * down), 1), max(round(side * across), 1)) for side in sides}

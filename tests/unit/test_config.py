@@ -104,7 +104,7 @@ def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
 )
 def test_faults_name_key_value_and_fix(override: str, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(DEMO, [override])
+        load_config(DEMO, ["plan.planner=joint", override])
     for word in words:
         assert word in str(caught.value)
 

@@ -149,7 +149,7 @@ def test_the_command_plans_with_every_planner(tmp_path, capfd):
         flops = {"always_flops": 24.0, "full_flops": 10.0, "forward_only_flops": 3.5}
         writer.put("model", {}, flops)
         writer.append("scores", {"step": 0, "forward": scores.forward, "backward": scores.backward})
-    for planner in (name for name, entry in ALL_PLANNERS.items() if entry.binding == "slot"):
+    for planner in (name for name, entry in ALL_PLANNERS.items() if entry.plans_heads):
         budget = "1" if planner == "dense" else "0.7"
         assert main(["plan", str(tmp_path), "--planner", planner, "--compute-budget", budget]) == 0
         assert f"({planner}, " in capfd.readouterr().out

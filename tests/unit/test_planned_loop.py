@@ -193,6 +193,14 @@ def test_bad_settings_and_states() -> None:
         d2ft_hpc.attach(tiny_vit(), 6)
     with pytest.raises(ConfigError, match="micro_batches=0"):
         d2ft_hpc.attach(tiny_vit(), micro_batches=0)
+    with pytest.raises(
+        ConfigError, match=r"total_steps: planner 'tokens' lets images grow .* say how many steps"
+    ):
+        d2ft_hpc.attach(tiny_vit())
+    with pytest.raises(
+        PlanError, match=r"budget 0\.1 is below .*2 x 2 patches throughout take; at least 0\.2"
+    ):
+        Loop(compute_budget=0.1, planner="tokens", total_steps=3).step(0)
     loop = Loop(planner="joint")
     loop.model.blocks[1].requires_grad_(False)
     with pytest.raises(ConfigError, match=r"blocks \[1\] were frozen.*before d2ft_hpc\.attach"):
@@ -248,9 +256,9 @@ def test_what_cannot_be_followed_is_said() -> None:
     ):
         loop.optimizer.step()
     with pytest.raises(UnsupportedModelError, match="ModuleList has 2 supported models inside"):
-        d2ft_hpc.attach(nn.ModuleList([tiny_vit(), tiny_vit()]))
+        d2ft_hpc.attach(nn.ModuleList([tiny_vit(), tiny_vit()]), total_steps=3)
     with pytest.raises(UnsupportedModelError, match="Linear is none of the supported models"):
-        d2ft_hpc.attach(nn.Linear(2, 2))
+        d2ft_hpc.attach(nn.Linear(2, 2), total_steps=3)
 
 
 def test_a_forward_may_be_in_the_closure_of_the_optimiser_s_step() -> None:
@@ -293,3 +301,32 @@ def test_samples_are_scored_by_what_libraries_made_of_the_model() -> None:
     assert seen == [(False, 8), (True, 16)] * SLOTS
     assert loop.model.training
     assert not loop.model.norm.training
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"planner": "tokens"}, {"planner": "joint", "token_budget": 0.7}, {"wrap": Wrapped, "num_classes": 0}],
+)
+def test_images_grow_through_the_training_which_goes_on_from_its_midst(settings: dict[str, Any]) -> None:
+    steps = 8
+    settings = {"compute_budget": 0.5, "total_steps": steps, **settings}
+    whole, first, resumed = Loop(**settings), Loop(**settings), Loop(weights=1, **settings)
+    losses, shares, grids = [], [], []
+    for step in range(steps):
+        losses.append(whole.step(step))
+        if whole.d2ft.measured_share is not None:
+            assert whole.d2ft.measured_share == pytest.approx(whole.d2ft.promised_share, rel=1e-3)
+        if step < 5:
+            assert first.step(step) == losses[-1]
+        shares.append(whole.d2ft.promised_share)  # of the step that comes
+        plan = whole.d2ft.plan
+        grids.append(None if plan is None else plan.grid_of(0))
+    assert grids == sorted(grids)
+    assert {(2, 2), (4, 4)} <= {*grids}
+    assert shares == sorted(shares)
+    curve = whole.d2ft._controller.context.curve
+    assert curve.share == pytest.approx(settings.get("token_budget", 0.5), abs=0.1)
+    assert curve.share <= settings.get("token_budget", 0.5)
+    for name in ("model", "optimizer", "d2ft"):
+        getattr(resumed, name).load_state_dict(getattr(first, name).state_dict())
+    assert [resumed.step(step) for step in range(5, steps)] == losses[5:]

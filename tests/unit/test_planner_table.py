@@ -22,7 +22,7 @@ def lognormal(seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_options_are_parameters_of_the_planners_function_with_the_same_defaults(name: str) -> None:
     entry = PLANNERS[name]
     parameters = inspect.signature(entry.solve).parameters
-    if entry.binding == "slot":
+    if entry.plans_heads:
         assert {key: parameters[key].default for key in entry.options.model_fields} == (
             entry.options().model_dump()
         )

@@ -25,7 +25,7 @@ def test_the_oracle_knows_every_field_planner_and_option():
         "most_shortcut",
         "weights",
     } == set(FACTORS)
-    options = {name: set(entry.parameters) for name, entry in PLANNERS.items() if entry.binding == "slot"}
+    options = {name: set(entry.parameters) for name, entry in PLANNERS.items() if entry.plans_heads}
     assert options == plan_oracle.PLANNERS
 
 
