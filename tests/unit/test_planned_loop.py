@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import d2ft_hpc
 from d2ft_hpc.config import PlanConfig
@@ -293,3 +294,20 @@ def test_samples_are_scored_by_what_libraries_made_of_the_model() -> None:
     assert seen == [(False, 8), (True, 16)] * SLOTS
     assert loop.model.training
     assert not loop.model.norm.training
+
+
+def test_a_loop_that_an_error_ended_counts_nothing_more() -> None:
+    loop = Loop(planner="joint")
+    images, labels = random_batch(0)
+    F.cross_entropy(loop.model(images), labels)  # and what comes next fails
+    assert is_counting()
+    again = Loop(planner="joint")
+    assert not is_counting()
+    for step in range(2):
+        again.step(step)
+    assert again.d2ft.measured_share == pytest.approx(again.d2ft.promised_share, rel=1e-9)
+    assert not is_counting()
+
+
+def is_counting() -> bool:
+    return _get_current_dispatch_mode() is not None
