@@ -14,6 +14,7 @@ from d2ft_hpc.bench.commands import add_benches
 from d2ft_hpc.command import add_config, amount, on_ranks, read_config, share, whole_number
 from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.errors import UNFINISHED, PlanError
+from d2ft_hpc.figures.command import add_figures
 from d2ft_hpc.launch.agree import note_failure
 from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.paths import path_argument
@@ -88,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--png", type=path_argument, help="also write a picture of compute and time")
     report.set_defaults(run=_report)
+
+    figure = commands.add_parser("figure", help="one figure of runs, or its numbers as JSON")
+    add_figures(figure.add_subparsers(required=True, metavar="NAME"))
 
     plan = commands.add_parser(
         "plan",

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import isclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeGuard, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -27,7 +27,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from d2ft_hpc.config_file import Scalar, plain, read_tree, to_yaml
-from d2ft_hpc.engines.deepspeed_keys import unknown_keys
+from d2ft_hpc.engines.deepspeed_keys import deepspeed_sections, unknown_keys, zero_stage
 from d2ft_hpc.engines.kinds.kind import EngineKind
 from d2ft_hpc.engines.kinds.table import ENGINES
 from d2ft_hpc.errors import ConfigError
@@ -87,16 +87,12 @@ class LoraSection(Section):
 
     rank: int = Field(default=8, gt=0)
     alpha: int = Field(default=16, gt=0)
-    """The low-rank product counts alpha / rank times."""
+    """The low-rank product counts alpha / rank times; a larger alpha stabilises large ranks (arXiv 2312.03732)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Of what the low-rank product gets."""
     layers: list[Literal["qkv", "proj", "fc1", "fc2"]] = Field(
         default=["qkv", "proj", "fc1", "fc2"], min_length=1
     )
-    rslora: bool = False
-    """The product counts alpha / sqrt(rank) times instead (arXiv 2312.03732)."""
-    scores: Literal["adapters", "weights"] = "adapters"
-    """What scores are measured on: the low-rank factors, or the weights that they adapt."""
 
 
 class ModelConfig(Section):
@@ -112,8 +108,6 @@ class ModelConfig(Section):
     embeddings: Literal["frozen", "complete_path", "trained"] = "frozen"
     """Parameters below every block, whose gradient is biased by each skip above them: frozen, trained by the
     micro-batches that are FULL everywhere, or trained by all."""
-    shared: Literal["flow", "frozen"] = "flow"
-    """Norms, LayerScale and row biases of the blocks: trained by what flows through FULL heads, or frozen."""
 
 
 class DataConfig(Section):
@@ -164,19 +158,30 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
-    """AdamW's."""
     epsilon: float = Field(default=1e-8, gt=0)
-    """AdamW's, added to the root of the second moment."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """SGD's."""
+    """AdamW's, added to the root of the second moment. Its betas are 0.9 and 0.999, SGD's momentum 0.9."""
     classifier_factor: float = Field(default=1.0, gt=0)
     """The classifier's learning rate in multiples of the others'; a new classifier learns better with 10 or more."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    warmup_steps: int = Field(default=0, ge=0)
-    """Least number of steps of linear warm-up."""
     warmup_share: float = Field(default=0.0, ge=0, lt=1)
-    """Least share of all steps that warm up."""
+    """Share of all steps in which the learning rate rises linearly, before it falls to zero in a line."""
+
+
+class Interval(NamedTuple):
+    """So many minutes, or whole epochs or steps."""
+
+    number: float
+    unit: str
+    """minute, epoch or step."""
+
+    @staticmethod
+    def read(text: str) -> Interval | None:
+        """None if it is none."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(minute|epoch|step)s?", text)
+        if not found:
+            return None
+        number, unit = float(found[1]), found[2]
+        whole = unit == "minute" or number.is_integer()
+        return Interval(number, unit) if whole and 0 < number <= _LONGEST else None
 
 
 class TrainConfig(Section):
@@ -188,17 +193,25 @@ class TrainConfig(Section):
     evaluate_every_epochs: int = Field(default=1, gt=0)
     evaluate_at_start: bool = True
     """Whether the model is evaluated before its first step too."""
-    checkpoint_every_minutes: float | None = Field(default=10.0, gt=0, le=_LONGEST)
-    """How often a checkpoint is saved while training goes on; null: not by the clock."""
-    checkpoint_every_epochs: int | None = Field(default=None, gt=0)
-    """null: not by the number of epochs."""
-    checkpoint_every_steps: int | None = Field(default=None, gt=0)
-    """null: not by the number of steps."""
-    keep_checkpoints: int = Field(default=2, gt=0)
-    """The newest ones, which stay; at least two until the run ends, since the newest may be of a run that diverges."""
+    checkpoint_every: str | None = "10 minutes"
+    """How often a checkpoint is saved: so many minutes, epochs or steps; null: never, but where a run is stopped. The
+    newest two stay."""
     resume: bool | Literal["auto"] = False
     """true: continue the run in its folder from its newest checkpoint. auto: the same where there is one, start where
     there is none, and end at once if the run is finished: for jobs that may be started again at any time."""
+
+    @field_validator("checkpoint_every")
+    @classmethod
+    def _check_interval(cls, text: str | None) -> str | None:
+        if text is not None and Interval.read(text) is None:
+            raise PydanticCustomError(
+                "no_interval", "write so many minutes, epochs or steps, such as '10 minutes' or '50 steps'"
+            )
+        return text
+
+    @property
+    def checkpoint_interval(self) -> Interval | None:
+        return None if self.checkpoint_every is None else Interval.read(self.checkpoint_every)
 
 
 class ReplanConfig(Section):
@@ -252,17 +265,8 @@ class PlanConfig(Section):
     )
     backward_score: str = WEIGHT_MAGNITUDE.name
     """The same for its backward."""
-    depth_exponent: float = Field(default=0.0, ge=0)
-    """Backward scores count (place of the block / number of blocks) to this power, so that FULL gathers in the upper
-    blocks, above which less is skipped; 0: the same at every depth. Planner `paper`, which gives each subnet a budget
-    of its own, and `static`, but for one step between blocks, put as many FULL into each block all the same."""
     probe_batches: int = Field(default=1, gt=0)
     """Batches over which scores are averaged; their cost is charged to the run."""
-    score_cache: PathText | None = None
-    """Folder that keeps measured scores for runs with the same weights, probe images and settings; null: none."""
-    rescale: bool = False
-    """Multiply what a block's branches add by its cells over those that are not SHORTCUT, as stochastic depth does, so
-    that over a batch blocks add as much as in the dense model; false: as in the paper."""
     warmup_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of the run over which skipping sets in: the budget of each plan falls from 1 to what keeps
     `compute_budget` over the whole run. Needs `replan.every`; 0: the same budget from the first step."""
@@ -312,6 +316,16 @@ class PlanConfig(Section):
     def token_share(self) -> float | None:
         """`token_budget`, or what it is for a planner that has no other; None: images have full size."""
         return self.compute_budget if self.entry.scales_images else self.token_budget
+
+    @property
+    def price(self) -> str:
+        """What the planner's plans cost beside what they spare, a sentence; empty where they keep accuracy."""
+        if not self.entry.keeps_budgets or self.entry.binding == "sample":
+            return ""
+        return (
+            f"plan.planner={self.planner} skips heads, which cost 2 to 12 points of accuracy at 0.6 where it was "
+            f"measured (analysis/paper_table, analysis/plan_structure); plan.planner=tokens is the one that keeps it"
+        )
 
     @property
     def sides(self) -> tuple[float, ...]:
@@ -449,46 +463,6 @@ class EngineConfig(Section):
     def tensor_ranks(self) -> int:
         """Tensor-parallel ranks of a replica, whichever key says so."""
         return int(self.deepspeed.get("tensor_parallel", {}).get("autotp_size", 0)) or self.tensor_parallel
-
-
-def deepspeed_sections(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Settings for DeepSpeed with what decides how plans run in one form; `where` stands before the keys in messages.
-
-    `"zero_optimization": true` is DeepSpeed's older way to say stage 1. Raises ValueError.
-    """
-    settings = dict(settings)
-    zero = settings.get("zero_optimization")
-    if isinstance(zero, bool):
-        settings["zero_optimization"] = {"stage": int(zero)}
-    for key in ("zero_optimization", "tensor_parallel", "pipeline", "fp16", "bf16"):
-        if not isinstance(settings.get(key, {}), Mapping):
-            example = {
-                "zero_optimization": "stage: 1",
-                "tensor_parallel": "autotp_size: 2",
-                "pipeline": "stages: 2",
-            }
-            raise ValueError(
-                f"{where}{key}={shown(settings[key])}: holds settings of its own, such as "
-                f"{{{example.get(key, 'enabled: true')}}}"
-            )
-    for key, inner, least, most in (
-        ("zero_optimization", "stage", 0, 3),
-        ("tensor_parallel", "autotp_size", 0, None),
-        ("pipeline", "stages", 1, None),
-    ):
-        value = settings.get(key, {}).get(inner, least)
-        if key == "pipeline" and value == "auto":
-            continue
-        if type(value) is not int or value < least or (most is not None and value > most):
-            fix = "ZeRO has the stages 0, 1, 2 and 3" if most else f"a whole number, at least {least}"
-            raise ValueError(f"{where}{key}.{inner}={shown(value)}: {fix}")
-    return settings
-
-
-def zero_stage(deepspeed: Mapping[str, Any], precision: str) -> Any:
-    """ZeRO's stage in settings for DeepSpeed; without one 0, or 1 under fp16, whose losses DeepSpeed scales under ZeRO
-    only."""
-    return deepspeed.get("zero_optimization", {}).get("stage", int(precision == "fp16"))
 
 
 class LaunchConfig(Section):

@@ -22,9 +22,13 @@ class Score:
     """What each weight adds: takes gradients float32 [..., *shape] and weights [*shape]."""
     reads_gradients: bool = True
     """False: it is the same for all micro-batches, and `of_weight` gets the weights in place of gradients."""
+    in_steps: bool = False
+    """Whether training steps give it, from the gradients that they form anyway (`scores.observe`)."""
 
 
-FISHER = Score("fisher", "g^2 (the paper's for the forward)", lambda gradient, weight: gradient.square())
+FISHER = Score(
+    "fisher", "g^2 (the paper's for the forward)", lambda gradient, weight: gradient.square(), in_steps=True
+)
 GRADIENT_MAGNITUDE = Score("gradient_magnitude", "|g|", lambda gradient, weight: gradient.abs())
 TAYLOR = Score("taylor", "|w g|", lambda gradient, weight: (gradient * weight.detach().float()).abs())
 WEIGHT_MAGNITUDE = Score(

@@ -11,34 +11,28 @@ from torch import Tensor
 SHORTCUT, FORWARD_ONLY, FULL = 0, 1, 2
 
 
-def reference_forward(
-    model: VisionTransformer, images: Tensor, operations: np.ndarray, scales: np.ndarray | None = None
-) -> Tensor:
-    """Logits of `model` (never attached to an executor) where block b, head h runs operations[b, h].
-
-    scales: what each block's branches add is multiplied by, [block].
-    """
-    scales = np.ones(len(operations)) if scales is None else scales
+def reference_forward(model: VisionTransformer, images: Tensor, operations: np.ndarray) -> Tensor:
+    """Logits of `model` (never attached to an executor) where block b, head h runs operations[b, h]."""
     x = model.patch_embed(images)
     x = model._pos_embed(x)
     x = model.norm_pre(model.patch_drop(x))
-    for block, row, scale in zip(model.blocks, operations, scales, strict=True):
-        x = reference_block(block, x, row, float(scale))
+    for block, row in zip(model.blocks, operations, strict=True):
+        x = reference_block(block, x, row)
     return model.forward_head(model.norm(x))
 
 
-def reference_block(block: Block, x: Tensor, row: np.ndarray, factor: float = 1.0) -> Tensor:
+def reference_block(block: Block, x: Tensor, row: np.ndarray) -> Tensor:
     def attend(z: Tensor, head: int) -> Tensor:
         return attention_head(block, z, head)
 
-    x = _residual(x, row, block.norm1, attend, block.attn.proj.bias, lambda y: factor * block.ls1(y))
+    x = _residual(x, row, block.norm1, attend, block.attn.proj.bias, block.ls1)
     return _residual(
         x,
         row,
         block.norm2,
         lambda z, h: ffn_slice(block, z, h),
         block.mlp.fc2.bias,
-        lambda y: factor * block.ls2(y),
+        block.ls2,
     )
 
 

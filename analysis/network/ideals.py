@@ -1,6 +1,6 @@
-"""The makespan plans' steps in results of `d2ft-hpc bench network`, over ideals in which nothing overlaps:
+"""The makespan plans' steps in results of `slow_links`, over ideals in which nothing overlaps:
 
-    python analysis/network/ideals.py analysis/network/*bit*.json
+    python -m analysis.network.ideals analysis/network/*bit*.json
 
 Seconds of work and messages one after the other: of a plan that ran overlapped in the sharded layout, of the dense
 model in the replicated one. `both ways`: a lone rank's sums leave after the tokens came. `one way`: only the busier
@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from d2ft_hpc.bench.network import bits_per_second
-from d2ft_hpc.bench.parallel import IMAGE_SIZE, TOKENS, Sizes
+from analysis.engines.parallel import IMAGE_SIZE, TOKENS, Sizes, placed, posed
+from analysis.network.slow_links import bits_per_second
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.metering import measure_costs
-from d2ft_hpc.parallel.stages import cut_stages, layer_flops
-from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, in_order, messages, simulate, solve
+from d2ft_hpc.parallel.layout import Layout
+from d2ft_hpc.parallel.stages import layer_flops
+from d2ft_hpc.planning import Operation, SkipPlan, messages, simulate, solve
 from d2ft_hpc.planning.step_time import StepTime
 
 IMAGES = (3, IMAGE_SIZE, IMAGE_SIZE)
@@ -44,21 +45,19 @@ def show(path: str) -> None:
     model = sizes.model()
     costs = measure_costs(model, attach(model), IMAGES)
     shape = (sizes.micro_batches, sizes.blocks, sizes.heads)
-    stage = np.zeros(sizes.blocks, int)
-    for index, blocks in enumerate(cut_stages(layer_flops(model, costs, IMAGES), stages)):
-        stage[list(blocks)] = index
-    layout: messages.TokenLayout = (
+    layout = Layout.of(stages * ranks, 0, stages=stages, tensor_ranks=ranks)
+    placement = placed(sizes, layout, layer_flops(model, costs, IMAGES))
+    token_layout: messages.TokenLayout = (
         "replicated" if result["makespan"]["token_layout"] == "replicated" else "sharded"
     )
-    problem = PlanProblem.parallel(
-        *np.exp(np.random.default_rng(0).standard_normal((2, *shape))),
-        rank=in_order(sizes.blocks, sizes.heads, ranks),
-        stage=stage,
-        forward_cost=costs.forward_share,
+    problem = posed(
+        sizes,
+        placement,
+        costs,
         compute_budget=result["compute_budget"],
         communication_budget=result["communication_budget"],
         messages="by_meeting",
-        token_layout=layout,
+        token_layout=token_layout,
     )
     plan = solve(problem, "makespan")
     assert np.isclose(costs.planned_share(plan), result["makespan"]["planned_flops"])
@@ -73,7 +72,7 @@ def show(path: str) -> None:
     of_plan = result["makespan"]
     for name, shares in (("both ways", both_ways), ("one way", one_way)):
         messages.busiest_shares = shares
-        ideal = always + step_time.of(plan, problem, layout)
+        ideal = always + step_time.of(plan, problem, token_layout)
         of_dense = always + step_time.of(dense, problem, "replicated")
         print(
             f"{path.rsplit('/', 1)[-1]:32} {name:10} ideal {ideal:.2f} s, dense {of_dense:.2f} s; "

@@ -85,7 +85,8 @@ def groups(lines: Iterable[Line]) -> dict[Key, dict[str, dict[int, Line]]]:
     dense = [line for line in lines if line["budget"] == 1]
     for line in lines:
         if line["budget"] < 1:
-            found[(*task(line), line["budget"], "lora" in line["config"])][name_of(line)][line["seed"]] = line
+            key = (*task(line), line["budget"], "lora" in line["config"])
+            found[key][name_of(line)][line["seed"]] = line
     for data, epochs, budget, is_lora in list(found):
         for line in dense:
             if task(line) == (data, epochs) and ("lora" in line["config"]) == is_lora:

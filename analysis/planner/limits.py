@@ -1,6 +1,6 @@
 """What planners do with a time limit: a line of JSON for each, with wall and processor seconds, gap and status.
 
-OMP_NUM_THREADS=1 taskset -c 0 python analysis/planner/limits.py > analysis/planner/limits.jsonl
+OMP_NUM_THREADS=1 taskset -c 0 python -m analysis.planner.limits > analysis/planner/limits.jsonl
 
 The deadline is of the processor's clock, so that other work on the machine does not count.
 """
@@ -37,7 +37,7 @@ def unequal_stages(ranks: int, budgets: dict[str, Any]) -> PlanProblem:
 def measure(planner: str, ranks: int, budgets: dict[str, Any], **options: Any) -> None:
     problem = unequal_stages(ranks, budgets)
     wall, cpu = time.perf_counter(), time.process_time()
-    plan = solve(problem, planner, **options)  # type: ignore[arg-type]
+    plan = solve(problem, planner, **options)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     found = {
         "wall_seconds": round(wall, 3),

@@ -1,4 +1,7 @@
-"""How fast the twelve matrix products of a block run for so many heads, on a GPU in bf16: `products.py`.
+"""How fast the twelve matrix products of a block run for so many heads, on a GPU in bf16:
+
+    python -m analysis.step.products
+
 
 A line: model and micro-batch, heads; ms of all products, and with the faster form of each weight gradient; both a head;
 TFLOP/s of each product. dx: the gradient of its input; dw: of its weight; T: the same transposed.
@@ -6,10 +9,13 @@ TFLOP/s of each product. dx: the gradient of its input; dw: of its weight; T: th
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
-from timed import milliseconds
 from torch import Tensor
+
+from analysis.step.timed import milliseconds
 
 # tokens, channels, heads, hidden units of the FFN, numbers of heads tried
 SIZES = {
@@ -38,10 +44,10 @@ def line(name: str, heads: int) -> str:
         x, g, weight = normal(tokens, inner), normal(tokens, outer), normal(outer, inner)
         bias = normal(outer) if into_heads else None
         for form, function in {
-            "": lambda x=x, weight=weight, bias=bias: F.linear(x, weight, bias),
-            "dx_": lambda g=g, weight=weight: g @ weight,
-            "dw_": lambda x=x, g=g: g.t() @ x,
-            "T_": lambda x=x, g=g: x.t() @ g,
+            "": partial(F.linear, x, weight, bias),
+            "dx_": partial(torch.matmul, g, weight),
+            "dw_": partial(torch.matmul, g.t(), x),
+            "T_": partial(torch.matmul, x.t(), g),
         }.items():
             milliseconds_of[form + layer] = milliseconds(function, 30)
             rates[form + layer] = 2e-9 * tokens * inner * outer / milliseconds_of[form + layer]

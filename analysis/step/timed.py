@@ -25,7 +25,7 @@ def milliseconds(function: Callable[[], object], repeats: int) -> float:
             function()
     graph.replay()
     torch.cuda.synchronize()
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

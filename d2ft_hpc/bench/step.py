@@ -23,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from d2ft_hpc.bench.ratio import Ratio
+from d2ft_hpc.bench.turns import Ratio
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.metering import StepCosts, measure_costs

@@ -221,7 +221,7 @@ def _automatic(name: str, source: Source) -> Augmentation:
         return "none"
     images = source.images
     if isinstance(images, PixelImages):
-        sides = images.size
+        sides: tuple[int, ...] = images.size
     else:  # of which a few tell: a data set is of one kind
         some = range(0, len(images), max(len(images) // _LOOKED_AT, 1))
         sides = tuple(max(images.picture(index).size) for index in some)

@@ -13,6 +13,7 @@ from d2ft_hpc.doctor.finding import Finding
 from d2ft_hpc.files.hdf5 import reason
 from d2ft_hpc.launch import Control
 from d2ft_hpc.launch.control import describe_ranks
+from d2ft_hpc.training.run_folder import KEPT_CHECKPOINTS
 
 _CHOOSE = "choose a folder on the shared file system (scratch, work) with run.folder=..."
 
@@ -56,16 +57,14 @@ def check_space(config: RunConfig, parameters: int) -> list[Finding]:
     """parameters: of the model."""
     folder = Path(config.run.folder)
     moments = 2 if config.optimizer.name == "adamw" else 1
-    checkpoints = max(config.train.keep_checkpoints, 2) + 1
-    needed = 4 * parameters * ((1 + moments) * checkpoints + 1)
+    needed = 4 * parameters * ((1 + moments) * (KEPT_CHECKPOINTS + 1) + 1)
     try:
         free = shutil.disk_usage(folder).free
     except OSError:
         return []  # `check_output` has said why
     text = f"{_gigabytes(free)} free at {folder.absolute()}, about {_gigabytes(needed)} needed"
     if free < needed:
-        fix = f"free space, or train.keep_checkpoints=1 (now {config.train.keep_checkpoints}), or {_CHOOSE}"
-        return [Finding("space", "failed", text, fix)]
+        return [Finding("space", "failed", text, f"free space, or {_CHOOSE}")]
     return [Finding("space", "ok", text)]
 
 

@@ -54,11 +54,18 @@ def check_plans(job: Job) -> list[Finding]:
     if job.control.rank:
         return []
     try:
-        plan = trial_plan(plan_context(job, place_in_order(job), costs_unmeasured(job)))
+        context = plan_context(job, place_in_order(job), costs_unmeasured(job))
+        plan = trial_plan(context)
     except D2ftError as error:
         return [of_error("plan", error, "raise plan.compute_budget")]
-    share = job.costs.planned_share(plan)
-    return [Finding("plan", "ok", f"planner {plan.planner}, {share:.1%} of the dense compute")]
+    share, images = job.costs.planned_share(plan), ""
+    if context.curve is not None:
+        share, images = share * context.curve.share, f", images of {context.curve}"
+    price = job.config.plan.price
+    return [
+        Finding("plan", "ok", f"planner {plan.planner}, {share:.1%} of the dense compute{images}"),
+        *([Finding("plan", "warning", *price.rsplit("; ", 1))] if price else []),
+    ]
 
 
 def check_time(job: Job, left: float | None) -> list[Finding]:
@@ -66,7 +73,8 @@ def check_time(job: Job, left: float | None) -> list[Finding]:
     config = job.config
     own = _seconds_of_micro_batch(job) * config.data.slots
     of_ranks = [float(part) for part in job.control.all_gather(repr(own).encode())]
-    share = config.plan.compute_budget if config.plan.entry.keeps_budgets else 1.0
+    plan = config.plan
+    share = plan.compute_budget if plan.entry.keeps_budgets or plan.entry.scales_images else 1.0
     expected = max(of_ranks) * share * job.total_steps
     text = f"about {_clock(expected)} of training expected ({job.total_steps} steps)"
     if left is None:
@@ -74,11 +82,8 @@ def check_time(job: Job, left: float | None) -> list[Finding]:
     text += f", {_clock(left)} left of the time limit"
     if expected < 0.9 * left:
         return [Finding("time", "ok", text)]
-    train = config.train
-    if (train.checkpoint_every_minutes, train.checkpoint_every_steps, train.checkpoint_every_epochs) == (
-        None,
-    ) * 3:
-        return [Finding("time", "failed", text, "longer --time, or train.checkpoint_every_minutes=10")]
+    if config.train.checkpoint_every is None:
+        return [Finding("time", "failed", text, "longer --time, or train.checkpoint_every='10 minutes'")]
     jobs = math.ceil(expected / max(left, 1.0))
     return [
         Finding(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from d2ft_hpc.config import zero_stage
+from d2ft_hpc.engines.deepspeed_keys import zero_stage
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed, take_step
 from d2ft_hpc.engines.deepspeed_settings import check_settings
 from d2ft_hpc.engines.engine import (

@@ -1,4 +1,4 @@
-"""Which keys DeepSpeed cannot know, read from its files without importing it, which takes seconds and torch.
+"""What settings for DeepSpeed say, and which keys it cannot know, without importing it, which takes seconds and torch.
 
 A key that it knows stands somewhere in its sources. What passes here is checked once more when DeepSpeed is there
 (`deepspeed_settings`), which knows in which section a key belongs.
@@ -21,6 +21,46 @@ _NAMES_OF_OTHERS = ("params", "compression_training", "data_efficiency", "curric
 """Keys below which there are names that others choose: users, optimizers."""
 _WORD = re.compile(r"\w+")
 _KEY = re.compile(r"[\"'](\w+)[\"']|^ +(\w+) ?:", re.MULTILINE)
+
+
+def deepspeed_sections(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Settings for DeepSpeed with what decides how plans run in one form; `where` stands before the keys in messages.
+
+    `"zero_optimization": true` is DeepSpeed's older way to say stage 1. Raises ValueError.
+    """
+    settings = dict(settings)
+    zero = settings.get("zero_optimization")
+    if isinstance(zero, bool):
+        settings["zero_optimization"] = {"stage": int(zero)}
+    for key in ("zero_optimization", "tensor_parallel", "pipeline", "fp16", "bf16"):
+        if not isinstance(settings.get(key, {}), Mapping):
+            example = {
+                "zero_optimization": "stage: 1",
+                "tensor_parallel": "autotp_size: 2",
+                "pipeline": "stages: 2",
+            }
+            raise ValueError(
+                f"{where}{key}={shown(settings[key])}: holds settings of its own, such as "
+                f"{{{example.get(key, 'enabled: true')}}}"
+            )
+    for key, inner, least, most in (
+        ("zero_optimization", "stage", 0, 3),
+        ("tensor_parallel", "autotp_size", 0, None),
+        ("pipeline", "stages", 1, None),
+    ):
+        value = settings.get(key, {}).get(inner, least)
+        if key == "pipeline" and value == "auto":
+            continue
+        if type(value) is not int or value < least or (most is not None and value > most):
+            fix = "ZeRO has the stages 0, 1, 2 and 3" if most else f"a whole number, at least {least}"
+            raise ValueError(f"{where}{key}.{inner}={shown(value)}: {fix}")
+    return settings
+
+
+def zero_stage(deepspeed: Mapping[str, Any], precision: str) -> Any:
+    """ZeRO's stage in settings for DeepSpeed; without one 0, or 1 under fp16, whose losses DeepSpeed scales under ZeRO
+    only."""
+    return deepspeed.get("zero_optimization", {}).get("stage", int(precision == "fp16"))
 
 
 def unknown_keys(settings: Mapping[str, Any], where: str = "") -> Iterator[str]:

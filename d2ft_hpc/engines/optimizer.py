@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from timm.optim import create_optimizer_v2
@@ -32,9 +31,7 @@ def build_optimizer(model: Any, config: OptimizerConfig) -> Optimizer:
         groups.append({**group, "params": body})
         groups.append({**group, "params": head, "lr": config.learning_rate * config.classifier_factor})
     options: dict[str, Any] = (
-        {"momentum": config.momentum}
-        if config.name == "sgd"
-        else {"betas": tuple(config.betas), "eps": config.epsilon}
+        {"momentum": 0.9} if config.name == "sgd" else {"betas": (0.9, 0.999), "eps": config.epsilon}
     )
     if next(model.parameters()).device.type == "cuda":
         options["fused"] = True
@@ -49,15 +46,16 @@ def build_optimizer(model: Any, config: OptimizerConfig) -> Optimizer:
 
 
 def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: int) -> LambdaLR:
-    """Linear warm-up, then constant or a cosine to zero at `total_steps`."""
-    warmup_steps = max(config.warmup_steps, round(config.warmup_share * total_steps))
+    """Linear warm-up, then a line to zero at `total_steps`.
+
+    By a cosine, the last steps of a plan by tokens, which fit the model to full size, would learn next to nothing: it
+    costs a point there, and dense training half of one (analysis/tokens).
+    """
+    warmup_steps = round(config.warmup_share * total_steps)
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        if config.schedule == "constant":
-            return 1.0
-        remaining = max(total_steps - warmup_steps, 1)
-        return 0.5 * (1 + math.cos(math.pi * min((step - warmup_steps) / remaining, 1.0)))
+        return max(total_steps - step, 0) / max(total_steps - warmup_steps, 1)
 
     return LambdaLR(optimizer, factor)

@@ -12,7 +12,7 @@ autograd graph. What is skipped is not computed and not stored.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,13 +30,11 @@ class BlockHeads:
 
     order: [n], those that run, side by side: FULL ones first, either kind rising. num_full: how many are FULL.
     places: [head], each FULL head's place in `order`, -1 for the others.
-    scale: what the branches add is multiplied by it.
     """
 
     order: Tensor
     num_full: int
     places: Tensor
-    scale: float = field(default=1.0, kw_only=True)
 
     @property
     def num_forward_only(self) -> int:
@@ -53,14 +51,14 @@ class BlockHeads:
         return self.order[self.num_full :] if self.num_forward_only else None
 
     @property
-    def shape(self) -> tuple[int, int, float]:
-        """Heads that are FULL, heads that are FORWARD_ONLY, and the scale: what kernels are made for."""
-        return self.num_full, self.num_forward_only, self.scale
+    def shape(self) -> tuple[int, int]:
+        """Heads that are FULL, and heads that are FORWARD_ONLY: what kernels are made for."""
+        return self.num_full, self.num_forward_only
 
     @property
     def is_dense(self) -> bool:
-        """All heads are FULL and nothing is scaled: the block's own forward runs, bit for bit."""
-        return self.num_full == self.places.numel() and self.scale == 1
+        """All heads are FULL: the block's own forward runs, bit for bit."""
+        return self.num_full == self.places.numel()
 
     @property
     def is_shortcut(self) -> bool:
@@ -99,14 +97,10 @@ def _added(x: Tensor, heads: BlockHeads, branch: Branch) -> Tensor:
             # Detached, because autocast would cache a copy of a leaf parameter that carries no gradient.
             bias = None if branch.bias is None else branch.bias.detach()
             total = branch.out(branch.inner(branch.norm(x), forward_only), forward_only, bias)
-            return scaled(branch.end(total), heads)
+            return branch.end(total)
     normed = branch.norm(x)
     total = branch.out(branch.inner(normed, full), full, branch.bias)
     if forward_only is not None:
         with torch.no_grad():
             total.add_(branch.out(branch.inner(normed, forward_only), forward_only, None))
-    return scaled(branch.end(total), heads)
-
-
-def scaled(added: Tensor, heads: BlockHeads) -> Tensor:
-    return added if heads.scale == 1 else added * heads.scale
+    return branch.end(total)

@@ -38,7 +38,6 @@ from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.planning.plan import Grid, Operation, SkipPlan
 
 EmbeddingPolicy = Literal["frozen", "complete_path", "trained"]
-SharedPolicy = Literal["flow", "frozen"]
 
 MOST_SHAPES = 8
 """Kernels that torch.compile keeps for one function, by default, and CUDA graphs that we keep of micro-batches."""
@@ -55,7 +54,6 @@ class PlanExecutor:
         self,
         subnets: SubnetMap,
         embeddings: EmbeddingPolicy,
-        rescale: bool,
         compile: bool,
         cuda_graphs: bool = False,
         recomputes: Callable[[], bool] = lambda: False,
@@ -68,7 +66,6 @@ class PlanExecutor:
         """Embeddings take part in micro-batches that are FULL everywhere only; block 0 sees to it."""
         self.trains_embeddings = embeddings == "trained"
         """Every micro-batch's gradient goes on below the blocks, whatever the plan."""
-        self._rescale = rescale
         self.rows: list[Row] = []
         """Of the plan in force, by slot; none where every micro-batch is dense."""
         self._slot: int | None = None
@@ -168,15 +165,11 @@ class PlanExecutor:
                 raise PlanError(
                     "the plan binds samples and skips parts of some: only whole samples can be skipped"
                 )
-        scales = np.ones(plan.num_blocks)
-        if self._rescale:
-            active = (rows != Operation.SHORTCUT).mean(axis=(0, 2))
-            scales = np.where(active > 0, 1 / np.maximum(active, 1e-9), 1.0)
         # Where all replicas run a block densely their gradients come alike, and nothing need be done.
         all_full = (plan.operations == Operation.FULL).all(axis=2)
         all_dense = all_full.reshape(plan.slots, plan.replicas, -1).all(axis=1)
         self.rows = [
-            self._row(cells, scales, ~dense, grid)
+            self._row(cells, ~dense, grid)
             for cells, dense, grid in zip(rows, all_dense, grids, strict=True)
             if plan.binding == "slot"
         ]
@@ -239,7 +232,7 @@ class PlanExecutor:
     def temporarily(self, operations: np.ndarray) -> Iterator[None]:
         """Every micro-batch inside follows `operations`, uint8 [block, head]; afterwards the plan is as before."""
         before = self.plan, self.rows, self.block_shapes, self._slot, self._slot_source
-        row = self._row(operations, np.ones(len(operations)), np.zeros(len(operations), bool))
+        row = self._row(operations, np.zeros(len(operations), bool))
         self.plan, self.rows, self.block_shapes = None, [row], self._count_block_shapes([row])
         self._slot, self._slot_source = 0, None
         try:
@@ -369,7 +362,7 @@ class PlanExecutor:
 
     def _is_fused(self, index: int, heads: BlockHeads) -> bool:
         """Whether our own kernels run the block on a GPU."""
-        if not heads.trains or heads.is_dense or heads.scale != 1 or fused() is None:
+        if not heads.trains or heads.is_dense or fused() is None:
             return False
         if index not in self._kernel_parts:
             self._kernel_parts[index] = self.subnets.family.kernel_parts(self.blocks[index])
@@ -454,15 +447,13 @@ class PlanExecutor:
         result: Tensor = self._compiled(block, x, *args, **kwargs)
         return result
 
-    def _row(
-        self, operations: np.ndarray, scales: np.ndarray, sparse: np.ndarray, grid: Grid | None = None
-    ) -> Row:
-        """operations: uint8 [block, head]; scales, sparse: [block]. grid: patches of the images."""
+    def _row(self, operations: np.ndarray, sparse: np.ndarray, grid: Grid | None = None) -> Row:
+        """operations: uint8 [block, head]; sparse: [block]. grid: patches of the images."""
         is_complete = bool((operations == Operation.FULL).all())
-        return Row(*self._choose(operations, scales), is_complete, sparse.tolist(), grid)
+        return Row(*self._choose(operations), is_complete, sparse.tolist(), grid)
 
-    def _choose(self, operations: np.ndarray, scales: np.ndarray) -> tuple[Tensor, Sequence[BlockHeads]]:
-        return choose_heads(list(operations), scales.tolist(), self._device)
+    def _choose(self, operations: np.ndarray) -> tuple[Tensor, Sequence[BlockHeads]]:
+        return choose_heads(list(operations), self._device)
 
     def _count_block_shapes(self, rows: Sequence[Row]) -> int:
         """`block_shapes` with these rows; kernels for them are counted from now on if they will be made."""
@@ -519,8 +510,6 @@ def attach(
     model: Any,
     *,
     embeddings: EmbeddingPolicy = "frozen",
-    shared: SharedPolicy = "flow",
-    rescale: bool = False,
     compile: bool = False,
     cuda_graphs: bool = False,
 ) -> PlanExecutor:
@@ -529,9 +518,6 @@ def attach(
 
     embeddings: what becomes of the parameters below every block, whose gradient is biased by every skip above them:
         "frozen" (default), "complete_path" (trained by the micro-batches that are FULL everywhere) or "trained".
-    shared: norms, LayerScale, row biases of the blocks: "flow" (trained by what flows through FULL heads) or "frozen".
-    rescale: whether what a block's branches add is multiplied by its cells over those that are not SHORTCUT, over the
-        batch of a replica, as stochastic depth does (arXiv 1603.09382).
     compile: whether torch.compile makes kernels, one set for each shape: of dense blocks, of those that skip heads
         under plans with few shapes (`PlanExecutor.block_shapes`), and of what lies outside the blocks.
     cuda_graphs: whether, on a GPU, a block's forward and its backward are one launch each, for up to 8 shapes of
@@ -548,14 +534,12 @@ def attach(
     executor = PlanExecutor(
         subnets,
         embeddings,
-        rescale,
         compile,
         cuda_graphs,
         partial(_recomputes, subnets.family, weakref.ref(model)),
     )
-    frozen = {ParameterClass.EMBEDDING: embeddings == "frozen", ParameterClass.SHARED: shared == "frozen"}
     for name, parameter in model.named_parameters():
-        if frozen.get(subnets.classify(name), False):
+        if embeddings == "frozen" and subnets.classify(name) is ParameterClass.EMBEDDING:
             parameter.requires_grad_(False)
         if parameter.requires_grad and subnets.family.goes_beside(name):
             executor.trained_beside.append(name)

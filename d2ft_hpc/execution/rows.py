@@ -31,7 +31,7 @@ class Row:
     grid: Grid | None = None
 
     @property
-    def shape(self) -> tuple[Grid | None, tuple[tuple[int, int, float], ...]]:
+    def shape(self) -> tuple[Grid | None, tuple[tuple[int, int], ...]]:
         """Of the images, and of every block."""
         return self.grid, tuple(heads.shape for heads in self.heads)
 
@@ -51,10 +51,8 @@ class Row:
         )
 
 
-def choose_heads(
-    operations: Sequence[np.ndarray], scales: Sequence[float], device: torch.device
-) -> tuple[Tensor, list[BlockHeads]]:
-    """Indices and heads of a `Row`. operations: of each block, uint8 [head]; scales: of each block."""
+def choose_heads(operations: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, list[BlockHeads]]:
+    """Indices and heads of a `Row`. operations: of each block, uint8 [head]."""
     chosen = []
     for cells in operations:
         full, forward_only = (
@@ -67,7 +65,4 @@ def choose_heads(
     joined = np.concatenate(list(chain.from_iterable((order, places) for order, _, places in chosen)))
     indices = torch.from_numpy(joined).to(device)
     parts = iter(indices.split([size for order, _, places in chosen for size in (order.size, places.size)]))
-    return indices, [
-        BlockHeads(next(parts), num_full, next(parts), scale=float(scale))
-        for (_, num_full, _), scale in zip(chosen, scales, strict=True)
-    ]
+    return indices, [BlockHeads(next(parts), num_full, next(parts)) for _, num_full, _ in chosen]

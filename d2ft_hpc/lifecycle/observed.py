@@ -18,7 +18,8 @@ from d2ft_hpc.lifecycle.controller import ScoreSource
 from d2ft_hpc.lifecycle.rows import rows_of_all
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.parallel.layout import Layout
-from d2ft_hpc.scores import Scores, weight_magnitude
+from d2ft_hpc.score_table import SCORES
+from d2ft_hpc.scores import Scores, scores_of_weights
 
 
 class Observer(Protocol):
@@ -74,11 +75,12 @@ class ObservedScores(ScoreSource):
             self.measure()
             return None
         names = (self._settings.forward_score, self._settings.backward_score)
-        if self._settings.backward_score == "fisher":
+        backward = SCORES[self._settings.backward_score]
+        if backward.reads_gradients:
             return Scores(fisher, fisher, 0.0, *names, 0)
         with self._full_model() as model:
-            magnitude = weight_magnitude(backbone_of(model), self._subnets).cpu().numpy()
-        return Scores(fisher, np.broadcast_to(magnitude, fisher.shape), 0.0, *names, 0)
+            of_weights = scores_of_weights(backward, backbone_of(model), self._subnets).cpu().numpy()
+        return Scores(fisher, np.broadcast_to(of_weights, fisher.shape), 0.0, *names, 0)
 
     def so_far(self) -> npt.NDArray[np.float32] | None:
         """The sums of all ranks, float32 [rank, slot, block, head]; None while nothing is observed."""

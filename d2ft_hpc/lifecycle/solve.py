@@ -94,7 +94,7 @@ def pose(
     Raises PlanError as `PlanProblem.parallel`.
     """
     settings, reckoned, same_rows = context.settings, context.reckoned, context.same_rows
-    replicas, blocks = 1 if same_rows else context.replicas, context.subnets[0]
+    replicas = 1 if same_rows else context.replicas
 
     def posed(values: np.ndarray) -> np.ndarray:
         by_copy = values.astype(np.float64).reshape(context.slots, -1, replicas, *context.subnets)
@@ -102,11 +102,10 @@ def pose(
         return mean[:, planned]
 
     equal = np.ones(context.shape)
-    depth = np.flatnonzero(planned)[:, None] / blocks + 1 / blocks  # [block, 1]
     most_full = None if reckoned.most_full is None else context.by_device(reckoned.most_full)
     return PlanProblem.parallel(
         posed(equal if scores is None else scores.forward),
-        posed(equal if scores is None else scores.backward) * depth**settings.depth_exponent,
+        posed(equal if scores is None else scores.backward),
         replicas=replicas,
         rank=context.placement.owner[planned],
         stage=context.placement.stage[planned],

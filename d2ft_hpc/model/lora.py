@@ -31,11 +31,10 @@ def add_lora(
     alpha: int,
     dropout: float,
     layers: Sequence[str],
-    rslora: bool = False,
 ) -> None:
     """Adapts `layers` ("qkv", "proj", "fc1", "fc2") of every block; all else but the classifier is frozen.
 
-    alpha: the low-rank product counts alpha / rank times, with rslora alpha / sqrt(rank) times.
+    alpha: the low-rank product counts alpha / rank times.
 
     Raises ConfigError if peft is not installed, or the rank is above that of a layer.
     """
@@ -64,7 +63,6 @@ def add_lora(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        use_rslora=rslora,
         target_modules=target,
     )
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)

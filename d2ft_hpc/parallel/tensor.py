@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from d2ft_hpc.errors import UnsupportedModelError
-from d2ft_hpc.execution.block import BlockHeads, scaled
+from d2ft_hpc.errors import PlanError, UnsupportedModelError
+from d2ft_hpc.execution.block import BlockHeads
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Owners
 from d2ft_hpc.execution.rows import choose_heads
@@ -88,9 +88,14 @@ class TensorParallelExecutor(PlanExecutor):
             {name: axis.of(int(own)) for name, axis in whole.subnets.head_axes.items()}
             for own in (owner == messages.rank).sum(axis=1)
         ]
-        _, self._dense = self._choose(np.full(owner.shape, Operation.FULL), np.ones(len(owner)))
+        _, self._dense = self._choose(np.full(owner.shape, Operation.FULL))
 
     def activate(self, plan: SkipPlan, replica: int) -> None:
+        if plan.grids is not None and self.token_layout != "replicated":
+            raise PlanError(
+                f"engine.token_layout={self.token_layout}: ranks share out the tokens of images of one size, but the "
+                f"plan scales images; use replicated"
+            )
         super().activate(plan, replica)
         self._steps = {index: self._step_sum(index) for index in self.blocks if self.rows}
 
@@ -142,11 +147,10 @@ class TensorParallelExecutor(PlanExecutor):
             return PartialGradients([*owners, *after_heads], step, self.slot, whole=len(after_heads))
         return PartialGradients(owners, step, self.slot)
 
-    def _choose(self, operations: np.ndarray, scales: np.ndarray) -> tuple[Tensor, list[SharedHeads]]:
+    def _choose(self, operations: np.ndarray) -> tuple[Tensor, list[SharedHeads]]:
         owned = list(zip(operations, self._owner, strict=True))
         indices, own = choose_heads(
             [cells[owner == self.messages.rank] for cells, owner in owned],
-            scales.tolist(),
             self._device,
         )
         ranks = (
@@ -157,7 +161,7 @@ class TensorParallelExecutor(PlanExecutor):
             for cells, owner in owned
         )
         return indices, [
-            SharedHeads(heads.order, heads.num_full, heads.places, full, active, scale=heads.scale)
+            SharedHeads(heads.order, heads.num_full, heads.places, full, active)
             for heads, (full, active) in zip(own, ranks, strict=True)
         ]
 
@@ -296,7 +300,7 @@ class _SharedBranch:
         return self.of_block.out(self.of_block.inner(normed, chosen), chosen, None)
 
     def end(self, total: Tensor) -> Tensor:
-        return scaled(self.of_block.end(total), self.heads)
+        return self.of_block.end(total)
 
     def finish(self, total: Tensor) -> Tensor:
         bias = self.of_block.bias

@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.paper import PaperOptions, two_levels
 from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.planner import Options, Planner
+from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.problem import PlanProblem, check
 
 Operations = npt.NDArray[np.uint8]
@@ -143,13 +142,6 @@ def _largest(
     return plan_with_bound(problem, operations(low), planner=planner, status=f"{low} of {most}")
 
 
-class RoutingOptions(Options):
-    """Of routing."""
-
-    capacity_factor: float = Field(default=1.25, gt=0)
-    """Most rows that a head takes, in multiples of its fair share."""
-
-
 RANDOM = Planner(
     "random",
     "baseline of the paper: its numbers of each operation, drawn at random",
@@ -176,5 +168,4 @@ ROUTING = Planner(
     "routing",
     "baseline of the paper: mixture of experts, the heads with the largest forward scores",
     solve_routing,
-    RoutingOptions,
 )

@@ -61,8 +61,8 @@ def token_curve(grids: Sequence[Grid], costs: Sequence[float], budget: float, to
     """
     if budget < costs[0]:
         raise PlanError(
-            f"the budget {budget:g} is below what {grids[0][0]} x {grids[0][1]} patches throughout take; at least "
-            f"{costs[0]:.3f}, or smaller plan.options.sides"
+            f"compute budget {budget:g} is below what images of {grids[0][0]} x {grids[0][1]} patches throughout "
+            f"take; at least {costs[0]:.3f}, or smaller plan.options.sides"
         )
     of_steps = np.asarray(costs, dtype=np.float64)
     shares = _shares(of_steps, budget)

@@ -25,7 +25,6 @@ def record_scores(writer: ResultsWriter, scores: Scores, step: int) -> None:
             "backward_name": scores.backward_name,
             "seconds": scores.seconds,
             "flops": scores.flops,
-            "cached": scores.cached,
         },
     )
 

@@ -204,7 +204,6 @@ TABLES: dict[str, dict[str, Field]] = {
         Field("backward_name", "text", "1", "what `backward` is"),
         Field("seconds", "float64", "s", "time that measuring took, charged to the run"),
         Field("flops", "float64", "FLOP", "what measuring computed, over all ranks"),
-        Field("cached", "uint8", "1", "1 if they came from the cache"),
     ),
 }
 

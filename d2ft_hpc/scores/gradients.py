@@ -39,7 +39,6 @@ def gradient_scores(
     names: Iterable[str],
     granularity: Granularity = "micro_batch",
     autocast_dtype: torch.dtype | None = None,
-    adapters: bool = True,
 ) -> dict[str, Tensor]:
     """Scores of one micro-batch or of each of its samples, with g the gradient of the loss and w the weight.
 
@@ -50,8 +49,7 @@ def gradient_scores(
     returns the *mean* over the samples. A sample's score is that of its own loss, not of its share in the mean.
     autocast_dtype: of the pass and of the products that give weight gradients, as in training under autocast; None:
     the model's own, products in float32 unless the model is in bfloat16.
-    adapters: of a model with LoRA, the weights are the heads' slices of the low-rank factors; False: those that the
-    factors adapt, as if there were none.
+    Of a model with LoRA, the weights are the heads' slices of the low-rank factors.
     Runs the dense model in evaluation mode; model, gradients and random state stay as they were. Where memory is too
     short for all samples at once, they are taken in parts, of half as many at each try.
 
@@ -62,7 +60,7 @@ def gradient_scores(
         parts = list(zip(images.split(at_once), labels.split(at_once), strict=True))
         try:
             return _scores_of_parts(
-                model, subnets, parts, loss_function, list(names), granularity, autocast_dtype, adapters
+                model, subnets, parts, loss_function, list(names), granularity, autocast_dtype
             )
         except torch.OutOfMemoryError:
             if at_once == 1:
@@ -78,7 +76,6 @@ def _scores_of_parts(
     names: Sequence[str],
     granularity: Granularity,
     autocast_dtype: torch.dtype | None,
-    adapters: bool,
 ) -> dict[str, Tensor]:
     """`gradient_scores` of images and labels in parts. A micro-batch's gradients are kept until its last part."""
     samples, device = sum(len(images) for images, _ in parts), parts[0][0].device
@@ -90,7 +87,7 @@ def _scores_of_parts(
         start = done if by_sample else 0
         done += len(images)
         for place, rows, axis, value, gradient in _gradients_of_part(
-            model, subnets, images, labels, loss_function, granularity, autocast_dtype, adapters
+            model, subnets, images, labels, loss_function, granularity, autocast_dtype
         ):
             if not by_sample and len(parts) > 1:
                 gradient = len(images) / samples * gradient + earlier.pop(place, 0)
@@ -114,7 +111,6 @@ def _gradients_of_part(
     loss_function: LossFunction,
     granularity: Granularity,
     autocast_dtype: torch.dtype | None,
-    adapters: bool,
 ) -> Iterator[tuple[_Place, slice, HeadAxis, Tensor, Tensor]]:
     """From one pass, of each parameter that heads own: its place, which samples (or the micro-batch), its split by
     head, its value, their gradients."""
@@ -137,9 +133,7 @@ def _gradients_of_part(
         for some in torch.arange(groups).split(at_a_time):
             rows = slice(int(some[0]), int(some[-1]) + 1)
             for index, found in enumerate(
-                gradients_of_heads(
-                    blocks[block], name, subnets, inputs[rows], gradients[rows], adapters=adapters
-                )
+                gradients_of_heads(blocks[block], name, subnets, inputs[rows], gradients[rows])
             ):
                 yield (block, name, index), rows, *found
 
@@ -150,21 +144,18 @@ def gradients_of_heads(
     subnets: SubnetMap,
     inputs: Tensor,
     output_gradients: Tensor,
-    *,
-    adapters: bool,
 ) -> Iterator[tuple[HeadAxis, Tensor, Tensor]]:
     """Of what heads own of a block's layer `name`: its split by head, value and gradient, float32
     [group, *value.shape].
 
-    inputs: [group, token, channel] in the dtype of the products; output_gradients: float32. adapters: as in
-    `gradient_scores`.
+    inputs: [group, token, channel] in the dtype of the products; output_gradients: float32.
     """
 
     def summed(left: Tensor, right: Tensor) -> Tensor:
         return torch.einsum("gto,gti->goi", left.to(inputs.dtype), right.to(inputs.dtype)).float()
 
     layer: Any = block.get_submodule(name)
-    if not (adapters and subnets.has_adapters):
+    if not subnets.has_adapters:
         if axis := subnets.head_axes.get(f"{name}.weight"):
             yield axis, layer.weight, summed(output_gradients, inputs)
         for bias, channels in subnets.family.biases(block, name).items():
@@ -189,12 +180,9 @@ def fisher_information(
     labels: Tensor,
     loss_function: LossFunction,
     granularity: Granularity = "micro_batch",
-    adapters: bool = True,
 ) -> Tensor:
     """Sum of squared gradients over each subnet's weights; see `gradient_scores`."""
-    scores = gradient_scores(
-        model, subnets, images, labels, loss_function, (FISHER.name,), granularity, adapters=adapters
-    )
+    scores = gradient_scores(model, subnets, images, labels, loss_function, (FISHER.name,), granularity)
     return scores[FISHER.name]
 
 

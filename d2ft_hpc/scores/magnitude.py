@@ -11,18 +11,17 @@ from d2ft_hpc.score_table import WEIGHT_MAGNITUDE, Score
 
 
 @torch.no_grad()
-def scores_of_weights(score: Score, model: nn.Module, subnets: SubnetMap, adapters: bool = True) -> Tensor:
+def scores_of_weights(score: Score, model: nn.Module, subnets: SubnetMap) -> Tensor:
     """One that reads no gradients, summed over each subnet's weights; float32 [block, head].
 
-    Weights that FSDP2 has spread are gathered one by one, by all ranks together.
-
-    adapters: of a model with LoRA, over the low-rank factors alone; False: over the weights that they adapt.
+    Weights that FSDP2 has spread are gathered one by one, by all ranks together. Of a model with LoRA, over the
+    low-rank factors alone.
     """
     scores: Tensor | None = None
     for block, name, parameter in subnets.parameters(model):
         if scores is None:
             scores = torch.zeros(subnets.shape, device=parameter.device)
-        if subnets.has_adapters and ("lora_" in name) != adapters:
+        if subnets.has_adapters and "lora_" not in name:
             continue
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         scores[block] += subnets.head_axes[name].sum_by_head(score.of_weight(whole, whole))
@@ -30,6 +29,6 @@ def scores_of_weights(score: Score, model: nn.Module, subnets: SubnetMap, adapte
     return scores
 
 
-def weight_magnitude(model: nn.Module, subnets: SubnetMap, adapters: bool = True) -> Tensor:
+def weight_magnitude(model: nn.Module, subnets: SubnetMap) -> Tensor:
     """Sum of |w| over each subnet's weights; see `scores_of_weights`."""
-    return scores_of_weights(WEIGHT_MAGNITUDE, model, subnets, adapters)
+    return scores_of_weights(WEIGHT_MAGNITUDE, model, subnets)

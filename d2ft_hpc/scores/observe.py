@@ -67,6 +67,6 @@ class GradientObserver:
         gradient = (output_gradient.float() / self._loss_scale()).flatten(0, -2)[None]
         inputs = layer_input.float().flatten(0, -2)[None]
         for axis, _, of_weight in gradients_of_heads(
-            self._blocks[block], name, self._subnets, inputs, gradient, adapters=True
+            self._blocks[block], name, self._subnets, inputs, gradient
         ):
             self.sums[slot, block] += axis.sum_by_head(of_weight.square())[0]

@@ -66,8 +66,10 @@ class BetweenSteps:
         self._saver.finish()
 
     def _ask_when_due_by_the_clock(self) -> None:
-        minutes = self._job.config.train.checkpoint_every_minutes
-        if minutes is not None and time.monotonic() - self._saved_at > 60 * minutes:
+        interval = self._job.config.train.checkpoint_interval
+        if interval is None or interval.unit != "minute":
+            return
+        if time.monotonic() - self._saved_at > 60 * interval.number:
             self._saved_at = time.monotonic()
             if self._job.control.rank == 0:
                 self._watch.request("save")
@@ -111,7 +113,9 @@ class BetweenSteps:
 
 def _is_due(position: Position, config: TrainConfig) -> bool:
     """Whether a save is due by the count of steps or epochs."""
-    of_steps, of_epochs = config.checkpoint_every_steps, config.checkpoint_every_epochs
-    by_steps = of_steps is not None and position.steps_done % of_steps == 0
-    by_epochs = of_epochs is not None and position.batches_done == 0 and position.epochs_done % of_epochs == 0
-    return position.steps_done > 0 and (by_steps or by_epochs)
+    interval = config.checkpoint_interval
+    if interval is None or interval.unit == "minute" or position.steps_done == 0:
+        return False
+    if interval.unit == "step":
+        return position.steps_done % interval.number == 0
+    return position.batches_done == 0 and position.epochs_done % interval.number == 0

@@ -163,13 +163,11 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     )
     _check_image_size(model, config.data.image_size)
     if config.model.lora is not None:
-        add_lora(model, **config.model.lora.model_dump(exclude={"scores"}))
+        add_lora(model, **config.model.lora.model_dump())
     model.to(device)
     executor = attach(
         model,
         embeddings=config.model.embeddings,
-        shared=config.model.shared,
-        rescale=config.plan.rescale,
         compile=config.engine.compile,
         cuda_graphs=config.engine.cuda_graphs and not kind.graphs_micro_batches,
     )

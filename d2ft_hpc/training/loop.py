@@ -77,7 +77,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
         check_position(job, start)
         check_length(job, start)
     if control.rank == 0:
-        for remark in job.remarks:
+        for remark in filter(None, [*job.remarks, config.plan.price]):
             print_line(f"d2ft-hpc: warning: {remark}")
     watch.enter("measuring the model")
     measured = measure_job(job)  # before the engine, which may spread the weights over ranks
@@ -150,8 +150,7 @@ def _train_epochs(run: _Run, recorder: StepRecorder, position: Position, config_
         return replace(position, plans_made=plans.plans_made)
 
     folder = config.run_folder / run_folder.CHECKPOINTS
-    keep = config.train.keep_checkpoints
-    with CheckpointSaver(folder, control, keep=keep, config=config_text) as saver:
+    with CheckpointSaver(folder, control, config=config_text) as saver:
         saver.newest_step = position.steps_done
         between = BetweenSteps(job, engine, saver, recorder, log, settle)
         position = replace(position, rows=job.sampler.rows, ranks=control.world_size)

@@ -29,9 +29,7 @@ MAY_CHANGE = (
     "train.epochs",
     "train.evaluate_",
     "train.checkpoint_",
-    "train.keep_checkpoints",
     "train.resume",
-    "plan.score_cache",
     "launch.",
     "results.",
 )
@@ -94,20 +92,12 @@ def check_position(job: Job, start: Start) -> None:
 
 
 def check_length(job: Job, start: Start) -> None:
-    """Raises ConfigError if the run has more steps behind it than it is to have; says where its settings make the
-    learning rate another than they seem to say."""
+    """Raises ConfigError if the run has more steps behind it than it is to have."""
     total, done = job.total_steps, start.position.steps_done
     if done > total:
         raise ConfigError(
             f"train.epochs={job.config.train.epochs} makes {total} steps, but the run in {job.config.run_folder} has "
             f"done {done} already: set it higher to resume that run, or choose another run.name"
-        )
-    optimizer = job.config.optimizer
-    if optimizer.warmup_steps > total and job.control.rank == 0:
-        print_line(
-            f"d2ft-hpc: warning: optimizer.warmup_steps={optimizer.warmup_steps}, but the run has {total} steps: its "
-            f"learning rate only rises, to {optimizer.learning_rate * total / optimizer.warmup_steps:.3g} of "
-            f"optimizer.learning_rate={optimizer.learning_rate:g}; warm up for less, or train longer"
         )
 
 
@@ -161,7 +151,7 @@ def _choose(config: RunConfig) -> Start:
     if config.train.resume is True:
         raise CheckpointError(
             f"train.resume=true: no checkpoint in {folder / run_folder.CHECKPOINTS}; set "
-            "train.checkpoint_every_epochs, or train.resume=auto to start without one"
+            "train.checkpoint_every, or train.resume=auto to start without one"
         )
     return Start()
 

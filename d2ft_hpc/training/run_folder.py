@@ -41,6 +41,8 @@ RESULTS = "results.h5"
 MODEL = "model.safetensors"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
+KEPT_CHECKPOINTS = 2
+"""The newest is not known to be good before a step from it had a finite loss."""
 TENSORBOARD = "tensorboard"
 
 _WRITTEN = (

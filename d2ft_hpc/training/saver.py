@@ -34,13 +34,13 @@ from d2ft_hpc.training.checkpoint import (
     sha256,
 )
 from d2ft_hpc.training.finite import require_finite
+from d2ft_hpc.training.run_folder import KEPT_CHECKPOINTS
 
 _POLL_SECONDS = 0.05
 
 
 class CheckpointSaver:
-    """Saves checkpoints into `folder` and keeps the newest `keep`, at least two until the end; a context manager that
-    ends in `finish`.
+    """Saves checkpoints into `folder` and keeps the newest two; a context manager that ends in `finish`.
 
     Each rank writes its own files and, when they are on disk, a list of them with their checksums. Rank 0 waits for
     all lists, joins them into the manifest and gives the folder its name: so a kill at any moment leaves only whole
@@ -49,8 +49,8 @@ class CheckpointSaver:
     config: the run's configuration as YAML, by which a checkpoint of another run is known.
     """
 
-    def __init__(self, folder: Path, control: Control, *, keep: int, config: str = "") -> None:
-        self._folder, self._control, self._keep, self._config = folder, control, keep, config
+    def __init__(self, folder: Path, control: Control, *, config: str = "") -> None:
+        self._folder, self._control, self._config = folder, control, config
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")
         self._written: Future[None] | None = None
         self._completed: Future[None] | None = None
@@ -111,8 +111,6 @@ class CheckpointSaver:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.finish()
-            if self._control.rank == 0:
-                self._remove_all_but(self._keep)
         self._abandoned.set()
         self._threads.shutdown()
 
@@ -159,11 +157,7 @@ class CheckpointSaver:
         atomic.replace_folder(building, target)
         for left in self._folder.glob("*.removing"):
             shutil.rmtree(left)
-        # The newest is not known to be good before a step from it had a finite loss.
-        self._remove_all_but(max(self._keep, 2))
-
-    def _remove_all_but(self, newest: int) -> None:
-        for old in complete_checkpoints(self._folder)[:-newest]:
+        for old in complete_checkpoints(self._folder)[:-KEPT_CHECKPOINTS]:
             atomic.remove_folder(old)
 
 

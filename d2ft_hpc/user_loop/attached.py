@@ -21,8 +21,6 @@ def attached(model: nn.Module, section: D2ftSection) -> tuple[PlanExecutor, tupl
     executor = attach(
         model,
         embeddings=section.embeddings,
-        shared=section.shared,
-        rescale=section.rescale,
         compile=section.compile,
         cuda_graphs=section.cuda_graphs,
     )

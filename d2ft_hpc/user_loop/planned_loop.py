@@ -29,6 +29,7 @@ from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.planning import Operation, SkipPlan
 from d2ft_hpc.planning.samples import SampleOptions
+from d2ft_hpc.planning.tokens import TOKENS
 from d2ft_hpc.scores.observe import GradientObserver
 from d2ft_hpc.selection import SampleSelection
 from d2ft_hpc.selection.build import count_scoring, selection_of
@@ -47,7 +48,8 @@ def attach(
     model: Any,
     compute_budget: float = 0.6,
     *,
-    planner: str = "samples",
+    planner: str = TOKENS.name,
+    total_steps: int | None = None,
     micro_batches: int = 1,
     **settings: Any,
 ) -> PlannedLoop:
@@ -58,9 +60,11 @@ def attach(
 
     Call it before the optimiser, DDP or `fully_shard` get the model: it freezes what lies below the blocks.
 
-    compute_budget: share of the dense training FLOPs. planner: `samples`, which keeps dense training's accuracy, scores
-        what `PlannedLoop.choose` is given and draws what trains; any other one plans by heads, and the first
-        `probe_batches` batches run dense and give the scores. micro_batches: those of a rank whose gradients make one
+    compute_budget: share of the dense training FLOPs. planner: `tokens`, which keeps dense training's accuracy, scales
+        the images that the model gets in training: small ones at first, full size at the end of `total_steps` steps of
+        the optimiser, which it has to know. `samples` scores what `PlannedLoop.choose` is given and draws what trains;
+        any other one plans by heads, and the first `probe_batches` batches run dense and give the scores.
+        micro_batches: those of a rank whose gradients make one
         step of the optimiser. settings: other keys of the "d2ft" section (`D2ftSection`), such as `embeddings`,
         `compile`, `cuda_graphs`, `replan={"every": 100, "unit": "steps"}`, `file`, a saved plan, or
         `results="runs/mine"`, a folder for `results.h5`, which `d2ft-hpc report runs/mine` reads.
@@ -69,7 +73,12 @@ def attach(
     """
     if micro_batches < 1:
         raise ConfigError(f"micro_batches={micro_batches}: a batch has at least one")
-    given = {"compute_budget": compute_budget, "planner": planner, **settings}
+    given = {
+        "compute_budget": compute_budget,
+        "planner": planner,
+        "total_steps": total_steps,
+        **settings,
+    }
     return PlannedLoop(model, parse_section(given, ""), micro_batches)
 
 

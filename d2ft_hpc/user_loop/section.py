@@ -9,17 +9,19 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from d2ft_hpc.config import PathText, PlanConfig, deepspeed_sections, validated
+from d2ft_hpc.config import PathText, PlanConfig, validated
+from d2ft_hpc.engines.deepspeed_keys import deepspeed_sections
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.score_table import SCORES
 
 SECTION = "d2ft"
 
-_USABLE: dict[str, tuple[str | float | None, ...]] = {
-    "forward_score": ("fisher",),
-    "backward_score": ("fisher", "weight_magnitude"),
-    "score_cache": (None,),
-    "costs": ("flops",),
-    "warmup_share": (0.0,),
+_IN_STEPS = [score.name for score in SCORES.values() if score.in_steps]
+_USABLE: dict[str, list[Any]] = {
+    "forward_score": _IN_STEPS,
+    "backward_score": [*_IN_STEPS, *(score.name for score in SCORES.values() if not score.reads_gradients)],
+    "costs": ["flops"],
+    "warmup_share": [0.0],
 }
 """Values of the keys that need a run of ours for their others."""
 
@@ -31,8 +33,6 @@ class D2ftSection(PlanConfig):
     """`file` by its older name."""
     embeddings: Literal["frozen", "complete_path", "trained"] = "frozen"
     """Parameters below every block: frozen, trained by micro-batches that are FULL everywhere, or trained by all."""
-    shared: Literal["flow", "frozen"] = "flow"
-    """Norms, LayerScale and row biases of the blocks: trained by what flows through FULL heads, or frozen."""
     compile: bool = False
     """Whether torch.compile makes kernels; see `attach`."""
     cuda_graphs: bool = False

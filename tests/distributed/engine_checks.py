@@ -15,6 +15,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +35,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import d2ft_hpc
-from d2ft_hpc.bench.bare import bare_engine, frozen_below
+from analysis.engines.bare import bare_engine, frozen_below
 from d2ft_hpc.config import OptimizerConfig
 from d2ft_hpc.engines import deepspeed_private as private
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
@@ -72,7 +73,12 @@ def plan_of(kind: str, step: int, replicas: int) -> SkipPlan:
     elif kind == "whole blocks":
         operations[rng.random((SLOTS * replicas, DEPTH)) < 0.5] = 0
         operations[:, 1] = 0  # a block that nobody runs
-    return SkipPlan(operations, replicas)
+    return SkipPlan(operations, replicas, grids=grids_of(kind, rng, len(operations)))
+
+
+def grids_of(kind: str, rng: np.random.Generator, rows: int) -> np.ndarray | None:
+    """For kind "resolutions": patches of each row's images, of which full size has 4 x 4."""
+    return rng.integers(2, 5, (rows, 2)) if kind == "resolutions" else None
 
 
 def micro_batch(step: int, row: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +101,7 @@ same plan, with any engine (analysis/engines). With 1e-4 what is compared is the
 def optimizer_maker(name: str, epsilon: float) -> Callable[[nn.Module], tuple[Optimizer, LRScheduler]]:
     """What makes the optimiser and its schedule for a model or a part of it."""
     config = OptimizerConfig(
-        name=name, learning_rate=0.05 if name == "sgd" else 1e-3, epsilon=epsilon, warmup_steps=2
+        name=name, learning_rate=0.05 if name == "sgd" else 1e-3, epsilon=epsilon, warmup_share=2 / STEPS
     )
 
     def make(part: nn.Module) -> tuple[Optimizer, LRScheduler]:
@@ -121,7 +127,7 @@ def reference_parameters(
     dtype = next(model.parameters()).dtype
     for step in range(STEPS):
         plan = plan_of(kind, step, replicas)
-        executor.activate(SkipPlan(plan.operations, replicas=1), 0)
+        executor.activate(replace(plan, replicas=1), 0)
         batch = [micro_batch(step, row, plan.num_rows) for row in range(plan.num_rows)]
         engine.step([(images.to(dtype), labels) for images, labels in batch])
     return dict(model.named_parameters())
@@ -523,6 +529,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 DEFAULT = (
     *(f"fp32 random zero{stage} clipped" for stage in range(4)),
     *(f"fp32 whole blocks zero{stage} sgd" for stage in range(4)),
+    *(f"fp32 resolutions zero{stage} adamw" for stage in (1, 3)),
     "fp32 full zero0 adamw",
     "fp32 full zero3 adamw",
     "bf16 random zero1 adamw",
@@ -566,7 +573,7 @@ def checks(world_size: int, everything: bool = False) -> dict[str, Callable[[Con
 def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
     named: dict[str, Callable[[Control], Any]] = {}
     for stage in range(4):
-        for kind in ("full", "same", "random", "whole blocks"):
+        for kind in ("full", "same", "random", "whole blocks", "resolutions"):
             for optimizer in ("sgd", "adamw"):
                 shown = f"{kind} zero{stage} {optimizer}"
                 options: Any = {"kind": kind, "stage": stage, "optimizer_name": optimizer}

@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from d2ft_hpc.scores import gradient_scores
 from tests.distributed import engine_checks
 from tests.distributed.engine_checks import (
     STEPS,
+    grids_of,
     largest_difference,
     loss_function,
     micro_batch,
@@ -58,6 +60,8 @@ process itself is 4e-6 from fp64, and a model cut by head, which rounds in other
 (analysis/engines)."""
 
 KINDS = ("full", "same", "random", "whole blocks", "whole stages")
+SCALED = (*KINDS, "resolutions")
+"""Where every rank holds all tokens."""
 
 
 def plan_of(kind: str, step: int, replicas: int) -> SkipPlan:
@@ -78,7 +82,7 @@ def plan_of(kind: str, step: int, replicas: int) -> SkipPlan:
         operations[1, DEPTH // 2 :] = 0
         operations[1, : DEPTH // 2] = 1  # nothing of the first stage is trained
         operations[2] = 0
-    return SkipPlan(operations, replicas)
+    return SkipPlan(operations, replicas, grids=grids_of(kind, rng, len(operations)))
 
 
 def owner_of(tensor_ranks: int) -> np.ndarray:
@@ -159,7 +163,7 @@ def reference(
     dtype = next(model.parameters()).dtype
     for step in range(STEPS):
         plan = plan_of(kind, step, replicas)
-        executor.activate(SkipPlan(plan.operations, replicas=1), 0)
+        executor.activate(replace(plan, replicas=1), 0)
         batch = [micro_batch(step, row, plan.num_rows) for row in range(plan.num_rows)]
         engine.step([(images.to(dtype), labels) for images, labels in batch])
     return dict(model.named_parameters())
@@ -214,7 +218,7 @@ def check_missing_gradients(control: Control) -> dict[str, list[list[float]]]:
         engine.executor.activate(plan, layout.replica)
         own = np.array(engine.step(batch[layout.replica :: layout.replicas]).gradient_norm)
         found["ranks"].append([float(np.frombuffer(part)[0]) for part in control.all_gather(own.tobytes())])
-        plain.executor.activate(SkipPlan(plan.operations, replicas=1), 0)
+        plain.executor.activate(replace(plan, replicas=1), 0)
         found["one process"].append([float(plain.step(batch).gradient_norm)])
     return found
 
@@ -350,7 +354,7 @@ def check_sent(
         embeddings="frozen",
     )
     sent = {}
-    for kind in KINDS:
+    for kind in SCALED if token_layout == "replicated" else KINDS:
         plan = plan_of(kind, 0, layout.replicas)
         engine.executor.activate(plan, layout.replica)
         rows = [slot * layout.replicas + layout.replica for slot in range(SLOTS)]
@@ -404,6 +408,8 @@ DEFAULT = (
     "bf16 pp2 tp2 random sgd zero=0 token_layout=overlapped",
     "missing gradients",
     "scoring pp2 tp2 zero1",
+    "fp32 pp2 tp2 resolutions adamw zero=1",
+    "sent pp2 tp2 replicated",
     "sent pp2 tp2 sharded",
     "sent pp2 tp2 overlapped",
     "fp32 pp4 tp1 whole stages sgd zero=0",
@@ -431,7 +437,7 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
         named[name] = lambda control: check(control, kind, optimizer, **options)
 
     for stages, tensor in layouts:
-        for kind in KINDS:
+        for kind in SCALED:
             for optimizer in ("sgd", "adamw"):
                 for precision in ("fp32", "bf16"):
                     for zero in (0, 1):

@@ -152,7 +152,7 @@ def test_killed_rank(tmp_path: Path) -> None:
 
 
 def test_corrupt_checkpoint(tmp_path: Path) -> None:
-    finished = train(tmp_path, "train.checkpoint_every_epochs=1", "data.micro_batch_size=64")
+    finished = train(tmp_path, "train.checkpoint_every=1 epochs", "data.micro_batch_size=64")
     assert finished.returncode == 0, finished.stderr
     (state,) = (tmp_path / "demo" / "checkpoints").glob("step-*/optimizer.safetensors")
     content = bytearray(state.read_bytes())

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from d2ft_hpc.bench.network import why_not_permitted
+from analysis.network.slow_links import why_not_permitted
 from d2ft_hpc.planning.messages import LAYOUTS
 from tests.distributed.launching import LIMIT_SECONDS, REPOSITORY, run
 
-SMALL = ["-m", "d2ft_hpc", "bench", "network", "--rate", "1gbit", "--tp", "2", "--blocks", "2"]
+SMALL = ["-m", "analysis.network.slow_links", "--rate", "1gbit", "--tp", "2", "--blocks", "2"]
 SMALL += ["--micro-batches", "2", "--samples", "2", "--repeats", "1", "--json"]
 
 WHY_NOT = why_not_permitted()

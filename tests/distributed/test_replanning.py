@@ -34,7 +34,7 @@ def test_training_goes_on_while_the_next_plan_is_solved(tmp_path: Path) -> None:
         "plan.replan.unit": "steps",
         "plan.replan.overlap": "true",
         "train.epochs": 1,
-        "train.checkpoint_every_epochs": 1,
+        "train.checkpoint_every": "1 epoch",
         "run.folder": tmp_path,
     }
     train(overrides, tmp_path / "cache")

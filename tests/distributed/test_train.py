@@ -46,7 +46,7 @@ def train(folder: Path, *overrides: str, ranks: int = 2, before: tuple[str, ...]
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs on two ranks, replanned every epoch, with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("runs")
-    options = ["train.epochs=2", "train.checkpoint_every_steps=7", "plan.replan.every=1", "data.workers=1"]
+    options = ["train.epochs=2", "train.checkpoint_every=7 steps", "plan.replan.every=1", "data.workers=1"]
     shown = train(folder, *options)
     assert "evaluation after 2 epochs" in shown
     assert f"results in {folder / 'demo' / 'results.h5'}" in shown
@@ -135,7 +135,7 @@ def test_a_run_that_is_stopped_and_hung_ends_bitwise_as_the_uninterrupted_one(
     assert f"by signal USR2 to rank 1 on {HOST}; saved" in stopped.communicate(timeout=LIMIT_SECONDS)[0]
     assert stopped.returncode == 75
 
-    hung = start([*arguments, "train.checkpoint_every_steps=2"], ranks=2)
+    hung = start([*arguments, "train.checkpoint_every=2 steps"], ranks=2)
     wait_for_line(hung, "epoch ")
     time.sleep(1.0)
     os.kill(ranks_of(hung)[1], signal.SIGSTOP)
@@ -184,7 +184,7 @@ def test_a_file_for_each_rank_survives_a_resumption(tmp_path: Path) -> None:
         "train.epochs=1",
         "results.file_per_rank=true",
     ]
-    train(tmp_path / "whole", *options, "train.checkpoint_every_steps=4")
+    train(tmp_path / "whole", *options, "train.checkpoint_every=4 steps")
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(max((tmp_path / "resumed" / "demo" / "checkpoints").glob("step-*")))
     train(tmp_path / "resumed", *options, "train.resume=true")

@@ -38,7 +38,7 @@ def train(folder: Path, *overrides: str, ranks: int) -> str:
 
 @pytest.mark.parametrize("layout", [PIPELINE, SHARDED], ids=["pipeline", "tensor"])
 def test_train_resume_and_export(tmp_path: Path, layout: list[str]) -> None:
-    shown = train(tmp_path, *layout, "train.checkpoint_every_steps=6", ranks=2)
+    shown = train(tmp_path, *layout, "train.checkpoint_every=6 steps", ranks=2)
     if layout is PIPELINE:
         assert "pipeline stages (share of the dense FLOPs): blocks 0-2 50." in shown
     folder = tmp_path / "demo"

@@ -35,7 +35,7 @@ def test_lora_by_both_engines_is_the_same_run_and_resumes_under_the_other(tmp_pa
     with ThreadPoolExecutor() as pool:
         list(
             pool.map(
-                lambda name: start([*RUNS[name], "train.checkpoint_every_steps=1"], tmp_path / name), RUNS
+                lambda name: start([*RUNS[name], "train.checkpoint_every=1 steps"], tmp_path / name), RUNS
             )
         )
     for name in RUNS:
@@ -49,7 +49,7 @@ def test_lora_by_both_engines_is_the_same_run_and_resumes_under_the_other(tmp_pa
     models = {name: load_file(tmp_path / name / "demo" / "model.safetensors") for name in RUNS}
     assert (tmp_path / "fsdp2" / "demo" / "adapter" / "adapter_config.json").exists()
     shutil.rmtree(max((tmp_path / "ddp" / "demo" / "checkpoints").glob("step-*")))
-    start([*RUNS["fsdp2"], "train.checkpoint_every_steps=1", "train.resume=true"], tmp_path / "ddp")
+    start([*RUNS["fsdp2"], "train.checkpoint_every=1 steps", "train.resume=true"], tmp_path / "ddp")
     resumed = load_file(tmp_path / "ddp" / "demo" / "model.safetensors")
     for other in (models["fsdp2"], resumed):
         for name, weight in models["ddp"].items():

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def plan_for(engine: str, kind: str, step: int, replicas: int) -> SkipPlan:
     rng = np.random.default_rng((9, step))  # a fourth head
     fourth = plan.operations[:, :, :1] if kind in ("full", "whole blocks") else None
     more = rng.integers(0, 3, (plan.num_rows, DEPTH, 1)).astype(np.uint8) if fourth is None else fourth
-    return SkipPlan(np.concatenate([plan.operations, more], axis=2), replicas)
+    return replace(plan, operations=np.concatenate([plan.operations, more], axis=2))
 
 
 def layout_of(control: Control, engine: str) -> Layout:
@@ -175,7 +176,7 @@ def reference(
     dtype = next(model.parameters()).dtype
     for step in range(STEPS):
         plan = plan_for(name, kind, step, replicas)
-        executor.activate(SkipPlan(plan.operations, replicas=1), 0)
+        executor.activate(replace(plan, replicas=1), 0)
         batch = [micro_batch(step, row, plan.num_rows) for row in range(plan.num_rows)]
         engine.step([(images.to(dtype), labels) for images, labels in batch])
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -285,7 +286,7 @@ def check_user_loop(
     engine = PlainEngine(plain, plain_executor, *make_optimizer(plain), loss_function)
     for step in range(STEPS):
         plan = plan_of(kind, step, replicas)
-        plain_executor.activate(SkipPlan(plan.operations, 1), 0)
+        plain_executor.activate(replace(plan, replicas=1), 0)
         rows = (SLOTS if step < STEPS - 1 else last_slots) * replicas
         engine.step([micro_batch(step, row, plan.num_rows) for row in range(rows)])
     return largest_difference(own, dict(plain.named_parameters()))
@@ -330,7 +331,7 @@ def check_attached_loop(control: Control, how: str, sharing: str = "every") -> d
         plan = d2ft.plan or SkipPlan.dense(SLOTS, replicas, DEPTH, HEADS)
         hashes.append(plan.hash)
         last = step(model, trainer, optimizer, number)
-        plain_executor.activate(SkipPlan(plan.operations, 1), 0)
+        plain_executor.activate(replace(plan, replicas=1), 0)
         engine.step([micro_batch(number, row, SLOTS * replicas) for row in range(SLOTS * replicas)])
         if number == 2:
             state = d2ft.state_dict()
@@ -540,6 +541,7 @@ DEFAULT = {
             for engine in ("ddp", "fsdp2")
         ),
         *(f"fp32 {engine} whole blocks sgd" for engine in ("ddp", "fsdp2")),
+        *(f"fp32 {engine} resolutions adamw" for engine in ("ddp", "fsdp2")),
         *(f"fp32 {engine} lora random adamw" for engine in ("ddp", "fsdp2")),
         "fp32 ddp clipped adamw",
         "fp32 fsdp2 clipped adamw",
@@ -564,6 +566,7 @@ DEFAULT = {
     4: (
         "fp32 fsdp2 tp random adamw",
         "fp32 fsdp2 tp lora random adamw",
+        "fp32 fsdp2 tp resolutions adamw",
         "bf16 fsdp2 tp random adamw",
         "fp32 fsdp2 tp clipped adamw",
         "loop hsdp recompute last",
@@ -585,7 +588,7 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
     for engine in ("ddp", "fsdp2", "fsdp2 tp"):
         for lora in (False, True):
             shown = f"{engine}{' lora' if lora else ''}"
-            for kind in ("full", "same", "random", "whole blocks"):
+            for kind in ("full", "same", "random", "whole blocks", "resolutions"):
                 for optimizer in ("sgd", "adamw"):
                     options: Any = {"engine": engine, "kind": kind, "optimizer": optimizer, "lora": lora}
                     named[f"fp32 {shown} {kind} {optimizer}"] = partial(check_fp32, **options)

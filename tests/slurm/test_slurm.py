@@ -36,7 +36,7 @@ LONG = [
     "plan.planner=paper",
     "plan.replan.every=9",
     "plan.replan.unit=steps",
-    "train.checkpoint_every_steps=3",
+    "train.checkpoint_every=3 steps",
 ]
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no Slurm here: {why_not()}")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2ft_hpc.bench.checkpoints import benchmark, report_text
+from analysis.cluster.checkpoints import benchmark, report_text
 from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.engines.engine import MicroBatch, StateWriter, StepReport
 from d2ft_hpc.errors import CheckpointError, ConfigError
@@ -55,9 +55,9 @@ class OneTensor:
         self.tensor = torch.load(folder / "state.pt", weights_only=True)["tensor"]
 
 
-def save_some(folder: Path, steps: int = 5, keep: int = 2, config: str = "") -> None:
+def save_some(folder: Path, steps: int = 5, config: str = "") -> None:
     engine = OneTensor()
-    with CheckpointSaver(folder, SoloControl(), keep=keep, config=config) as saver:
+    with CheckpointSaver(folder, SoloControl(), config=config) as saver:
         for step in range(1, steps + 1):
             engine.step([])
             position = Position(steps_done=step, batches_done=step, plans_made=1, rows=2, ranks=1)
@@ -65,7 +65,7 @@ def save_some(folder: Path, steps: int = 5, keep: int = 2, config: str = "") -> 
 
 
 def test_the_newest_are_kept_and_hold_what_was_there_when_they_were_saved(tmp_path: Path) -> None:
-    save_some(tmp_path, steps=5, keep=2)
+    save_some(tmp_path, steps=5)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000004", "step-00000005"]
     for checkpoint, step in zip(complete_checkpoints(tmp_path), (4, 5), strict=True):
         engine = OneTensor()
@@ -162,8 +162,8 @@ def test_what_a_manifest_does_not_vouch_for_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_positions_that_no_run_comes_to_are_refused(tmp_path: Path, harm: dict[str, float]) -> None:
-    save_some(tmp_path, steps=5, keep=1)
-    (checkpoint,) = complete_checkpoints(tmp_path)
+    save_some(tmp_path, steps=5)
+    _, checkpoint = complete_checkpoints(tmp_path)
     position = json.loads((checkpoint / "position.json").read_text())
     (checkpoint / "position.json").write_text(json.dumps(position | harm))
     with pytest.raises(CheckpointError, match="step-00000005: damaged"):
@@ -202,7 +202,7 @@ def test_what_cannot_be_written_is_told_at_the_next_save(tmp_path: Path) -> None
             write({}, Path("/dev/full"))
 
     def save_twice() -> None:
-        with CheckpointSaver(tmp_path, SoloControl(), keep=1) as saver:
+        with CheckpointSaver(tmp_path, SoloControl()) as saver:
             saver.save(Broken(), PLAN, Position(steps_done=1), no_results)
             saver.save(engine, PLAN, Position(steps_done=2), no_results)
 

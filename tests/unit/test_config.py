@@ -64,6 +64,9 @@ def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
             ["plan.forward_score='fischer'", "'fisher', 'gradient_magnitude', 'taylor' or"],
         ),
         ("plan.coverage=1", ["plan.coverage: unknown key"]),
+        ("train.checkpoint_every=5", ["train.checkpoint_every='5'", "such as '10 minutes' or '50 steps'"]),
+        ("train.checkpoint_every=1.5 epochs", ["train.checkpoint_every='1.5 epochs'"]),
+        ("train.checkpoint_every=0 steps", ["train.checkpoint_every='0 steps'"]),
         ("plan.options=3", ["plan.options=3", "section of options"]),
         ("run.name=a/b", ["run.name='a/b'"]),
         ("data.evaluate_on=validation", ["there are no validation images", "data.validation_fraction"]),
@@ -125,6 +128,7 @@ def test_faults_name_key_value_and_fix(override: str, words: list[str]) -> None:
         ("model.weights=", None),
         ("launch.stop_signals=[10, no]", ["10", "no"]),
         ("train.resume=yes", True),
+        ("train.checkpoint_every=1.5minutes", "1.5minutes"),
         ("train.evaluate_at_start=off", False),
         ("optimizer.learning_rate=1e-4", 1e-4),
         ("model.options={img_size: 64, flag: no, text: 'no', when: 2024-01-01}",
@@ -211,7 +215,7 @@ def test_every_field_is_documented_or_says_it_all() -> None:
     ]
     assert set(undocumented) <= {
         "run.seed", "data.name", "optimizer.name", "optimizer.learning_rate", "optimizer.weight_decay",
-        "optimizer.schedule", "optimizer.warmup_steps", "train.epochs", "train.evaluate_every_epochs",
+        "train.epochs", "train.evaluate_every_epochs",
         "plan.replan", "engine.precision",
     }  # fmt: skip
 

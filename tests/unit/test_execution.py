@@ -234,15 +234,6 @@ def test_embedding_policies(policy: str) -> None:
     )
 
 
-def test_shared_parameters_can_be_frozen() -> None:
-    model = tiny_vit(init_values=0.1)
-    attach(model, shared="frozen")
-    trainable = {name for name, parameter in model.blocks[0].named_parameters() if parameter.requires_grad}
-    assert trainable == {
-        "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight",
-    }  # fmt: skip
-
-
 def averaged(model: nn.Module) -> nn.Module:
     return torch.optim.swa_utils.AveragedModel(model).module
 
@@ -427,37 +418,3 @@ def test_misuse_is_refused() -> None:
         attach(model)
     executor.deactivate()
     assert model(images).requires_grad
-
-
-def test_rescaled_blocks_add_as_much_over_a_batch_as_dense_ones() -> None:
-    rows = np.random.default_rng(5).integers(0, 3, (5, DEPTH, HEADS)).astype(np.uint8)
-    rows[:, 1], rows[:, 2], rows[0] = SHORTCUT, FORWARD_ONLY, FULL
-    rows[0, 1] = SHORTCUT
-    active = (rows != SHORTCUT).mean(axis=(0, 2))
-    scales = np.divide(1, active, out=np.ones(DEPTH), where=active > 0)
-    reference = tiny_vit()
-    model = copy.deepcopy(reference)
-    executor = attach(model, embeddings="trained", rescale=True)
-    executor.activate(SkipPlan(rows, replicas=1), replica=0)
-    for slot, row in enumerate(rows):
-        images, labels = random_batch(slot)
-        with executor.micro_batch(slot):
-            loss, gradients = loss_and_gradients(model, model, images, labels)
-        expected_loss, expected = loss_and_gradients(
-            reference, lambda x, row=row: reference_forward(reference, x, row, scales), images, labels
-        )
-        torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=1e-6)
-        for name, gradient in gradients.items():
-            if expected[name] is None:
-                assert gradient is None, name
-            else:
-                torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6, msg=name)
-
-
-def test_a_dense_plan_is_not_rescaled() -> None:
-    model, images = tiny_vit(), random_batch(0)[0]
-    dense = model.train()(images)
-    executor = attach(model, rescale=True)
-    executor.activate(SkipPlan.dense(1, 1, DEPTH, HEADS), replica=0)
-    with executor.micro_batch(0):
-        assert torch.equal(model(images), dense)

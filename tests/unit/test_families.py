@@ -9,7 +9,7 @@ import d2ft_hpc
 
 PACKAGE = Path(d2ft_hpc.__file__).parent
 ELSEWHERE = ("families/", "demo/model.py", "bench/", "engines/private_names.py")
-"""The demo's model is one of timm's; benches measure timm's blocks beside ours; a list says where names are from."""
+"""The demo's model is one of timm's; benches time models of timm; a list says where names are from."""
 
 
 def lines_with(pattern: str) -> list[str]:

@@ -11,7 +11,7 @@ from d2ft_hpc.config import load_config
 from d2ft_hpc.errors import ConfigError
 
 DEMO = Path("configs/demo.yaml")
-KEYS = ("run.folder", "data.root", "model.weights", "plan.file", "plan.score_cache")
+KEYS = ("run.folder", "data.root", "model.weights", "plan.file")
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -1,11 +1,11 @@
-"""`d2ft-hpc plan` and `d2ft-hpc bench planner`: what they read, print and write."""
+"""`d2ft-hpc plan` and the bench of planners: what they read, print and write."""
 
 import json
 
 import numpy as np
 import pytest
 
-from d2ft_hpc.bench.planner import COMPARED, benchmark, report, synthetic_problem
+from analysis.planner.bench import COMPARED, benchmark, report, synthetic_problem
 from d2ft_hpc.cli import main
 from d2ft_hpc.errors import PlanError, ResultsError
 from d2ft_hpc.plan_report import (

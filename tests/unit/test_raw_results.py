@@ -1,8 +1,10 @@
-"""The raw results under analysis/ that its texts stand on can be read."""
+"""The raw results under analysis/ that texts stand on can be read, and the commands that made them are there."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,3 +19,12 @@ def test_every_file_holds_values(suffix: str) -> None:
     for file in files:
         text = file.read_text()
         assert [json.loads(part) for part in (text.splitlines() if suffix == ".jsonl" else [text])], file
+
+
+def test_every_documented_experiment_can_be_started() -> None:
+    texts = [ANALYSIS.parent / "README.md", *ANALYSIS.rglob("*.md"), *ANALYSIS.rglob("*.py")]
+    named = {name for text in texts for name in re.findall(r"\banalysis(?:\.\w+)+", text.read_text())}
+    modules = {name for name in named if not name.endswith((".md", ".py"))}
+    assert len(modules) > 8
+    for name in modules:
+        assert importlib.util.find_spec(name), name

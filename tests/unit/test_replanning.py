@@ -10,13 +10,9 @@ import pytest
 from d2ft_hpc.config import EngineConfig, PlanConfig, ReplanConfig
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.launch.control import SoloControl
-from d2ft_hpc.lifecycle import solve_plan
 from d2ft_hpc.lifecycle.background import BackgroundSolver
-from d2ft_hpc.metering import StepCosts
-from d2ft_hpc.planning import Operation, SkipPlan
-from d2ft_hpc.scores import Scores
+from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.training.plans import is_due, meets_every_block
-from tests.models import context_of
 
 
 @pytest.mark.parametrize(
@@ -86,24 +82,3 @@ def test_an_impossible_budget_leaves_the_old_plan_and_a_bug_does_not_pass() -> N
     solver.start(bug)
     with pytest.raises(ZeroDivisionError):
         solver.at_boundary(wait=True)
-
-
-def full_by_block(**options: float) -> np.ndarray:
-    """Share of FULL cells in each of 6 blocks by planner `joint`, from random scores without SHORTCUT."""
-    scores = np.random.default_rng(0).uniform(0.5, 1.5, (4, 6, 3)).astype(np.float32)
-    costs = StepCosts(0.0, np.full(6, 3.0), np.ones(6), np.full(6, 3), np.ones(6, dtype=bool))
-    context = context_of(
-        PlanConfig(compute_budget=0.6, options={"most_shortcut": 0.0}, **options), costs, slots=4
-    )
-    plan = solve_plan(context, Scores(scores, scores, seconds=0.0), 0, 0)
-    return np.asarray((plan.operations == Operation.FULL).mean(axis=(0, 2)))
-
-
-def test_depth_aware_scores_gather_full_in_the_upper_blocks() -> None:
-    flat, aware, steep = (full_by_block(depth_exponent=exponent) for exponent in (0.0, 2.0, 50.0))
-    assert [each.sum() for each in (flat, aware, steep)] == pytest.approx([28 / 12] * 3), (
-        "the budget is the same"
-    )
-    depth = np.arange(6)
-    assert depth @ flat < depth @ aware < depth @ steep
-    assert steep == pytest.approx([0.0, 0.0, 0.0, 4 / 12, 1.0, 1.0]), "by depth alone"

@@ -1,10 +1,9 @@
-"""Figures and report against numbers worked out by hand, and the analysis scripts run as users do."""
+"""Figures and report against numbers worked out by hand, and the commands run as users do."""
 
 import base64
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from d2ft_hpc.cli import main
 from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.figures import (
     compare,
@@ -29,12 +29,12 @@ from d2ft_hpc.figures import (
     summary,
     workload,
 )
+from d2ft_hpc.figures.command import FIGURES
 from d2ft_hpc.figures.run import Runs
 from d2ft_hpc.report import report
 from d2ft_hpc.results import ResultsWriter
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(path.name for path in (ROOT / "analysis").glob("*.py"))
 
 
 def config(share, seed, engine="{}"):
@@ -358,50 +358,35 @@ def test_no_runs_and_no_file():
         report([Path("absent")])
 
 
-def start(script, *arguments, folder):
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(ROOT / "analysis" / script), *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=folder, env={**os.environ, "PYTHONPATH": path}
-    )
-
-
-@pytest.fixture
-def analyse(monkeypatch, capsys):
-    """Runs a script in this process, where matplotlib is loaded; returns its status and what it printed."""
-
-    def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "analysis" / script), run_name="__main__")
-        return (ended.value.code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts(script, paths, tmp_path, analyse):
-    status, printed, _ = analyse(script, *paths, "--json", "--output", tmp_path / "a.png")
-    assert status == 0
-    assert json.loads(printed)
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures(name, paths, tmp_path, capsys):
+    arguments = ["figure", name, *map(str, paths), "--json", "--output", str(tmp_path / "a.png")]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)
     pixels = imread(tmp_path / "a.png")
     assert min(pixels.shape[:2]) > 300
     assert 0.01 < (pixels[..., :3].min(axis=2) < 0.9).mean() < 0.95  # neither blank nor solid
 
 
-def test_a_script_by_itself(paths, tmp_path):
-    done = start("pareto.py", *paths, "--output", "a.pdf", folder=tmp_path)
+def test_a_figure_by_itself(paths, tmp_path):
+    command = [sys.executable, "-m", "d2ft_hpc", "figure", "pareto", *map(str, paths)]
+    done = subprocess.run(
+        [*command, "--output", "a.pdf"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+    )
     assert done.returncode == 0, done.stderr
+    assert done.stderr == "wrote a.pdf\n"
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
-    assert "--json" in start("gantt.py", "--help", folder=tmp_path).stdout
 
 
-def test_scripts_explain_faults(paths, tmp_path, analyse):
+def test_figures_explain_faults(paths, tmp_path, capfd):
     for arguments, message in (
-        (["learning.py", "absent"], "no results file at absent"),
-        (["plans.py", paths[1], "--plan", 7], "has no plan 7"),
-        (["summary.py", paths[1], "--output", tmp_path / "a.xyz"], "end it with .png"),
+        (["learning", "absent"], "no results file at absent"),
+        (["plans", str(paths[1]), "--plan", "7"], "has no plan 7"),
+        (["summary", str(paths[1]), "--output", str(tmp_path / "a.xyz")], "end it with .png"),
     ):
-        status, _, fault = analyse(*arguments)
-        assert status == 1
-        assert message in fault
+        assert main(["figure", *arguments]) == 1
+        assert message in capfd.readouterr().err

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2ft_hpc.errors import DataError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.metering.memory import kept_bytes
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.planning.plan import SkipPlan
-from d2ft_hpc.scores import Scores, fisher_information, gradient_scores, weight_magnitude
+from d2ft_hpc.scores import fisher_information, gradient_scores, weight_magnitude
 from d2ft_hpc.scores import gradients as gradients_module
-from d2ft_hpc.scores.measured import ScoreCache, digest
 from tests.memory_limit import activation_limit
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
@@ -157,44 +153,6 @@ def test_weight_magnitude_sums_to_the_l1_norm() -> None:
         model.blocks[2].attn.proj.weight[:, 16:32] *= 3
     changed = (weight_magnitude(model, subnets) != scores).nonzero().tolist()
     assert changed == [[2, 1]]
-
-
-def test_the_cache_gives_back_what_it_got_and_nothing_else(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    forward, backward = rng.random((2, 4, 2, 3), np.float32)
-    scores = Scores(forward, backward, 1.5, "fisher", "taylor", 2e9)
-    cache = ScoreCache(tmp_path / "cache")
-    assert cache.read("k") == b""
-    cache.write("k", scores)
-    kept = Scores.from_bytes(cache.read("k"))
-    assert np.array_equal(kept.forward, forward)
-    assert np.array_equal(kept.backward, backward)
-    assert (kept.seconds, kept.flops, kept.forward_name, kept.backward_name) == (1.5, 2e9, "fisher", "taylor")
-    assert kept.cached
-    assert not scores.cached
-    assert cache.read("other") == b""
-    (file,) = (tmp_path / "cache").iterdir()
-    file.write_bytes(file.read_bytes()[:500])
-    assert cache.read("k") == b""
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"plan\.score_cache=.*cannot be written"):
-        ScoreCache(tmp_path / "file").write("k", scores)
-
-
-def test_the_cache_key_changes_with_any_weight_image_or_setting() -> None:
-    images, labels = random_batch(0)
-    known = digest(tiny_vit(), [images, labels], {"a": 1})
-    assert digest(tiny_vit(), [images, labels], {"a": 1}) == known
-    changed = tiny_vit()
-    with torch.no_grad():
-        changed.head.bias[0] += 1e-3
-    others = [
-        digest(changed, [images, labels], {"a": 1}),
-        digest(tiny_vit(), [images + 1e-3, labels], {"a": 1}),
-        digest(tiny_vit(), [images, labels.roll(1)], {"a": 1}),
-        digest(tiny_vit(), [images, labels], {"a": 2}),
-    ]
-    assert len({known, *others}) == 5
 
 
 def test_a_limit_that_nothing_exceeds_is_free_again_after_every_backward():

@@ -96,10 +96,12 @@ class EngineKind:
             raise ValueError(
                 f"engine.precision=fp16 with {parts}: loss scaling was never tested there; use bf16"
             )
-        if engine.token_layout in ("sharded", "overlapped") and plan.entry.binding == "sample":
+        scales = plan.entry.binding == "sample" or plan.token_share is not None
+        if engine.token_layout in ("sharded", "overlapped") and scales:
+            by = "" if plan.token_budget is None else f", plan.token_budget={plan.token_budget:g}"
             raise ValueError(
-                f"engine.token_layout={engine.token_layout} with plan.planner={plan.planner}: samples are scored at "
-                f"another resolution, with fewer tokens; use replicated"
+                f"engine.token_layout={engine.token_layout} with plan.planner={plan.planner}{by}: images have another "
+                f"resolution then, with fewer tokens; use replicated"
             )
 
     def prepare(self, config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""Step time and memory of D2FT-LoRA beside peft's LoRA: `d2ft-hpc bench lora`.
+"""Step time and memory of D2FT-LoRA beside peft's LoRA: `python -m analysis.engines.lora`.
 
 Both train the same adapted model with the same optimiser in one process; their steps alternate.
 
@@ -14,7 +14,9 @@ products included, and in time: with a measured, as the step in which every subn
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -24,14 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2ft_hpc.bench.engine import alternate
-from d2ft_hpc.bench.ratio import Ratio
+from d2ft_hpc.bench.turns import Ratio, alternate
+from d2ft_hpc.bench.workload import pose
+from d2ft_hpc.command import share, whole_number
 from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.launch import device_type_of, run_guarded
 from d2ft_hpc.metering import StepCosts, measure_costs, memory
 from d2ft_hpc.model.build import build_model
 from d2ft_hpc.model.lora import add_lora
-from d2ft_hpc.planning import PlanProblem, SkipPlan, solve
-from d2ft_hpc.planning.plan import Operation
+from d2ft_hpc.planning import Operation, SkipPlan, solve
 
 
 @dataclass(frozen=True)
@@ -144,12 +147,8 @@ def report(sizes: Sizes, found: Comparison) -> str:
 def _plans(sizes: Sizes, costs: StepCosts, subnets: tuple[int, int]) -> dict[str, SkipPlan]:
     """The plan for random scores, and those in which every subnet does the same."""
     shape = (sizes.slots, *subnets)
-    problem = PlanProblem.parallel(
-        *np.random.default_rng(0).random((2, *shape)),
-        compute_budget=sizes.compute_budget,
-        forward_cost=costs.forward_share,
-        always_share=costs.always_share,
-    )
+    scores = np.random.default_rng(0).random((2, *shape))
+    problem = pose(scores, costs, compute_budget=sizes.compute_budget)
     return {
         "plan": solve(problem, sizes.planner),
         "full": SkipPlan.dense(sizes.slots, 1, *subnets),
@@ -199,3 +198,34 @@ class _Training:
 
 
 _CLASSES = 10
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="lora",
+        description="Trains the same adapted model by peft alone and under a plan, in turns. The last line is JSON.",
+    )
+    parser.add_argument("--model", default="vit_small_patch16_224", help="a timm VisionTransformer's name")
+    parser.add_argument("--image-size", type=whole_number(1), default=224, help="pixels")
+    parser.add_argument("--micro-batch-size", type=whole_number(1), default=16, help="samples")
+    parser.add_argument("--slots", type=whole_number(1), default=5, help="micro-batches in a step")
+    parser.add_argument("--rank", type=whole_number(1), default=8)
+    parser.add_argument("--layers", default="qkv,proj,fc1,fc2", help="those that are adapted")
+    parser.add_argument("--planner", default="joint")
+    parser.add_argument("--compute-budget", type=share(), default=0.6, help="share of peft's step")
+    parser.add_argument("--steps", type=whole_number(1), default=10, help="measured steps of each")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    options = vars(parser.parse_args())
+    options["layers"] = tuple(options["layers"].split(","))
+    options["dtype"] = {"fp32": torch.float32, "bf16": torch.bfloat16}[options["dtype"]]
+
+    def run() -> None:
+        sizes = Sizes(**options | {"device": torch.device(device_type_of(options["device"]))})
+        print(report(sizes, compare(sizes)))
+
+    return run_guarded(None, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

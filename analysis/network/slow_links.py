@@ -1,4 +1,6 @@
-"""Bytes and step times over slow links: `d2ft-hpc bench network`.
+"""Bytes and step times over slow links, under a dense, the paper's and a makespan plan:
+
+    python -m analysis.network.slow_links --rate 100mbit --tp 4
 
 The ranks run on this machine, each in a network namespace of its own, joined by veth pairs and a bridge with tc's token
 bucket on both ends of every pair. The namespaces have no names: they live in the processes of this command alone, so
@@ -7,6 +9,7 @@ that the kernel removes them with everything in them when these end, however the
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -19,8 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from d2ft_hpc.command import share, whole_number
 from d2ft_hpc.errors import ConfigError, LaunchError
+from d2ft_hpc.launch import run_guarded
 
+_SWITCH = "--switch"
+"""First argument of the process that holds the bridge."""
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET of sched.h
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl.h
 _BRIDGE, _INTERFACE, _NETWORK = "bridge0", "eth0", "10.77.0"
@@ -38,9 +45,9 @@ def benchmark(
     repeats: int,
     timeout_seconds: float = 900.0,
 ) -> dict[str, Any]:
-    """Starts the ranks (`bench.network_rank`) in namespaces of their own and returns what rank 0 measured.
+    """Starts the ranks (`slow_links_rank`) in namespaces of their own and returns what rank 0 measured.
 
-    rate: of every link each way, as tc writes it: "100mbit". sizes: of `bench.parallel.Sizes`.
+    rate: of every link each way, as tc writes it: "100mbit". sizes: of `engines.parallel.Sizes`.
     Raises ConfigError for a rate that is none, LaunchError where namespaces are not permitted or a rank fails.
     """
     bits_per_second(rate)
@@ -55,7 +62,14 @@ def benchmark(
     }
     # In a process of its own, because it leaves the machine's network.
     switch = subprocess.Popen(
-        [sys.executable, "-m", "d2ft_hpc.bench.network", json.dumps(job), str(stages * tensor_ranks)],
+        [
+            sys.executable,
+            "-m",
+            "analysis.network.slow_links",
+            _SWITCH,
+            json.dumps(job),
+            str(stages * tensor_ranks),
+        ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -88,7 +102,7 @@ def bits_per_second(rate: str) -> float:
 def why_not_permitted() -> str | None:
     """Why this process cannot make network namespaces; None if it can."""
     tried = subprocess.run(
-        [sys.executable, "-c", "from d2ft_hpc.bench.network import new_network; new_network()"],
+        [sys.executable, "-c", "from analysis.network.slow_links import new_network; new_network()"],
         capture_output=True,
         text=True,
     )
@@ -192,7 +206,7 @@ def _start_rank(job: str, rank: int, ranks: int, log: Path) -> subprocess.Popen[
         name: value for name, value in os.environ.items() if not name.startswith(("PMI", "OMPI", "SLURM"))
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "d2ft_hpc.bench.network_rank", job],
+        [sys.executable, "-m", "analysis.network.slow_links_rank", job],
         env={**launched, **environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
@@ -226,8 +240,45 @@ def _attend(ranks: Sequence[subprocess.Popen[str]], logs: Sequence[Path], rate: 
     return int(any(statuses))
 
 
+def main() -> int:
+    if sys.argv[1:2] == [_SWITCH]:
+        try:
+            return _be_switch(sys.argv[2], int(sys.argv[3]))
+        except LaunchError as error:
+            sys.exit(str(error))
+    parser = argparse.ArgumentParser(
+        prog="slow_links",
+        description="Starts its ranks itself, in network namespaces of this machine joined by links of a given rate; "
+        "needs root, ip and tc.",
+    )
+    parser.add_argument("--rate", default="100mbit", help="of every link each way (default: 100mbit)")
+    parser.add_argument("--tp", type=whole_number(1), default=4, help="tensor-parallel ranks (default: 4)")
+    parser.add_argument("--pp", type=whole_number(1), default=1, help="pipeline stages (default: 1)")
+    parser.add_argument("--blocks", type=whole_number(1), default=4)
+    parser.add_argument("--heads", type=whole_number(1), default=8, help="of 32 channels")
+    parser.add_argument("--micro-batches", type=whole_number(1), default=8)
+    parser.add_argument("--samples", type=whole_number(1), default=4, help="of a micro-batch")
+    parser.add_argument("--compute-budget", type=share(), default=0.6, help="share of the dense step")
+    parser.add_argument("--communication-budget", type=share(), default=0.5, help="share of the dense step")
+    parser.add_argument("--repeats", type=whole_number(1), default=3, help="steps of each plan (default: 3)")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    options = parser.parse_args()
+
+    def run() -> None:
+        names = ("blocks", "heads", "micro_batches", "samples")
+        result = benchmark(
+            rate=options.rate,
+            stages=options.pp,
+            tensor_ranks=options.tp,
+            sizes={**{name: getattr(options, name) for name in names}, "head_size": 32},
+            compute_budget=options.compute_budget,
+            communication_budget=options.communication_budget,
+            repeats=options.repeats,
+        )
+        print(report(result, as_json=options.json))
+
+    return run_guarded(None, run)
+
+
 if __name__ == "__main__":
-    try:
-        sys.exit(_be_switch(sys.argv[1], int(sys.argv[2])))
-    except LaunchError as error:
-        sys.exit(str(error))
+    sys.exit(main())

@@ -1,9 +1,14 @@
-"""What recording costs: a synthetic run's records written, opened, summarised and drawn: `d2ft-hpc bench results`."""
+"""What recording costs: a synthetic run's records written, opened, summarised and drawn:
+
+python -m analysis.cluster.recording --steps 10000 --ranks 64
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +19,9 @@ import h5py
 import numpy as np
 
 from d2ft_hpc import results
+from d2ft_hpc.command import amount, whole_number
+from d2ft_hpc.launch import run_guarded
+from d2ft_hpc.paths import path_argument
 from d2ft_hpc.report import report
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.results.schema import RANK_FIELDS, TABLES
@@ -184,3 +192,19 @@ def _timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="recording", description=__doc__)
+    parser.add_argument("--steps", type=whole_number(1), default=10_000)
+    parser.add_argument("--ranks", type=whole_number(1), default=64)
+    parser.add_argument("--step-seconds", type=amount, default=0.1, help="how long a step would take")
+    parser.add_argument("--folder", type=path_argument, help="where to write (default: the temporary folder)")
+    parser.add_argument("--json", action="store_true", help="print the measurements as JSON")
+    options = vars(parser.parse_args())
+    as_json = options.pop("json")
+    return run_guarded(None, lambda: print(report_text(benchmark(**options), as_json)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,13 @@
-"""Step time of pipeline and tensor parallelism under a makespan plan against dense: `d2ft-hpc bench parallel`."""
+"""Step time of pipeline and tensor parallelism under a makespan plan against dense and the prediction:
+
+mpirun -n 2 python -m analysis.engines.parallel --pipeline-stages 2
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
-from d2ft_hpc.bench.engine import alternate
-from d2ft_hpc.bench.ratio import Ratio
+from d2ft_hpc.bench.turns import Ratio, alternate
+from d2ft_hpc.bench.workload import pose
+from d2ft_hpc.command import connected, whole_number
+from d2ft_hpc.command import share as share_of
 from d2ft_hpc.config import OptimizerConfig
 from d2ft_hpc.engines.deepspeed import deepspeed_config
 from d2ft_hpc.engines.engine import MicroBatch
@@ -21,7 +28,7 @@ from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import attach
-from d2ft_hpc.launch import Control, share
+from d2ft_hpc.launch import Control, run_guarded, share
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
@@ -73,14 +80,7 @@ class Setting:
 
     def problem(self, **options: Any) -> PlanProblem:
         """With the same log-normal scores on every rank. options: of `PlanProblem.parallel`."""
-        return PlanProblem.parallel(
-            *np.exp(np.random.default_rng(0).standard_normal((2, *self.shape))),
-            replicas=self.placement.layout.replicas,
-            rank=self.placement.owner,
-            stage=self.placement.stage,
-            forward_cost=self.costs.forward_share,
-            **options,
-        )
+        return posed(self.sizes, self.placement, self.costs, **options)
 
     def plan_of(self, operation: Operation) -> SkipPlan:
         """Every subnet does the same."""
@@ -99,6 +99,19 @@ class Setting:
         ]
 
 
+def posed(sizes: Sizes, placement: Placement, costs: StepCosts, **options: Any) -> PlanProblem:
+    """With the same log-normal scores on every rank. options: of `PlanProblem.parallel`."""
+    shape = (sizes.micro_batches * placement.layout.replicas, sizes.blocks, sizes.heads)
+    scores = np.exp(np.random.default_rng(0).standard_normal((2, *shape)))
+    return pose(scores, costs, placement, always_share=0.0, **options)
+
+
+def placed(sizes: Sizes, layout: Layout, flops: list[float]) -> Placement:
+    """The model's parts on the ranks. flops: of each layer (`layer_flops`)."""
+    owner = in_order(sizes.blocks, sizes.heads, layout.tensor_ranks)
+    return Placement(layout, cut_stages(flops, layout.stages), owner)
+
+
 def set_up(control: Control, *, stages: int, tensor_ranks: int, sizes: Sizes) -> Setting:
     """On all ranks together. Raises ConfigError if the ranks do not form whole replicas."""
     layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
@@ -107,8 +120,7 @@ def set_up(control: Control, *, stages: int, tensor_ranks: int, sizes: Sizes) ->
     executor = attach(model)
     costs = measure_costs(model, executor, (3, IMAGE_SIZE, IMAGE_SIZE))
     flops = layer_flops(model, costs, (3, IMAGE_SIZE, IMAGE_SIZE))
-    owner = in_order(sizes.blocks, sizes.heads, tensor_ranks)
-    placement = Placement(layout, cut_stages(flops, stages), owner)
+    placement = placed(sizes, layout, flops)
     engine = _engine(control, model, executor, placement, sizes)
     return Setting(sizes, model, placement, costs, flops, engine)
 
@@ -128,7 +140,7 @@ def benchmark(
     the simulated pipeline and lock step (`simulate`). Raises ConfigError if the ranks do not form whole replicas.
     """
     if stages * tensor_ranks == 1:
-        raise ConfigError("bench parallel needs --pipeline-stages or --tensor-parallel above 1")
+        raise ConfigError("parallel: needs --pipeline-stages or --tensor-parallel above 1")
     setting = set_up(control, stages=stages, tensor_ranks=tensor_ranks, sizes=sizes)
     problem = setting.problem(compute_budget=compute_budget)
     message = share(control, lambda: solve(problem, "makespan").to_bytes(), "the plan")
@@ -198,3 +210,36 @@ def report(result: dict[str, Any], *, as_json: bool) -> str:
     if as_json:
         lines.append(json.dumps(result))
     return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="parallel", description=__doc__)
+    parser.add_argument("--pipeline-stages", type=whole_number(1), default=1)
+    parser.add_argument("--tensor-parallel", type=whole_number(1), default=1)
+    parser.add_argument("--blocks", type=whole_number(1), default=8)
+    parser.add_argument("--heads", type=whole_number(1), default=4)
+    parser.add_argument("--micro-batches", type=whole_number(1), default=8, help="of each replica")
+    parser.add_argument("--samples", type=whole_number(1), default=8, help="of a micro-batch")
+    parser.add_argument("--compute-budget", type=share_of(), default=0.6, help="share of the dense step")
+    parser.add_argument("--repeats", type=whole_number(1), default=15, help="steps of each plan")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    options = parser.parse_args()
+    control = connected("cpu")
+
+    def run() -> None:
+        result = benchmark(
+            control,
+            stages=options.pipeline_stages,
+            tensor_ranks=options.tensor_parallel,
+            sizes=Sizes(options.blocks, options.heads, options.micro_batches, options.samples),
+            compute_budget=options.compute_budget,
+            repeats=options.repeats,
+        )
+        if control.rank == 0:
+            print(report(result, as_json=options.json))
+
+    return run_guarded(control, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

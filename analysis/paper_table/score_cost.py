@@ -1,7 +1,12 @@
-"""What measuring scores costs beside a dense training step: `d2ft-hpc bench scores`."""
+"""What measuring scores costs beside a dense training step:
+
+python -m analysis.paper_table.score_cost configs/paper/d2ft_joint.yaml
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +14,9 @@ from statistics import median
 
 import torch
 
-from d2ft_hpc.config import RunConfig
+from d2ft_hpc.command import add_config, whole_number
+from d2ft_hpc.config import RunConfig, load_config
+from d2ft_hpc.launch import device_type_of, run_guarded
 from d2ft_hpc.metering import meter
 from d2ft_hpc.model.build import build_model
 from d2ft_hpc.model.subnets import SubnetMap
@@ -66,3 +73,28 @@ def benchmark(config: RunConfig, device: torch.device, repeats: int) -> dict[str
         return median(ratios), flops(run) / flops(train)
 
     return {"micro_batch": cost("micro_batch"), "sample": cost("sample")}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="score_cost",
+        description="Scores a micro-batch of random images, by micro-batch and by sample, between dense passes.",
+    )
+    add_config(parser)
+    parser.add_argument("--repeats", type=whole_number(1), default=10, help="of each (default: 10)")
+    options = parser.parse_args()
+
+    def run() -> None:
+        config = load_config(options.config, options.overrides)
+        measured = benchmark(config, torch.device(device_type_of(config.engine.device)), options.repeats)
+        for granularity, (seconds, flops) in measured.items():
+            each = granularity.replace("_", "-")
+            print(
+                f"Fisher by {each}: {seconds:.2f} of the time and {flops:.2f} of the FLOPs of dense training"
+            )
+
+    return run_guarded(None, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

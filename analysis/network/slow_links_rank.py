@@ -1,4 +1,4 @@
-"""One rank of `bench network`: trains under a dense, the paper's and a makespan plan in turn, and counts.
+"""One rank of `slow_links`: trains under a dense, the paper's and a makespan plan in turn, and counts.
 
 Each plan runs in the layout of tokens in which its first steps are fastest, the dense one too. A plan's ideal step is
 the predicted one in that layout (`planning.step_time`), from the steps without throttle and the link's rate.
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from d2ft_hpc.bench.network import bits_per_second
-from d2ft_hpc.bench.parallel import TOKENS, Setting, Sizes, set_up
+from analysis.engines.parallel import TOKENS, Setting, Sizes, set_up
+from analysis.network.slow_links import bits_per_second
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.launch import Control, connect, detect, run_guarded, share
 from d2ft_hpc.metering import meter

@@ -1,9 +1,14 @@
-"""What saving checkpoints costs the training beside it: `d2ft-hpc bench checkpoints`."""
+"""What saving checkpoints costs the training beside it; start it as the run:
+
+mpirun -n 2 python -m analysis.cluster.checkpoints configs/demo.yaml
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from d2ft_hpc.bench.ratio import Ratio
+from d2ft_hpc.bench.turns import Ratio
+from d2ft_hpc.command import add_config, on_ranks, read_config, whole_number
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.engines.build import build_engine
-from d2ft_hpc.launch import Control, agreed
+from d2ft_hpc.launch import Control, agreed, run_guarded
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.training.checkpoint import Position
@@ -44,7 +50,7 @@ def benchmark(
     seconds: dict[bool, list[float]] = {True: [], False: []}
     waits, sizes = [], []
     try:
-        with CheckpointSaver(folder, control, keep=1) as saver:
+        with CheckpointSaver(folder, control) as saver:
             for turn in range(2 * pairs + 2):
                 saves = turn % 4 in (0, 3)  # the order changes from pair to pair
                 _arrive(control, device)
@@ -63,7 +69,7 @@ def benchmark(
         if control.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
     with_saves, without = (np.array(seconds[saves][1:]) for saves in (True, False))
-    ratio = Ratio.of(with_saves, without)
+    ratio, interval = Ratio.of(with_saves, without), config.train.checkpoint_interval
     stretch = float(np.median(without))
     return {
         "model": config.model.name,
@@ -76,7 +82,7 @@ def benchmark(
         "step_seconds": stretch / steps,
         "wait_seconds": float(np.median(waits[1:])),
         "save_seconds": [stretch * (value - 1) for value in (ratio.median, ratio.low, ratio.high)],
-        "checkpoint_every_minutes": config.train.checkpoint_every_minutes,
+        "minutes_between": interval.number if interval is not None and interval.unit == "minute" else None,
         "seconds_with_save": with_saves.tolist(),
         "seconds_without": without.tolist(),
     }
@@ -95,9 +101,9 @@ def report_text(measured: dict[str, Any], as_json: bool) -> str:
         f"(95 %: {low:.3f} to {high:.3f})",
         f"that is 1 % of the time with a save every {100 * max(cost, 0):.0f} s (at most {100 * max(high, 0):.0f})",
     ]
-    if m["checkpoint_every_minutes"]:
-        share = cost / (60 * m["checkpoint_every_minutes"])
-        lines.append(f"and {share:.3%} with one every {m['checkpoint_every_minutes']:g} min, as configured")
+    if m["minutes_between"]:
+        share = cost / (60 * m["minutes_between"])
+        lines.append(f"and {share:.3%} with one every {m['minutes_between']:g} min, as configured")
     return "\n".join(lines)
 
 
@@ -105,3 +111,32 @@ def _arrive(control: Control, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     control.barrier(600)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="checkpoints", description="Trains in stretches with and without a save, in turns."
+    )
+    add_config(parser)
+    parser.add_argument("--steps", type=whole_number(1), default=50, help="of a stretch (default: 50)")
+    parser.add_argument(
+        "--pairs", type=whole_number(1), default=10, help="stretches with and without (default: 10)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the measurements as JSON")
+    options = parser.parse_args()
+
+    def run() -> int:
+        def bench(control: Control, device: torch.device, launcher: str, watch: Watch) -> int:
+            measured = benchmark(config, control, device, watch, steps=options.steps, pairs=options.pairs)
+            if control.rank == 0:
+                print(report_text(measured, options.json))
+            return 0
+
+        config = read_config(options)
+        return on_ranks(config, bench)
+
+    return run_guarded(None, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2ft_hpc.bench.engine import alternate
+from d2ft_hpc.bench.turns import alternate
 from d2ft_hpc.errors import ConfigError
 
 

@@ -1,7 +1,11 @@
-"""Two ranks of which one shares its core with a busy process: `d2ft-hpc bench unequal`."""
+"""Two ranks of which one shares its core with a busy process; on two idle cores:
+
+mpirun -n 2 python -m analysis.network.unequal
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import struct
@@ -15,22 +19,25 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 
-from d2ft_hpc.bench.network import die_with_parent
-from d2ft_hpc.bench.parallel import CLASSES, IMAGE_SIZE, PATCH_SIZE
+from analysis.engines.parallel import CLASSES, IMAGE_SIZE, Sizes
+from analysis.network.slow_links import die_with_parent
+from d2ft_hpc.bench.workload import pose
+from d2ft_hpc.command import connected, whole_number
+from d2ft_hpc.command import share as share_of
 from d2ft_hpc.config import OptimizerConfig
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import attach
-from d2ft_hpc.launch import Control, share
+from d2ft_hpc.launch import Control, run_guarded, share
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.metering.phases import COMMUNICATION, timed_step
-from d2ft_hpc.planning import PlanProblem, SkipPlan, solve
+from d2ft_hpc.planning import SkipPlan, solve
 from d2ft_hpc.training.speed_watch import SpeedWatch
 
-RANKS, BLOCKS, HEADS, SLOTS, SAMPLES = 2, 6, 4, 8, 4
+RANKS = 2
+SIZES = Sizes(blocks=6, heads=4, micro_batches=8, samples=4)
 
 
 @dataclass
@@ -55,8 +62,8 @@ def benchmark(control: Control, *, compute_budget: float, steps: int) -> dict[st
     cores = sorted(os.sched_getaffinity(0))
     if control.world_size != RANKS or len(cores) < RANKS:
         raise ConfigError(
-            f"bench unequal needs 2 ranks and 2 cores, not {control.world_size} and {len(cores)}: mpirun -n 2 d2ft-hpc "
-            f"bench unequal"
+            f"unequal: needs 2 ranks and 2 cores, not {control.world_size} and {len(cores)}: mpirun -n 2 python -m "
+            f"analysis.network.unequal"
         )
     for thread in os.listdir("/proc/self/task"):
         os.sched_setaffinity(int(thread), {cores[control.rank]})
@@ -134,35 +141,27 @@ def report(result: dict[str, Any], *, as_json: bool) -> str:
 
 def _engine(control: Control) -> tuple[DeepSpeedEngine, StepCosts]:
     torch.manual_seed(0)
-    model = VisionTransformer(
-        img_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-        embed_dim=64 * HEADS,
-        depth=BLOCKS,
-        num_heads=HEADS,
-        num_classes=CLASSES,
-    )
+    model = SIZES.model()
     executor = attach(model)
     costs = measure_costs(model, executor, (3, IMAGE_SIZE, IMAGE_SIZE))
     settings = OptimizerConfig(name="sgd", learning_rate=1e-4)
     optimizer = build_optimizer(model, settings)
     config = deepspeed_config(
-        {}, micro_batch_size=SAMPLES, slots=SLOTS, precision="fp32", gradient_clipping=None
+        {},
+        micro_batch_size=SIZES.samples,
+        slots=SIZES.micro_batches,
+        precision="fp32",
+        gradient_clipping=None,
     )
     schedule = build_schedule(optimizer, settings, 1_000_000)
     return DeepSpeedEngine(model, executor, optimizer, schedule, F.cross_entropy, config), costs
 
 
 def _plan(control: Control, costs: StepCosts, speeds: list[float], compute_budget: float) -> SkipPlan:
-    scores = np.exp(np.random.default_rng(0).standard_normal((2, SLOTS * RANKS, BLOCKS, HEADS)))
-    problem = PlanProblem.parallel(
-        *scores,
-        replicas=RANKS,
-        compute_budget=compute_budget,
-        forward_cost=costs.forward_share,
-        always_share=costs.always_share,
-        device_speed=speeds,
+    scores = np.exp(
+        np.random.default_rng(0).standard_normal((2, SIZES.micro_batches * RANKS, SIZES.blocks, SIZES.heads))
     )
+    problem = pose(scores, costs, replicas=RANKS, compute_budget=compute_budget, device_speed=speeds)
     return SkipPlan.from_bytes(share(control, lambda: solve(problem, "joint").to_bytes(), "the plan"))
 
 
@@ -174,15 +173,15 @@ def _step(
     generator = torch.Generator().manual_seed(control.rank)
     batch = [
         (
-            torch.randn(SAMPLES, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
-            torch.randint(CLASSES, (SAMPLES,), generator=generator),
+            torch.randn(SIZES.samples, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
+            torch.randint(CLASSES, (SIZES.samples,), generator=generator),
         )
-        for _ in range(SLOTS)
+        for _ in range(SIZES.micro_batches)
     ]
     control.barrier(60)
     with timed_step(torch.device("cpu")) as times:
         engine.step(batch)
-    flops = float(costs.planned_flops(plan.for_replica(control.rank)).sum() * SAMPLES)
+    flops = float(costs.planned_flops(plan.for_replica(control.rank)).sum() * SIZES.samples)
     watch.add(flops, times)
     seconds = times.seconds()
     own = struct.pack("<2d", seconds.get(COMMUNICATION, 0.0), sum(seconds.values()))
@@ -208,3 +207,27 @@ def _busy_process(control: Control, core: int) -> Iterator[None]:
         if process is not None:
             process.kill()
             process.wait()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="unequal", description="Equal shares against shares by watched speeds, on two idle cores."
+    )
+    parser.add_argument("--compute-budget", type=share_of(), default=0.6, help="share of the dense step")
+    parser.add_argument(
+        "--steps", type=whole_number(1), default=10, help="measured steps of each plan (default: 10)"
+    )
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    options = parser.parse_args()
+    control = connected("cpu")
+
+    def run() -> None:
+        result = benchmark(control, compute_budget=options.compute_budget, steps=options.steps)
+        if control.rank == 0:
+            print(report(result, as_json=options.json))
+
+    return run_guarded(control, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

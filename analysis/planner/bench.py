@@ -1,8 +1,13 @@
-"""How fast and how good the planners are on synthetic scores: `d2ft-hpc bench planner`."""
+"""How fast and how good the planners are on synthetic scores; needs no GPU and no MPI:
+
+python -m analysis.planner.bench --blocks 12 --heads 6 --micro-batches 5 --ranks 1
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from d2ft_hpc.command import whole_number
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.launch import run_guarded
 from d2ft_hpc.planning import PLANNERS, PlanProblem, solve
 from d2ft_hpc.planning.bounds import upper_bound
 from d2ft_hpc.planning.knapsack import device_knapsacks
@@ -158,3 +165,25 @@ def report(results: dict[str, Any], *, as_json: bool) -> str:
     if as_json:
         lines.append(json.dumps(results))
     return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    for name in ("--blocks", "--heads", "--micro-batches"):
+        parser.add_argument(name, type=whole_number(1), required=True)
+    parser.add_argument("--ranks", type=whole_number(1), required=True, help="tensor-parallel ranks")
+    parser.add_argument("--stages", type=whole_number(1), default=1, help="pipeline stages")
+    parser.add_argument("--heterogeneous", action="store_true", help="ranks of different speeds")
+    parser.add_argument("--equal-scores", action="store_true", help="no head is better than another")
+    parser.add_argument(
+        "--in-order", action="store_false", dest="placed", help="heads stay where timm has them"
+    )
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the scores")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    options = vars(parser.parse_args())
+    as_json = options.pop("json")
+    return run_guarded(None, lambda: print(report(benchmark(**options), as_json=as_json)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -44,7 +44,7 @@ def bare_engine(
     layout = placement.layout
     if layout.stages > 1 and layout.tensor_ranks > 1:
         raise ConfigError(
-            "bench overhead: DeepSpeed alone has no pipeline with tensor parallelism for timm's models to compare "
+            "overhead: DeepSpeed alone has no pipeline with tensor parallelism for timm's models to compare "
             "with; use --pipeline-stages or --tensor-parallel"
         )
     if layout.stages > 1:
@@ -52,7 +52,7 @@ def bare_engine(
     heads, width = model.blocks[0].attn.num_heads, model.embed_dim
     if heads % layout.tensor_ranks:
         raise ConfigError(
-            f"bench overhead: DeepSpeed's AutoTP cuts equal parts, {heads} heads have none for {layout.tensor_ranks} "
+            f"overhead: DeepSpeed's AutoTP cuts equal parts, {heads} heads have none for {layout.tensor_ranks} "
             f"ranks; use another --model, such as vit_small_patch16_224 with 6 heads"
         )
     if layout.tensor_ranks > 1:

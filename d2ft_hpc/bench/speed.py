@@ -1,0 +1,120 @@
+"""An engine's step time under a plan against dense, in turns: `d2ft-hpc bench speed`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from d2ft_hpc.bench.turns import Ratio, alternate
+from d2ft_hpc.bench.workload import (
+    Built,
+    Workload,
+    batch_of,
+    build,
+    described,
+    loss_of,
+    make_optimizer,
+    model_of,
+    solved,
+    title,
+)
+from d2ft_hpc.engines.engine import MicroBatch
+from d2ft_hpc.engines.plain import PlainEngine
+from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.launch import Control, share
+from d2ft_hpc.metering import meter
+from d2ft_hpc.planning import Operation, SkipPlan
+
+
+def speed(workload: Workload, control: Control, planner: str, compute_budget: float) -> dict[str, Any]:
+    """The step time under a plan over the dense one, beside what the plan promises, of an engine whose ranks hold the
+    whole model each (`d2ft_hpc.bench.parallel` is for the others)."""
+    built = build(workload, control)
+    engine, costs = built.engine, built.costs
+    shape = (workload.slots * control.world_size, *built.shape)
+    made = share(control, lambda: solved(built, workload, planner, compute_budget).to_bytes(), "the plan")
+    plan = SkipPlan.from_bytes(made)
+    nothing = SkipPlan(np.full(shape, Operation.SHORTCUT, dtype=np.uint8), control.world_size)
+    dense = SkipPlan.dense(workload.slots, control.world_size, *shape[1:])
+    batch = batch_of(workload, control.rank)
+
+    plans = {"dense": dense, "plan": plan, "nothing": nothing}
+    steps: dict[str, Callable[[], object]] = {name: lambda: engine.step(batch) for name in plans}
+    plain = _plain(workload)
+    steps["plain"] = lambda: plain.step(batch)
+
+    def before(name: str) -> None:
+        if name in plans:
+            engine.executor.activate(plans[name], control.rank)
+
+    seconds = alternate(steps, workload.steps, workload.device, control, before)
+    always = float(np.median(seconds["nothing"] / seconds["dense"]))
+    by_replica = [
+        (costs.planned_flops(plan.for_replica(r)).sum() / workload.slots - costs.always_flops)
+        / (costs.dense_flops - costs.always_flops)
+        for r in range(control.world_size)
+    ]
+    return {
+        **described(workload, control),
+        "planner": planner,
+        "compute_budget": compute_budget,
+        "dense_seconds": float(np.median(seconds["dense"])),
+        "dense_over_plain": asdict(Ratio.of(seconds["dense"], seconds["plain"])),
+        "images_per_second": workload.slots
+        * workload.micro_batch_size
+        * control.world_size
+        / float(np.median(seconds["plan"])),
+        "plan_over_dense": asdict(Ratio.of(seconds["plan"], seconds["dense"])),
+        "promised_by_flops": costs.planned_share(plan),
+        "always_share": always,
+        "promised_by_time": always + (1 - always) * max(by_replica),
+        "lookup_seconds": engine.executor.lookup_seconds,
+        "bytes_sent": {name: _bytes_sent(built, batch, plans[name], control) for name in ("dense", "plan")},
+        "seconds": {name: of_name.tolist() for name, of_name in seconds.items()},
+    }
+
+
+def speed_report(result: Mapping[str, Any]) -> str:
+    return "\n".join(
+        [
+            title(result),
+            f"dense step               {1e3 * result['dense_seconds']:9.2f} ms",
+            f"  over one process's with the same samples and no engine  {Ratio(**result['dense_over_plain'])}",
+            f"plan ({result['planner']}, {result['compute_budget']:.0%}): step over the dense one  "
+            f"{Ratio(**result['plan_over_dense'])}",
+            f"images under the plan    {result['images_per_second']:9.0f} a second, all ranks",
+            f"promised by FLOPs        {result['promised_by_flops']:9.4f}",
+            f"promised by time         {result['promised_by_time']:9.4f}  (what always runs, measured at "
+            f"{result['always_share']:.4f}, plus the busiest replica's share of the rest)",
+            *(
+                f"{name + ', bytes a step':25s}{result['bytes_sent']['plan'].get(name, 0):9d} of {sent} dense"
+                for name, sent in result["bytes_sent"]["dense"].items()
+            ),
+        ]
+    )
+
+
+def _bytes_sent(built: Built, batch: list[MicroBatch], plan: SkipPlan, control: Control) -> dict[str, int]:
+    """What a rank sends in a step, by collective, counted where it is issued."""
+    built.engine.executor.activate(plan, control.rank)
+    with meter() as metered:
+        built.engine.step(batch)
+    return dict(metered.bytes_sent)
+
+
+def _plain(workload: Workload) -> PlainEngine:
+    """One process's dense training, each rank for itself: what the engines' own work is measured against."""
+    model = model_of(workload)
+    executor = attach(model, compile=workload.compile)
+    return PlainEngine(
+        model,
+        executor,
+        *make_optimizer(model),
+        loss_of,
+        autocast_dtype=torch.bfloat16 if workload.precision == "bf16" else None,
+        cuda_graphs=workload.cuda_graphs,
+    )

@@ -1,0 +1,181 @@
+"""What engines are timed on: a model on random images, under plans for random scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from d2ft_hpc.config import OptimizerConfig
+from d2ft_hpc.engines.ddp import DdpEngine
+from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
+from d2ft_hpc.engines.engine import Engine, MicroBatch
+from d2ft_hpc.engines.fsdp import FsdpEngine
+from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
+from d2ft_hpc.engines.pipeline import PipelineEngine
+from d2ft_hpc.engines.tensor import TensorParallelEngine
+from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.launch import Control
+from d2ft_hpc.metering import StepCosts, measure_costs
+from d2ft_hpc.model.build import build_model
+from d2ft_hpc.parallel.head_split import even_owner
+from d2ft_hpc.parallel.layout import Layout, Placement
+from d2ft_hpc.parallel.stages import cut_stages, layer_flops
+from d2ft_hpc.planning import PlanProblem, SkipPlan, solve
+
+
+@dataclass(frozen=True)
+class Workload:
+    model: str
+    image_size: int
+    micro_batch_size: int
+    slots: int
+    stage: int
+    """Of ZeRO."""
+    precision: str
+    steps: int
+    """Measured steps of each of the things compared."""
+    device: torch.device
+    engine: str = "deepspeed"
+    """Or ddp, fsdp2."""
+    pipeline_stages: int = 1
+    tensor_parallel: int = 1
+    compile: bool = False
+    cuda_graphs: bool = False
+    """As `attach` takes them."""
+
+
+@dataclass(frozen=True)
+class Built:
+    engine: Engine
+    costs: StepCosts
+    placement: Placement
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Blocks, heads."""
+        return self.engine.executor.subnets.shape
+
+
+def build(workload: Workload, control: Control) -> Built:
+    layout = Layout.of(
+        control.world_size,
+        control.rank,
+        stages=workload.pipeline_stages,
+        tensor_ranks=workload.tensor_parallel,
+    )
+    model = model_of(workload)
+    executor = attach(model, compile=workload.compile, cuda_graphs=workload.cuda_graphs)
+    image_shape = (3, workload.image_size, workload.image_size)
+    costs = measure_costs(model, executor, image_shape)
+    placement = Placement(
+        layout,
+        cut_stages(layer_flops(model, costs, image_shape), layout.stages),
+        even_owner(*executor.subnets.shape, layout.tensor_ranks),
+    )
+    config = engine_config(workload)
+    low_dtype = torch.bfloat16 if workload.precision == "bf16" else None
+    engine: Engine
+    if layout.is_cut:
+        kind = PipelineEngine if layout.stages > 1 else TensorParallelEngine
+        engine = kind(model, executor, placement, make_optimizer, loss_of, config, control)
+    elif workload.engine == "deepspeed":
+        engine = DeepSpeedEngine(model, executor, *make_optimizer(model), loss_of, config)
+    elif workload.engine == "ddp":
+        engine = DdpEngine(model, executor, *make_optimizer(model), loss_of, autocast_dtype=low_dtype)
+    else:
+        engine = FsdpEngine(model, executor, placement, make_optimizer, loss_of, param_dtype=low_dtype)
+    return Built(engine, costs, placement)
+
+
+def make_optimizer(model: VisionTransformer) -> tuple[Optimizer, LRScheduler]:
+    settings = OptimizerConfig(learning_rate=1e-4)
+    optimizer = build_optimizer(model, settings)
+    return optimizer, build_schedule(optimizer, settings, 10**6)
+
+
+def engine_config(workload: Workload) -> dict[str, Any]:
+    return deepspeed_config(
+        {"zero_optimization": {"stage": workload.stage}},
+        micro_batch_size=workload.micro_batch_size,
+        slots=workload.slots,
+        precision=workload.precision,
+        gradient_clipping=None,
+    )
+
+
+def model_of(workload: Workload) -> VisionTransformer:
+    torch.manual_seed(0)
+    model = build_model(workload.model, num_classes=10, options={"img_size": workload.image_size})
+    return model.to(workload.device)
+
+
+def batch_of(workload: Workload, rank: int) -> list[MicroBatch]:
+    generator = torch.Generator().manual_seed(rank)
+    shape = (workload.micro_batch_size, 3, workload.image_size, workload.image_size)
+    return [
+        (
+            torch.randn(shape, generator=generator).to(workload.device),
+            torch.randint(0, 10, shape[:1], generator=generator).to(workload.device),
+        )
+        for _ in range(workload.slots)
+    ]
+
+
+def pose(
+    scores: np.ndarray, costs: StepCosts, placement: Placement | None = None, **options: Any
+) -> PlanProblem:
+    """The problem of these scores [2, row, block, head] with a model's own costs; options: of `PlanProblem.parallel`.
+
+    placement: of the model's parts on the ranks; None: each holds the whole model.
+    """
+    known: dict[str, Any] = {"forward_cost": costs.forward_share, "always_share": costs.always_share}
+    if placement is not None:
+        known |= {"replicas": placement.layout.replicas, "rank": placement.owner, "stage": placement.stage}
+    return PlanProblem.parallel(*scores, **known | options)
+
+
+def solved(built: Built, workload: Workload, planner: str, compute_budget: float) -> SkipPlan:
+    """A plan for random scores."""
+    rows = workload.slots * built.placement.layout.replicas
+    scores = np.random.default_rng(0).random((2, rows, *built.shape))
+    return solve(pose(scores, built.costs, built.placement, compute_budget=compute_budget), planner)
+
+
+def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels)
+
+
+def described(workload: Workload, control: Control) -> dict[str, Any]:
+    device = torch.cuda.get_device_name(workload.device) if workload.device.type == "cuda" else "cpu"
+    return {
+        **asdict(workload),
+        "device": device,
+        "ranks": control.world_size,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def title(result: Mapping[str, Any]) -> str:
+    cut = "".join(
+        f", {result[key]} {what}"
+        for key, what in (
+            ("pipeline_stages", "pipeline stages"),
+            ("tensor_parallel", "tensor-parallel ranks"),
+        )
+        if result[key] > 1
+    )
+    name = f"ZeRO-{result['stage']}" if result["engine"] == "deepspeed" else result["engine"]
+    return (
+        f"{result['model']}, {result['image_size']} px, {result['slots']} micro-batches of "
+        f"{result['micro_batch_size']}, {result['precision']}, {name}{cut}, {result['ranks']} ranks, "
+        f"{result['device']}, {result['steps']} steps each in turns"
+    )
