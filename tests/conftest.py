@@ -16,8 +16,9 @@ settings.load_profile("reproducible")
 
 @pytest.fixture(autouse=True)
 def nothing_is_counted_any_more() -> Iterator[None]:
-    """By a loop that a test left in the middle of a batch."""
+    """By a loop that a test left in the middle of a batch, nor kept from torch.compile."""
     yield
     module = sys.modules.get("d2ft_hpc.user_loop.batch_counter")
     if module is not None:
         module.BatchCounter.end_others()
+        sys.modules["torch"].compiler.set_stance("default")

@@ -90,4 +90,4 @@ def test_a_killed_loop_leaves_a_readable_file_that_its_resumption_continues(tmp_
 def test_a_folder_where_nothing_can_be_written_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"results='.*mine': nothing can be written there.*another folder"):
-        Loop(results=str(tmp_path / "file" / "mine"))
+        Loop(planner="joint", results=str(tmp_path / "file" / "mine"))

@@ -249,9 +249,9 @@ def test_what_cannot_be_followed_is_said() -> None:
     ):
         loop.optimizer.step()
     with pytest.raises(UnsupportedModelError, match="ModuleList has 2 supported models inside"):
-        d2ft_hpc.attach(nn.ModuleList([tiny_vit(), tiny_vit()]))
+        d2ft_hpc.attach(nn.ModuleList([tiny_vit(), tiny_vit()]), planner="joint")
     with pytest.raises(UnsupportedModelError, match="Linear is none of the supported models"):
-        d2ft_hpc.attach(nn.Linear(2, 2))
+        d2ft_hpc.attach(nn.Linear(2, 2), planner="joint")
 
 
 def test_a_forward_may_be_in_the_closure_of_the_optimiser_s_step() -> None:
