@@ -52,6 +52,7 @@ class BatchCounter:
 
     def __init__(self, costs: StepCosts, executor: PlanExecutor) -> None:
         """costs: of this rank's part of the model."""
+        self.end_others()
         self._costs, self._executor = costs, executor
         self._modes: list[Any] = []
         self._metered: Metered | None = None  # of the batch that runs
@@ -81,16 +82,21 @@ class BatchCounter:
         """Counts from here on, in the first batch under its plan."""
         is_known = self._counted is not None and self._counted.plan is self._executor.plan
         if BatchCounter._counting is not self and (self._metered is not None or not is_known):
-            other = BatchCounter._counting  # of a loop that an error ended, or of a second model
-            if other is not None:
-                other.stop()
-                other._metered = None
+            self.end_others()
             self._metered = self._metered or Metered()
             # Not through torch.compile, whose functions hide their operators, and stay eager once they met the counter.
             self._modes = [torch.compiler.set_stance("force_eager"), OperatorCounter(self._metered)]
             for mode in self._modes:
                 mode.__enter__()
             BatchCounter._counting = self
+
+    @staticmethod
+    def end_others() -> None:
+        """Of a loop that an error ended in such a batch, or of a second model's, nothing is counted any more."""
+        other = BatchCounter._counting
+        if other is not None:
+            other.stop()
+            other._metered = None
 
     def stop(self) -> None:
         """What follows is none of the batch's passes, unless another forward comes, as inside an optimiser's step that

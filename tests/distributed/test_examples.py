@@ -69,14 +69,15 @@ def test_every_example_is_run() -> None:
 def test_examples_train(shown: dict[str, str]) -> None:
     for name, text in shown.items():
         losses = [float(value) for value in re.findall(r"loss (\d+\.\d+)", text)]
-        assert len(losses) == 3, name + text
+        assert len(losses) == (6 if "own_loop" in name else 3), name + text
         assert all(0.5 < loss < 10 for loss in losses), name
     for name in shown.keys() - {"own_loop.py", "own_loop.py on 2 ranks"}:  # one plan, after a resumption too
         (share,) = re.findall(r"(\d+\.\d)% of the dense compute, made", shown[name])
         assert 55 < float(share) <= 60, name
     for name in ("own_loop.py", "own_loop.py on 2 ranks"):
-        for promised, measured in re.findall(r"promised (\S+)% .* measured (\S+)%", shown[name]):
-            assert 50 < float(promised) == float(measured) <= 60, name
+        shares = re.findall(r"promised (\S+)% .* measured (\S+)%", shown[name])
+        assert all(promised == measured for promised, measured in shares), name
+        assert 40 < sum(float(promised) for promised, _ in shares) / 6 <= 60, name
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("heads_loop", 1), ("accelerate_fsdp2", 2)])
