@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import sys
+import weakref
+
 from torch import nn
 
 from d2ft_hpc.execution.executor import PlanExecutor, attach
+from d2ft_hpc.lifecycle import PlanController
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.metering.costs import measure_costs_at, token_curve_of
 from d2ft_hpc.model.image_shape import image_shape_of
@@ -29,6 +34,25 @@ def attached(model: nn.Module, section: D2ftSection) -> tuple[PlanExecutor, tupl
     if section.token_share is not None:
         costs = measure_costs_at(costs, model, executor, image_shape, section.sides)
     return executor, image_shape, costs
+
+
+def tell_if_too_short(plans: PlanController) -> None:
+    """At the process's end, where training ended before images had full size: its `total_steps` was too many."""
+    kept = weakref.ref(plans)
+
+    def tell() -> None:
+        plans = kept()
+        failed = getattr(sys, "last_value", None) is not None
+        if failed or plans is None or plans.plan is None or plans.context.curve is None:
+            return
+        grid, (*_, full) = plans.plan.grid_of(0), plans.context.curve.grids
+        if grid is not None and grid != full:
+            plans.listener.say(
+                f"the training ended at images of {grid[0]} x {grid[1]} patches, before they had full size: "
+                f"total_steps={plans.context.total_steps} was too many"
+            )
+
+    atexit.register(tell)
 
 
 def curve_of(section: D2ftSection, costs: StepCosts) -> TokenCurve | None:

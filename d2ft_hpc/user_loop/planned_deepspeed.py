@@ -32,7 +32,7 @@ from d2ft_hpc.planning import Operation, SkipPlan
 from d2ft_hpc.scores import Scores
 from d2ft_hpc.scores.observe import GradientObserver
 from d2ft_hpc.selection import SampleSelection
-from d2ft_hpc.user_loop.attached import curve_of
+from d2ft_hpc.user_loop.attached import curve_of, tell_if_too_short
 from d2ft_hpc.user_loop.batch_counter import BatchCounter
 from d2ft_hpc.user_loop.observe_part import PartObserver
 from d2ft_hpc.user_loop.record import LoopRecord
@@ -87,6 +87,7 @@ class PlannedDeepSpeed:
             self._source,
             Told(control),
         )
+        tell_if_too_short(self.plans)
         self.slot = 0
         """The place in its batch of the micro-batch that runs, or ran last, in training."""
         self.is_boundary = False

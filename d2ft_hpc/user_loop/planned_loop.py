@@ -33,7 +33,7 @@ from d2ft_hpc.planning.tokens import TOKENS
 from d2ft_hpc.scores.observe import GradientObserver
 from d2ft_hpc.selection import SampleSelection
 from d2ft_hpc.selection.build import count_scoring, selection_of
-from d2ft_hpc.user_loop.attached import attached, curve_of
+from d2ft_hpc.user_loop.attached import attached, curve_of, tell_if_too_short
 from d2ft_hpc.user_loop.batch_counter import BatchCounter
 from d2ft_hpc.user_loop.default_group import control_of_loop
 from d2ft_hpc.user_loop.prepare import bind_engine
@@ -330,6 +330,7 @@ class PlannedLoop:
                 curve=curve_of(self.section, self._costs),
             )
             self._controller = PlanController(context, self, control, self._source, Told(control))
+            tell_if_too_short(self._controller)
         return self._controller
 
     def _observer(self) -> GradientObserver:
