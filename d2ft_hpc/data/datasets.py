@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -221,11 +222,12 @@ def _automatic(name: str, source: Source) -> Augmentation:
         return "none"
     images = source.images
     if isinstance(images, PixelImages):
-        sides: tuple[int, ...] = images.size
-    else:  # of which a few tell: a data set is of one kind
-        some = range(0, len(images), max(len(images) // _LOOKED_AT, 1))
-        sides = tuple(max(images.picture(index).size) for index in some)
-    return "shift" if max(sides, default=0) <= SMALL_PIXELS else "resized_crop"
+        return "shift" if max(images.size) <= SMALL_PIXELS else "resized_crop"
+    sides = []
+    for index in range(0, len(images), max(len(images) // _LOOKED_AT, 1)):
+        with suppress(DataError):  # which is told where the image is needed
+            sides.append(max(images.size(index)))
+    return "shift" if sides and max(sides) <= SMALL_PIXELS else "resized_crop"
 
 
 def _transforms(

@@ -47,6 +47,12 @@ def check(data: bytes) -> None:
         pass
 
 
+def size(data: bytes) -> tuple[int, int]:
+    """(width, height). Raises DataError as `check`."""
+    with _open(data) as picture:
+        return picture.width, picture.height
+
+
 def look(data: bytes) -> None:
     """The same, and for what `decode` refuses of files whose end is missing: a JPEG or PNG without its last mark is
     decoded."""

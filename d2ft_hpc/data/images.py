@@ -104,6 +104,10 @@ class EncodedImages:
         """The same as a PIL image."""
         return self._named(index, decoding.decode)
 
+    def size(self, index: int) -> tuple[int, int]:
+        """(width, height) of image `index`, as its head says. Raises DataError if it is of no kind that is read."""
+        return self._named(index, decoding.size)
+
     def look_at(self, index: int) -> bytes:
         """Its bytes. Raises DataError if image `index` is of no kind that is read, or cut short."""
         self._named(index, decoding.look)

@@ -35,7 +35,7 @@ from d2ft_hpc.user_loop.batch_counter import BatchCounter
 from d2ft_hpc.user_loop.pipeline_module import PipelineModule
 from d2ft_hpc.user_loop.planned_deepspeed import PlannedDeepSpeed
 from d2ft_hpc.user_loop.record import LoopRecord
-from d2ft_hpc.user_loop.section import split
+from d2ft_hpc.user_loop.section import SECTION, require_length, split
 from d2ft_hpc.user_loop.told import Told
 
 _END_SECONDS = 25.0
@@ -113,6 +113,9 @@ def initialize(
     # What cannot run is refused before anything starts.
     ZeroRules.of(settings)
     check_settings(settings)
+    if section.total_steps is None:
+        section = section.model_copy(update={"total_steps": _scheduled_steps(settings)})
+    require_length(section, f"{SECTION}.")
     control = _connect()
     for warning in newer_than_tested(NEWEST_TESTED):
         Told(control).say(warning)
@@ -177,6 +180,14 @@ def initialize(
     counter = BatchCounter(part_costs, ours.executor)
     ours.engine.d2ft = PlannedDeepSpeed(ours, section, costs, placement, selection, control, counter, record)
     return ours.made  # type: ignore[no-any-return]
+
+
+def _scheduled_steps(settings: Mapping[str, Any]) -> int | None:
+    """Steps of the training, where the learning rate's schedule in DeepSpeed's configuration ends with it."""
+    scheduler = settings.get("scheduler")
+    parameters = scheduler.get("params") if isinstance(scheduler, Mapping) else None
+    steps = parameters.get("total_num_steps") if isinstance(parameters, Mapping) else None
+    return steps if isinstance(steps, int) and steps > 0 else None
 
 
 def _parts(settings: Mapping[str, Any], pipeline: PipelineModule | None) -> tuple[int, int]:

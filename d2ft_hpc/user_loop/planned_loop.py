@@ -38,7 +38,7 @@ from d2ft_hpc.user_loop.batch_counter import BatchCounter
 from d2ft_hpc.user_loop.default_group import control_of_loop
 from d2ft_hpc.user_loop.prepare import bind_engine
 from d2ft_hpc.user_loop.record import LoopRecord
-from d2ft_hpc.user_loop.section import D2ftSection, parse_section
+from d2ft_hpc.user_loop.section import D2ftSection, parse_section, require_length
 from d2ft_hpc.user_loop.told import Told
 
 Call = Callable[[Sequence[Any]], None]
@@ -79,7 +79,10 @@ def attach(
         "total_steps": total_steps,
         **settings,
     }
-    return PlannedLoop(model, parse_section(given, ""), micro_batches)
+    section = parse_section(given, "")
+    backbone_of(model)  # or it is refused
+    require_length(section, "")
+    return PlannedLoop(model, section, micro_batches)
 
 
 class PlannedLoop:

@@ -38,7 +38,8 @@ class D2ftSection(PlanConfig):
     cuda_graphs: bool = False
     """Whether blocks are launched as CUDA graphs; see `attach`."""
     total_steps: int | None = Field(default=None, gt=0)
-    """Steps of the optimizer in the whole training; plans by tokens, whose images grow through it, need to know."""
+    """Steps of the optimizer in the whole training; plans by tokens, whose images grow through it, need to know. null:
+    `total_num_steps` of DeepSpeed's scheduler, if it has one."""
     results: PathText | None = None
     """Folder of the loop's `results.h5`; null: no record."""
     seed: int = Field(default=0, ge=0)
@@ -71,11 +72,6 @@ def parse_section(section: Any, where: str) -> D2ftSection:
                 f"in a loop of your own: {', '.join(map(repr, usable))}"
             )
     parsed = parsed.model_copy(update={"file": parsed.plan or parsed.file})
-    if parsed.token_share is not None and parsed.total_steps is None and parsed.file is None:
-        raise ConfigError(
-            f"{where}total_steps: planner {parsed.planner!r} lets images grow through the training; say how many steps "
-            f"of the optimizer it has (total_steps), or use another planner"
-        )
     if parsed.replan.overlap:
         raise ConfigError(
             f"{where}replan.overlap=true: only d2ft-hpc train solves while it trains; remove it"
@@ -86,6 +82,15 @@ def parse_section(section: Any, where: str) -> D2ftSection:
             f'("replan": {{"every": N, "unit": "steps"}})'
         )
     return parsed
+
+
+def require_length(section: D2ftSection, where: str) -> None:
+    """Raises ConfigError where images are to grow through a training of a length that nobody has said."""
+    if section.token_share is not None and section.total_steps is None and section.file is None:
+        raise ConfigError(
+            f"{where}total_steps: planner {section.planner!r} lets images grow through the training; say how many "
+            f"steps of the optimizer it has (total_steps), or use another planner"
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from d2ft_hpc.data import datasets
 from d2ft_hpc.data.datasets import load
 from d2ft_hpc.data.loader import eval_loader, train_loader
 from d2ft_hpc.data.sampler import MicroBatchSampler
+from d2ft_hpc.data.sources import open_source
 from d2ft_hpc.errors import DataError
 
 
@@ -173,3 +179,17 @@ class TestLoaders:
         assert {image.numpy().tobytes() for image in images} == expected
         sizes = [sum(len(labels) for _, labels in share) for share in shares]
         assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(("side", "augmentation"), [(32, "shift"), (65, "resized_crop")])
+def test_small_images_are_shifted_however_they_are_stored(
+    tmp_path: Path, side: int, augmentation: str
+) -> None:
+    for split, kind in itertools.product(("train", "test"), ("cat", "dog")):
+        (tmp_path / split / kind).mkdir(parents=True)
+        for index in range(2):
+            Image.new("RGB", (side, side - 1)).save(tmp_path / split / kind / f"{index}.png")
+    source = open_source("image_folder", tmp_path, "train")
+    assert datasets._automatic("image_folder", source) == augmentation
+    (tmp_path / "train" / "cat" / "0.png").write_bytes(b"no picture")
+    assert datasets._automatic("image_folder", open_source("image_folder", tmp_path, "train")) == augmentation

@@ -128,6 +128,7 @@ def test_gradients_and_optimiser_state_take_what_was_said(make):
 def test_a_job_short_of_memory_plans_less_and_keeps_to_it_when_resumed(tmp_path, monkeypatch):
     overrides = [
         f"run.folder={tmp_path}",
+        "plan.planner=joint",
         "plan.compute_budget=0.9",
         "engine.name=plain",
         "engine.device=cpu",
