@@ -88,6 +88,17 @@ def _parser() -> argparse.ArgumentParser:
         "--html", type=path_argument, default=Path("report.html"), help="page to write (default: report.html)"
     )
     report.add_argument("--png", type=path_argument, help="also write a picture of compute and time")
+    report.add_argument(
+        "--reference",
+        type=path_argument,
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="say from which compute and seconds on the runs are not inferior to these ones",
+    )
+    report.add_argument(
+        "--margin", type=float, default=0.5, help="points of top-1 that count as inferior (default: 0.5)"
+    )
     report.set_defaults(run=_report)
 
     figure = commands.add_parser("figure", help="one figure of runs, or its numbers as JSON")
@@ -340,7 +351,14 @@ def _report(options: argparse.Namespace) -> int:
     from d2ft_hpc.report import report
 
     def run() -> None:
-        say(report(options.runs, page=options.html, png=options.png))
+        told = report(
+            options.runs,
+            page=options.html,
+            png=options.png,
+            reference=options.reference,
+            margin=options.margin,
+        )
+        say(told)
         say(f"page: {options.html}")
 
     return run_guarded(None, run)

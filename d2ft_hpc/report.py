@@ -23,6 +23,7 @@ from d2ft_hpc.figures import (
     plans,
     predicted,
     scores,
+    sufficient,
     summary,
     workload,
 )
@@ -45,33 +46,51 @@ nav a { margin-right: 1rem; }
 """
 
 
-def report(run_paths: Sequence[Path], *, page: Path | None = None, png: Path | None = None) -> str:
+def report(
+    run_paths: Sequence[Path],
+    *,
+    page: Path | None = None,
+    png: Path | None = None,
+    reference: Sequence[Path] = (),
+    margin: float = 0.5,
+) -> str:
     """Compare runs; the first is the one that times are relative to.
 
     Args:
         run_paths: results files or run folders.
         page: where to write the HTML page, None for none.
         png: where to write one picture of compute and time, None for none.
+        reference: runs that the others are to be not inferior to, in points of top-1 by more than `margin`.
 
     Returns:
-        The table as plain text, and what plans lost whose shapes are too many to compile.
+        The table as plain text, what plans lost whose shapes are too many to compile, and the least compute and seconds
+        that are enough.
 
     Raises:
         ResultsError: a run cannot be read, or the page or picture cannot be written.
     """
     if not run_paths:
         raise ResultsError("no runs to report on: give at least one results file or run folder")
-    with Runs(run_paths) as runs:
+    with Runs(run_paths) as runs, Runs(reference) as references:
         numbers = summary.measure(runs)
+        enough = sufficient.measure(runs, references, margin) if references else None
         if png is not None:
             save(summary.draw(numbers), png)
         if page is not None:
-            _write(page, _page(runs, numbers))
-        return "\n".join([summary.as_text(numbers), *free_shapes.sentences(free_shapes.measure(runs))])
+            _write(page, _page(runs, numbers, enough))
+        lines = [summary.as_text(numbers), *free_shapes.sentences(free_shapes.measure(runs))]
+        return "\n".join(lines + ([] if enough is None else sufficient.sentences(enough)))
 
 
-def _page(runs: Sequence[Run], numbers: dict[str, Any]) -> str:
+def _page(runs: Sequence[Run], numbers: dict[str, Any], enough: dict[str, Any] | None) -> str:
     sections = list(_sections(runs, numbers))
+    if enough is not None:
+        head, *rows = sufficient.table(enough)
+        told = "".join(f"<p>{html.escape(text)}.</p>" for text in sufficient.sentences(enough))
+        caption = "Finished runs against those of --reference, paired by seed."
+        sections.insert(
+            1, ("How little is enough", told + _table(head, rows) + _figure(sufficient.draw(enough), caption))
+        )
     links = "".join(f'<a href="#s{i}">{html.escape(title)}</a>' for i, (title, _) in enumerate(sections))
     bodies = "".join(
         f'<h2 id="s{i}">{html.escape(title)}</h2>\n{body}\n' for i, (title, body) in enumerate(sections)

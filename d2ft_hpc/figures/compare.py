@@ -34,10 +34,10 @@ def measure(runs: Sequence[Run]) -> dict[str, Any]:
     for run in [run for run in runs if run.complete] or runs:
         settings = {key: value for key, value in (run.config or {}).items() if key != "run"}
         groups.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
-    configs = [_flat(members[0].config or {}) for members in groups.values()]
+    configs = [flat(members[0].config or {}) for members in groups.values()]
     measured = [
         {
-            "label": _label(config, configs, members),
+            "label": telling(config, configs) or members[0].name,
             "runs": [run.name for run in members],
             "seeds": [config_seed(run) for run in members],
             **{metric: _spread([_value(run, metric) for run in members]) for metric in _METRICS},
@@ -63,23 +63,22 @@ def _value(run: Run, metric: str) -> float:
     }[metric]
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """By dotted keys, without the `run` section."""
+    found: dict[str, Any] = {}
     for key, value in config.items():
         if not prefix and key == "run":
             continue
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
-def _label(config: dict[str, Any], all_configs: list[dict[str, Any]], members: list[Run]) -> str:
-    """What tells a configuration from the others."""
-    if not config:
-        return members[0].name
+def telling(config: dict[str, Any], all_configs: Sequence[dict[str, Any]]) -> str:
+    """What tells a configuration, by dotted keys, from the others; empty if nothing does."""
     differing = [
         key for key in config if any(other.get(key, config[key]) != config[key] for other in all_configs)
     ]
-    return ", ".join(f"{key.rsplit('.', 1)[-1]}={config[key]}" for key in differing) or members[0].name
+    return ", ".join(f"{key.rsplit('.', 1)[-1]}={config[key]}" for key in differing)
 
 
 def _spread(values: list[float]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from d2ft_hpc.figures import (
     plans,
     predicted,
     scores,
+    sufficient,
     summary,
     workload,
 )
@@ -390,3 +391,69 @@ def test_figures_explain_faults(paths, tmp_path, capfd):
     ):
         assert main(["figure", *arguments]) == 1
         assert message in capfd.readouterr().err
+
+
+def method_run(path, planner, budget, seed, accuracy, complete=True):
+    """Spends `budget` of 200 FLOP and of 10 s."""
+    settings = f"run: {{name: x, seed: {seed}}}\nplan: {{planner: {planner}, compute_budget: {budget}}}\n"
+    writer = ResultsWriter(path)
+    writer.put("config", {"yaml": settings})
+    step = {"step": 0, "plan": -1, "dense_flops": [200.0], "executed_flops": [200 * budget]}
+    writer.append("steps", {**step, "step_seconds": [10 * budget]})
+    writer.append("evaluations", {"step": 1, "epoch": 1, "accuracy": accuracy, "samples": 1000})
+    writer.close(complete=complete)
+    return path
+
+
+def test_the_least_that_is_enough_is_between_the_budgets_where_the_bound_crosses_the_margin(tmp_path, capsys):
+    dense = [
+        method_run(tmp_path / f"dense{seed}.h5", "dense", 1, seed, 0.8 + 0.01 * seed) for seed in range(3)
+    ]
+    below = {0.8: (0.0, 0.1, -0.1), 0.6: (-0.2, -0.1, -0.3), 0.4: (-1.0, -1.2, -0.8)}  # points
+    runs = [
+        method_run(
+            tmp_path / f"tokens{budget}-{seed}.h5",
+            "tokens",
+            budget,
+            seed,
+            0.8 + 0.01 * seed + points[seed] / 100,
+        )
+        for budget, points in below.items()
+        for seed in range(3)
+    ]
+    runs.append(method_run(tmp_path / "stopped.h5", "tokens", 0.2, 0, 0.9, complete=False))
+    single = [method_run(tmp_path / "joint.h5", "joint", 0.4, 0, 0.9)]
+    with Runs([*runs, *single]) as opened, Runs(dense) as reference:
+        numbers = sufficient.measure(opened, reference, 0.5)
+    tokens, joint = numbers["methods"]
+    assert tokens["label"] == "planner=tokens"
+    half = 2.919986 / 3**0.5  # Student's t at 2 degrees of freedom, one-sided 95 %
+    bounds = [-1.0 - 0.2 * half, -0.2 - 0.1 * half, 0.0 - 0.1 * half]
+    assert [point["bound"] for point in tokens["budgets"]] == pytest.approx(bounds, abs=1e-5)
+    share = (bounds[1] + 0.5) / (bounds[1] - bounds[0])
+    assert tokens["compute"] == pytest.approx(0.6 - 0.2 * share, abs=1e-5)
+    assert tokens["seconds"] == pytest.approx(0.6 - 0.2 * share, abs=1e-5)
+    assert joint["compute"] is None
+    assert (
+        main(
+            [
+                "report",
+                *map(str, [*runs, *single]),
+                "--reference",
+                *map(str, dense),
+                "--html",
+                str(tmp_path / "r.html"),
+            ]
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert f"planner=tokens: from {tokens['compute']:.2f} of the reference's compute" in out
+    assert "planner=joint: not known: it takes two seeds" in out
+    assert "How little is enough" in page.read_text()
+    with (
+        Runs(runs) as opened,
+        Runs([tmp_path / "stopped.h5"]) as reference,
+        pytest.raises(ResultsError, match="--reference"),
+    ):
+        sufficient.measure(opened, reference, 0.5)

@@ -1,0 +1,178 @@
+"""How little compute and time is enough: budgets whose finished runs are not inferior to the reference's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from d2ft_hpc.errors import ResultsError
+from d2ft_hpc.figures.compare import config_seed, flat, telling
+from d2ft_hpc.figures.run import Run
+from d2ft_hpc.figures.style import COLOURS, legend_below, new_figure, number, short
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_BUDGETS = {
+    "plan": ("compute_budget", "token_budget"),
+    "train": ("steps_share",),
+    "data": ("train_fraction",),
+}
+"""Keys by which runs of one method differ in what they spend."""
+
+
+def measure(runs: Sequence[Run], reference: Sequence[Run], margin: float) -> dict[str, Any]:
+    """Methods: runs whose configurations differ in their seed and in budgets alone; only finished ones count, since a
+    falling learning rate makes what a run had on its way say nothing.
+
+    margin: points of top-1. A budget is enough if the lower one-sided 95 % bound of the mean difference from the
+    reference, paired by seed, is not below -margin. Of each method: `budgets`, by rising compute, with compute and
+    seconds in units of the reference's, mean difference and bound (NaN with fewer than two seeds in common); and the
+    least `compute` and `seconds` that are enough, interpolated between neighbouring budgets; None where none is.
+
+    Raises ResultsError where the reference has no finished run, or a run no seed.
+    """
+    finished = [run for run in reference if run.complete and np.isfinite(run.accuracy)]
+    if not finished:
+        raise ResultsError(
+            "--reference: none of its runs is finished and evaluated; give dense runs that are"
+        )
+    of_seed = {_seed(run): run for run in finished}
+    flops = float(np.mean([run.total_flops for run in finished]))
+    seconds = float(np.mean([_seconds(run) for run in finished]))
+    methods: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        if run.complete and np.isfinite(run.accuracy):
+            method, budget = _method(run)
+            methods.setdefault(method, {}).setdefault(budget, []).append(run)
+    told = [(flat(json.loads(method)), budgets) for method, budgets in methods.items()]
+    measured = []
+    for settings, budgets in told:
+        points = []
+        for of_budget in budgets.values():
+            pairs = [(run, of_seed[_seed(run)]) for run in of_budget if _seed(run) in of_seed]
+            differences = [100 * (run.accuracy - other.accuracy) for run, other in pairs]
+            points.append(
+                {
+                    "compute": float(np.mean([run.total_flops for run in of_budget])) / flops,
+                    "seconds": float(np.mean([_seconds(run) for run in of_budget])) / seconds,
+                    "seeds": len(differences),
+                    "difference": float(np.mean(differences)) if differences else float("nan"),
+                    "bound": _lower_bound(differences),
+                }
+            )
+        points.sort(key=lambda point: point["compute"])
+        label = telling(settings, [other for other, _ in told]) or f"planner={settings.get('plan.planner')}"
+        enough = {cost: _least(points, cost, margin) for cost in ("compute", "seconds")}
+        measured.append({"label": label, "budgets": points, **enough})
+    return {"margin": margin, "methods": measured}
+
+
+def _seed(run: Run) -> int:
+    seed = config_seed(run)
+    if seed is None:
+        raise ResultsError(f"{run.path}: its configuration, and so its seed, is not recorded: leave it out")
+    return seed
+
+
+def _seconds(run: Run) -> float:
+    return run.train_seconds + run.preparation_seconds
+
+
+def _method(run: Run) -> tuple[str, str]:
+    """Configuration without seed and budgets, and the budgets, as JSON."""
+
+    def as_text(settings: dict[str, Any]) -> str:
+        return json.dumps(settings, sort_keys=True, default=str)
+
+    settings = {key: value for key, value in (run.config or {}).items() if key != "run"}
+    budgets = {}
+    for section, keys in _BUDGETS.items():
+        own = dict(settings.get(section, {}))
+        budgets.update({key: own.pop(key, None) for key in keys})
+        settings[section] = own
+    return as_text(settings), as_text(budgets)
+
+
+def _lower_bound(differences: Sequence[float]) -> float:
+    """One-sided, 95 %, of the mean, by Student's t."""
+    from scipy import stats
+
+    if len(differences) < 2:
+        return float("nan")
+    several = len(differences)
+    error = float(np.std(differences, ddof=1)) / several**0.5
+    return float(np.mean(differences) - stats.t.ppf(0.95, several - 1) * error)
+
+
+def _least(points: Sequence[dict[str, Any]], cost: str, margin: float) -> float | None:
+    """Going down from the largest budget for as long as bounds hold, and from the last that holds on a line towards the
+    first that does not."""
+    known = [point for point in points if np.isfinite(point["bound"])]
+    least = None
+    for point in reversed(known):
+        if point["bound"] >= -margin:
+            least = point
+            continue
+        if least is not None:
+            share = (least["bound"] + margin) / (least["bound"] - point["bound"])
+            return float(least[cost] + share * (point[cost] - least[cost]))
+        return None
+    return None if least is None else float(least[cost])
+
+
+def sentences(numbers: dict[str, Any]) -> list[str]:
+    """A line for each method."""
+    lines = []
+    for method in numbers["methods"]:
+        if method["compute"] is not None:
+            text = f"from {method['compute']:.2f} of the reference's compute, {method['seconds']:.2f} of its seconds"
+        elif any(np.isfinite(point["bound"]) for point in method["budgets"]):
+            text = "at no budget that was run"
+        else:
+            text = "not known: it takes two seeds that the reference has, too"
+        lines.append(f"not inferior by more than {numbers['margin']:g} points: {method['label']}: {text}")
+    return lines
+
+
+def table(numbers: dict[str, Any]) -> list[list[str]]:
+    """A heading row and a row for each budget, as text."""
+    rows = [["method", "compute", "seconds", "seeds", "points from the reference", "at least (95 %)"]]
+    for method in numbers["methods"]:
+        for point in method["budgets"]:
+            rows.append(
+                [
+                    method["label"],
+                    number(point["compute"], ".3f"),
+                    number(point["seconds"], ".3f"),
+                    str(point["seeds"]),
+                    number(point["difference"], "+.2f"),
+                    number(point["bound"], "+.2f"),
+                ]
+            )
+    return rows
+
+
+def draw(numbers: dict[str, Any]) -> Figure:
+    """Mean differences over compute and over seconds, each with its bound below; the margin as a line."""
+    figure = new_figure(12, 5)
+    for axis, cost in zip(figure.subplots(1, 2, sharey=True), ("compute", "seconds"), strict=True):
+        for place, method in enumerate(numbers["methods"]):
+            points, colour = method["budgets"], COLOURS[place % len(COLOURS)]
+            spent = [point[cost] for point in points]
+            means = [point["difference"] for point in points]
+            down = [max(mean - point["bound"], 0) for mean, point in zip(means, points, strict=True)]
+            axis.plot(spent, means, "o-", color=colour, label=short(method["label"]))
+            bars = [np.nan_to_num(down), np.zeros(len(points))]
+            axis.errorbar(spent, means, bars, fmt="none", color=colour, capsize=4)
+        axis.axhline(-numbers["margin"], color="black", linestyle="--", linewidth=1, label="margin")
+        axis.axhline(0, color="black", linewidth=1)
+        axis.set(xlabel=f"{cost} (of the reference)")
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("top-1, points from the reference")
+    figure.suptitle("How little is enough (bars: down to the lower one-sided 95 % bound, paired by seed)")
+    legend_below(figure, figure.axes[0])
+    return figure
