@@ -314,7 +314,10 @@ class PlanConfig(Section):
 
     @property
     def token_share(self) -> float | None:
-        """`token_budget`, or what it is for a planner that has no other; None: images have full size."""
+        """`token_budget`, or what it is for a planner that has no other; None: images have full size, or the one that a
+        plan from a file says."""
+        if self.file is not None:
+            return None
         return self.compute_budget if self.entry.scales_images else self.token_budget
 
     @property

@@ -434,19 +434,9 @@ def test_the_least_that_is_enough_is_between_the_budgets_where_the_bound_crosses
     assert tokens["compute"] == pytest.approx(0.6 - 0.2 * share, abs=1e-5)
     assert tokens["seconds"] == pytest.approx(0.6 - 0.2 * share, abs=1e-5)
     assert joint["compute"] is None
-    assert (
-        main(
-            [
-                "report",
-                *map(str, [*runs, *single]),
-                "--reference",
-                *map(str, dense),
-                "--html",
-                str(tmp_path / "r.html"),
-            ]
-        )
-        == 0
-    )
+    page = tmp_path / "page.html"
+    paths = [*map(str, [*runs, *single]), "--reference", *map(str, dense)]
+    assert main(["report", *paths, "--html", str(page)]) == 0
     out = capsys.readouterr().out
     assert f"planner=tokens: from {tokens['compute']:.2f} of the reference's compute" in out
     assert "planner=joint: not known: it takes two seeds" in out

@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.errors import PlanError, UnsupportedModelError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.execution.images import scaled
@@ -169,6 +170,21 @@ def test_costs_at_each_resolution_are_what_a_pass_computes() -> None:
         PlanError, match=r"1 x 1 patches, whose costs were not counted; this run has 2 x 2, 3 x 3"
     ):
         costs.planned_share(plan.at((1, 1)))
+
+
+def test_budgets_of_tokens_and_of_heads_share_what_the_run_has() -> None:
+    assert PlanConfig(compute_budget=0.5).token_share == 0.5
+    assert PlanConfig(planner="joint", compute_budget=0.5).token_share is None
+    assert PlanConfig(planner="joint", compute_budget=0.5, token_budget=0.8).token_share == 0.8
+    assert PlanConfig(file="plan.h5", compute_budget=0.5).token_share is None
+    for settings, told in (
+        ({"token_budget": 0.8}, "it is plan.compute_budget; remove it"),
+        ({"planner": "samples", "token_budget": 0.8}, "plan.planner=samples trains on images of full size"),
+        ({"planner": "joint", "file": "plan.h5", "token_budget": 0.8}, "plan.file=.* full size"),
+        ({"planner": "joint", "compute_budget": 0.6, "token_budget": 0.5}, "leave the heads nothing to skip"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            PlanConfig(**settings)
 
 
 def test_a_model_for_one_size_is_refused_by_name() -> None:
