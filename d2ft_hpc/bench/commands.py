@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from d2ft_hpc.command import add_config, amount, connected, share, whole_number
 from d2ft_hpc.config import load_config
+from d2ft_hpc.planning.tokens import TOKENS
 
 if TYPE_CHECKING:
     from d2ft_hpc.bench.workload import Workload
@@ -26,7 +27,7 @@ def add_benches(benches: Any) -> None:
     speed.add_argument("--engine", default="deepspeed", choices=["deepspeed", "ddp", "fsdp2"])
     speed.add_argument("--compile", action="store_true", help="dense and plan through torch.compile")
     speed.add_argument("--cuda-graphs", action="store_true", help="blocks launched as CUDA graphs")
-    speed.add_argument("--planner", default="makespan")
+    speed.add_argument("--planner", default=TOKENS.name)
     speed.add_argument("--compute-budget", type=share(), default=0.6, help="share of the dense step")
     speed.set_defaults(run=_speed)
 

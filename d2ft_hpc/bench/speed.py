@@ -27,22 +27,36 @@ from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.metering import meter
-from d2ft_hpc.planning import Operation, SkipPlan
+from d2ft_hpc.metering.costs import token_curve_of
+from d2ft_hpc.planning import PLANNERS, Operation, SkipPlan
+from d2ft_hpc.planning.tokens import TokenOptions
+
+_STEPS_OF_RUN = 1000
+"""Over which a plan by tokens spreads its resolutions."""
 
 
 def speed(workload: Workload, control: Control, planner: str, compute_budget: float) -> dict[str, Any]:
     """The step time under a plan over the dense one, beside what the plan promises, of an engine whose ranks hold the
-    whole model each (`d2ft_hpc.bench.parallel` is for the others)."""
-    built = build(workload, control)
+    whole model each (`analysis.engines.parallel` is for the others). Of planner tokens, the mean over a run's steps."""
+    entry = PLANNERS.get(planner)  # an unknown one is told where it is to plan
+    sides = TokenOptions().sides if entry is not None and entry.scales_images else None
+    built = build(workload, control, sides)
     engine, costs = built.engine, built.costs
     shape = (workload.slots * control.world_size, *built.shape)
-    made = share(control, lambda: solved(built, workload, planner, compute_budget).to_bytes(), "the plan")
-    plan = SkipPlan.from_bytes(made)
     nothing = SkipPlan(np.full(shape, Operation.SHORTCUT, dtype=np.uint8), control.world_size)
     dense = SkipPlan.dense(workload.slots, control.world_size, *shape[1:])
+    if sides is None:
+        made = share(control, lambda: solved(built, workload, planner, compute_budget).to_bytes(), "the plan")
+        of_run = {"plan": (SkipPlan.from_bytes(made), 1.0)}
+    else:
+        curve = token_curve_of(costs, compute_budget, _STEPS_OF_RUN)
+        of_run = {
+            f"{down} x {across}": (dense.at((down, across)), steps / _STEPS_OF_RUN)
+            for (down, across), steps in zip(curve.grids, curve.steps, strict=True)
+        }
     batch = batch_of(workload, control.rank)
 
-    plans = {"dense": dense, "plan": plan, "nothing": nothing}
+    plans = {"dense": dense, **{name: plan for name, (plan, _) in of_run.items()}, "nothing": nothing}
     steps: dict[str, Callable[[], object]] = {name: lambda: engine.step(batch) for name in plans}
     plain = _plain(workload)
     steps["plain"] = lambda: plain.step(batch)
@@ -52,11 +66,15 @@ def speed(workload: Workload, control: Control, planner: str, compute_budget: fl
             engine.executor.activate(plans[name], control.rank)
 
     seconds = alternate(steps, workload.steps, workload.device, control, before)
+    under_plan = np.sum([weight * seconds[name] for name, (_, weight) in of_run.items()], axis=0)
     always = float(np.median(seconds["nothing"] / seconds["dense"]))
     by_replica = [
-        (costs.planned_flops(plan.for_replica(r)).sum() / workload.slots - costs.always_flops)
+        (
+            sum(weight * costs.of_replica(plan, replica).mean() for plan, weight in of_run.values())
+            - costs.always_flops
+        )
         / (costs.dense_flops - costs.always_flops)
-        for r in range(control.world_size)
+        for replica in range(control.world_size)
     ]
     return {
         **described(workload, control),
@@ -67,13 +85,20 @@ def speed(workload: Workload, control: Control, planner: str, compute_budget: fl
         "images_per_second": workload.slots
         * workload.micro_batch_size
         * control.world_size
-        / float(np.median(seconds["plan"])),
-        "plan_over_dense": asdict(Ratio.of(seconds["plan"], seconds["dense"])),
-        "promised_by_flops": costs.planned_share(plan),
+        / float(np.median(under_plan)),
+        "plan_over_dense": asdict(Ratio.of(under_plan, seconds["dense"])),
+        "of_run": {
+            name: {"steps": weight, "over_dense": asdict(Ratio.of(seconds[name], seconds["dense"]))}
+            for name, (_, weight) in of_run.items()
+        },
+        "promised_by_flops": sum(weight * costs.planned_share(plan) for plan, weight in of_run.values()),
         "always_share": always,
         "promised_by_time": always + (1 - always) * max(by_replica),
         "lookup_seconds": engine.executor.lookup_seconds,
-        "bytes_sent": {name: _bytes_sent(built, batch, plans[name], control) for name in ("dense", "plan")},
+        "bytes_sent": {
+            "dense": _bytes_sent(built, batch, dense, control),
+            "plan": _bytes_sent(built, batch, next(iter(of_run.values()))[0], control),
+        },
         "seconds": {name: of_name.tolist() for name, of_name in seconds.items()},
     }
 
@@ -86,6 +111,11 @@ def speed_report(result: Mapping[str, Any]) -> str:
             f"  over one process's with the same samples and no engine  {Ratio(**result['dense_over_plain'])}",
             f"plan ({result['planner']}, {result['compute_budget']:.0%}): step over the dense one  "
             f"{Ratio(**result['plan_over_dense'])}",
+            *(
+                f"  images of {name} patches, {part['steps']:.0%} of the steps{'':8s}{Ratio(**part['over_dense'])}"
+                for name, part in result["of_run"].items()
+                if len(result["of_run"]) > 1
+            ),
             f"images under the plan    {result['images_per_second']:9.0f} a second, all ranks",
             f"promised by FLOPs        {result['promised_by_flops']:9.4f}",
             f"promised by time         {result['promised_by_time']:9.4f}  (what always runs, measured at "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import StepCosts, measure_costs
+from d2ft_hpc.metering.costs import measure_costs_at
 from d2ft_hpc.model.build import build_model
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.layout import Layout, Placement
@@ -65,7 +66,8 @@ class Built:
         return self.engine.executor.subnets.shape
 
 
-def build(workload: Workload, control: Control) -> Built:
+def build(workload: Workload, control: Control, sides: Sequence[float] | None = None) -> Built:
+    """sides: of images in plans by tokens, whose costs are counted, too; in units of full ones."""
     layout = Layout.of(
         control.world_size,
         control.rank,
@@ -76,6 +78,8 @@ def build(workload: Workload, control: Control) -> Built:
     executor = attach(model, compile=workload.compile, cuda_graphs=workload.cuda_graphs)
     image_shape = (3, workload.image_size, workload.image_size)
     costs = measure_costs(model, executor, image_shape)
+    if sides is not None:
+        costs = measure_costs_at(costs, model, executor, image_shape, sides)
     placement = Placement(
         layout,
         cut_stages(layer_flops(model, costs, image_shape), layout.stages),
