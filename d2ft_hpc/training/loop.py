@@ -91,7 +91,9 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     if control.rank == 0 and measured.kept is not None:
         print(describe_memory(costs, measured.kept, job.costs.num_subnets), flush=True)
     log = RunLog(job, engine.executor, Progress(control.rank, job.total_steps), watch)
-    context, source = plan_context(job, placement, costs), ProbeScores(job, engine, watch)
+    with agreed(control, "planning"):
+        context = plan_context(job, placement, costs)
+    source = ProbeScores(job, engine, watch)
     run = _Run(job, engine, placement, measured, PlanController(context, engine, control, source, log), log)
     if start.checkpoint is not None:
         watch.enter("loading the checkpoint")

@@ -80,7 +80,9 @@ def test_budget_of_zero(tmp_path: Path) -> None:
 
 
 def test_impossible_budget(tmp_path: Path) -> None:
-    assert_ended_with(train(tmp_path, "plan.compute_budget=0.0001"), "rank 0", "0.0001", "least")
+    assert_ended_with(train(tmp_path, "plan.compute_budget=0.0001"), "4 x 4 patches", "0.0001", "least")
+    by_heads = train(tmp_path, "plan.compute_budget=0.0001", "plan.planner=joint")
+    assert_ended_with(by_heads, "rank 0", "0.0001", "least")
 
 
 def test_scores_that_are_not_numbers(tmp_path: Path) -> None:
