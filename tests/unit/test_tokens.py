@@ -123,6 +123,28 @@ def test_scaled_training_is_that_of_timms_model_on_small_images(options: dict[st
         assert torch.equal(model(images), reference.eval()(images))
 
 
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3"])
+def test_rotary_positions_are_those_of_the_small_images(name: str) -> None:
+    try:
+        model = timm.create_model(
+            name, img_size=64 if "16" in name else 56, embed_dim=48, depth=2, num_heads=3
+        )
+    except RuntimeError as error:
+        pytest.skip(f"this timm does not know it: {error}")
+    if not model.dynamic_img_size:
+        model = timm.create_model(
+            name, img_size=56, embed_dim=48, depth=2, num_heads=3, dynamic_img_size=True
+        )
+    reference = copy.deepcopy(model).train()
+    executor = attach(model.train())
+    patch = executor.subnets.family.patch_size(model)[0]
+    executor.activate(SkipPlan.dense(1, 1, 2, 3).at((2, 3)), 0)
+    images = torch.rand(2, 3, 4 * patch, 4 * patch)
+    with executor.micro_batch(0):
+        logits = model(images)
+    assert torch.equal(logits, reference(scaled(images, (2 * patch, 3 * patch))))
+
+
 def test_copies_of_a_model_under_such_a_plan_train_on_images_as_they_come() -> None:
     model = _vit()
     executor = attach(model)
