@@ -44,7 +44,6 @@ def share_part(
     if layout.tensor_ranks > 1:
         blocks = {int(index): block for index, block in part.blocks.items()}
         executor = part.executor = share_blocks(blocks, executor, placement.owner, group, part.tokens)
-        executor.link_images(part)
     for parameter in part.parameters():
         if layout.tensor_rank == 0:
             # DeepSpeed counts these in gradient norms on every rank, all others on the first of all stages only.

@@ -83,7 +83,7 @@ class PlanExecutor:
         self._compiled_shapes: set[Hashable] = set()
         self._largest_input: dict[int, int] = {}  # numbers in what blocks that skip heads got, by tokens
         self._is_scaled = False  # what embeds the images gets them as they are to be
-        self._images_of: Callable[[], Any] = lambda: None  # the model, or part of one, that embeds the images
+        self._embeds: Callable[[], Any] = lambda: None
         self.block_shapes = 0
         """Kernels of blocks that skip heads and are not fused, under this and earlier plans, if torch.compile makes
         them: one for each different shape of heads, for inputs with and without gradient, for gradients at one point,
@@ -279,7 +279,7 @@ class PlanExecutor:
         grid = self.rows[self._slot_of_forward()].grid
         if grid is None:
             return images
-        high, wide = self.subnets.family.patch_size(self._images_of())
+        high, wide = self.subnets.family.patch_size(self.embeds)
         return scaled(images, (grid[0] * high, grid[1] * wide))
 
     @contextmanager
@@ -427,12 +427,17 @@ class PlanExecutor:
         vars(block).update(own)
         leave_out_of_copies(block, own)
 
+    @property
+    def embeds(self) -> Any:
+        """The model, or the part of one, whose images this executor scales; None without one."""
+        return self._embeds()
+
     def link_images(self, model: nn.Module) -> None:
         """Lets a model, or the part of one that gets the images, scale them in training as the plan says."""
         embedding = self.subnets.family.embedding(model)
         if embedding is None:
             return
-        self._images_of = weakref.ref(model)
+        self._embeds = weakref.ref(model)
         own: dict[str, Any] = {"_d2ft": self, "forward": MethodType(_scaling_forward, embedding)}
         vars(embedding).update(own)
         leave_out_of_copies(embedding, own)
@@ -441,7 +446,7 @@ class PlanExecutor:
         """Raises PlanError where the blocks cannot be run on images of other sizes."""
         if plan.binding == "sample":
             raise PlanError("the plan scales images and draws samples: only one of them can be")
-        model = self._images_of()
+        model = self.embeds
         if model is not None:
             self.subnets.family.take_any_size(model)
 

@@ -202,6 +202,8 @@ def share_blocks(
     for index, block in blocks.items():
         cut_block(block, subnets, heads_of(owner, index, rank))
         executor.link(block, index)
+    if (model := whole.embeds) is not None:
+        executor.link_images(model)
     return executor
 
 

@@ -343,7 +343,7 @@ def check_attached_loop(control: Control, how: str, sharing: str = "every") -> d
     set_model_state_dict(other, weights, options=StateDictOptions(full_state_dict=True))
     resumed.load_state_dict(state)
     again = step(other, trainer, torch.optim.SGD(other.parameters(), lr=0.1), 3)
-    model, d2ft, _ = spread(0, compute_budget=0.7)
+    model, d2ft, _ = spread(0, planner="samples", compute_budget=0.7)
     images, labels = micro_batch(0, rank, replicas)
     images, labels = images.repeat(4, 1, 1, 1), labels.repeat(4)
     chosen, _ = d2ft.choose(images, labels)
