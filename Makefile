@@ -63,8 +63,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed
 	export PATH="$(CURDIR)/$(BIN):$$PATH"
 	rm -rf runs/demo-dense runs/demo
-	mpirun -n 2 d2ft-hpc train configs/demo.yaml run.name=demo-dense plan.planner=dense
-	mpirun -n 2 d2ft-hpc train configs/demo.yaml
+	mpirun -n 2 d2ft-hpc train configs/demo.yaml train.epochs=10 run.name=demo-dense plan.planner=dense
+	mpirun -n 2 d2ft-hpc train configs/demo.yaml train.epochs=10
 	d2ft-hpc report runs/demo-dense runs/demo --html runs/report.html --png runs/demo.png
 
 # The tests start mpirun, torchrun and deepspeed by name. Those of one process run two at a time, the others in turn.
