@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -70,7 +71,9 @@ class ModelPart(nn.Module):
         Between parts as between blocks, tensor-parallel ranks hold the tokens as their messages split them.
         """
         if self.is_first:
-            x, _ = self._family.below(self, x)
+            # Here and not in the module of patches alone, which a GPU's shorter way passes by.
+            with self.executor.scaled_before(x) if self.training else nullcontext(x) as images:
+                x, _ = self._family.below(self, images)
             x = x if self._messages is None else self._messages.split(x)
         again = self.training and self._family.recomputes(self)
         for block in self.blocks.values():

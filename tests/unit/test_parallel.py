@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from d2ft_hpc.engines.check import check_plan
 from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.images import scaled
 from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.parallel.gather import part_of
@@ -129,6 +130,20 @@ def test_parts_of_a_model_compute_what_it_does() -> None:
             assert own[name].grad is None
         else:
             torch.testing.assert_close(own[name].grad, parameter.grad)
+
+
+def test_a_part_scales_images_before_whatever_embeds_them() -> None:
+    """On a GPU that is a matrix product, which does not call the module of patches."""
+    model, reference = tiny_vit(), tiny_vit(dynamic_img_size=True)
+    executor = attach(model)
+    part, seen = ModelPart(model, range(DEPTH), executor), []
+    executor.activate(SkipPlan.dense(1, 1, DEPTH, HEADS).at((2, 3)), 0)
+    part.patch_embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-2:]))
+    images, _ = random_batch(0)
+    with executor.micro_batch(0):
+        assert torch.equal(part(images), reference(scaled(images, (8, 12))))
+        assert torch.equal(part.eval()(images), reference.eval()(images))
+    assert seen == [(8, 12), (16, 16)]
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=9), st.floats(0, 5), st.floats(0, 5), st.data())
