@@ -82,6 +82,8 @@ class PlanExecutor:
         self._kernel_parts: dict[int, KernelParts | None] = {}
         self._compiled_shapes: set[Hashable] = set()
         self._largest_input: dict[int, int] = {}  # numbers in what blocks that skip heads got, by tokens
+        self.image_size: tuple[int, int] | None = None
+        """Height and width of the images that a plan may scale; None: of any."""
         self._is_scaled = False  # what embeds the images gets them as they are to be
         self._embeds: Callable[[], Any] = lambda: None
         self.block_shapes = 0
@@ -273,12 +275,22 @@ class PlanExecutor:
         return self._run(block, index, heads, x, *args, **kwargs)
 
     def scaled(self, images: Tensor) -> Tensor:
-        """A micro-batch's images [sample, channel, height, width] at the resolution that its row asks for."""
+        """A micro-batch's images [sample, channel, height, width] at the resolution that its row asks for.
+
+        Raises PlanError where they are none of full size.
+        """
         if self._is_scaled or not self.rows:
             return images
         grid = self.rows[self._slot_of_forward()].grid
         if grid is None:
             return images
+        size = (images.shape[-2], images.shape[-1])
+        if self.image_size not in (None, size):
+            raise PlanError(
+                f"images of {size[0]} x {size[1]} pixels come to a model for {self.image_size[0]} x "
+                f"{self.image_size[1]}, which they would be scaled to, or less: make it with img_size={size}, or use a "
+                f"planner that leaves images as they are"
+            )
         high, wide = self.subnets.family.patch_size(self.embeds)
         return scaled(images, (grid[0] * high, grid[1] * wide))
 

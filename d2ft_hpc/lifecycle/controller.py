@@ -124,9 +124,14 @@ class PlanController:
         """The next plans reckon with other costs or speeds."""
         self.context = replace(self.context, reckoned=costs)
 
+    def check(self, plan: SkipPlan) -> None:
+        """Raises PlanError where this engine cannot run `plan`, or nobody has counted what it costs."""
+        self.engine.check(plan)
+        self.context.costs.check(plan)
+
     def activate(self, plan: SkipPlan) -> None:
         """Puts `plan` in force from the next batch on. Raises PlanError where this engine cannot run it."""
-        self.engine.check(plan)
+        self.check(plan)
         executor = self.engine.executor
         if isinstance(executor, TensorParallelExecutor):
             executor.use(token_layout_of(plan, self.context))
@@ -144,7 +149,7 @@ class PlanController:
     def restore(self, state: PlanState) -> None:
         """Goes on from `state`. Raises PlanError, before anything changes, where this engine cannot run its plan."""
         if state.plan is not None:
-            self.engine.check(state.plan)
+            self.check(state.plan)
         self.source.stop()
         self.engine.executor.deactivate()
         if state.plan is not None:

@@ -120,11 +120,18 @@ class StepCosts:
         grids = None if plan.grids is None else plan.grids[replica :: plan.replicas]
         return self.planned_flops(plan.for_replica(replica), grids)
 
+    def check(self, plan: SkipPlan) -> None:
+        """Raises PlanError where the plan has images of sizes that are not in `at`."""
+        for row in range(plan.num_rows):
+            if (grid := plan.grid_of(row)) is not None:
+                self._at(grid)
+
     def _at(self, grid: Grid) -> StepCosts:
         if grid not in self.at:
             raise PlanError(
                 f"the plan has images of {grid[0]} x {grid[1]} patches, whose costs were not counted; this run has "
-                f"{', '.join(f'{down} x {across}' for down, across in self.at) or 'those of full size'}"
+                f"{', '.join(f'{down} x {across}' for down, across in self.at) or 'those of full size'}: images of "
+                f"other sizes need planner tokens, or token_budget, and their sides"
             )
         return self.at[grid]
 

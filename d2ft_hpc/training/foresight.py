@@ -23,7 +23,7 @@ def foresee_plans(plans: PlanController) -> None:
     plan = SkipPlan.from_bytes(share(plans.control, lambda: trial_plan(context).to_bytes(), "planning"))
     if context.settings.file is not None:
         with agreed(plans.control, f"plan.file={context.settings.file}"):
-            plans.engine.check(plan)
+            plans.check(plan)
 
 
 def trial_plan(context: PlanContext) -> SkipPlan:

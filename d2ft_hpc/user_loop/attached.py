@@ -33,6 +33,7 @@ def attached(model: nn.Module, section: D2ftSection) -> tuple[PlanExecutor, tupl
     costs = measure_costs(model, executor, image_shape)
     if section.token_share is not None:
         costs = measure_costs_at(costs, model, executor, image_shape, section.sides)
+        executor.image_size = image_shape[1:]
     return executor, image_shape, costs
 
 

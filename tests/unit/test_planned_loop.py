@@ -334,6 +334,26 @@ def test_images_grow_through_the_training_which_goes_on_from_its_midst(settings:
     assert [resumed.step(step) for step in range(5, steps)] == losses[5:]
 
 
+def test_images_that_a_plan_could_only_shrink_unasked_are_refused_before_the_first_step() -> None:
+    model = tiny_vit(dynamic_img_size=True).train()
+    d2ft_hpc.attach(model, total_steps=8)
+    with pytest.raises(PlanError, match=r"images of 24 x 24 pixels come to a model for 16 x 16.*img_size="):
+        model(torch.zeros(2, 3, 24, 24))
+
+
+def test_a_plan_of_images_whose_costs_nobody_counted_is_refused_before_a_step() -> None:
+    loop = Loop(planner="joint", compute_budget=1.0)
+    with pytest.raises(PlanError, match="2 x 2 patches, whose costs were not counted"):
+        loop.d2ft.activate(SkipPlan.dense(SLOTS, 1, DEPTH, HEADS).at((2, 2)))
+    loop.step(0)
+    other = Loop(planner="tokens", compute_budget=0.5, total_steps=4, options={"sides": [0.3]})
+    grown = Loop(planner="tokens", compute_budget=0.5, total_steps=4)
+    grown.step(0)
+    other.d2ft.load_state_dict(grown.d2ft.state_dict())
+    with pytest.raises(PlanError, match=r"2 x 2 patches, .* this run has 1 x 1, 4 x 4"):
+        other.step(1)
+
+
 def test_a_loop_that_an_error_ended_counts_nothing_more() -> None:
     loop = Loop(planner="joint")
     images, labels = random_batch(0)

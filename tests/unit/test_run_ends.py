@@ -180,6 +180,10 @@ def test_a_setting_that_decides_losses_is_not_changed_by_a_resume(
             r"plan\.file=.*other\.h5 has \(4, 9, 2\) rows, blocks and heads, but this run \(4, ",
         ),
         (
+            ("plan.file={small}",),
+            r"plan\.file=.*small\.h5: .*2 x 2 patches, whose costs were not counted; this run has those of full",
+        ),
+        (
             ("plan.compute_budget=1e-4",),
             r"plan\.compute_budget=0\.0001: .*The least feasible compute_budget is",
         ),
@@ -209,11 +213,12 @@ def test_plans_that_cannot_be_are_refused_before_anything_is_evaluated_or_writte
     tmp_path: Path, overrides: tuple[str, ...], told: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     SkipPlan.dense(4, 1, 9, 2).write(tmp_path / "other.h5")
+    SkipPlan.dense(4, 1, 6, 4).at((2, 2)).write(tmp_path / "small.h5")
     with pytest.raises(PlanError, match=told):
         run(
             tmp_path,
             "train.evaluate_at_start=true",
-            *(each.format(other=tmp_path / "other.h5") for each in overrides),
+            *(each.format(other=tmp_path / "other.h5", small=tmp_path / "small.h5") for each in overrides),
         )
     assert "evaluation" not in capfd.readouterr().out
     assert not (tmp_path / "demo" / "results.h5").exists()
