@@ -279,12 +279,15 @@ class PlanExecutor:
 
         Raises PlanError where they are none of full size.
         """
-        if self._is_scaled or not self.rows:
+        if self._is_scaled:
             return images
-        grid = self.rows[self._slot_of_forward()].grid
+        return scaled(images, self.scaled_size((images.shape[-2], images.shape[-1])))
+
+    def scaled_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width that images of this size get. Raises PlanError as `scaled`."""
+        grid = self.rows[self._slot_of_forward()].grid if self.rows else None
         if grid is None:
-            return images
-        size = (images.shape[-2], images.shape[-1])
+            return size
         if self.image_size not in (None, size):
             raise PlanError(
                 f"images of {size[0]} x {size[1]} pixels come to a model for {self.image_size[0]} x "
@@ -292,7 +295,7 @@ class PlanExecutor:
                 f"planner that leaves images as they are"
             )
         high, wide = self.subnets.family.patch_size(self.embeds)
-        return scaled(images, (grid[0] * high, grid[1] * wide))
+        return grid[0] * high, grid[1] * wide
 
     @contextmanager
     def scaled_before(self, images: Tensor) -> Iterator[Tensor]:
@@ -450,7 +453,11 @@ class PlanExecutor:
         if embedding is None:
             return
         self._embeds = weakref.ref(model)
-        own: dict[str, Any] = {"_d2ft": self, "forward": MethodType(_scaling_forward, embedding)}
+        own: dict[str, Any] = {
+            "_d2ft": _ImagesLink(self, self._embeds),
+            "forward": MethodType(_scaling_forward, embedding),
+            "dynamic_feat_size": MethodType(_scaled_grid, embedding),
+        }
         vars(embedding).update(own)
         leave_out_of_copies(embedding, own)
 
@@ -533,6 +540,19 @@ class _BlockLink:
         self.executor, self.index = executor, index
 
 
+class _ImagesLink:
+    """What the module that embeds images keeps: its executor and the model, or part of one, that it is of."""
+
+    def __init__(self, executor: PlanExecutor, model: weakref.ref[nn.Module]) -> None:
+        self.executor, self._model = executor, model
+
+    @property
+    def trains(self) -> bool:
+        """Whether the model does; what embeds may be frozen, and left as in evaluation."""
+        model = self._model()
+        return model is not None and model.training
+
+
 def attach(
     model: Any,
     *,
@@ -596,10 +616,18 @@ def _planned_forward(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> 
 
 
 def _scaling_forward(embedding: nn.Module, images: Tensor) -> Tensor:
-    executor: PlanExecutor = cast(Any, embedding)._d2ft
-    images = executor.scaled(images) if embedding.training else images
+    link: _ImagesLink = cast(Any, embedding)._d2ft
+    images = link.executor.scaled(images) if link.trains else images
     result: Tensor = type(embedding).forward(embedding, images)
     return result
+
+
+def _scaled_grid(embedding: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Patches of images of this size, by which timm lays out what blocks give as a map (`forward_intermediates`)."""
+    link: _ImagesLink = embedding._d2ft
+    size = link.executor.scaled_size(size) if link.trains else size
+    grid: tuple[int, int] = type(embedding).dynamic_feat_size(embedding, size)
+    return grid
 
 
 def _dense_forward(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

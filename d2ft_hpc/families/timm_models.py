@@ -47,8 +47,9 @@ class TimmFamily(BlockFamily):
         return int(model.embed_dim)
 
     def image_shape(self, model: Any) -> tuple[int, int, int] | None:
-        projection, size = model.patch_embed.proj, model.patch_embed.img_size
-        return None if size is None else (int(projection.in_channels), int(size[0]), int(size[1]))
+        embed, size = model.patch_embed, model.patch_embed.img_size
+        channels = getattr(embed, "in_chans", embed.proj.in_channels)  # a hybrid projects what its stem gives
+        return None if size is None else (int(channels), int(size[0]), int(size[1]))
 
     def takes_other_sizes(self, model: Any) -> bool:
         return not model.patch_embed.strict_img_size

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from d2ft_hpc.errors import PlanError
+from d2ft_hpc.errors import PlanError, UnsupportedModelError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.metering.meter import meter
 from d2ft_hpc.model.probe import probe
@@ -199,11 +199,17 @@ def measure_costs_at(
     """`costs`, which are those of full size, with what images of these sides cost, in units of the full ones.
 
     image_shape: (channel, height, width) of full size.
-    Raises UnsupportedModelError where the model takes one size only.
+    Raises UnsupportedModelError where the model takes one size only, or whole patches do not make up an image.
     """
     family, (channels, height, width) = executor.subnets.family, image_shape
     high, wide = family.patch_size(model)
     full = height // high, width // wide
+    if (height % high, width % wide) != (0, 0):
+        raise UnsupportedModelError(
+            f"images of {height} x {width} pixels are no whole patches of {high} x {wide}, which scaled ones are: make "
+            f"the model for {full[0] * high} x {full[1] * wide} (img_size, data.image_size), or use a planner that "
+            f"leaves images as they are"
+        )
     at = {}
     with family.taking_any_size(model):
         for grid in grids_of(full, sides):

@@ -46,8 +46,8 @@ def tell_if_too_short(plans: PlanController) -> None:
         failed = getattr(sys, "last_value", None) is not None
         if failed or plans is None or plans.plan is None or plans.context.curve is None:
             return
-        grid, (*_, full) = plans.plan.grid_of(0), plans.context.curve.grids
-        if grid is not None and grid != full:
+        grid, curve = plans.plan.grid_of(0), plans.context.curve
+        if grid is not None and grid not in (curve.grid_at(sum(curve.steps) - 1), curve.grids[-1]):
             plans.listener.say(
                 f"the training ended at images of {grid[0]} x {grid[1]} patches, before they had full size: "
                 f"total_steps={plans.context.total_steps} was too many"

@@ -145,6 +145,19 @@ def test_rotary_positions_are_those_of_the_small_images(name: str) -> None:
     assert torch.equal(logits, reference(scaled(images, (2 * patch, 3 * patch))))
 
 
+def test_images_are_scaled_while_the_model_trains_whatever_the_mode_of_what_embeds_them() -> None:
+    """Somebody may leave frozen modules as in evaluation."""
+    model, reference = _vit(), _vit(dynamic_img_size=True)
+    executor = attach(model)
+    executor.activate(SkipPlan.dense(1, 1, 3, 3).at((2, 2)), 0)
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    model.train().patch_embed.eval()
+    with executor.micro_batch(0):
+        assert torch.equal(model(images), reference.train()(scaled(images, (16, 16))))
+    model.eval().patch_embed.train()
+    assert torch.equal(model(images), reference.eval()(images))
+
+
 def test_copies_of_a_model_under_such_a_plan_train_on_images_as_they_come() -> None:
     model = _vit()
     executor = attach(model)
@@ -207,6 +220,40 @@ def test_budgets_of_tokens_and_of_heads_share_what_the_run_has() -> None:
     ):
         with pytest.raises(ValueError, match=told):
             PlanConfig(**settings)
+
+
+def test_maps_of_intermediate_tokens_are_those_of_the_small_images() -> None:
+    model, reference = _vit().train(), _vit(dynamic_img_size=True).train()
+    executor = attach(model)
+    executor.activate(SkipPlan.dense(1, 1, 3, 3).at((2, 3)), 0)
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    for seen in (scaled(images, (16, 24)), images):
+        with executor.micro_batch(0):
+            _, own = model.forward_intermediates(images)
+        _, expected = reference.forward_intermediates(seen)
+        assert all(map(torch.equal, own, expected))
+        model.eval(), reference.eval()
+
+
+def test_images_that_are_no_whole_patches_are_refused_with_the_size_that_is() -> None:
+    model = _vit(img_size=30)  # timm's leaves the last pixels out, but only of images of this size
+    executor = attach(model)
+    costs = measure_costs(model, executor, (3, 30, 30))
+    with pytest.raises(UnsupportedModelError, match=r"30 x 30 pixels .* patches of 8 x 8, .* for 24 x 24"):
+        measure_costs_at(costs, model, executor, (3, 30, 30), (0.5,))
+
+
+def test_a_hybrid_scales_the_images_of_its_stem() -> None:
+    """Whose patches are those of the convolutions below and its own together."""
+    model = timm.create_model("vit_small_r26_s32_224", img_size=64, embed_dim=24, depth=2, num_heads=3)
+    reference = copy.deepcopy(model).train()
+    executor = attach(model.train())
+    assert executor.subnets.family.image_shape(model) == (3, 64, 64)
+    executor.activate(SkipPlan.dense(1, 1, 2, 3).at((1, 2)), 0)
+    executor.subnets.family.take_any_size(reference)
+    images = torch.rand(2, 3, 64, 64)
+    with executor.micro_batch(0):
+        assert torch.equal(model(images), reference(scaled(images, (32, 64))))
 
 
 def test_a_model_for_one_size_is_refused_by_name() -> None:
