@@ -7,7 +7,7 @@ import torch
 
 from d2ft_hpc.metering.memory import reset_peak, used_bytes
 from d2ft_hpc.metering.phases import phase, timed_step
-from d2ft_hpc.training.steps import _on_host
+from d2ft_hpc.recording.steps import on_host
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -26,7 +26,7 @@ def test_nothing_waits_for_the_gpu() -> None:
                     matrix = (matrix @ matrix).clamp(-1, 1)
             with phase("optimizer"):
                 matrix = matrix + 1
-            loss = _on_host(matrix.mean())
+            loss = on_host(matrix.mean())
         was_ready = times.ready
     finally:
         torch.cuda.set_sync_debug_mode("default")
