@@ -116,9 +116,11 @@ def pose(
 def describe_alone(plan: SkipPlan) -> str:
     """What the plan is, as far as it tells itself."""
     shares = ", ".join(f"{share:.1%} {operation.name}" for operation, share in plan.shares().items())
+    grids = {grid for row in range(plan.num_rows) if (grid := plan.grid_of(row)) is not None}
+    images = ", ".join(f"{down} x {across}" for down, across in sorted(grids))
     return (
         f"Plan {plan.hash[:12]} ({plan.evidence}): {plan.num_rows} rows x {plan.num_blocks} blocks "
-        f"x {plan.num_heads} heads\n"
+        f"x {plan.num_heads} heads{images and f', images of {images} patches'}\n"
         f"{shares}; solved in {1e3 * plan.solve_seconds:.1f} ms"
     )
 
@@ -170,12 +172,13 @@ def _times(plan: SkipPlan, problem: PlanProblem) -> list[str]:
 
 
 def describe_difference(plan: SkipPlan, other: SkipPlan) -> str:
-    """One line: how many entries change, by operation."""
+    """One line: how many entries change, by operation, and in how many rows the size of the images."""
     changes = plan.differs_from(other)
-    if not changes:
-        return "the plans are the same"
     parts = [f"{count} {before.name} -> {after.name}" for (before, after), count in changes.items()]
-    return f"{sum(changes.values())} of {plan.operations.size} entries change: " + ", ".join(parts)
+    told = f"{sum(changes.values())} of {plan.operations.size} entries change: " + ", ".join(parts)
+    rows = sum(plan.grid_of(row) != other.grid_of(row) for row in range(plan.num_rows))
+    sizes = f"images change their size in {rows} of {plan.num_rows} rows"
+    return "; ".join([told] * bool(changes) + [sizes] * bool(rows)) or "the plans are the same"
 
 
 def save_heat_map(plan: SkipPlan, path: Path) -> None:

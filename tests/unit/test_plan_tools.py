@@ -11,6 +11,7 @@ from d2ft_hpc.errors import PlanError, ResultsError
 from d2ft_hpc.plan_report import (
     SavedScores,
     describe,
+    describe_alone,
     describe_difference,
     load_checked,
     pose,
@@ -70,6 +71,10 @@ def test_a_plan_is_described_device_by_device_with_its_time(tmp_path):
     plan.write(tmp_path / "plan.h5")
     assert load_checked(tmp_path / "plan.h5", problem) == plan
     assert describe_difference(plan, plan) == "the plans are the same"
+    rows = plan.num_rows
+    assert describe_difference(plan, plan.at((2, 3))) == f"images change their size in {rows} of {rows} rows"
+    assert "heads, images of 2 x 3 patches\n" in describe_alone(plan.at((2, 3)))
+    assert "images" not in describe_alone(plan)
     assert "entries change: " in describe_difference(solve(problem, "paper"), plan)
     with pytest.raises(PlanError, match="exceeds the compute budget"):
         load_checked(tmp_path / "plan.h5", pose(saved_scores(), ranks=2, compute_budget=0.4))
