@@ -183,10 +183,11 @@ class PlannedLoop:
         )
 
     def activate(self, plan: SkipPlan) -> None:
-        """Puts a plan of one's own in force from the next batch on. Raises PlanError where it cannot be run."""
-        plans = self._plans()
-        plans.restore(PlanState(plan, batches=1, plans_made=plans.plans_made + 1))
-        self._is_planned = True
+        """Puts a plan of one's own in force from the next batch on; images that grow go on growing.
+
+        Raises PlanError where it cannot be run.
+        """
+        self._restore(PlanState(plan, batches=1, plans_made=self._plans().plans_made + 1))
 
     def state_dict(self) -> dict[str, Any]:
         """Plan and replanning, between two batches: the same on all ranks, and none need ask the others."""
@@ -271,12 +272,18 @@ class PlannedLoop:
         plans = self._plans()
         plans.context = replace(plans.context, micro_batch_size=samples) if samples > 1 else plans.context
         if self._restored is not None:
-            plans.restore(self._restored)
-            self._is_planned = self._restored.plan is not None
+            self._restore(self._restored)
             self._restored = None
         if not self._is_planned:
             plans.before_batch(self._steps)
             self._is_planned = True
+
+    def _restore(self, state: PlanState) -> None:
+        """Its plan is that of the batch that comes, at the resolution which that has by now."""
+        plans, plan = self._plans(), state.plan
+        plan = None if plan is None else plans.context.scaled(plan, self._steps)
+        plans.restore(replace(state, plan=plan))
+        self._is_planned = plan is not None
 
     def _end_batch(self, learning_rate: float = math.nan) -> None:
         """learning_rate: NaN: the optimiser makes no step."""

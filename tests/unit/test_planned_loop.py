@@ -346,12 +346,34 @@ def test_a_plan_of_images_whose_costs_nobody_counted_is_refused_before_a_step() 
     with pytest.raises(PlanError, match="2 x 2 patches, whose costs were not counted"):
         loop.d2ft.activate(SkipPlan.dense(SLOTS, 1, DEPTH, HEADS).at((2, 2)))
     loop.step(0)
-    other = Loop(planner="tokens", compute_budget=0.5, total_steps=4, options={"sides": [0.3]})
-    grown = Loop(planner="tokens", compute_budget=0.5, total_steps=4)
+    grown = Loop(compute_budget=0.5, total_steps=4)
     grown.step(0)
-    other.d2ft.load_state_dict(grown.d2ft.state_dict())
-    with pytest.raises(PlanError, match=r"2 x 2 patches, .* this run has 1 x 1, 4 x 4"):
-        other.step(1)
+    loop.d2ft.load_state_dict(grown.d2ft.state_dict())
+    with pytest.raises(PlanError, match=r"2 x 2 patches, .* this run has those of full size"):
+        loop.step(1)
+
+
+def test_images_grow_as_the_loop_says_under_any_plan_that_it_is_given() -> None:
+    """A plan of one's own, and one of a loop that had other sizes."""
+    sizes = {"options": {"sides": [0.25, 0.75]}, "compute_budget": 0.5, "total_steps": 4}
+    begun, grids = Loop(compute_budget=0.5, total_steps=4), []
+    begun.step(0)
+    for starts in range(2):
+        loop, seen = Loop(**sizes), []
+        loop.model.blocks[0].register_forward_pre_hook(
+            lambda _, inputs, seen=seen: seen.append(inputs[0].shape[1])
+        )
+        if starts:
+            loop.d2ft.load_state_dict(begun.d2ft.state_dict())
+        else:
+            loop.d2ft.activate(SkipPlan.dense(SLOTS, 1, DEPTH, HEADS))
+        for step in range(starts, 4):
+            loop.step(step)
+        grids.append([round((tokens - 1) ** 0.5) for tokens in seen[::SLOTS]])
+    curve = loop.d2ft._controller.context.curve
+    assert grids[0] == [curve.grid_at(step)[0] for step in range(4)]
+    assert grids[1] == grids[0][1:]
+    assert {*grids[0]} >= {1, 3}
 
 
 def test_a_loop_that_an_error_ended_counts_nothing_more() -> None:
