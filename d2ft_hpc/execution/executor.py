@@ -456,8 +456,9 @@ class PlanExecutor:
         own: dict[str, Any] = {
             "_d2ft": _ImagesLink(self, self._embeds),
             "forward": MethodType(_scaling_forward, embedding),
-            "dynamic_feat_size": MethodType(_scaled_grid, embedding),
         }
+        if hasattr(type(embedding), "dynamic_feat_size"):  # not peft's wrapper
+            own["dynamic_feat_size"] = MethodType(_scaled_grid, embedding)
         vars(embedding).update(own)
         leave_out_of_copies(embedding, own)
 

@@ -48,8 +48,12 @@ class TimmFamily(BlockFamily):
 
     def image_shape(self, model: Any) -> tuple[int, int, int] | None:
         embed, size = model.patch_embed, model.patch_embed.img_size
-        channels = getattr(embed, "in_chans", embed.proj.in_channels)  # a hybrid projects what its stem gives
-        return None if size is None else (int(channels), int(size[0]), int(size[1]))
+        if size is None:
+            return None
+        projection = getattr(embed.proj, "base_layer", embed.proj)  # of peft's LoRA
+        # A hybrid projects what its stem gives.
+        channels = embed.in_chans if hasattr(embed, "in_chans") else projection.in_channels
+        return int(channels), int(size[0]), int(size[1])
 
     def takes_other_sizes(self, model: Any) -> bool:
         return not model.patch_embed.strict_img_size
@@ -77,11 +81,14 @@ class TimmFamily(BlockFamily):
 
     def take_any_size(self, model: Any) -> None:
         vars(model)["dynamic_img_size"] = True
-        vars(model.patch_embed).update(_EMBEDS_ANY_SIZE)
+        for embed in _embeddings(model):
+            vars(embed).update(_EMBEDS_ANY_SIZE)
 
     @contextmanager
     def taking_any_size(self, model: Any) -> Iterator[None]:
-        names = {model: ["dynamic_img_size"], model.patch_embed: list(_EMBEDS_ANY_SIZE)}
+        names = {model: ["dynamic_img_size"]} | {
+            embed: list(_EMBEDS_ANY_SIZE) for embed in _embeddings(model)
+        }
         before = {
             module: {name: getattr(module, name) for name in changed} for module, changed in names.items()
         }
@@ -143,6 +150,11 @@ class TimmFamily(BlockFamily):
     def used_by_head(self, name: str) -> bool:
         part, _, path = name.rpartition(".")[0].partition(".")
         return part in ("attn", "mlp") and ("norm" in path or "lora_" in path)
+
+
+def _embeddings(model: Any) -> list[nn.Module]:
+    """timm's module that embeds images, or those of its kind that peft's wrapper has inside (modules_to_save)."""
+    return [module for module in model.patch_embed.modules() if "strict_img_size" in vars(module)]
 
 
 def is_linear(layer: nn.Module) -> bool:

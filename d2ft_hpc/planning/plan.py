@@ -139,9 +139,10 @@ class SkipPlan:
             raise PlanError(
                 f"A plan's grids are integers [{len(self.operations)}, 2], got {given.dtype} {list(given.shape)}."
             )
-        if given.min() < 1 or given.max() > _MOST_PATCHES:
+        wrong = ((given < 1) | (given > _MOST_PATCHES)).any(axis=1)
+        if wrong.any():
             raise PlanError(
-                f"A plan's grids have 1 to {_MOST_PATCHES} patches a side, got {given.tolist()[0]}."
+                f"A plan's grids have 1 to {_MOST_PATCHES} patches a side, got {given[wrong][0].tolist()}."
             )
         return np.frombuffer(given.astype("<u2").tobytes(), dtype="<u2").reshape(given.shape)
 

@@ -13,6 +13,7 @@ from d2ft_hpc.lifecycle import PlanController
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.metering.costs import measure_costs_at, token_curve_of
 from d2ft_hpc.model.image_shape import image_shape_of
+from d2ft_hpc.planning.plan import Grid
 from d2ft_hpc.planning.token_curve import TokenCurve
 from d2ft_hpc.user_loop.section import D2ftSection
 
@@ -46,14 +47,19 @@ def tell_if_too_short(plans: PlanController) -> None:
         failed = getattr(sys, "last_value", None) is not None
         if failed or plans is None or plans.plan is None or plans.context.curve is None:
             return
-        grid, curve = plans.plan.grid_of(0), plans.context.curve
-        if grid is not None and grid not in (curve.grid_at(sum(curve.steps) - 1), curve.grids[-1]):
+        grid = plans.plan.grid_of(0)
+        if grid is not None and is_on_the_way(grid, plans.context.curve):
             plans.listener.say(
                 f"the training ended at images of {grid[0]} x {grid[1]} patches, before they had full size: "
                 f"total_steps={plans.context.total_steps} was too many"
             )
 
     atexit.register(tell)
+
+
+def is_on_the_way(grid: Grid, curve: TokenCurve) -> bool:
+    """Whether images of this size are neither full nor those of the curve's last step."""
+    return grid not in (curve.grid_at(sum(curve.steps) - 1), curve.grids[-1])
 
 
 def curve_of(section: D2ftSection, costs: StepCosts) -> TokenCurve | None:

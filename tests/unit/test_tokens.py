@@ -22,6 +22,7 @@ from d2ft_hpc.metering.costs import measure_costs_at, token_curve_of
 from d2ft_hpc.planning import Operation, SkipPlan
 from d2ft_hpc.planning.token_curve import token_curve
 from d2ft_hpc.planning.tokens import grids_of
+from d2ft_hpc.user_loop.attached import is_on_the_way
 
 GRIDS = [(8, 8), (12, 12), (16, 16)]
 COSTS = [0.24, 0.54, 1.0]
@@ -72,6 +73,15 @@ def _entropy(shares: Sequence[float]) -> float:
 def test_a_budget_below_the_smallest_images_is_refused_with_the_least_one() -> None:
     with pytest.raises(PlanError, match=r"budget 0\.2 is below .* 8 x 8 patches .*; at least 0\.240"):
         token_curve(GRIDS, COSTS, 0.2, 100)
+
+
+def test_a_training_ends_on_the_way_unless_its_images_are_full_or_its_budget_s_last() -> None:
+    assert [is_on_the_way(grid, token_curve(GRIDS, COSTS, 0.5, 100)) for grid in GRIDS] == [True, True, False]
+    assert [is_on_the_way(grid, token_curve(GRIDS, COSTS, 0.24, 100)) for grid in GRIDS] == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_sides_are_whole_patches_and_end_at_full_size() -> None:
@@ -241,6 +251,22 @@ def test_images_that_are_no_whole_patches_are_refused_with_the_size_that_is() ->
     costs = measure_costs(model, executor, (3, 30, 30))
     with pytest.raises(UnsupportedModelError, match=r"30 x 30 pixels .* patches of 8 x 8, .* for 24 x 24"):
         measure_costs_at(costs, model, executor, (3, 30, 30), (0.5,))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["qkv", "proj"]}, {"target_modules": ["qkv"], "modules_to_save": ["patch_embed"]}],
+)
+def test_what_peft_makes_of_the_patches_takes_small_images_too(settings: dict[str, list[str]]) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(_vit(), peft.LoraConfig(r=2, **settings))
+    reference = peft.get_peft_model(_vit(dynamic_img_size=True), peft.LoraConfig(r=2, **settings))
+    executor = attach(model.train())
+    executor.activate(SkipPlan.dense(1, 1, 3, 3).at((2, 3)), 0)
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    with executor.micro_batch(0):
+        assert torch.equal(model(images), reference.train()(scaled(images, (16, 24))))
+    assert executor.subnets.family.image_shape(model.base_model.model) == (3, 32, 32)
 
 
 def test_a_hybrid_scales_the_images_of_its_stem() -> None:
