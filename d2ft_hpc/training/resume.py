@@ -136,9 +136,10 @@ def _choose(config: RunConfig) -> Start:
             print_line(f"d2ft-hpc: warning: passed over: {error}")
             continue
         if epochs_before not in (None, epochs):
+            follows = "learning rate" if config.plan.token_share is None else "learning rate and image sizes"
             print_line(
                 f"d2ft-hpc: train.epochs={epochs}, {'finished' if finished else 'begun'} with {epochs_before}: goes on "
-                f"from {checkpoint.name}, with the learning rate of a run of {epochs}"
+                f"from {checkpoint.name}, with the {follows} of a run of {epochs}"
             )
         return start
     if of_another is not None:  # a new beginning would take the place of that run's record
