@@ -71,8 +71,10 @@ class ModelPart(nn.Module):
         Between parts as between blocks, tensor-parallel ranks hold the tokens as their messages split them.
         """
         if self.is_first:
-            # Here and not in the module of patches alone, which a GPU's shorter way passes by.
-            with self.executor.scaled_before(x) if self.training else nullcontext(x) as images:
+            # Here and not in the module of patches alone, which a GPU's shorter way passes by. A twin for images of any
+            # size, which scores samples, shares the modules and not the plan.
+            trains = self.training and self.executor.embeds is self
+            with self.executor.scaled_before(x) if trains else nullcontext(x) as images:
                 x, _ = self._family.below(self, images)
             x = x if self._messages is None else self._messages.split(x)
         again = self.training and self._family.recomputes(self)
