@@ -36,7 +36,7 @@ Entropy = Sequence[int]
 
 SMALL_PIXELS = 64
 """Images up to this side show one object that fills them: they are shifted, larger ones cropped."""
-_LOOKED_AT = 16
+_MEASURED = 16
 """Images of a split that tell how large all are."""
 
 
@@ -81,9 +81,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         return len(self._indices)
 
     def evenly_spaced(self, most: int) -> list[int]:
-        """Indices at equal distances: all classes are among them where these lie one after the other."""
-        chosen: list[int] = np.linspace(0, len(self) - 1, min(len(self), most), dtype=int).tolist()
-        return chosen
+        return evenly_spaced(len(self), most)
 
     def look_at_some(self) -> None:
         """Raises DataError if one of some images is of no kind that is read, or cut short; nothing whole is decoded.
@@ -217,6 +215,12 @@ def _label_of(source: Source, classes: Sequence[int] | None) -> npt.NDArray[np.i
     return new_label[source.labels]
 
 
+def evenly_spaced(length: int, most: int) -> list[int]:
+    """At most so many indices at equal distances: all classes are among them where these lie one after the other."""
+    chosen: list[int] = np.linspace(0, length - 1, min(length, most), dtype=int).tolist()
+    return chosen
+
+
 def _automatic(name: str, source: Source) -> Augmentation:
     if name == "digits":
         return "none"
@@ -224,7 +228,7 @@ def _automatic(name: str, source: Source) -> Augmentation:
     if isinstance(images, PixelImages):
         return "shift" if max(images.size) <= SMALL_PIXELS else "resized_crop"
     sides = []
-    for index in range(0, len(images), max(len(images) // _LOOKED_AT, 1)):
+    for index in evenly_spaced(len(images), _MEASURED):
         with suppress(DataError):  # which is told where the image is needed
             sides.append(max(images.size(index)))
     return "shift" if sides and max(sides) <= SMALL_PIXELS else "resized_crop"

@@ -193,3 +193,17 @@ def test_small_images_are_shifted_however_they_are_stored(
     assert datasets._automatic("image_folder", source) == augmentation
     (tmp_path / "train" / "cat" / "0.png").write_bytes(b"no picture")
     assert datasets._automatic("image_folder", open_source("image_folder", tmp_path, "train")) == augmentation
+
+
+def test_up_to_a_thousand_images_are_looked_at_before_a_run(tmp_path: Path) -> None:
+    for split, kind in itertools.product(("train", "test"), ("cat", "dog")):
+        (tmp_path / split / kind).mkdir(parents=True)
+        for index in range(50):
+            Image.new("RGB", (8, 8)).save(tmp_path / split / kind / f"{index:02d}.png")
+    for index in (1, 50, 98):
+        damaged = sorted((tmp_path / "train").rglob("*.png"))[index]
+        content = damaged.read_bytes()
+        damaged.write_bytes(b"no picture")
+        with pytest.raises(DataError, match=f"{damaged.name}.*not a readable image"):
+            load("image_folder", image_size=8, split="train", root=tmp_path).look_at_some()
+        damaged.write_bytes(content)
