@@ -253,8 +253,15 @@ class SkipPlan:
 
     def at(self, grid: Grid | None) -> SkipPlan:
         """The same operations on images of this many patches in every row."""
-        grids = None if grid is None else np.full((self.num_rows, 2), grid, dtype=np.uint16)
-        return replace(self, grids=grids)
+        if grid is None:
+            return self if self.grids is None else replace(self, grids=None)
+        if self.grids is not None and (self.grids == grid).all():
+            return self  # as in nearly every step of a run
+        return replace(self, grids=np.full((self.num_rows, 2), grid, dtype=np.uint16))
+
+    def grids_of(self, replica: int) -> npt.NDArray[np.uint16] | None:
+        """The grids of one replica's rows, uint16 [slot, 2]; None: images stay as they are."""
+        return None if self.grids is None else self.grids[replica :: self.replicas]
 
     def shares(self) -> dict[Operation, float]:
         """The fraction of all entries that run each operation; the fractions sum to 1."""
