@@ -22,6 +22,17 @@ from d2ft_hpc.planning.tokens import grids_of
 Floats = npt.NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class RankWork:
+    """What a step's plan asks of a rank. A row is a micro-batch, or a sample if the plan binds samples; it counts as
+    FULL if any of its subnets is."""
+
+    planned_flops: float
+    full_rows: int
+    forward_only_rows: int
+    left_out_rows: int
+
+
 @dataclass(frozen=True, eq=False)
 class StepCosts:
     """FLOPs of one sample, in training.
@@ -96,10 +107,11 @@ class StepCosts:
         grids: patches of the rows' images, [row, 2], of which costs are in `at`; None: images have full size.
         """
         if grids is not None:
-            of_rows = zip(rows, grids.tolist(), strict=True)
-            return np.array(
-                [self._at((down, across)).planned_flops(row[None])[0] for row, (down, across) in of_rows]
-            )
+            of_rows = np.empty(len(rows))
+            for down, across in np.unique(grids, axis=0).tolist():
+                chosen = (grids == (down, across)).all(axis=1)
+                of_rows[chosen] = self._at((down, across)).planned_flops(rows[chosen])
+            return of_rows
         full = (rows == Operation.FULL).sum(axis=2)
         forward_only = (rows == Operation.FORWARD_ONLY).sum(axis=2)
         # A frozen block has a backward only where something below it takes a gradient.
@@ -117,14 +129,34 @@ class StepCosts:
 
     def of_replica(self, plan: SkipPlan, replica: int) -> Floats:
         """Training FLOPs of one sample in each of a replica's rows, float64 [slot]."""
-        grids = None if plan.grids is None else plan.grids[replica :: plan.replicas]
-        return self.planned_flops(plan.for_replica(replica), grids)
+        return self.planned_flops(plan.for_replica(replica), plan.grids_of(replica))
+
+    def work(
+        self,
+        plan: SkipPlan,
+        replica: int,
+        own: npt.NDArray[np.bool_],
+        slots: Sequence[int],
+        samples: Sequence[int],
+    ) -> RankWork:
+        """What a plan that binds slots asks of a rank in these micro-batches of its replica, of so many samples each.
+
+        own: bool [block, head], the rank's subnets.
+        """
+        operations = np.where(own, plan.for_replica(replica)[slots], Operation.SHORTCUT)
+        grids = plan.grids_of(replica)
+        flops = self.planned_flops(operations, None if grids is None else grids[slots])
+        most = operations.reshape(len(operations), -1).max(1, initial=0)
+        full, forward_only, left_out = (
+            int((most == operation).sum()) for operation in sorted(Operation, reverse=True)
+        )
+        return RankWork(float(flops @ samples), full, forward_only, left_out)
 
     def check(self, plan: SkipPlan) -> None:
         """Raises PlanError where the plan has images of sizes that are not in `at`."""
-        for row in range(plan.num_rows):
-            if (grid := plan.grid_of(row)) is not None:
-                self._at(grid)
+        if plan.grids is not None:
+            for down, across in np.unique(plan.grids, axis=0).tolist():
+                self._at((down, across))
 
     def _at(self, grid: Grid) -> StepCosts:
         if grid not in self.at:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import replace
 
 from d2ft_hpc.engines.engine import Engine, MicroBatch, StepReport
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.metering import Metered, meter
+from d2ft_hpc.metering.costs import RankWork
 from d2ft_hpc.metering.memory import reset_peak, used_bytes
 from d2ft_hpc.metering.phases import phase, timed_step
 from d2ft_hpc.parallel.layout import Placement
@@ -20,17 +19,6 @@ from d2ft_hpc.results.schema import BYTE_KINDS
 from d2ft_hpc.selection.build import count_scoring
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.model_placement import costs_of_rank
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What a step's plan asks of this rank. A row is a micro-batch, or a sample if the plan binds samples; it counts
-    as FULL if any of its subnets is."""
-
-    planned_flops: float
-    full_rows: int
-    forward_only_rows: int
-    left_out_rows: int
 
 
 class StepRunner:
@@ -109,7 +97,7 @@ class StepRunner:
 
     def _metered_step(
         self, micro_batches: list[MicroBatch], step: int, plan: int
-    ) -> tuple[StepReport, _Work]:
+    ) -> tuple[StepReport, RankWork]:
         if plan == self._metered_plan and self._steps_done > 1:
             return self._step(micro_batches, step)
         with meter() as self._metered:
@@ -128,29 +116,22 @@ class StepRunner:
             "dense_bytes": self._planned_bytes.of_dense(executor.plan, layout),
         }
 
-    def _step(self, micro_batches: list[MicroBatch], step: int) -> tuple[StepReport, _Work]:
+    def _step(self, micro_batches: list[MicroBatch], step: int) -> tuple[StepReport, RankWork]:
         """Trains on these micro-batches, or on those of their samples that the plan lets train."""
         plan, costs = self._engine.executor.plan, self._costs
         assert plan is not None
-        operations = plan.for_replica(self._job.layout.replica)
+        replica = self._job.layout.replica
         if plan.binding == "slot":
-            own = np.where(self._own, operations, Operation.SHORTCUT)  # what this rank's subnets do
-            replica = self._job.layout.replica
-            grids = None if plan.grids is None else plan.grids[replica :: plan.replicas]
-            flops = zip(costs.planned_flops(own, grids), micro_batches, strict=True)
-            planned = float(sum(each * len(labels) for each, (_, labels) in flops))
-            most = own.reshape(len(own), -1).max(1)
-            full, forward_only, left_out = (
-                int((most == operation).sum()) for operation in sorted(Operation, reverse=True)
-            )
-            return self._engine.step(micro_batches), _Work(planned, full, forward_only, left_out)
+            samples = [len(labels) for _, labels in micro_batches]
+            work = costs.work(plan, replica, self._own, range(plan.slots), samples)
+            return self._engine.step(micro_batches), work
         assert self._job.selection is not None
-        share = float((operations == Operation.FULL).mean())
+        share = float((plan.for_replica(replica) == Operation.FULL).mean())
         with phase("forward"):
             chosen = self._job.selection(micro_batches, step, share)
         scored, trained = (sum(len(labels) for _, labels in batch) for batch in (micro_batches, chosen))
         planned = scored * costs.score_flops + trained * costs.dense_flops
-        return self._engine.step(chosen), _Work(planned, trained, 0, scored - trained)
+        return self._engine.step(chosen), RankWork(planned, trained, 0, scored - trained)
 
 
 def _bytes_by_kind(by_collective: Mapping[str, int]) -> dict[str, float]:

@@ -6,29 +6,25 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.metering import Metered, StepCosts
+from d2ft_hpc.metering.costs import RankWork
 from d2ft_hpc.metering.meter import OperatorCounter
 from d2ft_hpc.parallel.layout import Placement
-from d2ft_hpc.planning import Operation, SkipPlan
+from d2ft_hpc.planning import SkipPlan
 
 
 @dataclass(frozen=True)
-class BatchWork:
+class BatchWork(RankWork):
     """A batch of this rank, by columns of the results' steps. executed_flops, bytes_sent: NaN where no batch under its
     plan was counted."""
 
     rank_samples: int
     dense_flops: float
-    planned_flops: float
     executed_flops: float
     bytes_sent: float
-    full_rows: int
-    forward_only_rows: int
-    left_out_rows: int
 
 
 @dataclass(frozen=True)
@@ -115,23 +111,22 @@ class BatchCounter:
         samples = self._scored or trained
         if plan is None or plan.binding == "sample":
             planned = self._scored * costs.score_flops + trained * costs.dense_flops
-            rows = [trained, 0, samples - trained]
+            work = RankWork(planned, trained, 0, samples - trained)
         else:
-            replica = placement.layout.replica
-            own = np.where(placement.own, plan.for_replica(replica)[slots], Operation.SHORTCUT)
-            grids = None if plan.grids is None else plan.grids[replica :: plan.replicas][slots]
-            planned = float(costs.planned_flops(own, grids) @ sizes)
-            most = own.reshape(len(own), -1).max(1, initial=0)
-            rows = [int((most == operation).sum()) for operation in sorted(Operation, reverse=True)]
+            work = costs.work(plan, placement.layout.replica, placement.own, slots, sizes)
         dense = costs.dense_flops * samples
         if self._metered is not None and samples:
-            self._counted = _Counted(plan, self._metered, planned, dense)
+            self._counted = _Counted(plan, self._metered, work.planned_flops, dense)
         self._metered, self._scored, self._trained = None, 0, []
         executed = sent = math.nan
         if self._counted is not None and self._counted.plan is plan:
-            executed = self._counted.metered.flops * planned / self._counted.planned_flops
+            executed = self._counted.metered.flops * work.planned_flops / self._counted.planned_flops
             sent = float(sum(self._counted.metered.bytes_sent.values()))
-        # Ranks that share a replica's samples count them once.
         return BatchWork(
-            samples if placement.layout.leads_replica else 0, dense, planned, executed, sent, *rows
+            **vars(work),
+            # Ranks that share a replica's samples count them once.
+            rank_samples=samples if placement.layout.leads_replica else 0,
+            dense_flops=dense,
+            executed_flops=executed,
+            bytes_sent=sent,
         )
