@@ -331,8 +331,10 @@ class PlanConfig(Section):
         )
 
     @property
-    def sides(self) -> list[float]:
-        """Of images in training, in units of data.image_size."""
+    def sides(self) -> list[float] | None:
+        """Of images in training, in units of data.image_size; None: they have full size, or a plan from a file says."""
+        if self.token_share is None:
+            return None
         return self.options.sides if isinstance(self.options, TokenOptions) else TokenOptions().sides
 
     def arguments(self, *, seed: int | Sequence[int]) -> dict[str, Any]:

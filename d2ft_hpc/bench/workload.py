@@ -25,7 +25,6 @@ from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import StepCosts, measure_costs
-from d2ft_hpc.metering.costs import measure_costs_at
 from d2ft_hpc.model.build import build_model
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.layout import Layout, Placement
@@ -77,9 +76,7 @@ def build(workload: Workload, control: Control, sides: Sequence[float] | None = 
     model = model_of(workload)
     executor = attach(model, compile=workload.compile, cuda_graphs=workload.cuda_graphs)
     image_shape = (3, workload.image_size, workload.image_size)
-    costs = measure_costs(model, executor, image_shape)
-    if sides is not None:
-        costs = measure_costs_at(costs, model, executor, image_shape, sides)
+    costs = measure_costs(model, executor, image_shape, sides)
     placement = Placement(
         layout,
         cut_stages(layer_flops(model, costs, image_shape), layout.stages),

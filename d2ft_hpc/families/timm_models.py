@@ -59,9 +59,8 @@ class TimmFamily(BlockFamily):
         return not model.patch_embed.strict_img_size
 
     def patch_size(self, model: Any) -> tuple[int, int]:
-        high, wide = model.patch_embed.feat_ratio(
-            as_scalar=False
-        )  # of hybrids, what their stem does included
+        # Of hybrids, what their stem does included.
+        high, wide = model.patch_embed.feat_ratio(as_scalar=False)
         return int(high), int(wide)
 
     def embedding(self, model: Any) -> nn.Module | None:

@@ -58,7 +58,7 @@ def config_seed(run: Run) -> int | None:
 def _value(run: Run, metric: str) -> float:
     return {
         "accuracy": run.accuracy,
-        "seconds": run.train_seconds + run.preparation_seconds,
+        "seconds": run.total_seconds,
         "compute": run.total_flops,
     }[metric]
 

@@ -41,7 +41,7 @@ def _costs(run: Run) -> dict[str, Any]:
         "name": run.name,
         "dense": run.is_dense,
         "accuracy": run.accuracy,
-        "seconds": run.train_seconds + run.preparation_seconds,
+        "seconds": run.total_seconds,
         "flops": run.total_flops,
         "bytes": run.total_bytes,
         "on_the_way": {

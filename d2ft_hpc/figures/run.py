@@ -119,6 +119,11 @@ class Run:
         return float(np.nansum(planning) + np.nansum(scoring))
 
     @property
+    def total_seconds(self) -> float:
+        """Training, scoring and planning."""
+        return self.train_seconds + self.preparation_seconds
+
+    @property
     def total_flops(self) -> float:
         """FLOPs executed by all ranks."""
         return total(self.steps["executed_flops"])

@@ -42,7 +42,7 @@ def measure(runs: Sequence[Run], reference: Sequence[Run], margin: float) -> dic
         )
     of_seed = {_seed(run): run for run in finished}
     flops = float(np.mean([run.total_flops for run in finished]))
-    seconds = float(np.mean([_seconds(run) for run in finished]))
+    seconds = float(np.mean([run.total_seconds for run in finished]))
     methods: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
         if run.complete and np.isfinite(run.accuracy):
@@ -58,7 +58,7 @@ def measure(runs: Sequence[Run], reference: Sequence[Run], margin: float) -> dic
             points.append(
                 {
                     "compute": float(np.mean([run.total_flops for run in of_budget])) / flops,
-                    "seconds": float(np.mean([_seconds(run) for run in of_budget])) / seconds,
+                    "seconds": float(np.mean([run.total_seconds for run in of_budget])) / seconds,
                     "seeds": len(differences),
                     "difference": float(np.mean(differences)) if differences else float("nan"),
                     "bound": _lower_bound(differences),
@@ -76,10 +76,6 @@ def _seed(run: Run) -> int:
     if seed is None:
         raise ResultsError(f"{run.path}: its configuration, and so its seed, is not recorded: leave it out")
     return seed
-
-
-def _seconds(run: Run) -> float:
-    return run.train_seconds + run.preparation_seconds
 
 
 def _method(run: Run) -> tuple[str, str]:

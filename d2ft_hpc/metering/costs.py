@@ -168,11 +168,42 @@ class StepCosts:
         return self.at[grid]
 
 
-def measure_costs(model: nn.Module, executor: PlanExecutor, image_shape: tuple[int, int, int]) -> StepCosts:
+def measure_costs(
+    model: nn.Module,
+    executor: PlanExecutor,
+    image_shape: tuple[int, int, int],
+    sides: Sequence[float] | None = None,
+) -> StepCosts:
     """Counts a training pass of one blank image through the dense model, and through each block by itself.
 
-    image_shape: (channel, height, width). Model, gradients, random state and the loaded plan stay as they were.
+    image_shape: (channel, height, width) of full size. sides: of smaller images that plans may have, in units of the
+    full ones, which are counted, too; None: there are none. Model, gradients, random state and the loaded plan stay as
+    they were.
+
+    Raises UnsupportedModelError where there are sides and the model takes one size only, or whole patches do not make
+    up an image.
     """
+    costs = _costs_of_size(model, executor, image_shape)
+    if sides is None:
+        return costs
+    family, (channels, height, width) = executor.subnets.family, image_shape
+    high, wide = family.patch_size(model)
+    full = height // high, width // wide
+    if (height % high, width % wide) != (0, 0):
+        raise UnsupportedModelError(
+            f"images of {height} x {width} pixels are no whole patches of {high} x {wide}, which scaled ones are: make "
+            f"the model for {full[0] * high} x {full[1] * wide} (img_size, data.image_size), or use a planner that "
+            f"leaves images as they are"
+        )
+    at = {}
+    with family.taking_any_size(model):
+        for grid in grids_of(full, sides):
+            shape = channels, grid[0] * high, grid[1] * wide
+            at[grid] = costs if grid == full else _costs_of_size(model, executor, shape)
+    return replace(costs, at=at)
+
+
+def _costs_of_size(model: nn.Module, executor: PlanExecutor, image_shape: tuple[int, int, int]) -> StepCosts:
     blocks, heads = executor.subnets.blocks(model), executor.subnets.num_heads
     inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     handles = [
@@ -219,35 +250,6 @@ def _count_flops(
         if output.requires_grad:
             torch.autograd.grad(output, wanted, allow_unused=True)
     return metered.flops
-
-
-def measure_costs_at(
-    costs: StepCosts,
-    model: nn.Module,
-    executor: PlanExecutor,
-    image_shape: tuple[int, int, int],
-    sides: Sequence[float],
-) -> StepCosts:
-    """`costs`, which are those of full size, with what images of these sides cost, in units of the full ones.
-
-    image_shape: (channel, height, width) of full size.
-    Raises UnsupportedModelError where the model takes one size only, or whole patches do not make up an image.
-    """
-    family, (channels, height, width) = executor.subnets.family, image_shape
-    high, wide = family.patch_size(model)
-    full = height // high, width // wide
-    if (height % high, width % wide) != (0, 0):
-        raise UnsupportedModelError(
-            f"images of {height} x {width} pixels are no whole patches of {high} x {wide}, which scaled ones are: make "
-            f"the model for {full[0] * high} x {full[1] * wide} (img_size, data.image_size), or use a planner that "
-            f"leaves images as they are"
-        )
-    at = {}
-    with family.taking_any_size(model):
-        for grid in grids_of(full, sides):
-            shape = channels, grid[0] * high, grid[1] * wide
-            at[grid] = costs if grid == full else measure_costs(model, executor, shape)
-    return replace(costs, at=at)
 
 
 def token_curve_of(costs: StepCosts, budget: float, total_steps: int) -> TokenCurve:

@@ -27,7 +27,6 @@ from d2ft_hpc.families.table import family_of
 from d2ft_hpc.launch import Control
 from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.metering import StepCosts, measure_costs
-from d2ft_hpc.metering.costs import measure_costs_at
 from d2ft_hpc.model.build import build_model, pixel_statistics
 from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.parallel.layout import Layout
@@ -172,9 +171,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         cuda_graphs=config.engine.cuda_graphs and not kind.graphs_micro_batches,
     )
     image_shape = (3, config.data.image_size, config.data.image_size)
-    costs = measure_costs(model, executor, image_shape)
-    if config.plan.token_share is not None:
-        costs = measure_costs_at(costs, model, executor, image_shape, config.plan.sides)
+    costs = measure_costs(model, executor, image_shape, config.plan.sides)
     selection = None
     if isinstance(config.plan.options, SampleOptions):
         selection = selection_of(

@@ -11,7 +11,7 @@ from torch import nn
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.lifecycle import PlanController
 from d2ft_hpc.metering import StepCosts, measure_costs
-from d2ft_hpc.metering.costs import measure_costs_at, token_curve_of
+from d2ft_hpc.metering.costs import token_curve_of
 from d2ft_hpc.model.image_shape import image_shape_of
 from d2ft_hpc.planning.plan import Grid
 from d2ft_hpc.planning.token_curve import TokenCurve
@@ -31,9 +31,8 @@ def attached(model: nn.Module, section: D2ftSection) -> tuple[PlanExecutor, tupl
         cuda_graphs=section.cuda_graphs,
     )
     image_shape = image_shape_of(model)
-    costs = measure_costs(model, executor, image_shape)
-    if section.token_share is not None:
-        costs = measure_costs_at(costs, model, executor, image_shape, section.sides)
+    costs = measure_costs(model, executor, image_shape, section.sides)
+    if section.sides is not None:
         executor.image_size = image_shape[1:]
     return executor, image_shape, costs
 

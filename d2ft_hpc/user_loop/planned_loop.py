@@ -79,10 +79,7 @@ def attach(
         "total_steps": total_steps,
         **settings,
     }
-    section = parse_section(given, "")
-    backbone_of(model)  # or it is refused
-    require_length(section, "")
-    return PlannedLoop(model, section, micro_batches)
+    return PlannedLoop(model, parse_section(given, ""), micro_batches)
 
 
 class PlannedLoop:
@@ -99,6 +96,7 @@ class PlannedLoop:
         self._whole = model
         self._model = model = backbone_of(model)
         """The supported model that the user's own is, or has inside."""
+        require_length(section, "")
         self.executor, image_shape, self._costs = attached(model, section)
         self._image_size = image_shape[-1]
         self._selection: SampleSelection | None = None

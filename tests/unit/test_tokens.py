@@ -18,7 +18,7 @@ from d2ft_hpc.errors import PlanError, UnsupportedModelError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.execution.images import scaled
 from d2ft_hpc.metering import measure_costs, meter
-from d2ft_hpc.metering.costs import measure_costs_at, token_curve_of
+from d2ft_hpc.metering.costs import token_curve_of
 from d2ft_hpc.planning import Operation, SkipPlan
 from d2ft_hpc.planning.token_curve import token_curve
 from d2ft_hpc.planning.tokens import grids_of
@@ -198,8 +198,7 @@ def test_skipped_heads_and_small_images_go_together() -> None:
 def test_costs_at_each_resolution_are_what_a_pass_computes() -> None:
     model = _vit()
     executor = attach(model)
-    costs = measure_costs(model, executor, (3, 32, 32))
-    costs = measure_costs_at(costs, model, executor, (3, 32, 32), (0.5, 0.75))
+    costs = measure_costs(model, executor, (3, 32, 32), (0.5, 0.75))
     assert list(costs.at) == [(2, 2), (3, 3), (4, 4)]
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
     model.train()
@@ -248,9 +247,9 @@ def test_maps_of_intermediate_tokens_are_those_of_the_small_images() -> None:
 def test_images_that_are_no_whole_patches_are_refused_with_the_size_that_is() -> None:
     model = _vit(img_size=30)  # timm's leaves the last pixels out, but only of images of this size
     executor = attach(model)
-    costs = measure_costs(model, executor, (3, 30, 30))
+    measure_costs(model, executor, (3, 30, 30))
     with pytest.raises(UnsupportedModelError, match=r"30 x 30 pixels .* patches of 8 x 8, .* for 24 x 24"):
-        measure_costs_at(costs, model, executor, (3, 30, 30), (0.5,))
+        measure_costs(model, executor, (3, 30, 30), (0.5,))
 
 
 @pytest.mark.parametrize(
