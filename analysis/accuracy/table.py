@@ -67,9 +67,8 @@ def print_tables(lines: list[Line]) -> None:
     for (lora, data, epochs), contenders in sorted(tasks.items()):
         dense = contenders["lora" if lora else "standard", 1.0]
         print(f"\n**{data}, {epochs} epochs{', LoRA' if lora else ''}**\n")
-        print(
-            "| | compute | top-1 (%) | seeds | difference from dense | one-sided 95 % bound |\n|---|---|---|---|---|---|"
-        )
+        print("| | compute | top-1 (%) | seeds | difference from dense | one-sided 95 % bound |")
+        print("|---|---|---|---|---|---|")
         for (config, _), of_seed in sorted(contenders.items(), key=lambda item: (-item[0][1], item[0][0])):
             seeds = sorted(of_seed.keys() & dense.keys())
             top1 = 100 * np.array([line["accuracy"] for line in of_seed.values()])
