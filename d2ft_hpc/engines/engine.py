@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,12 +107,12 @@ def set_training(modules: Sequence[nn.Module]) -> None:
         modules[0].train()
 
 
-def zero_missing_gradients(model: nn.Module) -> None:
-    """Gives a zero gradient to each trainable parameter that has none.
+def zero_missing_gradients(trained: Iterable[nn.Parameter]) -> None:
+    """Gives a zero gradient to each of the trainable parameters that has none.
 
     An absent gradient means zero in every engine: a parameter that no FULL subnet touched keeps its moments and
     weight decay going, whatever the engine would do with None.
     """
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.grad is None:
+    for parameter in trained:
+        if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

@@ -122,7 +122,7 @@ class PipelineEngine:
         self._slot = 0
         if not self.executor.is_dense:
             # Before the first backward, because the engine reduces gradients as soon as the last one is done.
-            zero_missing_gradients(self._part)
+            zero_missing_gradients(self._trained)
             zero_missing_master_gradients(self.engine)
 
     @property

@@ -73,7 +73,7 @@ class PlainEngine:
             with self._micro_batch(slot, len(micro_batches)):
                 losses.append(self._accumulate(report, slot, images, labels, len(micro_batches)))
         with report.timed("optimizer"):
-            zero_missing_gradients(self._model)
+            zero_missing_gradients(self._trained)
             report.gradient_norm = self._clip()
             self._optimizer.step()
             self._schedule.step()
@@ -115,7 +115,7 @@ class PlainEngine:
                 torch.autograd.backward(loss / micro_batches)
             return loss.detach()
 
-        zero_missing_gradients(self._model)  # a graph adds to gradients that are there when it is captured
+        zero_missing_gradients(self._trained)  # a graph adds to gradients that are there when it is captured
         row = self.executor.rows[slot] if self.executor.rows else None
         key = (micro_batches, None if row is None else row.shape)
         row = None if self.executor.is_dense else row  # dense blocks read no indices

@@ -28,11 +28,12 @@ def fill_absent_gradients(model: nn.Module, is_needed: Callable[[nn.Module], boo
         if model is None or not is_needed(model):
             return
         stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if all(parameter.grad is None for parameter in stepped):
+        absent = [parameter for parameter in stepped if parameter.grad is None and parameter.requires_grad]
+        if not absent or all(parameter.grad is None for parameter in stepped):
             return
         own = {id(parameter) for parameter in model.parameters()}
-        for parameter in stepped:
-            if parameter.grad is None and parameter.requires_grad and id(parameter) in own:
+        for parameter in absent:
+            if id(parameter) in own:
                 parameter.grad = torch.zeros_like(parameter)
 
     handle = register_optimizer_step_pre_hook(fill)
