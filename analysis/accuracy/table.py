@@ -73,17 +73,17 @@ def print_tables(lines: list[Line]) -> None:
             seeds = sorted(of_seed.keys() & dense.keys())
             top1 = 100 * np.array([line["accuracy"] for line in of_seed.values()])
             compute = np.mean([of_seed[seed]["tflop"] / dense[seed]["tflop"] for seed in seeds])
-            row = f"| {config} | {compute:.3f} | {top1.mean():.2f} ± {top1.std(ddof=1):.2f} | {len(top1)} |"
-            if of_seed is not dense:
-                gained = np.array(
-                    [100 * (of_seed[seed]["accuracy"] - dense[seed]["accuracy"]) for seed in seeds]
-                )
+            spread = f" ± {top1.std(ddof=1):.2f}" if len(top1) > 1 else ""
+            row = f"| `{config}` | {compute:.3f} | {top1.mean():.2f}{spread} | {len(top1)} |"
+            if of_seed is dense:
+                print(f"{row} | |")
+                continue
+            gained = np.array([100 * (of_seed[seed]["accuracy"] - dense[seed]["accuracy"]) for seed in seeds])
+            bound = ""
+            if len(gained) > 1:
                 error = gained.std(ddof=1) / len(gained) ** 0.5
-                bound = gained.mean() - stats.t.ppf(0.95, len(gained) - 1) * error
-                row += f" {gained.mean():+.2f} | {bound:+.2f} |"
-            else:
-                row += " | |"
-            print(row)
+                bound = f"{gained.mean() - stats.t.ppf(0.95, len(gained) - 1) * error:+.2f}"
+            print(f"{row} {gained.mean():+.2f} | {bound} |")
 
 
 if __name__ == "__main__":
