@@ -35,7 +35,9 @@ def main() -> None:
     rows = []
     for data, epochs, name, dense_name, rival, tested_at in COMPARED:
         both = sorted(runs[name].keys() & runs[dense_name].keys())
-        accuracy, dense = (mean(runs[each][key]["top1"]["224"] for key in both) for each in (name, dense_name))
+        accuracy, dense = (
+            mean(runs[each][key]["top1"]["224"] for key in both) for each in (name, dense_name)
+        )
         row = {
             "data": data,
             "epochs": epochs,

@@ -87,7 +87,9 @@ def test_examples_train(shown: dict[str, str]) -> None:
         shares = re.findall(r"promised (\S+)% .* measured (\S+)%", shown[name])
         assert all(promised == measured for promised, measured in shares), name
         assert 40 < sum(float(promised) for promised, _ in shares) / 6 <= 60, name
-    (share,) = re.findall(r"(\d+\.\d)% of the dense tokens' compute over the run", shown["deepspeed_script.py"])
+    (share,) = re.findall(
+        r"(\d+\.\d)% of the dense tokens' compute over the run", shown["deepspeed_script.py"]
+    )
     assert 55 < float(share) <= 60
 
 

@@ -62,7 +62,9 @@ def test_the_readme_s_snippets_are_tested_examples() -> None:
         snippets = re.findall(r"^```\w+\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
         assert snippets, heading
         for snippet in snippets:
-            assert any(snippet in example for example in examples), f"in no file of tests/examples:\n{snippet}"
+            assert any(snippet in example for example in examples), (
+                f"in no file of tests/examples:\n{snippet}"
+            )
 
 
 def numbers_in(value: Any) -> Iterator[float]:
