@@ -26,11 +26,15 @@ Copy the file that is nearest to what you want to do, and set what differs in th
 | file | what it trains |
 |---|---|
 | `demo.yaml` | the small model that comes with the package, on handwritten digits; runs on a laptop |
-| `demo_pipeline.yaml`, `demo_tensor.yaml` | the same with each model cut into two pipeline stages, or over two tensor-parallel ranks |
-| `dinov2_vits14.yaml`, `dinov2_vitb14.yaml`, `dinov2_vitl14.yaml` | DINOv2 models at 224 pixels, on images packed into one file |
+| `demo_pipeline.yaml`, `demo_tensor.yaml` | the same, cut into two pipeline stages or over two tensor-parallel ranks |
+| `dinov2_vits14.yaml`, `..._vitb14`, `..._vitl14` | DINOv2 models at 224 pixels, on images packed into one file |
 | `vits16.yaml`, `vitb16.yaml`, `vitl16.yaml` | the same for ViT models that were pretrained on ImageNet-21k |
-| `paper/*.yaml` | one file for each method of [the comparison on CIFAR-10](../analysis/paper_table/README.md); `standard.yaml` is the dense run that the others are based on |
-| `deepspeed/*.json` | DeepSpeed's own configurations with a `"d2ft"` section, for [scripts of your own](../d2ft_hpc/user_loop/README.md) |
+| `paper/*.yaml` | a file for each method that [was compared](../analysis/paper_table/README.md) with D2FT on CIFAR-10 |
+| `deepspeed/*.json` | DeepSpeed's own files with a `"d2ft"` section, for [your scripts](../d2ft_hpc/user_loop/README.md) |
+
+The methods in `paper/` are the paper's plan, its baselines (random scheduling, pruning by M and M/G, routing after
+GShard) and rivals at equal compute (fewer steps, fewer samples, small batches, selective backprop, low resolution, last
+blocks, stochastic depth), and the same for LoRA. `standard.yaml` is the dense run that they are based on.
 
 A setting on the command line comes after the file and is written as `section.key=value`, for instance
 `plan.compute_budget=0.5`. A line `base: OTHER.yaml` in a file takes everything from that other file which the file does
