@@ -30,7 +30,7 @@ Copy the file that is nearest to what you want to do, and set what differs in th
 | `dinov2_vits14.yaml`, `..._vitb14`, `..._vitl14` | DINOv2 models at 224 pixels, on images packed into one file |
 | `vits16.yaml`, `vitb16.yaml`, `vitl16.yaml` | the same for ViT models that were pretrained on ImageNet-21k |
 | `paper/*.yaml` | a file for each method that [was compared](../analysis/paper_table/README.md) with D2FT on CIFAR-10 |
-| `deepspeed/*.json` | DeepSpeed's own files with a `"d2ft"` section, for [your scripts](../d2ft_hpc/user_loop/README.md) |
+| `deepspeed/*.json` | DeepSpeed's files with a `"d2ft"` section, for [your scripts](../d2ft_hpc/user_loop/README.md) |
 
 The methods in `paper/` are the paper's plan, its baselines (random scheduling, pruning by M and M/G, routing after
 GShard) and rivals at equal compute (fewer steps, fewer samples, small batches, selective backprop, low resolution, last
