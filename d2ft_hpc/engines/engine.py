@@ -40,7 +40,7 @@ class StepReport:
     """A gradient overflowed in fp16, so that the loss scaler left the step out."""
 
     def timed(self, phase: Literal["forward", "backward", "optimizer"]) -> AbstractContextManager[None]:
-        """What is inside counts as this phase of the step, but for the communication in it."""
+        """What is inside counts as this phase of the step, except the communication in it."""
         return phases.phase(phase)
 
 

@@ -135,7 +135,7 @@ class PlannedBytes:
             )
         if ranks == 1:
             return total
-        # Gradients of which each rank has a part are summed once a step.
+        # Where each rank has a part of a gradient, the parts are summed once a step.
         blocks = list(placement.blocks)
         is_sharded = token_layout != "replicated"
         active, full = active_and_full_ranks(operations[:, blocks], placement.owner[blocks], ranks)

@@ -143,7 +143,7 @@ class PlanController:
         self._take_over(step, wait=True)
 
     def state(self) -> PlanState:
-        """What the next plans follow from, but for scores that are being taken."""
+        """What the next plans follow from, except scores that are still being taken."""
         return PlanState(self.plan, self.batches, self.plans_made, self.scores)
 
     def restore(self, state: PlanState) -> None:

@@ -104,7 +104,7 @@ class StepCosts:
     def planned_flops(self, rows: np.ndarray, grids: np.ndarray | None = None) -> Floats:
         """Training FLOPs of one sample under each row; rows: uint8 [row, block, head], returns float64 [row].
 
-        grids: patches of the rows' images, [row, 2], of which costs are in `at`; None: images have full size.
+        grids: patches of the rows' images, [row, 2], whose costs are in `at`; None: images have full size.
         """
         if grids is not None:
             of_rows = np.empty(len(rows))

@@ -93,7 +93,7 @@ def split_heads(
     executor that the blocks follow from now on. All ranks of the mesh must follow the same rows of a plan and get the
     same images. `fully_shard` over another dimension of the mesh comes afterwards.
 
-    Raises PlanError if the ranks would hold different numbers of heads, of which no DTensor can be made, and
+    Raises PlanError if the ranks would hold different numbers of heads, which no DTensor can express, and
     UnsupportedModelError as `share_blocks`.
     """
     if owner is None:

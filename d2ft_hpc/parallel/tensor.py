@@ -187,8 +187,8 @@ def share_blocks(
         for name, module in block.named_modules():
             if (name in by_head or "lora_dropout" in name) and rate_of(module) > 0:
                 raise UnsupportedModelError(
-                    f"block {index} has dropout in {name}, of which every tensor-parallel rank would draw its own: set "
-                    f"it to 0, or engine.tensor_parallel=1"
+                    f"block {index} has dropout in {name}, where every tensor-parallel rank would draw its own numbers: "
+                    f"set it to 0, or engine.tensor_parallel=1"
                 )
     rank = distributed.get_rank(group)
     executor = kind(
@@ -271,7 +271,7 @@ def run_shared_block(
 
 @dataclass(frozen=True)
 class _SharedBranch:
-    """A residual branch of a block, of which each rank has a part of the sum over heads."""
+    """A residual branch of a block; each rank has a part of its sum over heads."""
 
     heads: SharedHeads
     of_block: Branch

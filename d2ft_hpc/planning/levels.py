@@ -29,7 +29,7 @@ class Levels:
     forward_time, backward_time: float64 [level]; level 0 runs least.
     forward_heads, backward_heads: int64 [level, rank], heads that run forward, and those of them that are FULL.
     forward_ranks, backward_ranks: int64 [level], how many of the ranks run so many heads; the others, in each class
-        those whose heads give least, run none. All ranks, but for clusters.
+        those whose heads give least, run none. All ranks, unless there are clusters.
     is_exact: if not, `value` is an estimate from above, as if a rank's FULL heads need not be among those that run
         forward, and clusters are left out, which save no time.
     """
@@ -204,7 +204,7 @@ def _require_time(deadline: float) -> None:
 
 
 def _cluster_sizes(ranks: int, forward: int, backward: int) -> list[tuple[int, int]]:
-    """Numbers of ranks with FULL heads, and of all that run heads, worth a try but for all of them."""
+    """Numbers of ranks with FULL heads, and of ranks that run heads at all: those worth a try beside all ranks."""
     sizes = sorted({*(1 << power for power in range(ranks.bit_length())), ranks} - {0})
     sizes = [size for size in sizes if size <= ranks]
     if not forward:
@@ -228,7 +228,7 @@ def _times(cost: float, speed: Floats, heads: int) -> tuple[Floats, Ints]:
 
 
 def best_scores(forward_gain: Floats, backward_gain: Floats, deadline: float = math.inf) -> Floats:
-    """float64 [forward, full, group]: the most that exactly `forward` heads give of which `full` are FULL.
+    """float64 [forward, full, group]: the most that exactly `forward` heads give if `full` of them are FULL.
 
     forward_gain, backward_gain: float64 [head, group]. -inf where full > forward. Heads are added one by one, and
     each is SHORTCUT, FORWARD_ONLY or FULL. Raises TimeoutError at the deadline, of time.monotonic().

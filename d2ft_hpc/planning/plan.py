@@ -217,7 +217,7 @@ class SkipPlan:
         return hash(self.hash)
 
     def among(self, planned: npt.NDArray[np.bool_]) -> SkipPlan:
-        """This plan of some blocks in a model of which all others run FULL.
+        """This plan of some blocks, in a model whose other blocks all run FULL.
 
         planned: bool [block] of the model, with as many blocks that are planned as this plan has.
         """
