@@ -35,7 +35,7 @@ class LostWorkerError(D2ftError):
 
 
 class DivergedError(D2ftError):
-    """The loss or the weights are not finite any more. steps_done: how many steps went before the one where it was seen."""
+    """The loss or the weights are not finite any more. steps_done: steps before the one where it was seen."""
 
     exit_status = DIVERGED
 

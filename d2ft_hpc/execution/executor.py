@@ -290,9 +290,9 @@ class PlanExecutor:
             return size
         if self.image_size not in (None, size):
             raise PlanError(
-                f"images of {size[0]} x {size[1]} pixels come to a model for {self.image_size[0]} x "
-                f"{self.image_size[1]}, which they would be scaled to, or less: make it with img_size={size}, or use a "
-                f"planner that leaves images as they are"
+                f"the model was made for images of {self.image_size[0]} x {self.image_size[1]} pixels and gets "
+                f"{size[0]} x {size[1]}, which the plan would scale to that size or less: make the model with "
+                f"img_size={size}, or use a planner that leaves images as they are"
             )
         high, wide = self.subnets.family.patch_size(self.embeds)
         return grid[0] * high, grid[1] * wide

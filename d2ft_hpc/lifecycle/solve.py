@@ -150,7 +150,7 @@ def _check_frozen(planned: npt.NDArray[np.bool_], placement: Placement) -> None:
     for stage, blocks in enumerate(placement.stages):
         if not planned[list(blocks)].any():
             raise PlanError(
-                f"blocks {frozen} are frozen, which is all that pipeline stage {stage} has: no plan can share out the "
+                f"blocks {frozen} are frozen, and pipeline stage {stage} has no others: no plan can share out the "
                 f"budget; use fewer stages, or none"
             )
 

@@ -139,7 +139,7 @@ class StepCosts:
         slots: Sequence[int],
         samples: Sequence[int],
     ) -> RankWork:
-        """What a plan that binds slots asks of a rank in these micro-batches of its replica, of so many samples each.
+        """What a plan that binds slots asks of a rank in these micro-batches of its replica, each with this many samples.
 
         own: bool [block, head], the rank's subnets.
         """
@@ -191,9 +191,9 @@ def measure_costs(
     full = height // high, width // wide
     if (height % high, width % wide) != (0, 0):
         raise UnsupportedModelError(
-            f"images of {height} x {width} pixels are no whole patches of {high} x {wide}, which scaled ones are: make "
-            f"the model for {full[0] * high} x {full[1] * wide} (img_size, data.image_size), or use a planner that "
-            f"leaves images as they are"
+            f"images of {height} x {width} pixels cannot be divided into patches of {high} x {wide}, as scaled images "
+            f"are: make the model for {full[0] * high} x {full[1] * wide} (img_size, data.image_size), or use a "
+            f"planner that leaves images as they are"
         )
     at = {}
     with family.taking_any_size(model):

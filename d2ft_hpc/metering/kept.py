@@ -26,7 +26,7 @@ class KeptBytes:
     by_full: float
 
     def of(self, full: int) -> float:
-        """With so many FULL subnets."""
+        """With this many FULL subnets."""
         return self.unowned + full * self.by_full
 
 

@@ -256,11 +256,11 @@ class PartialGradients:
 def whole_gradients(
     messages: TokenMessages, partial: PartialGradients, full: Ranks, x: Tensor
 ) -> Iterator[Tensor]:
-    """Inside, a block computes with stand-ins of those parameters whose gradient on each rank is only a part of the sum.
+    """Inside, a block computes with stand-ins of those parameters whose gradient on a rank is only a part of the sum.
 
     The backward of the last micro-batch that trains the block sums their gradients of the step over the group in one
-    message; micro-batches before it give zeros. Yields what stands in for the block's input x. Its gradient brings every
-    rank to that message, also a rank that uses none of the parameters."""
+    message; micro-batches before it give zeros. Yields what stands in for the block's input x. Its gradient brings
+    every rank to that message, also a rank that uses none of the parameters."""
     if not (partial.owners and full and torch.is_grad_enabled()):
         yield x
         return

@@ -187,7 +187,7 @@ def share_blocks(
         for name, module in block.named_modules():
             if (name in by_head or "lora_dropout" in name) and rate_of(module) > 0:
                 raise UnsupportedModelError(
-                    f"block {index} has dropout in {name}, where every tensor-parallel rank would draw its own numbers: "
+                    f"block {index} has dropout in {name}, and every tensor-parallel rank would draw its own: "
                     f"set it to 0, or engine.tensor_parallel=1"
                 )
     rank = distributed.get_rank(group)

@@ -28,7 +28,7 @@ class Levels:
     value: float64 [class, level], the largest sum of gains, over all ranks.
     forward_time, backward_time: float64 [level]; level 0 runs least.
     forward_heads, backward_heads: int64 [level, rank], heads that run forward, and those of them that are FULL.
-    forward_ranks, backward_ranks: int64 [level], how many of the ranks run so many heads; the others, in each class
+    forward_ranks, backward_ranks: int64 [level], how many ranks run this many heads; the others, in each class
         those whose heads give least, run none. All ranks, unless there are clusters.
     is_exact: if not, `value` is an estimate from above, as if a rank's FULL heads need not be among those that run
         forward, and clusters are left out, which save no time.
@@ -46,7 +46,7 @@ class Levels:
     is_exact: bool
 
     def that_run(self, heads: int) -> Levels:
-        """Only the levels at which every rank runs at least so many heads forward."""
+        """Only the levels at which every rank runs at least this many heads forward."""
         whole = self.forward_ranks == self.forward_heads.shape[1]
         return self._only((self.forward_heads >= heads).all(axis=1) & (whole | (heads == 0)))
 
@@ -161,7 +161,7 @@ def estimate_levels(
     forward_time, backward_time, pairs = _pairs(heads, forward_cost, backward_cost, speed)
     value: Floats = np.zeros((forward_gain.shape[2], len(pairs)))
     for gain, counts in ((forward_gain, pairs[:, 0]), (backward_gain, pairs[:, 1])):
-        most = np.zeros((heads + 1, *gain.shape[1:]))  # of so many heads, [count, rank, class]
+        most = np.zeros((heads + 1, *gain.shape[1:]))  # of the best `count` heads, [count, rank, class]
         np.cumsum(-np.sort(-gain, axis=0), axis=0, out=most[1:])
         differing, of_level = np.unique(counts, axis=0, return_inverse=True)
         of_count = np.zeros((len(differing), gain.shape[2]))
@@ -293,7 +293,7 @@ def _place(gain: Floats) -> Ints:
 def _scores_of_counts(
     forward_gain: Floats, backward_gain: Floats, counts: tuple[int, int], deadline: float
 ) -> tuple[Floats, Floats]:
-    """What so many heads that run forward give, and what they do with so many FULL ones among them: float64 [group]
+    """What the heads that run forward give, and what they give with the FULL ones among them: float64 [group]
     each. After the deadline, with `likely_heads`."""
     try:
         table = best_scores(forward_gain, backward_gain, deadline)

@@ -116,8 +116,8 @@ def shares_of_senders(layout: TokenLayout, ranks: int) -> Floats:
     that runs in that direction.
 
     replicated: an all-reduce for each branch; where only one rank sends, a broadcast with half of its bytes. sharded:
-    every sender receives the others' tokens and returns their partial sums. The only active rank of a block does so once
-    for the whole block.
+    every sender receives the others' tokens and returns their partial sums. The only active rank of a block does it
+    once for the whole block.
     """
     senders = np.arange(ranks + 1.0)
     if layout != "replicated" or ranks == 1:

@@ -27,7 +27,7 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 _FP16_SCALE = 2.0**10
 """Keeps the gradients of a mean loss within fp16's range."""
 _GRADIENT_BYTES = 1 << 28
-"""Weight gradients of so many samples as fit are formed at a time."""
+"""As many samples as fit have their weight gradients formed at a time."""
 
 
 def gradient_scores(

@@ -90,7 +90,8 @@ class EngineKind:
             raise ValueError(f"{parts}: engine {self.name} has no pipeline; use deepspeed")
         if engine.cuda_graphs:
             raise ValueError(
-                "engine.cuda_graphs=true: not where ranks hold parts of the model; remove it, or use data parallelism"
+                "engine.cuda_graphs=true: cannot be used where ranks hold parts of the model; remove it, or use data "
+                "parallelism"
             )
         if engine.precision == "fp16":
             raise ValueError(
