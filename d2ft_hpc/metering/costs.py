@@ -139,7 +139,7 @@ class StepCosts:
         slots: Sequence[int],
         samples: Sequence[int],
     ) -> RankWork:
-        """What a plan that binds slots asks of a rank in these micro-batches of its replica, each with this many samples.
+        """What a plan that binds slots asks of a rank in these micro-batches of its replica. samples: of each of them.
 
         own: bool [block, head], the rank's subnets.
         """

@@ -58,7 +58,7 @@ class Choice:
 
 
 def share_of_time(deadline: float, parts: int) -> float:
-    """The deadline of the next part, of all those that are still to be done by `deadline` of time.monotonic()."""
+    """The deadline of the next part, if this many are still to be done by `deadline` of time.monotonic()."""
     now = time.monotonic()
     return now + (deadline - now) / parts
 

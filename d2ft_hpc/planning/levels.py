@@ -293,7 +293,7 @@ def _place(gain: Floats) -> Ints:
 def _scores_of_counts(
     forward_gain: Floats, backward_gain: Floats, counts: tuple[int, int], deadline: float
 ) -> tuple[Floats, Floats]:
-    """What the heads that run forward give, and what they give with the FULL ones among them: float64 [group]
+    """What `counts[0]` heads that run forward give, and what they give if `counts[1]` of them are FULL: float64 [group]
     each. After the deadline, with `likely_heads`."""
     try:
         table = best_scores(forward_gain, backward_gain, deadline)
