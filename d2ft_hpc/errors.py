@@ -22,8 +22,8 @@ class LaunchError(D2ftError):
 
 
 class LostRankError(LaunchError):
-    """A rank ended, hangs or cannot be reached any more after all ranks had met. The run did not fail by itself: started
-    again, it goes on, which the exit status `UNFINISHED` says."""
+    """A rank ended, hangs or cannot be reached any more after all ranks had met. The run did not fail by itself:
+    started again, it goes on, which the exit status `UNFINISHED` says."""
 
     exit_status = UNFINISHED
 
