@@ -39,7 +39,7 @@ class Scalar:
 
 
 Tree = dict[str, Any]
-"""Of mappings, lists, text and `Scalar`."""
+"""Made of mappings, lists, text and `Scalar`."""
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]

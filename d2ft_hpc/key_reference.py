@@ -42,7 +42,11 @@ not set itself. `${section.key}` inside a text stands for the value of that key.
 the wrong type or a value out of range ends the job before any rank starts to work; the message names the key, the value
 and the nearest valid key.
 
-The tables below are made from the schema by `python -m d2ft_hpc.key_reference > configs/README.md`.
+In the tables, a *subnet* is an attention head with its part of the MLP. A plan says what each subnet does with a
+micro-batch: FULL runs it forward and backward, FORWARD_ONLY runs it forward without gradient, SHORTCUT leaves it out.
+*Dense* means that all subnets are FULL. A *replica* is the ranks that hold one copy of the model together.
+
+The tables are made from the schema by `python -m d2ft_hpc.key_reference > configs/README.md`.
 """
 _WORDS: dict[Any, str] = {
     bool: "true or false",

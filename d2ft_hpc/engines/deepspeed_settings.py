@@ -146,7 +146,7 @@ def _explain(error: ValidationError, watched: _Watched, where: str) -> Iterator[
 
 
 def _fields() -> set[str]:
-    """Of all classes that DeepSpeed reads sections into, which by themselves refuse what they do not know."""
+    """Fields of all classes that DeepSpeed reads sections into. These classes refuse unknown fields by themselves."""
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
     kinds, found = [DeepSpeedConfigModel], set[str]()

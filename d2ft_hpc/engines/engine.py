@@ -56,7 +56,7 @@ class Engine(Protocol):
 
     @property
     def bytes_to_come(self) -> float:
-        """Of gradients and optimiser state, on this rank's device, that the first step will make (`state_bytes`)."""
+        """Bytes of gradients and optimiser state that the first step makes on this rank's device (`state_bytes`)."""
         ...
 
     def check(self, plan: SkipPlan) -> None:

@@ -67,7 +67,7 @@ class PlanExecutor:
         self.trains_embeddings = embeddings == "trained"
         """Every micro-batch's gradient goes on below the blocks, whatever the plan."""
         self.rows: list[Row] = []
-        """Of the plan in force, by slot; none where every micro-batch is dense."""
+        """Rows of the plan in force, by slot; none where every micro-batch is dense."""
         self._slot: int | None = None
         self._slot_source: Callable[[], int] | None = None
         self._reduction = Reduction.AFTER_BACKWARD
@@ -400,7 +400,7 @@ class PlanExecutor:
         return not (self._device.type == "cuda" and self._is_fused(index, heads))
 
     def _following(self, index: int) -> KernelParts | None:
-        """Of the block above block `index`, if its first norm may be computed with the block's last sum."""
+        """Kernel parts of the block above block `index`, if its first norm may be computed with that one's last sum."""
         slot, above = self.slot, index + 1
         if slot is None or above not in self.blocks:
             return None
@@ -472,7 +472,7 @@ class PlanExecutor:
 
     @property
     def _device(self) -> torch.device:
-        """Of the parameters; the CPU while they have no memory."""
+        """The device of the parameters; the CPU while they have no memory."""
         device = next(next(iter(self.blocks.values())).parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
 

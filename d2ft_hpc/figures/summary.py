@@ -31,7 +31,7 @@ _HEADS = (
     ("waiting", "for others", "% of time"),
     ("scoring,", "planning", "s"),
 )
-"""Of the table's columns. Dense bytes are what the message model says for the run's engine."""
+"""Headings of the table's columns. Dense bytes are what the message model says for the run's engine."""
 
 
 def measure(runs: Sequence[Run]) -> dict[str, Any]:

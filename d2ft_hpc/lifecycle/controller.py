@@ -87,7 +87,7 @@ class PlanController:
         self.context, self.engine, self.control = context, engine, control
         self.source, self.listener = source, listener
         self.scores: Scores | None = None
-        """Those of the newest plan; None where the planner reads none."""
+        """The scores of the newest plan; None where the planner reads none."""
         self.plans_made = 0
         self.batches = 0
         """Begun under the newest plan, or since scores are taken from batches."""

@@ -135,7 +135,7 @@ def token_layout_of(plan: SkipPlan, context: PlanContext) -> TokenLayout:
 
 
 def _that_send_no_more(than: TokenLayout, layouts: Sequence[TokenLayout]) -> tuple[TokenLayout, ...]:
-    """Of these layouts, those in which no plan sends more than in another."""
+    """Those of these layouts in which no plan sends more than in layout `than`."""
     return tuple(layout for layout in layouts if than == "replicated" or layout != "replicated")
 
 

@@ -59,23 +59,23 @@ class StepCosts:
 
     @property
     def num_subnets(self) -> int:
-        """Of blocks that train."""
+        """Subnets in the blocks that train."""
         return int(self.subnets[self.trains].sum())
 
     @property
     def always_flops(self) -> float:
-        """Of what runs whatever the plan says."""
+        """FLOPs of what runs whatever the plan says."""
         frozen = ~self.trains
         return self.outside_flops + float(self.full_by_block[frozen] @ self.subnets[frozen])
 
     @property
     def full_flops(self) -> float:
-        """Of a subnet under FULL, on average over the blocks that train."""
+        """FLOPs of a subnet under FULL, on average over the blocks that train."""
         return self._mean(self.full_by_block)
 
     @property
     def forward_only_flops(self) -> float:
-        """Of a subnet under FORWARD_ONLY, on average over the blocks that train."""
+        """FLOPs of a subnet under FORWARD_ONLY, on average over the blocks that train."""
         return self._mean(self.forward_only_by_block)
 
     def _mean(self, by_block: Floats) -> float:
@@ -241,7 +241,7 @@ def _costs_of_size(model: nn.Module, executor: PlanExecutor, image_shape: tuple[
 def _count_flops(
     module: nn.Module, executor: PlanExecutor, operation: Operation, x: Tensor, *args: Any, **kwargs: Any
 ) -> int:
-    """Of a training pass of `x`, which takes a gradient if it is one of a pass that gives it one."""
+    """FLOPs of a training pass of `x`. It includes the gradient of `x` where the pass would compute one."""
     operations = np.full(executor.subnets.shape, operation, dtype=np.uint8)
     x = x.detach().requires_grad_(x.requires_grad)
     wanted = [each for each in (x, *module.parameters()) if each.requires_grad]

@@ -16,10 +16,10 @@ from d2ft_hpc.planning.plan import Operation
 
 @dataclass(frozen=True)
 class KeptBytes:
-    """Of one micro-batch in the whole model, beside its weights; NaN where not even one sample fits.
+    """Bytes that one micro-batch keeps for its backward in the whole model, without the weights.
 
-    unowned: of what no head owns, in a micro-batch with FULL heads in every block, and of frozen blocks. by_full: of
-    each FULL subnet of the others.
+    unowned: for what no head owns, in a micro-batch with FULL heads in every block, and for frozen blocks. by_full: for
+    each FULL subnet of the other blocks. Both are NaN where not even one sample fits.
     """
 
     unowned: float

@@ -69,7 +69,7 @@ class DTensorExecutor(TensorParallelExecutor):
 
 
 class _ByHead(ParallelStyle):
-    """Of a block that was cut, makes DTensors of the parts."""
+    """Makes DTensors of the parts of a block that was cut."""
 
     def __init__(self, head_axes: dict[str, HeadAxis]) -> None:
         super().__init__()

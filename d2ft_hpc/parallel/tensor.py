@@ -210,7 +210,7 @@ def share_blocks(
 def layouts_of(
     family: BlockFamily, blocks: Iterable[nn.Module], tokens: int | None
 ) -> tuple[TokenLayout, ...]:
-    """Those in which the blocks draw the same random numbers on all ranks. tokens: as `share_blocks` takes it."""
+    """The layouts in which the blocks draw the same random numbers on all ranks. tokens: as `share_blocks` takes it."""
     drops = [family.drops(block) for block in blocks]
     if tokens is None or any(rate_of(drop) > 0 for of_block in drops for drop in of_block.by_token):
         return ("replicated",)
@@ -228,7 +228,7 @@ def _messages(
 
 
 class _Unowned(NamedTuple):
-    """Of a parameter that no head owns: the dictionary that its module keeps it in, its name there, and whether each
+    """A parameter that no head owns: the dictionary that its module keeps it in, its name there, and whether each
     head uses it by itself (q/k norms, LoRA's shared halves) instead of what goes into or comes out of all of them."""
 
     kept: dict[str, Any]
@@ -278,7 +278,7 @@ class _SharedBranch:
 
     @property
     def ranks(self) -> tuple[Ranks, Ranks]:
-        """Those that run the branch, and those that train it."""
+        """The ranks that run the branch, and those that train it."""
         return self.heads.active_ranks, self.heads.full_ranks
 
     @property
@@ -289,7 +289,7 @@ class _SharedBranch:
         return self.of_block.norm(x)
 
     def of_own_heads(self, normed: Tensor) -> Tensor | None:
-        """Of this rank; None if it runs none."""
+        """The output of this rank's heads; None if it runs none."""
         full, forward_only = self.heads.full, self.heads.forward_only
         own = None if full is None else self._sum(normed, full)
         if forward_only is not None:

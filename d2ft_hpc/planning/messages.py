@@ -26,8 +26,8 @@ each its own, and the messages of one half of a micro-batch are under way while 
 LAYOUTS: tuple[TokenLayout, ...] = ("replicated", "sharded", "overlapped")
 
 BRANCHES = 2
-"""Of a block, attention and FFN: each is one sum over the tensor-parallel ranks forward, and one backward. Where one
-rank runs a block alone, both are one."""
+"""A block has two, attention and FFN. Each is one sum over the tensor-parallel ranks forward and one backward. Where a
+single rank runs a block, both branches together are one."""
 
 
 def ring_bytes(collective: str, payload_bytes: float, ranks: int) -> float:
@@ -154,7 +154,7 @@ def _once_a_block(shares: Floats) -> Floats:
 
 @dataclass(frozen=True, eq=False)
 class ByDirection:
-    """Of every row and block, forward and backward: float64 [row, block] each."""
+    """A value for every row and block, forward and backward: float64 [row, block] each."""
 
     forward: Floats
     backward: Floats

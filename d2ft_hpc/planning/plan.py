@@ -403,7 +403,7 @@ class SkipPlan:
 
 
 def _parsed_grids(given: Any) -> npt.NDArray[Any] | None:
-    """Of a message's header. Raises PlanError where they are none."""
+    """The grids in a message's header. Raises PlanError where they are no grids."""
     if given is None:
         return None
     try:

@@ -52,7 +52,7 @@ class Planner:
 
     @cached_property
     def needed(self) -> list[str]:
-        """Those without which it cannot plan."""
+        """The parameters without which it cannot plan."""
         parameters = inspect.signature(self.solve).parameters
         return [name for name in self.parameters if parameters[name].default is inspect.Parameter.empty]
 

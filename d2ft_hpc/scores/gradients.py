@@ -145,7 +145,7 @@ def gradients_of_heads(
     inputs: Tensor,
     output_gradients: Tensor,
 ) -> Iterator[tuple[HeadAxis, Tensor, Tensor]]:
-    """Of what heads own of a block's layer `name`: its split by head, value and gradient, float32
+    """For everything that heads own of a block's layer `name`: its split by head, value and gradient, float32
     [group, *value.shape].
 
     inputs: [group, token, channel] in the dtype of the products; output_gradients: float32.

@@ -48,7 +48,7 @@ class EngineKind:
     about: str
     """For users, who choose by it."""
     libraries: tuple[str, ...] = ("torch",)
-    """Those whose undocumented names it uses."""
+    """Libraries whose undocumented names it uses."""
     scales_losses = False
     """As fp16 needs."""
     reads_deepspeed = False
