@@ -168,7 +168,8 @@ class OptimizerConfig(Section):
     epsilon: float = Field(default=1e-8, gt=0)
     """AdamW's, added to the root of the second moment. Its betas are 0.9 and 0.999, SGD's momentum 0.9."""
     classifier_factor: float = Field(default=1.0, gt=0)
-    """The classifier's learning rate in multiples of the others'; a new classifier learns better with 10 or more."""
+    """The classifier's learning rate in multiples of the others'. A new classifier learns best at a rate near
+    3e-3: with pretrained weights tuned at 2.8e-5, a factor of 100 (analysis/tokens)."""
     warmup_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of all steps in which the learning rate rises linearly, before it falls to zero in a line."""
 

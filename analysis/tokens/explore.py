@@ -54,7 +54,8 @@ DEFAULTS: dict[str, Any] = {
     "b1": 0.9,
     "b2": 0.999,
     "half": 0,  # 1: b1 and b2 are those of a batch of 80, at any size the same in images
-    "sched": "cosine",
+    "sched": "cosine",  # hold: full for half of the steps after the warm-up; work: linear in compute, not in steps
+    "frozen": "",  # for each of the levels, the lowest blocks that only run forward there
     "llrd": 1.0,  # factor on the rate from a block to the one below
     "drop": 0.0,  # stochastic depth
     "ls": 0.0,  # label smoothing
@@ -92,7 +93,7 @@ DEFAULTS: dict[str, Any] = {
 CHOICES: dict[str, tuple[Any, ...]] = {
     "data": ("cifar10", "cifar100", "caltech101"),
     "split": ("val", "test"),
-    "sched": ("cosine", "linear", "const"),
+    "sched": ("cosine", "linear", "const", "hold", "work"),
     "how": ("err", "loss", "uni", "shuf", "reuse", "err2"),
     "interp": ("bilinear", "bicubic"),
     "pos": (16, 37),
@@ -162,7 +163,15 @@ def score_cost(c: Settings, r: int) -> int:
 
 def train_cost(c: Settings, r: int, emb: int | None = None) -> int:
     patch, rest = forward_flops(c, r)
-    return patch * (2 if (c.emb if emb is None else emb) else 1) + 3 * rest
+    in_blocks = rest - 2 * c.dim * SIZE[c.data][1]
+    forward_only = in_blocks * frozen_blocks(c, r) // c.depth
+    return patch * (2 if (c.emb if emb is None else emb) else 1) + 3 * rest - 2 * forward_only
+
+
+def frozen_blocks(c: Settings, r: int) -> int:
+    """The lowest blocks that have no backward at this resolution."""
+    by_level = dict(zip(c.levels.split("/"), c.frozen.split("/"), strict=False)) if c.frozen else {}
+    return int(by_level.get(str(r), 0))
 
 
 def max_entropy(costs: Sequence[float], target: float, tail: float) -> np.ndarray:
@@ -193,7 +202,7 @@ Step = tuple[int, float, bool]
 
 def plan(c: Settings) -> tuple[list[Step], float, list[tuple[float, int]]]:
     """Per step (resolution, share at it or -1, whether it must be scored); compute as a share of dense; the phases."""
-    dense = train_cost(c, 224, emb=0)
+    dense = train_cost(Settings(c | {"frozen": ""}), 224, emb=0)
     total = c.ep * c.ntrain * dense
     spent = 0.0
     if c.init:
@@ -452,8 +461,10 @@ class Net:
         patches = x.view(n, 3, g, PATCH, g, PATCH).permute(0, 2, 4, 1, 3, 5).reshape(n, g * g, -1)
         p = F.linear(patches, model.patch_embed.proj.weight.flatten(1), model.patch_embed.proj.bias)
         x = torch.cat([model.cls_token.expand(n, -1, -1), p.float()], 1) + position
-        for block in model.blocks:
-            x = (self.training_block if training else apply)(block, x)
+        forward_only = frozen_blocks(self.c, r) if training else 0
+        for k, block in enumerate(model.blocks):
+            with torch.no_grad() if k < forward_only else nullcontext():
+                x = (self.training_block if training else apply)(block, x)
         result: Tensor = model.norm(x[:, 0]).float()  # norm is by token: the class token's alone is needed
         return result
 
@@ -601,9 +612,11 @@ def parameter_groups(c: Settings, model: Any) -> dict[tuple[float, float], list[
     return groups
 
 
-def heights(c: Settings, steps: int) -> Tensor:
+def heights(c: Settings, rows: Sequence[Step]) -> Tensor:
     """The rate of each step over its peak."""
+    steps = len(rows)
     warm: int = round(c.wu * steps)
+    work = np.cumsum([train_cost(c, r) for r, *_ in rows])
 
     def height(s: int) -> float:
         if s < warm:
@@ -611,7 +624,11 @@ def heights(c: Settings, steps: int) -> Tensor:
         done = (s - warm) / max(steps - warm, 1)
         if c.sched == "cosine":
             return 0.5 * (1 + math.cos(math.pi * done))
-        return 1 - done if c.sched == "linear" else 1.0
+        if c.sched == "work":
+            done = float((work[s] - work[warm]) / (work[-1] - work[warm]))
+        if c.sched == "hold":
+            return min(1.0, 2 * (1 - done))
+        return 1.0 if c.sched == "const" else 1 - done
 
     return torch.tensor([height(s) for s in range(steps)], dtype=torch.float64)
 
@@ -658,7 +675,7 @@ def run(c: Settings) -> None:
     groups = parameter_groups(c, model)
     params = [p for ps in groups.values() for p in ps]
     factors = torch.tensor([f for f, _ in groups], dtype=torch.float64)
-    table = (c.lr * heights(c, len(rows))[:, None] * factors).float().to(device)
+    table = (c.lr * heights(c, rows)[:, None] * factors).float().to(device)
     rates = torch.zeros(len(groups), device=device)
     power = c.b / 80 if c.half else 1.0  # half-lives counted in images
     optimizer = torch.optim.AdamW(

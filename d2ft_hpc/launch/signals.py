@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Sequence
+from multiprocessing import resource_tracker
 
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.safe_text import shown
@@ -25,6 +26,9 @@ class StopSignals:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._numbers = {number_of(name): name for name in names}
+        # Python starts this process before its first worker, and up to 3.12 lets SIGTERM through to this thread, and so
+        # to the workers, when it has.
+        resource_tracker.ensure_running()
         self._blocked = frozenset(self._numbers)
         signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
         self._reading, writing = os.pipe()

@@ -59,10 +59,14 @@ class StepTimes:
         """Whether the device has passed the end of the step."""
         return self._stream is None or bool(self._marks[-1][1].query())
 
-    def seconds(self) -> dict[str, float]:
-        """Seconds by phase; waits for the device if not `ready`."""
+    def wait(self) -> None:
+        """Until `ready`: what the step has sent on its way to the host is then there."""
         if self._stream is not None:
             self._marks[-1][1].synchronize()
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase; waits for the device if not `ready`."""
+        self.wait()
         sums: dict[str, float] = {}
         for (phase, start), (_, stop) in zip(self._marks, self._marks[1:], strict=False):
             passed = stop - start if self._stream is None else start.elapsed_time(stop) / 1e3

@@ -181,6 +181,7 @@ def _train_epochs(run: _Run, recorder: StepRecorder, position: Position, config_
                 if log.progress.is_due(position.steps_done):
                     share = record.of_rank["planned_flops"] / record.of_rank["dense_flops"]
                     ideal = config.data.slots * run.measured.profile.ideal_seconds(share, job.costs)
+                    record.times.wait()
                     loss, rate = float(record.loss), record.learning_rate
                     log.progress.step(epoch + 1, position.steps_done, loss, rate, share, ideal)
             position = position.after_epoch()

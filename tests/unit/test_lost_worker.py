@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from d2ft_hpc.data.workers import loader_of
 from d2ft_hpc.errors import UNFINISHED, LostWorkerError
 from d2ft_hpc.launch.agree import run_guarded
 from d2ft_hpc.launch.children import kill_children
+from d2ft_hpc.launch.signals import StopSignals
 
 
 class Killed:
@@ -69,3 +72,23 @@ def test_children_are_killed_whatever_they_block() -> None:
     kill_children()
     child.join(10)
     assert child.exitcode == -signal.SIGKILL
+
+
+class OwnMask:
+    """Batches of which signals the process that reads them blocks, a bit each."""
+
+    def __getitems__(self, keys: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(sum(1 << number for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+
+
+def print_masks_of_workers() -> None:
+    StopSignals(["USR2", "TERM"])
+    for mask in batches_of(loader_of(OwnMask(), [[0], [1]], num_workers=2, persistent=False)):
+        print(int(mask) >> signal.SIGTERM & 1, int(mask) >> signal.SIGUSR2 & 1)
+
+
+def test_workers_live_on_when_their_whole_group_is_told_to_stop() -> None:
+    """As Slurm and `timeout` do it; in a process of its own, since signals are blocked for good."""
+    script = f"from {__name__} import print_masks_of_workers; print_masks_of_workers()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n")[:2] == ["1 1", "1 1"], done.stderr

@@ -1,0 +1,93 @@
+"""Test accuracy of whole runs on three data sets.
+
+    python -m analysis.accuracy.table add RUN...      # appends a line for each finished run to results.jsonl
+    python -m analysis.accuracy.table                 # prints the tables of README.md from it
+
+Differences are paired by seed: one seed is one initial classifier, order of images and augmentation.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from d2ft_hpc.figures.run import Run
+
+LINES = Path(__file__).with_name("results.jsonl")
+DENSE = ("standard", "lora")
+
+Line = dict[str, Any]
+
+
+def line_of(folder: Path) -> Line | None:
+    """What is kept of a run, named CONFIG_DATA_...; None if it is not finished. `tflop` is what was executed."""
+    run = Run(folder / "results.h5", folder.name)
+    try:
+        if not run.complete:
+            return None
+        config = run.config
+        name = folder.name.partition(f"_{Path(config['data']['root']).stem}_")[0]
+        spends = config["train"]["steps_share"] if name == "fewer_steps" else config["plan"]["compute_budget"]
+        return {
+            "config": name,
+            "data": Path(config["data"]["root"]).stem,
+            "epochs": config["train"]["epochs"],
+            "budget": 1.0 if name in DENSE else spends,
+            "seed": config["run"]["seed"],
+            "steps": len(run.steps["step"]),
+            "tflop": round(run.total_flops / 1e12, 1),
+            "accuracy": round(run.accuracy, 4),
+        }
+    finally:
+        run.close()
+
+
+def add(folders: Iterable[Path]) -> None:
+    with LINES.open("a") as file:
+        for folder in folders:
+            line = line_of(folder)
+            if line is not None:
+                file.write(json.dumps(line) + "\n")
+
+
+def print_tables(lines: list[Line]) -> None:
+    tasks: dict[tuple[Any, ...], dict[tuple[str, float], dict[int, Line]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    for line in lines:
+        lora = "lora" in line["config"]
+        tasks[lora, line["data"], line["epochs"]][line["config"], line["budget"]][line["seed"]] = line
+    for (lora, data, epochs), contenders in sorted(tasks.items()):
+        dense = contenders["lora" if lora else "standard", 1.0]
+        print(f"\n**{data}, {epochs} epochs{', LoRA' if lora else ''}**\n")
+        print("| | compute | top-1 (%) | seeds | difference from dense | one-sided 95 % bound |")
+        print("|---|---|---|---|---|---|")
+        for (config, _), of_seed in sorted(contenders.items(), key=lambda item: (-item[0][1], item[0][0])):
+            seeds = sorted(of_seed.keys() & dense.keys())
+            top1 = 100 * np.array([line["accuracy"] for line in of_seed.values()])
+            compute = np.mean([of_seed[seed]["tflop"] / dense[seed]["tflop"] for seed in seeds])
+            row = f"| {config} | {compute:.3f} | {top1.mean():.2f} ± {top1.std(ddof=1):.2f} | {len(top1)} |"
+            if of_seed is not dense:
+                gained = np.array(
+                    [100 * (of_seed[seed]["accuracy"] - dense[seed]["accuracy"]) for seed in seeds]
+                )
+                error = gained.std(ddof=1) / len(gained) ** 0.5
+                bound = gained.mean() - stats.t.ppf(0.95, len(gained) - 1) * error
+                row += f" {gained.mean():+.2f} | {bound:+.2f} |"
+            else:
+                row += " | |"
+            print(row)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["add"]:
+        add(map(Path, sys.argv[2:]))
+    else:
+        print_tables([json.loads(text) for text in LINES.read_text().splitlines()])
