@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -67,31 +66,30 @@ def test_the_readme_s_snippets_are_tested_examples() -> None:
             )
 
 
-def numbers_in(value: Any) -> Iterator[float]:
-    if isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from numbers_in(each)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield float(value)
+def numbers_in(text: str) -> set[float]:
+    return {float(number) for number in re.findall(r"[-+]?\d+\.?\d*(?:[eE][-+]?\d+)?", text)}
+
+
+def told_by(file: Path) -> str:
+    """What a file of raw results holds, or what a script prints from such files."""
+    if file.suffix != ".py":
+        return file.read_text()
+    module = ".".join(file.relative_to(REPOSITORY).with_suffix("").parts)
+    command = [sys.executable, "-m", module]
+    return subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
 
 
 def test_the_readme_s_results_stand_in_the_raw_results_that_it_names() -> None:
     """Each number with a decimal point of the table, as it is or in per cent, rounded as in the table."""
     section = README.read_text().split("<!-- results -->")[1].split("<!-- /results -->")[0]
-    files = [README.parent / name for name in re.findall(r"\]\(([^)\s]+\.jsonl?)\)", section)]
+    files = [README.parent / name for name in re.findall(r"\]\(([^)\s]+\.(?:jsonl?|py))\)", section)]
     assert files, "the table names no raw results"
-    raw = [
-        number
-        for file in files
-        for part in (file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()])
-        for number in numbers_in(json.loads(part))
-    ]
+    raw = set[float]().union(*(numbers_in(told_by(file)) for file in files))
     rows = [line for line in section.splitlines() if line.startswith("|")]
     quoted = [number for row in rows for number in re.findall(r"[-+]?\d+\.\d+", row)]
     assert len(quoted) > 5
     for text in quoted:
         digits = len(text.partition(".")[2])
-        shown = float(text)
         assert any(
-            abs(round(number * factor, digits) - shown) < 1e-9 for number in raw for factor in (1, 100)
+            abs(round(number * factor, digits) - float(text)) < 1e-9 for number in raw for factor in (1, 100)
         ), f"{text} stands in none of {', '.join(str(file.relative_to(REPOSITORY)) for file in files)}"
