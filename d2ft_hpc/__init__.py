@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from d2ft_hpc.user_loop.planned_loop import PlannedLoop, attach
     from d2ft_hpc.user_loop.prepare import prepare
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PLACES = {
     "d2ft_hpc.errors": (

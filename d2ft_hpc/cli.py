@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="RUN",
-        help="say from which compute and seconds on the runs are not inferior to these ones",
+        help="say how little compute and time is enough not to be inferior to these runs",
     )
     report.add_argument(
         "--margin", type=float, default=0.5, help="points of top-1 that count as inferior (default: 0.5)"
@@ -116,12 +116,17 @@ def _parser() -> argparse.ArgumentParser:
         help="run folder or results file with scores; not needed to look at a saved plan",
     )
     plan.add_argument("--index", type=int, default=-1, help="which of the file's scores (default: the last)")
-    plan.add_argument("--planner", default="makespan", help="as plan.planner; a wrong one lists them")
+    plan.add_argument(
+        "--planner", default="makespan", help="a name as for plan.planner; a wrong one lists them all"
+    )
     plan.add_argument(
         "--load", type=path_argument, metavar="PLAN", help="look at this plan instead of solving one"
     )
     plan.add_argument(
-        "--options", default="{}", metavar="YAML", help="as plan.options, such as '{most_shortcut: 0}'"
+        "--options",
+        default="{}",
+        metavar="YAML",
+        help="settings as for plan.options, such as '{most_shortcut: 0}'",
     )
     plan.add_argument("--ranks", type=whole_number(1), default=1, help="tensor-parallel ranks")
     plan.add_argument("--stages", type=whole_number(1), default=1, help="pipeline stages")
@@ -152,11 +157,11 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
     )
     pack.add_argument(
         "name", choices=["cifar10", "cifar100", "stanford_cars", "image_folder", "arrays"],
-        help="the data set as data.name; arrays: an .npz or HDF5 file of your own",
+        help="the data set, as for data.name; arrays: an .npz or HDF5 file of your own",
     )  # fmt: skip
     pack.add_argument("output", type=path_argument, help="the file to make")
     pack.add_argument(
-        "--root", type=path_argument, required=True, help="its folder as data.root; of arrays the file"
+        "--root", type=path_argument, required=True, help="its folder, as for data.root; for arrays, the file"
     )
     pack.add_argument(
         "--encoding",
@@ -166,7 +171,7 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
         "auto: original if there are files, else pixels",
     )
     pack.add_argument("--size", type=whole_number(1), help="resize the shorter side to this many pixels")
-    pack.add_argument("--quality", type=whole_number(1, 100), default=95, help="of jpeg (default: 95)")
+    pack.add_argument("--quality", type=whole_number(1, 100), default=95, help="JPEG quality (default: 95)")
     pack.add_argument("--workers", type=whole_number(0), default=0, help="processes that read and encode")
     pack.set_defaults(run=_data_pack)
     info = commands.add_parser("info", help="what a packed file holds, and whether it is undamaged")

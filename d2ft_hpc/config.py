@@ -71,6 +71,7 @@ class RunSection(Section):
     folder: PathText = "runs"
     """Where run folders are made."""
     seed: Seed = 0
+    """Decides everything that is drawn at random: random weights, the order of the images, their augmentation."""
 
     @field_validator("name")
     @classmethod
@@ -86,6 +87,7 @@ class LoraSection(Section):
     """Low-rank adaptation of the blocks' linear layers; all else but the classifier is frozen. Needs peft."""
 
     rank: int = Field(default=8, gt=0)
+    """Rank of the matrices that are trained."""
     alpha: int = Field(default=16, gt=0)
     """The low-rank product counts alpha / rank times; a larger alpha stabilises large ranks (arXiv 2312.03732)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -93,6 +95,7 @@ class LoraSection(Section):
     layers: list[Literal["qkv", "proj", "fc1", "fc2"]] = Field(
         default=["qkv", "proj", "fc1", "fc2"], min_length=1
     )
+    """Linear layers of each block that get such matrices."""
 
 
 class ModelConfig(Section):
@@ -112,6 +115,7 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     name: Literal["digits", "cifar10", "cifar100", "stanford_cars", "image_folder", "packed"]
+    """The data set, or the format of your own (d2ft_hpc/data/README.md)."""
     root: PathText | None = None
     """Folder of the data set, for those that are not bundled; for packed ones the file."""
     image_size: int = Field(default=32, gt=0)
@@ -156,8 +160,11 @@ class DataConfig(Section):
 
 class OptimizerConfig(Section):
     name: Literal["adamw", "sgd"] = "adamw"
+    """The optimizer."""
     learning_rate: float = Field(gt=0)
+    """Highest learning rate, which is reached after the warm-up."""
     weight_decay: float = Field(default=0.05, ge=0)
+    """Of matrices; biases, norms and other vectors do not decay."""
     epsilon: float = Field(default=1e-8, gt=0)
     """AdamW's, added to the root of the second moment. Its betas are 0.9 and 0.999, SGD's momentum 0.9."""
     classifier_factor: float = Field(default=1.0, gt=0)
@@ -187,11 +194,13 @@ class Interval(NamedTuple):
 
 class TrainConfig(Section):
     epochs: int = Field(gt=0)
+    """Passes over the training set."""
     steps_share: Fraction = 1.0
     """Share of the epochs' steps that are run; the learning-rate schedule ends with them."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each label that is spread evenly over all classes."""
     evaluate_every_epochs: int = Field(default=1, gt=0)
+    """How many epochs lie between two evaluations."""
     evaluate_at_start: bool = True
     """Whether the model is evaluated before its first step too."""
     checkpoint_every: str | None = "10 minutes"
@@ -217,8 +226,9 @@ class TrainConfig(Section):
 
 class ReplanConfig(Section):
     every: int | None = Field(default=None, gt=0)
-    """null: one plan for the whole run."""
+    """A new plan is made after so many units; null: one plan for the whole run."""
     unit: Literal["steps", "epochs"] = "epochs"
+    """What `every` counts."""
     overlap: bool = False
     """Solve while training goes on under the old plan. The first step under the new one depends on the clock and is
     recorded; if false, the step at which a plan is due waits for it."""
@@ -234,7 +244,7 @@ class PlanConfig(Section):
         description="\n".join(f"{entry.name}: {entry.about}." for entry in PLANNERS.values()),
     )
     options: SerializeAsAny[Options] = Field(default_factory=Options, validate_default=True)
-    """What the planner alone reads, by its own names: `OPTIONS of class PLANNER in d2ft_hpc/planning`."""
+    """What only the chosen planner reads; the tables below list it for each planner that has options."""
     file: PathText | None = None
     """A saved plan (d2ft-hpc plan --save) to follow instead of making one; null: make one."""
     compute_budget: Fraction = 0.6
@@ -397,6 +407,7 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """In which forward and backward are computed; fp16 needs DeepSpeed's ZeRO and a GPU."""
     gradient_clipping: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient; null: no clipping."""
     pipeline_stages: int = Field(default=1, ge=1)
@@ -636,7 +647,7 @@ def _key_parts(
         if part not in fields and not isinstance(part, int) and not unknown:
             return
         yield str(part)
-        schema = _section(fields[str(part)].annotation) if part in fields else None
+        schema = section_of(fields[str(part)].annotation) if part in fields else None
 
 
 def _fields(schema: type[BaseModel] | None) -> Mapping[str, FieldInfo]:
@@ -646,7 +657,7 @@ def _fields(schema: type[BaseModel] | None) -> Mapping[str, FieldInfo]:
     return schema.model_fields if schema is not None else {}
 
 
-def _section(annotation: Any) -> type[Section] | None:
+def section_of(annotation: Any) -> type[Section] | None:
     """The section that a key holds, if it holds one."""
     kinds = (annotation, *get_args(annotation))
     return next((kind for kind in kinds if is_class_of(kind, Section)), None)
@@ -671,6 +682,6 @@ def _nearest(key: str, schema: type[BaseModel], prefix: str) -> str:
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, info in _fields(section).items():
         yield prefix + name
-        inner = _section(info.annotation)
+        inner = section_of(info.annotation)
         if inner is not None:
             yield from _keys(inner, f"{prefix}{name}.")

@@ -39,7 +39,7 @@ class Scalar:
 
 
 Tree = dict[str, Any]
-"""Of mappings, lists, text and `Scalar`."""
+"""Made of mappings, lists, text and `Scalar`."""
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
@@ -187,7 +187,7 @@ def _of_override(override: str) -> Tree:
         ) from None
     first, *rest = key.split(".")
     if len(rest) > _DEEPEST:
-        raise ConfigError(f"{shown(override)}: {len(rest)} sections in each other, which no key has")
+        raise ConfigError(f"{shown(override)}: {len(rest)} sections inside each other; no key is that deep")
     for part in reversed(rest):
         value = {part: value}
     return {first: value}

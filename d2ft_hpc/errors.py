@@ -22,8 +22,8 @@ class LaunchError(D2ftError):
 
 
 class LostRankError(LaunchError):
-    """A rank that had come ended, hangs or cannot be reached any more. The run did not fail by itself, which the exit
-    status `UNFINISHED` says: started again, it goes on."""
+    """A rank ended, hangs or cannot be reached any more after all ranks had met. The run did not fail by itself:
+    started again, it goes on, which the exit status `UNFINISHED` says."""
 
     exit_status = UNFINISHED
 
@@ -35,7 +35,7 @@ class LostWorkerError(D2ftError):
 
 
 class DivergedError(D2ftError):
-    """The loss or the weights are not finite any more. steps_done: before the first step of which this is known."""
+    """The loss or the weights are not finite any more. steps_done: steps before the one where it was seen."""
 
     exit_status = DIVERGED
 
@@ -45,7 +45,7 @@ class DivergedError(D2ftError):
 
 
 class LibraryError(D2ftError):
-    """A library lacks something undocumented that is built upon, or means something else by it."""
+    """A library has removed or changed something undocumented that this package builds on."""
 
 
 class DataError(D2ftError):
@@ -53,7 +53,7 @@ class DataError(D2ftError):
 
 
 class UnsupportedModelError(D2ftError):
-    """The model is of no family (d2ft_hpc/families) that knows it, or its blocks cannot be cut by head."""
+    """The model belongs to none of the families in d2ft_hpc/families, or its blocks cannot be cut by head."""
 
 
 class PlanError(D2ftError):

@@ -29,7 +29,7 @@ def scrubbed(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with everything escaped that a terminal would obey or hide, but for tabs and ends of lines."""
+    """`text` with everything escaped that a terminal would obey or hide, except tabs and ends of lines."""
     return "".join(
         character if character in "\n\t" or character.isprintable() else _escape(character)
         for character in text

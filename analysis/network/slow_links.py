@@ -125,8 +125,8 @@ def report(result: dict[str, Any], *, as_json: bool) -> str:
     """A line for each plan; with `as_json` the last line is the result as one JSON object."""
     lines = [
         f"{result['pipeline_stages']} pipeline stages x {result['tensor_parallel']} tensor-parallel ranks, "
-        f"{result['rate']} links; dense step {result['dense']['step_seconds']:.2f} s, of which "
-        f"{result['free_dense_seconds']:.2f} s without throttle",
+        f"{result['rate']} links; dense step {result['dense']['step_seconds']:.2f} s, without throttle "
+        f"{result['free_dense_seconds']:.2f} s",
         f"{'plan':<10} {'tokens':<11} {'bytes':>8} {'ideal':>7} {'step':>7} {'ideal':>7} {'over ideal':>11}",
     ]
     for name in ("dense", "paper", "makespan"):

@@ -1,4 +1,4 @@
-"""Two ranks of which one shares its core with a busy process; on two idle cores:
+"""Two ranks, one of them on a core that it shares with a busy process; on two idle cores:
 
 mpirun -n 2 python -m analysis.network.unequal
 """

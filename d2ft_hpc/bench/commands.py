@@ -45,7 +45,7 @@ def add_benches(benches: Any) -> None:
         description="Times one micro-batch in one process, dense and under the plan in turn.",
     )
     step.add_argument("--model", default="vit_small_patch16_224", help="a timm VisionTransformer's name")
-    step.add_argument("--micro-batch", type=whole_number(1), default=16, help="samples")
+    step.add_argument("--micro-batch", type=whole_number(1), default=16, help="samples of a micro-batch")
     step.add_argument("--compute", type=share(), default=0.6, help="most of the dense FLOPs (default: 0.6)")
     step.add_argument(
         "--forward-only",
@@ -68,7 +68,9 @@ def add_benches(benches: Any) -> None:
         type=whole_number(1),
         help="LoRA of this rank, by peft, of the dense model too (default: none)",
     )
-    step.add_argument("--image-size", type=whole_number(1), default=224, help="pixels")
+    step.add_argument(
+        "--image-size", type=whole_number(1), default=224, help="height and width of the images, pixels"
+    )
     step.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     step.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     step.add_argument(
@@ -85,12 +87,16 @@ def add_benches(benches: Any) -> None:
 def add_workload(parser: argparse.ArgumentParser) -> None:
     """The arguments that `read_workload` reads."""
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="a timm VisionTransformer's name")
-    parser.add_argument("--image-size", type=whole_number(1), default=64, help="pixels")
-    parser.add_argument("--micro-batch-size", type=whole_number(1), default=8, help="samples")
+    parser.add_argument(
+        "--image-size", type=whole_number(1), default=64, help="height and width of the images, pixels"
+    )
+    parser.add_argument(
+        "--micro-batch-size", type=whole_number(1), default=8, help="samples of a micro-batch"
+    )
     parser.add_argument(
         "--slots", type=whole_number(1), default=2, help="micro-batches of a replica in a step"
     )
-    parser.add_argument("--stage", type=whole_number(0, 3), default=1, help="of ZeRO")
+    parser.add_argument("--stage", type=whole_number(0, 3), default=1, help="ZeRO stage")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--steps", type=whole_number(1), default=100, help="measured steps of each")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])

@@ -95,7 +95,7 @@ def benchmark(sizes: Sizes, *, with_peers: bool = False, with_profile: bool = Fa
     """
     if with_peers and sizes.lora_rank is not None:
         raise ConfigError(
-            "--peers with --lora: the peers train all weights, one of them LoRA; leave one of both out"
+            "--peers with --lora: the peers train all weights, one of them LoRA; leave one of them out"
         )
     torch.manual_seed(0)
     dense = _model(sizes)

@@ -67,7 +67,7 @@ def _synchronize(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of step times; the interval holds the true median with 95 % confidence."""
+    """A ratio of step times. The interval holds the true median with 95 % confidence."""
 
     median: float
     low: float

@@ -25,7 +25,7 @@ _FIX_WEIGHTS = (
 )
 
 _DECODED_IMAGES = 100
-"""Of each data set."""
+"""How many images of each data set are decoded."""
 
 
 def check_parts(

@@ -81,7 +81,7 @@ class DdpEngine(PlainEngine):
         loss_function: LossFunction,
         **options: Any,
     ) -> None:
-        """options: PlainEngine's, but for `cuda_graphs`."""
+        """options: those of PlainEngine except `cuda_graphs`."""
         super().__init__(model, executor, optimizer, schedule, loss_function, **options)
         device = next(model.parameters()).device
         # Gradients stay in the buckets that are reduced, one division each: nothing is launched for each parameter.

@@ -116,7 +116,7 @@ def check_settings(settings: Mapping[str, Any], where: str = "") -> None:
 
 
 def _unknown(watched: _Watched, where: str, section: str = "") -> Iterator[str]:
-    """A line for each key that nobody asked for, in the sections of which DeepSpeed asked for single keys."""
+    """A line for each key that nobody asked for, in those sections where DeepSpeed asked for single keys."""
     asked = [str(each) for each in watched.asked]
     known = {*watched.asked, *_READ_LATER.get(section, ()), *(_fields() if section else _BATCH)}
     for key, value in dict.items(watched):
@@ -124,7 +124,7 @@ def _unknown(watched: _Watched, where: str, section: str = "") -> Iterator[str]:
         if isinstance(value, _Watched) and key in known:
             yield from _unknown(value, where, path)
         if watched.asked and key not in known:
-            # Sections may have keys of which DeepSpeed asks later, or only beside others.
+            # DeepSpeed asks for some keys later, or only where others are set.
             all_known = section in ("", "pipeline")
             near = difflib.get_close_matches(str(key), asked, n=1, cutoff=0.6 if all_known else 0.8)
             if near or all_known:
@@ -146,7 +146,7 @@ def _explain(error: ValidationError, watched: _Watched, where: str) -> Iterator[
 
 
 def _fields() -> set[str]:
-    """Of all classes that DeepSpeed reads sections into, which by themselves refuse what they do not know."""
+    """Fields of all classes that DeepSpeed reads sections into. These classes refuse unknown fields by themselves."""
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
     kinds, found = [DeepSpeedConfigModel], set[str]()

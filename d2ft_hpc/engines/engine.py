@@ -40,7 +40,7 @@ class StepReport:
     """A gradient overflowed in fp16, so that the loss scaler left the step out."""
 
     def timed(self, phase: Literal["forward", "backward", "optimizer"]) -> AbstractContextManager[None]:
-        """What is inside counts as this phase of the step, but for the communication in it."""
+        """What is inside counts as this phase of the step, except the communication in it."""
         return phases.phase(phase)
 
 
@@ -56,7 +56,7 @@ class Engine(Protocol):
 
     @property
     def bytes_to_come(self) -> float:
-        """Of gradients and optimiser state, on this rank's device, that the first step will make (`state_bytes`)."""
+        """Bytes of gradients and optimiser state that the first step makes on this rank's device (`state_bytes`)."""
         ...
 
     def check(self, plan: SkipPlan) -> None:

@@ -67,7 +67,7 @@ class PipelineEngine:
         *,
         options_for: OptionsFor = no_options,
     ) -> None:
-        """model: the whole one, of which the ranks copy their parts; its attached executor. config: DeepSpeed's."""
+        """model: the whole one; the ranks copy their parts of it. executor: attached to it. config: DeepSpeed's."""
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False)
         from deepspeed.pipe import LayerSpec, PipelineModule

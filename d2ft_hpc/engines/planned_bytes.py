@@ -26,7 +26,9 @@ from d2ft_hpc.planning.messages import (
 
 
 class PlannedBytes:
-    """Of this rank, for full batches. Small messages that no plan changes (losses, norms, shapes) are not counted."""
+    """Bytes that this rank sends under a plan, for full batches.
+
+    Small messages that no plan changes (losses, norms, shapes) are not counted."""
 
     def __init__(
         self,
@@ -135,7 +137,7 @@ class PlannedBytes:
             )
         if ranks == 1:
             return total
-        # Gradients of which each rank has a part are summed once a step.
+        # Where each rank has a part of a gradient, the parts are summed once a step.
         blocks = list(placement.blocks)
         is_sharded = token_layout != "replicated"
         active, full = active_and_full_ranks(operations[:, blocks], placement.owner[blocks], ranks)
@@ -152,7 +154,7 @@ class PlannedBytes:
         return self._tokens(down * high, across * wide) / self._full_tokens
 
     def _of_tokens(self, operations: np.ndarray, whole: float, token_layout: TokenLayout) -> float:
-        """Of the tokens of micro-batches, `whole` bytes of each. operations: uint8 [slot, block, head]."""
+        """Bytes sent for the tokens of micro-batches, each of `whole` bytes. operations: uint8 [slot, block, head]."""
         placement, layout = self._placement, self._placement.layout
         ranks = layout.tensor_ranks
         is_sharded = token_layout != "replicated" and ranks > 1

@@ -169,7 +169,7 @@ DIVIDES_FROM = "0.18.3"
 SCALER_COUNTERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What a dynamic loss scaler counts."""
 SCALE_AT_MINIMUM = "loss scale already at minimum"
-"""Of the message with which a loss scaler gives up."""
+"""A part of the message with which a loss scaler gives up."""
 
 PRIVATE_NAMES = (*_deepspeed(), *_torch_and_timm())
 

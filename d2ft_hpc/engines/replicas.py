@@ -1,4 +1,4 @@
-"""What replicas reduce under a plan: all gradients, but for those of blocks that no replica trains in a step."""
+"""What replicas reduce under a plan: all gradients except those of blocks that no replica trains in a step."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 
 def bytes_to_come(trained: Sequence[nn.Parameter], optimizer: Optimizer, gradient_ranks: int = 1) -> float:
-    """Of gradients and of the optimiser's state on this rank's device, as far as they are not there yet.
+    """Bytes of gradients and of the optimiser's state that are not on this rank's device yet.
 
     trained: parameters whose gradients the backward makes. optimizer: torch's AdamW or SGD over them, or over flat
     parts of them as in ZeRO. gradient_ranks: how many ranks share each gradient.

@@ -45,7 +45,7 @@ class TensorParallelEngine(DeepSpeedEngine):
         is_boundary: Callable[[], bool] | None = None,
         options_for: OptionsFor = no_options,
     ) -> None:
-        """model: the whole one, of which the ranks copy their parts; its attached executor. config: DeepSpeed's.
+        """model: the whole one; the ranks copy their parts of it. executor: attached to it. config: DeepSpeed's.
         slot_source: as `PlanExecutor.bind` takes it. is_boundary: as `ZeroRules.prepare` takes it."""
         import_deepspeed().init_distributed(auto_mpi_discovery=False)
         grid = grid_of(placement.layout)

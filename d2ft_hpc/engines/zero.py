@@ -79,7 +79,7 @@ class ZeroRules:
         if config.get("fp16", {}).get("enabled", False) and stage == 0:
             raise ConfigError(
                 f"{where}zero_optimization.stage=0 with fp16: DeepSpeed's fp16 optimiser divides by the loss scale, "
-                f"with which its engine multiplies the loss under ZeRO only. Use stage 1, or bf16"
+                f"but its engine multiplies the loss by it only under ZeRO. Use stage 1, or bf16"
             )
         if config.get("bf16", {}).get("enabled", False) and stage == 0 and _never_clears():
             raise ConfigError(

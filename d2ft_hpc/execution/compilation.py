@@ -24,7 +24,7 @@ def cannot_compile() -> bool:
 
 
 def allow_kernels_of(micro_batches: int) -> None:
-    """Lets torch.compile of a whole model, which is the user's own, make kernels for so many more micro-batches.
+    """Lets torch.compile of a whole model, which is the user's own, make kernels for this many more micro-batches.
 
     Each runs other heads, for which a compiled model is traced anew; at its limit of 8 torch would go on eagerly, and
     say so in a log that nobody reads.

@@ -67,7 +67,7 @@ class PlanExecutor:
         self.trains_embeddings = embeddings == "trained"
         """Every micro-batch's gradient goes on below the blocks, whatever the plan."""
         self.rows: list[Row] = []
-        """Of the plan in force, by slot; none where every micro-batch is dense."""
+        """Rows of the plan in force, by slot; none where every micro-batch is dense."""
         self._slot: int | None = None
         self._slot_source: Callable[[], int] | None = None
         self._reduction = Reduction.AFTER_BACKWARD
@@ -290,9 +290,9 @@ class PlanExecutor:
             return size
         if self.image_size not in (None, size):
             raise PlanError(
-                f"images of {size[0]} x {size[1]} pixels come to a model for {self.image_size[0]} x "
-                f"{self.image_size[1]}, which they would be scaled to, or less: make it with img_size={size}, or use a "
-                f"planner that leaves images as they are"
+                f"the model was made for images of {self.image_size[0]} x {self.image_size[1]} pixels and gets "
+                f"{size[0]} x {size[1]}, which the plan would scale to that size or less: make the model with "
+                f"img_size={size}, or use a planner that leaves images as they are"
             )
         high, wide = self.subnets.family.patch_size(self.embeds)
         return grid[0] * high, grid[1] * wide
@@ -400,7 +400,7 @@ class PlanExecutor:
         return not (self._device.type == "cuda" and self._is_fused(index, heads))
 
     def _following(self, index: int) -> KernelParts | None:
-        """Of the block above block `index`, if its first norm may be computed with the block's last sum."""
+        """Kernel parts of the block above block `index`, if its first norm may be computed with that one's last sum."""
         slot, above = self.slot, index + 1
         if slot is None or above not in self.blocks:
             return None
@@ -472,7 +472,7 @@ class PlanExecutor:
 
     @property
     def _device(self) -> torch.device:
-        """Of the parameters; the CPU while they have no memory."""
+        """The device of the parameters; the CPU while they have no memory."""
         device = next(next(iter(self.blocks.values())).parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
 

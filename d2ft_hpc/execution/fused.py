@@ -427,13 +427,13 @@ def _take(
 
 
 def _qkv_slices(weight: Tensor, heads: BlockHeads) -> list[HeadSlices]:
-    """Of qkv's weight and bias."""
+    """The slices of qkv's weight and bias."""
     size = weight.shape[0] // (3 * heads.places.numel())
     return [HeadSlices(3, size * weight.shape[1], rows=True), HeadSlices(3, size, rows=True)]
 
 
 def _leave_slices(proj: Tensor, fc1: Tensor, heads: BlockHeads) -> list[HeadSlices]:
-    """Of the weights of proj, fc1 and fc2, and of fc1's bias."""
+    """The slices of the weights of proj, fc1 and fc2, and of fc1's bias."""
     of = heads.places.numel()
     units = fc1.shape[0] // of
     return [

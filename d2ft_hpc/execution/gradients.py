@@ -44,12 +44,12 @@ class Reduction(Enum):
 
 
 Owners = list[tuple[dict[str, Any], str]]
-"""Of parameters of a block: the dictionary that its module keeps it in, and its name there. FSDP2 puts others in its
-place for each forward pass."""
+"""For some parameters of a block: the dictionary that the module keeps each one in, and its name there. FSDP2 puts
+others in its place for each forward pass."""
 
 
 def owners_of(block: nn.Module, *, frozen_too: bool = False) -> Owners:
-    """Of the trainable parameters, or of all."""
+    """The owners of the trainable parameters, or of all."""
     return [
         (module._parameters, name)
         for module in block.modules()

@@ -22,13 +22,13 @@ from torch import Tensor
 from d2ft_hpc.execution import triton_kernels
 
 _COPY_ELEMENTS = 2048
-"""That one program copies."""
+"""Elements that one program copies."""
 _MULTIPROCESSORS = 132
-"""Of a Hopper GPU, on which the sizes here were the fastest of those tried (analysis/step)."""
+"""Those of a Hopper GPU, on which the sizes here were the fastest of those tried (analysis/step)."""
 _TILE, _COLUMNS = 8, 128
 """Tokens and columns that an element-wise program has at a time."""
 _SUMMED_COLUMNS = 16
-"""Of partial sums, that one program adds up."""
+"""Columns of partial sums that one program adds up."""
 _WHOLE_TOKENS = 2048
 """Tokens times channels, rounded up to a power of two, that a program has at a time where it needs whole tokens."""
 

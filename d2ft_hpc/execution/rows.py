@@ -32,7 +32,7 @@ class Row:
 
     @property
     def shape(self) -> tuple[Grid | None, tuple[tuple[int, int], ...]]:
-        """Of the images, and of every block."""
+        """The grid of the images, and the shape of every block."""
         return self.grid, tuple(heads.shape for heads in self.heads)
 
     @cached_property

@@ -17,7 +17,7 @@ _WRITTEN = 20
 
 
 def measure(runs: Sequence[Run]) -> dict[str, Any]:
-    """Of each run's last evaluation: accuracy by class, and samples by label and prediction."""
+    """For each run's last evaluation: accuracy by class, and samples by label and prediction."""
     return {"runs": [_of_run(run) for run in runs]}
 
 

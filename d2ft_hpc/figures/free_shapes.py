@@ -13,7 +13,7 @@ from d2ft_hpc.results.schema import Array
 
 
 def measure(runs: Sequence[Run]) -> dict[str, Any]:
-    """Of each run with such plans: how many shapes, and its time over the ideal one.
+    """For each run with such plans: how many shapes, and its time over the ideal one.
 
     The ideal is the dense time times the share of the FLOPs that was executed, of the slowest rank, as medians over
     the steps under such plans. The dense time is that of the first dense run's steps; without one, that of the passes

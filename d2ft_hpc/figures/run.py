@@ -108,7 +108,7 @@ class Run:
 
     @property
     def busy_seconds(self) -> Array:
-        """Of each step without waiting for data, [step, rank]."""
+        """Seconds of each step without waiting for data, [step, rank]."""
         return np.asarray(self.steps["step_seconds"] - np.nan_to_num(self.steps["data_seconds"]))
 
     @cached_property

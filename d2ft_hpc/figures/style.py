@@ -101,7 +101,7 @@ def heat_map(axis: Axes, values: Array, **options: Any) -> Any:
 
 
 def _whole_numbers(count: int, most: int = 10) -> Array:
-    """At most so many whole numbers from 0 to count - 1, evenly apart."""
+    """At most this many whole numbers from 0 to count - 1, evenly apart."""
     return np.arange(0, count, max(1, -(-count // most)))
 
 

@@ -31,7 +31,7 @@ _HEADS = (
     ("waiting", "for others", "% of time"),
     ("scoring,", "planning", "s"),
 )
-"""Of the table's columns. Dense bytes are what the message model says for the run's engine."""
+"""Headings of the table's columns. Dense bytes are what the message model says for the run's engine."""
 
 
 def measure(runs: Sequence[Run]) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def table(numbers: dict[str, Any]) -> list[list[str]]:
 
 
 def notes(numbers: dict[str, Any]) -> list[str]:
-    """A line on each run of which there is something to say beside the table."""
+    """A line for each run that needs a remark beside the table."""
     return [f"{run['name']}: {run['between_replicas']}" for run in numbers["runs"] if run["between_replicas"]]
 
 

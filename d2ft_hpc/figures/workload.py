@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def measure(runs: Sequence[Run]) -> dict[str, Any]:
-    """Of each run and rank: compute over dense, and mean seconds of a step by phase."""
+    """For each run and rank: compute over dense, and mean seconds of a step by phase."""
     return {"runs": [_of_run(run) for run in runs]}
 
 

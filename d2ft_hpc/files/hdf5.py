@@ -125,7 +125,7 @@ def plain_dataset(group: Any, name: str) -> Any:
 
 def offset_of(dataset: Any, dtype: npt.DTypeLike, dimensions: int) -> int:
     """Where in the file the values of a plain dataset begin. Raises RefusedError if they are not stored in one piece,
-    without filters, in this dtype and with so many axes, all but the first longer than 0."""
+    without filters, in this dtype and with this number of axes, all but the first longer than 0."""
     offset: int | None = dataset.id.get_offset()
     if offset is None or dataset.dtype != dtype or dataset.ndim != dimensions or 0 in dataset.shape[1:]:
         raise RefusedError(f"{dataset.name} is not contiguous {np.dtype(dtype)} [{dimensions} axes]")

@@ -1,4 +1,4 @@
-"""Small files of which nobody knows who wrote them, or whether all of it came to disk."""
+"""Small files that anybody may have written, and that may have come to disk in part only."""
 
 from __future__ import annotations
 

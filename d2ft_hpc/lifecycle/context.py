@@ -17,7 +17,7 @@ from d2ft_hpc.planning.token_curve import TokenCurve
 
 @dataclass(frozen=True, eq=False)
 class PlanContext:
-    """The same on all ranks but for which of them this is.
+    """The same on all ranks, except the number of this rank.
 
     settings: how to plan. placement: which rank holds which subnet. costs: counted FLOPs of the whole model.
     reckoned: what planners take for costs, speeds and memory. slots: micro-batches of a replica's batch.

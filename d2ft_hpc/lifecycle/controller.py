@@ -87,7 +87,7 @@ class PlanController:
         self.context, self.engine, self.control = context, engine, control
         self.source, self.listener = source, listener
         self.scores: Scores | None = None
-        """Those of the newest plan; None where the planner reads none."""
+        """The scores of the newest plan; None where the planner reads none."""
         self.plans_made = 0
         self.batches = 0
         """Begun under the newest plan, or since scores are taken from batches."""
@@ -143,7 +143,7 @@ class PlanController:
         self._take_over(step, wait=True)
 
     def state(self) -> PlanState:
-        """What the next plans follow from, but for scores that are being taken."""
+        """What the next plans follow from, except scores that are still being taken."""
         return PlanState(self.plan, self.batches, self.plans_made, self.scores)
 
     def restore(self, state: PlanState) -> None:

@@ -38,9 +38,9 @@ class PlanCosts:
     message_latency: float = 0.0
     seconds_per_byte: float = 0.0
     free_bytes: list[float] | None = None
-    """Of each rank, what its memory had left for activations at the start; None: not measured."""
+    """What each rank's memory had left for activations at the start; None: not measured."""
     most_full: list[float] | None = None
-    """Of each rank, the most FULL subnets of a micro-batch for which its memory has room; None: no rank is short."""
+    """The most FULL subnets of a micro-batch that each rank's memory has room for; None: no rank is short."""
 
     @staticmethod
     def counted(costs: StepCosts, device_speed: Sequence[float] | None, ranks: int) -> PlanCosts:

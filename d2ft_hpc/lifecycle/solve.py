@@ -135,7 +135,7 @@ def token_layout_of(plan: SkipPlan, context: PlanContext) -> TokenLayout:
 
 
 def _that_send_no_more(than: TokenLayout, layouts: Sequence[TokenLayout]) -> tuple[TokenLayout, ...]:
-    """Of these layouts, those in which no plan sends more than in another."""
+    """Those of these layouts in which no plan sends more than in layout `than`."""
     return tuple(layout for layout in layouts if than == "replicated" or layout != "replicated")
 
 
@@ -150,7 +150,7 @@ def _check_frozen(planned: npt.NDArray[np.bool_], placement: Placement) -> None:
     for stage, blocks in enumerate(placement.stages):
         if not planned[list(blocks)].any():
             raise PlanError(
-                f"blocks {frozen} are frozen, which is all that pipeline stage {stage} has: no plan can share out the "
+                f"blocks {frozen} are frozen, and pipeline stage {stage} has no others: no plan can share out the "
                 f"budget; use fewer stages, or none"
             )
 

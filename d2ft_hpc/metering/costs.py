@@ -59,23 +59,23 @@ class StepCosts:
 
     @property
     def num_subnets(self) -> int:
-        """Of blocks that train."""
+        """Subnets in the blocks that train."""
         return int(self.subnets[self.trains].sum())
 
     @property
     def always_flops(self) -> float:
-        """Of what runs whatever the plan says."""
+        """FLOPs of what runs whatever the plan says."""
         frozen = ~self.trains
         return self.outside_flops + float(self.full_by_block[frozen] @ self.subnets[frozen])
 
     @property
     def full_flops(self) -> float:
-        """Of a subnet under FULL, on average over the blocks that train."""
+        """FLOPs of a subnet under FULL, on average over the blocks that train."""
         return self._mean(self.full_by_block)
 
     @property
     def forward_only_flops(self) -> float:
-        """Of a subnet under FORWARD_ONLY, on average over the blocks that train."""
+        """FLOPs of a subnet under FORWARD_ONLY, on average over the blocks that train."""
         return self._mean(self.forward_only_by_block)
 
     def _mean(self, by_block: Floats) -> float:
@@ -104,7 +104,7 @@ class StepCosts:
     def planned_flops(self, rows: np.ndarray, grids: np.ndarray | None = None) -> Floats:
         """Training FLOPs of one sample under each row; rows: uint8 [row, block, head], returns float64 [row].
 
-        grids: patches of the rows' images, [row, 2], of which costs are in `at`; None: images have full size.
+        grids: patches of the rows' images, [row, 2], whose costs are in `at`; None: images have full size.
         """
         if grids is not None:
             of_rows = np.empty(len(rows))
@@ -139,7 +139,7 @@ class StepCosts:
         slots: Sequence[int],
         samples: Sequence[int],
     ) -> RankWork:
-        """What a plan that binds slots asks of a rank in these micro-batches of its replica, of so many samples each.
+        """What a plan that binds slots asks of a rank in these micro-batches of its replica. samples: of each of them.
 
         own: bool [block, head], the rank's subnets.
         """
@@ -191,9 +191,9 @@ def measure_costs(
     full = height // high, width // wide
     if (height % high, width % wide) != (0, 0):
         raise UnsupportedModelError(
-            f"images of {height} x {width} pixels are no whole patches of {high} x {wide}, which scaled ones are: make "
-            f"the model for {full[0] * high} x {full[1] * wide} (img_size, data.image_size), or use a planner that "
-            f"leaves images as they are"
+            f"images of {height} x {width} pixels cannot be divided into patches of {high} x {wide}, as scaled images "
+            f"are: make the model for {full[0] * high} x {full[1] * wide} (img_size, data.image_size), or use a "
+            f"planner that leaves images as they are"
         )
     at = {}
     with family.taking_any_size(model):
@@ -241,7 +241,7 @@ def _costs_of_size(model: nn.Module, executor: PlanExecutor, image_shape: tuple[
 def _count_flops(
     module: nn.Module, executor: PlanExecutor, operation: Operation, x: Tensor, *args: Any, **kwargs: Any
 ) -> int:
-    """Of a training pass of `x`, which takes a gradient if it is one of a pass that gives it one."""
+    """FLOPs of a training pass of `x`. It includes the gradient of `x` where the pass would compute one."""
     operations = np.full(executor.subnets.shape, operation, dtype=np.uint8)
     x = x.detach().requires_grad_(x.requires_grad)
     wanted = [each for each in (x, *module.parameters()) if each.requires_grad]

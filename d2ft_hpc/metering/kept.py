@@ -16,17 +16,17 @@ from d2ft_hpc.planning.plan import Operation
 
 @dataclass(frozen=True)
 class KeptBytes:
-    """Of one micro-batch in the whole model, beside its weights; NaN where not even one sample fits.
+    """Bytes that one micro-batch keeps for its backward in the whole model, without the weights.
 
-    unowned: of what no head owns, in a micro-batch with FULL heads in every block, and of frozen blocks. by_full: of
-    each FULL subnet of the others.
+    unowned: for what no head owns, in a micro-batch with FULL heads in every block, and for frozen blocks. by_full: for
+    each FULL subnet of the other blocks. Both are NaN where not even one sample fits.
     """
 
     unowned: float
     by_full: float
 
     def of(self, full: int) -> float:
-        """With so many FULL subnets."""
+        """With this many FULL subnets."""
         return self.unowned + full * self.by_full
 
 

@@ -56,8 +56,8 @@ def free_bytes_of_host(root: Path) -> float:
 
 
 def _left_in_cgroups(root: Path) -> Iterator[float]:
-    """Of this process's memory cgroup and of those above it, as far as they have limits. Cached files that nobody used
-    lately count as free, as in MemAvailable."""
+    """What is left in this process's memory cgroup and in those above it that have limits. Cached files that nobody
+    used lately count as free, as in MemAvailable."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:

@@ -36,7 +36,7 @@ class StepTimes:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Everything inside belongs to the phase, but for the phases inside it."""
+        """Everything inside belongs to the phase, except the phases inside it."""
         self._open.append(name)
         self._mark()
         try:

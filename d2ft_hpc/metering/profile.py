@@ -38,7 +38,7 @@ class PassProfile:
         return min(self.always_seconds / self.dense_seconds, 0.99)
 
     def ideal_seconds(self, flops_share: float, costs: StepCosts) -> float:
-        """Of a micro-batch that needs this share of the dense FLOPs: what always runs, and its share of the rest."""
+        """Seconds of a micro-batch that takes this share of the dense FLOPs, what always runs included."""
         always = costs.always_share
         share = (flops_share - always) / (1 - always)
         return self.always_seconds + share * (self.dense_seconds - self.always_seconds)

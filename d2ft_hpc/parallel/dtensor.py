@@ -69,7 +69,7 @@ class DTensorExecutor(TensorParallelExecutor):
 
 
 class _ByHead(ParallelStyle):
-    """Of a block that was cut, makes DTensors of the parts."""
+    """Makes DTensors of the parts of a block that was cut."""
 
     def __init__(self, head_axes: dict[str, HeadAxis]) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ def split_heads(
     executor that the blocks follow from now on. All ranks of the mesh must follow the same rows of a plan and get the
     same images. `fully_shard` over another dimension of the mesh comes afterwards.
 
-    Raises PlanError if the ranks would hold different numbers of heads, of which no DTensor can be made, and
+    Raises PlanError if the ranks would hold different numbers of heads, which no DTensor can express, and
     UnsupportedModelError as `share_blocks`.
     """
     if owner is None:

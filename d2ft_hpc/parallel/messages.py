@@ -217,7 +217,7 @@ class ShardedTokens(TokenMessages):
 
 @dataclass
 class StepSum:
-    """Of one block, the gradients of a step of which each rank has a part only, kept until all of them are there.
+    """The gradients of one block in a step that each rank has a part of only, kept until all of them are there.
 
     slots: micro-batches of a step that train the block. alone: in some of them, one rank runs it alone.
     """
@@ -240,7 +240,7 @@ class StepSum:
 
 @dataclass(frozen=True)
 class PartialGradients:
-    """Of a block's parameters in one micro-batch, those of which each rank's gradient is a part of the sum.
+    """Those parameters of a block whose gradient on each rank is a part of the sum, in one micro-batch.
 
     owners: of the parameters. slot: of the micro-batch. whole: how many of the parameters, the last ones, have the
     sum as their gradient on every rank in this micro-batch; that of the group's first rank counts.
@@ -256,10 +256,11 @@ class PartialGradients:
 def whole_gradients(
     messages: TokenMessages, partial: PartialGradients, full: Ranks, x: Tensor
 ) -> Iterator[Tensor]:
-    """Inside, a block computes with stand-ins of parameters of which each rank's gradient is a part of the sum only;
-    in the backward of the last micro-batch that trains the block, their gradients of the step are summed over the group
-    in one message, and those before it give zeros. Yields what stands in for the block's input x, whose gradient brings
-    every rank to that message, also one that uses none of the parameters."""
+    """Inside, a block computes with stand-ins of those parameters whose gradient on a rank is only a part of the sum.
+
+    The backward of the last micro-batch that trains the block sums their gradients of the step over the group in one
+    message; micro-batches before it give zeros. Yields what stands in for the block's input x. Its gradient brings
+    every rank to that message, also a rank that uses none of the parameters."""
     if not (partial.owners and full and torch.is_grad_enabled()):
         yield x
         return

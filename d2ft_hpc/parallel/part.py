@@ -44,7 +44,7 @@ class ModelPart(nn.Module):
         self.is_last = blocks.stop == executor.subnets.num_blocks
         self.num_classes: int
         self.tokens = self._family.tokens_between(model)
-        """Of every sample between the blocks; None if that varies."""
+        """Tokens of a sample between the blocks; None if their number varies."""
         for name, parameter in model._parameters.items():
             self.register_parameter(name, copy.deepcopy(parameter) if self._keeps(name) else None)
         for name, module in model.named_children():

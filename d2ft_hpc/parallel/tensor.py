@@ -187,8 +187,8 @@ def share_blocks(
         for name, module in block.named_modules():
             if (name in by_head or "lora_dropout" in name) and rate_of(module) > 0:
                 raise UnsupportedModelError(
-                    f"block {index} has dropout in {name}, of which every tensor-parallel rank would draw its own: set "
-                    f"it to 0, or engine.tensor_parallel=1"
+                    f"block {index} has dropout in {name}, and every tensor-parallel rank would draw its own: "
+                    f"set it to 0, or engine.tensor_parallel=1"
                 )
     rank = distributed.get_rank(group)
     executor = kind(
@@ -210,7 +210,7 @@ def share_blocks(
 def layouts_of(
     family: BlockFamily, blocks: Iterable[nn.Module], tokens: int | None
 ) -> tuple[TokenLayout, ...]:
-    """Those in which the blocks draw the same random numbers on all ranks. tokens: as `share_blocks` takes it."""
+    """The layouts in which the blocks draw the same random numbers on all ranks. tokens: as `share_blocks` takes it."""
     drops = [family.drops(block) for block in blocks]
     if tokens is None or any(rate_of(drop) > 0 for of_block in drops for drop in of_block.by_token):
         return ("replicated",)
@@ -228,7 +228,7 @@ def _messages(
 
 
 class _Unowned(NamedTuple):
-    """Of a parameter that no head owns: the dictionary that its module keeps it in, its name there, and whether each
+    """A parameter that no head owns: the dictionary that its module keeps it in, its name there, and whether each
     head uses it by itself (q/k norms, LoRA's shared halves) instead of what goes into or comes out of all of them."""
 
     kept: dict[str, Any]
@@ -271,14 +271,14 @@ def run_shared_block(
 
 @dataclass(frozen=True)
 class _SharedBranch:
-    """A residual branch of a block, of which each rank has a part of the sum over heads."""
+    """A residual branch of a block; each rank has a part of its sum over heads."""
 
     heads: SharedHeads
     of_block: Branch
 
     @property
     def ranks(self) -> tuple[Ranks, Ranks]:
-        """Those that run the branch, and those that train it."""
+        """The ranks that run the branch, and those that train it."""
         return self.heads.active_ranks, self.heads.full_ranks
 
     @property
@@ -289,7 +289,7 @@ class _SharedBranch:
         return self.of_block.norm(x)
 
     def of_own_heads(self, normed: Tensor) -> Tensor | None:
-        """Of this rank; None if it runs none."""
+        """The output of this rank's heads; None if it runs none."""
         full, forward_only = self.heads.full, self.heads.forward_only
         own = None if full is None else self._sum(normed, full)
         if forward_only is not None:

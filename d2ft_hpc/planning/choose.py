@@ -36,7 +36,7 @@ from d2ft_hpc.planning.problem import Floats, Ints
 
 _EXCHANGES = 20
 _EXCHANGE_OPTIONS = 300
-# Undecided ones: HiGHS settles so many in milliseconds, or overshoots its time by as little.
+# Undecided ones: HiGHS settles this many in milliseconds, or overshoots its time by no more.
 _CORE_OPTIONS = 3_000
 _CORE_SECONDS = 0.5
 
@@ -58,7 +58,7 @@ class Choice:
 
 
 def share_of_time(deadline: float, parts: int) -> float:
-    """The deadline of the next of so many parts that are still to be done by `deadline` of time.monotonic()."""
+    """The deadline of the next part, if this many are still to be done by `deadline` of time.monotonic()."""
     now = time.monotonic()
     return now + (deadline - now) / parts
 

@@ -29,7 +29,7 @@ def solve_depth(
     backward_weight: float = 1.0,
     time_limit_seconds: float = 10.0,
 ) -> SkipPlan:
-    """Maximise the objective of `solve_joint` by one depth for each row: so many top blocks FULL, those below
+    """Maximise the objective of `solve_joint` by one depth for each row: its top blocks FULL, those below
     FORWARD_ONLY.
 
     The budgets of every device hold. Bound and gap are those of plans of this form. Raises PlanError if an option

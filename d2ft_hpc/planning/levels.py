@@ -28,8 +28,8 @@ class Levels:
     value: float64 [class, level], the largest sum of gains, over all ranks.
     forward_time, backward_time: float64 [level]; level 0 runs least.
     forward_heads, backward_heads: int64 [level, rank], heads that run forward, and those of them that are FULL.
-    forward_ranks, backward_ranks: int64 [level], how many of the ranks run so many heads; the others, in each class
-        those whose heads give least, run none. All ranks, but for clusters.
+    forward_ranks, backward_ranks: int64 [level], how many ranks run this many heads; the others, in each class
+        those whose heads give least, run none. All ranks, unless there are clusters.
     is_exact: if not, `value` is an estimate from above, as if a rank's FULL heads need not be among those that run
         forward, and clusters are left out, which save no time.
     """
@@ -46,7 +46,7 @@ class Levels:
     is_exact: bool
 
     def that_run(self, heads: int) -> Levels:
-        """Only the levels at which every rank runs at least so many heads forward."""
+        """Only the levels at which every rank runs at least this many heads forward."""
         whole = self.forward_ranks == self.forward_heads.shape[1]
         return self._only((self.forward_heads >= heads).all(axis=1) & (whole | (heads == 0)))
 
@@ -161,7 +161,7 @@ def estimate_levels(
     forward_time, backward_time, pairs = _pairs(heads, forward_cost, backward_cost, speed)
     value: Floats = np.zeros((forward_gain.shape[2], len(pairs)))
     for gain, counts in ((forward_gain, pairs[:, 0]), (backward_gain, pairs[:, 1])):
-        most = np.zeros((heads + 1, *gain.shape[1:]))  # of so many heads, [count, rank, class]
+        most = np.zeros((heads + 1, *gain.shape[1:]))  # of the best `count` heads, [count, rank, class]
         np.cumsum(-np.sort(-gain, axis=0), axis=0, out=most[1:])
         differing, of_level = np.unique(counts, axis=0, return_inverse=True)
         of_count = np.zeros((len(differing), gain.shape[2]))
@@ -204,7 +204,7 @@ def _require_time(deadline: float) -> None:
 
 
 def _cluster_sizes(ranks: int, forward: int, backward: int) -> list[tuple[int, int]]:
-    """Numbers of ranks with FULL heads, and of all that run heads, worth a try but for all of them."""
+    """Numbers of ranks with FULL heads, and of ranks that run heads at all: those worth a try beside all ranks."""
     sizes = sorted({*(1 << power for power in range(ranks.bit_length())), ranks} - {0})
     sizes = [size for size in sizes if size <= ranks]
     if not forward:
@@ -228,7 +228,7 @@ def _times(cost: float, speed: Floats, heads: int) -> tuple[Floats, Ints]:
 
 
 def best_scores(forward_gain: Floats, backward_gain: Floats, deadline: float = math.inf) -> Floats:
-    """float64 [forward, full, group]: the most that exactly `forward` heads give of which `full` are FULL.
+    """float64 [forward, full, group]: the most that exactly `forward` heads give if `full` of them are FULL.
 
     forward_gain, backward_gain: float64 [head, group]. -inf where full > forward. Heads are added one by one, and
     each is SHORTCUT, FORWARD_ONLY or FULL. Raises TimeoutError at the deadline, of time.monotonic().
@@ -293,7 +293,7 @@ def _place(gain: Floats) -> Ints:
 def _scores_of_counts(
     forward_gain: Floats, backward_gain: Floats, counts: tuple[int, int], deadline: float
 ) -> tuple[Floats, Floats]:
-    """What so many heads that run forward give, and what they do with so many FULL ones among them: float64 [group]
+    """What `counts[0]` heads that run forward give, and what they give if `counts[1]` of them are FULL: float64 [group]
     each. After the deadline, with `likely_heads`."""
     try:
         table = best_scores(forward_gain, backward_gain, deadline)

@@ -26,8 +26,8 @@ each its own, and the messages of one half of a micro-batch are under way while 
 LAYOUTS: tuple[TokenLayout, ...] = ("replicated", "sharded", "overlapped")
 
 BRANCHES = 2
-"""Of a block, attention and FFN: each is one sum over the tensor-parallel ranks forward, and one backward. Where one
-rank runs a block alone, both are one."""
+"""A block has two, attention and FFN. Each is one sum over the tensor-parallel ranks forward and one backward. Where a
+single rank runs a block, both branches together are one."""
 
 
 def ring_bytes(collective: str, payload_bytes: float, ranks: int) -> float:
@@ -63,9 +63,9 @@ class Replicas:
         as zeros, and a block that nobody runs is gathered, because the collectives' order is fixed.
 
         ddp and zero0 sum gradients once; zero1 sums them once and gathers what each rank updated; zero2 sums them in
-        every micro-batch (DeepSpeed sums whole buckets, of which each rank keeps its part); zero3 scatters the sums in
-        every micro-batch and gathers the weights in each of them, those that it keeps whole only once. In the first
-        step of all, in which it learns their order, it gathers more.
+        every micro-batch (DeepSpeed sums whole buckets, and each rank keeps its part); zero3 scatters the sums in every
+        micro-batch and gathers the weights in each of them, those that it keeps whole only once. It gathers more in the
+        first step of all, where it learns their order.
         """
         sums = self.slots if self.engine == "zero2" else 1
         if self.engine == "zero3":
@@ -115,8 +115,9 @@ def shares_of_senders(layout: TokenLayout, ranks: int) -> Floats:
     of them have an active head: float64 [active, senders], numbers of ranks with a head that runs forward, and with one
     that runs in that direction.
 
-    replicated: an all-reduce a branch, of which a single sender's broadcast is half. sharded: every sender receives the
-    others' tokens and returns their partial sums. A rank that is alone active does so once a block.
+    replicated: an all-reduce for each branch; where only one rank sends, a broadcast with half of its bytes. sharded:
+    every sender receives the others' tokens and returns their partial sums. The only active rank of a block does it
+    once for the whole block.
     """
     senders = np.arange(ranks + 1.0)
     if layout != "replicated" or ranks == 1:
@@ -153,7 +154,7 @@ def _once_a_block(shares: Floats) -> Floats:
 
 @dataclass(frozen=True, eq=False)
 class ByDirection:
-    """Of every row and block, forward and backward: float64 [row, block] each."""
+    """A value for every row and block, forward and backward: float64 [row, block] each."""
 
     forward: Floats
     backward: Floats

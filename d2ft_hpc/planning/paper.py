@@ -80,7 +80,7 @@ def _rank(key: Floats, among: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
 
 
 class PaperOptions(Options):
-    """Of the two planners that spend the budget level by level."""
+    """Options of the two planners that spend the budget level by level."""
 
     full_share: Fraction = 0.8
     """Most of the budget that FULL may take before FORWARD_ONLY."""

@@ -217,7 +217,7 @@ class SkipPlan:
         return hash(self.hash)
 
     def among(self, planned: npt.NDArray[np.bool_]) -> SkipPlan:
-        """This plan of some blocks in a model of which all others run FULL.
+        """This plan of some blocks, in a model whose other blocks all run FULL.
 
         planned: bool [block] of the model, with as many blocks that are planned as this plan has.
         """
@@ -403,7 +403,7 @@ class SkipPlan:
 
 
 def _parsed_grids(given: Any) -> npt.NDArray[Any] | None:
-    """Of a message's header. Raises PlanError where they are none."""
+    """The grids in a message's header. Raises PlanError where they are no grids."""
     if given is None:
         return None
     try:

@@ -35,7 +35,7 @@ class Planner:
     fits_memory: bool = False
     """Gives a rank with little memory fewer FULL subnets. Others are refused where they exceed it."""
     needs_scores_for: tuple[str, ...] = ()
-    """Budgets, by their names in the configuration, of which only the plan by the real scores shows whether the planner
+    """Budgets, by their names in the configuration, where only the plan by the real scores shows whether the planner
     keeps them."""
     binding: Literal["slot", "sample"] = "slot"
     """What a row of its plans is: a micro-batch, or a sample of a batch, drawn in each step."""
@@ -52,7 +52,7 @@ class Planner:
 
     @cached_property
     def needed(self) -> list[str]:
-        """Those without which it cannot plan."""
+        """The parameters without which it cannot plan."""
         parameters = inspect.signature(self.solve).parameters
         return [name for name in self.parameters if parameters[name].default is inspect.Parameter.empty]
 

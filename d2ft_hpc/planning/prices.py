@@ -77,7 +77,7 @@ def bounds_of(value: Floats, limits: Sequence[Limit], prices: Sequence[Floats]) 
 
 
 def price_of_one(value: Floats, limit: Limit, deadline: float = math.inf) -> tuple[list[Floats], Ints]:
-    """The best prices of a single limit, and a choice that fits and is optimal but for what it leaves unused.
+    """The best prices of a single limit, and a choice that fits and misses the optimum by no more than what is unused.
 
     deadline: of time.monotonic(), after which prices that are near the best will do.
 

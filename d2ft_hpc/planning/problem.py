@@ -21,7 +21,7 @@ BUDGET_EPSILON = 1e-9
 """A device may exceed a budget by this fraction of its dense cost, so that float error decides nothing."""
 
 _FASTEST = 1e50
-"""Of a device; the squares of quotients of speeds are still numbers."""
+"""The largest speed of a device. Squares of quotients of such speeds are still finite."""
 
 Costs = tuple[float, float, float]
 

@@ -131,7 +131,7 @@ def _have_the_same_levels(teams: list[Team]) -> bool:
 
 
 class StaticOptions(WithShortcuts):
-    """Of the planner for fixed shapes."""
+    """Options of the planner for fixed shapes."""
 
     heads_multiple: int = Field(default=1, gt=0)
     """Numbers of heads that a device runs in a block are multiples of it, or all; 2 is faster on a GPU, whose matrix

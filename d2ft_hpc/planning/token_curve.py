@@ -32,11 +32,11 @@ class TokenCurve:
 
     @property
     def share(self) -> float:
-        """Of the run's dense compute."""
+        """Share of the run's dense compute that the curve takes."""
         return float(np.dot(self.steps, self.costs)) / sum(self.steps)
 
     def grid_at(self, step: int) -> Grid:
-        """Of a step, which counts from 0; those beyond the run's end are as the last."""
+        """The grid of a step, counted from 0. Steps beyond the run's end have that of the last one."""
         for grid, end in zip(self.grids, accumulate(self.steps), strict=True):
             if step < end:
                 return grid

@@ -14,7 +14,7 @@ from d2ft_hpc.scores import Scores
 
 
 def record_scores(writer: ResultsWriter, scores: Scores, step: int) -> None:
-    """Of the plan that is made next."""
+    """Writes the scores that the next plan is made from."""
     writer.append(
         "scores",
         {

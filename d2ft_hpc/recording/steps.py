@@ -71,8 +71,8 @@ class StepRecorder:
         self._sent: deque[tuple[StepRecord, Array, PendingGather]] = deque()
         self._recording_seconds = 0.0
         self.fault = ""
-        """Of this rank's first loss that is not finite: the steps done before, a blank, and what it is; empty while all
-        are finite."""
+        """About this rank's first loss that is not finite: the steps done before, a blank, and the loss. Empty while
+        all losses are finite."""
 
     def add(self, record: StepRecord) -> None:
         """Takes a step; passes on those whose times are ready."""

@@ -218,23 +218,34 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(known) or 'none'}"
 
 
+_READING = """\
+# The results file
+
+    from d2ft_hpc import results
+    with results.open("runs/demo") as run:     # executes nothing and follows nothing that the file names
+        run.table("steps")["step_seconds"]     # NumPy, [step, rank]
+        run.pandas("evaluations")              # needs pip install 'd2ft-hpc[analysis]'
+        run.xarray("plans")
+
+In plain h5py: `h5py.File("results.h5")["steps/step_seconds"][:]`. In xarray, without this package:
+`xarray.open_dataset("results.h5", group="steps", engine="h5netcdf")`. Tests read files in these ways. By hand
+(`tests/manual/read_results.sh`) they were read with h5wasm, which is h5web's library, and with h5dump of HDF5 1.10,
+finished and killed; MATLAB was not tried.
+
+The file can be opened at any moment, also after the run was killed. While a run goes on, the file links closed segments
+that lie beside it; a thread adds one every `results.flush_seconds`, which is the most that a kill loses. At the end it
+becomes one file that needs no other. A resumed run continues it. Ranks send their figures to rank 0 without waiting for
+anybody. With `results.file_per_rank=true`, for thousands of ranks, each rank keeps its figures in `results.ranks/`, and
+`results.h5` joins them as virtual datasets. HDF5 needs no file locks for any of this; the lock of `results.locking`
+keeps two jobs from writing the same run.
+
+The rest of this page is made from [schema.py](schema.py) by `python -m d2ft_hpc.results.schema`.
+"""
+
+
 def document() -> str:
     """The schema as Markdown: README.md beside this module."""
-    lines = [
-        "# The results file",
-        "",
-        "Made from [schema.py](schema.py) by `python -m d2ft_hpc.results.schema`.",
-        "",
-        *(__doc__ or "").strip().splitlines(),
-        "",
-        "In plain h5py: `h5py.File('results.h5')['steps/step_seconds'][:]`, [step, rank]. In xarray, without this",
-        "package: `xarray.open_dataset('results.h5', group='steps', engine='h5netcdf')`. With it:",
-        "`d2ft_hpc.results.open(path)`.",
-        "",
-        "Tests read it with these. By hand (`tests/manual/read_results.sh`) it was read with h5wasm, h5web's library,",
-        "and with h5dump of HDF5 1.10, finished and killed; MATLAB (`h5read('results.h5', '/steps/step_seconds')`)",
-        "was not tried.",
-    ]
+    lines = [*_READING.splitlines(), "", "## Structure", "", *(__doc__ or "").strip().splitlines()]
     for table, fields in TABLES.items():
         lines += ["", f"## Table `{table}`", "", *_document_fields(fields, ROW_AXES[table])]
     for group, fields in GROUPS.items():

@@ -27,7 +27,7 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 _FP16_SCALE = 2.0**10
 """Keeps the gradients of a mean loss within fp16's range."""
 _GRADIENT_BYTES = 1 << 28
-"""Weight gradients of so many samples as fit are formed at a time."""
+"""As many samples as fit have their weight gradients formed at a time."""
 
 
 def gradient_scores(
@@ -145,7 +145,7 @@ def gradients_of_heads(
     inputs: Tensor,
     output_gradients: Tensor,
 ) -> Iterator[tuple[HeadAxis, Tensor, Tensor]]:
-    """Of what heads own of a block's layer `name`: its split by head, value and gradient, float32
+    """For everything that heads own of a block's layer `name`: its split by head, value and gradient, float32
     [group, *value.shape].
 
     inputs: [group, token, channel] in the dtype of the products; output_gradients: float32.

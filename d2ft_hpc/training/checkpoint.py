@@ -42,7 +42,7 @@ class Position:
 
     epochs_done: int = 0
     batches_done: int = 0
-    """Of the epoch that is under way: the data position. Batch b of an epoch is the same for every number of ranks."""
+    """Batches of the epoch that is under way: the data position. Batch b is the same for every number of ranks."""
     steps_done: int = 0
     plans_made: int = 0
     rows: int = 0

@@ -51,7 +51,7 @@ def evaluate(
             cells.append(labels * classes + logits.argmax(-1))
             loss_sum += F.cross_entropy(logits, labels, reduction="sum").double()
     model.train(was_training)
-    # Of many classes, few pairs of label and prediction occur: only those travel.
+    # With many classes, few pairs of label and prediction occur, and only these are sent.
     cell, count = np.unique(torch.cat(cells).cpu().numpy() if cells else [], return_counts=True)
     own = [np.array([classes]), cell, count, np.array([float(loss_sum)]).view(np.int64)]
     gathered = control.all_gather(np.concatenate(own).astype("<i8").tobytes())

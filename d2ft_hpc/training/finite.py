@@ -28,7 +28,7 @@ def with_advice(config: RunConfig) -> Iterator[None]:
         yield
     except DivergedError as error:
         good = complete_checkpoints(config.run_folder / run_folder.CHECKPOINTS)
-        if error.steps_done is not None:  # its loss was computed from the state after so many steps
+        if error.steps_done is not None:  # its loss was computed from the state after those steps
             good = [checkpoint for checkpoint in good if checkpoint.name < checkpoint_name(error.steps_done)]
         from_where = (
             f"the last good state is {good[-1]}, whose model.safetensors a new run can take as model.weights"

@@ -35,7 +35,7 @@ def trial_plan(context: PlanContext) -> SkipPlan:
     last = 0 if total is None or every is None else (total - 1) // every * every  # budgets only fall
     # What a second does not find may exist; the run itself looks for as long as the configuration says.
     for seconds in (min(_TRIAL_SECONDS, settings.time_limit_seconds), settings.time_limit_seconds):
-        # Demands of which only the real scores tell are left open.
+        # What only the real scores can tell is left open.
         update = {"time_limit_seconds": seconds, **dict.fromkeys(settings.entry.needs_scores_for)}
         try:
             return solve_plan(replace(context, settings=settings.model_copy(update=update)), None, 0, last)

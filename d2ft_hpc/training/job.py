@@ -205,7 +205,7 @@ def _check_sizes(config: RunConfig, train_set: LabelledImages, sampler: MicroBat
     if config.plan.probe_batches > sampler.batches_per_epoch:
         raise ConfigError(
             f"plan.probe_batches={config.plan.probe_batches}: an epoch has {sampler.batches_per_epoch} batches; use at "
-            f"most so many"
+            f"most that many"
         )
 
 

@@ -133,7 +133,7 @@ def cache_folder() -> Path:
 
 
 def _key(job: Job) -> str:
-    """Of everything that decides how long a pass takes."""
+    """A text that stands for everything that decides how long a pass takes."""
     config: RunConfig = job.config
     hardware = _processor()
     if job.device.type == "cuda":

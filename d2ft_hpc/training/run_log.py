@@ -27,7 +27,7 @@ CONFUSION_CLASSES = 256
 
 
 class RunLog(PlanListener):
-    """Of one run on this rank: rank 0 speaks and, once its files are open, writes."""
+    """What one run says on this rank. Rank 0 prints and, once its files are open, writes."""
 
     def __init__(self, job: Job, executor: PlanExecutor, progress: Progress, watch: Watch) -> None:
         self.progress, self.watch = progress, watch

@@ -176,7 +176,7 @@ def largest_difference(one: Any, other: Any) -> float:
 
 
 def model_for(optimizer_name: str) -> VisionTransformer:
-    """A key bias has a gradient of zero but for rounding, which AdamW would turn into steps of full size."""
+    """A key bias has a gradient of zero, except for rounding, which AdamW would turn into steps of full size."""
     return tiny_vit(qkv_bias=optimizer_name == "sgd")
 
 

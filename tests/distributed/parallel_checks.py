@@ -173,7 +173,7 @@ def check_fp32(
     control: Control, kind: str, optimizer_name: str, qk_norm: bool = False, **options: Any
 ) -> float:
     """Largest difference from one process."""
-    # A key bias has a gradient of zero but for rounding, which AdamW would turn into steps of full size.
+    # A key bias has a gradient of zero, except for rounding, which AdamW would turn into steps of full size.
     model_options = {"qkv_bias": optimizer_name == "sgd", "qk_norm": qk_norm, "init_values": 0.5}
     own = trained(control, tiny_vit(**model_options), optimizer_name, kind, **options)
     replicas = control.world_size // (options["stages"] * options["tensor_ranks"])

@@ -1,4 +1,4 @@
-"""The command line on ranks of which rank 1 is stopped while it loads torch, as a node that hangs stops it."""
+"""The command line on several ranks, where rank 1 is stopped while it loads torch, as a node that hangs stops it."""
 
 from __future__ import annotations
 

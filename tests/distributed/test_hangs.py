@@ -42,7 +42,7 @@ def start(folder: Path, phase: str, *overrides: str, ranks: int = 1) -> subproce
 
 
 def ended(job: subprocess.Popen[str]) -> tuple[int, list[str]]:
-    """The status, and what the package's own lines say, but for what skipping heads costs."""
+    """The status, and what the package's own lines say, except what skipping heads costs."""
     told = job.communicate(timeout=LIMIT_SECONDS)[0].splitlines()
     own = [line for line in told if line.startswith(("d2ft-hpc: ", "[rank "))]
     return job.returncode, [line for line in own if "warning: plan.planner=paper" not in line]

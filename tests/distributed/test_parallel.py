@@ -88,7 +88,7 @@ def test_a_lone_senders_tensor_reaches_every_rank(results: dict[str, Any]) -> No
 
 
 def test_what_is_sent_is_what_the_message_model_says(results: dict[str, Any]) -> None:
-    """Under every kind of plan, but for what no plan changes: losses, norms, shapes of a pipeline's messages."""
+    """Under every kind of plan, except what no plan changes: losses, norms, shapes of a pipeline's messages."""
     sent = {name: result for name, result in results.items() if name.startswith("sent")}
     assert sent
     for name, of_kinds in sent.items():

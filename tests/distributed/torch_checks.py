@@ -67,7 +67,7 @@ UNEVEN_ORDER = np.array([[0, 1, 0, 1], [1, 0, 0, 1], [0, 0, 1, 1], [1, 1, 0, 0]]
 
 
 def model_for(engine: str, optimizer: str, lora: bool) -> VisionTransformer:
-    """A key bias has a gradient of zero but for rounding, which AdamW would turn into steps of full size."""
+    """A key bias has a gradient of zero, except for rounding, which AdamW would turn into steps of full size."""
     heads = {"num_heads": 4} if "tp" in engine else {}
     model = tiny_vit(qkv_bias=optimizer == "sgd", qk_norm="tp" in engine, **heads)
     return with_lora(model) if lora else model

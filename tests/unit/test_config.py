@@ -98,7 +98,7 @@ def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
         ("data.root=!!python/object/apply:os.getcwd []", ["could not determine a constructor"]),
         (f"run.folder={'[' * 5000}", ["nested too deeply"]),
         (f"model.options={'{a: ' * 40}1{'}' * 40}", ["model.options=", "nested too deeply"]),
-        (f"model.options.{'.'.join('a' * 3000)}=1", ["model.options.a.a", "sections in each other"]),
+        (f"model.options.{'.'.join('a' * 3000)}=1", ["model.options.a.a", "sections inside each other"]),
         (f"data.root=[{'x' * 5000}]", ["data.root=['xxx", "...", "string"]),
     ],
 )

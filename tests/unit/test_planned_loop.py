@@ -337,7 +337,7 @@ def test_images_grow_through_the_training_which_goes_on_from_its_midst(settings:
 def test_images_that_a_plan_could_only_shrink_unasked_are_refused_before_the_first_step() -> None:
     model = tiny_vit(dynamic_img_size=True).train()
     d2ft_hpc.attach(model, total_steps=8)
-    with pytest.raises(PlanError, match=r"images of 24 x 24 pixels come to a model for 16 x 16.*img_size="):
+    with pytest.raises(PlanError, match=r"made for images of 16 x 16 pixels and gets 24 x 24.*img_size="):
         model(torch.zeros(2, 3, 24, 24))
 
 

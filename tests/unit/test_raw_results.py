@@ -22,7 +22,8 @@ def test_every_file_holds_values(suffix: str) -> None:
 
 
 def test_every_documented_experiment_can_be_started() -> None:
-    texts = [ANALYSIS.parent / "README.md", *ANALYSIS.rglob("*.md"), *ANALYSIS.rglob("*.py")]
+    pages = (ANALYSIS.parent / "d2ft_hpc").rglob("*.md")
+    texts = [ANALYSIS.parent / "README.md", *pages, *ANALYSIS.rglob("*.md"), *ANALYSIS.rglob("*.py")]
     named = {name for text in texts for name in re.findall(r"\banalysis(?:\.\w+)+", text.read_text())}
     modules = {name for name in named if not name.endswith((".md", ".py"))}
     assert len(modules) > 8

@@ -48,7 +48,7 @@ class EngineKind:
     about: str
     """For users, who choose by it."""
     libraries: tuple[str, ...] = ("torch",)
-    """Those whose undocumented names it uses."""
+    """Libraries whose undocumented names it uses."""
     scales_losses = False
     """As fp16 needs."""
     reads_deepspeed = False
@@ -90,7 +90,8 @@ class EngineKind:
             raise ValueError(f"{parts}: engine {self.name} has no pipeline; use deepspeed")
         if engine.cuda_graphs:
             raise ValueError(
-                "engine.cuda_graphs=true: not where ranks hold parts of the model; remove it, or use data parallelism"
+                "engine.cuda_graphs=true: cannot be used where ranks hold parts of the model; remove it, or use data "
+                "parallelism"
             )
         if engine.precision == "fp16":
             raise ValueError(
