@@ -26,7 +26,6 @@ HEAD = (
     "dense",
     "difference",
     "rival: fewer steps",
-    "time / dense",
 )
 
 Runs = dict[int, dict[str, Any]]
@@ -62,7 +61,6 @@ def rows(lines: list[dict[str, Any]]) -> Iterator[tuple[float, list[str]]]:
                 f"{of_dense:.2f}",
                 f"{accuracy - of_dense:+.2f}",
                 f"{100 * mean(line['accuracy'] for line in rival.values()):.2f}" if rival else "not run",
-                "not measured",
             ],
         )
 

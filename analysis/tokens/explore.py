@@ -165,7 +165,9 @@ def train_cost(c: Settings, r: int, emb: int | None = None) -> int:
     patch, rest = forward_flops(c, r)
     in_blocks = rest - 2 * c.dim * SIZE[c.data][1]
     forward_only = in_blocks * frozen_blocks(c, r) // c.depth
-    return patch * (2 if (c.emb if emb is None else emb) else 1) + 3 * rest - 2 * forward_only
+    trains_patches = c.emb if emb is None else emb
+    cost: int = patch * (2 if trains_patches else 1) + 3 * rest - 2 * forward_only
+    return cost
 
 
 def frozen_blocks(c: Settings, r: int) -> int:
