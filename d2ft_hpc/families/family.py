@@ -174,9 +174,8 @@ class BlockFamily(ABC):
     def recomputes(self, model: Any) -> bool:
         """Whether the model's blocks run again in the backward (activation checkpointing)."""
 
-    @property
     @abstractmethod
-    def recomputes_reentrantly(self) -> bool:
+    def recomputes_reentrantly(self, model: Any) -> bool:
         """Whether that is in torch's reentrant way, which loses the gradients of a block whose input takes none."""
 
     not_reentrant: str
