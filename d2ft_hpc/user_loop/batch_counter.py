@@ -54,7 +54,7 @@ class BatchCounter:
         self._metered: Metered | None = None  # of the batch that runs
         self._counted: _Counted | None = None
         self._scored = 0
-        self._trained: list[tuple[int, int]] = []
+        self._trained: list[tuple[int, int, float]] = []
 
     @property
     def measured_share(self) -> float | None:
@@ -69,10 +69,11 @@ class BatchCounter:
         self.begin()
         self._scored += samples
 
-    def train(self, slot: int, samples: int) -> None:
-        """So many samples are about to train, in this place of the batch."""
+    def train(self, slot: int, samples: int, size: float = 1.0) -> None:
+        """So many samples are about to train, in this place of the batch. size: of each, in units of that whose FLOPs
+        were counted."""
         self.begin()
-        self._trained.append((slot, samples))
+        self._trained.append((slot, samples, size))
 
     def begin(self) -> None:
         """Counts from here on, in the first batch under its plan."""
@@ -106,15 +107,16 @@ class BatchCounter:
         """The batch is done, under the plan that is still in force."""
         self.stop()
         plan, costs = self._executor.plan, self._costs
-        slots, sizes = [slot for slot, _ in self._trained], [samples for _, samples in self._trained]
-        trained = sum(sizes)
+        slots = [slot for slot, _, _ in self._trained]
+        sizes = [samples * size for _, samples, size in self._trained]
+        trained = sum(samples for _, samples, _ in self._trained)
         samples = self._scored or trained
         if plan is None or plan.binding == "sample":
-            planned = self._scored * costs.score_flops + trained * costs.dense_flops
+            planned = self._scored * costs.score_flops + sum(sizes) * costs.dense_flops
             work = RankWork(planned, trained, 0, samples - trained)
         else:
             work = costs.work(plan, placement.layout.replica, placement.own, slots, sizes)
-        dense = costs.dense_flops * samples
+        dense = costs.dense_flops * (sum(sizes) if self._scored == 0 else self._scored)
         if self._metered is not None and samples:
             self._counted = _Counted(plan, self._metered, work.planned_flops, dense)
         self._metered, self._scored, self._trained = None, 0, []

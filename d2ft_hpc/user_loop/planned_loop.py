@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from d2ft_hpc.engines.check import check_plan
+from d2ft_hpc.engines.engine import logits_of
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import backbone_of, find_backbone
@@ -38,7 +39,7 @@ from d2ft_hpc.user_loop.batch_counter import BatchCounter
 from d2ft_hpc.user_loop.default_group import control_of_loop
 from d2ft_hpc.user_loop.prepare import bind_engine
 from d2ft_hpc.user_loop.record import LoopRecord
-from d2ft_hpc.user_loop.section import D2ftSection, parse_section, require_length
+from d2ft_hpc.user_loop.section import D2ftSection, parse_section, require_images, require_length
 from d2ft_hpc.user_loop.told import Told
 
 Call = Callable[[Sequence[Any]], None]
@@ -56,7 +57,7 @@ def attach(
     """Lets a model of a known family train under plans in the loop that follows.
 
     It may be inside peft's wrapper or a module of the user's own, which trains as before; shares of compute are of the
-    model of the known family alone.
+    model of the known family alone, with the head that its library has put around it.
 
     Call it before the optimiser, DDP or `fully_shard` get the model: it freezes what lies below the blocks.
 
@@ -96,9 +97,10 @@ class PlannedLoop:
         self._whole = model
         self._model = model = backbone_of(model)
         """The supported model that the user's own is, or has inside."""
+        require_images(section, "", model)
         require_length(section, "")
-        self.executor, image_shape, self._costs = attached(model, section)
-        self._image_size = image_shape[-1]
+        self.executor, sample_shape, self._costs = attached(model, self._whole, section)
+        self._image_size = sample_shape[-1]
         self._selection: SampleSelection | None = None
         if section.entry.binding == "sample":
             device = next(model.parameters()).device
@@ -247,8 +249,9 @@ class PlannedLoop:
         self._plan_batch()
         self._slot, self._is_chosen, self._is_begun = self._slot + 1, False, True
         self._turn_to("forward")
-        images = next(each for each in inputs if isinstance(each, Tensor))
-        self._counter.train(self._slot, len(images))
+        samples = next(each for each in inputs if isinstance(each, Tensor))
+        size = self.executor.subnets.family.size_of(self._model, samples)
+        self._counter.train(self._slot, len(samples), size)
 
     def _after_forward(self, inputs: Sequence[Any]) -> None:
         self._turn_to("backward")
@@ -359,7 +362,7 @@ class PlannedLoop:
         dtype = next(self._model.parameters()).dtype
         family = self.executor.subnets.family
         with family.taking_any_size(self._model), evaluating(self._whole):
-            return [self._whole(of_slot.to(dtype)) for of_slot in images]
+            return [logits_of(self._whole(of_slot.to(dtype))) for of_slot in images]
 
     @property
     def _wraps(self) -> bool:
