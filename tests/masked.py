@@ -41,9 +41,7 @@ def masked_blocks(blocks: Sequence[nn.Module], outs: Sequence[str], row: np.ndar
 def _masked(layer: Any, operations: np.ndarray) -> Callable[[Tensor], Tensor]:
     """What FULL heads give, with gradients, and what FORWARD_ONLY ones give, without."""
     units, heads = layer.in_features, len(operations)
-    head = torch.tensor(
-        [next(h for h in range(heads) if u < (h + 1) * units // heads) for u in range(units)]
-    )
+    head = torch.tensor([next(h for h in range(heads) if u < (h + 1) * units // heads) for u in range(units)])
     operation = torch.tensor(operations.astype(int))[head]
     whole = type(layer).forward
 
@@ -79,7 +77,9 @@ def random_rows(depth: int, heads: int, seeds: int = 4) -> dict[str, np.ndarray]
     rows = {
         "all forward only": np.full((depth, heads), FORWARD_ONLY),
         "a block skipped": skipped,
-        "forward only and shortcut": np.where(np.arange(heads) == 0, FORWARD_ONLY, SHORTCUT)[None].repeat(depth, 0),
+        "forward only and shortcut": np.where(np.arange(heads) == 0, FORWARD_ONLY, SHORTCUT)[None].repeat(
+            depth, 0
+        ),
     }
     for seed in range(seeds):
         rows[f"random {seed}"] = np.random.default_rng(seed).integers(0, 3, (depth, heads))

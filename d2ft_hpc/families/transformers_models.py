@@ -101,10 +101,7 @@ class TransformersFamily(BlockFamily):
     def recomputes(self, model: Any) -> bool:
         return any(block.gradient_checkpointing for block in self._checkpointing(model))
 
-    not_reentrant = (
-        'call model.gradient_checkpointing_enable({"use_reentrant": False}), or give '
-        'gradient_checkpointing_kwargs={"use_reentrant": False} to TrainingArguments'
-    )
+    not_reentrant = 'call model.activation_checkpointing_enable({"use_reentrant": False})'
 
     def recomputes_reentrantly(self, model: Any) -> bool:
         def is_reentrant(block: Any) -> bool:
@@ -116,7 +113,7 @@ class TransformersFamily(BlockFamily):
         )
 
     def recompute(self, model: Any) -> None:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
 
     @contextmanager
     def not_recomputing(self, model: Any) -> Iterator[None]:
