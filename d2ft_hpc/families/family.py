@@ -230,6 +230,10 @@ class BlockFamily(ABC):
         forward."""
         return
 
+    def afresh(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a block's forward, which got these, gets in a second pass by itself."""
+        return kwargs
+
     def generates(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether blocks whose forward gets these go on with a text, which no plan is for."""
         return False

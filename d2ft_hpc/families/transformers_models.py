@@ -181,8 +181,6 @@ class TransformersFamily(BlockFamily):
     ) -> Sequence[Branch]:
         attn, mlp, layers = block.get_submodule(self.attention), block.mlp, self.layers(block)
         (proj,), (contract,) = layers["proj"], layers["fc2"]
-        others = {name: value for name, value in kwargs.items() if name not in _CACHES}
-
         def owned(name: str, normed: Tensor, heads: Tensor) -> Tensor:
             return into_heads(block.get_submodule(name), name, axes, normed, heads)
 
@@ -195,7 +193,7 @@ class TransformersFamily(BlockFamily):
             query, key, value = (each.transpose(1, 2) for each in (query, key, value))
             if position_embeddings is not None:
                 query, key = _library_of(attn).apply_rotary_pos_emb(query, key, *position_embeddings)
-            return _attend(attn, query, key, value, attention_mask, **others).flatten(2)
+            return _attend(attn, query, key, value, attention_mask, **self.afresh(kwargs)).flatten(2)
 
         def activate(normed: Tensor, heads: Tensor) -> Tensor:
             act = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
@@ -234,6 +232,9 @@ class TransformersFamily(BlockFamily):
                 "the model trains on text that goes on from a cache, which heads that a plan skips do not keep: give "
                 "it whole, without past_key_values"
             )
+
+    def afresh(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {name: value for name, value in kwargs.items() if name not in _CACHES}
 
     def generates(self, kwargs: Mapping[str, Any]) -> bool:
         return _cache_of(kwargs) is not None and not torch.is_grad_enabled()

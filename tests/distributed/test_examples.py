@@ -25,6 +25,8 @@ COMMANDS = {
     "accelerate_fsdp2.py": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone", str(RUN)],
     "transformers_trainer.py": [sys.executable],
     "transformers_trainer.py on 2 ranks": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone"],
+    "decoder_trainer.py": [sys.executable],
+    "decoder_trainer.py on 2 ranks": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone"],
     "lightning_loop.py": [sys.executable],
     "lightning_loop.py on 2 ranks": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone"],
     "deepspeed_script.py": [str(BESIDE / "deepspeed"), "--num_gpus", "2", "--master_port", "29651"],
