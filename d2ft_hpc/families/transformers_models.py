@@ -181,6 +181,7 @@ class TransformersFamily(BlockFamily):
     ) -> Sequence[Branch]:
         attn, mlp, layers = block.get_submodule(self.attention), block.mlp, self.layers(block)
         (proj,), (contract,) = layers["proj"], layers["fc2"]
+
         def owned(name: str, normed: Tensor, heads: Tensor) -> Tensor:
             return into_heads(block.get_submodule(name), name, axes, normed, heads)
 

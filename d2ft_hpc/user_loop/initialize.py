@@ -22,7 +22,7 @@ from d2ft_hpc.engines.private_names import NEWEST_TESTED, newer_than_tested
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.errors import ConfigError, LaunchError, UnsupportedModelError
-from d2ft_hpc.families.table import backbone_of
+from d2ft_hpc.families.table import backbone_of, family_of
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.lifecycle.costs import costs_of_part
 from d2ft_hpc.parallel.head_split import check_parts, even_owner
@@ -100,6 +100,8 @@ def initialize(
             "model was made inside deepspeed.zero.Init: make it outside, ZeRO-3 spreads it here"
         )
     stages, tensor_ranks = _parts(settings, pipeline)
+    if stages * tensor_ranks > 1:
+        check_parts(family_of(backbone))
     if stages * tensor_ranks > 1 and backbone is not model:
         raise ConfigError(
             f"model is a {type(model).__name__} around a {type(backbone).__name__}: ranks that hold parts of a model "
@@ -127,8 +129,6 @@ def initialize(
     if layout.is_cut and section.cuda_graphs:
         raise ConfigError("d2ft.cuda_graphs=true: not where ranks hold parts of the model; remove it")
     executor, sample_shape, costs = attached(backbone, model, section)
-    if layout.is_cut:
-        check_parts(executor.subnets)
     flops = layer_flops(backbone, costs, sample_shape)
     placement = Placement(
         layout, cut_stages(flops, stages), even_owner(*executor.subnets.shape, layout.tensor_ranks)

@@ -87,7 +87,9 @@ def tiny(kind: str, **options: Any) -> nn.Module:
     return model.train()
 
 
-def text(seed: int, *, padded: str | None = None, samples: int = 4, tokens: int = TOKENS) -> dict[str, Tensor]:
+def text(
+    seed: int, *, padded: str | None = None, samples: int = 4, tokens: int = TOKENS
+) -> dict[str, Tensor]:
     """padded: "left" or "right": a sequence of each batch is shorter than the others."""
     ids = torch.randint(3, VOCABULARY, (samples, tokens), generator=torch.Generator().manual_seed(seed))
     if padded is None:
@@ -174,9 +176,7 @@ def test_every_parameter_of_the_blocks_has_its_heads_or_none(kind: str) -> None:
         assert axis.parameter_shape == parameter.shape, (block, name)
         assert axis.sum_by_head(torch.ones_like(parameter)).tolist() == axis.entries.tolist()
     classes = {name: subnets.classify(name) for name, _ in model.named_parameters()}
-    shared = {
-        name.split(".", 2)[2] for name, found in classes.items() if found is ParameterClass.SHARED
-    }
+    shared = {name.split(".", 2)[2] for name, found in classes.items() if found is ParameterClass.SHARED}
     assert all("norm" in name or name in ("self_attn.o_proj.bias", "mlp.down_proj.bias") for name in shared)
     below = {name for name, found in classes.items() if found is ParameterClass.EMBEDDING}
     assert below == {"embed_tokens.weight"}

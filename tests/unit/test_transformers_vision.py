@@ -21,7 +21,6 @@ from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import backbone_of, family_of
 from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
-from d2ft_hpc.parallel.head_split import check_parts
 from d2ft_hpc.planning.plan import SkipPlan
 from d2ft_hpc.scores.observe import GradientObserver
 from tests.masked import loss_and_gradients, masked_blocks, random_rows
@@ -393,9 +392,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     ):
         attach(model)
     model = tiny("ViT")
-    executor = planned(model, ROWS["random 1"])
-    with pytest.raises(UnsupportedModelError, match=r"run whole.*tensor_parallel=1"):
-        check_parts(executor.subnets)
+    planned(model, ROWS["random 1"])
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(PlanError, match=r"'flex_attention'.*'sdpa'"):
         loss_of(model, *random_batch(1))
@@ -407,6 +404,14 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         UnsupportedModelError, match="block 1 is a Own with a forward that is not transformers'"
     ):
         attach(model)
+
+
+def test_ranks_do_not_get_parts() -> None:
+    for config in ({"tensor_parallel": {"autotp_size": 2}}, {"pipeline": {"stages": 2}}):
+        model = tiny("ViT")
+        given = d2ft_hpc.PipelineModule(model, loss_fn=F.cross_entropy) if "pipeline" in config else model
+        with pytest.raises(UnsupportedModelError, match=r"run whole.*pipeline_stages=1"):
+            d2ft_hpc.initialize(model=given, config={**config, "d2ft": {"planner": "joint"}})
 
 
 def test_a_tower_inside_a_larger_model_follows_plans() -> None:
