@@ -91,7 +91,7 @@ def initialize(
     model = model.layers if isinstance(model, PipelineModule) else model
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
-            f"model is a {type(model).__name__}: make one with timm.create_model, and for a pipeline wrap it in "
+            f"model is a {type(model).__name__}: give one of timm or transformers, and for a pipeline wrap it in "
             f"d2ft_hpc.PipelineModule"
         )
     backbone = backbone_of(model)
