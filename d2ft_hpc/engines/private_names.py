@@ -177,9 +177,7 @@ def _transformers() -> Iterator[PrivateName]:
     rotary = ("dinov3_vit", "llama", "qwen2", "qwen3")
     for model in ("vit", "dinov2", "dinov2_with_registers", "clip", "siglip", *rotary):
         module = f"transformers.models.{model}.modeling_{model}"
-        yield PrivateName(
-            f"{module}:ALL_ATTENTION_FUNCTIONS.get_interface", "self.config._attn_implementation", since
-        )
+        yield PrivateName(f"{module}:ALL_ATTENTION_FUNCTIONS", "self.config._attn_implementation", since)
         yield PrivateName(f"{module}:eager_attention_forward", "attn_output, attn_weights", since)
         if model in rotary:
             yield PrivateName(f"{module}:apply_rotary_pos_emb", "def apply_rotary_pos_emb", since)

@@ -280,9 +280,8 @@ def _attend(
     if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
         raise PlanError("an attention mask that differs between heads is not supported under a plan")
     library = _library_of(attn)
-    attend = library.ALL_ATTENTION_FUNCTIONS.get_interface(
-        attn.config._attn_implementation, library.eager_attention_forward
-    )
+    name = attn.config._attn_implementation
+    attend = library.eager_attention_forward if name == "eager" else library.ALL_ATTENTION_FUNCTIONS[name]
     rate = attn.attention_dropout if hasattr(attn, "attention_dropout") else attn.dropout
     if hasattr(attn, "sliding_window"):
         kwargs["sliding_window"] = attn.sliding_window

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from d2ft_hpc.engines.check import check_plan
+from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.engine import logits_of
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
 from d2ft_hpc.execution.gradients import Reduction
@@ -231,7 +231,8 @@ class PlannedLoop:
         return found
 
     def check(self, plan: SkipPlan) -> None:
-        """Raises PlanError where the loop cannot run `plan`."""
+        """Raises PlanError where the loop cannot run `plan`, ConfigError where recomputing blocks lose gradients."""
+        check_recompute(self._model)
         check_plan(plan, slots=self.slots, replicas=self._plans().control.world_size, same_rows=None)
 
     def _before_forward(self, inputs: Sequence[Any]) -> None:

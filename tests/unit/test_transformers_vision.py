@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import d2ft_hpc
-from d2ft_hpc.engines.check import check_recompute
 from d2ft_hpc.errors import ConfigError, PlanError, UnsupportedModelError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.execution.gradients import Reduction
@@ -286,10 +285,11 @@ def test_blocks_that_checkpoint_themselves_compute_the_same(kind: str, reduction
 
 
 def test_reentrant_checkpointing_is_refused() -> None:
-    model: Any = vit()
+    model: Any = tiny("ViT")
+    d2ft_hpc.attach(model, planner="random")
     model.activation_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ConfigError, match=r"reentrant.*activation_checkpointing_enable\(.*False"):
-        check_recompute(model)
+        loss_of(model, *random_batch(1))
 
 
 def test_dropouts_leave_dense_training_as_it_is_and_draw_under_plans() -> None:
@@ -355,6 +355,9 @@ def test_a_loop_draws_samples_by_the_library_s_logits() -> None:
     images, labels = d2ft.choose(*random_batch(0, samples=12))
     assert 4 < len(images) == len(labels) < 9
     model(pixel_values=images, labels=labels).loss.backward()
+    unbiased = d2ft_hpc.attach(tiny("CLIP"), 0.7, planner="samples", options={"weights": "unbiased"})
+    _, weighted = unbiased.choose(*random_batch(0, samples=12))
+    assert weighted.shape == (len(labels), CLASSES)
 
 
 def test_what_was_trained_is_read_by_the_library_alone(tmp_path: Path) -> None:
