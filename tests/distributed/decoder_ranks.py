@@ -48,7 +48,9 @@ def plan_of(step: int, replicas: int) -> SkipPlan:
     rows = np.random.default_rng(step).integers(0, 3, (2 * SLOTS, DEPTH, GROUPS)).astype(np.uint8)
     rows[step, step] = 0  # a block that one replica skips
     rows[:2, (step + 1) % DEPTH] = 0  # one that no replica runs
-    rows[:, (step + 2) % DEPTH, 0] = 2
+    if step:  # in one micro-batch a replica trains its last block alone, or none
+        rows[0] = 0
+        rows[0, -1] = 2 * (step == 1)
     return SkipPlan(rows, replicas=replicas)
 
 
