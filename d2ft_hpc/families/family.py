@@ -119,8 +119,8 @@ class BlockFamily(ABC):
         weight = next(model.parameters())
         return torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
 
-    def size_of(self, model: Any, samples: Tensor) -> float:
-        """Tokens of each of these samples, in units of those of `sample_shape`, where plans do not say how many."""
+    def size_of(self, samples: Tensor, shape: tuple[int, ...]) -> float:
+        """Tokens of each of these samples, in units of those of one of this shape, where plans do not say how many."""
         return 1.0
 
     def around(self, model: nn.Module, whole: nn.Module) -> nn.Module:

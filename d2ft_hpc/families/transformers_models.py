@@ -21,6 +21,7 @@ from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.families.head_linear import into_heads, out_of_heads
 from d2ft_hpc.families.low_rank import axes_of, is_linear
 
+_MODELS = "transformers.models."
 ATTENTIONS = ("sdpa", "eager")
 """Those of transformers' implementations of attention whose results under plans are tested."""
 
@@ -29,7 +30,7 @@ class TransformersFamily(BlockFamily):
     """A subnet is a group of query heads with its key and value head, and its slice of the MLP."""
 
     classes: tuple[str, ...]
-    """Of models, by their modules in transformers.models."""
+    """Of models, with their modules in transformers.models."""
     attention: str
     """Names in a block: of its attention, and of the norms before it and before the MLP."""
     norms: tuple[str, str]
@@ -39,9 +40,14 @@ class TransformersFamily(BlockFamily):
     refuses_parts = "transformers' models are run whole, parts of them by ranks are not made"
 
     def has(self, model: nn.Module) -> bool:
+        if "transformers" not in sys.modules:
+            return False
         # A subclass's too, such as FSDP2 makes.
-        own = {f"transformers.models.{name}" for name in self.classes}
-        return any(f"{each.__module__}.{each.__qualname__}" in own for each in type(model).__mro__)
+        return any(
+            each.__module__.startswith(_MODELS)
+            and f"{each.__module__.removeprefix(_MODELS)}.{each.__qualname__}" in self.classes
+            for each in type(model).__mro__
+        )
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         try:
@@ -53,7 +59,7 @@ class TransformersFamily(BlockFamily):
 
     def misfits(self, block: nn.Module) -> list[str]:
         name = type(block).__name__
-        if not type(block).forward.__module__.startswith("transformers.models."):
+        if not type(block).forward.__module__.startswith(_MODELS):
             return [f"is a {name} with a forward that is not transformers'"]
         if inspect.signature(type(block).forward).return_annotation not in (Tensor, "torch.Tensor"):
             return [f"is a {name} that gives more than a tensor: update transformers to 5.24 or newer"]

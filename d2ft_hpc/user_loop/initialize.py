@@ -180,7 +180,7 @@ def initialize(
     if selection is not None and layout.is_cut:
         score_flops = count_scoring(selection, sample_shape[-1], ours.engine.device)
         part_costs = replace(part_costs, score_flops=score_flops)
-    counter = BatchCounter(part_costs, ours.executor)
+    counter = BatchCounter(part_costs, ours.executor, sample_shape)
     ours.engine.d2ft = PlannedDeepSpeed(ours, section, costs, placement, selection, control, counter, record)
     return ours.made  # type: ignore[no-any-return]
 

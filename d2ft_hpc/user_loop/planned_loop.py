@@ -115,7 +115,7 @@ class PlannedLoop:
         self._is_chosen = self._is_bound = False
         self._unseen_steps = 0
         self._is_begun = False  # a batch, as opposed to what a loop does between two
-        self._counter = BatchCounter(self._costs, self.executor)
+        self._counter = BatchCounter(self._costs, self.executor, sample_shape)
         settings = {**section.model_dump(mode="json"), "micro_batches": micro_batches}
         self.record = LoopRecord(section.results, settings, model, self.executor.subnets, self._costs)
         """What the loop can add to its `results.h5`: `record.loss`, `record.evaluation`, `record.close`."""
@@ -252,8 +252,7 @@ class PlannedLoop:
         self._slot, self._is_chosen, self._is_begun = self._slot + 1, False, True
         self._turn_to("forward")
         samples = next(each for each in inputs if isinstance(each, Tensor))
-        size = self.executor.subnets.family.size_of(self._model, samples)
-        self._counter.train(self._slot, len(samples), size)
+        self._counter.train(self._slot, len(samples), samples)
 
     def _after_forward(self, inputs: Sequence[Any]) -> None:
         self._turn_to("backward")

@@ -92,7 +92,9 @@ def by_torch(way: str, kind: str, embeddings: Any, rank: int) -> Iterator[tuple[
                 outer.set_requires_gradient_sync(is_last)
             keeps = outer.no_sync() if way == "DDP" and not is_last else nullcontext()
             with keeps, executor.micro_batch(slot):
-                (outer(input_ids=ids, labels=ids).loss / SLOTS).backward()
+                output = outer(input_ids=ids, labels=ids, output_hidden_states=step == STEPS - 1)
+                (output.loss / SLOTS).backward()
+            assert output.hidden_states is None or len(output.hidden_states) == DEPTH + 1
         optimizer.step()
         optimizer.zero_grad()
     for name, parameter in model.named_parameters():
