@@ -123,7 +123,7 @@ class BlockFamily(ABC):
         """Tokens of each of these samples, in units of those of one of this shape, where plans do not say how many."""
         return 1.0
 
-    def around(self, model: nn.Module, whole: nn.Module) -> nn.Module:
+    def around(self, model: Any, whole: nn.Module) -> Any:
         """What takes the same as the model and has it inside, within the user's `whole` one, such as a library's model
         with a head; the model itself where there is none."""
         return model

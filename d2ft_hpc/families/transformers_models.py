@@ -87,12 +87,12 @@ class TransformersFamily(BlockFamily):
     def above(self, model: Any, x: Tensor) -> Tensor:
         raise NotImplementedError(self.refuses_parts)
 
-    def around(self, model: nn.Module, whole: nn.Module) -> nn.Module:
+    def around(self, model: Any, whole: nn.Module) -> Any:
         """transformers' own model with a head, such as a `...ForImageClassification`."""
         outer = (
             each
             for each in whole.modules()
-            if each is not model and hasattr(each, "base_model_prefix") and each.base_model is model
+            if getattr(each, "main_input_name", None) == model.main_input_name and model in each.children()
         )
         return next(outer, model)
 
