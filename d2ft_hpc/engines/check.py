@@ -45,7 +45,7 @@ def check_recompute(model: nn.Module) -> None:
     if backbone is None:
         return
     family = family_of(backbone)
-    if family.recomputes(backbone) and family.recomputes_reentrantly:
+    if family.recomputes(backbone) and family.recomputes_reentrantly(backbone):
         raise ConfigError(
             f"activation checkpointing is reentrant, which loses the gradients of a block above frozen embeddings: "
             f"{family.not_reentrant}"

@@ -94,10 +94,16 @@ def evaluated(model: nn.Module, images: Sequence[Tensor]) -> list[Tensor]:
     family = family_of(backbone)
     if backbone is not model:
         with family.taking_any_size(backbone), evaluating(model):
-            return [model(of_slot.to(dtype)) for of_slot in images]
+            return [logits_of(model(of_slot.to(dtype))) for of_slot in images]
     twin = family.of_any_size(model)
     with evaluating(model):
-        return [twin(of_slot.to(dtype)) for of_slot in images]
+        return [logits_of(twin(of_slot.to(dtype))) for of_slot in images]
+
+
+def logits_of(output: Any) -> Tensor:
+    """What a model gave, or the logits in it, as transformers' models give them."""
+    logits: Tensor = getattr(output, "logits", output)
+    return logits
 
 
 def set_training(modules: Sequence[nn.Module]) -> None:

@@ -245,7 +245,7 @@ class PlanExecutor:
 
     def run(self, block: nn.Module, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Block `index` under the current row; `args` are the block's own."""
-        if not self.rows or not block.training:
+        if not self.rows or not block.training or self.subnets.family.generates(kwargs):
             replayed = self._replayed(block, index, None, x, args, kwargs)
             return self._run(block, index, None, x, *args, **kwargs) if replayed is None else replayed
         start = _clock()
@@ -321,6 +321,8 @@ class PlanExecutor:
         """Block `index` with these heads; None: all of them."""
         if heads is None or heads.is_dense:
             return self._run_dense(block, x, *args, **kwargs)
+        subnets = self.subnets
+        subnets.family.require_skippable(block, kwargs)
         if heads.is_shortcut:
             return x
         if x.is_cuda and self._is_fused(index, heads):
@@ -330,9 +332,12 @@ class PlanExecutor:
             )
             return result
         run = run_block if self._compiled_heads is None or not self._compiles(x) else self._compiled_heads
-        subnets = self.subnets
-        result = run(subnets.family, block, x, heads, subnets.head_axes, *args, **kwargs)
-        return result
+
+        def forward(x: Tensor) -> Tensor:
+            result: Tensor = run(subnets.family, block, x, heads, subnets.head_axes, *args, **kwargs)
+            return result
+
+        return subnets.family.run(block, forward, x)
 
     def _replayed(
         self, block: nn.Module, index: int, slot: int | None, x: Tensor, args: Any, kwargs: Any
@@ -464,6 +469,8 @@ class PlanExecutor:
 
     def _take_any_size(self, plan: SkipPlan) -> None:
         """Raises PlanError where the blocks cannot be run on images of other sizes."""
+        if not self.subnets.family.takes_images:
+            raise PlanError("the plan scales images, and the model reads text: solve a plan by heads")
         if plan.binding == "sample":
             raise PlanError("the plan scales images and draws samples: only one of them can be")
         model = self.embeds
@@ -594,7 +601,7 @@ def attach(
     for index, block in enumerate(blocks):
         executor.link(block, index)
     executor.link_images(model)
-    if compile:
+    if compile and subnets.family.is_composed:
         compile_outside_blocks(model, subnets.family, executor.scaled_before)
     fill_absent_gradients(model, partial(_skips, subnets))
     return executor
@@ -616,11 +623,13 @@ def _planned_forward(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> 
     return link.executor.run(block, link.index, x, *args, **kwargs)
 
 
-def _scaling_forward(embedding: nn.Module, images: Tensor) -> Tensor:
+def _scaling_forward(embedding: nn.Module, *args: Any, **kwargs: Any) -> Any:
     link: _ImagesLink = cast(Any, embedding)._d2ft
-    images = link.executor.scaled(images) if link.trains else images
-    result: Tensor = type(embedding).forward(embedding, images)
-    return result
+    if link.trains and args:
+        args = (link.executor.scaled(args[0]), *args[1:])
+    elif link.trains:
+        kwargs["pixel_values"] = link.executor.scaled(kwargs["pixel_values"])
+    return type(embedding).forward(embedding, *args, **kwargs)
 
 
 def _scaled_grid(embedding: Any, size: tuple[int, int]) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from d2ft_hpc.families.head_axis import HeadAxis
@@ -88,6 +89,12 @@ class BlockFamily(ABC):
     refuses_parts: str | None = None
     """Why ranks cannot hold parts of a model, if they cannot."""
 
+    is_composed: bool = True
+    """A model's forward of images alone is `above` of what the blocks make of `below`. False: neither is known."""
+
+    takes_images: bool = True
+    """False: text, which is never scaled. A sample is then a sequence, a model says nothing of images."""
+
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return list(model.get_submodule(self.blocks_path).children())
 
@@ -100,6 +107,26 @@ class BlockFamily(ABC):
     @abstractmethod
     def misfits(self, block: nn.Module) -> list[str]:
         """Why a block cannot be cut by head, each a phrase of which the block is the subject; empty if it can."""
+
+    # ---- what a model reads
+
+    def sample_shape(self, model: Any) -> tuple[int, ...] | None:
+        """Of one sample that the model was made for; None if it was made for no size."""
+        return self.image_shape(model)
+
+    def blank(self, model: Any, shape: tuple[int, ...]) -> Tensor:
+        """A sample of this shape as the model takes it, [1, *shape], on its device, of zeros."""
+        weight = next(model.parameters())
+        return torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
+
+    def size_of(self, samples: Tensor, shape: tuple[int, ...]) -> float:
+        """Tokens of each of these samples, in units of those of one of this shape, where plans do not say how many."""
+        return 1.0
+
+    def around(self, model: Any, whole: nn.Module) -> Any:
+        """What takes the same as the model and has it inside, within the user's `whole` one, such as a library's model
+        with a head; the model itself where there is none."""
+        return model
 
     # ---- what lies around the blocks
 
@@ -163,7 +190,7 @@ class BlockFamily(ABC):
 
     @abstractmethod
     def embedding(self, model: Any) -> nn.Module | None:
-        """The module that gets a model's images; None in a part of a model that has none."""
+        """The module that gets a model's images, first or as `pixel_values`; None where there is none."""
 
     @abstractmethod
     def taking_any_size(self, model: Any) -> AbstractContextManager[None]:
@@ -174,9 +201,8 @@ class BlockFamily(ABC):
     def recomputes(self, model: Any) -> bool:
         """Whether the model's blocks run again in the backward (activation checkpointing)."""
 
-    @property
     @abstractmethod
-    def recomputes_reentrantly(self) -> bool:
+    def recomputes_reentrantly(self, model: Any) -> bool:
         """Whether that is in torch's reentrant way, which loses the gradients of a block whose input takes none."""
 
     not_reentrant: str
@@ -194,6 +220,23 @@ class BlockFamily(ABC):
         """Inside, the model's blocks run once."""
 
     # ---- a block
+
+    def run(self, block: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`forward(x)`, where the block skips heads; run again in the backward if the block itself sees to that."""
+        return forward(x)
+
+    def require_skippable(self, block: Any, kwargs: Mapping[str, Any]) -> None:
+        """Raises PlanError where the block is asked for what heads that are skipped cannot give. kwargs: of its
+        forward."""
+        return
+
+    def afresh(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a block's forward, which got these, gets in a second pass by itself."""
+        return kwargs
+
+    def generates(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether blocks whose forward gets these go on with a text, which no plan is for."""
+        return False
 
     @abstractmethod
     def num_heads(self, block: Any) -> int:

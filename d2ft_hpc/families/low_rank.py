@@ -1,8 +1,9 @@
-"""The low-rank part of a linear layer under a plan."""
+"""Linear layers with peft's LoRA: which are run by head, what of them heads own, what the low-rank part adds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,3 +34,49 @@ def with_lora(
         low_rank = F.linear(layer.lora_dropout[adapter](x).to(down.dtype), down)
         output = torch.add(output, F.linear(low_rank, up).to(output.dtype), alpha=layer.scaling[adapter])
     return output
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """A Linear, or one that peft has wrapped, without the variants that change more than a low-rank sum (DoRA, ...)."""
+    return type(layer) is nn.Linear or (
+        type(getattr(layer, "base_layer", None)) is nn.Linear
+        and hasattr(layer, "lora_A")
+        and not getattr(layer, "lora_variant", {})
+        and not any(getattr(layer, "use_dora", {}).values())
+        and not any(getattr(layer, "lora_bias", {}).values())
+    )
+
+
+def axes_of(
+    block: nn.Module, own: Mapping[str, HeadAxis], layers: Mapping[str, Sequence[str]]
+) -> dict[str, HeadAxis]:
+    """`own`, by names in the block, without those of parameters that it lacks, and LoRA's of its `layers`, by role."""
+    axes = {name: axis for name, axis in own.items() if _parameter(block, name) is not None}
+    for names in layers.values():
+        for name in names:
+            axes |= _adapter_axes(block.get_submodule(name), name, axes)
+    return axes
+
+
+def _parameter(block: nn.Module, name: str) -> Any:
+    path, _, last = name.rpartition(".")
+    return getattr(block.get_submodule(path), last)
+
+
+def _adapter_axes(layer: Any, name: str, axes: Mapping[str, HeadAxis]) -> dict[str, HeadAxis]:
+    """Of the parameters of a layer that carries LoRA: the weights by peft's name, the factors that heads own."""
+    more: dict[str, HeadAxis] = {}
+    if type(layer) is nn.Linear:
+        return more
+    for kind in ("weight", "bias"):
+        if f"{name}.{kind}" in axes:
+            more[f"{name}.base_layer.{kind}"] = axes[f"{name}.{kind}"]
+    of_weight = axes[f"{name}.weight"]
+    for adapter, down in layer.lora_A.items():
+        if of_weight.splits_rows:
+            shape = (*of_weight.view_shape[:-1], down.out_features)
+            more[f"{name}.lora_B.{adapter}.weight"] = replace(of_weight, view_shape=shape)
+        else:
+            shape = (down.out_features, *of_weight.view_shape[1:])
+            more[f"{name}.lora_A.{adapter}.weight"] = replace(of_weight, view_shape=shape)
+    return more

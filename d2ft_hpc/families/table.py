@@ -8,8 +8,25 @@ from d2ft_hpc.errors import UnsupportedModelError
 from d2ft_hpc.families.family import BlockFamily
 from d2ft_hpc.families.timm_eva import TimmEva
 from d2ft_hpc.families.timm_vit import TimmVit
+from d2ft_hpc.families.transformers_decoder import TransformersDecoder
+from d2ft_hpc.families.transformers_vision import (
+    TransformersClip,
+    TransformersDino,
+    TransformersDinov3,
+    TransformersSiglip,
+    TransformersVit,
+)
 
-FAMILIES: tuple[BlockFamily, ...] = (TimmVit(), TimmEva())
+FAMILIES: tuple[BlockFamily, ...] = (
+    TimmVit(),
+    TimmEva(),
+    TransformersVit(),
+    TransformersDino(),
+    TransformersDinov3(),
+    TransformersClip(),
+    TransformersSiglip(),
+    TransformersDecoder(),
+)
 
 
 def find_family(model: nn.Module) -> BlockFamily | None:
@@ -48,4 +65,4 @@ def backbone_of(model: nn.Module) -> nn.Module:
 
 def supported() -> str:
     """All that fits, in words."""
-    return "; ".join(family.supported for family in FAMILIES)
+    return "; ".join(dict.fromkeys(family.supported for family in FAMILIES))

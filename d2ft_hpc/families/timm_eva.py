@@ -17,7 +17,8 @@ from d2ft_hpc.errors import UnsupportedModelError
 from d2ft_hpc.families.family import Branch, Drops, KernelParts
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.families.head_linear import head_linear, head_part, into_heads, out_of_heads
-from d2ft_hpc.families.timm_models import TimmFamily, is_identity, is_linear, patches, require_one_mask
+from d2ft_hpc.families.low_rank import is_linear
+from d2ft_hpc.families.timm_models import TimmFamily, is_identity, patches, require_one_mask
 
 
 class TimmEva(TimmFamily):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from d2ft_hpc.errors import UnsupportedModelError
 from d2ft_hpc.families.family import BlockFamily
 from d2ft_hpc.families.head_axis import HeadAxis
+from d2ft_hpc.families.low_rank import axes_of
 
 _EMBEDS_ANY_SIZE = {"strict_img_size": False, "flatten": False, "output_fmt": Format.NHWC}
 """What PatchEmbed has in a model of timm's that was built with dynamic_img_size=True."""
@@ -103,8 +103,7 @@ class TimmFamily(BlockFamily):
 
     not_reentrant = "call timm.layers.set_reentrant_ckpt(False); with an older timm, do without checkpointing"
 
-    @property
-    def recomputes_reentrantly(self) -> bool:
+    def recomputes_reentrantly(self, model: Any) -> bool:
         try:
             from timm.layers import use_reentrant_ckpt
         except ImportError:  # older timm leaves it to torch, whose default is reentrant
@@ -134,13 +133,7 @@ class TimmFamily(BlockFamily):
             model.set_grad_checkpointing(True)
 
     def head_axes(self, block: Any) -> dict[str, HeadAxis]:
-        axes = {
-            name: axis for name, axis in self.own_axes(block).items() if _parameter(block, name) is not None
-        }
-        for names in self.layers(block).values():
-            for name in names:
-                axes |= _adapter_axes(block.get_submodule(name), name, axes)
-        return axes
+        return axes_of(block, self.own_axes(block), self.layers(block))
 
     @abstractmethod
     def own_axes(self, block: Any) -> dict[str, HeadAxis]:
@@ -156,43 +149,8 @@ def _embeddings(model: Any) -> list[nn.Module]:
     return [module for module in model.patch_embed.modules() if "strict_img_size" in vars(module)]
 
 
-def is_linear(layer: nn.Module) -> bool:
-    """A Linear, or one that peft has wrapped, without the variants that change more than a low-rank sum (DoRA, ...)."""
-    return type(layer) is nn.Linear or (
-        type(getattr(layer, "base_layer", None)) is nn.Linear
-        and hasattr(layer, "lora_A")
-        and not getattr(layer, "lora_variant", {})
-        and not any(getattr(layer, "use_dora", {}).values())
-        and not any(getattr(layer, "lora_bias", {}).values())
-    )
-
-
 def is_identity(module: Any) -> bool:
     return module is None or isinstance(module, nn.Identity)
-
-
-def _parameter(block: nn.Module, name: str) -> Any:
-    path, _, last = name.rpartition(".")
-    return getattr(block.get_submodule(path), last)
-
-
-def _adapter_axes(layer: Any, name: str, axes: Mapping[str, HeadAxis]) -> dict[str, HeadAxis]:
-    """Of the parameters of a layer that carries LoRA: the weights by peft's name, the factors that heads own."""
-    more: dict[str, HeadAxis] = {}
-    if type(layer) is nn.Linear:
-        return more
-    for kind in ("weight", "bias"):
-        if f"{name}.{kind}" in axes:
-            more[f"{name}.base_layer.{kind}"] = axes[f"{name}.{kind}"]
-    of_weight = axes[f"{name}.weight"]
-    for adapter, down in layer.lora_A.items():
-        if of_weight.splits_rows:
-            shape = (*of_weight.view_shape[:-1], down.out_features)
-            more[f"{name}.lora_B.{adapter}.weight"] = replace(of_weight, view_shape=shape)
-        else:
-            shape = (down.out_features, *of_weight.view_shape[1:])
-            more[f"{name}.lora_A.{adapter}.weight"] = replace(of_weight, view_shape=shape)
-    return more
 
 
 def require_one_mask(attn_mask: Tensor | None) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from d2ft_hpc.families.family import Branch, Drops, KernelParts, rate_of
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.families.head_linear import into_heads, out_of_heads
-from d2ft_hpc.families.timm_models import TimmFamily, is_identity, is_linear, patches, require_one_mask
+from d2ft_hpc.families.low_rank import is_linear
+from d2ft_hpc.families.timm_models import TimmFamily, is_identity, patches, require_one_mask
 
 
 class TimmVit(TimmFamily):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -137,9 +137,10 @@ class StepCosts:
         replica: int,
         own: npt.NDArray[np.bool_],
         slots: Sequence[int],
-        samples: Sequence[int],
+        samples: Sequence[float],
     ) -> RankWork:
-        """What a plan that binds slots asks of a rank in these micro-batches of its replica. samples: of each of them.
+        """What a plan that binds slots asks of a rank in these micro-batches of its replica. samples: of each of them,
+        as many as of the size that was counted.
 
         own: bool [block, head], the rank's subnets.
         """
@@ -171,22 +172,27 @@ class StepCosts:
 def measure_costs(
     model: nn.Module,
     executor: PlanExecutor,
-    image_shape: tuple[int, int, int],
+    sample_shape: tuple[int, ...],
     sides: Sequence[float] | None = None,
+    *,
+    whole: nn.Module | None = None,
 ) -> StepCosts:
-    """Counts a training pass of one blank image through the dense model, and through each block by itself.
+    """Counts a training pass of one blank sample through the dense model, and through each block by itself.
 
-    image_shape: (channel, height, width) of full size. sides: of smaller images that plans may have, in units of the
-    full ones, which are counted, too; None: there are none. Model, gradients, random state and the loaded plan stay as
+    sample_shape: (channel, height, width) of images of full size, or (token,). sides: of smaller images that plans may
+    have, in units of the full ones, which are counted, too; None: there are none. whole: the user's own model, of which
+    a head that the family knows is counted with its `model`. Model, gradients, random state and the loaded plan stay as
     they were.
 
     Raises UnsupportedModelError where there are sides and the model takes one size only, or whole patches do not make
     up an image.
     """
-    costs = _costs_of_size(model, executor, image_shape)
+    family = executor.subnets.family
+    around = model if whole is None else family.around(model, whole)
+    costs = _costs_of_size(model, around, executor, sample_shape)
     if sides is None:
         return costs
-    family, (channels, height, width) = executor.subnets.family, image_shape
+    channels, height, width = sample_shape
     high, wide = family.patch_size(model)
     full = height // high, width // wide
     if (height % high, width % wide) != (0, 0):
@@ -199,29 +205,32 @@ def measure_costs(
     with family.taking_any_size(model):
         for grid in grids_of(full, sides):
             shape = channels, grid[0] * high, grid[1] * wide
-            at[grid] = costs if grid == full else _costs_of_size(model, executor, shape)
+            at[grid] = costs if grid == full else _costs_of_size(model, around, executor, shape)
     return replace(costs, at=at)
 
 
-def _costs_of_size(model: nn.Module, executor: PlanExecutor, image_shape: tuple[int, int, int]) -> StepCosts:
+def _costs_of_size(
+    model: nn.Module, around: nn.Module, executor: PlanExecutor, sample_shape: tuple[int, ...]
+) -> StepCosts:
+    """around: the model, or what has it inside and takes the same."""
     blocks, heads = executor.subnets.blocks(model), executor.subnets.num_heads
     inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     handles = [
         block.register_forward_pre_hook(lambda _, *given: inputs.append(given), with_kwargs=True)
         for block in blocks
     ]
-    weight = next(model.parameters())
-    image = torch.zeros(1, *image_shape, device=weight.device, dtype=weight.dtype)
-    with probe(model, training=True):
+    family = executor.subnets.family
+    sample = family.blank(model, sample_shape)
+    with probe(around, training=True):
         try:
-            dense = _count_flops(model, executor, Operation.FULL, image)
+            dense = _count_flops(around, executor, Operation.FULL, sample)
         finally:
             for handle in handles:
                 handle.remove()
         passes = {
             operation: np.array(
                 [
-                    _count_flops(block, executor, operation, *args, **kwargs)
+                    _count_flops(block, executor, operation, *args, **family.afresh(kwargs))
                     for block, (args, kwargs) in zip(blocks, inputs, strict=True)
                 ],
                 dtype=np.float64,
@@ -246,10 +255,17 @@ def _count_flops(
     x = x.detach().requires_grad_(x.requires_grad)
     wanted = [each for each in (x, *module.parameters()) if each.requires_grad]
     with executor.temporarily(operations), meter() as metered:
-        output = module(x, *args, **kwargs).sum()
-        if output.requires_grad:
-            torch.autograd.grad(output, wanted, allow_unused=True)
+        output = module(x, *args, **kwargs)
+        sums = [each.sum() for each in _tensors(output) if each.requires_grad]
+        if sums:
+            torch.autograd.grad(sums, wanted, allow_unused=True)
     return metered.flops
+
+
+def _tensors(output: Any) -> Iterable[Tensor]:
+    """Of what a model gives: one, or several by name."""
+    parts = output.values() if isinstance(output, Mapping) else [output]
+    return [each for each in parts if isinstance(each, Tensor)]
 
 
 def token_curve_of(costs: StepCosts, budget: float, total_steps: int) -> TokenCurve:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
-from d2ft_hpc.families.table import find_family
+from d2ft_hpc.families.table import family_of, find_backbone
 
 
 @contextmanager
@@ -17,8 +17,8 @@ def probe(model: nn.Module, *, training: bool) -> Iterator[None]:
 
     Inside, no block is recomputed: hooks would see its layers twice.
     """
-    family = find_family(model)
-    once = nullcontext() if family is None else family.not_recomputing(model)
+    backbone = find_backbone(model)
+    once = nullcontext() if backbone is None else family_of(backbone).not_recomputing(backbone)
     modes = [(module, module.training) for module in model.modules()]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)), torch.enable_grad(), once:

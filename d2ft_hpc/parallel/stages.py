@@ -7,29 +7,30 @@ import torch
 from torch import nn
 
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.families.table import family_of
 from d2ft_hpc.metering import StepCosts, meter
 from d2ft_hpc.model.probe import probe
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 
 
-def layer_flops(model: nn.Module, costs: StepCosts, image_shape: tuple[int, int, int]) -> list[float]:
+def layer_flops(model: nn.Module, costs: StepCosts, sample_shape: tuple[int, ...]) -> list[float]:
     """Training FLOPs of one sample in the dense model: of what lies below the blocks, of each block, of the rest.
 
-    image_shape: (channel, height, width). costs: of the whole model.
+    sample_shape: such as (channel, height, width). costs: of the whole model. Where the family does not know what lies
+    below from what lies above, ranks cannot hold parts, and all of it counts as above.
     """
-    below = _flops_below(model, image_shape)
+    below = _flops_below(model, sample_shape) if family_of(model).is_composed else 0.0
     return [below, *costs.block_flops.tolist(), costs.outside_flops - below]
 
 
-def _flops_below(model: nn.Module, image_shape: tuple[int, int, int]) -> float:
+def _flops_below(model: nn.Module, sample_shape: tuple[int, ...]) -> float:
     subnets = SubnetMap.of(model)
     trained = [
         parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and subnets.classify(name) is ParameterClass.EMBEDDING
     ]
-    parameter = next(model.parameters())
-    image = torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype)
+    image = subnets.family.blank(model, sample_shape)
     with probe(model, training=True), meter() as metered:
         tokens, _ = subnets.family.below(model, image)
         if trained:

@@ -12,17 +12,21 @@ from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.lifecycle import PlanController
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.metering.costs import token_curve_of
-from d2ft_hpc.model.image_shape import image_shape_of
+from d2ft_hpc.model.sample_shape import sample_shape_of
 from d2ft_hpc.planning.plan import Grid
 from d2ft_hpc.planning.token_curve import TokenCurve
 from d2ft_hpc.user_loop.section import D2ftSection
 
 
-def attached(model: nn.Module, section: D2ftSection) -> tuple[PlanExecutor, tuple[int, int, int], StepCosts]:
-    """The executor that the section asks for, (channel, height, width) of the model's images, and what it costs.
+def attached(
+    model: nn.Module, whole: nn.Module, section: D2ftSection
+) -> tuple[PlanExecutor, tuple[int, ...], StepCosts]:
+    """The executor that the section asks for, the shape of a sample, (channel, height, width) or (token,), and what it
+    costs.
 
-    Before anything spreads the weights. Raises UnsupportedModelError where the model cannot be cut by head, ConfigError
-    where it does not say for which images it was made.
+    Before anything spreads the weights. whole: the user's own model, which is or has the supported one. Raises
+    UnsupportedModelError where the model cannot be cut by head, ConfigError where it does not say for which images it
+    was made.
     """
     executor = attach(
         model,
@@ -30,11 +34,12 @@ def attached(model: nn.Module, section: D2ftSection) -> tuple[PlanExecutor, tupl
         compile=section.compile,
         cuda_graphs=section.cuda_graphs,
     )
-    image_shape = image_shape_of(model)
-    costs = measure_costs(model, executor, image_shape, section.sides)
+    shape = sample_shape_of(model)
+    costs = measure_costs(model, executor, shape, section.sides, whole=whole)
     if section.sides is not None:
-        executor.image_size = image_shape[1:]
-    return executor, image_shape, costs
+        _, height, width = shape
+        executor.image_size = height, width
+    return executor, shape, costs
 
 
 def tell_if_too_short(plans: PlanController) -> None:

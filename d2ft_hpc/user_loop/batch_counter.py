@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.metering import Metered, StepCosts
@@ -46,15 +47,16 @@ class BatchCounter:
     _counting: ClassVar[BatchCounter | None] = None
     """The one of the process that counts now. It is held, so that its end is no affair of the garbage collector's."""
 
-    def __init__(self, costs: StepCosts, executor: PlanExecutor) -> None:
-        """costs: of this rank's part of the model."""
+    def __init__(self, costs: StepCosts, executor: PlanExecutor, sample_shape: tuple[int, ...]) -> None:
+        """costs: of this rank's part of the model, for a sample of this shape."""
         self.end_others()
+        self._sample_shape = sample_shape
         self._costs, self._executor = costs, executor
         self._modes: list[Any] = []
         self._metered: Metered | None = None  # of the batch that runs
         self._counted: _Counted | None = None
         self._scored = 0
-        self._trained: list[tuple[int, int]] = []
+        self._trained: list[tuple[int, int, float]] = []
 
     @property
     def measured_share(self) -> float | None:
@@ -69,10 +71,13 @@ class BatchCounter:
         self.begin()
         self._scored += samples
 
-    def train(self, slot: int, samples: int) -> None:
-        """So many samples are about to train, in this place of the batch."""
+    def train(self, slot: int, samples: int, like: Tensor | None = None) -> None:
+        """So many samples are about to train, in this place of the batch. like: some of their size; None: it is that
+        of the one whose FLOPs were counted."""
         self.begin()
-        self._trained.append((slot, samples))
+        family = self._executor.subnets.family
+        size = 1.0 if like is None else family.size_of(like, self._sample_shape)
+        self._trained.append((slot, samples, size))
 
     def begin(self) -> None:
         """Counts from here on, in the first batch under its plan."""
@@ -106,15 +111,16 @@ class BatchCounter:
         """The batch is done, under the plan that is still in force."""
         self.stop()
         plan, costs = self._executor.plan, self._costs
-        slots, sizes = [slot for slot, _ in self._trained], [samples for _, samples in self._trained]
-        trained = sum(sizes)
+        slots = [slot for slot, _, _ in self._trained]
+        sizes = [samples * size for _, samples, size in self._trained]
+        trained = sum(samples for _, samples, _ in self._trained)
         samples = self._scored or trained
         if plan is None or plan.binding == "sample":
-            planned = self._scored * costs.score_flops + trained * costs.dense_flops
+            planned = self._scored * costs.score_flops + sum(sizes) * costs.dense_flops
             work = RankWork(planned, trained, 0, samples - trained)
         else:
             work = costs.work(plan, placement.layout.replica, placement.own, slots, sizes)
-        dense = costs.dense_flops * samples
+        dense = costs.dense_flops * (sum(sizes) if self._scored == 0 else self._scored)
         if self._metered is not None and samples:
             self._counted = _Counted(plan, self._metered, work.planned_flops, dense)
         self._metered, self._scored, self._trained = None, 0, []

@@ -22,10 +22,10 @@ from d2ft_hpc.engines.private_names import NEWEST_TESTED, newer_than_tested
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.errors import ConfigError, LaunchError, UnsupportedModelError
-from d2ft_hpc.families.table import backbone_of
+from d2ft_hpc.families.table import backbone_of, family_of
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.lifecycle.costs import costs_of_part
-from d2ft_hpc.parallel.head_split import even_owner
+from d2ft_hpc.parallel.head_split import check_parts, even_owner
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
 from d2ft_hpc.planning.samples import SampleOptions
@@ -35,7 +35,7 @@ from d2ft_hpc.user_loop.batch_counter import BatchCounter
 from d2ft_hpc.user_loop.pipeline_module import PipelineModule
 from d2ft_hpc.user_loop.planned_deepspeed import PlannedDeepSpeed
 from d2ft_hpc.user_loop.record import LoopRecord
-from d2ft_hpc.user_loop.section import SECTION, require_length, split
+from d2ft_hpc.user_loop.section import SECTION, require_images, require_length, split
 from d2ft_hpc.user_loop.told import Told
 
 _END_SECONDS = 25.0
@@ -91,7 +91,7 @@ def initialize(
     model = model.layers if isinstance(model, PipelineModule) else model
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
-            f"model is a {type(model).__name__}: make one with timm.create_model, and for a pipeline wrap it in "
+            f"model is a {type(model).__name__}: give one of timm or transformers, and for a pipeline wrap it in "
             f"d2ft_hpc.PipelineModule"
         )
     backbone = backbone_of(model)
@@ -100,6 +100,8 @@ def initialize(
             "model was made inside deepspeed.zero.Init: make it outside, ZeRO-3 spreads it here"
         )
     stages, tensor_ranks = _parts(settings, pipeline)
+    if stages * tensor_ranks > 1:
+        check_parts(family_of(backbone))
     if stages * tensor_ranks > 1 and backbone is not model:
         raise ConfigError(
             f"model is a {type(model).__name__} around a {type(backbone).__name__}: ranks that hold parts of a model "
@@ -115,6 +117,7 @@ def initialize(
     check_settings(settings)
     if section.total_steps is None:
         section = section.model_copy(update={"total_steps": _scheduled_steps(settings)})
+    require_images(section, f"{SECTION}.", backbone)
     require_length(section, f"{SECTION}.")
     control = _connect()
     for warning in newer_than_tested(NEWEST_TESTED):
@@ -125,8 +128,8 @@ def initialize(
         _same_on_all_ranks(model)
     if layout.is_cut and section.cuda_graphs:
         raise ConfigError("d2ft.cuda_graphs=true: not where ranks hold parts of the model; remove it")
-    executor, image_shape, costs = attached(backbone, section)
-    flops = layer_flops(backbone, costs, image_shape)
+    executor, sample_shape, costs = attached(backbone, model, section)
+    flops = layer_flops(backbone, costs, sample_shape)
     placement = Placement(
         layout, cut_stages(flops, stages), even_owner(*executor.subnets.shape, layout.tensor_ranks)
     )
@@ -135,10 +138,10 @@ def initialize(
     selection = None
     if isinstance(section.options, SampleOptions):
         selection = selection_of(
-            section.options, backbone, image_shape[-1], seed=section.seed, replica=layout.replica
+            section.options, backbone, sample_shape[-1], seed=section.seed, replica=layout.replica
         )
         device = next(model.parameters()).device
-        costs = replace(costs, score_flops=count_scoring(selection, image_shape[-1], device))
+        costs = replace(costs, score_flops=count_scoring(selection, sample_shape[-1], device))
     whole = model
     record = LoopRecord(section.results, section.model_dump(mode="json"), backbone, executor.subnets, costs)
 
@@ -175,9 +178,9 @@ def initialize(
         selection.scorer.bind(ours.logits)
     part_costs = costs_of_part(costs, flops, placement)
     if selection is not None and layout.is_cut:
-        score_flops = count_scoring(selection, image_shape[-1], ours.engine.device)
+        score_flops = count_scoring(selection, sample_shape[-1], ours.engine.device)
         part_costs = replace(part_costs, score_flops=score_flops)
-    counter = BatchCounter(part_costs, ours.executor)
+    counter = BatchCounter(part_costs, ours.executor, sample_shape)
     ours.engine.d2ft = PlannedDeepSpeed(ours, section, costs, placement, selection, control, counter, record)
     return ours.made  # type: ignore[no-any-return]
 

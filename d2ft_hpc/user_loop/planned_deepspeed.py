@@ -100,7 +100,7 @@ class PlannedDeepSpeed:
             self._lead_batches(ours)
         else:
             # Of the engine, so that copies of its module have none, and torch.compile sees none.
-            ours.engine.register_forward_pre_hook(self._before_forward)
+            ours.engine.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             ours.engine.register_forward_hook(self._after_forward)
             self._lead_steps()
         self._follow_checkpoints()
@@ -246,7 +246,7 @@ class PlannedDeepSpeed:
         if self.record.is_on:
             self.record.turn_to(phase, self.plans, self._engine.device, int(self._engine.global_steps))
 
-    def _before_forward(self, engine: nn.Module, inputs: Any) -> None:
+    def _before_forward(self, engine: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._engine.module.training or not torch.is_grad_enabled():
             if self.is_boundary:  # and that step is done
                 self.record.pause()
@@ -259,7 +259,8 @@ class PlannedDeepSpeed:
             self._begin_batch()
         self._seen = micro_step
         self._turn_to("forward")
-        self._counter.train(self.slot, len(inputs[0]))
+        samples = next(each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor))
+        self._counter.train(self.slot, len(samples), samples)
 
     def _after_forward(self, engine: nn.Module, inputs: Any, output: Any) -> None:
         if self._engine.module.training and torch.is_grad_enabled():

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from d2ft_hpc.engines.check import check_plan
+from d2ft_hpc.engines.check import check_plan, check_recompute
+from d2ft_hpc.engines.engine import logits_of
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import backbone_of, find_backbone
@@ -38,7 +39,7 @@ from d2ft_hpc.user_loop.batch_counter import BatchCounter
 from d2ft_hpc.user_loop.default_group import control_of_loop
 from d2ft_hpc.user_loop.prepare import bind_engine
 from d2ft_hpc.user_loop.record import LoopRecord
-from d2ft_hpc.user_loop.section import D2ftSection, parse_section, require_length
+from d2ft_hpc.user_loop.section import D2ftSection, parse_section, require_images, require_length
 from d2ft_hpc.user_loop.told import Told
 
 Call = Callable[[Sequence[Any]], None]
@@ -56,7 +57,7 @@ def attach(
     """Lets a model of a known family train under plans in the loop that follows.
 
     It may be inside peft's wrapper or a module of the user's own, which trains as before; shares of compute are of the
-    model of the known family alone.
+    model of the known family alone, with the head that its library has put around it.
 
     Call it before the optimiser, DDP or `fully_shard` get the model: it freezes what lies below the blocks.
 
@@ -64,10 +65,11 @@ def attach(
         the images that the model gets in training: small ones at first, full size (the model's `img_size`, which they
         must have) at the end of `total_steps` steps of the optimiser, which it has to know. `samples` scores what
         `PlannedLoop.choose` is given and draws what trains; any other one plans by heads, and the first `probe_batches`
-        batches run dense and give the scores. micro_batches: those of a rank whose gradients make one
-        step of the optimiser. settings: other keys of the "d2ft" section (`D2ftSection`), such as `embeddings`,
-        `compile`, `cuda_graphs`, `replan={"every": 100, "unit": "steps"}`, `file`, a saved plan, or
-        `results="runs/mine"`, a folder for `results.h5`, which `d2ft-hpc report runs/mine` reads.
+        batches run dense and give the scores. Models that read text need such a one ("joint"). micro_batches: those of
+        a rank whose gradients make one step of the optimiser. settings: other keys of the "d2ft" section
+        (`D2ftSection`), such as `embeddings`, `compile`, `cuda_graphs`, `replan={"every": 100, "unit": "steps"}`,
+        `file`, a saved plan, or `results="runs/mine"`, a folder for `results.h5`, which `d2ft-hpc report runs/mine`
+        reads.
 
     Raises ConfigError for settings that cannot be, UnsupportedModelError where the model cannot be cut by head.
     """
@@ -96,9 +98,10 @@ class PlannedLoop:
         self._whole = model
         self._model = model = backbone_of(model)
         """The supported model that the user's own is, or has inside."""
+        require_images(section, "", model)
         require_length(section, "")
-        self.executor, image_shape, self._costs = attached(model, section)
-        self._image_size = image_shape[-1]
+        self.executor, sample_shape, self._costs = attached(model, self._whole, section)
+        self._image_size = sample_shape[-1]
         self._selection: SampleSelection | None = None
         if section.entry.binding == "sample":
             device = next(model.parameters()).device
@@ -112,7 +115,7 @@ class PlannedLoop:
         self._is_chosen = self._is_bound = False
         self._unseen_steps = 0
         self._is_begun = False  # a batch, as opposed to what a loop does between two
-        self._counter = BatchCounter(self._costs, self.executor)
+        self._counter = BatchCounter(self._costs, self.executor, sample_shape)
         settings = {**section.model_dump(mode="json"), "micro_batches": micro_batches}
         self.record = LoopRecord(section.results, settings, model, self.executor.subnets, self._costs)
         """What the loop can add to its `results.h5`: `record.loss`, `record.evaluation`, `record.close`."""
@@ -228,7 +231,8 @@ class PlannedLoop:
         return found
 
     def check(self, plan: SkipPlan) -> None:
-        """Raises PlanError where the loop cannot run `plan`."""
+        """Raises PlanError where the loop cannot run `plan`, ConfigError where recomputing blocks lose gradients."""
+        check_recompute(self._model)
         check_plan(plan, slots=self.slots, replicas=self._plans().control.world_size, same_rows=None)
 
     def _before_forward(self, inputs: Sequence[Any]) -> None:
@@ -247,8 +251,8 @@ class PlannedLoop:
         self._plan_batch()
         self._slot, self._is_chosen, self._is_begun = self._slot + 1, False, True
         self._turn_to("forward")
-        images = next(each for each in inputs if isinstance(each, Tensor))
-        self._counter.train(self._slot, len(images))
+        samples = next(each for each in inputs if isinstance(each, Tensor))
+        self._counter.train(self._slot, len(samples), samples)
 
     def _after_forward(self, inputs: Sequence[Any]) -> None:
         self._turn_to("backward")
@@ -359,7 +363,7 @@ class PlannedLoop:
         dtype = next(self._model.parameters()).dtype
         family = self.executor.subnets.family
         with family.taking_any_size(self._model), evaluating(self._whole):
-            return [self._whole(of_slot.to(dtype)) for of_slot in images]
+            return [logits_of(self._whole(of_slot.to(dtype))) for of_slot in images]
 
     @property
     def _wraps(self) -> bool:

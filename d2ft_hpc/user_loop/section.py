@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
+from torch import nn
 
 from d2ft_hpc.config import PathText, PlanConfig, validated
 from d2ft_hpc.engines.deepspeed_keys import deepspeed_sections
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.families.table import family_of
 from d2ft_hpc.score_table import SCORES
 
 SECTION = "d2ft"
@@ -82,6 +84,18 @@ def parse_section(section: Any, where: str) -> D2ftSection:
             f'("replan": {{"every": N, "unit": "steps"}})'
         )
     return parsed
+
+
+def require_images(section: D2ftSection, where: str, model: nn.Module) -> None:
+    """Raises ConfigError where plans would scale images, or draw them, and the model, of a known family, reads text."""
+    if family_of(model).takes_images:
+        return
+    key = "planner" if section.entry.scales_images or section.entry.binding == "sample" else "token_budget"
+    if section.sides is not None or section.entry.binding == "sample":
+        raise ConfigError(
+            f"{where}{key}={getattr(section, key)!r}: it is for images, and {type(model).__name__} reads text: use a "
+            f"planner by heads, such as planner='joint', without token_budget"
+        )
 
 
 def require_length(section: D2ftSection, where: str) -> None:

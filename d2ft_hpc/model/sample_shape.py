@@ -1,4 +1,4 @@
-"""The images that a model was made for."""
+"""The samples that a model was made for."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.families.table import family_of
 
 
-def image_shape_of(model: nn.Module) -> tuple[int, int, int]:
-    """(channel, height, width). Raises ConfigError where the model does not say."""
-    shape = family_of(model).image_shape(model)
+def sample_shape_of(model: nn.Module) -> tuple[int, ...]:
+    """(channel, height, width) of images, (token,) of text. Raises ConfigError where the model does not say."""
+    shape = family_of(model).sample_shape(model)
     if shape is None:
         raise ConfigError("the model has no image size: make it with img_size=, so that costs can be counted")
     return shape

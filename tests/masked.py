@@ -1,0 +1,86 @@
+"""A model's own modules under a plan row, by masks before the layers that lead out of the heads; plain autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tests.reference import FORWARD_ONLY, FULL, SHORTCUT
+
+
+@contextmanager
+def masked_blocks(blocks: Sequence[nn.Module], outs: Sequence[str], row: np.ndarray) -> Iterator[None]:
+    """Inside, block b runs as row[b, head] says. outs: names of the layers that lead out of the heads, in a block;
+    heads share what comes in as evenly as can be."""
+    patched: list[nn.Module] = []
+
+    def patch(module: nn.Module, forward: Callable[..., Any]) -> None:
+        module.forward = forward  # type: ignore[method-assign]
+        patched.append(module)
+
+    for block, operations in zip(blocks, row, strict=True):
+        for name in outs:
+            layer = block.get_submodule(name)
+            patch(layer, _masked(layer, operations))
+        if (operations == SHORTCUT).all():
+            patch(block, lambda x, *args, **kwargs: x)
+        elif not (operations == FULL).any():
+            patch(block, _without_gradient(block))
+    try:
+        yield
+    finally:
+        for module in patched:
+            del module.forward
+
+
+def _masked(layer: Any, operations: np.ndarray) -> Callable[[Tensor], Tensor]:
+    """What FULL heads give, with gradients, and what FORWARD_ONLY ones give, without."""
+    units, heads = layer.in_features, len(operations)
+    head = torch.tensor([next(h for h in range(heads) if u < (h + 1) * units // heads) for u in range(units)])
+    operation = torch.tensor(operations.astype(int))[head]
+    whole = type(layer).forward
+
+    def forward(x: Tensor) -> Tensor:
+        beside = whole(layer, x * (operation == FORWARD_ONLY))
+        if layer.bias is not None:
+            beside = beside - layer.bias
+        return whole(layer, x * (operation == FULL)) + beside.detach()
+
+    return forward
+
+
+def _without_gradient(block: Any) -> Callable[..., Tensor]:
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x + (type(block).forward(block, x, *args, **kwargs) - x).detach()
+
+    return forward
+
+
+def loss_and_gradients(model: nn.Module, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of all parameters by name; absent ones are zeros."""
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return loss.detach(), {
+        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()
+    }
+
+
+def random_rows(depth: int, heads: int, seeds: int = 4) -> dict[str, np.ndarray]:
+    """uint8 [block, head] by their names."""
+    skipped = np.random.default_rng(9).integers(0, 3, (depth, heads))
+    skipped[depth // 2] = SHORTCUT
+    rows = {
+        "all forward only": np.full((depth, heads), FORWARD_ONLY),
+        "a block skipped": skipped,
+        "forward only and shortcut": np.where(np.arange(heads) == 0, FORWARD_ONLY, SHORTCUT)[None].repeat(
+            depth, 0
+        ),
+    }
+    for seed in range(seeds):
+        rows[f"random {seed}"] = np.random.default_rng(seed).integers(0, 3, (depth, heads))
+    return {name: row.astype(np.uint8) for name, row in rows.items()}
