@@ -392,7 +392,7 @@ QUICK = (
     "fp32 pp1 tp2 whole blocks adamw zero=1",
     "scoring pp1 tp2 zero3",
     "fp32 pp2 tp2 random adamw clipping=0.05",
-    "bf16 pp2 tp2 whole blocks sgd token_layout=sharded",
+    "bf16 pp2 tp2 whole blocks sgd zero=1",
     "missing gradients",
     "sent pp2 tp2 sharded",
 )

@@ -14,7 +14,7 @@ PROGRAM = str(Path(__file__).with_name("recording_ranks.py"))
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
+@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("torchrun", marks=pytest.mark.full)])
 def test_no_rank_waits_for_another(tmp_path: Path, launcher: str) -> None:
     ranks = 3 if launcher == "mpirun" else 2
     if launcher == "mpirun":
