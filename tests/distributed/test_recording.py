@@ -10,11 +10,13 @@ import pytest
 from d2ft_hpc import results
 from tests.distributed.launching import run
 
+pytestmark = pytest.mark.full
+
 PROGRAM = str(Path(__file__).with_name("recording_ranks.py"))
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("torchrun", marks=pytest.mark.full)])
+@pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
 def test_no_rank_waits_for_another(tmp_path: Path, launcher: str) -> None:
     ranks = 3 if launcher == "mpirun" else 2
     if launcher == "mpirun":

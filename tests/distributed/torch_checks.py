@@ -542,7 +542,7 @@ QUICK = (
     "attach ddp last",
     "loop ddp last incomplete",
     "loop fsdp2 last whole blocks",
-    "resume fsdp2 -> zero3",
+    "resume fsdp2 -> fsdp2",
     "gathered bytes",
     "reduced bytes",
     "refusals",
