@@ -389,14 +389,16 @@ QUICK = (
     "lone senders",
     "fp32 pp2 tp1 whole stages sgd zero=0",
     "user loop pp2 tp1 zero1",
-    "fp32 pp1 tp2 whole blocks adamw zero=1",
-    "scoring pp1 tp2 zero3",
-    "fp32 pp2 tp2 random adamw clipping=0.05",
-    "bf16 pp2 tp2 whole blocks sgd zero=1",
+    "sent pp2 tp1 replicated",
     "missing gradients",
-    "sent pp2 tp2 sharded",
+    "fp32 pp1 tp2 random adamw clipping=0.05",
+    "fp32 pp1 tp2 whole stages sgd zero=1 token_layout=sharded",
+    "bf16 pp1 tp2 whole blocks sgd zero=1",
+    "scoring pp1 tp2 zero3",
+    "sent pp1 tp2 sharded",
+    "messages",
 )
-"""What `make test` runs, on 4 ranks: a pipeline, tensor-parallel groups and both once, and one check of each kind."""
+"""What `make test` runs, on 2 ranks: a pipeline and tensor-parallel ranks once, and one check of each kind."""
 FULL = (
     "lone senders",
     "fp32 pp2 tp1 random adamw zero=1",

@@ -12,7 +12,7 @@ from tests.distributed.parallel_checks import SLOTS
 from tests.models import DEPTH
 
 
-@pytest.fixture(scope="module", params=launches(quick=4, full=[4]))
+@pytest.fixture(scope="module", params=launches(quick=2, full=[4]))
 def results(request: pytest.FixtureRequest) -> dict[str, Any]:
     return results_of_checks(parallel_checks, *request.param)
 
