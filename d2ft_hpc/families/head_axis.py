@@ -87,6 +87,14 @@ class HeadAxis:
         sums = of_units.new_zeros(*before, self.heads)
         return sums.index_add_(-1, self._head_of_unit(tensor.device), of_units)
 
+    def owned(self, heads: Tensor) -> Tensor:
+        """bool [n x largest share]: which units of what `select` takes are the heads' own, and not there to fill up."""
+        if self.units is None:
+            return torch.ones(
+                heads.numel() * self.view_shape[self.axis + 1], dtype=torch.bool, device=heads.device
+            )
+        return self._units_of(heads)[1]
+
     @property
     def heads(self) -> int:
         return self.view_shape[self.axis]
