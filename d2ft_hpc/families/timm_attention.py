@@ -127,7 +127,8 @@ def attend(
     """What `heads` mix of the values; all [sample, head, token, channel]. Queries may have several heads for each."""
     if type(attn) is DiffAttention:
         return _difference(attn, query, key, value, positions)
-    query, key = attn.q_norm(query), attn.k_norm(key)
+    if not isinstance(attn, BeitAttention):
+        query, key = attn.q_norm(query), attn.k_norm(key)
     if positions.rope is not None:
         query, key = (_rotated(attn, each, positions.rope, heads).type_as(value) for each in (query, key))
     if query.shape[1] > key.shape[1]:
