@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -27,13 +28,18 @@ from d2ft_hpc.families.timm_models import TimmFamily, class_of_timm
 DeepseekVitBlock = class_of_timm("models.deepseek_vit", "DeepseekVitBlock")
 
 _PRE_NORM = (Block, EvaBlock, BeitBlock, RelPosBlock, DeepseekVitBlock)
+_WHY = dict.fromkeys(
+    ("ParallelScalingBlock", "DiffParallelScalingBlock"), "which has one matrix into attention and MLP"
+) | {"ParallelThingsBlock": "which sums several attentions and several MLPs"}
+"""Why other blocks of timm's cannot be cut."""
 _POST_NORM = (ResPostBlock, EvaBlockPostNorm, ResPostRelPosBlock)
 
 
 class TimmBlocks(TimmFamily):
     def misfits(self, block: Any) -> list[str]:
         if type(block) not in (*_PRE_NORM, *_POST_NORM):
-            return [f"is a {type(block).__name__}, which no family knows"]
+            kind = type(block).__name__
+            return [f"is a {kind}, {_WHY.get(kind, 'which no family knows')}"]
         attn, mlp = block.attn, block.mlp
         if reasons := timm_attention.misfits(attn) + timm_mlp.misfits(mlp):
             return reasons
@@ -74,9 +80,9 @@ class TimmBlocks(TimmFamily):
     def own_axes(self, block: Any) -> dict[str, HeadAxis]:
         return timm_attention.own_axes(block.attn) | timm_mlp.own_axes(block.mlp, self.num_heads(block))
 
-    def positions(self, attn_mask: Tensor | None = None, is_causal: bool = False) -> Positions:
+    @abstractmethod
+    def positions(self, *args: Any, **kwargs: Any) -> Positions:
         """Of what a block's forward takes beside x."""
-        return Positions(mask=attn_mask, is_causal=is_causal)
 
     def branches(
         self, block: Any, axes: Mapping[str, HeadAxis], *args: Any, **kwargs: Any

@@ -7,15 +7,16 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from d2ft_hpc.families.timm_attention import Positions
 from d2ft_hpc.families.timm_blocks import TimmBlocks
 from d2ft_hpc.families.timm_models import patches
 
 
 class TimmVit(TimmBlocks):
     supported = (
-        "timm VisionTransformer models whose blocks are timm's Block or ResPostBlock: any head size, MLPs gated or not, "
-        "differential attention, LayerScale, q/k norm, DropPath, dropout, missing biases, class and register tokens, any "
-        "pooling, peft's LoRA"
+        "timm VisionTransformer models whose blocks are timm's Block or ResPostBlock: any head size, MLPs gated or "
+        "not, differential attention, LayerScale, q/k norm, DropPath, dropout, missing biases, class and register "
+        "tokens, any pooling, peft's LoRA"
     )
     names_below = ("patch_embed", "pos_embed", "cls_token", "dist_token", "reg_token", "norm_pre")
     """The distilled DeiTs have a token of their own."""
@@ -25,3 +26,6 @@ class TimmVit(TimmBlocks):
 
     def below(self, model: Any, images: Tensor) -> tuple[Tensor, Any]:
         return model.norm_pre(model.patch_drop(model._pos_embed(patches(model.patch_embed, images)))), None
+
+    def positions(self, attn_mask: Tensor | None = None, is_causal: bool = False) -> Positions:
+        return Positions(mask=attn_mask, is_causal=is_causal)

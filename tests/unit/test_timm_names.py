@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,22 +14,120 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from d2ft_hpc import families
+from d2ft_hpc.errors import UnsupportedModelError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.families.table import backbone_of, family_of
+from d2ft_hpc.metering import measure_costs, meter
+from d2ft_hpc.model.census import census, described, support_of
+from d2ft_hpc.model.subnets import SubnetMap
+from d2ft_hpc.parallel.head_split import check_parts, cut_block
 from d2ft_hpc.planning.plan import SkipPlan
 from tests.masked import loss_and_gradients, masked_blocks
 from tests.reference import FORWARD_ONLY, FULL, SHORTCUT
 
 HEADS, WIDTH = 3, 48
 ROWS = np.array(
-    [[[FULL, SHORTCUT, FORWARD_ONLY], [FORWARD_ONLY, FULL, FULL]], [[FULL] * 3, [FORWARD_ONLY, SHORTCUT, FORWARD_ONLY]]],
+    [
+        [[FULL, SHORTCUT, FORWARD_ONLY], [FORWARD_ONLY, FULL, FULL]],
+        [[FULL, FULL, FULL], [FORWARD_ONLY, SHORTCUT, FORWARD_ONLY]],
+        [[FORWARD_ONLY, FORWARD_ONLY, FORWARD_ONLY], [SHORTCUT, FULL, SHORTCUT]],
+    ],
     np.uint8,
 )
+REPRESENTATIVES = [
+    "aimv2_1b_patch14_224",
+    "aimv2_3b_patch14_224",
+    "beit3_base_patch16_224",
+    "beit3_giant_patch14_224",
+    "beit_base_patch16_224",
+    "beit_large_patch16_224",
+    "deepseek_vit_412m",
+    "deepseek_vit_412m_enc",
+    "deit3_base_patch16_224",
+    "deit_base_distilled_patch16_224",
+    "deit_base_patch16_224",
+    "eva02_base_patch14_224",
+    "eva02_base_patch16_clip_224",
+    "eva02_enormous_patch14_clip_224",
+    "eva02_small_patch14_224",
+    "eva_giant_patch14_224",
+    "naflexvit_base_patch16_gap",
+    "naflexvit_base_patch16_siglip",
+    "naflexvit_giant_patch16_radio_v3",
+    "naflexvit_so150m2_patch16_reg1_gap",
+    "naflexvit_so400m_patch16_radio_v4",
+    "naflexvit_so400m_patch16_siglip",
+    "qwen3_vit_88m",
+    "qwen3_vit_88m_enc",
+    "qwen3_vit_416m",
+    "qwen3_vit_416m_enc",
+    "test_vit",
+    "test_vit2",
+    "test_vit3",
+    "test_vit4",
+    "test_vit_relpos",
+    "vit_7b_patch16_dinov3",
+    "vit_base_mci_224",
+    "vit_base_patch14_dinov2",
+    "vit_base_patch14_reg1_tipsv2",
+    "vit_base_patch16_224_miil",
+    "vit_base_patch16_clip_224",
+    "vit_base_patch16_clip_quickgelu_224",
+    "vit_base_patch16_dinov3",
+    "vit_base_patch16_dinov3_qkvb",
+    "vit_base_patch16_rope_224",
+    "vit_base_patch16_rope_mixed_224",
+    "vit_base_patch16_rope_reg1_gap_256",
+    "vit_base_patch16_rpn_224",
+    "vit_base_patch16_sapiens2",
+    "vit_base_patch32_siglip_256",
+    "vit_base_r26_s32_224",
+    "vit_betwixt_patch16_gap_256",
+    "vit_betwixt_patch16_rope_reg4_gap_256",
+    "vit_dlittle_patch16_reg1_gap_256",
+    "vit_dwee_patch16_reg1_gap_256",
+    "vit_giant_patch14_224",
+    "vit_giant_patch14_clip_224",
+    "vit_giant_patch14_dinov2",
+    "vit_giant_patch14_reg1_tipsv2",
+    "vit_gigantic_patch14_224",
+    "vit_gigantic_patch14_clip_224",
+    "vit_gigantic_patch14_clip_quickgelu_224",
+    "vit_huge_plus_patch16_dinov3",
+    "vit_huge_plus_patch16_dinov3_qkvb",
+    "vit_intern300m_patch14_448",
+    "vit_little_patch16_reg1_gap_256",
+    "vit_mediumd_patch16_rope_reg1_gap_256",
+    "vit_pe_core_base_patch16_224",
+    "vit_pe_core_gigantic_patch14_448",
+    "vit_pe_core_large_patch14_336",
+    "vit_pe_lang_gigantic_patch14_448",
+    "vit_pe_lang_large_patch14_448",
+    "vit_pe_spatial_base_patch16_512",
+    "vit_relpos_base_patch16_224",
+    "vit_relpos_base_patch16_cls_224",
+    "vit_relpos_base_patch16_plus_240",
+    "vit_relpos_base_patch16_rpn_224",
+    "vit_relpos_base_patch32_plus_rpn_256",
+    "vit_relpos_medium_patch16_cls_224",
+    "vit_small_resnet26d_224",
+    "vit_so150m2_patch16_reg1_gap_256",
+    "vit_so150m_patch16_reg4_gap_256",
+    "vit_so400m_patch14_reg1_tipsv2",
+    "vit_so400m_patch14_siglip_224",
+    "vit_so400m_patch16_siglip_256",
+    "vit_srelpos_medium_patch16_224",
+    "vit_wee_patch16_reg1_gap_256",
+    "vitamin_base_224",
+]
+"""One of all names whose models are the same to a family but for their sizes."""
+MODELS = Path(families.__file__).with_name("MODELS.md")
 
 
-def narrow(name: str) -> nn.Module:
+def narrow(name: str, **options: Any) -> nn.Module:
     """The model of this name with two blocks of 3 heads and width 48, for images of 4 x 4 patches."""
-    sizes: dict[str, Any] = {"embed_dim": WIDTH, "num_heads": HEADS, "depth": 2}
+    sizes: dict[str, Any] = {"embed_dim": WIDTH, "num_heads": HEADS, "depth": 2, **options}
     if name.startswith("vitamin"):
         from timm.models.vitamin import VitCfg
 
@@ -56,16 +155,21 @@ def narrow(name: str) -> nn.Module:
 
 
 def settings(model: nn.Module) -> str:
-    """All that tells a narrow model from another but its weights."""
+    """All that tells a model from others to a family: of its blocks, of its rotary positions and of its kind."""
+    backbone = backbone_of(model)
     plain = (bool, int, float, str, tuple, type(None))
+    parts = [*family_of(backbone).blocks(backbone), getattr(backbone, "rope", None)]
     own = [
-        (name, key, value)
-        for name, module in model.named_modules()
+        f"{name}.{key}={value}"
+        for part in parts
+        if part is not None
+        for name, module in part.named_modules()
         for key, value in sorted(vars(module).items())
         if isinstance(value, plain) and "drop" not in key
     ]
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
-    return re.sub(r"drop_prob=\S+", "", f"{model}{own}{shapes}")
+    kinds = [type(each).__name__ for each in (model, backbone, family_of(backbone).embedding(backbone))]
+    text = f"{kinds}{parts}{own}{[tuple(p.shape) for part in parts if part is not None for p in part.parameters()]}"
+    return re.sub(r"drop_prob=\S+|DropPath\(\S*\)", "", text)
 
 
 def images_for(model: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -74,18 +178,22 @@ def images_for(model: nn.Module, dtype: torch.dtype) -> Tensor:
     return torch.randn(2, 3, 4 * high, 4 * wide, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def loss_of(output: Tensor) -> Tensor:
+def loss_of(model: nn.Module, images: Tensor) -> Tensor:
+    torch.manual_seed(0)  # rotary positions may be drawn anew in each step
+    output = model(images)
     return (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)).sum()
 
 
-def check_all_full(model: nn.Module) -> None:
+@pytest.mark.parametrize("name", REPRESENTATIVES)
+def test_all_full_is_timms_model_bit_for_bit(name: str) -> None:
+    model = narrow(name)
     dense = copy.deepcopy(model)
     executor = attach(model, embeddings="trained")
     executor.activate(SkipPlan(np.full((1, 2, HEADS), FULL, np.uint8), replicas=1), replica=0)
     images = images_for(model, torch.float32)
     with executor.micro_batch(0):
-        loss, gradients = loss_and_gradients(model, loss_of(model(images)))
-    expected_loss, expected = loss_and_gradients(dense, loss_of(dense(images)))
+        loss, gradients = loss_and_gradients(model, loss_of(model, images))
+    expected_loss, expected = loss_and_gradients(dense, loss_of(dense, images))
     assert torch.equal(loss, expected_loss)
     assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
     state, expected_state = model.state_dict(), dense.state_dict()
@@ -94,7 +202,9 @@ def check_all_full(model: nn.Module) -> None:
     assert torch.equal(model.eval()(images), dense.eval()(images))
 
 
-def check_gradients(reference: nn.Module) -> None:
+@pytest.mark.parametrize("name", REPRESENTATIVES)
+def test_gradients_equal_timms_modules_with_masks(name: str) -> None:
+    reference = narrow(name).double()
     model = copy.deepcopy(reference)
     executor = attach(model, embeddings="trained")
     executor.activate(SkipPlan(ROWS, replicas=1), replica=0)
@@ -109,9 +219,9 @@ def check_gradients(reference: nn.Module) -> None:
     ]
     for slot, row in enumerate(ROWS):
         with executor.micro_batch(slot):
-            loss, gradients = loss_and_gradients(model, loss_of(model(images)))
+            loss, gradients = loss_and_gradients(model, loss_of(model, images))
         with masked_blocks(blocks, outs, row, across):
-            expected_loss, expected = loss_and_gradients(reference, loss_of(reference(images)))
+            expected_loss, expected = loss_and_gradients(reference, loss_of(reference, images))
         torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=1e-10)
         for name, gradient in expected.items():
             torch.testing.assert_close(
@@ -119,30 +229,100 @@ def check_gradients(reference: nn.Module) -> None:
             )
 
 
-if __name__ == "__main__":
-    import json, time
+@pytest.mark.parametrize("name", REPRESENTATIVES)
+def test_smaller_images_are_what_timm_itself_makes_of_them(name: str) -> None:
+    model = narrow(name).eval()
+    backbone = backbone_of(model)
+    family = family_of(backbone)
+    high, wide = family.patch_size(backbone)
+    images = torch.randn(2, 3, 2 * high, 3 * wide, generator=torch.Generator().manual_seed(1))
+    whole = images_for(model, torch.float32)
+    if "relpos" in name or name.startswith("beit_"):
+        with pytest.raises(UnsupportedModelError, match=r"one image size only.*planner that leaves images"):
+            family.take_any_size(backbone)
+        return
+    with torch.no_grad():
+        before = model(whole)
+        with family.taking_any_size(backbone):
+            given, at_full_size = model(images), model(whole)
+        if family.of_any_size(backbone) is backbone:
+            expected = model(images)  # which takes any size already
+        else:
+            dynamic = narrow(name, dynamic_img_size=True)
+            dynamic.load_state_dict(model.state_dict())
+            expected = dynamic.eval()(images)
+        assert torch.equal(model(whole), before)
+    torch.testing.assert_close(at_full_size, before, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(given, expected, rtol=1e-6, atol=1e-6)
 
-    names = [n for n, v in json.load(open("/tmp/timmfam/census.json")).items() if v[2] == "ok"]
-    seen = {}
-    bad = {}
-    t = time.time()
-    for n in names:
-        try:
-            m = narrow(n)
-        except Exception as e:
-            bad[n] = "NARROW " + repr(e)[:200]
-            continue
-        key = settings(m)
-        if key in seen:
-            seen[key].append(n)
-            continue
-        seen[key] = [n]
-        try:
-            check_all_full(copy.deepcopy(m))
-            check_gradients(m.double())
-        except Exception as e:
-            bad[n] = repr(e)[:400]
-    print(time.time() - t, len(names), len(seen))
-    json.dump(seen, open("/tmp/timmfam/groups.json", "w"))
-    for n, e in bad.items():
-        print(n, e)
+
+@pytest.mark.parametrize("name", REPRESENTATIVES)
+def test_ranks_hold_parts_that_add_up_or_are_refused(name: str) -> None:
+    model = backbone_of(narrow(name)).double()
+    subnets = SubnetMap.of(model)
+    family, block = subnets.family, subnets.blocks(model)[0]
+    if family.refuses_parts is not None:
+        with pytest.raises(UnsupportedModelError, match="tensor_parallel=1"):
+            check_parts(subnets)
+        return
+    x = torch.randn(2, 5, model.embed_dim, dtype=torch.float64)
+    whole = family.branches(block, subnets.head_axes)
+    if any(branch.across is not None for branch in whole):
+        return  # shared blocks refuse them
+    every = torch.arange(HEADS)
+    sums = [torch.zeros_like(x) for _ in whole]
+    for heads in (torch.tensor([0, 2]), torch.tensor([1])):
+        part = copy.deepcopy(block)
+        cut_block(part, subnets, heads)
+        count = heads.numel()
+        axes = {key: axis.of(count) for key, axis in subnets.head_axes.items()}
+        for total, branch in zip(sums, family.branches(part, axes), strict=True):
+            own = torch.arange(count)
+            total += branch.out(branch.inner(branch.norm(x), own), own, None).detach()
+    for total, branch in zip(sums, whole, strict=True):
+        torch.testing.assert_close(total, branch.out(branch.inner(branch.norm(x), every), every, None))
+
+
+@pytest.mark.parametrize("name", ["eva02_base_patch14_224", "beit_base_patch16_224", "vitamin_base_224"])
+def test_costs_are_those_of_timms_model(name: str) -> None:
+    model = narrow(name).requires_grad_(True)
+    dense = copy.deepcopy(model)
+    executor = attach(model, embeddings="trained")
+    images = images_for(model, torch.float32)[:1]
+    costs = measure_costs(model, executor, tuple(images.shape[1:]))
+    with meter() as metered:
+        dense(images).sum().backward()
+    assert costs.dense_flops == metered.flops
+    executor.activate(SkipPlan(ROWS, replicas=1), replica=0)
+    with executor.micro_batch(0), meter() as planned:
+        model(images).sum().backward()
+    assert planned.flops == pytest.approx(costs.planned_flops(ROWS[:1]).item(), rel=0.02)
+
+
+def test_every_name_here_is_called_supported() -> None:
+    text = MODELS.read_text()
+    supported = text[: text.index(": hierarchical")]
+    assert [name for name in REPRESENTATIVES if f" {name} " not in supported.replace("\n", " ")] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_base_patch16_dinov3", "qwen3_vit_88m", "cait_xxs24_224", "swin_tiny_patch4_window7_224"]
+)
+def test_the_table_says_what_the_command_does(name: str) -> None:
+    row = support_of(name)
+    head, _, _ = next(
+        part for part in MODELS.read_text().split("\n\n") if f" {name} " in part.replace("\n", " ")
+    ).partition("\n")
+    assert head.startswith(f"{row.kind}, ")
+    assert head.endswith(f": {row.answer}")
+
+
+@pytest.mark.skipif("D2FT_ALL_MODELS" not in os.environ, reason="takes five minutes: D2FT_ALL_MODELS=1")
+def test_the_table_is_the_commands_output_and_every_supported_name_is_like_one_here() -> None:
+    rows = list(census())
+    assert described(rows) == MODELS.read_text().split("```")[1].strip()
+    supported = [row for row in rows if row.is_supported]
+    assert len(supported) >= 275
+    assert sum(row.checkpoints for row in supported) >= 450
+    known = {settings(narrow(name)) for name in REPRESENTATIVES}
+    assert [row.name for row in supported if settings(narrow(row.name)) not in known] == []
