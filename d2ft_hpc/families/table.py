@@ -44,6 +44,12 @@ def family_of(model: nn.Module) -> BlockFamily:
     """Raises UnsupportedModelError if no family knows the model's class."""
     family = find_family(model)
     if family is None:
+        inside = find_backbone(model)
+        if inside is not None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has a {type(inside).__name__} inside, which follows plans in a loop of your own "
+                f"(d2ft_hpc.attach), not by itself here"
+            )
         raise UnsupportedModelError(f"{type(model).__name__} is none of the supported models: {supported()}.")
     return family
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ _WHY = {
     "TNT": "a block has a transformer for the pixels of each patch inside",
     "Xcit": "attention is between channels, and a convolution over patches follows it in each block",
     "ConVit": "its blocks are of two kinds: gated ones with positions by head, and plain ones",
+    "Gemma4VitClassifier": "its linear layers clamp what they get and what they give",
+    "Gemma4VitEncoder": "its linear layers clamp what they get and what they give",
+    "VisionTransformerSAM": "its blocks attend within windows, into which they cut the image themselves",
     "VOLO": "hierarchical, and most of its attention is not of queries and keys",
 }
 """Of models that no family knows, where more is to say than how many heads they have."""
@@ -56,7 +60,12 @@ def support_of(name: str) -> Support:
         [known for known in timm.list_pretrained(f"{name}.*") if not known.endswith(".untrained")]
     )
     return Support(
-        name, type(model).__name__, answer, supported, supported or bool(_heads(model)), checkpoints
+        name,
+        type(model).__name__,
+        answer,
+        supported,
+        supported or bool(_heads_and_widths(model)[0]),
+        checkpoints,
     )
 
 
@@ -91,7 +100,8 @@ def _answer(model: nn.Module) -> tuple[bool, str]:
     try:
         SubnetMap.of(backbone_of(model))
     except UnsupportedModelError as error:
-        return False, str(error).partition("is not supported: ")[2].partition(" Supported: ")[0].rstrip(".")
+        reasons = str(error).partition("is not supported: ")[2].partition(" Supported: ")[0].rstrip(".")
+        return False, re.sub(r" \(and \d+ like it\)", "", reasons)
     trains = (
         find_family(model) is not None
         and hasattr(model, "get_classifier")
@@ -103,18 +113,29 @@ def _answer(model: nn.Module) -> tuple[bool, str]:
 def _why_unknown(model: nn.Module) -> str:
     if why := _WHY.get(type(model).__name__):
         return why
-    heads = _heads(model)
+    heads, widths = _heads_and_widths(model)
     if not heads:
-        return "it has no attention heads"
-    if len(heads) > 1:
-        return f"hierarchical: its attentions have {', '.join(map(str, heads[:-1]))} or {heads[-1]} heads"
+        return "none of its modules has a number of heads: no attention, or one of another kind"
+    if len(heads) > 1 or len(widths) > 1:
+        return "hierarchical: heads or channels are not as many in all of its stages"
     return "no family knows its blocks"
 
 
-def _heads(model: nn.Module) -> list[int]:
-    """The numbers of heads that its modules have."""
-    found = (getattr(module, name, None) for module in model.modules() for name in _NAMES_OF_HEADS)
-    return sorted({number for number in found if type(number) is int and number > 0})
+def _heads_and_widths(model: nn.Module) -> tuple[set[int], set[int]]:
+    """The numbers of heads that its modules have, and of channels that these get."""
+    heads, widths = set(), set()
+    for module in model.modules():
+        own = next(
+            (getattr(module, name) for name in _NAMES_OF_HEADS if type(getattr(module, name, None)) is int), 0
+        )
+        if own > 0:
+            heads.add(own)
+            widths.update(
+                child.weight.shape[1]
+                for child in module.children()
+                if isinstance(child, nn.Linear | nn.Conv2d)
+            )
+    return heads, widths
 
 
 class _Uninitialised(TorchFunctionMode):

@@ -81,6 +81,11 @@ class SubnetMap:
         ]
         if not blocks or differing:
             where = f"blocks {differing} differ in shape from block 0" if blocks else "it has no blocks"
+            if len(set(heads)) > 1:
+                numbers = " or ".join(map(str, sorted(set(heads))))
+                where = (
+                    f"its blocks have {numbers} heads (of keys, which queries may share), not as many in each"
+                )
             raise _unsupported(model, family, [where])
         layers = tuple(name for names in family.layers(blocks[0]).values() for name in names)
         return SubnetMap(family, len(blocks), heads[0], head_axes, layers)
