@@ -33,7 +33,7 @@ def out_of_heads(
 
 def head_part(axis: HeadAxis, parameter: Tensor, heads: Tensor) -> Tensor:
     """The heads' part of a parameter. As heads are in rising order, all of them are the parameter, without a copy."""
-    if are_all(axis, heads):
+    if _are_all(axis, heads):
         # A view, because autocast would cache a leaf's cast without gradient.
         return parameter.view_as(parameter)
     return axis.select(parameter, heads)
@@ -44,7 +44,7 @@ def head_linear(axis: HeadAxis, x: Tensor, weight: Tensor, bias: Tensor | None, 
 
     x: [..., in]. bias: of what comes out. heads: int64 [n], in rising order.
     """
-    if are_all(axis, heads) or not torch.is_grad_enabled():
+    if _are_all(axis, heads) or not torch.is_grad_enabled():
         return F.linear(x, head_part(axis, weight, heads), bias)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))  # so that this is what is kept
@@ -56,8 +56,7 @@ def head_linear(axis: HeadAxis, x: Tensor, weight: Tensor, bias: Tensor | None, 
     return result.view(*x.shape[:-1], -1)
 
 
-def are_all(axis: HeadAxis, heads: Tensor) -> bool:
-    """Whether these are all heads: their part of a parameter is then the parameter itself, with nothing filled up."""
+def _are_all(axis: HeadAxis, heads: Tensor) -> bool:
     return heads.numel() == axis.heads
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from d2ft_hpc.families.head_axis import HeadAxis
-from d2ft_hpc.families.head_linear import are_all, head_part
+from d2ft_hpc.families.head_linear import head_part
 
 
 def normalise_heads(
@@ -20,7 +20,7 @@ def normalise_heads(
     channels. In float32 at least, as torch's norm under autocast.
     """
     dtype = torch.promote_types(parts[0].dtype, torch.float32)
-    own = [_owned(axis, of_part) for of_part in heads]
+    own = [axis.owned(of_part) for of_part in heads]
     wide = [part.to(dtype) for part in parts]
     count = torch.stack([mask.sum() for mask in own]).sum()
     mean = torch.stack([part.sum(-1, keepdim=True) for part in wide]).sum(0) / count
@@ -33,10 +33,3 @@ def normalise_heads(
         )
         for part, of_part, given in zip(centred, heads, parts, strict=True)
     ]
-
-
-def _owned(axis: HeadAxis, heads: Tensor) -> Tensor:
-    """bool [channel]: which of a part are the heads' own. A part of all heads has nothing to fill up."""
-    if are_all(axis, heads):
-        return torch.ones(axis.parameter_shape[0], dtype=torch.bool, device=heads.device)
-    return axis.owned(heads)

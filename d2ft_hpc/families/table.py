@@ -47,7 +47,7 @@ def family_of(model: nn.Module) -> BlockFamily:
         inside = find_backbone(model)
         if inside is not None:
             raise UnsupportedModelError(
-                f"{type(model).__name__} has a {type(inside).__name__} inside, which follows plans in a loop of your own "
+                f"{type(model).__name__} has a {type(inside).__name__} inside, which follows plans in loops of your own "
                 f"(d2ft_hpc.attach), not by itself here"
             )
         raise UnsupportedModelError(f"{type(model).__name__} is none of the supported models: {supported()}.")

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from d2ft_hpc import families
 from d2ft_hpc.errors import UnsupportedModelError
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.families.table import backbone_of, family_of
 from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.model.census import census, described, support_of
+from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.parallel.head_split import check_parts, cut_block
 from d2ft_hpc.planning.plan import SkipPlan
@@ -206,9 +207,32 @@ def test_all_full_is_timms_model_bit_for_bit(name: str) -> None:
 def test_gradients_equal_timms_modules_with_masks(name: str) -> None:
     reference = narrow(name).double()
     model = copy.deepcopy(reference)
-    executor = attach(model, embeddings="trained")
+    check_gradients(model, reference, attach(model, embeddings="trained"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_giant_patch14_dinov2", "vitamin_base_224", "eva02_base_patch14_224", "deepseek_vit_412m_enc"],
+)
+def test_adapters_run_by_head(name: str) -> None:
+    pytest.importorskip("peft")
+    reference = narrow(name)
+    add_lora(backbone_of(reference), rank=2, alpha=3, dropout=0.0, layers=("qkv", "proj", "fc1", "fc2"))
+    reference = reference.double()
+    with torch.no_grad():
+        for key, parameter in reference.named_parameters():
+            if "lora_B" in key:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model = copy.deepcopy(reference)
+    check_gradients(model, reference, attach(model))
+
+
+def check_gradients(model: nn.Module, reference: nn.Module, executor: PlanExecutor) -> None:
+    """Of a model under `ROWS`, which the executor is attached to, against another one's modules with masks."""
     executor.activate(SkipPlan(ROWS, replicas=1), replica=0)
     images = images_for(model, torch.float64)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
     blocks = family_of(backbone_of(reference)).blocks(backbone_of(reference))
     inner = dict(blocks[0].named_modules())
     outs = [name for name in ("attn.proj", "mlp.fc2", "mlp.w2") if name in inner]
@@ -223,9 +247,9 @@ def test_gradients_equal_timms_modules_with_masks(name: str) -> None:
         with masked_blocks(blocks, outs, row, across):
             expected_loss, expected = loss_and_gradients(reference, loss_of(reference, images))
         torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=1e-10)
-        for name, gradient in expected.items():
+        for name in trained:
             torch.testing.assert_close(
-                gradients[name], gradient, rtol=1e-7, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+                gradients[name], expected[name], rtol=1e-7, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 
