@@ -123,7 +123,8 @@ def _why_unknown(model: nn.Module) -> str:
 
 def _heads_and_widths(model: nn.Module) -> tuple[set[int], set[int]]:
     """The numbers of heads that its modules have, and of channels that these get."""
-    heads, widths = set(), set()
+    heads: set[int] = set()
+    widths: set[int] = set()
     for module in model.modules():
         own = next(
             (getattr(module, name) for name in _NAMES_OF_HEADS if type(getattr(module, name, None)) is int), 0
