@@ -42,13 +42,13 @@ from d2ft_hpc.planning.plan import Operation
 def bind_fsdp(
     model: nn.Module,
     executor: PlanExecutor,
-    reduction: Reduction = Reduction.AS_LOOP_SAYS,
     slot_source: Callable[[], int] | None = None,
 ) -> None:
     """Fits the executor to a model that `fully_shard` has spread, whose replicas may then follow different rows.
     Gradients are reduced in each micro-batch but those before which `set_requires_gradient_sync(False)` was called.
+    Blocks' gradients are complete in those, too: a block is gathered again in the backward, by all ranks or by none.
 
-    reduction: when, in complete batches. slot_source: as `PlanExecutor.bind` takes it.
+    slot_source: as `PlanExecutor.bind` takes it.
 
     Raises ConfigError where plans could not be run exactly.
     """
@@ -68,13 +68,9 @@ def bind_fsdp(
                 f"fully_shard was called on block {index} together with others: call fully_shard(block) for each"
             )
 
-    def reduces(block: Any) -> bool:
-        group = _group(block if isinstance(block, FSDPModule) else model)
-        return bool(group.reduce_grads)
-
-    executor.bind(slot_source, reduction, partial(_check, model), reduces)
+    executor.bind(slot_source, Reduction.EVERY_MICRO_BATCH, partial(_check, model))
     # A replica that skips a block gives its input back; nothing in these models changes that in place.
-    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPBlock\) returned a view")
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDP\w+\) returned a view")
     gathers = _Gathers(executor)
     for index, block in executor.blocks.items():
         if isinstance(block, FSDPModule):
@@ -101,7 +97,10 @@ class _Gathers:
         group = _group(block)
         reduces = bool(group.reduce_grads and group.all_reduce_grads)
         rows = plan.operations[slot * plan.replicas : (slot + 1) * plan.replicas, index]
-        nobody_runs = bool((rows == Operation.SHORTCUT).all())
+        is_watched = (
+            len(block._forward_hooks) > 1
+        )  # by others than FSDP, such as one that keeps what blocks give
+        nobody_runs = bool((rows == Operation.SHORTCUT).all()) and not is_watched
         if nobody_runs and not (reduces and index in self._pending):
             return index > 0 or not self._executor.detach_incomplete
         if reduces:
@@ -179,7 +178,7 @@ class FsdpEngine(PlainEngine):
         super().__init__(
             model, executor, *make_optimizer(model), loss_function, gradient_clipping=gradient_clipping
         )
-        bind_fsdp(model, executor, Reduction.EVERY_MICRO_BATCH)
+        bind_fsdp(model, executor)
 
     def check(self, plan: SkipPlan) -> None:
         if plan.binding == "sample":

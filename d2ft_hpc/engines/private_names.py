@@ -1,4 +1,4 @@
-"""Every name that is used of DeepSpeed, torch and timm without their promise to keep it: what it means, how to tell.
+"""Every name that is used of libraries without their promise to keep it: what it means, how to tell.
 
 A test walks the list under whatever versions are installed; where a name is used, `expect` and `replace` ask again,
 because an attribute that nobody reads can be set without an error, and a number that is not there passes for 1.
@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from packaging.version import Version
@@ -39,7 +39,11 @@ class PrivateName:
 
     def fault(self) -> str | None:
         """What is not as expected in the library that is installed; None where all is."""
-        if Version(version(self.library)) < Version(self.since):
+        try:
+            is_older = Version(version(self.library)) < Version(self.since)
+        except PackageNotFoundError:  # an extra
+            return None
+        if is_older:
             return None
         module_name, _, attribute = self.path.partition(":")
         try:
@@ -164,6 +168,21 @@ def _torch_and_timm() -> Iterator[PrivateName]:
         yield PrivateName(f"timm.models.{model}._pos_embed", "def _pos_embed(self, x")
 
 
+def _transformers() -> Iterator[PrivateName]:
+    since = "5.24"
+    layer = "transformers.modeling_layers:GradientCheckpointingLayer"
+    recomputes = "return self._gradient_checkpointing_func(partial(forward, self, **kwargs), *args)"
+    yield PrivateName(f"{layer}.gradient_checkpointing", recomputes, since)
+    yield PrivateName(f"{layer}._gradient_checkpointing_func", recomputes, since)
+    rotary = ("dinov3_vit", "llama", "qwen2", "qwen3")
+    for model in ("vit", "dinov2", "dinov2_with_registers", "clip", "siglip", *rotary):
+        module = f"transformers.models.{model}.modeling_{model}"
+        yield PrivateName(f"{module}:ALL_ATTENTION_FUNCTIONS", "self.config._attn_implementation", since)
+        yield PrivateName(f"{module}:eager_attention_forward", "attn_output, attn_weights", since)
+        if model in rotary:
+            yield PrivateName(f"{module}:apply_rotary_pos_emb", "def apply_rotary_pos_emb", since)
+
+
 DIVIDES_FROM = "0.18.3"
 """The first DeepSpeed whose pipelines divide gradients by the number of micro-batches: to 0.19.2 once in each stage."""
 SCALER_COUNTERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -171,7 +190,7 @@ SCALER_COUNTERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresi
 SCALE_AT_MINIMUM = "loss scale already at minimum"
 """Of the message with which a loss scaler gives up."""
 
-PRIVATE_NAMES = (*_deepspeed(), *_torch_and_timm())
+PRIVATE_NAMES = (*_deepspeed(), *_torch_and_timm(), *_transformers())
 
 
 def expect(owner: Any, name: str, means: str) -> Any:

@@ -124,11 +124,11 @@ class BlockFamily(ABC):
         weight = next(model.parameters())
         return torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
 
-    def size_of(self, model: Any, samples: Tensor) -> float:
-        """Tokens of each of these samples, in units of those of `sample_shape`, where plans do not say how many."""
+    def size_of(self, samples: Tensor, shape: tuple[int, ...]) -> float:
+        """Tokens of each of these samples, in units of those of one of this shape, where plans do not say how many."""
         return 1.0
 
-    def around(self, model: nn.Module, whole: nn.Module) -> nn.Module:
+    def around(self, model: Any, whole: nn.Module) -> Any:
         """What takes the same as the model and has it inside, within the user's `whole` one, such as a library's model
         with a head; the model itself where there is none."""
         return model
@@ -234,6 +234,10 @@ class BlockFamily(ABC):
         """Raises PlanError where the block is asked for what heads that are skipped cannot give. kwargs: of its
         forward."""
         return
+
+    def afresh(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a block's forward, which got these, gets in a second pass by itself."""
+        return kwargs
 
     def generates(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether blocks whose forward gets these go on with a text, which no plan is for."""

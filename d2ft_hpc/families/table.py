@@ -47,8 +47,8 @@ def family_of(model: nn.Module) -> BlockFamily:
         inside = find_backbone(model)
         if inside is not None:
             raise UnsupportedModelError(
-                f"{type(model).__name__} has a {type(inside).__name__} inside, which follows plans in loops of your own "
-                f"(d2ft_hpc.attach), not by itself here"
+                f"{type(model).__name__} has a {type(inside).__name__} inside, which follows plans in own loops "
+                f"(d2ft_hpc.attach), not here"
             )
         raise UnsupportedModelError(f"{type(model).__name__} is none of the supported models: {supported()}.")
     return family

@@ -35,9 +35,8 @@ class TransformersDecoder(TransformersFamily):
     def blank(self, model: Any, shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(1, *shape, dtype=torch.long, device=next(model.parameters()).device)
 
-    def size_of(self, model: Any, samples: Tensor) -> float:
-        (tokens,) = self.sample_shape(model)
-        return samples.shape[1] / tokens
+    def size_of(self, samples: Tensor, shape: tuple[int, ...]) -> float:
+        return samples.shape[1] / shape[0]
 
     # ---- images, which it has none of
 

@@ -21,6 +21,7 @@ from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.families.head_linear import into_heads, out_of_heads
 from d2ft_hpc.families.low_rank import axes_of, is_linear
 
+_MODELS = "transformers.models."
 ATTENTIONS = ("sdpa", "eager")
 """Those of transformers' implementations of attention whose results under plans are tested."""
 
@@ -29,7 +30,7 @@ class TransformersFamily(BlockFamily):
     """A subnet is a group of query heads with its key and value head, and its slice of the MLP."""
 
     classes: tuple[str, ...]
-    """Of models, by their modules in transformers.models."""
+    """Of models, with their modules in transformers.models."""
     attention: str
     """Names in a block: of its attention, and of the norms before it and before the MLP."""
     norms: tuple[str, str]
@@ -39,9 +40,14 @@ class TransformersFamily(BlockFamily):
     refuses_parts = "transformers' models are run whole, parts of them by ranks are not made"
 
     def has(self, model: nn.Module) -> bool:
+        if "transformers" not in sys.modules:
+            return False
         # A subclass's too, such as FSDP2 makes.
-        own = {f"transformers.models.{name}" for name in self.classes}
-        return any(f"{each.__module__}.{each.__qualname__}" in own for each in type(model).__mro__)
+        return any(
+            each.__module__.startswith(_MODELS)
+            and f"{each.__module__.removeprefix(_MODELS)}.{each.__qualname__}" in self.classes
+            for each in type(model).__mro__
+        )
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         try:
@@ -53,7 +59,7 @@ class TransformersFamily(BlockFamily):
 
     def misfits(self, block: nn.Module) -> list[str]:
         name = type(block).__name__
-        if not type(block).forward.__module__.startswith("transformers.models."):
+        if not type(block).forward.__module__.startswith(_MODELS):
             return [f"is a {name} with a forward that is not transformers'"]
         if inspect.signature(type(block).forward).return_annotation not in (Tensor, "torch.Tensor"):
             return [f"is a {name} that gives more than a tensor: update transformers to 5.24 or newer"]
@@ -81,12 +87,12 @@ class TransformersFamily(BlockFamily):
     def above(self, model: Any, x: Tensor) -> Tensor:
         raise NotImplementedError(self.refuses_parts)
 
-    def around(self, model: nn.Module, whole: nn.Module) -> nn.Module:
+    def around(self, model: Any, whole: nn.Module) -> Any:
         """transformers' own model with a head, such as a `...ForImageClassification`."""
         outer = (
             each
             for each in whole.modules()
-            if each is not model and hasattr(each, "base_model_prefix") and each.base_model is model
+            if getattr(each, "main_input_name", None) == model.main_input_name and model in each.children()
         )
         return next(outer, model)
 
@@ -181,7 +187,6 @@ class TransformersFamily(BlockFamily):
     ) -> Sequence[Branch]:
         attn, mlp, layers = block.get_submodule(self.attention), block.mlp, self.layers(block)
         (proj,), (contract,) = layers["proj"], layers["fc2"]
-        others = {name: value for name, value in kwargs.items() if name not in _CACHES}
 
         def owned(name: str, normed: Tensor, heads: Tensor) -> Tensor:
             return into_heads(block.get_submodule(name), name, axes, normed, heads)
@@ -195,7 +200,7 @@ class TransformersFamily(BlockFamily):
             query, key, value = (each.transpose(1, 2) for each in (query, key, value))
             if position_embeddings is not None:
                 query, key = _library_of(attn).apply_rotary_pos_emb(query, key, *position_embeddings)
-            return _attend(attn, query, key, value, attention_mask, **others).flatten(2)
+            return _attend(attn, query, key, value, attention_mask, **self.afresh(kwargs)).flatten(2)
 
         def activate(normed: Tensor, heads: Tensor) -> Tensor:
             act = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
@@ -234,6 +239,9 @@ class TransformersFamily(BlockFamily):
                 "the model trains on text that goes on from a cache, which heads that a plan skips do not keep: give "
                 "it whole, without past_key_values"
             )
+
+    def afresh(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {name: value for name, value in kwargs.items() if name not in _CACHES}
 
     def generates(self, kwargs: Mapping[str, Any]) -> bool:
         return _cache_of(kwargs) is not None and not torch.is_grad_enabled()
@@ -278,9 +286,8 @@ def _attend(
     if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
         raise PlanError("an attention mask that differs between heads is not supported under a plan")
     library = _library_of(attn)
-    attend = library.ALL_ATTENTION_FUNCTIONS.get_interface(
-        attn.config._attn_implementation, library.eager_attention_forward
-    )
+    name = attn.config._attn_implementation
+    attend = library.eager_attention_forward if name == "eager" else library.ALL_ATTENTION_FUNCTIONS[name]
     rate = attn.attention_dropout if hasattr(attn, "attention_dropout") else attn.dropout
     if hasattr(attn, "sliding_window"):
         kwargs["sliding_window"] = attn.sliding_window

@@ -219,7 +219,8 @@ def _costs_of_size(
         block.register_forward_pre_hook(lambda _, *given: inputs.append(given), with_kwargs=True)
         for block in blocks
     ]
-    sample = executor.subnets.family.blank(model, sample_shape)
+    family = executor.subnets.family
+    sample = family.blank(model, sample_shape)
     with probe(around, training=True):
         try:
             dense = _count_flops(around, executor, Operation.FULL, sample)
@@ -229,7 +230,7 @@ def _costs_of_size(
         passes = {
             operation: np.array(
                 [
-                    _count_flops(block, executor, operation, *args, **kwargs)
+                    _count_flops(block, executor, operation, *args, **family.afresh(kwargs))
                     for block, (args, kwargs) in zip(blocks, inputs, strict=True)
                 ],
                 dtype=np.float64,

@@ -25,7 +25,7 @@ class ParameterClass(Enum):
 
     SUBNET = "subnet"
     EMBEDDING = "embedding"
-    """Patch projection, positions, class, distillation and register tokens, pre-norm: below every block."""
+    """Patch projection, positions, class, distillation and register tokens, pre-norm, words: below every block."""
     SHARED = "shared"
     """A block's norms, q/k norms, LayerScale, and the biases of layers that lead out of the heads: shared by the
     block's heads."""

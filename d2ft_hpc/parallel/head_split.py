@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from d2ft_hpc.errors import PlanError, UnsupportedModelError
+from d2ft_hpc.families.family import BlockFamily
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.planning.problem import Ints
@@ -43,11 +44,11 @@ def check_owner(owner: Ints, shape: tuple[int, int], ranks: int) -> None:
             )
 
 
-def check_parts(subnets: SubnetMap) -> None:
+def check_parts(family: BlockFamily) -> None:
     """Raises UnsupportedModelError where ranks cannot hold parts of a model of this family."""
-    if subnets.family.refuses_parts is not None:
+    if family.refuses_parts is not None:
         raise UnsupportedModelError(
-            f"{subnets.family.refuses_parts}: use engine.tensor_parallel=1 and engine.pipeline_stages=1"
+            f"{family.refuses_parts}: use engine.tensor_parallel=1 and engine.pipeline_stages=1"
         )
 
 

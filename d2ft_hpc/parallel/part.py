@@ -34,7 +34,7 @@ class ModelPart(nn.Module):
         return part
 
     def __init__(self, model: nn.Module, blocks: range, executor: PlanExecutor) -> None:
-        check_parts(executor.subnets)
+        check_parts(executor.subnets.family)
         nn.Module.__init__(self)  # the model's own would make new weights
         self.__dict__.update(
             {name: value for name, value in copied_state(model).items() if name not in self.__dict__}

@@ -181,7 +181,7 @@ def share_blocks(
     Raises UnsupportedModelError where ranks would draw other random numbers, PlanError if the owner map does not fit.
     """
     subnets = whole.subnets
-    check_parts(subnets)
+    check_parts(subnets.family)
     for index, block in blocks.items():
         by_head = subnets.family.drops(block).by_head
         for name, module in block.named_modules():

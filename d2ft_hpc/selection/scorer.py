@@ -47,10 +47,8 @@ class SampleScorer:
         self._image_size, self._score, self._autocast_dtype = image_size, score, autocast_dtype
         self._model = family.of_any_size(model)
         self._logits_of: LogitsOf | None = None
-
-    @property
-    def num_classes(self) -> int:
-        return int(self._model.num_classes)
+        self.num_classes = 0
+        """Of the logits that came last."""
 
     def bind(self, logits_of: LogitsOf) -> None:
         """Scores by these logits from now on: by an engine's, whose ranks may hold parts of the model."""
@@ -62,6 +60,7 @@ class SampleScorer:
         if self._logits_of is None:
             return torch.cat([self(images, targets) for images, targets in micro_batches])
         logits = self._logits_of([self._resized(images) for images, _ in micro_batches])
+        self.num_classes = logits[0].shape[1]
         return torch.cat(
             [
                 score_samples(part.float(), targets, self._score)
@@ -86,6 +85,7 @@ class SampleScorer:
         mixed = self._autocast_dtype is not None
         with torch.autocast(images.device.type, self._autocast_dtype, enabled=mixed, cache_enabled=False):
             logits = self._model(images)
+        self.num_classes = logits.shape[1]
         return score_samples(logits.float(), targets, self._score)
 
     def _resized(self, images: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.metering import Metered, StepCosts
@@ -46,9 +47,10 @@ class BatchCounter:
     _counting: ClassVar[BatchCounter | None] = None
     """The one of the process that counts now. It is held, so that its end is no affair of the garbage collector's."""
 
-    def __init__(self, costs: StepCosts, executor: PlanExecutor) -> None:
-        """costs: of this rank's part of the model."""
+    def __init__(self, costs: StepCosts, executor: PlanExecutor, sample_shape: tuple[int, ...]) -> None:
+        """costs: of this rank's part of the model, for a sample of this shape."""
         self.end_others()
+        self._sample_shape = sample_shape
         self._costs, self._executor = costs, executor
         self._modes: list[Any] = []
         self._metered: Metered | None = None  # of the batch that runs
@@ -69,10 +71,12 @@ class BatchCounter:
         self.begin()
         self._scored += samples
 
-    def train(self, slot: int, samples: int, size: float = 1.0) -> None:
-        """So many samples are about to train, in this place of the batch. size: of each, in units of that whose FLOPs
-        were counted."""
+    def train(self, slot: int, samples: int, like: Tensor | None = None) -> None:
+        """So many samples are about to train, in this place of the batch. like: some of their size; None: it is that
+        of the one whose FLOPs were counted."""
         self.begin()
+        family = self._executor.subnets.family
+        size = 1.0 if like is None else family.size_of(like, self._sample_shape)
         self._trained.append((slot, samples, size))
 
     def begin(self) -> None:

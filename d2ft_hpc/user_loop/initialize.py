@@ -22,7 +22,7 @@ from d2ft_hpc.engines.private_names import NEWEST_TESTED, newer_than_tested
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.errors import ConfigError, LaunchError, UnsupportedModelError
-from d2ft_hpc.families.table import backbone_of
+from d2ft_hpc.families.table import backbone_of, family_of
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.lifecycle.costs import costs_of_part
 from d2ft_hpc.parallel.head_split import check_parts, even_owner
@@ -91,7 +91,7 @@ def initialize(
     model = model.layers if isinstance(model, PipelineModule) else model
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
-            f"model is a {type(model).__name__}: make one with timm.create_model, and for a pipeline wrap it in "
+            f"model is a {type(model).__name__}: give one of timm or transformers, and for a pipeline wrap it in "
             f"d2ft_hpc.PipelineModule"
         )
     backbone = backbone_of(model)
@@ -100,6 +100,8 @@ def initialize(
             "model was made inside deepspeed.zero.Init: make it outside, ZeRO-3 spreads it here"
         )
     stages, tensor_ranks = _parts(settings, pipeline)
+    if stages * tensor_ranks > 1:
+        check_parts(family_of(backbone))
     if stages * tensor_ranks > 1 and backbone is not model:
         raise ConfigError(
             f"model is a {type(model).__name__} around a {type(backbone).__name__}: ranks that hold parts of a model "
@@ -127,8 +129,6 @@ def initialize(
     if layout.is_cut and section.cuda_graphs:
         raise ConfigError("d2ft.cuda_graphs=true: not where ranks hold parts of the model; remove it")
     executor, sample_shape, costs = attached(backbone, model, section)
-    if layout.is_cut:
-        check_parts(executor.subnets)
     flops = layer_flops(backbone, costs, sample_shape)
     placement = Placement(
         layout, cut_stages(flops, stages), even_owner(*executor.subnets.shape, layout.tensor_ranks)
@@ -180,7 +180,7 @@ def initialize(
     if selection is not None and layout.is_cut:
         score_flops = count_scoring(selection, sample_shape[-1], ours.engine.device)
         part_costs = replace(part_costs, score_flops=score_flops)
-    counter = BatchCounter(part_costs, ours.executor)
+    counter = BatchCounter(part_costs, ours.executor, sample_shape)
     ours.engine.d2ft = PlannedDeepSpeed(ours, section, costs, placement, selection, control, counter, record)
     return ours.made  # type: ignore[no-any-return]
 

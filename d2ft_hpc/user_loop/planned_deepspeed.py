@@ -260,8 +260,7 @@ class PlannedDeepSpeed:
         self._seen = micro_step
         self._turn_to("forward")
         samples = next(each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor))
-        size = self.executor.subnets.family.size_of(backbone_of(self._engine.module), samples)
-        self._counter.train(self.slot, len(samples), size)
+        self._counter.train(self.slot, len(samples), samples)
 
     def _after_forward(self, engine: nn.Module, inputs: Any, output: Any) -> None:
         if self._engine.module.training and torch.is_grad_enabled():

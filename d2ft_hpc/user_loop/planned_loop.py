@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from d2ft_hpc.engines.check import check_plan
+from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.engine import logits_of
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
 from d2ft_hpc.execution.gradients import Reduction
@@ -65,10 +65,11 @@ def attach(
         the images that the model gets in training: small ones at first, full size (the model's `img_size`, which they
         must have) at the end of `total_steps` steps of the optimiser, which it has to know. `samples` scores what
         `PlannedLoop.choose` is given and draws what trains; any other one plans by heads, and the first `probe_batches`
-        batches run dense and give the scores. micro_batches: those of a rank whose gradients make one
-        step of the optimiser. settings: other keys of the "d2ft" section (`D2ftSection`), such as `embeddings`,
-        `compile`, `cuda_graphs`, `replan={"every": 100, "unit": "steps"}`, `file`, a saved plan, or
-        `results="runs/mine"`, a folder for `results.h5`, which `d2ft-hpc report runs/mine` reads.
+        batches run dense and give the scores. Models that read text need such a one ("joint"). micro_batches: those of
+        a rank whose gradients make one step of the optimiser. settings: other keys of the "d2ft" section
+        (`D2ftSection`), such as `embeddings`, `compile`, `cuda_graphs`, `replan={"every": 100, "unit": "steps"}`,
+        `file`, a saved plan, or `results="runs/mine"`, a folder for `results.h5`, which `d2ft-hpc report runs/mine`
+        reads.
 
     Raises ConfigError for settings that cannot be, UnsupportedModelError where the model cannot be cut by head.
     """
@@ -114,7 +115,7 @@ class PlannedLoop:
         self._is_chosen = self._is_bound = False
         self._unseen_steps = 0
         self._is_begun = False  # a batch, as opposed to what a loop does between two
-        self._counter = BatchCounter(self._costs, self.executor)
+        self._counter = BatchCounter(self._costs, self.executor, sample_shape)
         settings = {**section.model_dump(mode="json"), "micro_batches": micro_batches}
         self.record = LoopRecord(section.results, settings, model, self.executor.subnets, self._costs)
         """What the loop can add to its `results.h5`: `record.loss`, `record.evaluation`, `record.close`."""
@@ -230,7 +231,8 @@ class PlannedLoop:
         return found
 
     def check(self, plan: SkipPlan) -> None:
-        """Raises PlanError where the loop cannot run `plan`."""
+        """Raises PlanError where the loop cannot run `plan`, ConfigError where recomputing blocks lose gradients."""
+        check_recompute(self._model)
         check_plan(plan, slots=self.slots, replicas=self._plans().control.world_size, same_rows=None)
 
     def _before_forward(self, inputs: Sequence[Any]) -> None:
@@ -250,8 +252,7 @@ class PlannedLoop:
         self._slot, self._is_chosen, self._is_begun = self._slot + 1, False, True
         self._turn_to("forward")
         samples = next(each for each in inputs if isinstance(each, Tensor))
-        size = self.executor.subnets.family.size_of(self._model, samples)
-        self._counter.train(self._slot, len(samples), size)
+        self._counter.train(self._slot, len(samples), samples)
 
     def _after_forward(self, inputs: Sequence[Any]) -> None:
         self._turn_to("backward")

@@ -53,8 +53,8 @@ def bind_engine(
     backbone = find_backbone(model)
     if backbone is None:
         raise ConfigError(
-            f"prepare takes DistributedDataParallel(model), a timm model after fully_shard (FSDP2), or a timm model as "
-            f"it is, each also inside a module of one's own, not a {type(model).__name__}"
+            f"prepare takes DistributedDataParallel(model), a supported model after fully_shard (FSDP2), or as it is, "
+            f"each also inside a module of one's own, not a {type(model).__name__}"
         )
     for spread in (model, backbone):
         if isinstance(spread, FSDPModule):

@@ -22,8 +22,9 @@ def lines_with(pattern: str) -> list[str]:
     ]
 
 
-def test_no_other_file_names_timms_classes_or_reaches_into_a_block() -> None:
+def test_no_other_file_names_a_librarys_classes_or_reaches_into_a_block() -> None:
     assert lines_with(r"\b(VisionTransformer|Eva|timm\.models|timm\.layers)\b") == []
+    assert lines_with(r"\b(ViT|D[iI][nN][oO]v\d|CLIP|Siglip|Llama|Qwen\d)[A-Z]\w+|transformers\.models") == []
     assert lines_with(r"\w\.(attn|mlp|ls1|ls2|patch_embed|pos_embed|forward_head)\b") == []
     assert lines_with(r"[\"']blocks\.") == []
 

@@ -14,14 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import d2ft_hpc
-from d2ft_hpc.engines.check import check_recompute
 from d2ft_hpc.errors import ConfigError, PlanError, UnsupportedModelError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import backbone_of, family_of
 from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
-from d2ft_hpc.parallel.head_split import check_parts
 from d2ft_hpc.planning.plan import SkipPlan
 from d2ft_hpc.scores.observe import GradientObserver
 from tests.masked import loss_and_gradients, masked_blocks, random_rows
@@ -159,13 +157,10 @@ def assert_as_masked(model: nn.Module, reference: nn.Module, row: np.ndarray, *,
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_gradients_equal_the_library_s_modules_with_masks(kind: str, attention: str) -> None:
-    # transformers computes eager attention's softmax in float32.
     for row in ROWS.values() if attention == "sdpa" else [ROWS["random 1"]]:
         reference = tiny(kind, attention).double()
         model = copy.deepcopy(reference)
         planned(model, row)
-        if attention == "eager":
-            reference, model = reference.float().double(), model.float().double()
         assert_as_masked(model, reference, row)
 
 
@@ -228,12 +223,8 @@ def test_costs_are_those_of_the_library_s_model(kind: str) -> None:
     image = torch.zeros(1, 3, 16, 16)
     counted = dense.backbone if isinstance(dense, Headed) else dense
     with meter() as metered:
-        output = counted(image)
-        sum(value.sum() for value in output.values()).backward()
-    if kind == "SigLIP":  # its base_model is the model itself; its classifier is not counted
-        assert 0.99 < costs.dense_flops / metered.flops < 1.2
-    else:
-        assert costs.dense_flops == metered.flops
+        counted(image)[0].sum().backward()
+    assert costs.dense_flops == metered.flops
     assert 0.25 < costs.forward_share < 0.4
 
 
@@ -290,10 +281,11 @@ def test_blocks_that_checkpoint_themselves_compute_the_same(kind: str, reduction
 
 
 def test_reentrant_checkpointing_is_refused() -> None:
-    model: Any = vit()
+    model: Any = tiny("ViT")
+    d2ft_hpc.attach(model, planner="random")
     model.activation_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ConfigError, match=r"reentrant.*activation_checkpointing_enable\(.*False"):
-        check_recompute(model)
+        loss_of(model, *random_batch(1))
 
 
 def test_dropouts_leave_dense_training_as_it_is_and_draw_under_plans() -> None:
@@ -359,6 +351,9 @@ def test_a_loop_draws_samples_by_the_library_s_logits() -> None:
     images, labels = d2ft.choose(*random_batch(0, samples=12))
     assert 4 < len(images) == len(labels) < 9
     model(pixel_values=images, labels=labels).loss.backward()
+    unbiased = d2ft_hpc.attach(tiny("CLIP"), 0.7, planner="samples", options={"weights": "unbiased"})
+    _, weighted = unbiased.choose(*random_batch(0, samples=12))
+    assert weighted.shape == (len(labels), CLASSES)
 
 
 def test_what_was_trained_is_read_by_the_library_alone(tmp_path: Path) -> None:
@@ -388,6 +383,14 @@ def test_attentions_of_skipped_heads_are_refused() -> None:
     assert len(model.eval()(images, output_attentions=True).attentions) == DEPTH
 
 
+def test_positions_that_the_library_cannot_resample_are_refused() -> None:
+    config = transformers.ViTConfig(**{**SIZES, "image_size": (16, 24)}, intermediate_size=96)
+    with pytest.raises(UnsupportedModelError, match=r"square images alone.*16 x 24 pixels"):
+        d2ft_hpc.attach(transformers.ViTModel(config), total_steps=4)
+    by_heads = d2ft_hpc.attach(transformers.ViTModel(config), planner="joint")
+    assert by_heads.executor.subnets.shape == (DEPTH, HEADS)
+
+
 def test_what_does_not_fit_is_refused_by_name() -> None:
     model: Any = tiny("ViT")
     model.config._attn_implementation = "flash_attention_2"
@@ -396,12 +399,10 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     ):
         attach(model)
     model = tiny("ViT")
-    executor = planned(model, ROWS["random 1"])
-    with pytest.raises(UnsupportedModelError, match="run whole.*tensor_parallel=1"):
-        check_parts(executor.subnets)
+    planned(model, ROWS["random 1"])
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(PlanError, match=r"'flex_attention'.*'sdpa'"):
-        loss_of(model, *random_batch(1))
+        model.vit.layers[0](torch.zeros(1, 17, 48))
     with pytest.raises(UnsupportedModelError, match="BeitForImageClassification is none of the supported"):
         attach(transformers.BeitForImageClassification(transformers.BeitConfig(**SIZES)))
     model = tiny("ViT")
@@ -410,6 +411,14 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         UnsupportedModelError, match="block 1 is a Own with a forward that is not transformers'"
     ):
         attach(model)
+
+
+def test_ranks_do_not_get_parts() -> None:
+    for config in ({"tensor_parallel": {"autotp_size": 2}}, {"pipeline": {"stages": 2}}):
+        model = tiny("ViT")
+        given = d2ft_hpc.PipelineModule(model, loss_fn=F.cross_entropy) if "pipeline" in config else model
+        with pytest.raises(UnsupportedModelError, match=r"run whole.*pipeline_stages=1"):
+            d2ft_hpc.initialize(model=given, config={**config, "d2ft": {"planner": "joint"}})
 
 
 def test_a_tower_inside_a_larger_model_follows_plans() -> None:

@@ -1,0 +1,153 @@
+"""Run on 2 ranks: a decoder of transformers under DDP, FSDP2 and ZeRO 1 to 3, whose replicas follow rows of their own,
+against one process; rank 0 prints the largest difference of any parameter, by what trained it, as JSON.
+
+    mpirun -n 2 python -m tests.distributed.decoder_ranks
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import d2ft_hpc
+from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.launch import detect
+from d2ft_hpc.planning import SkipPlan
+
+DEPTH, GROUPS, SLOTS, STEPS, RATE = 3, 3, 2, 3, 0.5
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 48,
+    "intermediate_size": 100,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 6,
+    "num_key_value_heads": GROUPS,
+    "max_position_embeddings": 12,
+}
+
+
+def make(kind: str) -> Any:
+    torch.manual_seed(0)
+    if kind == "Llama":
+        return LlamaForCausalLM(LlamaConfig(**SIZES)).train()
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True)).train()
+
+
+def plan_of(step: int, replicas: int) -> SkipPlan:
+    """Of 2 replicas' rows in any case."""
+    rows = np.random.default_rng(step).integers(0, 3, (2 * SLOTS, DEPTH, GROUPS)).astype(np.uint8)
+    rows[step, step] = 0  # a block that one replica skips
+    rows[:2, (step + 1) % DEPTH] = 0  # one that no replica runs
+    if step:  # in one micro-batch a replica trains its last block alone, or none
+        rows[0] = 0
+        rows[0, -1] = 2 * (step == 1)
+    return SkipPlan(rows, replicas=replicas)
+
+
+def text(step: int, row: int) -> Tensor:
+    return torch.randint(40, (4, 12), generator=torch.Generator().manual_seed(100 * step + row))
+
+
+def one_process(kind: str, embeddings: Any) -> dict[str, Tensor]:
+    model = make(kind)
+    executor = attach(model, embeddings=embeddings)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    for step in range(STEPS):
+        executor.activate(plan_of(step, replicas=1), replica=0)
+        for row in range(2 * SLOTS):
+            with executor.micro_batch(row):
+                (model(input_ids=text(step, row), labels=text(step, row)).loss / (2 * SLOTS)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def by_torch(way: str, kind: str, embeddings: Any, rank: int) -> Iterator[tuple[str, Tensor]]:
+    model = make(kind)
+    executor = attach(model, embeddings=embeddings)
+    outer: Any = model
+    if way == "DDP":
+        outer = DistributedDataParallel(model)
+    else:
+        for block in model.model.layers:
+            fully_shard(block)
+        fully_shard(model)
+    d2ft_hpc.prepare(outer, executor)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    for step in range(STEPS):
+        executor.activate(plan_of(step, replicas=2), replica=rank)
+        for slot in range(SLOTS):
+            ids, is_last = text(step, 2 * slot + rank), slot == SLOTS - 1
+            if way == "FSDP2":
+                outer.set_requires_gradient_sync(is_last)
+            keeps = outer.no_sync() if way == "DDP" and not is_last else nullcontext()
+            with keeps, executor.micro_batch(slot):
+                output = outer(input_ids=ids, labels=ids, output_hidden_states=step == STEPS - 1)
+                (output.loss / SLOTS).backward()
+            assert output.hidden_states is None or len(output.hidden_states) == DEPTH + 1
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in model.named_parameters():
+        yield name, whole(parameter)
+
+
+def whole(parameter: nn.Parameter) -> Tensor:
+    data = parameter.detach()
+    return data.full_tensor() if isinstance(data, DTensor) else data
+
+
+def by_zero(stage: int, kind: str, embeddings: Any, rank: int) -> Iterator[tuple[str, Tensor]]:
+    import deepspeed
+
+    model = make(kind)
+    engine, *_ = d2ft_hpc.initialize(
+        model=model,
+        config={
+            "train_micro_batch_size_per_gpu": 4,
+            "gradient_accumulation_steps": SLOTS,
+            "optimizer": {"type": "SGD", "params": {"lr": RATE}},
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": stage},
+            "d2ft": {"planner": "joint", "embeddings": embeddings},
+        },
+    )
+    for step in range(STEPS):
+        engine.d2ft.activate(plan_of(step, replicas=2))
+        for slot in range(SLOTS):
+            ids = text(step, 2 * slot + rank)
+            engine.backward(engine(input_ids=ids, labels=ids).loss)
+            engine.step()
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
+            yield name, parameter.detach().clone()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    found: dict[str, float] = {}
+    rank = detect().rank
+    for kind, embeddings in (("Llama", "frozen"), ("Qwen3, tied", "trained")):
+        expected = one_process(kind, embeddings)
+        moved = [(expected[name] - p).abs().max() for name, p in make(kind).named_parameters()]
+        assert max(moved) > 0.01
+        trained = {f"ZeRO {stage}": by_zero(stage, kind, embeddings, rank) for stage in (1, 2, 3)}
+        trained |= {way: by_torch(way, kind, embeddings, rank) for way in ("DDP", "FSDP2")}
+        for way, parameters in trained.items():
+            differences = [(parameter - expected[name]).abs().max() for name, parameter in parameters]
+            found[f"{way}, {kind}"] = float(torch.stack(differences).max())
+    if rank == 0:
+        print("RESULTS " + json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
