@@ -80,6 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     add_config(score)
     score.set_defaults(run=_score)
 
+    models = commands.add_parser(
+        "models",
+        help="which of timm's models plans can run on, and why not on others",
+        description="Builds each without memory; nothing is downloaded. All of them take a few minutes.",
+    )
+    models.add_argument("pattern", nargs="?", default="*", help="of names, such as '*dinov3*' (default: all)")
+    models.set_defaults(run=_models)
+
     report = commands.add_parser("report", help="compare finished or running runs in a table and on a page")
     report.add_argument(
         "runs", nargs="+", type=path_argument, help="run folders or results files; the first is the baseline"
@@ -349,6 +357,19 @@ def _doctor(options: argparse.Namespace) -> int:
     from d2ft_hpc.launch import run_guarded
 
     return run_guarded(None, lambda: examine(options.config, options.overrides, json=options.json))
+
+
+def _models(options: argparse.Namespace) -> int:
+    from d2ft_hpc.model.census import census, described
+
+    found = list(census(options.pattern))
+    if not found:
+        print_line(
+            f"timm has no model whose name matches {options.pattern!r}: a pattern is such as '*dinov3*'"
+        )
+        return 1
+    say(described(found))
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:
