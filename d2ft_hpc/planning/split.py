@@ -64,25 +64,25 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
                 break
             until = deadline if best else share_of_time(deadline, len(teams) - index)
             limits = _part_limits(problem, team, group_time - splits[split], splits[split])
-            value = team.levels.value
+            values = team.levels.value
             possible = _possible(limits)
             penalty = _unevenness(team, limits, possible)
             choice = choose(
-                value - penalty,
+                values - penalty,
                 limits,
                 deadline=until,
                 relative_gap=_RELATIVE_GAP,
                 search=is_exact,
             )
             choices.append(choice if is_exact else replace(choice, status="time limit"))
-            choice = replace(choice, value=worth_of(value, choice.option))
-            its_promises = np.full(len(splits), float(bounds_of(value, limits, choice.prices).sum()))
+            choice = replace(choice, value=worth_of(values, choice.option))
+            its_promises = np.full(len(splits), float(bounds_of(values, limits, choice.prices).sum()))
             for part, parts in ((0, group_time - splits), (1, splits)):
                 price = float(choice.prices[part].sum())
                 if price > 0:
                     most = np.array([_whole_heads(problem, team, part, time) for time in parts])
                     its_promises += price * (most - most[split])
-            paid = len(value) * float(penalty[possible].max())
+            paid = len(values) * float(penalty[possible].max())
             its_promises[split] = max(choice.value, min(its_promises[split], choice.bound + paid))
             promises += np.minimum(its_promises, even[index].bound) if is_exact else even[index].bound
         if len(choices) < len(teams):
@@ -156,7 +156,7 @@ def _whole_heads(problem: PlanProblem, team: Team, part: int, time_: float) -> f
 
 def _possible(limits: list[Limit]) -> npt.NDArray[np.bool_]:
     """The levels that a class may have while all others have the least, bool [level]."""
-    return np.all([limit.use <= limit.most.max() * (1 + ROUNDING) for limit in limits], axis=0)
+    return np.asarray(np.all([limit.use <= limit.most.max() * (1 + ROUNDING) for limit in limits], axis=0))
 
 
 def _unevenness(team: Team, limits: list[Limit], possible: npt.NDArray[np.bool_]) -> Floats:

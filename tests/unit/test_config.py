@@ -253,10 +253,39 @@ def test_a_base_is_overridden_by_the_file_and_both_by_overrides(tmp_path: Path) 
     assert config.optimizer.learning_rate == 3e-4
     assert config.data == load_config(DEMO).data
     (tmp_path / "middle.yaml").write_text("base: top.yaml")
-    with pytest.raises(ConfigError, match="a base of itself"):
+    with pytest.raises(ConfigError, match=r"^base: \S+ is a base of itself$"):
         load_config(tmp_path / "top.yaml")
     (tmp_path / "middle.yaml").write_text("base: absent.yaml")
-    with pytest.raises(ConfigError, match=r"base=absent\.yaml: no such file"):
+    with pytest.raises(ConfigError, match=r"base='absent\.yaml': no such file"):
+        load_config(tmp_path / "top.yaml")
+
+
+def test_long_chains_of_bases_are_refused_by_their_length(tmp_path: Path) -> None:
+    """Not by how deep the interpreter can go."""
+    for index in range(1200):
+        (tmp_path / f"{index}.yaml").write_text(f"base: {index + 1}.yaml")
+    (tmp_path / "1200.yaml").write_text(f"base: {DEMO}")
+    assert load_config(tmp_path / "1169.yaml") == load_config(DEMO)
+    for start in (0, 1168):
+        with pytest.raises(
+            ConfigError, match=r"^base: \S+ lies below 33 other files, at most 32 can; put .*$"
+        ):
+            load_config(tmp_path / f"{start}.yaml")
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        ("x" * 5000, "a path has at most 4095 bytes, and 255 between two slashes"),
+        ("a\\0b", "a path has no NUL character"),
+        (".", r"no such file beside \S*top\.yaml"),
+        ("/dev/zero", r"no such file beside \S*top\.yaml"),
+        ("$HOME/a.yaml", r"variables are not filled in: write out what \$HOME stands for"),
+    ],
+)
+def test_a_base_that_is_no_file_is_refused(base: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "top.yaml").write_text(f'base: "{base}"')
+    with pytest.raises(ConfigError, match=rf"^base=.{{1,99}}: {words}$"):
         load_config(tmp_path / "top.yaml")
 
 
