@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Sequence
 
+from d2ft_hpc import early_signals
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.safe_text import shown
 
@@ -25,7 +26,7 @@ class StopSignals:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._numbers = {number_of(name): name for name in names}
-        self._blocked = frozenset(self._numbers)
+        self._blocked = frozenset[int](self._numbers)
         signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
         self._reading, writing = os.pipe()
         os.set_blocking(self._reading, False)
@@ -34,6 +35,7 @@ class StopSignals:
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         for number in self._blocked:
             signal.signal(number, _leave_it_to_the_pipe)
+        early_signals.release(but=self._blocked)
 
     def receive_here(self) -> None:
         """Lets the calling thread get the signals."""
