@@ -23,16 +23,16 @@ def reads_scores(settings: PlanConfig) -> bool:
     return settings.entry.reads_scores and settings.file is None
 
 
-def solve_plan(context: PlanContext, scores: Scores | None, index: int, step: int) -> SkipPlan:
+def solve_plan(context: PlanContext, scores: Scores | None, index: int) -> SkipPlan:
     """The plan that the settings ask for, on this rank alone; all others get it from rank 0.
 
     scores: None where `reads_scores` says so. index: how many plans were made before; planners that draw draw anew for
-    each. step: the first one under the plan.
+    each.
 
     Raises PlanError where no plan keeps the budgets, also because frozen blocks leave nothing to plan, or where a saved
     plan is of another shape.
     """
-    settings, replicas, budget = context.settings, context.replicas, context.budget_from(step)
+    settings, replicas, budget = context.settings, context.replicas, context.compute_budget
     if settings.file is not None:
         return _saved_plan(Path(settings.file), context)
     if settings.entry.binding == "sample":

@@ -21,7 +21,6 @@ _USABLE: dict[str, list[Any]] = {
     "forward_score": _IN_STEPS,
     "backward_score": [*_IN_STEPS, *(score.name for score in SCORES.values() if not score.reads_gradients)],
     "costs": ["flops"],
-    "warmup_share": [0.0],
 }
 """Values of the keys that need a run of ours for their others."""
 
