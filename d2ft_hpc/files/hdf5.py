@@ -11,7 +11,6 @@ checksums included, may still crash it.
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import mmap
@@ -99,11 +98,6 @@ def reason(error: Exception) -> str:
 
 
 _LIBRARY_SAYS = re.compile(r"(?:Unable|Can't) to? ?[\w ]+\((.*)\)", re.DOTALL)
-
-
-def open_image(content: bytes) -> h5py.File:
-    """A file that is in memory, for reading."""
-    return h5py.File(io.BytesIO(content), "r")
 
 
 def child(group: Any, name: str) -> Any:

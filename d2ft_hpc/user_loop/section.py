@@ -28,8 +28,6 @@ _USABLE: dict[str, list[Any]] = {
 class D2ftSection(PlanConfig):
     """Planning as in a run's `plan` section, and what `attach` takes."""
 
-    plan: PathText | None = None
-    """`file` by its older name."""
     embeddings: Literal["frozen", "complete_path", "trained"] = "frozen"
     """Parameters below every block: frozen, trained by micro-batches that are FULL everywhere, or trained by all."""
     compile: bool = False
@@ -70,7 +68,6 @@ def parse_section(section: Any, where: str) -> D2ftSection:
                 f"{where}{key}={value!r}: only d2ft-hpc train can do that; "
                 f"in a loop of your own: {', '.join(map(repr, usable))}"
             )
-    parsed = parsed.model_copy(update={"file": parsed.plan or parsed.file})
     if parsed.replan.overlap:
         raise ConfigError(
             f"{where}replan.overlap=true: only d2ft-hpc train solves while it trains; remove it"
