@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2ft_hpc import __version__
+from d2ft_hpc import __version__, early_signals
 from d2ft_hpc.bench.commands import add_benches
 from d2ft_hpc.command import add_config, amount, on_ranks, read_config, share, whole_number
 from d2ft_hpc.config import RunConfig, load_config
@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if usage.code:
             note_failure("wrong usage")
         raise
+    if options.run is not _train:
+        early_signals.release()
     return int(options.run(options))
 
 
@@ -302,19 +304,19 @@ def _train_each(files: Sequence[Path], overrides: Sequence[str]) -> int:
     children = Children([name for config in configs for name in config.launch.stop_signals])
     failed = []
     for index, (file, config) in enumerate(zip(files, configs, strict=True)):
-        say(f"==> {file}")
-        command = [sys.executable, "-m", "d2ft_hpc", "train", str(file), *overrides]
-        status = children.run(command, config.launch.stop_signals)
+        status = UNFINISHED
+        if not children.stopped:
+            say(f"==> {file}")
+            command = [sys.executable, "-m", "d2ft_hpc", "train", str(file), *overrides]
+            status = children.run(command, config.launch.stop_signals)
+        if status == UNFINISHED:
+            left = ", ".join(map(str, files[index:]))
+            print_line(f"unfinished: {left}; to go on, start again with train.resume=auto")
+            return UNFINISHED
         if status in (130, -signal.SIGINT):
             return status
-        if status not in (0, UNFINISHED):
+        if status:
             failed.append(str(file))
-        left = files[index + (status != UNFINISHED) :]
-        if left and (status == UNFINISHED or children.stopped):
-            print_line(
-                f"unfinished: {', '.join(map(str, left))}; to go on, start again with train.resume=auto"
-            )
-            return UNFINISHED
     if failed:
         print_line(f"failed: {', '.join(failed)}")
     return int(bool(failed))

@@ -278,9 +278,6 @@ class PlanConfig(Section):
     """The same for its backward."""
     probe_batches: int = Field(default=1, gt=0)
     """Batches over which scores are averaged; their cost is charged to the run."""
-    warmup_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the run over which skipping sets in: the budget of each plan falls from 1 to what keeps
-    `compute_budget` over the whole run. Needs `replan.every`; 0: the same budget from the first step."""
     time_limit_seconds: float = Field(default=10.0, gt=0, le=_LONGEST)
     """Of planners that search: after this the best plan so far, or the greedy one, is taken."""
     replan: ReplanConfig = ReplanConfig()
@@ -372,32 +369,6 @@ class PlanConfig(Section):
                 f"would leave the heads nothing to skip; use plan.planner=tokens, or a larger one"
             )
         return self
-
-    @model_validator(mode="after")
-    def _check_warmup(self) -> PlanConfig:
-        if self.warmup_share and self.replan.every is None:
-            raise ValueError(
-                f"plan.warmup_share={self.warmup_share:g}: the budget changes from plan to plan, but there is only "
-                f"one; set plan.replan.every"
-            )
-        if self.warmup_share and self.compute_budget <= self.warmup_share / 2:
-            raise ValueError(
-                f"plan.warmup_share={self.warmup_share:g}: the warm-up alone spends {self.warmup_share / 2:g} of the "
-                f"dense compute, plan.compute_budget={self.compute_budget:g}; warm up for less than "
-                f"{2 * self.compute_budget:g}"
-            )
-        return self
-
-    def budget_between(self, start: float, stop: float) -> float:
-        """Mean compute budget between two shares of the run, start < stop: `compute_budget` but for a warm-up."""
-        warmup = self.warmup_share
-        last = (self.compute_budget - warmup / 2) / (1 - warmup / 2)
-
-        def above_last(done: float) -> float:  # spent up to then
-            ramp = min(done, warmup)
-            return ramp - ramp**2 / (2 * warmup) if warmup else 0.0
-
-        return last + (1 - last) * (above_last(stop) - above_last(start)) / (stop - start)
 
 
 class EngineConfig(Section):

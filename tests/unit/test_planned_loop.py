@@ -69,7 +69,7 @@ def test_the_first_batch_gives_the_scores_of_the_plan_that_the_next_ones_follow(
     magnitude = weight_magnitude(loop.model, loop.d2ft.executor.subnets).numpy()
     scores = Scores(fisher, np.broadcast_to(magnitude, fisher.shape), 0.0)
     context = context_of(PlanConfig(planner="joint", compute_budget=0.6), costs, slots=SLOTS)
-    assert loop.d2ft.plan == solve_plan(context, scores, 0, 0)
+    assert loop.d2ft.plan == solve_plan(context, scores, 0)
     assert loop.d2ft.measured_share is None
     loop.step(1)
     assert loop.d2ft.promised_share == pytest.approx(0.6, abs=0.02)
