@@ -111,7 +111,16 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    name: Literal["digits", "cifar10", "cifar100", "stanford_cars", "image_folder", "packed"]
+    name: Literal[
+        "digits",
+        "cifar10",
+        "cifar100",
+        "stanford_cars",
+        "image_folder",
+        "huggingface",
+        "webdataset",
+        "packed",
+    ]
     root: PathText | None = None
     """Folder of the data set, for those that are not bundled; for packed ones the file."""
     image_size: int = Field(default=32, gt=0)
