@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -168,7 +168,9 @@ def initialize(
         if layout.is_cut:
             ours = TensorParallelEngine(*common, control=control, options_for=options_for, **step)
         else:
-            if isinstance(optimizer, Optimizer) and (frozen := _leave_out_frozen_groups(optimizer)):
+            if isinstance(optimizer, Optimizer) and (
+                frozen := _leave_out_frozen_groups(optimizer, lr_scheduler)
+            ):
                 Told(control).say(f"groups {frozen} of the optimizer have frozen parameters alone: left out")
             ours = DeepSpeedEngine(model, executor, optimizer, lr_scheduler, **step, **options_for(model))
     if selection is not None:
@@ -266,10 +268,23 @@ def _of_part(parameters: Any, whole: nn.Module, part: nn.Module) -> list[Any]:
     return [group for group in groups if group["params"]]
 
 
-def _leave_out_frozen_groups(optimizer: Optimizer) -> list[int]:
+def _leave_out_frozen_groups(optimizer: Optimizer, schedule: Any) -> list[int]:
     """ZeRO cannot partition a group without trained parameters, as of embeddings with a learning rate of their own;
-    returns which groups were taken out."""
+    returns which groups were taken out. schedule: made for the optimizer, loses what it keeps for them."""
     groups = optimizer.param_groups
     frozen = [i for i, each in enumerate(groups) if not any(p.requires_grad for p in each["params"])]
+    if frozen:
+        _leave_out_of_schedule(schedule, frozen, len(groups))
     groups[:] = [group for index, group in enumerate(groups) if index not in frozen]
     return frozen
+
+
+def _leave_out_of_schedule(schedule: Any, frozen: Sequence[int], groups: int) -> None:
+    """torch's, timm's and DeepSpeed's schedules keep lists with a value for each of the optimizer's groups, whatever
+    their names; those that consist of others have these in `_schedulers`."""
+    for name, values in vars(schedule).items() if hasattr(schedule, "__dict__") else ():
+        if name == "_schedulers":
+            for inner in values:
+                _leave_out_of_schedule(inner, frozen, groups)
+        elif isinstance(values, list) and len(values) == groups and "milestones" not in name:
+            values[:] = [value for index, value in enumerate(values) if index not in frozen]
