@@ -18,6 +18,7 @@ from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.engines.deepspeed_settings import check_settings
 from d2ft_hpc.engines.pipeline import PipelineEngine
+from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.engines.private_names import NEWEST_TESTED, newer_than_tested
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.engines.zero import ZeroRules
@@ -28,6 +29,7 @@ from d2ft_hpc.lifecycle.costs import costs_of_part
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
+from d2ft_hpc.planning.messages import ZERO
 from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.attached import attached
@@ -111,7 +113,7 @@ def initialize(
             'of the parameters (lambda parameters: AdamW(parameters, ...)), or "optimizer" in the JSON'
         )
     # What cannot run is refused before anything starts.
-    ZeroRules.of(settings)
+    zero = ZeroRules.of(settings)
     check_settings(settings)
     if section.total_steps is None:
         section = section.model_copy(update={"total_steps": _scheduled_steps(settings)})
@@ -180,7 +182,19 @@ def initialize(
         score_flops = count_scoring(selection, image_shape[-1], ours.engine.device)
         part_costs = replace(part_costs, score_flops=score_flops)
     counter = BatchCounter(part_costs, ours.executor)
-    ours.engine.d2ft = PlannedDeepSpeed(ours, section, costs, placement, selection, control, counter, record)
+    planned_bytes = PlannedBytes(
+        backbone,
+        executor.subnets,
+        placement,
+        slots=int(ours.engine.gradient_accumulation_steps()),
+        micro_batch_size=int(ours.engine.train_micro_batch_size_per_gpu()),
+        precision=next((kind for kind in ("bf16", "fp16") if settings.get(kind, {}).get("enabled")), "fp32"),
+        data_parallel=ZERO[zero.stage],
+        embeddings=section.embeddings,
+    )
+    ours.engine.d2ft = PlannedDeepSpeed(
+        ours, section, costs, placement, selection, control, counter, record, planned_bytes
+    )
     return ours.made  # type: ignore[no-any-return]
 
 

@@ -83,6 +83,9 @@ def test_the_record_of_every_engine_has_what_all_ranks_computed(
         assert steps["plan"].tolist() == [-1, 0, 0, 0]
         assert run.table("plans")["hash"].tolist() == [finished[name]["plan"]]
         np.testing.assert_allclose(steps["executed_flops"][1:], steps["planned_flops"][1:], rtol=1e-3)
+        np.testing.assert_allclose(steps["planned_bytes"], steps["bytes_sent"], rtol=0.05)
+        assert np.isfinite(steps["gradient_norm"]).all()
+        assert (steps["memory_bytes"] > 2**20).all()
         if "pipeline" not in name:  # whose loss is that of all stages
             np.testing.assert_allclose(steps["loss"], finished[name]["losses"], rtol=1e-5)
     assert name in report([folder / name])
