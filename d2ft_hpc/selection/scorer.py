@@ -47,10 +47,8 @@ class SampleScorer:
         self._image_size, self._score, self._autocast_dtype = image_size, score, autocast_dtype
         self._model = family.of_any_size(model)
         self._logits_of: LogitsOf | None = None
-
-    @property
-    def num_classes(self) -> int:
-        return int(self._model.num_classes)
+        self.num_classes = 0
+        """Of the logits that were scored last, which need not be those of `model`, but of a module around it."""
 
     def bind(self, logits_of: LogitsOf) -> None:
         """Scores by these logits from now on: by an engine's, whose ranks may hold parts of the model."""
@@ -63,10 +61,7 @@ class SampleScorer:
             return torch.cat([self(images, targets) for images, targets in micro_batches])
         logits = self._logits_of([self._resized(images) for images, _ in micro_batches])
         return torch.cat(
-            [
-                score_samples(part.float(), targets, self._score)
-                for part, (_, targets) in zip(logits, micro_batches, strict=True)
-            ]
+            [self._scores(part, targets) for part, (_, targets) in zip(logits, micro_batches, strict=True)]
         )
 
     @torch.no_grad()
@@ -86,6 +81,10 @@ class SampleScorer:
         mixed = self._autocast_dtype is not None
         with torch.autocast(images.device.type, self._autocast_dtype, enabled=mixed, cache_enabled=False):
             logits = self._model(images)
+        return self._scores(logits, targets)
+
+    def _scores(self, logits: Tensor, targets: Tensor) -> Tensor:
+        self.num_classes = logits.shape[1]
         return score_samples(logits.float(), targets, self._score)
 
     def _resized(self, images: Tensor) -> Tensor:
