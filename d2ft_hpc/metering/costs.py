@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from d2ft_hpc.errors import PlanError, UnsupportedModelError
 from d2ft_hpc.execution.executor import PlanExecutor
@@ -212,7 +215,7 @@ def _costs_of_size(model: nn.Module, executor: PlanExecutor, image_shape: tuple[
     ]
     weight = next(model.parameters())
     image = torch.zeros(1, *image_shape, device=weight.device, dtype=weight.dtype)
-    with probe(model, training=True):
+    with probe(model, training=True), _FusedAttention() if weight.is_meta else nullcontext():
         try:
             dense = _count_flops(model, executor, Operation.FULL, image)
         finally:
@@ -236,6 +239,18 @@ def _costs_of_size(model: nn.Module, executor: PlanExecutor, image_shape: tuple[
         trains=executor.trains,
         trains_embeddings=executor.trains_embeddings,
     )
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention by a fused kernel on the meta device too, where torch would take matrix products in its place: their
+    backward computes less, and the model will not train there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        kwargs = {key: kwargs[key] for key in ("attn_mask", "scale") if key in kwargs}
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3], **kwargs)[0]
 
 
 def _count_flops(
