@@ -166,7 +166,8 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
         description="Parallel file systems are slow with many small files: pack them once.",
     )
     pack.add_argument(
-        "name", choices=["cifar10", "cifar100", "stanford_cars", "image_folder", "arrays"],
+        "name",
+        choices=["cifar10", "cifar100", "stanford_cars", "image_folder", "huggingface", "webdataset", "arrays"],
         help="the data set, as for data.name; arrays: an .npz or HDF5 file of your own",
     )  # fmt: skip
     pack.add_argument("output", type=path_argument, help="the file to make")

@@ -114,7 +114,16 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    name: Literal["digits", "cifar10", "cifar100", "stanford_cars", "image_folder", "packed"]
+    name: Literal[
+        "digits",
+        "cifar10",
+        "cifar100",
+        "stanford_cars",
+        "image_folder",
+        "huggingface",
+        "webdataset",
+        "packed",
+    ]
     """The data set, or the format of your own (d2ft_hpc/data/README.md)."""
     root: PathText | None = None
     """Folder of the data set, for those that are not bundled; for packed ones the file."""

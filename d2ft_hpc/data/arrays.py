@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.data.images import (
-    MOST_CLASSES,
     BufferBlobs,
     EncodedImages,
     Images,
@@ -31,6 +30,7 @@ from d2ft_hpc.data.images import (
     checked_labels,
     divide,
     list_of_classes,
+    numbered_classes,
 )
 from d2ft_hpc.errors import DataError
 from d2ft_hpc.files import hdf5
@@ -145,8 +145,5 @@ def _pixels(images: npt.NDArray[Any]) -> PixelImages:
 
 def _source(images: Images, labels: npt.NDArray[Any], names: Any) -> Source:
     labels = labels.reshape(-1)
-    num_classes = int(labels.max(initial=0)) + 1 if labels.dtype.kind in "iu" else 1
-    if num_classes > MOST_CLASSES:
-        raise DataError(f"labels go up to {num_classes - 1}: number the classes from 0")
-    classes = tuple(map(str, range(num_classes))) if names is None else list_of_classes(names)
+    classes = numbered_classes(labels) if names is None else list_of_classes(names)
     return Source(images, checked_labels(labels, len(images), classes), classes)

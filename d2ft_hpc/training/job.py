@@ -21,7 +21,7 @@ from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.engines.engine import MicroBatch
 from d2ft_hpc.engines.private_names import newer_than_tested
-from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.errors import ConfigError, DataError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.families.table import family_of
 from d2ft_hpc.launch import Control
@@ -154,6 +154,11 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         seed=config.run.seed,
     )
     _check_sizes(config, train_set, sampler)
+    if (most := max(evaluation_set.labels)) >= train_set.num_classes:
+        raise DataError(
+            f"data.root={config.data.root}: the {config.data.evaluate_on} images have label {most}, and the training "
+            f"images {train_set.num_classes} classes, counted from 0; both need the same classes"
+        )
     model = build_model(
         config.model.name,
         num_classes=train_set.num_classes,

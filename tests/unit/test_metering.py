@@ -158,6 +158,20 @@ def test_what_is_measured_does_not_stay_in_memory() -> None:
         references.clear()
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_model_without_memory_costs_what_it_will_cost(qk_norm: bool) -> None:
+    """Its attention, too, which torch computes otherwise on the meta device."""
+    counted = []
+    for device in ("cpu", "meta"):
+        model = tiny_vit(qk_norm=qk_norm).to(device)
+        model.blocks[0].requires_grad_(False)
+        counted.append(measure_costs(model, attach(model), (3, 16, 16), sides=(0.5,)))
+    for one, other in zip(*[[costs, *costs.at.values()] for costs in counted], strict=True):
+        assert one.outside_flops == other.outside_flops
+        assert one.full_by_block.tolist() == other.full_by_block.tolist()
+        assert one.forward_only_by_block.tolist() == other.forward_only_by_block.tolist()
+
+
 def test_measuring_costs_leaves_no_trace() -> None:
     model = tiny_vit(proj_drop_rate=0.5).eval()
     executor = attach(model)

@@ -238,6 +238,21 @@ def test_a_model_inside_a_module_of_one_s_own(settings: dict[str, Any]) -> None:
     assert promised < loop.d2ft.measured_share < 1.001 * promised
 
 
+def test_unbiased_weights_are_of_the_whole_module_s_classes() -> None:
+    """A drawn sample's label times its weight; over all draws the weighted sum is the whole batch's."""
+    settings = {"planner": "samples", "compute_budget": 0.7, "options": {"weights": "unbiased"}}
+    loop = Loop(wrap=Wrapped, num_classes=0, micro_batches=1, **settings)
+    images, labels = random_batch(0, samples=12)
+    draws, sums = 400, torch.zeros(CLASSES)
+    for _ in range(draws):
+        chosen, targets = loop.d2ft.choose(images, labels)
+        assert targets.shape == (len(chosen), CLASSES)
+        sums += targets.sum(0) / len(chosen) * len(images) / draws
+    torch.testing.assert_close(sums, torch.bincount(labels, minlength=CLASSES).float(), rtol=0, atol=0.15)
+    F.cross_entropy(loop.model(chosen), targets).backward()
+    loop.optimizer.step()
+
+
 def test_a_module_inside_a_module_follows_the_plan_as_by_itself() -> None:
     plan = SkipPlan(np.random.default_rng(0).integers(0, 3, (SLOTS, DEPTH, HEADS)), 1)
     losses = []
