@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2ft_hpc import __version__
+from d2ft_hpc import __version__, early_signals
 from d2ft_hpc.bench.commands import add_benches
 from d2ft_hpc.command import add_config, amount, on_ranks, read_config, share, whole_number
 from d2ft_hpc.config import RunConfig, load_config
@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if usage.code:
             note_failure("wrong usage")
         raise
+    if options.run is not _train:
+        early_signals.release()
     return int(options.run(options))
 
 
@@ -79,6 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("output", type=path_argument, help="the file to write, such as scores.h5")
     add_config(score)
     score.set_defaults(run=_score)
+
+    models = commands.add_parser(
+        "models",
+        help="which of timm's models plans can run on, and why not on others",
+        description="Builds each without memory; nothing is downloaded. All of them take a few minutes.",
+    )
+    models.add_argument("pattern", nargs="?", default="*", help="of names, such as '*dinov3*' (default: all)")
+    models.set_defaults(run=_models)
 
     report = commands.add_parser("report", help="compare finished or running runs in a table and on a page")
     report.add_argument(
@@ -156,7 +166,8 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
         description="Parallel file systems are slow with many small files: pack them once.",
     )
     pack.add_argument(
-        "name", choices=["cifar10", "cifar100", "stanford_cars", "image_folder", "arrays"],
+        "name",
+        choices=["cifar10", "cifar100", "stanford_cars", "image_folder", "huggingface", "webdataset", "arrays"],
         help="the data set, as for data.name; arrays: an .npz or HDF5 file of your own",
     )  # fmt: skip
     pack.add_argument("output", type=path_argument, help="the file to make")
@@ -294,19 +305,19 @@ def _train_each(files: Sequence[Path], overrides: Sequence[str]) -> int:
     children = Children([name for config in configs for name in config.launch.stop_signals])
     failed = []
     for index, (file, config) in enumerate(zip(files, configs, strict=True)):
-        say(f"==> {file}")
-        command = [sys.executable, "-m", "d2ft_hpc", "train", str(file), *overrides]
-        status = children.run(command, config.launch.stop_signals)
+        status = UNFINISHED
+        if not children.stopped:
+            say(f"==> {file}")
+            command = [sys.executable, "-m", "d2ft_hpc", "train", str(file), *overrides]
+            status = children.run(command, config.launch.stop_signals)
+        if status == UNFINISHED:
+            left = ", ".join(map(str, files[index:]))
+            print_line(f"unfinished: {left}; to go on, start again with train.resume=auto")
+            return UNFINISHED
         if status in (130, -signal.SIGINT):
             return status
-        if status not in (0, UNFINISHED):
+        if status:
             failed.append(str(file))
-        left = files[index + (status != UNFINISHED) :]
-        if left and (status == UNFINISHED or children.stopped):
-            print_line(
-                f"unfinished: {', '.join(map(str, left))}; to go on, start again with train.resume=auto"
-            )
-            return UNFINISHED
     if failed:
         print_line(f"failed: {', '.join(failed)}")
     return int(bool(failed))
@@ -349,6 +360,19 @@ def _doctor(options: argparse.Namespace) -> int:
     from d2ft_hpc.launch import run_guarded
 
     return run_guarded(None, lambda: examine(options.config, options.overrides, json=options.json))
+
+
+def _models(options: argparse.Namespace) -> int:
+    from d2ft_hpc.model.census import census, described
+
+    found = list(census(options.pattern))
+    if not found:
+        print_line(
+            f"timm has no model whose name matches {options.pattern!r}: a pattern is such as '*dinov3*'"
+        )
+        return 1
+    say(described(found))
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -114,7 +114,16 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    name: Literal["digits", "cifar10", "cifar100", "stanford_cars", "image_folder", "packed"]
+    name: Literal[
+        "digits",
+        "cifar10",
+        "cifar100",
+        "stanford_cars",
+        "image_folder",
+        "huggingface",
+        "webdataset",
+        "packed",
+    ]
     """The data set, or the format of your own (d2ft_hpc/data/README.md)."""
     root: PathText | None = None
     """Folder of the data set, for those that are not bundled; for packed ones the file."""
@@ -192,6 +201,13 @@ class Interval(NamedTuple):
         return Interval(number, unit) if whole and 0 < number <= _LONGEST else None
 
 
+def _steps_of(text: str) -> range:
+    """Empty if it names none."""
+    found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text)
+    first = int(found[1]) if found else 0
+    return range(first, int((found and found[2]) or first) + 1) if first else range(0)
+
+
 class TrainConfig(Section):
     epochs: int = Field(gt=0)
     """Passes over the training set."""
@@ -209,6 +225,22 @@ class TrainConfig(Section):
     resume: bool | Literal["auto"] = False
     """true: continue the run in its folder from its newest checkpoint. auto: the same where there is one, start where
     there is none, and end at once if the run is finished: for jobs that may be started again at any time."""
+
+    trace_steps: str | None = None
+    """Steps of which each rank writes a trace by torch's profiler into the run's folder, for Perfetto or
+    chrome://tracing: such as '20' or '20-24', counted from 1."""
+
+    @field_validator("trace_steps")
+    @classmethod
+    def _check_trace(cls, text: str | None) -> str | None:
+        if text is not None and not _steps_of(text):
+            raise PydanticCustomError("no_steps", "write one step or the first and the last, such as '20-24'")
+        return text
+
+    @property
+    def traced(self) -> range | None:
+        """The steps to trace, counted from 1."""
+        return None if self.trace_steps is None else _steps_of(self.trace_steps)
 
     @field_validator("checkpoint_every")
     @classmethod
@@ -278,9 +310,6 @@ class PlanConfig(Section):
     """The same for its backward."""
     probe_batches: int = Field(default=1, gt=0)
     """Batches over which scores are averaged; their cost is charged to the run."""
-    warmup_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the run over which skipping sets in: the budget of each plan falls from 1 to what keeps
-    `compute_budget` over the whole run. Needs `replan.every`; 0: the same budget from the first step."""
     time_limit_seconds: float = Field(default=10.0, gt=0, le=_LONGEST)
     """Of planners that search: after this the best plan so far, or the greedy one, is taken."""
     replan: ReplanConfig = ReplanConfig()
@@ -372,32 +401,6 @@ class PlanConfig(Section):
                 f"would leave the heads nothing to skip; use plan.planner=tokens, or a larger one"
             )
         return self
-
-    @model_validator(mode="after")
-    def _check_warmup(self) -> PlanConfig:
-        if self.warmup_share and self.replan.every is None:
-            raise ValueError(
-                f"plan.warmup_share={self.warmup_share:g}: the budget changes from plan to plan, but there is only "
-                f"one; set plan.replan.every"
-            )
-        if self.warmup_share and self.compute_budget <= self.warmup_share / 2:
-            raise ValueError(
-                f"plan.warmup_share={self.warmup_share:g}: the warm-up alone spends {self.warmup_share / 2:g} of the "
-                f"dense compute, plan.compute_budget={self.compute_budget:g}; warm up for less than "
-                f"{2 * self.compute_budget:g}"
-            )
-        return self
-
-    def budget_between(self, start: float, stop: float) -> float:
-        """Mean compute budget between two shares of the run, start < stop: `compute_budget` but for a warm-up."""
-        warmup = self.warmup_share
-        last = (self.compute_budget - warmup / 2) / (1 - warmup / 2)
-
-        def above_last(done: float) -> float:  # spent up to then
-            ramp = min(done, warmup)
-            return ramp - ramp**2 / (2 * warmup) if warmup else 0.0
-
-        return last + (1 - last) * (above_last(stop) - above_last(start)) / (stop - start)
 
 
 class EngineConfig(Section):

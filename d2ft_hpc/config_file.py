@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.paths import expand
 from d2ft_hpc.safe_text import shown
 
 _MOST_BYTES = 1 << 20
@@ -25,6 +26,9 @@ _MOST_REFERRED = 1000
 """Characters of a value that others refer to."""
 _MOST_VALUES = 10_000
 """A few lines of aliases of aliases can stand for any number of values."""
+
+_MOST_BASES = 32
+"""Files below a file; a longer chain is a mistake, and takes long to read."""
 
 _DEEPEST = 32
 """Levels of keys in keys; no setting has more than a few."""
@@ -131,25 +135,39 @@ def parse_values(text: str) -> dict[str, Any]:
     return {key: plain(value) for key, value in tree.items()}
 
 
-def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Tree]:
+def _with_bases(path: Path) -> list[Tree]:
     """What the file and the files below it say, the deepest base first."""
-    if path.resolve() in above:
-        raise ConfigError(f"base: {path} is a base of itself")
-    try:
-        tree = _read(path)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    base = tree.pop("base", None)
-    base = base.text if isinstance(base, Scalar) and base.value is not None else base
-    if isinstance(base, str):
-        if not (path.parent / base).is_file():
-            raise ConfigError(f"base={base}: no such file beside {path}")
-        yield from _with_bases(path.parent / base, (*above, path.resolve()))
-    elif base is not None and not isinstance(base, Scalar):
-        raise ConfigError(
-            f"base={shown(plain(base))}: {path} can have one file below it, such as base: other.yaml"
-        )
-    yield tree
+    layers: list[Tree] = []
+    above: set[Path] = set()
+    while True:
+        if path.resolve() in above:
+            raise ConfigError(f"base: {path} is a base of itself")
+        if len(above) > _MOST_BASES:
+            raise ConfigError(
+                f"base: {path} lies below {len(above)} other files, at most {_MOST_BASES} can; put some into one file"
+            )
+        above.add(path.resolve())
+        try:
+            tree = _read(path)
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such configuration file") from None
+        layers.insert(0, tree)
+        base = tree.pop("base", None)
+        if isinstance(base, Scalar):
+            base = None if base.value is None else base.text
+        if base is None:
+            return layers
+        if not isinstance(base, str):
+            raise ConfigError(
+                f"base={shown(plain(base))}: {path} can have one file below it, such as base: other.yaml"
+            )
+        try:
+            below = path.parent / expand(base)
+        except ValueError as error:
+            raise ConfigError(f"base={shown(base)}: {error}") from None
+        if not below.is_file():
+            raise ConfigError(f"base={shown(base)}: no such file beside {path}")
+        path = below
 
 
 def _read(path: Path) -> Tree:

@@ -11,13 +11,16 @@ from pathlib import Path
 
 from d2ft_hpc.safe_text import shown
 
+_MOST_BYTES, _MOST_BYTES_OF_NAME = 4095, 255
+"""Of Linux."""
+
 
 def expand(path: str) -> str:
     """The path with a leading `~` or `~user` replaced by that home folder.
 
     Raises ValueError for an empty one, which would be this folder, and for variables: filled in here they would put
     what the environment holds, secrets too, into folders' names and records, and left as they are they become folders
-    of that name.
+    of that name. And for what no file can be called, which each function that gets it would answer in another way.
     """
     if not path:
         raise ValueError("empty: write a path, or leave it out")
@@ -29,6 +32,14 @@ def expand(path: str) -> str:
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise ValueError(f"no such user; a folder of that name in this one is ./{path}")
+    try:
+        encoded = os.fsencode(expanded)
+    except UnicodeEncodeError:
+        raise ValueError("holds characters that no file's name can have") from None
+    if len(encoded) > _MOST_BYTES or max(map(len, encoded.split(b"/"))) > _MOST_BYTES_OF_NAME:
+        raise ValueError(
+            f"a path has at most {_MOST_BYTES} bytes, and {_MOST_BYTES_OF_NAME} between two slashes"
+        )
     return expanded
 
 
@@ -37,7 +48,7 @@ def path_argument(text: str) -> Path:
     try:
         return Path(expand(text))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+        raise argparse.ArgumentTypeError(f"{shown(text)}: {error}") from error
 
 
 def why_not_writable(folder: Path) -> str:

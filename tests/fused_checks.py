@@ -6,17 +6,20 @@ TRITON_INTERPRET=1 python -m tests.fused_checks
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from d2ft_hpc.execution.block import BlockHeads
 from d2ft_hpc.execution.fused import run_fused
 from d2ft_hpc.families.table import family_of
-from tests.models import DEPTH, HEADS, random_batch, tiny_vit
+from tests.masked import masked_blocks
+from tests.models import CLASSES, DEPTH, HEADS, random_batch, tiny, tiny_vit
 from tests.reference import reference_forward
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -25,6 +28,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no_qkv_bias": {"qkv_bias": False},
     "odd_head_size": {"embed_dim": 72},
 }
+
+
+ROTARY: tuple[dict[str, Any], ...] = (
+    {
+        "qkv_bias": False,
+        "init_values": 0.3,
+        "rope_type": "dinov3",
+        "rope_rotate_half": True,
+        "num_reg_tokens": 4,
+    },
+    {"rope_type": "mixed", "attn_type": "rope", "qk_norm": True},  # others in each head
+)
+"""Of timm's Eva."""
+
+
+def tiny_eva(seed: int, options: dict[str, Any]) -> nn.Module:
+    return tiny(Eva, 0.05, seed, num_classes=CLASSES, head_init_scale=1.0, use_rot_pos_emb=True, **options)
 
 
 def rows(seed: int) -> np.ndarray:
@@ -36,8 +56,9 @@ def rows(seed: int) -> np.ndarray:
 
 
 def fused_forward(model: nn.Module, images: Tensor, operations: np.ndarray, keeps: bool = True) -> Tensor:
-    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-    blocks = [family_of(model).kernel_parts(block) for block in model.blocks]
+    family: Any = family_of(model)
+    x, beside = family.below(model, images)
+    blocks = [family.kernel_parts(block) for block in model.blocks]
     for index, (block, row) in enumerate(zip(blocks, operations, strict=True)):
         assert block is not None
         full, forward_only = (np.flatnonzero(row == operation) for operation in (2, 1))
@@ -46,7 +67,8 @@ def fused_forward(model: nn.Module, images: Tensor, operations: np.ndarray, keep
         order, at = (
             torch.from_numpy(each).to(x.device) for each in (np.concatenate([full, forward_only]), places)
         )
-        x = run_fused(block, x, BlockHeads(order, full.size, at), [*blocks, None][index + 1], keeps)
+        following, given = [*blocks, None][index + 1], family.arguments(beside, index)
+        x = run_fused(block, x, BlockHeads(order, full.size, at), following, keeps, **given)
     return model.forward_head(model.norm(x))
 
 
@@ -56,12 +78,24 @@ def gradients(model: nn.Module, logits: Tensor, labels: Tensor) -> dict[str, Ten
     return dict(zip(names, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True))
 
 
-def check_against_reference(options: dict[str, Any], seed: int, device: str, samples: int = 6) -> None:
+def masked_forward(model: Any, images: Tensor, operations: np.ndarray) -> Tensor:
+    with masked_blocks(model.blocks, ("attn.proj", "mlp.fc2"), operations):
+        logits: Tensor = model(images)
+    return logits
+
+
+def check_against_reference(
+    model: nn.Module,
+    seed: int,
+    device: str,
+    samples: int = 6,
+    reference: Callable[[nn.Module, Tensor, np.ndarray], Tensor] = reference_forward,
+) -> None:
     """fp32: outputs and gradients of all parameters within 2e-6 of the largest."""
-    model = tiny_vit(seed, **options).to(device)
+    model = model.to(device)
     images, labels = (tensor.to(device) for tensor in random_batch(seed, samples))
     operations = rows(seed)
-    expected_logits = reference_forward(model, images, operations)
+    expected_logits = reference(model, images, operations)
     expected = gradients(model, expected_logits, labels)
     logits = fused_forward(model, images, operations)
     own = gradients(model, logits, labels)
@@ -69,6 +103,8 @@ def check_against_reference(options: dict[str, Any], seed: int, device: str, sam
     largest = max(float(each.abs().max()) for each in expected.values() if each is not None)
     torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-5)
     for name, value in expected.items():
+        if value is None:  # timm's rotary positions of no frequencies
+            continue
         torch.testing.assert_close(
             own[name], value, rtol=1e-4, atol=2e-6 * largest, msg=lambda m, n=name: f"{n}: {m}"
         )
@@ -112,13 +148,17 @@ def check_low_precision(device: str, autocast: bool, samples: int = 6) -> None:
 def main() -> None:
     """All checks on a GPU; the interpreter, which takes minutes for them, runs a choice on two samples each."""
     if not torch.cuda.is_available():
-        check_against_reference(OPTIONS["layer_scale_and_qk_norm"], 1, "cpu", samples=2)
-        check_against_reference(OPTIONS["odd_head_size"], 3, "cpu", samples=2)
+        check_against_reference(tiny_vit(1, **OPTIONS["layer_scale_and_qk_norm"]), 1, "cpu", samples=2)
+        check_against_reference(tiny_vit(3, **OPTIONS["odd_head_size"]), 3, "cpu", samples=2)
+        for seed, options in enumerate(ROTARY):
+            check_against_reference(tiny_eva(seed, options), seed, "cpu", 2, masked_forward)
         check_low_precision("cpu", autocast=True, samples=2)
     else:
         torch.backends.cuda.matmul.allow_tf32 = False
         for seed, options in enumerate(OPTIONS.values()):
-            check_against_reference(options, seed, "cuda")
+            check_against_reference(tiny_vit(seed, **options), seed, "cuda")
+        for seed, options in enumerate(ROTARY):
+            check_against_reference(tiny_eva(seed, options), seed, "cuda", reference=masked_forward)
         check_frozen("cuda")
         for autocast in (False, True):
             check_low_precision("cuda", autocast)

@@ -14,9 +14,11 @@ from tests.reference import FORWARD_ONLY, FULL, SHORTCUT
 
 
 @contextmanager
-def masked_blocks(blocks: Sequence[nn.Module], outs: Sequence[str], row: np.ndarray) -> Iterator[None]:
+def masked_blocks(
+    blocks: Sequence[nn.Module], outs: Sequence[str], row: np.ndarray, norms: Sequence[str] = ()
+) -> Iterator[None]:
     """Inside, block b runs as row[b, head] says. outs: names of the layers that lead out of the heads, in a block;
-    heads share what comes in as evenly as can be."""
+    heads share what comes in as evenly as can be. norms: of those over all heads' channels, before such a layer."""
     patched: list[nn.Module] = []
 
     def patch(module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -27,6 +29,9 @@ def masked_blocks(blocks: Sequence[nn.Module], outs: Sequence[str], row: np.ndar
         for name in outs:
             layer = block.get_submodule(name)
             patch(layer, _masked(layer, operations))
+        for name in norms:
+            norm = block.get_submodule(name)
+            patch(norm, _masked_norm(norm, operations))
         if (operations == SHORTCUT).all():
             patch(block, lambda x, *args, **kwargs: x)
         elif not (operations == FULL).any():
@@ -40,9 +45,7 @@ def masked_blocks(blocks: Sequence[nn.Module], outs: Sequence[str], row: np.ndar
 
 def _masked(layer: Any, operations: np.ndarray) -> Callable[[Tensor], Tensor]:
     """What FULL heads give, with gradients, and what FORWARD_ONLY ones give, without."""
-    units, heads = layer.in_features, len(operations)
-    head = torch.tensor([next(h for h in range(heads) if u < (h + 1) * units // heads) for u in range(units)])
-    operation = torch.tensor(operations.astype(int))[head]
+    operation = _of_units(operations, layer.in_features)
     whole = type(layer).forward
 
     def forward(x: Tensor) -> Tensor:
@@ -52,6 +55,29 @@ def _masked(layer: Any, operations: np.ndarray) -> Callable[[Tensor], Tensor]:
         return whole(layer, x * (operation == FULL)) + beside.detach()
 
     return forward
+
+
+def _masked_norm(norm: Any, operations: np.ndarray) -> Callable[[Tensor], Tensor]:
+    """Mean and variance are those of the heads that run; FORWARD_ONLY ones come to them without gradients."""
+    operation = _of_units(operations, norm.normalized_shape[0])
+    runs = operation != SHORTCUT
+
+    def forward(x: Tensor) -> Tensor:
+        x = torch.where(operation == FULL, x, x.detach())
+        own = x[..., runs]
+        variance, mean = torch.var_mean(own, -1, correction=0, keepdim=True)
+        normed = torch.zeros_like(x)
+        normed[..., runs] = (own - mean) / torch.sqrt(variance + norm.eps)
+        return normed * norm.weight + norm.bias
+
+    return forward
+
+
+def _of_units(operations: np.ndarray, units: int) -> Tensor:
+    """int64 [unit]: what the head of each does."""
+    heads = len(operations)
+    head = torch.tensor([next(h for h in range(heads) if u < (h + 1) * units // heads) for u in range(units)])
+    return torch.tensor(operations.astype(int))[head]
 
 
 def _without_gradient(block: Any) -> Callable[..., Tensor]:

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
 from d2ft_hpc.bench.turns import Ratio, alternate
-from d2ft_hpc.bench.workload import pose
 from d2ft_hpc.command import connected, whole_number
 from d2ft_hpc.command import share as share_of
 from d2ft_hpc.config import OptimizerConfig
@@ -29,6 +28,7 @@ from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, run_guarded, share
+from d2ft_hpc.lifecycle import pose_counted
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
@@ -103,7 +103,7 @@ def posed(sizes: Sizes, placement: Placement, costs: StepCosts, **options: Any) 
     """With the same log-normal scores on every rank. options: of `PlanProblem.parallel`."""
     shape = (sizes.micro_batches * placement.layout.replicas, sizes.blocks, sizes.heads)
     scores = np.exp(np.random.default_rng(0).standard_normal((2, *shape)))
-    return pose(scores, costs, placement, always_share=0.0, **options)
+    return pose_counted(scores, costs, placement, always_share=0.0, **options)
 
 
 def placed(sizes: Sizes, layout: Layout, flops: list[float]) -> Placement:

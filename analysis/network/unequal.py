@@ -22,7 +22,6 @@ import torch.nn.functional as F
 
 from analysis.engines.parallel import CLASSES, IMAGE_SIZE, Sizes
 from analysis.network.slow_links import die_with_parent
-from d2ft_hpc.bench.workload import pose
 from d2ft_hpc.command import connected, whole_number
 from d2ft_hpc.command import share as share_of
 from d2ft_hpc.config import OptimizerConfig
@@ -31,6 +30,7 @@ from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, run_guarded, share
+from d2ft_hpc.lifecycle import pose_counted
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.metering.phases import COMMUNICATION, timed_step
 from d2ft_hpc.planning import SkipPlan, solve
@@ -161,7 +161,7 @@ def _plan(control: Control, costs: StepCosts, speeds: list[float], compute_budge
     scores = np.exp(
         np.random.default_rng(0).standard_normal((2, SIZES.micro_batches * RANKS, SIZES.blocks, SIZES.heads))
     )
-    problem = pose(scores, costs, replicas=RANKS, compute_budget=compute_budget, device_speed=speeds)
+    problem = pose_counted(scores, costs, replicas=RANKS, compute_budget=compute_budget, device_speed=speeds)
     return SkipPlan.from_bytes(share(control, lambda: solve(problem, "joint").to_bytes(), "the plan"))
 
 

@@ -24,12 +24,13 @@ from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control
+from d2ft_hpc.lifecycle import pose_counted
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.model.build import build_model
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages, layer_flops
-from d2ft_hpc.planning import PlanProblem, SkipPlan, solve
+from d2ft_hpc.planning import SkipPlan, solve
 
 
 @dataclass(frozen=True)
@@ -131,24 +132,11 @@ def batch_of(workload: Workload, rank: int) -> list[MicroBatch]:
     ]
 
 
-def pose(
-    scores: np.ndarray, costs: StepCosts, placement: Placement | None = None, **options: Any
-) -> PlanProblem:
-    """The problem of these scores [2, row, block, head] with a model's own costs; options: of `PlanProblem.parallel`.
-
-    placement: of the model's parts on the ranks; None: each holds the whole model.
-    """
-    known: dict[str, Any] = {"forward_cost": costs.forward_share, "always_share": costs.always_share}
-    if placement is not None:
-        known |= {"replicas": placement.layout.replicas, "rank": placement.owner, "stage": placement.stage}
-    return PlanProblem.parallel(*scores, **known | options)
-
-
 def solved(built: Built, workload: Workload, planner: str, compute_budget: float) -> SkipPlan:
     """A plan for random scores."""
     rows = workload.slots * built.placement.layout.replicas
     scores = np.random.default_rng(0).random((2, rows, *built.shape))
-    return solve(pose(scores, built.costs, built.placement, compute_budget=compute_budget), planner)
+    return solve(pose_counted(scores, built.costs, built.placement, compute_budget=compute_budget), planner)
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:

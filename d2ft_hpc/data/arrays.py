@@ -6,6 +6,9 @@
 
 Images are uint8 0 to 255, [image, height, width, 3], [image, 3, height, width], or grey as [image, height, width] or
 [image, height, width, 1]; labels are whole numbers from 0, [image].
+
+What arrays take in memory is known, and bounded by what their file holds, before any of it is allocated: a file of a
+few megabytes can stand for any size.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.data.images import (
-    MOST_CLASSES,
     BufferBlobs,
     EncodedImages,
     Images,
@@ -28,14 +30,17 @@ from d2ft_hpc.data.images import (
     checked_labels,
     divide,
     list_of_classes,
+    numbered_classes,
 )
 from d2ft_hpc.errors import DataError
 from d2ft_hpc.files import hdf5
+from d2ft_hpc.files.untrusted import RefusedError
 from d2ft_hpc.metering.memory import free_bytes_of_host
 
 _NPZ = "an .npz file needs x_train, y_train, x_test and y_test"
 _HDF5 = "an HDF5 file needs images and labels (or bytes, offsets and labels) in groups train and test"
 _SHAPE = "images are uint8 [image, height, width, 3], [image, 3, height, width] or [image, height, width]"
+_SMALLER = "divide it, or store encoded images"
 _OTHER_RANGE = "pixels must be uint8, 0 to 255: scale them by what their range is, such as x * 255 for 0 to 1"
 
 
@@ -49,14 +54,18 @@ def _of_npz(path: Path, split: str) -> Source:
         raise DataError(f"{path}: {'is no file' if path.exists() else 'no such file'}; {_NPZ}")
     try:
         with zipfile.ZipFile(path) as file:
-            return _source(_pixels(_member(file, f"x_{split}")), _member(file, f"y_{split}"), None)
+            allowance = hdf5.Allowance(path.stat().st_size)
+            images, labels = (_member(file, f"{kind}_{split}", allowance) for kind in "xy")
+            return _source(_pixels(images), labels, None)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
+    except (RefusedError, MemoryError) as error:
+        raise DataError(f"{path}: {hdf5.reason(error)}; {_SMALLER}") from error
     except Exception as error:  # zipfile, zlib and numpy answer damage with many kinds
         raise DataError(f"{path}: damaged, or no .npz file ({hdf5.reason(error)}); {_NPZ}") from error
 
 
-def _member(file: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
+def _member(file: zipfile.ZipFile, name: str, allowance: hdf5.Allowance) -> npt.NDArray[Any]:
     if f"{name}.npy" not in file.namelist():
         raise DataError(f"has no array {name!r}: {_NPZ}")
     info = file.getinfo(f"{name}.npy")
@@ -72,6 +81,7 @@ def _member(file: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
             raise DataError(
                 f"damaged: {name} claims {list(shape)} {dtype}, which is more than the file holds"
             )
+    allowance.take(nbytes, name)
     _check_room(name, nbytes)
     with file.open(info) as member:
         array: npt.NDArray[Any] = np.lib.format.read_array(member, allow_pickle=False)
@@ -83,35 +93,39 @@ def _of_hdf5(path: Path, split: str) -> Source:
         group = hdf5.child(file, split)
         if group is None:
             raise DataError(f"has no group {split!r}: {_HDF5}")
+        allowance = hdf5.Allowance(file.id.get_filesize())
         images: Images
         if hdf5.child(group, "bytes") is not None:
-            buffer, offsets = _array(group, "bytes"), _array(group, "offsets")
+            buffer, offsets = (_array(group, name, allowance) for name in ("bytes", "offsets"))
             if buffer.dtype != np.uint8 or buffer.ndim != 1 or not divide(offsets, len(buffer)):
                 raise DataError(
                     f"offsets of {split} do not divide its bytes: they rise from 0 to their number, int64"
                 )
             images = EncodedImages(BufferBlobs(buffer, offsets, str(path)))
         else:
-            images = _pixels(_array(group, "images"))
-        return _source(images, _array(group, "labels"), hdf5.read_attribute(file, "classes"))
+            images = _pixels(_array(group, "images", allowance))
+        return _source(images, _array(group, "labels", allowance), hdf5.read_attribute(file, "classes"))
 
 
-def _array(group: Any, name: str) -> npt.NDArray[Any]:
+def _array(group: Any, name: str, allowance: hdf5.Allowance) -> npt.NDArray[Any]:
     if hdf5.child(group, name) is None:
         raise DataError(f"{group.name} has no array {name!r}: {_HDF5}")
     stored = hdf5.plain_dataset(group, name)
     if stored.dtype.kind not in "biuf":
         raise DataError(f"{stored.name} is of type {stored.dtype}: store numbers")
+    try:
+        hdf5.check_dataset(stored)
+    except RefusedError as error:
+        raise DataError(f"{error}: store it anew, such as by h5repack -f GZIP=4") from error
     _check_room(stored.name, stored.size * stored.dtype.itemsize)
-    return np.asarray(stored[()])
+    return hdf5.read_array(stored, allowance)
 
 
 def _check_room(name: str, nbytes: int) -> None:
     free = free_bytes_of_host(Path("/"))
     if nbytes > free:
         raise DataError(
-            f"{name} takes {nbytes / 1e9:.1f} GB in memory, and {free / 1e9:.1f} GB are free; divide it, or store "
-            "encoded images"
+            f"{name} takes {nbytes / 1e9:.1f} GB in memory, and {free / 1e9:.1f} GB are free; {_SMALLER}"
         )
 
 
@@ -123,16 +137,13 @@ def _pixels(images: npt.NDArray[Any]) -> PixelImages:
     elif images.ndim == 4 and images.shape[-1] == 1:
         images = images[..., 0]
     if images.ndim == 3:
-        images = np.repeat(images[:, None], 3, axis=1)
+        images = np.broadcast_to(images[:, None], (len(images), 3, *images.shape[1:]))
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise DataError(f"images are uint8 {list(images.shape)}: {_SHAPE}")
-    return PixelImages(np.ascontiguousarray(images))
+    return PixelImages(images)
 
 
 def _source(images: Images, labels: npt.NDArray[Any], names: Any) -> Source:
     labels = labels.reshape(-1)
-    num_classes = int(labels.max(initial=0)) + 1 if labels.dtype.kind in "iu" else 1
-    if num_classes > MOST_CLASSES:
-        raise DataError(f"labels go up to {num_classes - 1}: number the classes from 0")
-    classes = tuple(map(str, range(num_classes))) if names is None else list_of_classes(names)
+    classes = numbered_classes(labels) if names is None else list_of_classes(names)
     return Source(images, checked_labels(labels, len(images), classes), classes)

@@ -49,7 +49,7 @@ def class_folders(folder: Path) -> ClassFolders:
             name.encode()
         except UnicodeEncodeError:
             raise DataError(f"{folder}/{name!r}: the class's name is not UTF-8; rename the folder") from None
-        inside = _files_below(folder / name)
+        inside = files_below(folder / name)
         images = [path for path in inside if _kind(path.name) in endings()]
         others = Counter(_kind(path.name) for path in inside) - Counter(_kind(path.name) for path in images)
         if not images:
@@ -69,8 +69,8 @@ def class_folders(folder: Path) -> ClassFolders:
     return ClassFolders(names, tuple(files), tuple(labels), remark)
 
 
-def _files_below(folder: Path) -> list[Path]:
-    """Sorted by folder, then by name."""
+def files_below(folder: Path) -> list[Path]:
+    """All but hidden and stray ones, sorted by folder, then by name. Raises DataError as `class_folders`."""
     found = []
     pending = [folder]
     while pending:

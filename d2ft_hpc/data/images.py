@@ -203,6 +203,14 @@ def list_of_classes(names: Any) -> tuple[str, ...]:
         raise DataError(f"class names are not in UTF-8: {error}") from error
 
 
+def numbered_classes(labels: npt.NDArray[Any]) -> tuple[str, ...]:
+    """Names of classes that have none: their numbers. Raises DataError, without a name, if there are too many."""
+    num_classes = int(labels.max(initial=0)) + 1 if labels.dtype.kind in "iu" else 1
+    if num_classes > MOST_CLASSES:
+        raise DataError(f"labels go up to {num_classes - 1}: number the classes from 0")
+    return tuple(map(str, range(num_classes)))
+
+
 def divide(offsets: npt.NDArray[Any], nbytes: int) -> bool:
     """Whether offsets int64 [image + 1] cut so many bytes into images."""
     return (

@@ -54,7 +54,7 @@ def pack_by_name(
         if source.remark:
             print_line(f"d2ft-hpc: warning: {source.remark}")
     if encoding == "auto":
-        files = size is None and name in ("image_folder", "stanford_cars")
+        files = size is None and all(isinstance(each.images, EncodedImages) for each in sources.values())
         encoding = "original" if files else "pixels"
     pack(sources, output, encoding=encoding, size=size, quality=quality, workers=workers)
     say(describe(output))

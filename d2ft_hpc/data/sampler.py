@@ -46,10 +46,6 @@ class MicroBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
         self.start_batch = start_batch
 
-    def batch_rows(self, batch: int) -> list[np.ndarray]:
-        """Sample indices (int64) of all rows of one batch of this epoch, in row order."""
-        return self._cut(self._permutation(), batch)
-
     def __len__(self) -> int:
         return max(self.batches_per_epoch - self.start_batch, 0) * self.slots
 

@@ -10,6 +10,7 @@ import numpy as np
 from torchvision import datasets as tv
 
 from d2ft_hpc.data.folders import class_folders, class_names
+from d2ft_hpc.data.huggingface import open_huggingface
 from d2ft_hpc.data.images import (
     EncodedImages,
     FileBlobs,
@@ -19,6 +20,7 @@ from d2ft_hpc.data.images import (
     list_of_classes,
 )
 from d2ft_hpc.data.packed import open_packed
+from d2ft_hpc.data.webdataset import open_webdataset
 from d2ft_hpc.errors import DataError
 
 StoredSplit = Literal["train", "test"]
@@ -31,6 +33,8 @@ def open_source(name: str, root: Path | None, split: StoredSplit) -> Source:
     - `cifar10`, `cifar100`: `root` holds the unpacked python version, as torchvision keeps it.
     - `stanford_cars`: `root/stanford_cars/` as torchvision keeps it.
     - `image_folder`: `root/train/CLASS/*` and `root/test/CLASS/*` (or `root/val`); see folders.py.
+    - `huggingface`: `root` holds what `DatasetDict.save_to_disk` wrote, or parquet or arrow files; see huggingface.py.
+    - `webdataset`: `root` holds tar files; see webdataset.py.
     - `packed`: `root` is a file that `d2ft-hpc data pack` made.
 
     Raises DataError if the name is unknown or the files are absent or damaged.
@@ -131,5 +135,7 @@ _READERS: dict[str, Callable[[Path, StoredSplit], Source]] = {
     "cifar100": _cifar(tv.CIFAR100),
     "stanford_cars": _stanford_cars,
     "image_folder": _image_folder,
+    "huggingface": open_huggingface,
+    "webdataset": open_webdataset,
     "packed": open_packed,
 }

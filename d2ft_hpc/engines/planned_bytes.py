@@ -8,9 +8,10 @@ import numpy as np
 from torch import nn
 
 from d2ft_hpc.engines.replicas import trained_blocks
-from d2ft_hpc.execution.executor import EmbeddingPolicy
+from d2ft_hpc.execution.executor import EmbeddingPolicy, PlanExecutor
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import Operation, SkipPlan
 from d2ft_hpc.planning.messages import (
     DataParallel,
@@ -47,15 +48,17 @@ class PlannedBytes:
         layout = placement.layout
         self._placement, self._slots, self._data_parallel = placement, slots, data_parallel
         self._embeddings = embeddings
-        self._blocks = subnets.num_blocks
+        self._blocks, self._heads = subnets.num_blocks, subnets.num_heads
+        self._newest: tuple[SkipPlan | None, dict[str, float]] | None = None
         whole, half = (4, 4) if precision == "fp32" else (4, 2)
         family = subnets.family
-        self._activation_bytes = micro_batch_size * family.numbers_between(model) * half
-        self._patch_size = family.patch_size(model)
-        full = family.image_shape(model)
-        assert full is not None  # or there would be no numbers between the blocks
-        self._tokens = partial(family.tokens, model)
-        self._full_tokens = self._tokens(*full[1:])
+        if layout.is_cut:
+            self._activation_bytes = micro_batch_size * family.numbers_between(model) * half
+            self._patch_size = family.patch_size(model)
+            full = family.image_shape(model)
+            assert full is not None  # or there would be no numbers between the blocks
+            self._tokens = partial(family.tokens, model)
+            self._full_tokens = self._tokens(*full[1:])
         self._leaves_out = reduces_trained_blocks_only(data_parallel, precision)
         self._parameters = np.zeros(
             self._blocks + 1
@@ -92,14 +95,23 @@ class PlannedBytes:
 
     def of(self, plan: SkipPlan, token_layout: TokenLayout) -> float:
         """Bytes that this rank sends in a step; of tensor-parallel messages, the mean over its group."""
-        return self._of_replicas(plan) + (
-            0.0 if plan.binding == "sample" else self._of_parts(plan, token_layout)
-        )
+        has_parts = self._placement.layout.is_cut and plan.binding != "sample"
+        return self._of_replicas(plan) + (self._of_parts(plan, token_layout) if has_parts else 0.0)
 
     def of_dense(self, plan: SkipPlan, token_layout: TokenLayout) -> float:
         """The same for the dense plan of the same shape."""
         dense = SkipPlan.dense(self._slots, plan.replicas, plan.num_blocks, plan.num_heads)
         return self.of(dense, token_layout)
+
+    def columns(self, executor: PlanExecutor) -> dict[str, float]:
+        """`planned_bytes` and `dense_bytes` of a step under the plan in force, or under none: dense."""
+        if self._newest is None or self._newest[0] is not executor.plan:
+            replicas = self._placement.layout.replicas
+            plan = executor.plan or SkipPlan.dense(self._slots, replicas, self._blocks, self._heads)
+            layout = executor.token_layout if isinstance(executor, TensorParallelExecutor) else "replicated"
+            told = {"planned_bytes": self.of(plan, layout), "dense_bytes": self.of_dense(plan, layout)}
+            self._newest = executor.plan, told
+        return self._newest[1]
 
     def _of_replicas(self, plan: SkipPlan) -> float:
         layout = self._placement.layout

@@ -166,6 +166,11 @@ def _torch_and_timm() -> Iterator[PrivateName]:
     yield PrivateName("torch.utils._python_dispatch:_get_current_dispatch_mode")
     for model in ("vision_transformer:VisionTransformer", "eva:Eva"):
         yield PrivateName(f"timm.models.{model}._pos_embed", "def _pos_embed(self, x")
+    yield PrivateName("timm.models.beit:Attention._get_rel_pos_bias")
+    yield PrivateName("timm.models.naflexvit:NaFlexVit._forward_embeds")
+    for encoder in ("qwen3_vit:Qwen3VitEncoder", "deepseek_vit:DeepseekVitEncoder"):
+        yield PrivateName(f"timm.models.{encoder}._pos_embed", "def _pos_embed(self, x", since="1.0.31")
+    yield PrivateName("timm.layers.diff_attention:DiffAttention._compute_lambda", since="1.0.31")
 
 
 def _transformers() -> Iterator[PrivateName]:

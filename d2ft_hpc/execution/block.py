@@ -96,11 +96,21 @@ def _added(x: Tensor, heads: BlockHeads, branch: Branch) -> Tensor:
         with torch.no_grad():
             # Detached, because autocast would cache a copy of a leaf parameter that carries no gradient.
             bias = None if branch.bias is None else branch.bias.detach()
-            total = branch.out(branch.inner(branch.norm(x), forward_only), forward_only, bias)
-            return branch.end(total)
+            parts = _joined(branch, [branch.inner(branch.norm(x), forward_only)], [forward_only])
+            return branch.end(branch.out(parts[0], forward_only, bias))
     normed = branch.norm(x)
-    total = branch.out(branch.inner(normed, full), full, branch.bias)
+    parts, of_parts = [branch.inner(normed, full)], [full]
     if forward_only is not None:
         with torch.no_grad():
-            total.add_(branch.out(branch.inner(normed, forward_only), forward_only, None))
+            parts.append(branch.inner(normed, forward_only))
+        of_parts.append(forward_only)
+    parts = _joined(branch, parts, of_parts)
+    total = branch.out(parts[0], full, branch.bias)
+    if forward_only is not None:
+        with torch.no_grad():
+            total.add_(branch.out(parts[1], forward_only, None))
     return branch.end(total)
+
+
+def _joined(branch: Branch, parts: list[Tensor], heads: list[Tensor]) -> list[Tensor]:
+    return parts if branch.across is None else list(branch.across(parts, heads))

@@ -92,11 +92,11 @@ def run_fused(
         qkv_bias,
         keeps,
     )
-    mixed, beside = parts.attend(query, key, value, *args, **kwargs), None
+    mixed, beside = parts.attend(query, key, value, heads.full, *args, **kwargs), None
     if others:
         query, key, value = others
         with torch.no_grad():
-            beside = parts.attend(query, key, value, *args, **kwargs)
+            beside = parts.attend(query, key, value, heads.forward_only, *args, **kwargs)
     ahead = (
         following.norm1 if following is not None and type(following.norm1.weight) is nn.Parameter else None
     )
@@ -106,14 +106,14 @@ def run_fused(
         beside,
         proj_layer.weight,
         proj_layer.bias,
-        getattr(parts.scale1, "gamma", None),
+        parts.scale1(),
         norm2.weight,
         norm2.bias,
         fc1_layer.weight,
         fc1_layer.bias,
         fc2_layer.weight,
         fc2_layer.bias,
-        getattr(parts.scale2, "gamma", None),
+        parts.scale2(),
         heads,
         norm2.eps,
         None if ahead is None else _norm(ahead),

@@ -20,6 +20,10 @@ class Branch(NamedTuple):
     x: [sample, token, channel]. norm keeps its shape. inner: of the normed x and heads, int64 [n] in rising order, what
     these compute, [sample, token, their channels]. out: of that, the heads and a bias or None, the sum of what they
     give, [sample, token, channel]. end: of the sum over all heads; keeps its shape.
+
+    across: what lies between inner and out and needs all heads that run, such as a norm over their channels together.
+    Of what inner gave, a part for FULL heads and one for FORWARD_ONLY ones, or one of them, and these parts' heads; the
+    same parts again. Ranks that share a block cannot run it. None: there is nothing.
     """
 
     norm: Callable[[Tensor], Tensor]
@@ -27,6 +31,7 @@ class Branch(NamedTuple):
     out: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     bias: Tensor | None
     end: Callable[[Tensor], Tensor]
+    across: Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]] | None = None
 
 
 class Drops(NamedTuple):
@@ -58,19 +63,19 @@ class KernelParts:
 
     with plain linear layers, rows of qkv in the order q, k, v, layer norms, and equal shares of hidden units.
 
-    attend: of q, k, v, each [sample, head, token, channel], and of what the block's forward takes beside x. scale1,
-    scale2: their `gamma`, if they have one, is gamma1, gamma2.
+    attend: of q, k, v, each [sample, head, token, channel], their heads, int64 [n], and of what the block's forward
+    takes beside x. scale1, scale2: give gamma1, gamma2 or None, as the block has them at the time.
     """
 
     norm1: nn.LayerNorm
     qkv: nn.Linear
     attend: Callable[..., Tensor]
     proj: nn.Linear
-    scale1: nn.Module
+    scale1: Callable[[], Tensor | None]
     norm2: nn.LayerNorm
     fc1: nn.Linear
     fc2: nn.Linear
-    scale2: nn.Module
+    scale2: Callable[[], Tensor | None]
 
 
 class BlockFamily(ABC):

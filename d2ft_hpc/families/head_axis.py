@@ -17,7 +17,7 @@ class HeadAxis:
 
     units: where heads have unequal shares of the dimension that follows `axis`, how many units they have together:
         head h of H owns [h * units // H, (h + 1) * units // H), and `view_shape` has the largest share. Parts of heads
-        are then filled up to it with zeros. None: equal shares.
+        are then filled up to it with zeros, but not those of all heads together. None: equal shares.
     """
 
     view_shape: tuple[int, ...]
@@ -36,6 +36,8 @@ class HeadAxis:
 
     def of(self, heads: int) -> HeadAxis:
         """The split of what `select` takes for so many heads."""
+        if heads == self.heads:
+            return self
         shape = (*self.view_shape[: self.axis], heads, *self.view_shape[self.axis + 1 :])
         return replace(self, view_shape=shape, units=None)
 
@@ -87,6 +89,14 @@ class HeadAxis:
         sums = of_units.new_zeros(*before, self.heads)
         return sums.index_add_(-1, self._head_of_unit(tensor.device), of_units)
 
+    def owned(self, heads: Tensor) -> Tensor:
+        """bool [unit]: which units of what `select` takes are the heads' own, and not there to fill up."""
+        if self.units is None:
+            return torch.ones(
+                heads.numel() * self.view_shape[self.axis + 1], dtype=torch.bool, device=heads.device
+            )
+        return self._units_of(heads)[1]
+
     @property
     def heads(self) -> int:
         return self.view_shape[self.axis]
@@ -112,8 +122,12 @@ class HeadAxis:
         return (*self.view_shape[: self.axis], units, *self.view_shape[self.axis + 2 :])
 
     def _units_of(self, heads: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 and bool [n x largest share]: the units of the heads, and which of them are their own."""
+        """int64 and bool [n x largest share], or [units] of all heads: the heads' units, and which are their own."""
         assert self.units is not None
+        if heads.numel() == self.heads:  # nothing is filled up
+            places = torch.empty_like(heads).scatter_(0, heads, torch.arange(self.heads, device=heads.device))
+            index = places[self._head_of_unit(heads.device)].argsort(stable=True)
+            return index, torch.ones_like(index, dtype=torch.bool)
         first, end = heads * self.units // self.heads, (heads + 1) * self.units // self.heads
         index = first[:, None] + torch.arange(self.view_shape[self.axis + 1], device=heads.device)
         return index.clamp(max=self.units - 1).flatten(), (index < end[:, None]).flatten()

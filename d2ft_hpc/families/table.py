@@ -6,7 +6,10 @@ from torch import nn
 
 from d2ft_hpc.errors import UnsupportedModelError
 from d2ft_hpc.families.family import BlockFamily
+from d2ft_hpc.families.timm_encoders import TimmEncoder
 from d2ft_hpc.families.timm_eva import TimmEva
+from d2ft_hpc.families.timm_naflex import TimmNaFlex
+from d2ft_hpc.families.timm_relative import TimmRelative
 from d2ft_hpc.families.timm_vit import TimmVit
 from d2ft_hpc.families.transformers_decoder import TransformersDecoder
 from d2ft_hpc.families.transformers_vision import (
@@ -20,6 +23,9 @@ from d2ft_hpc.families.transformers_vision import (
 FAMILIES: tuple[BlockFamily, ...] = (
     TimmVit(),
     TimmEva(),
+    TimmRelative(),
+    TimmNaFlex(),
+    TimmEncoder(),
     TransformersVit(),
     TransformersDino(),
     TransformersDinov3(),
@@ -38,6 +44,12 @@ def family_of(model: nn.Module) -> BlockFamily:
     """Raises UnsupportedModelError if no family knows the model's class."""
     family = find_family(model)
     if family is None:
+        inside = find_backbone(model)
+        if inside is not None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has a {type(inside).__name__} inside, which follows plans in own loops "
+                f"(d2ft_hpc.attach), not here"
+            )
         raise UnsupportedModelError(f"{type(model).__name__} is none of the supported models: {supported()}.")
     return family
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ class TimmFamily(BlockFamily):
         return int(height // high * (width // wide) + model.num_prefix_tokens)
 
     def tokens_between(self, model: Any) -> int | None:
-        drops = not is_identity(model.patch_drop)
+        drops = not is_identity(getattr(model, "patch_drop", None))
         varies = drops or getattr(model, "dynamic_img_size", False)
         return None if varies else model.patch_embed.num_patches + model.num_prefix_tokens
 
@@ -149,14 +150,16 @@ def _embeddings(model: Any) -> list[nn.Module]:
     return [module for module in model.patch_embed.modules() if "strict_img_size" in vars(module)]
 
 
+def class_of_timm(module: str, name: str) -> Any:
+    """A class that older versions of timm lack; None from those."""
+    try:
+        return getattr(importlib.import_module(f"timm.{module}"), name, None)
+    except ImportError:
+        return None
+
+
 def is_identity(module: Any) -> bool:
     return module is None or isinstance(module, nn.Identity)
-
-
-def require_one_mask(attn_mask: Tensor | None) -> None:
-    """Raises ValueError for an attention mask that is not the same for all heads."""
-    if attn_mask is not None and attn_mask.dim() > 3 and attn_mask.shape[1] > 1:
-        raise ValueError("an attention mask that differs between heads is not supported under a plan")
 
 
 def patches(embed: Any, images: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ checksums included, may still crash it.
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import mmap
@@ -38,6 +37,8 @@ _FREE_BYTES = 1 << 30
 _BYTES_PER_STORED = 64
 """Real data seldom pack better, and then by far not all of a large file."""
 _LEAST_PIECE_BYTES = 1 << 10
+_FREE_PIECES = 1 << 16
+"""A second's work, however small the pieces are: labels, or small images, one by one."""
 _MOST_ATTRIBUTES = 1 << 10
 _MOST_ATTRIBUTE_BYTES = 1 << 20
 _OF_DIMENSION_SCALES = ("CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST", "DIMENSION_LABELS")
@@ -81,6 +82,8 @@ def opened(path: Path, kind: type[D2ftError], fix: str) -> Iterator[h5py.File]:
         raise kind(f"{path}: {error}") from error
     except RefusedError as error:
         raise kind(f"{path}: {error}; {fix}") from error
+    except MemoryError as error:
+        raise kind(f"{path}: takes more memory than there is ({reason(error)})") from error
     except Exception as error:  # the library answers damage with many kinds
         raise kind(f"{path}: damaged, or no HDF5 file ({reason(error)}); {fix}") from error
 
@@ -95,11 +98,6 @@ def reason(error: Exception) -> str:
 
 
 _LIBRARY_SAYS = re.compile(r"(?:Unable|Can't) to? ?[\w ]+\((.*)\)", re.DOTALL)
-
-
-def open_image(content: bytes) -> h5py.File:
-    """A file that is in memory, for reading."""
-    return h5py.File(io.BytesIO(content), "r")
 
 
 def child(group: Any, name: str) -> Any:
@@ -226,7 +224,7 @@ def _unpacked(dataset: Any, allowance: Allowance) -> npt.NDArray[Any]:
     piece_bytes = math.prod(piece) * dtype.itemsize
     padded = math.prod(counts) * piece_bytes
     allowance.take(padded, where)
-    if math.prod(counts) > 1 + padded // _LEAST_PIECE_BYTES:
+    if math.prod(counts) > _FREE_PIECES + padded // _LEAST_PIECE_BYTES:
         raise RefusedError(f"{where} is cut into too many pieces")
     stored_type = dataset.id.get_type()
     if dtype.kind != "S" and not h5py.h5t.py_create(dtype).equal(stored_type):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
 
+from d2ft_hpc import early_signals
 from d2ft_hpc.errors import UNFINISHED
 from d2ft_hpc.launch.control import GRACE_SECONDS
 from d2ft_hpc.launch.signals import number_of
@@ -28,6 +29,7 @@ class Children:
         """Whether such a signal has come: no further command is to be started."""
         for number in self._numbers:
             signal.signal(number, self._pass_on)
+        early_signals.release()
 
     def run(self, command: Sequence[str], names: Sequence[str]) -> int:
         """The command's exit status; `UNFINISHED` where a stop signal ended it before it listened.

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Sequence
 from multiprocessing import resource_tracker
 
+from d2ft_hpc import early_signals
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.safe_text import shown
 
@@ -26,11 +27,7 @@ class StopSignals:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._numbers = {number_of(name): name for name in names}
-        # Python starts this process before its first worker, and up to 3.12 lets SIGTERM through to this thread, and so
-        # to the workers, when it has.
-        resource_tracker.ensure_running()
-        self._blocked = frozenset(self._numbers)
-        signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
+        self._blocked = frozenset[int](self._numbers)
         self._reading, writing = os.pipe()
         os.set_blocking(self._reading, False)
         os.set_blocking(writing, False)
@@ -38,6 +35,11 @@ class StopSignals:
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         for number in self._blocked:
             signal.signal(number, _leave_it_to_the_pipe)
+        # Python starts this process before its first worker, and up to 3.12 lets SIGTERM through to this thread when it
+        # has, and so to the workers: it starts now, where a signal that waits is caught already.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
+        early_signals.release(but=self._blocked)
 
     def receive_here(self) -> None:
         """Lets the calling thread get the signals."""

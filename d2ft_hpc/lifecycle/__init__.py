@@ -21,7 +21,7 @@ listener.
 from d2ft_hpc.lifecycle.context import PlanContext
 from d2ft_hpc.lifecycle.controller import PlanController, PlanListener, ScoreSource
 from d2ft_hpc.lifecycle.costs import PlanCosts
-from d2ft_hpc.lifecycle.solve import solve_plan, token_layout_of
+from d2ft_hpc.lifecycle.solve import pose_counted, solve_plan, token_layout_of
 from d2ft_hpc.lifecycle.state import PlanState
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "PlanListener",
     "PlanState",
     "ScoreSource",
+    "pose_counted",
     "solve_plan",
     "token_layout_of",
 ]

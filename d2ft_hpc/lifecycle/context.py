@@ -25,7 +25,7 @@ class PlanContext:
     replicas_meet: replicas wait for each other in every block, as under ZeRO 3 and FSDP2, which gather its weights.
     same_rows: all replicas follow the same rows.
     activation_bytes: of a micro-batch between blocks. token_layouts: of the tokens, those that a plan may have.
-    total_steps: of the run; steps_between_plans: None: one plan for all of them. Only a warm-up asks for them.
+    total_steps: of the run; None where nobody knows.
     curve: the resolution of each step's images; None: they have full size.
     """
 
@@ -41,7 +41,6 @@ class PlanContext:
     activation_bytes: float = 0.0
     token_layouts: Sequence[TokenLayout] = ("replicated",)
     total_steps: int | None = None
-    steps_between_plans: int | None = None
     curve: TokenCurve | None = None
 
     @property
@@ -59,15 +58,11 @@ class PlanContext:
         """Rows, blocks, heads."""
         return (self.slots * self.replicas, *self.subnets)
 
-    def budget_from(self, step: int) -> float:
-        """Compute budget of a plan whose first step is `step`, until the next one is due: of a step's dense compute at
-        the resolution that it has."""
-        total, steps = self.total_steps, self.steps_between_plans
+    @property
+    def compute_budget(self) -> float:
+        """Of a plan: a share of a step's dense compute at the resolution that it has."""
         tokens = 1.0 if self.curve is None else self.curve.share
-        if total is None or steps is None:
-            return min(self.settings.compute_budget / tokens, 1.0)
-        of_run = self.settings.budget_between(step / total, min(step + steps, total) / total)
-        return min(of_run / tokens, 1.0)
+        return min(self.settings.compute_budget / tokens, 1.0)
 
     def scaled(self, plan: SkipPlan, step: int) -> SkipPlan:
         """The plan as it is at `step`: with the grid that the curve has there."""

@@ -178,7 +178,7 @@ class PlanController:
         if same_rows is not None and self.plans_made == 0:
             self.listener.say(f"one plan for all replicas: {same_rows}")
         context = replace(self.context, same_rows=same_rows is not None)
-        solve = partial(solve_plan, context, self.scores, self.plans_made, step)
+        solve = partial(solve_plan, context, self.scores, self.plans_made)
         if may_overlap:
             self._background.start(solve)
             seconds = time.perf_counter() - start

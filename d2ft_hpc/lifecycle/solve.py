@@ -1,10 +1,11 @@
-"""The one place that poses the problem of a run's plan, and solves it."""
+"""The one place that poses the problem of a model's plan, and solves it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.lifecycle.context import PlanContext
+from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.planning import BUDGET_EPSILON, PlanProblem, SkipPlan, plan_samples, solve
 from d2ft_hpc.planning.messages import TokenLayout
@@ -23,16 +25,16 @@ def reads_scores(settings: PlanConfig) -> bool:
     return settings.entry.reads_scores and settings.file is None
 
 
-def solve_plan(context: PlanContext, scores: Scores | None, index: int, step: int) -> SkipPlan:
+def solve_plan(context: PlanContext, scores: Scores | None, index: int) -> SkipPlan:
     """The plan that the settings ask for, on this rank alone; all others get it from rank 0.
 
     scores: None where `reads_scores` says so. index: how many plans were made before; planners that draw draw anew for
-    each. step: the first one under the plan.
+    each.
 
     Raises PlanError where no plan keeps the budgets, also because frozen blocks leave nothing to plan, or where a saved
     plan is of another shape.
     """
-    settings, replicas, budget = context.settings, context.replicas, context.budget_from(step)
+    settings, replicas, budget = context.settings, context.replicas, context.compute_budget
     if settings.file is not None:
         return _saved_plan(Path(settings.file), context)
     if settings.entry.binding == "sample":
@@ -120,6 +122,20 @@ def pose(
         replicas_meet=context.replicas_meet and not same_rows,
         token_layout=token_layout,
     )
+
+
+def pose_counted(
+    scores: npt.NDArray[np.float64], costs: StepCosts, placement: Placement | None = None, **options: Any
+) -> PlanProblem:
+    """The problem of scores float64 [2, row, block, head], forward and backward, by a model's counted FLOPs alone;
+    options: of `PlanProblem.parallel`, which raises.
+
+    placement: of the model's parts on the ranks; None: each holds the whole model.
+    """
+    known: dict[str, Any] = {"forward_cost": costs.forward_share, "always_share": costs.always_share}
+    if placement is not None:
+        known |= {"replicas": placement.layout.replicas, "rank": placement.owner, "stage": placement.stage}
+    return PlanProblem.parallel(*scores, **known | options)
 
 
 def token_layout_of(plan: SkipPlan, context: PlanContext) -> TokenLayout:

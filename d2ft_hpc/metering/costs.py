@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from d2ft_hpc.errors import PlanError, UnsupportedModelError
 from d2ft_hpc.execution.executor import PlanExecutor
@@ -221,7 +224,8 @@ def _costs_of_size(
     ]
     family = executor.subnets.family
     sample = family.blank(model, sample_shape)
-    with probe(around, training=True):
+    is_meta = next(model.parameters()).is_meta
+    with probe(around, training=True), _FusedAttention() if is_meta else nullcontext():
         try:
             dense = _count_flops(around, executor, Operation.FULL, sample)
         finally:
@@ -245,6 +249,18 @@ def _costs_of_size(
         trains=executor.trains,
         trains_embeddings=executor.trains_embeddings,
     )
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention by a fused kernel on the meta device too, where torch would take matrix products in its place: their
+    backward computes less, and the model will not train there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        kwargs = {key: kwargs[key] for key in ("attn_mask", "scale") if key in kwargs}
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3], **kwargs)[0]
 
 
 def _count_flops(

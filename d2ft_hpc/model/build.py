@@ -17,7 +17,7 @@ from d2ft_hpc.errors import CheckpointError, ConfigError, UnsupportedModelError
 from d2ft_hpc.model.hub import cache_alone_if_unreachable
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.model.weights import check_complete, find_weights
-from d2ft_hpc.safe_text import shown
+from d2ft_hpc.safe_text import shortened, shown
 
 
 def build_model(
@@ -51,9 +51,10 @@ def build_model(
         except Exception as error:  # timm, the hub and torch raise many kinds here
             if source is None:
                 raise _unfit(name, given, error) from error
-            told = f"{no_hub}, and not in the cache" if no_hub else _first_line(error)
+            told = f"{no_hub}, and not in the cache" if no_hub else _what_differs(error)
+            fix = _HUB_FIX if of_hub else "; correct model.options, or use weights of this model"
             raise CheckpointError(
-                f"model.weights={weights}: cannot be loaded into {name}: {told}{_HUB_FIX * of_hub}"
+                f"model.weights={weights}: cannot be loaded into {name}: {told}{fix}"
             ) from error
     if source and source.file:
         check_complete(source.file, model, name)
@@ -191,6 +192,12 @@ def _check_name(name: str) -> None:
         raise ConfigError(
             f"model.name={name!r}: timm knows no weights {tag!r} of {architecture}; it knows {known}"
         )
+
+
+def _what_differs(error: Exception) -> str:
+    """The first two lines: torch says in the second one which weight does not fit."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return shortened(f"{type(error).__name__}: {' '.join(lines[:2])}", 400)
 
 
 def _first_line(error: Exception) -> str:

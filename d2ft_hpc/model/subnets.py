@@ -52,11 +52,20 @@ class SubnetMap:
         """Reads the map off the model; raises UnsupportedModelError with every reason why it does not fit."""
         family = family_of(model)
         blocks = family.blocks(model)
-        reasons = [
-            f"block {i} {reason}" for i, block in enumerate(blocks) for reason in family.misfits(block)
-        ]
-        if reasons:
-            raise _unsupported(model, family, reasons)
+        misfits: dict[str, list[int]] = {}
+        for index, block in enumerate(blocks):
+            for reason in family.misfits(block):
+                misfits.setdefault(reason, []).append(index)
+        if misfits:
+            raise _unsupported(
+                model,
+                family,
+                [
+                    f"block {indices[0]} {reason}"
+                    + (f" (and {len(indices) - 1} like it)" if indices[1:] else "")
+                    for reason, indices in misfits.items()
+                ],
+            )
         heads, axes = (
             [family.num_heads(block) for block in blocks],
             [family.head_axes(block) for block in blocks],
@@ -72,6 +81,11 @@ class SubnetMap:
         ]
         if not blocks or differing:
             where = f"blocks {differing} differ in shape from block 0" if blocks else "it has no blocks"
+            if len(set(heads)) > 1:
+                numbers = " or ".join(map(str, sorted(set(heads))))
+                where = (
+                    f"its blocks have {numbers} heads (of keys, which queries may share), not as many in each"
+                )
             raise _unsupported(model, family, [where])
         layers = tuple(name for names in family.layers(blocks[0]).values() for name in names)
         return SubnetMap(family, len(blocks), heads[0], head_axes, layers)

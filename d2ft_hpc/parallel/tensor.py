@@ -190,6 +190,11 @@ def share_blocks(
                     f"block {index} has dropout in {name}, and every tensor-parallel rank would draw its own: "
                     f"set it to 0, or engine.tensor_parallel=1"
                 )
+        if any(branch.across is not None for branch in subnets.family.branches(block, subnets.head_axes)):
+            raise UnsupportedModelError(
+                f"block {index} normalises across all of its heads' channels, of which every tensor-parallel rank has "
+                f"a part: use engine.tensor_parallel=1"
+            )
     rank = distributed.get_rank(group)
     executor = kind(
         whole,

@@ -45,15 +45,13 @@ _CORE_SECONDS = 0.5
 class Choice:
     """option: int64 [class]. value: its sum. bound: no choice within the limits is worth more.
 
-    prices: float64 [group] for each limit. price_bound: the bound that they prove for the whole value; for other
-    limits `most` it changes by price * (change of most).
+    prices: float64 [group] for each limit (`prices.bounds_of` says what they prove).
     """
 
     option: Ints
     value: float
     bound: float
     prices: list[Floats]
-    price_bound: float
     status: str
 
 
@@ -78,7 +76,6 @@ def choose(
     relative_gap: a choice that is proved to be this near its optimum is good enough.
     search: with HiGHS; without, first prices and filling will do.
     """
-    given = value
     prices = [np.zeros(len(limit.most)) for limit in limits]
     scarce = [i for i, limit in enumerate(limits) if _can_be_exceeded(limit)]
     some = [_rounded(limits[i]) for i in scarce]
@@ -93,15 +90,14 @@ def choose(
     else:
         its_prices, option = prices_of_several(value, some, deadline, solve=search)
         if time.monotonic() > deadline:
-            option = max(option, _one_for_all(value, some), key=lambda each: _worth(value, each))
+            option = max(option, _one_for_all(value, some), key=lambda each: worth_of(value, each))
     for i, price in zip(scarce, its_prices, strict=True):
         prices[i] = price
     option = _fill(value, some, option, deadline)
     if len(some) == 1 and len(some[0].most) == 1 and time.monotonic() <= deadline:
         option = _exchange(value, some[0], float(its_prices[0][0]), option)
-    worth = _worth(value, option)
+    worth = worth_of(value, option)
     bound = max(worth, float(bounds_of(value, some, its_prices).sum()))
-    price_bound = max(worth, float(bounds_of(given, limits, prices).sum()))
     status = OPTIMAL
     if worth < bound * (1 - relative_gap) and time.monotonic() > deadline:
         status = "prices: time limit"
@@ -109,8 +105,8 @@ def choose(
         until = deadline if search else -math.inf
         option, bound, status = _decide_core(value, some, its_prices, option, until, relative_gap)
         option = _fill(value, some, option, deadline)
-        worth = _worth(value, option)
-    return Choice(option, worth, max(bound, worth), prices, price_bound, status)
+        worth = worth_of(value, option)
+    return Choice(option, worth, max(bound, worth), prices, status)
 
 
 def _one_for_all(value: Floats, limits: Sequence[Limit]) -> Ints:
@@ -139,7 +135,8 @@ def _rounded(limit: Limit) -> Limit:
     return replace(limit, most=most + ROUNDING * np.maximum(most, limit.use.max()))
 
 
-def _worth(value: Floats, option: Ints) -> float:
+def worth_of(value: Floats, option: Ints) -> float:
+    """The sum of the values float64 [class, option] of the options int64 [class]."""
     return float(value[np.arange(len(value)), option].sum())
 
 
@@ -249,7 +246,7 @@ def _decide_core(
         absolute_gap=relative_gap / 2 * len(value),
         relative_gap=0.0,
     )
-    worth = _worth(value, option)
+    worth = worth_of(value, option)
     if is_complete:
         bound = min(bound, worth + max(0.0, solution.bound) * unit)
     if solution.values is None:
@@ -257,7 +254,7 @@ def _decide_core(
     taken = solution.values > 0.5
     better = option.copy()
     better[undecided[its_class[taken]]] = its_option[taken]
-    if _worth(value, better) < worth or any((limit.left(better) < 0).any() for limit in limits):
+    if worth_of(value, better) < worth or any((limit.left(better) < 0).any() for limit in limits):
         return option, bound, "prices" if solution.status == OPTIMAL else f"prices: {solution.status}"
     return (
         better,

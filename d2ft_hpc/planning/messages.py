@@ -19,6 +19,9 @@ Ints = npt.NDArray[np.int64]
 DataParallel = Literal["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]
 """How replicas reduce: torch's DistributedDataParallel, DeepSpeed without ZeRO or with one of its stages, FSDP2."""
 
+ZERO: tuple[DataParallel, ...] = ("zero0", "zero1", "zero2", "zero3")
+"""By stage."""
+
 TokenLayout = Literal["replicated", "sharded", "overlapped"]
 """What tensor-parallel ranks hold between branches: every token, or each its own (`parallel.messages`); overlapped:
 each its own, and the messages of one half of a micro-batch are under way while the other half is computed."""

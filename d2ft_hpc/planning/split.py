@@ -12,11 +12,12 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.choose import Choice, choose, share_of_time
+from d2ft_hpc.planning.choose import Choice, choose, share_of_time, worth_of
 from d2ft_hpc.planning.highs import OPTIMAL
-from d2ft_hpc.planning.prices import Limit
+from d2ft_hpc.planning.prices import ROUNDING, Limit, bounds_of
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
 from d2ft_hpc.planning.teams import Team, head_times, limit_above_least, other_limits
 
@@ -63,23 +64,26 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
                 break
             until = deadline if best else share_of_time(deadline, len(teams) - index)
             limits = _part_limits(problem, team, group_time - splits[split], splits[split])
-            penalty = _unevenness(team, limits)
+            values = team.levels.value
+            possible = _possible(limits)
+            penalty = _unevenness(team, limits, possible)
             choice = choose(
-                team.levels.value - penalty,
+                values - penalty,
                 limits,
                 deadline=until,
                 relative_gap=_RELATIVE_GAP,
                 search=is_exact,
             )
             choices.append(choice if is_exact else replace(choice, status="time limit"))
-            slack = float(penalty.max(axis=1).sum())
-            its_promises = np.full(len(splits), choice.price_bound + slack)
+            choice = replace(choice, value=worth_of(values, choice.option))
+            its_promises = np.full(len(splits), float(bounds_of(values, limits, choice.prices).sum()))
             for part, parts in ((0, group_time - splits), (1, splits)):
                 price = float(choice.prices[part].sum())
                 if price > 0:
                     most = np.array([_whole_heads(problem, team, part, time) for time in parts])
                     its_promises += price * (most - most[split])
-            its_promises[split] = choice.bound + slack
+            paid = len(values) * float(penalty[possible].max())
+            its_promises[split] = max(choice.value, min(its_promises[split], choice.bound + paid))
             promises += np.minimum(its_promises, even[index].bound) if is_exact else even[index].bound
         if len(choices) < len(teams):
             break
@@ -150,8 +154,14 @@ def _whole_heads(problem: PlanProblem, team: Team, part: int, time_: float) -> f
     return math.floor(time_ / head_time + BUDGET_EPSILON) * head_time
 
 
-def _unevenness(team: Team, limits: list[Limit]) -> Floats:
-    """A tiny cost of levels far from the mean, float64 [1, level], so that equal scores get even levels.
+def _possible(limits: list[Limit]) -> npt.NDArray[np.bool_]:
+    """The levels that a class may have while all others have the least, bool [level]."""
+    return np.asarray(np.all([limit.use <= limit.most.max() * (1 + ROUNDING) for limit in limits], axis=0))
+
+
+def _unevenness(team: Team, limits: list[Limit], possible: npt.NDArray[np.bool_]) -> Floats:
+    """A tiny cost of levels far from the mean, float64 [level], so that equal scores get even levels. possible: bool
+    [level], by whose values it is measured.
 
     Without it, prices could not tell one level from another, and no whole number of the extreme ones fits.
     """
@@ -160,4 +170,4 @@ def _unevenness(team: Team, limits: list[Limit]) -> Floats:
     for limit in limits[:2]:
         if limit.use.max() > 0:
             distance += ((limit.use - limit.most[0] / team.classes_of_group) / limit.use.max()) ** 2
-    return np.asarray(_EVENNESS * levels.value.max(axis=1).mean() * distance[None, :])
+    return np.asarray(_EVENNESS * levels.value[:, possible].max(axis=1).mean() * distance)

@@ -48,7 +48,7 @@ class SampleScorer:
         self._model = family.of_any_size(model)
         self._logits_of: LogitsOf | None = None
         self.num_classes = 0
-        """Of the logits that came last."""
+        """Of the logits that were scored last, which need not be those of `model`, but of a module around it."""
 
     def bind(self, logits_of: LogitsOf) -> None:
         """Scores by these logits from now on: by an engine's, whose ranks may hold parts of the model."""
@@ -60,12 +60,8 @@ class SampleScorer:
         if self._logits_of is None:
             return torch.cat([self(images, targets) for images, targets in micro_batches])
         logits = self._logits_of([self._resized(images) for images, _ in micro_batches])
-        self.num_classes = logits[0].shape[1]
         return torch.cat(
-            [
-                score_samples(part.float(), targets, self._score)
-                for part, (_, targets) in zip(logits, micro_batches, strict=True)
-            ]
+            [self._scores(part, targets) for part, (_, targets) in zip(logits, micro_batches, strict=True)]
         )
 
     @torch.no_grad()
@@ -85,6 +81,9 @@ class SampleScorer:
         mixed = self._autocast_dtype is not None
         with torch.autocast(images.device.type, self._autocast_dtype, enabled=mixed, cache_enabled=False):
             logits = self._model(images)
+        return self._scores(logits, targets)
+
+    def _scores(self, logits: Tensor, targets: Tensor) -> Tensor:
         self.num_classes = logits.shape[1]
         return score_samples(logits.float(), targets, self._score)
 

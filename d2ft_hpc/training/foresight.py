@@ -27,18 +27,17 @@ def foresee_plans(plans: PlanController) -> None:
 
 
 def trial_plan(context: PlanContext) -> SkipPlan:
-    """The run's plan from a file, or one by equal scores under the least of the run's budgets, on this rank alone.
+    """The run's plan from a file, or one by equal scores, on this rank alone.
 
     Raises PlanError, which names the keys.
     """
-    settings, total, every = context.settings, context.total_steps, context.steps_between_plans
-    last = 0 if total is None or every is None else (total - 1) // every * every  # budgets only fall
+    settings = context.settings
     # What a second does not find may exist; the run itself looks for as long as the configuration says.
     for seconds in (min(_TRIAL_SECONDS, settings.time_limit_seconds), settings.time_limit_seconds):
         # What only the real scores can tell is left open.
         update = {"time_limit_seconds": seconds, **dict.fromkeys(settings.entry.needs_scores_for)}
         try:
-            return solve_plan(replace(context, settings=settings.model_copy(update=update)), None, 0, last)
+            return solve_plan(replace(context, settings=settings.model_copy(update=update)), None, 0)
         except PlanError as error:
             fault = error
     raise PlanError(_with_keys(str(fault), settings)) from fault

@@ -21,7 +21,7 @@ from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.engines.engine import MicroBatch
 from d2ft_hpc.engines.private_names import newer_than_tested
-from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.errors import ConfigError, DataError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.families.table import family_of
 from d2ft_hpc.launch import Control
@@ -122,6 +122,11 @@ class Job:
 
 def layout_of(config: RunConfig, control: Control) -> Layout:
     """This rank's part of the run. Raises ConfigError where the ranks cannot be divided as asked."""
+    if control.world_size > 1 and config.engine.kind.is_one_process:
+        raise ConfigError(
+            f"engine.name={config.engine.name} trains in one process, and {control.world_size} ranks were started: set "
+            f"engine.name to ddp, fsdp2 or deepspeed, or start one rank"
+        )
     return Layout.of(
         control.world_size,
         control.rank,
@@ -154,6 +159,11 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         seed=config.run.seed,
     )
     _check_sizes(config, train_set, sampler)
+    if (most := max(evaluation_set.labels)) >= train_set.num_classes:
+        raise DataError(
+            f"data.root={config.data.root}: the {config.data.evaluate_on} images have label {most}, and the training "
+            f"images {train_set.num_classes} classes, counted from 0; both need the same classes"
+        )
     model = build_model(
         config.model.name,
         num_classes=train_set.num_classes,

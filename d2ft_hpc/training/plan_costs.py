@@ -24,6 +24,7 @@ from d2ft_hpc.metering.all_reduce import AllReduceSeconds
 from d2ft_hpc.metering.profile import PassProfile
 from d2ft_hpc.planning.messages import ring_bytes
 from d2ft_hpc.training.job import Job
+from d2ft_hpc.training.run_folder import writing
 
 COSTS = "costs.json"
 """In the run folder: what a resumed run plans with."""
@@ -77,7 +78,9 @@ def find_costs(job: Job, profile: PassProfile, all_reduce: AllReduceSeconds) -> 
 
 def keep_costs(job: Job, costs: PlanCosts) -> None:
     """For a resumed run, by rank 0."""
-    _write(job.config.run_folder / COSTS, json.dumps(asdict(costs), indent=1).encode())
+    folder = job.config.run_folder
+    with writing(folder):
+        _write(folder / COSTS, json.dumps(asdict(costs), indent=1).encode())
 
 
 def _costs(job: Job, of_ranks: Sequence[PassProfile]) -> PlanCosts:

@@ -25,12 +25,6 @@ def is_due(config: PlanConfig, *, epoch: int, step_of_epoch: int, steps_done: in
 def plan_context(job: Job, placement: Placement, costs: PlanCosts) -> PlanContext:
     """costs: what the first plan reckons with."""
     config, model = job.config, job.model
-    replan = config.plan.replan
-    steps_between = (
-        None
-        if replan.every is None
-        else replan.every * (job.sampler.batches_per_epoch if replan.unit == "epochs" else 1)
-    )
     family = job.executor.subnets.family
     numbers = config.data.micro_batch_size * family.numbers_between(model)
     configured = config.engine.token_layout if config.plan.token_share is None else "replicated"
@@ -51,7 +45,6 @@ def plan_context(job: Job, placement: Placement, costs: PlanCosts) -> PlanContex
             else (configured,)
         ),
         total_steps=job.total_steps,
-        steps_between_plans=steps_between,
         curve=None if budget is None else _curve(job, budget),
     )
 

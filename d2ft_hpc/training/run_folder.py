@@ -8,6 +8,7 @@ model.safetensors     the trained weights in timm's names, once the run is finis
 adapter/              of a run with model.lora: the trained factors, as peft reads them
 checkpoints/step-N/   see `checkpoint`
 logs/rank-R.log       what each rank had to say, over all starts
+traces/rank-R.json    what each rank did in train.trace_steps
 errors/rank-R.txt     where each rank was when a start of the run last failed
 """
 
@@ -20,7 +21,8 @@ import logging
 import os
 import platform
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -81,10 +83,23 @@ _RECORDED = frozenset(
 def check_possible(folder: Path) -> None:
     """Raises ConfigError where a run could not make its folder, or write in it."""
     if why := why_not_writable(folder):
-        raise ConfigError(
-            f"run.folder={shown(str(folder.parent))}: no run can be written there ({why}); choose another folder "
-            f"(run.folder) or name (run.name)"
-        )
+        raise _unwritable(folder, why)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Around what is written into a run's folder. Raises ConfigError in place of OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(folder, error.strerror or str(error)) from error
+
+
+def _unwritable(folder: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"run.folder={shown(str(folder.parent))}: no run can be written there ({why}); choose another folder "
+        f"(run.folder) or name (run.name), or make room"
+    )
 
 
 def check_free(folder: Path, *, may_hold_a_start: bool) -> None:
@@ -114,7 +129,6 @@ def check_ours(folder: Path) -> None:
 def record_launch(config: RunConfig, control: Control, environment: Mapping[str, Any], start: str) -> None:
     """Writes a line on this start and the configuration; on rank 0. `start` says from where the run goes on."""
     folder = config.run_folder
-    folder.mkdir(parents=True, exist_ok=True)
     line = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "start": start,
@@ -123,9 +137,11 @@ def record_launch(config: RunConfig, control: Control, environment: Mapping[str,
         "environment": dict(environment),
         "variables": recorded_variables(os.environ),
     }
-    # First, since by this file a folder is known as a run's.
-    atomic.append_line(folder / LAUNCHES, json.dumps(line))
-    atomic.write(folder / CONFIG, config.to_yaml())
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        # First, since by this file a folder is known as a run's.
+        atomic.append_line(folder / LAUNCHES, json.dumps(line))
+        atomic.write(folder / CONFIG, config.to_yaml())
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:

@@ -12,7 +12,6 @@ from d2ft_hpc.metering.costs import RankWork
 from d2ft_hpc.metering.memory import reset_peak, used_bytes
 from d2ft_hpc.metering.phases import phase, timed_step
 from d2ft_hpc.parallel.layout import Placement
-from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import Operation
 from d2ft_hpc.recording.steps import StepRecord, on_host
 from d2ft_hpc.results.schema import BYTE_KINDS
@@ -47,7 +46,6 @@ class StepRunner:
             data_parallel=config.engine.data_parallel,
             embeddings=config.model.embeddings,
         )
-        self._bytes_of_plan: dict[str, float] = {}
         self._steps_done, self._metered_plan = 0, -1
         self._metered = Metered()
         self._metered_planned_flops = 1.0
@@ -90,7 +88,7 @@ class StepRunner:
                 "left_out_rows": work.left_out_rows,
                 "bytes_sent": sum(self._metered.bytes_sent.values()),
                 **_bytes_by_kind(self._metered.bytes_sent),
-                **self._bytes_of_plan,
+                **self._planned_bytes.columns(self._engine.executor),
                 "memory_bytes": used_bytes(device),
             },
         )
@@ -103,18 +101,7 @@ class StepRunner:
         with meter() as self._metered:
             report, work = self._step(micro_batches, step)
         self._metered_plan, self._metered_planned_flops = plan, work.planned_flops
-        self._bytes_of_plan = self._promised_bytes()
         return report, work
-
-    def _promised_bytes(self) -> dict[str, float]:
-        """Bytes of this rank in a step: of the plan in force, and of the dense one, by the message model."""
-        executor = self._engine.executor
-        assert executor.plan is not None
-        layout = executor.token_layout if isinstance(executor, TensorParallelExecutor) else "replicated"
-        return {
-            "planned_bytes": self._planned_bytes.of(executor.plan, layout),
-            "dense_bytes": self._planned_bytes.of_dense(executor.plan, layout),
-        }
 
     def _step(self, micro_batches: list[MicroBatch], step: int) -> tuple[StepReport, RankWork]:
         """Trains on these micro-batches, or on those of their samples that the plan lets train."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -18,6 +18,7 @@ from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.engines.deepspeed_settings import check_settings
 from d2ft_hpc.engines.pipeline import PipelineEngine
+from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.engines.private_names import NEWEST_TESTED, newer_than_tested
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.engines.zero import ZeroRules
@@ -28,6 +29,7 @@ from d2ft_hpc.lifecycle.costs import costs_of_part
 from d2ft_hpc.parallel.head_split import check_parts, even_owner
 from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
+from d2ft_hpc.planning.messages import ZERO
 from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.attached import attached
@@ -113,7 +115,7 @@ def initialize(
             'of the parameters (lambda parameters: AdamW(parameters, ...)), or "optimizer" in the JSON'
         )
     # What cannot run is refused before anything starts.
-    ZeroRules.of(settings)
+    zero = ZeroRules.of(settings)
     check_settings(settings)
     if section.total_steps is None:
         section = section.model_copy(update={"total_steps": _scheduled_steps(settings)})
@@ -171,7 +173,9 @@ def initialize(
         if layout.is_cut:
             ours = TensorParallelEngine(*common, control=control, options_for=options_for, **step)
         else:
-            if isinstance(optimizer, Optimizer) and (frozen := _leave_out_frozen_groups(optimizer)):
+            if isinstance(optimizer, Optimizer) and (
+                frozen := _leave_out_frozen_groups(optimizer, lr_scheduler)
+            ):
                 Told(control).say(f"groups {frozen} of the optimizer have frozen parameters alone: left out")
             ours = DeepSpeedEngine(model, executor, optimizer, lr_scheduler, **step, **options_for(model))
     if selection is not None:
@@ -181,7 +185,19 @@ def initialize(
         score_flops = count_scoring(selection, sample_shape[-1], ours.engine.device)
         part_costs = replace(part_costs, score_flops=score_flops)
     counter = BatchCounter(part_costs, ours.executor, sample_shape)
-    ours.engine.d2ft = PlannedDeepSpeed(ours, section, costs, placement, selection, control, counter, record)
+    planned_bytes = PlannedBytes(
+        backbone,
+        executor.subnets,
+        placement,
+        slots=int(ours.engine.gradient_accumulation_steps()),
+        micro_batch_size=int(ours.engine.train_micro_batch_size_per_gpu()),
+        precision=next((kind for kind in ("bf16", "fp16") if settings.get(kind, {}).get("enabled")), "fp32"),
+        data_parallel=ZERO[zero.stage],
+        embeddings=section.embeddings,
+    )
+    ours.engine.d2ft = PlannedDeepSpeed(
+        ours, section, costs, placement, selection, control, counter, record, planned_bytes
+    )
     return ours.made  # type: ignore[no-any-return]
 
 
@@ -269,10 +285,23 @@ def _of_part(parameters: Any, whole: nn.Module, part: nn.Module) -> list[Any]:
     return [group for group in groups if group["params"]]
 
 
-def _leave_out_frozen_groups(optimizer: Optimizer) -> list[int]:
+def _leave_out_frozen_groups(optimizer: Optimizer, schedule: Any) -> list[int]:
     """ZeRO cannot partition a group without trained parameters, as of embeddings with a learning rate of their own;
-    returns which groups were taken out."""
+    returns which groups were taken out. schedule: made for the optimizer, loses what it keeps for them."""
     groups = optimizer.param_groups
     frozen = [i for i, each in enumerate(groups) if not any(p.requires_grad for p in each["params"])]
+    if frozen:
+        _leave_out_of_schedule(schedule, frozen, len(groups))
     groups[:] = [group for index, group in enumerate(groups) if index not in frozen]
     return frozen
+
+
+def _leave_out_of_schedule(schedule: Any, frozen: Sequence[int], groups: int) -> None:
+    """torch's, timm's and DeepSpeed's schedules keep lists with a value for each of the optimizer's groups, whatever
+    their names; those that consist of others have these in `_schedulers`."""
+    for name, values in vars(schedule).items() if hasattr(schedule, "__dict__") else ():
+        if name == "_schedulers":
+            for inner in values:
+                _leave_out_of_schedule(inner, frozen, groups)
+        elif isinstance(values, list) and len(values) == groups and "milestones" not in name:
+            values[:] = [value for index, value in enumerate(values) if index not in frozen]

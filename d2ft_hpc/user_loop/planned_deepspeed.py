@@ -16,6 +16,7 @@ from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import current_slot, loss_scale
 from d2ft_hpc.engines.engine import MicroBatch
 from d2ft_hpc.engines.pipeline import PipelineEngine
+from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.engines.portable import write_file
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.errors import PlanError
@@ -56,9 +57,10 @@ class PlannedDeepSpeed:
         control: Control,
         counter: BatchCounter,
         record: LoopRecord,
+        planned_bytes: PlannedBytes,
     ) -> None:
         """On all ranks together. ours: the user's engine as our training loop has it. selection: of planner samples.
-        counter: of this rank's part of the model."""
+        counter, planned_bytes: of this rank's part of the model."""
         self.executor, self.section, self.control = ours.executor, section, control
         self._ours, self._engine, self._placement, self._selection = ours, ours.engine, placement, selection
         slots = int(ours.engine.gradient_accumulation_steps())
@@ -93,7 +95,7 @@ class PlannedDeepSpeed:
         self.is_boundary = False
         """Whether an optimiser step follows it."""
         self._seen = -1
-        self._counter = counter
+        self._counter, self._planned_bytes = counter, planned_bytes
         self.record = record
         """What the script can add to its `results.h5`: `record.evaluation`, `record.close`."""
         if isinstance(ours, PipelineEngine):
@@ -239,7 +241,9 @@ class PlannedDeepSpeed:
         engine.backward, engine.step = noted_backward, noted_step
 
     def _end_batch(self, step: int, learning_rate: float) -> None:
-        self.record.end_batch(step, self._counter.end(self._placement), self.plans, learning_rate)
+        self.record.gradient_norm(self._engine.get_global_grad_norm())
+        work = self._counter.end(self._placement)
+        self.record.end_batch(step, work, self.plans, learning_rate, self._planned_bytes)
         self._turn_to("data")
 
     def _turn_to(self, phase: str) -> None:

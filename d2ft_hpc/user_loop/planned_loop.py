@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.engine import logits_of
+from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import backbone_of, find_backbone
@@ -29,6 +30,7 @@ from d2ft_hpc.model.evaluating import evaluating
 from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.planning import Operation, SkipPlan
+from d2ft_hpc.planning.messages import DataParallel
 from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.planning.tokens import TOKENS
 from d2ft_hpc.scores.observe import GradientObserver
@@ -37,6 +39,7 @@ from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.attached import attached, curve_of, tell_if_too_short
 from d2ft_hpc.user_loop.batch_counter import BatchCounter
 from d2ft_hpc.user_loop.default_group import control_of_loop
+from d2ft_hpc.user_loop.gradient_norm import total_norm
 from d2ft_hpc.user_loop.prepare import bind_engine
 from d2ft_hpc.user_loop.record import LoopRecord
 from d2ft_hpc.user_loop.section import D2ftSection, parse_section, require_images, require_length
@@ -115,6 +118,8 @@ class PlannedLoop:
         self._is_chosen = self._is_bound = False
         self._unseen_steps = 0
         self._is_begun = False  # a batch, as opposed to what a loop does between two
+        self._data_parallel: DataParallel | None = None
+        self._planned_bytes: PlannedBytes | None = None
         self._counter = BatchCounter(self._costs, self.executor, sample_shape)
         settings = {**section.model_dump(mode="json"), "micro_batches": micro_batches}
         self.record = LoopRecord(section.results, settings, model, self.executor.subnets, self._costs)
@@ -222,7 +227,7 @@ class PlannedLoop:
     def bind(self, model: nn.Module) -> str:
         """Fits plans to what was made of the attached model, and returns what that is; the first training forward does
         so by itself. Raises ConfigError where plans could not be run exactly."""
-        found = bind_engine(model, self.executor, self.current_slot)
+        found, self._data_parallel = bind_engine(model, self.executor, self.current_slot)
         self._is_bound = True
         if self._controller is not None:
             self._controller.context = replace(self._controller.context, replicas_meet=self._is_spread)
@@ -292,7 +297,7 @@ class PlannedLoop:
         seen = self._slot + 1
         plans = self._plans()
         work = self._counter.end(plans.context.placement)
-        self.record.end_batch(self._steps, work, plans, learning_rate)
+        self.record.end_batch(self._steps, work, plans, learning_rate, self._foreseen_bytes())
         self._slot, self._is_planned, self._is_begun = -1, False, False
         self._steps += 1
         if self._source.is_observing and seen < self.slots:
@@ -317,6 +322,8 @@ class PlannedLoop:
                 )
             return
         self._counter.stop()
+        if self.record.is_on:
+            self.record.gradient_norm(total_norm(self._whole))
         self._turn_to("optimizer")
 
     def _plans(self) -> PlanController:
@@ -344,6 +351,21 @@ class PlannedLoop:
             self._controller = PlanController(context, self, control, self._source, Told(control))
             tell_if_too_short(self._controller)
         return self._controller
+
+    def _foreseen_bytes(self) -> PlannedBytes | None:
+        if self._planned_bytes is None and self._data_parallel is not None and self.record.is_on:
+            context = self._plans().context
+            self._planned_bytes = PlannedBytes(
+                self._model,
+                self.executor.subnets,
+                context.placement,
+                slots=context.slots,
+                micro_batch_size=1,  # of which no replica sends its activations
+                precision="fp32" if next(self._model.parameters()).dtype is torch.float32 else "bf16",
+                data_parallel=self._data_parallel,
+                embeddings=self.section.embeddings,
+            )
+        return self._planned_bytes
 
     def _observer(self) -> GradientObserver:
         return GradientObserver(

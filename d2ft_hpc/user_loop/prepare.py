@@ -16,6 +16,7 @@ from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import find_backbone
+from d2ft_hpc.planning.messages import DataParallel
 
 
 class Bound(Protocol):
@@ -38,18 +39,19 @@ def prepare(model: nn.Module, attached: PlanExecutor | Bound) -> None:
 
     Raises ConfigError where plans could not be run exactly.
     """
-    found = bind_engine(model, attached) if isinstance(attached, PlanExecutor) else attached.bind(model)
+    found = bind_engine(model, attached)[0] if isinstance(attached, PlanExecutor) else attached.bind(model)
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"d2ft: prepared {found}", flush=True)
 
 
 def bind_engine(
     model: nn.Module, executor: PlanExecutor, slot_source: Callable[[], int] | None = None
-) -> str:
-    """Binds the executor to DDP, FSDP2 or the model as it is, and returns which. Raises ConfigError as `prepare`."""
+) -> tuple[str, DataParallel | None]:
+    """Binds the executor to DDP, FSDP2 or the model as it is, and returns which, in words and by name. Raises
+    ConfigError as `prepare`."""
     if isinstance(model, DistributedDataParallel):
         bind_ddp(model, executor, slot_source=slot_source)
-        return f"DDP over {dist.get_world_size(model.process_group)} ranks"
+        return f"DDP over {dist.get_world_size(model.process_group)} ranks", "ddp"
     backbone = find_backbone(model)
     if backbone is None:
         raise ConfigError(
@@ -59,6 +61,6 @@ def bind_engine(
     for spread in (model, backbone):
         if isinstance(spread, FSDPModule):
             bind_fsdp(spread, executor, slot_source=slot_source)
-            return f"FSDP2 over {dist.get_world_size()} ranks"
+            return f"FSDP2 over {dist.get_world_size()} ranks", "fsdp2"
     executor.bind(slot_source, Reduction.AFTER_BACKWARD)
-    return "the model by itself, whose gradients no engine reduces"
+    return "the model by itself, whose gradients no engine reduces", None

@@ -14,10 +14,12 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.errors import ConfigError, LostResultsError
 from d2ft_hpc.launch import agreed
 from d2ft_hpc.lifecycle import PlanController
 from d2ft_hpc.metering import StepCosts
+from d2ft_hpc.metering.memory import reset_peak, used_bytes
 from d2ft_hpc.metering.phases import StepTimes
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.paths import why_not_writable
@@ -38,8 +40,10 @@ class LoopRecord:
 
     A step's seconds go from the optimiser's step before to its own, but for an evaluation in between. Data: until the
     batch's first forward; backward: all between a forward and the optimiser's step that is not another forward.
-    Ranks send each other nothing: of several, each has a file of its own (`results.ranks/`), which `results.h5` joins.
-    A kill loses the last five seconds.
+    A step's memory is counted from its beginning, for which torch's peak of a GPU's is reset there. The gradient's norm
+    is that of what the optimizer gets, after any clipping; DeepSpeed's before it.
+    Ranks send each other nothing but parts of such norms, where gradients are spread over them: of several, each has a
+    file of its own (`results.ranks/`), which `results.h5` joins. A kill loses the last five seconds.
     """
 
     def __init__(
@@ -70,6 +74,8 @@ class LoopRecord:
         self._planning_seconds = 0.0
         self._steps = 0
         self._times: StepTimes | None = None
+        self._device = torch.device("cpu")
+        self._norm: Tensor | float = math.nan
         self._losses: list[Tensor] = []
 
     @property
@@ -108,36 +114,54 @@ class LoopRecord:
         if self._recorder is None:
             self._open(plans, device, steps_done)
         if self._times is None:
-            self._times = StepTimes(device)
+            self._times, self._device = StepTimes(device), device
+            reset_peak(device)
         self._times.turn_to(phase)
 
     def pause(self) -> None:
         """What the loop did since the last step, and does until the next one begins, belongs to no step."""
         self._times = None
 
-    def end_batch(self, step: int, work: BatchWork, plans: PlanController, learning_rate: float) -> None:
-        """A batch is done, under the plan that is still in force. learning_rate: NaN: the optimiser made no step."""
+    def gradient_norm(self, norm: Tensor | float | None) -> None:
+        """Of the step that is made now; None where nobody knows."""
+        self._norm = math.nan if norm is None else norm
+
+    def end_batch(
+        self,
+        step: int,
+        work: BatchWork,
+        plans: PlanController,
+        learning_rate: float,
+        planned_bytes: PlannedBytes | None,
+    ) -> None:
+        """A batch is done, under the plan that is still in force. learning_rate: NaN: the optimiser made no step.
+        planned_bytes: of this rank; None where the engine is none of ours to foresee."""
         if self._recorder is None or self._times is None:
             return
         self._steps = step + 1
         self._record_plan(step, plans)
         times = self._times
-        times.end()
-        loss = torch.stack(self._losses).mean() if self._losses else math.nan
+        loss = on_host(torch.stack(self._losses).mean() if self._losses else math.nan)
+        norm = on_host(self._norm)
+        times.end()  # after which they are on the host, too
         self._recorder.add(
             StepRecord(
                 step=step,
                 epoch=-1,
                 plan=-1 if plans.plan is None else self._plans - 1,
                 learning_rate=learning_rate,
-                gradient_norm=math.nan,
-                loss=on_host(loss),
+                gradient_norm=norm,
+                loss=loss,
                 times=times,
-                of_rank=asdict(work),
+                of_rank={
+                    **asdict(work),
+                    **({} if planned_bytes is None else planned_bytes.columns(plans.engine.executor)),
+                    "memory_bytes": used_bytes(self._device),
+                },
                 skipped=math.isnan(learning_rate),
             )
         )
-        self._times, self._losses = None, []
+        self._times, self._losses, self._norm = None, [], math.nan
 
     def _record_plan(self, step: int, plans: PlanController) -> None:
         plan, before = plans.plan, self._plan

@@ -23,7 +23,6 @@ _USABLE: dict[str, list[Any]] = {
     "forward_score": _IN_STEPS,
     "backward_score": [*_IN_STEPS, *(score.name for score in SCORES.values() if not score.reads_gradients)],
     "costs": ["flops"],
-    "warmup_share": [0.0],
 }
 """Values of the keys that need a run of ours for their others."""
 
@@ -31,8 +30,6 @@ _USABLE: dict[str, list[Any]] = {
 class D2ftSection(PlanConfig):
     """Planning as in a run's `plan` section, and what `attach` takes."""
 
-    plan: PathText | None = None
-    """`file` by its older name."""
     embeddings: Literal["frozen", "complete_path", "trained"] = "frozen"
     """Parameters below every block: frozen, trained by micro-batches that are FULL everywhere, or trained by all."""
     compile: bool = False
@@ -73,7 +70,6 @@ def parse_section(section: Any, where: str) -> D2ftSection:
                 f"{where}{key}={value!r}: only d2ft-hpc train can do that; "
                 f"in a loop of your own: {', '.join(map(repr, usable))}"
             )
-    parsed = parsed.model_copy(update={"file": parsed.plan or parsed.file})
     if parsed.replan.overlap:
         raise ConfigError(
             f"{where}replan.overlap=true: only d2ft-hpc train solves while it trains; remove it"

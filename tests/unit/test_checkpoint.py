@@ -365,3 +365,16 @@ def test_the_cost_of_saves_is_measured_in_turns_and_leaves_nothing(tmp_path: Pat
     assert "costs it" in report_text(measured, as_json=False)
     assert json.loads(report_text(measured, as_json=True)) == measured
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named_by_its_key(tmp_path: Path) -> None:
+    """Where nothing showed it before: /proc looks writable to root, a launches.jsonl may be a folder."""
+    config = load_config(Path("configs/demo.yaml"), ["run.folder=/proc/x"])
+    with pytest.raises(
+        ConfigError, match=r"^run\.folder='/proc/x': no run can be written there \(No such file"
+    ):
+        run_folder.record_launch(config, SoloControl(), {}, "the beginning")
+    config = config_in(tmp_path)
+    (config.run_folder / run_folder.LAUNCHES).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"no run can be written there \(Is a directory\); choose another"):
+        run_folder.record_launch(config, SoloControl(), {}, "the beginning")

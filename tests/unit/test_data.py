@@ -46,6 +46,9 @@ class TestSampler:
             one.set_epoch(epoch)
             per_replica.append(list(one))
             assert len(per_replica[-1]) == len(one) == one.batches_per_epoch * slots
+        alone = sampler(num_samples, micro_batch_size=micro_batch_size, slots=rows, replicas=1)
+        alone.set_epoch(epoch)
+        rows_of_all = list(alone)
         drawn = [i for rows_of_one in per_replica for row in rows_of_one for i in row]
         assert len(drawn) == len(set(drawn))
         rest = num_samples % (rows * micro_batch_size)
@@ -57,7 +60,7 @@ class TestSampler:
                 for slot in range(slots)
                 for replica in range(replicas)
             ]
-            assert [row.tolist() for row in one.batch_rows(batch)] == together
+            assert rows_of_all[batch * rows : (batch + 1) * rows] == together
             lengths = {len(row) for row in together}
             if batch < num_samples // (rows * micro_batch_size):
                 assert lengths == {micro_batch_size}

@@ -91,7 +91,6 @@ def test_reentrant_recomputation_is_refused() -> None:
         ({"compute_bugdet": 0.5}, r"d2ft\.compute_bugdet: unknown key.*did you mean d2ft\.compute_budget\?"),
         ({"compute_budget": 2.0}, r"d2ft\.compute_budget=2\.0"),
         ({"replan": {"every": 2}}, "count steps"),
-        ({"warmup_share": 0.2, "replan": {"every": 2, "unit": "steps"}}, r"d2ft\.warmup_share=0\.2: only"),
         ({"forward_score": "gradient_norm"}, r"d2ft\.forward_score"),
     ],
 )

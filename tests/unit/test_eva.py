@@ -223,18 +223,6 @@ def test_fisher_information_is_that_of_the_parameters_own_gradients(variant: str
     assert "attn.qkv.bias" not in dict(model.blocks[0].named_parameters())
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"swiglu_mlp": True, "scale_mlp": True}, "scale_mlp"),
-        ({"scale_attn_inner": True}, "scale_attn_inner"),
-    ],
-)
-def test_norms_across_heads_are_refused(options: dict[str, Any], reason: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=reason):
-        SubnetMap.of(tiny_eva(**options))
-
-
 def test_adapters_of_rows_run_by_head() -> None:
     pytest.importorskip("peft")
     reference = tiny_eva(**VARIANTS["like EVA-02 without its inner norm"]).double()

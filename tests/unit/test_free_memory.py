@@ -152,7 +152,7 @@ def test_a_job_short_of_memory_plans_less_and_keeps_to_it_when_resumed(tmp_path,
     assert f"at most: {subnets // 2} on rank 0" in free_memory.describe_memory(costs, kept, subnets)
     scores = measure_scores(job, job.model, job.loss, watch)
     contexts = [plan_context(job, placement, each) for each in (measured.plan_costs, costs)]
-    plans = [solve_plan(context, scores, 0, 0) for context in contexts]
+    plans = [solve_plan(context, scores, 0) for context in contexts]
     unlimited, limited = ((plan.operations == Operation.FULL).sum(axis=(1, 2)).max() for plan in plans)
     assert limited <= subnets // 2 < unlimited
 

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from d2ft_hpc import results
 from d2ft_hpc.errors import ConfigError, ResultsError
 from d2ft_hpc.report import report
+from tests.models import random_batch
 from tests.unit.test_planned_loop import SLOTS, Loop
 
 
@@ -56,6 +59,24 @@ def test_a_loop_s_record_has_its_steps_plans_and_promises(tmp_path: Path, settin
     table = report([tmp_path / "mine"], page=tmp_path / "report.html")
     assert f"{100 * share.mean():.0f}"[:1] in table
     assert "Promised and measured" in (tmp_path / "report.html").read_text()
+
+
+def test_the_norm_of_the_gradient_is_that_of_all_that_the_optimiser_gets(tmp_path: Path) -> None:
+    loop = Loop(
+        planner="random", seed=1, results=str(tmp_path / "mine"), wrap=lambda model: nn.Sequential(model)
+    )
+    norms = []
+    for step in range(3):
+        images, labels = random_batch(step, samples=12)
+        F.cross_entropy(loop.model(images), labels).backward()
+        gradients = [p.grad for p in loop.model.parameters() if p.grad is not None]
+        norms.append(torch.cat([each.flatten() for each in gradients]).double().norm().item())
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+    loop.d2ft.record.close()
+    with results.open(tmp_path / "mine") as run:
+        np.testing.assert_allclose(run.table("steps")["gradient_norm"], norms, rtol=1e-5)
+        assert (run.table("steps")["memory_bytes"] > 2**20).all()
 
 
 def test_a_killed_loop_leaves_a_readable_file_that_its_resumption_continues(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_plan_of_a_partly_frozen_model_keeps_its_budget_of_that_model(kind: st
     scores = np.random.default_rng(0).uniform(0.1, 1, (slots, DEPTH, HEADS)).astype(np.float32)
     scores[:, of_frozen] = 0  # as where no gradient comes
     context = context_of(PlanConfig(planner="joint", compute_budget=0.6), costs, slots=slots)
-    plan = solve_plan(context, Scores(scores, scores, seconds=0.0), 0, 0)
+    plan = solve_plan(context, Scores(scores, scores, seconds=0.0), 0)
     assert (plan.operations[:, of_frozen] == 2).all()
 
     def executed(of: SkipPlan) -> int:
@@ -114,7 +114,7 @@ def test_a_model_with_frozen_blocks_alone_has_nothing_to_plan() -> None:
     costs = measure_costs(model, attach(model), (3, 16, 16))
     assert costs.always_share == 1
     with pytest.raises(PlanError, match=r"every block is frozen.*plan\.planner=dense"):
-        solve_plan(context_of(PlanConfig(planner="joint", compute_budget=0.6), costs, slots=2), None, 0, 0)
+        solve_plan(context_of(PlanConfig(planner="joint", compute_budget=0.6), costs, slots=2), None, 0)
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -156,6 +156,20 @@ def test_what_is_measured_does_not_stay_in_memory() -> None:
             assert references, name
             assert not [each for each in references if each() is not None], name
         references.clear()
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_model_without_memory_costs_what_it_will_cost(qk_norm: bool) -> None:
+    """Its attention, too, which torch computes otherwise on the meta device."""
+    counted = []
+    for device in ("cpu", "meta"):
+        model = tiny_vit(qk_norm=qk_norm).to(device)
+        model.blocks[0].requires_grad_(False)
+        counted.append(measure_costs(model, attach(model), (3, 16, 16), sides=(0.5,)))
+    for one, other in zip(*[[costs, *costs.at.values()] for costs in counted], strict=True):
+        assert one.outside_flops == other.outside_flops
+        assert one.full_by_block.tolist() == other.full_by_block.tolist()
+        assert one.forward_only_by_block.tolist() == other.forward_only_by_block.tolist()
 
 
 def test_measuring_costs_leaves_no_trace() -> None:

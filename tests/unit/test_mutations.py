@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +13,22 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save as serialize
 
 from d2ft_hpc import results
 from d2ft_hpc.config import load_config
 from d2ft_hpc.data.arrays import open_arrays
 from d2ft_hpc.data.packed import describe, open_packed
 from d2ft_hpc.data.packing import pack_by_name
+from d2ft_hpc.engines.portable import PortableState, write_file
 from d2ft_hpc.errors import D2ftError, DataError
+from d2ft_hpc.launch.control import SoloControl
+from d2ft_hpc.model.weights import check_complete, find_weights
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.training.checkpoint import POSITION, read_position
-from d2ft_hpc.training.run_folder import read_config
+from d2ft_hpc.training.run_folder import LAUNCHES, check_ours, read_config, record_launch
 from tests.mutations import mutated, read_each
 
 COUNT = 60
@@ -134,6 +141,73 @@ def test_results(tmp_path: Path) -> None:
             run.attributes("environment")
 
     assert read_each(tmp_path / "results.h5", copies, read) > COUNT // 4
+
+
+@pytest.mark.parametrize("which", ["links", "first", "last"])
+def test_segments_of_a_run_that_goes_on(which: str, tmp_path: Path) -> None:
+    whole, going_on = tmp_path / "results.h5", tmp_path / "results.segments"
+    with results.ResultsWriter(whole, flush_seconds=0) as writer:
+        writer.put("config", {"yaml": "model:\n  name: vit_tiny\n"}, {"attribute": 1})
+        for step in range(9):
+            writer.append("evaluations", {"step": step, "accuracy": 0.5, "class_accuracy": np.ones(9) / 3})
+        copied = tmp_path / "copied"
+        shutil.copytree(going_on, copied / going_on.name)
+        shutil.copy(whole, copied)
+    with h5py.File(copied / whole.name) as file:
+        segments = file.attrs["segments"].decode().split()
+    assert len(segments) > 1
+    segment = copied / going_on.name / segments[0 if which == "first" else -1]
+    damaged = copied / whole.name if which == "links" else segment
+
+    def read(path: Path) -> None:
+        with results.open(copied) as run:
+            run.contents()
+            assert run.config
+
+    assert not told(lambda: read(damaged))
+    copies = mutated(damaged.read_bytes(), COUNT)
+    assert read_each(damaged, copies, read, words=str(copied)) > COUNT // 4
+
+
+def test_launches(tmp_path: Path) -> None:
+    """Nothing in them is believed; what was there stays, and the next start has a line of its own."""
+    config = load_config(Path("configs/demo.yaml"), [f"run.folder={tmp_path}"])
+    record_launch(config, SoloControl(), {}, "the beginning")
+    launches = config.run_folder / LAUNCHES
+    for copy in mutated(launches.read_bytes(), COUNT):
+        launches.write_bytes(copy)
+        check_ours(config.run_folder)
+        record_launch(config, SoloControl(), {}, "step 5")
+        content = launches.read_bytes()
+        assert content.startswith(copy)
+        assert json.loads(content.splitlines()[-1])["start"] == "step 5"
+
+
+def test_weights(tmp_path: Path) -> None:
+    state = {name: 3 * torch.ones(4, 4) for name in ("one", "other")}
+    model = torch.nn.ParameterDict(state)
+    whole = serialize({name: value.data for name, value in state.items()}, {"format": "pt"})
+
+    def read(path: Path) -> None:
+        find_weights(str(path))
+        check_complete(path, model, "a model")
+
+    path = tmp_path / "a.safetensors"
+    assert read_each(path, mutated(whole, COUNT), read) > COUNT // 4
+
+
+@pytest.mark.parametrize("which", ["model.safetensors", "optimizer.safetensors"])
+def test_training_states(which: str, tmp_path: Path) -> None:
+    state = PortableState(
+        {"a": torch.ones(4, 4)}, {"exp_avg": {"a": torch.ones(4, 4)}}, {"step": 5.0}, {"last_epoch": 5}
+    )
+    state.write(tmp_path, write_file)
+    assert PortableState.read(tmp_path).numbers == state.numbers
+    copies = mutated((tmp_path / which).read_bytes(), COUNT)
+    refused = read_each(
+        tmp_path / which, copies, lambda path: PortableState.read(path.parent), words=str(tmp_path)
+    )
+    assert refused > COUNT // 4
 
 
 def test_configurations(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from d2ft_hpc.data.packed import describe, open_packed
 from d2ft_hpc.data.packing import pack_by_name
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.errors import DataError
+from d2ft_hpc.files import hdf5
 from tests.unit.test_data import assert_same
 
 CLASSES = ("ant", "bee", "cat")
@@ -333,6 +334,11 @@ def test_arrays_of_other_types_and_shapes_are_refused(
         (link("train/images", h5py.ExternalLink("/etc/other.h5", "/x")), "/train/images is a link"),
         (virtual("train/images", (4, 5, 6, 3)), "in other files"),
         (put("train/images", shape=(10**6, 10**4, 100, 3), dtype="u1", chunks=(1, 9, 9, 3)), "GB are free"),
+        (
+            put("train/images", shape=(10**4, 400, 400, 3), dtype="u1", chunks=(1, 400, 400, 3)),
+            "far more than",
+        ),
+        (put("train/images", data=PIXELS, compression="lzf"), "something else than gzip: store it anew"),
         (put("train/images", data=["a", "b"]), "store numbers"),
         (lambda file: file.__delitem__("train/labels"), "no array 'labels': an HDF5 file needs"),
         (lambda file: file.__delitem__("train"), "no group 'train': an HDF5 file needs"),
@@ -358,6 +364,32 @@ def test_what_an_array_claims_is_checked_before_it_is_allocated(header: str, tmp
     for name, content in (("b.npz", b"PK text"), ("c.npz", b""), ("d.h5", b"text"), ("e.npy", b"\x93NUMPY")):
         (tmp_path / name).write_bytes(content)
         refused_in_one_line(partial(open_arrays, tmp_path / name, "train"), tmp_path / name, "damaged, or no")
+
+
+def test_a_file_that_is_almost_only_zeros_is_refused_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """30 KB that stand for 30 MB, true to every head and checksum."""
+    monkeypatch.setattr(hdf5, "_FREE_BYTES", 1 << 20)
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, x_train=np.zeros((1000, 100, 100, 3), np.uint8), y_train=np.zeros(1000, int))
+    words = "x_train unpacks to far more than its file holds; divide it"
+    refused_in_one_line(lambda: open_arrays(path, "train"), path, words)
+
+
+def test_images_may_be_stored_one_by_one(tmp_path: Path) -> None:
+    """In pieces however small."""
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        for name, data in (("images", np.repeat(PIXELS, 500, axis=0)), ("labels", np.repeat(LABELS, 500))):
+            file.create_dataset(
+                f"train/{name}", data=data, chunks=(1, *data.shape[1:]), maxshape=(None, *data.shape[1:]),
+                compression="gzip",
+            )  # fmt: skip
+    source = open_arrays(path, "train")
+    assert np.array_equal(source.images.take([7, 1999]), PIXELS[[0, 3]].transpose(0, 3, 1, 2))
+    assert np.array_equal(source.images.picture(1999), PIXELS[3])
+    assert source.labels.tolist() == np.repeat(LABELS, 500).tolist()
 
 
 @pytest.mark.parametrize("option", ["--size=0", "--size=x", "--workers=-1", "--quality=0", "--quality=101"])

@@ -37,9 +37,12 @@ def test_the_home_folder_is_meant_by_a_tilde(
         ("x/$HOME", "write out what .HOME stands for"),
         ("~no-such-user-here/x", r"no such user; a folder of that name in this one is \./~no-such-user"),
         ('"a\\0b"', "no NUL"),
+        ("x" * 256, "at most 4095 bytes, and 255 between two slashes"),
+        ("x/" * 2048, "at most 4095 bytes"),
+        ('"a\\udc80\\ud800b"', "characters that no file's name can have"),
     ],
 )
-def test_no_folder_is_named_after_a_variable(key: str, text: str, words: str) -> None:
+def test_no_folder_is_named_after_what_a_path_cannot_be(key: str, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         load_config(DEMO, [f"{key}={text}"])
     assert str(caught.value).startswith(f"{key}=")

@@ -69,7 +69,7 @@ def test_the_first_batch_gives_the_scores_of_the_plan_that_the_next_ones_follow(
     magnitude = weight_magnitude(loop.model, loop.d2ft.executor.subnets).numpy()
     scores = Scores(fisher, np.broadcast_to(magnitude, fisher.shape), 0.0)
     context = context_of(PlanConfig(planner="joint", compute_budget=0.6), costs, slots=SLOTS)
-    assert loop.d2ft.plan == solve_plan(context, scores, 0, 0)
+    assert loop.d2ft.plan == solve_plan(context, scores, 0)
     assert loop.d2ft.measured_share is None
     loop.step(1)
     assert loop.d2ft.promised_share == pytest.approx(0.6, abs=0.02)
@@ -236,6 +236,21 @@ def test_a_model_inside_a_module_of_one_s_own(settings: dict[str, Any]) -> None:
     assert promised == pytest.approx(settings.get("compute_budget", 0.6), abs=0.1)
     # The head beside it counts as computed, and was not promised.
     assert promised < loop.d2ft.measured_share < 1.001 * promised
+
+
+def test_unbiased_weights_are_of_the_whole_module_s_classes() -> None:
+    """A drawn sample's label times its weight; over all draws the weighted sum is the whole batch's."""
+    settings = {"planner": "samples", "compute_budget": 0.7, "options": {"weights": "unbiased"}}
+    loop = Loop(wrap=Wrapped, num_classes=0, micro_batches=1, **settings)
+    images, labels = random_batch(0, samples=12)
+    draws, sums = 400, torch.zeros(CLASSES)
+    for _ in range(draws):
+        chosen, targets = loop.d2ft.choose(images, labels)
+        assert targets.shape == (len(chosen), CLASSES)
+        sums += targets.sum(0) / len(chosen) * len(images) / draws
+    torch.testing.assert_close(sums, torch.bincount(labels, minlength=CLASSES).float(), rtol=0, atol=0.15)
+    F.cross_entropy(loop.model(chosen), targets).backward()
+    loop.optimizer.step()
 
 
 def test_a_module_inside_a_module_follows_the_plan_as_by_itself() -> None:

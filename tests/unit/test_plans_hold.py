@@ -177,3 +177,20 @@ def test_little_time_is_shared_by_replicas_and_stages():
     by_replica = [(plan.operations[replica::4] == 2).sum() for replica in range(4)]
     assert min(by_replica) > 0
     assert plan.bound >= solve(problem, "makespan").objective
+
+
+@pytest.mark.parametrize("planner", ["makespan", "static"])
+def test_where_nothing_can_run_nothing_is_promised(planner):
+    """Neither score nor bound, and so no gap, though levels are chosen at the scale of what dense blocks are worth."""
+    budgets = ("compute_budget", "communication_budget", "memory_budget")
+    kept, wrong = 0, {}
+    for seed in (124, 346, 381, *SEEDS):
+        for shares in ((0.3, 0.01, 0.0), (0.1, 0.1, 0.1), (0.8, 0.05, 0.05), (0.8, None, 0.0)):
+            scarce = dict(zip(budgets, shares, strict=True))
+            plan = solve(draw(seed, owner="even", most_shortcut=1.0, **scarce).problem, planner)
+            if not plan.operations.any():
+                kept += 1
+                if plan.bound > 0 or plan.gap > 0 or plan.status != "optimal":
+                    wrong[seed, shares] = plan.evidence
+    assert kept > 50
+    assert not wrong

@@ -203,10 +203,6 @@ def test_a_setting_that_decides_losses_is_not_changed_by_a_resume(
             ("plan.options.most_shortcut=0", "plan.compute_budget=0.2", "plan.planner=joint"),
             r"plan\.compute_budget=0\.2, plan\.options\.most_shortcut=0: ",
         ),
-        (
-            ("plan.compute_budget=0.2755", "plan.warmup_share=0.55", "plan.replan.every=1", "train.epochs=8"),
-            r"plan\.compute_budget=0\.2755: compute_budget 0\.00068",
-        ),
     ],
 )
 def test_plans_that_cannot_be_are_refused_before_anything_is_evaluated_or_written(

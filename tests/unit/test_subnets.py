@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.layers import SwiGLU
+from timm.layers import GatedMlp, RmsNorm
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
@@ -135,9 +135,9 @@ class _GatedBlock(Block):
     [
         ({"block_fn": ParallelScalingBlock}, "ParallelScalingBlock"),
         ({"block_fn": _GatedBlock}, "_GatedBlock"),
-        ({"mlp_layer": SwiGLU}, "SwiGLU"),
-        ({"scale_attn_norm": True}, "scale_attn_norm"),
-        ({"scale_mlp_norm": True}, "scale_mlp_norm"),
+        ({"mlp_layer": GatedMlp}, "GatedMlp"),
+        ({"scale_attn_norm": True, "norm_layer": RmsNorm}, "across heads by attn.norm of class RmsNorm"),
+        ({"scale_mlp_norm": True, "norm_layer": RmsNorm}, "across heads by mlp.norm of class RmsNorm"),
     ],
 )
 def test_models_that_cannot_be_cut_are_refused_by_name(options: dict[str, object], reason: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from d2ft_hpc.engines.kinds.kind import EngineKind, Request
-from d2ft_hpc.planning.messages import DataParallel
+from d2ft_hpc.planning.messages import ZERO, DataParallel
 
 if TYPE_CHECKING:
     from d2ft_hpc.config import EngineConfig, RunConfig
@@ -71,8 +71,7 @@ class DeepSpeed(EngineKind):
         _settings(config)
 
     def data_parallel(self, engine: EngineConfig) -> DataParallel:
-        stages: dict[Any, DataParallel] = {1: "zero1", 2: "zero2", 3: "zero3"}
-        return stages.get(engine.zero_stage, "zero0")
+        return dict(enumerate(ZERO)).get(engine.zero_stage, ZERO[0])
 
     def build(self, asked: Request) -> Engine:
         from d2ft_hpc.engines.deepspeed import DeepSpeedEngine

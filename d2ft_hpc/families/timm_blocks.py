@@ -1,0 +1,202 @@
+"""timm's blocks of one attention and one MLP, whose norms come before or after either: all models share them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from types import NoneType
+from typing import Any
+
+from timm.layers import DropPath, LayerScale, Mlp
+from timm.models.beit import Block as BeitBlock
+from timm.models.eva import EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block, ResPostBlock
+from timm.models.vision_transformer_relpos import RelPosBlock, ResPostRelPosBlock
+from torch import Tensor, nn
+
+from d2ft_hpc.families import timm_attention, timm_mlp
+from d2ft_hpc.families.family import Branch, Drops, KernelParts, rate_of
+from d2ft_hpc.families.head_axis import HeadAxis
+from d2ft_hpc.families.head_linear import out_of_heads
+from d2ft_hpc.families.head_norm import normalise_heads
+from d2ft_hpc.families.low_rank import is_linear
+from d2ft_hpc.families.timm_attention import Positions, has_own_bias, positions_by_head, require_one_mask
+from d2ft_hpc.families.timm_models import TimmFamily, class_of_timm
+
+DeepseekVitBlock = class_of_timm("models.deepseek_vit", "DeepseekVitBlock")
+
+_PRE_NORM = (Block, EvaBlock, BeitBlock, RelPosBlock, DeepseekVitBlock)
+_WHY = dict.fromkeys(
+    ("ParallelScalingBlock", "DiffParallelScalingBlock"), "which has one matrix into attention and MLP"
+) | {"ParallelThingsBlock": "which sums several attentions and several MLPs"}
+"""Why other blocks of timm's cannot be cut."""
+_POST_NORM = (ResPostBlock, EvaBlockPostNorm, ResPostRelPosBlock)
+
+
+class TimmBlocks(TimmFamily):
+    def misfits(self, block: Any) -> list[str]:
+        if type(block) not in (*_PRE_NORM, *_POST_NORM):
+            kind = type(block).__name__
+            return [f"is a {kind}, {_WHY.get(kind, 'which no family knows')}"]
+        attn, mlp = block.attn, block.mlp
+        if reasons := timm_attention.misfits(attn) + timm_mlp.misfits(mlp):
+            return reasons
+        for name, part, is_across in (
+            ("attn.norm", attn, timm_attention.has_norm_across(attn)),
+            ("mlp.norm", mlp, timm_mlp.has_norm_across(mlp)),
+        ):
+            if is_across and not (isinstance(part.norm, nn.LayerNorm) and part.norm.bias is not None):
+                reasons.append(
+                    f"normalises across heads by {name} of class {type(part.norm).__name__}, not LayerNorm"
+                )
+        for names in self.layers(block).values():
+            for name in names:
+                layer = block.get_submodule(name)
+                if not is_linear(layer):
+                    reasons.append(
+                        f"has {name} of class {type(layer).__name__}, not Linear, nor Linear with peft's plain LoRA"
+                    )
+        return reasons
+
+    def num_heads(self, block: Any) -> int:
+        return timm_attention.num_heads(block.attn)
+
+    def layers(self, block: Any) -> Mapping[str, Sequence[str]]:
+        return {
+            "qkv": timm_attention.layers(block.attn),
+            "proj": ("attn.proj",),
+            "fc1": timm_mlp.layers(block.mlp),
+            "fc2": (timm_mlp.last(block.mlp)[0],),
+        }
+
+    def biases(self, block: Any, layer: str) -> Mapping[str, slice]:
+        return timm_attention.biases(block.attn, layer) or super().biases(block, layer)
+
+    def calling(self, block: Any) -> AbstractContextManager[None] | None:
+        return timm_attention.calling_qkv(block.attn) if has_own_bias(block.attn) else None
+
+    def own_axes(self, block: Any) -> dict[str, HeadAxis]:
+        return timm_attention.own_axes(block.attn) | timm_mlp.own_axes(block.mlp, self.num_heads(block))
+
+    @abstractmethod
+    def positions(self, *args: Any, **kwargs: Any) -> Positions:
+        """Of what a block's forward takes beside x."""
+
+    def branches(
+        self, block: Any, axes: Mapping[str, HeadAxis], *args: Any, **kwargs: Any
+    ) -> Sequence[Branch]:
+        """An attention mask must broadcast over the heads."""
+        attn, mlp = block.attn, block.mlp
+        positions = self._positions(attn, *args, **kwargs)
+        name, last = timm_mlp.last(mlp)
+        before, after = _norms_and_scales(block)
+        return (
+            Branch(
+                before[0],
+                lambda normed, heads: timm_attention.mix(attn, axes, normed, heads, positions),
+                partial(out_of_heads, attn.proj, "attn.proj", axes),
+                attn.proj.bias,
+                lambda branch: block.drop_path1(after[0](attn.proj_drop(branch))),
+                _across(attn.norm, axes["attn.proj.weight"])
+                if timm_attention.has_norm_across(attn)
+                else None,
+            ),
+            Branch(
+                lambda x: timm_mlp.normed(mlp, before[1](x)),
+                lambda normed, heads: timm_mlp.activate(mlp, axes, normed, heads),
+                partial(out_of_heads, last, name, axes),
+                last.bias,
+                lambda branch: block.drop_path2(after[1](mlp.drop2(branch))),
+                _across(mlp.norm, axes[f"{name}.weight"]) if timm_mlp.has_norm_across(mlp) else None,
+            ),
+        )
+
+    def _positions(self, attn: Any, *args: Any, **kwargs: Any) -> Positions:
+        """With what the attention itself adds by head."""
+        given = self.positions(*args, **kwargs)
+        require_one_mask(given.mask)
+        return given._replace(by_head=positions_by_head(attn, given.by_head))
+
+    def drops(self, block: Any) -> Drops:
+        return Drops(
+            {"attn.attn_drop": block.attn.attn_drop, "mlp.drop1": block.mlp.drop1},
+            (block.attn.proj_drop, block.mlp.drop2),
+            (block.drop_path1, block.drop_path2),
+        )
+
+    def set_heads(self, block: Any, heads: int) -> None:
+        timm_attention.set_heads(block.attn, heads)
+
+    def kernel_parts(self, block: Any) -> KernelParts | None:
+        attn, mlp = block.attn, block.mlp
+        if type(block) not in _PRE_NORM or type(mlp) is not Mlp or attn.qkv is None or has_own_bias(attn):
+            return None
+        linear, norms = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2), (block.norm1, block.norm2)
+        drops = self.drops(block)
+        fits = (
+            all(type(layer) is nn.Linear for layer in linear)
+            and mlp.fc1.out_features % attn.num_heads == 0
+            and all(
+                isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+                for norm in norms
+            )
+            and not timm_attention.has_norm_across(attn)
+            and not timm_mlp.has_norm_across(mlp)
+            and all(
+                type(getattr(block, name, None)) in (nn.Identity, LayerScale, NoneType)
+                for name in ("ls1", "ls2")
+            )
+            and getattr(attn, "rel_pos", None) is None  # which may draw random numbers, once for all heads
+            and type(mlp.act) is nn.GELU
+            and mlp.act.approximate == "none"
+            and all(
+                isinstance(drop, nn.Identity | nn.Dropout | DropPath) and rate_of(drop) == 0
+                for drop in (mlp.drop1, *drops.by_token, *drops.by_sample)
+            )
+        )
+        if not fits:
+            return None
+
+        def attend(
+            query: Tensor, key: Tensor, value: Tensor, heads: Tensor, *args: Any, **kwargs: Any
+        ) -> Tensor:
+            return timm_attention.attend(
+                attn, query, key, value, heads, self._positions(attn, *args, **kwargs)
+            )
+
+        scale1, scale2 = (partial(_scale, block, number) for number in (1, 2))
+        return KernelParts(
+            block.norm1, attn.qkv, attend, attn.proj, scale1, block.norm2, mlp.fc1, mlp.fc2, scale2
+        )
+
+
+_OnTokens = Callable[[Tensor], Tensor]
+
+
+def _across(norm: nn.LayerNorm, of_out: HeadAxis) -> Callable[..., list[Tensor]]:
+    """A norm between the heads and the layer that leads out of them, whose columns are the norm's channels."""
+    units = of_out.parameter_shape[1]
+    return partial(normalise_heads, norm, HeadAxis.of_units((), of_out.heads, units, splits_rows=True))
+
+
+def _scale(block: Any, number: int) -> Tensor | None:
+    """The parameter by which channels of the block's first or second branch are scaled."""
+    named = block if hasattr(block, f"gamma_{number}") else getattr(block, f"ls{number}", None)
+    gamma: Tensor | None = getattr(named, f"gamma_{number}" if named is block else "gamma", None)
+    return gamma
+
+
+def _norms_and_scales(block: Any) -> tuple[tuple[_OnTokens, _OnTokens], tuple[_OnTokens, _OnTokens]]:
+    """What attention and MLP do before the heads, and after the sum over them."""
+    if type(block) in _POST_NORM:
+        return (nn.Identity(), nn.Identity()), (block.norm1, block.norm2)
+
+    def scaled(number: int) -> _OnTokens:
+        if (module := getattr(block, f"ls{number}", None)) is not None:
+            return module  # type: ignore[no-any-return]
+        gamma = _scale(block, number)
+        return lambda branch: branch if gamma is None else gamma * branch
+
+    return (block.norm1, block.norm2), (scaled(1), scaled(2))

@@ -1,0 +1,71 @@
+"""timm's vision encoders of language models: Qwen3's and DeepSeek's, alone or in their classifiers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from d2ft_hpc.families.timm_attention import Positions
+from d2ft_hpc.families.timm_blocks import TimmBlocks
+from d2ft_hpc.families.timm_models import class_of_timm, patches
+
+_KINDS = tuple(
+    kind
+    for kind in (
+        class_of_timm("models.qwen3_vit", "Qwen3VitEncoder"),
+        class_of_timm("models.deepseek_vit", "DeepseekVitEncoder"),
+    )
+    if kind is not None
+)
+
+
+class TimmEncoder(TimmBlocks):
+    """What joins neighbouring tokens after the blocks needs the grid, which the blocks' result does not tell."""
+
+    supported = "timm's vision encoders of Qwen3 and DeepSeek"
+    names_below = ("patch_embed", "pos_embed", "rope")
+    refuses_parts = "timm's encoders give each block rotary positions, which parts of one would not get"
+    is_composed = False
+
+    def has(self, model: nn.Module) -> bool:
+        return isinstance(model, _KINDS)
+
+    def below(self, model: Any, images: Tensor) -> tuple[Tensor, Any]:
+        return model._pos_embed(patches(model.patch_embed, images))  # type: ignore[no-any-return]
+
+    def above(self, model: Any, x: Tensor) -> Tensor:
+        raise NotImplementedError(self.refuses_parts)
+
+    def arguments(self, beside: Any, index: int) -> Mapping[str, Any]:
+        return {"rope": beside}
+
+    def positions(
+        self, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Positions:
+        return Positions(rope, attn_mask, is_causal)
+
+    def tokens_between(self, model: Any) -> int | None:
+        return None
+
+    def tokens(self, model: Any, height: int, width: int) -> int:
+        high, wide = super().patch_size(model)
+        return height // high * (width // wide)
+
+    def patch_size(self, model: Any) -> tuple[int, int]:
+        """Of what is joined to one token above the blocks, where something is: images hold whole ones."""
+        high, wide = super().patch_size(model)
+        joined = 1 if getattr(model, "merger", None) is None else int(model.merge_size)
+        return joined * high, joined * wide
+
+    def of_any_size(self, model: Any) -> Any:
+        return model
+
+    def take_any_size(self, model: Any) -> None:
+        return
+
+    @contextmanager
+    def taking_any_size(self, model: Any) -> Iterator[None]:
+        yield
