@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -90,6 +92,16 @@ class BatchCounter:
             for mode in self._modes:
                 mode.__enter__()
             BatchCounter._counting = self
+
+    @contextmanager
+    def optimizer_step(self) -> Iterator[None]:
+        """Around the optimiser's step: what ranks send in it, such as ZeRO's weights, is the batch's; what it
+        multiplies by itself is none of the batch's passes."""
+        metered = self._metered
+        flops = 0 if metered is None else metered.flops
+        yield
+        if metered is not None:
+            metered.flops = flops
 
     @staticmethod
     def end_others() -> None:

@@ -229,11 +229,10 @@ class PlannedDeepSpeed:
             return backward(loss, *args, **kwargs)
 
         def noted_step(*args: Any, **kwargs: Any) -> Any:
-            if self.is_boundary:
-                self._counter.stop()
             self._turn_to("optimizer")
             step, rate = int(engine.global_steps), float(engine.get_lr()[0])
-            result = take_step(*args, **kwargs)
+            with self._counter.optimizer_step():
+                result = take_step(*args, **kwargs)
             if int(engine.global_steps) != step:
                 self._end_batch(step, rate)
             return result

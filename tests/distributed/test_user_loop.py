@@ -84,11 +84,11 @@ def test_the_record_of_every_engine_has_what_all_ranks_computed(
         assert steps["plan"].tolist() == [-1, 0, 0, 0]
         assert run.table("plans")["hash"].tolist() == [finished[name]["plan"]]
         np.testing.assert_allclose(steps["executed_flops"][1:], steps["planned_flops"][1:], rtol=1e-3)
-        if (
-            name != "mpirun zero1"
-        ):  # of which weights that are gathered inside the optimiser's step are not counted
-            # The first one also sends what plans are made of.
-            np.testing.assert_allclose(steps["planned_bytes"][1:], steps["bytes_sent"][1:], rtol=0.05)
+        # The first one also sends what plans are made of; under ZeRO 3 the second, which is the one that is counted,
+        # gathers all that it keeps whole once more.
+        more = 0.25 if "zero3" in name else 0.05
+        assert (steps["bytes_sent"][1:] >= 0.95 * steps["planned_bytes"][1:]).all()
+        assert (steps["bytes_sent"][1:] <= (1 + more) * steps["planned_bytes"][1:]).all()
         assert np.isfinite(steps["gradient_norm"]).all()
         assert (steps["memory_bytes"] > 2**20).all()
         if "pipeline" not in name:  # whose loss is that of all stages
