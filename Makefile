@@ -1,12 +1,13 @@
 # make demo          fine-tunes twice on 2 MPI ranks, dense and under a plan, and compares
-# make test          the tests, with the versions that they last passed on (tests/constraints.txt)
+# make test          every part once, in about five minutes, with the versions that it last passed on (tests/constraints.txt)
+# make test-full     make test, then the long tests: matrices of engines, examples, hangs, kills, slow links
 # make test-slurm    slurm/*.sh on a real Slurm of virtual nodes; needs root and Debian's slurmctld, slurmd, slurm-client, munge
 # make lint          style and types
 # make wheel         dist/*.whl
 # make test-oldest   all tests, those on Slurm too, with Python 3.10 and the lowest supported versions
-# make test-newest   the tests and lint with the newest versions that pip finds, as on a fresh machine
+# make test-newest   test-full and lint with the newest versions that pip finds, as on a fresh machine
 # make constraints   the same, and then everybody installs these versions
-# make test-matrix   every engine, plan, precision and optimiser on 2 and 4 ranks; `make test` runs a choice of them
+# make test-matrix   every engine, plan, precision and optimiser on 2 and 4 ranks; test and test-full run a choice of them
 # make soak-results  a results file's writer killed at 100 random moments
 # make soak          ranks of a run killed at 200 random moments; started again with the same file, it goes on where it ended
 # make check-all     all of these but constraints, before a release; takes many hours
@@ -25,6 +26,7 @@ OLDEST_VENV := .venv-oldest
 NEWEST_VENV := .venv-newest
 # The ranks share the cores: one thread each.
 export OMP_NUM_THREADS := 1
+PYTEST = python -m pytest --durations=20 $(PYTEST_ARGS)
 
 # The newest Python of 3.10 to 3.13 that runs and can make venvs; a name on PATH may be a shim that does neither.
 find_python = for p in $(1); do \
@@ -35,8 +37,8 @@ find_python = for p in $(1); do \
 PYTHONS ?= python3.13 python3.12 python3.11 python3.10 python3 $(wildcard $(HOME)/.pyenv/versions/3.1[0-3].*/bin/python)
 PYTHON310S ?= python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python)
 
-.PHONY: help demo test test-slurm test-matrix test-oldest test-newest lint check-all constraints soak soak-results wheel \
-	clean no-newest
+.PHONY: help demo test test-full test-slurm test-matrix test-oldest test-newest lint check-all constraints soak soak-results \
+	wheel clean no-newest
 help:
 	@sed -n '/^#/!q; s/..//p' Makefile
 
@@ -70,11 +72,16 @@ demo: $(VENV)/.installed
 # The tests start mpirun, torchrun and deepspeed by name. Those of one process run two at a time, the others in turn.
 test: $(VENV)/.installed-dev
 	export PATH="$(CURDIR)/$(BIN):$$PATH"
-	python -m pytest tests/unit -n 2 $(PYTEST_ARGS)
-	python -m pytest tests/distributed tests/gpu $(PYTEST_ARGS)
+	$(PYTEST) tests/unit -n 2 -m "not full"
+	$(PYTEST) tests/distributed tests/gpu -m "not full"
+
+test-full: test
+	export PATH="$(CURDIR)/$(BIN):$$PATH"
+	$(PYTEST) tests/unit -n 2 -m full
+	$(PYTEST) tests/distributed -m full
 
 test-slurm: $(VENV)/.installed-dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests/slurm $(PYTEST_ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PYTEST) tests/slurm
 
 soak-results: $(VENV)/.installed-dev
 	D2FT_KILLS=100 $(BIN)/python -m pytest tests/unit/test_results.py -k killed_at_random
@@ -96,7 +103,7 @@ $(OLDEST_VENV)/.installed: pyproject.toml tests/oldest-requirements.txt
 	touch $@
 
 test-oldest: $(OLDEST_VENV)/.installed
-	PATH="$(CURDIR)/$(OLDEST_VENV)/bin:$$PATH" python -m pytest $(PYTEST_ARGS)
+	PATH="$(CURDIR)/$(OLDEST_VENV)/bin:$$PATH" $(PYTEST)
 
 test-matrix: $(VENV)/.installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" D2FT_WHOLE_MATRIX=1 python -m pytest tests/distributed/test_engines.py \
@@ -107,13 +114,13 @@ no-newest:
 	rm -rf $(NEWEST_VENV)
 
 test-newest: no-newest
-	$(MAKE) test lint VENV=$(NEWEST_VENV) CONSTRAINTS=/dev/null
+	$(MAKE) test-full lint VENV=$(NEWEST_VENV) CONSTRAINTS=/dev/null
 
 constraints: test-newest
 	$(NEWEST_VENV)/bin/python tests/constraints.py > tests/constraints.txt
 
 # What ends soonest comes first. A commit's soak goes on where it ended.
-check-all: lint wheel demo test test-slurm soak-results test-oldest test-newest test-matrix
+check-all: lint wheel demo test-full test-slurm soak-results test-oldest test-newest test-matrix
 	$(MAKE) soak SOAK=runs/kills-$$(git rev-parse --short HEAD).jsonl
 
 wheel: | $(BIN)/python

@@ -201,6 +201,13 @@ class Interval(NamedTuple):
         return Interval(number, unit) if whole and 0 < number <= _LONGEST else None
 
 
+def _steps_of(text: str) -> range:
+    """Empty if it names none."""
+    found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text)
+    first = int(found[1]) if found else 0
+    return range(first, int((found and found[2]) or first) + 1) if first else range(0)
+
+
 class TrainConfig(Section):
     epochs: int = Field(gt=0)
     """Passes over the training set."""
@@ -218,6 +225,22 @@ class TrainConfig(Section):
     resume: bool | Literal["auto"] = False
     """true: continue the run in its folder from its newest checkpoint. auto: the same where there is one, start where
     there is none, and end at once if the run is finished: for jobs that may be started again at any time."""
+
+    trace_steps: str | None = None
+    """Steps of which each rank writes a trace by torch's profiler into the run's folder, for Perfetto or
+    chrome://tracing: such as '20' or '20-24', counted from 1."""
+
+    @field_validator("trace_steps")
+    @classmethod
+    def _check_trace(cls, text: str | None) -> str | None:
+        if text is not None and not _steps_of(text):
+            raise PydanticCustomError("no_steps", "write one step or the first and the last, such as '20-24'")
+        return text
+
+    @property
+    def traced(self) -> range | None:
+        """The steps to trace, counted from 1."""
+        return None if self.trace_steps is None else _steps_of(self.trace_steps)
 
     @field_validator("checkpoint_every")
     @classmethod

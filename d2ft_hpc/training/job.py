@@ -123,6 +123,11 @@ class Job:
 
 def layout_of(config: RunConfig, control: Control) -> Layout:
     """This rank's part of the run. Raises ConfigError where the ranks cannot be divided as asked."""
+    if control.world_size > 1 and config.engine.kind.is_one_process:
+        raise ConfigError(
+            f"engine.name={config.engine.name} trains in one process, and {control.world_size} ranks were started: set "
+            f"engine.name to ddp, fsdp2 or deepspeed, or start one rank"
+        )
     return Layout.of(
         control.world_size,
         control.rank,

@@ -45,6 +45,7 @@ from d2ft_hpc.training.saver import CheckpointSaver
 from d2ft_hpc.training.speed_watch import SpeedWatch
 from d2ft_hpc.training.steps import StepRunner
 from d2ft_hpc.training.tensorboard import TensorBoard
+from d2ft_hpc.training.trace import StepTrace
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     measured = replace(measured, plan_costs=costs)
     if control.rank == 0 and measured.kept is not None:
         print(describe_memory(costs, measured.kept, job.costs.num_subnets), flush=True)
-    log = RunLog(job, engine.executor, Progress(control.rank, job.total_steps), watch)
+    log = RunLog(job, engine.executor, Progress(control.rank, job.total_steps, _images_of_step(job)), watch)
     with agreed(control, "planning"):
         context = plan_context(job, placement, costs)
     source = ProbeScores(job, engine, watch)
@@ -136,12 +137,19 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     return finished
 
 
+def _images_of_step(job: Job) -> int:
+    """Of all replicas, in a full batch."""
+    data = job.config.data
+    return data.micro_batch_size * data.slots * job.sampler.replicas
+
+
 def _train_epochs(run: _Run, recorder: StepRecorder, position: Position, config_text: str) -> bool:
     """False if it was stopped and saved before the end. config_text: as the user gave it, for checkpoints."""
     job, engine, plans, log = run.job, run.engine, run.plans, run.log
     config, control = job.config, job.control
     speed_watch = SpeedWatch(control)
     runner = StepRunner(job, engine, run.placement)
+    trace = StepTrace(config.train.traced, config.run_folder / "traces" / f"rank-{control.rank}.json")
     start_step, plans_made = position.steps_done, position.plans_made
     if position.steps_done == 0 and config.train.evaluate_at_start:
         _evaluate(run, position)
@@ -152,7 +160,7 @@ def _train_epochs(run: _Run, recorder: StepRecorder, position: Position, config_
         return replace(position, plans_made=plans.plans_made)
 
     folder = config.run_folder / run_folder.CHECKPOINTS
-    with CheckpointSaver(folder, control, config=config_text) as saver:
+    with CheckpointSaver(folder, control, config=config_text) as saver, closing(trace):
         saver.newest_step = position.steps_done
         between = BetweenSteps(job, engine, saver, recorder, log, settle)
         position = replace(position, rows=job.sampler.rows, ranks=control.world_size)
@@ -174,7 +182,8 @@ def _train_epochs(run: _Run, recorder: StepRecorder, position: Position, config_
                 if plans.plans_made != plans_made:
                     plans_made = plans.plans_made
                     speed_watch.begin_plan()
-                record = runner.run(batches, step=step, epoch=epoch, plan=plans_made - 1)
+                with trace.step(step + 1):
+                    record = runner.run(batches, step=step, epoch=epoch, plan=plans_made - 1)
                 recorder.add(record)
                 speed_watch.add(record.of_rank["executed_flops"], record.times)
                 position = replace(position.after_step(), plans_made=plans.plans_made)

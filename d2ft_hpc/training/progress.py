@@ -19,11 +19,13 @@ class Progress:
     A log file gets a line for the first and the last step and otherwise one every 10 s at most.
     """
 
-    def __init__(self, rank: int, total_steps: int, *, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, rank: int, total_steps: int, images_of_step: int, *, stream: TextIO | None = None
+    ) -> None:
         self._stream = stream or sys.stdout
         self._shown = rank == 0
         self._live = self._stream.isatty()
-        self._total_steps = total_steps
+        self._total_steps, self._images_of_step = total_steps, images_of_step
         self._accuracy = float("nan")
         self._last_shown = float("-inf")
         self._steps = 0
@@ -70,7 +72,9 @@ class Progress:
             f"lr {learning_rate:.2e}",
             f"accuracy {self._accuracy:.1%}" if self._accuracy == self._accuracy else "",
             f"compute {compute:.0%}",
-            f"{per_step:.3f} s/step" if per_step == per_step else "",
+            f"{per_step:.3f} s/step  {self._images_of_step / per_step:.0f} images/s"
+            if per_step == per_step
+            else "",
             f"{ideal_seconds / per_step:.0%} of the plan's speed"
             if ideal_seconds == ideal_seconds and per_step == per_step
             else "",

@@ -8,6 +8,7 @@ model.safetensors     the trained weights in timm's names, once the run is finis
 adapter/              of a run with model.lora: the trained factors, as peft reads them
 checkpoints/step-N/   see `checkpoint`
 logs/rank-R.log       what each rank had to say, over all starts
+traces/rank-R.json    what each rank did in train.trace_steps
 errors/rank-R.txt     where each rank was when a start of the run last failed
 """
 

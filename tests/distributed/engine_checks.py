@@ -1,6 +1,6 @@
 """Run under a launcher: each check trains through DeepSpeed and compares with one process; rank 0 prints JSON.
 
-    mpirun -n 2 python -m tests.distributed.engine_checks [--all] [--only WORDS]
+    mpirun -n 2 python -m tests.distributed.engine_checks CHOICE [--only WORDS]
 
 A check's result is the largest difference of any parameter, or a dict of facts; the tests judge them. A check that
 takes too long ends its rank with the stacks of all threads, and the launcher then ends the others.
@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -52,6 +52,7 @@ from d2ft_hpc.parallel.layout import Layout, Placement
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.messages import Replicas
 from d2ft_hpc.scores import gradient_scores
+from tests.distributed.launching import Choice
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
 SECONDS_A_CHECK = 300
@@ -526,7 +527,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-DEFAULT = (
+QUICK = (
+    *(f"fp32 random zero{stage} clipped" for stage in range(4)),
+    "fp32 whole blocks zero3 sgd",
+    "bf16 random zero1 adamw",
+    "names zero3 fp32",
+    "resume fp32 zero3 -> zero2",
+    "overhead zero1",
+    "messages zero1",
+    "scoring zero1",
+    "choose zero3",
+    "user loop zero2",
+    "checkpoint zero2 plan",
+    "boundary zero1",
+    "one plan for all",
+    "bytes",
+)
+"""What `make test` runs, on 2 ranks: every stage once, and one check of each kind."""
+FULL = (
     *(f"fp32 random zero{stage} clipped" for stage in range(4)),
     *(f"fp32 whole blocks zero{stage} sgd" for stage in range(4)),
     *(f"fp32 resolutions zero{stage} adamw" for stage in (1, 3)),
@@ -559,15 +577,16 @@ DEFAULT = (
     "one plan for all",
     "bytes",
 )
-"""What the default tests run, on 2 ranks; more data-parallel ranks are in parallel_checks.py."""
+"""What `make test-full` runs, on 2 ranks; more data-parallel ranks are in parallel_checks.py."""
 
 
-def checks(world_size: int, everything: bool = False) -> dict[str, Callable[[Control], Any]]:
-    """By name. `everything`: the whole matrix; else what the default tests run."""
+def checks(world_size: int, choice: Choice) -> dict[str, Callable[[Control], Any]]:
+    """By name."""
     matrix = whole_matrix(world_size)
-    return (
-        matrix if everything else {name: matrix[name] for name in DEFAULT if name in matrix or CAN_RECOMPUTE}
-    )
+    if choice == "matrix":
+        return matrix
+    names = QUICK if choice == "quick" else FULL
+    return {name: matrix[name] for name in names if name in matrix or CAN_RECOMPUTE}
 
 
 def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
@@ -619,17 +638,17 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
     return named
 
 
-def run_checks(checks: Callable[[int, bool], dict[str, Callable[[Control], Any]]]) -> None:
+def run_checks(checks: Callable[[int, Choice], dict[str, Callable[[Control], Any]]]) -> None:
     """What a module of checks does when it is started."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--all", action="store_true")
+    parser.add_argument("choice", choices=get_args(Choice))
     parser.add_argument("--only", default="", help="part of the names of the checks to run")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     control = connect(detect(), device_type="cpu")
     results = {}
-    for name, check in checks(control.world_size, options.all).items():
+    for name, check in checks(control.world_size, options.choice).items():
         if options.only not in name:
             continue
         limit = SECONDS_A_CHECK * (5 if "compiled" in name else 1)  # making kernels takes minutes

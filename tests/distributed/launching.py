@@ -8,14 +8,19 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import Any, Literal, TypeVar
+
+import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 T = TypeVar("T")
+Choice = Literal["quick", "full", "matrix"]
+"""Of a module's checks: what `make test`, `make test-full` and `make test-matrix` run."""
 LIMIT_SECONDS = 600
 """Far above what any start of a few steps takes, also on a machine busy with others: only a hang reaches it."""
 
@@ -129,4 +134,22 @@ def results_of(
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert len(lines) == 1, finished.stdout + finished.stderr
     results: dict[str, Any] = json.loads(lines[0].removeprefix("RESULTS "))
+    return results
+
+
+def launches(*, quick: int, full: Sequence[int]) -> list[Any]:
+    """Parameters of a fixture whose ranks run a module's checks: choices, each with a number of ranks."""
+    if os.environ.get("D2FT_WHOLE_MATRIX"):
+        return [pytest.param(("matrix", ranks), id=f"matrix, {ranks} ranks") for ranks in (2, 4)]
+    return [
+        pytest.param(("quick", quick), id=f"quick, {quick} ranks"),
+        *(pytest.param(("full", n), id=f"full, {n} ranks", marks=pytest.mark.full) for n in full),
+    ]
+
+
+def results_of_checks(module: ModuleType, choice: Choice, ranks: int) -> dict[str, Any]:
+    """What all checks of a module found that belong to the choice."""
+    hours = 4  # of all checks, each of which has a limit of its own
+    results = results_of(module.__name__, choice, ranks=ranks, timeout_seconds=hours * 3600)
+    assert set(results) == set(module.checks(ranks, choice))
     return results

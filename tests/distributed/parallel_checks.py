@@ -51,6 +51,7 @@ from tests.distributed.engine_checks import (
     optimizer_maker,
     run_checks,
 )
+from tests.distributed.launching import Choice
 from tests.models import DEPTH, HEADS, tiny_vit
 
 SLOTS = 3
@@ -384,7 +385,21 @@ def check_lone_senders(control: Control) -> list[bool]:
     return found
 
 
-DEFAULT = (
+QUICK = (
+    "lone senders",
+    "fp32 pp2 tp1 whole stages sgd zero=0",
+    "user loop pp2 tp1 zero1",
+    "sent pp2 tp1 replicated",
+    "missing gradients",
+    "fp32 pp1 tp2 random adamw clipping=0.05",
+    "fp32 pp1 tp2 whole stages sgd zero=1 token_layout=sharded",
+    "bf16 pp1 tp2 whole blocks sgd zero=1",
+    "scoring pp1 tp2 zero3",
+    "sent pp1 tp2 sharded",
+    "messages",
+)
+"""What `make test` runs, on 2 ranks: a pipeline and tensor-parallel ranks once, and one check of each kind."""
+FULL = (
     "lone senders",
     "fp32 pp2 tp1 random adamw zero=1",
     "fp32 pp2 tp1 whole stages sgd zero=0",
@@ -414,13 +429,15 @@ DEFAULT = (
     "sent pp2 tp2 overlapped",
     "fp32 pp4 tp1 whole stages sgd zero=0",
 )
-"""What the default tests run, on 4 ranks."""
+"""What `make test-full` runs, on 4 ranks."""
 
 
-def checks(world_size: int, everything: bool = False) -> dict[str, Callable[[Control], Any]]:
-    """By name. `everything`: the whole matrix; else what the default tests run."""
+def checks(world_size: int, choice: Choice) -> dict[str, Callable[[Control], Any]]:
+    """By name."""
     matrix = whole_matrix(world_size)
-    return matrix if everything else {name: matrix[name] for name in DEFAULT}
+    if choice == "matrix":
+        return matrix
+    return {name: matrix[name] for name in (QUICK if choice == "quick" else FULL)}
 
 
 def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:

@@ -48,6 +48,7 @@ def test_wrong_model(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.full
 def test_faults_of_model_and_data(tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(DEMO_WEIGHTS.read_bytes()[:5000])
     (tmp_path / "file").write_text("not a folder")
@@ -79,12 +80,14 @@ def test_budget_of_zero(tmp_path: Path) -> None:
     assert_ended_with(train(tmp_path, "plan.compute_budget=0"), "plan.compute_budget=0", "greater than 0")
 
 
+@pytest.mark.full
 def test_impossible_budget(tmp_path: Path) -> None:
     assert_ended_with(train(tmp_path, "plan.compute_budget=0.0001"), "4 x 4 patches", "0.0001", "least")
     by_heads = train(tmp_path, "plan.compute_budget=0.0001", "plan.planner=joint")
     assert_ended_with(by_heads, "rank 0", "0.0001", "least")
 
 
+@pytest.mark.full
 def test_scores_that_are_not_numbers(tmp_path: Path) -> None:
     weights = {name: tensor.float() for name, tensor in load_file(DEMO_WEIGHTS).items()}
     weights["blocks.3.mlp.fc1.weight"][5, 7] = torch.nan
@@ -92,6 +95,7 @@ def test_scores_that_are_not_numbers(tmp_path: Path) -> None:
     assert_ended_with(train(tmp_path, f"model.weights={tmp_path}/nan.safetensors"), "score", "block", "nan")
 
 
+@pytest.mark.full
 def test_one_rank_fewer_than_promised(tmp_path: Path) -> None:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29631"}
     ended = train(
@@ -100,6 +104,7 @@ def test_one_rank_fewer_than_promised(tmp_path: Path) -> None:
     assert_ended_with(ended, "WORLD_SIZE=2", "rank 1")
 
 
+@pytest.mark.full
 def test_results_that_exist_already(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "results.h5").write_bytes(b"of an earlier run")
@@ -107,6 +112,7 @@ def test_results_that_exist_already(tmp_path: Path) -> None:
     assert (tmp_path / "demo" / "results.h5").read_bytes() == b"of an earlier run"
 
 
+@pytest.mark.full
 def test_full_disk(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -124,6 +130,7 @@ def test_full_disk(tmp_path: Path) -> None:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+@pytest.mark.full
 def test_killed_rank(tmp_path: Path) -> None:
     command = [mpirun(), "-n", "2", sys.executable, "-m", "d2ft_hpc", "train", "configs/demo.yaml"]
     job = subprocess.Popen(
@@ -153,6 +160,7 @@ def test_killed_rank(tmp_path: Path) -> None:
     assert len(results.open(tmp_path / "demo").table("evaluations")["accuracy"]) > 0
 
 
+@pytest.mark.full
 def test_corrupt_checkpoint(tmp_path: Path) -> None:
     finished = train(tmp_path, "train.checkpoint_every=1 epochs", "data.micro_batch_size=64")
     assert finished.returncode == 0, finished.stderr

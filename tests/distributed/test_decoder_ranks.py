@@ -7,6 +7,7 @@ import pytest
 from tests.distributed.launching import results_of
 
 pytest.importorskip("transformers", minversion="5.24")
+pytestmark = pytest.mark.full
 
 
 def test_parameters_equal_one_process() -> None:

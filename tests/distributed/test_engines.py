@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 
-from tests.distributed.engine_checks import checks
-from tests.distributed.launching import results_of
-
-EVERYTHING = bool(os.environ.get("D2FT_WHOLE_MATRIX"))
-"""Set by `make test-matrix`."""
+from tests.distributed import engine_checks
+from tests.distributed.launching import launches, results_of_checks
 
 
-@pytest.fixture(scope="module", params=[2, 4] if EVERYTHING else [2], ids=lambda ranks: f"{ranks} ranks")
+@pytest.fixture(scope="module", params=launches(quick=2, full=[2]))
 def results(request: pytest.FixtureRequest) -> dict[str, Any]:
-    found = results_of(
-        "tests.distributed.engine_checks",
-        *(["--all"] if EVERYTHING else []),
-        ranks=request.param,
-        timeout_seconds=4 * 3600,  # of all checks, each of which has a limit of its own
-    )
-    assert set(found) == set(checks(request.param, EVERYTHING))
-    return found
+    return results_of_checks(engine_checks, *request.param)
 
 
 def of_kind(results: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from d2ft_hpc.errors import UNFINISHED
 from tests.distributed.launching import LIMIT_SECONDS, REPOSITORY, at_once, mpirun, wait_for_line
 
 HOST = socket.gethostname()
+pytestmark = pytest.mark.full
 QUICK = ["configs/demo.yaml", "plan.planner=paper", "train.checkpoint_every=2 steps", "train.steps_share=0.5"]
 
 

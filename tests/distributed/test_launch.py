@@ -100,11 +100,13 @@ def ports(job: Job, ranks: int, control: str) -> str:
     return str(port)
 
 
+@pytest.mark.full
 def test_two_mpi_jobs_at_once_with_deepspeed_and_data_loader_workers() -> None:
     jobs = mpirun(2, "agreement deepspeed workers"), mpirun(4, "agreement")
     assert ports(jobs[0].end(), 2, "MpiControl") != ports(jobs[1].end(), 4, "MpiControl")
 
 
+@pytest.mark.full
 def test_launchers_without_mpi() -> None:
     port = free_port()
     deepspeed = ("deepspeed", "--num_gpus=2", f"--master_port={port}", "--no_local_rank")
@@ -127,7 +129,7 @@ def test_agreed_fault_is_told_once_under_mpirun() -> None:
     assert "Traceback" not in job.err
 
 
-@pytest.mark.parametrize("launch", [mpirun, torchrun])
+@pytest.mark.parametrize("launch", [mpirun, pytest.param(torchrun, marks=pytest.mark.full)])
 def test_bug_on_one_rank_ends_all_and_leaves_its_traceback(launch: object, tmp_path: Path) -> None:
     job = launch(2, "bug", RUN_FOLDER=str(tmp_path)).end()  # type: ignore[operator]
     trace = tmp_path / "errors" / "rank-1.txt"
@@ -155,6 +157,7 @@ def test_fault_of_one_rank_killed_rank_and_late_rank_under_mpirun(tmp_path: Path
     ]
 
 
+@pytest.mark.full
 def test_killed_ranks_leave_no_shared_memory() -> None:
     """Of MPICH, whose own clean-up a kill does without; other jobs of this machine may have some."""
     before = set(Path("/dev/shm").glob("mpich_shm_*"))
@@ -167,6 +170,7 @@ def test_killed_ranks_leave_no_shared_memory() -> None:
     assert [path for path in left if path.exists() and str(path) not in mapped] == []
 
 
+@pytest.mark.full
 def test_rank_stopped_while_torch_loads_leaves_the_job_unfinished(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "tests.distributed.stopped_rank"]
     options = ["configs/demo.yaml", f"run.folder={tmp_path}", "launch.timeout_seconds=4"]
@@ -179,6 +183,7 @@ def test_rank_stopped_while_torch_loads_leaves_the_job_unfinished(tmp_path: Path
     assert not failure.exists()
 
 
+@pytest.mark.full
 def test_interrupt_is_quiet() -> None:
     port = free_port()
     jobs = by_hand(1, 2, port, "interrupt"), by_hand(0, 2, port, "interrupt"), mpirun(2, "interrupt")
@@ -189,6 +194,7 @@ def test_interrupt_is_quiet() -> None:
         assert "terminate" not in job.err
 
 
+@pytest.mark.full
 def test_killed_rank_without_a_launcher_is_noticed_by_the_other() -> None:
     port = free_port()
     jobs = [by_hand(rank, 2, port, "killed") for rank in range(2)]
@@ -200,6 +206,7 @@ def test_killed_rank_without_a_launcher_is_noticed_by_the_other() -> None:
     ]
 
 
+@pytest.mark.full
 def test_rank_that_never_comes() -> None:
     port = free_port()
     jobs = by_hand(0, 2, port, "meet", "2"), by_hand(1, 2, free_port(), "meet", "2"), mpirun(2, "absent", "2")
@@ -220,6 +227,7 @@ def test_rank_that_never_comes() -> None:
     assert message.startswith(f"[rank 0 on {HOST}] MPI_Init did not return within 2 s")
 
 
+@pytest.mark.full
 def test_two_jobs_at_one_port_are_named() -> None:
     port = free_port()
     jobs = [by_hand(0, 2, port, "meet", "3") for _ in range(2)]
@@ -231,6 +239,7 @@ def test_two_jobs_at_one_port_are_named() -> None:
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("launch", [mpirun, torchrun])
 def test_ranks_survive_rubbish_at_all_that_they_listen_on(launch: Callable[..., Job], tmp_path: Path) -> None:
     """From before their start to their end, by a process of the same user, which the kernel cannot tell from a rank."""

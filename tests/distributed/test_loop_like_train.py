@@ -7,10 +7,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from d2ft_hpc import results
 from d2ft_hpc.planning import SkipPlan
 from tests.distributed.launching import at_once, run_command
+
+pytestmark = pytest.mark.full
 
 TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node=2", "--standalone"]
 LAUNCHERS = {"plain-1": [sys.executable], "ddp-2": TORCHRUN}

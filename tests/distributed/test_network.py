@@ -20,7 +20,10 @@ SMALL = ["-m", "analysis.network.slow_links", "--rate", "1gbit", "--tp", "2", "-
 SMALL += ["--micro-batches", "2", "--samples", "2", "--repeats", "1", "--json"]
 
 WHY_NOT = why_not_permitted()
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"network namespaces: {WHY_NOT}")
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(WHY_NOT is not None, reason=f"network namespaces: {WHY_NOT}"),
+]
 
 
 def links() -> str:

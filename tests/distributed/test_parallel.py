@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 
-from tests.distributed.launching import results_of
-from tests.distributed.parallel_checks import SLOTS, checks
+from tests.distributed import parallel_checks
+from tests.distributed.launching import launches, results_of_checks
+from tests.distributed.parallel_checks import SLOTS
 from tests.models import DEPTH
 
-EVERYTHING = bool(os.environ.get("D2FT_WHOLE_MATRIX"))
-"""Set by `make test-matrix`."""
 
-
-@pytest.fixture(scope="module", params=[2, 4] if EVERYTHING else [4], ids=lambda ranks: f"{ranks} ranks")
+@pytest.fixture(scope="module", params=launches(quick=2, full=[4]))
 def results(request: pytest.FixtureRequest) -> dict[str, Any]:
-    found = results_of(
-        "tests.distributed.parallel_checks",
-        *(["--all"] if EVERYTHING else []),
-        ranks=request.param,
-        timeout_seconds=4 * 3600,  # of all checks, each of which has a limit of its own
-    )
-    assert set(found) == set(checks(request.param, EVERYTHING))
-    return found
+    return results_of_checks(parallel_checks, *request.param)
 
 
 def test_parameters_equal_one_process_in_fp32(results: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ import pytest
 from d2ft_hpc import results
 from tests.distributed.launching import run
 
+pytestmark = pytest.mark.full
+
 PROGRAM = str(Path(__file__).with_name("recording_ranks.py"))
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 

@@ -12,6 +12,8 @@ from d2ft_hpc import results
 from d2ft_hpc.metering.profile import PassProfile
 from tests.distributed.launching import run
 
+pytestmark = pytest.mark.full
+
 
 def train(overrides: dict[str, object], cache: Path) -> None:
     settings = [f"{key}={value}" for key, value in overrides.items()]

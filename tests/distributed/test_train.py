@@ -110,6 +110,7 @@ def test_checkpoints_are_kept_as_asked_and_nothing_half_written_stays(finished_r
         verify(finished_run / "checkpoints" / name)
 
 
+@pytest.mark.full
 def test_another_number_of_ranks_continues_the_same_run_under_another_zero_stage(
     finished_run: Path, tmp_path: Path
 ) -> None:
@@ -165,6 +166,7 @@ def test_a_run_that_is_stopped_and_hung_ends_bitwise_as_the_uninterrupted_one(
     assert len(starts) == 3
 
 
+@pytest.mark.full
 def test_a_failing_rank_leaves_the_traceback_of_every_rank(tmp_path: Path) -> None:
     failed = run(["-m", "tests.distributed.failing_rank", "train", *QUICK, f"run.folder={tmp_path}"], ranks=2)
     assert failed.returncode != 0
@@ -177,6 +179,7 @@ def test_a_failing_rank_leaves_the_traceback_of_every_rank(tmp_path: Path) -> No
     assert "steps.py" in waiting
 
 
+@pytest.mark.full
 def test_a_file_for_each_rank_survives_a_resumption(tmp_path: Path) -> None:
     options = [
         "plan.replan.every=4",
@@ -199,6 +202,7 @@ def test_a_file_for_each_rank_survives_a_resumption(tmp_path: Path) -> None:
         np.testing.assert_array_equal(alone["steps/executed_flops"][:], one["executed_flops"])
 
 
+@pytest.mark.full
 def test_without_mpi(tmp_path: Path) -> None:
     """Alone, and under the deepspeed launcher; torchrun is in test_train_torch.py."""
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))

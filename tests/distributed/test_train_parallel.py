@@ -15,6 +15,8 @@ import d2ft_hpc.demo.model  # noqa: F401
 from d2ft_hpc import results
 from tests.distributed.launching import run
 
+pytestmark = pytest.mark.full
+
 QUICK = [
     "configs/demo.yaml",
     "data.micro_batch_size=16",

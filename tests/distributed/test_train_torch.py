@@ -17,6 +17,7 @@ from d2ft_hpc import results
 from tests.distributed.launching import mpirun, run_command
 
 pytest.importorskip("peft")
+pytestmark = pytest.mark.full
 MPIRUN = [mpirun(), "-n", "2", sys.executable]
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2", "--standalone"]
 QUICK = ["-m", "d2ft_hpc", "train", "configs/demo.yaml", "train.epochs=1", "train.steps_share=0.25"]

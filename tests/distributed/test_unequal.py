@@ -8,6 +8,8 @@ import pytest
 
 from tests.distributed.launching import results_of
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from d2ft_hpc import results
 from d2ft_hpc.report import report
 from tests.distributed.launching import REPOSITORY, mpirun, run_command
 
+pytestmark = pytest.mark.full
 SCRIPT = "tests.distributed.user_script"
 BESIDE = Path(sys.executable).parent
 MPIRUN = [mpirun(), "-n", "2", sys.executable, "-m", SCRIPT]

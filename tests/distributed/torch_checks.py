@@ -1,6 +1,6 @@
 """Run under a launcher: each check trains through DDP or FSDP2 and compares with one process; rank 0 prints JSON.
 
-    mpirun -n 2 python -m tests.distributed.torch_checks [--all] [--only WORDS]
+    mpirun -n 2 python -m tests.distributed.torch_checks CHOICE [--only WORDS]
 
 A check's result is the largest difference of any parameter, or a dict of facts; the tests judge them.
 """
@@ -59,6 +59,7 @@ from tests.distributed.engine_checks import (
     plan_of,
     run_checks,
 )
+from tests.distributed.launching import Choice
 from tests.models import DEPTH, HEADS, tiny_vit
 
 Engine = DdpEngine | FsdpEngine
@@ -533,7 +534,22 @@ def check_refusals(control: Control) -> dict[str, str]:
     return found
 
 
-DEFAULT = {
+QUICK = (
+    "fp32 ddp random adamw",
+    "fp32 fsdp2 random adamw",
+    "fp32 fsdp2 whole blocks sgd",
+    "bf16 fsdp2 random adamw",
+    "attach ddp last",
+    "loop ddp last incomplete",
+    "loop fsdp2 last whole blocks",
+    "resume fsdp2 -> fsdp2",
+    "gathered bytes",
+    "reduced bytes",
+    "refusals",
+    "sharded fsdp -> fsdp",
+)
+"""What `make test` runs, on 2 ranks: both engines once, and one check of each kind."""
+FULL = {
     2: (
         *(
             f"{precision} {engine} random adamw"
@@ -574,13 +590,15 @@ DEFAULT = {
         "sharded fsdp -> hsdp",
     ),
 }
-"""What the default tests run, by number of ranks."""
+"""What `make test-full` runs, by number of ranks."""
 
 
-def checks(world_size: int, everything: bool = False) -> dict[str, Callable[[Control], Any]]:
-    """By name. `everything`: the whole matrix; else what the default tests run."""
+def checks(world_size: int, choice: Choice) -> dict[str, Callable[[Control], Any]]:
+    """By name."""
     matrix = whole_matrix(world_size)
-    return matrix if everything else {name: matrix[name] for name in DEFAULT[world_size]}
+    if choice == "matrix":
+        return matrix
+    return {name: matrix[name] for name in (QUICK if choice == "quick" else FULL[world_size])}
 
 
 def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:

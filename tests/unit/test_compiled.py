@@ -144,6 +144,7 @@ def test_as_many_kernels_are_made_as_were_counted(
     assert len(graphs) == expected + 1 + OUTSIDE  # and the dense block
 
 
+@pytest.mark.full
 def test_a_users_own_compiled_model_has_kernels_for_every_micro_batch() -> None:
     """torch goes on eagerly after 8, and says so in its log alone."""
     shapes = [(full, full + more) for full in range(HEADS + 1) for more in range(HEADS + 1 - full)]

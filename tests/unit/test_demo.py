@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 from safetensors import safe_open
@@ -56,6 +57,7 @@ def test_pretraining_helps_with_digits_it_has_not_seen():
     assert pretrained > scratch + 0.2, (pretrained, scratch)
 
 
+@pytest.mark.full
 def test_wheel_works_without_the_source_tree(tmp_path):
     tree, site = tmp_path / "tree", tmp_path / "site"
     shutil.copytree(SOURCE / "d2ft_hpc", tree / "d2ft_hpc", ignore=shutil.ignore_patterns("__pycache__"))

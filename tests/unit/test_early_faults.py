@@ -98,6 +98,17 @@ def test_more_than_there_is(overrides: tuple[str, ...], told: str) -> None:
         set_up(load_config(DEMO, [*overrides, "engine.name=plain"]), SoloControl(), torch.device("cpu"))
 
 
+def test_an_engine_of_one_process_is_refused_on_several_ranks() -> None:
+    class TwoRanks(SoloControl):
+        world_size = 2
+
+        def __init__(self) -> None:
+            self.rank = 0
+
+    with pytest.raises(ConfigError, match=r"engine\.name=plain trains in one process, and 2 ranks .* ddp"):
+        set_up(load_config(DEMO, ["engine.name=plain"]), TwoRanks(), torch.device("cpu"))
+
+
 def test_a_batch_of_more_images_than_there_are_is_a_remark() -> None:
     config = load_config(DEMO, ["data.micro_batch_size=300", "engine.name=plain"])
     (remark,) = set_up(config, SoloControl(), torch.device("cpu")).remarks

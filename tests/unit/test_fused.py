@@ -9,6 +9,7 @@ import sys
 import pytest
 
 
+@pytest.mark.full
 def test_fused_blocks_equal_the_reference() -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -128,7 +128,7 @@ def show_steps(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
     """Ten steps of 1 s, with an evaluation of 7 s after the fifth."""
     now = [0.0]
     monkeypatch.setattr("d2ft_hpc.training.progress.time.perf_counter", lambda: now[0])
-    progress = Progress(0, 10, stream=stream)
+    progress = Progress(0, 10, 40, stream=stream)
     for step in range(1, 11):
         now[0] += 1.0
         if progress.is_due(step):
@@ -145,7 +145,7 @@ def test_progress_in_a_log_file_is_sparse_and_plain(monkeypatch: pytest.MonkeyPa
     assert first == "epoch 1  step 1/10  loss 0.5000  lr 1.00e-03  compute 60%"
     assert evaluation == "evaluation"
     assert later == (
-        "epoch 1  step 6/10  loss 0.5000  lr 1.00e-03  accuracy 90.0%  compute 60%  1.000 s/step  "
+        "epoch 1  step 6/10  loss 0.5000  lr 1.00e-03  accuracy 90.0%  compute 60%  1.000 s/step  40 images/s  "
         "80% of the plan's speed  0:04 left"
     )
     assert last.startswith("epoch 1  step 10/10")
@@ -162,7 +162,7 @@ def test_progress_on_a_terminal_is_one_line_that_renews_itself(monkeypatch: pyte
 
 def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
-    progress = Progress(1, 10, stream=stream)
+    progress = Progress(1, 10, 40, stream=stream)
     progress.say("something")
     assert not any(progress.is_due(step) for step in range(1, 11))
     assert stream.getvalue() == ""

@@ -375,6 +375,7 @@ def start_writer(path, flush_seconds=0.0, close_every=0):
     )
 
 
+@pytest.mark.full
 def test_killed_at_random_moments(tmp_path):
     """With a flush a row, all rows whose `append` returned are there; also if killed in close or resume."""
     chance = random.Random(0)

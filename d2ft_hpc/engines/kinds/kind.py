@@ -49,6 +49,8 @@ class EngineKind:
     """For users, who choose by it."""
     libraries: tuple[str, ...] = ("torch",)
     """Libraries whose undocumented names it uses."""
+    is_one_process = False
+    """It cannot be started on several ranks."""
     scales_losses = False
     """As fp16 needs."""
     reads_deepspeed = False

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 class Plain(EngineKind):
     name = "plain"
     about = "one process"
+    is_one_process = True
     scores_with_own_model = False
     graphs_micro_batches = True
 
