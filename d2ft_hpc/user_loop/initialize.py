@@ -194,6 +194,7 @@ def initialize(
         precision=next((kind for kind in ("bf16", "fp16") if settings.get(kind, {}).get("enabled")), "fp32"),
         data_parallel=ZERO[zero.stage],
         embeddings=section.embeddings,
+        around=whole,
     )
     ours.engine.d2ft = PlannedDeepSpeed(
         ours, section, costs, placement, selection, control, counter, record, planned_bytes

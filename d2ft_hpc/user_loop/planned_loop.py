@@ -364,6 +364,7 @@ class PlannedLoop:
                 precision="fp32" if next(self._model.parameters()).dtype is torch.float32 else "bf16",
                 data_parallel=self._data_parallel,
                 embeddings=self.section.embeddings,
+                around=self._whole,
             )
         return self._planned_bytes
 
