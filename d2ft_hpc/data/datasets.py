@@ -59,23 +59,27 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         source: Source,
         indices: npt.NDArray[np.int64],
         labels: npt.NDArray[np.int64],
-        num_classes: int,
+        class_names: tuple[str, ...],
         of_sample: SampleTransform | None,
         of_batch: BatchTransform | None,
     ) -> None:
-        """labels: of `indices`. of_sample None: the images are pixels of one size and go to stage 2 as they are.
-        of_batch None: what `of_sample` returns is normalised already."""
+        """labels: of `indices`; class_names: by label. of_sample None: the images are pixels of one size and go to
+        stage 2 as they are. of_batch None: what `of_sample` returns is normalised already."""
         self._images, self._indices = source.images, indices
         self.remark = source.remark
         """What people should know about it, one sentence; may be empty."""
         self._labels = labels
         self._of_sample, self._of_batch = of_sample, of_batch
-        self.num_classes = num_classes
+        self.class_names = class_names
 
     @property
     def labels(self) -> list[int]:
         labels: list[int] = self._labels.tolist()
         return labels
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -171,7 +175,7 @@ def load(
         source,
         chosen,
         kept[chosen],
-        len(source.class_names if classes is None else classes),
+        source.class_names if classes is None else tuple(source.class_names[each] for each in classes),
         *_transforms(
             source, augment, image_size, split == "train", tuple(mean), tuple(std), timm_options or {}
         ),

@@ -87,6 +87,8 @@ def _opened(datasets: Any, root: Path, split: str) -> tuple[str, Any]:
     saved = next((root / word for word in WORDS[split] if (root / word / _SAVED).exists()), None)
     files = [] if saved else shards_of(root, split, (".parquet", ".arrow"))
     where = str(saved or files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+    if len({file.suffix.lower() for file in files}) > 1:
+        raise DataError(f"{where}: some are parquet and some arrow; keep one kind of the split's files")
     try:
         if saved:
             table = datasets.load_from_disk(str(saved))

@@ -17,7 +17,8 @@ from d2ft_hpc.data.shards import shards_of
 from d2ft_hpc.errors import DataError
 
 _LABEL = "cls"
-_MOST_DIGITS = 20
+_MOST_DIGITS = 18
+"""Of a class; more would not fit into 64 bits."""
 
 
 def open_webdataset(root: Path, split: str) -> Source:
@@ -55,9 +56,9 @@ def open_webdataset(root: Path, split: str) -> Source:
     numbers = np.array(labels)
     try:
         classes = numbered_classes(numbers)
+        return Source(EncodedImages(blobs), checked_labels(numbers, len(blobs), classes), classes)
     except DataError as error:
         raise DataError(f"{root}: {error}") from error
-    return Source(EncodedImages(blobs), checked_labels(numbers, len(blobs), classes), classes)
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _label_of(sample: Mapping[str, Any], shard: MappedArray) -> int:
     if _LABEL not in sample:
         raise DataError(f"sample {key} has no {key}.{_LABEL}, its class as a whole number from 0")
     start, size = sample[_LABEL]
-    text = shard[start : start + min(size, _MOST_DIGITS)].tobytes().strip()
-    if not text.isdigit() or len(text) == _MOST_DIGITS:
+    text = shard[start : start + min(size, _MOST_DIGITS + 2)].tobytes().strip()
+    if not text.isdigit() or len(text) > _MOST_DIGITS:
         raise DataError(f"{key}.{_LABEL} holds {text!r}: write the class as a whole number from 0")
     return int(text)

@@ -42,9 +42,10 @@ class PlannedBytes:
         precision: str,
         data_parallel: DataParallel,
         embeddings: EmbeddingPolicy,
+        around: nn.Module | None = None,
     ) -> None:
-        """model: the whole one, as the engine left it. slots: micro-batches of a replica in a step. precision: "fp32",
-        "bf16" or "fp16"."""
+        """model: the whole one, as the engine left it. around: the user's own, which has it inside, and whose other
+        parameters are reduced, too. slots: micro-batches of a replica in a step. precision: "fp32", "bf16", "fp16"."""
         layout = placement.layout
         self._placement, self._slots, self._data_parallel = placement, slots, data_parallel
         self._embeddings = embeddings
@@ -68,11 +69,13 @@ class PlannedBytes:
         self._shared = np.zeros(self._blocks)  # trained ones that no head owns
         self._by_head = np.zeros(self._blocks)  # those of them that each head uses by itself
         own_heads = placement.own.sum(axis=1)
-        for name, parameter in model.named_parameters():
-            kind = subnets.classify(name)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for parameter in names if around is None else around.parameters():
+            name = names.get(parameter)
+            kind = ParameterClass.CLASSIFIER if name is None else subnets.classify(name)
             size = float(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO 3 leaves an empty tensor
             block = self._blocks
-            place = subnets.place_of(name)
+            place = None if name is None else subnets.place_of(name)
             if place is not None:
                 block, inner = place
                 if block not in placement.blocks:

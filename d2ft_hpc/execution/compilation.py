@@ -47,12 +47,13 @@ def compile_outside_blocks(
     above = torch.compile(family.above, dynamic=False)
     largest = 0
 
-    def forward(model: nn.Module, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(model: nn.Module, images: Any, *args: Any, **kwargs: Any) -> Tensor:
         nonlocal largest
-        if model.training:
+        is_plain = isinstance(images, Tensor) and not (args or kwargs or family.recomputes(model))
+        if model.training and is_plain:
             largest = max(largest, len(images))
-        is_plain = model.training and not (args or kwargs or family.recomputes(model))
-        if len(images) < largest or not is_plain or _is_hooked(model, family) or cannot_compile():
+        is_compiled = model.training and is_plain and len(images) == largest
+        if not is_compiled or _is_hooked(model, family) or cannot_compile():
             result: Tensor = type(model).forward(model, images, *args, **kwargs)
             return result
         with scaled(images) as images:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -125,8 +126,9 @@ class BlockFamily(ABC):
         return torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
 
     def size_of(self, samples: Tensor, shape: tuple[int, ...]) -> float:
-        """Tokens of each of these samples, in units of those of one of this shape, where plans do not say how many."""
-        return 1.0
+        """Tokens of each of these samples, in units of those of one of this shape, where plans do not say how many: of
+        images, whole or in patches, as their numbers. 1 of what is no image."""
+        return math.prod(samples.shape[1:]) / math.prod(shape) if samples.dim() > 2 else 1.0
 
     def around(self, model: Any, whole: nn.Module) -> Any:
         """What takes the same as the model and has it inside, within the user's `whole` one, such as a library's model

@@ -55,7 +55,7 @@ class TimmRelative(TimmBlocks):
     def of_any_size(self, model: Any) -> Any:
         raise UnsupportedModelError(
             f"this {type(model).__name__} has relative positions for one image size only: use a planner that leaves "
-            f"images as they are, such as plan.planner=levels"
+            f"images as they are, such as joint"
         )
 
     def take_any_size(self, model: Any) -> None:

@@ -35,8 +35,9 @@ class StopSignals:
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         for number in self._blocked:
             signal.signal(number, _leave_it_to_the_pipe)
-        # Python starts this process before its first worker, and up to 3.12 lets SIGTERM through to this thread when it
-        # has, and so to the workers: it starts now, where a signal that waits is caught already.
+        # Python starts this process before its first worker. It starts now, and so has the signals blocked, too; and as
+        # up to 3.12 that lets SIGTERM through to this thread, and so to the workers, it is blocked again.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
         early_signals.release(but=self._blocked)

@@ -53,7 +53,7 @@ class BetweenSteps:
             return position, True
         self._saver.finish()
         text = f"stopped after {position.steps_done} steps by {self._watch.reasons['stop']}"
-        self._log.say(f"{text}; saved: start the run again to go on")
+        self._log.say(f"{text}; saved: start it again with train.resume=auto to go on")
         self._log.note(position.steps_done, "stop", text)
         return position, False
 

@@ -32,6 +32,7 @@ from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.parallel.layout import Layout
 from d2ft_hpc.parallel.stages import layer_flops
 from d2ft_hpc.planning.samples import SampleOptions
+from d2ft_hpc.safe_text import shown
 from d2ft_hpc.selection import SampleSelection
 from d2ft_hpc.selection.build import count_scoring, selection_of
 
@@ -159,11 +160,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         seed=config.run.seed,
     )
     _check_sizes(config, train_set, sampler)
-    if (most := max(evaluation_set.labels)) >= train_set.num_classes:
-        raise DataError(
-            f"data.root={config.data.root}: the {config.data.evaluate_on} images have label {most}, and the training "
-            f"images {train_set.num_classes} classes, counted from 0; both need the same classes"
-        )
+    _check_classes(config, train_set, evaluation_set)
     model = build_model(
         config.model.name,
         num_classes=train_set.num_classes,
@@ -216,6 +213,22 @@ def _check_sizes(config: RunConfig, train_set: LabelledImages, sampler: MicroBat
         raise ConfigError(
             f"plan.probe_batches={config.plan.probe_batches}: an epoch has {sampler.batches_per_epoch} batches; use at "
             f"most that many"
+        )
+
+
+def _check_classes(config: RunConfig, train_set: LabelledImages, evaluation_set: LabelledImages) -> None:
+    """Raises DataError where a label does not mean the same in both; classes without images may be absent in one."""
+    where, evaluated = f"data.root={config.data.root}", f"the {config.data.evaluate_on} images"
+    for label, names in enumerate(zip(train_set.class_names, evaluation_set.class_names, strict=False)):
+        if names[0] != names[1]:
+            raise DataError(
+                f"{where}: class {label} is {shown(names[0])} in the training images and {shown(names[1])} in "
+                f"{evaluated}; both need the same classes in the same order"
+            )
+    if (most := max(evaluation_set.labels)) >= train_set.num_classes:
+        raise DataError(
+            f"{where}: {evaluated} have label {most}, and the training images {train_set.num_classes} classes, counted "
+            f"from 0; both need the same classes"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.metering import Metered, StepCosts
 from d2ft_hpc.metering.costs import RankWork
@@ -148,3 +149,23 @@ class BatchCounter:
             executed_flops=executed,
             bytes_sent=sent,
         )
+
+
+def samples_in(inputs: Iterable[Any]) -> Tensor:
+    """The first tensor that a forward gets, which may lie in a mapping or a sequence: by it samples are counted.
+
+    Raises PlanError where there is none.
+    """
+    found = _first_tensor(inputs)
+    if found is None:
+        raise PlanError("the model was called in training without a tensor, by which its samples are counted")
+    return found
+
+
+def _first_tensor(inputs: Iterable[Any]) -> Tensor | None:
+    for each in inputs:
+        if isinstance(each, Mapping | list | tuple):
+            each = _first_tensor(each.values() if isinstance(each, Mapping) else each)
+        if isinstance(each, Tensor):
+            return each
+    return None

@@ -194,6 +194,7 @@ def initialize(
         precision=next((kind for kind in ("bf16", "fp16") if settings.get(kind, {}).get("enabled")), "fp32"),
         data_parallel=ZERO[zero.stage],
         embeddings=section.embeddings,
+        around=whole,
     )
     ours.engine.d2ft = PlannedDeepSpeed(
         ours, section, costs, placement, selection, control, counter, record, planned_bytes
@@ -296,12 +297,16 @@ def _leave_out_frozen_groups(optimizer: Optimizer, schedule: Any) -> list[int]:
     return frozen
 
 
+_LISTS_OF_TIMES = ("_milestones", "_schedule_phases", "decay_t", "noise_range_t")
+"""Of torch's SequentialLR and OneCycleLR, and of timm's schedules: as long as it happens to be, whatever the groups."""
+
+
 def _leave_out_of_schedule(schedule: Any, frozen: Sequence[int], groups: int) -> None:
-    """torch's, timm's and DeepSpeed's schedules keep lists with a value for each of the optimizer's groups, whatever
-    their names; those that consist of others have these in `_schedulers`."""
+    """torch's, timm's and DeepSpeed's schedules keep lists with a value for each of the optimizer's groups, under many
+    names; those that consist of others have these in `_schedulers`."""
     for name, values in vars(schedule).items() if hasattr(schedule, "__dict__") else ():
         if name == "_schedulers":
             for inner in values:
                 _leave_out_of_schedule(inner, frozen, groups)
-        elif isinstance(values, list) and len(values) == groups and "milestones" not in name:
+        elif isinstance(values, list) and len(values) == groups and name not in _LISTS_OF_TIMES:
             values[:] = [value for index, value in enumerate(values) if index not in frozen]

@@ -34,7 +34,7 @@ from d2ft_hpc.scores import Scores
 from d2ft_hpc.scores.observe import GradientObserver
 from d2ft_hpc.selection import SampleSelection
 from d2ft_hpc.user_loop.attached import curve_of, tell_if_too_short
-from d2ft_hpc.user_loop.batch_counter import BatchCounter
+from d2ft_hpc.user_loop.batch_counter import BatchCounter, samples_in
 from d2ft_hpc.user_loop.observe_part import PartObserver
 from d2ft_hpc.user_loop.record import LoopRecord
 from d2ft_hpc.user_loop.section import D2ftSection
@@ -262,7 +262,7 @@ class PlannedDeepSpeed:
             self._begin_batch()
         self._seen = micro_step
         self._turn_to("forward")
-        samples = next(each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor))
+        samples = samples_in([*args, *kwargs.values()])
         self._counter.train(self.slot, len(samples), samples)
 
     def _after_forward(self, engine: nn.Module, inputs: Any, output: Any) -> None:

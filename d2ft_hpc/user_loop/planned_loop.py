@@ -37,7 +37,7 @@ from d2ft_hpc.scores.observe import GradientObserver
 from d2ft_hpc.selection import SampleSelection
 from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.attached import attached, curve_of, tell_if_too_short
-from d2ft_hpc.user_loop.batch_counter import BatchCounter
+from d2ft_hpc.user_loop.batch_counter import BatchCounter, samples_in
 from d2ft_hpc.user_loop.default_group import control_of_loop
 from d2ft_hpc.user_loop.gradient_norm import total_norm
 from d2ft_hpc.user_loop.prepare import bind_engine
@@ -256,7 +256,7 @@ class PlannedLoop:
         self._plan_batch()
         self._slot, self._is_chosen, self._is_begun = self._slot + 1, False, True
         self._turn_to("forward")
-        samples = next(each for each in inputs if isinstance(each, Tensor))
+        samples = samples_in(inputs)
         self._counter.train(self._slot, len(samples), samples)
 
     def _after_forward(self, inputs: Sequence[Any]) -> None:
@@ -364,6 +364,7 @@ class PlannedLoop:
                 precision="fp32" if next(self._model.parameters()).dtype is torch.float32 else "bf16",
                 data_parallel=self._data_parallel,
                 embeddings=self.section.embeddings,
+                around=self._whole,
             )
         return self._planned_bytes
 

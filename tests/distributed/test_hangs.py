@@ -72,6 +72,6 @@ def test_a_run_that_hangs_before_its_first_step_can_be_stopped(tmp_path: Path) -
         assert status == UNFINISHED
         (message,) = messages
         assert "d2ft-hpc: stopped before the first step by signal TERM to rank " in message
-        assert message.endswith(": start the run again to go on")
+        assert message.endswith(": start it again with train.resume=auto to go on")
 
     at_once(partial(stop, 1), partial(stop, 2))

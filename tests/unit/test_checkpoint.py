@@ -293,15 +293,17 @@ def test_a_configuration_that_a_power_cut_emptied(tmp_path: Path, capfd: pytest.
 
 @pytest.mark.parametrize("resume", ["false", "auto"])
 @pytest.mark.parametrize(
-    ("folder", "words"), [("file/x", "Not a directory"), ("d" * 300, "File name too long")]
+    ("folder", "told"),
+    [
+        ("file/x", r"^where to start: run\.folder=.*Not a directory\); choose another folder"),
+        ("d" * 300, r"^run\.folder=.*: a path has at most 4095 bytes, and 255 between two slashes$"),
+    ],
 )
 def test_a_folder_that_cannot_be_is_refused_by_key_before_any_work(
-    tmp_path: Path, folder: str, words: str, resume: str
+    tmp_path: Path, folder: str, told: str, resume: str
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(
-        ConfigError, match=rf"^where to start: run\.folder=.*{words}\); choose another folder"
-    ):
+    with pytest.raises(ConfigError, match=told):
         choose_start(config_in(tmp_path / folder, f"train.resume={resume}"), SoloControl())
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from d2ft_hpc import key_reference
+from d2ft_hpc.config import RunConfig
+from d2ft_hpc.planning.table import PLANNERS
 
 REPOSITORY = Path(__file__).parents[2]
 README = REPOSITORY / "README.md"
@@ -52,6 +54,22 @@ def test_the_key_reference_is_current() -> None:
 def test_every_key_is_explained() -> None:
     for line in key_reference.document().splitlines():
         assert not line.endswith("|  |"), line
+
+
+def test_pages_and_messages_name_keys_and_planners_that_exist() -> None:
+    """Pages of `analysis` tell of keys as they were at the time, the change log of those that went."""
+    keys = set(re.findall(r"^\| `([\w.]+)` \|", key_reference.document(), re.MULTILINE))
+    sections = {key.rpartition(".")[0] for key in keys}
+    free = ("model.options.", "engine.deepspeed.")  # a library's own below them
+    key = re.compile(rf"(?<![\w./])(?:{'|'.join(RunConfig.model_fields)})(?:\.[a-z_]+)+(?![\w/(])")
+    pages = [path for path in DOCUMENTS if path.name != "CHANGELOG.md" and "analysis" not in path.parts]
+    for page in pages:
+        for name in key.findall(page.read_text()):
+            is_file = name.rpartition(".")[2] in ("safetensors", "jsonl", "py", "sh", "h5", "yaml")
+            assert is_file or name in keys | sections or name.startswith(free), f"{page}: {name}"
+    for source in (*pages, *(REPOSITORY / "d2ft_hpc").rglob("*.py")):
+        for planner in re.findall(r"planner=['\"]?([a-z]\w*)", source.read_text()):
+            assert planner in {*PLANNERS, "planner", "settings"}, f"{source}: {planner}"
 
 
 def test_the_readme_s_snippets_are_tested_examples() -> None:

@@ -4,10 +4,15 @@ import itertools
 
 import numpy as np
 import pytest
+import timm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.planning import PlanProblem, SkipPlan, in_order, solve
 from d2ft_hpc.planning.messages import (
     LAYOUTS,
@@ -237,3 +242,25 @@ def test_a_boundary_between_stages_takes_time_only_where_something_is_sent():
     upper = SkipPlan(np.array([[[1], [2]]], np.uint8), 1)
     assert step_time.of(both, problem, "replicated") == pytest.approx(2.0 + 200.0)
     assert step_time.of(upper, problem, "replicated") == pytest.approx(1.5 + 100.0)
+
+
+def test_what_a_user_s_module_has_around_the_model_is_sent_too() -> None:
+    """DDP over two ranks: each sends every gradient once, in float32."""
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24, num_heads=3, num_classes=0
+    )
+    whole = nn.Sequential(model, nn.Linear(24, 5))
+    executor = attach(whole)
+    foreseen = PlannedBytes(
+        model,
+        executor.subnets,
+        Placement.whole(2, 0, *executor.subnets.shape),
+        slots=1,
+        micro_batch_size=1,
+        precision="fp32",
+        data_parallel="ddp",
+        embeddings="frozen",
+        around=whole,
+    )
+    sent = 4.0 * sum(each.numel() for each in whole.parameters() if each.requires_grad)
+    assert foreseen.columns(executor) == {"planned_bytes": sent, "dense_bytes": sent}

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from d2ft_hpc.config import load_config
 from d2ft_hpc.data.datasets import load
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.data.packed import open_packed
@@ -22,6 +24,8 @@ from d2ft_hpc.data.packing import pack_by_name
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.data.sources import open_source
 from d2ft_hpc.errors import DataError
+from d2ft_hpc.launch.control import SoloControl
+from d2ft_hpc.training.job import set_up
 from tests.unit.test_data import assert_same
 
 NAMES = ("ant", "bee", "cat")
@@ -196,6 +200,7 @@ PNG = FILES["train"][0]
         ([("a.png", PNG), ("a.cls", b"cat")], r"a\.cls holds b'cat'"),
         ([("a.png", PNG), ("a.cls", b"-1")], r"a\.cls holds b'-1'"),
         ([("a.png", PNG), ("a.cls", b"9" * 99)], r"a\.cls holds b'9999"),
+        ([("a.png", PNG), ("a.cls", b"9" * 19)], r"a\.cls holds b'9999"),
         ([("a.png", PNG), ("a.cls", b"9" * 9)], "data: labels go up to 999999999"),
         ([("a.png", b"junk"), ("a.cls", b"0")], r"a\.png in .*train\.tar: not a readable image"),
     ],
@@ -244,3 +249,31 @@ def test_folders_without_the_split_s_files(tmp_path: Path) -> None:
     hugging_face()["train"].save_to_disk(tmp_path / "one")
     with pytest.raises(DataError, match="one Dataset without splits"):
         open_source("huggingface", tmp_path / "one", "train")
+
+
+def test_files_of_two_kinds_are_refused(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    save_arrow(root)
+    hugging_face()["train"].to_parquet(root / "train" / "more.parquet")
+    with pytest.raises(DataError, match=r"train/more\.parquet and 1 more: some are parquet and some arrow"):
+        open_source("huggingface", root, "train")
+
+
+def test_splits_whose_labels_differ_in_meaning_are_refused(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    splits = hugging_face()
+    turned = datasets.ClassLabel(names=["ant", "cat", "bee"])
+    splits["test"] = datasets.Dataset.from_dict(
+        splits["test"].to_dict(), features=datasets.Features(splits["test"].features | {"label": turned})
+    )
+    splits.save_to_disk(tmp_path / "data")
+    asked = [
+        "data.name=huggingface",
+        f"data.root={tmp_path / 'data'}",
+        "data.classes=null",
+        "engine.name=plain",
+    ]
+    config = load_config(Path("configs/demo.yaml"), [*asked, "data.micro_batch_size=1", "data.slots=1"])
+    told = "class 1 is 'bee' in the training images and 'cat' in the test images; both need the same classes"
+    with pytest.raises(DataError, match=rf"data: {told}"):
+        set_up(config, SoloControl(), torch.device("cpu"))

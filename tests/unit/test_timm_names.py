@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
+import d2ft_hpc
 from d2ft_hpc import families
 from d2ft_hpc.errors import UnsupportedModelError
+from d2ft_hpc.execution.compilation import compile_outside_blocks
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.families.table import backbone_of, family_of
 from d2ft_hpc.metering import measure_costs, meter
@@ -360,3 +363,34 @@ def test_the_table_is_the_commands_output_and_every_supported_name_is_like_one_h
     assert sum(row.checkpoints for row in supported) >= 450
     known = {settings(narrow(name)) for name in REPRESENTATIVES}
     assert [row.name for row in supported if settings(narrow(row.name)) not in known] == []
+
+
+def test_images_in_patches_train_under_plans_and_count_by_their_tokens() -> None:
+    model = timm.create_model("naflexvit_base_patch16_gap", embed_dim=48, depth=2, num_heads=3, num_classes=5)
+    d2ft = d2ft_hpc.attach(model, planner="joint", compute_budget=0.6)
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.01)
+    places = torch.cartesian_prod(torch.arange(16), torch.arange(16)).expand(2, -1, -1)
+    batch = {
+        "patches": torch.randn(2, 256, 16 * 16 * 3),
+        "patch_coord": places,
+        "patch_valid": torch.ones(2, 256, dtype=torch.bool),
+    }
+    for _ in range(2):
+        model.train()(batch).square().mean().backward()
+        optimizer.step()
+    assert d2ft.promised_share is not None
+    assert d2ft.measured_share == pytest.approx(d2ft.promised_share, rel=0.01)
+    for patches in (torch.empty(2, 64, 16 * 16 * 3), torch.empty(2, 64, 16, 16, 3)):
+        assert family_of(model).size_of(patches, (3, 256, 256)) == 0.25
+
+
+def test_what_is_compiled_around_blocks_leaves_images_in_patches_to_the_model() -> None:
+    model = timm.create_model("naflexvit_base_patch16_gap", embed_dim=48, depth=2, num_heads=3, num_classes=5)
+    batch = {
+        "patches": torch.randn(2, 4, 16 * 16 * 3),
+        "patch_coord": torch.cartesian_prod(torch.arange(2), torch.arange(2)).expand(2, -1, -1),
+        "patch_valid": torch.ones(2, 4, dtype=torch.bool),
+    }
+    alone = model.train()(batch)
+    compile_outside_blocks(model, family_of(model), nullcontext)
+    assert torch.equal(model(batch), alone)
