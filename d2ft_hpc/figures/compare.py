@@ -22,7 +22,8 @@ _METRICS = {
 
 
 def measure(runs: Sequence[Run]) -> dict[str, Any]:
-    """Groups of runs whose configurations differ in nothing but the `run` section, the first being the reference.
+    """Groups of runs on as many ranks whose configurations differ in nothing but the `run` section, the first being the
+    reference.
 
     Of each metric: values, mean, standard deviation, half the 95 % interval of the mean, and against the reference
     the difference, half its 95 % interval and the p-value, Holm-corrected over the groups. `test` says which t-test
@@ -33,8 +34,11 @@ def measure(runs: Sequence[Run]) -> dict[str, Any]:
     groups: dict[str, list[Run]] = {}
     for run in [run for run in runs if run.complete] or runs:
         settings = {key: value for key, value in (run.config or {}).items() if key != "run"}
+        settings["ranks"] = run.world_size
         groups.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
-    configs = [flat(members[0].config or {}) for members in groups.values()]
+    configs = [
+        flat(members[0].config or {}) | {"ranks": members[0].world_size} for members in groups.values()
+    ]
     measured = [
         {
             "label": telling(config, configs) or members[0].name,

@@ -25,22 +25,22 @@ _BUDGETS = {
 
 
 def measure(runs: Sequence[Run], reference: Sequence[Run], margin: float) -> dict[str, Any]:
-    """Methods: runs whose configurations differ in their seed and in budgets alone; only finished ones count, since a
-    falling learning rate makes what a run had on its way say nothing.
+    """Methods: runs on as many ranks whose configurations differ in their seed and in budgets alone; only finished ones
+    count, since a falling learning rate makes what a run had on its way say nothing.
 
     margin: points of top-1. A budget is enough if the lower one-sided 95 % bound of the mean difference from the
     reference, paired by seed, is not below -margin. Of each method: `budgets`, by rising compute, with compute and
     seconds in units of the reference's, mean difference and bound (NaN with fewer than two seeds in common); and the
     least `compute` and `seconds` that are enough, interpolated between neighbouring budgets; None where none is.
 
-    Raises ResultsError where the reference has no finished run, or a run no seed.
+    Raises ResultsError where the reference has no finished run, a run no seed, or two runs of one kind the same one.
     """
     finished = [run for run in reference if run.complete and np.isfinite(run.accuracy)]
     if not finished:
         raise ResultsError(
             "--reference: none of its runs is finished and evaluated; give dense runs that are"
         )
-    of_seed = {_seed(run): run for run in finished}
+    of_seed = _by_seed(finished)
     flops = float(np.mean([run.total_flops for run in finished]))
     seconds = float(np.mean([run.total_seconds for run in finished]))
     methods: dict[str, dict[str, list[Run]]] = {}
@@ -53,7 +53,7 @@ def measure(runs: Sequence[Run], reference: Sequence[Run], margin: float) -> dic
     for settings, budgets in told:
         points = []
         for of_budget in budgets.values():
-            pairs = [(run, of_seed[_seed(run)]) for run in of_budget if _seed(run) in of_seed]
+            pairs = [(run, of_seed[seed]) for seed, run in _by_seed(of_budget).items() if seed in of_seed]
             differences = [100 * (run.accuracy - other.accuracy) for run, other in pairs]
             points.append(
                 {
@@ -71,6 +71,18 @@ def measure(runs: Sequence[Run], reference: Sequence[Run], margin: float) -> dic
     return {"margin": margin, "methods": measured}
 
 
+def _by_seed(runs: Sequence[Run]) -> dict[int, Run]:
+    """A second run of a seed would count as if chance had been asked twice."""
+    found: dict[int, Run] = {}
+    for run in runs:
+        other = found.setdefault(_seed(run), run)
+        if other is not run:
+            raise ResultsError(
+                f"{run.path}: seed {_seed(run)} is that of {other.path}, too: leave one of them out"
+            )
+    return found
+
+
 def _seed(run: Run) -> int:
     seed = config_seed(run)
     if seed is None:
@@ -85,6 +97,7 @@ def _method(run: Run) -> tuple[str, str]:
         return json.dumps(settings, sort_keys=True, default=str)
 
     settings = {key: value for key, value in (run.config or {}).items() if key != "run"}
+    settings["ranks"] = run.world_size
     budgets = {}
     for section, keys in _BUDGETS.items():
         own = dict(settings.get(section, {}))

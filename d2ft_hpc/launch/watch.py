@@ -277,9 +277,8 @@ class Watch:
 
     def _stop_before_all(self, reason: str) -> NoReturn:
         """No rank has begun a step, and none can: its gate is held."""
-        print_line(
-            f"d2ft-hpc: stopped before the first step by {reason}: start it again with train.resume=auto to go on"
-        )
+        what = f"stopped before the first step by {reason}"
+        print_line(f"d2ft-hpc: {what}: start it again with train.resume=auto to go on")
         for peer in self._peers.values():
             peer.send("exit")
         _exit()

@@ -114,6 +114,11 @@ class PlanController:
         if due:
             self.make(step, may_overlap=self.context.settings.replan.overlap and self.plans_made > 0)
         self._take_over(step)
+        if self.context.curve is not None and step == self.context.total_steps:
+            self.listener.say(
+                f"total_steps={step}, but step {step + 1} begins: images have full size from here on, and the training "
+                f"spends more than its budget; give the number of all steps"
+            )
         if self.plan is not None and self.plan != (scaled := self.context.scaled(self.plan, step)):
             batches = self.batches
             self._put_in_force(scaled, step, 0.0)

@@ -356,6 +356,13 @@ def test_images_that_a_plan_could_only_shrink_unasked_are_refused_before_the_fir
         model(torch.zeros(2, 3, 24, 24))
 
 
+def test_a_training_that_goes_on_beyond_its_steps_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
+    loop = Loop(compute_budget=0.5, total_steps=2)
+    for step in range(4):
+        loop.step(step)
+    assert capfd.readouterr().out.count("total_steps=2, but step 3 begins: images have full size") == 1
+
+
 def test_a_plan_of_images_whose_costs_nobody_counted_is_refused_before_a_step() -> None:
     loop = Loop(planner="joint", compute_budget=1.0)
     with pytest.raises(PlanError, match="2 x 2 patches, whose costs were not counted"):

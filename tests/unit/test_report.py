@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -445,5 +446,12 @@ def test_the_least_that_is_enough_is_between_the_budgets_where_the_bound_crosses
         Runs(runs) as opened,
         Runs([tmp_path / "stopped.h5"]) as reference,
         pytest.raises(ResultsError, match="--reference"),
+    ):
+        sufficient.measure(opened, reference, 0.5)
+    again = shutil.copy(runs[0], tmp_path / "again.h5")
+    with (
+        Runs([*runs, again]) as opened,
+        Runs(dense) as reference,
+        pytest.raises(ResultsError, match=r"again\.h5: seed 0 is that of .*tokens0\.8-0\.h5, too: leave one"),
     ):
         sufficient.measure(opened, reference, 0.5)
