@@ -117,7 +117,10 @@ def test_the_hubs_cache_without_a_network(tiny: Path, tmp_path: Path) -> None:
             "deit_tiny_distilled_patch16_224",
             "second classifier for distillation, .*: take the model without it",
         ),
-        ("vit_giant_patch14_dinov2.lvd142m", "MLP of class GluMlp, not Mlp"),
+        (
+            "vit_pwee_patch16_reg1_gap_256",
+            "ParallelScalingBlock, which has one matrix into attention and MLP",
+        ),
         ("resnet18", "ResNet is none of the supported models"),
     ],
 )
