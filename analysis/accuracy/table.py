@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from d2ft_hpc.figures.run import Run
+from d2ft_hpc.figures.sufficient import lower_bound
 
 LINES = Path(__file__).with_name("results.jsonl")
 DENSE = ("standard", "lora")
@@ -78,12 +78,9 @@ def print_tables(lines: list[Line]) -> None:
             if of_seed is dense:
                 print(f"{row} | |")
                 continue
-            gained = np.array([100 * (of_seed[seed]["accuracy"] - dense[seed]["accuracy"]) for seed in seeds])
-            bound = ""
-            if len(gained) > 1:
-                error = gained.std(ddof=1) / len(gained) ** 0.5
-                bound = f"{gained.mean() - stats.t.ppf(0.95, len(gained) - 1) * error:+.2f}"
-            print(f"{row} {gained.mean():+.2f} | {bound} |")
+            gained = [100 * (of_seed[seed]["accuracy"] - dense[seed]["accuracy"]) for seed in seeds]
+            bound = f"{lower_bound(gained):+.2f}" if len(gained) > 1 else ""
+            print(f"{row} {np.mean(gained):+.2f} | {bound} |")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -289,3 +289,17 @@ class BlockFamily(ABC):
     @abstractmethod
     def kernel_parts(self, block: Any) -> KernelParts | None:
         """None if our kernels cannot run the block in training."""
+
+
+class AnySize(BlockFamily):
+    """Families whose models take images of any size as they are, or none."""
+
+    def of_any_size(self, model: Any) -> Any:
+        return model
+
+    def take_any_size(self, model: Any) -> None:
+        return
+
+    @contextmanager
+    def taking_any_size(self, model: Any) -> Iterator[None]:
+        yield

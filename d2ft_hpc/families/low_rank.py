@@ -47,6 +47,17 @@ def is_linear(layer: nn.Module) -> bool:
     )
 
 
+def unfit_layers(block: nn.Module, layers: Mapping[str, Sequence[str]]) -> list[str]:
+    """Which of these layers, names in the block by role, are not run by head: each a phrase of which the block is the
+    subject."""
+    named = ((name, block.get_submodule(name)) for names in layers.values() for name in names)
+    return [
+        f"has {name} of class {type(layer).__name__}, not Linear, nor Linear with peft's plain LoRA"
+        for name, layer in named
+        if not is_linear(layer)
+    ]
+
+
 def axes_of(
     block: nn.Module, own: Mapping[str, HeadAxis], layers: Mapping[str, Sequence[str]]
 ) -> dict[str, HeadAxis]:

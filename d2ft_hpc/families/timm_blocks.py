@@ -21,7 +21,7 @@ from d2ft_hpc.families.family import Branch, Drops, KernelParts, rate_of
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.families.head_linear import out_of_heads
 from d2ft_hpc.families.head_norm import normalise_heads
-from d2ft_hpc.families.low_rank import is_linear
+from d2ft_hpc.families.low_rank import unfit_layers
 from d2ft_hpc.families.timm_attention import Positions, has_own_bias, positions_by_head, require_one_mask
 from d2ft_hpc.families.timm_models import TimmFamily, class_of_timm
 
@@ -51,14 +51,7 @@ class TimmBlocks(TimmFamily):
                 reasons.append(
                     f"normalises across heads by {name} of class {type(part.norm).__name__}, not LayerNorm"
                 )
-        for names in self.layers(block).values():
-            for name in names:
-                layer = block.get_submodule(name)
-                if not is_linear(layer):
-                    reasons.append(
-                        f"has {name} of class {type(layer).__name__}, not Linear, nor Linear with peft's plain LoRA"
-                    )
-        return reasons
+        return reasons + unfit_layers(block, self.layers(block))
 
     def num_heads(self, block: Any) -> int:
         return timm_attention.num_heads(block.attn)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from d2ft_hpc.families.family import AnySize
 from d2ft_hpc.families.timm_attention import Positions
 from d2ft_hpc.families.timm_blocks import TimmBlocks
 from d2ft_hpc.families.timm_models import class_of_timm, patches
@@ -22,7 +22,7 @@ _KINDS = tuple(
 )
 
 
-class TimmEncoder(TimmBlocks):
+class TimmEncoder(AnySize, TimmBlocks):
     """What joins neighbouring tokens after the blocks needs the grid, which the blocks' result does not tell."""
 
     supported = "timm's vision encoders of Qwen3 and DeepSeek"
@@ -59,13 +59,3 @@ class TimmEncoder(TimmBlocks):
         high, wide = super().patch_size(model)
         joined = 1 if getattr(model, "merger", None) is None else int(model.merge_size)
         return joined * high, joined * wide
-
-    def of_any_size(self, model: Any) -> Any:
-        return model
-
-    def take_any_size(self, model: Any) -> None:
-        return
-
-    @contextmanager
-    def taking_any_size(self, model: Any) -> Iterator[None]:
-        yield

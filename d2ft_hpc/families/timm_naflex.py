@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from d2ft_hpc.families.family import AnySize
 from d2ft_hpc.families.timm_attention import Positions
 from d2ft_hpc.families.timm_blocks import TimmBlocks
 from d2ft_hpc.families.timm_models import class_of_timm
@@ -15,7 +15,7 @@ from d2ft_hpc.families.timm_models import class_of_timm
 NaFlexVit = class_of_timm("models.naflexvit", "NaFlexVit")
 
 
-class TimmNaFlex(TimmBlocks):
+class TimmNaFlex(AnySize, TimmBlocks):
     supported = "timm NaFlexVit models"
     names_below = ("embeds", "rope", "norm_pre")
     refuses_parts = "timm's NaFlexVit gives blocks masks and positions, which parts of it would not get"
@@ -61,13 +61,3 @@ class TimmNaFlex(TimmBlocks):
     def embedding(self, model: Any) -> nn.Module | None:
         embed: nn.Module | None = model._modules.get("embeds")
         return embed
-
-    def of_any_size(self, model: Any) -> Any:
-        return model
-
-    def take_any_size(self, model: Any) -> None:
-        return
-
-    @contextmanager
-    def taking_any_size(self, model: Any) -> Iterator[None]:
-        yield

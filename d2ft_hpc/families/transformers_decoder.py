@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from d2ft_hpc.families.family import AnySize
 from d2ft_hpc.families.transformers_models import TransformersFamily
 
 MOST_COUNTED_TOKENS = 512
 """Of the sequence whose FLOPs are counted; of longer ones attention has a slightly larger share."""
 
 
-class TransformersDecoder(TransformersFamily):
+class TransformersDecoder(AnySize, TransformersFamily):
     """Embeddings that are tied to the language model's head lie below the blocks, and freeze with the others there."""
 
     supported = "decoders of transformers: Llama, Qwen2, Qwen3"
@@ -54,12 +54,3 @@ class TransformersDecoder(TransformersFamily):
 
     def embedding(self, model: Any) -> nn.Module | None:
         return None
-
-    def of_any_size(self, model: Any) -> Any:
-        return model
-
-    def take_any_size(self, model: Any) -> None:
-        pass
-
-    def taking_any_size(self, model: Any) -> AbstractContextManager[None]:
-        return nullcontext()

@@ -19,7 +19,7 @@ from d2ft_hpc.errors import PlanError, UnsupportedModelError
 from d2ft_hpc.families.family import BlockFamily, Branch, Drops, KernelParts
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.families.head_linear import into_heads, out_of_heads
-from d2ft_hpc.families.low_rank import axes_of, is_linear
+from d2ft_hpc.families.low_rank import axes_of, unfit_layers
 
 _MODELS = "transformers.models."
 ATTENTIONS = ("sdpa", "eager")
@@ -69,14 +69,7 @@ class TransformersFamily(BlockFamily):
         reasons = []
         if attn.config._attn_implementation not in ATTENTIONS:
             reasons.append(_other_attention(attn))
-        for names in self.layers(block).values():
-            for name in names:
-                layer = block.get_submodule(name)
-                if not is_linear(layer):
-                    reasons.append(
-                        f"has {name} of class {type(layer).__name__}, not Linear, nor Linear with peft's plain LoRA"
-                    )
-        return reasons
+        return reasons + unfit_layers(block, self.layers(block))
 
     def is_below(self, name: str) -> bool:
         return name.split(".")[0] in self.names_below

@@ -61,7 +61,7 @@ def measure(runs: Sequence[Run], reference: Sequence[Run], margin: float) -> dic
                     "seconds": float(np.mean([run.total_seconds for run in of_budget])) / seconds,
                     "seeds": len(differences),
                     "difference": float(np.mean(differences)) if differences else float("nan"),
-                    "bound": _lower_bound(differences),
+                    "bound": lower_bound(differences),
                 }
             )
         points.sort(key=lambda point: point["compute"])
@@ -106,8 +106,8 @@ def _method(run: Run) -> tuple[str, str]:
     return as_text(settings), as_text(budgets)
 
 
-def _lower_bound(differences: Sequence[float]) -> float:
-    """One-sided, 95 %, of the mean, by Student's t."""
+def lower_bound(differences: Sequence[float]) -> float:
+    """Of the mean, one-sided 95 %, by Student's t; NaN of fewer than two."""
     from scipy import stats
 
     if len(differences) < 2:

@@ -26,6 +26,7 @@ from d2ft_hpc.scores.gradients import fisher_information
 from d2ft_hpc.scores.observe import GradientObserver
 from tests.models import random_batch, tiny
 from tests.reference import FORWARD_ONLY, FULL, SHORTCUT
+from tests.subnet_checks import assert_heads_own_whole_parameters
 
 DEPTH, HEADS = 3, 3
 
@@ -178,10 +179,7 @@ def test_every_parameter_of_the_blocks_has_its_heads_or_none(variant: str) -> No
     model = tiny_eva(**VARIANTS[variant])
     subnets = SubnetMap.of(model)
     assert subnets.shape == (DEPTH, HEADS)
-    for block, name, parameter in subnets.parameters(model):
-        axis = subnets.head_axes[name]
-        assert axis.parameter_shape == parameter.shape, (block, name)
-        assert axis.sum_by_head(torch.ones_like(parameter)).tolist() == axis.entries.tolist()
+    assert_heads_own_whole_parameters(model, subnets)
     shared = {
         name.split(".", 2)[2]
         for name, _ in model.named_parameters()

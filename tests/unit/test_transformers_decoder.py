@@ -20,9 +20,9 @@ from d2ft_hpc.families.table import backbone_of, family_of
 from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.planning.plan import SkipPlan
-from d2ft_hpc.scores.observe import GradientObserver
 from tests.masked import loss_and_gradients, masked_blocks, random_rows
 from tests.reference import FULL, SHORTCUT
+from tests.subnet_checks import assert_fisher_is_of_own_gradients, assert_heads_own_whole_parameters
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
@@ -171,10 +171,7 @@ def test_every_parameter_of_the_blocks_has_its_heads_or_none(kind: str) -> None:
     model = backbone_of(tiny(kind))
     subnets = SubnetMap.of(model)
     assert subnets.shape == (DEPTH, GROUPS)
-    for block, name, parameter in subnets.parameters(model):
-        axis = subnets.head_axes[name]
-        assert axis.parameter_shape == parameter.shape, (block, name)
-        assert axis.sum_by_head(torch.ones_like(parameter)).tolist() == axis.entries.tolist()
+    assert_heads_own_whole_parameters(model, subnets)
     classes = {name: subnets.classify(name) for name, _ in model.named_parameters()}
     shared = {name.split(".", 2)[2] for name, found in classes.items() if found is ParameterClass.SHARED}
     assert all("norm" in name or name in ("self_attn.o_proj.bias", "mlp.down_proj.bias") for name in shared)
@@ -199,14 +196,7 @@ def test_fisher_information_of_the_language_model_s_loss() -> None:
     model: Any = tiny("Qwen3, tied")
     subnets = attach(model, embeddings="trained").subnets
     backbone = backbone_of(model)
-    observer = GradientObserver(backbone, subnets, 1, lambda: 0, lambda: 1.0)
-    model(**text(2, padded="right")).loss.backward()
-    observer.close()
-    expected = torch.zeros(subnets.shape)
-    for block, name, parameter in subnets.parameters(backbone):
-        assert parameter.grad is not None
-        expected[block] += subnets.head_axes[name].sum_by_head(parameter.grad.square())
-    torch.testing.assert_close(observer.sums[0], expected, rtol=1e-4, atol=1e-9)
+    assert_fisher_is_of_own_gradients(backbone, subnets, lambda: model(**text(2, padded="right")).loss)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -21,10 +21,10 @@ from d2ft_hpc.families.table import backbone_of, family_of
 from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.planning.plan import SkipPlan
-from d2ft_hpc.scores.observe import GradientObserver
 from tests.masked import loss_and_gradients, masked_blocks, random_rows
 from tests.models import CLASSES, random_batch
 from tests.reference import FULL, SHORTCUT
+from tests.subnet_checks import assert_fisher_is_of_own_gradients, assert_heads_own_whole_parameters
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
@@ -193,10 +193,7 @@ def test_every_parameter_of_the_blocks_has_its_heads_or_none(kind: str) -> None:
     model = backbone_of(tiny(kind))
     subnets = SubnetMap.of(model)
     assert subnets.shape == (DEPTH, HEADS)
-    for block, name, parameter in subnets.parameters(model):
-        axis = subnets.head_axes[name]
-        assert axis.parameter_shape == parameter.shape, (block, name)
-        assert axis.sum_by_head(torch.ones_like(parameter)).tolist() == axis.entries.tolist()
+    assert_heads_own_whole_parameters(model, subnets)
     classes = {name: subnets.classify(name) for name, _ in model.named_parameters()}
     within = f"{subnets.family.blocks_path}.0."
     shared = {
@@ -233,14 +230,7 @@ def test_fisher_information_is_that_of_the_parameters_own_gradients(kind: str) -
     model = tiny(kind)
     subnets = attach(model, embeddings="trained").subnets
     backbone = backbone_of(model)
-    observer = GradientObserver(backbone, subnets, 1, lambda: 0, lambda: 1.0)
-    loss_of(model, *random_batch(2)).backward()
-    observer.close()
-    expected = torch.zeros(subnets.shape)
-    for block, name, parameter in subnets.parameters(backbone):
-        assert parameter.grad is not None
-        expected[block] += subnets.head_axes[name].sum_by_head(parameter.grad.square())
-    torch.testing.assert_close(observer.sums[0], expected, rtol=1e-4, atol=1e-9)
+    assert_fisher_is_of_own_gradients(backbone, subnets, lambda: loss_of(model, *random_batch(2)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
