@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from d2ft_hpc.config_file import Scalar, plain, read_tree, to_yaml
 from d2ft_hpc.engines.deepspeed_keys import deepspeed_sections, unknown_keys, zero_stage
@@ -38,7 +38,7 @@ from d2ft_hpc.planning.table import PLANNERS
 from d2ft_hpc.planning.tokens import TOKENS, TokenOptions
 from d2ft_hpc.safe_text import shown
 from d2ft_hpc.score_table import FISHER, SCORES, WEIGHT_MAGNITUDE
-from d2ft_hpc.settings import Fraction, Section
+from d2ft_hpc.settings import Fraction, Section, of_percent
 
 PathText = Annotated[str, AfterValidator(expand)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -386,21 +386,25 @@ class PlanConfig(Section):
         if self.token_budget is None:
             return self
         if self.entry.scales_images:
-            raise ValueError(
-                f"plan.token_budget={self.token_budget:g}: with plan.planner={self.planner} it is plan.compute_budget; "
-                f"remove it"
+            raise _of_section(
+                f"token_budget={self.token_budget:g}: with planner={self.planner} it is compute_budget; remove it"
             )
         if self.entry.binding == "sample" or self.file is not None:
-            asked = f"plan.file={self.file}" if self.file is not None else f"plan.planner={self.planner}"
-            raise ValueError(
-                f"plan.token_budget={self.token_budget:g}: {asked} trains on images of full size; remove one of them"
+            asked = f"file={self.file}" if self.file is not None else f"planner={self.planner}"
+            raise _of_section(
+                f"token_budget={self.token_budget:g}: {asked} trains on images of full size; remove one of them"
             )
         if self.token_budget < self.compute_budget:
-            raise ValueError(
-                f"plan.token_budget={self.token_budget:g}: is below plan.compute_budget={self.compute_budget:g}, which "
-                f"would leave the heads nothing to skip; use plan.planner=tokens, or a larger one"
+            raise _of_section(
+                f"token_budget={self.token_budget:g}: is below compute_budget={self.compute_budget:g}, which would "
+                f"leave the heads nothing to skip; use planner=tokens, or a larger one"
             )
         return self
+
+
+def _of_section(text: str) -> PydanticCustomError:
+    """A fault of several keys of a section, which begins with one of them; `explain` adds whose they are."""
+    return PydanticCustomError("of_section", "{text}", {"text": text})
 
 
 class EngineConfig(Section):
@@ -622,6 +626,8 @@ def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -
         key = prefix + ".".join(_key_parts(fault["loc"], schema, unknown=fault["type"] == "extra_forbidden"))
         if fault["type"] == "extra_forbidden":
             yield f"{key}: unknown key (value {shown(fault['input'])}){_nearest(key, schema, prefix)}"
+        elif fault["type"] == "of_section":
+            yield f"{key}.{fault['msg']}" if fault["loc"] else f"{key}{fault['msg']}"
         elif fault["type"] == "missing":
             yield f"{key}: missing; set it in the file or as {key}=VALUE"
         elif not fault["loc"]:
@@ -636,9 +642,17 @@ def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -
             if told.startswith(f"{key}."):  # it names a key inside
                 yield told
                 continue
-            expected.setdefault(f"{key}={shown(fault['input'])}", []).append(f"{told[0].lower()}{told[1:]}")
+            told = f"{told[0].lower()}{told[1:]}{_as_share(fault)}"
+            expected.setdefault(f"{key}={shown(fault['input'])}", []).append(told)
     for value, told_of in expected.items():
         yield f"{value}: {', or '.join(told_of)}"
+
+
+def _as_share(fault: ErrorDetails) -> str:
+    """What to write for a value in per cent: a number above a bound of 1, or a text."""
+    bounds = fault.get("ctx", {})
+    is_share = 1 in (bounds.get("le"), bounds.get("lt")) or fault["type"] == "float_type"
+    return of_percent(fault["input"]) if is_share else ""
 
 
 def _key_parts(

@@ -49,7 +49,7 @@ def speed(workload: Workload, control: Control, planner: str, compute_budget: fl
         made = share(control, lambda: solved(built, workload, planner, compute_budget).to_bytes(), "the plan")
         of_run = {"plan": (SkipPlan.from_bytes(made), 1.0)}
     else:
-        curve = token_curve_of(costs, compute_budget, _STEPS_OF_RUN)
+        curve = token_curve_of(costs, compute_budget, [1] * _STEPS_OF_RUN)
         of_run = {
             f"{down} x {across}": (dense.at((down, across)), steps / _STEPS_OF_RUN)
             for (down, across), steps in zip(curve.grids, curve.steps, strict=True)

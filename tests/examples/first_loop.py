@@ -20,4 +20,5 @@ for _ in range(steps):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    print(f"loss {loss.item():.4f}, {d2ft.report()}")
+    print(f"loss {loss.item():.4f}")
+print(d2ft.report())

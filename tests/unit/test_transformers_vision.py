@@ -407,7 +407,9 @@ def test_ranks_do_not_get_parts() -> None:
     for config in ({"tensor_parallel": {"autotp_size": 2}}, {"pipeline": {"stages": 2}}):
         model = tiny("ViT")
         given = d2ft_hpc.PipelineModule(model, loss_fn=F.cross_entropy) if "pipeline" in config else model
-        with pytest.raises(UnsupportedModelError, match=r"run whole.*pipeline_stages=1"):
+        with pytest.raises(
+            UnsupportedModelError, match=r"run whole.*use neither tensor parallelism nor a pipeline"
+        ):
             d2ft_hpc.initialize(model=given, config={**config, "d2ft": {"planner": "joint"}})
 
 
