@@ -33,8 +33,8 @@ class Layout:
         parts = stages * tensor_ranks
         if world_size % parts:
             raise ConfigError(
-                f"{stages} pipeline stages x {tensor_ranks} tensor-parallel ranks: {world_size} ranks cannot be divided "
-                f"into replicas of {parts}; start a multiple of {parts} ranks"
+                f"{stages} pipeline stages x {tensor_ranks} tensor-parallel ranks: {world_size} ranks cannot be "
+                f"divided into replicas of {parts}; start a multiple of {parts} ranks"
             )
         return Layout(stages, world_size // parts, tensor_ranks, rank)
 

@@ -211,6 +211,22 @@ def test_every_parameter_of_the_blocks_has_its_heads_or_none(kind: str) -> None:
     assert below == ({"embeddings", "pre_layrnorm"} if kind == "CLIP" else {"embeddings"})
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "gated" not in kind])
+def test_the_names_of_layers_that_users_are_told_for_peft_are_those_cut_by_head(kind: str) -> None:
+    model: Any = backbone_of(tiny(kind))
+    family = family_of(model)
+    layers = family.layers(family.blocks(model)[0]).values()
+    page = Path("d2ft_hpc/user_loop/README.md").read_text().lower()
+    (row,) = (
+        line
+        for line in page.splitlines()
+        if "_proj" in line and kind.split()[0].lower() in line.split("`")[0]
+    )
+    assert set(row.split("|")[2].replace("`", "").replace(",", "").split()) == {
+        name.rpartition(".")[2] for names in layers for name in names
+    }
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_costs_are_those_of_the_library_s_model(kind: str) -> None:
     dense = tiny(kind)
