@@ -26,6 +26,12 @@ COMMANDS = {
     "own_loop.py on 2 ranks": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone"],
     "heads_loop.py": [sys.executable],
     "accelerate_fsdp2.py": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone", str(RUN)],
+    "accelerate_fsdp2.py on FSDP2": [
+        str(BESIDE / "torchrun"),
+        "--nproc_per_node=2",
+        "--standalone",
+        str(RUN.with_name("run_on_fsdp2.py")),
+    ],
     "transformers_trainer.py": [sys.executable],
     "transformers_trainer.py on 2 ranks": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone"],
     "decoder_trainer.py": [sys.executable],
@@ -117,6 +123,16 @@ def assert_trained(shown: dict[str, str]) -> None:
         assert len({*shares[0]}) == 1, name
         assert 40 < float(shares[0][0]) <= 60, name
         assert "begins: images have full size" not in shown[name], name
+    if "accelerate_fsdp2.py" in shown:
+        kinds, losses = zip(
+            *(
+                (re.findall(r"training a (\w+)", text), re.findall(r"loss (\S+)", text))
+                for text in (shown["accelerate_fsdp2.py"], shown["accelerate_fsdp2.py on FSDP2"])
+            ),
+            strict=True,
+        )
+        assert kinds == (["DistributedDataParallel"], ["FSDPVisionTransformer"])
+        assert losses[0] == losses[1]  # whatever spreads the weights
     for name in shown.keys() & {"deepspeed_script.py"}:
         (share,) = re.findall(r"(\d+\.\d)% of what full size takes over the run", shown[name])
         assert 55 < float(share) <= 60
@@ -131,9 +147,11 @@ def test_the_command_line_s_report_has_the_compute_that_was_asked_for(shown: dic
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("name", "ranks"), [("heads_loop", 1), ("accelerate_fsdp2", 2)])
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("heads_loop.py", 1), ("accelerate_fsdp2.py", 2), ("accelerate_fsdp2.py on FSDP2", 2)]
+)
 def test_examples_leave_a_record(shown: dict[str, str], folder: Path, name: str, ranks: int) -> None:
-    with results.open(folder / f"{name}.py" / "runs" / name) as run:
+    with results.open(folder / name / "runs" / name.split(".")[0]) as run:
         steps = run.table("steps")
         assert run.complete
         assert steps["executed_flops"].shape == (3, ranks)

@@ -212,8 +212,8 @@ def test_bad_settings_and_states() -> None:
         match=r"^compute_budget=0\.1: .* 2 x 2 patches throughout take; at least 0\.2.*, or smaller options\.sides$",
     ):
         d2ft_hpc.attach(tiny_vit(), 0.1, total_steps=3)
-    with pytest.raises(PlanError, match=r"^compute_budget=0\.01: .*least"):
-        d2ft_hpc.attach(tiny_vit(), 0.01, planner="joint")
+    with pytest.raises(PlanError, match=r"^compute_budget=0\.0001: .*least"):
+        d2ft_hpc.attach(tiny_vit(), 1e-4, planner="joint")
     with pytest.raises(
         PlanError, match=r"^compute_budget=0\.01: scoring .* or a smaller options\.image_size"
     ):
