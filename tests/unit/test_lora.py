@@ -37,8 +37,9 @@ def adapted(
     else:
         from peft import LoraConfig, get_peft_model
 
-        options = {"layers_to_transform": blocks, "layers_pattern": "blocks"}
-        get_peft_model(model, LoraConfig(r=2, lora_alpha=3, target_modules=list(layers), **options))
+        # peft's own layers_to_transform finds blocks of a bare timm model only in newer versions.
+        some = rf"blocks\.({'|'.join(map(str, blocks))})\.\w+\.({'|'.join(layers)})"
+        get_peft_model(model, LoraConfig(r=2, lora_alpha=3, target_modules=some))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
