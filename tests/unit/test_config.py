@@ -46,7 +46,7 @@ def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
         ("plan.compute_budget=1.5", ["plan.compute_budget=1.5", "less than or equal to 1"]),
         ("plan.compute_budget=60", ["plan.compute_budget=60", "write it as a share, 0.6 for 60 %"]),
         ("plan.compute_budget=60%", ["plan.compute_budget='60%'", "write it as a share, 0.6 for 60 %"]),
-        ("plan.options={sides: [50]}", ["sides.0=50", "write it as a share, 0.5 for 50 %"]),
+        ("plan.options.most_shortcut=50", ["plan.options.most_shortcut=50", "0.5 for 50 %"]),
         ("data.validation_fraction=10", ["data.validation_fraction=10", "write it as a share, 0.1 for 10 %"]),
         ("optimizer.warmup_share=5", ["optimizer.warmup_share=5", "write it as a share, 0.05 for 5 %"]),
         ("data.slots=1.5", ["data.slots=1.5", "integer"]),
