@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.lifecycle.costs import PlanCosts
 from d2ft_hpc.metering import StepCosts
@@ -13,6 +15,10 @@ from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.messages import TokenLayout
 from d2ft_hpc.planning.step_time import StepTime
 from d2ft_hpc.planning.token_curve import TokenCurve
+
+DIFFERENT_REPLICAS = 8
+"""Replicas that get rows of their own, of those whose ranks have the same speed and memory. Any samples fill a slot, so
+that the scores of more replicas differ by chance alone: one problem, solved once, is as good for all that share it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +52,19 @@ class PlanContext:
     @property
     def replicas(self) -> int:
         return self.placement.layout.replicas
+
+    @property
+    def planned_replicas(self) -> int:
+        """Replicas whose rows are planned; replica r of the run follows those of r modulo them."""
+        if self.same_rows:
+            return 1
+        of_ranks = (self.reckoned.device_speed, self.reckoned.most_full)
+        by_replica = [
+            np.reshape(self.by_device(values), (self.replicas, -1)) for values in of_ranks if values
+        ]
+        if all((values == values[0]).all() for values in by_replica):
+            return min(self.replicas, DIFFERENT_REPLICAS)
+        return self.replicas
 
     @property
     def subnets(self) -> tuple[int, int]:

@@ -202,7 +202,7 @@ class PlanProblem:
             memory_budget=unlimited,
             always_share=always_share,
         )
-        cells = problem.cells_per_device()
+        cells = problem.cells_per_device
         share = finish_together(speed, cells, compute_budget)
         slowest = int(share.argmin())
         if share[slowest] < always_share - BUDGET_EPSILON:
@@ -263,6 +263,7 @@ class PlanProblem:
             names.append(", ".join(f"{kind} {place[kind]}" for kind in several))
         return tuple(names)
 
+    @cached_property
     def cells_per_device(self) -> npt.NDArray[np.int64]:
         """Number of cells of each device, int64 [device]."""
         device_of_replica = self.stage[:, None] * self.ranks + self.rank
@@ -308,7 +309,7 @@ class PlanProblem:
         """Communication of the dense step, float64 [device]."""
         blocks = np.bincount(self.stage, minlength=self.stages)
         meetings = blocks * (self.forward_score.shape[0] // self.replicas) * sum(self.meeting_cost)
-        cells = self.cells_per_device() * self.communication_cost[Operation.FULL]
+        cells = self.cells_per_device * self.communication_cost[Operation.FULL]
         return np.asarray(cells + np.tile(np.repeat(meetings, self.ranks), self.replicas))
 
     def used_memory(self, plan: SkipPlan) -> Floats:
@@ -319,12 +320,14 @@ class PlanProblem:
         counts = np.bincount(keys, minlength=plan.num_rows * self.num_devices)
         return np.asarray(counts.reshape(plan.num_rows, -1).max(axis=0), dtype=np.float64)
 
-    def budgets(self, tolerance: float = BUDGET_EPSILON / 2) -> Floats:
-        """float64 [device, 2] (compute, communication) with `tolerance` times the dense cost on top.
+    @cached_property
+    def budgets_to_plan(self) -> Floats:
+        """`budgets` within half of the tolerance that `check` grants: planners' sums may round differently."""
+        return self.budgets(BUDGET_EPSILON / 2)
 
-        Planners plan within half of the tolerance that `check` grants: their sums may round differently.
-        """
-        cells = self.cells_per_device()
+    def budgets(self, tolerance: float) -> Floats:
+        """float64 [device, 2] (compute, communication) with `tolerance` times the dense cost on top."""
+        cells = self.cells_per_device
         return np.stack(
             [
                 self.compute_budget + tolerance * cells * self.compute_cost[Operation.FULL],
@@ -366,7 +369,7 @@ class PlanProblem:
     def _check_budget(self, resource: str, budget: Floats, shortcut_cost: float) -> None:
         if budget.shape != (self.num_devices,):
             raise PlanError(f"{resource}_budget needs {self.num_devices} numbers, got shape {budget.shape}.")
-        least = shortcut_cost * self.cells_per_device()
+        least = shortcut_cost * self.cells_per_device
         for index in np.flatnonzero(~(budget >= least * (1 - BUDGET_EPSILON))):
             raise PlanError(
                 f"The {resource} budget of {self.device_names[index]} is {budget[index]:g}; "

@@ -83,8 +83,7 @@ def meeting_replicas(problem: PlanProblem) -> list[Ints]:
 def make_teams(
     problem: PlanProblem,
     replicas: Ints,
-    forward_weight: float,
-    backward_weight: float,
+    gains: tuple[Floats, Floats],
     most_shortcut: float,
     *,
     clusters: bool = False,
@@ -92,13 +91,13 @@ def make_teams(
 ) -> list[Team]:
     """The teams of all stages of replicas that meet. Raises PlanError as `solve_makespan` does.
 
+    gains: of the problem (`PlanProblem.gains`).
     clusters: where messages are limited, levels at which only some of a team's ranks run anything count, too.
     deadline: of time.monotonic(). If what levels give is not known by then, it is estimated for all teams
         (`Levels.is_exact`).
     """
     if not 0 <= most_shortcut <= 1:
         raise PlanError(f"most_shortcut is a share of a rank's heads in [0, 1], got {most_shortcut}.")
-    gains = problem.gains(forward_weight, backward_weight)
     stages = range(problem.stages)
     try:
         every = [
@@ -172,8 +171,8 @@ def _make_team(
 
 def time_budget(problem: PlanProblem, devices: Ints) -> float:
     """Time until the first of the devices has used up its compute budget; inf if all may run densely."""
-    cells = problem.cells_per_device()[devices]
-    budget = problem.budgets()[devices, 0]
+    cells = problem.cells_per_device[devices]
+    budget = problem.budgets_to_plan[devices, 0]
     scarce = budget < cells * problem.compute_cost[Operation.FULL]
     left = budget - cells * problem.compute_cost[Operation.SHORTCUT]
     return float(min((left / problem.device_speed[devices])[scarce], default=math.inf))
@@ -202,13 +201,13 @@ def step_limits(problem: PlanProblem, team: Team) -> list[Limit]:
 
 def other_limits(problem: PlanProblem, team: Team) -> list[Limit]:
     """The communication of a device in the batch and its memory in a row, as far as they are limited."""
-    levels, cells = team.levels, problem.cells_per_device()[team.devices]
+    levels, cells = team.levels, problem.cells_per_device[team.devices]
     shortcut = problem.communication_cost[Operation.SHORTCUT]
     row = team.row_of_class
     limits = []
     for member in range(1 if team.is_even else len(team.devices)):
         devices = team.devices if team.is_even else team.devices[member : member + 1]
-        most = problem.budgets()[devices, 1].min() - cells[member] * shortcut
+        most = problem.budgets_to_plan[devices, 1].min() - cells[member] * shortcut
         memory = np.full(team.slots, problem.memory_budget[devices].min())
         limits += [
             limit_above_least(_messages(problem, levels, member), np.zeros_like(row), np.array([most])),
@@ -254,11 +253,11 @@ def head_times(problem: PlanProblem, team: Team) -> tuple[float, float]:
 
 def _unpaid(problem: PlanProblem, team: Team, least: int) -> str:
     """The message for budgets that do not pay for `least` heads of every rank in each class."""
-    cells = problem.cells_per_device()[team.devices]
+    cells = problem.cells_per_device[team.devices]
     share = least / len(team.levels.forward_gain)
     needs = [
-        ("compute", problem.compute_cost, problem.budgets()[team.devices, 0], problem.always_share),
-        ("communication", problem.communication_cost, problem.budgets()[team.devices, 1], 0.0),
+        ("compute", problem.compute_cost, problem.budgets_to_plan[team.devices, 0], problem.always_share),
+        ("communication", problem.communication_cost, problem.budgets_to_plan[team.devices, 1], 0.0),
     ]
     for resource, (shortcut, forward, full), budget, always_share in needs:
         need = cells * (shortcut + share * (forward - shortcut))
