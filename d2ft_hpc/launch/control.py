@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from functools import wraps
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
@@ -303,7 +304,7 @@ class MpiControl:
         own_size, all_sizes = len(payload).to_bytes(8, "little"), bytearray(8 * self.world_size)
         self._wait(self._comm.Iallgather([own_size, byte], [all_sizes, 8, byte]), deadline)
         sizes = [int.from_bytes(all_sizes[8 * r : 8 * r + 8], "little") for r in range(self.world_size)]
-        starts = [sum(sizes[:r]) for r in range(self.world_size)]
+        starts = [0, *accumulate(sizes[:-1])]
         gathered = bytearray(sum(sizes))
         self._wait(self._comm.Iallgatherv([payload, byte], [gathered, (sizes, starts), byte]), deadline)
         return [bytes(gathered[start : start + size]) for start, size in zip(starts, sizes, strict=True)]

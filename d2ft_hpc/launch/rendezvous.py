@@ -8,9 +8,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 
 from torch import distributed
 from torch.distributed import (  # type: ignore[attr-defined,unused-ignore]
@@ -24,18 +22,17 @@ from torch.distributed import (  # type: ignore[attr-defined,unused-ignore]
 
 from d2ft_hpc.errors import LaunchError
 from d2ft_hpc.launch.agree import AgreedError, agreed, share
-from d2ft_hpc.launch.control import Control, describe_ranks
+from d2ft_hpc.launch.control import Control
 from d2ft_hpc.launch.door import Door, Place, enter
 from d2ft_hpc.launch.environment import LaunchEnvironment
+from d2ft_hpc.launch.places import address_towards, are_on_one_host, place_for
 from d2ft_hpc.launch.store import JobStore, StoreServer
 
 __all__ = [
     "SECRET",
     "Store",
-    "are_on_one_host",
     "meet_at_master",
     "meet_over",
-    "place_for",
     "start_process_group",
 ]
 
@@ -74,23 +71,6 @@ def meet_over(control: Control, port: int) -> tuple[Store, Place, tuple[str, int
 def _free_port() -> int:
     with socket.create_server((LOOPBACK, 0)) as probe:
         return int(probe.getsockname()[1])
-
-
-def are_on_one_host(control: Control) -> bool:
-    """Whether the ranks reach each other's Unix sockets: one kernel, network namespace and user; on all together."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        where = f"{boot} {os.stat('/proc/self/ns/net').st_ino} {os.geteuid()}".encode()
-    except OSError:
-        where = secrets.token_bytes(16)
-    return len(set(control.all_gather(where))) == 1
-
-
-def place_for(hosts: Sequence[str], one_host: bool, port: int = 0) -> Place:
-    """Where rank 0, which calls this, can listen so that all ranks reach it, and as few others as possible."""
-    if one_host:
-        return Place(secrets.token_hex(16), None)
-    return Place(os.environ.get("MASTER_ADDR") or _address_for(hosts), port)
 
 
 def _serve(place: Place, key: bytes, world_size: int) -> Place:
@@ -147,7 +127,7 @@ def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> tu
         )
         try:
             if rank == 0:
-                towards = _address_towards(address) or LOOPBACK
+                towards = address_towards(address) or LOOPBACK
                 own = Place(address if towards.startswith("127.") else towards, 0)
                 made = secrets.token_bytes(32)
                 agent.set("rank 0", json.dumps([*_serve(own, key + made, world_size), made.hex()]))
@@ -265,32 +245,3 @@ def start_process_group(
             f" ({str(error).splitlines()[0]}). If the hosts have several networks, name the right one with"
             " GLOO_SOCKET_IFNAME."
         ) from error
-
-
-def _address_for(hosts: Sequence[str]) -> str:
-    """The address at which the other ranks reach this process, if it is rank 0, on `hosts[0]`."""
-    others = [host for host in hosts if host != hosts[0]]
-    address = _address_towards(others[0] if others else hosts[0])
-    if address is None:
-        rank = hosts.index(others[0]) if others else 0
-        raise LaunchError(
-            f"rank 0 on {hosts[0]} has no address that {describe_ranks([rank], hosts)} could"
-            " reach. Set MASTER_ADDR to the address of rank 0."
-        )
-    return address
-
-
-def _address_towards(peer: str) -> str | None:
-    """The address of this host from which it would speak to the peer, or else to the world."""
-    # "Connecting" a UDP socket sends nothing; it makes the kernel choose the address that routes to the peer.
-    for destination in (
-        peer,
-        "192.0.2.1",
-    ):  # the second is a documentation address: it means the default route
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect((destination, 9))
-                return str(probe.getsockname()[0])
-            except OSError:
-                continue
-    return None
