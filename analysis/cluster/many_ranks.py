@@ -5,7 +5,8 @@
     python -m analysis.cluster.many_ranks --table
 
 Over MPI a rank is the control plane and the watch alone, which need no torch; over gloo ranks are forked from one
-process that has loaded torch, and connect as under torchrun. Seconds are of the machine as it is; bytes and counts are exact.
+process that has loaded torch, and connect as under torchrun. Seconds are of the machine as it is; bytes and counts are
+exact.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ def measure(control: Control, launched: float, plan: bytes, folder: Path) -> Non
 
     def timed(name: str, work: Callable[[], object]) -> None:
         control.barrier(PATIENCE_SECONDS)
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         work()
-        found[name] = time.perf_counter() - begun
+        found[name], found[f"{name}_cpu"] = time.perf_counter() - begun, time.process_time() - cpu
 
     signals = StopSignals(["USR1"])
     begun = time.perf_counter()
@@ -63,10 +64,11 @@ def measure(control: Control, launched: float, plan: bytes, folder: Path) -> Non
     _record(control, timed, found)
 
     control.barrier(PATIENCE_SECONDS)
-    before, cpu = sent["bytes"], time.process_time()
+    before, cpu, begun = sent["bytes"], time.process_time(), time.perf_counter()
     time.sleep(WATCHED_SECONDS)
-    found["watch_cpu_share"] = (time.process_time() - cpu) / WATCHED_SECONDS
-    found["watch_bytes_a_second"] = (sent["bytes"] - before) / WATCHED_SECONDS
+    watched = time.perf_counter() - begun
+    found["watch_cpu_share"] = (time.process_time() - cpu) / watched
+    found["watch_bytes_a_second"] = (sent["bytes"] - before) / watched
 
     control.barrier(PATIENCE_SECONDS)
     asked, step, before = time.time(), 0, sent["bytes"]
@@ -110,12 +112,8 @@ def _record(
     pending = []
 
     def begin() -> None:
-        longest = 0.0
         for _ in range(STEPS):
-            begun = time.perf_counter()
             pending.append(control.start_gather(b"r" * RECORD_BYTES))
-            longest = max(longest, time.perf_counter() - begun)
-        found["record_longest_wait"] = longest
 
     timed("record_begin", begin)
     begun = time.perf_counter()
@@ -135,7 +133,7 @@ def _own_memory_kb() -> float:
 
 
 def _of_all(every: Sequence[dict[str, float]], plan_bytes: int) -> dict[str, Any]:
-    """Seconds are the slowest rank's; bytes, processor and memory rank 0's."""
+    """Seconds of the clock and the step's are the slowest rank's; bytes, processor seconds and memory rank 0's."""
     first, ranks = every[0], len(every)
     assert len({found["step"] for found in every}) == 1, "all ranks stop before the same step"
     asked = every[-1]["asked"]
@@ -143,11 +141,16 @@ def _of_all(every: Sequence[dict[str, float]], plan_bytes: int) -> dict[str, Any
     def slowest(name: str) -> float:
         return max(found[name] for found in every)
 
-    seconds = ("start", "watch", "barrier", "broadcast", "hash", "share", "record_longest_wait", "record_end")
+    seconds = ("start", "watch", "barrier", "broadcast", "hash", "share", "record_end")
     return {
         "ranks": ranks,
         **{f"{name}_seconds": slowest(name) for name in seconds},
-        "record_step_wait_seconds": slowest("record_begin") / STEPS,
+        "record_step_seconds": slowest("record_begin") / STEPS,
+        "record_step_cpu_seconds": slowest("record_begin_cpu") / STEPS,
+        **{
+            f"{name}_cpu_seconds_of_rank_0": first[f"{name}_cpu"]
+            for name in ("barrier", "broadcast", "hash", "share")
+        },
         "stop_seconds": slowest("stopped") - asked,
         "watch_cpu_share": first["watch_cpu_share"],
         "memory_kb": first["memory_kb"],

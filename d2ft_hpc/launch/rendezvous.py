@@ -41,6 +41,10 @@ LOOPBACK = "127.0.0.1"
 SECRET = "D2FT_SECRET"
 """Variable with a secret of the job's, equal on all ranks, for launchers that give them nothing to share one by."""
 
+_MESH_RANKS = 64
+"""Up to so many ranks gloo connects each with each at the start, for which rank 0 sends every rank what every pair
+needs: bytes by the cube of their number, 94 GB for 1,024 ranks. Of more, two connect when they first meet."""
+
 _KEPT: list[Store] = []
 """torch.distributed keeps only the C++ half of a store that is written in Python."""
 
@@ -218,6 +222,9 @@ def start_process_group(
     if one_host:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
+    lazily = environment.world_size > _MESH_RANKS
+    if lazily:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     # NCCL's monitor would ask the store each second whether a rank wants a dump, to the very end of the process,
     # where a store that is written in Python may not be called any more: the process would abort.
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
@@ -235,6 +242,8 @@ def start_process_group(
     # `timeout_seconds` whether the ranks reach each other; it must live until all of them have connected.
     try:
         start("trial", "gloo", timeout_seconds)
+        if lazily:
+            distributed.barrier()
         if not _all_arrive(store, "trial connected", environment.world_size, timeout_seconds):
             raise RuntimeError("another rank failed to connect")
         distributed.destroy_process_group()
