@@ -52,7 +52,7 @@ def measured(planner: str, replicas: int, *, alike: bool = True) -> dict[str, ob
         "alike": alike,
         "seconds": clock,
         "cpu_seconds": cpu,
-        "planned_replicas": context.planned_replicas,
+        "planned_replicas": len(set(context.followed.tolist())),
         "message_bytes": len(plan.to_message()),
         "plan_bytes": len(plan.to_bytes()),
         "score_bytes": scores.nbytes,

@@ -12,12 +12,12 @@ from d2ft_hpc.lifecycle.costs import PlanCosts
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.layout import Placement
 from d2ft_hpc.planning import SkipPlan
-from d2ft_hpc.planning.messages import TokenLayout
+from d2ft_hpc.planning.messages import Ints, TokenLayout
 from d2ft_hpc.planning.step_time import StepTime
 from d2ft_hpc.planning.token_curve import TokenCurve
 
 DIFFERENT_REPLICAS = 8
-"""Replicas that get rows of their own, of those whose ranks have the same speed and memory. Any samples fill a slot, so
+"""Replicas that get rows of their own, of all whose ranks have the same speed and memory. Any samples fill a slot, so
 that the scores of more replicas differ by chance alone: one problem, solved once, is as good for all that share it."""
 
 
@@ -54,17 +54,21 @@ class PlanContext:
         return self.placement.layout.replicas
 
     @property
-    def planned_replicas(self) -> int:
-        """Replicas whose rows are planned; replica r of the run follows those of r modulo them."""
+    def followed(self) -> Ints:
+        """int64 [replica]: whose rows each replica follows; those that are planned follow their own."""
         if self.same_rows:
-            return 1
-        of_ranks = (self.reckoned.device_speed, self.reckoned.most_full)
-        by_replica = [
-            np.reshape(self.by_device(values), (self.replicas, -1)) for values in of_ranks if values
+            return np.zeros(self.replicas, dtype=np.int64)
+        known = [
+            values for values in (self.reckoned.device_speed, self.reckoned.most_full) if values is not None
         ]
-        if all((values == values[0]).all() for values in by_replica):
-            return min(self.replicas, DIFFERENT_REPLICAS)
-        return self.replicas
+        of_replicas = [np.reshape(self.by_device(values), (self.replicas, -1)) for values in known]
+        kind = np.unique(np.concatenate(of_replicas, axis=1), axis=0, return_inverse=True)[1].ravel()
+        order = np.argsort(kind, kind="stable")
+        first = np.searchsorted(kind[order], kind[order])  # of its kind, a place in the order
+        place = np.arange(self.replicas) - first
+        followed = np.empty_like(order)
+        followed[order] = order[first + place % DIFFERENT_REPLICAS]
+        return followed
 
     @property
     def subnets(self) -> tuple[int, int]:

@@ -52,9 +52,9 @@ def solve_plan(context: PlanContext, scores: Scores | None, index: int) -> SkipP
         return replace(dense, planner=settings.planner)
     planned = context.costs.trains
     _check_frozen(planned, context.placement)
-    layouts = context.token_layouts
+    layouts, followed = context.token_layouts, context.followed
     problems = [
-        pose(context, scores, planned, context.planned_replicas, compute_budget=budget, token_layout=layout)
+        pose(context, scores, planned, compute_budget=budget, token_layout=layout).of_followed(followed)
         for layout in layouts
         if not (layout == "overlapped" and "sharded" in layouts)  # which sends the same
     ]
@@ -70,11 +70,11 @@ def solve_plan(context: PlanContext, scores: Scores | None, index: int) -> SkipP
         ]
         plan = plans[int(np.argmin(seconds))]
     plan = plan.among(planned)
-    of_replicas = plan.operations.reshape(context.slots, plan.replicas, *context.subnets)
-    followed = np.arange(replicas) % plan.replicas
+    of_planned = plan.operations.reshape(context.slots, plan.replicas, *context.subnets)
+    leader = np.unique(followed, return_inverse=True)[1].ravel()
     return replace(
         plan,
-        operations=of_replicas[:, followed].reshape(context.shape),
+        operations=of_planned[:, leader].reshape(context.shape),
         replicas=replicas,
         objective=plan.objective * replicas / plan.replicas,
         bound=plan.bound * replicas / plan.replicas,
@@ -85,12 +85,11 @@ def pose(
     context: PlanContext,
     scores: Scores | None,
     planned: npt.NDArray[np.bool_],
-    replicas: int,
     *,
     compute_budget: float,
     token_layout: TokenLayout = "replicated",
 ) -> PlanProblem:
-    """The problem of one batch of the first `replicas`, by the scores' mean over all that follow their rows.
+    """The problem of one batch, of all replicas.
 
     scores: None: all the same. planned: bool [block], blocks that the problem is about; all others, which are frozen,
     run FULL, as part of what always runs.
@@ -98,21 +97,15 @@ def pose(
     Raises PlanError as `PlanProblem.parallel`.
     """
     settings, reckoned, same_rows = context.settings, context.reckoned, context.same_rows
-
-    def posed(values: np.ndarray) -> np.ndarray:
-        of_replicas = values.astype(np.float64).reshape(context.slots, context.replicas, *context.subnets)
-        mean = np.stack([of_replicas[:, each::replicas].mean(axis=1) for each in range(replicas)], axis=1)
-        return mean.reshape(-1, *context.subnets)[:, planned]
-
-    def of_devices(values: Sequence[float]) -> list[float]:
-        by_replica = np.reshape(context.by_device(values), (context.replicas, -1))
-        return list(by_replica.min(axis=0) if same_rows else by_replica[:replicas].ravel())
-
+    most_full = None if reckoned.most_full is None else context.by_device(reckoned.most_full)
+    if same_rows and most_full is not None:  # rows for all are those that the one with least memory can run
+        of_replicas = np.reshape(most_full, (context.replicas, -1))
+        most_full = np.tile(of_replicas.min(axis=0), context.replicas).tolist()
     equal = np.ones(context.shape)
     return PlanProblem.parallel(
-        posed(equal if scores is None else scores.forward),
-        posed(equal if scores is None else scores.backward),
-        replicas=replicas,
+        (equal if scores is None else scores.forward)[:, planned],
+        (equal if scores is None else scores.backward)[:, planned],
+        replicas=context.replicas,
         rank=context.placement.owner[planned],
         stage=context.placement.stage[planned],
         compute_budget=compute_budget,
@@ -120,8 +113,8 @@ def pose(
         memory_budget=settings.memory_budget,
         forward_cost=reckoned.forward_share,
         always_share=reckoned.always_share,
-        device_speed=None if same_rows else of_devices(reckoned.device_speed),
-        most_full=None if reckoned.most_full is None else of_devices(reckoned.most_full),
+        device_speed=None if same_rows else context.by_device(reckoned.device_speed),
+        most_full=most_full,
         messages=settings.messages,
         replicas_meet=context.replicas_meet and not same_rows,
         token_layout=token_layout,
@@ -149,7 +142,7 @@ def token_layout_of(plan: SkipPlan, context: PlanContext) -> TokenLayout:
         return allowed[0]
     everywhere = np.ones(plan.num_blocks, dtype=bool)
     every_replica = replace(context, same_rows=False)
-    problem = pose(every_replica, None, everywhere, context.replicas, compute_budget=1.0)
+    problem = pose(every_replica, None, everywhere, compute_budget=1.0)
     if (problem.used_communication(plan) > problem.budgets(BUDGET_EPSILON)[:, 1]).any():
         allowed = _that_send_no_more("sharded", allowed)  # for which the plan was made
     return context.step_time.fastest(plan, problem, allowed)[1]

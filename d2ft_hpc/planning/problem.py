@@ -25,6 +25,8 @@ _FASTEST = 1e50
 
 Costs = tuple[float, float, float]
 
+_BY_DEVICE = ("device_speed", "compute_budget", "communication_budget", "memory_budget")
+
 
 @dataclass(frozen=True, eq=False)
 class PlanProblem:
@@ -228,6 +230,35 @@ class PlanProblem:
             communication_budget=communication,
             memory_budget=memory,
         )
+
+    def of_followed(self, followed: Ints) -> PlanProblem:
+        """The problem of the replicas whose rows others follow, by the mean scores of all that do. Devices keep budgets
+        and names.
+
+        followed: int64 [replica], the replica whose rows each one follows.
+        """
+        leaders, leader, followers = np.unique(followed, return_inverse=True, return_counts=True)
+        if len(leaders) == self.replicas:
+            return self
+        order = np.argsort(leader.ravel(), kind="stable")
+        first = np.cumsum(followers) - followers
+
+        def mean(score: Floats) -> Floats:
+            of_replicas = score.reshape(-1, self.replicas, *score.shape[1:])[:, order]
+            total = np.add.reduceat(of_replicas, first, axis=1)
+            return np.asarray((total / followers[:, None, None]).reshape(-1, *score.shape[1:]))
+
+        of_replica = self.num_devices // self.replicas
+        devices = (leaders[:, None] * of_replica + np.arange(of_replica)).ravel()
+        problem = replace(
+            self,
+            forward_score=mean(self.forward_score),
+            backward_score=mean(self.backward_score),
+            replicas=len(leaders),
+            **{name: getattr(self, name)[devices] for name in _BY_DEVICE},
+        )
+        problem.__dict__["device_names"] = tuple(self.device_names[device] for device in devices)
+        return problem
 
     @property
     def num_devices(self) -> int:

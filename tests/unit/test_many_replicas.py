@@ -42,8 +42,11 @@ def scores_of(replicas: int) -> Scores:
 def test_replicas_of_one_speed_follow_the_rows_of_a_few_in_turn() -> None:
     """1,024 replicas pose the problem of eight, by the mean scores of those that share rows."""
     context, scores = context_of("joint", 1024), scores_of(1024)
-    assert context.planned_replicas == DIFFERENT_REPLICAS == 8
-    problem = pose(context, scores, np.ones(BLOCKS, dtype=bool), 8, compute_budget=0.6)
+    assert DIFFERENT_REPLICAS == 8
+    assert np.array_equal(context.followed, np.arange(1024) % 8)
+    problem = pose(context, scores, np.ones(BLOCKS, dtype=bool), compute_budget=0.6).of_followed(
+        context.followed
+    )
     assert problem.forward_score.shape == (SLOTS * 8, BLOCKS, HEADS)
     of_slot_1 = scores.forward.astype(np.float64)[1024:]
     assert np.allclose(problem.forward_score[8 + 3], of_slot_1[3::8].mean(axis=0), rtol=1e-12)
@@ -63,16 +66,35 @@ def test_a_number_of_replicas_that_eight_does_not_divide_is_planned_as_well() ->
     ] * 3
 
 
-def test_replicas_of_unlike_speed_or_memory_keep_rows_of_their_own() -> None:
-    context = context_of("joint", 12, [1.0] * 11 + [0.5])
-    assert context.planned_replicas == 12
+def test_replicas_of_each_speed_follow_eight_of_their_own_and_keep_their_budgets() -> None:
+    """Every third of 30 replicas is half as fast."""
+    speeds = [0.5 if each % 3 == 0 else 1.0 for each in range(30)]
+    context, scores = context_of("joint", 30, speeds), scores_of(30)
+    followed = context.followed
+    assert followed[[0, 3, 21, 24, 27]].tolist() == [0, 3, 21, 0, 3]
+    assert followed[[1, 2, 11, 13, 14, 29]].tolist() == [1, 2, 11, 1, 2, 5]
+    everything = pose(context, scores, np.ones(BLOCKS, dtype=bool), compute_budget=0.6)
+    problem = everything.of_followed(followed)
+    leaders = np.unique(followed)
+    assert len(leaders) == problem.replicas == 16
+    assert np.array_equal(problem.compute_budget, everything.compute_budget[leaders])
+    assert problem.device_names[-1] == f"rank {leaders[-1]}"
+    place = leaders.tolist().index(3)
+    assert np.allclose(problem.forward_score[place], scores.forward[[3, 27]].mean(axis=0))
+    plan = solve_plan(context, scores, 0)
+    assert all(
+        np.array_equal(plan.for_replica(each), plan.for_replica(whose)) for each, whose in enumerate(followed)
+    )
+    full = [int((plan.for_replica(each) == 2).sum()) for each in range(30)]
+    assert max(full[::3]) < min(full[1::3])
+
+
+def test_replicas_of_unlike_memory_keep_rows_of_their_own_and_others_share_one() -> None:
     equal = context_of("joint", 12)
     short = replace(equal.reckoned, most_full=[12.0] * 11 + [6.0])
-    assert replace(equal, reckoned=short).planned_replicas == 12
-    assert replace(equal, same_rows=True).planned_replicas == 1
-    plan = solve_plan(context, scores_of(12), 0)
-    full = [int((plan.for_replica(each) == 2).sum()) for each in range(12)]
-    assert full[11] < min(full[:11])
+    assert replace(equal, reckoned=short).followed.tolist() == [*range(8), 0, 1, 2, 11]
+    assert replace(equal, same_rows=True).followed.tolist() == [0] * 12
+    assert context_of("joint", 3, [1.0, 2.0, 3.0]).followed.tolist() == [0, 1, 2]
 
 
 def test_a_plan_for_many_replicas_is_hardly_a_larger_message() -> None:
