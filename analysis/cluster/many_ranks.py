@@ -237,23 +237,20 @@ def _plan_message(replicas: int) -> bytes:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Every quantity against the number of ranks, and how it grows between the two largest numbers."""
+    """Every quantity against the number of ranks, and the power of it with which it grows from eight ranks on."""
     told = []
     for over in sorted({line["over"] for line in lines}):
         rows = sorted((line for line in lines if line["over"] == over), key=lambda line: line["ranks"])
         told += [f"| over {over} | " + " | ".join(str(row["ranks"]) for row in rows) + " | grows as |"]
         told += ["|---" * (len(rows) + 2) + "|"]
+        start, end = next(row for row in rows if row["ranks"] >= min(8, rows[-1]["ranks"])), rows[-1]
         for name in (each for each in rows[0] if each not in ("over", "ranks")):
-            values = [row.get(name, math.nan) for row in rows]
-            last, before = rows[-1], rows[-2] if len(rows) > 1 else rows[-1]
-            grown = (
-                ""
-                if name == "load" or not (values[-1] > 0 and len(rows) > 1 and values[-2] > 0)
-                else (
-                    f"N^{math.log(values[-1] / values[-2]) / math.log(last['ranks'] / before['ranks']):.2f}"
-                )
-            )
-            told.append(f"| {name} | " + " | ".join(f"{value:.3g}" for value in values) + f" | {grown} |")
+            values = " | ".join(f"{row.get(name, math.nan):.3g}" for row in rows)
+            grown = ""
+            if start is not end and start.get(name, 0) > 0 and end.get(name, 0) > 0:
+                power = math.log(end[name] / start[name]) / math.log(end["ranks"] / start["ranks"])
+                grown = f"N^{power:.2f}"
+            told.append(f"| {name} | {values} | {grown} |")
         told.append("")
     return "\n".join(told)
 
