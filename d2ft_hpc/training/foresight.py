@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.launch import agreed, share
 from d2ft_hpc.lifecycle.context import PlanContext
 from d2ft_hpc.lifecycle.controller import PlanController
 from d2ft_hpc.lifecycle.solve import solve_plan
+from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning import SkipPlan
 
 _TRIAL_SECONDS = 1.0

@@ -12,7 +12,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.lifecycle import solve_plan
@@ -21,6 +20,7 @@ from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.metering.activation_bytes import measure_activation_bytes
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds, measure_all_reduce
 from d2ft_hpc.metering.profile import profile_passes
+from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning.plan import SkipPlan
 from d2ft_hpc.scores import Scores
 from tests.models import DEPTH, HEADS, context_of, random_batch, tiny_vit
