@@ -213,7 +213,7 @@ def _plan(options: argparse.Namespace) -> int:
             say(plan_report.describe_alone(plan))
             finish(plan)
             return
-        problem = plan_report.pose(
+        problem = plan_report.problem_of(
             plan_report.read_scores(options.scores, options.index),
             ranks=options.ranks,
             stages=options.stages,

@@ -12,7 +12,7 @@ from d2ft_hpc.launch import Control, share
 from d2ft_hpc.lifecycle.background import BackgroundSolver
 from d2ft_hpc.lifecycle.context import PlanContext
 from d2ft_hpc.lifecycle.costs import PlanCosts
-from d2ft_hpc.lifecycle.solve import reads_scores, solve_plan, token_layout_of
+from d2ft_hpc.lifecycle.make_plan import make_plan, reads_scores, token_layout_of
 from d2ft_hpc.lifecycle.state import PlanState
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import SkipPlan
@@ -183,7 +183,7 @@ class PlanController:
         if same_rows is not None and self.plans_made == 0:
             self.listener.say(f"one plan for all replicas: {same_rows}")
         context = replace(self.context, same_rows=same_rows is not None)
-        solve = partial(solve_plan, context, self.scores, self.plans_made)
+        solve = partial(make_plan, context, self.scores, self.plans_made)
         if may_overlap:
             self._background.start(solve)
             seconds = time.perf_counter() - start

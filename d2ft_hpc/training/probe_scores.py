@@ -17,7 +17,7 @@ from d2ft_hpc.engines.engine import Engine, LossFunction, MicroBatch
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.lifecycle.controller import ScoreSource
 from d2ft_hpc.lifecycle.gather_scores import gather_scores
-from d2ft_hpc.lifecycle.solve import reads_scores
+from d2ft_hpc.lifecycle.make_plan import reads_scores
 from d2ft_hpc.metering import meter
 from d2ft_hpc.metering.memory import release_unused
 from d2ft_hpc.score_table import SCORES
