@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from d2ft_hpc.launch import Control, agreed, connect, detect, share
+from d2ft_hpc.launch.async_gather import wait_for
 from d2ft_hpc.launch.channel import Channel
-from d2ft_hpc.launch.control import MpiControl
-from d2ft_hpc.launch.gather import wait_for
+from d2ft_hpc.launch.mpi_control import MpiControl
 from d2ft_hpc.launch.signals import StopSignals
 from d2ft_hpc.launch.watch import Watch
 
@@ -226,7 +226,7 @@ def experiment(over: str, ranks: int) -> dict[str, Any]:
 
 
 def _plan_message(replicas: int) -> bytes:
-    """Of ViT-B, four micro-batches a replica; replicas follow the rows of eight, as in `solve_plan`."""
+    """Of ViT-B, four micro-batches a replica; replicas follow the rows of eight, as in `make_plan`."""
     import numpy as np
 
     from d2ft_hpc.planning import SkipPlan

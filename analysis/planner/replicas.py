@@ -12,10 +12,10 @@ import time
 
 import numpy as np
 
-from d2ft_hpc.config import PlanConfig
-from d2ft_hpc.lifecycle import PlanContext, PlanCosts, solve_plan
+from d2ft_hpc.lifecycle import PlanContext, PlanCosts, make_plan
 from d2ft_hpc.metering import StepCosts
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
+from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.scores import Scores
 
 SLOTS, BLOCKS, HEADS = 4, 12, 12
@@ -44,7 +44,7 @@ def measured(planner: str, replicas: int, *, alike: bool = True) -> dict[str, ob
     scores = np.random.default_rng(0).lognormal(size=(2, SLOTS * replicas, BLOCKS, HEADS)).astype(np.float32)
     context = context_of(planner, replicas, alike=alike)
     clock, cpu = time.perf_counter(), time.process_time()
-    plan = solve_plan(context, Scores(*scores, seconds=0.0), 0)
+    plan = make_plan(context, Scores(*scores, seconds=0.0), 0)
     clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
     return {
         "planner": planner,

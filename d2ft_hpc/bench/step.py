@@ -19,13 +19,13 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from d2ft_hpc.bench.turns import Ratio
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
+from d2ft_hpc.families.table import family_of
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.metering.memory import kept_bytes
 from d2ft_hpc.model.build import build_model
@@ -179,15 +179,15 @@ def describe(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _model(sizes: Sizes) -> VisionTransformer:
+def _model(sizes: Sizes) -> nn.Module:
     model = build_model(sizes.model, num_classes=1000, options={"img_size": sizes.image_size})
     if sizes.lora_rank is not None:
         _adapt(model, sizes.lora_rank)
     return model.to(device=sizes.device, dtype=sizes.dtype).train()
 
 
-def _adapt(model: VisionTransformer, rank: int) -> None:
-    add_lora(model, rank=rank, alpha=2 * rank, dropout=0.0, layers=("qkv", "proj", "fc1", "fc2"))
+def _adapt(model: nn.Module, rank: int) -> None:
+    add_lora(model, rank=rank, alpha=2 * rank, dropout=0.0)
 
 
 def _static(sizes: Sizes, costs: StepCosts, executor: PlanExecutor) -> SkipPlan:
@@ -217,7 +217,7 @@ def _static(sizes: Sizes, costs: StepCosts, executor: PlanExecutor) -> SkipPlan:
     return SkipPlan(operations, replicas=1)
 
 
-def _dense(sizes: Sizes, model: VisionTransformer) -> dict[str, Contender]:
+def _dense(sizes: Sizes, model: nn.Module) -> dict[str, Contender]:
     batch = _batch(sizes, sizes.micro_batch)
     compiled = _contender(torch.compile(model, dynamic=False), model, batch, sizes)
     if sizes.device.type == "cuda":
@@ -225,7 +225,7 @@ def _dense(sizes: Sizes, model: VisionTransformer) -> dict[str, Contender]:
     return {"dense_eager": _contender(model, model, batch, sizes), "dense_compiled": compiled}
 
 
-def _planned(sizes: Sizes, model: VisionTransformer, plan: SkipPlan) -> dict[str, Contender]:
+def _planned(sizes: Sizes, model: nn.Module, plan: SkipPlan) -> dict[str, Contender]:
     """The plan, and all FULL, each by a model of its own."""
 
     def under(followed: SkipPlan, samples: int) -> Contender:
@@ -243,9 +243,7 @@ def _planned(sizes: Sizes, model: VisionTransformer, plan: SkipPlan) -> dict[str
     return found | {"plan": under(plan, sizes.micro_batch)}
 
 
-def _unowned_memory_share(
-    sizes: Sizes, model: VisionTransformer, executor: PlanExecutor, dense: int
-) -> float:
+def _unowned_memory_share(sizes: Sizes, model: nn.Module, executor: PlanExecutor, dense: int) -> float:
     """What no head owns of the bytes that a dense forward keeps: by those of one and of two FULL heads a block."""
     kept = []
     for full in (1, 2):
@@ -257,7 +255,7 @@ def _unowned_memory_share(
     return float((2 * kept[0] - kept[1]) / dense)
 
 
-def _peers(sizes: Sizes, dense: VisionTransformer, skipped: float) -> dict[str, Contender]:
+def _peers(sizes: Sizes, dense: nn.Module, skipped: float) -> dict[str, Contender]:
     """Other ways to train less, at the same share of branches that get no gradient; LoRA of rank 8."""
     batch = _batch(sizes, sizes.micro_batch)
 
@@ -266,7 +264,7 @@ def _peers(sizes: Sizes, dense: VisionTransformer, skipped: float) -> dict[str, 
 
     subset = copy.deepcopy(dense)
     keep = max(1, round((1 - skipped) * sizes.micro_batch))
-    for block in subset.blocks:
+    for block in family_of(subset).blocks(subset):
         block.forward = _subset_forward(block, keep)
     dropped = timm.create_model(
         sizes.model, img_size=sizes.image_size, num_classes=1000, drop_path_rate=skipped

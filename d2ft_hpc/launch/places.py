@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from d2ft_hpc.errors import LaunchError
+from d2ft_hpc.launch.authenticated_socket import Endpoint
 from d2ft_hpc.launch.control import Control, describe_ranks
-from d2ft_hpc.launch.door import Place
 
 
 def are_on_one_host(control: Control) -> bool:
@@ -23,11 +23,11 @@ def are_on_one_host(control: Control) -> bool:
     return len(set(control.all_gather(where))) == 1
 
 
-def place_for(hosts: Sequence[str], one_host: bool, port: int = 0) -> Place:
+def endpoint_for(hosts: Sequence[str], one_host: bool, port: int = 0) -> Endpoint:
     """Where rank 0, which calls this, can listen so that all ranks reach it, and as few others as possible."""
     if one_host:
-        return Place(secrets.token_hex(16), None)
-    return Place(os.environ.get("MASTER_ADDR") or _address_for(hosts), port)
+        return Endpoint(secrets.token_hex(16), None)
+    return Endpoint(os.environ.get("MASTER_ADDR") or _address_for(hosts), port)
 
 
 def _address_for(hosts: Sequence[str]) -> str:

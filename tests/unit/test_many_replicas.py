@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from d2ft_hpc.config import PlanConfig
-from d2ft_hpc.lifecycle import PlanContext, PlanCosts, solve_plan
+from d2ft_hpc.lifecycle import PlanContext, PlanCosts, make_plan
 from d2ft_hpc.lifecycle.context import DIFFERENT_REPLICAS
-from d2ft_hpc.lifecycle.solve import pose
+from d2ft_hpc.lifecycle.make_plan import _problem as problem_of
 from d2ft_hpc.metering import StepCosts
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
+from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning import PlanProblem, SkipPlan, solve
 from d2ft_hpc.scores import Scores
 
@@ -44,14 +44,14 @@ def test_replicas_of_one_speed_follow_the_rows_of_a_few_in_turn() -> None:
     context, scores = context_of("joint", 1024), scores_of(1024)
     assert DIFFERENT_REPLICAS == 8
     assert np.array_equal(context.followed, np.arange(1024) % 8)
-    problem = pose(context, scores, np.ones(BLOCKS, dtype=bool), compute_budget=0.6).of_followed(
+    problem = problem_of(context, scores, np.ones(BLOCKS, dtype=bool), compute_budget=0.6).of_followed(
         context.followed
     )
     assert problem.forward_score.shape == (SLOTS * 8, BLOCKS, HEADS)
     of_slot_1 = scores.forward.astype(np.float64)[1024:]
     assert np.allclose(problem.forward_score[8 + 3], of_slot_1[3::8].mean(axis=0), rtol=1e-12)
 
-    plan, few = solve_plan(context, scores, 0), solve(problem, "joint")
+    plan, few = make_plan(context, scores, 0), solve(problem, "joint")
     assert (plan.replicas, plan.num_rows) == (1024, SLOTS * 1024)
     for replica in (0, 7, 8, 1023):
         assert np.array_equal(plan.for_replica(replica), few.for_replica(replica % 8))
@@ -60,7 +60,7 @@ def test_replicas_of_one_speed_follow_the_rows_of_a_few_in_turn() -> None:
 
 
 def test_a_number_of_replicas_that_eight_does_not_divide_is_planned_as_well() -> None:
-    plan = solve_plan(context_of("joint", 11), scores_of(11), 0)
+    plan = make_plan(context_of("joint", 11), scores_of(11), 0)
     assert [np.array_equal(plan.for_replica(8 + each), plan.for_replica(each)) for each in range(3)] == [
         True
     ] * 3
@@ -73,7 +73,7 @@ def test_replicas_of_each_speed_follow_eight_of_their_own_and_keep_their_budgets
     followed = context.followed
     assert followed[[0, 3, 21, 24, 27]].tolist() == [0, 3, 21, 0, 3]
     assert followed[[1, 2, 11, 13, 14, 29]].tolist() == [1, 2, 11, 1, 2, 5]
-    everything = pose(context, scores, np.ones(BLOCKS, dtype=bool), compute_budget=0.6)
+    everything = problem_of(context, scores, np.ones(BLOCKS, dtype=bool), compute_budget=0.6)
     problem = everything.of_followed(followed)
     leaders = np.unique(followed)
     assert len(leaders) == problem.replicas == 16
@@ -81,7 +81,7 @@ def test_replicas_of_each_speed_follow_eight_of_their_own_and_keep_their_budgets
     assert problem.device_names[-1] == f"rank {leaders[-1]}"
     place = leaders.tolist().index(3)
     assert np.allclose(problem.forward_score[place], scores.forward[[3, 27]].mean(axis=0))
-    plan = solve_plan(context, scores, 0)
+    plan = make_plan(context, scores, 0)
     assert all(
         np.array_equal(plan.for_replica(each), plan.for_replica(whose)) for each, whose in enumerate(followed)
     )
@@ -99,7 +99,7 @@ def test_replicas_of_unlike_memory_keep_rows_of_their_own_and_others_share_one()
 
 def test_a_plan_for_many_replicas_is_hardly_a_larger_message() -> None:
     """4,096 replicas' rows take 2 bits an entry, as bytes; as a message from rank 0 hardly more than one node's."""
-    plans = {each: solve_plan(context_of("static", each), scores_of(each), 0) for each in (8, 4096)}
+    plans = {each: make_plan(context_of("static", each), scores_of(each), 0) for each in (8, 4096)}
     messages = {each: len(plan.to_message()) for each, plan in plans.items()}
     assert len(plans[4096].to_bytes()) > SLOTS * 4096 * BLOCKS * HEADS / 4
     assert messages[4096] < 2 * messages[8]

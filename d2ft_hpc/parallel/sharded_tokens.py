@@ -1,119 +1,19 @@
-"""Messages between tensor-parallel ranks: two layouts of the tokens between the branches, with the same methods.
-
-All ranks of a group know the plan, so each knows who has something to send, and nothing else is sent: forward to and
-from ranks with a head that is not SHORTCUT (active), backward to and from those with a FULL head.
-"""
+"""Tokens that tensor-parallel ranks hold a part of each between branches, and the messages that this takes."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-from d2ft_hpc.execution.gradients import Owners, stand_ins
-
-Ranks = tuple[int, ...]
-"""Places in the group, in rising order."""
-
-Compute = Callable[[Tensor], Tensor | None]
+from d2ft_hpc.parallel.token_exchange import Compute, Ranks, TokenExchange
 
 
 @dataclass(frozen=True)
-class TokenMessages(ABC):
-    """What a layout of the tokens sends around a branch. rank: this process's place in the group."""
-
-    group: distributed.ProcessGroup
-    rank: int
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TokenMessages:
-        return self  # process groups cannot be copied
-
-    @abstractmethod
-    def split(self, x: Tensor) -> Tensor:
-        """What this rank keeps between branches of x [sample, token, channel], which all ranks have."""
-
-    @abstractmethod
-    def join(self, x: Tensor) -> Tensor:
-        """All tokens on all ranks; undoes `split`."""
-
-    @abstractmethod
-    def through(self, x: Tensor, compute: Compute, active: Ranks, full: Ranks) -> Tensor:
-        """The sum over the active ranks of what they compute with all tokens of x, as split; backward, the FULL ranks
-        get its gradient, and all ranks the sum of theirs.
-
-        compute: of [sample, token, channel]; None on ranks that are not active. What it gives may be overwritten.
-        """
-
-    @property
-    @abstractmethod
-    def has_whole_gradients(self) -> bool:
-        """Whether what all ranks compute alike, norms and what follows a branch's sum, has whole gradients on each."""
-
-
-@dataclass(frozen=True)
-class ReplicatedTokens(TokenMessages):
-    """Every rank holds every token: one sum after each branch, one before it backward (Shoeybi et al., 2019, arXiv
-    1909.08053); a single sender broadcasts."""
-
-    def split(self, x: Tensor) -> Tensor:
-        return x
-
-    def join(self, x: Tensor) -> Tensor:
-        return x
-
-    def through(self, x: Tensor, compute: Compute, active: Ranks, full: Ranks) -> Tensor:
-        entered: Tensor = _SumBackward.apply(self, full, x)
-        own = compute(entered)
-        own = torch.zeros_like(entered) if own is None else own
-        total: Tensor = _SumForward.apply(self, active, own, entered)
-        return total
-
-    @property
-    def has_whole_gradients(self) -> bool:
-        return True
-
-    def sum(self, tensor: Tensor, senders: Ranks) -> Tensor:
-        """Over the group, in the tensor's place; of others than the senders it is zero."""
-        if len(senders) > 1:
-            distributed.all_reduce(tensor, group=self.group)
-        elif senders and self.group.size() > 2 and distributed.get_backend(self.group) == "gloo":
-            self._pass_on(tensor, senders[0])
-        elif senders:
-            sender = distributed.get_global_rank(self.group, senders[0])
-            distributed.broadcast(tensor, sender, group=self.group)
-        return tensor
-
-    def _pass_on(self, tensor: Tensor, sender: int) -> None:
-        """A broadcast along a chain of ranks, each of which passes on a piece while the next one comes, as NCCL does.
-        gloo's own is a tree, whose root sends the whole to several ranks."""
-        ranks = self.group.size()
-        place = (self.rank - sender) % ranks
-        before, after = (
-            distributed.get_global_rank(self.group, (self.rank + step) % ranks) for step in (-1, 1)
-        )
-        pieces = tensor.view(-1).tensor_split(_PIECES)
-        coming = [distributed.irecv(piece, before, self.group) for piece in pieces] if place > 0 else []
-        leaving = []
-        for index, piece in enumerate(pieces):
-            if coming:
-                coming[index].wait()  # type: ignore[union-attr]
-            if place < ranks - 1:
-                leaving.append(distributed.isend(piece, after, self.group))
-        for work in leaving:
-            work.wait()  # type: ignore[union-attr]
-
-
-_PIECES = 8
-"""In which a tensor goes along a chain of ranks."""
-
-
-@dataclass(frozen=True)
-class ShardedTokens(TokenMessages):
+class ShardedTokens(TokenExchange):
     """Between branches every rank holds its own run of each sample's tokens, so that norms, LayerScale, biases and the
     residual are computed once (Korthikanti et al., 2022, arXiv 2205.05198). Only active ranks receive the others'
     tokens and send partial sums, in messages from rank to rank.
@@ -158,7 +58,9 @@ class ShardedTokens(TokenMessages):
         receivers, None on the others."""
         everyone = range(self.group.size())
         here = self.rank in receivers
-        parts = {rank: own if rank == self.rank else self._room(own, rank) for rank in everyone if here}
+        parts = {
+            rank: own if rank == self.rank else self._buffer_like(own, rank) for rank in everyone if here
+        }
         finish = self._exchange(
             {rank: own.contiguous() for rank in receivers if rank != self.rank},
             {rank: part for rank, part in parts.items() if rank != self.rank},
@@ -175,7 +77,7 @@ class ShardedTokens(TokenMessages):
         their sum. like: of as many samples and channels."""
         everyone = range(self.group.size())
         here = whole is not None and self.rank in senders
-        parts = {rank: self._room(like, self.rank) for rank in senders if rank != self.rank}
+        parts = {rank: self._buffer_like(like, self.rank) for rank in senders if rank != self.rank}
         finish = self._exchange(
             {rank: whole[:, self.run(rank)].contiguous() for rank in everyone if here and rank != self.rank},  # type: ignore[index]
             parts,
@@ -192,7 +94,7 @@ class ShardedTokens(TokenMessages):
 
         return finished
 
-    def _room(self, like: Tensor, rank: int) -> Tensor:
+    def _buffer_like(self, like: Tensor, rank: int) -> Tensor:
         run = self.run(rank)
         return like.new_empty(like.shape[0], run.stop - run.start, like.shape[2])
 
@@ -213,112 +115,6 @@ class ShardedTokens(TokenMessages):
                 work.wait()
 
         return finish
-
-
-@dataclass
-class StepSum:
-    """The gradients of one block in a step that each rank has a part of only, kept until all of them are there.
-
-    slots: micro-batches of a step that train the block. alone: in some of them, one rank runs it alone.
-    """
-
-    slots: int = 1
-    alone: bool = False
-    kept: dict[int, Tensor] = field(default_factory=dict)
-    """By slot, so that a micro-batch that runs again does not count twice."""
-
-    def add(self, slot: int | None, own: Tensor) -> Tensor | None:
-        """This rank's part over the step; None until its last micro-batch."""
-        if slot is None or self.slots == 1:
-            return own
-        self.kept[slot] = own.float()
-        if len(self.kept) < self.slots:
-            return None
-        parts = [self.kept.pop(each) for each in sorted(self.kept)]
-        return torch.stack(parts).sum(dim=0).to(own.dtype)
-
-
-@dataclass(frozen=True)
-class PartialGradients:
-    """Those parameters of a block whose gradient on each rank is a part of the sum, in one micro-batch.
-
-    owners: of the parameters. slot: of the micro-batch. whole: how many of the parameters, the last ones, have the
-    sum as their gradient on every rank in this micro-batch; that of the group's first rank counts.
-    """
-
-    owners: Owners
-    step: StepSum
-    slot: int | None
-    whole: int = 0
-
-
-@contextmanager
-def whole_gradients(
-    messages: TokenMessages, partial: PartialGradients, full: Ranks, x: Tensor
-) -> Iterator[Tensor]:
-    """Inside, a block computes with stand-ins of those parameters whose gradient on a rank is only a part of the sum.
-
-    The backward of the last micro-batch that trains the block sums their gradients of the step over the group in one
-    message; micro-batches before it give zeros. Yields what stands in for the block's input x. Its gradient brings
-    every rank to that message, also a rank that uses none of the parameters."""
-    if not (partial.owners and full and torch.is_grad_enabled()):
-        yield x
-        return
-    parameters = [kept[name] for kept, name in partial.owners]
-    x, *summed = _SumGradients.apply(messages, partial, x, *parameters)
-    with stand_ins(partial.owners, summed):
-        yield x
-
-
-class _SumBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, messages: ReplicatedTokens, full: Ranks, normed: Tensor) -> Tensor:
-        ctx.messages, ctx.full = messages, full
-        return normed.view_as(normed)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # A rank without FULL heads gets zeros here, because autograd fills in for absent gradients.
-        return None, None, ctx.messages.sum(gradients[0].contiguous(), ctx.full)
-
-
-class _SumForward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, messages: ReplicatedTokens, active: Ranks, own: Tensor, entered: Tensor) -> Tensor:
-        ctx.mark_dirty(own)
-        # Asked for in the backward, so that a block that is to be computed again is so here, on all ranks together:
-        # one that computed nothing keeps nothing else, and would not send what the others wait for.
-        ctx.save_for_backward(own.new_empty(0))
-        return messages.sum(own, active)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors
-        # None for `entered`, which ties its backward to this one on ranks that computed nothing, too.
-        return None, None, gradients[0], None
-
-
-class _SumGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, messages: TokenMessages, partial: PartialGradients, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.messages, ctx.partial = messages, partial
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        of_x, *own = gradients
-        messages, partial = ctx.messages, ctx.partial
-        if messages.rank > 0:
-            counted = len(own) - partial.whole
-            own = [*own[:counted], *(torch.zeros_like(each) for each in own[counted:])]
-        flat = partial.step.add(partial.slot, torch.cat([gradient.flatten() for gradient in own]))
-        if flat is None:
-            return None, None, of_x, *(torch.zeros_like(gradient) for gradient in own)  # engines wait for one
-        distributed.all_reduce(flat, group=messages.group)
-        parts = flat.split([gradient.numel() for gradient in own])
-        return None, None, of_x, *(part.view_as(each) for part, each in zip(parts, own, strict=True))
 
 
 class _Split(torch.autograd.Function):

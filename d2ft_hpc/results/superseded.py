@@ -1,4 +1,4 @@
-"""Results files that a new record of their run takes the place of."""
+"""The record of a run that begins or goes on, whatever there is of an older one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,36 @@ import os
 import shutil
 from pathlib import Path
 
-from d2ft_hpc.errors import ResultsError
-from d2ft_hpc.results.layout import segments_folder
+from d2ft_hpc.errors import LostResultsError, ResultsError
+from d2ft_hpc.results.hdf5_layout import segments_folder
 from d2ft_hpc.results.reader import open_run
 from d2ft_hpc.results.segments import cannot_write
-from d2ft_hpc.results.writer import Locking, lock
+from d2ft_hpc.results.writer import Locking, ResultsWriter, lock
+
+BEFORE_ALL = -2
+"""As the last step that is kept: nothing is, not even the evaluation before the first step."""
+
+
+def open_record(
+    path: Path, last_step: int | None, *, locking: Locking = "best-effort", rank_files: int = 0
+) -> tuple[ResultsWriter, str]:
+    """The writer of a run that goes on after `last_step`, or of one that begins (None), which takes the place of a run
+    that never began a step. Where the record to go on with is lost, a new one begins, and the text says so.
+
+    rank_files: as `ResultsWriter` takes it. Raises ResultsError.
+    """
+    if last_step in (None, BEFORE_ALL) and is_unbegun(path):
+        discard(path, locking)
+        last_step = None
+    if last_step is None:
+        return ResultsWriter(path, locking=locking, rank_files=rank_files), ""
+    try:
+        return ResultsWriter.resume(path, last_step=last_step, locking=locking, rank_files=rank_files), ""
+    except LostResultsError as error:
+        left = set_aside(path, locking)
+        lost = f"the record of the first {last_step + 1} steps is gone ({error})"
+        lost += "" if left is None else f"; what is left of it is in {left}"
+        return ResultsWriter(path, locking=locking, rank_files=rank_files), lost
 
 
 def has_record(path: Path) -> bool:
