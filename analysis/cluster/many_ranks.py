@@ -72,7 +72,7 @@ def measure(control: Control, launched: float, plan: bytes, folder: Path) -> Non
 
     control.barrier(PATIENCE_SECONDS)
     asked, step, before = time.time(), 0, sent["bytes"]
-    while watch.boundary(step) != "stop":
+    while watch.at_step_boundary(step) != "stop":
         step += 1
         if step == 5 and control.rank == control.world_size - 1:
             asked = time.time()
@@ -100,7 +100,7 @@ def _count_bytes() -> dict[str, int]:
             sent["bytes"] += len(line)
             own(channel, line)
 
-        Channel.send_line = counting  # type: ignore[method-assign]
+        Channel.send_line = counting  # type: ignore[method-assign,assignment]
         Channel.counted = sent  # type: ignore[attr-defined]
     return sent
 

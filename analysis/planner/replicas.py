@@ -41,10 +41,11 @@ def context_of(planner: str, replicas: int, *, alike: bool) -> PlanContext:
 
 def measured(planner: str, replicas: int, *, alike: bool = True) -> dict[str, object]:
     """Seconds of the clock and of the processor to make a plan from every replica's own scores; bytes as sent."""
-    scores = np.random.default_rng(0).lognormal(size=(2, SLOTS * replicas, BLOCKS, HEADS)).astype(np.float32)
+    shape = (2, SLOTS * replicas, BLOCKS, HEADS)
+    forward, backward = np.random.default_rng(0).lognormal(size=shape).astype(np.float32)
     context = context_of(planner, replicas, alike=alike)
     clock, cpu = time.perf_counter(), time.process_time()
-    plan = make_plan(context, Scores(*scores, seconds=0.0), 0)
+    plan = make_plan(context, Scores(forward, backward, seconds=0.0), 0)
     clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
     return {
         "planner": planner,
@@ -55,7 +56,7 @@ def measured(planner: str, replicas: int, *, alike: bool = True) -> dict[str, ob
         "planned_replicas": len(set(context.followed.tolist())),
         "message_bytes": len(plan.to_message()),
         "plan_bytes": len(plan.to_bytes()),
-        "score_bytes": scores.nbytes,
+        "score_bytes": forward.nbytes + backward.nbytes,
         "status": plan.status,
         "gap": plan.gap,
         "largest_memory_kb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,

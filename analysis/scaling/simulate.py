@@ -90,10 +90,10 @@ def messages_of(engine: str) -> list[tuple[str, float, bool]]:
     scatter gradients in fp32 after each.
     """
     if engine.startswith("ZeRO 1"):
-        return [("all-reduce", 2 * PARAMETERS, True), ("gather", 2 * PARAMETERS, False)]
+        return [("all-reduce", 2.0 * PARAMETERS, True), ("gather", 2.0 * PARAMETERS, False)]
     if engine.startswith("ZeRO 3"):
-        return SLOTS * [("gather", size * PARAMETERS, True) for size in (2, 2, 4)]
-    return [("all-reduce", 4 * PARAMETERS, True)]
+        return SLOTS * [("gather", size * PARAMETERS, True) for size in (2.0, 2.0, 4.0)]
+    return [("all-reduce", 4.0 * PARAMETERS, True)]
 
 
 def gradient_seconds(engine: str, network: Network, ranks: int) -> tuple[float, float]:
@@ -117,8 +117,9 @@ def step_bounds(engine: str, compute: float, hidden: float, exposed: float) -> t
 def measured(name: str, **wanted: Any) -> dict[str, Any]:
     """The line of analysis/engines whose arguments are these."""
     lines = [json.loads(line) for line in (MEASURED / f"{name}.jsonl").read_text().splitlines()]
-    (line,) = (each for each in lines if all(each.get(key) == value for key, value in wanted.items()))
-    return line
+    found: dict[str, Any]
+    (found,) = (each for each in lines if all(each.get(key) == value for key, value in wanted.items()))
+    return found
 
 
 def computed_by_one_gpu() -> dict[str, dict[str, float]]:
@@ -147,7 +148,10 @@ def computed_by_one_gpu() -> dict[str, dict[str, float]]:
 
 def _tokens_over_dense(line: dict[str, Any], budget: float) -> float:
     """Of a run at another budget than was measured: the curve's own mix of the measured sizes."""
-    sizes = {tuple(map(int, name.split(" x "))): each for name, each in line["of_run"].items()}
+    sizes: dict[tuple[int, int], Any] = {}
+    for name, of_size in line["of_run"].items():
+        down, across = map(int, name.split(" x "))
+        sizes[down, across] = of_size
     grids = sorted(sizes)
     ratios = [sizes[grid]["over_dense"]["median"] for grid in grids]
     costs = [grid[0] * grid[1] / (grids[-1][0] * grids[-1][1]) for grid in grids]

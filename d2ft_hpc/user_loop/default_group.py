@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from d2ft_hpc.launch import Control
-from d2ft_hpc.launch.async_gather import PendingGather
+from d2ft_hpc.launch.async_gather import DoneGather, PendingGather
 from d2ft_hpc.launch.control import SoloControl
 
 
@@ -49,7 +49,8 @@ class DefaultGroupControl:
         return [_bytes(part, int(size)) for part, size in zip(parts, sizes, strict=True)]
 
     def start_gather(self, payload: bytes) -> PendingGather:
-        return _Gathered(self.all_gather(payload))
+        every = self.all_gather(payload)
+        return DoneGather(b"".join(every) if self.rank == 0 else b"")
 
     def barrier(self, timeout_seconds: float) -> None:
         dist.barrier()
@@ -71,14 +72,6 @@ class DefaultGroupControl:
         if content:
             buffer[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         return buffer.to(self._device)
-
-
-class _Gathered:
-    def __init__(self, parts: list[bytes]) -> None:
-        self._parts = parts
-
-    def poll(self) -> list[bytes]:
-        return self._parts
 
 
 def _bytes(content: Tensor, size: int) -> bytes:
