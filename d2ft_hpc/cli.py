@@ -104,10 +104,13 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="RUN",
-        help="say how little compute and time is enough not to be inferior to these runs",
+        help="runs to match, such as dense ones: says how little compute and time reaches their accuracy",
     )
     report.add_argument(
-        "--margin", type=float, default=0.5, help="points of top-1 that count as inferior (default: 0.5)"
+        "--margin",
+        type=float,
+        default=0.5,
+        help="points of top-1 that may be lost against --reference (default: 0.5)",
     )
     report.set_defaults(run=_report)
 

@@ -169,6 +169,9 @@ def draw(numbers: dict[str, Any]) -> Figure:
         axis.axhline(0, color="black", lw=0.8)
         axis.set(ylabel=label, xlim=(-0.8, len(runs) - 0.2))
         axis.margins(y=0.15)
+        axis.set_ylim(
+            top=max(axis.get_ylim()[1], 1)
+        )  # bars that rounding alone keeps from zero are drawn as zero
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
     unique: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""How little compute and time is enough: budgets whose finished runs are not inferior to the reference's."""
+"""How little compute and time is enough: the budgets whose finished runs lose no more accuracy than a margin."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def measure(runs: Sequence[Run], reference: Sequence[Run], margin: float) -> dic
     finished = [run for run in reference if run.complete and np.isfinite(run.accuracy)]
     if not finished:
         raise ResultsError(
-            "--reference: none of its runs is finished and evaluated; give dense runs that are"
+            "--reference: none of these runs is finished and evaluated; give finished dense runs"
         )
     of_seed = _by_seed(finished)
     flops = float(np.mean([run.total_flops for run in finished]))
@@ -135,15 +135,18 @@ def _least(points: Sequence[dict[str, Any]], cost: str, margin: float) -> float 
 
 def sentences(numbers: dict[str, Any]) -> list[str]:
     """A line for each method."""
-    lines = []
+    lines, points = [], f"{numbers['margin']:g} points of top-1"
     for method in numbers["methods"]:
         if method["compute"] is not None:
-            text = f"from {method['compute']:.2f} of the reference's compute, {method['seconds']:.2f} of its seconds"
+            text = (
+                f"{method['compute']:.2f} of the reference's compute and {method['seconds']:.2f} of its time are "
+                f"enough to lose no more than {points}"
+            )
         elif any(np.isfinite(point["bound"]) for point in method["budgets"]):
-            text = "at no budget that was run"
+            text = f"may lose more than {points} at every budget that was run"
         else:
-            text = "not known: it takes two seeds that the reference has, too"
-        lines.append(f"not inferior by more than {numbers['margin']:g} points: {method['label']}: {text}")
+            text = f"not known whether it loses more than {points}: run two seeds that the reference has, too"
+        lines.append(f"{method['label']}: {text}")
     return lines
 
 

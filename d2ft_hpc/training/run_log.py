@@ -87,7 +87,7 @@ def record_job(
     parameters, attributes = describe_model(job.model, job.executor.subnets, job.costs)
     writer.put(
         "model",
-        parameters,
+        {**parameters, "class_name": job.train_set.class_names},
         {
             "name": job.config.model.name,
             **attributes,

@@ -18,6 +18,7 @@ from matplotlib.image import imread
 from d2ft_hpc.cli import main
 from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.figures import (
+    classes,
     compare,
     free_shapes,
     gantt,
@@ -171,6 +172,14 @@ def test_pareto_finds_the_dense_run_of_equal_compute(paths, tmp_path):
     assert numbers["with"]["dense_on_its_way"] == pytest.approx(0.19 + 0.1 * (400 / 18 - 20) / 10)
 
 
+def test_pareto_shows_the_best_that_a_dense_run_had_reached(paths):
+    with Runs(paths) as runs:
+        numbers = pareto.measure(runs)
+    numbers["runs"][0]["on_the_way"]["accuracy"][1] = 0.6  # both end at 0.39
+    bottom, top = pareto.draw(numbers).axes[0].get_ylim()
+    assert bottom < 39 < 60 < top
+
+
 def test_workload_and_gantt(runs):
     _, d2ft = workload.measure(runs)["runs"]
     assert d2ft["compute"].tolist() == pytest.approx([0.6, 0.4])
@@ -192,6 +201,35 @@ def test_plans(runs):
     assert d2ft["full_by_row"].tolist() == [[0, 1, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1]]
     with pytest.raises(ResultsError, match="has no plan 7"):
         plans.measure(runs, plan=7)
+
+
+def test_plans_that_scale_images_show_their_sizes_over_the_steps(tmp_path):
+    with ResultsWriter(tmp_path / "tokens" / "results.h5") as writer:
+        for step, side in ((0, 4), (6, 8)):
+            plan = {"operations": np.full((4, 3, 2), 2, np.uint8), "grids": np.full((4, 2), side)}
+            writer.append("plans", {"step": step, **plan})
+        for step in range(10):
+            writer.append("steps", {"step": step, "plan": step // 6})
+    with Runs([writer.path]) as runs:
+        numbers, second = plans.measure(runs), plans.measure(runs, plan=1)
+    (tokens,) = numbers["runs"]
+    assert (tokens["grids"], tokens["end"], tokens["skips"]) == ([[[4, 4]], [[8, 8]]], 10, False)
+    assert second["runs"][0]["grids"] == [[[8, 8]]]
+    (axis,) = plans.draw(numbers).axes  # no heads are skipped, so nothing is drawn of them
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["4 x 4", "8 x 8"]
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines()]
+    assert drawn == [([0, 6], [16, 16]), ([6, 10], [64, 64])]
+
+
+def test_classes_have_their_names(paths, tmp_path):
+    named = make_run(tmp_path / "named" / "results.h5", 1.0)
+    with h5py.File(named, "r+") as file:
+        file["model/class_name"] = np.array([b"cat", b"dog"])
+    with Runs([named, paths[0]]) as runs:
+        figure = classes.draw(classes.measure(runs))
+    told = [[label.get_text() for label in axis.get_xticklabels()] for axis in figure.axes[:4]]
+    assert told == [["cat", "dog"], ["cat", "dog"], ["0", "1"], ["0", "1"]]
+    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["cat", "dog"]
 
 
 def test_predicted(runs):
@@ -246,9 +284,9 @@ def test_comparison_over_seeds(tmp_path):
 def test_table(paths):
     lines = report([path.parent for path in paths]).splitlines()
     dense, d2ft = (next(line for line in lines if line.startswith(name)) for name in ("dense", "d2ft"))
-    expected = "39.00 100.0 90.0 44.0 1.000 2.000 160.0 75.0 100.0 1.00e-02 4.8 2.00"
+    expected = "39.00 100.0 90.0 44.0 100.0 2.000 160.0 75.0 100.0 1.00e-02 4.8 2.00"
     assert dense.split() == ["dense", *expected.split()]
-    expected = "39.00 60.0 50.0 28.0 0.636 1.200 96.0 45.0 60.0 1.00e-02 7.7 2.00"
+    expected = "39.00 60.0 50.0 28.0 63.6 1.200 96.0 45.0 60.0 1.00e-02 7.7 2.00"
     assert d2ft.split() == ["d2ft", *expected.split()]
     assert lines[lines.index(d2ft) + 1].strip() == str(paths[1])
 
@@ -439,8 +477,8 @@ def test_the_least_that_is_enough_is_between_the_budgets_where_the_bound_crosses
     paths = [*map(str, [*runs, *single]), "--reference", *map(str, dense)]
     assert main(["report", *paths, "--html", str(page)]) == 0
     out = capsys.readouterr().out
-    assert f"planner=tokens: from {tokens['compute']:.2f} of the reference's compute" in out
-    assert "planner=joint: not known: it takes two seeds" in out
+    assert f"planner=tokens: {tokens['compute']:.2f} of the reference's compute and " in out
+    assert "planner=joint: not known whether it loses more than 0.5 points of top-1: run two seeds" in out
     assert "How little is enough" in page.read_text()
     with (
         Runs(runs) as opened,
