@@ -300,19 +300,19 @@ def _train_each(files: Sequence[Path], overrides: Sequence[str]) -> int:
     the last: its status is returned."""
     from d2ft_hpc.errors import LaunchError
     from d2ft_hpc.launch import detect
-    from d2ft_hpc.launch.child import Children
+    from d2ft_hpc.launch.command_runner import CommandRunner
 
     if detect().world_size > 1:
         raise LaunchError(f"{len(files)} configurations under one launcher: start each one, or an array job")
     configs = [load_config(file, overrides) for file in files]  # faults show before the first run starts
-    children = Children([name for config in configs for name in config.launch.stop_signals])
+    runner = CommandRunner([name for config in configs for name in config.launch.stop_signals])
     failed = []
     for index, (file, config) in enumerate(zip(files, configs, strict=True)):
         status = UNFINISHED
-        if not children.stopped:
+        if not runner.stopped:
             say(f"==> {file}")
             command = [sys.executable, "-m", "d2ft_hpc", "train", str(file), *overrides]
-            status = children.run(command, config.launch.stop_signals)
+            status = runner.run(command, config.launch.stop_signals)
         if status == UNFINISHED:
             left = ", ".join(map(str, files[index:]))
             print_line(f"unfinished: {left}; to go on, start again with train.resume=auto")

@@ -32,7 +32,7 @@ from d2ft_hpc.engines.kinds.kind import EngineKind
 from d2ft_hpc.engines.kinds.table import ENGINES
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.paths import expand
-from d2ft_hpc.planning.messages import DataParallel
+from d2ft_hpc.planning.communication_volume import DataParallel
 from d2ft_hpc.planning.planner import Options, Planner
 from d2ft_hpc.planning.table import PLANNERS
 from d2ft_hpc.planning.tokens import TOKENS, TokenOptions
@@ -461,7 +461,7 @@ class EngineConfig(Section):
 
     @property
     def data_parallel(self) -> DataParallel:
-        """How replicas reduce (`planning.messages`)."""
+        """How replicas reduce (`planning.communication_volume`)."""
         return self.kind.data_parallel(self)
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.lifecycle import PlanContext, PlanCosts
 from d2ft_hpc.metering import StepCosts
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
 
 DEPTH, HEADS, CLASSES = 4, 3, 10
 Model = TypeVar("Model", bound=nn.Module)

@@ -28,7 +28,7 @@ from d2ft_hpc.lifecycle import pose_counted
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.model.build import build_model
 from d2ft_hpc.parallel.head_split import even_owner
-from d2ft_hpc.parallel.layout import Layout, Placement
+from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.parallel.stages import cut_stages, layer_flops
 from d2ft_hpc.planning import SkipPlan, solve
 
@@ -68,7 +68,7 @@ class Built:
 
 def build(workload: Workload, control: Control, sides: Sequence[float] | None = None) -> Built:
     """sides: of images in plans by tokens, whose costs are counted, too; in units of full ones."""
-    layout = Layout.of(
+    layout = RankLayout.of(
         control.world_size,
         control.rank,
         stages=workload.pipeline_stages,

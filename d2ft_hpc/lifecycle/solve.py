@@ -14,9 +14,9 @@ from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.lifecycle.context import PlanContext
 from d2ft_hpc.metering import StepCosts
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning import BUDGET_EPSILON, PlanProblem, SkipPlan, plan_samples, solve
-from d2ft_hpc.planning.messages import TokenLayout
+from d2ft_hpc.planning.communication_volume import TokenLayout
 from d2ft_hpc.scores import Scores
 
 

@@ -29,7 +29,7 @@ from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.model.build import build_model, pixel_statistics
 from d2ft_hpc.model.lora import add_lora
-from d2ft_hpc.parallel.layout import Layout
+from d2ft_hpc.parallel.rank_layout import RankLayout
 from d2ft_hpc.parallel.stages import layer_flops
 from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.safe_text import shown
@@ -48,7 +48,7 @@ class Job:
     train_set: LabelledImages
     evaluation_set: LabelledImages
     sampler: MicroBatchSampler
-    layout: Layout
+    layout: RankLayout
     selection: SampleSelection | None
     """What draws the samples that train; None where all of them do."""
 
@@ -121,14 +121,14 @@ class Job:
         return (self.config.data.slots * self.layout.replicas, *self.executor.subnets.shape)
 
 
-def layout_of(config: RunConfig, control: Control) -> Layout:
+def layout_of(config: RunConfig, control: Control) -> RankLayout:
     """This rank's part of the run. Raises ConfigError where the ranks cannot be divided as asked."""
     if control.world_size > 1 and config.engine.kind.is_one_process:
         raise ConfigError(
             f"engine.name={config.engine.name} trains in one process, and {control.world_size} ranks were started: set "
             f"engine.name to ddp, fsdp2 or deepspeed, or start one rank"
         )
-    return Layout.of(
+    return RankLayout.of(
         control.world_size,
         control.rank,
         stages=config.engine.pipeline_stages,

@@ -14,7 +14,7 @@ from d2ft_hpc.lifecycle import pose_counted
 from d2ft_hpc.lifecycle.costs import costs_of_part
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.head_split import even_owner
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.parallel.stages import cut_stages
 from d2ft_hpc.planning import place as place_heads
 from d2ft_hpc.training.job import Job

@@ -16,7 +16,7 @@ from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.engines.engine import Engine, LossFunction, MicroBatch
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.lifecycle.controller import ScoreSource
-from d2ft_hpc.lifecycle.rows import rows_of_all
+from d2ft_hpc.lifecycle.gather_scores import gather_scores
 from d2ft_hpc.lifecycle.solve import reads_scores
 from d2ft_hpc.metering import meter
 from d2ft_hpc.metering.memory import release_unused
@@ -65,7 +65,7 @@ def measure_scores(job: Job, model: nn.Module, loss_function: LossFunction, watc
         ]
     release_unused(job.device)
     rows: dict[str, np.ndarray] = {
-        name: rows_of_all(
+        name: gather_scores(
             job.control,
             job.layout,
             torch.stack([torch.cat([of_pair[name] for of_pair in batch]) for batch in measured]).mean(0),

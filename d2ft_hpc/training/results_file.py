@@ -10,8 +10,8 @@ from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.recording.entries import note, record_plan
 from d2ft_hpc.results import ResultsWriter, open_run
-from d2ft_hpc.results.aside import discard, has_record, is_unbegun, set_aside
-from d2ft_hpc.results.layout import rank_file
+from d2ft_hpc.results.hdf5_layout import rank_file
+from d2ft_hpc.results.superseded import discard, has_record, is_unbegun, set_aside
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.measurements import Measurements

@@ -15,7 +15,7 @@ from d2ft_hpc.errors import CheckpointError, ConfigError, ResultsError
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.results import open_run
-from d2ft_hpc.results.aside import is_unbegun
+from d2ft_hpc.results.superseded import is_unbegun
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.checkpoint import Position, complete_checkpoints, read_position, verify
 from d2ft_hpc.training.job import Job

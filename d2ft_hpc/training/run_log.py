@@ -12,7 +12,7 @@ from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.lifecycle import PlanListener
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.recording.entries import note, record_plan, record_scores
-from d2ft_hpc.recording.environment import describe_model
+from d2ft_hpc.recording.provenance import describe_model
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.scores import Scores
 from d2ft_hpc.training.checkpoint import Position

@@ -223,8 +223,8 @@ def test_a_faulty_environment_is_told_once_a_host() -> None:
 
 PARENT = """
 import sys
-from d2ft_hpc.launch.child import Children
-Children(["USR2"]).run([sys.executable, "-c", sys.argv[1], sys.argv[2]], ["USR2"])
+from d2ft_hpc.launch.command_runner import CommandRunner
+CommandRunner(["USR2"]).run([sys.executable, "-c", sys.argv[1], sys.argv[2]], ["USR2"])
 """
 CHILD = """
 import os, sys, time

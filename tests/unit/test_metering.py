@@ -18,8 +18,8 @@ from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.lifecycle import solve_plan
 from d2ft_hpc.lifecycle.costs import relative_speeds
 from d2ft_hpc.metering import measure_costs, meter
+from d2ft_hpc.metering.activation_bytes import measure_activation_bytes
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds, measure_all_reduce
-from d2ft_hpc.metering.kept import measure_kept
 from d2ft_hpc.metering.profile import profile_passes
 from d2ft_hpc.planning.plan import SkipPlan
 from d2ft_hpc.scores import Scores
@@ -147,7 +147,7 @@ def test_what_is_measured_does_not_stay_in_memory() -> None:
     references = attention_outputs(model)
     passes = {
         "metered": lambda: F.cross_entropy(model(images), labels),
-        "kept": lambda: measure_kept(model, executor, (2, 3, 16, 16), torch.float32),
+        "kept": lambda: measure_activation_bytes(model, executor, (2, 3, 16, 16), torch.float32),
         "profiled": lambda: profile_passes(model, executor, (2, 3, 16, 16), torch.float32),
     }
     for name, run in passes.items():

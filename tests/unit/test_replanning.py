@@ -12,7 +12,7 @@ from d2ft_hpc.errors import PlanError
 from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.lifecycle.background import BackgroundSolver
 from d2ft_hpc.planning import SkipPlan
-from d2ft_hpc.training.plans import is_due, meets_every_block
+from d2ft_hpc.training.plan_context import is_due, meets_every_block
 
 
 @pytest.mark.parametrize(

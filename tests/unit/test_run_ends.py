@@ -17,7 +17,7 @@ from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
-from d2ft_hpc.results.aside import set_aside
+from d2ft_hpc.results.superseded import set_aside
 from d2ft_hpc.training import plan_costs
 from d2ft_hpc.training.checkpoint import complete_checkpoints, verify
 from d2ft_hpc.training.finite import require_finite
@@ -25,8 +25,8 @@ from d2ft_hpc.training.foresight import trial_plan
 from d2ft_hpc.training.job import set_up
 from d2ft_hpc.training.loop import train
 from d2ft_hpc.training.model_placement import place_in_order
+from d2ft_hpc.training.plan_context import plan_context
 from d2ft_hpc.training.plan_costs import costs_unmeasured
-from d2ft_hpc.training.plans import plan_context
 from d2ft_hpc.training.resume import choose_start
 
 EVERY_EPOCH = "train.checkpoint_every=1 epochs"

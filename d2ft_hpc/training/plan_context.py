@@ -5,8 +5,8 @@ from __future__ import annotations
 from d2ft_hpc.config import EngineConfig, PlanConfig
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.lifecycle import PlanContext, PlanCosts
-from d2ft_hpc.metering.costs import token_curve_of
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.metering.flops import token_curve_of
+from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.parallel.tensor import layouts_of
 from d2ft_hpc.planning.token_curve import TokenCurve
 from d2ft_hpc.training.job import Job
