@@ -37,7 +37,10 @@ def loader_of(
     options: dict[str, Any] = {}
     if num_workers > 0:
         methods = multiprocessing.get_all_start_methods()
-        context = "forkserver" if "forkserver" in methods else "spawn"
+        context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        if context.get_start_method() == "forkserver":
+            # Imported once, by the process from which all workers are forked.
+            context.set_forkserver_preload(["__main__", __name__, type(reader).__module__])
         options = {"multiprocessing_context": context, "persistent_workers": persistent}
     return DataLoader(
         _Handing(reader),

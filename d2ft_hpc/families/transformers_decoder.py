@@ -17,7 +17,7 @@ MOST_COUNTED_TOKENS = 512
 class TransformersDecoder(AnySize, TransformersFamily):
     """Embeddings that are tied to the language model's head lie below the blocks, and freeze with the others there."""
 
-    supported = "decoders of transformers: Llama, Qwen2, Qwen3"
+    supported = "transformers' Llama, Qwen2 and Qwen3"
     classes = (
         "llama.modeling_llama.LlamaModel",
         "qwen2.modeling_qwen2.Qwen2Model",

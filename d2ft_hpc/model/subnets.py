@@ -59,7 +59,6 @@ class SubnetMap:
         if misfits:
             raise _unsupported(
                 model,
-                family,
                 [
                     f"block {indices[0]} {reason}"
                     + (f" (and {len(indices) - 1} like it)" if indices[1:] else "")
@@ -86,7 +85,7 @@ class SubnetMap:
                 where = (
                     f"its blocks have {numbers} heads (of keys, which queries may share), not as many in each"
                 )
-            raise _unsupported(model, family, [where])
+            raise _unsupported(model, [where])
         layers = tuple(name for names in family.layers(blocks[0]).values() for name in names)
         return SubnetMap(family, len(blocks), heads[0], head_axes, layers)
 
@@ -132,8 +131,8 @@ def _is_adapters(name: str) -> bool:
     return "lora_" in name or ".base_layer." in name
 
 
-def _unsupported(model: nn.Module, family: BlockFamily, reasons: list[str]) -> UnsupportedModelError:
+def _unsupported(model: nn.Module, reasons: list[str]) -> UnsupportedModelError:
     shown = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
     return UnsupportedModelError(
-        f"model {type(model).__name__} is not supported: {shown}. Supported: {family.supported}."
+        f"model {type(model).__name__} is not supported: {shown}; d2ft-hpc models lists what is of timm's"
     )

@@ -237,9 +237,16 @@ def _check_image_size(model: nn.Module, size: int) -> None:
     shape = family.image_shape(model)
     if shape is not None and not family.takes_other_sizes(model) and shape[1:] != (size, size):
         _, height, width = shape
+        high, wide = family.patch_size(model)
+        whole = max(1, round(size / math.lcm(high, wide))) * math.lcm(high, wide)
+        cut = (
+            ""
+            if whole == size
+            else f" in patches of {high} x {wide}, and {size} holds no whole number of them"
+        )
         raise ConfigError(
-            f"data.image_size={size}: the model takes {height} x {width} pixels; set model.options.img_size={size}, or "
-            f"data.image_size={height}"
+            f"data.image_size={size}: the model takes {height} x {width} pixels{cut}; set data.image_size={height}, or "
+            f"both data.image_size and model.options.img_size to {whole}"
         )
 
 

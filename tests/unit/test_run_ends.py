@@ -35,9 +35,11 @@ STEPS = 6  # of an epoch
 
 def config_in(folder: Path, *overrides: str) -> RunConfig:
     quick = ("data.micro_batch_size=15", "data.slots=4", "data.train_fraction=0.5")
+    small = ("data.image_size=16", "model.options.img_size=16")
     plain = ("engine.name=plain", "engine.device=cpu", "plan.planner=paper", "train.evaluate_at_start=false")
     return load_config(
-        Path("configs/demo.yaml"), [f"run.folder={folder}", *quick, *plain, "train.epochs=1", *overrides]
+        Path("configs/demo.yaml"),
+        [f"run.folder={folder}", *quick, *small, *plain, "train.epochs=1", *overrides],
     )
 
 
@@ -218,6 +220,17 @@ def test_plans_that_cannot_be_are_refused_before_anything_is_evaluated_or_writte
         )
     assert "evaluation" not in capfd.readouterr().out
     assert not (tmp_path / "demo" / "results.h5").exists()
+
+
+def test_images_that_the_model_cannot_take_are_told_with_the_nearest_size_that_it_could(
+    tmp_path: Path,
+) -> None:
+    told = (
+        r"data\.image_size=30: the model takes 16 x 16 pixels in patches of 4 x 4, and 30 holds no whole number of them; "
+        r"set data\.image_size=16, or both data\.image_size and model\.options\.img_size to 32"
+    )
+    with pytest.raises(ConfigError, match=told):
+        set_up(config_in(tmp_path, "data.image_size=30"), SoloControl(), torch.device("cpu"))
 
 
 def test_demands_that_only_real_scores_can_decide_are_left_to_them(tmp_path: Path) -> None:
