@@ -226,8 +226,8 @@ def test_images_that_the_model_cannot_take_are_told_with_the_nearest_size_that_i
     tmp_path: Path,
 ) -> None:
     told = (
-        r"data\.image_size=30: the model takes 16 x 16 pixels in patches of 4 x 4, and 30 holds no whole number of them; "
-        r"set data\.image_size=16, or both data\.image_size and model\.options\.img_size to 32"
+        r"data\.image_size=30: the model takes 16 x 16 pixels in patches of 4 x 4, and 30 holds no whole number of "
+        r"them; set data\.image_size=16, or both data\.image_size and model\.options\.img_size to 32"
     )
     with pytest.raises(ConfigError, match=told):
         set_up(config_in(tmp_path, "data.image_size=30"), SoloControl(), torch.device("cpu"))
