@@ -206,8 +206,9 @@ def _plan(options: argparse.Namespace) -> int:
 
     def run() -> None:
         from d2ft_hpc import plan_report
-        from d2ft_hpc.config import PlanConfig, validated
+        from d2ft_hpc.config_faults import validated
         from d2ft_hpc.config_file import parse_values
+        from d2ft_hpc.plan_config import PlanConfig
         from d2ft_hpc.planning import SkipPlan, solve
 
         if options.scores is None:
@@ -219,7 +220,7 @@ def _plan(options: argparse.Namespace) -> int:
             say(plan_report.describe_alone(plan))
             finish(plan)
             return
-        problem = plan_report.pose(
+        problem = plan_report.problem_of(
             plan_report.read_scores(options.scores, options.index),
             ranks=options.ranks,
             stages=options.stages,

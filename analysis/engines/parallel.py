@@ -28,11 +28,10 @@ from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, run_guarded, share
-from d2ft_hpc.lifecycle import pose_counted
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
-from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, in_order, simulate, solve
+from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, in_order, pose, simulate, solve
 
 IMAGE_SIZE, PATCH_SIZE, CLASSES = 64, 8, 10
 TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2 + 1
@@ -103,7 +102,7 @@ def posed(sizes: Sizes, placement: Placement, costs: StepCosts, **options: Any) 
     """With the same log-normal scores on every rank. options: of `PlanProblem.parallel`."""
     shape = (sizes.micro_batches * placement.layout.replicas, sizes.blocks, sizes.heads)
     scores = np.exp(np.random.default_rng(0).standard_normal((2, *shape)))
-    return pose_counted(scores, costs, placement, always_share=0.0, **options)
+    return pose(scores, costs, placement, always_share=0.0, **options)
 
 
 def placed(sizes: Sizes, layout: RankLayout, flops: list[float]) -> Placement:

@@ -75,7 +75,7 @@ class Job:
     def train_batches(self) -> Batches:
         """Micro-batches of this replica, in the sampler's order."""
         data = self.config.data
-        mixing = Mixing(self.train_set.num_classes, data.mixup_alpha, data.cutmix_alpha)
+        mixing = Mixing(self.train_set.num_classes, **data.mixing_options)
         return train_loader(
             self.train_set, self.sampler, num_workers=data.workers, device=self.device, mixing=mixing
         )
@@ -147,7 +147,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     random.seed(config.run.seed)
     np.random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
-    train_set, evaluation_set = _load_data(config, "train"), _load_data(config, config.data.evaluate_on)
+    train_set, evaluation_set = _load_data(config, "train"), _load_data(config, config.data.evaluated_split)
     if control.rank == 0:
         for images in (train_set, evaluation_set):
             images.look_at_some()
@@ -209,16 +209,11 @@ def _check_sizes(config: RunConfig, train_set: LabelledImages, sampler: MicroBat
             f"data.micro_batch_size={data.micro_batch_size}: there are {images} training images; use at most "
             f"{images // sampler.rows}, which is what each of the {sampler.rows} micro-batches of a batch would get"
         )
-    if config.plan.probe_batches > sampler.batches_per_epoch:
-        raise ConfigError(
-            f"plan.probe_batches={config.plan.probe_batches}: an epoch has {sampler.batches_per_epoch} batches; use at "
-            f"most that many"
-        )
 
 
 def _check_classes(config: RunConfig, train_set: LabelledImages, evaluation_set: LabelledImages) -> None:
     """Raises DataError where a label does not mean the same in both; classes without images may be absent in one."""
-    where, evaluated = f"data.root={config.data.root}", f"the {config.data.evaluate_on} images"
+    where, evaluated = f"data.root={config.data.root}", f"the {config.data.evaluated_split} images"
     for label, names in enumerate(zip(train_set.class_names, evaluation_set.class_names, strict=False)):
         if names[0] != names[1]:
             raise DataError(
@@ -252,4 +247,4 @@ def _check_image_size(model: nn.Module, size: int) -> None:
 
 def _load_data(config: RunConfig, split: Split) -> LabelledImages:
     mean, std = pixel_statistics(config.model.name, config.model.weights)
-    return load_configured(config.data, split, mean, std)
+    return load_configured(config.data, split, mean, std, seed=config.run.seed)

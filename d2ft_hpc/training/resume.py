@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from d2ft_hpc.config import RunConfig, is_class_of
+from d2ft_hpc.config import RunConfig
+from d2ft_hpc.config_faults import is_class_of
 from d2ft_hpc.errors import CheckpointError, ConfigError, ResultsError
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.launch.control import print_line

@@ -24,8 +24,8 @@ from d2ft_hpc.families.table import backbone_of
 from d2ft_hpc.files import atomic
 from d2ft_hpc.launch import Control, agreed, share
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts, PlanState
+from d2ft_hpc.lifecycle.make_plan import reads_scores
 from d2ft_hpc.lifecycle.observed_scores import ObservedScores, Observer
-from d2ft_hpc.lifecycle.solve import reads_scores
 from d2ft_hpc.lifecycle.state import FILE
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.rank_layout import Placement

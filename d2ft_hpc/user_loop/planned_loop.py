@@ -67,10 +67,10 @@ def attach(
     compute_budget: share of the dense training FLOPs. planner: `tokens`, which keeps dense training's accuracy, scales
         the images that the model gets in training: small ones at first, full size (the model's `img_size`, which they
         must have) at the end of `total_steps` steps of the optimiser, which it has to know. `samples` scores what
-        `PlannedLoop.choose` is given and draws what trains; any other one plans by heads, and the first `probe_batches`
+        `PlannedLoop.choose` is given and draws what trains; any other one plans by heads, and the first
         batches run dense and give the scores. Models that read text need such a one ("joint"). micro_batches: those of
         a rank whose gradients make one step of the optimiser. settings: other keys of the "d2ft" section
-        (`D2ftSection`), such as `embeddings`, `compile`, `cuda_graphs`, `replan={"every": 100, "unit": "steps"}`,
+        (`D2ftSection`), such as `embeddings`, `compile`, `cuda_graphs`, `replan={"every": "100 steps"}`,
         `file`, a saved plan, or `results="runs/mine"`, a folder for `results.h5`, which `d2ft-hpc report runs/mine`
         reads.
 

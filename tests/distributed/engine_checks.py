@@ -298,8 +298,7 @@ def check_user_checkpoint(control: Control, stage: int, after: int) -> dict[str,
     planning = {
         "planner": "joint",
         "compute_budget": 0.6,
-        "probe_batches": 2,
-        "replan": {"every": 3, "unit": "steps"},
+        "replan": {"every": "3 steps"},
     }
     config = {**USER_CONFIG, "zero_optimization": {"stage": stage}, "d2ft": planning}
 
@@ -627,7 +626,7 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
         named[f"choose zero{stage}"] = partial(check_choose, stage=stage)
         named[f"user loop zero{stage}"] = partial(check_user_loop, stage=stage)
         named[f"user loop zero{stage} compiled"] = partial(check_user_loop, stage=stage, compiled=True)
-        for after, where in ((3, "plan"), (6, "probe")):
+        for after, where in ((3, "plan"), (5, "probe")):
             named[f"checkpoint zero{stage} {where}"] = partial(
                 check_user_checkpoint, stage=stage, after=after
             )

@@ -75,7 +75,7 @@ def model_for(engine: str, optimizer: str, lora: bool) -> VisionTransformer:
 
 
 def with_lora(model: VisionTransformer) -> VisionTransformer:
-    add_lora(model, rank=2, alpha=3, dropout=0.0, layers=("qkv", "proj", "fc1", "fc2"))
+    add_lora(model, rank=2, alpha=3, dropout=0.0)
     torch.manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -319,7 +319,7 @@ def check_attached_loop(control: Control, how: str, sharing: str = "every") -> d
         optimizer.zero_grad()
         return loss.item()
 
-    planned = {"planner": "joint", "replan": {"every": 2, "unit": "steps"}}
+    planned = {"planner": "joint", "replan": {"every": "2 steps"}}
     model, d2ft, trainer = spread(0, **planned)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     plain = tiny_vit(qkv_bias=False)

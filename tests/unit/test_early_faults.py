@@ -87,7 +87,6 @@ def test_faults_of_settings_in_words(override: str, told: str) -> None:
             ("data.micro_batch_size=100000",),
             r"data\.micro_batch_size=100000: there are \d+ training images; use at",
         ),
-        (("plan.probe_batches=1000",), r"plan\.probe_batches=1000: an epoch has \d+ batches"),
         (("data.classes=[3]",), "all images are of one class"),
         (("model.lora={rank: 1000}",), r"model\.lora\.rank=1000: blocks\.0\.attn\.qkv is .* at most \d+"),
         (("data.train_fraction=0.001",), r"data\.train_fraction=0\.001: .* cannot keep every class"),

@@ -16,7 +16,7 @@ from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.launch.watch import Watch
-from d2ft_hpc.lifecycle import solve_plan
+from d2ft_hpc.lifecycle import make_plan
 from d2ft_hpc.metering.activation_bytes import ActivationBytes, measure_activation_bytes
 from d2ft_hpc.metering.memory import free_bytes_of_host, kept_bytes
 from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
@@ -152,7 +152,7 @@ def test_a_job_short_of_memory_plans_less_and_keeps_to_it_when_resumed(tmp_path,
     assert f"at most: {subnets // 2} on rank 0" in free_memory.describe_memory(costs, kept, subnets)
     scores = measure_scores(job, job.model, job.loss, watch)
     contexts = [plan_context(job, placement, each) for each in (measured.plan_costs, costs)]
-    plans = [solve_plan(context, scores, 0) for context in contexts]
+    plans = [make_plan(context, scores, 0) for context in contexts]
     unlimited, limited = ((plan.operations == Operation.FULL).sum(axis=(1, 2)).max() for plan in plans)
     assert limited <= subnets // 2 < unlimited
 
