@@ -63,7 +63,8 @@ def read_with(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 class _Handing(Dataset[Any]):
-    """Hands faults over as values: what a worker raises, torch raises again with its whole traceback as the text."""
+    """Returns faults as values, since torch would raise a worker's error again with its whole traceback as the
+    text."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader

@@ -71,7 +71,7 @@ def _rival(run: dict[str, Any], dense: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw(numbers: dict[str, Any]) -> Figure:
-    """A panel for each cost; dense runs as stars with the way that they took."""
+    """A panel for each cost; dense runs are stars, with a line through their earlier evaluations."""
     figure = new_figure(14, 5)
     for axis, (cost, (label, unit)) in zip(figure.subplots(1, 3, sharey=True), _COSTS.items(), strict=True):
         axis.set(xlabel=label)
@@ -96,7 +96,7 @@ def draw(numbers: dict[str, Any]) -> Figure:
                 )
             axis.plot([x], [y], linestyle="", label=short(run["name"]), **style)
     reached = [100 * run["accuracy"] for run in numbers["runs"] if np.isfinite(run["accuracy"])]
-    if reached:  # what was reached on the way from nothing may lie far below, and a dense run's best is shown
+    if reached:  # early evaluations may lie far below and are cut off; a dense run's best is always shown
         ways = [run["on_the_way"]["accuracy"] for run in numbers["runs"] if run["dense"]]
         best = max([*reached, *(100 * float(accuracy) for way in ways for accuracy in way)])
         margin = max(1.0, 0.4 * (max(reached) - min(reached)))

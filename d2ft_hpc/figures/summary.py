@@ -67,7 +67,7 @@ _NAMES = {"ddp": "DDP", "zero0": "DeepSpeed in bf16", "zero1": "ZeRO 1", "zero2"
 
 
 def _between_replicas(run: Run) -> str:
-    """What a plan changes of the bytes between a run's replicas; empty where that cannot be said in a line."""
+    """How a plan changes the bytes between a run's replicas; empty where one line cannot say it."""
     if run.engine is None or run.replicas == 1 or run.is_dense:
         return ""
     kind = run.engine.data_parallel

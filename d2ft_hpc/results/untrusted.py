@@ -1,5 +1,4 @@
-"""Reads tables and groups of results files that may be damaged or hostile (`files.untrusted`). Raises RefusedError for all
-that this package would not have written."""
+"""Reads tables and groups of results files that may be damaged or hostile (`files.untrusted`)."""
 
 from collections.abc import Collection, Iterator
 from typing import Any
