@@ -18,7 +18,7 @@ from d2ft_hpc.families.timm_models import patches
 
 
 class TimmRelative(TimmBlocks):
-    """Tables of positions belong to no head: a head reads its own column."""
+    """Tables of positions belong to no head, although each head reads its own column."""
 
     supported = "timm's Beit and VisionTransformerRelPos"
     names_below = ("patch_embed", "pos_embed", "cls_token", "rel_pos_bias", "shared_rel_pos")

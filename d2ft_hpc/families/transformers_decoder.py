@@ -11,7 +11,7 @@ from d2ft_hpc.families.family import AnySize
 from d2ft_hpc.families.transformers_models import TransformersFamily
 
 MOST_COUNTED_TOKENS = 512
-"""Of the sequence whose FLOPs are counted; of longer ones attention has a slightly larger share."""
+"""Length of the sequence whose FLOPs are counted; in longer ones attention has a slightly larger share."""
 
 
 class TransformersDecoder(AnySize, TransformersFamily):

@@ -37,8 +37,8 @@ class ParameterClass(Enum):
 class SubnetMap:
     """The subnets of one model.
 
-    head_axes: of a name inside a block ("attn.qkv.weight"), its split by head. layers: names inside a block of the
-    linear layers that are cut by head.
+    head_axes: for each name inside a block ("attn.qkv.weight"), how it splits by head. layers: names inside a block
+    of the linear layers that are cut by head.
     """
 
     family: BlockFamily
@@ -69,7 +69,7 @@ class SubnetMap:
             [family.num_heads(block) for block in blocks],
             [family.head_axes(block) for block in blocks],
         )
-        # LoRA may be on some blocks only, alike where it is.
+        # LoRA may be on some blocks only, but is the same on all of these.
         head_axes = {name: axis for of_block in axes for name, axis in of_block.items()}
         differing = [
             i
@@ -98,7 +98,8 @@ class SubnetMap:
         return ParameterClass.EMBEDDING if is_below else ParameterClass.CLASSIFIER
 
     def place_of(self, name: str) -> tuple[int, str] | None:
-        """Block, and name in the block, of what has this name in the model; None outside the blocks."""
+        """The block, and the name inside the block, of the parameter or module of this name in the model; None
+        outside the blocks."""
         before = f"{self.family.blocks_path}."
         if not name.startswith(before):
             return None
@@ -127,7 +128,7 @@ class SubnetMap:
 
 
 def _is_adapters(name: str) -> bool:
-    """By peft's naming: a factor, or the weight that factors are added to."""
+    """Whether the name is one of peft's, of a low-rank factor or of the weight that factors are added to."""
     return "lora_" in name or ".base_layer." in name
 
 
