@@ -25,7 +25,8 @@ Compute = Callable[[Tensor], Tensor | None]
 
 @dataclass(frozen=True)
 class TokenMessages(ABC):
-    """What a layout of the tokens sends around a branch. rank: this process's place in the group."""
+    """A layout of the tokens: what ranks hold between branches, and what they send around a branch. rank: this
+    process's place in the group."""
 
     group: distributed.ProcessGroup
     rank: int
@@ -52,7 +53,8 @@ class TokenMessages(ABC):
     @property
     @abstractmethod
     def has_whole_gradients(self) -> bool:
-        """Whether what all ranks compute alike, norms and what follows a branch's sum, has whole gradients on each."""
+        """Whether norms and what follows a branch's sum, which all ranks compute, have whole gradients on each
+        rank."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class ReplicatedTokens(TokenMessages):
         return True
 
     def sum(self, tensor: Tensor, senders: Ranks) -> Tensor:
-        """Over the group, in the tensor's place; of others than the senders it is zero."""
+        """Sums the tensor over the group in place; it is zero on ranks that are not senders."""
         if len(senders) > 1:
             distributed.all_reduce(tensor, group=self.group)
         elif senders and self.group.size() > 2 and distributed.get_backend(self.group) == "gloo":
@@ -109,7 +111,7 @@ class ReplicatedTokens(TokenMessages):
 
 
 _PIECES = 8
-"""In which a tensor goes along a chain of ranks."""
+"""The pieces in which a tensor goes along a chain of ranks."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,8 @@ class ShardedTokens(TokenMessages):
     def _exchange(self, to_send: dict[int, Tensor], to_fill: dict[int, Tensor]) -> Callable[[], None]:
         """Begins messages from rank to rank, all at once; returns what waits for them. The keys are places in the
         group."""
-        # Receives first: gloo tells a sender that there is room, on the way that its own data would go before.
+        # Receives first, because gloo announces free room to a sender over the connection that this rank's own data
+        # would occupy.
         operations = [
             distributed.P2POp(operation, tensor, distributed.get_global_rank(self.group, rank), self.group)
             for operation, tensors in ((distributed.irecv, to_fill), (distributed.isend, to_send))
@@ -227,7 +230,7 @@ class StepSum:
     slots: int = 1
     alone: bool = False
     kept: dict[int, Tensor] = field(default_factory=dict)
-    """By slot, so that a micro-batch that runs again does not count twice."""
+    """Gradients by slot, so that a micro-batch that runs again does not count twice."""
 
     def add(self, slot: int | None, own: Tensor) -> Tensor | None:
         """This rank's part over the step; None until its last micro-batch."""
@@ -374,7 +377,7 @@ class _Flow:
 
 
 class _Begin(torch.autograd.Function):
-    """This rank's tokens, by part; they are on their way to the active ranks from here on."""
+    """Begins to send this rank's tokens, by part, to the active ranks."""
 
     @staticmethod
     def forward(ctx: Any, flow: _Flow, x: Tensor) -> tuple[Tensor, ...]:
@@ -407,8 +410,8 @@ class _Gathered(torch.autograd.Function):
 
 
 class _Sent(torch.autograd.Function):
-    """What this rank computed of a part is on its way from here on. `entered` ties the backward of ranks that computed
-    nothing to the messages."""
+    """Begins to send what this rank computed of a part. `entered` ties the backward of ranks that computed nothing to
+    the messages."""
 
     @staticmethod
     def forward(

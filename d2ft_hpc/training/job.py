@@ -81,7 +81,7 @@ class Job:
         )
 
     def batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
-        """Groups what a loader over the sampler yields into batches on the job's device, in slot order."""
+        """Groups a loader's micro-batches into batches on the job's device, in slot order."""
         on_device = ((images.to(self.device), labels.to(self.device)) for images, labels in micro_batches)
         while batch := list(islice(on_device, self.config.data.slots)):
             yield batch
@@ -137,7 +137,7 @@ def layout_of(config: RunConfig, control: Control) -> RankLayout:
 
 
 def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
-    """Makes a job's parts; no rank waits for another here, so that each can fail on its own."""
+    """Makes a job's parts. No rank waits for another here, so that each can fail by itself."""
     layout = layout_of(config, control)
     kind = config.engine.kind
     kind.prepare(config)
@@ -197,7 +197,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
 
 
 def _check_sizes(config: RunConfig, train_set: LabelledImages, sampler: MicroBatchSampler) -> None:
-    """Raises ConfigError where there is nothing to learn, or fewer images than are asked for at once."""
+    """Raises ConfigError where there is nothing to learn, or fewer images than a batch needs."""
     data, images = config.data, len(train_set)
     if train_set.num_classes < 2:
         raise ConfigError(
