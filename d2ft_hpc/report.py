@@ -182,7 +182,7 @@ def _if_recorded(title: str, figure: Any, runs: Sequence[Run], caption: str) -> 
         ArithmeticError,
         LookupError,
         ValueError,
-    ) as error:  # of records that are damaged, or of no numbers
+    ) as error:  # from records that are damaged or hold no numbers
         drawn = f"<p>Cannot be drawn from what is recorded: {html.escape(one_line(str(error)))}.</p>"
     yield title, drawn
 

@@ -16,7 +16,7 @@ from d2ft_hpc.launch.control import SoloControl
 
 
 def control_of_loop() -> Control:
-    """Over torch.distributed's default group if there is one, else of this process alone."""
+    """The control plane over torch.distributed's default group if there is one, else of this process alone."""
     return DefaultGroupControl() if dist.is_initialized() and dist.get_world_size() > 1 else SoloControl()
 
 
@@ -62,7 +62,7 @@ class DefaultGroupControl:
 
     @property
     def _device(self) -> torch.device:
-        """On which the group takes tensors: the CPU, if it takes them there."""
+        """The device on which the group takes tensors: the CPU, if possible."""
         backend = str(dist.get_backend_config())
         return torch.device("cpu" if "gloo" in backend or "mpi" in backend else "cuda")
 

@@ -89,13 +89,14 @@ class LoopRecord:
             self._losses.append(torch.as_tensor(loss).detach().float())
 
     def evaluation(self, accuracy: float, loss: float = math.nan, samples: int = -1) -> None:
-        """Of the present model; accuracy: top-1, 0 to 1, over all ranks. Rank 0's counts."""
+        """Records an evaluation of the present model. accuracy: top-1, 0 to 1, over all ranks; rank 0's value
+        counts."""
         if self._writer is not None:
             row = {"step": self._steps, "accuracy": accuracy, "loss": loss, "samples": samples}
             self._writer.append("evaluations", row)
 
     def close(self) -> None:
-        """Nothing more comes: `results.h5` becomes one file. Called at the script's end, too."""
+        """Ends the record: `results.h5` becomes one file. Called at the script's end, too."""
         if self._recorder is not None:
             self._recorder.finish()
             for writer in self._writers:
