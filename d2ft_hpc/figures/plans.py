@@ -70,7 +70,7 @@ def draw(numbers: dict[str, Any]) -> Figure:
     each operation, FULL over time and FULL by micro-batch."""
     runs = numbers["runs"]
     figure = new_figure(17, 0.6 + 3.6 * len(runs))
-    for part, run in zip(np.ravel(figure.subfigures(len(runs), 1)), runs, strict=True):
+    for part, run in zip(figure.subfigures(len(runs), 1, squeeze=False)[:, 0], runs, strict=True):
         scaled = any(run["grids"])
         cells = 5 if run["skips"] or not scaled else 0
         axes = list(part.subplots(1, scaled + cells, squeeze=False)[0])

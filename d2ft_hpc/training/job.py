@@ -239,9 +239,10 @@ def _check_image_size(model: nn.Module, size: int) -> None:
             if whole == size
             else f" in patches of {high} x {wide}, and {size} holds no whole number of them"
         )
+        both = "" if whole == height else f", or both data.image_size and model.options.img_size to {whole}"
         raise ConfigError(
-            f"data.image_size={size}: the model takes {height} x {width} pixels{cut}; set data.image_size={height}, or "
-            f"both data.image_size and model.options.img_size to {whole}"
+            f"data.image_size={size}: the model takes {height} x {width} pixels{cut}; set "
+            f"data.image_size={height}{both}"
         )
 
 

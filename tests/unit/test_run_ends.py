@@ -222,17 +222,6 @@ def test_plans_that_cannot_be_are_refused_before_anything_is_evaluated_or_writte
     assert not (tmp_path / "demo" / "results.h5").exists()
 
 
-def test_images_that_the_model_cannot_take_are_told_with_the_nearest_size_that_it_could(
-    tmp_path: Path,
-) -> None:
-    told = (
-        r"data\.image_size=30: the model takes 16 x 16 pixels in patches of 4 x 4, and 30 holds no whole number of "
-        r"them; set data\.image_size=16, or both data\.image_size and model\.options\.img_size to 32"
-    )
-    with pytest.raises(ConfigError, match=told):
-        set_up(config_in(tmp_path, "data.image_size=30"), SoloControl(), torch.device("cpu"))
-
-
 def test_demands_that_only_real_scores_can_decide_are_left_to_them(tmp_path: Path) -> None:
     """The paper's planner knows no memory budget: which of its plans keep one depends on the scores."""
     job = set_up(config_in(tmp_path, "plan.memory_budget=0.001"), SoloControl(), torch.device("cpu"))
