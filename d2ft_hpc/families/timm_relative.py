@@ -22,9 +22,7 @@ class TimmRelative(TimmBlocks):
 
     supported = "timm's Beit and VisionTransformerRelPos"
     names_below = ("patch_embed", "pos_embed", "cls_token", "rel_pos_bias", "shared_rel_pos")
-    refuses_parts = (
-        "timm's relative positions lie in one table for all heads, of which ranks would not have parts"
-    )
+    refuses_parts = "timm's relative positions lie in one table for all heads, which cannot be cut for ranks"
 
     def has(self, model: nn.Module) -> bool:
         return isinstance(model, Beit | VisionTransformerRelPos)

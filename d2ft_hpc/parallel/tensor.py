@@ -192,7 +192,7 @@ def share_blocks(
                 )
         if any(branch.across is not None for branch in subnets.family.branches(block, subnets.head_axes)):
             raise UnsupportedModelError(
-                f"block {index} normalises across all of its heads' channels, of which every tensor-parallel rank has "
+                f"block {index} normalises across all of its heads' channels, while each tensor-parallel rank has "
                 f"a part: use engine.tensor_parallel=1"
             )
     rank = distributed.get_rank(group)

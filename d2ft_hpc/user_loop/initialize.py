@@ -111,8 +111,8 @@ def initialize(
         )
     if stages * tensor_ranks > 1 and isinstance(optimizer, Optimizer):
         raise ConfigError(
-            "optimizer= holds the parameters of the whole model, of which each rank will train a part: give a function "
-            'of the parameters (lambda parameters: AdamW(parameters, ...)), or "optimizer" in the JSON'
+            "optimizer= holds the parameters of the whole model, but each rank will train a part of it: give a "
+            'function of the parameters (lambda parameters: AdamW(parameters, ...)), or "optimizer" in the JSON'
         )
     # What cannot run is refused before anything starts.
     zero = ZeroRules.of(settings)

@@ -361,7 +361,7 @@ class PlannedLoop:
                 self.executor.subnets,
                 context.placement,
                 slots=context.slots,
-                micro_batch_size=1,  # of which no replica sends its activations
+                micro_batch_size=1,  # whose activations no replica sends
                 precision="fp32" if next(self._model.parameters()).dtype is torch.float32 else "bf16",
                 data_parallel=self._data_parallel,
                 embeddings=self.section.embeddings,
@@ -433,7 +433,7 @@ def _nothing(*args: Any) -> None:
 def _watch(loop: PlannedLoop) -> None:
     """Tells the loop of forwards and of steps of any optimiser that has parameters of the model, while it lives."""
     model: nn.Module = loop._model
-    if loop._wraps:  # and calls what it likes of it, but for its images that is its first module
+    if loop._wraps:  # and calls parts of it in any order, but images always reach its first module
         model = loop.executor.subnets.family.embedding(model) or model
     is_recorded = loop.record.is_on
     before = _Hook(model, loop._before_forward, loop._in_evaluation if is_recorded else None)

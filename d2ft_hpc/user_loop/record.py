@@ -38,12 +38,12 @@ FILE = "results.h5"
 class LoopRecord:
     """Writes what `d2ft-hpc train` writes of a run, as far as the loop can be watched; nothing without a folder.
 
-    A step's seconds go from the optimiser's step before to its own, but for an evaluation in between. Data: until the
-    batch's first forward; backward: all between a forward and the optimiser's step that is not another forward.
-    A step's memory is counted from its beginning, for which torch's peak of a GPU's is reset there. The gradient's norm
-    is that of what the optimizer gets, after any clipping; DeepSpeed's before it.
-    Ranks send each other nothing but parts of such norms, where gradients are spread over them: of several, each has a
-    file of its own (`results.ranks/`), which `results.h5` joins. A kill loses the last five seconds.
+    A step's seconds go from the optimiser's step before to its own, without an evaluation in between. Data: until the
+    batch's first forward; backward: all between a forward and the optimiser's step that is not another forward. A
+    step's memory is counted from its beginning, for which torch's peak of a GPU's is reset there. The gradient's norm
+    is that of what the optimizer gets, after any clipping; DeepSpeed's before it. Ranks send each other nothing but
+    parts of such norms, where gradients are spread over them: of several, each has a file of its own
+    (`results.ranks/`), which `results.h5` joins. A kill loses the last five seconds.
     """
 
     def __init__(

@@ -125,7 +125,7 @@ REPRESENTATIVES = [
     "vit_wee_patch16_reg1_gap_256",
     "vitamin_base_224",
 ]
-"""One of all names whose models are the same to a family but for their sizes."""
+"""One name for all models that differ only in their sizes to a family."""
 MODELS = Path(families.__file__).with_name("MODELS.md")
 
 
