@@ -222,7 +222,14 @@ def test_gradients_equal_timms_modules_with_masks(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["vit_giant_patch14_dinov2", "vitamin_base_224", "eva02_base_patch14_224", "deepseek_vit_412m_enc"],
+    [
+        "vit_giant_patch14_dinov2",
+        "vitamin_base_224",
+        "eva02_base_patch14_224",
+        pytest.param(
+            "deepseek_vit_412m_enc", marks=pytest.mark.full
+        ),  # built at its full width, which takes seconds
+    ],
 )
 def test_adapters_run_by_head(name: str) -> None:
     pytest.importorskip("peft")
