@@ -56,6 +56,8 @@ $(VENV)/constraints.txt: $(CONSTRAINTS) | $(BIN)/python
 # Editable, so that only changed requirements need a new installation.
 $(VENV)/.installed: pyproject.toml $(VENV)/constraints.txt
 	$(BIN)/python -m pip install -e '.[mpi]' -c $(VENV)/constraints.txt
+	$(BIN)/python -c 'import torchvision' || \
+		{ echo "torch and torchvision in $(VENV) do not fit together: install both from one index" >&2; exit 1; }
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
