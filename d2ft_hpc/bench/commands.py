@@ -44,7 +44,7 @@ def add_benches(benches: Any) -> None:
         help="forward and backward of a micro-batch under a plan, against the dense model and the plan's ideal",
         description="Times one micro-batch in one process, dense and under the plan in turn.",
     )
-    step.add_argument("--model", default="vit_small_patch16_224", help="a timm VisionTransformer's name")
+    step.add_argument("--model", default="vit_small_patch16_224", help="the name of a timm model")
     step.add_argument("--micro-batch", type=whole_number(1), default=16, help="samples of a micro-batch")
     step.add_argument("--compute", type=share(), default=0.6, help="most of the dense FLOPs (default: 0.6)")
     step.add_argument(
@@ -86,7 +86,7 @@ def add_benches(benches: Any) -> None:
 
 def add_workload(parser: argparse.ArgumentParser) -> None:
     """The arguments that `read_workload` reads."""
-    parser.add_argument("--model", default="vit_tiny_patch16_224", help="a timm VisionTransformer's name")
+    parser.add_argument("--model", default="vit_tiny_patch16_224", help="the name of a timm model")
     parser.add_argument(
         "--image-size", type=whole_number(1), default=64, help="height and width of the images, pixels"
     )

@@ -1,9 +1,8 @@
-"""Compares one micro-batch's forward and backward under a plan with the dense model and with other methods: `d2ft-hpc
-bench step`.
+"""Forward and backward of one micro-batch under a plan against the dense model and its peers: `d2ft-hpc bench step`.
 
-Everything compared alternates in one process. On a GPU each contender is one CUDA graph, so that no kernel launch
-waits for Python; the dense model is compiled as a whole. On a CPU the dense model is the faster of eager and
-compiled, and the blocks that skip heads are compiled.
+Everything compared alternates in one process. On a GPU each contender is one CUDA graph, so that no launch of either
+waits for Python; the dense model is compiled as a whole. On a CPU the dense model is the faster of eager and compiled,
+and the blocks that skip heads are compiled.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from d2ft_hpc.bench.turns import Ratio
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
+from d2ft_hpc.families.table import family_of
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.metering.memory import kept_bytes
 from d2ft_hpc.model.build import build_model
@@ -37,7 +36,7 @@ Step = Callable[[], None]
 
 _WARM_UPS = 3
 _REPEATS, _ENOUGH_REPEATS, _ENOUGH_SECONDS = 30, 5, 120.0
-"""A slow comparison, as on a CPU, ends once it has both that many seconds and that many repeats."""
+"""A slow comparison, as on a CPU, ends once it has both."""
 _ALWAYS = (
     "layer_norm",
     "norm_backward",
@@ -48,10 +47,10 @@ _ALWAYS = (
     "::add",
     "mkldnn_convolution",
 )
-"""Parts of names of kernels and operators that run whatever heads do: norms, residuals, sums of their gradients, and,
-on a CPU, the embedding of patches."""
+"""In names of kernels and operators that run whatever heads do: norms, residuals, their gradients' sums, and a CPU's
+embedding of patches."""
 _OF_HEADS = ("gelu", "nvjet", "gemm", "attention", "sdpa", "flash")
-"""Parts of names of those that belong to heads although they match above."""
+"""In names of those that belong to heads although they match above."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,9 @@ class Sizes:
     forward_only: float
     """Share of each block's heads that run forward only."""
     heads_multiple: int | None
-    """The number of FULL heads is a multiple of it; None: of 2 on a GPU for more than 8 heads, else of 1."""
+    """Numbers of FULL heads are multiples of it; None: of 2 on a GPU for more than 8 heads, else of 1."""
     lora_rank: int | None
-    """Rank of peft's LoRA on qkv, proj, fc1 and fc2, for the dense model too; None: all weights train."""
+    """Of LoRA on qkv, proj, fc1 and fc2, by peft, of the dense model too; None: all weights train."""
     plan: Path | None
     image_size: int
     """Pixels."""
@@ -180,20 +179,21 @@ def describe(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _model(sizes: Sizes) -> VisionTransformer:
+def _model(sizes: Sizes) -> nn.Module:
     model = build_model(sizes.model, num_classes=1000, options={"img_size": sizes.image_size})
     if sizes.lora_rank is not None:
         _adapt(model, sizes.lora_rank)
     return model.to(device=sizes.device, dtype=sizes.dtype).train()
 
 
-def _adapt(model: VisionTransformer, rank: int) -> None:
+def _adapt(model: nn.Module, rank: int) -> None:
     add_lora(model, rank=rank, alpha=2 * rank, dropout=0.0)
 
 
 def _static(sizes: Sizes, costs: StepCosts, executor: PlanExecutor) -> SkipPlan:
-    """A plan with as many FULL heads as fit into `compute`: each block has one of two neighbouring numbers, and which
-    heads run is drawn. Planner `static` plans the same where all scores are equal.
+    """As many FULL heads as fit into `compute`, in all blocks the same number or one of two; which, is drawn.
+
+    So plans planner `static` where all scores are alike.
     """
     blocks, heads = executor.subnets.shape
     forward_only = round(sizes.forward_only * heads)
@@ -217,7 +217,7 @@ def _static(sizes: Sizes, costs: StepCosts, executor: PlanExecutor) -> SkipPlan:
     return SkipPlan(operations, replicas=1)
 
 
-def _dense(sizes: Sizes, model: VisionTransformer) -> dict[str, Contender]:
+def _dense(sizes: Sizes, model: nn.Module) -> dict[str, Contender]:
     batch = _batch(sizes, sizes.micro_batch)
     compiled = _contender(torch.compile(model, dynamic=False), model, batch, sizes)
     if sizes.device.type == "cuda":
@@ -225,7 +225,7 @@ def _dense(sizes: Sizes, model: VisionTransformer) -> dict[str, Contender]:
     return {"dense_eager": _contender(model, model, batch, sizes), "dense_compiled": compiled}
 
 
-def _planned(sizes: Sizes, model: VisionTransformer, plan: SkipPlan) -> dict[str, Contender]:
+def _planned(sizes: Sizes, model: nn.Module, plan: SkipPlan) -> dict[str, Contender]:
     """The plan, and all FULL, each by a model of its own."""
 
     def under(followed: SkipPlan, samples: int) -> Contender:
@@ -243,11 +243,8 @@ def _planned(sizes: Sizes, model: VisionTransformer, plan: SkipPlan) -> dict[str
     return found | {"plan": under(plan, sizes.micro_batch)}
 
 
-def _unowned_memory_share(
-    sizes: Sizes, model: VisionTransformer, executor: PlanExecutor, dense: int
-) -> float:
-    """The bytes of a dense forward's kept tensors that no head owns, from forwards with one and with two FULL heads
-    in each block."""
+def _unowned_memory_share(sizes: Sizes, model: nn.Module, executor: PlanExecutor, dense: int) -> float:
+    """What no head owns of the bytes that a dense forward keeps: by those of one and of two FULL heads a block."""
     kept = []
     for full in (1, 2):
         operations = np.full((1, *executor.subnets.shape), Operation.SHORTCUT, np.uint8)
@@ -258,8 +255,8 @@ def _unowned_memory_share(
     return float((2 * kept[0] - kept[1]) / dense)
 
 
-def _peers(sizes: Sizes, dense: VisionTransformer, skipped: float) -> dict[str, Contender]:
-    """Other ways to train less, with the same share of branches without gradients; LoRA of rank 8."""
+def _peers(sizes: Sizes, dense: nn.Module, skipped: float) -> dict[str, Contender]:
+    """Other ways to train less, at the same share of branches that get no gradient; LoRA of rank 8."""
     batch = _batch(sizes, sizes.micro_batch)
 
     def contend(model: nn.Module) -> Contender:
@@ -267,7 +264,7 @@ def _peers(sizes: Sizes, dense: VisionTransformer, skipped: float) -> dict[str, 
 
     subset = copy.deepcopy(dense)
     keep = max(1, round((1 - skipped) * sizes.micro_batch))
-    for block in subset.blocks:
+    for block in family_of(subset).blocks(subset):
         block.forward = _subset_forward(block, keep)
     dropped = timm.create_model(
         sizes.model, img_size=sizes.image_size, num_classes=1000, drop_path_rate=skipped
@@ -344,7 +341,7 @@ def _contender(
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # One memory pool for all, since none of them needs its memory while another runs.
+    # One pool for all: none of them needs its memory when another runs.
     with torch.cuda.graph(graph, pool=_graph_pool()):
         run()
     for parameter in parameters:
@@ -352,7 +349,7 @@ def _contender(
 
     def replay(
         captured: Step = run,
-    ) -> None:  # the captured graph reads the model and the batch where they lie
+    ) -> None:  # what was captured reads the model and the batch where they lie
         graph.replay()
 
     return Contender(replay, kept, slots)
@@ -426,7 +423,7 @@ def _always_share(step: Step, sizes: Sizes) -> float:
 
 
 def _profile(step: Step, sizes: Sizes) -> dict[str, float]:
-    """Seconds by kind, the largest first; the rest of the step is the device's waiting time."""
+    """Seconds by kind, the largest first; what the device waited is the rest of the step."""
     kinds: dict[str, float] = {}
     for name, seconds in _kernels(step, sizes).items():
         kinds[_kind(name)] = kinds.get(_kind(name), 0.0) + seconds

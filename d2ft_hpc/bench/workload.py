@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -97,7 +96,7 @@ def build(workload: Workload, control: Control, sides: Sequence[float] | None = 
     return Built(engine, costs, placement)
 
 
-def make_optimizer(model: VisionTransformer) -> tuple[Optimizer, LRScheduler]:
+def make_optimizer(model: nn.Module) -> tuple[Optimizer, LRScheduler]:
     settings = OptimizerConfig(learning_rate=1e-4)
     optimizer = build_optimizer(model, settings)
     return optimizer, build_schedule(optimizer, settings, 10**6)
@@ -113,7 +112,7 @@ def engine_config(workload: Workload) -> dict[str, Any]:
     )
 
 
-def model_of(workload: Workload) -> VisionTransformer:
+def model_of(workload: Workload) -> nn.Module:
     torch.manual_seed(0)
     model = build_model(workload.model, num_classes=10, options={"img_size": workload.image_size})
     return model.to(workload.device)

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 from d2ft_hpc.errors import LaunchError
 from d2ft_hpc.launch.agree import AgreedError, agreed
-from d2ft_hpc.launch.control import Control, GlooControl, MpiControl, SoloControl
+from d2ft_hpc.launch.control import Control, SoloControl
 from d2ft_hpc.launch.environment import LAUNCHERS, LaunchEnvironment
+from d2ft_hpc.launch.gloo_control import GlooControl
+from d2ft_hpc.launch.mpi_control import MpiControl
 
 if TYPE_CHECKING:
     from d2ft_hpc.launch.authenticated_socket import Endpoint

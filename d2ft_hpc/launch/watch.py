@@ -47,7 +47,15 @@ Item = TypeVar("Item")
 # Frames of a thread that waits for other ranks.
 _WAITING = tuple(
     os.path.normpath(part)
-    for part in ("torch/distributed/", "deepspeed/comm/", "d2ft_hpc/launch/control", "d2ft_hpc/launch/watch")
+    for part in (
+        *(
+            "torch/distributed/",
+            "deepspeed/comm/",
+            "d2ft_hpc/launch/gloo_control",
+            "d2ft_hpc/launch/mpi_control",
+        ),
+        "d2ft_hpc/launch/watch",
+    )
 )
 
 

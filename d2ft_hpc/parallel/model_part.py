@@ -16,7 +16,7 @@ from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.model.subnets import ParameterClass
 from d2ft_hpc.parallel.head_split import check_parts
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
-from d2ft_hpc.parallel.token_exchange import TokenMessages
+from d2ft_hpc.parallel.token_exchange import TokenExchange
 
 
 class ModelPart(nn.Module):
@@ -89,7 +89,7 @@ class ModelPart(nn.Module):
         return x if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_()
 
     @property
-    def _messages(self) -> TokenMessages | None:
+    def _messages(self) -> TokenExchange | None:
         return self.executor.messages if isinstance(self.executor, TensorParallelExecutor) else None
 
     def _again_in_backward(self, block: nn.Module, x: Tensor) -> Tensor:

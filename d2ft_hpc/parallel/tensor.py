@@ -30,15 +30,9 @@ from d2ft_hpc.families.family import BlockFamily, Branch, rate_of
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.parallel.head_split import check_owner, check_parts, cut_block, heads_of
-from d2ft_hpc.parallel.token_exchange import (
-    PartialGradients,
-    Ranks,
-    ReplicatedTokens,
-    ShardedTokens,
-    StepSum,
-    TokenMessages,
-    whole_gradients,
-)
+from d2ft_hpc.parallel.partial_gradients import PartialGradients, StepSum, whole_gradients
+from d2ft_hpc.parallel.sharded_tokens import ShardedTokens
+from d2ft_hpc.parallel.token_exchange import Ranks, ReplicatedTokens, TokenExchange
 from d2ft_hpc.planning.communication_volume import LAYOUTS, TokenLayout
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import Ints
@@ -69,7 +63,7 @@ class TensorParallelExecutor(PlanExecutor):
     """The plan of blocks that were cut by head; made by `share_blocks`."""
 
     def __init__(
-        self, whole: PlanExecutor, owner: Ints, layouts: Mapping[TokenLayout, TokenMessages]
+        self, whole: PlanExecutor, owner: Ints, layouts: Mapping[TokenLayout, TokenExchange]
     ) -> None:
         """whole: the executor of the uncut model. owner: int64 [block, head], ranks of the group.
 
@@ -225,7 +219,7 @@ def layouts_of(
 
 def _messages(
     layout: TokenLayout, group: distributed.ProcessGroup, rank: int, tokens: int | None
-) -> TokenMessages:
+) -> TokenExchange:
     if layout == "replicated":
         return ReplicatedTokens(group, rank)
     assert tokens is not None
@@ -256,7 +250,7 @@ def run_shared_block(
     x: Tensor,
     heads: SharedHeads,
     axes: dict[str, HeadAxis],
-    messages: TokenMessages,
+    messages: TokenExchange,
     partial: PartialGradients,
 ) -> Tensor:
     """One rank's part of a block. x and the result: [sample, token, channel], as `token_exchange` splits them.
@@ -314,13 +308,13 @@ class _SharedBranch:
         return self.end(total if bias is None else total + bias)
 
 
-def _together(x: Tensor, branch: _SharedBranch, messages: TokenMessages) -> Tensor:
+def _together(x: Tensor, branch: _SharedBranch, messages: TokenExchange) -> Tensor:
     """What a branch adds: this rank's sum over its heads, the sum over the ranks, the rest."""
     with branch.gradients:
         return branch.finish(messages.through(branch.norm(x), branch.of_own_heads, *branch.ranks))
 
 
-def _alone(x: Tensor, branches: list[_SharedBranch], messages: TokenMessages) -> Tensor:
+def _alone(x: Tensor, branches: list[_SharedBranch], messages: TokenExchange) -> Tensor:
     """What all branches add together, computed by one rank."""
 
     def all_of_them(entered: Tensor) -> Tensor | None:

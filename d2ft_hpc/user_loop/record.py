@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor, nn
 
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
-from d2ft_hpc.errors import ConfigError, LostResultsError
+from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.launch import agreed
 from d2ft_hpc.lifecycle import PlanController
 from d2ft_hpc.metering import StepCosts
@@ -29,7 +29,7 @@ from d2ft_hpc.recording.provenance import describe_environment, describe_model
 from d2ft_hpc.recording.step_recorder import StepRecord, StepRecorder, on_host
 from d2ft_hpc.results import ResultsWriter, open_run
 from d2ft_hpc.results.hdf5_layout import rank_file
-from d2ft_hpc.results.superseded import discard, has_record, is_unbegun, set_aside
+from d2ft_hpc.results.superseded import has_record, open_record
 from d2ft_hpc.user_loop.batch_counter import BatchWork
 
 FILE = "results.h5"
@@ -209,15 +209,7 @@ class LoopRecord:
         self._plans, self._last_hash = len(hashes), "".join(hashes[-1:])
 
     def _opened(self, path: Path, steps_done: int, rank_files: int) -> ResultsWriter:
-        if steps_done and has_record(path):
-            try:
-                writer = ResultsWriter.resume(path, last_step=steps_done - 1, rank_files=rank_files)
-            except LostResultsError:
-                set_aside(path, "best-effort")
-                writer = ResultsWriter(path, rank_files=rank_files)
-        else:
-            if is_unbegun(path):
-                discard(path, "best-effort")
-            writer = ResultsWriter(path, rank_files=rank_files)
+        last_step = steps_done - 1 if steps_done and has_record(path) else None
+        writer, _ = open_record(path, last_step, rank_files=rank_files)
         self._writers.append(writer)
         return writer
