@@ -78,7 +78,6 @@ def add_benches(benches: Any) -> None:
         type=whole_number(1),
         help="measured steps of each (default: as many of 30 as two minutes allow, at least 5)",
     )
-    step.add_argument("--peers", action="store_true", help="also time stochastic depth, drop path and LoRA")
     step.add_argument("--profile", action="store_true", help="where the time of dense and plan goes")
     step.add_argument("--json", action="store_true", help="end with one line of JSON")
     step.set_defaults(run=_step)
@@ -172,7 +171,7 @@ def _step(options: argparse.Namespace) -> int:
             dtype=getattr(torch, of_device if options.dtype == "auto" else options.dtype),
             repeats=options.repeats,
         )
-        found = benchmark(sizes, with_peers=options.peers, with_profile=options.profile)
+        found = benchmark(sizes, with_profile=options.profile)
         print(describe(found))
         if options.json:
             print(json.dumps(found))

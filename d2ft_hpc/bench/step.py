@@ -1,5 +1,4 @@
-"""Compares one micro-batch's forward and backward under a plan with the dense model and with other methods: `d2ft-hpc
-bench step`.
+"""Compares one micro-batch's forward and backward under a plan with the dense model: `d2ft-hpc bench step`.
 
 Everything compared alternates in one process. On a GPU each contender is one CUDA graph, so that no kernel launch
 waits for Python; the dense model is compiled as a whole. On a CPU the dense model is the faster of eager and
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,7 +24,6 @@ from torch.profiler import ProfilerActivity, profile
 from d2ft_hpc.bench.turns import Ratio
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor, attach
-from d2ft_hpc.families.table import family_of
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.metering.memory import kept_bytes
 from d2ft_hpc.model.build import build_model
@@ -87,17 +84,19 @@ class Contender:
     micro_batches: int
 
 
-def benchmark(sizes: Sizes, *, with_peers: bool = False, with_profile: bool = False) -> dict[str, Any]:
+def benchmark(
+    sizes: Sizes,
+    *,
+    beside: Callable[[nn.Module, float], dict[str, Contender]] | None = None,
+    with_profile: bool = False,
+) -> dict[str, Any]:
     """The JSON object that `d2ft-hpc bench step` ends with: seconds are medians, ratios medians of pairs in turn.
 
     time_ideal: the share of the dense time that no head owns, from the dense run's own profile, plus the plan's share
     of the rest. flop_ideal: the plan's share of the FLOPs. efficiency, flop_efficiency: these over the ratio. Intervals
-    hold the true median of the pairs with 95 % confidence.
+    hold the true median of the pairs with 95 % confidence. beside: makes further contenders of the dense model and the
+    share of branches without gradient.
     """
-    if with_peers and sizes.lora_rank is not None:
-        raise ConfigError(
-            "--peers with --lora: the peers train all weights, one of them LoRA; leave one of them out"
-        )
     torch.manual_seed(0)
     dense = _model(sizes)
     attached = copy.deepcopy(dense)
@@ -107,8 +106,8 @@ def benchmark(sizes: Sizes, *, with_peers: bool = False, with_profile: bool = Fa
     costs = measure_costs(attached, executor, (3, sizes.image_size, sizes.image_size))
     plan = _static(sizes, costs, executor) if sizes.plan is None else SkipPlan.read(sizes.plan)
     contenders = {**_dense(sizes, dense), **_planned(sizes, dense, plan)}
-    if with_peers:
-        contenders |= _peers(sizes, dense, 1 - plan.shares()[Operation.FULL])
+    if beside is not None:
+        contenders |= beside(dense, 1 - plan.shares()[Operation.FULL])
     seconds = _in_turn(contenders, sizes)
     medians = {name: float(np.median(times)) for name, times in seconds.items()}
     rival = min((name for name in medians if name.startswith("dense")), key=lambda name: medians[name])
@@ -183,12 +182,8 @@ def describe(found: Mapping[str, Any]) -> str:
 def _model(sizes: Sizes) -> nn.Module:
     model = build_model(sizes.model, num_classes=1000, options={"img_size": sizes.image_size})
     if sizes.lora_rank is not None:
-        _adapt(model, sizes.lora_rank)
+        add_lora(model, rank=sizes.lora_rank, alpha=2 * sizes.lora_rank, dropout=0.0)
     return model.to(device=sizes.device, dtype=sizes.dtype).train()
-
-
-def _adapt(model: nn.Module, rank: int) -> None:
-    add_lora(model, rank=rank, alpha=2 * rank, dropout=0.0)
 
 
 def _static(sizes: Sizes, costs: StepCosts, executor: PlanExecutor) -> SkipPlan:
@@ -218,11 +213,11 @@ def _static(sizes: Sizes, costs: StepCosts, executor: PlanExecutor) -> SkipPlan:
 
 
 def _dense(sizes: Sizes, model: nn.Module) -> dict[str, Contender]:
-    batch = _batch(sizes, sizes.micro_batch)
-    compiled = _contender(torch.compile(model, dynamic=False), model, batch, sizes)
+    batch = batch_of(sizes, sizes.micro_batch)
+    compiled = contender(torch.compile(model, dynamic=False), model, batch, sizes)
     if sizes.device.type == "cuda":
         return {"dense": compiled}
-    return {"dense_eager": _contender(model, model, batch, sizes), "dense_compiled": compiled}
+    return {"dense_eager": contender(model, model, batch, sizes), "dense_compiled": compiled}
 
 
 def _planned(sizes: Sizes, model: nn.Module, plan: SkipPlan) -> dict[str, Contender]:
@@ -233,7 +228,7 @@ def _planned(sizes: Sizes, model: nn.Module, plan: SkipPlan) -> dict[str, Conten
         executor = attach(own, compile=not followed.is_dense)
         executor.activate(followed, 0)
         forward = torch.compile(own, dynamic=False) if executor.is_dense else own
-        return _contender(forward, own, _batch(sizes, samples), sizes, executor, followed.slots)
+        return contender(forward, own, batch_of(sizes, samples), sizes, executor, followed.slots)
 
     full = SkipPlan.dense(1, 1, plan.num_blocks, plan.num_heads)
     found = {"all_full": under(full, sizes.micro_batch)}
@@ -252,59 +247,18 @@ def _unowned_memory_share(sizes: Sizes, model: nn.Module, executor: PlanExecutor
         operations[..., :full] = Operation.FULL
         executor.activate(SkipPlan(operations, replicas=1), 0)
         with executor.micro_batch(0):
-            kept.append(_kept_bytes(model, model, _batch(sizes, sizes.micro_batch)))
+            kept.append(_kept_bytes(model, model, batch_of(sizes, sizes.micro_batch)))
     return float((2 * kept[0] - kept[1]) / dense)
 
 
-def _peers(sizes: Sizes, dense: nn.Module, skipped: float) -> dict[str, Contender]:
-    """Other ways to train less, with the same share of branches without gradients; LoRA of rank 8."""
-    batch = _batch(sizes, sizes.micro_batch)
-
-    def contend(model: nn.Module) -> Contender:
-        return _contender(torch.compile(model, dynamic=False), model, batch, sizes)
-
-    subset = copy.deepcopy(dense)
-    keep = max(1, round((1 - skipped) * sizes.micro_batch))
-    for block in family_of(subset).blocks(subset):
-        block.forward = _subset_forward(block, keep)
-    dropped = timm.create_model(
-        sizes.model, img_size=sizes.image_size, num_classes=1000, drop_path_rate=skipped
-    )
-    dropped = dropped.to(device=sizes.device, dtype=sizes.dtype).train()
-    found = {"subset_stochastic_depth": contend(subset), "timm_drop_path": contend(dropped)}
-    adapted = copy.deepcopy(dense)
-    try:
-        _adapt(adapted, 8)
-    except ConfigError:  # peft is an optional extra
-        return found
-    return found | {"peft_lora": contend(adapted.to(sizes.dtype))}
-
-
-def _subset_forward(block: Any, keep: int) -> Callable[[Tensor], Tensor]:
-    """Each branch runs on a random subset of the samples, scaled up (DINOv2's stochastic depth, arXiv 2304.07193)."""
-
-    branches: tuple[Callable[[Tensor], Tensor], ...] = (
-        lambda x: block.ls1(block.attn(block.norm1(x))),
-        lambda x: block.ls2(block.mlp(block.norm2(x))),
-    )
-
-    def forward(x: Tensor) -> Tensor:
-        for branch in branches:
-            chosen = torch.rand(x.shape[0], device=x.device).argsort()[:keep]
-            x = x.index_add(0, chosen, branch(x[chosen]), alpha=x.shape[0] / keep)
-        return x
-
-    return forward
-
-
-def _batch(sizes: Sizes, samples: int) -> tuple[Tensor, Tensor]:
+def batch_of(sizes: Sizes, samples: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(samples, 3, sizes.image_size, sizes.image_size, generator=generator)
     labels = torch.randint(1000, (samples,), generator=generator)
     return images.to(sizes.device, sizes.dtype), labels.to(sizes.device)
 
 
-def _contender(
+def contender(
     forward: Callable[[Tensor], Tensor],
     model: nn.Module,
     batch: tuple[Tensor, Tensor],

@@ -7,13 +7,10 @@ import re
 import socket
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from d2ft_hpc.errors import LostRankError
 from d2ft_hpc.launch.async_gather import GlooGather, PendingGather
-
-if TYPE_CHECKING:
-    from torch import Tensor
 from d2ft_hpc.launch.control import (
     GRACE_SECONDS,
     describe_ranks,
@@ -46,34 +43,22 @@ class GlooControl:
         self.hosts = tuple(host.decode() for host in self.all_gather(self.host.encode()))
 
     def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
-        import torch
-        from torch import distributed
+        from d2ft_hpc.launch.byte_collectives import broadcast_bytes
 
         self.barrier(self.timeout_seconds)
-        data = own_payload(payload) if self.rank == root else b""
         try:
-            size = torch.tensor([len(data)])
-            distributed.broadcast(size, root, group=self._group)
-            buffer = _padded(data, int(size))
-            distributed.broadcast(buffer, root, group=self._group)
+            return broadcast_bytes(own_payload(payload) if self.rank == root else b"", root, self._group)
         except RuntimeError as error:
             self._lost("a rank", error)
-        return _unpadded(buffer, int(size))
 
     def all_gather(self, payload: bytes) -> list[bytes]:
-        import torch
-        from torch import distributed
+        from d2ft_hpc.launch.byte_collectives import all_gather_bytes
 
         self.barrier(self.timeout_seconds)
         try:
-            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-            distributed.all_gather(sizes, torch.tensor([len(payload)]), group=self._group)
-            longest = max(int(size) for size in sizes)
-            buffers = [_padded(b"", longest) for _ in sizes]
-            distributed.all_gather(buffers, _padded(payload, longest), group=self._group)
+            return all_gather_bytes(payload, self._group)
         except RuntimeError as error:
             self._lost("a rank", error)
-        return [_unpadded(buffer, int(size)) for buffer, size in zip(buffers, sizes, strict=True)]
 
     def start_gather(self, payload: bytes) -> PendingGather:
         return GlooGather(self._gathering, payload)
@@ -110,14 +95,3 @@ class GlooControl:
     def _lost(self, whom: str, error: Exception) -> NoReturn:
         time.sleep(GRACE_SECONDS)  # the rank that failed knows why: let its message come first
         raise LostRankError(f"lost the connection to {whom}: it ended or cannot be reached") from error
-
-
-def _padded(data: bytes, size: int) -> Tensor:
-    """Return a uint8 tensor [max(size, 1)] that starts with the data."""
-    import torch
-
-    return torch.frombuffer(bytearray(data.ljust(max(size, 1), b"\0")), dtype=torch.uint8)
-
-
-def _unpadded(buffer: Tensor, size: int) -> bytes:
-    return bytes(buffer[:size].numpy().tobytes())
