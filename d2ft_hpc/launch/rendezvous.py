@@ -42,14 +42,14 @@ __all__ = [
 LOOPBACK = "127.0.0.1"
 
 SECRET = "D2FT_SECRET"
-"""Variable with a secret of the job's, equal on all ranks, for launchers that give them nothing to share one by."""
+"""Variable with a secret of the job, the same on all ranks, for launchers that give the ranks no way to share one."""
 
 _KEPT: list[Store] = []
 """torch.distributed keeps only the C++ half of a store that is written in Python."""
 
 
 def meet_over(control: Control, port: int) -> tuple[Store, Endpoint, tuple[str, int]]:
-    """Meet all ranks, which the control plane connects already and over which the job's key travels.
+    """Meet all ranks. The control plane connects them already and carries the job's key.
 
     port: where rank 0 listens for other hosts; 0 lets the kernel choose. Also returns an address and a port for
     MASTER_ADDR and MASTER_PORT, which libraries look for; nobody listens there once all have met.
@@ -77,7 +77,8 @@ def _free_port() -> int:
 
 
 def are_on_one_host(control: Control) -> bool:
-    """Whether the ranks reach each other's Unix sockets: one kernel, network namespace and user; on all together."""
+    """Whether the ranks reach each other's Unix sockets, as within one kernel, network namespace and user; all ranks
+    call it together."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         where = f"{boot} {os.stat('/proc/self/ns/net').st_ino} {os.geteuid()}".encode()
@@ -126,7 +127,7 @@ def _master() -> str:
 
 
 def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> tuple[Store, Endpoint]:
-    """Meet all ranks that share MASTER_ADDR and MASTER_PORT and nothing else, but for `SECRET` if it is set.
+    """Meet all ranks that share nothing but MASTER_ADDR, MASTER_PORT and, if it is set, `SECRET`.
 
     On one host they meet at a Unix socket that is named after them. On several, torchrun's agent serves a store there,
     which tells a key and where rank 0 listens; without it rank 0 itself listens there.
@@ -281,7 +282,7 @@ def _address_for(hosts: Sequence[str]) -> str:
 
 
 def _address_towards(peer: str) -> str | None:
-    """The address of this host from which it would speak to the peer, or else to the world."""
+    """The address that this host would use to reach the peer, or else the internet."""
     # "Connecting" a UDP socket sends nothing; it makes the kernel choose the address that routes to the peer.
     for destination in (
         peer,

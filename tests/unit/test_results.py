@@ -127,11 +127,11 @@ def test_file_names_that_hdf5_treats_specially(tmp_path, name):
 
 def test_number_of_segments_grows_with_the_logarithm(tmp_path):
     writer = ResultsWriter(tmp_path / "results.h5", flush_seconds=0)
-    for step in range(100):
+    for step in range(50):
         writer.append("steps", step_row(step))
         with h5py.File(writer.path) as file:
-            assert len(file.attrs["segments"].split()) <= 8
-    assert check_plain(writer.path) == 100
+            assert len(file.attrs["segments"].split()) <= 7
+    assert check_plain(writer.path) == 50
     writer.close()
 
 
