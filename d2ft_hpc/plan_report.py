@@ -124,7 +124,7 @@ def describe_alone(plan: SkipPlan) -> str:
 
 
 def describe(plan: SkipPlan, problem: PlanProblem) -> str:
-    """What the plan is, what each device does under it, and the time of its step."""
+    """Describes the plan, each device's work under it, and the time of its step."""
     lines = [
         describe_alone(plan),
         "",

@@ -103,7 +103,7 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
 
 
 def read_workload(options: argparse.Namespace) -> Workload:
-    """What a bench's arguments say of it; the rest is its defaults."""
+    """The settings that a bench's arguments give; the others keep their defaults."""
     import torch
 
     from d2ft_hpc.bench.workload import Workload

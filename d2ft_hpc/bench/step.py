@@ -1,8 +1,8 @@
-"""Forward and backward of one micro-batch under a plan against the dense model: `d2ft-hpc bench step`.
+"""Compares one micro-batch's forward and backward under a plan with the dense model: `d2ft-hpc bench step`.
 
-Everything compared alternates in one process. On a GPU each contender is one CUDA graph, so that no launch of either
-waits for Python; the dense model is compiled as a whole. On a CPU the dense model is the faster of eager and compiled,
-and the blocks that skip heads are compiled.
+Everything compared alternates in one process. On a GPU each contender is one CUDA graph, so that no kernel launch
+waits for Python; the dense model is compiled as a whole. On a CPU the dense model is the faster of eager and
+compiled, and the blocks that skip heads are compiled.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Step = Callable[[], None]
 
 _WARM_UPS = 3
 _REPEATS, _ENOUGH_REPEATS, _ENOUGH_SECONDS = 30, 5, 120.0
-"""A slow comparison, as on a CPU, ends once it has both."""
+"""A slow comparison, as on a CPU, ends once it has both that many seconds and that many repeats."""
 _ALWAYS = (
     "layer_norm",
     "norm_backward",
@@ -45,10 +45,10 @@ _ALWAYS = (
     "::add",
     "mkldnn_convolution",
 )
-"""In names of kernels and operators that run whatever heads do: norms, residuals, their gradients' sums, and a CPU's
-embedding of patches."""
+"""Parts of names of kernels and operators that run whatever heads do: norms, residuals, sums of their gradients, and,
+on a CPU, the embedding of patches."""
 _OF_HEADS = ("gelu", "nvjet", "gemm", "attention", "sdpa", "flash")
-"""In names of those that belong to heads although they match above."""
+"""Parts of names of those that belong to heads although they match above."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Sizes:
     forward_only: float
     """Share of each block's heads that run forward only."""
     heads_multiple: int | None
-    """Numbers of FULL heads are multiples of it; None: of 2 on a GPU for more than 8 heads, else of 1."""
+    """The number of FULL heads is a multiple of it; None: of 2 on a GPU for more than 8 heads, else of 1."""
     lora_rank: int | None
-    """Of LoRA on qkv, proj, fc1 and fc2, by peft, of the dense model too; None: all weights train."""
+    """Rank of peft's LoRA on qkv, proj, fc1 and fc2, for the dense model too; None: all weights train."""
     plan: Path | None
     image_size: int
     """Pixels."""
@@ -187,9 +187,8 @@ def _model(sizes: Sizes) -> nn.Module:
 
 
 def _static(sizes: Sizes, costs: StepCosts, executor: PlanExecutor) -> SkipPlan:
-    """As many FULL heads as fit into `compute`, in all blocks the same number or one of two; which, is drawn.
-
-    So plans planner `static` where all scores are alike.
+    """A plan with as many FULL heads as fit into `compute`: each block has one of two neighbouring numbers, and which
+    heads run is drawn. Planner `static` plans the same where all scores are equal.
     """
     blocks, heads = executor.subnets.shape
     forward_only = round(sizes.forward_only * heads)
@@ -240,7 +239,8 @@ def _planned(sizes: Sizes, model: nn.Module, plan: SkipPlan) -> dict[str, Conten
 
 
 def _unowned_memory_share(sizes: Sizes, model: nn.Module, executor: PlanExecutor, dense: int) -> float:
-    """What no head owns of the bytes that a dense forward keeps: by those of one and of two FULL heads a block."""
+    """The bytes of a dense forward's kept tensors that no head owns, from forwards with one and with two FULL heads
+    in each block."""
     kept = []
     for full in (1, 2):
         operations = np.full((1, *executor.subnets.shape), Operation.SHORTCUT, np.uint8)
@@ -296,7 +296,7 @@ def contender(
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # One pool for all: none of them needs its memory when another runs.
+    # One memory pool for all, since none of them needs its memory while another runs.
     with torch.cuda.graph(graph, pool=_graph_pool()):
         run()
     for parameter in parameters:
@@ -304,7 +304,7 @@ def contender(
 
     def replay(
         captured: Step = run,
-    ) -> None:  # what was captured reads the model and the batch where they lie
+    ) -> None:  # the captured graph reads the model and the batch where they lie
         graph.replay()
 
     return Contender(replay, kept, slots)
@@ -378,7 +378,7 @@ def _always_share(step: Step, sizes: Sizes) -> float:
 
 
 def _profile(step: Step, sizes: Sizes) -> dict[str, float]:
-    """Seconds by kind, the largest first; what the device waited is the rest of the step."""
+    """Seconds by kind, the largest first; the rest of the step is the device's waiting time."""
     kinds: dict[str, float] = {}
     for name, seconds in _kernels(step, sizes).items():
         kinds[_kind(name)] = kinds.get(_kind(name), 0.0) + seconds

@@ -1,4 +1,4 @@
-"""What engines are timed on: a model on random images, under plans for random scores."""
+"""What engines are timed with: a model on random images, under plans for random scores."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Built:
 
 
 def build(workload: Workload, control: Control, sides: Sequence[float] | None = None) -> Built:
-    """sides: of images in plans by tokens, whose costs are counted, too; in units of full ones."""
+    """sides: of images in plans by tokens, in units of full images; their costs are counted, too."""
     layout = RankLayout.of(
         control.world_size,
         control.rank,

@@ -64,7 +64,7 @@ class GlooGather:
 
 
 def wait_for(gather: PendingGather, timeout_seconds: float) -> bytes | None:
-    """Polls until the gather is done; None if it is not within the time."""
+    """Polls until the gather is done; None if the time is up before."""
     deadline = time.monotonic() + timeout_seconds
     while (payloads := gather.poll()) is None and time.monotonic() < deadline:
         time.sleep(1e-4)

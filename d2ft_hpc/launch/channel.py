@@ -34,7 +34,7 @@ class Channel:
 
     @property
     def is_sending(self) -> bool:
-        """Whether the network has not taken all yet: `flush` is to be called again."""
+        """Whether the network has not taken everything yet, so that `flush` has to be called again."""
         return bool(self._unsent)
 
     def send(self, *message: Any) -> None:

@@ -21,7 +21,8 @@ DeviceType = Literal["cpu", "cuda"]
 
 
 def device_type_of(asked: Literal["auto", "cpu", "cuda"]) -> DeviceType:
-    """What is asked for; of "auto", CUDA where torch sees a GPU. Raises LaunchError for "cuda" where it sees none."""
+    """The device type that is asked for; "auto" is CUDA where torch sees a GPU. Raises LaunchError for "cuda" where
+    it sees none."""
     if asked == "cpu":
         return asked
     import torch

@@ -51,10 +51,10 @@ class Control(Protocol):
         """Wait until every rank is here."""
 
     def abort(self, message: str, status: int = 1) -> NoReturn:
-        """Print one line and end all ranks at once with a non-zero status, of which launchers may make another."""
+        """Print one line and end all ranks at once with a non-zero status, which launchers may replace by another."""
 
     def close(self) -> None:
-        """End MPI and torch.distributed where `connect` started them; every rank must come. Idempotent."""
+        """End MPI and torch.distributed where `connect` started them; every rank must call it. Idempotent."""
 
 
 def describe_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:

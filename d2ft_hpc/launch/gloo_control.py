@@ -82,7 +82,7 @@ class GlooControl:
             ) from error
 
     def abort(self, message: str, status: int = 1) -> NoReturn:
-        # The closed connections wake the ranks that wait for this one; launchers end the rest.
+        # Closed connections wake the ranks that wait for this one; launchers end the others.
         print_line(f"[rank {self.rank} on {self.host}] {message}")
         os._exit(status)
 

@@ -37,7 +37,7 @@ Collective = TypeVar("Collective", bound=Callable[..., Any])
 
 
 def _mpi_errors_are_lost_ranks(collective: Collective) -> Collective:
-    """Of a method of MpiControl. MPI itself fails only where another rank is gone."""
+    """Decorates a method of MpiControl: MPI itself fails only where another rank is gone."""
 
     @wraps(collective)
     def guarded(self: MpiControl, *arguments: Any) -> Any:
@@ -182,14 +182,14 @@ FRAGILE_START = (
     "export MPIR_CVAR_CH4_NETMOD=ofi",
 )
 """What may happen under `srun --mpi=pmi2`, and the fix. Slurm reads 1024 bytes of a PMI-1 request (its pmi1.c), MPICH
-exchanges its UCX addresses as 4096 bytes of memory, of which zeros alone are sent in short (its ucx_init.c)."""
+exchanges its UCX addresses as 4096 bytes of memory and shortens only runs of zeros (its ucx_init.c)."""
 
 
 _LEFT_MEMORY = (
     "; or this job's killed ranks left MPICH's shared memory behind, which has the same name again:"
     " export MPIR_CVAR_NOLOCAL=1"
 )
-"""Of a requeued job: MPICH names the memory of a node's ranks after the job and its step."""
+"""Shared memory that a requeued job finds: MPICH names the memory of a node's ranks after the job and its step."""
 
 
 def _may_meet_left_memory() -> bool:
@@ -226,7 +226,7 @@ def _forget_names_of_shared_memory() -> None:
 
 
 def _start_deadline(timeout_seconds: float) -> AbstractContextManager[None]:
-    """Around the start of MPI; rank 0 is the first to lose patience."""
+    """Limits the time of MPI's start; rank 0 gives up first."""
     rank_hint = os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or "?"
     return _Watchdog(
         timeout_seconds + (0 if rank_hint == "0" else GRACE_SECONDS),

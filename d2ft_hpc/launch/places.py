@@ -14,7 +14,8 @@ from d2ft_hpc.launch.control import Control, describe_ranks
 
 
 def are_on_one_host(control: Control) -> bool:
-    """Whether the ranks reach each other's Unix sockets: one kernel, network namespace and user; on all together."""
+    """Whether the ranks reach each other's Unix sockets, as within one kernel, network namespace and user; all ranks
+    call it together."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         where = f"{boot} {os.stat('/proc/self/ns/net').st_ino} {os.geteuid()}".encode()
@@ -44,7 +45,7 @@ def _address_for(hosts: Sequence[str]) -> str:
 
 
 def address_towards(peer: str) -> str | None:
-    """The address of this host from which it would speak to the peer, or else to the world."""
+    """The address that this host would use to reach the peer, or else the internet."""
     # "Connecting" a UDP socket sends nothing; it makes the kernel choose the address that routes to the peer.
     for destination in (
         peer,

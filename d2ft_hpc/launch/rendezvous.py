@@ -39,7 +39,7 @@ __all__ = [
 LOOPBACK = "127.0.0.1"
 
 SECRET = "D2FT_SECRET"
-"""Variable with a secret of the job's, equal on all ranks, for launchers that give them nothing to share one by."""
+"""Variable with a secret of the job, the same on all ranks, for launchers that give the ranks no way to share one."""
 
 _MESH_RANKS = 64
 """Up to so many ranks gloo connects each with each at the start, for which rank 0 sends every rank what every pair
@@ -50,7 +50,7 @@ _KEPT: list[Store] = []
 
 
 def meet_over(control: Control, port: int) -> tuple[Store, Endpoint, tuple[str, int]]:
-    """Meet all ranks, which the control plane connects already and over which the job's key travels.
+    """Meet all ranks. The control plane connects them already and carries the job's key.
 
     port: where rank 0 listens for other hosts; 0 lets the kernel choose. Also returns an address and a port for
     MASTER_ADDR and MASTER_PORT, which libraries look for; nobody listens there once all have met.
@@ -110,7 +110,7 @@ def _master() -> str:
 
 
 def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> tuple[Store, Endpoint]:
-    """Meet all ranks that share MASTER_ADDR and MASTER_PORT and nothing else, but for `SECRET` if it is set.
+    """Meet all ranks that share nothing but MASTER_ADDR, MASTER_PORT and, if it is set, `SECRET`.
 
     On one host they meet at a Unix socket that is named after them. On several, torchrun's agent serves a store there,
     which tells a key and where rank 0 listens; without it rank 0 itself listens there.

@@ -1,6 +1,6 @@
 """The store of torch.distributed that the ranks share: rank 0 serves it to those that came in by its listener.
 
-torch's own TCPStore listens on all addresses and believes everybody. Here each rank has one connection, opened at the
+torch's own TCPStore listens on all addresses and trusts everybody. Here each rank has one connection, opened at the
 start; when the last rank has come, nobody listens any more. Values travel as base64 in JSON (`channel`).
 """
 

@@ -1,4 +1,4 @@
-"""Ranks that watch each other beside the training: who is gone, who hangs, and where all of them stop together.
+"""Ranks watch each other while they train: which is gone, which hangs, and where all of them stop together.
 
 Each rank has a thread with a TCP connection to rank 0, which hears a beat of every rank each second (less often
 of more than `MOST_BEATS` ranks). It serves:
@@ -94,7 +94,7 @@ class Watch:
         self._longest_seconds = 0.0
         self._stop_asked: float | None = None  # on rank 0: when
         self.reasons: dict[Action, str] = {}
-        """Why all ranks do this at a boundary, such as a signal's name and the rank that got it."""
+        """The reason why all ranks act at a boundary, such as a signal's name and the rank that got it."""
 
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._bell, self._bell_rope = socket.socketpair()
@@ -149,7 +149,7 @@ class Watch:
         self._progress, self._phase, self._allowed_seconds = time.monotonic(), phase, allowed_seconds
 
     def along(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items; each one shows that the main thread moves on, in what takes longer than a step."""
+        """Yields the items. Each one shows that the main thread moves on in a phase that takes longer than a step."""
         for item in items:
             self._moved_on()
             yield item

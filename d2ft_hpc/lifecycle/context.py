@@ -83,7 +83,7 @@ class PlanContext:
 
     @property
     def compute_budget(self) -> float:
-        """Of a plan: a share of a step's dense compute at the resolution that it has."""
+        """A plan's share of a step's dense compute, at the resolution that it has."""
         tokens = 1.0 if self.curve is None else self.curve.share
         return min(self.settings.compute_budget / tokens, 1.0)
 
@@ -103,7 +103,7 @@ class PlanContext:
 
     @property
     def step_time(self) -> StepTime:
-        """How long a step's subnets and messages take, by what all ranks measured."""
+        """The model of how long a step's subnets and messages take, from what all ranks measured."""
         of_subnets = self.reckoned.dense_seconds * (1 - self.reckoned.always_share)
         return StepTime(
             seconds_per_cost=max(of_subnets / self.costs.num_subnets, 1e-12),

@@ -26,8 +26,8 @@ def reads_scores(settings: PlanConfig) -> bool:
 def make_plan(context: PlanContext, scores: Scores | None, index: int) -> SkipPlan:
     """The plan that the settings ask for, on this rank alone; all others get it from rank 0.
 
-    scores: None where `reads_scores` says so. index: how many plans were made before; planners that draw draw anew for
-    each.
+    scores: None where `reads_scores` says so. index: how many plans were made before; planners with random draws draw
+    anew for each.
 
     Raises PlanError where no plan keeps the budgets, also because frozen blocks leave nothing to plan, or where a saved
     plan is of another shape.
@@ -119,7 +119,8 @@ def _problem(
 
 
 def token_layout_of(plan: SkipPlan, context: PlanContext) -> TokenLayout:
-    """The layout in which a plan runs: the same on every rank and in a resumed run, from what all have in common."""
+    """The layout in which a plan runs. It depends only on what all ranks know, so that it is the same on each of them
+    and in a resumed run."""
     allowed = context.token_layouts
     if len(allowed) == 1 or plan.binding == "sample":
         return allowed[0]
@@ -131,7 +132,7 @@ def token_layout_of(plan: SkipPlan, context: PlanContext) -> TokenLayout:
 
 
 def _that_send_no_more(than: TokenLayout, layouts: Sequence[TokenLayout]) -> tuple[TokenLayout, ...]:
-    """Those of these layouts in which no plan sends more than in layout `than`."""
+    """Those of the layouts in which no plan sends more than in layout `than`."""
     return tuple(layout for layout in layouts if than == "replicated" or layout != "replicated")
 
 

@@ -24,7 +24,7 @@ class StepSum:
     slots: int = 1
     alone: bool = False
     kept: dict[int, Tensor] = field(default_factory=dict)
-    """By slot, so that a micro-batch that runs again does not count twice."""
+    """Gradients by slot, so that a micro-batch that runs again does not count twice."""
 
     def add(self, slot: int | None, own: Tensor) -> Tensor | None:
         """This rank's part over the step; None until its last micro-batch."""

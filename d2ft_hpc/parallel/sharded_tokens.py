@@ -168,7 +168,7 @@ class _Flow:
 
 
 class _Begin(torch.autograd.Function):
-    """This rank's tokens, by part; they are on their way to the active ranks from here on."""
+    """Begins to send this rank's tokens, by part, to the active ranks."""
 
     @staticmethod
     def forward(ctx: Any, flow: _Flow, x: Tensor) -> tuple[Tensor, ...]:
@@ -201,8 +201,8 @@ class _Gathered(torch.autograd.Function):
 
 
 class _Sent(torch.autograd.Function):
-    """What this rank computed of a part is on its way from here on. `entered` ties the backward of ranks that computed
-    nothing to the messages."""
+    """Begins to send what this rank computed of a part. `entered` ties the backward of ranks that computed nothing to
+    the messages."""
 
     @staticmethod
     def forward(

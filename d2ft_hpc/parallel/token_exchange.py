@@ -23,7 +23,8 @@ Compute = Callable[[Tensor], Tensor | None]
 
 @dataclass(frozen=True)
 class TokenExchange(ABC):
-    """What a layout of the tokens sends around a branch. rank: this process's place in the group."""
+    """A layout of the tokens: what ranks hold between branches, and what they send around a branch. rank: this
+    process's place in the group."""
 
     group: distributed.ProcessGroup
     rank: int
@@ -50,7 +51,8 @@ class TokenExchange(ABC):
     @property
     @abstractmethod
     def has_whole_gradients(self) -> bool:
-        """Whether what all ranks compute alike, norms and what follows a branch's sum, has whole gradients on each."""
+        """Whether norms and what follows a branch's sum, which all ranks compute, have whole gradients on each
+        rank."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class ReplicatedTokens(TokenExchange):
         return True
 
     def sum(self, tensor: Tensor, senders: Ranks) -> Tensor:
-        """Over the group, in the tensor's place; of others than the senders it is zero."""
+        """Sums the tensor over the group in place; it is zero on ranks that are not senders."""
         if len(senders) > 1:
             distributed.all_reduce(tensor, group=self.group)
         elif senders and self.group.size() > 2 and distributed.get_backend(self.group) == "gloo":
@@ -107,7 +109,7 @@ class ReplicatedTokens(TokenExchange):
 
 
 _PIECES = 8
-"""In which a tensor goes along a chain of ranks."""
+"""The pieces in which a tensor goes along a chain of ranks."""
 
 
 class _SumBackward(torch.autograd.Function):

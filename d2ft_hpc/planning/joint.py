@@ -1,4 +1,4 @@
-"""The optimal planner: both levels of the knapsack at once, as a mixed-integer program that HiGHS proves."""
+"""The optimal planner: both levels of the knapsack at once, as a mixed-integer program. HiGHS proves its optimum."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NAMES = 3  # of devices that one status may name
 
 _GREEDY_SHARE = (
     2 / 3
-)  # of the time, after which the devices that are left get a quicker plan than the greedy one
+)  # share of the time limit after which the remaining devices get a quicker plan than the greedy one
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +62,9 @@ def solve_joint(
     most_shortcut: share in [0, 1] of a device's heads in a (row, block) that may be SHORTCUT.
 
     The devices share nothing: each is solved by itself and the bounds add up.
-    Where HiGHS runs out of time or fails, the greedy plan takes its place if it is the better one: the
-    status is then "greedy: <reason>" and the bound still holds. Where time does not even do for that, a device runs
-    the cells that gain most. The same problem gives the same plan, unless time runs out.
+    Where HiGHS runs out of time or fails, the greedy plan is taken if it is better: the status is then "greedy:
+    <reason>" and the bound still holds. Where there is no time for that either, a device runs the cells that gain
+    most. The same problem gives the same plan, unless time runs out.
 
     Raises PlanError if an option is out of range, or if the budgets cannot pay for `most_shortcut` (the message states
     the least feasible budget).
@@ -144,7 +144,7 @@ def _reason(known: str, of_highs: str) -> str:
 
 
 def _improved(knapsack: Knapsack, known: _Solution, deadline: float, relative_gap: float) -> _Solution:
-    """The better of HiGHS's plan and the one that is known."""
+    """The better one of HiGHS's plan and the plan that is known already."""
     if known.missing <= relative_gap * known.bound:
         return replace(known, status=OPTIMAL)
     plan, solver_bound, status = _solve_with_highs(knapsack, deadline, relative_gap)
@@ -160,7 +160,7 @@ def _improved(knapsack: Knapsack, known: _Solution, deadline: float, relative_ga
 def _solve_with_highs(
     knapsack: Knapsack, deadline: float, relative_gap: float
 ) -> tuple[Operations | None, float, str]:
-    """HiGHS's plan (None if it has none that keeps the budgets), its bound, and how it ended."""
+    """HiGHS's plan (None if it found none within the budgets), its bound, and how HiGHS ended."""
     cells = len(knapsack.cells)
     # Once the counts are whole numbers, the rest is a transportation problem, whose solutions are whole by
     # themselves: branching on two counts instead of on every cell. Memory and most_shortcut break that.
@@ -244,7 +244,7 @@ def _objective(knapsacks: Sequence[Knapsack], plan: Sequence[Operations]) -> flo
 
 
 def _summary(statuses: dict[str, str]) -> str:
-    """One status for all devices: the common one, or those that are not optimal with their devices."""
+    """One status for all devices: the common one, or each that is not "optimal" with its devices."""
     if len(set(statuses.values())) == 1:
         return next(iter(statuses.values()))
     devices: dict[str, list[str]] = {}

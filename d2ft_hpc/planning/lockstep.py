@@ -64,8 +64,8 @@ class LockstepStage:
         return len(self.group) // self.groups
 
     def write(self, level: Ints, operations: npt.NDArray[np.uint8], deadline: float = math.inf) -> None:
-        """Put the best heads at the level int64 [class] of each class into operations [row, block, head]; after the
-        deadline, of time.monotonic(), those that are likely the best."""
+        """Write the best heads at each class's level, int64 [class], into operations [row, block, head]; after the
+        deadline, of time.monotonic(), the heads that are only likely to be the best."""
         chosen = self.levels.operations(level, deadline)
         chosen = chosen.reshape(*chosen.shape[:2], self.slots, len(self.blocks))
         for member, rows, heads in self.members():
@@ -89,7 +89,7 @@ def lockstep_stages(
     clusters: bool = False,
     deadline: float = math.inf,
 ) -> list[LockstepStage]:
-    """The stages of all stages of replicas that meet. Raises PlanError as `solve_makespan` does.
+    """A `Stage` for every pipeline stage of the replicas that meet. Raises PlanError as `solve_makespan` does.
 
     gains: of the problem (`PlanProblem.gains`).
     clusters: where messages are limited, levels at which only some of a stage's ranks run anything count, too.
@@ -172,7 +172,7 @@ def _lockstep_stage(
 
 
 def time_budget(problem: PlanProblem, devices: Ints) -> float:
-    """Time until the first of the devices has used up its compute budget; inf if all may run densely."""
+    """Time until the first device has used up its compute budget; inf if all may run densely."""
     cells = problem.cells_per_device[devices]
     budget = problem.budgets_to_plan[devices, 0]
     scarce = budget < cells * problem.compute_cost[Operation.FULL]
@@ -190,7 +190,7 @@ def fitting_levels(problem: PlanProblem, stage: LockstepStage) -> npt.NDArray[np
 
 
 def step_limits(problem: PlanProblem, stage: LockstepStage) -> list[Limit]:
-    """What a stage without a pipeline may use: the time of all its classes together."""
+    """What a stage may use if there is no pipeline: the time of all its classes together."""
     levels = stage.levels
     most = stage.time_budget
     if stage.is_even and math.isfinite(most):
@@ -202,7 +202,7 @@ def step_limits(problem: PlanProblem, stage: LockstepStage) -> list[Limit]:
 
 
 def other_limits(problem: PlanProblem, stage: LockstepStage) -> list[Limit]:
-    """The communication of a device in the batch and its memory in a row, as far as they are limited."""
+    """The limits on a device's communication in a batch and on its memory in a row, as far as there are any."""
     levels, cells = stage.levels, problem.cells_per_device[stage.devices]
     shortcut = problem.communication_cost[Operation.SHORTCUT]
     row = stage.row_of_class
@@ -242,7 +242,7 @@ def _messages(problem: PlanProblem, levels: Levels, member: int) -> Floats:
 
 
 def limit_above_least(use: Floats, group: Ints, most: Floats) -> Limit:
-    """The limit on what levels use above level 0, which every class has at least."""
+    """The limit on what levels use beyond level 0, which every class has anyway."""
     return Limit(use - use[0], group, most - np.bincount(group, minlength=len(most)) * use[0])
 
 

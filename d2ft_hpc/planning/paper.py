@@ -16,11 +16,11 @@ from d2ft_hpc.settings import Fraction
 def solve_paper(problem: PlanProblem, *, full_share: float = 0.8) -> SkipPlan:
     """FULL by backward score first, then FORWARD_ONLY by forward score with what is left.
 
-    Every (device, block, head) gets the part of its device's budgets that its rows are of the device's
-    cells, and spends at most `full_share` (in [0, 1]) of it on FULL.
+    Every (device, block, head) gets a part of its device's budgets, in proportion to its share of the device's cells,
+    and spends at most `full_share` (in [0, 1]) of it on FULL.
 
     All rows of a subnet cost the same, so each level is solved exactly by sorting. Objective, bound and gap are those
-    of `joint`: how far two levels, each at its optimum, are from what the budgets permit.
+    of `joint`: they show how far two separately optimal levels are from what the budgets permit.
 
     Raises PlanError if `full_share` is out of range.
     """
@@ -31,9 +31,9 @@ def solve_paper(problem: PlanProblem, *, full_share: float = 0.8) -> SkipPlan:
 def two_levels(
     problem: PlanProblem, full_key: Floats, forward_key: Floats, full_share: float
 ) -> npt.NDArray[np.uint8]:
-    """Operations uint8 [row, block, head]: in every subnet the rows with the largest `full_key` FULL, of the
-    others those with the largest `forward_key` FORWARD_ONLY, as many as the budgets pay for. Ties go to the
-    earlier row. What rounding leaves over turns FORWARD_ONLY into FULL where the subnet's own share pays.
+    """Operations uint8 [row, block, head]: in every subnet the rows with the largest `full_key` are FULL, and of the
+    others those with the largest `forward_key` FORWARD_ONLY, as many as the budgets pay for. Ties go to the earlier
+    row. Budget that rounding leaves turns FORWARD_ONLY into FULL where the subnet's own share pays for it.
     """
     if not 0 <= full_share <= 1:
         raise PlanError(f"full_share is a share of the budget in [0, 1], got {full_share}.")

@@ -24,7 +24,7 @@ from d2ft_hpc.files import atomic, hdf5
 from d2ft_hpc.files.untrusted import RefusedError
 
 WORTH_SAYING = 0.01
-"""A gap above this share of the best possible score is said in words."""
+"""A gap above this share of the best possible score is explained in words."""
 
 _MAGIC = b"D2FTPLAN"
 _VERSION = 1
@@ -177,7 +177,8 @@ class SkipPlan:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 (hex) of shape, replicas, operations and, unless it is "slot", the binding; of grids if there are."""
+        """SHA-256 (hex) of shape, replicas and operations; also of the binding unless it is "slot", and of grids if
+        there are any."""
         head = struct.pack("<4q", *self.operations.shape, self.replicas)
         if self.binding != "slot":
             head += self.binding.encode()
@@ -218,9 +219,8 @@ class SkipPlan:
         return hash(self.hash)
 
     def among(self, planned: npt.NDArray[np.bool_]) -> SkipPlan:
-        """This plan of some blocks, in a model whose other blocks all run FULL.
-
-        planned: bool [block] of the model, with as many blocks that are planned as this plan has.
+        """This plan of some blocks, placed into a model whose other blocks all run FULL. planned: bool [block] of the
+        model; as many are True as this plan has blocks.
         """
         operations = np.full((self.num_rows, len(planned), self.num_heads), Operation.FULL, dtype=np.uint8)
         operations[:, planned] = self.operations
@@ -310,8 +310,8 @@ class SkipPlan:
     def from_bytes(cls, message: bytes) -> SkipPlan:
         """The plan that `to_bytes` wrote.
 
-        Raises PlanError if the message is foreign, damaged, cut short or of another version. Nothing is
-        allocated on the word of the header alone.
+        Raises PlanError if the message is foreign, damaged, cut short or of another version. Memory is allocated only
+        after the header's sizes were checked.
         """
         message = bytes(message)
         if len(message) < _PREFIX.size + _DIGEST_BYTES or not message.startswith(_MAGIC):

@@ -45,8 +45,8 @@ class PlanProblem:
     device_speed: float64 [device], 1e-50 to 1e50: cost that the device gets done in a unit of time.
     compute_cost, communication_cost: of a cell under SHORTCUT, FORWARD_ONLY and FULL, not decreasing.
     meeting_cost: what every rank of a stage sends, on average, for a (row, block) forward and backward if all of them
-        have a head that runs, or is FULL: the engine's own messages. If only some have, it is the share of it that
-        `messages.shares_of_senders` says for `token_layout`. It adds to `communication_cost`.
+        have a head that runs, or is FULL: the engine's own messages. If only some have, it is the share given by
+        `communication_volume.shares_of_senders` for `token_layout`. It adds to `communication_cost`.
     compute_budget, communication_budget: float64 [device]; inf = unlimited.
     memory_budget: float64 [device], most FULL cells of one row (their activations wait for the backward);
         inf = unlimited.
@@ -283,7 +283,8 @@ class PlanProblem:
 
     @cached_property
     def device_names(self) -> tuple[str, ...]:
-        """For messages: "rank 3", "stage 1, rank 3", "replica 0, stage 1", ...: what there are several of."""
+        """A device's name in messages, without parts that there is one of only: "rank 3", "stage 1, rank 3", "replica
+        0, stage 1"."""
         sizes = {"replica": self.replicas, "stage": self.stages, "rank": self.ranks}
         several = [kind for kind, size in sizes.items() if size > 1]
         if several in ([], ["replica"]):
@@ -444,9 +445,8 @@ def _divide_by_mean(score: Floats) -> Floats:
 
 
 def finish_together(speed: Floats, cells: Ints, mean_share: float) -> Floats:
-    """Each device's share of its dense step, float64 [device]: what it gets done in one time for all, or 1.
-
-    speed, cells: [device]. The time is the one in which `mean_share` of all cells get done.
+    """Each device's share of its dense step, float64 [device], at most 1: what it finishes in a time that is the same
+    for all. In that time `mean_share` of all cells are done. speed, cells: [device].
     """
     share = np.ones(len(speed))
     open_ = cells > 0  # devices that the budget does not let run densely

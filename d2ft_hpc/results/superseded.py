@@ -13,7 +13,7 @@ from d2ft_hpc.results.segments import cannot_write
 from d2ft_hpc.results.writer import Locking, ResultsWriter, lock
 
 BEFORE_ALL = -2
-"""As the last step that is kept: nothing is, not even the evaluation before the first step."""
+"""Value for the last step that is kept if nothing is, not even the evaluation before the first step."""
 
 
 def open_record(
@@ -39,7 +39,7 @@ def open_record(
 
 
 def has_record(path: Path) -> bool:
-    """Whether there is a results file, or anything of one."""
+    """Whether there is a results file or a part of one."""
     return path.exists() or any(segments_folder(path).glob("*.h5"))
 
 
@@ -53,8 +53,9 @@ def is_unbegun(path: Path) -> bool:
 
 
 def set_aside(path: Path, locking: Locking) -> Path | None:
-    """Moves what there is of a results file and its segments into a new folder beside it, which is returned; None if
-    there is nothing. Raises ResultsError if another process writes it, or the folder cannot be written."""
+    """Moves a results file and its segments, as far as they exist, into a new folder beside it and returns that
+    folder; None if there is nothing. Raises ResultsError if another process writes it, or the folder cannot be
+    written."""
     segments = segments_folder(path)
     left = [part for part in (path, segments) if part.exists()]
     if not left:

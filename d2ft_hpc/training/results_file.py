@@ -1,4 +1,4 @@
-"""The results file of a run that begins or goes on, whatever there is of an older one."""
+"""The results file of a run that begins or goes on, whatever an older run has left."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from d2ft_hpc.training.run_log import record_job
 def open_results(
     job: Job, environment: Mapping[str, str | int], measured: Measurements, start: Start
 ) -> ResultsWriter:
-    """Rank 0's writer. A resumed run goes on with the record that it had, or with a new one where that is lost; one
-    that begins takes the place of a run that never began a step. Raises ResultsError."""
+    """Rank 0's writer. A resumed run goes on with its record, or with a new one if that is lost. A new run replaces
+    one that never began a step. Raises ResultsError."""
     path, settings = job.config.run_folder / run_folder.RESULTS, job.config.results
     rank_files = job.control.world_size if settings.file_per_rank else 0
     steps_done = start.position.steps_done
@@ -41,7 +41,7 @@ def open_results(
 
 
 def first_plan_of(writer: ResultsWriter, job: Job, executor: PlanExecutor, start: Start) -> int:
-    """How many plans of a resumed run its record does not have; it gets the one in force, if that is missing."""
+    """How many plans of a resumed run are missing in its record. If the plan in force is missing, it is added."""
     writer.flush()
     with open_run(writer.path) as run:
         missing = start.position.plans_made - len(run.table("plans", ["step"])["step"])

@@ -15,7 +15,7 @@ from d2ft_hpc.launch.control import SoloControl
 
 
 def control_of_loop() -> Control:
-    """Over torch.distributed's default group if there is one, else of this process alone."""
+    """The control plane over torch.distributed's default group if there is one, else of this process alone."""
     return DefaultGroupControl() if dist.is_initialized() and dist.get_world_size() > 1 else SoloControl()
 
 

@@ -38,12 +38,12 @@ FILE = "results.h5"
 class LoopRecord:
     """Writes what `d2ft-hpc train` writes of a run, as far as the loop can be watched; nothing without a folder.
 
-    A step's seconds go from the optimiser's step before to its own, but for an evaluation in between. Data: until the
-    batch's first forward; backward: all between a forward and the optimiser's step that is not another forward.
-    A step's memory is counted from its beginning, for which torch's peak of a GPU's is reset there. The gradient's norm
-    is that of what the optimizer gets, after any clipping; DeepSpeed's before it.
-    Ranks send each other nothing but parts of such norms, where gradients are spread over them: of several, each has a
-    file of its own (`results.ranks/`), which `results.h5` joins. A kill loses the last five seconds.
+    A step's seconds go from the optimiser's step before to its own, without an evaluation in between. Data: until the
+    batch's first forward; backward: all between a forward and the optimiser's step that is not another forward. A
+    step's memory is counted from its beginning, for which torch's peak of a GPU's is reset there. The gradient's norm
+    is that of what the optimizer gets, after any clipping; DeepSpeed's before it. Ranks send each other nothing but
+    parts of such norms, where gradients are spread over them: of several, each has a file of its own
+    (`results.ranks/`), which `results.h5` joins. A kill loses the last five seconds.
     """
 
     def __init__(
@@ -89,13 +89,14 @@ class LoopRecord:
             self._losses.append(torch.as_tensor(loss).detach().float())
 
     def evaluation(self, accuracy: float, loss: float = math.nan, samples: int = -1) -> None:
-        """Of the present model; accuracy: top-1, 0 to 1, over all ranks. Rank 0's counts."""
+        """Records an evaluation of the present model. accuracy: top-1, 0 to 1, over all ranks; rank 0's value
+        counts."""
         if self._writer is not None:
             row = {"step": self._steps, "accuracy": accuracy, "loss": loss, "samples": samples}
             self._writer.append("evaluations", row)
 
     def close(self) -> None:
-        """Nothing more comes: `results.h5` becomes one file. Called at the script's end, too."""
+        """Ends the record: `results.h5` becomes one file. Called at the script's end, too."""
         if self._recorder is not None:
             self._recorder.finish()
             for writer in self._writers:
