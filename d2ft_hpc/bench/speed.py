@@ -47,8 +47,10 @@ def speed(workload: Workload, control: Control, planner: str, compute_budget: fl
     nothing = SkipPlan(np.full(shape, Operation.SHORTCUT, dtype=np.uint8), control.world_size)
     dense = SkipPlan.dense(workload.slots, control.world_size, *shape[1:])
     if sides is None:
-        made = share(control, lambda: solved(built, workload, planner, compute_budget).to_bytes(), "the plan")
-        of_run = {"plan": (SkipPlan.from_bytes(made), 1.0)}
+        made = share(
+            control, lambda: solved(built, workload, planner, compute_budget).to_message(), "the plan"
+        )
+        of_run = {"plan": (SkipPlan.from_message(made), 1.0)}
     else:
         curve = token_curve_of(costs, compute_budget, _STEPS_OF_RUN)
         of_run = {

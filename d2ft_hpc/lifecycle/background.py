@@ -51,7 +51,7 @@ class BackgroundSolver:
         self._started = time.perf_counter()
         if self._control.rank == 0:
             self._thread = self._thread or ThreadPoolExecutor(max_workers=1, thread_name_prefix="planner")
-            self._solving = self._thread.submit(lambda: solve().to_bytes())
+            self._solving = self._thread.submit(lambda: solve().to_message())
         return True
 
     def at_boundary(self, *, wait: bool = False) -> SolvedMeanwhile | None:
@@ -68,7 +68,7 @@ class BackgroundSolver:
         self._started = self._solving = None
         if message.startswith(_FAULT):
             return SolvedMeanwhile(None, message[1:].decode(), seconds)
-        return SolvedMeanwhile(SkipPlan.from_bytes(message[1:]), "", seconds)
+        return SolvedMeanwhile(SkipPlan.from_message(message[1:]), "", seconds)
 
     def _result(self, wait: bool) -> bytes:
         """Empty while the solver is at work."""

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from d2ft_hpc.lifecycle.costs import PlanCosts
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning import SkipPlan
-from d2ft_hpc.planning.communication_volume import TokenLayout
+from d2ft_hpc.planning.communication_volume import Ints, TokenLayout
 from d2ft_hpc.planning.step_time import StepTime
 from d2ft_hpc.planning.token_curve import TokenCurve
+
+DIFFERENT_REPLICAS = 8
+"""Replicas that get rows of their own, of all whose ranks have the same speed and memory. Any samples fill a slot, so
+that the scores of more replicas differ by chance alone: one problem, solved once, is as good for all that share it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +52,23 @@ class PlanContext:
     @property
     def replicas(self) -> int:
         return self.placement.layout.replicas
+
+    @property
+    def followed(self) -> Ints:
+        """int64 [replica]: whose rows each replica follows; those that are planned follow their own."""
+        if self.same_rows:
+            return np.zeros(self.replicas, dtype=np.int64)
+        known = [
+            values for values in (self.reckoned.device_speed, self.reckoned.most_full) if values is not None
+        ]
+        of_replicas = [np.reshape(self.by_device(values), (self.replicas, -1)) for values in known]
+        kind = np.unique(np.concatenate(of_replicas, axis=1), axis=0, return_inverse=True)[1].ravel()
+        order = np.argsort(kind, kind="stable")
+        first = np.searchsorted(kind[order], kind[order])  # of its kind, a place in the order
+        place = np.arange(self.replicas) - first
+        followed = np.empty_like(order)
+        followed[order] = order[first + place % DIFFERENT_REPLICAS]
+        return followed
 
     @property
     def subnets(self) -> tuple[int, int]:

@@ -190,7 +190,7 @@ class PlanController:
             self.listener.note(step, "replan", "scores measured, solving begins", seconds)
             return
         # Rank 0 solves; every rank gets the same plan or raises the same PlanError.
-        plan = SkipPlan.from_bytes(share(self.control, lambda: solve().to_bytes(), "the plan"))
+        plan = SkipPlan.from_message(share(self.control, lambda: solve().to_message(), "the plan"))
         self._put_in_force(plan, step, time.perf_counter() - start)
 
     def _take_over(self, step: int, *, wait: bool = False) -> None:

@@ -93,8 +93,8 @@ def _limits(problem: PlanProblem, replica: int, option_operations: npt.NDArray[n
         stage, rank = divmod(device % (problem.stages * problem.ranks), problem.ranks)
         heads = np.where(problem.stage == stage, (problem.rank == rank).sum(axis=1), 0)  # [block]
         for resource, costs, budget in (
-            ("compute", problem.compute_cost, problem.budgets()[device, 0]),
-            ("communication", problem.communication_cost, problem.budgets()[device, 1]),
+            ("compute", problem.compute_cost, problem.budgets_to_plan[device, 0]),
+            ("communication", problem.communication_cost, problem.budgets_to_plan[device, 1]),
         ):
             use = np.asarray(costs)[option_operations] @ heads  # [option]
             if resource == "communication":

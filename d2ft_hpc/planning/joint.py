@@ -83,10 +83,13 @@ def solve_joint(
 
     solutions = [_greedily(knapsack, greedy_until) for knapsack in knapsacks]
     waiting = sorted(range(len(knapsacks)), key=lambda index: solutions[index].missing)
-    while waiting and not _is_near(solutions, relative_gap):
+    bound, missing = sum(each.bound for each in solutions), sum(each.missing for each in solutions)
+    while waiting and missing > relative_gap * bound:
         its_deadline = share_of_time(deadline, len(waiting))
         index = waiting.pop()
-        solutions[index] = _improved(knapsacks[index], solutions[index], its_deadline, relative_gap)
+        known = solutions[index]
+        solutions[index] = better = _improved(knapsacks[index], known, its_deadline, relative_gap)
+        bound, missing = bound + better.bound - known.bound, missing + better.missing - known.missing
     chosen = [solution.operations for solution in solutions]
     bound = sum(solution.bound for solution in solutions)
     status = _summary(dict(zip(problem.device_names, (s.status for s in solutions), strict=True)))
@@ -110,7 +113,7 @@ def solve_joint(
 
 def _require_paid(problem: PlanProblem, knapsacks: Sequence[Knapsack]) -> None:
     """Raise PlanError if a device's budgets do not pay for as many running heads as must run."""
-    cells = problem.cells_per_device()
+    cells = problem.cells_per_device
     for index, knapsack in enumerate(knapsacks):
         need = knapsack.used(knapsack.raised_to_least(np.zeros(len(knapsack.cells), dtype=np.uint8)))
         for resource, costs, always_share in (
@@ -128,12 +131,6 @@ def _require_paid(problem: PlanProblem, knapsacks: Sequence[Knapsack]) -> None:
                 )
 
 
-def _is_near(solutions: Sequence[_Solution], relative_gap: float) -> bool:
-    """Whether all solutions together are proved to be near enough to the optimum."""
-    bound = sum(solution.bound for solution in solutions)
-    return sum(solution.missing for solution in solutions) <= relative_gap * bound
-
-
 def _greedily(knapsack: Knapsack, deadline: float) -> _Solution:
     """The greedy plan for a knapsack."""
     operations = greedy(knapsack, deadline=deadline)
@@ -148,7 +145,7 @@ def _reason(known: str, of_highs: str) -> str:
 
 def _improved(knapsack: Knapsack, known: _Solution, deadline: float, relative_gap: float) -> _Solution:
     """The better one of HiGHS's plan and the plan that is known already."""
-    if _is_near([known], relative_gap):
+    if known.missing <= relative_gap * known.bound:
         return replace(known, status=OPTIMAL)
     plan, solver_bound, status = _solve_with_highs(knapsack, deadline, relative_gap)
     bound = min(known.bound, solver_bound)

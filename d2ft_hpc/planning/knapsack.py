@@ -190,13 +190,13 @@ def device_knapsacks(
     """One knapsack for each device. most_shortcut: share in [0, 1] of its heads in a (row, block) that may not run."""
     forward_gain, backward_gain = (gain.ravel() for gain in problem.gains(forward_weight, backward_weight))
     shortcut, forward, full = np.array([problem.compute_cost, problem.communication_cost]).T
-    owner = problem.device.ravel()
+    owned = np.cumsum(problem.cells_per_device)[:-1]
+    cells_of_device = np.split(np.argsort(problem.device.ravel(), kind="stable"), owned)
     heads = problem.forward_score.shape[2]
     cells_of_row = problem.forward_score[0].size
     forward_step, backward_step = forward - shortcut, full - forward
     knapsacks = []
-    for device, budget in enumerate(problem.budgets()):
-        cells = np.flatnonzero(owner == device)
+    for device, (cells, budget) in enumerate(zip(cells_of_device, problem.budgets_to_plan, strict=True)):
         left = budget - len(cells) * shortcut
         limits = [
             largest_use(len(cells), *each) for each in zip(forward_step, backward_step, left, strict=True)

@@ -83,8 +83,7 @@ def meeting_replicas(problem: PlanProblem) -> list[Ints]:
 def lockstep_stages(
     problem: PlanProblem,
     replicas: Ints,
-    forward_weight: float,
-    backward_weight: float,
+    gains: tuple[Floats, Floats],
     most_shortcut: float,
     *,
     clusters: bool = False,
@@ -92,13 +91,13 @@ def lockstep_stages(
 ) -> list[LockstepStage]:
     """A `Stage` for every pipeline stage of the replicas that meet. Raises PlanError as `solve_makespan` does.
 
+    gains: of the problem (`PlanProblem.gains`).
     clusters: where messages are limited, levels at which only some of a stage's ranks run anything count, too.
     deadline: of time.monotonic(). If what levels give is not known by then, it is estimated for all stages
         (`Levels.is_exact`).
     """
     if not 0 <= most_shortcut <= 1:
         raise PlanError(f"most_shortcut is a share of a rank's heads in [0, 1], got {most_shortcut}.")
-    gains = problem.gains(forward_weight, backward_weight)
     try:
         every = [
             _lockstep_stage(
@@ -174,8 +173,8 @@ def _lockstep_stage(
 
 def time_budget(problem: PlanProblem, devices: Ints) -> float:
     """Time until the first device has used up its compute budget; inf if all may run densely."""
-    cells = problem.cells_per_device()[devices]
-    budget = problem.budgets()[devices, 0]
+    cells = problem.cells_per_device[devices]
+    budget = problem.budgets_to_plan[devices, 0]
     scarce = budget < cells * problem.compute_cost[Operation.FULL]
     left = budget - cells * problem.compute_cost[Operation.SHORTCUT]
     return float(min((left / problem.device_speed[devices])[scarce], default=math.inf))
@@ -204,13 +203,13 @@ def step_limits(problem: PlanProblem, stage: LockstepStage) -> list[Limit]:
 
 def other_limits(problem: PlanProblem, stage: LockstepStage) -> list[Limit]:
     """The limits on a device's communication in a batch and on its memory in a row, as far as there are any."""
-    levels, cells = stage.levels, problem.cells_per_device()[stage.devices]
+    levels, cells = stage.levels, problem.cells_per_device[stage.devices]
     shortcut = problem.communication_cost[Operation.SHORTCUT]
     row = stage.row_of_class
     limits = []
     for member in range(1 if stage.is_even else len(stage.devices)):
         devices = stage.devices if stage.is_even else stage.devices[member : member + 1]
-        most = problem.budgets()[devices, 1].min() - cells[member] * shortcut
+        most = problem.budgets_to_plan[devices, 1].min() - cells[member] * shortcut
         memory = np.full(stage.slots, problem.memory_budget[devices].min())
         limits += [
             limit_above_least(_messages(problem, levels, member), np.zeros_like(row), np.array([most])),
@@ -256,11 +255,11 @@ def head_times(problem: PlanProblem, stage: LockstepStage) -> tuple[float, float
 
 def _unpaid(problem: PlanProblem, stage: LockstepStage, least: int) -> str:
     """The message for budgets that do not pay for `least` heads of every rank in each class."""
-    cells = problem.cells_per_device()[stage.devices]
+    cells = problem.cells_per_device[stage.devices]
     share = least / len(stage.levels.forward_gain)
     needs = [
-        ("compute", problem.compute_cost, problem.budgets()[stage.devices, 0], problem.always_share),
-        ("communication", problem.communication_cost, problem.budgets()[stage.devices, 1], 0.0),
+        ("compute", problem.compute_cost, problem.budgets_to_plan[stage.devices, 0], problem.always_share),
+        ("communication", problem.communication_cost, problem.budgets_to_plan[stage.devices, 1], 0.0),
     ]
     for resource, (shortcut, forward, full), budget, always_share in needs:
         need = cells * (shortcut + share * (forward - shortcut))

@@ -61,6 +61,7 @@ def solve_makespan(
         raise PlanError(f"time_limit_seconds must be > 0, got {time_limit_seconds}.")
     deadline = time.monotonic() + _SEARCHING * time_limit_seconds
     operations = np.full(problem.forward_score.shape, Operation.SHORTCUT, dtype=np.uint8)
+    gains = problem.gains(forward_weight, backward_weight)
     bound, statuses = 0.0, set()
     together = meeting_replicas(problem)
     for index, replicas in enumerate(together):
@@ -69,8 +70,7 @@ def solve_makespan(
         stages = lockstep_stages(
             problem,
             replicas,
-            forward_weight,
-            backward_weight,
+            gains,
             most_shortcut,
             clusters=True,
             deadline=share_of_time(its_deadline, _PARTS_OF_TIME),

@@ -41,10 +41,12 @@ def two_levels(
     forward_step = costs[:, Operation.FORWARD_ONLY] - costs[:, Operation.SHORTCUT]
     upgrade_step = costs[:, Operation.FULL] - costs[:, Operation.FORWARD_ONLY]
     most = costs[:, Operation.FULL] * (1 + BUDGET_EPSILON / 2)  # more than dense buys nothing
-    cells = problem.cells_per_device()
+    cells = problem.cells_per_device
     operations = np.full(problem.forward_score.shape, Operation.SHORTCUT, dtype=np.uint8)
-    for device, budget in enumerate(problem.budgets()):
-        mine = problem.device == device
+    for device, budget in enumerate(problem.budgets_to_plan):
+        its_rows = slice(device // (problem.stages * problem.ranks), None, problem.replicas)  # of its replica
+        full_keys, forward_keys = full_key[its_rows], forward_key[its_rows]
+        mine = problem.device[its_rows] == device
         rows = mine.sum(axis=0)  # [block, head]
         per_row = np.minimum(budget / max(int(cells[device]), 1), most)
         per_row = per_row - costs[:, Operation.SHORTCUT]
@@ -56,11 +58,11 @@ def two_levels(
         left = left - forward * forward_step[:, None, None]
         upgraded = _affordable(left, upgrade_step, forward)
 
-        is_full = _rank(full_key, mine) < full
-        is_forward = _rank(forward_key, mine & ~is_full) < forward
-        is_full |= _rank(full_key, is_forward) < upgraded
-        operations[is_forward] = Operation.FORWARD_ONLY
-        operations[is_full] = Operation.FULL
+        is_full = _rank(full_keys, mine) < full
+        is_forward = _rank(forward_keys, mine & ~is_full) < forward
+        is_full |= _rank(full_keys, is_forward) < upgraded
+        operations[its_rows][is_forward] = Operation.FORWARD_ONLY
+        operations[its_rows][is_full] = Operation.FULL
     return operations
 
 

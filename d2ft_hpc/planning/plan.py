@@ -8,6 +8,7 @@ import json
 import math
 import os
 import struct
+import zlib
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
@@ -287,13 +288,23 @@ class SkipPlan:
         return {change: count for change, count in changes.items() if count}
 
     def to_bytes(self) -> bytes:
-        """The plan as a message: a JSON header and 2 bits an entry, with a checksum over all of it."""
+        """The plan as bytes: a JSON header and 2 bits an entry, with a checksum over all of it."""
         header = {name: getattr(self, name) for name in _FIELDS} | {"shape": list(self.operations.shape)}
         if self.grids is not None:
             header["grids"] = self.grids.tolist()
         text = json.dumps(header).encode()
         body = _PREFIX.pack(_MAGIC, _VERSION, len(text)) + text + _pack(self.operations)
         return body + hashlib.sha256(body).digest()
+
+    def to_message(self) -> bytes:
+        """`to_bytes`, compressed, from rank 0 to all: rows that many replicas follow take hardly more than those of
+        one."""
+        return zlib.compress(self.to_bytes())
+
+    @classmethod
+    def from_message(cls, message: bytes) -> SkipPlan:
+        """The plan that another rank sent by `to_message`; what comes from a file is for `from_bytes`."""
+        return cls.from_bytes(zlib.decompress(message))
 
     @classmethod
     def from_bytes(cls, message: bytes) -> SkipPlan:

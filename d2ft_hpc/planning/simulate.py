@@ -40,7 +40,7 @@ def waste(plan: SkipPlan, problem: PlanProblem) -> float:
     The ideal step spends the compute budgets, and devices wait in it only while a pipeline fills and drains.
     """
     rows = problem.forward_score.shape[0] // problem.replicas
-    cells = problem.cells_per_device()
+    cells = problem.cells_per_device
     budget = np.minimum(problem.compute_budget, cells * problem.compute_cost[Operation.FULL])
     ideal = float((budget / problem.device_speed).max()) * (rows + problem.stages - 1) / rows
     step = simulate(plan, problem).step

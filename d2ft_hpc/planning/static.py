@@ -41,10 +41,11 @@ def solve_static(
     if heads_multiple < 1:
         raise PlanError(f"heads_multiple is a number of heads from 1, got {heads_multiple}.")
     operations = np.full(problem.forward_score.shape, Operation.SHORTCUT, dtype=np.uint8)
+    gains = problem.gains(forward_weight, backward_weight)
     for replicas in meeting_replicas(problem):
         stages = [
             replace(stage, levels=stage.levels.in_multiples(heads_multiple))
-            for stage in lockstep_stages(problem, replicas, forward_weight, backward_weight, most_shortcut)
+            for stage in lockstep_stages(problem, replicas, gains, most_shortcut)
         ]
         for alike in [stages] if _have_the_same_levels(stages) else [[stage] for stage in stages]:
             pairs = _neighbours(alike[0].levels)

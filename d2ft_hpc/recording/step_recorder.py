@@ -80,8 +80,8 @@ class StepRecorder:
         self._measured.append(record)
         while self._measured and self._measured[0].times.ready:
             self._send(self._measured.popleft())
-        while self._sent and (parts := self._sent[0][2].poll()) is not None:
-            self._write(self._sent.popleft()[0], parts)
+        while self._sent and (of_ranks := self._sent[0][2].poll()) is not None:
+            self._write(self._sent.popleft()[0], of_ranks)
         self._recording_seconds += time.perf_counter() - start
 
     def finish(self) -> None:
@@ -90,8 +90,8 @@ class StepRecorder:
             self._send(self._measured.popleft())
         while self._sent:
             record, own, gather = self._sent.popleft()
-            parts = wait_for(gather, _PATIENCE_SECONDS)
-            self._write(record, [own.tobytes()] if parts is None else parts)
+            of_ranks = wait_for(gather, _PATIENCE_SECONDS)
+            self._write(record, own.tobytes() if of_ranks is None else of_ranks)
 
     def flush(self) -> None:
         """Puts what the writers have on disk; may be called in any thread."""
@@ -109,13 +109,13 @@ class StepRecorder:
             self.finish()
             return
         for record, own, gather in self._sent:
-            parts = None
+            of_ranks = None
             with suppress(Exception):  # the fault may be that the ranks have lost each other
-                parts = gather.poll()
-            self._write(record, parts or [own.tobytes()])
+                of_ranks = gather.poll()
+            self._write(record, of_ranks or own.tobytes())
         for record in self._measured:
             if record.times.ready:
-                self._write(record, [self._figures(record).tobytes()])
+                self._write(record, self._figures(record).tobytes())
 
     def _send(self, record: StepRecord) -> None:
         own = self._figures(record)
@@ -142,11 +142,10 @@ class StepRecorder:
         self._recording_seconds = 0.0
         return np.array([figures.get(column, np.nan) for column in _COLUMNS], "<f8")
 
-    def _write(self, record: StepRecord, parts: list[bytes]) -> None:
+    def _write(self, record: StepRecord, of_ranks: bytes) -> None:
         if self._writer is None:
             return
-        of_ranks = np.stack([np.frombuffer(part, "<f8") for part in parts])
-        columns = _columns(of_ranks)
+        columns = _columns(np.frombuffer(of_ranks, "<f8").reshape(-1, len(_COLUMNS)))
         if "communication_seconds" in columns:
             columns["waiting_seconds"] = waiting(columns["communication_seconds"][None])[0]
         row: dict[str, Any] = {

@@ -20,7 +20,7 @@ def foresee_plans(plans: PlanController) -> None:
     """Raises PlanError on all ranks, which call it together, if the model, the ranks or the engine cannot follow the
     run's plan file, or if no plan keeps the budgets."""
     context = replace(plans.context, same_rows=plans.engine.same_rows is not None)
-    plan = SkipPlan.from_bytes(share(plans.control, lambda: trial_plan(context).to_bytes(), "planning"))
+    plan = SkipPlan.from_message(share(plans.control, lambda: trial_plan(context).to_message(), "planning"))
     if context.settings.file is not None:
         with agreed(plans.control, f"plan.file={context.settings.file}"):
             plans.check(plan)

@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from d2ft_hpc.launch import Control
-from d2ft_hpc.launch.async_gather import PendingGather
+from d2ft_hpc.launch.async_gather import DoneGather, PendingGather
 from d2ft_hpc.launch.byte_collectives import all_gather_bytes, broadcast_bytes
 from d2ft_hpc.launch.control import SoloControl
 
@@ -38,7 +38,8 @@ class DefaultGroupControl:
         return all_gather_bytes(payload, device=self._device)
 
     def start_gather(self, payload: bytes) -> PendingGather:
-        return _Gathered(self.all_gather(payload))
+        every = self.all_gather(payload)
+        return DoneGather(b"".join(every) if self.rank == 0 else b"")
 
     def barrier(self, timeout_seconds: float) -> None:
         dist.barrier()
@@ -54,11 +55,3 @@ class DefaultGroupControl:
         """On which the group takes tensors: the CPU, if it takes them there."""
         backend = str(dist.get_backend_config())
         return "cpu" if "gloo" in backend or "mpi" in backend else "cuda"
-
-
-class _Gathered:
-    def __init__(self, parts: list[bytes]) -> None:
-        self._parts = parts
-
-    def poll(self) -> list[bytes]:
-        return self._parts
