@@ -181,7 +181,8 @@ NO_IMAGE = "holds no image; each split needs some"
 def checked_labels(
     labels: npt.NDArray[Any], images: int, class_names: Sequence[str]
 ) -> npt.NDArray[np.int64]:
-    """Labels, int64 [image]. Raises DataError, without a name, if they do not fit so many images in these classes."""
+    """Labels, int64 [image]. Raises DataError, without a name, if they do not fit the number of images or the
+    classes."""
     if not images:
         raise DataError(NO_IMAGE)
     if labels.dtype.kind not in "iu" or labels.shape != (images,):
@@ -215,7 +216,7 @@ def numbered_classes(labels: npt.NDArray[Any]) -> tuple[str, ...]:
 
 
 def divide(offsets: npt.NDArray[Any], nbytes: int) -> bool:
-    """Whether offsets int64 [image + 1] cut so many bytes into images."""
+    """Whether offsets int64 [image + 1] cut a buffer of this size into images."""
     return (
         offsets.dtype == np.int64
         and offsets.ndim == 1

@@ -19,13 +19,13 @@ from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.plan import Grid, image_size
 
 _STEEPEST = 500.0
-"""Beyond it all shares but one are as good as 0."""
+"""Beyond this steepness, all shares except one are practically 0."""
 
 
 @dataclass(frozen=True)
 class TokenCurve:
-    """grids: patches of an image, down and across, rising. steps: at each, in this order. share: of the run's dense
-    compute, what the curve takes."""
+    """grids: patches of an image, down and across, rising. steps: how many steps have each grid, in this order.
+    share: the share of the run's dense compute that the curve takes."""
 
     grids: tuple[Grid, ...]
     steps: tuple[int, ...]
@@ -91,7 +91,7 @@ def token_curve(
 
 
 def _shares(costs: npt.NDArray[np.float64], budget: float) -> npt.NDArray[np.float64]:
-    """Shares of the samples, float64 [grid], of the largest entropy among those whose mean cost is the budget."""
+    """The shares of the samples, float64 [grid], with the largest entropy among those whose mean cost is the budget."""
 
     def at(steepness: float) -> np.ndarray:
         exponents = -steepness * costs

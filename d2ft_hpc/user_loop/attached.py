@@ -42,7 +42,7 @@ def attached(
 
 
 def tell_if_too_short(plans: PlanController) -> None:
-    """At the process's end, where training ended before images had full size: its `total_steps` was too many."""
+    """Warns at the process's end if training ended before images had full size: its `total_steps` was too large."""
     kept = weakref.ref(plans)
 
     def tell() -> None:
