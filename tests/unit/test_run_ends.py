@@ -179,7 +179,7 @@ def test_a_setting_that_decides_losses_is_not_changed_by_a_resume(
         ),
         (
             ("plan.file={other}",),
-            r"plan\.file=.*other\.h5 has \(4, 9, 2\) rows, blocks and heads, but this run \(4, ",
+            r"plan\.file=.*other\.h5 has \(4, 9, 2\) rows, blocks and heads, but this training \(4, ",
         ),
         (
             ("plan.file={small}",),
