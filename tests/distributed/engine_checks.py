@@ -23,7 +23,6 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-import timm.layers
 import timm.utils
 import torch
 import torch.nn.functional as F
@@ -57,8 +56,6 @@ from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
 SECONDS_A_CHECK = 300
 SLOTS, STEPS = 2, 3
-CAN_RECOMPUTE = hasattr(timm.layers, "set_reentrant_ckpt")
-"""Older timm recomputes in the reentrant way alone, which is refused."""
 
 
 def plan_of(kind: str, step: int, replicas: int) -> SkipPlan:
@@ -586,7 +583,7 @@ def checks(world_size: int, choice: Choice) -> dict[str, Callable[[Control], Any
     if choice == "matrix":
         return matrix
     names = QUICK if choice == "quick" else FULL
-    return {name: matrix[name] for name in names if name in matrix or CAN_RECOMPUTE}
+    return {name: matrix[name] for name in names}
 
 
 def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
@@ -602,7 +599,7 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
             check_fp32, kind="random", stage=stage, optimizer_name="adamw", clipping=0.05
         )
         for variant, options in VARIANTS.items():
-            if (stage == 0 and variant != "recompute") or (variant == "recompute" and not CAN_RECOMPUTE):
+            if stage == 0 and variant != "recompute":
                 continue
             kinds: tuple[str, ...] = ("random", "whole blocks")
             if variant == "recompute" and stage == 3:
@@ -632,8 +629,7 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
                 check_user_checkpoint, stage=stage, after=after
             )
         named[f"boundary zero{stage}"] = partial(check_user_boundary, stage=stage)
-    if CAN_RECOMPUTE:
-        named["one plan for all"] = check_one_plan_for_all
+    named["one plan for all"] = check_one_plan_for_all
     named["bytes"] = check_bytes
     return named
 
