@@ -1,4 +1,4 @@
-"""What the subcommands of `d2ft-hpc` share that run a configuration on the ranks that a launcher started."""
+"""Shared by the subcommands of `d2ft-hpc` that run a configuration on the ranks that a launcher started."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def add_config(parser: argparse.ArgumentParser, more: str = "") -> None:
-    """The arguments that `read_config` reads. more: what else than overrides there may be, for the help."""
+    """The arguments that `read_config` reads. more: words for the help about what may follow besides overrides."""
     parser.add_argument("config", type=path_argument, help="YAML file")
     parser.add_argument(
         "overrides",

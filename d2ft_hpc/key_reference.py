@@ -14,7 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from d2ft_hpc.config import RunConfig, section_of
+from d2ft_hpc.config import RunConfig
+from d2ft_hpc.config_faults import section_of
 from d2ft_hpc.planning.table import PLANNERS
 from d2ft_hpc.user_loop.section import D2ftSection
 
@@ -150,7 +151,8 @@ def _bounds(metadata: list[Any]) -> Iterator[str]:
 
 
 def _paragraphs(text: str) -> str:
-    """One line; a value that begins a line, as in "name: what it means.", begins one in the table too."""
+    """The docstring as one line, except that "name: what it means." at the beginning of a line begins one in the
+    table too."""
     told = ""
     for line in text.splitlines():
         entry = told.endswith((".", ":")) and re.match(r"\w+: ", line)

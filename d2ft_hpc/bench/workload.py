@@ -1,4 +1,4 @@
-"""What engines are timed on: a model on random images, under plans for random scores."""
+"""What engines are timed with: a model on random images, under plans for random scores."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -24,13 +23,12 @@ from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control
-from d2ft_hpc.lifecycle import pose_counted
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.model.build import build_model
 from d2ft_hpc.parallel.head_split import even_owner
-from d2ft_hpc.parallel.layout import Layout, Placement
+from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.parallel.stages import cut_stages, layer_flops
-from d2ft_hpc.planning import SkipPlan, solve
+from d2ft_hpc.planning import SkipPlan, pose, solve
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,8 @@ class Built:
 
 
 def build(workload: Workload, control: Control, sides: Sequence[float] | None = None) -> Built:
-    """sides: of images in plans by tokens, whose costs are counted, too; in units of full ones."""
-    layout = Layout.of(
+    """sides: of images in plans by tokens, in units of full images; their costs are counted, too."""
+    layout = RankLayout.of(
         control.world_size,
         control.rank,
         stages=workload.pipeline_stages,
@@ -98,7 +96,7 @@ def build(workload: Workload, control: Control, sides: Sequence[float] | None = 
     return Built(engine, costs, placement)
 
 
-def make_optimizer(model: VisionTransformer) -> tuple[Optimizer, LRScheduler]:
+def make_optimizer(model: nn.Module) -> tuple[Optimizer, LRScheduler]:
     settings = OptimizerConfig(learning_rate=1e-4)
     optimizer = build_optimizer(model, settings)
     return optimizer, build_schedule(optimizer, settings, 10**6)
@@ -114,7 +112,7 @@ def engine_config(workload: Workload) -> dict[str, Any]:
     )
 
 
-def model_of(workload: Workload) -> VisionTransformer:
+def model_of(workload: Workload) -> nn.Module:
     torch.manual_seed(0)
     model = build_model(workload.model, num_classes=10, options={"img_size": workload.image_size})
     return model.to(workload.device)
@@ -136,7 +134,7 @@ def solved(built: Built, workload: Workload, planner: str, compute_budget: float
     """A plan for random scores."""
     rows = workload.slots * built.placement.layout.replicas
     scores = np.random.default_rng(0).random((2, rows, *built.shape))
-    return solve(pose_counted(scores, built.costs, built.placement, compute_budget=compute_budget), planner)
+    return solve(pose(scores, built.costs, built.placement, compute_budget=compute_budget), planner)
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:

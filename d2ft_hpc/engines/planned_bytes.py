@@ -1,4 +1,5 @@
-"""What a rank sends in a step under a plan, by the message model of `planning.messages` that planners use, too."""
+"""How many bytes a rank sends in a step under a plan, by the same model that planners use
+(`planning.communication_volume`)."""
 
 from __future__ import annotations
 
@@ -10,10 +11,10 @@ from torch import nn
 from d2ft_hpc.engines.replicas import trained_blocks
 from d2ft_hpc.execution.executor import EmbeddingPolicy, PlanExecutor
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import Operation, SkipPlan
-from d2ft_hpc.planning.messages import (
+from d2ft_hpc.planning.communication_volume import (
     DataParallel,
     Replicas,
     TokenLayout,
@@ -44,8 +45,8 @@ class PlannedBytes:
         embeddings: EmbeddingPolicy,
         around: nn.Module | None = None,
     ) -> None:
-        """model: the whole one, as the engine left it. around: the user's own, which has it inside, and whose other
-        parameters are reduced, too. slots: micro-batches of a replica in a step. precision: "fp32", "bf16", "fp16"."""
+        """model: the whole one, as the engine left it. around: the user's own model around it, whose other parameters
+        are reduced, too. slots: micro-batches of a replica in a step. precision: "fp32", "bf16", "fp16"."""
         layout = placement.layout
         self._placement, self._slots, self._data_parallel = placement, slots, data_parallel
         self._embeddings = embeddings
@@ -63,7 +64,7 @@ class PlannedBytes:
         self._leaves_out = reduces_trained_blocks_only(data_parallel, precision)
         self._parameters = np.zeros(
             self._blocks + 1
-        )  # of this rank by block, the last one of what is in no block
+        )  # bytes of this rank by block; the last entry is for what is in no block
         self._kept = 0.0  # of the parameters that ZeRO 3 keeps whole
         self._trained = np.zeros(self._blocks + 1)
         self._shared = np.zeros(self._blocks)  # trained ones that no head owns
@@ -122,7 +123,7 @@ class PlannedBytes:
             return 0.0
         if self._data_parallel == "fsdp2":
             operations = plan.operations
-            if self._embeddings == "complete_path":  # block 0 always runs, for the embeddings' sake
+            if self._embeddings == "complete_path":  # block 0 always runs, because of the embeddings
                 operations = operations.copy()
                 operations[:, 0] = np.maximum(operations[:, 0], Operation.FORWARD_ONLY)
             sent = fsdp2_bytes(operations, layout.replicas, self._parameters, self._trained)
@@ -161,7 +162,7 @@ class PlannedBytes:
         return total + ring_bytes("allreduce", float(shared[full.any(axis=0)].sum()), ranks)
 
     def _token_share(self, plan: SkipPlan, slot: int) -> float:
-        """Tokens of a micro-batch's images in units of those that have full size."""
+        """Tokens of a micro-batch's images in units of full-size images."""
         grid = plan.grid_of(slot * plan.replicas + self._placement.layout.replica)
         if grid is None:
             return 1.0

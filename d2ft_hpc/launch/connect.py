@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Literal
 
 from d2ft_hpc.errors import LaunchError
 from d2ft_hpc.launch.agree import AgreedError, agreed
-from d2ft_hpc.launch.control import Control, GlooControl, MpiControl, SoloControl
+from d2ft_hpc.launch.control import Control, SoloControl
 from d2ft_hpc.launch.environment import LAUNCHERS, LaunchEnvironment
+from d2ft_hpc.launch.gloo_control import GlooControl
+from d2ft_hpc.launch.mpi_control import MpiControl
 
 if TYPE_CHECKING:
-    from d2ft_hpc.launch.door import Place
+    from d2ft_hpc.launch.authenticated_socket import Endpoint
     from d2ft_hpc.launch.rendezvous import Store
 
 DeviceType = Literal["cpu", "cuda"]
 
 
 def device_type_of(asked: Literal["auto", "cpu", "cuda"]) -> DeviceType:
-    """What is asked for; of "auto", CUDA where torch sees a GPU. Raises LaunchError for "cuda" where it sees none."""
+    """The device type that is asked for; "auto" is CUDA where torch sees a GPU. Raises LaunchError for "cuda" where
+    it sees none."""
     if asked == "cpu":
         return asked
     import torch
@@ -75,14 +78,14 @@ def connect(
             f" ({environment.launcher}) started {environment.world_size}"
         ) from AgreedError()
 
-    def start(store: Store, place: Place) -> None:
+    def start(store: Store, endpoint: Endpoint) -> None:
         from d2ft_hpc.launch.rendezvous import start_process_group
 
         start_process_group(
             store,
             environment,
             "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
-            one_host=place.port is None,
+            one_host=endpoint.port is None,
             timeout_seconds=timeout_seconds,
             collective_timeout_seconds=collective_timeout_seconds,
         )
@@ -149,11 +152,11 @@ def _check_world(environment: LaunchEnvironment, control: MpiControl) -> None:
     ) from AgreedError()
 
 
-def _meet(control: Control, environment: LaunchEnvironment, device_index: int) -> tuple[Store, Place]:
+def _meet(control: Control, environment: LaunchEnvironment, device_index: int) -> tuple[Store, Endpoint]:
     """The store of all ranks and where they met; sets the environment of torch.distributed."""
     from d2ft_hpc.launch.rendezvous import meet_over
 
-    store, place, (address, port) = meet_over(control, int(os.environ.get("MASTER_PORT") or 0))
+    store, endpoint, (address, port) = meet_over(control, int(os.environ.get("MASTER_PORT") or 0))
     for name, value in {
         "RANK": environment.rank,
         "WORLD_SIZE": environment.world_size,
@@ -162,4 +165,4 @@ def _meet(control: Control, environment: LaunchEnvironment, device_index: int) -
         "MASTER_PORT": port,
     }.items():
         os.environ.setdefault(name, str(value))
-    return store, place
+    return store, endpoint

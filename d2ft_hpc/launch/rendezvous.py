@@ -8,9 +8,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 
 from torch import distributed
 from torch.distributed import (  # type: ignore[attr-defined,unused-ignore]
@@ -24,51 +22,54 @@ from torch.distributed import (  # type: ignore[attr-defined,unused-ignore]
 
 from d2ft_hpc.errors import LaunchError
 from d2ft_hpc.launch.agree import AgreedError, agreed, share
-from d2ft_hpc.launch.control import Control, describe_ranks
-from d2ft_hpc.launch.door import Door, Place, enter
+from d2ft_hpc.launch.authenticated_socket import AuthenticatedListener, Endpoint, connect_authenticated
+from d2ft_hpc.launch.control import Control
 from d2ft_hpc.launch.environment import LaunchEnvironment
+from d2ft_hpc.launch.places import address_towards, are_on_one_host, endpoint_for
 from d2ft_hpc.launch.store import JobStore, StoreServer
 
 __all__ = [
     "SECRET",
     "Store",
-    "are_on_one_host",
     "meet_at_master",
     "meet_over",
-    "place_for",
     "start_process_group",
 ]
 
 LOOPBACK = "127.0.0.1"
 
 SECRET = "D2FT_SECRET"
-"""Variable with a secret of the job's, equal on all ranks, for launchers that give them nothing to share one by."""
+"""Variable with a secret of the job, the same on all ranks, for launchers that give the ranks no way to share one."""
+
+_MESH_RANKS = 64
+"""Up to so many ranks gloo connects each with each at the start, for which rank 0 sends every rank what every pair
+needs: bytes by the cube of their number, 94 GB for 1,024 ranks. Of more, two connect when they first meet."""
 
 _KEPT: list[Store] = []
 """torch.distributed keeps only the C++ half of a store that is written in Python."""
 
 
-def meet_over(control: Control, port: int) -> tuple[Store, Place, tuple[str, int]]:
-    """Meet all ranks, which the control plane connects already and over which the job's key travels.
+def meet_over(control: Control, port: int) -> tuple[Store, Endpoint, tuple[str, int]]:
+    """Meet all ranks. The control plane connects them already and carries the job's key.
 
     port: where rank 0 listens for other hosts; 0 lets the kernel choose. Also returns an address and a port for
     MASTER_ADDR and MASTER_PORT, which libraries look for; nobody listens there once all have met.
     """
     if control.world_size == 1:
-        return HashStore(), Place("", None), (LOOPBACK, _free_port())
+        return HashStore(), Endpoint("", None), (LOOPBACK, _free_port())
     one_host = are_on_one_host(control)
 
     def serve() -> bytes:
         key = secrets.token_bytes(32)
-        place = _serve(place_for(control.hosts, one_host, port), key, control.world_size)
-        master = (LOOPBACK, _free_port()) if place.port is None else place
-        return json.dumps([place, master, key.hex()]).encode()
+        endpoint = _serve(endpoint_for(control.hosts, one_host, port), key, control.world_size)
+        master = (LOOPBACK, _free_port()) if endpoint.port is None else endpoint
+        return json.dumps([endpoint, master, key.hex()]).encode()
 
     told, master, key = json.loads(share(control, serve, "opening the rendezvous of the ranks"))
-    place = Place(*told)
+    endpoint = Endpoint(*told)
     with agreed(control, "connecting to rank 0"):
-        store = _enter(place, bytes.fromhex(key), control.rank, control.timeout_seconds)
-    return store, place, (master[0], master[1])
+        store = _join_store(endpoint, bytes.fromhex(key), control.rank, control.timeout_seconds)
+    return store, endpoint, (master[0], master[1])
 
 
 def _free_port() -> int:
@@ -76,44 +77,27 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def are_on_one_host(control: Control) -> bool:
-    """Whether the ranks reach each other's Unix sockets: one kernel, network namespace and user; on all together."""
+def _serve(endpoint: Endpoint, key: bytes, world_size: int) -> Endpoint:
+    """Serve the store to the ranks; the endpoint with its port."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        where = f"{boot} {os.stat('/proc/self/ns/net').st_ino} {os.geteuid()}".encode()
-    except OSError:
-        where = secrets.token_bytes(16)
-    return len(set(control.all_gather(where))) == 1
-
-
-def place_for(hosts: Sequence[str], one_host: bool, port: int = 0) -> Place:
-    """Where rank 0, which calls this, can listen so that all ranks reach it, and as few others as possible."""
-    if one_host:
-        return Place(secrets.token_hex(16), None)
-    return Place(os.environ.get("MASTER_ADDR") or _address_for(hosts), port)
-
-
-def _serve(place: Place, key: bytes, world_size: int) -> Place:
-    """Serve the store to the ranks; the place with its port."""
-    try:
-        door = Door(place, key, world_size)
+        listener = AuthenticatedListener(endpoint, key, world_size)
     except OSError as error:
         raise LaunchError(
-            f"rank 0 on {socket.gethostname()} cannot serve the rendezvous at {_master() or place}: {error.strerror}"
+            f"rank 0 on {socket.gethostname()} cannot serve the rendezvous at {_master() or endpoint}: {error.strerror}"
             " (another job on this host?). Unset MASTER_PORT, or choose another one (torchrun and deepspeed:"
             " --master_port)."
         ) from error
-    StoreServer(door, world_size)
-    return door.place
+    StoreServer(listener, world_size)
+    return listener.endpoint
 
 
-def _enter(place: Place, key: bytes, rank: int, timeout_seconds: float) -> Store:
+def _join_store(endpoint: Endpoint, key: bytes, rank: int, timeout_seconds: float) -> Store:
     """Connect to the store that rank 0 serves, or will serve before the deadline."""
     try:
-        store = JobStore(enter(place, key, rank, timeout_seconds), timeout_seconds)
+        store = JobStore(connect_authenticated(endpoint, key, rank, timeout_seconds), timeout_seconds)
     except OSError as error:
         raise LaunchError(
-            f"{socket.gethostname()} did not reach rank 0 at {_master() or place} within"
+            f"{socket.gethostname()} did not reach rank 0 at {_master() or endpoint} within"
             f" {timeout_seconds:g} s ({error}). Rank 0 is not running, or MASTER_ADDR, MASTER_PORT or"
             f" {SECRET} is wrong, or a firewall is in between."
         ) from error
@@ -125,8 +109,8 @@ def _master() -> str:
     return ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")).strip(":")
 
 
-def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> tuple[Store, Place]:
-    """Meet all ranks that share MASTER_ADDR and MASTER_PORT and nothing else, but for `SECRET` if it is set.
+def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> tuple[Store, Endpoint]:
+    """Meet all ranks that share nothing but MASTER_ADDR, MASTER_PORT and, if it is set, `SECRET`.
 
     On one host they meet at a Unix socket that is named after them. On several, torchrun's agent serves a store there,
     which tells a key and where rank 0 listens; without it rank 0 itself listens there.
@@ -137,9 +121,9 @@ def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> tu
     if _is_on_one_host(address, world_size):
         names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
         job = [address, port, *(os.environ.get(name) for name in names)]
-        place = Place(hashlib.sha256(json.dumps(job).encode()).hexdigest()[:32], None)
+        endpoint = Endpoint(hashlib.sha256(json.dumps(job).encode()).hexdigest()[:32], None)
         if rank == 0:
-            _serve(place, key, world_size)
+            _serve(endpoint, key, world_size)
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         agent = PrefixStore(
             "d2ft_hpc/" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
@@ -147,21 +131,21 @@ def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> tu
         )
         try:
             if rank == 0:
-                towards = _address_towards(address) or LOOPBACK
-                own = Place(address if towards.startswith("127.") else towards, 0)
+                towards = address_towards(address) or LOOPBACK
+                own = Endpoint(address if towards.startswith("127.") else towards, 0)
                 made = secrets.token_bytes(32)
                 agent.set("rank 0", json.dumps([*_serve(own, key + made, world_size), made.hex()]))
             told_address, told_port, more = json.loads(agent.get("rank 0"))
-            place, key = Place(str(told_address), int(told_port)), key + bytes.fromhex(more)
+            endpoint, key = Endpoint(str(told_address), int(told_port)), key + bytes.fromhex(more)
         except (DistError, ValueError, TypeError, RecursionError) as error:
             raise LaunchError(
                 f"torchrun's store at {address}:{port} does not tell where rank 0 is ({str(error).splitlines()[0]})"
             ) from error
     else:
-        place = Place(address, port)
+        endpoint = Endpoint(address, port)
         if rank == 0:
-            place = _serve(place, key, world_size)
-    store = _enter(place, key, rank, timeout_seconds)
+            endpoint = _serve(endpoint, key, world_size)
+    store = _join_store(endpoint, key, rank, timeout_seconds)
     try:
         _await_all(store, environment, timeout_seconds)
     except DistError as error:
@@ -169,7 +153,7 @@ def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> tu
         raise LaunchError(
             f"lost the connection to the store of rank 0 at {_master()} while the ranks met"
         ) from (AgreedError(error) if rank != 0 else error)
-    return store, place
+    return store, endpoint
 
 
 def _is_on_one_host(master_address: str, world_size: int) -> bool:
@@ -238,6 +222,9 @@ def start_process_group(
     if one_host:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
+    lazily = environment.world_size > _MESH_RANKS
+    if lazily:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     # NCCL's monitor would ask the store each second whether a rank wants a dump, to the very end of the process,
     # where a store that is written in Python may not be called any more: the process would abort.
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
@@ -255,6 +242,8 @@ def start_process_group(
     # `timeout_seconds` whether the ranks reach each other; it must live until all of them have connected.
     try:
         start("trial", "gloo", timeout_seconds)
+        if lazily:
+            distributed.barrier()
         if not _all_arrive(store, "trial connected", environment.world_size, timeout_seconds):
             raise RuntimeError("another rank failed to connect")
         distributed.destroy_process_group()
@@ -265,32 +254,3 @@ def start_process_group(
             f" ({str(error).splitlines()[0]}). If the hosts have several networks, name the right one with"
             " GLOO_SOCKET_IFNAME."
         ) from error
-
-
-def _address_for(hosts: Sequence[str]) -> str:
-    """The address at which the other ranks reach this process, if it is rank 0, on `hosts[0]`."""
-    others = [host for host in hosts if host != hosts[0]]
-    address = _address_towards(others[0] if others else hosts[0])
-    if address is None:
-        rank = hosts.index(others[0]) if others else 0
-        raise LaunchError(
-            f"rank 0 on {hosts[0]} has no address that {describe_ranks([rank], hosts)} could"
-            " reach. Set MASTER_ADDR to the address of rank 0."
-        )
-    return address
-
-
-def _address_towards(peer: str) -> str | None:
-    """The address of this host from which it would speak to the peer, or else to the world."""
-    # "Connecting" a UDP socket sends nothing; it makes the kernel choose the address that routes to the peer.
-    for destination in (
-        peer,
-        "192.0.2.1",
-    ):  # the second is a documentation address: it means the default route
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect((destination, 9))
-                return str(probe.getsockname()[0])
-            except OSError:
-                continue
-    return None

@@ -12,7 +12,7 @@ from d2ft_hpc.launch import Control, share
 from d2ft_hpc.lifecycle.background import BackgroundSolver
 from d2ft_hpc.lifecycle.context import PlanContext
 from d2ft_hpc.lifecycle.costs import PlanCosts
-from d2ft_hpc.lifecycle.solve import reads_scores, solve_plan, token_layout_of
+from d2ft_hpc.lifecycle.make_plan import make_plan, reads_scores, token_layout_of
 from d2ft_hpc.lifecycle.state import PlanState
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import SkipPlan
@@ -35,7 +35,7 @@ class PlannedEngine(Protocol):
 
 
 class ScoreSource:
-    """Where a run's scores come from; every method is for all ranks together."""
+    """Where a run's scores come from; all ranks call every method together."""
 
     @property
     def is_observing(self) -> bool:
@@ -43,11 +43,11 @@ class ScoreSource:
         return False
 
     def measure(self) -> Scores | None:
-        """Scores for the next plan at once; None: they come from the next `probe_batches` batches, which run dense."""
+        """Scores for the next plan at once; None: they come from the next batch, which runs dense."""
         return None
 
     def collect(self) -> Scores | None:
-        """After those batches: their scores; None: they come from the next ones."""
+        """Called after those batches: their scores, or None if more batches have to be observed."""
         raise NotImplementedError
 
     def stop(self) -> None:
@@ -74,7 +74,7 @@ class PlanListener:
 
 
 class PlanController:
-    """Makes plans when they are due and puts them in force; every method is for all ranks together, between batches."""
+    """Makes plans when they are due and puts them in force; all ranks call every method together, between batches."""
 
     def __init__(
         self,
@@ -90,9 +90,9 @@ class PlanController:
         """The scores of the newest plan; None where the planner reads none."""
         self.plans_made = 0
         self.batches = 0
-        """Begun under the newest plan, or since scores are taken from batches."""
+        """Batches begun under the newest plan, or since scores are taken from batches."""
         self.planning_seconds = 0.0
-        """What making plans has taken so far; batches that give scores come on top."""
+        """Seconds that making plans has taken so far, without the batches that scores were taken from."""
         self._background = BackgroundSolver(control)
 
     @property
@@ -104,13 +104,13 @@ class PlanController:
         """Puts the plan in force that batch `step` runs under, at the resolution of the step.
 
         due: whether a plan is to be made now; None: as soon as there is none, or the one in force has had its
-        `replan.every` batches.
+        `replan.every` steps.
         """
         if self.source.is_observing:
-            due = self.batches >= self.context.settings.probe_batches
+            due = self.batches > 0
         elif due is None:
-            every = self.context.settings.replan.every
-            due = self.plan is None or (every is not None and self.batches >= every)
+            interval = self.context.settings.replan.interval
+            due = self.plan is None or (interval is not None and self.batches >= interval.number)
         if due:
             self.make(step, may_overlap=self.context.settings.replan.overlap and self.plans_made > 0)
         self._take_over(step)
@@ -126,7 +126,7 @@ class PlanController:
         self.batches += 1
 
     def reckon_with(self, costs: PlanCosts) -> None:
-        """The next plans reckon with other costs or speeds."""
+        """Makes the next plans from other costs or speeds."""
         self.context = replace(self.context, reckoned=costs)
 
     def check(self, plan: SkipPlan) -> None:
@@ -144,7 +144,7 @@ class PlanController:
         self.batches = 0
 
     def settle(self, step: int) -> None:
-        """No plan is under way any more: a checkpoint holds the one in force."""
+        """Waits for a plan that is still being solved, so that a checkpoint holds the one in force."""
         self._take_over(step, wait=True)
 
     def state(self) -> PlanState:
@@ -162,8 +162,8 @@ class PlanController:
         self.batches, self.plans_made, self.scores = state.batches, state.plans_made, state.scores
 
     def make(self, step: int, *, may_overlap: bool = False) -> None:
-        """Puts the next plan in force; or begins with it, if it may come while training goes on, or if batches give its
-        scores."""
+        """Puts the next plan in force; or only starts it, if it may be solved while training goes on, or if its
+        scores come from batches."""
         start = time.perf_counter()
         if may_overlap and self._background.is_under_way:
             self.listener.note(step, "replan", "skipped: the plan before is still being solved")
@@ -183,14 +183,14 @@ class PlanController:
         if same_rows is not None and self.plans_made == 0:
             self.listener.say(f"one plan for all replicas: {same_rows}")
         context = replace(self.context, same_rows=same_rows is not None)
-        solve = partial(solve_plan, context, self.scores, self.plans_made)
+        solve = partial(make_plan, context, self.scores, self.plans_made)
         if may_overlap:
             self._background.start(solve)
             seconds = time.perf_counter() - start
             self.listener.note(step, "replan", "scores measured, solving begins", seconds)
             return
         # Rank 0 solves; every rank gets the same plan or raises the same PlanError.
-        plan = SkipPlan.from_bytes(share(self.control, lambda: solve().to_bytes(), "the plan"))
+        plan = SkipPlan.from_message(share(self.control, lambda: solve().to_message(), "the plan"))
         self._put_in_force(plan, step, time.perf_counter() - start)
 
     def _take_over(self, step: int, *, wait: bool = False) -> None:

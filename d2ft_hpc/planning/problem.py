@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.messages import Floats as Floats
-from d2ft_hpc.planning.messages import Ints as Ints
-from d2ft_hpc.planning.messages import TokenLayout, active_and_full_ranks, shares_of_senders
+from d2ft_hpc.planning.communication_volume import Floats as Floats
+from d2ft_hpc.planning.communication_volume import Ints as Ints
+from d2ft_hpc.planning.communication_volume import TokenLayout, active_and_full_ranks, shares_of_senders
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 
 BUDGET_EPSILON = 1e-9
@@ -24,6 +24,8 @@ _FASTEST = 1e50
 """The largest speed of a device. Squares of quotients of such speeds are still finite."""
 
 Costs = tuple[float, float, float]
+
+_BY_DEVICE = ("device_speed", "compute_budget", "communication_budget", "memory_budget")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +45,8 @@ class PlanProblem:
     device_speed: float64 [device], 1e-50 to 1e50: cost that the device gets done in a unit of time.
     compute_cost, communication_cost: of a cell under SHORTCUT, FORWARD_ONLY and FULL, not decreasing.
     meeting_cost: what every rank of a stage sends, on average, for a (row, block) forward and backward if all of them
-        have a head that runs, or is FULL: the engine's own messages. If only some have, it is the share of it that
-        `messages.shares_of_senders` says for `token_layout`. It adds to `communication_cost`.
+        have a head that runs, or is FULL: the engine's own messages. If only some have, it is the share given by
+        `communication_volume.shares_of_senders` for `token_layout`. It adds to `communication_cost`.
     compute_budget, communication_budget: float64 [device]; inf = unlimited.
     memory_budget: float64 [device], most FULL cells of one row (their activations wait for the backward);
         inf = unlimited.
@@ -89,8 +91,8 @@ class PlanProblem:
             raise PlanError(f"{shape[0]} rows cannot be divided over {self.replicas} replicas.")
         for name in ("forward_score", "backward_score"):
             _check_score(name, getattr(self, name))
-        speed, teams = self.device_speed, self.replicas * self.stages
-        if self.stage.min() < 0 or speed.ndim != 1 or not len(speed) or len(speed) % teams:
+        speed, replica_stages = self.device_speed, self.replicas * self.stages
+        if self.stage.min() < 0 or speed.ndim != 1 or not len(speed) or len(speed) % replica_stages:
             raise PlanError(
                 f"device_speed needs a number for every rank of {self.replicas} replicas x {self.stages} "
                 f"stages, got the shape {speed.shape}."
@@ -202,7 +204,7 @@ class PlanProblem:
             memory_budget=unlimited,
             always_share=always_share,
         )
-        cells = problem.cells_per_device()
+        cells = problem.cells_per_device
         share = finish_together(speed, cells, compute_budget)
         slowest = int(share.argmin())
         if share[slowest] < always_share - BUDGET_EPSILON:
@@ -229,6 +231,35 @@ class PlanProblem:
             memory_budget=memory,
         )
 
+    def of_followed(self, followed: Ints) -> PlanProblem:
+        """The problem of the replicas whose rows others follow, by the mean scores of all that do. Devices keep budgets
+        and names.
+
+        followed: int64 [replica], the replica whose rows each one follows.
+        """
+        leaders, leader, followers = np.unique(followed, return_inverse=True, return_counts=True)
+        if len(leaders) == self.replicas:
+            return self
+        order = np.argsort(leader.ravel(), kind="stable")
+        first = np.cumsum(followers) - followers
+
+        def mean(score: Floats) -> Floats:
+            of_replicas = score.reshape(-1, self.replicas, *score.shape[1:])[:, order]
+            total = np.add.reduceat(of_replicas, first, axis=1)
+            return np.asarray((total / followers[:, None, None]).reshape(-1, *score.shape[1:]))
+
+        of_replica = self.num_devices // self.replicas
+        devices = (leaders[:, None] * of_replica + np.arange(of_replica)).ravel()
+        problem = replace(
+            self,
+            forward_score=mean(self.forward_score),
+            backward_score=mean(self.backward_score),
+            replicas=len(leaders),
+            **{name: getattr(self, name)[devices] for name in _BY_DEVICE},
+        )
+        problem.__dict__["device_names"] = tuple(self.device_names[device] for device in devices)
+        return problem
+
     @property
     def num_devices(self) -> int:
         return len(self.device_speed)
@@ -247,12 +278,13 @@ class PlanProblem:
     def device(self) -> Ints:
         """The device that runs each cell, int64 [row, block, head]."""
         replica = np.arange(self.forward_score.shape[0]) % self.replicas
-        team = replica[:, None] * self.stages + self.stage
-        return team[:, :, None] * self.ranks + self.rank
+        replica_stage = replica[:, None] * self.stages + self.stage
+        return replica_stage[:, :, None] * self.ranks + self.rank
 
     @cached_property
     def device_names(self) -> tuple[str, ...]:
-        """For messages: "rank 3", "stage 1, rank 3", "replica 0, stage 1", ...: what there are several of."""
+        """A device's name in messages, without parts that there is one of only: "rank 3", "stage 1, rank 3", "replica
+        0, stage 1"."""
         sizes = {"replica": self.replicas, "stage": self.stages, "rank": self.ranks}
         several = [kind for kind, size in sizes.items() if size > 1]
         if several in ([], ["replica"]):
@@ -263,6 +295,7 @@ class PlanProblem:
             names.append(", ".join(f"{kind} {place[kind]}" for kind in several))
         return tuple(names)
 
+    @cached_property
     def cells_per_device(self) -> npt.NDArray[np.int64]:
         """Number of cells of each device, int64 [device]."""
         device_of_replica = self.stage[:, None] * self.ranks + self.rank
@@ -308,7 +341,7 @@ class PlanProblem:
         """Communication of the dense step, float64 [device]."""
         blocks = np.bincount(self.stage, minlength=self.stages)
         meetings = blocks * (self.forward_score.shape[0] // self.replicas) * sum(self.meeting_cost)
-        cells = self.cells_per_device() * self.communication_cost[Operation.FULL]
+        cells = self.cells_per_device * self.communication_cost[Operation.FULL]
         return np.asarray(cells + np.tile(np.repeat(meetings, self.ranks), self.replicas))
 
     def used_memory(self, plan: SkipPlan) -> Floats:
@@ -319,12 +352,14 @@ class PlanProblem:
         counts = np.bincount(keys, minlength=plan.num_rows * self.num_devices)
         return np.asarray(counts.reshape(plan.num_rows, -1).max(axis=0), dtype=np.float64)
 
-    def budgets(self, tolerance: float = BUDGET_EPSILON / 2) -> Floats:
-        """float64 [device, 2] (compute, communication) with `tolerance` times the dense cost on top.
+    @cached_property
+    def budgets_to_plan(self) -> Floats:
+        """`budgets` within half of the tolerance that `check` grants: planners' sums may round differently."""
+        return self.budgets(BUDGET_EPSILON / 2)
 
-        Planners plan within half of the tolerance that `check` grants: their sums may round differently.
-        """
-        cells = self.cells_per_device()
+    def budgets(self, tolerance: float) -> Floats:
+        """float64 [device, 2] (compute, communication) with `tolerance` times the dense cost on top."""
+        cells = self.cells_per_device
         return np.stack(
             [
                 self.compute_budget + tolerance * cells * self.compute_cost[Operation.FULL],
@@ -346,8 +381,8 @@ class PlanProblem:
         forward, backward = self.meeting_cost
         cost = forward * shares[active, active] + backward * shares[active, full]
         replica = np.arange(plan.num_rows) % self.replicas
-        team = replica[:, None] * self.stages + self.stage
-        sent = np.bincount(team.ravel(), np.ravel(cost), self.replicas * self.stages)
+        replica_stage = replica[:, None] * self.stages + self.stage
+        sent = np.bincount(replica_stage.ravel(), np.ravel(cost), self.replicas * self.stages)
         return np.asarray(np.repeat(sent, self.ranks))
 
     def require_shape(self, plan: SkipPlan) -> None:
@@ -366,7 +401,7 @@ class PlanProblem:
     def _check_budget(self, resource: str, budget: Floats, shortcut_cost: float) -> None:
         if budget.shape != (self.num_devices,):
             raise PlanError(f"{resource}_budget needs {self.num_devices} numbers, got shape {budget.shape}.")
-        least = shortcut_cost * self.cells_per_device()
+        least = shortcut_cost * self.cells_per_device
         for index in np.flatnonzero(~(budget >= least * (1 - BUDGET_EPSILON))):
             raise PlanError(
                 f"The {resource} budget of {self.device_names[index]} is {budget[index]:g}; "
@@ -410,9 +445,8 @@ def _divide_by_mean(score: Floats) -> Floats:
 
 
 def finish_together(speed: Floats, cells: Ints, mean_share: float) -> Floats:
-    """Each device's share of its dense step, float64 [device]: what it gets done in one time for all, or 1.
-
-    speed, cells: [device]. The time is the one in which `mean_share` of all cells get done.
+    """Each device's share of its dense step, float64 [device], at most 1: what it finishes in a time that is the same
+    for all. In that time `mean_share` of all cells are done. speed, cells: [device].
     """
     share = np.ones(len(speed))
     open_ = cells > 0  # devices that the budget does not let run densely

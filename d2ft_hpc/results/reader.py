@@ -20,7 +20,7 @@ from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.files.hdf5 import Allowance, child, open_file, read_attributes, reason
 from d2ft_hpc.files.untrusted import RefusedError
 from d2ft_hpc.results import columns, frames, schema
-from d2ft_hpc.results.layout import Contents, rank_file, segments_folder
+from d2ft_hpc.results.hdf5_layout import Contents, rank_file, segments_folder
 from d2ft_hpc.results.schema import GROUPS, RANK_FIELDS, TABLES, Array, Group, Scalar, Table
 from d2ft_hpc.results.untrusted import check_root, outside_files, read_group, read_groups, read_table
 from d2ft_hpc.safe_text import one_line
@@ -52,7 +52,7 @@ def open_run(path: Path | str, *, locking: bool | Literal["best-effort"] = False
 
 
 def _open(path: Path, locking: Any, *, rank_files: bool) -> "RunResults":
-    """rank_files: it may be that of a run with a file for each rank, and not of a rank itself."""
+    """rank_files: whether the file may belong to a run with a file for each rank. A rank's own file may not."""
     with _faults_of(path):
         for attempt in range(_ATTEMPTS):
             main = open_file(path, locking=locking)
@@ -123,7 +123,7 @@ class RunResults:
             self._field(name, column)
         with _faults_of(self.path):
             allowance = self._allowance()
-            whole = columns.complete(name, self._recorded(name, only, allowance), only, allowance)
+            whole = columns.complete(name, self._read_recorded(name, only, allowance), only, allowance)
             return whole if only is None else {column: whole[column] for column in only}
 
     def plan(self, index: int) -> Array:
@@ -165,7 +165,7 @@ class RunResults:
             self.table("scores", ["step", "seconds"]),
             self.table("plans", ["step", "solve_seconds"]),
         )
-        # Scores and plans come after what was done with the steps before, and before the step that they are for.
+        # Scores and plans count between the step before them and the step that they are for.
         when = np.concatenate([table["step"] + 0.5, scores["step"] + 0.25, plans["step"] + 0.25])
         seconds = np.concatenate([slowest(table["step_seconds"]), scores["seconds"], plans["solve_seconds"]])
         order = np.argsort(when, kind="stable")
@@ -185,10 +185,10 @@ class RunResults:
         return frames.to_xarray(self.table(table), table)
 
     def contents(self) -> Contents:
-        """Everything in the file as far as it was recorded."""
+        """All that was recorded in the file."""
         with _faults_of(self.path):
             groups = {name: group for file in self._files for name, group in read_groups(file)}
-            tables = {name: self._recorded(name, None, self._allowance()) for name in TABLES}
+            tables = {name: self._read_recorded(name, None, self._allowance()) for name in TABLES}
             return Contents(tables, groups)
 
     def close(self) -> None:
@@ -215,7 +215,7 @@ class RunResults:
         of_ranks = [file for run in self._ranks if run is not None for file in run._files]
         return Allowance(sum(file.id.get_filesize() for file in (*self._files, *of_ranks)))
 
-    def _recorded(self, name: str, only: Collection[str] | None, allowance: Allowance) -> Table:
+    def _read_recorded(self, name: str, only: Collection[str] | None, allowance: Allowance) -> Table:
         anchor = None if only is None else {*only, "step"}
         if name == "steps" and self._ranks:
             return self._join_ranks(anchor, allowance)
@@ -235,7 +235,7 @@ class RunResults:
         joined.setdefault("step", np.empty(0, np.int64))
         rows = columns.length(joined)
         for rank, run in enumerate(self._ranks):
-            own = {} if run is None else run._recorded("steps", only, allowance)
+            own = {} if run is None else run._read_recorded("steps", only, allowance)
             if not own:
                 continue
             _, here, there = np.intersect1d(joined["step"], own["step"], return_indices=True)
@@ -284,7 +284,8 @@ def slowest(seconds: Array) -> Array:
 
 
 def waiting(communication: Array) -> Array:
-    """Seconds that each rank waited for slower ones, [row, rank]: what it was held up longer than any other rank."""
+    """Seconds that each rank waited for slower ones, [row, rank]: how much longer it was held up than the rank that
+    was held up least."""
     if communication.shape[1] == 0:
         return communication
     return np.asarray(communication - np.fmin.reduce(communication, axis=1)[:, None])
@@ -297,7 +298,7 @@ def _open_segment(path: Path, locking: bool | str) -> Any:
 
 
 def _open_rank_files(path: Path, ranks: int, locking: Any) -> list[RunResults | None]:
-    """The results of each rank; None of one that wrote none, as when the run was killed early."""
+    """The results of each rank; None for a rank that wrote none, as when the run was killed early."""
     folder = rank_file(path, 0).parent
     if folder.resolve() != folder:
         raise RefusedError(f"{folder} is a symbolic link")

@@ -17,7 +17,7 @@ their unit in their name.
     environment    attributes: library versions, launcher, world_size, replicas, device, ...
     model          attributes: name, num_blocks, num_heads, frozen_blocks (JSON, those that count as always run),
                    always_flops, full_flops, forward_only_flops (FLOP of one sample), ...; the map from parameters to
-                   what owns them
+                   what owns them; the classes
 
 Every dataset has the attributes `units` ("1" for pure numbers) and `description`, and HDF5 dimension scales: the
 index along each axis, which are datasets at the root (rank, row, block, head, label, ...) and, for the first axis,
@@ -99,6 +99,7 @@ GROUPS: dict[str, dict[str, Field]] = {
         Field("parameter_class", "text", "1", "subnet, embedding, shared or classifier", ("parameter",)),
         Field("parameter_trained", "uint8", "1", "1 trained, 0 frozen", ("parameter",)),
         Field("subnet_parameters", "int64", "1", "numbers that each subnet owns", ("block", "head")),
+        Field("class_name", "text", "1", "name of each class, in the order of the labels", ("class",)),
     ),
 }
 
@@ -233,7 +234,7 @@ In plain h5py: `h5py.File("results.h5")["steps/step_seconds"][:]`. In xarray, wi
 finished and killed; MATLAB was not tried.
 
 The file can be opened at any moment, also after the run was killed. While a run goes on, the file links closed segments
-that lie beside it; a thread adds one every `results.flush_seconds`, which is the most that a kill loses. At the end it
+that lie beside it; a thread adds one every five seconds, which is the most that a kill loses. At the end it
 becomes one file that needs no other. A resumed run continues it. Ranks send their figures to rank 0 without waiting for
 anybody. With `results.file_per_rank=true`, for thousands of ranks, each rank keeps its figures in `results.ranks/`, and
 `results.h5` joins them as virtual datasets. HDF5 needs no file locks for any of this; the lock of `results.locking`

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 
 from d2ft_hpc.errors import LostResultsError, ResultsError
 from d2ft_hpc.results import columns, schema
-from d2ft_hpc.results.layout import Contents
+from d2ft_hpc.results.hdf5_layout import Contents
 from d2ft_hpc.results.reader import open_run
 from d2ft_hpc.results.schema import GROUPS, TABLES, Array, Field, Group, Scalar
 from d2ft_hpc.results.segments import Segments, cannot_write
@@ -135,7 +135,7 @@ class ResultsWriter:
     def put(
         self,
         group: str,
-        data: Mapping[str, Array | int | float | str],
+        data: Mapping[str, Array | int | float | str | Sequence[str]],
         attrs: Mapping[str, Scalar] | None = None,
     ) -> None:
         """Store a static group ("config", "environment", "model"); replaces one of the same name.

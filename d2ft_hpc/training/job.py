@@ -29,7 +29,7 @@ from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.model.build import build_model, pixel_statistics
 from d2ft_hpc.model.lora import add_lora
-from d2ft_hpc.parallel.layout import Layout
+from d2ft_hpc.parallel.rank_layout import RankLayout
 from d2ft_hpc.parallel.stages import layer_flops
 from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.safe_text import shown
@@ -48,7 +48,7 @@ class Job:
     train_set: LabelledImages
     evaluation_set: LabelledImages
     sampler: MicroBatchSampler
-    layout: Layout
+    layout: RankLayout
     selection: SampleSelection | None
     """What draws the samples that train; None where all of them do."""
 
@@ -75,13 +75,13 @@ class Job:
     def train_batches(self) -> Batches:
         """Micro-batches of this replica, in the sampler's order."""
         data = self.config.data
-        mixing = Mixing(self.train_set.num_classes, data.mixup_alpha, data.cutmix_alpha)
+        mixing = Mixing(self.train_set.num_classes, **data.mixing_options)
         return train_loader(
             self.train_set, self.sampler, num_workers=data.workers, device=self.device, mixing=mixing
         )
 
     def batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
-        """Groups what a loader over the sampler yields into batches on the job's device, in slot order."""
+        """Groups a loader's micro-batches into batches on the job's device, in slot order."""
         on_device = ((images.to(self.device), labels.to(self.device)) for images, labels in micro_batches)
         while batch := list(islice(on_device, self.config.data.slots)):
             yield batch
@@ -121,14 +121,14 @@ class Job:
         return (self.config.data.slots * self.layout.replicas, *self.executor.subnets.shape)
 
 
-def layout_of(config: RunConfig, control: Control) -> Layout:
+def layout_of(config: RunConfig, control: Control) -> RankLayout:
     """This rank's part of the run. Raises ConfigError where the ranks cannot be divided as asked."""
     if control.world_size > 1 and config.engine.kind.is_one_process:
         raise ConfigError(
             f"engine.name={config.engine.name} trains in one process, and {control.world_size} ranks were started: set "
             f"engine.name to ddp, fsdp2 or deepspeed, or start one rank"
         )
-    return Layout.of(
+    return RankLayout.of(
         control.world_size,
         control.rank,
         stages=config.engine.pipeline_stages,
@@ -137,7 +137,7 @@ def layout_of(config: RunConfig, control: Control) -> Layout:
 
 
 def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
-    """Makes a job's parts; no rank waits for another here, so that each can fail on its own."""
+    """Makes a job's parts. No rank waits for another here, so that each can fail by itself."""
     layout = layout_of(config, control)
     kind = config.engine.kind
     kind.prepare(config)
@@ -147,7 +147,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     random.seed(config.run.seed)
     np.random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
-    train_set, evaluation_set = _load_data(config, "train"), _load_data(config, config.data.evaluate_on)
+    train_set, evaluation_set = _load_data(config, "train"), _load_data(config, config.data.evaluated_split)
     if control.rank == 0:
         for images in (train_set, evaluation_set):
             images.look_at_some()
@@ -197,7 +197,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
 
 
 def _check_sizes(config: RunConfig, train_set: LabelledImages, sampler: MicroBatchSampler) -> None:
-    """Raises ConfigError where there is nothing to learn, or fewer images than are asked for at once."""
+    """Raises ConfigError where there is nothing to learn, or fewer images than a batch needs."""
     data, images = config.data, len(train_set)
     if train_set.num_classes < 2:
         raise ConfigError(
@@ -209,16 +209,11 @@ def _check_sizes(config: RunConfig, train_set: LabelledImages, sampler: MicroBat
             f"data.micro_batch_size={data.micro_batch_size}: there are {images} training images; use at most "
             f"{images // sampler.rows}, which is what each of the {sampler.rows} micro-batches of a batch would get"
         )
-    if config.plan.probe_batches > sampler.batches_per_epoch:
-        raise ConfigError(
-            f"plan.probe_batches={config.plan.probe_batches}: an epoch has {sampler.batches_per_epoch} batches; use at "
-            f"most that many"
-        )
 
 
 def _check_classes(config: RunConfig, train_set: LabelledImages, evaluation_set: LabelledImages) -> None:
     """Raises DataError where a label does not mean the same in both; classes without images may be absent in one."""
-    where, evaluated = f"data.root={config.data.root}", f"the {config.data.evaluate_on} images"
+    where, evaluated = f"data.root={config.data.root}", f"the {config.data.evaluated_split} images"
     for label, names in enumerate(zip(train_set.class_names, evaluation_set.class_names, strict=False)):
         if names[0] != names[1]:
             raise DataError(
@@ -237,12 +232,20 @@ def _check_image_size(model: nn.Module, size: int) -> None:
     shape = family.image_shape(model)
     if shape is not None and not family.takes_other_sizes(model) and shape[1:] != (size, size):
         _, height, width = shape
+        high, wide = family.patch_size(model)
+        whole = max(1, round(size / math.lcm(high, wide))) * math.lcm(high, wide)
+        cut = (
+            ""
+            if whole == size
+            else f" in patches of {high} x {wide}, and {size} holds no whole number of them"
+        )
+        both = "" if whole == height else f", or both data.image_size and model.options.img_size to {whole}"
         raise ConfigError(
-            f"data.image_size={size}: the model takes {height} x {width} pixels; set model.options.img_size={size}, or "
-            f"data.image_size={height}"
+            f"data.image_size={size}: the model takes {height} x {width} pixels{cut}; set "
+            f"data.image_size={height}{both}"
         )
 
 
 def _load_data(config: RunConfig, split: Split) -> LabelledImages:
     mean, std = pixel_statistics(config.model.name, config.model.weights)
-    return load_configured(config.data, split, mean, std)
+    return load_configured(config.data, split, mean, std, seed=config.run.seed)

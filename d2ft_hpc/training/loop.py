@@ -20,10 +20,10 @@ from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.lifecycle import PlanController, PlanState
 from d2ft_hpc.model.lora import save_adapter, timm_state
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.parallel.stages import describe_stages
-from d2ft_hpc.recording.environment import describe_environment
-from d2ft_hpc.recording.steps import StepRecorder
+from d2ft_hpc.recording.provenance import describe_environment
+from d2ft_hpc.recording.step_recorder import StepRecorder
 from d2ft_hpc.safe_text import say
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.between_steps import BetweenSteps
@@ -35,7 +35,7 @@ from d2ft_hpc.training.free_memory import describe_memory, with_memory_limits
 from d2ft_hpc.training.job import Job, layout_of, set_up
 from d2ft_hpc.training.measurements import Measurements, measure_job
 from d2ft_hpc.training.model_placement import place
-from d2ft_hpc.training.plans import is_due, plan_context
+from d2ft_hpc.training.plan_context import is_due, plan_context
 from d2ft_hpc.training.probe_scores import ProbeScores
 from d2ft_hpc.training.progress import Progress
 from d2ft_hpc.training.results_file import first_plan_of, open_own_results, open_results
@@ -43,7 +43,7 @@ from d2ft_hpc.training.resume import check_length, check_position, choose_start,
 from d2ft_hpc.training.run_log import RunLog
 from d2ft_hpc.training.saver import CheckpointSaver
 from d2ft_hpc.training.speed_watch import SpeedWatch
-from d2ft_hpc.training.steps import StepRunner
+from d2ft_hpc.training.step_runner import StepRunner
 from d2ft_hpc.training.tensorboard import TensorBoard
 from d2ft_hpc.training.trace import StepTrace
 
@@ -144,7 +144,8 @@ def _images_of_step(job: Job) -> int:
 
 
 def _train_epochs(run: _Run, recorder: StepRecorder, position: Position, config_text: str) -> bool:
-    """False if it was stopped and saved before the end. config_text: as the user gave it, for checkpoints."""
+    """Returns False if the run was stopped and saved before its end. config_text: the configuration as the user gave
+    it, for checkpoints."""
     job, engine, plans, log = run.job, run.engine, run.plans, run.log
     config, control = job.config, job.control
     speed_watch = SpeedWatch(control)
@@ -155,7 +156,7 @@ def _train_epochs(run: _Run, recorder: StepRecorder, position: Position, config_
         _evaluate(run, position)
 
     def settle(position: Position) -> Position:
-        """As a checkpoint holds it: no plan is under way any more."""
+        """The plans' state as a checkpoint holds it, after waiting for a plan that is still being solved."""
         plans.settle(position.steps_done)
         return replace(position, plans_made=plans.plans_made)
 
@@ -212,8 +213,8 @@ def _evaluate(run: _Run, position: Position) -> None:
 
 
 def _save_model(job: Job, model: nn.Module) -> None:
-    """Raises CheckpointError where it cannot be written, DivergedError if its weights are not finite; an older model is
-    then unharmed."""
+    """Writes the trained model. Raises CheckpointError if it cannot be written, DivergedError if its weights are not
+    finite; an older model then stays."""
     weights = {name: tensor.contiguous() for name, tensor in timm_state(model).items()}
     require_finite(weights)
     path = job.config.run_folder / run_folder.MODEL

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from d2ft_hpc.lifecycle import PlanCosts
+from d2ft_hpc.metering.activation_bytes import ActivationBytes, measure_activation_bytes
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds, measure_all_reduce
-from d2ft_hpc.metering.kept import KeptBytes, measure_kept
 from d2ft_hpc.metering.memory import release_unused
 from d2ft_hpc.metering.profile import PassProfile, profile_passes
 from d2ft_hpc.training.job import Job
@@ -19,13 +19,13 @@ from d2ft_hpc.training.plan_costs import find_costs
 class Measurements:
     profile: PassProfile
     all_reduce: AllReduceSeconds
-    kept: KeptBytes | None
+    kept: ActivationBytes | None
     """None where plans do not depend on it."""
     plan_costs: PlanCosts
 
 
 def measure_job(job: Job) -> Measurements:
-    """On all ranks together, before the engine is built and any random state is restored."""
+    """All ranks call it together, before the engine is built and any random state is restored."""
     data = job.config.data
     shape = (data.micro_batch_size, 3, data.image_size, data.image_size)
     precisions = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,7 +33,7 @@ def measure_job(job: Job) -> Measurements:
     profile = profile_passes(job.model, job.executor, shape, precision)
     kept = None
     if job.config.plans_by_free_memory:
-        kept = measure_kept(job.model, job.executor, shape, precision)
+        kept = measure_activation_bytes(job.model, job.executor, shape, precision)
     release_unused(job.device)
     all_reduce = measure_all_reduce(job.device)
     return Measurements(profile, all_reduce, kept, find_costs(job, profile, all_reduce))

@@ -10,20 +10,20 @@ from d2ft_hpc.engines.model_parallel import PLACEMENT
 from d2ft_hpc.errors import CheckpointError
 from d2ft_hpc.launch import agreed, share
 from d2ft_hpc.launch.watch import Watch
-from d2ft_hpc.lifecycle import pose_counted
 from d2ft_hpc.lifecycle.costs import costs_of_part
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.head_split import even_owner
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.parallel.stages import cut_stages
 from d2ft_hpc.planning import place as place_heads
+from d2ft_hpc.planning import pose
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.probe_scores import measure_scores
 
 
 def place(job: Job, checkpoint: Path | None, watch: Watch) -> Placement:
-    """The same on every rank; on all ranks together. A resumed run keeps the placement of its checkpoint
-    where it has as many stages and tensor-parallel ranks.
+    """All ranks call it together and return the same. A resumed run keeps the placement of its checkpoint where it
+    has as many stages and tensor-parallel ranks.
 
     Raises ConfigError or PlanError where the model has too few blocks or heads.
     """
@@ -43,8 +43,8 @@ def place(job: Job, checkpoint: Path | None, watch: Watch) -> Placement:
     if config.engine.head_placement == "spread" and layout.tensor_ranks > 1:
         scores = measure_scores(job, job.model, job.loss, watch)
         if scores is not None:
-            problem = pose_counted(
-                np.stack([scores.forward, scores.backward]).astype(np.float64),
+            problem = pose(
+                [scores.forward, scores.backward],
                 job.costs,
                 replicas=layout.replicas,
                 rank=owner,
@@ -54,7 +54,7 @@ def place(job: Job, checkpoint: Path | None, watch: Watch) -> Placement:
             def solve() -> bytes:
                 return place_heads(problem, layout.tensor_ranks).astype("<i8").tobytes()
 
-            # By rank 0 alone: where the time limit stops it depends on the rank.
+            # Rank 0 alone does it, since each rank would be stopped elsewhere by the time limit.
             owner = np.frombuffer(share(job.control, solve, "the heads' places"), "<i8").reshape(owner.shape)
     return Placement(layout, stages, owner)
 

@@ -1,4 +1,4 @@
-"""What a run tells besides its steps, to people and in its results file: itself, its plans, evaluations, events."""
+"""What a run prints and records besides its steps: its own description, plans, evaluations and events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.lifecycle import PlanListener
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.recording.entries import note, record_plan, record_scores
-from d2ft_hpc.recording.environment import describe_model
+from d2ft_hpc.recording.provenance import describe_model
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.scores import Scores
 from d2ft_hpc.training.checkpoint import Position
@@ -27,7 +27,7 @@ CONFUSION_CLASSES = 256
 
 
 class RunLog(PlanListener):
-    """What one run says on this rank. Rank 0 prints and, once its files are open, writes."""
+    """What one run reports on this rank. Rank 0 prints, and also writes once its files are open."""
 
     def __init__(self, job: Job, executor: PlanExecutor, progress: Progress, watch: Watch) -> None:
         self.progress, self.watch = progress, watch
@@ -87,7 +87,7 @@ def record_job(
     parameters, attributes = describe_model(job.model, job.executor.subnets, job.costs)
     writer.put(
         "model",
-        parameters,
+        {**parameters, "class_name": job.train_set.class_names},
         {
             "name": job.config.model.name,
             **attributes,

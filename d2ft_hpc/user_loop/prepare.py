@@ -1,4 +1,4 @@
-"""What became of an attached model in a loop of the user's own, over plain torch, DDP or FSDP2."""
+"""Fits plans to what a user's loop has made of an attached model: plain torch, DDP or FSDP2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import find_backbone
-from d2ft_hpc.planning.messages import DataParallel
+from d2ft_hpc.planning.communication_volume import DataParallel
 
 
 class Bound(Protocol):

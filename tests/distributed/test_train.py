@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +30,8 @@ QUICK = [
     "configs/demo.yaml",
     "data.micro_batch_size=8",
     "data.slots=4",
+    "data.image_size=16",
+    "model.options.img_size=16",
     "plan.compute_budget=0.5",
     "plan.planner=paper",
 ]
@@ -46,7 +47,12 @@ def train(folder: Path, *overrides: str, ranks: int = 2, before: tuple[str, ...]
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs on two ranks, replanned every epoch, with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("runs")
-    options = ["train.epochs=2", "train.checkpoint_every=7 steps", "plan.replan.every=1", "data.workers=1"]
+    options = [
+        "train.epochs=2",
+        "train.checkpoint_every=7 steps",
+        "plan.replan.every=1 epoch",
+        "data.workers=1",
+    ]
     shown = train(folder, *options)
     assert "evaluation after 2 epochs" in shown
     assert f"results in {folder / 'demo' / 'results.h5'}" in shown
@@ -95,11 +101,11 @@ def test_every_second_has_its_phase_and_every_byte_its_kind(finished_run: Path) 
 def test_executed_compute_is_what_the_plan_promised(finished_run: Path) -> None:
     steps = results.open(finished_run).table("steps")
     np.testing.assert_allclose(steps["executed_flops"], steps["planned_flops"], rtol=1e-3)
-    assert 0.4 < steps["executed_flops"].sum() / steps["dense_flops"].sum() <= 0.5
+    assert steps["executed_flops"].sum() / steps["dense_flops"].sum() == pytest.approx(0.5, abs=0.005)
 
 
 def test_the_model_loads_in_plain_timm(finished_run: Path) -> None:
-    model = timm.create_model("vit_digits_demo", num_classes=5)
+    model = timm.create_model("vit_digits_demo", num_classes=5, img_size=16)
     model.load_state_dict(load_file(finished_run / "model.safetensors"), strict=True)
 
 
@@ -118,7 +124,7 @@ def test_another_number_of_ranks_continues_the_same_run_under_another_zero_stage
     shutil.copytree(finished_run, tmp_path / "demo")
     shutil.rmtree(tmp_path / "demo" / "checkpoints" / "step-00000021")
     zero = "engine.deepspeed.zero_optimization.stage=3"
-    train(tmp_path, "train.epochs=2", "plan.replan.every=1", "train.resume=true", zero, ranks=1)
+    train(tmp_path, "train.epochs=2", "plan.replan.every=1 epoch", "train.resume=true", zero, ranks=1)
     whole, resumed = (results.open_run(path).table("steps") for path in (finished_run, tmp_path / "demo"))
     np.testing.assert_array_equal(resumed["samples"], whole["samples"])
     np.testing.assert_allclose(resumed["loss"], whole["loss"], rtol=1e-4)
@@ -127,7 +133,7 @@ def test_another_number_of_ranks_continues_the_same_run_under_another_zero_stage
 def test_a_run_that_is_stopped_and_hung_ends_bitwise_as_the_uninterrupted_one(
     finished_run: Path, tmp_path: Path
 ) -> None:
-    options = ["train.epochs=2", "plan.replan.every=1", "train.resume=auto", "launch.silence_seconds=3"]
+    options = ["train.epochs=2", "plan.replan.every=1 epoch", "train.resume=auto", "launch.silence_seconds=3"]
     arguments = ["-m", "d2ft_hpc", "train", *QUICK, f"run.folder={tmp_path}", *options]
 
     stopped = start(arguments, ranks=2)
@@ -138,7 +144,6 @@ def test_a_run_that_is_stopped_and_hung_ends_bitwise_as_the_uninterrupted_one(
 
     hung = start([*arguments, "train.checkpoint_every=2 steps"], ranks=2)
     wait_for_line(hung, "epoch ")
-    time.sleep(1.0)
     os.kill(ranks_of(hung)[1], signal.SIGSTOP)
     told = hung.communicate(timeout=LIMIT_SECONDS)[0]
     messages = [line for line in told.splitlines() if line.startswith("[rank ")]
@@ -182,8 +187,7 @@ def test_a_failing_rank_leaves_the_traceback_of_every_rank(tmp_path: Path) -> No
 @pytest.mark.full
 def test_a_file_for_each_rank_survives_a_resumption(tmp_path: Path) -> None:
     options = [
-        "plan.replan.every=4",
-        "plan.replan.unit=steps",
+        "plan.replan.every=4 steps",
         "train.epochs=1",
         "results.file_per_rank=true",
     ]
