@@ -37,9 +37,9 @@ def adapted(
     else:
         from peft import LoraConfig, get_peft_model
 
-        # peft's own layers_to_transform finds blocks of a bare timm model only in newer versions.
-        some = rf"blocks\.({'|'.join(map(str, blocks))})\.\w+\.({'|'.join(layers)})"
-        get_peft_model(model, LoraConfig(r=2, lora_alpha=3, target_modules=some))
+        # As a pattern of whole names: peft 0.18 finds no blocks by number in a model that has them at its top.
+        named = rf"blocks\.({'|'.join(map(str, blocks))})\..*({'|'.join(layers)})"
+        get_peft_model(model, LoraConfig(r=2, lora_alpha=3, target_modules=named))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
