@@ -31,6 +31,7 @@ from d2ft_hpc.engines.private_names import expect
 from d2ft_hpc.engines.sharded import collect, restore, whole_weights
 from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import family_of
 from d2ft_hpc.parallel.dtensor import split_heads
@@ -163,8 +164,10 @@ class FsdpEngine(PlainEngine):
         *,
         param_dtype: torch.dtype | None = None,
         gradient_clipping: float | None = None,
+        flat_parameters: bool = False,
     ) -> None:
-        """model: the whole one, which is spread in place. param_dtype: see `shard`."""
+        """model: the whole one, which is spread in place. param_dtype: see `shard`. flat_parameters: whether each
+        block's become a few flat ones, if blocks are not cut by head."""
         self._twin = copy.deepcopy(model).to("meta")
         self._placement, layout = placement, placement.layout
         mesh = init_device_mesh(
@@ -174,9 +177,19 @@ class FsdpEngine(PlainEngine):
         )
         if layout.is_cut:
             executor = split_heads(model, executor, mesh["tensor"], placement.owner)
-        shard(model, mesh["replica"], param_dtype)
+        if flat_parameters and not layout.is_cut:
+            optimizer, schedule = make_optimizer(model)  # its groups say which parameters are alike
+            executor.flat = FlatParameters(model, executor.blocks, optimizer)
+            names = {id(parameter): name for name, parameter in model.named_parameters()}
+            shard(model, mesh["replica"], param_dtype)
+            spread = dict(model.named_parameters())
+            for group in optimizer.param_groups:
+                group["params"] = [spread[names[id(parameter)]] for parameter in group["params"]]
+        else:
+            shard(model, mesh["replica"], param_dtype)
+            optimizer, schedule = make_optimizer(model)
         super().__init__(
-            model, executor, *make_optimizer(model), loss_function, gradient_clipping=gradient_clipping
+            model, executor, optimizer, schedule, loss_function, gradient_clipping=gradient_clipping
         )
         bind_fsdp(model, executor)
 
@@ -195,11 +208,15 @@ class FsdpEngine(PlainEngine):
     def full_model(self) -> Iterator[nn.Module]:
         device = next(self._model.parameters()).device
         full = copy.deepcopy(self._twin).to_empty(device=device)
-        full.load_state_dict(whole_weights(self._model, self.executor), strict=True)
+        weights = whole_weights(self._model, self.executor)
+        flat = self.executor.flat
+        full.load_state_dict(weights if flat is None else flat.split(weights), strict=True)
         yield full.train(self._model.training)
 
     def save(self, folder: Path, write: StateWriter) -> None:
         state = collect(self._model, self._optimizer, self.executor)
+        if self.executor.flat is not None:
+            state = state.named_by(self.executor.flat.split)
         if dist.get_rank() == 0:
             state.schedule = schedule_numbers(self._schedule)
             state.write(folder, write)
@@ -208,6 +225,8 @@ class FsdpEngine(PlainEngine):
 
     def restore(self, folder: Path) -> None:
         state = PortableState.read(folder)
+        if self.executor.flat is not None:
+            state = state.named_by(self.executor.flat.join)
         restore(state, self._model, self._optimizer, self.executor)
         restore_schedule(self._schedule, state.schedule)
 

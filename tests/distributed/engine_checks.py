@@ -154,7 +154,8 @@ def deepspeed_engine(
         precision=precision,
         gradient_clipping=clipping,
     )
-    return DeepSpeedEngine(model, executor, optimizer, schedule, loss_function, {**config, **more})
+    parts = (model, executor, optimizer, schedule, loss_function, {**config, **more})
+    return DeepSpeedEngine(*parts, flat_parameters=True)
 
 
 def trained_parameters(

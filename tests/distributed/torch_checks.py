@@ -131,6 +131,7 @@ def build(
         loss_function,
         param_dtype=dtype,
         gradient_clipping=clipping,
+        flat_parameters=True,
     )
 
 
