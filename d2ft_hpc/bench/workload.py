@@ -93,7 +93,8 @@ def build(workload: Workload, control: Control, sides: Sequence[float] | None = 
         parts = (model, executor, *make_optimizer(model), loss_of, config)
         engine = DeepSpeedEngine(*parts, flat_parameters=True)
     elif workload.engine == "ddp":
-        engine = DdpEngine(model, executor, *make_optimizer(model), loss_of, autocast_dtype=low_dtype)
+        parts = (model, executor, *make_optimizer(model), loss_of)
+        engine = DdpEngine(*parts, autocast_dtype=low_dtype, flat_parameters=True)
     else:
         parts = (model, executor, placement, make_optimizer, loss_of)
         engine = FsdpEngine(*parts, param_dtype=low_dtype, flat_parameters=True)

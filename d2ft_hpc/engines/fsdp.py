@@ -215,18 +215,14 @@ class FsdpEngine(PlainEngine):
 
     def save(self, folder: Path, write: StateWriter) -> None:
         state = collect(self._model, self._optimizer, self.executor)
-        if self.executor.flat is not None:
-            state = state.named_by(self.executor.flat.split)
         if dist.get_rank() == 0:
             state.schedule = schedule_numbers(self._schedule)
-            state.write(folder, write)
+            self._named_as_before(state).write(folder, write)
             if self._placement.layout.is_cut:
                 self._placement.write(folder / PLACEMENT)
 
     def restore(self, folder: Path) -> None:
-        state = PortableState.read(folder)
-        if self.executor.flat is not None:
-            state = state.named_by(self.executor.flat.join)
+        state = self._named_as_now(PortableState.read(folder))
         restore(state, self._model, self._optimizer, self.executor)
         restore_schedule(self._schedule, state.schedule)
 

@@ -120,6 +120,7 @@ def build(
             loss_function,
             autocast_dtype=dtype,
             gradient_clipping=clipping,
+            flat_parameters=True,
         )
     layout = layout_of(control, engine)
     owner = UNEVEN_ORDER if layout.is_cut else np.zeros((DEPTH, HEADS), dtype=np.int64)
