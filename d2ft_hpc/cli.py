@@ -199,8 +199,9 @@ def _plan(options: argparse.Namespace) -> int:
 
     def run() -> None:
         from d2ft_hpc import plan_report
-        from d2ft_hpc.config import PlanConfig, validated
+        from d2ft_hpc.config_faults import validated
         from d2ft_hpc.config_file import parse_values
+        from d2ft_hpc.plan_config import PlanConfig
         from d2ft_hpc.planning import SkipPlan, solve
 
         if options.scores is None:
@@ -212,7 +213,7 @@ def _plan(options: argparse.Namespace) -> int:
             say(plan_report.describe_alone(plan))
             finish(plan)
             return
-        problem = plan_report.pose(
+        problem = plan_report.problem_of(
             plan_report.read_scores(options.scores, options.index),
             ranks=options.ranks,
             stages=options.stages,
@@ -297,19 +298,19 @@ def _train_each(files: Sequence[Path], overrides: Sequence[str]) -> int:
     the last: its status is returned."""
     from d2ft_hpc.errors import LaunchError
     from d2ft_hpc.launch import detect
-    from d2ft_hpc.launch.child import Children
+    from d2ft_hpc.launch.command_runner import CommandRunner
 
     if detect().world_size > 1:
         raise LaunchError(f"{len(files)} configurations under one launcher: start each one, or an array job")
     configs = [load_config(file, overrides) for file in files]  # faults show before the first run starts
-    children = Children([name for config in configs for name in config.launch.stop_signals])
+    runner = CommandRunner([name for config in configs for name in config.launch.stop_signals])
     failed = []
     for index, (file, config) in enumerate(zip(files, configs, strict=True)):
         status = UNFINISHED
-        if not children.stopped:
+        if not runner.stopped:
             say(f"==> {file}")
             command = [sys.executable, "-m", "d2ft_hpc", "train", str(file), *overrides]
-            status = children.run(command, config.launch.stop_signals)
+            status = runner.run(command, config.launch.stop_signals)
         if status == UNFINISHED:
             left = ", ".join(map(str, files[index:]))
             print_line(f"unfinished: {left}; to go on, start again with train.resume=auto")

@@ -1,7 +1,8 @@
 """Signals that come while Python still imports what a run needs, which takes seconds.
 
-They wait until somebody knows what they mean: `launch.signals.StopSignals` and `launch.child.Children` take them over,
-and commands that they just end release them. It costs nothing to import, so that it is the first thing that is done.
+They wait until somebody knows what they mean: `launch.signals.StopSignals` and
+`launch.command_runner.CommandRunner` take them over, and commands that they just end release them. It costs nothing to
+import, so that it is the first thing that is done.
 """
 
 from __future__ import annotations

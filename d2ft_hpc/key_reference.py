@@ -14,7 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from d2ft_hpc.config import RunConfig, section_of
+from d2ft_hpc.config import RunConfig
+from d2ft_hpc.config_faults import section_of
 from d2ft_hpc.planning.table import PLANNERS
 from d2ft_hpc.user_loop.section import D2ftSection
 

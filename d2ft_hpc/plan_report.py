@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError, ResultsError
-from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, check, in_order, place, simulate, solve
+from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, check, in_order, place, pose, simulate, solve
 from d2ft_hpc.safe_text import shortened
 
 
@@ -19,13 +19,13 @@ from d2ft_hpc.safe_text import shortened
 class SavedScores:
     """Scores float64 [row, block, head] of one results file, and what it knows of the costs.
 
-    replicas: data-parallel replicas of the run. forward_cost, always_share: as in `PlanProblem.parallel`.
+    replicas: data-parallel replicas of the run. forward_share, always_share: as `CostShares` has them.
     """
 
     forward: npt.NDArray[np.float64]
     backward: npt.NDArray[np.float64]
     replicas: int
-    forward_cost: float
+    forward_share: float
     always_share: float
 
 
@@ -73,24 +73,24 @@ def read_scores(path: Path, index: int = -1) -> SavedScores:
         forward,
         backward,
         replicas=replicas,
-        forward_cost=forward_only / full,
+        forward_share=forward_only / full,
         always_share=always / (always + forward[0].size * full),
     )
 
 
-def pose(
+def problem_of(
     scores: SavedScores,
     *,
     ranks: int = 1,
     stages: int = 1,
     speeds: Sequence[float] | None = None,
     placed: bool = False,
-    **budgets: float | None,
+    **budgets: Any,
 ) -> PlanProblem:
     """The problem of the scores' run on another layout.
 
     speeds: of the tensor-parallel ranks of every stage; None = all equal. placed: heads are spread over the ranks by
-    their scores (`place`). budgets: as in `PlanProblem.parallel`.
+    their scores (`place`). budgets: as `pose` takes them.
 
     Raises PlanError if heads or blocks cannot be divided evenly, or a budget is out of range.
     """
@@ -99,16 +99,14 @@ def pose(
         raise PlanError(f"{blocks} blocks cannot be divided evenly over {stages} stages.")
     if speeds is not None and len(speeds) != ranks:
         raise PlanError(f"There are {ranks} ranks but {len(speeds)} speeds: give one for each rank.")
-    options: dict[str, Any] = {
-        "replicas": scores.replicas,
-        "stage": np.arange(blocks) * stages // blocks,
-        "forward_cost": scores.forward_cost,
-        "always_share": scores.always_share,
-        "device_speed": None if speeds is None else list(speeds) * (scores.replicas * stages),
+    problem = pose(
+        [scores.forward, scores.backward],
+        scores,
+        replicas=scores.replicas,
+        rank=in_order(blocks, heads, ranks),
+        stage=np.arange(blocks) * stages // blocks,
+        device_speed=None if speeds is None else list(speeds) * (scores.replicas * stages),
         **budgets,
-    }
-    problem = PlanProblem.parallel(
-        scores.forward, scores.backward, rank=in_order(blocks, heads, ranks), **options
     )
     return replace(problem, rank=place(problem, ranks)) if placed else problem
 

@@ -23,7 +23,7 @@ class Score:
     reads_gradients: bool = True
     """False: it is the same for all micro-batches, and `of_weight` gets the weights in place of gradients."""
     in_steps: bool = False
-    """Whether training steps give it, from the gradients that they form anyway (`scores.observe`)."""
+    """Whether training steps give it, from the gradients that they form anyway (`scores.gradient_observer`)."""
 
 
 FISHER = Score(

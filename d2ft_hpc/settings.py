@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from d2ft_hpc.paths import expand
+
 Fraction = Annotated[float, Field(gt=0, le=1)]
+PathText = Annotated[str, AfterValidator(expand)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""As numpy takes it."""
+LONGEST = 1e7
+"""Of waiting times in seconds and minutes: what lies far beyond a job's life overflows clocks."""
 _MOST = 2**31 - 1
 
 
@@ -25,3 +33,16 @@ class Section(BaseModel):
         if isinstance(value, int) and value > _MOST:
             raise PydanticCustomError("too_large", "input should be at most {most}", {"most": _MOST})
         return value
+
+
+def either(names: Iterable[str], word: str = "or") -> str:
+    """`a, b or c`."""
+    *first, last = names
+    return f"{', '.join(first)} {word} {last}" if first else last
+
+
+def one_of(table: Iterable[str], name: str) -> str:
+    """The name, which must be in the table."""
+    if name not in table:
+        raise PydanticCustomError("unknown", "input should be {known}", {"known": either(map(repr, table))})
+    return name

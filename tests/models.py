@@ -9,10 +9,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.lifecycle import PlanContext, PlanCosts
 from d2ft_hpc.metering import StepCosts
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
+from d2ft_hpc.plan_config import PlanConfig
 
 DEPTH, HEADS, CLASSES = 4, 3, 10
 Model = TypeVar("Model", bound=nn.Module)

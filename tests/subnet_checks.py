@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from d2ft_hpc.model.subnets import SubnetMap
-from d2ft_hpc.scores.observe import GradientObserver
+from d2ft_hpc.scores.gradient_observer import GradientObserver
 
 
 def assert_heads_own_whole_parameters(model: nn.Module, subnets: SubnetMap) -> None:

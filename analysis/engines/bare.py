@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed, topology_of
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch
 from d2ft_hpc.errors import ConfigError
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
 
 Step = Callable[[Sequence[MicroBatch]], object]
 

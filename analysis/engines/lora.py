@@ -30,11 +30,10 @@ from d2ft_hpc.bench.turns import Ratio, alternate
 from d2ft_hpc.command import share, whole_number
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import device_type_of, run_guarded
-from d2ft_hpc.lifecycle import pose_counted
 from d2ft_hpc.metering import StepCosts, measure_costs, memory
 from d2ft_hpc.model.build import build_model
 from d2ft_hpc.model.lora import add_lora
-from d2ft_hpc.planning import Operation, SkipPlan, solve
+from d2ft_hpc.planning import Operation, SkipPlan, pose, solve
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def _plans(sizes: Sizes, costs: StepCosts, subnets: tuple[int, int]) -> dict[str
     """The plan for random scores, and those in which every subnet does the same."""
     shape = (sizes.slots, *subnets)
     scores = np.random.default_rng(0).random((2, *shape))
-    problem = pose_counted(scores, costs, compute_budget=sizes.compute_budget)
+    problem = pose(scores, costs, compute_budget=sizes.compute_budget)
     return {
         "plan": solve(problem, sizes.planner),
         "full": SkipPlan.dense(sizes.slots, 1, *subnets),

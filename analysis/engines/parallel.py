@@ -28,11 +28,10 @@ from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, run_guarded, share
-from d2ft_hpc.lifecycle import pose_counted
 from d2ft_hpc.metering import StepCosts, measure_costs
-from d2ft_hpc.parallel.layout import Layout, Placement
+from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
-from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, in_order, simulate, solve
+from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, in_order, pose, simulate, solve
 
 IMAGE_SIZE, PATCH_SIZE, CLASSES = 64, 8, 10
 TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2 + 1
@@ -103,10 +102,10 @@ def posed(sizes: Sizes, placement: Placement, costs: StepCosts, **options: Any) 
     """With the same log-normal scores on every rank. options: of `PlanProblem.parallel`."""
     shape = (sizes.micro_batches * placement.layout.replicas, sizes.blocks, sizes.heads)
     scores = np.exp(np.random.default_rng(0).standard_normal((2, *shape)))
-    return pose_counted(scores, costs, placement, always_share=0.0, **options)
+    return pose(scores, costs, placement, always_share=0.0, **options)
 
 
-def placed(sizes: Sizes, layout: Layout, flops: list[float]) -> Placement:
+def placed(sizes: Sizes, layout: RankLayout, flops: list[float]) -> Placement:
     """The model's parts on the ranks. flops: of each layer (`layer_flops`)."""
     owner = in_order(sizes.blocks, sizes.heads, layout.tensor_ranks)
     return Placement(layout, cut_stages(flops, layout.stages), owner)
@@ -114,7 +113,7 @@ def placed(sizes: Sizes, layout: Layout, flops: list[float]) -> Placement:
 
 def set_up(control: Control, *, stages: int, tensor_ranks: int, sizes: Sizes) -> Setting:
     """On all ranks together. Raises ConfigError if the ranks do not form whole replicas."""
-    layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
+    layout = RankLayout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
     torch.manual_seed(0)
     model = sizes.model()
     executor = attach(model)

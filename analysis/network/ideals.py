@@ -19,16 +19,16 @@ from analysis.engines.parallel import IMAGE_SIZE, TOKENS, Sizes, placed, posed
 from analysis.network.slow_links import bits_per_second
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.metering import measure_costs
-from d2ft_hpc.parallel.layout import Layout
+from d2ft_hpc.parallel.rank_layout import RankLayout
 from d2ft_hpc.parallel.stages import layer_flops
-from d2ft_hpc.planning import Operation, SkipPlan, messages, simulate, solve
+from d2ft_hpc.planning import Operation, SkipPlan, communication_volume, simulate, solve
 from d2ft_hpc.planning.step_time import StepTime
 
 IMAGES = (3, IMAGE_SIZE, IMAGE_SIZE)
-both_ways = messages.busiest_shares
+both_ways = communication_volume.busiest_shares
 
 
-def one_way(layout: messages.TokenLayout, ranks: int) -> messages.Floats:
+def one_way(layout: communication_volume.TokenLayout, ranks: int) -> communication_volume.Floats:
     shares = both_ways(layout, ranks)
     if layout == "replicated":
         return shares
@@ -45,9 +45,9 @@ def show(path: str) -> None:
     model = sizes.model()
     costs = measure_costs(model, attach(model), IMAGES)
     shape = (sizes.micro_batches, sizes.blocks, sizes.heads)
-    layout = Layout.of(stages * ranks, 0, stages=stages, tensor_ranks=ranks)
+    layout = RankLayout.of(stages * ranks, 0, stages=stages, tensor_ranks=ranks)
     placement = placed(sizes, layout, layer_flops(model, costs, IMAGES))
-    token_layout: messages.TokenLayout = (
+    token_layout: communication_volume.TokenLayout = (
         "replicated" if result["makespan"]["token_layout"] == "replicated" else "sharded"
     )
     problem = posed(
@@ -71,7 +71,7 @@ def show(path: str) -> None:
     )
     of_plan = result["makespan"]
     for name, shares in (("both ways", both_ways), ("one way", one_way)):
-        messages.busiest_shares = shares
+        communication_volume.busiest_shares = shares
         ideal = always + step_time.of(plan, problem, token_layout)
         of_dense = always + step_time.of(dense, problem, "replicated")
         print(
@@ -79,7 +79,7 @@ def show(path: str) -> None:
             f"step over ideal {of_plan['step_seconds'] / ideal:.3f}, "
             f"both in shares of dense {of_plan['step_ratio'] * of_dense / ideal:.3f}"
         )
-    messages.busiest_shares = both_ways
+    communication_volume.busiest_shares = both_ways
 
 
 for given in sys.argv[1:]:

@@ -24,7 +24,7 @@ from d2ft_hpc.launch import Control, connect, detect, run_guarded, share
 from d2ft_hpc.metering import meter
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import Operation, SkipPlan, simulate, solve
-from d2ft_hpc.planning.messages import LAYOUTS, TokenLayout
+from d2ft_hpc.planning.communication_volume import LAYOUTS, TokenLayout
 from d2ft_hpc.planning.step_time import StepTime
 
 

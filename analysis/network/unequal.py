@@ -30,10 +30,9 @@ from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, run_guarded, share
-from d2ft_hpc.lifecycle import pose_counted
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.metering.phases import COMMUNICATION, timed_step
-from d2ft_hpc.planning import SkipPlan, solve
+from d2ft_hpc.planning import SkipPlan, pose, solve
 from d2ft_hpc.training.speed_watch import SpeedWatch
 
 RANKS = 2
@@ -161,7 +160,7 @@ def _plan(control: Control, costs: StepCosts, speeds: list[float], compute_budge
     scores = np.exp(
         np.random.default_rng(0).standard_normal((2, SIZES.micro_batches * RANKS, SIZES.blocks, SIZES.heads))
     )
-    problem = pose_counted(scores, costs, replicas=RANKS, compute_budget=compute_budget, device_speed=speeds)
+    problem = pose(scores, costs, replicas=RANKS, compute_budget=compute_budget, device_speed=speeds)
     return SkipPlan.from_bytes(share(control, lambda: solve(problem, "joint").to_bytes(), "the plan"))
 
 

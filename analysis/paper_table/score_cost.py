@@ -21,7 +21,7 @@ from d2ft_hpc.metering import meter
 from d2ft_hpc.model.build import build_model
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.scores import gradient_scores
-from d2ft_hpc.scores.gradients import Granularity
+from d2ft_hpc.scores.gradient_scores import Granularity
 
 CLASSES = 10
 

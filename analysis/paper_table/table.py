@@ -42,7 +42,7 @@ def line_of(folder: Path) -> Line:
             "config": name,
             "variant": "",
             "seed": config["run"]["seed"],
-            "evaluated_on": data["evaluate_on"],
+            "evaluated_on": "validation" if data["validation_fraction"] else "test",
             "steps": len(run.steps["step"]),
             "tflop": round((run.total_flops + float(np.nansum(scored))) / 1e12, 1),
             "planned_compute": round(run.planned_compute, 4),

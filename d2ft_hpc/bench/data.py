@@ -23,7 +23,7 @@ def benchmark(config: RunConfig, device: torch.device, seconds: float) -> dict[s
     """
     data = config.data
     mean, std = pixel_statistics(config.model.name, config.model.weights)
-    images = load_configured(data, "train", mean, std)
+    images = load_configured(data, "train", mean, std, seed=config.run.seed)
     sampler = MicroBatchSampler(
         len(images),
         micro_batch_size=data.micro_batch_size,
@@ -32,7 +32,7 @@ def benchmark(config: RunConfig, device: torch.device, seconds: float) -> dict[s
         replica=0,
         seed=config.run.seed,
     )
-    mixing = Mixing(images.num_classes, data.mixup_alpha, data.cutmix_alpha)
+    mixing = Mixing(images.num_classes, **data.mixing_options)
     loader = train_loader(images, sampler, num_workers=data.workers, device=device, mixing=mixing)
     begin = time.perf_counter()
     first, warm_up, count, epoch = 0.0, 2 * max(data.workers, 1), 0, 0

@@ -27,7 +27,7 @@ from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.metering import meter
-from d2ft_hpc.metering.costs import token_curve_of
+from d2ft_hpc.metering.flops import token_curve_of
 from d2ft_hpc.planning import PLANNERS, Operation, SkipPlan
 from d2ft_hpc.planning.tokens import TokenOptions
 

@@ -187,7 +187,7 @@ def _model(sizes: Sizes) -> VisionTransformer:
 
 
 def _adapt(model: VisionTransformer, rank: int) -> None:
-    add_lora(model, rank=rank, alpha=2 * rank, dropout=0.0, layers=("qkv", "proj", "fc1", "fc2"))
+    add_lora(model, rank=rank, alpha=2 * rank, dropout=0.0)
 
 
 def _static(sizes: Sizes, costs: StepCosts, executor: PlanExecutor) -> SkipPlan:

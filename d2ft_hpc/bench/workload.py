@@ -24,13 +24,12 @@ from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control
-from d2ft_hpc.lifecycle import pose_counted
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.model.build import build_model
 from d2ft_hpc.parallel.head_split import even_owner
-from d2ft_hpc.parallel.layout import Layout, Placement
+from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.parallel.stages import cut_stages, layer_flops
-from d2ft_hpc.planning import SkipPlan, solve
+from d2ft_hpc.planning import SkipPlan, pose, solve
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Built:
 
 def build(workload: Workload, control: Control, sides: Sequence[float] | None = None) -> Built:
     """sides: of images in plans by tokens, whose costs are counted, too; in units of full ones."""
-    layout = Layout.of(
+    layout = RankLayout.of(
         control.world_size,
         control.rank,
         stages=workload.pipeline_stages,
@@ -139,7 +138,7 @@ def solved(built: Built, workload: Workload, planner: str, compute_budget: float
     """A plan for random scores."""
     rows = workload.slots * built.placement.layout.replicas
     scores = np.random.default_rng(0).random((2, rows, *built.shape))
-    return solve(pose_counted(scores, built.costs, built.placement, compute_budget=compute_budget), planner)
+    return solve(pose(scores, built.costs, built.placement, compute_budget=compute_budget), planner)
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:

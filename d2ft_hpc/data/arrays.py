@@ -82,7 +82,7 @@ def _member(file: zipfile.ZipFile, name: str, allowance: hdf5.Allowance) -> npt.
                 f"damaged: {name} claims {list(shape)} {dtype}, which is more than the file holds"
             )
     allowance.take(nbytes, name)
-    _check_room(name, nbytes)
+    _check_free_memory(name, nbytes)
     with file.open(info) as member:
         array: npt.NDArray[Any] = np.lib.format.read_array(member, allow_pickle=False)
     return array
@@ -117,11 +117,11 @@ def _array(group: Any, name: str, allowance: hdf5.Allowance) -> npt.NDArray[Any]
         hdf5.check_dataset(stored)
     except RefusedError as error:
         raise DataError(f"{error}: store it anew, such as by h5repack -f GZIP=4") from error
-    _check_room(stored.name, stored.size * stored.dtype.itemsize)
+    _check_free_memory(stored.name, stored.size * stored.dtype.itemsize)
     return hdf5.read_array(stored, allowance)
 
 
-def _check_room(name: str, nbytes: int) -> None:
+def _check_free_memory(name: str, nbytes: int) -> None:
     free = free_bytes_of_host(Path("/"))
     if nbytes > free:
         raise DataError(

@@ -183,9 +183,9 @@ def load(
 
 
 def load_configured(
-    config: DataConfig, split: Split, mean: Sequence[float], std: Sequence[float]
+    config: DataConfig, split: Split, mean: Sequence[float], std: Sequence[float], *, seed: int
 ) -> LabelledImages:
-    """The split that a run's configuration describes; see `load`."""
+    """The split that a run's configuration describes; see `load`. seed: the run's."""
     return load(
         config.name,
         image_size=config.image_size,
@@ -193,12 +193,12 @@ def load_configured(
         root=None if config.root is None else Path(config.root),
         classes=config.classes,
         augment=config.augment,
-        timm_options=config.timm,
+        timm_options=config.transform_options,
         mean=mean,
         std=std,
         train_fraction=config.train_fraction,
         validation_fraction=config.validation_fraction,
-        split_seed=config.split_seed,
+        split_seed=seed,
     )
 
 

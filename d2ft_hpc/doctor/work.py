@@ -16,8 +16,8 @@ from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.training.foresight import trial_plan
 from d2ft_hpc.training.job import Job, set_up
 from d2ft_hpc.training.model_placement import place_in_order
+from d2ft_hpc.training.plan_context import plan_context
 from d2ft_hpc.training.plan_costs import costs_unmeasured
-from d2ft_hpc.training.plans import plan_context
 
 _FIX_WEIGHTS = (
     "a file's path in model.weights; those of a hub are fetched on a login node by HF_HUB_OFFLINE=0 d2ft-hpc doctor "

@@ -14,7 +14,7 @@ from d2ft_hpc.errors import ConfigError, UnsupportedModelError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.families.table import family_of
 from d2ft_hpc.launch import Control
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
 
 
 def build_engine(

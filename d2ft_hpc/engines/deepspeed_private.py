@@ -27,7 +27,7 @@ from d2ft_hpc.engines.private_names import (
 )
 from d2ft_hpc.errors import DivergedError
 from d2ft_hpc.launch.agree import AgreedError
-from d2ft_hpc.parallel.layout import Layout
+from d2ft_hpc.parallel.rank_layout import RankLayout
 
 MASTER_WEIGHTS = {
     1: "single_partition_of_fp32_groups",
@@ -161,7 +161,7 @@ def whole(parameter: nn.Parameter, *, written: bool = False) -> Iterator[Tensor]
         yield parameter.data
 
 
-def grid_of(layout: Layout) -> Any:
+def grid_of(layout: RankLayout) -> Any:
     """DeepSpeed's process groups for a layout, which serve it as `mpu`; on all ranks together."""
     from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
@@ -169,7 +169,7 @@ def grid_of(layout: Layout) -> Any:
         return PipelineParallelGrid(topology=topology_of(layout))
 
 
-def topology_of(layout: Layout) -> Any:
+def topology_of(layout: RankLayout) -> Any:
     """DeepSpeed's description of a layout."""
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 

@@ -132,7 +132,7 @@ def _unknown(watched: _Watched, where: str, section: str = "") -> Iterator[str]:
 
 
 def _explain(error: ValidationError, watched: _Watched, where: str) -> Iterator[str]:
-    """As `config.explain`, for DeepSpeed's classes."""
+    """As `config_faults.explain`, for DeepSpeed's classes."""
     section = next(key for key in reversed(watched.asked) if dict.__contains__(watched, key))
     for fault in error.errors():
         location = [str(part) for part in fault["loc"]]

@@ -35,7 +35,7 @@ from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import family_of
 from d2ft_hpc.parallel.dtensor import split_heads
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.plan import Operation
 

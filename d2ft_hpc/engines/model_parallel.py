@@ -17,9 +17,9 @@ from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_
 from d2ft_hpc.engines.zero_state import collect, restore
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
-from d2ft_hpc.parallel.gather import gather, part_of
-from d2ft_hpc.parallel.layout import Layout, Placement
-from d2ft_hpc.parallel.part import ModelPart
+from d2ft_hpc.parallel.full_tensors import gather_full_tensors, part_of
+from d2ft_hpc.parallel.model_part import ModelPart
+from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.parallel.tensor import share_blocks
 
 PLACEMENT = "placement.json"
@@ -55,7 +55,7 @@ def share_logits(
     own: Sequence[Tensor],
     images: Sequence[Tensor],
     part: ModelPart,
-    layout: Layout,
+    layout: RankLayout,
     group: distributed.ProcessGroup,
 ) -> list[Tensor]:
     """The logits [sample, class] of one rank of the last stage, on all ranks of a replica; by all of them together.
@@ -80,7 +80,7 @@ def full_model(
     own = {name: full_precision(parameter) for name, parameter in part.named_parameters()}
     targets = dict(model.named_parameters())
     with torch.no_grad():
-        for name, value in gather(own, executor.subnets, placement, control).items():
+        for name, value in gather_full_tensors(own, executor.subnets, placement, control).items():
             targets[name].copy_(value)
     yield model
 
@@ -100,9 +100,9 @@ def save_state(
     """
     own = collect(part, engine)
     state = PortableState(
-        gather(own.weights, executor.subnets, placement, control),
+        gather_full_tensors(own.weights, executor.subnets, placement, control),
         {
-            kind: gather(own.moments.get(kind, {}), executor.subnets, placement, control)
+            kind: gather_full_tensors(own.moments.get(kind, {}), executor.subnets, placement, control)
             for kind in _kinds_of_all(own, control)
         },
         own.numbers,

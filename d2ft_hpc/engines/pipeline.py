@@ -47,8 +47,8 @@ from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering.phases import phase
 from d2ft_hpc.model.evaluating import evaluating
-from d2ft_hpc.parallel.layout import Placement
-from d2ft_hpc.parallel.part import ModelPart
+from d2ft_hpc.parallel.model_part import ModelPart
+from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning import Operation, SkipPlan
 
 

@@ -1,4 +1,4 @@
-"""What a rank sends in a step under a plan, by the message model of `planning.messages` that planners use, too."""
+"""What a rank sends in a step under a plan, by the model that planners use, too (`planning.communication_volume`)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 from d2ft_hpc.engines.replicas import trained_blocks
 from d2ft_hpc.execution.executor import EmbeddingPolicy, PlanExecutor
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import Operation, SkipPlan
-from d2ft_hpc.planning.messages import (
+from d2ft_hpc.planning.communication_volume import (
     DataParallel,
     Replicas,
     TokenLayout,

@@ -24,8 +24,8 @@ from d2ft_hpc.engines.model_parallel import (
 )
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
-from d2ft_hpc.parallel.layout import Placement
-from d2ft_hpc.parallel.part import ModelPart
+from d2ft_hpc.parallel.model_part import ModelPart
+from d2ft_hpc.parallel.rank_layout import Placement
 
 
 class TensorParallelEngine(DeepSpeedEngine):

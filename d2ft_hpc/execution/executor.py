@@ -31,7 +31,7 @@ from d2ft_hpc.execution.gradients import (
     require_input_gradient,
     zero_gradient,
 )
-from d2ft_hpc.execution.images import scaled
+from d2ft_hpc.execution.resize import scaled
 from d2ft_hpc.execution.rows import Row, choose_heads
 from d2ft_hpc.families.family import BlockFamily, KernelParts
 from d2ft_hpc.families.table import backbone_of

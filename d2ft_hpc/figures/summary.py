@@ -9,7 +9,7 @@ import numpy as np
 
 from d2ft_hpc.figures.run import Run, share, total
 from d2ft_hpc.figures.style import COLOURS, name_ticks, new_figure, number, short
-from d2ft_hpc.planning.messages import reduces_trained_blocks_only
+from d2ft_hpc.planning.communication_volume import reduces_trained_blocks_only
 from d2ft_hpc.safe_text import one_line
 
 if TYPE_CHECKING:

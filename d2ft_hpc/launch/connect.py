@@ -12,7 +12,7 @@ from d2ft_hpc.launch.control import Control, GlooControl, MpiControl, SoloContro
 from d2ft_hpc.launch.environment import LAUNCHERS, LaunchEnvironment
 
 if TYPE_CHECKING:
-    from d2ft_hpc.launch.door import Place
+    from d2ft_hpc.launch.authenticated_socket import Endpoint
     from d2ft_hpc.launch.rendezvous import Store
 
 DeviceType = Literal["cpu", "cuda"]
@@ -75,14 +75,14 @@ def connect(
             f" ({environment.launcher}) started {environment.world_size}"
         ) from AgreedError()
 
-    def start(store: Store, place: Place) -> None:
+    def start(store: Store, endpoint: Endpoint) -> None:
         from d2ft_hpc.launch.rendezvous import start_process_group
 
         start_process_group(
             store,
             environment,
             "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
-            one_host=place.port is None,
+            one_host=endpoint.port is None,
             timeout_seconds=timeout_seconds,
             collective_timeout_seconds=collective_timeout_seconds,
         )
@@ -149,11 +149,11 @@ def _check_world(environment: LaunchEnvironment, control: MpiControl) -> None:
     ) from AgreedError()
 
 
-def _meet(control: Control, environment: LaunchEnvironment, device_index: int) -> tuple[Store, Place]:
+def _meet(control: Control, environment: LaunchEnvironment, device_index: int) -> tuple[Store, Endpoint]:
     """The store of all ranks and where they met; sets the environment of torch.distributed."""
     from d2ft_hpc.launch.rendezvous import meet_over
 
-    store, place, (address, port) = meet_over(control, int(os.environ.get("MASTER_PORT") or 0))
+    store, endpoint, (address, port) = meet_over(control, int(os.environ.get("MASTER_PORT") or 0))
     for name, value in {
         "RANK": environment.rank,
         "WORLD_SIZE": environment.world_size,
@@ -162,4 +162,4 @@ def _meet(control: Control, environment: LaunchEnvironment, device_index: int) -
         "MASTER_PORT": port,
     }.items():
         os.environ.setdefault(name, str(value))
-    return store, place
+    return store, endpoint

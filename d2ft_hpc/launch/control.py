@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from d2ft_hpc.errors import LaunchError, LostRankError
-from d2ft_hpc.launch.gather import DoneGather, GlooGather, MpiGather, PendingGather
+from d2ft_hpc.launch.async_gather import DoneGather, GlooGather, MpiGather, PendingGather
 from d2ft_hpc.safe_text import one_line, scrubbed
 
 if TYPE_CHECKING:

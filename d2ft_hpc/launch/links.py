@@ -8,10 +8,10 @@ import time
 
 from d2ft_hpc.errors import LaunchError
 from d2ft_hpc.launch.agree import agreed, share
+from d2ft_hpc.launch.authenticated_socket import AuthenticatedListener, Endpoint, connect_authenticated
 from d2ft_hpc.launch.channel import Channel
 from d2ft_hpc.launch.control import GRACE_SECONDS, Control, describe_ranks
-from d2ft_hpc.launch.door import Door, Place, enter
-from d2ft_hpc.launch.rendezvous import are_on_one_host, place_for
+from d2ft_hpc.launch.rendezvous import are_on_one_host, endpoint_for
 
 
 def connect_links(control: Control) -> dict[int, Channel]:
@@ -22,28 +22,30 @@ def connect_links(control: Control) -> dict[int, Channel]:
     """
     if control.world_size == 1:
         return {}
-    door: Door | None = None
+    listener: AuthenticatedListener | None = None
     one_host = are_on_one_host(control)
 
     def serve() -> bytes:
-        nonlocal door
+        nonlocal listener
         key = secrets.token_bytes(32)
-        door = Door(place_for(control.hosts, one_host), key, control.world_size)
-        return json.dumps([*door.place, key.hex()]).encode()
+        listener = AuthenticatedListener(endpoint_for(control.hosts, one_host), key, control.world_size)
+        return json.dumps([*listener.endpoint, key.hex()]).encode()
 
     address, port, key = json.loads(share(control, serve, "opening a port for the watch"))
     with agreed(control, "connecting to rank 0's watch"):
-        if door is not None:
+        if listener is not None:
             try:
-                return _admit_all(door, control)
+                return _admit_all(listener, control)
             finally:
-                door.close()
-        place = Place(address, port)
-        return {0: Channel(enter(place, bytes.fromhex(key), control.rank, GRACE_SECONDS * 5))}
+                listener.close()
+        endpoint = Endpoint(address, port)
+        return {
+            0: Channel(connect_authenticated(endpoint, bytes.fromhex(key), control.rank, GRACE_SECONDS * 5))
+        }
     raise AssertionError("unreachable")
 
 
-def _admit_all(door: Door, control: Control) -> dict[int, Channel]:
+def _admit_all(listener: AuthenticatedListener, control: Control) -> dict[int, Channel]:
     peers: dict[int, Channel] = {}
     deadline = time.monotonic() + GRACE_SECONDS * 6
     while len(peers) < control.world_size - 1:
@@ -52,5 +54,5 @@ def _admit_all(door: Door, control: Control) -> dict[int, Channel]:
             raise LaunchError(
                 f"{describe_ranks(sorted(missing), control.hosts)} did not reach the watch of rank 0 on {control.host}"
             )
-        peers |= {rank: Channel(connection) for rank, connection in door.admit(patience_seconds=0.1)}
+        peers |= {rank: Channel(connection) for rank, connection in listener.admit(patience_seconds=0.1)}
     return peers

@@ -24,8 +24,8 @@ from torch.distributed import (  # type: ignore[attr-defined,unused-ignore]
 
 from d2ft_hpc.errors import LaunchError
 from d2ft_hpc.launch.agree import AgreedError, agreed, share
+from d2ft_hpc.launch.authenticated_socket import AuthenticatedListener, Endpoint, connect_authenticated
 from d2ft_hpc.launch.control import Control, describe_ranks
-from d2ft_hpc.launch.door import Door, Place, enter
 from d2ft_hpc.launch.environment import LaunchEnvironment
 from d2ft_hpc.launch.store import JobStore, StoreServer
 
@@ -33,9 +33,9 @@ __all__ = [
     "SECRET",
     "Store",
     "are_on_one_host",
+    "endpoint_for",
     "meet_at_master",
     "meet_over",
-    "place_for",
     "start_process_group",
 ]
 
@@ -48,27 +48,27 @@ _KEPT: list[Store] = []
 """torch.distributed keeps only the C++ half of a store that is written in Python."""
 
 
-def meet_over(control: Control, port: int) -> tuple[Store, Place, tuple[str, int]]:
+def meet_over(control: Control, port: int) -> tuple[Store, Endpoint, tuple[str, int]]:
     """Meet all ranks, which the control plane connects already and over which the job's key travels.
 
     port: where rank 0 listens for other hosts; 0 lets the kernel choose. Also returns an address and a port for
     MASTER_ADDR and MASTER_PORT, which libraries look for; nobody listens there once all have met.
     """
     if control.world_size == 1:
-        return HashStore(), Place("", None), (LOOPBACK, _free_port())
+        return HashStore(), Endpoint("", None), (LOOPBACK, _free_port())
     one_host = are_on_one_host(control)
 
     def serve() -> bytes:
         key = secrets.token_bytes(32)
-        place = _serve(place_for(control.hosts, one_host, port), key, control.world_size)
-        master = (LOOPBACK, _free_port()) if place.port is None else place
-        return json.dumps([place, master, key.hex()]).encode()
+        endpoint = _serve(endpoint_for(control.hosts, one_host, port), key, control.world_size)
+        master = (LOOPBACK, _free_port()) if endpoint.port is None else endpoint
+        return json.dumps([endpoint, master, key.hex()]).encode()
 
     told, master, key = json.loads(share(control, serve, "opening the rendezvous of the ranks"))
-    place = Place(*told)
+    endpoint = Endpoint(*told)
     with agreed(control, "connecting to rank 0"):
-        store = _enter(place, bytes.fromhex(key), control.rank, control.timeout_seconds)
-    return store, place, (master[0], master[1])
+        store = _join_store(endpoint, bytes.fromhex(key), control.rank, control.timeout_seconds)
+    return store, endpoint, (master[0], master[1])
 
 
 def _free_port() -> int:
@@ -86,34 +86,34 @@ def are_on_one_host(control: Control) -> bool:
     return len(set(control.all_gather(where))) == 1
 
 
-def place_for(hosts: Sequence[str], one_host: bool, port: int = 0) -> Place:
+def endpoint_for(hosts: Sequence[str], one_host: bool, port: int = 0) -> Endpoint:
     """Where rank 0, which calls this, can listen so that all ranks reach it, and as few others as possible."""
     if one_host:
-        return Place(secrets.token_hex(16), None)
-    return Place(os.environ.get("MASTER_ADDR") or _address_for(hosts), port)
+        return Endpoint(secrets.token_hex(16), None)
+    return Endpoint(os.environ.get("MASTER_ADDR") or _address_for(hosts), port)
 
 
-def _serve(place: Place, key: bytes, world_size: int) -> Place:
-    """Serve the store to the ranks; the place with its port."""
+def _serve(endpoint: Endpoint, key: bytes, world_size: int) -> Endpoint:
+    """Serve the store to the ranks; the endpoint with its port."""
     try:
-        door = Door(place, key, world_size)
+        listener = AuthenticatedListener(endpoint, key, world_size)
     except OSError as error:
         raise LaunchError(
-            f"rank 0 on {socket.gethostname()} cannot serve the rendezvous at {_master() or place}: {error.strerror}"
+            f"rank 0 on {socket.gethostname()} cannot serve the rendezvous at {_master() or endpoint}: {error.strerror}"
             " (another job on this host?). Unset MASTER_PORT, or choose another one (torchrun and deepspeed:"
             " --master_port)."
         ) from error
-    StoreServer(door, world_size)
-    return door.place
+    StoreServer(listener, world_size)
+    return listener.endpoint
 
 
-def _enter(place: Place, key: bytes, rank: int, timeout_seconds: float) -> Store:
+def _join_store(endpoint: Endpoint, key: bytes, rank: int, timeout_seconds: float) -> Store:
     """Connect to the store that rank 0 serves, or will serve before the deadline."""
     try:
-        store = JobStore(enter(place, key, rank, timeout_seconds), timeout_seconds)
+        store = JobStore(connect_authenticated(endpoint, key, rank, timeout_seconds), timeout_seconds)
     except OSError as error:
         raise LaunchError(
-            f"{socket.gethostname()} did not reach rank 0 at {_master() or place} within"
+            f"{socket.gethostname()} did not reach rank 0 at {_master() or endpoint} within"
             f" {timeout_seconds:g} s ({error}). Rank 0 is not running, or MASTER_ADDR, MASTER_PORT or"
             f" {SECRET} is wrong, or a firewall is in between."
         ) from error
@@ -125,7 +125,7 @@ def _master() -> str:
     return ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")).strip(":")
 
 
-def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> tuple[Store, Place]:
+def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> tuple[Store, Endpoint]:
     """Meet all ranks that share MASTER_ADDR and MASTER_PORT and nothing else, but for `SECRET` if it is set.
 
     On one host they meet at a Unix socket that is named after them. On several, torchrun's agent serves a store there,
@@ -137,9 +137,9 @@ def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> tu
     if _is_on_one_host(address, world_size):
         names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
         job = [address, port, *(os.environ.get(name) for name in names)]
-        place = Place(hashlib.sha256(json.dumps(job).encode()).hexdigest()[:32], None)
+        endpoint = Endpoint(hashlib.sha256(json.dumps(job).encode()).hexdigest()[:32], None)
         if rank == 0:
-            _serve(place, key, world_size)
+            _serve(endpoint, key, world_size)
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         agent = PrefixStore(
             "d2ft_hpc/" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
@@ -148,20 +148,20 @@ def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> tu
         try:
             if rank == 0:
                 towards = _address_towards(address) or LOOPBACK
-                own = Place(address if towards.startswith("127.") else towards, 0)
+                own = Endpoint(address if towards.startswith("127.") else towards, 0)
                 made = secrets.token_bytes(32)
                 agent.set("rank 0", json.dumps([*_serve(own, key + made, world_size), made.hex()]))
             told_address, told_port, more = json.loads(agent.get("rank 0"))
-            place, key = Place(str(told_address), int(told_port)), key + bytes.fromhex(more)
+            endpoint, key = Endpoint(str(told_address), int(told_port)), key + bytes.fromhex(more)
         except (DistError, ValueError, TypeError, RecursionError) as error:
             raise LaunchError(
                 f"torchrun's store at {address}:{port} does not tell where rank 0 is ({str(error).splitlines()[0]})"
             ) from error
     else:
-        place = Place(address, port)
+        endpoint = Endpoint(address, port)
         if rank == 0:
-            place = _serve(place, key, world_size)
-    store = _enter(place, key, rank, timeout_seconds)
+            endpoint = _serve(endpoint, key, world_size)
+    store = _join_store(endpoint, key, rank, timeout_seconds)
     try:
         _await_all(store, environment, timeout_seconds)
     except DistError as error:
@@ -169,7 +169,7 @@ def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> tu
         raise LaunchError(
             f"lost the connection to the store of rank 0 at {_master()} while the ranks met"
         ) from (AgreedError(error) if rank != 0 else error)
-    return store, place
+    return store, endpoint
 
 
 def _is_on_one_host(master_address: str, world_size: int) -> bool:

@@ -1,4 +1,4 @@
-"""The store of torch.distributed that the ranks share: rank 0 serves it to those that came in by its door.
+"""The store of torch.distributed that the ranks share: rank 0 serves it to those that came in by its listener.
 
 torch's own TCPStore listens on all addresses and believes everybody. Here each rank has one connection, opened at the
 start; when the last rank has come, nobody listens any more. Values travel as base64 in JSON (`channel`).
@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 from torch.distributed import DistNetworkError, DistStoreError, Store  # type: ignore[attr-defined,unused-ignore]
 
+from d2ft_hpc.launch.authenticated_socket import AuthenticatedListener
 from d2ft_hpc.launch.channel import LONGEST_MESSAGE_BYTES, Channel, ClosedError
 from d2ft_hpc.launch.control import GRACE_SECONDS
-from d2ft_hpc.launch.door import Door
 
 _FLUSH_SECONDS = 0.01
 _OVERDUE_SECONDS = 0.1
@@ -34,16 +34,16 @@ class _Waiting(NamedTuple):
 
 
 class StoreServer:
-    """Serves the store in a thread as long as this process lives, and closes the door behind the last rank."""
+    """Serves the store in a thread as long as this process lives, and closes the listener behind the last rank."""
 
-    def __init__(self, door: Door, world_size: int) -> None:
-        self._door, self._missing = door, set(range(world_size))
+    def __init__(self, listener: AuthenticatedListener, world_size: int) -> None:
+        self._door, self._missing = listener, set(range(world_size))
         self._values: dict[str, bytes] = {}
         self._waiting: list[_Waiting] = []
         self._sending: set[Channel] = set()  # whose network has not taken all yet
         self._look_again = 0.0
         self._selector = selectors.DefaultSelector()
-        self._selector.register(door, selectors.EVENT_READ, self._admit)
+        self._selector.register(listener, selectors.EVENT_READ, self._admit)
         threading.Thread(target=self._run, name="store", daemon=True).start()
 
     def _run(self) -> None:
@@ -137,7 +137,8 @@ class StoreServer:
 class JobStore(Store):  # type: ignore[misc,unused-ignore]
     """One rank's end. torch calls it from several threads; a call that waits lets no other one pass, as in TCPStore.
 
-    connection: from `door.enter`. Keep a reference as long as torch.distributed runs, which holds none of its own.
+    connection: from `connect_authenticated`. Keep a reference as long as torch.distributed runs, which holds
+    none of its own.
     Raises DistStoreError if a key does not come in time, DistNetworkError if rank 0 is gone.
     """
 

@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from d2ft_hpc.errors import UNFINISHED
-from d2ft_hpc.launch.boundary import Action, BoundaryGate
 from d2ft_hpc.launch.channel import Channel, ClosedError
 from d2ft_hpc.launch.children import kill_children
 from d2ft_hpc.launch.control import GRACE_SECONDS, Control, describe_ranks, print_line
 from d2ft_hpc.launch.links import connect_links
 from d2ft_hpc.launch.signals import INTERRUPT, StopSignals
+from d2ft_hpc.launch.step_gate import Action, StepGate
 from d2ft_hpc.safe_text import printable, scrubbed
 
 BEAT_SECONDS = 1.0
@@ -71,7 +71,7 @@ class Watch:
         self.control, self._run_folder, self._signals = control, run_folder, signals
         self._silence_seconds, self._stall_seconds = silence_seconds, stall_seconds
         self._main_thread = threading.get_ident()
-        self._boundary = BoundaryGate()
+        self._gate = StepGate()
         # When the main thread last moved on and in what; how much longer than others that may take; the longest step.
         self._progress, self._phase, self._allowed_seconds = time.monotonic(), "the start", 0.0
         self._longest_seconds = 0.0
@@ -115,14 +115,14 @@ class Watch:
         """Asks that all ranks do this at a step boundary soon."""
         self._do(lambda: self._want(action, reason))
 
-    def boundary(self, steps_done: int) -> Action | None:
+    def at_step_boundary(self, steps_done: int) -> Action | None:
         """What all ranks do at this boundary, before step `steps_done`; each calls it before each of its steps.
 
         After "save" the step follows; after "stop" and "give up" there is none.
         """
         self._moved_on()
         self.enter("training")
-        return self._boundary.cross(steps_done)
+        return self._gate.cross(steps_done)
 
     def enter(self, phase: str, allowed_seconds: float = 0.0) -> None:
         """The main thread begins with something, named in messages, that ends or moves on within `stall_seconds`.
@@ -246,13 +246,13 @@ class Watch:
         self._want(action, reason)
 
     def _begin_round(self) -> None:
-        self._replies = {0: self._boundary.hold()}
+        self._replies = {0: self._gate.hold()}
         for peer in self._peers.values():
             peer.send("hold")
         self._end_round_if_complete()
 
     def _on_hold(self, rank: int) -> None:
-        self._peers[0].send("begun", self._boundary.hold())
+        self._peers[0].send("begun", self._gate.hold())
 
     def _on_begun(self, rank: int, steps: int) -> None:
         self._replies[rank] = steps
@@ -273,7 +273,7 @@ class Watch:
 
     def _on_at(self, rank: int, action: Action, step: int, reason: str) -> None:
         self.reasons[action] = reason
-        self._boundary.release(action, step)
+        self._gate.release(action, step)
 
     def _stop_before_all(self, reason: str) -> NoReturn:
         """No rank has begun a step, and none can: its gate is held."""

@@ -5,23 +5,22 @@
     before each batch: before_batch(step)  is a plan due?
                                            scores                            ScoreSource.measure, or .collect after
                                                                              the batches that it observes, run dense
-                                           make (rank 0; all get the same)   solve_plan -> solve -> the planner
+                                           make (rank 0; all get the same)   make_plan -> solve -> the planner
                                            put in force                      engine.check, executor.activate
                                            tell                              PlanListener: lines, results, phases
     at a checkpoint: settle(), state()     waits for a plan under way
     at a resume: restore(state)            the plan in force, and all that the next ones follow from
 
 `context.PlanContext` is what plans of a run depend on, as data: settings, placement, costs, sizes. `controller` is the
-table above; `solve` is the one place that poses a run's problem and solves it; `background` solves while training goes
-on; `costs` is what planners reckon with; `observed` takes scores from training steps; `state` is what a checkpoint
-keeps. Nothing here knows a loop, an engine's kind or a file of results: hosts give an engine, a source of scores and a
-listener.
+table above; `make_plan` has its problem posed and solved; `background` solves while training goes on; `costs` is what
+planners reckon with; `observed_scores` takes scores from training steps; `state` is what a checkpoint keeps. Nothing
+here knows a loop, an engine's kind or a file of results: hosts give an engine, a source of scores and a listener.
 """
 
 from d2ft_hpc.lifecycle.context import PlanContext
 from d2ft_hpc.lifecycle.controller import PlanController, PlanListener, ScoreSource
 from d2ft_hpc.lifecycle.costs import PlanCosts
-from d2ft_hpc.lifecycle.solve import pose_counted, solve_plan, token_layout_of
+from d2ft_hpc.lifecycle.make_plan import make_plan, token_layout_of
 from d2ft_hpc.lifecycle.state import PlanState
 
 __all__ = [
@@ -31,7 +30,6 @@ __all__ = [
     "PlanListener",
     "PlanState",
     "ScoreSource",
-    "pose_counted",
-    "solve_plan",
+    "make_plan",
     "token_layout_of",
 ]

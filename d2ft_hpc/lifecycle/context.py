@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.lifecycle.costs import PlanCosts
 from d2ft_hpc.metering import StepCosts
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
+from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning import SkipPlan
-from d2ft_hpc.planning.messages import TokenLayout
+from d2ft_hpc.planning.communication_volume import TokenLayout
 from d2ft_hpc.planning.step_time import StepTime
 from d2ft_hpc.planning.token_curve import TokenCurve
 

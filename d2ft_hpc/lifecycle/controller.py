@@ -12,7 +12,7 @@ from d2ft_hpc.launch import Control, share
 from d2ft_hpc.lifecycle.background import BackgroundSolver
 from d2ft_hpc.lifecycle.context import PlanContext
 from d2ft_hpc.lifecycle.costs import PlanCosts
-from d2ft_hpc.lifecycle.solve import reads_scores, solve_plan, token_layout_of
+from d2ft_hpc.lifecycle.make_plan import make_plan, reads_scores, token_layout_of
 from d2ft_hpc.lifecycle.state import PlanState
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import SkipPlan
@@ -43,7 +43,7 @@ class ScoreSource:
         return False
 
     def measure(self) -> Scores | None:
-        """Scores for the next plan at once; None: they come from the next `probe_batches` batches, which run dense."""
+        """Scores for the next plan at once; None: they come from the next batch, which runs dense."""
         return None
 
     def collect(self) -> Scores | None:
@@ -104,13 +104,13 @@ class PlanController:
         """Puts the plan in force that batch `step` runs under, at the resolution of the step.
 
         due: whether a plan is to be made now; None: as soon as there is none, or the one in force has had its
-        `replan.every` batches.
+        `replan.every` steps.
         """
         if self.source.is_observing:
-            due = self.batches >= self.context.settings.probe_batches
+            due = self.batches > 0
         elif due is None:
-            every = self.context.settings.replan.every
-            due = self.plan is None or (every is not None and self.batches >= every)
+            interval = self.context.settings.replan.interval
+            due = self.plan is None or (interval is not None and self.batches >= interval.number)
         if due:
             self.make(step, may_overlap=self.context.settings.replan.overlap and self.plans_made > 0)
         self._take_over(step)
@@ -183,7 +183,7 @@ class PlanController:
         if same_rows is not None and self.plans_made == 0:
             self.listener.say(f"one plan for all replicas: {same_rows}")
         context = replace(self.context, same_rows=same_rows is not None)
-        solve = partial(solve_plan, context, self.scores, self.plans_made)
+        solve = partial(make_plan, context, self.scores, self.plans_made)
         if may_overlap:
             self._background.start(solve)
             seconds = time.perf_counter() - start

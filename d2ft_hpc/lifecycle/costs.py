@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.files.untrusted import RefusedError
 from d2ft_hpc.metering import StepCosts
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
 
 PAPER_FORWARD_COST = 0.4
 """Of FORWARD_ONLY in units of FULL (arXiv 2504.12471)."""

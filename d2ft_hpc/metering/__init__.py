@@ -1,6 +1,6 @@
 """What a step really computes and sends, counted while it runs."""
 
-from d2ft_hpc.metering.costs import StepCosts, measure_costs
+from d2ft_hpc.metering.flops import StepCosts, measure_costs
 from d2ft_hpc.metering.meter import Metered, meter
 
 __all__ = ["Metered", "StepCosts", "measure_costs", "meter"]

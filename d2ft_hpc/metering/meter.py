@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from d2ft_hpc.planning.messages import ring_bytes
+from d2ft_hpc.planning.communication_volume import ring_bytes
 
 
 @dataclass

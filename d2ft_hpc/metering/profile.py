@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from d2ft_hpc.execution.executor import PlanExecutor
-from d2ft_hpc.metering.costs import StepCosts
+from d2ft_hpc.metering.flops import StepCosts
 from d2ft_hpc.model.probe import probe
 from d2ft_hpc.planning.plan import Operation
 

@@ -30,9 +30,9 @@ def add_lora(
     rank: int,
     alpha: int,
     dropout: float,
-    layers: Sequence[str],
+    layers: Sequence[str] = ("qkv", "proj", "fc1", "fc2"),
 ) -> None:
-    """Adapts `layers` ("qkv", "proj", "fc1", "fc2") of every block; all else but the classifier is frozen.
+    """Adapts `layers` of every block; all else but the classifier is frozen.
 
     alpha: the low-rank product counts alpha / rank times.
 

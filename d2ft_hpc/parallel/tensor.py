@@ -30,7 +30,7 @@ from d2ft_hpc.families.family import BlockFamily, Branch, rate_of
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.parallel.head_split import check_owner, check_parts, cut_block, heads_of
-from d2ft_hpc.parallel.messages import (
+from d2ft_hpc.parallel.token_exchange import (
     PartialGradients,
     Ranks,
     ReplicatedTokens,
@@ -39,7 +39,7 @@ from d2ft_hpc.parallel.messages import (
     TokenMessages,
     whole_gradients,
 )
-from d2ft_hpc.planning.messages import LAYOUTS, TokenLayout
+from d2ft_hpc.planning.communication_volume import LAYOUTS, TokenLayout
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import Ints
 

@@ -7,6 +7,7 @@ from d2ft_hpc.planning.makespan import solve_makespan
 from d2ft_hpc.planning.paper import solve_paper
 from d2ft_hpc.planning.placement import in_order, place, spread
 from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.pose import pose
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem, check
 from d2ft_hpc.planning.samples import plan_samples
 from d2ft_hpc.planning.simulate import Timing, simulate, waste
@@ -25,6 +26,7 @@ __all__ = [
     "in_order",
     "place",
     "plan_samples",
+    "pose",
     "simulate",
     "solve",
     "solve_depth",

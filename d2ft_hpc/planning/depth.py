@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.bounds import plan_with_bound
-from d2ft_hpc.planning.choose import choose, share_of_time
 from d2ft_hpc.planning.highs import OPTIMAL
+from d2ft_hpc.planning.multiple_choice import choose, share_of_time
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.prices import Limit, different

@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.bounds import plan_with_bound, upper_bound
-from d2ft_hpc.planning.choose import share_of_time
 from d2ft_hpc.planning.greedy import greedy
 from d2ft_hpc.planning.highs import OPTIMAL, Rows, maximise_integer, reason_against
 from d2ft_hpc.planning.knapsack import Ints, Knapsack, device_knapsacks
+from d2ft_hpc.planning.multiple_choice import share_of_time
 from d2ft_hpc.planning.options import WithShortcuts
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.planner import Planner

@@ -9,14 +9,14 @@ import numpy as np
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.bounds import plan_with_bound
-from d2ft_hpc.planning.choose import Choice, choose, share_of_time
 from d2ft_hpc.planning.highs import OPTIMAL
+from d2ft_hpc.planning.lockstep import LockstepStage, lockstep_stages, meeting_replicas, step_limits
+from d2ft_hpc.planning.multiple_choice import Choice, choose, share_of_time
 from d2ft_hpc.planning.options import WithShortcuts
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.problem import PlanProblem
 from d2ft_hpc.planning.split import choose_by_split
-from d2ft_hpc.planning.teams import Team, make_teams, meeting_replicas, step_limits
 
 _PARTS_OF_TIME = 4
 """One part is for the tables of what levels give; if they are not done by then, one of the rest is for the choice."""
@@ -41,7 +41,7 @@ def solve_makespan(
     others wait: that sends less. (Not where ranks differ in speed.) A rank's memory and what its
     heads send by themselves are then counted as if it were always one of the few.
 
-    The budget is the time in which the first device of a team reaches its compute budget. With several stages,
+    The budget is the time in which the first device of a stage reaches its compute budget. With several stages,
     every stage gets the same time for the forward of every row, and the same for every backward, so that no stage
     of the pipeline waits for another; how the two share the row's time is chosen, too (where ranks differ in speed,
     among whole heads of the slowest one).
@@ -65,7 +65,7 @@ def solve_makespan(
     for index, replicas in enumerate(together):
         start = time.monotonic()
         its_deadline = share_of_time(deadline, len(together) - index)
-        teams = make_teams(
+        stages = lockstep_stages(
             problem,
             replicas,
             forward_weight,
@@ -74,10 +74,10 @@ def solve_makespan(
             clusters=True,
             deadline=share_of_time(its_deadline, _PARTS_OF_TIME),
         )
-        choices, its_bound = _choose_levels(problem, teams, _end_of_choice(teams, start, its_deadline))
+        choices, its_bound = _choose_levels(problem, stages, _end_of_choice(stages, start, its_deadline))
         bound += its_bound
-        for team, choice in zip(teams, choices, strict=True):
-            team.write(choice.option, operations, its_deadline)
+        for stage, choice in zip(stages, choices, strict=True):
+            stage.write(choice.option, operations, its_deadline)
             statuses.add(choice.status)
             if time.monotonic() > its_deadline:
                 statuses.add("heads: time limit")
@@ -92,31 +92,33 @@ def solve_makespan(
     )
 
 
-def _end_of_choice(teams: list[Team], start: float, deadline: float) -> float:
+def _end_of_choice(stages: list[LockstepStage], start: float, deadline: float) -> float:
     """Until when levels may be chosen, so that time is left to write down the best heads, which takes longer than the
     tables that have been made since `start`."""
-    if not all(team.levels.is_exact for team in teams):
+    if not all(stage.levels.is_exact for stage in stages):
         return share_of_time(deadline, _PARTS_OF_TIME)
     now = time.monotonic()
     return max(deadline - _WRITING * (now - start), (now + deadline) / 2)
 
 
-def _choose_levels(problem: PlanProblem, teams: list[Team], deadline: float) -> tuple[list[Choice], float]:
+def _choose_levels(
+    problem: PlanProblem, stages: list[LockstepStage], deadline: float
+) -> tuple[list[Choice], float]:
     """Levels for every stage of a replica, and a bound."""
-    if len(teams) > 1:
-        return choose_by_split(problem, teams, deadline)
-    (team,) = teams
-    limits = step_limits(problem, team)
+    if len(stages) > 1:
+        return choose_by_split(problem, stages, deadline)
+    (stage,) = stages
+    limits = step_limits(problem, stage)
     # Ranks of one speed have a better way than to search.
-    is_exact = team.levels.is_exact
-    choice = choose(team.levels.value, limits, deadline=deadline, search=is_exact and not team.is_even)
+    is_exact = stage.levels.is_exact
+    choice = choose(stage.levels.value, limits, deadline=deadline, search=is_exact and not stage.is_even)
     if not is_exact or (choice.status != OPTIMAL and time.monotonic() > deadline):
-        by_time = choose(team.levels.value, limits[:1], deadline=deadline, search=False).bound
+        by_time = choose(stage.levels.value, limits[:1], deadline=deadline, search=False).bound
         choice = replace(choice, status="time limit")
         return [choice], min(choice.bound, by_time) if is_exact else by_time
-    if choice.status == OPTIMAL or not team.is_even:
+    if choice.status == OPTIMAL or not stage.is_even:
         return [choice], choice.bound
-    (by_split,), bound = choose_by_split(problem, teams, deadline)
+    (by_split,), bound = choose_by_split(problem, stages, deadline)
     if choice.value > by_split.value:  # which can be only where time ran out, or by less than counts
         by_split = replace(choice, status=by_split.status)
     return [by_split], min(bound, choice.bound)

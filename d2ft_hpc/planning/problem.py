@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.messages import Floats as Floats
-from d2ft_hpc.planning.messages import Ints as Ints
-from d2ft_hpc.planning.messages import TokenLayout, active_and_full_ranks, shares_of_senders
+from d2ft_hpc.planning.communication_volume import Floats as Floats
+from d2ft_hpc.planning.communication_volume import Ints as Ints
+from d2ft_hpc.planning.communication_volume import TokenLayout, active_and_full_ranks, shares_of_senders
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 
 BUDGET_EPSILON = 1e-9
@@ -89,8 +89,8 @@ class PlanProblem:
             raise PlanError(f"{shape[0]} rows cannot be divided over {self.replicas} replicas.")
         for name in ("forward_score", "backward_score"):
             _check_score(name, getattr(self, name))
-        speed, teams = self.device_speed, self.replicas * self.stages
-        if self.stage.min() < 0 or speed.ndim != 1 or not len(speed) or len(speed) % teams:
+        speed, replica_stages = self.device_speed, self.replicas * self.stages
+        if self.stage.min() < 0 or speed.ndim != 1 or not len(speed) or len(speed) % replica_stages:
             raise PlanError(
                 f"device_speed needs a number for every rank of {self.replicas} replicas x {self.stages} "
                 f"stages, got the shape {speed.shape}."
@@ -247,8 +247,8 @@ class PlanProblem:
     def device(self) -> Ints:
         """The device that runs each cell, int64 [row, block, head]."""
         replica = np.arange(self.forward_score.shape[0]) % self.replicas
-        team = replica[:, None] * self.stages + self.stage
-        return team[:, :, None] * self.ranks + self.rank
+        replica_stage = replica[:, None] * self.stages + self.stage
+        return replica_stage[:, :, None] * self.ranks + self.rank
 
     @cached_property
     def device_names(self) -> tuple[str, ...]:
@@ -346,8 +346,8 @@ class PlanProblem:
         forward, backward = self.meeting_cost
         cost = forward * shares[active, active] + backward * shares[active, full]
         replica = np.arange(plan.num_rows) % self.replicas
-        team = replica[:, None] * self.stages + self.stage
-        sent = np.bincount(team.ravel(), np.ravel(cost), self.replicas * self.stages)
+        replica_stage = replica[:, None] * self.stages + self.stage
+        sent = np.bincount(replica_stage.ravel(), np.ravel(cost), self.replicas * self.stages)
         return np.asarray(np.repeat(sent, self.ranks))
 
     def require_shape(self, plan: SkipPlan) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d2ft_hpc.planning.messages import ByDirection
+from d2ft_hpc.planning.communication_volume import ByDirection
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
 
@@ -94,8 +94,8 @@ def _of_ranks(cost: Floats, problem: PlanProblem) -> Floats:
     for rank in range(problem.ranks):
         work[:, :, rank] = (cost * (problem.rank == rank)).sum(axis=2)
     replica = np.arange(rows) % problem.replicas
-    team = replica[:, None] * problem.stages + problem.stage
-    return np.asarray(work / problem.device_speed.reshape(-1, problem.ranks)[team])
+    replica_stage = replica[:, None] * problem.stages + problem.stage
+    return np.asarray(work / problem.device_speed.reshape(-1, problem.ranks)[replica_stage])
 
 
 def pipeline_time(forward: Floats, backward: Floats) -> float:

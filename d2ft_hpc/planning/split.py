@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.choose import Choice, choose, share_of_time, worth_of
 from d2ft_hpc.planning.highs import OPTIMAL
+from d2ft_hpc.planning.lockstep import LockstepStage, head_times, limit_above_least, other_limits
+from d2ft_hpc.planning.multiple_choice import Choice, choose, share_of_time, worth_of
 from d2ft_hpc.planning.prices import ROUNDING, Limit, bounds_of
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
-from d2ft_hpc.planning.teams import Team, head_times, limit_above_least, other_limits
 
 _RELATIVE_GAP = 5e-6
 """Splits are tried until the best is proved to be this near the optimum."""
@@ -27,7 +27,9 @@ _RELATIVE_GAP = 5e-6
 _EVENNESS = 1e-6  # of a class's mean value: what plans may lose by it is below what counts as no gap
 
 
-def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) -> tuple[list[Choice], float]:
+def choose_by_split(
+    problem: PlanProblem, stages: list[LockstepStage], deadline: float
+) -> tuple[list[Choice], float]:
     """Levels for every stage of one replica, and a bound.
 
     The time of a group of classes (of a row in a pipeline, else of all) is split the same way for all groups and
@@ -35,21 +37,22 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
     until none promises more than the best one has. Of levels that are only estimated, one split is tried, and the
     bound is that of the time alone, which clusters do not change.
     """
-    group_time = _group_time(problem, teams)
-    splits = _splits(problem, teams, group_time)  # backward part of each
+    group_time = _group_time(problem, stages)
+    splits = _splits(problem, stages, group_time)  # backward part of each
     if not len(splits):
         raise PlanError(
             "The budgets do not pay for the heads that most_shortcut makes run forward in every stage at the pace of "
             "the slowest. Raise the compute budget or most_shortcut."
         )
     even = [
-        choose(team.levels.value, [_group_limit(team, group_time)], deadline=deadline, search=False)
-        for team in teams
+        choose(stage.levels.value, [_group_limit(stage, group_time)], deadline=deadline, search=False)
+        for stage in stages
     ]
-    is_exact = all(team.levels.is_exact for team in teams)
+    is_exact = all(stage.levels.is_exact for stage in stages)
     promise = np.full(len(splits), sum(choice.bound for choice in even))
     backward = [
-        team.levels.backward_time[c.option].sum() / team.groups for team, c in zip(teams, even, strict=True)
+        stage.levels.backward_time[c.option].sum() / stage.groups
+        for stage, c in zip(stages, even, strict=True)
     ]
     split = int(np.abs(splits - np.mean(backward)).argmin())
     best: list[Choice] = []
@@ -59,14 +62,14 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
     while (promise[split] > enough and time.monotonic() < deadline) or not best:
         choices = []
         promises = np.zeros(len(splits))
-        for index, team in enumerate(teams):
+        for index, stage in enumerate(stages):
             if best and time.monotonic() > deadline:
                 break
-            until = deadline if best else share_of_time(deadline, len(teams) - index)
-            limits = _part_limits(problem, team, group_time - splits[split], splits[split])
-            values = team.levels.value
+            until = deadline if best else share_of_time(deadline, len(stages) - index)
+            limits = _part_limits(problem, stage, group_time - splits[split], splits[split])
+            values = stage.levels.value
             possible = _possible(limits)
-            penalty = _unevenness(team, limits, possible)
+            penalty = _unevenness(stage, limits, possible)
             choice = choose(
                 values - penalty,
                 limits,
@@ -80,12 +83,12 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
             for part, parts in ((0, group_time - splits), (1, splits)):
                 price = float(choice.prices[part].sum())
                 if price > 0:
-                    most = np.array([_whole_heads(problem, team, part, time) for time in parts])
+                    most = np.array([_whole_heads(problem, stage, part, time) for time in parts])
                     its_promises += price * (most - most[split])
             paid = len(values) * float(penalty[possible].max())
             its_promises[split] = max(choice.value, min(its_promises[split], choice.bound + paid))
             promises += np.minimum(its_promises, even[index].bound) if is_exact else even[index].bound
-        if len(choices) < len(teams):
+        if len(choices) < len(stages):
             break
         promise = np.minimum(promise, promises)
         value = sum(choice.value for choice in choices)
@@ -103,53 +106,55 @@ def choose_by_split(problem: PlanProblem, teams: list[Team], deadline: float) ->
     return best, float(promise.max())
 
 
-def _group_time(problem: PlanProblem, teams: list[Team]) -> float:
+def _group_time(problem: PlanProblem, stages: list[LockstepStage]) -> float:
     """What every stage gets for a group: the share of the stage that is done first, at most what all may use."""
-    forward = max(team.classes_of_group * float(team.levels.forward_time.max()) for team in teams)
-    head_time, count = _backward_heads(problem, teams)
+    forward = max(stage.classes_of_group * float(stage.levels.forward_time.max()) for stage in stages)
+    head_time, count = _backward_heads(problem, stages)
     most = (forward + count * head_time) * (1 + BUDGET_EPSILON)
-    return float(min(*(team.time_budget / team.groups for team in teams), most))
+    return float(min(*(stage.time_budget / stage.groups for stage in stages), most))
 
 
-def _splits(problem: PlanProblem, teams: list[Team], group_time: float) -> Floats:
+def _splits(problem: PlanProblem, stages: list[LockstepStage], group_time: float) -> Floats:
     """Times for a group's backwards that are worth a try, float64 [split]: whole heads on the slowest rank of the
     stage with most blocks, up to the dense backwards of all stages."""
-    head_time, count = _backward_heads(problem, teams)
+    head_time, count = _backward_heads(problem, stages)
     splits = np.arange(count + 1) * head_time
-    least = max(t.classes_of_group * float(t.levels.forward_time[0]) for t in teams)
+    least = max(t.classes_of_group * float(t.levels.forward_time[0]) for t in stages)
     return np.asarray(splits[splits <= group_time - least])
 
 
-def _backward_heads(problem: PlanProblem, teams: list[Team]) -> tuple[float, int]:
+def _backward_heads(problem: PlanProblem, stages: list[LockstepStage]) -> tuple[float, int]:
     """Time of a head's backward on that rank, and in how many of them every stage is done with dense backwards."""
-    largest = max(teams, key=lambda team: team.classes_of_group)
+    largest = max(stages, key=lambda stage: stage.classes_of_group)
     _, head_time = head_times(problem, largest)
     if head_time == 0:
         return 0.0, 0
-    dense = max(team.classes_of_group * float(team.levels.backward_time.max()) for team in teams)
+    dense = max(stage.classes_of_group * float(stage.levels.backward_time.max()) for stage in stages)
     return head_time, math.ceil(dense / head_time - BUDGET_EPSILON)
 
 
-def _group_limit(team: Team, group_time: float) -> Limit:
-    times = team.levels.forward_time + team.levels.backward_time
-    return limit_above_least(times, team.group, np.full(team.groups, group_time))
+def _group_limit(stage: LockstepStage, group_time: float) -> Limit:
+    times = stage.levels.forward_time + stage.levels.backward_time
+    return limit_above_least(times, stage.group, np.full(stage.groups, group_time))
 
 
-def _part_limits(problem: PlanProblem, team: Team, forward_time: float, backward_time: float) -> list[Limit]:
-    """The parts of a group's time first, then the team's other limits."""
+def _part_limits(
+    problem: PlanProblem, stage: LockstepStage, forward_time: float, backward_time: float
+) -> list[Limit]:
+    """The parts of a group's time first, then the stage's other limits."""
     parts = []
     for part, (use, time_) in enumerate(
-        ((team.levels.forward_time, forward_time), (team.levels.backward_time, backward_time))
+        ((stage.levels.forward_time, forward_time), (stage.levels.backward_time, backward_time))
     ):
-        most = _whole_heads(problem, team, part, time_)
-        parts.append(limit_above_least(use, team.group, np.full(team.groups, most)))
-    return [*parts, *other_limits(problem, team)]
+        most = _whole_heads(problem, stage, part, time_)
+        parts.append(limit_above_least(use, stage.group, np.full(stage.groups, most)))
+    return [*parts, *other_limits(problem, stage)]
 
 
-def _whole_heads(problem: PlanProblem, team: Team, part: int, time_: float) -> float:
+def _whole_heads(problem: PlanProblem, stage: LockstepStage, part: int, time_: float) -> float:
     """`time_` less what no whole number of heads can use; part: 0 forward, 1 backward."""
-    head_time = head_times(problem, team)[part]
-    if not team.is_even or head_time == 0:
+    head_time = head_times(problem, stage)[part]
+    if not stage.is_even or head_time == 0:
         return time_
     return math.floor(time_ / head_time + BUDGET_EPSILON) * head_time
 
@@ -159,15 +164,15 @@ def _possible(limits: list[Limit]) -> npt.NDArray[np.bool_]:
     return np.asarray(np.all([limit.use <= limit.most.max() * (1 + ROUNDING) for limit in limits], axis=0))
 
 
-def _unevenness(team: Team, limits: list[Limit], possible: npt.NDArray[np.bool_]) -> Floats:
+def _unevenness(stage: LockstepStage, limits: list[Limit], possible: npt.NDArray[np.bool_]) -> Floats:
     """A tiny cost of levels far from the mean, float64 [level], so that equal scores get even levels. possible: bool
     [level], by whose values it is measured.
 
     Without it, prices could not tell one level from another, and no whole number of the extreme ones fits.
     """
-    levels = team.levels
+    levels = stage.levels
     distance: Floats = np.zeros(len(levels.forward_time))
     for limit in limits[:2]:
         if limit.use.max() > 0:
-            distance += ((limit.use - limit.most[0] / team.classes_of_group) / limit.use.max()) ** 2
+            distance += ((limit.use - limit.most[0] / stage.classes_of_group) / limit.use.max()) ** 2
     return np.asarray(_EVENNESS * levels.value[:, possible].max(axis=1).mean() * distance)

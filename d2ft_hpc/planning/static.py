@@ -11,11 +11,11 @@ from pydantic import Field
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.levels import Levels
+from d2ft_hpc.planning.lockstep import LockstepStage, lockstep_stages, meeting_replicas, step_limits
 from d2ft_hpc.planning.options import WithShortcuts
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem
-from d2ft_hpc.planning.teams import Team, make_teams, meeting_replicas, step_limits
 
 
 def solve_static(
@@ -42,20 +42,20 @@ def solve_static(
         raise PlanError(f"heads_multiple is a number of heads from 1, got {heads_multiple}.")
     operations = np.full(problem.forward_score.shape, Operation.SHORTCUT, dtype=np.uint8)
     for replicas in meeting_replicas(problem):
-        teams = [
-            replace(team, levels=team.levels.in_multiples(heads_multiple))
-            for team in make_teams(problem, replicas, forward_weight, backward_weight, most_shortcut)
+        stages = [
+            replace(stage, levels=stage.levels.in_multiples(heads_multiple))
+            for stage in lockstep_stages(problem, replicas, forward_weight, backward_weight, most_shortcut)
         ]
-        for alike in [teams] if _have_the_same_levels(teams) else [[team] for team in teams]:
+        for alike in [stages] if _have_the_same_levels(stages) else [[stage] for stage in stages]:
             pairs = _neighbours(alike[0].levels)
             value, levels = _best_pair(problem, alike, *pairs)
             if value == -np.inf:
-                raise PlanError(  # a single head would be paid for: `make_teams` has seen to it
+                raise PlanError(  # a single head would be paid for: `lockstep_stages` has seen to it
                     f"heads_multiple={heads_multiple}: no such number of heads keeps the budgets and most_shortcut. "
                     f"Lower it, or raise one of these."
                 )
-            for team, level in zip(alike, levels, strict=True):
-                team.write(np.tile(level, team.slots), operations)
+            for stage, level in zip(alike, levels, strict=True):
+                stage.write(np.tile(level, stage.slots), operations)
     bound = problem.objective(operations, forward_weight, backward_weight)
     return plan_with_bound(
         problem,
@@ -82,18 +82,20 @@ def _neighbours(levels: Levels) -> tuple[Ints, Ints]:
     return lower[upper >= 0], upper[upper >= 0]
 
 
-def _best_pair(problem: PlanProblem, teams: list[Team], lower: Ints, upper: Ints) -> tuple[float, list[Ints]]:
-    """What the best of the pairs (lower, upper) of levels, which all the teams have, gives in all, -inf if none fits;
-    each team's levels, int64 [block]."""
+def _best_pair(
+    problem: PlanProblem, stages: list[LockstepStage], lower: Ints, upper: Ints
+) -> tuple[float, list[Ints]]:
+    """What the best of the pairs (lower, upper) of levels, which all the stages have, gives in all, -inf if none fits;
+    each stage's levels, int64 [block]."""
     total = np.zeros(len(lower))
     ranked, counts = [], []
-    for team in teams:
-        value = team.levels.value.reshape(team.slots, len(team.blocks), -1).sum(axis=0)  # [block, level]
+    for stage in stages:
+        value = stage.levels.value.reshape(stage.slots, len(stage.blocks), -1).sum(axis=0)  # [block, level]
         gain = value[:, upper] - value[:, lower]
         order = np.argsort(-gain, axis=0, kind="stable")
         gained = np.zeros((len(gain) + 1, len(lower)))  # by the number of blocks at the upper level
         np.cumsum(np.take_along_axis(gain, order, axis=0), axis=0, out=gained[1:])
-        gained[np.arange(len(gained))[:, None] > _most_upper(problem, team, lower, upper)] = -np.inf
+        gained[np.arange(len(gained))[:, None] > _most_upper(problem, stage, lower, upper)] = -np.inf
         total += value[:, lower].sum(axis=0) + gained.max(axis=0)
         ranked.append(order)
         counts.append(gained.argmax(axis=0))
@@ -106,11 +108,13 @@ def _best_pair(problem: PlanProblem, teams: list[Team], lower: Ints, upper: Ints
     return float(total[pair]), levels
 
 
-def _most_upper(problem: PlanProblem, team: Team, lower: Ints, upper: Ints) -> npt.NDArray[np.int64]:
-    """Most blocks at the upper level of each pair that the team's budgets pay for; -1: not even none."""
-    blocks = len(team.blocks)
+def _most_upper(
+    problem: PlanProblem, stage: LockstepStage, lower: Ints, upper: Ints
+) -> npt.NDArray[np.int64]:
+    """Most blocks at the upper level of each pair that the stage's budgets pay for; -1: not even none."""
+    blocks = len(stage.blocks)
     most = np.full(len(lower), blocks)
-    for limit in step_limits(problem, team):
+    for limit in step_limits(problem, stage):
         rows = np.bincount(limit.group, minlength=len(limit.most)) / blocks  # of each group
         left: Floats = (limit.most * (1 + BUDGET_EPSILON / 10) / rows).min() - blocks * limit.use[lower]
         more = limit.use[upper] - limit.use[lower]
@@ -121,12 +125,12 @@ def _most_upper(problem: PlanProblem, team: Team, lower: Ints, upper: Ints) -> n
     return most
 
 
-def _have_the_same_levels(teams: list[Team]) -> bool:
-    first = teams[0].levels
+def _have_the_same_levels(stages: list[LockstepStage]) -> bool:
+    first = stages[0].levels
     return all(
-        np.array_equal(team.levels.forward_heads, first.forward_heads)
-        and np.array_equal(team.levels.backward_heads, first.backward_heads)
-        for team in teams
+        np.array_equal(stage.levels.forward_heads, first.forward_heads)
+        and np.array_equal(stage.levels.backward_heads, first.backward_heads)
+        for stage in stages
     )
 
 

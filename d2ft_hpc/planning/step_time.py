@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d2ft_hpc.planning.messages import (
+from d2ft_hpc.planning.communication_volume import (
     ByDirection,
     Floats,
     Ints,

@@ -20,7 +20,7 @@ from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.files.hdf5 import Allowance, child, open_file, read_attributes, reason
 from d2ft_hpc.files.untrusted import RefusedError
 from d2ft_hpc.results import columns, frames, schema
-from d2ft_hpc.results.layout import Contents, rank_file, segments_folder
+from d2ft_hpc.results.hdf5_layout import Contents, rank_file, segments_folder
 from d2ft_hpc.results.schema import GROUPS, RANK_FIELDS, TABLES, Array, Group, Scalar, Table
 from d2ft_hpc.results.untrusted import check_root, outside_files, read_group, read_groups, read_table
 from d2ft_hpc.safe_text import one_line
@@ -123,7 +123,7 @@ class RunResults:
             self._field(name, column)
         with _faults_of(self.path):
             allowance = self._allowance()
-            whole = columns.complete(name, self._recorded(name, only, allowance), only, allowance)
+            whole = columns.complete(name, self._read_recorded(name, only, allowance), only, allowance)
             return whole if only is None else {column: whole[column] for column in only}
 
     def plan(self, index: int) -> Array:
@@ -188,7 +188,7 @@ class RunResults:
         """Everything in the file as far as it was recorded."""
         with _faults_of(self.path):
             groups = {name: group for file in self._files for name, group in read_groups(file)}
-            tables = {name: self._recorded(name, None, self._allowance()) for name in TABLES}
+            tables = {name: self._read_recorded(name, None, self._allowance()) for name in TABLES}
             return Contents(tables, groups)
 
     def close(self) -> None:
@@ -215,7 +215,7 @@ class RunResults:
         of_ranks = [file for run in self._ranks if run is not None for file in run._files]
         return Allowance(sum(file.id.get_filesize() for file in (*self._files, *of_ranks)))
 
-    def _recorded(self, name: str, only: Collection[str] | None, allowance: Allowance) -> Table:
+    def _read_recorded(self, name: str, only: Collection[str] | None, allowance: Allowance) -> Table:
         anchor = None if only is None else {*only, "step"}
         if name == "steps" and self._ranks:
             return self._join_ranks(anchor, allowance)
@@ -235,7 +235,7 @@ class RunResults:
         joined.setdefault("step", np.empty(0, np.int64))
         rows = columns.length(joined)
         for rank, run in enumerate(self._ranks):
-            own = {} if run is None else run._recorded("steps", only, allowance)
+            own = {} if run is None else run._read_recorded("steps", only, allowance)
             if not own:
                 continue
             _, here, there = np.intersect1d(joined["step"], own["step"], return_indices=True)

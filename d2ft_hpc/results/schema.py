@@ -233,7 +233,7 @@ In plain h5py: `h5py.File("results.h5")["steps/step_seconds"][:]`. In xarray, wi
 finished and killed; MATLAB was not tried.
 
 The file can be opened at any moment, also after the run was killed. While a run goes on, the file links closed segments
-that lie beside it; a thread adds one every `results.flush_seconds`, which is the most that a kill loses. At the end it
+that lie beside it; a thread adds one every five seconds, which is the most that a kill loses. At the end it
 becomes one file that needs no other. A resumed run continues it. Ranks send their figures to rank 0 without waiting for
 anybody. With `results.file_per_rank=true`, for thousands of ranks, each rank keeps its figures in `results.ranks/`, and
 `results.h5` joins them as virtual datasets. HDF5 needs no file locks for any of this; the lock of `results.locking`

@@ -26,7 +26,7 @@ from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.files import atomic
 from d2ft_hpc.files.untrusted import RefusedError
 from d2ft_hpc.results import columns
-from d2ft_hpc.results.layout import (
+from d2ft_hpc.results.hdf5_layout import (
     FORMAT_VERSIONS,
     Contents,
     Segment,

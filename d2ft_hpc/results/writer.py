@@ -20,7 +20,7 @@ import numpy as np
 
 from d2ft_hpc.errors import LostResultsError, ResultsError
 from d2ft_hpc.results import columns, schema
-from d2ft_hpc.results.layout import Contents
+from d2ft_hpc.results.hdf5_layout import Contents
 from d2ft_hpc.results.reader import open_run
 from d2ft_hpc.results.schema import GROUPS, TABLES, Array, Field, Group, Scalar
 from d2ft_hpc.results.segments import Segments, cannot_write

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2ft_hpc.errors import ConfigError
-from d2ft_hpc.execution.images import scaled
+from d2ft_hpc.execution.resize import scaled
 from d2ft_hpc.families.table import family_of
 
 SampleScore = Literal["error", "loss"]

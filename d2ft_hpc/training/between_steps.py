@@ -11,7 +11,7 @@ from d2ft_hpc.config import TrainConfig
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.errors import DivergedError
 from d2ft_hpc.launch.agree import AgreedError
-from d2ft_hpc.recording.steps import StepRecorder
+from d2ft_hpc.recording.step_recorder import StepRecorder
 from d2ft_hpc.training.checkpoint import Position
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.run_log import RunLog
@@ -44,7 +44,7 @@ class BetweenSteps:
         """
         self._ask_when_due_by_the_clock()
         self._ask_when_diverged()
-        action = self._watch.boundary(position.steps_done)
+        action = self._watch.at_step_boundary(position.steps_done)
         if action == "give up":
             self._diverged(position, self._watch.reasons[action])
         if action is not None or _is_due(position, self._job.config.train):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.launch import agreed, share
 from d2ft_hpc.lifecycle.context import PlanContext
 from d2ft_hpc.lifecycle.controller import PlanController
-from d2ft_hpc.lifecycle.solve import solve_plan
+from d2ft_hpc.lifecycle.make_plan import make_plan
+from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning import SkipPlan
 
 _TRIAL_SECONDS = 1.0
@@ -37,7 +37,7 @@ def trial_plan(context: PlanContext) -> SkipPlan:
         # What only the real scores can tell is left open.
         update = {"time_limit_seconds": seconds, **dict.fromkeys(settings.entry.needs_scores_for)}
         try:
-            return solve_plan(replace(context, settings=settings.model_copy(update=update)), None, 0)
+            return make_plan(replace(context, settings=settings.model_copy(update=update)), None, 0)
         except PlanError as error:
             fault = error
     raise PlanError(_with_keys(str(fault), settings)) from fault

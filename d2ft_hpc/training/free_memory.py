@@ -10,9 +10,9 @@ from dataclasses import replace
 from d2ft_hpc.engines.engine import Engine
 from d2ft_hpc.launch import agreed
 from d2ft_hpc.lifecycle import PlanCosts
-from d2ft_hpc.metering.kept import KeptBytes
+from d2ft_hpc.metering.activation_bytes import ActivationBytes
 from d2ft_hpc.metering.memory import free_bytes
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.plan_costs import keep_costs
 
@@ -21,7 +21,7 @@ HEADROOM = 0.1
 
 
 def with_memory_limits(
-    job: Job, engine: Engine, placement: Placement, kept: KeptBytes | None, costs: PlanCosts
+    job: Job, engine: Engine, placement: Placement, kept: ActivationBytes | None, costs: PlanCosts
 ) -> PlanCosts:
     """The costs with the most FULL subnets of each rank, if some rank has not the memory for a dense micro-batch.
 
@@ -47,7 +47,7 @@ def with_memory_limits(
     return costs
 
 
-def most_full(free: float, kept: KeptBytes, placement: Placement, slots: int) -> float:
+def most_full(free: float, kept: ActivationBytes, placement: Placement, slots: int) -> float:
     """The most FULL subnets of a micro-batch whose activations fit on this rank: none to all of its own.
 
     A pipeline's stage keeps those of as many micro-batches at once as there are stages from it to the last.
@@ -59,7 +59,7 @@ def most_full(free: float, kept: KeptBytes, placement: Placement, slots: int) ->
     return own if math.isnan(fitting) else max(0.0, min(own, float(math.floor(min(fitting, own)))))
 
 
-def describe_memory(costs: PlanCosts, kept: KeptBytes, num_subnets: int) -> str:
+def describe_memory(costs: PlanCosts, kept: ActivationBytes, num_subnets: int) -> str:
     """One line of what was measured and what follows."""
     free = _range(costs.free_bytes or [])
     line = f"memory: a dense micro-batch keeps {_size(kept.of(num_subnets))}, ranks have room for {free}"

@@ -29,7 +29,7 @@ from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.model.build import build_model, pixel_statistics
 from d2ft_hpc.model.lora import add_lora
-from d2ft_hpc.parallel.layout import Layout
+from d2ft_hpc.parallel.rank_layout import RankLayout
 from d2ft_hpc.parallel.stages import layer_flops
 from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.safe_text import shown
@@ -48,7 +48,7 @@ class Job:
     train_set: LabelledImages
     evaluation_set: LabelledImages
     sampler: MicroBatchSampler
-    layout: Layout
+    layout: RankLayout
     selection: SampleSelection | None
     """What draws the samples that train; None where all of them do."""
 
@@ -75,7 +75,7 @@ class Job:
     def train_batches(self) -> Batches:
         """Micro-batches of this replica, in the sampler's order."""
         data = self.config.data
-        mixing = Mixing(self.train_set.num_classes, data.mixup_alpha, data.cutmix_alpha)
+        mixing = Mixing(self.train_set.num_classes, **data.mixing_options)
         return train_loader(
             self.train_set, self.sampler, num_workers=data.workers, device=self.device, mixing=mixing
         )
@@ -121,14 +121,14 @@ class Job:
         return (self.config.data.slots * self.layout.replicas, *self.executor.subnets.shape)
 
 
-def layout_of(config: RunConfig, control: Control) -> Layout:
+def layout_of(config: RunConfig, control: Control) -> RankLayout:
     """This rank's part of the run. Raises ConfigError where the ranks cannot be divided as asked."""
     if control.world_size > 1 and config.engine.kind.is_one_process:
         raise ConfigError(
             f"engine.name={config.engine.name} trains in one process, and {control.world_size} ranks were started: set "
             f"engine.name to ddp, fsdp2 or deepspeed, or start one rank"
         )
-    return Layout.of(
+    return RankLayout.of(
         control.world_size,
         control.rank,
         stages=config.engine.pipeline_stages,
@@ -147,7 +147,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     random.seed(config.run.seed)
     np.random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
-    train_set, evaluation_set = _load_data(config, "train"), _load_data(config, config.data.evaluate_on)
+    train_set, evaluation_set = _load_data(config, "train"), _load_data(config, config.data.evaluated_split)
     if control.rank == 0:
         for images in (train_set, evaluation_set):
             images.look_at_some()
@@ -209,16 +209,11 @@ def _check_sizes(config: RunConfig, train_set: LabelledImages, sampler: MicroBat
             f"data.micro_batch_size={data.micro_batch_size}: there are {images} training images; use at most "
             f"{images // sampler.rows}, which is what each of the {sampler.rows} micro-batches of a batch would get"
         )
-    if config.plan.probe_batches > sampler.batches_per_epoch:
-        raise ConfigError(
-            f"plan.probe_batches={config.plan.probe_batches}: an epoch has {sampler.batches_per_epoch} batches; use at "
-            f"most that many"
-        )
 
 
 def _check_classes(config: RunConfig, train_set: LabelledImages, evaluation_set: LabelledImages) -> None:
     """Raises DataError where a label does not mean the same in both; classes without images may be absent in one."""
-    where, evaluated = f"data.root={config.data.root}", f"the {config.data.evaluate_on} images"
+    where, evaluated = f"data.root={config.data.root}", f"the {config.data.evaluated_split} images"
     for label, names in enumerate(zip(train_set.class_names, evaluation_set.class_names, strict=False)):
         if names[0] != names[1]:
             raise DataError(
@@ -245,4 +240,4 @@ def _check_image_size(model: nn.Module, size: int) -> None:
 
 def _load_data(config: RunConfig, split: Split) -> LabelledImages:
     mean, std = pixel_statistics(config.model.name, config.model.weights)
-    return load_configured(config.data, split, mean, std)
+    return load_configured(config.data, split, mean, std, seed=config.run.seed)

@@ -20,10 +20,10 @@ from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.lifecycle import PlanController, PlanState
 from d2ft_hpc.model.lora import save_adapter, timm_state
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.parallel.stages import describe_stages
-from d2ft_hpc.recording.environment import describe_environment
-from d2ft_hpc.recording.steps import StepRecorder
+from d2ft_hpc.recording.provenance import describe_environment
+from d2ft_hpc.recording.step_recorder import StepRecorder
 from d2ft_hpc.safe_text import say
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.between_steps import BetweenSteps
@@ -35,7 +35,7 @@ from d2ft_hpc.training.free_memory import describe_memory, with_memory_limits
 from d2ft_hpc.training.job import Job, layout_of, set_up
 from d2ft_hpc.training.measurements import Measurements, measure_job
 from d2ft_hpc.training.model_placement import place
-from d2ft_hpc.training.plans import is_due, plan_context
+from d2ft_hpc.training.plan_context import is_due, plan_context
 from d2ft_hpc.training.probe_scores import ProbeScores
 from d2ft_hpc.training.progress import Progress
 from d2ft_hpc.training.results_file import first_plan_of, open_own_results, open_results
@@ -43,7 +43,7 @@ from d2ft_hpc.training.resume import check_length, check_position, choose_start,
 from d2ft_hpc.training.run_log import RunLog
 from d2ft_hpc.training.saver import CheckpointSaver
 from d2ft_hpc.training.speed_watch import SpeedWatch
-from d2ft_hpc.training.steps import StepRunner
+from d2ft_hpc.training.step_runner import StepRunner
 from d2ft_hpc.training.tensorboard import TensorBoard
 from d2ft_hpc.training.trace import StepTrace
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from d2ft_hpc.lifecycle import PlanCosts
+from d2ft_hpc.metering.activation_bytes import ActivationBytes, measure_activation_bytes
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds, measure_all_reduce
-from d2ft_hpc.metering.kept import KeptBytes, measure_kept
 from d2ft_hpc.metering.memory import release_unused
 from d2ft_hpc.metering.profile import PassProfile, profile_passes
-from d2ft_hpc.recording.environment import describe_model
+from d2ft_hpc.recording.provenance import describe_model
 from d2ft_hpc.results.schema import Scalar
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.plan_costs import find_costs
@@ -23,7 +23,7 @@ from d2ft_hpc.training.plan_costs import find_costs
 class Measurements:
     profile: PassProfile
     all_reduce: AllReduceSeconds
-    kept: KeptBytes | None
+    kept: ActivationBytes | None
     """None where plans do not depend on it."""
     plan_costs: PlanCosts
     model: tuple[dict[str, Any], dict[str, Scalar]]
@@ -39,7 +39,7 @@ def measure_job(job: Job) -> Measurements:
     profile = profile_passes(job.model, job.executor, shape, precision)
     kept = None
     if job.config.plans_by_free_memory:
-        kept = measure_kept(job.model, job.executor, shape, precision)
+        kept = measure_activation_bytes(job.model, job.executor, shape, precision)
     release_unused(job.device)
     all_reduce = measure_all_reduce(job.device)
     model = describe_model(job.model, job.executor.subnets, job.costs)

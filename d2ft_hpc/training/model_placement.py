@@ -10,13 +10,13 @@ from d2ft_hpc.engines.model_parallel import PLACEMENT
 from d2ft_hpc.errors import CheckpointError
 from d2ft_hpc.launch import agreed, share
 from d2ft_hpc.launch.watch import Watch
-from d2ft_hpc.lifecycle import pose_counted
 from d2ft_hpc.lifecycle.costs import costs_of_part
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.head_split import even_owner
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.parallel.stages import cut_stages
 from d2ft_hpc.planning import place as place_heads
+from d2ft_hpc.planning import pose
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.probe_scores import measure_scores
 
@@ -43,8 +43,8 @@ def place(job: Job, checkpoint: Path | None, watch: Watch) -> Placement:
     if config.engine.head_placement == "spread" and layout.tensor_ranks > 1:
         scores = measure_scores(job, job.model, job.loss, watch)
         if scores is not None:
-            problem = pose_counted(
-                np.stack([scores.forward, scores.backward]).astype(np.float64),
+            problem = pose(
+                [scores.forward, scores.backward],
                 job.costs,
                 replicas=layout.replicas,
                 rank=owner,

@@ -22,7 +22,7 @@ from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.lifecycle.costs import PAPER_FORWARD_COST, PlanCosts, relative_speeds
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds
 from d2ft_hpc.metering.profile import PassProfile
-from d2ft_hpc.planning.messages import ring_bytes
+from d2ft_hpc.planning.communication_volume import ring_bytes
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.run_folder import writing
 
@@ -43,7 +43,7 @@ def find_costs(job: Job, profile: PassProfile, all_reduce: AllReduceSeconds) -> 
     """
     config, control = job.config, job.control
     path = config.run_folder / COSTS
-    own = _kept(job, profile) if config.plan.costs == "measured" else profile
+    own = _cached(job, profile) if config.plan.costs == "measured" else profile
     of_ranks = [
         PassProfile(**json.loads(part)) for part in control.all_gather(json.dumps(asdict(own)).encode())
     ]
@@ -107,14 +107,14 @@ def costs_unmeasured(job: Job) -> PlanCosts:
     return counted
 
 
-def _kept(job: Job, profile: PassProfile) -> PassProfile:
+def _cached(job: Job, profile: PassProfile) -> PassProfile:
     """The profile that the cache folder keeps for this hardware and model; it keeps this one if it has none, and if it
     can be written: it is a convenience."""
     name = f"profile-{_key(job)}.json"
     try:
-        kept = PassProfile(**read_json(cache_folder() / name, _MOST_BYTES))
-        if all(isinstance(seconds, float) and not seconds <= 0 for seconds in vars(kept).values()):
-            return kept
+        cached = PassProfile(**read_json(cache_folder() / name, _MOST_BYTES))
+        if all(isinstance(seconds, float) and not seconds <= 0 for seconds in vars(cached).values()):
+            return cached
     except (OSError, ValueError, TypeError, RuntimeError):  # none yet, or damaged, or there is no home folder
         pass
     try:

@@ -16,8 +16,8 @@ from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.engines.engine import Engine, LossFunction, MicroBatch
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.lifecycle.controller import ScoreSource
-from d2ft_hpc.lifecycle.rows import rows_of_all
-from d2ft_hpc.lifecycle.solve import reads_scores
+from d2ft_hpc.lifecycle.gather_scores import gather_scores
+from d2ft_hpc.lifecycle.make_plan import reads_scores
 from d2ft_hpc.metering import meter
 from d2ft_hpc.metering.memory import release_unused
 from d2ft_hpc.score_table import SCORES
@@ -37,7 +37,7 @@ class ProbeScores(ScoreSource):
 
 
 def measure_scores(job: Job, model: nn.Module, loss_function: LossFunction, watch: Watch) -> Scores | None:
-    """Scores averaged over the first batches of the sampler's epoch; on all ranks together, the same on each.
+    """Scores of the first batch of the sampler's epoch; on all ranks together, the same on each.
 
     None for planners that read no scores.
     """
@@ -65,7 +65,7 @@ def measure_scores(job: Job, model: nn.Module, loss_function: LossFunction, watc
         ]
     release_unused(job.device)
     rows: dict[str, np.ndarray] = {
-        name: rows_of_all(
+        name: gather_scores(
             job.control,
             job.layout,
             torch.stack([torch.cat([of_pair[name] for of_pair in batch]) for batch in measured]).mean(0),
@@ -84,8 +84,8 @@ def measure_scores(job: Job, model: nn.Module, loss_function: LossFunction, watc
 
 
 def _probe(job: Job) -> Iterator[list[MicroBatch]]:
-    # The epoch's first batches, also where the run resumed in mid-epoch.
+    # The epoch's first batch, also where the run resumed in mid-epoch.
     sampler = copy.copy(job.sampler)
     sampler.set_epoch(job.sampler.epoch)
     loader = train_loader(job.train_set, sampler, device=job.device)
-    return islice(job.batches(loader), job.config.plan.probe_batches)
+    return islice(job.batches(loader), 1)

@@ -10,8 +10,8 @@ from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.recording.entries import note, record_plan
 from d2ft_hpc.results import ResultsWriter, open_run
-from d2ft_hpc.results.aside import discard, has_record, is_unbegun, set_aside
-from d2ft_hpc.results.layout import rank_file
+from d2ft_hpc.results.hdf5_layout import rank_file
+from d2ft_hpc.results.superseded import discard, has_record, is_unbegun, set_aside
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.measurements import Measurements
@@ -29,7 +29,6 @@ def open_results(
     that begins takes the place of a run that never began a step. Raises ResultsError."""
     path, settings = job.config.run_folder / run_folder.RESULTS, job.config.results
     options: dict[str, Any] = {
-        "flush_seconds": settings.flush_seconds,
         "locking": settings.locking,
         "rank_files": job.control.world_size if settings.file_per_rank else 0,
     }
@@ -75,13 +74,12 @@ def open_own_results(job: Job, start: Start) -> ResultsWriter:
     """This rank's own file, in runs with a file for each rank."""
     settings = job.config.results
     path = rank_file(job.config.run_folder / run_folder.RESULTS, job.control.rank)
-    options: dict[str, Any] = {"flush_seconds": settings.flush_seconds, "locking": settings.locking}
     if start.checkpoint is None and is_unbegun(path):
         discard(path, settings.locking)
     if job.config.train.resume and has_record(path):
         last_step = BEFORE_ALL if start.checkpoint is None else start.position.steps_done - 1
         try:
-            return ResultsWriter.resume(path, last_step=last_step, **options)
+            return ResultsWriter.resume(path, last_step=last_step, locking=settings.locking)
         except LostResultsError:  # rank 0 has told of the whole record, or the run still has the rest of it
             set_aside(path, settings.locking)
-    return ResultsWriter(path, **options)
+    return ResultsWriter(path, locking=settings.locking)

@@ -10,12 +10,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from d2ft_hpc.config import RunConfig, is_class_of
+from d2ft_hpc.config import RunConfig
+from d2ft_hpc.config_faults import is_class_of
 from d2ft_hpc.errors import CheckpointError, ConfigError, ResultsError
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.results import open_run
-from d2ft_hpc.results.aside import is_unbegun
+from d2ft_hpc.results.superseded import is_unbegun
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.checkpoint import Position, complete_checkpoints, read_position, verify
 from d2ft_hpc.training.job import Job

@@ -34,7 +34,7 @@ from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.files import atomic
 from d2ft_hpc.launch import Control
 from d2ft_hpc.paths import why_not_writable
-from d2ft_hpc.results.layout import rank_file, segments_folder
+from d2ft_hpc.results.hdf5_layout import rank_file, segments_folder
 from d2ft_hpc.safe_text import printable, scrubbed, shown
 
 CONFIG = "config.yaml"

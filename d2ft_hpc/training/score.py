@@ -13,7 +13,7 @@ from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.paths import why_not_writable
 from d2ft_hpc.recording.entries import record_scores
-from d2ft_hpc.recording.environment import describe_environment
+from d2ft_hpc.recording.provenance import describe_environment
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.training.job import set_up
 from d2ft_hpc.training.measurements import measure_job

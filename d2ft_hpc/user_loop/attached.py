@@ -11,7 +11,7 @@ from torch import nn
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.lifecycle import PlanController
 from d2ft_hpc.metering import StepCosts, measure_costs
-from d2ft_hpc.metering.costs import token_curve_of
+from d2ft_hpc.metering.flops import token_curve_of
 from d2ft_hpc.model.sample_shape import sample_shape_of
 from d2ft_hpc.planning.plan import Grid
 from d2ft_hpc.planning.token_curve import TokenCurve

@@ -14,9 +14,9 @@ from torch import Tensor
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.metering import Metered, StepCosts
-from d2ft_hpc.metering.costs import RankWork
+from d2ft_hpc.metering.flops import RankWork
 from d2ft_hpc.metering.meter import OperatorCounter
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning import SkipPlan
 
 

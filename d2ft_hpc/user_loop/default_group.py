@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from d2ft_hpc.launch import Control
+from d2ft_hpc.launch.async_gather import PendingGather
 from d2ft_hpc.launch.control import SoloControl
-from d2ft_hpc.launch.gather import PendingGather
 
 
 def control_of_loop() -> Control:

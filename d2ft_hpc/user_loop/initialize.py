@@ -27,18 +27,18 @@ from d2ft_hpc.families.table import backbone_of, family_of
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.lifecycle.costs import costs_of_part
 from d2ft_hpc.parallel.head_split import check_parts, even_owner
-from d2ft_hpc.parallel.layout import Layout, Placement
+from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
-from d2ft_hpc.planning.messages import ZERO
+from d2ft_hpc.planning.communication_volume import ZERO
 from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.attached import attached
 from d2ft_hpc.user_loop.batch_counter import BatchCounter
 from d2ft_hpc.user_loop.pipeline_module import PipelineModule
+from d2ft_hpc.user_loop.plan_printer import PlanPrinter
 from d2ft_hpc.user_loop.planned_deepspeed import PlannedDeepSpeed
 from d2ft_hpc.user_loop.record import LoopRecord
 from d2ft_hpc.user_loop.section import SECTION, require_images, require_length, split
-from d2ft_hpc.user_loop.told import Told
 
 _END_SECONDS = 25.0
 """How long a rank waits for the others when its script ends."""
@@ -123,9 +123,9 @@ def initialize(
     require_length(section, f"{SECTION}.")
     control = _connect()
     for warning in newer_than_tested(NEWEST_TESTED):
-        Told(control).say(warning)
+        PlanPrinter(control).say(warning)
     import_deepspeed().init_distributed(auto_mpi_discovery=False)
-    layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
+    layout = RankLayout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
     if layout.is_cut:
         _same_on_all_ranks(model)
     if layout.is_cut and section.cuda_graphs:
@@ -136,7 +136,7 @@ def initialize(
         layout, cut_stages(flops, stages), even_owner(*executor.subnets.shape, layout.tensor_ranks)
     )
     if stages > 1:
-        Told(control).say(describe_stages(flops, placement.stages))
+        PlanPrinter(control).say(describe_stages(flops, placement.stages))
     selection = None
     if isinstance(section.options, SampleOptions):
         selection = selection_of(
@@ -176,7 +176,9 @@ def initialize(
             if isinstance(optimizer, Optimizer) and (
                 frozen := _leave_out_frozen_groups(optimizer, lr_scheduler)
             ):
-                Told(control).say(f"groups {frozen} of the optimizer have frozen parameters alone: left out")
+                PlanPrinter(control).say(
+                    f"groups {frozen} of the optimizer have frozen parameters alone: left out"
+                )
             ours = DeepSpeedEngine(model, executor, optimizer, lr_scheduler, **step, **options_for(model))
     if selection is not None:
         selection.scorer.bind(ours.logits)
@@ -276,13 +278,13 @@ def _of_part(parameters: Any, whole: nn.Module, part: nn.Module) -> list[Any]:
     names = {id(parameter): name for name, parameter in whole.named_parameters()}
     own = {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
 
-    def kept(given: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    def of_this_part(given: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         return [own[names[id(each)]] for each in given if names.get(id(each)) in own]
 
     given = list(parameters)
     if not any(isinstance(item, dict) for item in given):
-        return kept(given)
-    groups = [{**group, "params": kept(group["params"])} for group in given]
+        return of_this_part(given)
+    groups = [{**group, "params": of_this_part(group["params"])} for group in given]
     return [group for group in groups if group["params"]]
 
 

@@ -24,21 +24,21 @@ from d2ft_hpc.families.table import backbone_of
 from d2ft_hpc.files import atomic
 from d2ft_hpc.launch import Control, agreed, share
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts, PlanState
-from d2ft_hpc.lifecycle.observed import ObservedScores, Observer
-from d2ft_hpc.lifecycle.solve import reads_scores
+from d2ft_hpc.lifecycle.make_plan import reads_scores
+from d2ft_hpc.lifecycle.observed_scores import ObservedScores, Observer
 from d2ft_hpc.lifecycle.state import FILE
 from d2ft_hpc.metering import StepCosts
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning import Operation, SkipPlan
 from d2ft_hpc.scores import Scores
-from d2ft_hpc.scores.observe import GradientObserver
+from d2ft_hpc.scores.gradient_observer import GradientObserver
 from d2ft_hpc.selection import SampleSelection
 from d2ft_hpc.user_loop.attached import curve_of, tell_if_too_short
 from d2ft_hpc.user_loop.batch_counter import BatchCounter, samples_in
-from d2ft_hpc.user_loop.observe_part import PartObserver
+from d2ft_hpc.user_loop.part_observer import PartObserver
+from d2ft_hpc.user_loop.plan_printer import PlanPrinter
 from d2ft_hpc.user_loop.record import LoopRecord
 from d2ft_hpc.user_loop.section import D2ftSection
-from d2ft_hpc.user_loop.told import Told
 
 
 class PlannedDeepSpeed:
@@ -87,7 +87,7 @@ class PlannedDeepSpeed:
             ours,
             control,
             self._source,
-            Told(control),
+            PlanPrinter(control),
         )
         tell_if_too_short(self.plans)
         self.slot = 0

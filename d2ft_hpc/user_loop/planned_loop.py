@@ -25,25 +25,25 @@ from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import backbone_of, find_backbone
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts, PlanState
-from d2ft_hpc.lifecycle.observed import ObservedScores
+from d2ft_hpc.lifecycle.observed_scores import ObservedScores
 from d2ft_hpc.model.evaluating import evaluating
 from d2ft_hpc.model.lora import unwrapped
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning import Operation, SkipPlan
-from d2ft_hpc.planning.messages import DataParallel
+from d2ft_hpc.planning.communication_volume import DataParallel
 from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.planning.tokens import TOKENS
-from d2ft_hpc.scores.observe import GradientObserver
+from d2ft_hpc.scores.gradient_observer import GradientObserver
 from d2ft_hpc.selection import SampleSelection
 from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.attached import attached, curve_of, tell_if_too_short
 from d2ft_hpc.user_loop.batch_counter import BatchCounter, samples_in
 from d2ft_hpc.user_loop.default_group import control_of_loop
 from d2ft_hpc.user_loop.gradient_norm import total_norm
+from d2ft_hpc.user_loop.plan_printer import PlanPrinter
 from d2ft_hpc.user_loop.prepare import bind_engine
 from d2ft_hpc.user_loop.record import LoopRecord
 from d2ft_hpc.user_loop.section import D2ftSection, parse_section, require_images, require_length
-from d2ft_hpc.user_loop.told import Told
 
 Call = Callable[[Sequence[Any]], None]
 
@@ -67,10 +67,10 @@ def attach(
     compute_budget: share of the dense training FLOPs. planner: `tokens`, which keeps dense training's accuracy, scales
         the images that the model gets in training: small ones at first, full size (the model's `img_size`, which they
         must have) at the end of `total_steps` steps of the optimiser, which it has to know. `samples` scores what
-        `PlannedLoop.choose` is given and draws what trains; any other one plans by heads, and the first `probe_batches`
+        `PlannedLoop.choose` is given and draws what trains; any other one plans by heads, and the first
         batches run dense and give the scores. Models that read text need such a one ("joint"). micro_batches: those of
         a rank whose gradients make one step of the optimiser. settings: other keys of the "d2ft" section
-        (`D2ftSection`), such as `embeddings`, `compile`, `cuda_graphs`, `replan={"every": 100, "unit": "steps"}`,
+        (`D2ftSection`), such as `embeddings`, `compile`, `cuda_graphs`, `replan={"every": "100 steps"}`,
         `file`, a saved plan, or `results="runs/mine"`, a folder for `results.h5`, which `d2ft-hpc report runs/mine`
         reads.
 
@@ -348,7 +348,7 @@ class PlannedLoop:
                 total_steps=self.section.total_steps,
                 curve=curve_of(self.section, self._costs),
             )
-            self._controller = PlanController(context, self, control, self._source, Told(control))
+            self._controller = PlanController(context, self, control, self._source, PlanPrinter(control))
             tell_if_too_short(self._controller)
         return self._controller
 

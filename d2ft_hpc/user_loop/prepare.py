@@ -16,7 +16,7 @@ from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import find_backbone
-from d2ft_hpc.planning.messages import DataParallel
+from d2ft_hpc.planning.communication_volume import DataParallel
 
 
 class Bound(Protocol):

@@ -25,11 +25,11 @@ from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.paths import why_not_writable
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.recording.entries import note, record_plan, record_scores
-from d2ft_hpc.recording.environment import describe_environment, describe_model
-from d2ft_hpc.recording.steps import StepRecord, StepRecorder, on_host
+from d2ft_hpc.recording.provenance import describe_environment, describe_model
+from d2ft_hpc.recording.step_recorder import StepRecord, StepRecorder, on_host
 from d2ft_hpc.results import ResultsWriter, open_run
-from d2ft_hpc.results.aside import discard, has_record, is_unbegun, set_aside
-from d2ft_hpc.results.layout import rank_file
+from d2ft_hpc.results.hdf5_layout import rank_file
+from d2ft_hpc.results.superseded import discard, has_record, is_unbegun, set_aside
 from d2ft_hpc.user_loop.batch_counter import BatchWork
 
 FILE = "results.h5"

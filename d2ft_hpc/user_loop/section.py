@@ -10,11 +10,13 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 
-from d2ft_hpc.config import PathText, PlanConfig, validated
+from d2ft_hpc.config_faults import validated
 from d2ft_hpc.engines.deepspeed_keys import deepspeed_sections
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.families.table import family_of
+from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.score_table import SCORES
+from d2ft_hpc.settings import PathText
 
 SECTION = "d2ft"
 
@@ -74,10 +76,10 @@ def parse_section(section: Any, where: str) -> D2ftSection:
         raise ConfigError(
             f"{where}replan.overlap=true: only d2ft-hpc train solves while it trains; remove it"
         )
-    if parsed.replan.every is not None and parsed.replan.unit == "epochs":
+    if parsed.replan.interval is not None and parsed.replan.interval.unit == "epoch":
         raise ConfigError(
-            f"{where}replan.unit='epochs': only the training loop knows its epochs; count steps "
-            f'("replan": {{"every": N, "unit": "steps"}})'
+            f"{where}replan.every={parsed.replan.every!r}: only d2ft-hpc train knows its epochs; count steps, such as "
+            f"'100 steps'"
         )
     return parsed
 

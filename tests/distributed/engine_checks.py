@@ -48,9 +48,9 @@ from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.metering import meter
-from d2ft_hpc.parallel.layout import Layout, Placement
+from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.planning import SkipPlan
-from d2ft_hpc.planning.messages import Replicas
+from d2ft_hpc.planning.communication_volume import Replicas
 from d2ft_hpc.scores import gradient_scores
 from tests.distributed.launching import Choice
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
@@ -299,8 +299,7 @@ def check_user_checkpoint(control: Control, stage: int, after: int) -> dict[str,
     planning = {
         "planner": "joint",
         "compute_budget": 0.6,
-        "probe_batches": 2,
-        "replan": {"every": 3, "unit": "steps"},
+        "replan": {"every": "3 steps"},
     }
     config = {**USER_CONFIG, "zero_optimization": {"stage": stage}, "d2ft": planning}
 
@@ -498,7 +497,7 @@ def check_overhead(control: Control, stage: int) -> dict[str, Any]:
     )
 
     placement = Placement(
-        Layout.of(control.world_size, control.rank), [range(DEPTH)], np.zeros((DEPTH, HEADS), int)
+        RankLayout.of(control.world_size, control.rank), [range(DEPTH)], np.zeros((DEPTH, HEADS), int)
     )
     make_optimizer = optimizer_maker("sgd", EPSILON["fp32"])
     bare = bare_engine(frozen_below(tiny_vit()), placement, config, make_optimizer, loss_function)
@@ -628,7 +627,7 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
         named[f"choose zero{stage}"] = partial(check_choose, stage=stage)
         named[f"user loop zero{stage}"] = partial(check_user_loop, stage=stage)
         named[f"user loop zero{stage} compiled"] = partial(check_user_loop, stage=stage, compiled=True)
-        for after, where in ((3, "plan"), (6, "probe")):
+        for after, where in ((3, "plan"), (5, "probe")):
             named[f"checkpoint zero{stage} {where}"] = partial(
                 check_user_checkpoint, stage=stage, after=after
             )

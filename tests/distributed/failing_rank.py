@@ -7,8 +7,8 @@ from typing import Any
 
 from d2ft_hpc.cli import main
 from d2ft_hpc.launch import detect
-from d2ft_hpc.recording.steps import StepRecord
-from d2ft_hpc.training.steps import StepRunner
+from d2ft_hpc.recording.step_recorder import StepRecord
+from d2ft_hpc.training.step_runner import StepRunner
 
 run = StepRunner.run
 

@@ -34,12 +34,12 @@ from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.execution.executor import EmbeddingPolicy, attach
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import meter
-from d2ft_hpc.parallel.layout import Layout, Placement
-from d2ft_hpc.parallel.messages import ReplicatedTokens
+from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.parallel.stages import cut_stages
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
+from d2ft_hpc.parallel.token_exchange import ReplicatedTokens
 from d2ft_hpc.planning import SkipPlan
-from d2ft_hpc.planning.messages import LAYOUTS, TokenLayout
+from d2ft_hpc.planning.communication_volume import LAYOUTS, TokenLayout
 from d2ft_hpc.scores import gradient_scores
 from tests.distributed import engine_checks
 from tests.distributed.engine_checks import (
@@ -110,7 +110,7 @@ def build(
     """more: of the precision's section of DeepSpeed's configuration."""
     model.set_grad_checkpointing(recompute)
     executor = attach(model, embeddings=embeddings)
-    layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
+    layout = RankLayout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
     placement = Placement(layout, cut_stages([0.1, *[1.0] * DEPTH, 0.1], stages), owner_of(tensor_ranks))
     config = deepspeed_config(
         {"zero_optimization": {"stage": zero}},
@@ -136,7 +136,7 @@ def trained(
 ) -> Any:
     """The whole model's parameters after some steps, gathered on every rank."""
     engine = build(control, model, optimizer_name, **options)
-    layout = Layout.of(
+    layout = RankLayout.of(
         control.world_size, control.rank, stages=options["stages"], tensor_ranks=options["tensor_ranks"]
     )
     for step in range(STEPS):
@@ -207,7 +207,7 @@ def check_missing_gradients(control: Control) -> dict[str, list[list[float]]]:
     # With the latter, DeepSpeed takes no gradient but from a backward.
     options: Any = {"precision": "bf16", "immediate_grad_update": True}
     engine = build(control, tiny_vit(), "sgd", stages=2, tensor_ranks=1, **options)
-    layout = Layout.of(control.world_size, control.rank, stages=2, tensor_ranks=1)
+    layout = RankLayout.of(control.world_size, control.rank, stages=2, tensor_ranks=1)
     one = tiny_vit()
     plain = PlainEngine(one, attach(one), *optimizer_maker("sgd", EPSILON["bf16"])(one), loss_function)
     found: dict[str, list[list[float]]] = {"ranks": [], "one process": []}
@@ -228,7 +228,9 @@ def check_scoring(control: Control, **options: Any) -> dict[str, float]:
     """Logits at half the resolution through a cut model, from timm's model with its weights; and training between such
     passes, from one process."""
     layouts = [
-        Layout.of(control.world_size, rank, stages=options["stages"], tensor_ranks=options["tensor_ranks"])
+        RankLayout.of(
+            control.world_size, rank, stages=options["stages"], tensor_ranks=options["tensor_ranks"]
+        )
         for rank in range(control.world_size)
     ]
     layout = layouts[control.rank]
@@ -260,7 +262,7 @@ def check_scoring(control: Control, **options: Any) -> dict[str, float]:
 def check_user_loop(control: Control, zero: int, **options: Any) -> dict[str, float]:
     """`d2ft_hpc.initialize` cuts the model for a loop of the user's own, measures, plans and trains, and saves."""
     stages, tensor_ranks = options["stages"], options["tensor_ranks"]
-    layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
+    layout = RankLayout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": SLOTS,
@@ -343,7 +345,7 @@ def check_sent(
     model = tiny_vit(qk_norm=True, init_values=0.5)
     options = {"stages": stages, "tensor_ranks": tensor_ranks, "token_layout": token_layout}
     engine = build(control, model, "sgd", **options)
-    layout = Layout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
+    layout = RankLayout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
     told = PlannedBytes(
         model,
         engine.executor.subnets,

@@ -13,7 +13,7 @@ import torch
 
 from d2ft_hpc.launch import connect, detect
 from d2ft_hpc.metering.phases import phase, timed_step
-from d2ft_hpc.recording.steps import StepRecord, StepRecorder
+from d2ft_hpc.recording.step_recorder import StepRecord, StepRecorder
 from d2ft_hpc.results import ResultsWriter
 
 STEPS = 30

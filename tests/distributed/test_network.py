@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from analysis.network.slow_links import why_not_permitted
-from d2ft_hpc.planning.messages import LAYOUTS
+from d2ft_hpc.planning.communication_volume import LAYOUTS
 from tests.distributed.launching import LIMIT_SECONDS, REPOSITORY, run
 
 SMALL = ["-m", "analysis.network.slow_links", "--rate", "1gbit", "--tp", "2", "--blocks", "2"]

@@ -46,7 +46,12 @@ def train(folder: Path, *overrides: str, ranks: int = 2, before: tuple[str, ...]
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs on two ranks, replanned every epoch, with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("runs")
-    options = ["train.epochs=2", "train.checkpoint_every=7 steps", "plan.replan.every=1", "data.workers=1"]
+    options = [
+        "train.epochs=2",
+        "train.checkpoint_every=7 steps",
+        "plan.replan.every=1 epoch",
+        "data.workers=1",
+    ]
     shown = train(folder, *options)
     assert "evaluation after 2 epochs" in shown
     assert f"results in {folder / 'demo' / 'results.h5'}" in shown
@@ -118,7 +123,7 @@ def test_another_number_of_ranks_continues_the_same_run_under_another_zero_stage
     shutil.copytree(finished_run, tmp_path / "demo")
     shutil.rmtree(tmp_path / "demo" / "checkpoints" / "step-00000021")
     zero = "engine.deepspeed.zero_optimization.stage=3"
-    train(tmp_path, "train.epochs=2", "plan.replan.every=1", "train.resume=true", zero, ranks=1)
+    train(tmp_path, "train.epochs=2", "plan.replan.every=1 epoch", "train.resume=true", zero, ranks=1)
     whole, resumed = (results.open_run(path).table("steps") for path in (finished_run, tmp_path / "demo"))
     np.testing.assert_array_equal(resumed["samples"], whole["samples"])
     np.testing.assert_allclose(resumed["loss"], whole["loss"], rtol=1e-4)
@@ -127,7 +132,7 @@ def test_another_number_of_ranks_continues_the_same_run_under_another_zero_stage
 def test_a_run_that_is_stopped_and_hung_ends_bitwise_as_the_uninterrupted_one(
     finished_run: Path, tmp_path: Path
 ) -> None:
-    options = ["train.epochs=2", "plan.replan.every=1", "train.resume=auto", "launch.silence_seconds=3"]
+    options = ["train.epochs=2", "plan.replan.every=1 epoch", "train.resume=auto", "launch.silence_seconds=3"]
     arguments = ["-m", "d2ft_hpc", "train", *QUICK, f"run.folder={tmp_path}", *options]
 
     stopped = start(arguments, ranks=2)
@@ -182,8 +187,7 @@ def test_a_failing_rank_leaves_the_traceback_of_every_rank(tmp_path: Path) -> No
 @pytest.mark.full
 def test_a_file_for_each_rank_survives_a_resumption(tmp_path: Path) -> None:
     options = [
-        "plan.replan.every=4",
-        "plan.replan.unit=steps",
+        "plan.replan.every=4 steps",
         "train.epochs=1",
         "results.file_per_rank=true",
     ]

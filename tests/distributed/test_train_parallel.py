@@ -22,8 +22,7 @@ QUICK = [
     "data.micro_batch_size=16",
     "data.slots=4",
     "plan.planner=makespan",
-    "plan.replan.every=4",
-    "plan.replan.unit=steps",
+    "plan.replan.every=4 steps",
     "train.epochs=1",
 ]
 PIPELINE = ["engine.pipeline_stages=2", "engine.activation_checkpointing=true"]

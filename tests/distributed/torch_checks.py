@@ -43,7 +43,7 @@ from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import meter
 from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.parallel.dtensor import split_heads
-from d2ft_hpc.parallel.layout import Layout, Placement
+from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.selection.build import selection_of
@@ -75,7 +75,7 @@ def model_for(engine: str, optimizer: str, lora: bool) -> VisionTransformer:
 
 
 def with_lora(model: VisionTransformer) -> VisionTransformer:
-    add_lora(model, rank=2, alpha=3, dropout=0.0, layers=("qkv", "proj", "fc1", "fc2"))
+    add_lora(model, rank=2, alpha=3, dropout=0.0)
     torch.manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -94,8 +94,8 @@ def plan_for(engine: str, kind: str, step: int, replicas: int) -> SkipPlan:
     return replace(plan, operations=np.concatenate([plan.operations, more], axis=2))
 
 
-def layout_of(control: Control, engine: str) -> Layout:
-    return Layout.of(control.world_size, control.rank, tensor_ranks=2 if "tp" in engine else 1)
+def layout_of(control: Control, engine: str) -> RankLayout:
+    return RankLayout.of(control.world_size, control.rank, tensor_ranks=2 if "tp" in engine else 1)
 
 
 def build(
@@ -321,7 +321,7 @@ def check_attached_loop(control: Control, how: str, sharing: str = "every") -> d
         optimizer.zero_grad()
         return loss.item()
 
-    planned = {"planner": "joint", "replan": {"every": 2, "unit": "steps"}}
+    planned = {"planner": "joint", "replan": {"every": "2 steps"}}
     model, d2ft, trainer = spread(0, **planned)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     plain = tiny_vit(qkv_bias=False)
@@ -375,7 +375,9 @@ def check_gathered_bytes(control: Control) -> dict[str, Any]:
     told = PlannedBytes(
         model,
         engine.executor.subnets,
-        Placement(Layout.of(control.world_size, control.rank), [range(DEPTH)], np.zeros((DEPTH, HEADS), int)),
+        Placement(
+            RankLayout.of(control.world_size, control.rank), [range(DEPTH)], np.zeros((DEPTH, HEADS), int)
+        ),
         slots=SLOTS,
         micro_batch_size=4,
         precision="fp32",

@@ -7,7 +7,7 @@ import torch
 
 from d2ft_hpc.metering.memory import reset_peak, used_bytes
 from d2ft_hpc.metering.phases import phase, timed_step
-from d2ft_hpc.recording.steps import on_host
+from d2ft_hpc.recording.step_recorder import on_host
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -34,8 +34,7 @@ LONG = [
     "data.micro_batch_size=8",
     "data.slots=2",
     "plan.planner=paper",
-    "plan.replan.every=9",
-    "plan.replan.unit=steps",
+    "plan.replan.every=9 steps",
     "train.checkpoint_every=3 steps",
 ]
 

@@ -46,11 +46,9 @@ OPTIONS = [
     "train.checkpoint_every=8 steps",
     "train.resume=auto",
     "plan.planner=paper",
-    "plan.replan.every=15",
-    "plan.replan.unit=steps",
+    "plan.replan.every=15 steps",
     "launch.silence_seconds=4",
     "launch.timeout_seconds=15",
-    "results.flush_seconds=0.5",
 ]
 
 

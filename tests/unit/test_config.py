@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 import timm
 
 import d2ft_hpc.demo.model  # noqa: F401
+from d2ft_hpc import key_reference
 from d2ft_hpc.cli import main
 from d2ft_hpc.config import RunConfig, load_config
+from d2ft_hpc.config_faults import REPLACED
 from d2ft_hpc.config_file import read_values
 from d2ft_hpc.engines.deepspeed import deepspeed_config
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.user_loop.section import split
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
@@ -30,7 +34,7 @@ def test_overrides_replace_the_files_values() -> None:
 
 
 def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
-    config = load_config(DEMO, ["plan.replan.every=3"])
+    config = load_config(DEMO, ["plan.replan.every=3 epochs"])
     (tmp_path / "effective.yaml").write_text(config.to_yaml())
     assert load_config(tmp_path / "effective.yaml") == config
 
@@ -62,18 +66,19 @@ def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
             ["plan.forward_score='fischer'", "'fisher', 'gradient_magnitude', 'taylor' or"],
         ),
         ("plan.coverage=1", ["plan.coverage: unknown key"]),
-        ("train.checkpoint_every=5", ["train.checkpoint_every='5'", "such as '10 minutes' or '50 steps'"]),
+        ("train.checkpoint_every=5", ["train.checkpoint_every=5", "such as '10 minutes' or '50 steps'"]),
         ("train.checkpoint_every=1.5 epochs", ["train.checkpoint_every='1.5 epochs'"]),
         ("train.checkpoint_every=0 steps", ["train.checkpoint_every='0 steps'"]),
         ("plan.options=3", ["plan.options=3", "section of options"]),
         ("run.name=a/b", ["run.name='a/b'"]),
-        ("data.evaluate_on=validation", ["there are no validation images", "data.validation_fraction"]),
-        ("data.timm={re_prob: 0.1}", ["data.timm: not read with data.augment=auto"]),
+        ("data.timm={re_prob: 0.1}", ["data.timm: re_prob: not read with data.augment=auto"]),
+        ("plan.replan.every=3", ["plan.replan.every=3: write so many epochs or steps", "'1 epoch'"]),
+        ("plan.replan.every=3 minutes", ["plan.replan.every='3 minutes': write so many epochs or steps"]),
         ("optimizer.few_full_exponent=0.5", ["optimizer.few_full_exponent: unknown key"]),
         ("engine.repeat_out_of_memory=true", ["engine.repeat_out_of_memory: unknown key"]),
         ("engine.precision=fp8", ["engine.precision='fp8'", "'bf16'"]),
         ("no_value", ["'no_value'", "key=value"]),
-        ("data.mixup_alpha=1e-300", ["data.mixup_alpha=1e-300", "at least 0.001"]),
+        ("data.timm.mixup_alpha=1e-300", ["data.timm.mixup_alpha=1e-300", "0, or from 0.001 to 1000"]),
         ("data.workers=100000", ["data.workers=100000", "1024"]),
         ("run.name=..", ["run.name='..'", "use letters, digits, _, - and . alone"]),
         ("run.name=.hidden", ["run.name='.hidden'"]),
@@ -215,6 +220,23 @@ def test_every_field_is_documented_or_says_it_all() -> None:
         "train.epochs", "train.evaluate_every_epochs",
         "plan.replan", "engine.precision",
     }  # fmt: skip
+
+
+def test_a_key_that_went_is_told_with_what_does_its_work(tmp_path: Path) -> None:
+    for key, fix in REPLACED.items():
+        with pytest.raises(ConfigError, match=rf"^{re.escape(f'{key}: no longer a key (value 1); {fix}')}$"):
+            load_config(DEMO, ["plan.planner=joint", "model.lora={}", f"{key}=1"])
+        for new in re.findall(r"\b(?:data|plan|run)\.[\w.]+\w", fix):
+            assert load_config(DEMO, [f"{new}=1 epoch"] if new.endswith("every") else [f"{new}=0"]), new
+    with pytest.raises(ConfigError, match=r"^d2ft\.replan\.unit: no longer a key .*replan\.every"):
+        split({"d2ft": {"replan": {"every": "2 steps", "unit": "steps"}}})
+
+
+def test_a_configuration_stays_within_70_keys() -> None:
+    """`plan.options` is one: what it holds belongs to the planners."""
+    keys = set(re.findall(r"^\| `(\w+\.[\w.]+)` \|", key_reference.document(), re.MULTILINE))
+    ours = {key for key in keys if key.split(".")[0] in RunConfig.model_fields and "plan.options." not in key}
+    assert 0 < len(ours - {"model.lora"}) <= 70  # a section
 
 
 def complete(settings: dict[str, Any], precision: str = "fp32") -> dict[str, Any]:

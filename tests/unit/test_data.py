@@ -48,7 +48,7 @@ class TestSampler:
             assert len(per_replica[-1]) == len(one) == one.batches_per_epoch * slots
         alone = sampler(num_samples, micro_batch_size=micro_batch_size, slots=rows, replicas=1)
         alone.set_epoch(epoch)
-        rows_of_all = list(alone)
+        gather_scores = list(alone)
         drawn = [i for rows_of_one in per_replica for row in rows_of_one for i in row]
         assert len(drawn) == len(set(drawn))
         rest = num_samples % (rows * micro_batch_size)
@@ -60,7 +60,7 @@ class TestSampler:
                 for slot in range(slots)
                 for replica in range(replicas)
             ]
-            assert rows_of_all[batch * rows : (batch + 1) * rows] == together
+            assert gather_scores[batch * rows : (batch + 1) * rows] == together
             lengths = {len(row) for row in together}
             if batch < num_samples // (rows * micro_batch_size):
                 assert lengths == {micro_batch_size}

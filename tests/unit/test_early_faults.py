@@ -87,7 +87,6 @@ def test_faults_of_settings_in_words(override: str, told: str) -> None:
             ("data.micro_batch_size=100000",),
             r"data\.micro_batch_size=100000: there are \d+ training images; use at",
         ),
-        (("plan.probe_batches=1000",), r"plan\.probe_batches=1000: an epoch has \d+ batches"),
         (("data.classes=[3]",), "all images are of one class"),
         (("model.lora={rank: 1000}",), r"model\.lora\.rank=1000: blocks\.0\.attn\.qkv is .* at most \d+"),
         (("data.train_fraction=0.001",), r"data\.train_fraction=0\.001: .* cannot keep every class"),
@@ -223,8 +222,8 @@ def test_a_faulty_environment_is_told_once_a_host() -> None:
 
 PARENT = """
 import sys
-from d2ft_hpc.launch.child import Children
-Children(["USR2"]).run([sys.executable, "-c", sys.argv[1], sys.argv[2]], ["USR2"])
+from d2ft_hpc.launch.command_runner import CommandRunner
+CommandRunner(["USR2"]).run([sys.executable, "-c", sys.argv[1], sys.argv[2]], ["USR2"])
 """
 CHILD = """
 import os, sys, time

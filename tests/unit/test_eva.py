@@ -20,10 +20,10 @@ from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
-from d2ft_hpc.parallel.part import ModelPart
+from d2ft_hpc.parallel.model_part import ModelPart
 from d2ft_hpc.planning.plan import SkipPlan
-from d2ft_hpc.scores.gradients import fisher_information
-from d2ft_hpc.scores.observe import GradientObserver
+from d2ft_hpc.scores.gradient_observer import GradientObserver
+from d2ft_hpc.scores.gradient_scores import fisher_information
 from tests.models import random_batch, tiny
 from tests.reference import FORWARD_ONLY, FULL, SHORTCUT
 from tests.subnet_checks import assert_heads_own_whole_parameters

@@ -19,7 +19,7 @@ from d2ft_hpc.files import atomic, hdf5
 from d2ft_hpc.files.untrusted import RefusedError, read_bytes, read_json
 from d2ft_hpc.lifecycle.costs import PlanCosts
 from d2ft_hpc.model.weights import find_weights
-from d2ft_hpc.parallel.layout import Layout, Placement
+from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 
 
 def test_an_interrupted_write_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_attributes_are_few_small_and_of_fixed_length() -> None:
 
 
 def test_a_placement_places_every_block_once(tmp_path: Path) -> None:
-    path, layout = tmp_path / "placement.json", Layout(2, 1, 2, 0)
+    path, layout = tmp_path / "placement.json", RankLayout(2, 1, 2, 0)
     whole = {"stages": [[0, 2], [2, 3]], "owner": [[0, 1], [0, 1], [1, 0]]}
     for harm in (
         {},

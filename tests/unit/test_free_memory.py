@@ -16,17 +16,17 @@ from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.execution.executor import attach
 from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.launch.watch import Watch
-from d2ft_hpc.lifecycle import solve_plan
-from d2ft_hpc.metering.kept import KeptBytes, measure_kept
+from d2ft_hpc.lifecycle import make_plan
+from d2ft_hpc.metering.activation_bytes import ActivationBytes, measure_activation_bytes
 from d2ft_hpc.metering.memory import free_bytes_of_host, kept_bytes
-from d2ft_hpc.parallel.layout import Layout, Placement
+from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, solve
 from d2ft_hpc.training import free_memory
 from d2ft_hpc.training.job import set_up
 from d2ft_hpc.training.measurements import measure_job
 from d2ft_hpc.training.model_placement import place
+from d2ft_hpc.training.plan_context import plan_context
 from d2ft_hpc.training.plan_costs import find_costs
-from d2ft_hpc.training.plans import plan_context
 from d2ft_hpc.training.probe_scores import measure_scores
 from tests.models import DEPTH, HEADS, tiny_vit
 
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 def placed(rank=0, *, ranks=1, stages=1, tensor_ranks=1):
-    layout = Layout.of(ranks, rank, stages=stages, tensor_ranks=tensor_ranks)
+    layout = RankLayout.of(ranks, rank, stages=stages, tensor_ranks=tensor_ranks)
     edges = np.linspace(0, DEPTH, stages + 1).astype(int)
     blocks = [range(*pair) for pair in itertools.pairwise(edges)]
     return Placement(layout, blocks, np.tile(np.arange(HEADS) * tensor_ranks // HEADS, (DEPTH, 1)))
@@ -52,7 +52,7 @@ def test_what_a_micro_batch_keeps_is_measured():
     model = tiny_vit()
     executor = attach(model)
     size = model.patch_embed.img_size
-    kept = measure_kept(model, executor, (SAMPLES, 3, *size), torch.float32)
+    kept = measure_activation_bytes(model, executor, (SAMPLES, 3, *size), torch.float32)
     dense = np.full((DEPTH, HEADS), Operation.FULL, np.uint8)
     assert kept.of(DEPTH * HEADS) == pytest.approx(really_kept(model, executor, dense))
     generator = np.random.default_rng(0)
@@ -67,7 +67,7 @@ def test_what_a_micro_batch_keeps_is_measured():
 @pytest.mark.parametrize("planner", ["joint", "makespan", "depth"])
 def test_a_rank_with_less_memory_is_planned_less_from_the_start(planner):
     scores = np.exp(np.random.default_rng(0).standard_normal((2, 4, DEPTH, HEADS)))
-    kept = KeptBytes(unowned=10.0, by_full=2.0)
+    kept = ActivationBytes(unowned=10.0, by_full=2.0)
     half = DEPTH * HEADS // 2
     limits = [free_memory.most_full(free, kept, placed(), slots=2) for free in (1e9, 10.0 + 2.0 * half + 1.0)]
     assert limits == [DEPTH * HEADS, half]
@@ -89,7 +89,7 @@ def test_a_rank_with_less_memory_is_planned_less_from_the_start(planner):
 
 
 def test_limits_of_parts():
-    kept = KeptBytes(unowned=DEPTH * 4.0, by_full=2.0)
+    kept = ActivationBytes(unowned=DEPTH * 4.0, by_full=2.0)
     whole = free_memory.most_full(1e9, kept, placed(), slots=4)
     assert whole == DEPTH * HEADS
     assert free_memory.most_full(-5.0, kept, placed(), slots=4) == 0
@@ -152,7 +152,7 @@ def test_a_job_short_of_memory_plans_less_and_keeps_to_it_when_resumed(tmp_path,
     assert f"at most: {subnets // 2} on rank 0" in free_memory.describe_memory(costs, kept, subnets)
     scores = measure_scores(job, job.model, job.loss, watch)
     contexts = [plan_context(job, placement, each) for each in (measured.plan_costs, costs)]
-    plans = [solve_plan(context, scores, 0) for context in contexts]
+    plans = [make_plan(context, scores, 0) for context in contexts]
     unlimited, limited = ((plan.operations == Operation.FULL).sum(axis=(1, 2)).max() for plan in plans)
     assert limited <= subnets // 2 < unlimited
 

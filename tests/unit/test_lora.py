@@ -18,7 +18,7 @@ from d2ft_hpc.model.lora import add_lora, save_adapter, timm_state
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.scores import fisher_information, weight_magnitude
-from d2ft_hpc.scores.observe import GradientObserver
+from d2ft_hpc.scores.gradient_observer import GradientObserver
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 from tests.reference import reference_forward
 

@@ -12,9 +12,9 @@ from torch import nn
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import attach
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning import PlanProblem, SkipPlan, in_order, solve
-from d2ft_hpc.planning.messages import (
+from d2ft_hpc.planning.communication_volume import (
     LAYOUTS,
     Replicas,
     active_ranks,

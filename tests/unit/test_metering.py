@@ -12,15 +12,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import attach
-from d2ft_hpc.lifecycle import solve_plan
+from d2ft_hpc.lifecycle import make_plan
 from d2ft_hpc.lifecycle.costs import relative_speeds
 from d2ft_hpc.metering import measure_costs, meter
+from d2ft_hpc.metering.activation_bytes import measure_activation_bytes
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds, measure_all_reduce
-from d2ft_hpc.metering.kept import measure_kept
 from d2ft_hpc.metering.profile import profile_passes
+from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning.plan import SkipPlan
 from d2ft_hpc.scores import Scores
 from tests.models import DEPTH, HEADS, context_of, random_batch, tiny_vit
@@ -90,7 +90,7 @@ def test_a_plan_of_a_partly_frozen_model_keeps_its_budget_of_that_model(kind: st
     scores = np.random.default_rng(0).uniform(0.1, 1, (slots, DEPTH, HEADS)).astype(np.float32)
     scores[:, of_frozen] = 0  # as where no gradient comes
     context = context_of(PlanConfig(planner="joint", compute_budget=0.6), costs, slots=slots)
-    plan = solve_plan(context, Scores(scores, scores, seconds=0.0), 0)
+    plan = make_plan(context, Scores(scores, scores, seconds=0.0), 0)
     assert (plan.operations[:, of_frozen] == 2).all()
 
     def executed(of: SkipPlan) -> int:
@@ -114,7 +114,7 @@ def test_a_model_with_frozen_blocks_alone_has_nothing_to_plan() -> None:
     costs = measure_costs(model, attach(model), (3, 16, 16))
     assert costs.always_share == 1
     with pytest.raises(PlanError, match=r"every block is frozen.*plan\.planner=dense"):
-        solve_plan(context_of(PlanConfig(planner="joint", compute_budget=0.6), costs, slots=2), None, 0)
+        make_plan(context_of(PlanConfig(planner="joint", compute_budget=0.6), costs, slots=2), None, 0)
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -147,7 +147,7 @@ def test_what_is_measured_does_not_stay_in_memory() -> None:
     references = attention_outputs(model)
     passes = {
         "metered": lambda: F.cross_entropy(model(images), labels),
-        "kept": lambda: measure_kept(model, executor, (2, 3, 16, 16), torch.float32),
+        "kept": lambda: measure_activation_bytes(model, executor, (2, 3, 16, 16), torch.float32),
         "profiled": lambda: profile_passes(model, executor, (2, 3, 16, 16), torch.float32),
     }
     for name, run in passes.items():

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from d2ft_hpc.engines.check import check_plan
 from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.execution.executor import attach
-from d2ft_hpc.execution.images import scaled
+from d2ft_hpc.execution.resize import scaled
 from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.model.subnets import SubnetMap
-from d2ft_hpc.parallel.gather import part_of
+from d2ft_hpc.parallel.full_tensors import part_of
 from d2ft_hpc.parallel.head_split import check_owner, cut_block, even_owner, heads_of, join_block
-from d2ft_hpc.parallel.layout import Layout, Placement
-from d2ft_hpc.parallel.part import ModelPart
+from d2ft_hpc.parallel.model_part import ModelPart
+from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops, stage_shares
 from d2ft_hpc.planning import SkipPlan
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
@@ -29,7 +29,7 @@ from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
 def test_every_rank_has_a_place_of_its_own(stages: int, replicas: int, tensor_ranks: int) -> None:
     world = stages * replicas * tensor_ranks
-    layouts = [Layout.of(world, rank, stages=stages, tensor_ranks=tensor_ranks) for rank in range(world)]
+    layouts = [RankLayout.of(world, rank, stages=stages, tensor_ranks=tensor_ranks) for rank in range(world)]
     places = {(layout.stage, layout.replica, layout.tensor_rank) for layout in layouts}
     assert len(places) == world
     for layout in layouts:
@@ -40,7 +40,7 @@ def test_every_rank_has_a_place_of_its_own(stages: int, replicas: int, tensor_ra
 
 def test_ranks_that_cannot_be_divided_are_refused() -> None:
     with pytest.raises(ConfigError, match="6 ranks cannot be divided into replicas of 4"):
-        Layout.of(6, 0, stages=2, tensor_ranks=2)
+        RankLayout.of(6, 0, stages=2, tensor_ranks=2)
 
 
 @pytest.mark.parametrize("options", [{}, {"qkv_bias": False}, {"qk_norm": True, "init_values": 0.1}])
@@ -71,7 +71,7 @@ def test_a_ranks_part_of_whole_tensors_is_what_it_holds() -> None:
     names = {name for name in state if name.startswith("blocks.")}
     parts = []
     for rank in range(2):
-        placement = Placement(Layout.of(2, rank, tensor_ranks=2), [range(DEPTH)], owner)
+        placement = Placement(RankLayout.of(2, rank, tensor_ranks=2), [range(DEPTH)], owner)
         own, cut = part_of(state, names, subnets, placement), tiny_vit(qk_norm=True)
         for index, block in enumerate(cut.blocks):
             cut_block(block, subnets, heads_of(owner, index, rank))
@@ -172,7 +172,7 @@ def test_stages_are_cut_by_measured_cost() -> None:
 
 
 def test_a_placement_survives_its_file(tmp_path: Path) -> None:
-    layout = Layout.of(4, 3, stages=2, tensor_ranks=2)
+    layout = RankLayout.of(4, 3, stages=2, tensor_ranks=2)
     placement = Placement(layout, [range(1), range(1, 4)], even_owner(4, 3, 2))
     placement.write(tmp_path / "placement.json")
     loaded = Placement.read(tmp_path / "placement.json", layout)

@@ -1,6 +1,9 @@
 """`d2ft-hpc plan` and the bench of planners: what they read, print and write."""
 
+import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,23 +11,24 @@ import pytest
 from analysis.planner.bench import COMPARED, benchmark, report, synthetic_problem
 from d2ft_hpc.cli import main
 from d2ft_hpc.errors import PlanError, ResultsError
+from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.plan_report import (
     SavedScores,
     describe,
     describe_alone,
     describe_difference,
     load_checked,
-    pose,
+    problem_of,
     read_scores,
     save_heat_map,
 )
-from d2ft_hpc.planning import solve
+from d2ft_hpc.planning import in_order, pose, solve
 from d2ft_hpc.planning.table import PLANNERS as ALL_PLANNERS
 
 
 def saved_scores():
     forward, backward = np.random.default_rng(0).lognormal(0, 1, (2, 4, 6, 4))
-    return SavedScores(forward, backward, replicas=1, forward_cost=0.35, always_share=0.1)
+    return SavedScores(forward, backward, replicas=1, forward_share=0.35, always_share=0.1)
 
 
 def test_the_bench_ends_with_one_line_of_json_for_every_planner():
@@ -57,7 +61,7 @@ def test_synthetic_scores_differ_by_seed_alone():
 
 
 def test_a_plan_is_described_device_by_device_with_its_time(tmp_path):
-    problem = pose(saved_scores(), ranks=2, stages=2, placed=True, compute_budget=0.6)
+    problem = problem_of(saved_scores(), ranks=2, stages=2, placed=True, compute_budget=0.6)
     plan = solve(problem, "makespan")
     text = describe(plan, problem)
     assert text.count("stage 1, rank 1") == 1
@@ -77,7 +81,7 @@ def test_a_plan_is_described_device_by_device_with_its_time(tmp_path):
     assert "images" not in describe_alone(plan)
     assert "entries change: " in describe_difference(solve(problem, "paper"), plan)
     with pytest.raises(PlanError, match="exceeds the compute budget"):
-        load_checked(tmp_path / "plan.h5", pose(saved_scores(), ranks=2, compute_budget=0.4))
+        load_checked(tmp_path / "plan.h5", problem_of(saved_scores(), ranks=2, compute_budget=0.4))
     save_heat_map(plan, tmp_path / "heat.png")
     assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(PlanError, match="picture cannot be written"):
@@ -91,7 +95,28 @@ def test_layouts_that_do_not_divide_are_refused():
         ({"ranks": 2, "speeds": [1.0]}, "2 ranks but 1 speeds"),
     ):
         with pytest.raises(PlanError, match=message):
-            pose(saved_scores(), compute_budget=0.6, **options)
+            problem_of(saved_scores(), compute_budget=0.6, **options)
+
+
+def test_saved_scores_and_a_runs_placement_pose_the_same_problem():
+    scores, layout = saved_scores(), RankLayout.of(4, 0, stages=2, tensor_ranks=2)
+    placement = Placement(layout, [range(3), range(3, 6)], in_order(6, 4, 2))
+    budgets = {"compute_budget": 0.6, "communication_budget": 0.7, "memory_budget": 0.5}
+    of_run = pose([scores.forward, scores.backward], scores, placement, **budgets)
+    saved = problem_of(scores, ranks=2, stages=2, **budgets)
+    for field in dataclasses.fields(of_run):
+        np.testing.assert_array_equal(getattr(saved, field.name), getattr(of_run, field.name), field.name)
+
+
+def test_planning_from_saved_scores_needs_no_torch():
+    code = (
+        "import sys, numpy as np; from d2ft_hpc.plan_report import SavedScores, describe, problem_of, solve;"
+        "scores = SavedScores(*np.ones((2, 2, 2, 2)), replicas=1, forward_share=0.35, always_share=0.1);"
+        "problem = problem_of(scores, ranks=2, placed=True, compute_budget=0.6);"
+        "describe(solve(problem, 'makespan'), problem); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_scores_are_read_from_a_results_file(tmp_path):
@@ -107,7 +132,7 @@ def test_scores_are_read_from_a_results_file(tmp_path):
     for index, factor in ((0, 1), (1, 2), (-1, 2)):
         read = read_scores(tmp_path, index)
         np.testing.assert_allclose(read.forward, scores.forward * factor, rtol=1e-6)
-    assert (read.replicas, read.forward_cost) == (2, 0.35)
+    assert (read.replicas, read.forward_share) == (2, 0.35)
     assert read.always_share == pytest.approx(24 / 264)
     with pytest.raises(ResultsError, match="holds scores 0 to 1, asked for 2"):
         read_scores(tmp_path, 2)
@@ -126,7 +151,7 @@ def test_scores_of_a_model_that_is_frozen_in_part_are_refused_whatever_its_file_
 
 
 def test_saved_plans_are_looked_at_and_compared_without_scores(tmp_path, capfd):
-    problem = pose(saved_scores(), ranks=2, compute_budget=0.6)
+    problem = problem_of(saved_scores(), ranks=2, compute_budget=0.6)
     makespan, paper = solve(problem, "makespan"), solve(problem, "paper")
     makespan.write(tmp_path / "makespan.h5")
     paper.write(tmp_path / "paper.h5")
@@ -141,7 +166,7 @@ def test_saved_plans_are_looked_at_and_compared_without_scores(tmp_path, capfd):
 
 
 def test_a_device_that_waits_for_nobody_is_not_said_to_wait_a_negative_time():
-    problem = pose(saved_scores(), compute_budget=0.6)
+    problem = problem_of(saved_scores(), compute_budget=0.6)
     for planner in ("joint", "paper", "static"):
         assert "-0.0%" not in describe(solve(problem, planner), problem)
 
@@ -166,6 +191,6 @@ def test_an_option_that_a_planner_needs_is_named():
 
 
 def test_an_option_that_a_planner_does_not_have_is_refused():
-    problem = pose(saved_scores(), compute_budget=0.6)
+    problem = problem_of(saved_scores(), compute_budget=0.6)
     with pytest.raises(PlanError, match="Planner paper has no option most_shortcut; it knows full_share"):
         solve(problem, "paper", most_shortcut=0.5)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import d2ft_hpc
-from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
 from d2ft_hpc.execution.executor import attach
-from d2ft_hpc.lifecycle import solve_plan
+from d2ft_hpc.lifecycle import make_plan
 from d2ft_hpc.metering import measure_costs
+from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.scores import Scores, fisher_information, weight_magnitude
 from tests.models import CLASSES, DEPTH, HEADS, context_of, random_batch, tiny_vit
@@ -69,7 +69,7 @@ def test_the_first_batch_gives_the_scores_of_the_plan_that_the_next_ones_follow(
     magnitude = weight_magnitude(loop.model, loop.d2ft.executor.subnets).numpy()
     scores = Scores(fisher, np.broadcast_to(magnitude, fisher.shape), 0.0)
     context = context_of(PlanConfig(planner="joint", compute_budget=0.6), costs, slots=SLOTS)
-    assert loop.d2ft.plan == solve_plan(context, scores, 0)
+    assert loop.d2ft.plan == make_plan(context, scores, 0)
     assert loop.d2ft.measured_share is None
     loop.step(1)
     assert loop.d2ft.promised_share == pytest.approx(0.6, abs=0.02)
@@ -80,8 +80,8 @@ def test_the_first_batch_gives_the_scores_of_the_plan_that_the_next_ones_follow(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"planner": "joint", "replan": {"every": 2, "unit": "steps"}},
-        {"planner": "random", "seed": 3, "replan": {"every": 2, "unit": "steps"}},
+        {"planner": "joint", "replan": {"every": "2 steps"}},
+        {"planner": "random", "seed": 3, "replan": {"every": "2 steps"}},
         {"planner": "samples", "compute_budget": 0.7},
     ],
 )

@@ -7,7 +7,7 @@ import inspect
 import numpy as np
 import pytest
 
-from d2ft_hpc.config import PlanConfig
+from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning import PLANNERS, PlanProblem, solve
 
 OF_SLOTS = [name for name, entry in PLANNERS.items() if entry.binding == "slot" and entry.keeps_budgets]

@@ -18,10 +18,10 @@ from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.metering import StepCosts, phases
 from d2ft_hpc.metering.profile import PassProfile, profile_passes
-from d2ft_hpc.recording.steps import StepRecord, StepRecorder
+from d2ft_hpc.recording.step_recorder import StepRecord, StepRecorder
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.progress import Progress
-from d2ft_hpc.training.steps import _bytes_by_kind
+from d2ft_hpc.training.step_runner import _bytes_by_kind
 from d2ft_hpc.training.tensorboard import TensorBoard
 from tests.models import DEPTH, HEADS, tiny_vit
 

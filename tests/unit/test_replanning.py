@@ -7,21 +7,22 @@ import threading
 import numpy as np
 import pytest
 
-from d2ft_hpc.config import EngineConfig, PlanConfig, ReplanConfig
+from d2ft_hpc.config import EngineConfig
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.lifecycle.background import BackgroundSolver
+from d2ft_hpc.plan_config import PlanConfig, ReplanConfig
 from d2ft_hpc.planning import SkipPlan
-from d2ft_hpc.training.plans import is_due, meets_every_block
+from d2ft_hpc.training.plan_context import is_due, meets_every_block
 
 
 @pytest.mark.parametrize(
     ("replan", "due"),
     [
         (ReplanConfig(), [0]),
-        (ReplanConfig(every=1), [0, 3, 6, 9]),
-        (ReplanConfig(every=2), [0, 6]),
-        (ReplanConfig(every=4, unit="steps"), [0, 4, 8]),
+        (ReplanConfig(every="1 epoch"), [0, 3, 6, 9]),
+        (ReplanConfig(every="2 epochs"), [0, 6]),
+        (ReplanConfig(every="4 steps"), [0, 4, 8]),
     ],
 )
 def test_plans_are_due_at_the_start_and_every_k_epochs_or_steps(replan: ReplanConfig, due: list[int]) -> None:

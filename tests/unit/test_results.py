@@ -18,7 +18,7 @@ from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.files import hdf5
 from d2ft_hpc.files.untrusted import RefusedError
 from d2ft_hpc.results import ResultsWriter, columns, open_run, schema
-from d2ft_hpc.results.layout import rank_file
+from d2ft_hpc.results.hdf5_layout import rank_file
 from d2ft_hpc.results.schema import TABLES
 
 RANKS = 2

@@ -17,7 +17,7 @@ from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
-from d2ft_hpc.results.aside import set_aside
+from d2ft_hpc.results.superseded import set_aside
 from d2ft_hpc.training import plan_costs
 from d2ft_hpc.training.checkpoint import complete_checkpoints, verify
 from d2ft_hpc.training.finite import require_finite
@@ -25,8 +25,8 @@ from d2ft_hpc.training.foresight import trial_plan
 from d2ft_hpc.training.job import set_up
 from d2ft_hpc.training.loop import train
 from d2ft_hpc.training.model_placement import place_in_order
+from d2ft_hpc.training.plan_context import plan_context
 from d2ft_hpc.training.plan_costs import costs_unmeasured
-from d2ft_hpc.training.plans import plan_context
 from d2ft_hpc.training.resume import choose_start
 
 EVERY_EPOCH = "train.checkpoint_every=1 epochs"
@@ -53,7 +53,7 @@ def run(folder: Path, *overrides: str) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder around a run of two epochs, with two plans and a checkpoint after each epoch."""
     folder = tmp_path_factory.mktemp("runs")
-    run(folder, "train.epochs=2", "plan.replan.every=1", EVERY_EPOCH)
+    run(folder, "train.epochs=2", "plan.replan.every=1 epoch", EVERY_EPOCH)
     return folder
 
 
@@ -87,7 +87,7 @@ def test_weights_that_are_not_finite_are_named() -> None:
 
 def test_a_resumed_run_has_the_learning_rates_of_its_new_length(finished: Path, tmp_path: Path) -> None:
     copy_of(finished, tmp_path, unfinished=True)
-    folder = run(tmp_path, "train.epochs=4", "plan.replan.every=1", "train.resume=auto")
+    folder = run(tmp_path, "train.epochs=4", "plan.replan.every=1 epoch", "train.resume=auto")
     config = config_in(tmp_path, "train.epochs=4")
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=config.optimizer.learning_rate)
@@ -123,7 +123,7 @@ def test_a_finished_run_and_another_number_of_epochs(
     finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = copy_of(finished, tmp_path)
-    same = ("plan.replan.every=1", EVERY_EPOCH)
+    same = ("plan.replan.every=1 epoch", EVERY_EPOCH)
     auto = (*same, "train.resume=auto")
     assert choose_start(config_in(tmp_path, *auto, "train.epochs=2"), SoloControl()).finished
     with pytest.raises(ConfigError, match=r"train\.epochs=1: the run in .* is finished after 2; set it back"):
@@ -143,7 +143,7 @@ def test_more_steps_than_the_run_is_to_have_are_told(finished: Path, tmp_path: P
     folder = copy_of(finished, tmp_path / "fewer")
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"train\.epochs=1 makes 6 steps, but the run in .* has done 12"):
-        run(tmp_path / "fewer", "plan.replan.every=1", "train.resume=auto")
+        run(tmp_path / "fewer", "plan.replan.every=1 epoch", "train.resume=auto")
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_a_run_goes_on_without_its_record(
         shutil.rmtree(folder / "results.segments")
     if damage == "bytes":
         path.write_bytes(path.read_bytes()[:1000])
-    run(tmp_path, "train.epochs=2", "plan.replan.every=1", "train.resume=auto")
+    run(tmp_path, "train.epochs=2", "plan.replan.every=1 epoch", "train.resume=auto")
     assert "the record of the first 6 steps is gone" in capfd.readouterr().err
     assert (folder / "results.lost-1").exists() == (damage != "both")
     whole = results.open(finished / "demo")

@@ -14,7 +14,7 @@ from d2ft_hpc.metering.memory import kept_bytes
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.planning.plan import SkipPlan
 from d2ft_hpc.scores import fisher_information, gradient_scores, weight_magnitude
-from d2ft_hpc.scores import gradients as gradients_module
+from d2ft_hpc.scores import gradient_scores as gradients_module
 from tests.memory_limit import activation_limit
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 

@@ -13,7 +13,7 @@ import pytest
 
 from d2ft_hpc.cli import main
 from d2ft_hpc.errors import UNFINISHED
-from d2ft_hpc.launch.child import Children
+from d2ft_hpc.launch.command_runner import CommandRunner
 
 ON_SIGNAL = """
 import os, signal, sys, time
@@ -25,9 +25,9 @@ time.sleep(60)
 
 
 @pytest.fixture
-def children() -> Iterator[Children]:
+def children() -> Iterator[CommandRunner]:
     before = signal.getsignal(signal.SIGUSR2)
-    yield Children(["USR2"])
+    yield CommandRunner(["USR2"])
     signal.signal(signal.SIGUSR2, before)
 
 
@@ -42,14 +42,14 @@ def signal_when(path: Path) -> threading.Thread:
     return thread
 
 
-def test_a_signal_is_passed_on_and_its_status_comes_back(children: Children, tmp_path: Path) -> None:
+def test_a_signal_is_passed_on_and_its_status_comes_back(children: CommandRunner, tmp_path: Path) -> None:
     sender = signal_when(tmp_path / "listens")
     assert children.run([sys.executable, "-c", ON_SIGNAL, str(tmp_path / "listens")], ["USR2"]) == UNFINISHED
     sender.join()
     assert children.stopped
 
 
-def test_a_command_that_does_not_listen_yet_is_unfinished(children: Children, tmp_path: Path) -> None:
+def test_a_command_that_does_not_listen_yet_is_unfinished(children: CommandRunner, tmp_path: Path) -> None:
     sender = signal_when(tmp_path / "begun")
     command = [sys.executable, "-c", f"open({str(tmp_path / 'begun')!r}, 'w'); import time; time.sleep(60)"]
     assert children.run(command, []) == UNFINISHED

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, check, simulate, solve, spread, waste
-from d2ft_hpc.planning.choose import choose
+from d2ft_hpc.planning.multiple_choice import choose
 from d2ft_hpc.planning.placement import in_order
 from d2ft_hpc.planning.prices import Limit
 from d2ft_hpc.planning.simulate import pipeline_time

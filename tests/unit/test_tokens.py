@@ -13,12 +13,12 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.errors import PlanError, UnsupportedModelError
 from d2ft_hpc.execution.executor import attach
-from d2ft_hpc.execution.images import scaled
+from d2ft_hpc.execution.resize import scaled
 from d2ft_hpc.metering import measure_costs, meter
-from d2ft_hpc.metering.costs import token_curve_of
+from d2ft_hpc.metering.flops import token_curve_of
+from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning import Operation, SkipPlan
 from d2ft_hpc.planning.token_curve import token_curve
 from d2ft_hpc.planning.tokens import grids_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from d2ft_hpc.engines.kinds.kind import EngineKind, Request
-from d2ft_hpc.planning.messages import DataParallel
+from d2ft_hpc.planning.communication_volume import DataParallel
 
 if TYPE_CHECKING:
     from d2ft_hpc.config import EngineConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from d2ft_hpc.planning.messages import DataParallel
+from d2ft_hpc.planning.communication_volume import DataParallel
 
 if TYPE_CHECKING:  # a configuration is checked by these classes
     from collections.abc import Callable
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # a configuration is checked by these classes
     from d2ft_hpc.engines.engine import Engine, LossFunction
     from d2ft_hpc.execution.executor import PlanExecutor
     from d2ft_hpc.launch import Control
-    from d2ft_hpc.parallel.layout import Placement
+    from d2ft_hpc.parallel.rank_layout import Placement
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from d2ft_hpc.execution.copies import copied_state
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.model.subnets import ParameterClass
 from d2ft_hpc.parallel.head_split import check_parts
-from d2ft_hpc.parallel.messages import TokenMessages
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
+from d2ft_hpc.parallel.token_exchange import TokenMessages
 
 
 class ModelPart(nn.Module):

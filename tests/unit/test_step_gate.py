@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from d2ft_hpc.launch.boundary import BoundaryGate
+from d2ft_hpc.launch.step_gate import StepGate
 
 RANKS, STEPS = 4, 60
 
@@ -16,7 +16,7 @@ RANKS, STEPS = 4, 60
 @pytest.mark.parametrize("seed", range(20))
 def test_ranks_in_lock_step_stop_at_the_same_boundary(seed: int) -> None:
     choice = random.Random(seed)
-    gates = [BoundaryGate() for _ in range(RANKS)]
+    gates = [StepGate() for _ in range(RANKS)]
     all_reduce = threading.Barrier(RANKS, timeout=10)
     pauses = [[choice.random() * 1e-3 for _ in range(STEPS)] for _ in range(RANKS)]
     stopped: dict[int, int] = {}
@@ -55,6 +55,6 @@ def test_ranks_in_lock_step_stop_at_the_same_boundary(seed: int) -> None:
 
 
 def test_what_was_asked_before_the_first_step_is_due_at_it() -> None:
-    gate = BoundaryGate()
+    gate = StepGate()
     gate.release("stop", gate.hold())
     assert gate.cross(17) == "stop"

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from d2ft_hpc.errors import ResultsError
-from d2ft_hpc.results.layout import segments_folder
+from d2ft_hpc.results.hdf5_layout import segments_folder
 from d2ft_hpc.results.reader import open_run
 from d2ft_hpc.results.segments import cannot_write
 from d2ft_hpc.results.writer import Locking, lock

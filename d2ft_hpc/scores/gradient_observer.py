@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from d2ft_hpc.model.subnets import SubnetMap
-from d2ft_hpc.scores.gradients import gradients_of_heads, hooks_for_calls
+from d2ft_hpc.scores.gradient_scores import gradients_of_heads, hooks_for_calls
 
 
 class GradientObserver:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from d2ft_hpc.config import EngineConfig, PlanConfig
+from d2ft_hpc.config import EngineConfig
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.lifecycle import PlanContext, PlanCosts
-from d2ft_hpc.metering.costs import token_curve_of
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.metering.flops import token_curve_of
+from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.parallel.tensor import layouts_of
+from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning.token_curve import TokenCurve
 from d2ft_hpc.training.job import Job
 
 
 def is_due(config: PlanConfig, *, epoch: int, step_of_epoch: int, steps_done: int) -> bool:
     """Whether a plan is to be made before this step; steps and epochs count from 0."""
-    every = config.replan.every
-    if every is None:
+    interval = config.replan.interval
+    if interval is None:
         return steps_done == 0
-    if config.replan.unit == "epochs":
-        return step_of_epoch == 0 and epoch % every == 0
-    return steps_done % every == 0
+    if interval.unit == "epoch":
+        return step_of_epoch == 0 and epoch % interval.number == 0
+    return steps_done % interval.number == 0
 
 
 def plan_context(job: Job, placement: Placement, costs: PlanCosts) -> PlanContext:

@@ -8,10 +8,10 @@ import numpy as np
 from torch import Tensor
 
 from d2ft_hpc.launch import Control
-from d2ft_hpc.parallel.layout import Layout
+from d2ft_hpc.parallel.rank_layout import RankLayout
 
 
-def rows_of_all(control: Control, layout: Layout, own: Tensor, *, speaks: bool = True) -> np.ndarray:
+def gather_scores(control: Control, layout: RankLayout, own: Tensor, *, speaks: bool = True) -> np.ndarray:
     """float32 [row, block, head] of all replicas, whose ranks' scores add up; on all ranks together.
 
     own: this rank's scores [slot, block, head], zero where other ranks hold the subnets. speaks: whether they count.

@@ -16,7 +16,7 @@ from d2ft_hpc.planning.problem import Ints
 
 
 @dataclass(frozen=True)
-class Layout:
+class RankLayout:
     """rank = (stage * replicas + replica) * tensor_ranks + tensor_rank, the order of DeepSpeed's 3D topology.
 
     stages, replicas, tensor_ranks: how many there are of each. rank: this process's.
@@ -28,7 +28,7 @@ class Layout:
     rank: int
 
     @staticmethod
-    def of(world_size: int, rank: int, *, stages: int = 1, tensor_ranks: int = 1) -> Layout:
+    def of(world_size: int, rank: int, *, stages: int = 1, tensor_ranks: int = 1) -> RankLayout:
         """What is left of the ranks are replicas. Raises ConfigError where the ranks cannot be divided so."""
         parts = stages * tensor_ranks
         if world_size % parts:
@@ -36,7 +36,7 @@ class Layout:
                 f"engine.pipeline_stages={stages} x engine.tensor_parallel={tensor_ranks}: {world_size} ranks cannot "
                 f"be divided into replicas of {parts}; start a multiple of {parts} ranks"
             )
-        return Layout(stages, world_size // parts, tensor_ranks, rank)
+        return RankLayout(stages, world_size // parts, tensor_ranks, rank)
 
     @property
     def stage(self) -> int:
@@ -72,15 +72,19 @@ class Placement:
     heads.
     """
 
-    layout: Layout
+    layout: RankLayout
     stages: list[range]
     owner: Ints
 
     @staticmethod
     def whole(world_size: int, rank: int, blocks: int, heads: int) -> Placement:
         """Each rank is a replica that holds all subnets."""
-        layout = Layout.of(world_size, rank)
+        layout = RankLayout.of(world_size, rank)
         return Placement(layout, [range(blocks)], np.zeros((blocks, heads), dtype=np.int64))
+
+    @property
+    def replicas(self) -> int:
+        return self.layout.replicas
 
     @property
     def stage(self) -> Ints:
@@ -108,7 +112,7 @@ class Placement:
         atomic.write(path, json.dumps({"stages": edges, "owner": self.owner.tolist()}))
 
     @staticmethod
-    def read(path: Path, layout: Layout) -> Placement:
+    def read(path: Path, layout: RankLayout) -> Placement:
         """What `write` wrote, for one process of `layout`. Raises CheckpointError if it places no model."""
         try:
             saved = read_json(path)

@@ -11,7 +11,7 @@ _FIRST_TO_LAST: tuple[Action, ...] = ("give up", "stop", "save")
 """Of several that are due at once, the first is done: it makes the others needless, or does them as well."""
 
 
-class BoundaryGate:
+class StepGate:
     """Lets all ranks act before the same step, though each passes its own gate without waiting for the others.
 
     Each rank's gate is held and answers how many steps it has let begin. What all then do, they do before the step of

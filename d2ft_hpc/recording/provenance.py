@@ -15,7 +15,7 @@ from torch import nn
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.model.subnets import SubnetMap
-from d2ft_hpc.parallel.layout import Layout
+from d2ft_hpc.parallel.rank_layout import RankLayout
 from d2ft_hpc.results.schema import Scalar
 
 _PACKAGES = (
@@ -33,7 +33,7 @@ _PACKAGES = (
 
 
 def describe_environment(
-    control: Control, layout: Layout, launcher: str, device: torch.device
+    control: Control, layout: RankLayout, launcher: str, device: torch.device
 ) -> dict[str, str | int]:
     """Attributes for the results file."""
     described: dict[str, str | int] = {

@@ -118,7 +118,7 @@ def _gradients_of_part(
     scale = _FP16_SCALE if dtype == torch.float16 else 1.0
     autocast = torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None)
     product_dtype = torch.bfloat16 if torch.bfloat16 in (dtype, autocast_dtype) else torch.float32
-    with probe(model, training=False), _recorded(model, subnets) as records:
+    with probe(model, training=False), _recording(model, subnets) as records:
         with autocast:
             loss = loss_function(model(images.to(dtype)), labels)
         output_gradients = torch.autograd.grad(loss * scale, [output for _, _, _, output in records])
@@ -191,7 +191,7 @@ _Record = tuple[int, str, Tensor, Tensor]
 
 
 @contextmanager
-def _recorded(model: nn.Module, subnets: SubnetMap) -> Iterator[list[_Record]]:
+def _recording(model: nn.Module, subnets: SubnetMap) -> Iterator[list[_Record]]:
     """Records input and output of every linear layer of the blocks for one forward pass."""
     records: list[_Record] = []
 

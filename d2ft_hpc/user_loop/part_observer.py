@@ -10,8 +10,8 @@ from torch import Tensor
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.parallel.head_split import heads_of
-from d2ft_hpc.parallel.layout import Placement
-from d2ft_hpc.parallel.part import ModelPart
+from d2ft_hpc.parallel.model_part import ModelPart
+from d2ft_hpc.parallel.rank_layout import Placement
 
 
 class PartObserver:

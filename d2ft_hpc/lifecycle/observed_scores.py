@@ -11,13 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.families.table import backbone_of
 from d2ft_hpc.launch import Control
 from d2ft_hpc.lifecycle.controller import ScoreSource
-from d2ft_hpc.lifecycle.rows import rows_of_all
+from d2ft_hpc.lifecycle.gather_scores import gather_scores
 from d2ft_hpc.model.subnets import SubnetMap
-from d2ft_hpc.parallel.layout import Layout
+from d2ft_hpc.parallel.rank_layout import RankLayout
+from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.score_table import SCORES
 from d2ft_hpc.scores import Scores, scores_of_weights
 
@@ -38,7 +38,7 @@ class ObservedScores(ScoreSource):
         self,
         settings: PlanConfig,
         subnets: SubnetMap,
-        ranks: Callable[[], tuple[Control, Layout]],
+        ranks: Callable[[], tuple[Control, RankLayout]],
         make_observer: Callable[[], Observer],
         full_model: Callable[[], AbstractContextManager[nn.Module]],
     ) -> None:
@@ -66,11 +66,11 @@ class ObservedScores(ScoreSource):
         self._eager.close()
 
     def collect(self) -> Scores | None:
-        """None where a gradient overflowed, in fp16: then the next batches are observed."""
+        """None where a gradient overflowed, in fp16: then the next batch is observed."""
         assert self._observer is not None
-        own = self._observer.sums / self._settings.probe_batches
+        own = self._observer.sums
         self.stop()
-        fisher = rows_of_all(*self._ranks(), own)
+        fisher = gather_scores(*self._ranks(), own)
         if not np.isfinite(fisher).all():
             self.measure()
             return None

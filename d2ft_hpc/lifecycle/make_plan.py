@@ -1,22 +1,20 @@
-"""The one place that poses the problem of a model's plan, and solves it."""
+"""Makes the plan that a run's settings ask for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from d2ft_hpc.config import PlanConfig
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.lifecycle.context import PlanContext
-from d2ft_hpc.metering import StepCosts
-from d2ft_hpc.parallel.layout import Placement
-from d2ft_hpc.planning import BUDGET_EPSILON, PlanProblem, SkipPlan, plan_samples, solve
-from d2ft_hpc.planning.messages import TokenLayout
+from d2ft_hpc.parallel.rank_layout import Placement
+from d2ft_hpc.plan_config import PlanConfig
+from d2ft_hpc.planning import BUDGET_EPSILON, PlanProblem, SkipPlan, plan_samples, pose, solve
+from d2ft_hpc.planning.communication_volume import TokenLayout
 from d2ft_hpc.scores import Scores
 
 
@@ -25,7 +23,7 @@ def reads_scores(settings: PlanConfig) -> bool:
     return settings.entry.reads_scores and settings.file is None
 
 
-def solve_plan(context: PlanContext, scores: Scores | None, index: int) -> SkipPlan:
+def make_plan(context: PlanContext, scores: Scores | None, index: int) -> SkipPlan:
     """The plan that the settings ask for, on this rank alone; all others get it from rank 0.
 
     scores: None where `reads_scores` says so. index: how many plans were made before; planners that draw draw anew for
@@ -54,7 +52,7 @@ def solve_plan(context: PlanContext, scores: Scores | None, index: int) -> SkipP
     _check_frozen(planned, context.placement)
     layouts = context.token_layouts
     problems = [
-        pose(context, scores, planned, compute_budget=budget, token_layout=layout)
+        _problem(context, scores, planned, compute_budget=budget, token_layout=layout)
         for layout in layouts
         if not (layout == "overlapped" and "sharded" in layouts)  # which sends the same
     ]
@@ -80,7 +78,7 @@ def solve_plan(context: PlanContext, scores: Scores | None, index: int) -> SkipP
     )
 
 
-def pose(
+def _problem(
     context: PlanContext,
     scores: Scores | None,
     planned: npt.NDArray[np.bool_],
@@ -93,7 +91,7 @@ def pose(
     scores: None: all the same. planned: bool [block], blocks that the problem is about; all others, which are frozen,
     run FULL, as part of what always runs.
 
-    Raises PlanError as `PlanProblem.parallel`.
+    Raises PlanError as `pose`.
     """
     settings, reckoned, same_rows = context.settings, context.reckoned, context.same_rows
     replicas = 1 if same_rows else context.replicas
@@ -105,17 +103,16 @@ def pose(
 
     equal = np.ones(context.shape)
     most_full = None if reckoned.most_full is None else context.by_device(reckoned.most_full)
-    return PlanProblem.parallel(
-        posed(equal if scores is None else scores.forward),
-        posed(equal if scores is None else scores.backward),
+    forward, backward = (equal, equal) if scores is None else (scores.forward, scores.backward)
+    return pose(
+        [posed(forward), posed(backward)],
+        reckoned,
         replicas=replicas,
         rank=context.placement.owner[planned],
         stage=context.placement.stage[planned],
         compute_budget=compute_budget,
         communication_budget=settings.communication_budget,
         memory_budget=settings.memory_budget,
-        forward_cost=reckoned.forward_share,
-        always_share=reckoned.always_share,
         device_speed=None if same_rows else context.by_device(reckoned.device_speed),
         most_full=[min(most_full)] if same_rows and most_full is not None else most_full,
         messages=settings.messages,
@@ -124,27 +121,13 @@ def pose(
     )
 
 
-def pose_counted(
-    scores: npt.NDArray[np.float64], costs: StepCosts, placement: Placement | None = None, **options: Any
-) -> PlanProblem:
-    """The problem of scores float64 [2, row, block, head], forward and backward, by a model's counted FLOPs alone;
-    options: of `PlanProblem.parallel`, which raises.
-
-    placement: of the model's parts on the ranks; None: each holds the whole model.
-    """
-    known: dict[str, Any] = {"forward_cost": costs.forward_share, "always_share": costs.always_share}
-    if placement is not None:
-        known |= {"replicas": placement.layout.replicas, "rank": placement.owner, "stage": placement.stage}
-    return PlanProblem.parallel(*scores, **known | options)
-
-
 def token_layout_of(plan: SkipPlan, context: PlanContext) -> TokenLayout:
     """The layout in which a plan runs: the same on every rank and in a resumed run, from what all have in common."""
     allowed = context.token_layouts
     if len(allowed) == 1 or plan.binding == "sample":
         return allowed[0]
     everywhere = np.ones(plan.num_blocks, dtype=bool)
-    problem = pose(replace(context, same_rows=False), None, everywhere, compute_budget=1.0)
+    problem = _problem(replace(context, same_rows=False), None, everywhere, compute_budget=1.0)
     if (problem.used_communication(plan) > problem.budgets(BUDGET_EPSILON)[:, 1]).any():
         allowed = _that_send_no_more("sharded", allowed)  # for which the plan was made
     return context.step_time.fastest(plan, problem, allowed)[1]

@@ -8,12 +8,12 @@ from dataclasses import replace
 from d2ft_hpc.engines.engine import Engine, MicroBatch, StepReport
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.metering import Metered, meter
-from d2ft_hpc.metering.costs import RankWork
+from d2ft_hpc.metering.flops import RankWork
 from d2ft_hpc.metering.memory import reset_peak, used_bytes
 from d2ft_hpc.metering.phases import phase, timed_step
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning import Operation
-from d2ft_hpc.recording.steps import StepRecord, on_host
+from d2ft_hpc.recording.step_recorder import StepRecord, on_host
 from d2ft_hpc.results.schema import BYTE_KINDS
 from d2ft_hpc.selection.build import count_scoring
 from d2ft_hpc.training.job import Job

@@ -23,8 +23,8 @@ ZERO: tuple[DataParallel, ...] = ("zero0", "zero1", "zero2", "zero3")
 """By stage."""
 
 TokenLayout = Literal["replicated", "sharded", "overlapped"]
-"""What tensor-parallel ranks hold between branches: every token, or each its own (`parallel.messages`); overlapped:
-each its own, and the messages of one half of a micro-batch are under way while the other half is computed."""
+"""What tensor-parallel ranks hold between branches: every token, or each its own (`parallel.token_exchange`);
+overlapped: each its own, and the messages of one half of a micro-batch are under way while the other is computed."""
 
 LAYOUTS: tuple[TokenLayout, ...] = ("replicated", "sharded", "overlapped")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from d2ft_hpc.launch import Control
-from d2ft_hpc.launch.gather import PendingGather, wait_for
+from d2ft_hpc.launch.async_gather import PendingGather, wait_for
 from d2ft_hpc.metering.phases import StepTimes
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.results.reader import waiting

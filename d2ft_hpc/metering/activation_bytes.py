@@ -15,7 +15,7 @@ from d2ft_hpc.planning.plan import Operation
 
 
 @dataclass(frozen=True)
-class KeptBytes:
+class ActivationBytes:
     """Bytes that one micro-batch keeps for its backward in the whole model, without the weights.
 
     unowned: for what no head owns, in a micro-batch with FULL heads in every block, and for frozen blocks. by_full: for
@@ -30,12 +30,12 @@ class KeptBytes:
         return self.unowned + full * self.by_full
 
 
-def measure_kept(
+def measure_activation_bytes(
     model: nn.Module,
     executor: PlanExecutor,
     images_shape: tuple[int, int, int, int],
     precision: torch.dtype,
-) -> KeptBytes:
+) -> ActivationBytes:
     """Counts what a forward of a blank micro-batch keeps with all heads FULL, and with one in each block.
 
     images_shape: (sample, channel, height, width); fewer samples are taken, and counted as many times, where memory is
@@ -49,19 +49,19 @@ def measure_kept(
             dense, sparse = (
                 images_shape[0]
                 / samples
-                * _kept(model, executor, full, (samples, *images_shape[1:]), precision)
+                * _of_plan(model, executor, full, (samples, *images_shape[1:]), precision)
                 for full in (heads, few)
             )
         except torch.OutOfMemoryError:
             if samples == 1:
-                return KeptBytes(float("nan"), float("nan"))
+                return ActivationBytes(float("nan"), float("nan"))
             samples = -(-samples // 2)
         else:
             by_full = (dense - sparse) / max(blocks * (heads - few), 1)
-            return KeptBytes(sparse - blocks * few * by_full, by_full)
+            return ActivationBytes(sparse - blocks * few * by_full, by_full)
 
 
-def _kept(
+def _of_plan(
     model: nn.Module,
     executor: PlanExecutor,
     full: int,

@@ -16,7 +16,7 @@ from d2ft_hpc.launch.control import GRACE_SECONDS
 from d2ft_hpc.launch.signals import number_of
 
 
-class Children:
+class CommandRunner:
     """Starts commands and passes stop signals on to the one that runs; made in the main thread.
 
     names: of all signals that stop one of them, such as ["USR2", "TERM"]. Raises ConfigError for one that there is not.

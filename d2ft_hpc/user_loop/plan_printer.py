@@ -6,7 +6,7 @@ from d2ft_hpc.launch import Control
 from d2ft_hpc.lifecycle import PlanListener
 
 
-class Told(PlanListener):
+class PlanPrinter(PlanListener):
     """Lines for the user, from rank 0."""
 
     def __init__(self, control: Control) -> None:

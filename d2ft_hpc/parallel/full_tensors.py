@@ -10,10 +10,10 @@ from torch import Tensor
 from d2ft_hpc.launch import Control
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.parallel.head_split import heads_of, join_block
-from d2ft_hpc.parallel.layout import Placement
+from d2ft_hpc.parallel.rank_layout import Placement
 
 
-def gather(
+def gather_full_tensors(
     part: Mapping[str, Tensor], subnets: SubnetMap, placement: Placement, control: Control
 ) -> dict[str, Tensor]:
     """The whole model's tensors on every rank, on the CPU; on all ranks together.
@@ -45,7 +45,7 @@ def gather(
 def part_of(
     whole: Mapping[str, Tensor], names: set[str], subnets: SubnetMap, placement: Placement
 ) -> dict[str, Tensor]:
-    """This rank's part of the tensors that have these names; undoes `gather`."""
+    """This rank's part of the tensors that have these names; undoes `gather_full_tensors`."""
     part: dict[str, Tensor] = {}
     for name in names & whole.keys():
         tensor = whole[name]

@@ -1,4 +1,4 @@
-"""Who passes the door of rank 0, and what a store behind it answers: as torch's own HashStore does."""
+"""Who passes the listener of rank 0, and what a store behind it answers: as torch's own HashStore does."""
 
 from __future__ import annotations
 
@@ -16,37 +16,41 @@ from datetime import timedelta
 import pytest
 from torch.distributed import DistNetworkError, DistStoreError, HashStore, PrefixStore, Store
 
+from d2ft_hpc.launch.authenticated_socket import AuthenticatedListener, Endpoint, connect_authenticated
 from d2ft_hpc.launch.channel import LONGEST_MESSAGE_BYTES
-from d2ft_hpc.launch.door import Door, Place, enter
 from d2ft_hpc.launch.store import JobStore, StoreServer
 
 KEY = secrets.token_bytes(32)
-THIS_HOST = Place(f"test-{os.getpid()}", None)
-LOOPBACK = Place("127.0.0.1", 0)
+THIS_HOST = Endpoint(f"test-{os.getpid()}", None)
+LOOPBACK = Endpoint("127.0.0.1", 0)
 
 
 @pytest.fixture(params=[THIS_HOST, LOOPBACK], ids=["one host", "network"])
-def door(request: pytest.FixtureRequest) -> Iterator[Door]:
-    door = Door(request.param, KEY, guests=2)
-    yield door
-    door.close()
+def listener(request: pytest.FixtureRequest) -> Iterator[AuthenticatedListener]:
+    listener = AuthenticatedListener(request.param, KEY, guests=2)
+    yield listener
+    listener.close()
 
 
-def knock(place: Place) -> socket.socket:
+def knock(endpoint: Endpoint) -> socket.socket:
     """A stranger's connection."""
-    stranger = socket.socket(socket.AF_UNIX if place.port is None else socket.AF_INET)
+    stranger = socket.socket(socket.AF_UNIX if endpoint.port is None else socket.AF_INET)
     stranger.connect(
-        f"\0d2ft_hpc/{os.geteuid()}/{place.address}" if place.port is None else (place.address, place.port)
+        f"\0d2ft_hpc/{os.geteuid()}/{endpoint.address}"
+        if endpoint.port is None
+        else (endpoint.address, endpoint.port)
     )
     return stranger
 
 
-def entering(place: Place, key: bytes, rank: int) -> tuple[threading.Thread, list[socket.socket | OSError]]:
+def entering(
+    endpoint: Endpoint, key: bytes, rank: int
+) -> tuple[threading.Thread, list[socket.socket | OSError]]:
     outcome: list[socket.socket | OSError] = []
 
     def go() -> None:
         try:
-            outcome.append(enter(place, key, rank, timeout_seconds=0.5))
+            outcome.append(connect_authenticated(endpoint, key, rank, timeout_seconds=0.5))
         except OSError as error:
             outcome.append(error)
 
@@ -55,10 +59,10 @@ def entering(place: Place, key: bytes, rank: int) -> tuple[threading.Thread, lis
     return thread, outcome
 
 
-def admitted(door: Door, while_alive: threading.Thread) -> list[int]:
+def admitted(listener: AuthenticatedListener, while_alive: threading.Thread) -> list[int]:
     ranks = []
     while while_alive.is_alive():
-        for rank, connection in door.admit(0.02):
+        for rank, connection in listener.admit(0.02):
             ranks.append(rank)
             connection.close()
     return ranks
@@ -73,9 +77,9 @@ def admitted(door: Door, while_alive: threading.Thread) -> list[int]:
         "part of it",
     ],  # a random key in a test's name would differ from process to process
 )
-def test_only_the_key_opens_the_door(door: Door, key: bytes, passes: bool) -> None:
-    thread, outcome = entering(door.place, key, rank=7)
-    assert admitted(door, thread) == [7] * passes
+def test_only_the_key_opens_the_door(listener: AuthenticatedListener, key: bytes, passes: bool) -> None:
+    thread, outcome = entering(listener.endpoint, key, rank=7)
+    assert admitted(listener, thread) == [7] * passes
     if passes:
         assert isinstance(outcome[0], socket.socket)
         outcome[0].close()
@@ -83,16 +87,16 @@ def test_only_the_key_opens_the_door(door: Door, key: bytes, passes: bool) -> No
         assert "not this job's rank 0, or it has another key" in str(outcome[0])
 
 
-def test_a_crowd_of_strangers_keeps_no_rank_out(door: Door) -> None:
+def test_a_crowd_of_strangers_keeps_no_rank_out(listener: AuthenticatedListener) -> None:
     crowd = []
     for number in range(300):
-        stranger = knock(door.place)
+        stranger = knock(listener.endpoint)
         stranger.settimeout(1)
         stranger.send((b"", b"\xff" * 8, b"\xff" * 68, os.urandom(4096))[number % 4] or b"\0")
         crowd.append(stranger)
-        assert door.admit() == []
-    thread, outcome = entering(door.place, KEY, rank=1)
-    assert admitted(door, thread) == [1]
+        assert listener.admit() == []
+    thread, outcome = entering(listener.endpoint, KEY, rank=1)
+    assert admitted(listener, thread) == [1]
     assert isinstance(outcome[0], socket.socket)
     outcome[0].close()
     for stranger in crowd:
@@ -102,8 +106,8 @@ def test_a_crowd_of_strangers_keeps_no_rank_out(door: Door) -> None:
 def test_a_rank_does_not_believe_who_has_not_the_key() -> None:
     """Whoever was first at the port: it echoes the challenge, or sends rubbish."""
     with socket.create_server(("127.0.0.1", 0)) as impostor:
-        place = Place("127.0.0.1", impostor.getsockname()[1])
-        thread, outcome = entering(place, KEY, rank=1)
+        endpoint = Endpoint("127.0.0.1", impostor.getsockname()[1])
+        thread, outcome = entering(endpoint, KEY, rank=1)
         impostor.settimeout(0.1)
         while thread.is_alive():
             try:
@@ -119,7 +123,7 @@ def test_a_rank_does_not_believe_who_has_not_the_key() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be another user")
 def test_another_user_is_sent_away_unheard() -> None:
-    door = Door(THIS_HOST, b"", guests=2)
+    listener = AuthenticatedListener(THIS_HOST, b"", guests=2)
     program = (
         "import os, socket, sys\n"
         "os.setuid(65534)\n"
@@ -133,17 +137,17 @@ def test_another_user_is_sent_away_unheard() -> None:
     name = f"d2ft_hpc/0/{THIS_HOST.address}"
     stranger = subprocess.Popen([sys.executable, "-c", program, name], stdout=subprocess.PIPE, text=True)
     while stranger.poll() is None:
-        assert door.admit(0.02) == []
+        assert listener.admit(0.02) == []
     assert stranger.communicate()[0] == "b''\n"
-    door.close()
+    listener.close()
 
 
 @pytest.fixture
 def stores() -> list[JobStore]:
     """Of two ranks."""
-    door = Door(THIS_HOST, KEY, guests=2)
-    StoreServer(door, world_size=2)
-    return [JobStore(enter(THIS_HOST, KEY, rank, 5), timeout_seconds=5) for rank in range(2)]
+    listener = AuthenticatedListener(THIS_HOST, KEY, guests=2)
+    StoreServer(listener, world_size=2)
+    return [JobStore(connect_authenticated(THIS_HOST, KEY, rank, 5), timeout_seconds=5) for rank in range(2)]
 
 
 def test_the_store_answers_as_torchs_own(stores: list[JobStore]) -> None:
@@ -197,7 +201,7 @@ def test_nobody_listens_when_all_have_come(stores: list[JobStore]) -> None:
         except ConnectionRefusedError:
             break
     with pytest.raises(ConnectionRefusedError):
-        enter(THIS_HOST, KEY, 2, timeout_seconds=0.1)
+        connect_authenticated(THIS_HOST, KEY, 2, timeout_seconds=0.1)
 
 
 def test_oversized_values_are_refused_on_both_sides(stores: list[JobStore]) -> None:

@@ -158,7 +158,9 @@ class ShardedTokens(TokenMessages):
         receivers, None on the others."""
         everyone = range(self.group.size())
         here = self.rank in receivers
-        parts = {rank: own if rank == self.rank else self._room(own, rank) for rank in everyone if here}
+        parts = {
+            rank: own if rank == self.rank else self._buffer_like(own, rank) for rank in everyone if here
+        }
         finish = self._exchange(
             {rank: own.contiguous() for rank in receivers if rank != self.rank},
             {rank: part for rank, part in parts.items() if rank != self.rank},
@@ -175,7 +177,7 @@ class ShardedTokens(TokenMessages):
         their sum. like: of as many samples and channels."""
         everyone = range(self.group.size())
         here = whole is not None and self.rank in senders
-        parts = {rank: self._room(like, self.rank) for rank in senders if rank != self.rank}
+        parts = {rank: self._buffer_like(like, self.rank) for rank in senders if rank != self.rank}
         finish = self._exchange(
             {rank: whole[:, self.run(rank)].contiguous() for rank in everyone if here and rank != self.rank},  # type: ignore[index]
             parts,
@@ -192,7 +194,7 @@ class ShardedTokens(TokenMessages):
 
         return finished
 
-    def _room(self, like: Tensor, rank: int) -> Tensor:
+    def _buffer_like(self, like: Tensor, rank: int) -> Tensor:
         run = self.run(rank)
         return like.new_empty(like.shape[0], run.stop - run.start, like.shape[2])
 

@@ -11,24 +11,24 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.choose import share_of_time
+from d2ft_hpc.planning.communication_volume import shares_of_senders
 from d2ft_hpc.planning.knapsack import largest_use
 from d2ft_hpc.planning.levels import Levels, estimate_levels, make_levels
-from d2ft_hpc.planning.messages import shares_of_senders
+from d2ft_hpc.planning.multiple_choice import share_of_time
 from d2ft_hpc.planning.plan import Operation
 from d2ft_hpc.planning.prices import Limit, different
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem, round_up
 
 
 @dataclass(frozen=True, eq=False)
-class Team:
+class LockstepStage:
     """The tensor-parallel ranks of one stage, which run every (slot, block) together: those of one replica, or of all
     replicas if these meet in every block.
 
-    rows: int64 [replica, slot]. blocks: int64 [block]. The team's classes are the pairs of slot and block, by slot.
+    rows: int64 [replica, slot]. blocks: int64 [block]. The stage's classes are the pairs of slot and block, by slot.
     heads: int64 [block, head, rank], timm's index of each rank's heads. devices: int64 [member], a member being a
         rank of a replica, replica by replica; these are the ranks of `levels`.
-    levels: what the team can run in a class. time_budget: for all its classes; inf = no limit.
+    levels: what the stage can run in a class. time_budget: for all its classes; inf = no limit.
     """
 
     rows: Ints
@@ -80,7 +80,7 @@ def meeting_replicas(problem: PlanProblem) -> list[Ints]:
     return [every] if problem.replicas_meet else list(every[:, None])
 
 
-def make_teams(
+def lockstep_stages(
     problem: PlanProblem,
     replicas: Ints,
     forward_weight: float,
@@ -89,45 +89,47 @@ def make_teams(
     *,
     clusters: bool = False,
     deadline: float = math.inf,
-) -> list[Team]:
-    """The teams of all stages of replicas that meet. Raises PlanError as `solve_makespan` does.
+) -> list[LockstepStage]:
+    """The stages of all stages of replicas that meet. Raises PlanError as `solve_makespan` does.
 
-    clusters: where messages are limited, levels at which only some of a team's ranks run anything count, too.
-    deadline: of time.monotonic(). If what levels give is not known by then, it is estimated for all teams
+    clusters: where messages are limited, levels at which only some of a stage's ranks run anything count, too.
+    deadline: of time.monotonic(). If what levels give is not known by then, it is estimated for all stages
         (`Levels.is_exact`).
     """
     if not 0 <= most_shortcut <= 1:
         raise PlanError(f"most_shortcut is a share of a rank's heads in [0, 1], got {most_shortcut}.")
     gains = problem.gains(forward_weight, backward_weight)
-    stages = range(problem.stages)
     try:
         every = [
-            _make_team(
-                problem, replicas, stage, gains, clusters, share_of_time(deadline, len(stages) - stage)
+            _lockstep_stage(
+                problem, replicas, number, gains, clusters, share_of_time(deadline, problem.stages - number)
             )
-            for stage in stages
+            for number in range(problem.stages)
         ]
     except TimeoutError:
-        every = [_make_team(problem, replicas, stage, gains, clusters, None) for stage in stages]
-    teams = []
-    for team in every:
-        heads = len(team.levels.forward_gain)
+        every = [
+            _lockstep_stage(problem, replicas, number, gains, clusters, None)
+            for number in range(problem.stages)
+        ]
+    stages = []
+    for stage in every:
+        heads = len(stage.levels.forward_gain)
         least = heads - math.floor(most_shortcut * heads + BUDGET_EPSILON)
-        team = replace(team, levels=team.levels.that_run(least))
-        if not fitting_levels(problem, team)[0]:
-            raise PlanError(_unpaid(problem, team, least))
-        teams.append(team)
-    return teams
+        stage = replace(stage, levels=stage.levels.that_run(least))
+        if not fitting_levels(problem, stage)[0]:
+            raise PlanError(_unpaid(problem, stage, least))
+        stages.append(stage)
+    return stages
 
 
-def _make_team(
+def _lockstep_stage(
     problem: PlanProblem,
     replicas: Ints,
     stage: int,
     problem_gains: tuple[Floats, Floats],
     clusters: bool,
     deadline: float | None,
-) -> Team:
+) -> LockstepStage:
     """The ranks of a stage with all levels. deadline: None = what these give is estimated.
 
     Raises PlanError if a rank's number of heads varies by block, TimeoutError at the deadline.
@@ -167,7 +169,7 @@ def _make_team(
     )
     row_of_class = np.repeat(np.arange(rows.shape[1]), len(blocks))
     group = row_of_class if problem.stages > 1 else np.zeros_like(row_of_class)
-    return Team(rows, blocks, heads, devices, levels, time_budget(problem, devices), group, is_even)
+    return LockstepStage(rows, blocks, heads, devices, levels, time_budget(problem, devices), group, is_even)
 
 
 def time_budget(problem: PlanProblem, devices: Ints) -> float:
@@ -179,37 +181,37 @@ def time_budget(problem: PlanProblem, devices: Ints) -> float:
     return float(min((left / problem.device_speed[devices])[scarce], default=math.inf))
 
 
-def fitting_levels(problem: PlanProblem, team: Team) -> npt.NDArray[np.bool_]:
-    """Whether the team's budgets pay for a level in all its classes, bool [level]."""
-    fits = np.ones(len(team.levels.forward_time), dtype=bool)
-    for limit in step_limits(problem, team):
+def fitting_levels(problem: PlanProblem, stage: LockstepStage) -> npt.NDArray[np.bool_]:
+    """Whether the stage's budgets pay for a level in all its classes, bool [level]."""
+    fits = np.ones(len(stage.levels.forward_time), dtype=bool)
+    for limit in step_limits(problem, stage):
         classes = np.bincount(limit.group, minlength=len(limit.most))
         fits &= (limit.use[:, None] * classes <= limit.most * (1 + BUDGET_EPSILON / 10)).all(axis=1)
     return fits
 
 
-def step_limits(problem: PlanProblem, team: Team) -> list[Limit]:
-    """What a team without a pipeline may use: the time of all its classes together."""
-    levels = team.levels
-    most = team.time_budget
-    if team.is_even and math.isfinite(most):
+def step_limits(problem: PlanProblem, stage: LockstepStage) -> list[Limit]:
+    """What a stage without a pipeline may use: the time of all its classes together."""
+    levels = stage.levels
+    most = stage.time_budget
+    if stage.is_even and math.isfinite(most):
         cells = len(levels.value) * len(levels.forward_gain)
-        most = largest_use(cells, *head_times(problem, team), most)
+        most = largest_use(cells, *head_times(problem, stage), most)
     everything = np.zeros(len(levels.value), dtype=np.int64)
     time_limit = limit_above_least(levels.forward_time + levels.backward_time, everything, np.array([most]))
-    return [time_limit, *other_limits(problem, team)]
+    return [time_limit, *other_limits(problem, stage)]
 
 
-def other_limits(problem: PlanProblem, team: Team) -> list[Limit]:
+def other_limits(problem: PlanProblem, stage: LockstepStage) -> list[Limit]:
     """The communication of a device in the batch and its memory in a row, as far as they are limited."""
-    levels, cells = team.levels, problem.cells_per_device()[team.devices]
+    levels, cells = stage.levels, problem.cells_per_device()[stage.devices]
     shortcut = problem.communication_cost[Operation.SHORTCUT]
-    row = team.row_of_class
+    row = stage.row_of_class
     limits = []
-    for member in range(1 if team.is_even else len(team.devices)):
-        devices = team.devices if team.is_even else team.devices[member : member + 1]
+    for member in range(1 if stage.is_even else len(stage.devices)):
+        devices = stage.devices if stage.is_even else stage.devices[member : member + 1]
         most = problem.budgets()[devices, 1].min() - cells[member] * shortcut
-        memory = np.full(team.slots, problem.memory_budget[devices].min())
+        memory = np.full(stage.slots, problem.memory_budget[devices].min())
         limits += [
             limit_above_least(_messages(problem, levels, member), np.zeros_like(row), np.array([most])),
             limit_above_least(levels.backward_heads[:, member].astype(np.float64), row, memory),
@@ -245,20 +247,20 @@ def limit_above_least(use: Floats, group: Ints, most: Floats) -> Limit:
     return Limit(use - use[0], group, most - np.bincount(group, minlength=len(most)) * use[0])
 
 
-def head_times(problem: PlanProblem, team: Team) -> tuple[float, float]:
-    """Time of one head's forward, and of its backward on top, on the slowest of the team's ranks."""
+def head_times(problem: PlanProblem, stage: LockstepStage) -> tuple[float, float]:
+    """Time of one head's forward, and of its backward on top, on the slowest of the stage's ranks."""
     shortcut, forward, full = problem.compute_cost
-    speed = float(problem.device_speed[team.devices].min())
+    speed = float(problem.device_speed[stage.devices].min())
     return (forward - shortcut) / speed, (full - forward) / speed
 
 
-def _unpaid(problem: PlanProblem, team: Team, least: int) -> str:
+def _unpaid(problem: PlanProblem, stage: LockstepStage, least: int) -> str:
     """The message for budgets that do not pay for `least` heads of every rank in each class."""
-    cells = problem.cells_per_device()[team.devices]
-    share = least / len(team.levels.forward_gain)
+    cells = problem.cells_per_device()[stage.devices]
+    share = least / len(stage.levels.forward_gain)
     needs = [
-        ("compute", problem.compute_cost, problem.budgets()[team.devices, 0], problem.always_share),
-        ("communication", problem.communication_cost, problem.budgets()[team.devices, 1], 0.0),
+        ("compute", problem.compute_cost, problem.budgets()[stage.devices, 0], problem.always_share),
+        ("communication", problem.communication_cost, problem.budgets()[stage.devices, 1], 0.0),
     ]
     for resource, (shortcut, forward, full), budget, always_share in needs:
         need = cells * (shortcut + share * (forward - shortcut))
@@ -266,9 +268,9 @@ def _unpaid(problem: PlanProblem, team: Team, least: int) -> str:
         if need[index] > budget[index]:
             of_dense = always_share + (1 - always_share) * need[index] / (cells[index] * full)
             return (
-                f"The {resource} budget of {problem.device_names[team.devices[index]]} is {budget[index]:g}, but "
+                f"The {resource} budget of {problem.device_names[stage.devices[index]]} is {budget[index]:g}, but "
                 f"{share:.0%} of its heads running forward use {need[index]:g} (most_shortcut). The least feasible "
                 f"{resource} budget is {round_up(of_dense):g} of its dense step; raise it or most_shortcut."
             )
-    slowest = problem.device_names[team.devices[int(problem.device_speed[team.devices].argmin())]]
+    slowest = problem.device_names[stage.devices[int(problem.device_speed[stage.devices].argmin())]]
     return f"In lock step with {slowest}, the budgets do not pay for {least} heads running forward on every rank."

@@ -24,7 +24,7 @@ _ANSWER_BYTES = CHALLENGE_BYTES + _RANK.size + PROOF_BYTES
 _STRANGERS = 128  # connections that have proved nothing yet, beyond the ranks that are expected
 
 
-class Place(NamedTuple):
+class Endpoint(NamedTuple):
     """Where rank 0 listens."""
 
     address: str
@@ -36,16 +36,18 @@ class Place(NamedTuple):
         return "a socket of this host" if self.port is None else f"{self.address}:{self.port}"
 
 
-class Door:
-    """Listens at a place, or raises OSError. Selectors can wait for it: it is readable when `admit` has work to do.
+class AuthenticatedListener:
+    """Listens at a endpoint, or raises OSError. Selectors can wait for it: it is readable when `admit` has work to do.
 
     key: shared by the ranks; empty where they have no way to share one. guests: how many are expected.
     """
 
-    def __init__(self, place: Place, key: bytes, guests: int) -> None:
-        self._server = _listen(place)
+    def __init__(self, endpoint: Endpoint, key: bytes, guests: int) -> None:
+        self._server = _listen(endpoint)
         self._server.setblocking(False)
-        self.place = place if place.port is None else Place(place.address, self._server.getsockname()[1])
+        self.endpoint = (
+            endpoint if endpoint.port is None else Endpoint(endpoint.address, self._server.getsockname()[1])
+        )
         self._key = key
         self._room = guests + _STRANGERS
         self._waiting: dict[
@@ -124,30 +126,30 @@ class Door:
         return connection
 
 
-def enter(place: Place, key: bytes, rank: int, timeout_seconds: float) -> socket.socket:
-    """A connection to rank 0, which listens at the place or will before the deadline.
+def connect_authenticated(endpoint: Endpoint, key: bytes, rank: int, timeout_seconds: float) -> socket.socket:
+    """A connection to rank 0, which listens at the endpoint or will before the deadline.
 
     Raises OSError if nobody does, or none that holds the key.
     """
     deadline = time.monotonic() + timeout_seconds
     while True:
         try:
-            return _knock(place, key, rank, max(0.1, deadline - time.monotonic()))
+            return _knock(endpoint, key, rank, max(0.1, deadline - time.monotonic()))
         except OSError:
             if time.monotonic() > deadline:
                 raise
         time.sleep(0.05)
 
 
-def _knock(place: Place, key: bytes, rank: int, timeout_seconds: float) -> socket.socket:
-    if place.port is None:
+def _knock(endpoint: Endpoint, key: bytes, rank: int, timeout_seconds: float) -> socket.socket:
+    if endpoint.port is None:
         connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(timeout_seconds)
     else:
-        connection = socket.create_connection((place.address, place.port), timeout=timeout_seconds)
+        connection = socket.create_connection((endpoint.address, endpoint.port), timeout=timeout_seconds)
     try:
-        if place.port is None:
-            connection.connect(_abstract(place.address))
+        if endpoint.port is None:
+            connection.connect(_abstract(endpoint.address))
             if _user_of(connection) != os.geteuid():
                 raise ConnectionRefusedError("another user's process listens there")
         challenge = _read(connection, CHALLENGE_BYTES)
@@ -177,18 +179,18 @@ def _proof(key: bytes, who: bytes, challenge: bytes, said: bytes) -> bytes:
     return hmac.digest(key, b"d2ft_hpc " + who + b":" + challenge + said, "sha256")
 
 
-def _listen(place: Place) -> socket.socket:
-    """As narrow as the place allows."""
-    if place.port is None:
+def _listen(endpoint: Endpoint) -> socket.socket:
+    """As narrow as the endpoint allows."""
+    if endpoint.port is None:
         server = socket.socket(socket.AF_UNIX)
-        server.bind(_abstract(place.address))
+        server.bind(_abstract(endpoint.address))
         server.listen(1024)
         return server
-    family, *_, found = socket.getaddrinfo(place.address, place.port, type=socket.SOCK_STREAM)[0]
+    family, *_, found = socket.getaddrinfo(endpoint.address, endpoint.port, type=socket.SOCK_STREAM)[0]
     # A host's own name may be a loopback address on this host and another one on all others.
-    if place.address == found[0] or not ipaddress.ip_address(str(found[0]).partition("%")[0]).is_loopback:
+    if endpoint.address == found[0] or not ipaddress.ip_address(str(found[0]).partition("%")[0]).is_loopback:
         try:
-            return socket.create_server((str(found[0]), place.port), family=family, backlog=1024)
+            return socket.create_server((str(found[0]), endpoint.port), family=family, backlog=1024)
         except OSError as error:
             if (
                 error.errno != errno.EADDRNOTAVAIL
@@ -196,7 +198,7 @@ def _listen(place: Place) -> socket.socket:
                 raise
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
-    return socket.create_server(("", place.port), family=family, dualstack_ipv6=dual, backlog=1024)
+    return socket.create_server(("", endpoint.port), family=family, dualstack_ipv6=dual, backlog=1024)
 
 
 def _abstract(name: str) -> str:

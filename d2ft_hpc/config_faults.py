@@ -1,0 +1,130 @@
+"""What is wrong with a configuration, in one line a fault: the key, the value and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from inspect import isclass
+from typing import Any, TypeGuard, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.planning.planner import Options
+from d2ft_hpc.planning.table import PLANNERS
+from d2ft_hpc.safe_text import shown
+from d2ft_hpc.settings import Section
+
+Kind = TypeVar("Kind")
+KindOfSection = TypeVar("KindOfSection", bound=Section)
+
+REPLACED = {
+    "data.mixup_alpha": "write data.timm.mixup_alpha",
+    "data.cutmix_alpha": "write data.timm.cutmix_alpha",
+    "data.evaluate_on": "evaluation is on the images that data.validation_fraction holds out, where it is above 0",
+    "data.split_seed": "run.seed decides which images are held out",
+    "model.lora.layers": "all of qkv, proj, fc1 and fc2 are adapted; remove it",
+    "plan.probe_batches": "scores come from one batch; remove it",
+    "plan.replan.unit": "plan.replan.every says it, such as '1 epoch' or '100 steps'",
+    "plan.warmup_share": "the budget holds from the first step on; remove it",
+    "results.flush_seconds": "records are written every 5 seconds; remove it",
+}
+"""Keys that there were, and what does their work now."""
+
+
+_IN_WORDS = dict.fromkeys(("model_type", "dict_type"), "holds settings of its own, {KEY: VALUE}")
+"""For the types of pydantic's faults that it tells in words of Python."""
+
+
+def validated(schema: type[KindOfSection], values: Any, prefix: str = "") -> KindOfSection:
+    """`values` as that section. Raises ConfigError with one line a fault; prefix: stands before its keys."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error, schema, prefix))) from None
+
+
+def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """One line for each fault: key, value, what is wrong, what would be right.
+
+    schema: what was validated; prefix: stands before its keys, as in "d2ft.".
+    """
+    expected: dict[str, list[str]] = {}  # a value that may be one of several types fails as each
+    for fault in error.errors():
+        key = prefix + ".".join(_key_parts(fault["loc"], schema, unknown=fault["type"] == "extra_forbidden"))
+        if fault["type"] == "extra_forbidden":
+            fix = REPLACED.get(own := key.removeprefix(prefix)) or REPLACED.get(f"plan.{own}")
+            value = f"(value {shown(fault['input'])})"
+            what = (
+                f"no longer a key {value}; {fix}"
+                if fix
+                else f"unknown key {value}{_nearest(key, schema, prefix)}"
+            )
+            yield f"{key}: {what}"
+        elif fault["type"] == "missing":
+            yield f"{key}: missing; set it in the file or as {key}=VALUE"
+        elif not fault["loc"]:
+            told = fault["msg"].removeprefix("Value error, ")
+            yield (
+                told
+                if fault["type"] == "value_error"
+                else f"{prefix}{shown(fault['input'])}: holds no settings"
+            )
+        else:
+            told = _IN_WORDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+            if told.startswith(f"{key}."):  # it names a key inside
+                yield told
+                continue
+            expected.setdefault(f"{key}={shown(fault['input'])}", []).append(f"{told[0].lower()}{told[1:]}")
+    for value, told_of in expected.items():
+        yield f"{value}: {', or '.join(told_of)}"
+
+
+def _key_parts(
+    location: Sequence[str | int], schema: type[BaseModel] | None, *, unknown: bool
+) -> Iterator[str]:
+    """A fault's place without the names of the types that were tried there."""
+    for part in location:
+        fields = _fields(schema)
+        if part not in fields and not isinstance(part, int) and not unknown:
+            return
+        yield str(part)
+        schema = section_of(fields[str(part)].annotation) if part in fields else None
+
+
+def _fields(schema: type[BaseModel] | None) -> Mapping[str, FieldInfo]:
+    """The keys of a section; of the one for a planner's options, those of all planners."""
+    if schema is Options:
+        return {key: info for entry in PLANNERS.values() for key, info in entry.options.model_fields.items()}
+    return schema.model_fields if schema is not None else {}
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a key holds, if it holds one."""
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if is_class_of(kind, Section)), None)
+
+
+def is_class_of(annotation: Any, kind: type[Kind]) -> TypeGuard[type[Kind]]:
+    """Whether an annotation is that class or one derived from it. Python 3.10 takes `list[str]` for a class, too."""
+    return get_origin(annotation) is None and isclass(annotation) and issubclass(annotation, kind)
+
+
+def _nearest(key: str, schema: type[BaseModel], prefix: str) -> str:
+    """The valid key that was likely meant: by its whole path, else by its last part in whatever section."""
+    valid_keys = [each for each in _keys(schema, prefix) if not key.startswith(f"{each}.")]
+    by_last_part = {valid.rsplit(".", 1)[-1]: valid for valid in valid_keys}
+    close = difflib.get_close_matches(key, valid_keys, n=1, cutoff=0.7) or [
+        by_last_part[part]
+        for part in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_last_part), n=1)
+    ]
+    return f"; did you mean {close[0]}?" if close else f"; valid here: {', '.join(schema.model_fields)}"
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, info in _fields(section).items():
+        yield prefix + name
+        inner = section_of(info.annotation)
+        if inner is not None:
+            yield from _keys(inner, f"{prefix}{name}.")

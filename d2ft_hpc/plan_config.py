@@ -1,0 +1,169 @@
+"""The configuration's section `plan`: which planner, budgets and scores, and when a new plan is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from d2ft_hpc.interval import Interval, interval_text
+from d2ft_hpc.planning.planner import Options, Planner
+from d2ft_hpc.planning.table import PLANNERS
+from d2ft_hpc.planning.tokens import TOKENS, TokenOptions
+from d2ft_hpc.score_table import FISHER, SCORES, WEIGHT_MAGNITUDE
+from d2ft_hpc.settings import LONGEST, Fraction, PathText, Section, either, one_of
+
+
+class ReplanConfig(Section):
+    every: str | None = None
+    """After how many epochs or steps a new plan is made, such as '1 epoch' or '100 steps'; null: one plan for the whole
+    run."""
+    overlap: bool = False
+    """Solve while training goes on under the old plan. The first step under the new one depends on the clock and is
+    recorded; if false, the step at which a plan is due waits for it."""
+    speeds: Literal["start", "watched"] = "start"
+    """What later plans take for the ranks' speeds: those of the first plan, or what each rank computed a second in the
+    steps under the plan before, so that a rank that others slow down gets less. Watched ones depend on the clock: a
+    resumed run may plan otherwise."""
+
+    @field_validator("every", mode="before")
+    @classmethod
+    def _check_interval(cls, text: Any) -> Any:
+        return interval_text(text, "epochs or steps, such as '1 epoch' or '100 steps'")
+
+    @property
+    def interval(self) -> Interval | None:
+        return None if self.every is None else Interval.read(self.every)
+
+
+class PlanConfig(Section):
+    planner: str = Field(
+        default=TOKENS.name,
+        description="\n".join(f"{entry.name}: {entry.about}." for entry in PLANNERS.values()),
+    )
+    options: SerializeAsAny[Options] = Field(default_factory=Options, validate_default=True)
+    """What only the chosen planner reads; the tables below list it for each planner that has options."""
+    file: PathText | None = None
+    """A saved plan (d2ft-hpc plan --save) to follow instead of making one; null: make one."""
+    compute_budget: Fraction = 0.6
+    """Share of the dense run's training FLOPs that each device may spend."""
+    token_budget: Fraction | None = None
+    """Share of the dense run's training FLOPs that images of lower resolution leave over the run: they begin small and
+    end at data.image_size (`TokenOptions in d2ft_hpc/planning/tokens.py`). Planners by heads then keep compute_budget
+    together with it; planner `tokens` has no other. null: all images have full size."""
+    communication_budget: Fraction | None = None
+    """Share of the dense run's messages between subnets; null: no limit."""
+    messages: Literal["by_head", "by_meeting"] = "by_head"
+    """What these messages are: by_head counts FULL 1 and FORWARD_ONLY 0.5 for every head (the paper's cost model),
+    by_meeting what tensor-parallel ranks really send in engine.token_layout, which is less where only some of them, or
+    none, have an active head in a block."""
+    memory_budget: Fraction | None = None
+    """Share of the activations of a dense micro-batch that a device keeps for the backward. null: planners that fit
+    memory (`joint`, `makespan`, `depth`) keep to what each rank has left at the start, if it is too little for a dense
+    micro-batch; 1: no limit. Others are refused where they exceed it."""
+    costs: Literal["flops", "measured", "paper"] = "flops"
+    """What planners take for the cost of FORWARD_ONLY and of what always runs: counted FLOPs; seconds of a short
+    profile on every rank at the start (kept for the same hardware and model), which also gives the ranks' speeds; or
+    the paper's constants."""
+    device_speed: list[Annotated[float, Field(gt=0)]] | None = None
+    """Relative speed of each rank, in place of the measured ones or of equal ones."""
+    forward_score: str = Field(
+        default=FISHER.name,
+        description="What a subnet's forward gives to a micro-batch, as a sum over its weights w with gradients g:\n"
+        + "\n".join(f"{score.name}: {score.about}." for score in SCORES.values()),
+    )
+    backward_score: str = WEIGHT_MAGNITUDE.name
+    """The same for its backward."""
+    time_limit_seconds: float = Field(default=10.0, gt=0, le=LONGEST)
+    """Of planners that search: after this the best plan so far, or the greedy one, is taken."""
+    replan: ReplanConfig = ReplanConfig()
+
+    @field_validator("planner")
+    @classmethod
+    def _check_planner(cls, name: str) -> str:
+        return one_of(PLANNERS, name)
+
+    @field_validator("forward_score", "backward_score")
+    @classmethod
+    def _check_score(cls, name: str) -> str:
+        return one_of(SCORES, name)
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _check_options(cls, given: Any, info: ValidationInfo) -> Any:
+        """Reads them as the planner's own."""
+        planner = PLANNERS.get(info.data.get("planner", ""))
+        if planner is None:  # which is fault enough
+            return Options()
+        values = given.model_dump() if isinstance(given, Options) else given
+        if not isinstance(values, dict):
+            raise PydanticCustomError("no_options", "input should be a section of options")
+        known = planner.options.model_fields
+        if unknown := [name for name in values if name not in known]:
+            raise PydanticCustomError(
+                "unknown_option",
+                "planner {planner} has no option {name}; {fix}",
+                {
+                    "planner": planner.name,
+                    "name": unknown[0],
+                    "fix": f"it knows {either(known, 'and')}" if known else "it knows none: remove it",
+                },
+            )
+        return planner.options.model_validate(values)
+
+    @property
+    def entry(self) -> Planner:
+        """The planner itself."""
+        return PLANNERS[self.planner]
+
+    @property
+    def token_share(self) -> float | None:
+        """`token_budget`, or what it is for a planner that has no other; None: images have full size, or the one that a
+        plan from a file says."""
+        if self.file is not None:
+            return None
+        return self.compute_budget if self.entry.scales_images else self.token_budget
+
+    @property
+    def price(self) -> str:
+        """What the planner's plans cost beside what they spare, a sentence; empty where they keep accuracy."""
+        if not self.entry.keeps_budgets or self.entry.binding == "sample":
+            return ""
+        return (
+            f"plan.planner={self.planner} skips heads, which cost 2 to 12 points of accuracy at 0.6 where it was "
+            f"measured (analysis/paper_table, analysis/plan_structure); plan.planner=tokens is the one that keeps it"
+        )
+
+    @property
+    def sides(self) -> list[float] | None:
+        """Of images in training, in units of data.image_size; None: they have full size, or a plan from a file says."""
+        if self.token_share is None:
+            return None
+        return self.options.sides if isinstance(self.options, TokenOptions) else TokenOptions().sides
+
+    def arguments(self, *, seed: int | Sequence[int]) -> dict[str, Any]:
+        """Keyword arguments of the planner's function. seed: of planners that draw."""
+        return self.entry.arguments(self.options, seed=seed, time_limit_seconds=self.time_limit_seconds)
+
+    @model_validator(mode="after")
+    def _check_token_budget(self) -> PlanConfig:
+        if self.token_budget is None:
+            return self
+        if self.entry.scales_images:
+            raise ValueError(
+                f"plan.token_budget={self.token_budget:g}: with plan.planner={self.planner} it is plan.compute_budget; "
+                f"remove it"
+            )
+        if self.entry.binding == "sample" or self.file is not None:
+            asked = f"plan.file={self.file}" if self.file is not None else f"plan.planner={self.planner}"
+            raise ValueError(
+                f"plan.token_budget={self.token_budget:g}: {asked} trains on images of full size; remove one of them"
+            )
+        if self.token_budget < self.compute_budget:
+            raise ValueError(
+                f"plan.token_budget={self.token_budget:g}: is below plan.compute_budget={self.compute_budget:g}, which "
+                f"would leave the heads nothing to skip; use plan.planner=tokens, or a larger one"
+            )
+        return self
