@@ -89,14 +89,13 @@ def build(workload: Workload, control: Control, sides: Sequence[float] | None = 
         kind = PipelineEngine if layout.stages > 1 else TensorParallelEngine
         engine = kind(model, executor, placement, make_optimizer, loss_of, config, control)
     elif workload.engine == "deepspeed":
-        parts = (model, executor, *make_optimizer(model), loss_of, config)
-        engine = DeepSpeedEngine(*parts, flat_parameters=True)
+        engine = DeepSpeedEngine(
+            model, executor, *make_optimizer(model), loss_of, config, flat_parameters=True
+        )
     elif workload.engine == "ddp":
-        parts = (model, executor, *make_optimizer(model), loss_of)
-        engine = DdpEngine(*parts, autocast_dtype=low_dtype, flat_parameters=True)
+        engine = DdpEngine(model, executor, *make_optimizer(model), loss_of, autocast_dtype=low_dtype)
     else:
-        parts = (model, executor, placement, make_optimizer, loss_of)
-        engine = FsdpEngine(*parts, param_dtype=low_dtype, flat_parameters=True)
+        engine = FsdpEngine(model, executor, placement, make_optimizer, loss_of, param_dtype=low_dtype)
     return Built(engine, costs, placement)
 
 

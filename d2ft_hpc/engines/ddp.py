@@ -80,14 +80,10 @@ class DdpEngine(PlainEngine):
         optimizer: Optimizer,
         schedule: LRScheduler,
         loss_function: LossFunction,
-        *,
-        flat_parameters: bool = False,
         **options: Any,
     ) -> None:
-        """flat_parameters: whether each block's parameters become a few flat ones. options: those of PlainEngine
-        except `cuda_graphs`."""
-        if flat_parameters:
-            executor.flat = FlatParameters(model, executor.blocks, optimizer)
+        """options: those of PlainEngine except `cuda_graphs`."""
+        executor.flat = FlatParameters(model, executor.blocks, optimizer)
         super().__init__(model, executor, optimizer, schedule, loss_function, **options)
         device = next(model.parameters()).device
         # Gradients stay in the buckets that are reduced, one division each: nothing is launched for each parameter.

@@ -164,10 +164,8 @@ class FsdpEngine(PlainEngine):
         *,
         param_dtype: torch.dtype | None = None,
         gradient_clipping: float | None = None,
-        flat_parameters: bool = False,
     ) -> None:
-        """model: the whole one, which is spread in place. param_dtype: see `shard`. flat_parameters: whether each
-        block's become a few flat ones, if blocks are not cut by head."""
+        """model: the whole one, which is spread in place. param_dtype: see `shard`."""
         self._twin = copy.deepcopy(model).to("meta")
         self._placement, layout = placement, placement.layout
         mesh = init_device_mesh(
@@ -177,17 +175,16 @@ class FsdpEngine(PlainEngine):
         )
         if layout.is_cut:
             executor = split_heads(model, executor, mesh["tensor"], placement.owner)
-        if flat_parameters and not layout.is_cut:
+            shard(model, mesh["replica"], param_dtype)
+            optimizer, schedule = make_optimizer(model)
+        else:
             optimizer, schedule = make_optimizer(model)  # its groups say which parameters are alike
             executor.flat = FlatParameters(model, executor.blocks, optimizer)
-            names = {id(parameter): name for name, parameter in model.named_parameters()}
+            names = {parameter: name for name, parameter in model.named_parameters()}
             shard(model, mesh["replica"], param_dtype)
             spread = dict(model.named_parameters())
             for group in optimizer.param_groups:
-                group["params"] = [spread[names[id(parameter)]] for parameter in group["params"]]
-        else:
-            shard(model, mesh["replica"], param_dtype)
-            optimizer, schedule = make_optimizer(model)
+                group["params"] = [spread[names[parameter]] for parameter in group["params"]]
         super().__init__(
             model, executor, optimizer, schedule, loss_function, gradient_clipping=gradient_clipping
         )

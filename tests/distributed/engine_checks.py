@@ -154,8 +154,15 @@ def deepspeed_engine(
         precision=precision,
         gradient_clipping=clipping,
     )
-    parts = (model, executor, optimizer, schedule, loss_function, {**config, **more})
-    return DeepSpeedEngine(*parts, flat_parameters=True)
+    return DeepSpeedEngine(
+        model,
+        executor,
+        optimizer,
+        schedule,
+        loss_function,
+        {**config, **more},
+        flat_parameters=True,
+    )
 
 
 def trained_parameters(

@@ -120,7 +120,6 @@ def build(
             loss_function,
             autocast_dtype=dtype,
             gradient_clipping=clipping,
-            flat_parameters=True,
         )
     layout = layout_of(control, engine)
     owner = UNEVEN_ORDER if layout.is_cut else np.zeros((DEPTH, HEADS), dtype=np.int64)
@@ -132,7 +131,6 @@ def build(
         loss_function,
         param_dtype=dtype,
         gradient_clipping=clipping,
-        flat_parameters=True,
     )
 
 

@@ -24,5 +24,4 @@ class Ddp(EngineKind):
             asked.loss_function,
             autocast_dtype=asked.low_dtype,
             gradient_clipping=asked.config.engine.gradient_clipping,
-            flat_parameters=True,
         )

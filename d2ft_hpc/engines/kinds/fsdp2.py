@@ -35,5 +35,4 @@ class Fsdp2(EngineKind):
             asked.loss_function,
             param_dtype=asked.low_dtype,
             gradient_clipping=asked.config.engine.gradient_clipping,
-            flat_parameters=True,
         )
