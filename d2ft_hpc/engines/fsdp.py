@@ -135,16 +135,36 @@ def _group(block: Any) -> Any:
 _RECORD = "which says whether gradients are reduced, and over which ranks"
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype | None = None) -> None:
+def gathers_again(block: nn.Module) -> bool:
+    """Whether a block is gathered for the forward and again for the backward."""
+    if not isinstance(block, FSDPModule):
+        return True
+    means = "whether weights stay gathered from the forward to the backward"
+    return bool(expect(_group(block), "_reshard_after_forward", means))
+
+
+KEPT_BYTES = 2**31
+"""Weights of up to this size stay gathered from a micro-batch's forward to its backward: gathering them again takes
+Python as long as the blocks of small images take to run. A billion parameters in 16 bits; the same on every rank."""
+
+
+def shard(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    param_dtype: torch.dtype | None = None,
+    kept_bytes: int = KEPT_BYTES,
+) -> None:
     """Spreads a model over a mesh of 1 dimension, or of 2 (replicas x shards): each block by itself, then the rest.
 
     param_dtype: of the gathered parameters and of activations; gradients are reduced in float32. None: their own.
+    kept_bytes: all of a model's weights stay gathered from a forward to its backward if they have no more, gathered.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None
     )
+    gathered = sum(each.numel() * (param_dtype or each.dtype).itemsize for each in model.parameters())
     for block in family_of(model).blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=gathered > kept_bytes)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
@@ -164,8 +184,9 @@ class FsdpEngine(PlainEngine):
         *,
         param_dtype: torch.dtype | None = None,
         gradient_clipping: float | None = None,
+        kept_bytes: int = KEPT_BYTES,
     ) -> None:
-        """model: the whole one, which is spread in place. param_dtype: see `shard`."""
+        """model: the whole one, which is spread in place. param_dtype, kept_bytes: see `shard`."""
         self._twin = copy.deepcopy(model).to("meta")
         self._placement, layout = placement, placement.layout
         mesh = init_device_mesh(
@@ -175,13 +196,13 @@ class FsdpEngine(PlainEngine):
         )
         if layout.is_cut:
             executor = split_heads(model, executor, mesh["tensor"], placement.owner)
-            shard(model, mesh["replica"], param_dtype)
+            shard(model, mesh["replica"], param_dtype, kept_bytes)
             optimizer, schedule = make_optimizer(model)
         else:
             optimizer, schedule = make_optimizer(model)  # its groups say which parameters are alike
             executor.flat = FlatParameters(model, executor.blocks, optimizer)
             names = {parameter: name for name, parameter in model.named_parameters()}
-            shard(model, mesh["replica"], param_dtype)
+            shard(model, mesh["replica"], param_dtype, kept_bytes)
             spread = dict(model.named_parameters())
             for group in optimizer.param_groups:
                 group["params"] = [spread[names[parameter]] for parameter in group["params"]]

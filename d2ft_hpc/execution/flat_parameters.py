@@ -95,16 +95,14 @@ class FlatParameters:
         self, block: nn.Module, index: int, parameters: list[nn.Parameter], paths: Mapping[int, str]
     ) -> nn.Parameter:
         wanted = {id(parameter) for parameter in parameters}
-        parts = [
-            _Part(module, name, f"{paths[id(module)]}.{name}", parameter.shape)
+        found = [
+            (_Part(module, name, f"{paths[id(module)]}.{name}", parameter.shape), parameter)
             for module in block.modules()
-            for name, parameter in module._parameters.items()
+            for name, parameter in module.named_parameters(recurse=False)
             if id(parameter) in wanted
         ]
-        values = [part.module._parameters[part.name] for part in parts]
-        parameter = nn.Parameter(
-            torch.cat([value.detach().flatten() for value in values if value is not None])
-        )
+        parts = [part for part, _ in found]
+        parameter = nn.Parameter(torch.cat([parameter.detach().flatten() for _, parameter in found]))
         number = len(self._of_block[index])
         flat = _Flat(block, f"flat_{number}", f"{paths[id(block)]}.flat_{number}", parts)
         self._of_block[index].append(flat)
