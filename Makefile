@@ -56,6 +56,8 @@ $(VENV)/constraints.txt: $(CONSTRAINTS) | $(BIN)/python
 # Editable, so that only changed requirements need a new installation.
 $(VENV)/.installed: pyproject.toml $(VENV)/constraints.txt
 	$(BIN)/python -m pip install -e '.[mpi]' -c $(VENV)/constraints.txt
+	$(BIN)/python -c 'import torchvision' || \
+		{ echo "torch and torchvision in $(VENV) do not fit together: install both from one index" >&2; exit 1; }
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
@@ -69,15 +71,16 @@ demo: $(VENV)/.installed
 	mpirun -n 2 d2ft-hpc train configs/demo.yaml train.epochs=10
 	d2ft-hpc report runs/demo-dense runs/demo --html runs/report.html --png runs/demo.png
 
-# The tests start mpirun, torchrun and deepspeed by name. Those of one process run two at a time, the others in turn.
+# The tests start mpirun, torchrun and deepspeed by name. Those of one process run two at a time, each worker with files
+# of its own until it has none, so that a module's runs are made once; the others run in turn.
 test: $(VENV)/.installed-dev
 	export PATH="$(CURDIR)/$(BIN):$$PATH"
-	$(PYTEST) tests/unit -n 2 -m "not full"
+	$(PYTEST) tests/unit -n 2 --dist worksteal -m "not full"
 	$(PYTEST) tests/distributed tests/gpu -m "not full"
 
 test-full: test
 	export PATH="$(CURDIR)/$(BIN):$$PATH"
-	$(PYTEST) tests/unit -n 2 -m full
+	$(PYTEST) tests/unit -n 2 --dist worksteal -m full
 	$(PYTEST) tests/distributed -m full
 
 test-slurm: $(VENV)/.installed-dev

@@ -104,10 +104,13 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="RUN",
-        help="say how little compute and time is enough not to be inferior to these runs",
+        help="runs to match, such as dense ones: says how little compute and time reaches their accuracy",
     )
     report.add_argument(
-        "--margin", type=float, default=0.5, help="points of top-1 that count as inferior (default: 0.5)"
+        "--margin",
+        type=float,
+        default=0.5,
+        help="points of top-1 that may be lost against --reference (default: 0.5)",
     )
     report.set_defaults(run=_report)
 
@@ -181,7 +184,11 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
         help="pixels: fastest, images of one size; original: the files' bytes; jpeg: encoded anew; "
         "auto: original if there are files, else pixels",
     )
-    pack.add_argument("--size", type=whole_number(1), help="resize the shorter side to this many pixels")
+    pack.add_argument(
+        "--size",
+        type=whole_number(1),
+        help="resize the shorter side to this many pixels; --encoding pixels also cuts the middle square",
+    )
     pack.add_argument("--quality", type=whole_number(1, 100), default=95, help="JPEG quality (default: 95)")
     pack.add_argument("--workers", type=whole_number(0), default=0, help="processes that read and encode")
     pack.set_defaults(run=_data_pack)

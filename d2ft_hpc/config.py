@@ -197,8 +197,8 @@ class TrainConfig(Section):
     there is none, and end at once if the run is finished: for jobs that may be started again at any time."""
 
     trace_steps: str | None = None
-    """Steps of which each rank writes a trace by torch's profiler into the run's folder, for Perfetto or
-    chrome://tracing: such as '20' or '20-24', counted from 1."""
+    """Steps that each rank traces with torch's profiler, into the run's folder, for Perfetto or chrome://tracing:
+    such as '20' or '20-24', counted from 1."""
 
     @field_validator("trace_steps")
     @classmethod

@@ -21,17 +21,17 @@ from d2ft_hpc.safe_text import shown
 
 _MOST_BYTES = 1 << 20
 _MOST_RECORDED = 1 << 17
-"""Characters of a run's recorded configuration; reading that many takes seconds."""
+"""Most characters of a run's recorded configuration; reading that many takes seconds."""
 _MOST_REFERRED = 1000
 """Characters of a value that others refer to."""
 _MOST_VALUES = 10_000
-"""A few lines of aliases of aliases can stand for any number of values."""
+"""Most values of a file, since a few lines of aliases of aliases can stand for any number of them."""
 
 _MOST_BASES = 32
-"""Files below a file; a longer chain is a mistake, and takes long to read."""
+"""Most files below a file; a longer chain is a mistake, and takes long to read."""
 
 _DEEPEST = 32
-"""Levels of keys in keys; no setting has more than a few."""
+"""Most levels of keys in keys; no setting has more than a few."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def _parsed(text: str) -> Any:
 
 
 def _values(tree: Any, depth: int = 0) -> Iterator[Any]:
-    """Everything in it, however often it comes. Raises ValueError."""
+    """All values in the tree, repeated ones each time they occur. Raises ValueError if it is nested too deeply."""
     if depth > _DEEPEST:
         raise ValueError("nested too deeply")
     yield tree

@@ -151,7 +151,8 @@ def _bounds(metadata: list[Any]) -> Iterator[str]:
 
 
 def _paragraphs(text: str) -> str:
-    """One line; a value that begins a line, as in "name: what it means.", begins one in the table too."""
+    """The docstring as one line, except that "name: what it means." at the beginning of a line begins one in the
+    table too."""
     told = ""
     for line in text.splitlines():
         entry = told.endswith((".", ":")) and re.match(r"\w+: ", line)

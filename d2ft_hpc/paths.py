@@ -18,9 +18,9 @@ _MOST_BYTES, _MOST_BYTES_OF_NAME = 4095, 255
 def expand(path: str) -> str:
     """The path with a leading `~` or `~user` replaced by that home folder.
 
-    Raises ValueError for an empty one, which would be this folder, and for variables: filled in here they would put
-    what the environment holds, secrets too, into folders' names and records, and left as they are they become folders
-    of that name. And for what no file can be called, which each function that gets it would answer in another way.
+    Raises ValueError for an empty path, which would be this folder; for variables, since filling them in would put
+    the environment's values, secrets too, into folders' names and records, and keeping them would make folders of
+    that name; and for names that no file can have, which each function would report differently.
     """
     if not path:
         raise ValueError("empty: write a path, or leave it out")
@@ -62,7 +62,10 @@ def why_not_writable(folder: Path) -> str:
                 if os.access(path, os.W_OK | os.X_OK)
                 else f"{shown(str(path))}: {os.strerror(errno.EACCES)}"
             )
-        except (FileNotFoundError, NotADirectoryError):  # it is to be made, or a file further up is the fault
+        except (
+            FileNotFoundError,
+            NotADirectoryError,
+        ):  # the folder does not exist yet, or a file further up is in its place
             continue
         except OSError as error:
             return f"{shown(str(path))}: {error.strerror}"

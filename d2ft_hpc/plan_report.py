@@ -124,7 +124,7 @@ def describe_alone(plan: SkipPlan) -> str:
 
 
 def describe(plan: SkipPlan, problem: PlanProblem) -> str:
-    """What the plan is, what each device does under it, and the time of its step."""
+    """Describes the plan, each device's work under it, and the time of its step."""
     lines = [
         describe_alone(plan),
         "",
@@ -138,7 +138,7 @@ def describe(plan: SkipPlan, problem: PlanProblem) -> str:
 def _device_table(plan: SkipPlan, problem: PlanProblem) -> list[str]:
     """Each device's shares of its dense step, and how long it waits for others."""
     timing = simulate(plan, problem)
-    cells = problem.cells_per_device()
+    cells = problem.cells_per_device
     compute = problem.used_compute(plan) / (cells * problem.compute_cost[Operation.FULL])
     messages = problem.used_communication(plan) / np.maximum(problem.dense_communication(), 1e-300)
     memory = problem.used_memory(plan) / (cells / plan.slots)

@@ -60,11 +60,11 @@ def report(
         run_paths: results files or run folders.
         page: where to write the HTML page, None for none.
         png: where to write one picture of compute and time, None for none.
-        reference: runs that the others are to be not inferior to, in points of top-1 by more than `margin`.
+        reference: runs whose accuracy the others are to match, apart from `margin` points of top-1.
 
     Returns:
-        The table as plain text, what plans lost whose shapes are too many to compile, and the least compute and seconds
-        that are enough.
+        As plain text: the table, what plans with too many shapes to compile lost, and the least compute and time that
+        match the reference.
 
     Raises:
         ResultsError: a run cannot be read, or the page or picture cannot be written.
@@ -139,7 +139,7 @@ def _sections(runs: Sequence[Run], numbers: dict[str, Any]) -> Iterator[tuple[st
         claims = paper.measure(runs)
         if any(run["claim"] for run in claims["runs"]):
             head, *rows = paper.table(claims)
-            caption = "Of each run, against the dense runs of the same model and data."
+            caption = "What each run saved and lost against the dense runs of the same model and data."
             yield "Beside the paper", _table(head, rows) + _figure(paper.draw(claims), caption)
     yield from _if_recorded(
         "Promised and measured",
@@ -161,7 +161,11 @@ def _sections(runs: Sequence[Run], numbers: dict[str, Any]) -> Iterator[tuple[st
     )
     sparse = [run for run in runs if not run.is_dense]
     if sparse:
-        yield from _if_recorded("Plans", plans, sparse, "Share of micro-batches, or of heads, per operation.")
+        caption = (
+            "The size of training images over the steps, if plans set it; and if they skip heads, the share of "
+            "micro-batches, or of heads, that run each operation."
+        )
+        yield from _if_recorded("Plans", plans, sparse, caption)
         yield from _if_recorded(
             "Scores", scores, sparse, "Contribution scores that the last plan was made from."
         )
@@ -178,7 +182,7 @@ def _if_recorded(title: str, figure: Any, runs: Sequence[Run], caption: str) -> 
         ArithmeticError,
         LookupError,
         ValueError,
-    ) as error:  # of records that are damaged, or of no numbers
+    ) as error:  # from records that are damaged or hold no numbers
         drawn = f"<p>Cannot be drawn from what is recorded: {html.escape(one_line(str(error)))}.</p>"
     yield title, drawn
 
@@ -191,7 +195,7 @@ def _rivals(rivals: list[dict[str, Any]]) -> str:
         "top-1 %",
         "dense run of equal compute",
         "its top-1 %",
-        "dense, on its way at that compute %",
+        "top-1 % of a longer dense run after that compute",
     ]
     rows = [
         [
@@ -210,7 +214,7 @@ def _configuration(run: Run) -> str:
     yaml = html.escape(str(run.results.datasets("config").get("yaml", "not recorded")))
     facts = {**run.results.attributes("environment"), **run.results.attributes("model")}
     rows = [
-        [str(key), f"{value:,.6g}" if isinstance(value, float) else str(value)]
+        [str(key), number(value, ",.6g") if isinstance(value, float) else str(value)]
         for key, value in facts.items()
     ]
     return (

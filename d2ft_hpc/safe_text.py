@@ -1,4 +1,4 @@
-"""Text that others wrote, on its way into messages, terminals and files."""
+"""Makes text from others safe for messages, terminals and files."""
 
 from __future__ import annotations
 

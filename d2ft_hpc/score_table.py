@@ -21,9 +21,10 @@ class Score:
     of_weight: Callable[[Tensor, Tensor], Tensor]
     """What each weight adds: takes gradients float32 [..., *shape] and weights [*shape]."""
     reads_gradients: bool = True
-    """False: it is the same for all micro-batches, and `of_weight` gets the weights in place of gradients."""
+    """Whether it reads gradients; else it is the same for all micro-batches, and `of_weight` gets the weights in
+    place of gradients."""
     in_steps: bool = False
-    """Whether training steps give it, from the gradients that they form anyway (`scores.gradient_observer`)."""
+    """Whether it can be taken from the gradients that training steps form anyway (`scores.gradient_observer`)."""
 
 
 FISHER = Score(

@@ -1,4 +1,4 @@
-"""What sections of the configuration are made of, wherever they are declared."""
+"""The base classes and types of the configuration's sections, wherever these are declared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PathText = Annotated[str, AfterValidator(expand)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """As numpy takes it."""
 LONGEST = 1e7
-"""Of waiting times in seconds and minutes: what lies far beyond a job's life overflows clocks."""
+"""The longest waiting time, in seconds or minutes: values far beyond a job's life overflow clocks."""
 _MOST = 2**31 - 1
 
 
@@ -29,7 +29,7 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _check_size(cls, value: Any) -> Any:
-        """Numbers of things: larger ones overflow somewhere."""
+        """Refuses whole numbers that would overflow somewhere."""
         if isinstance(value, int) and value > _MOST:
             raise PydanticCustomError("too_large", "input should be at most {most}", {"most": _MOST})
         return value

@@ -173,7 +173,8 @@ def score(instance: Instance, operations: np.ndarray) -> float:
 
 
 def share_sent(layout: str, ranks: int, active: int, senders: int) -> float:
-    """Of what the ranks of a block send if all of them run: once a branch, of which a block run by one has one."""
+    """As a share of what the ranks of a block send if all of them run: they send for each branch, and a block that
+    one rank runs counts as one branch."""
     share = senders / ranks
     if ranks > 1 and layout == "replicated":
         share = (0.0, 0.5, *[1.0] * ranks)[senders]

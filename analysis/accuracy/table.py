@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,10 @@ LINES = Path(__file__).with_name("results.jsonl")
 DENSE = ("standard", "lora")
 
 Line = dict[str, Any]
+OfSeed = dict[int, Line]
+"""The run of each seed."""
+Contenders = dict[tuple[str, float], OfSeed]
+"""By configuration and share of the dense compute."""
 
 
 def line_of(folder: Path) -> Line | None:
@@ -57,15 +61,22 @@ def add(folders: Iterable[Path]) -> None:
                 file.write(json.dumps(line) + "\n")
 
 
-def print_tables(lines: list[Line]) -> None:
-    tasks: dict[tuple[Any, ...], dict[tuple[str, float], dict[int, Line]]] = defaultdict(
-        lambda: defaultdict(dict)
-    )
+def read_lines() -> list[Line]:
+    return [json.loads(text) for text in LINES.read_text().splitlines()]
+
+
+def by_task(lines: Iterable[Line]) -> Iterator[tuple[bool, str, int, Contenders, OfSeed]]:
+    """LoRA or not, data set, epochs, all contenders, and the dense one among them."""
+    tasks: dict[tuple[bool, str, int], Contenders] = defaultdict(lambda: defaultdict(dict))
     for line in lines:
         lora = "lora" in line["config"]
         tasks[lora, line["data"], line["epochs"]][line["config"], line["budget"]][line["seed"]] = line
     for (lora, data, epochs), contenders in sorted(tasks.items()):
-        dense = contenders["lora" if lora else "standard", 1.0]
+        yield lora, data, epochs, contenders, contenders.get(("lora" if lora else "standard", 1.0), {})
+
+
+def print_tables(lines: list[Line]) -> None:
+    for lora, data, epochs, contenders, dense in by_task(lines):
         print(f"\n**{data}, {epochs} epochs{', LoRA' if lora else ''}**\n")
         print("| | compute | top-1 (%) | seeds | difference from dense | one-sided 95 % bound |")
         print("|---|---|---|---|---|---|")
@@ -87,4 +98,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["add"]:
         add(map(Path, sys.argv[2:]))
     else:
-        print_tables([json.loads(text) for text in LINES.read_text().splitlines()])
+        print_tables(read_lines())

@@ -44,7 +44,7 @@ def add_benches(benches: Any) -> None:
         help="forward and backward of a micro-batch under a plan, against the dense model and the plan's ideal",
         description="Times one micro-batch in one process, dense and under the plan in turn.",
     )
-    step.add_argument("--model", default="vit_small_patch16_224", help="a timm VisionTransformer's name")
+    step.add_argument("--model", default="vit_small_patch16_224", help="the name of a timm model")
     step.add_argument("--micro-batch", type=whole_number(1), default=16, help="samples of a micro-batch")
     step.add_argument("--compute", type=share(), default=0.6, help="most of the dense FLOPs (default: 0.6)")
     step.add_argument(
@@ -78,7 +78,6 @@ def add_benches(benches: Any) -> None:
         type=whole_number(1),
         help="measured steps of each (default: as many of 30 as two minutes allow, at least 5)",
     )
-    step.add_argument("--peers", action="store_true", help="also time stochastic depth, drop path and LoRA")
     step.add_argument("--profile", action="store_true", help="where the time of dense and plan goes")
     step.add_argument("--json", action="store_true", help="end with one line of JSON")
     step.set_defaults(run=_step)
@@ -86,7 +85,7 @@ def add_benches(benches: Any) -> None:
 
 def add_workload(parser: argparse.ArgumentParser) -> None:
     """The arguments that `read_workload` reads."""
-    parser.add_argument("--model", default="vit_tiny_patch16_224", help="a timm VisionTransformer's name")
+    parser.add_argument("--model", default="vit_tiny_patch16_224", help="the name of a timm model")
     parser.add_argument(
         "--image-size", type=whole_number(1), default=64, help="height and width of the images, pixels"
     )
@@ -104,7 +103,7 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
 
 
 def read_workload(options: argparse.Namespace) -> Workload:
-    """What a bench's arguments say of it; the rest is its defaults."""
+    """The settings that a bench's arguments give; the others keep their defaults."""
     import torch
 
     from d2ft_hpc.bench.workload import Workload
@@ -172,7 +171,7 @@ def _step(options: argparse.Namespace) -> int:
             dtype=getattr(torch, of_device if options.dtype == "auto" else options.dtype),
             repeats=options.repeats,
         )
-        found = benchmark(sizes, with_peers=options.peers, with_profile=options.profile)
+        found = benchmark(sizes, with_profile=options.profile)
         print(describe(found))
         if options.json:
             print(json.dumps(found))

@@ -1,4 +1,4 @@
-"""An engine's step time under a plan against dense, in turns: `d2ft-hpc bench speed`."""
+"""Compares an engine's step time under a plan with dense steps, in turns: `d2ft-hpc bench speed`."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ from d2ft_hpc.planning import PLANNERS, Operation, SkipPlan
 from d2ft_hpc.planning.tokens import TokenOptions
 
 _STEPS_OF_RUN = 1000
-"""Over which a plan by tokens spreads its resolutions."""
+"""Number of steps over which a plan by tokens spreads its resolutions."""
 
 
 def speed(workload: Workload, control: Control, planner: str, compute_budget: float) -> dict[str, Any]:
-    """The step time under a plan over the dense one, beside what the plan promises, of an engine whose ranks hold the
-    whole model each (`analysis.engines.parallel` is for the others). Of planner tokens, the mean over a run's steps."""
+    """The ratio of step times under a plan and dense, beside what the plan promises, for an engine whose ranks each
+    hold the whole model (`analysis.engines.parallel` is for the others). Of planner tokens, the mean over a run's
+    steps."""
     entry = PLANNERS.get(planner)  # an unknown one is told where it is to plan
     sides = TokenOptions().sides if entry is not None and entry.scales_images else None
     built = build(workload, control, sides)
@@ -46,8 +47,10 @@ def speed(workload: Workload, control: Control, planner: str, compute_budget: fl
     nothing = SkipPlan(np.full(shape, Operation.SHORTCUT, dtype=np.uint8), control.world_size)
     dense = SkipPlan.dense(workload.slots, control.world_size, *shape[1:])
     if sides is None:
-        made = share(control, lambda: solved(built, workload, planner, compute_budget).to_bytes(), "the plan")
-        of_run = {"plan": (SkipPlan.from_bytes(made), 1.0)}
+        made = share(
+            control, lambda: solved(built, workload, planner, compute_budget).to_message(), "the plan"
+        )
+        of_run = {"plan": (SkipPlan.from_message(made), 1.0)}
     else:
         curve = token_curve_of(costs, compute_budget, _STEPS_OF_RUN)
         of_run = {
@@ -137,7 +140,7 @@ def _bytes_sent(built: Built, batch: list[MicroBatch], plan: SkipPlan, control: 
 
 
 def _plain(workload: Workload) -> PlainEngine:
-    """One process's dense training, each rank for itself: what the engines' own work is measured against."""
+    """Dense training of one process, each rank by itself: the reference for what engines add."""
     model = model_of(workload)
     executor = attach(model, compile=workload.compile)
     return PlainEngine(

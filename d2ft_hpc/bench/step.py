@@ -1,8 +1,8 @@
-"""Forward and backward of one micro-batch under a plan against the dense model and its peers: `d2ft-hpc bench step`.
+"""Compares one micro-batch's forward and backward under a plan with the dense model: `d2ft-hpc bench step`.
 
-Everything compared alternates in one process. On a GPU each contender is one CUDA graph, so that no launch of either
-waits for Python; the dense model is compiled as a whole. On a CPU the dense model is the faster of eager and compiled,
-and the blocks that skip heads are compiled.
+Everything compared alternates in one process. On a GPU each contender is one CUDA graph, so that no kernel launch
+waits for Python; the dense model is compiled as a whole. On a CPU the dense model is the faster of eager and
+compiled, and the blocks that skip heads are compiled.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -36,7 +34,7 @@ Step = Callable[[], None]
 
 _WARM_UPS = 3
 _REPEATS, _ENOUGH_REPEATS, _ENOUGH_SECONDS = 30, 5, 120.0
-"""A slow comparison, as on a CPU, ends once it has both."""
+"""A slow comparison, as on a CPU, ends once it has both that many seconds and that many repeats."""
 _ALWAYS = (
     "layer_norm",
     "norm_backward",
@@ -47,10 +45,10 @@ _ALWAYS = (
     "::add",
     "mkldnn_convolution",
 )
-"""In names of kernels and operators that run whatever heads do: norms, residuals, their gradients' sums, and a CPU's
-embedding of patches."""
+"""Parts of names of kernels and operators that run whatever heads do: norms, residuals, sums of their gradients, and,
+on a CPU, the embedding of patches."""
 _OF_HEADS = ("gelu", "nvjet", "gemm", "attention", "sdpa", "flash")
-"""In names of those that belong to heads although they match above."""
+"""Parts of names of those that belong to heads although they match above."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +63,9 @@ class Sizes:
     forward_only: float
     """Share of each block's heads that run forward only."""
     heads_multiple: int | None
-    """Numbers of FULL heads are multiples of it; None: of 2 on a GPU for more than 8 heads, else of 1."""
+    """The number of FULL heads is a multiple of it; None: of 2 on a GPU for more than 8 heads, else of 1."""
     lora_rank: int | None
-    """Of LoRA on qkv, proj, fc1 and fc2, by peft, of the dense model too; None: all weights train."""
+    """Rank of peft's LoRA on qkv, proj, fc1 and fc2, for the dense model too; None: all weights train."""
     plan: Path | None
     image_size: int
     """Pixels."""
@@ -86,17 +84,19 @@ class Contender:
     micro_batches: int
 
 
-def benchmark(sizes: Sizes, *, with_peers: bool = False, with_profile: bool = False) -> dict[str, Any]:
+def benchmark(
+    sizes: Sizes,
+    *,
+    beside: Callable[[nn.Module, float], dict[str, Contender]] | None = None,
+    with_profile: bool = False,
+) -> dict[str, Any]:
     """The JSON object that `d2ft-hpc bench step` ends with: seconds are medians, ratios medians of pairs in turn.
 
     time_ideal: the share of the dense time that no head owns, from the dense run's own profile, plus the plan's share
     of the rest. flop_ideal: the plan's share of the FLOPs. efficiency, flop_efficiency: these over the ratio. Intervals
-    hold the true median of the pairs with 95 % confidence.
+    hold the true median of the pairs with 95 % confidence. beside: makes further contenders of the dense model and the
+    share of branches without gradient.
     """
-    if with_peers and sizes.lora_rank is not None:
-        raise ConfigError(
-            "--peers with --lora: the peers train all weights, one of them LoRA; leave one of them out"
-        )
     torch.manual_seed(0)
     dense = _model(sizes)
     attached = copy.deepcopy(dense)
@@ -106,8 +106,8 @@ def benchmark(sizes: Sizes, *, with_peers: bool = False, with_profile: bool = Fa
     costs = measure_costs(attached, executor, (3, sizes.image_size, sizes.image_size))
     plan = _static(sizes, costs, executor) if sizes.plan is None else SkipPlan.read(sizes.plan)
     contenders = {**_dense(sizes, dense), **_planned(sizes, dense, plan)}
-    if with_peers:
-        contenders |= _peers(sizes, dense, 1 - plan.shares()[Operation.FULL])
+    if beside is not None:
+        contenders |= beside(dense, 1 - plan.shares()[Operation.FULL])
     seconds = _in_turn(contenders, sizes)
     medians = {name: float(np.median(times)) for name, times in seconds.items()}
     rival = min((name for name in medians if name.startswith("dense")), key=lambda name: medians[name])
@@ -179,21 +179,16 @@ def describe(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _model(sizes: Sizes) -> VisionTransformer:
+def _model(sizes: Sizes) -> nn.Module:
     model = build_model(sizes.model, num_classes=1000, options={"img_size": sizes.image_size})
     if sizes.lora_rank is not None:
-        _adapt(model, sizes.lora_rank)
+        add_lora(model, rank=sizes.lora_rank, alpha=2 * sizes.lora_rank, dropout=0.0)
     return model.to(device=sizes.device, dtype=sizes.dtype).train()
 
 
-def _adapt(model: VisionTransformer, rank: int) -> None:
-    add_lora(model, rank=rank, alpha=2 * rank, dropout=0.0)
-
-
 def _static(sizes: Sizes, costs: StepCosts, executor: PlanExecutor) -> SkipPlan:
-    """As many FULL heads as fit into `compute`, in all blocks the same number or one of two; which, is drawn.
-
-    So plans planner `static` where all scores are alike.
+    """A plan with as many FULL heads as fit into `compute`: each block has one of two neighbouring numbers, and which
+    heads run is drawn. Planner `static` plans the same where all scores are equal.
     """
     blocks, heads = executor.subnets.shape
     forward_only = round(sizes.forward_only * heads)
@@ -217,15 +212,15 @@ def _static(sizes: Sizes, costs: StepCosts, executor: PlanExecutor) -> SkipPlan:
     return SkipPlan(operations, replicas=1)
 
 
-def _dense(sizes: Sizes, model: VisionTransformer) -> dict[str, Contender]:
-    batch = _batch(sizes, sizes.micro_batch)
-    compiled = _contender(torch.compile(model, dynamic=False), model, batch, sizes)
+def _dense(sizes: Sizes, model: nn.Module) -> dict[str, Contender]:
+    batch = batch_of(sizes, sizes.micro_batch)
+    compiled = contender(torch.compile(model, dynamic=False), model, batch, sizes)
     if sizes.device.type == "cuda":
         return {"dense": compiled}
-    return {"dense_eager": _contender(model, model, batch, sizes), "dense_compiled": compiled}
+    return {"dense_eager": contender(model, model, batch, sizes), "dense_compiled": compiled}
 
 
-def _planned(sizes: Sizes, model: VisionTransformer, plan: SkipPlan) -> dict[str, Contender]:
+def _planned(sizes: Sizes, model: nn.Module, plan: SkipPlan) -> dict[str, Contender]:
     """The plan, and all FULL, each by a model of its own."""
 
     def under(followed: SkipPlan, samples: int) -> Contender:
@@ -233,7 +228,7 @@ def _planned(sizes: Sizes, model: VisionTransformer, plan: SkipPlan) -> dict[str
         executor = attach(own, compile=not followed.is_dense)
         executor.activate(followed, 0)
         forward = torch.compile(own, dynamic=False) if executor.is_dense else own
-        return _contender(forward, own, _batch(sizes, samples), sizes, executor, followed.slots)
+        return contender(forward, own, batch_of(sizes, samples), sizes, executor, followed.slots)
 
     full = SkipPlan.dense(1, 1, plan.num_blocks, plan.num_heads)
     found = {"all_full": under(full, sizes.micro_batch)}
@@ -243,69 +238,27 @@ def _planned(sizes: Sizes, model: VisionTransformer, plan: SkipPlan) -> dict[str
     return found | {"plan": under(plan, sizes.micro_batch)}
 
 
-def _unowned_memory_share(
-    sizes: Sizes, model: VisionTransformer, executor: PlanExecutor, dense: int
-) -> float:
-    """What no head owns of the bytes that a dense forward keeps: by those of one and of two FULL heads a block."""
+def _unowned_memory_share(sizes: Sizes, model: nn.Module, executor: PlanExecutor, dense: int) -> float:
+    """The bytes of a dense forward's kept tensors that no head owns, from forwards with one and with two FULL heads
+    in each block."""
     kept = []
     for full in (1, 2):
         operations = np.full((1, *executor.subnets.shape), Operation.SHORTCUT, np.uint8)
         operations[..., :full] = Operation.FULL
         executor.activate(SkipPlan(operations, replicas=1), 0)
         with executor.micro_batch(0):
-            kept.append(_kept_bytes(model, model, _batch(sizes, sizes.micro_batch)))
+            kept.append(_kept_bytes(model, model, batch_of(sizes, sizes.micro_batch)))
     return float((2 * kept[0] - kept[1]) / dense)
 
 
-def _peers(sizes: Sizes, dense: VisionTransformer, skipped: float) -> dict[str, Contender]:
-    """Other ways to train less, at the same share of branches that get no gradient; LoRA of rank 8."""
-    batch = _batch(sizes, sizes.micro_batch)
-
-    def contend(model: nn.Module) -> Contender:
-        return _contender(torch.compile(model, dynamic=False), model, batch, sizes)
-
-    subset = copy.deepcopy(dense)
-    keep = max(1, round((1 - skipped) * sizes.micro_batch))
-    for block in subset.blocks:
-        block.forward = _subset_forward(block, keep)
-    dropped = timm.create_model(
-        sizes.model, img_size=sizes.image_size, num_classes=1000, drop_path_rate=skipped
-    )
-    dropped = dropped.to(device=sizes.device, dtype=sizes.dtype).train()
-    found = {"subset_stochastic_depth": contend(subset), "timm_drop_path": contend(dropped)}
-    adapted = copy.deepcopy(dense)
-    try:
-        _adapt(adapted, 8)
-    except ConfigError:  # peft is an optional extra
-        return found
-    return found | {"peft_lora": contend(adapted.to(sizes.dtype))}
-
-
-def _subset_forward(block: Any, keep: int) -> Callable[[Tensor], Tensor]:
-    """Each branch runs on a random subset of the samples, scaled up (DINOv2's stochastic depth, arXiv 2304.07193)."""
-
-    branches: tuple[Callable[[Tensor], Tensor], ...] = (
-        lambda x: block.ls1(block.attn(block.norm1(x))),
-        lambda x: block.ls2(block.mlp(block.norm2(x))),
-    )
-
-    def forward(x: Tensor) -> Tensor:
-        for branch in branches:
-            chosen = torch.rand(x.shape[0], device=x.device).argsort()[:keep]
-            x = x.index_add(0, chosen, branch(x[chosen]), alpha=x.shape[0] / keep)
-        return x
-
-    return forward
-
-
-def _batch(sizes: Sizes, samples: int) -> tuple[Tensor, Tensor]:
+def batch_of(sizes: Sizes, samples: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(samples, 3, sizes.image_size, sizes.image_size, generator=generator)
     labels = torch.randint(1000, (samples,), generator=generator)
     return images.to(sizes.device, sizes.dtype), labels.to(sizes.device)
 
 
-def _contender(
+def contender(
     forward: Callable[[Tensor], Tensor],
     model: nn.Module,
     batch: tuple[Tensor, Tensor],
@@ -343,7 +296,7 @@ def _contender(
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # One pool for all: none of them needs its memory when another runs.
+    # One memory pool for all, since none of them needs its memory while another runs.
     with torch.cuda.graph(graph, pool=_graph_pool()):
         run()
     for parameter in parameters:
@@ -351,7 +304,7 @@ def _contender(
 
     def replay(
         captured: Step = run,
-    ) -> None:  # what was captured reads the model and the batch where they lie
+    ) -> None:  # the captured graph reads the model and the batch where they lie
         graph.replay()
 
     return Contender(replay, kept, slots)
@@ -425,7 +378,7 @@ def _always_share(step: Step, sizes: Sizes) -> float:
 
 
 def _profile(step: Step, sizes: Sizes) -> dict[str, float]:
-    """Seconds by kind, the largest first; what the device waited is the rest of the step."""
+    """Seconds by kind, the largest first; the rest of the step is the device's waiting time."""
     kinds: dict[str, float] = {}
     for name, seconds in _kernels(step, sizes).items():
         kinds[_kind(name)] = kinds.get(_kind(name), 0.0) + seconds

@@ -1,4 +1,4 @@
-"""Contenders that take turns, and their step times compared.
+"""Compares the step times of contenders that take turns.
 
 Steps of what is compared alternate in one process on the same ranks, so that a busy machine slows both alike. A step
 takes as long as on its slowest rank. Ratios are medians over rounds of neighbouring steps, with a 95 % bootstrap
@@ -30,10 +30,10 @@ def alternate(
     before: Callable[[str], object] = lambda name: None,
     warm_up: int = WARM_UP,
 ) -> dict[str, np.ndarray]:
-    """Seconds of `count` steps of each by name on the slowest rank, float64 [step]. From round to round the order is
-    turned round, and after two rounds begins with the next: each is as often early as late.
+    """Seconds of `count` steps of each by name on the slowest rank, float64 [step]. The order is reversed from round
+    to round, and every two rounds it begins with the next contender, so that each is early as often as late.
 
-    control: of the ranks that begin each step together; None: there is one. before: what is done before the clock
+    control: of the ranks that begin each step together; None: there is one rank. before: is called before the clock
     starts. warm_up: rounds before those that are measured. Raises ConfigError for less than 2 steps.
     """
     if count < 2:

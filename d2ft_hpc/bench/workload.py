@@ -1,4 +1,4 @@
-"""What engines are timed on: a model on random images, under plans for random scores."""
+"""What engines are timed with: a model on random images, under plans for random scores."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -66,7 +65,7 @@ class Built:
 
 
 def build(workload: Workload, control: Control, sides: Sequence[float] | None = None) -> Built:
-    """sides: of images in plans by tokens, whose costs are counted, too; in units of full ones."""
+    """sides: of images in plans by tokens, in units of full images; their costs are counted, too."""
     layout = RankLayout.of(
         control.world_size,
         control.rank,
@@ -99,7 +98,7 @@ def build(workload: Workload, control: Control, sides: Sequence[float] | None = 
     return Built(engine, costs, placement)
 
 
-def make_optimizer(model: VisionTransformer) -> tuple[Optimizer, LRScheduler]:
+def make_optimizer(model: nn.Module) -> tuple[Optimizer, LRScheduler]:
     settings = OptimizerConfig(learning_rate=1e-4)
     optimizer = build_optimizer(model, settings)
     return optimizer, build_schedule(optimizer, settings, 10**6)
@@ -115,7 +114,7 @@ def engine_config(workload: Workload) -> dict[str, Any]:
     )
 
 
-def model_of(workload: Workload) -> VisionTransformer:
+def model_of(workload: Workload) -> nn.Module:
     torch.manual_seed(0)
     model = build_model(workload.model, num_classes=10, options={"img_size": workload.image_size})
     return model.to(workload.device)

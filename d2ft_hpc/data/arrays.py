@@ -7,8 +7,8 @@
 Images are uint8 0 to 255, [image, height, width, 3], [image, 3, height, width], or grey as [image, height, width] or
 [image, height, width, 1]; labels are whole numbers from 0, [image].
 
-What arrays take in memory is known, and bounded by what their file holds, before any of it is allocated: a file of a
-few megabytes can stand for any size.
+The memory that arrays take is checked against the size of their file before any is allocated, since a file of a few
+megabytes can claim any size.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _OTHER_RANGE = "pixels must be uint8, 0 to 255: scale them by what their range i
 
 
 def open_arrays(path: Path, split: str) -> Source:
-    """One split of a user's file, read into memory. Raises DataError if it has no such form."""
+    """One split of a user's file, read into memory. Raises DataError if the file is not in one of these forms."""
     return _of_npz(path, split) if path.suffix.lower() == ".npz" else _of_hdf5(path, split)
 
 
@@ -61,7 +61,7 @@ def _of_npz(path: Path, split: str) -> Source:
         raise DataError(f"{path}: {error}") from error
     except (RefusedError, MemoryError) as error:
         raise DataError(f"{path}: {hdf5.reason(error)}; {_SMALLER}") from error
-    except Exception as error:  # zipfile, zlib and numpy answer damage with many kinds
+    except Exception as error:  # zipfile, zlib and numpy raise many kinds of errors for damaged files
         raise DataError(f"{path}: damaged, or no .npz file ({hdf5.reason(error)}); {_NPZ}") from error
 
 

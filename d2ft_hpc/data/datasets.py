@@ -35,9 +35,9 @@ Split = Literal["train", "validation", "test"]
 Entropy = Sequence[int]
 
 SMALL_PIXELS = 64
-"""Images up to this side show one object that fills them: they are shifted, larger ones cropped."""
+"""Images up to this side usually show one object that fills them, so they are shifted; larger ones are cropped."""
 _MEASURED = 16
-"""Images of a split that tell how large all are."""
+"""How many images of a split are looked at to tell how large all are."""
 
 
 class RawBatch(NamedTuple):
@@ -88,9 +88,9 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         return evenly_spaced(len(self), most)
 
     def look_at_some(self) -> None:
-        """Raises DataError if one of some images is of no kind that is read, or cut short; nothing whole is decoded.
-
-        Reading all of a large data set would take as long as an epoch, in which the others are told.
+        """Raises DataError if one of a sample of images is of an unknown kind or cut short; no image is decoded as a
+        whole. Checking all images of a large data set would take as long as an epoch; faults of the others show when
+        they are read.
         """
         if isinstance(self._images, EncodedImages):
             for index in self.evenly_spaced(_LOOKED_AT):
@@ -102,7 +102,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         return images[0], int(labels[0])
 
     def read(self, indices: Sequence[int], entropies: Sequence[Entropy] | None) -> RawBatch:
-        """Stage 1; `entropies` decide each sample's draws (None: there are none, as in evaluation)."""
+        """Stage 1; `entropies` decide each sample's random draws (None: nothing is drawn, as in evaluation)."""
         rows = self._indices[np.asarray(indices, np.int64)]
         labels = torch.from_numpy(self._labels[np.asarray(indices, np.int64)])
         draws = np.zeros((len(rows), DRAWS), np.float32)
@@ -220,7 +220,8 @@ def _label_of(source: Source, classes: Sequence[int] | None) -> npt.NDArray[np.i
 
 
 def evenly_spaced(length: int, most: int) -> list[int]:
-    """At most so many indices at equal distances: all classes are among them where these lie one after the other."""
+    """At most this many indices at equal distances, so that they cover all classes of a data set that is sorted by
+    class."""
     chosen: list[int] = np.linspace(0, length - 1, min(length, most), dtype=int).tolist()
     return chosen
 

@@ -2,9 +2,9 @@
 
 - Integers of more bits are scaled by their type's range, not by what an image happens to hold; floats and signed
   or 32-bit integers have no range that could be known and are refused.
-- What is transparent shows white.
-- Of animations and files with several pages the first picture counts.
-- The orientation that cameras note beside the pixels (EXIF) is not applied: most pretrained weights saw photos so.
+- Transparent areas become white. - Of animations and files with several pages the first picture counts. - The
+orientation that cameras note beside the pixels (EXIF) is not applied: most pretrained weights were trained on photos
+without it.
 """
 
 from __future__ import annotations
@@ -54,8 +54,7 @@ def size(data: bytes) -> tuple[int, int]:
 
 
 def look(data: bytes) -> None:
-    """The same, and for what `decode` refuses of files whose end is missing: a JPEG or PNG without its last mark is
-    decoded."""
+    """Raises DataError as `check` does, and where a JPEG or PNG lacks its end mark, also as `decode` does."""
     check(data)
     lacks_end = any(data.startswith(begin) and end not in data[-_TAIL_BYTES:] for begin, end in _ENDS)
     if lacks_end:
@@ -63,7 +62,7 @@ def look(data: bytes) -> None:
 
 
 _ENDS = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND"))
-"""How files begin and end, but for what some cameras and programs put behind."""
+"""How files begin and end, apart from what some cameras and programs append."""
 _TAIL_BYTES = 1024
 
 

@@ -12,7 +12,7 @@ from d2ft_hpc.data.decoding import endings
 from d2ft_hpc.errors import DataError
 
 _STRAY = {"thumbs.db", "desktop.ini"}
-"""Files that systems leave everywhere and that nobody means, like hidden ones."""
+"""Files that systems leave in folders; they are passed over, like hidden ones."""
 _TOLD_ENDINGS = 5
 
 
@@ -32,7 +32,7 @@ def class_names(folder: Path) -> tuple[str, ...]:
 
 
 def class_folders(folder: Path) -> ClassFolders:
-    """The images of each class by their paths, those with the endings that PIL reads.
+    """The paths of each class's images, which are the files with endings that PIL reads.
 
     Raises DataError if there is no class, a class has no image, or something is neither a file nor a folder: a broken
     link, a link to a folder above it, a pipe.
@@ -70,7 +70,7 @@ def class_folders(folder: Path) -> ClassFolders:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All but hidden and stray ones, sorted by folder, then by name. Raises DataError as `class_folders`."""
+    """All files except hidden and stray ones, sorted by folder, then by name. Raises DataError as `class_folders`."""
     found = []
     pending = [folder]
     while pending:

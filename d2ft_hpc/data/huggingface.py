@@ -14,7 +14,7 @@ from d2ft_hpc.data.shards import WORDS, shards_of
 from d2ft_hpc.errors import DataError
 
 _LABELS = ("label", "labels")
-"""Names of columns, the first of which is taken where several hold classes."""
+"""Names of label columns. If several columns hold classes, the first of these names is taken."""
 _SAVED = "state.json"
 """What `save_to_disk` writes into each split's folder."""
 
@@ -23,7 +23,7 @@ def open_huggingface(root: Path, split: str) -> Source:
     """One split: of `root/train/` and `root/test/` (or `validation/`), as saved, or of parquet or arrow files that are
     named so. Its one column of images holds files' bytes, its one of labels classes or whole numbers.
 
-    Arrow files are mapped; of parquet files `datasets` keeps a copy in its cache. No code that a data set brings runs.
+    Arrow files are mapped; of parquet files `datasets` keeps a copy in its cache. No code of a data set is run.
 
     Raises DataError if `datasets` is missing, or the files are absent, damaged or hold anything else.
     """
@@ -96,7 +96,7 @@ def _opened(datasets: Any, root: Path, split: str) -> tuple[str, Any]:
             table = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
         else:
             table = datasets.Dataset.from_parquet([str(file) for file in files])
-    except Exception as error:  # pyarrow, json and datasets answer damage with many kinds
+    except Exception as error:  # pyarrow, json and datasets raise many kinds of errors for damaged files
         raise _unreadable(where, error) from error
     return where, table
 

@@ -180,7 +180,8 @@ MOST_CLASSES = 1_000_000
 def checked_labels(
     labels: npt.NDArray[Any], images: int, class_names: Sequence[str]
 ) -> npt.NDArray[np.int64]:
-    """Labels, int64 [image]. Raises DataError, without a name, if they do not fit so many images in these classes."""
+    """Labels, int64 [image]. Raises DataError, without a name, if they do not fit the number of images or the
+    classes."""
     if labels.dtype.kind not in "iu" or labels.shape != (images,) or not images:
         raise DataError(
             f"{labels.size} labels of type {labels.dtype} for {images} images: each needs one whole number"
@@ -212,7 +213,7 @@ def numbered_classes(labels: npt.NDArray[Any]) -> tuple[str, ...]:
 
 
 def divide(offsets: npt.NDArray[Any], nbytes: int) -> bool:
-    """Whether offsets int64 [image + 1] cut so many bytes into images."""
+    """Whether offsets int64 [image + 1] cut a buffer of this size into images."""
     return (
         offsets.dtype == np.int64
         and offsets.ndim == 1

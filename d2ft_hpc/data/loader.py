@@ -94,7 +94,8 @@ def _batches(
 
 
 class _Draws(Sampler[list[tuple[int, int]]]):
-    """The sampler's micro-batches as (epoch, index): persistent workers learn of a new epoch no other way."""
+    """The sampler's micro-batches as (epoch, index), since persistent workers learn of a new epoch in no other
+    way."""
 
     def __init__(self, sampler: MicroBatchSampler) -> None:
         self._sampler = sampler

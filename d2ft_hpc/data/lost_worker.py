@@ -1,4 +1,4 @@
-"""A process that reads data for a run and is killed: told in one way, however torch comes to notice it."""
+"""Turns the loss of a data worker that was killed into one error, however torch notices it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from d2ft_hpc.errors import LostWorkerError
 
 _PATIENCE_SECONDS = 3.0
-"""Between the fault that a dead worker causes and the news of its end."""
+"""How long to wait for a dead worker's exit status after the fault that its death causes."""
 
 _WHY = {
     signal.SIGKILL: "by the kernel, if the job ran out of memory: use fewer data.workers, or ask for more memory",

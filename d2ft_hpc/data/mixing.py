@@ -13,7 +13,8 @@ from d2ft_hpc.data.transforms import seeded
 
 @dataclass(frozen=True)
 class Mixing:
-    """Mixes each image with its neighbour in the micro-batch; each micro-batch by one of the two, if both are on."""
+    """Mixes each image with its neighbour in the micro-batch. If both kinds are on, one of them is drawn for each
+    micro-batch."""
 
     num_classes: int
     mixup_alpha: float = 0.0

@@ -79,7 +79,8 @@ def open_packed(path: Path, split: str) -> Source:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """The file, known to be a packed one. Whatever is wrong with it inside becomes a DataError."""
+    """The file, after checking that it is a packed one. Whatever is wrong with it within the block becomes a
+    DataError."""
     with hdf5.opened(path, DataError, _AGAIN) as file:
         if _text(file, "format") != FORMAT:
             raise DataError(f"not a packed data set; {_AGAIN}")
@@ -105,7 +106,8 @@ def _splits(file: Any) -> list[str]:
 
 
 def describe(path: Path) -> str:
-    """Splits, images, classes and form of a packed file, for people. Raises DataError if a checksum does not match."""
+    """Describes a packed file's splits, images, classes and form in words. Raises DataError if a checksum does not
+    match."""
     with _opened(path) as file:
         stated = {split: _text(file[split], "sha256") for split in _splits(file)}
         if not stated:

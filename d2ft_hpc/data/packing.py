@@ -56,6 +56,11 @@ def pack_by_name(
     if encoding == "auto":
         files = size is None and all(isinstance(each.images, EncodedImages) for each in sources.values())
         encoding = "original" if files else "pixels"
+    if size is not None and encoding == "pixels":
+        print_line(
+            f"d2ft-hpc: warning: of images that are not square, only the middle {size} x {size} pixels are kept; "
+            "--encoding jpeg keeps all"
+        )
     pack(sources, output, encoding=encoding, size=size, quality=quality, workers=workers)
     say(describe(output))
 

@@ -14,10 +14,10 @@ class MicroBatchSampler(Sampler[list[int]]):
     """Yields this replica's micro-batches as lists of sample indices, in slot order, `slots` for each batch.
 
     A batch has slots * replicas rows (micro-batches); row = slot * replicas + replica. One permutation per
-    (seed, epoch), identical on all replicas, is cut into batches and each batch into its rows. The last batch
-    of an epoch, if partial, is spread over the rows so that their sizes differ by at most one; with fewer
-    samples than rows it is dropped. So every replica has the same number of batches and micro-batches.
-    Raises DataError if an epoch would have no batch.
+    (seed, epoch), identical on all replicas, is cut into batches and each batch into its rows. The last batch of an
+    epoch may be partial: its samples are spread over the rows so that their sizes differ by at most one, or dropped
+    if there are fewer samples than rows. So every replica has the same number of batches and micro-batches. Raises
+    DataError if an epoch would have no batch.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from d2ft_hpc.data.folders import files_below
 from d2ft_hpc.errors import DataError
 
 WORDS = {"train": ("train",), "test": ("test", "validation", "val", "valid")}
-"""Of each split, those that its files or folders are named by; where there are files of several, the first counts."""
+"""The words that may name a split's files or folders; if there are files of several, the first word counts."""
 _SPLIT_OF = {word: (split, rank) for split, words in WORDS.items() for rank, word in enumerate(words)}
 
 

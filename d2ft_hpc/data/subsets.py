@@ -11,7 +11,7 @@ Indices = npt.NDArray[np.int64]
 
 
 def hold_out(labels: Indices, fraction: float, seed: int) -> tuple[Indices, Indices]:
-    """Sorted indices of (the rest, the held-out `fraction`); each class is in both by its share.
+    """Sorted indices of the rest and of the held-out `fraction`; each class is divided in that proportion.
 
     Raises ValueError if a class would be missing in either.
     """

@@ -1,9 +1,9 @@
 """From a stored image to what the model sees, in two stages.
 
-1. Of one sample, on the CPU (`sample_transform`): decoding and whatever needs the image at its own size, to uint8
-   [3, height, width] of one size. Images stored as pixels need none.
-2. Of a whole batch, on the model's device (`BatchTransform`): resize, crop, flip, normalise. Small images so travel
-   to the device as they are stored.
+1. Sample by sample, on the CPU (`sample_transform`): decoding and whatever needs the image at its own size; the
+result is uint8 [3, height, width] of one size. Images stored as pixels skip this stage. 2. A whole batch at once, on
+the model's device (`BatchTransform`): resize, crop, flip, normalise. So small images travel to the device as they are
+stored.
 
 Each sample's random draws belong to (seed, epoch, sample) alone, in both stages.
 """
@@ -37,7 +37,7 @@ Augmentation = Literal["none", "shift", "resized_crop", "timm"]
 DRAWS = 5
 _SHIFT_Y, _SHIFT_X, _FLIP, _AREA, _RATIO = range(DRAWS)
 CROPPED_SHARE = 7 / 8
-"""Of the shorter side, in evaluation beside training by random crops."""
+"""Share of the shorter side that evaluation keeps if training uses random crops."""
 AREA = (0.5, 1.0)
 RATIO = (3 / 4, 4 / 3)
 
@@ -47,7 +47,7 @@ SampleTransform = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class BatchTransform:
-    """Stage 2. Elementwise in the samples: a sample's result depends on its own pixels and draws alone."""
+    """Stage 2. Samples do not affect each other: a sample's result depends on its own pixels and draws alone."""
 
     image_size: int
     """Height and width of the result, pixels."""
@@ -55,7 +55,7 @@ class BatchTransform:
     std: tuple[float, ...]
     crop: Literal["whole", "central", "random"] = "whole"
     shift: bool = False
-    """By up to an eighth of the size in both directions, borders mirrored."""
+    """Shifts images by up to an eighth of their size in both directions; borders are mirrored."""
     flip: bool = False
     """Half of the images, left to right."""
 
@@ -103,12 +103,12 @@ class BatchTransform:
 
 @functools.cache
 def _on_device(channels: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 [channel, 1, 1]; made once, because a copy to a GPU waits for it."""
+    """The values as float32 [channel, 1, 1]; made once, because copying to a GPU makes the program wait."""
     return torch.tensor(channels, device=device).view(-1, 1, 1)
 
 
 def _mirrored(places: Tensor, size: int) -> Tensor:
-    """Places outside 0..size-1 mirrored at the border, whose pixel is not repeated."""
+    """Mirrors indices outside 0..size-1 at the border, whose pixel is not repeated."""
     return (size - 1) - ((size - 1) - places.abs()).abs()
 
 
@@ -180,7 +180,7 @@ def uniform_draws(entropy: Sequence[int]) -> np.ndarray:
 
 @contextmanager
 def seeded(entropy: Sequence[int]) -> Iterator[None]:
-    """Python's, numpy's and torch's (CPU) generators decided by `entropy`; afterwards they are as before."""
+    """Seeds Python's, numpy's and torch's (CPU) generators from `entropy`; afterwards they are as before."""
     words = np.random.SeedSequence(entropy).generate_state(3, np.uint64)
     of_python, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):

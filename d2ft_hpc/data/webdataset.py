@@ -47,7 +47,7 @@ def open_webdataset(root: Path, split: str) -> Source:
                 names.append(name)
         except DataError as error:
             raise DataError(f"{file}: {error}") from error
-        except Exception as error:  # tarfile and group_by_keys answer damage with many kinds
+        except Exception as error:  # tarfile and group_by_keys raise many kinds of errors for damaged files
             told = " ".join(str(error.args[0] if error.args else error).split())
             raise DataError(f"{file}: cannot be read ({told[:200]}); make the shard again") from error
     if not places:
@@ -86,7 +86,8 @@ class ShardBlobs:
 
 
 def _members(file: Path) -> Iterator[dict[str, Any]]:
-    """As webdataset's own iterator over a tar file gives them, but each with its place in the file for its content."""
+    """The members as webdataset's own iterator over a tar file gives them, but with a place in the file instead of
+    the content."""
     with tarfile.open(file, "r:") as tar:
         end = file.stat().st_size
         for member in tar:

@@ -37,7 +37,10 @@ def loader_of(
     options: dict[str, Any] = {}
     if num_workers > 0:
         methods = multiprocessing.get_all_start_methods()
-        context = "forkserver" if "forkserver" in methods else "spawn"
+        context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        if context.get_start_method() == "forkserver":
+            # Imported once, by the process from which all workers are forked.
+            context.set_forkserver_preload(["__main__", __name__, type(reader).__module__])
         options = {"multiprocessing_context": context, "persistent_workers": persistent}
     return DataLoader(
         _Handing(reader),
@@ -60,7 +63,8 @@ def read_with(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 class _Handing(Dataset[Any]):
-    """Hands faults over as values: what a worker raises, torch raises again with its whole traceback as the text."""
+    """Returns faults as values, since torch would raise a worker's error again with its whole traceback as the
+    text."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 DEMO_WEIGHTS = Path(__file__).with_name("vit_digits.safetensors")
 
@@ -34,6 +34,10 @@ def vit_digits_demo(pretrained: bool = False, **kwargs: Any) -> VisionTransforme
     """
     size = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
     model: VisionTransformer = build_model_with_cfg(
-        VisionTransformer, "vit_digits_demo", pretrained, **{**size, **kwargs}
+        VisionTransformer,
+        "vit_digits_demo",
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,  # resamples positions for other image sizes
+        **{**size, **kwargs},
     )
     return model

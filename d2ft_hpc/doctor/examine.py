@@ -12,8 +12,9 @@ from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.doctor.finding import Finding, as_json, as_text, of_all_ranks, of_error
 from d2ft_hpc.errors import ConfigError, LaunchError
 from d2ft_hpc.launch import Control, LaunchEnvironment, connect, detect, device_type_of
-from d2ft_hpc.launch.control import FRAGILE_START, MpiControl, SoloControl
+from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.launch.environment import likely_rank
+from d2ft_hpc.launch.mpi_control import FRAGILE_START, MpiControl
 from d2ft_hpc.safe_text import say
 
 

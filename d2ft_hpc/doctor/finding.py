@@ -21,7 +21,7 @@ class Finding:
 
 
 def of_error(check: str, error: Exception, fix: str) -> Finding:
-    """Our errors say what to do in their last sentence or clause; `fix` is for those of others."""
+    """Our errors say what to do in their last sentence or clause; `fix` is for errors of other libraries."""
     text, mark, own_fix = str(error).partition(". ")
     if not mark:
         text, _, own_fix = str(error).rpartition("; ")
@@ -29,7 +29,8 @@ def of_error(check: str, error: Exception, fix: str) -> Finding:
 
 
 def of_all_ranks(control: Control, own: Sequence[Finding]) -> list[Finding]:
-    """The findings of all ranks, equal ones once, with the ranks that made them unless all did; the same on each."""
+    """The findings of all ranks. Equal ones appear once, with the ranks that made them unless all did. All ranks
+    return the same."""
     parts = control.all_gather(json.dumps([asdict(finding) for finding in own]).encode())
     ranks_of: dict[Finding, list[int]] = {}
     for rank, part in enumerate(parts):

@@ -19,7 +19,7 @@ _CHOOSE = "choose a folder on the shared file system (scratch, work) with run.fo
 
 
 def check_output(config: RunConfig, control: Control) -> list[Finding]:
-    """That every rank can write, that all see the same folder, and that HDF5 can lock; on all ranks together."""
+    """Whether every rank can write, all see the same folder, and HDF5 can lock files; all ranks call it together."""
     folder = Path(config.run.folder)
     own = folder / f".doctor-{control.rank}"
     fault = ""

@@ -50,7 +50,7 @@ def check_parts(
 
 
 def check_plans(job: Job) -> list[Finding]:
-    """Whether the plan file fits, or a plan keeps the budgets, by counted costs; on all ranks together."""
+    """Whether the plan file fits, or a plan keeps the budgets, by counted costs; all ranks call it together."""
     if job.control.rank:
         return []
     try:
@@ -69,7 +69,7 @@ def check_plans(job: Job) -> list[Finding]:
 
 
 def check_time(job: Job, left: float | None) -> list[Finding]:
-    """Whether the run fits into the time limit, by the time of a micro-batch; on all ranks together."""
+    """Whether the run fits into the time limit, by the time of a micro-batch; all ranks call it together."""
     config = job.config
     own = _seconds_of_micro_batch(job) * config.data.slots
     of_ranks = [float(part) for part in job.control.all_gather(repr(own).encode())]
@@ -96,7 +96,7 @@ def check_time(job: Job, left: float | None) -> list[Finding]:
 
 
 def _seconds_of_micro_batch(job: Job) -> float:
-    """Forward and backward of the dense model, the second time."""
+    """Seconds of the dense model's second forward and backward."""
     size = job.config.data.image_size
     images = torch.randn(job.config.data.micro_batch_size, 3, size, size, device=job.device)
     labels = torch.zeros(len(images), dtype=torch.long, device=job.device)

@@ -26,9 +26,9 @@ def build_engine(
     loss_function: LossFunction,
     control: Control,
 ) -> Engine:
-    """On all ranks together. Raises ConfigError where the engine cannot run what is asked.
-
-    model: the whole one; where each rank holds a part of it only, the engine trains a copy of that part.
+    """The engine that the configuration asks for; all ranks call it together. Raises ConfigError where the engine
+    cannot run what is asked. model: the whole one; where each rank holds only a part of it, the engine trains a copy
+    of that part.
     """
     if config.engine.activation_checkpointing:
         _recompute_blocks(model)

@@ -38,8 +38,8 @@ def check_plan(plan: SkipPlan, *, slots: int, replicas: int, same_rows: str | No
 def check_recompute(model: nn.Module) -> None:
     """Raises ConfigError where activation checkpointing would lose gradients.
 
-    Reentrant checkpointing gives no gradient at all to a block whose input needs none, as the first one's above
-    frozen embeddings: torch only warns.
+    Reentrant checkpointing gives no gradient to a block whose input takes none, such as the first one above frozen
+    embeddings, and torch only warns.
     """
     backbone = find_backbone(model)
     if backbone is None:

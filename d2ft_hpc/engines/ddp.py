@@ -86,7 +86,8 @@ class DdpEngine(PlainEngine):
         executor.flat = FlatParameters(model, executor.blocks, optimizer)
         super().__init__(model, executor, optimizer, schedule, loss_function, **options)
         device = next(model.parameters()).device
-        # Gradients stay in the buckets that are reduced, one division each: nothing is launched for each parameter.
+        # Gradients stay in the buckets that are reduced and are divided bucket by bucket, so that nothing is launched
+        # for each parameter.
         self._keeps_gradients = True
         self._trainer = self._ddp = DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True

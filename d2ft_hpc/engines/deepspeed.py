@@ -75,11 +75,12 @@ def deepspeed_config(
     if precision != "fp32":
         ours[precision] = {"enabled": True}
     if precision == "bf16":
-        # Its check of each gradient takes longer than a step; what is not finite ends the run by its loss or weights.
+        # DeepSpeed's check of each gradient takes longer than a step; losses or weights that are not finite end the
+        # run.
         ours[precision]["check_grad_overflow"] = False
     quiet = {
         "zero_allow_untested_optimizer": True,
-        # Offloaded optimisers may be torch's own, as everywhere else here.
+        # Allows torch's own optimisers with offloading, as they are used everywhere else here.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
@@ -108,8 +109,8 @@ class DeepSpeedEngine:
         **given: Any,
     ) -> None:
         """slot_source: as `PlanExecutor.bind` takes it. is_boundary: as `ZeroRules.prepare` takes it.
-        flat_parameters: whether each block's parameters become a few flat ones; `optimizer` is torch's then. given:
-        what else `deepspeed.initialize` takes; optimizer and schedule may be what it takes, too."""
+        flat_parameters: whether each block's parameters become a few flat ones; `optimizer` is torch's then. given: other
+        arguments of `deepspeed.initialize`; optimizer and schedule may have any form that it takes."""
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False)
         self.rules = ZeroRules.of(config)
@@ -126,7 +127,7 @@ class DeepSpeedEngine:
             config=dict(config),
             **{"model_parameters": self._trained, **given},
         )
-        """What `deepspeed.initialize` returned: the engine, and what belongs to it."""
+        """What `deepspeed.initialize` returned: the engine, its optimizer and its schedule among them."""
         self.engine = self.made[0]
         self._modules = list(self.engine.modules())
         self._model, self.executor, self._loss_function = model, executor, loss_function

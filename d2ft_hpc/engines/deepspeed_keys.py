@@ -1,4 +1,5 @@
-"""What settings for DeepSpeed say, and which keys it cannot know, without importing it, which takes seconds and torch.
+"""Reads settings for DeepSpeed and finds keys that it cannot know, without importing it, which would take seconds and
+torch.
 
 A key that it knows stands somewhere in its sources. What passes here is checked once more when DeepSpeed is there
 (`deepspeed_settings`), which knows in which section a key belongs.
@@ -18,13 +19,14 @@ from typing import Any
 from d2ft_hpc.safe_text import shown
 
 _NAMES_OF_OTHERS = ("params", "compression_training", "data_efficiency", "curriculum_learning", "autotuning")
-"""Keys below which there are names that others choose: users, optimizers."""
+"""Keys below which names are chosen by others: by users or by optimizers."""
 _WORD = re.compile(r"\w+")
 _KEY = re.compile(r"[\"'](\w+)[\"']|^ +(\w+) ?:", re.MULTILINE)
 
 
 def deepspeed_sections(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Settings for DeepSpeed with what decides how plans run in one form; `where` stands before the keys in messages.
+    """Settings for DeepSpeed, those that decide how plans run brought to one form; `where` stands before the keys in
+    messages.
 
     `"zero_optimization": true` is DeepSpeed's older way to say stage 1. Raises ValueError.
     """

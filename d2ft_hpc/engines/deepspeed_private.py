@@ -1,5 +1,5 @@
-"""Every use of what DeepSpeed does not document: an upgrade breaks this file alone, and `private_names` lists what is
-used."""
+"""Every use of what DeepSpeed does not document, so that an upgrade breaks this file alone; `private_names` lists
+what is used."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def current_slot(engine: Any) -> int:
 
 
 def loss_scale(engine: Any) -> float:
-    """What `engine.backward` multiplies a loss by, gradient accumulation included."""
+    """The factor by which `engine.backward` multiplies a loss, gradient accumulation included."""
     scale = 1.0
     if engine.fp16_enabled():
         scale = expect(engine.optimizer, "cur_scale", "by which losses are scaled in fp16")
@@ -76,7 +76,8 @@ def flat_master_weights(engine: Any) -> list[Tensor] | None:
 
 
 def unpartitioned_master_weights(model: nn.Module, engine: Any) -> dict[str, Tensor]:
-    """Without ZeRO: what the optimiser steps for each trained parameter, by the parameter's name in `model`.
+    """Without ZeRO: the tensor that the optimiser updates for each trained parameter, by the parameter's name in
+    `model`.
 
     The parameter itself in fp32, DeepSpeed's float32 copy of it in bf16.
     """
@@ -127,7 +128,7 @@ def take_step(engine: Any) -> bool:
 
 
 def loss_scaler_numbers(engine: Any) -> dict[str, float]:
-    """What a dynamic loss scaler of fp16 counts; empty for other precisions."""
+    """The counters of fp16's dynamic loss scaler; empty for other precisions."""
     scaler = _dynamic_scaler(engine)
     return {} if scaler is None else {name: float(getattr(scaler, name)) for name in SCALER_COUNTERS}
 
@@ -260,7 +261,8 @@ def exchange_both_ways(pipeline_engine: Any, is_needed: Callable[[int, int], boo
 
 
 def _instruct(pipeline_engine: Any, own: Mapping[Any, Callable[..., None]]) -> None:
-    """Puts `own` ways to carry out instructions in place of the engine's. Raises LibraryError where it has none."""
+    """Replaces the engine's functions for pipeline instructions by `own`. Raises LibraryError where the engine has
+    none."""
     means = "which says how each instruction of a schedule is carried out"
     known = expect(pipeline_engine, "_INSTRUCTION_MAP", means)
     for instruction in own:
@@ -296,8 +298,8 @@ def average_over_micro_batches(pipeline_engine: Any) -> None:
 def reduce_needed_gradients(engine: Any, needed: Callable[[], Sequence[bool]]) -> None:
     """Without ZeRO, lets an engine reduce only some gradients between replicas; the others must be zero on all.
 
-    needed: whether the gradient of each trained parameter is, in the model's order; the same on all replicas. In fp32
-    only: in bf16 DeepSpeed's optimiser names the gradients itself.
+    needed: for each trained parameter, in the model's order, whether its gradient must be reduced; the same on all
+    replicas. In fp32 only: in bf16 DeepSpeed's optimiser names the gradients itself.
     """
     means = "which lists the gradients that replicas reduce"
     every = expect(engine, "_get_gradients_for_reduction", means)

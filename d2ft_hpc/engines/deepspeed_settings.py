@@ -1,4 +1,4 @@
-"""Settings for DeepSpeed, read by DeepSpeed before anything starts, to see what it would pass over in silence."""
+"""Lets DeepSpeed read its settings before anything starts, to find those that it would ignore silently."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _READ_LATER = {
     ),  # by deepspeed.initialize, or with others
     "pipeline": ("use_reentrant",),  # by its pipeline engine
 }
-"""What DeepSpeed reads elsewhere than where it reads its configuration, by section."""
+"""Keys that DeepSpeed does not read together with its configuration but later, by section."""
 
 
 class _Watched(dict[str, Any]):
@@ -99,7 +99,9 @@ def check_settings(settings: Mapping[str, Any], where: str = "") -> None:
             DeepSpeedConfig(watched)
         except ValidationError as error:
             raise ConfigError("\n".join(_explain(error, watched, where))) from None
-        except Exception as error:  # DeepSpeed's own classes, assertions, whatever a wrong type leads to
+        except (
+            Exception
+        ) as error:  # DeepSpeed's own classes of errors, assertions, or whatever a wrong type leads to
             faulty = next((each for each in reversed(watched.asked) if each in settings), None)
             if faulty is None:
                 raise
@@ -169,7 +171,7 @@ def _told(path: str, value: Any, near: Iterable[str]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What DeepSpeed has to say it says when it reads the settings to run."""
+    """Silences DeepSpeed here: it says everything once more when it reads the settings to run."""
     import_deepspeed()
     from deepspeed.utils import logger
 

@@ -37,10 +37,10 @@ class StepReport:
     """Before clipping, over all ranks; NaN where the engine does not compute it."""
     learning_rate: float = float("nan")
     skipped: bool = False
-    """A gradient overflowed in fp16, so that the loss scaler left the step out."""
+    """Whether a gradient overflowed in fp16, so that the loss scaler left the step out."""
 
     def timed(self, phase: Literal["forward", "backward", "optimizer"]) -> AbstractContextManager[None]:
-        """What is inside counts as this phase of the step, except the communication in it."""
+        """Time inside counts as this phase of the step, except for communication."""
         return phases.phase(phase)
 
 
@@ -64,27 +64,27 @@ class Engine(Protocol):
         ...
 
     def full_model(self) -> AbstractContextManager[nn.Module]:
-        """The model with its present weights, all on this rank, that no other rank is needed to run.
-
-        The model itself, or a copy where its weights are spread over ranks; made by all ranks together.
+        """The model with its present weights, complete on this rank, so that it runs without other ranks. It is the
+        model itself, or a copy where weights are spread over ranks. All ranks call it together.
         """
         ...
 
     def logits(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Logits [sample, class] of each micro-batch's images, of any size, in evaluation mode; the same on all ranks
-        of a replica, by all ranks together."""
+        of a replica. All ranks call it together."""
         ...
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
-        """Forward and backward of each micro-batch in its slot, then one optimiser step; on all ranks together."""
+        """Forward and backward of each micro-batch in its slot, then one optimiser step; all ranks call it
+        together."""
         ...
 
     def save(self, folder: Path, write: StateWriter) -> None:
-        """Hands weights, optimiser and schedule to `write`, for files below `folder`; on all ranks together."""
+        """Hands weights, optimiser and schedule to `write`, for files below `folder`; all ranks call it together."""
         ...
 
     def restore(self, folder: Path) -> None:
-        """Restores what `save` wrote; on all ranks together. Raises CheckpointError."""
+        """Restores what `save` wrote; all ranks call it together. Raises CheckpointError."""
         ...
 
 
@@ -101,14 +101,14 @@ def evaluated(model: nn.Module, images: Sequence[Tensor]) -> list[Tensor]:
 
 
 def logits_of(output: Any) -> Tensor:
-    """What a model gave, or the logits in it, as transformers' models give them."""
+    """The logits in a model's output, which transformers' models wrap."""
     logits: Tensor = getattr(output, "logits", output)
     return logits
 
 
 def set_training(modules: Sequence[nn.Module]) -> None:
-    """Training mode for a model's modules, the outermost first. Setting it takes a millisecond or two in each step, so
-    it is only set where some module is in another."""
+    """Training mode for a model's modules, the outermost first. Setting it takes a millisecond or two in each step,
+    so it is only set if some module is in another mode."""
     if not all(module.training for module in modules):
         modules[0].train()
 
@@ -116,8 +116,8 @@ def set_training(modules: Sequence[nn.Module]) -> None:
 def zero_missing_gradients(trained: Iterable[nn.Parameter]) -> None:
     """Gives a zero gradient to each of the trainable parameters that has none.
 
-    An absent gradient means zero in every engine: a parameter that no FULL subnet touched keeps its moments and
-    weight decay going, whatever the engine would do with None.
+    An absent gradient means zero in every engine: a parameter that no FULL subnet touched keeps updating its moments
+    and decaying its weight, whatever the engine would do with None.
     """
     for parameter in trained:
         if parameter.grad is None:

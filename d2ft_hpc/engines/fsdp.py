@@ -84,14 +84,14 @@ def _check(model: nn.Module, plan: SkipPlan) -> None:
 
 
 class _Gathers:
-    """Which blocks need not be gathered in the micro-batch that runs."""
+    """Decides which blocks need not be gathered in the micro-batch that runs."""
 
     def __init__(self, executor: PlanExecutor) -> None:
         self._executor = executor
         self._pending: set[int] = set()  # blocks with gradients that wait for a reduction
 
     def can_pass(self, block: nn.Module, index: int) -> bool:
-        """Whether block `index` can be passed by; the same answer on all ranks."""
+        """Whether block `index` can be skipped without gathering it; the answer is the same on all ranks."""
         plan, slot = self._executor.plan, self._executor.slot
         if plan is None or slot is None or plan.binding == "sample" or not block.training:
             return False
@@ -100,7 +100,7 @@ class _Gathers:
         rows = plan.operations[slot * plan.replicas : (slot + 1) * plan.replicas, index]
         is_watched = (
             len(block._forward_hooks) > 1
-        )  # by others than FSDP, such as one that keeps what blocks give
+        )  # hooks of others than FSDP, such as one that keeps blocks' outputs
         nobody_runs = bool((rows == Operation.SHORTCUT).all()) and not is_watched
         if nobody_runs and not (reduces and index in self._pending):
             return index > 0 or not self._executor.detach_incomplete
@@ -112,7 +112,8 @@ class _Gathers:
 
 
 def _let_pass(block: nn.Module, index: int, gathers: _Gathers) -> None:
-    """Gives the block a class, as fully_shard does, whose call leaves out FSDP's hooks where it can be passed by."""
+    """Gives the block a class, as fully_shard does, whose call leaves out FSDP's hooks where the block can be
+    skipped."""
     of_block: Any = type(block)
 
     def call(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -254,7 +255,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     norms = torch._foreach_norm([part.float() for part in own])
-    # Numbers that the host has: a tensor of them would wait for the device.
+    # Plain numbers, since a tensor made from them would wait for the device.
     squares = (
         torch.stack(torch._foreach_div(norms, [math.sqrt(_copies(g)) for g in gradients])).square().sum()
     )

@@ -1,4 +1,4 @@
-"""What engines share whose ranks hold a part of the model each: cutting the model, and putting it together again."""
+"""Shared by engines whose ranks each hold a part of the model: cutting the model, and putting it together again."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.parallel.tensor import share_blocks
 
 PLACEMENT = "placement.json"
-"""What a checkpoint calls the file that says which rank held what."""
+"""Name of a checkpoint's file that says which rank held what."""
 
 MakeOptimizer = Callable[[nn.Module], tuple[Any, Any]]
-"""Makes optimiser and schedule for a model or a part of one; or gives what `deepspeed.initialize` makes them of."""
+"""Makes optimiser and schedule for a model or a part of one, or returns what `deepspeed.initialize` makes them
+from."""
 
 OptionsFor = Callable[[nn.Module], Mapping[str, Any]]
-"""What else `deepspeed.initialize` takes for a part."""
+"""Other arguments of `deepspeed.initialize` for a part."""
 
 
 def no_options(part: nn.Module) -> Mapping[str, Any]:
@@ -58,9 +59,8 @@ def share_logits(
     layout: RankLayout,
     group: distributed.ProcessGroup,
 ) -> list[Tensor]:
-    """The logits [sample, class] of one rank of the last stage, on all ranks of a replica; by all of them together.
-
-    own: its logits for each of `images`; not read on other ranks. group: the replica's ranks.
+    """Sends the logits [sample, class] of one rank of the last stage to all ranks of a replica, which call it
+    together. own: that rank's logits for each of `images`; not read on other ranks. group: the replica's ranks.
     """
     source = layout.rank_of(stage=layout.stages - 1, replica=layout.replica)
     samples = [len(of_slot) for of_slot in images]
@@ -94,10 +94,7 @@ def save_state(
     placement: Placement,
     control: Control,
 ) -> None:
-    """Writes the whole model's portable state and the placement; on all ranks together.
-
-    engine: DeepSpeed's.
-    """
+    """Writes the whole model's portable state and the placement; all ranks call it together. engine: DeepSpeed's."""
     own = collect(part, engine)
     state = PortableState(
         gather_full_tensors(own.weights, executor.subnets, placement, control),
@@ -116,7 +113,7 @@ def save_state(
 def load_state(
     folder: Path, part: nn.Module, engine: Any, executor: PlanExecutor, placement: Placement
 ) -> None:
-    """Puts this rank's part of a portable state in force, whatever layout saved it; on all ranks together."""
+    """Loads this rank's part of a portable state, whatever layout saved it; all ranks call it together."""
     state = PortableState.read(folder)
     names = {name for name, _ in part.named_parameters()}
 
@@ -139,7 +136,7 @@ def _kinds_of_all(state: PortableState, control: Control) -> list[str]:
 
 
 def full_precision(parameter: nn.Parameter) -> Tensor:
-    """The optimiser's fp32 weights where it keeps such; whole where ZeRO spreads them over replicas."""
+    """The optimiser's fp32 weights if it keeps any, gathered where ZeRO spreads them over replicas."""
     import deepspeed
 
     full = deepspeed.utils.safe_get_full_fp32_param(parameter) if parameter.requires_grad else None

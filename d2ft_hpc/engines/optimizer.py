@@ -19,7 +19,8 @@ except ImportError:  # older timm
 
 def build_optimizer(model: Any, config: OptimizerConfig) -> Optimizer:
     """timm's optimiser of that name over the trainable parameters; no weight decay on norms and biases."""
-    # Groups of its own only where needed: a pipeline's ZeRO-1 sums norms group by group on all stages alike.
+    # Separate groups only where needed, since a pipeline's ZeRO-1 sums norms group by group and needs the same groups
+    # on all stages.
     own_rate = config.classifier_factor != 1
     classifier = {id(parameter) for parameter in model.get_classifier().parameters() if own_rate}
     groups = []
@@ -48,8 +49,8 @@ def build_optimizer(model: Any, config: OptimizerConfig) -> Optimizer:
 def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: int) -> LambdaLR:
     """Linear warm-up, then a line to zero at `total_steps`.
 
-    By a cosine, the last steps of a plan by tokens, which fit the model to full size, would learn next to nothing: it
-    costs a point there, and dense training half of one (analysis/tokens).
+    A cosine would leave next to no learning rate for the last steps of a plan by tokens, which fit the model to full
+    size: it costs a point there, and half a point in dense training (analysis/tokens).
     """
     warmup_steps = round(config.warmup_share * total_steps)
 

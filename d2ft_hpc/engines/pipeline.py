@@ -73,7 +73,9 @@ class PipelineEngine:
         from deepspeed.pipe import LayerSpec, PipelineModule
 
         layers = [LayerSpec(ModelPart, model, blocks, executor) for blocks in placement.stages]
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its cut, of one layer a stage
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ):  # DeepSpeed prints its partition, which has one layer for each stage
             self._module = PipelineModule(
                 layers,
                 topology=topology_of(placement.layout),
@@ -106,7 +108,7 @@ class PipelineEngine:
         self._module.register_forward_hook(self._after_forward)
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
-        """All that is neither the stage's forward nor communication counts as backward, the optimiser too."""
+        """Everything except the stage's forward and communication counts as backward, also the optimiser."""
         report = StepReport(learning_rate=self.engine.get_lr()[0])
         dtype = next(self._part.parameters()).dtype
         self.begin_batch()
@@ -162,7 +164,7 @@ class PipelineEngine:
                 if not self._part.is_last:
                     sending.append(distributed.isend(outputs[-1], above))
         for message in sending:
-            if message is not None:  # a rank outside the group has nothing to wait for
+            if message is not None:  # a rank outside the group has no message to wait for
                 message.wait()
         return share_logits(outputs, images, self._part, layout, self._replica_group)
 
@@ -197,4 +199,5 @@ class PipelineEngine:
 
 
 _WHOLE_MESSAGES = {"pipe_partitioned": False, "grad_partitioned": False}
-"""DeepSpeed would cut a message between stages over the tensor-parallel ranks, for one size of micro-batch only."""
+"""Keeps messages between stages whole: DeepSpeed would cut them over the tensor-parallel ranks, for one size of
+micro-batch only."""

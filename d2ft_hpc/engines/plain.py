@@ -1,4 +1,4 @@
-"""One process, plain PyTorch: the engine without DeepSpeed, and the reference of every other."""
+"""One process of plain PyTorch: the engine without DeepSpeed, and the reference for all others."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class PlainEngine:
         """
         self._model, self.executor = model, executor
         self._trainer = model
-        """What computes the logits: the model, or what wraps it."""
+        """The module that computes the logits: the model, or a wrapper around it."""
         self._optimizer, self._schedule = optimizer, schedule
         self._loss_function = loss_function
         self._autocast_dtype = autocast_dtype
@@ -87,7 +87,7 @@ class PlainEngine:
 
     @contextmanager
     def _micro_batch(self, slot: int, slots: int) -> Iterator[None]:
-        """Around forward and backward of micro-batch `slot` of `slots`."""
+        """Context around forward and backward of micro-batch `slot` of `slots`."""
         with self.executor.micro_batch(slot):
             yield
 
@@ -115,12 +115,12 @@ class PlainEngine:
                 torch.autograd.backward(loss / micro_batches)
             return loss.detach()
 
-        zero_missing_gradients(self._trained)  # a graph adds to gradients that are there when it is captured
+        zero_missing_gradients(self._trained)  # a graph adds to the gradients that exist when it is captured
         row = self.executor.rows[slot] if self.executor.rows else None
         key = (micro_batches, None if row is None else row.shape)
         row = None if self.executor.is_dense else row  # dense blocks read no indices
         if key not in self._graphs and len(self._graphs) >= 2 * MOST_SHAPES:
-            self._graphs.clear()  # of earlier plans, which would keep their memory for good
+            self._graphs.clear()  # removes the graphs of earlier plans, which would keep their memory for good
         graphs = self._graphs.setdefault(key, CudaGraphs(self._gradients))
         with report.timed("backward"):
             return graphs(both, images, labels, *([] if row is None else [row.indices])).clone()

@@ -1,4 +1,5 @@
-"""What a rank sends in a step under a plan, by the model that planners use, too (`planning.communication_volume`)."""
+"""How many bytes a rank sends in a step under a plan, by the same model that planners use
+(`planning.communication_volume`)."""
 
 from __future__ import annotations
 
@@ -45,8 +46,8 @@ class PlannedBytes:
         embeddings: EmbeddingPolicy,
         around: nn.Module | None = None,
     ) -> None:
-        """model: the whole one, as the engine left it. around: the user's own, which has it inside, and whose other
-        parameters are reduced, too. slots: micro-batches of a replica in a step. precision: "fp32", "bf16", "fp16"."""
+        """model: the whole one, as the engine left it. around: the user's own model around it, whose other parameters
+        are reduced, too. slots: micro-batches of a replica in a step. precision: "fp32", "bf16", "fp16"."""
         layout = placement.layout
         self._placement, self._slots, self._data_parallel = placement, slots, data_parallel
         self._embeddings = embeddings
@@ -65,7 +66,7 @@ class PlannedBytes:
         self._leaves_out = reduces_trained_blocks_only(data_parallel, precision)
         self._parameters = np.zeros(
             self._blocks + 1
-        )  # of this rank by block, the last one of what is in no block
+        )  # bytes of this rank by block; the last entry is for what is in no block
         self._kept = 0.0  # of the parameters that ZeRO 3 keeps whole
         self._trained = np.zeros(self._blocks + 1)
         self._shared = np.zeros(self._blocks)  # trained ones that no head owns
@@ -124,7 +125,7 @@ class PlannedBytes:
             return 0.0
         if self._data_parallel == "fsdp2":
             operations = plan.operations
-            if self._embeddings == "complete_path":  # block 0 always runs, for the embeddings' sake
+            if self._embeddings == "complete_path":  # block 0 always runs, because of the embeddings
                 operations = operations.copy()
                 operations[:, 0] = np.maximum(operations[:, 0], Operation.FORWARD_ONLY)
             sent = fsdp2_bytes(operations, layout.replicas, self._parameters, self._trained, self._gathers)
@@ -163,7 +164,7 @@ class PlannedBytes:
         return total + ring_bytes("allreduce", float(shared[full.any(axis=0)].sum()), ranks)
 
     def _token_share(self, plan: SkipPlan, slot: int) -> float:
-        """Tokens of a micro-batch's images in units of those that have full size."""
+        """Tokens of a micro-batch's images in units of full-size images."""
         grid = plan.grid_of(slot * plan.replicas + self._placement.layout.replica)
         if grid is None:
             return 1.0

@@ -38,7 +38,7 @@ class PortableState:
     numbers: dict[str, float] = field(default_factory=dict)
     """The optimiser's counters ("step"), the same for all parameters, and a loss scaler's."""
     schedule: dict[str, Any] = field(default_factory=dict)
-    """The learning-rate schedule's state_dict, as far as it is numbers."""
+    """The numbers in the learning-rate schedule's state_dict."""
 
     def write(self, folder: Path, write: StateWriter) -> None:
         """Hands both files' contents to `write`: {"tensors": ..., "metadata": ...}, as `write_file` takes them."""
@@ -94,7 +94,7 @@ def file_bytes(content: Mapping[str, Any]) -> bytes:
 
 
 def write_file(content: Mapping[str, Any], path: Path) -> None:
-    """The StateWriter that writes at once. Raises OSError where it cannot."""
+    """A StateWriter that writes immediately. Raises OSError where it cannot."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write(path, file_bytes(content))
 
@@ -102,9 +102,8 @@ def write_file(content: Mapping[str, Any], path: Path) -> None:
 def collect_plain(
     model: nn.Module, optimizer: Optimizer, masters: Mapping[str, Tensor] | None = None
 ) -> PortableState:
-    """The state of an optimiser that keeps a state for each trained parameter.
-
-    masters: what the optimiser steps in place of a parameter, by the parameter's name; None: the parameters.
+    """The state of an optimiser that keeps a state for each trained parameter. masters: tensors that the optimiser
+    updates in place of parameters, by the parameters' names; None: it updates the parameters.
     """
     masters = dict(model.named_parameters()) if masters is None else masters
     state = PortableState(
@@ -137,7 +136,7 @@ def restore_plain(
 
 
 def counters(state: PortableState, optimizer: Optimizer, stepped: Tensor) -> dict[str, Any]:
-    """The step count in the form in which `optimizer` keeps it beside the moments of what it steps."""
+    """The step count in the form in which `optimizer` keeps it beside its moments."""
     if "step" not in state.numbers or "step" in optimizer.param_groups[0]:
         return {}
     if type(optimizer).__module__.startswith("deepspeed"):
@@ -147,15 +146,16 @@ def counters(state: PortableState, optimizer: Optimizer, stepped: Tensor) -> dic
 
 
 def schedule_numbers(schedule: LRScheduler | None) -> dict[str, Any]:
-    """What of a schedule's state is plain numbers; its functions come from the configuration. Nothing without one."""
+    """The plain numbers of a schedule's state; its functions come from the configuration. Empty without a
+    schedule."""
     if schedule is None:
         return {}
     return {key: value for key, value in schedule.state_dict().items() if _is_plain(value)}
 
 
 def restore_schedule(schedule: LRScheduler, numbers: Mapping[str, Any]) -> None:
-    """Lets the schedule go on after as many steps, by its own rates: those that were saved are of the run's length at
-    that time, and of the parameter groups of the rank that saved them."""
+    """Lets the schedule go on after the saved number of steps, but with its own rates: the saved ones belong to the
+    run's length at that time, and to the parameter groups of the rank that saved them."""
     assert isinstance(schedule, LambdaLR)
     counts = {key: numbers[key] for key in ("last_epoch", "_step_count")}
     schedule.load_state_dict({**schedule.state_dict(), **counts})

@@ -1,7 +1,6 @@
-"""Every name that is used of libraries without their promise to keep it: what it means, how to tell.
-
-A test walks the list under whatever versions are installed; where a name is used, `expect` and `replace` ask again,
-because an attribute that nobody reads can be set without an error, and a number that is not there passes for 1.
+"""Every undocumented name of libraries that is used: what it means, and how to tell that it still does. A test checks
+the list against the installed versions. Where a name is used, `expect` and `replace` check again, because setting an
+attribute that nobody reads raises no error, and a missing number would pass for 1.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ class PrivateName:
     path: str
     """module:attribute, the attribute with dots."""
     says: str = ""
-    """What the module's source says about it if it still means the same; without one, that it is there is enough. Names
-    of objects are not there before an object is: of them the source says that they are set."""
+    """Text that the module's source contains if the name still means the same; without one, it is enough that the
+    name exists. Names of objects exist only with an object, so for them the text is where the source sets them."""
     since: str = "0"
     """Version of the library that has it first."""
 
@@ -38,7 +37,7 @@ class PrivateName:
         return self.path.partition(".")[0].partition(":")[0]
 
     def fault(self) -> str | None:
-        """What is not as expected in the library that is installed; None where all is."""
+        """What is not as expected in the installed library; None if nothing is."""
         try:
             is_older = Version(version(self.library)) < Version(self.since)
         except PackageNotFoundError:  # an extra
@@ -200,7 +199,7 @@ PRIVATE_NAMES = (*_deepspeed(), *_torch_and_timm(), *_transformers())
 
 
 def expect(owner: Any, name: str, means: str) -> Any:
-    """`owner`'s attribute. Raises LibraryError, with what it was there for, where the library has it no more."""
+    """`owner`'s attribute. Raises LibraryError, with its purpose, if the library no longer has it."""
     try:
         return getattr(owner, name)
     except AttributeError:
@@ -214,7 +213,7 @@ def replace(owner: Any, name: str, value: Any, means: str) -> None:
 
 
 def changed(owner: Any, what: str) -> LibraryError:
-    """That a library's object is not as it was. what: as in "has no x, which ..."."""
+    """The error for an object of a library that is not as expected. what: as in "has no x, which ..."."""
     kind = type(owner)
     library = kind.__module__.partition(".")[0]
     tested = NEWEST_TESTED.get(library)

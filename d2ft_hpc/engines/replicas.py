@@ -21,7 +21,7 @@ def trained_blocks(plan: SkipPlan | None, blocks: int) -> np.ndarray:
 
 
 def reduce_trained_blocks(engine: Any, model: nn.Module, executor: PlanExecutor) -> None:
-    """Lets DeepSpeed leave out the blocks that no replica trains, where that changes nothing."""
+    """Lets DeepSpeed leave out the gradients of blocks that no replica trains, where that changes no result."""
     if engine.zero_optimization_stage() != 0:
         return
     block_of = [

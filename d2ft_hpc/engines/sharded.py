@@ -1,8 +1,8 @@
 """The state of a model whose parameters are spread as DTensors, by FSDP2 or cut by head: portable, and by torch's DCP.
 
 A DCP folder has each rank's slices. Its file `.metadata` is a pickle, which can run any code when it is read: it is
-read here with the classes that DCP writes alone, and nothing but tensors is ever stored or asked for, which torch
-reads with weights_only.
+read here with only the classes that DCP writes. Only tensors are stored and loaded, which torch reads with
+weights_only.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from d2ft_hpc.parallel.dtensor import DTensorExecutor
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _LAYOUT = "layout.json"
-"""Says in a DCP folder in which order heads lie."""
+"""Name of the file in a DCP folder that says in which order heads lie."""
 
 
 def collect(model: nn.Module, optimizer: Optimizer, executor: PlanExecutor) -> PortableState:
-    """The state between two steps; on rank 0, empty on the others. On all ranks together."""
+    """The state between two steps on rank 0, empty on the others; all ranks call it together."""
     weights: Any = get_model_state_dict(model, options=_FULL)
     state = PortableState({name: _to_timm(executor, name, tensor) for name, tensor in weights.items()})
     of_optimizer: Any = get_optimizer_state_dict(model, optimizer, options=_FULL).get("state", {})
@@ -55,13 +55,13 @@ def collect(model: nn.Module, optimizer: Optimizer, executor: PlanExecutor) -> P
 
 
 def whole_weights(model: nn.Module, executor: PlanExecutor) -> dict[str, Tensor]:
-    """Parameters and buffers by timm's names, all of them on every rank; on all ranks together."""
+    """Parameters and buffers by timm's names, complete on every rank; all ranks call it together."""
     weights: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     return {name: _to_timm(executor, name, tensor) for name, tensor in weights.items()}
 
 
 def restore(state: PortableState, model: nn.Module, optimizer: Optimizer, executor: PlanExecutor) -> None:
-    """Puts `state`, the whole of it on each rank, in force. Raises CheckpointError where it is of another model."""
+    """Loads `state`, which is complete on each rank. Raises CheckpointError if it is of another model."""
     state.check_fits({name: tensor.shape for name, tensor in model.state_dict().items()})
     weights: Any = {name: _from_timm(executor, name, tensor) for name, tensor in state.weights.items()}
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
@@ -85,7 +85,7 @@ def restore(state: PortableState, model: nn.Module, optimizer: Optimizer, execut
 
 
 def save_sharded(folder: Path, model: nn.Module, optimizer: Optimizer, executor: PlanExecutor) -> None:
-    """Writes a DCP folder, each rank its slices; on all ranks together."""
+    """Writes a DCP folder, each rank its slices; all ranks call it together."""
     save(_tensors(model, optimizer), checkpoint_id=folder)
     if dist.get_rank() == 0:
         atomic.write(folder / _LAYOUT, json.dumps(_layout(executor)))
@@ -93,7 +93,7 @@ def save_sharded(folder: Path, model: nn.Module, optimizer: Optimizer, executor:
 
 
 def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer, executor: PlanExecutor) -> None:
-    """Puts what `save_sharded` wrote in force, for any number of ranks and any mesh; on all ranks together.
+    """Loads what `save_sharded` wrote, for any number of ranks and any mesh; all ranks call it together.
 
     Raises CheckpointError where it is missing, of another model, or cut by head over other ranks: then go through
     the portable state.
@@ -110,7 +110,7 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer, executor:
     state = _tensors(model, optimizer)
     reader = _CheckedReader(folder)
     try:
-        reader.read_metadata()  # before DCP does, which says of a fault here that there is none, in some releases
+        reader.read_metadata()  # before DCP reads it, since some releases of DCP report success for faults here
     except (OSError, pickle.UnpicklingError, EOFError) as error:
         raise CheckpointError(f"{folder}: {error}") from None
     try:
@@ -147,7 +147,7 @@ class _CheckedReader(FileSystemReader):
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows what DCP's metadata of tensors is made of, and nothing else."""
+    """Allows only the classes that DCP's metadata of tensors consists of."""
 
     def find_class(self, module: str, name: str) -> Any:
         known = name in _METADATA.get(module, ()) or (

@@ -40,7 +40,7 @@ _NEVER_TRIED = {
     "sparse_gradients": "sends gradients in another form",
     "sequence_parallel_size": "splits samples over ranks",
 }
-"""Settings of DeepSpeed under which no plan was ever compared with one process, and why they matter."""
+"""Settings of DeepSpeed under which plans were never compared with one process, and why they matter."""
 
 
 _ADDS_UP_FROM = "0.18"
@@ -129,7 +129,7 @@ class ZeroRules:
         slot_source: Callable[[], int] | None = None,
         is_boundary: Callable[[], bool] | None = None,
     ) -> None:
-        """Before `deepspeed.initialize`: fits model and executor to the stage.
+        """To be called before `deepspeed.initialize`: fits model and executor to the stage.
 
         is_boundary: whether an optimiser step follows the micro-batch that runs; None: after the last one of a batch.
         """
@@ -161,9 +161,8 @@ class ZeroRules:
     def full_model(
         self, model: nn.Module, twin: nn.Module | None, flat: FlatParameters | None
     ) -> Iterator[nn.Module]:
-        """A model with the present weights, all of them on this rank, that no other rank is needed to run.
-
-        Under stage 3 a copy, made by all ranks together; else `model` itself. flat: in which its blocks' are.
+        """A model with the present weights, complete on this rank, so that it runs without other ranks. Under stage 3
+        it is a copy, which all ranks make together; else `model` itself. flat: what holds its blocks' parameters.
         """
         if twin is None:
             with nullcontext() if flat is None else flat.unflattened():

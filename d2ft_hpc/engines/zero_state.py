@@ -19,7 +19,7 @@ from d2ft_hpc.engines.portable import PortableState, collect_plain, counters, re
 
 
 def collect(model: nn.Module, engine: Any) -> PortableState:
-    """The state between two steps; complete on rank 0 alone. On all ranks together."""
+    """The state between two steps, complete on rank 0 alone; all ranks call it together."""
     flats = private.flat_master_weights(engine)
     if flats is None:
         masters = private.unpartitioned_master_weights(model, engine)
@@ -43,7 +43,7 @@ def collect(model: nn.Module, engine: Any) -> PortableState:
 
 
 def restore(state: PortableState, model: nn.Module, engine: Any) -> None:
-    """Puts `state` in force. On all ranks together. Raises CheckpointError where it is of another model."""
+    """Loads `state`; all ranks call it together. Raises CheckpointError if it is of another model."""
     shapes = {
         name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in model.named_parameters()
     }

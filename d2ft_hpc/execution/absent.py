@@ -1,4 +1,4 @@
-"""An absent gradient is zero in a loop of the user's own, too, whatever runs the model: plain torch, DDP or FSDP2."""
+"""Absent gradients count as zero in users' own loops too, under plain torch, DDP and FSDP2."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def fill_absent_gradients(model: nn.Module, is_needed: Callable[[nn.Module], boo
     """From now on, before any optimiser's step, a trained parameter of `model` without a gradient gets a zero one.
 
     Moments and weight decay then go on for what a plan did not run, and every parameter has a state in a checkpoint.
-    torch's hook, because the optimiser is the loop's own; it ends with the model. An optimiser none of whose parameters
-    has a gradient steps as torch does.
+    This is a hook of torch's, because the optimiser belongs to the loop; it ends with the model. An optimiser whose
+    parameters all lack gradients steps as torch does.
 
     is_needed: whether a plan is in force.
     """

@@ -28,8 +28,8 @@ HeadAxes = dict[str, HeadAxis]
 class BlockHeads:
     """The heads that one block runs for one micro-batch: int64 on the model's device.
 
-    order: [n], those that run, side by side: FULL ones first, either kind rising. num_full: how many are FULL.
-    places: [head], each FULL head's place in `order`, -1 for the others.
+    order: [n], the heads that run, FULL ones first, each kind in rising order. num_full: how many are FULL. places:
+    [head], each FULL head's place in `order`, -1 for the others.
     """
 
     order: Tensor
@@ -57,7 +57,7 @@ class BlockHeads:
 
     @property
     def is_dense(self) -> bool:
-        """All heads are FULL: the block's own forward runs, bit for bit."""
+        """Whether all heads are FULL: then the block's own forward runs, bit for bit."""
         return self.num_full == self.places.numel()
 
     @property
@@ -94,7 +94,8 @@ def _added(x: Tensor, heads: BlockHeads, branch: Branch) -> Tensor:
     if full is None:
         assert forward_only is not None
         with torch.no_grad():
-            # Detached, because autocast would cache a copy of a leaf parameter that carries no gradient.
+            # Detached, because autocast would cache a copy of a leaf parameter, and this copy would carry no
+            # gradient.
             bias = None if branch.bias is None else branch.bias.detach()
             parts = _joined(branch, [branch.inner(branch.norm(x), forward_only)], [forward_only])
             return branch.end(branch.out(parts[0], forward_only, bias))

@@ -24,10 +24,10 @@ from d2ft_hpc.execution.gradients import Owners
 from d2ft_hpc.execution.gradients import stand_ins as standing_in
 
 _WARM_UPS = 3
-"""Runs before a capture: kernels compile, choose algorithms and allocate their workspaces."""
+"""Runs before a capture, in which kernels compile, choose algorithms and allocate their workspaces."""
 
 MOST_CHAINS = 8
-"""Chains that are kept; passes of further shapes run without graphs."""
+"""Number of chains that are kept; passes of further shapes run without graphs."""
 
 
 class GradientPlace(Enum):
@@ -41,10 +41,10 @@ class GradientPlace(Enum):
 
 
 _MOST_ADOPTIONS = 4
-"""Times that graphs are captured anew because an engine has put gradients elsewhere; DDP does in its first steps."""
+"""How often graphs are captured anew because an engine has moved gradients, as DDP does in its first steps."""
 
 Compute = Callable[[Tensor, Tensor | None], Tensor]
-"""A block's forward, from its input and the indices of the row's heads, on the parameters that its modules hold."""
+"""A block's forward on its modules' parameters, from its input and the indices of the row's heads."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ class BlockGraphs:
     def begin(
         self, key: Hashable, x: Tensor, indices: Tensor | None, make_links: Callable[[], Links]
     ) -> Pass | None:
-        """A pass on input `x` through the graphs of earlier passes with such a key, or through new ones of what
-        `make_links` gives; None if it has to run without."""
+        """A pass on input `x` through the graphs of earlier passes with this key, or through new graphs of the links
+        that `make_links` returns; None if the pass has to run without graphs."""
         if self._pass is not None and self._pass() is not None:
             return None
         chain = self._chains.get(key)
         if chain is not None and (chain.places != self._places(chain.links) or self._moved_gradients(chain)):
-            # The weights have moved, or others of them train, or gradients have: every chain reads or writes them.
+            # Weights or gradients have moved, or other weights train: every chain reads or writes them.
             self._chains.clear()
             self._gradients.clear()
             self._pool = chain = None  # a pool ends with its last graph
@@ -107,7 +107,7 @@ class BlockGraphs:
         return running
 
     def _moved_gradients(self, chain: _Chain) -> bool:
-        """Whether to follow an engine that put gradients elsewhere."""
+        """Whether to capture again after an engine has moved gradients."""
         if self._gradient_place is not GradientPlace.OF_ENGINE or self._adoptions == _MOST_ADOPTIONS:
             return False
         moved = any(block.found_others for block in chain.blocks.values())
@@ -189,7 +189,7 @@ class BlockGraphs:
                     block.of_y, block.of_x = gradient, of_x
                     block.of_y_sum = _sum_left_with(gradient)
                     gradient = gradient if of_x is None else of_x
-                del y  # and with it what the forward kept: later chains of the pool may lie there
+                del y  # this also frees what the forward kept: later chains of the pool may use that memory
                 block.of_parameters = [
                     torch.zeros_like(p) if part is None and gives_zeros and p.requires_grad else part
                     for p, part in zip(stand_ins, found, strict=True)
@@ -216,7 +216,7 @@ def _captured(pool: Any) -> Iterator[torch.cuda.CUDAGraph]:
 
 
 def _no_autocast() -> torch.autocast:
-    """As in a backward pass, which runs outside of the forward's autocast."""
+    """Inside, autocast is off as in a backward pass, which runs outside of the forward's autocast."""
     return torch.autocast("cuda", enabled=False)
 
 
@@ -238,7 +238,7 @@ def _gradients(
 
 
 def _sum_left_with(gradient: Tensor) -> Tensor | None:
-    """The sum that a fused block has left with its input's gradient for the block below."""
+    """The sum that a fused block has stored with its input's gradient for the block below."""
     summed = getattr(gradient, "_d2ft_summed", None)
     return None if summed is None else summed.sum
 
@@ -274,7 +274,7 @@ class _BlockGraph:
     adds: bool = False
     """The backward adds to what is in the gradients' places."""
     found_others: bool = False
-    """A parameter had a gradient that lay elsewhere."""
+    """Whether a parameter had a gradient in another place."""
 
     @property
     def takes_gradients(self) -> bool:
@@ -289,11 +289,10 @@ class _BlockGraph:
     def run_backward(
         self, gradient: Tensor, is_from_above: bool, parameters: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """Returns what autograd takes as the gradients of the parameters.
-
-        is_from_above: the gradient is what the block above left, and where it did."""
-        # These very tensors, that the chain holds too: autograd then copies them, where it would take over a tensor
-        # that nobody else holds, and the next replay would overwrite a parameter's gradient.
+        """Returns what autograd takes as the gradients of the parameters. is_from_above: whether the gradient is the
+        tensor that the block above has written, in its place."""
+        # The tensors that the chain holds too: autograd then copies them. It would take over a tensor that nobody
+        # else holds, and the next replay would overwrite a parameter's gradient.
         handed = self._cleared(parameters) if self.adds else list(self.of_parameters)
         if self.backward is not None:
             assert self.of_y is not None
@@ -351,7 +350,7 @@ class _Chain:
 
 
 class Pass:
-    """One forward through a chain; alive until each of its backwards has run or been given up."""
+    """One forward through a chain. It lives until all of its backward passes have run or were given up."""
 
     def __init__(self, chain: _Chain) -> None:
         self._chain = chain
@@ -363,7 +362,7 @@ class Pass:
         self._left = None if tensor is None else (tensor.data_ptr(), tensor._version)
 
     def was_left(self, tensor: Tensor) -> bool:
-        """Whether this is what the neighbour has written, where it was and as it was."""
+        """Whether this is the tensor that the neighbour has written, in its place and unchanged."""
         return (tensor.data_ptr(), tensor._version) == self._left
 
     def run(self, index: int, x: Tensor) -> Tensor | None:

@@ -1,5 +1,5 @@
-"""When torch.compile may make kernels, and those of what a model computes below and above its blocks: a dozen that wait
-for memory, by themselves as long as a block's own in a small model."""
+"""When torch.compile may make kernels; and kernels for what a model computes below and above its blocks. Eagerly
+these parts are a dozen memory-bound kernels, which in a small model take as long as a block."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from d2ft_hpc.families.family import BlockFamily
 
 
 def cannot_compile() -> bool:
-    """Within a compilation, or a mode that counts operators: it sees none in a compiled function, and keeps a function
-    that would be compiled then from being compiled for good."""
+    """Whether a compilation is going on, or a mode that counts operators is on. Such a mode sees no operators in a
+    compiled function, and a function that is first compiled under it is never compiled later."""
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def allow_kernels_of(micro_batches: int) -> None:
     """Lets torch.compile of a whole model, which is the user's own, make kernels for this many more micro-batches.
 
-    Each runs other heads, for which a compiled model is traced anew; at its limit of 8 torch would go on eagerly, and
-    say so in a log that nobody reads.
+    Each runs other heads, for which a compiled model is traced anew; beyond its limit of 8 torch would run eagerly,
+    and say so only in its log.
     """
     for name in ("recompile_limit", "accumulated_recompile_limit"):
-        # The dense model's in both modes beside them; gradients may come at one point or not.
+        # Twice, since gradients may come at one point or not; the default limit is for the dense model in both modes.
         setattr(dynamo_config, name, getattr(dynamo_config, name) + 2 * micro_batches)
 
 

@@ -1,4 +1,4 @@
-"""What an attached module holds beside timm's own, and no copy of it."""
+"""Attributes that an attached module has beside timm's own, and that its copies do not get."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def leave_out_of_copies(module: nn.Module, names: Iterable[str]) -> None:
         left_out = {*names, _GETSTATE}
         return {name: value for name, value in vars(module).items() if name not in left_out}
 
-    # Python asks the instance for it, so that the module keeps its class.
+    # Python looks this up on the instance, so that the module keeps its class.
     vars(module)[_GETSTATE] = MethodType(state, module)
 
 

@@ -30,8 +30,8 @@ class CudaGraphs(Generic[Result]):
     changed: what the computation writes beside its result; warming up and capturing leave it as it was.
     most: graphs that are kept; arguments of further shapes are computed without one.
 
-    A result lies in memory that the next call with the same shapes overwrites. While a dispatch mode is on, one that
-    counts operators say, the function runs by itself: no mode sees into a graph.
+    A result lies in memory that the next call with the same shapes overwrites. While a dispatch mode is on, such as
+    one that counts operators, the function runs without a graph, since no mode sees into one.
     """
 
     def __init__(self, changed: Callable[[], Sequence[Tensor]] = lambda: (), most: int = 8) -> None:

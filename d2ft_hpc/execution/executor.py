@@ -59,14 +59,14 @@ class PlanExecutor:
         cuda_graphs: bool = False,
         recomputes: Callable[[], bool] = lambda: False,
     ) -> None:
-        """recomputes: whether blocks run again in the backward, which keeps nothing that a graph could."""
+        """recomputes: whether blocks run again in the backward; then they do not run as graphs."""
         self.subnets = subnets
         self.plan: SkipPlan | None = None
         """The plan in force; None means dense."""
         self.detach_incomplete = embeddings == "complete_path"
-        """Embeddings take part in micro-batches that are FULL everywhere only; block 0 sees to it."""
+        """Whether embeddings train only by micro-batches that are FULL everywhere; block 0 sees to it."""
         self.trains_embeddings = embeddings == "trained"
-        """Every micro-batch's gradient goes on below the blocks, whatever the plan."""
+        """Whether every micro-batch's gradient goes on below the blocks, whatever the plan."""
         self.rows: list[Row] = []
         """Rows of the plan in force, by slot; none where every micro-batch is dense."""
         self._slot: int | None = None
@@ -74,7 +74,8 @@ class PlanExecutor:
         self._reduction = Reduction.AFTER_BACKWARD
         self._reduces: Callable[[nn.Module], bool] | None = None
         self.trained_beside: list[str] = []
-        """Parameters below the blocks that train by what each block gets beside its input; none from skipped ones."""
+        """Parameters below the blocks that get gradients through the blocks' other arguments; skipped blocks give
+        none."""
         self._check: Callable[[SkipPlan], None] | None = None
         self.blocks: dict[int, nn.Module] = {}
         """The blocks that follow this executor, by index; `link` adds them. Their parameters are looked up when they
@@ -87,7 +88,7 @@ class PlanExecutor:
         self._largest_input: dict[int, int] = {}  # numbers in what blocks that skip heads got, by tokens
         self.image_size: tuple[int, int] | None = None
         """Height and width of the images that a plan may scale; None: of any."""
-        self._is_scaled = False  # what embeds the images gets them as they are to be
+        self._is_scaled = False  # the module that embeds the images gets them scaled already
         self._embeds: Callable[[], Any] = lambda: None
         self.block_shapes = 0
         """Kernels of blocks that skip heads and are not fused, under this and earlier plans, if torch.compile makes
@@ -97,7 +98,7 @@ class PlanExecutor:
         self.micro_batch_shapes = 0
         """Different shapes of this replica's micro-batches under the plan in force."""
         self.lookup_seconds = 0.0
-        """Time spent on following plans so far, on this rank: everything but the blocks' own work."""
+        """Seconds that following plans has taken so far on this rank, without the blocks' own work."""
         # Each shape is compiled for itself: kernels for shapes that may vary are slower.
         self._compiled = torch.compile(_dense_forward, dynamic=False) if compile else None
         self._compiled_heads = torch.compile(run_block, dynamic=False) if compile else None
@@ -171,7 +172,8 @@ class PlanExecutor:
                 raise PlanError(
                     "the plan binds samples and skips parts of some: only whole samples can be skipped"
                 )
-        # Where all replicas run a block densely their gradients come alike, and nothing need be done.
+        # Where all replicas run a block densely, their gradients come in the same order, and nothing needs to be
+        # done.
         all_full = (plan.operations == Operation.FULL).all(axis=2)
         all_dense = all_full.reshape(plan.slots, plan.replicas, -1).all(axis=1)
         self.rows = [
@@ -188,8 +190,8 @@ class PlanExecutor:
 
     @property
     def trains(self) -> np.ndarray:
-        """Whether some parameter of each block is not frozen, bool [block]. Of blocks that do not train, plans have
-        nothing to choose: a skip spares no weight gradient there, and no score says what it costs."""
+        """Whether some parameter of each block is not frozen, bool [block]. Plans do not decide about blocks that do
+        not train: a skip would save no weight gradient there, and no score says what it would cost."""
         return np.array(
             [
                 any(parameter.requires_grad for parameter in self.blocks[index].parameters())
@@ -236,7 +238,7 @@ class PlanExecutor:
 
     @contextmanager
     def temporarily(self, operations: np.ndarray) -> Iterator[None]:
-        """Every micro-batch inside follows `operations`, uint8 [block, head]; afterwards the plan is as before."""
+        """Inside, every micro-batch follows `operations`, uint8 [block, head]; afterwards the plan is as before."""
         before = self.plan, self.rows, self.block_shapes, self._slot, self._slot_source
         row = self._row(operations, np.zeros(len(operations), bool))
         self.plan, self.rows, self.block_shapes = None, [row], self._count_block_shapes([row])
@@ -278,9 +280,8 @@ class PlanExecutor:
         return self._run(block, index, heads, x, *args, **kwargs)
 
     def scaled(self, images: Tensor) -> Tensor:
-        """A micro-batch's images [sample, channel, height, width] at the resolution that its row asks for.
-
-        Raises PlanError where they are none of full size.
+        """A micro-batch's images [sample, channel, height, width] at the resolution that its row asks for. Raises
+        PlanError if they are not images of full size.
         """
         if self._is_scaled:
             return images
@@ -302,7 +303,8 @@ class PlanExecutor:
 
     @contextmanager
     def scaled_before(self, images: Tensor) -> Iterator[Tensor]:
-        """The same, once: inside nothing is scaled or looked up; what is compiled there fits all micro-batches."""
+        """Yields the scaled images. Inside, nothing is scaled or looked up again, so that code compiled there fits
+        all micro-batches."""
         images, self._is_scaled = self.scaled(images), True
         try:
             yield images
@@ -395,7 +397,8 @@ class PlanExecutor:
     def _compiles(self, x: Tensor) -> bool:
         """Whether blocks that skip heads run through torch.compile on this input.
 
-        Smaller ones than before, which end an epoch, do not: their kernels would take longer to make than they save.
+        Inputs smaller than before, as at the end of an epoch, do not: making their kernels would take longer than
+        these save.
         """
         if self.block_shapes > MOST_SHAPES or cannot_compile():
             return False
@@ -411,7 +414,7 @@ class PlanExecutor:
         return self._kernel_parts[index] is not None
 
     def _is_compiled(self, index: int, heads: BlockHeads) -> bool:
-        """Whether torch.compile may make the kernels of the block, which skips heads."""
+        """Whether torch.compile may make kernels of the block, which skips heads."""
         if heads.is_dense or heads.is_shortcut:
             return False
         return not (self._device.type == "cuda" and self._is_fused(index, heads))
@@ -428,7 +431,7 @@ class PlanExecutor:
         return self._kernel_parts[above] if self._is_fused(above, self.rows[slot].heads[above]) else None
 
     def _at_one_point(self, slot: int, index: int) -> bool:
-        """Whether the gradients of block `index` must be complete and in order in this micro-batch's backward."""
+        """Whether the gradients of block `index` must be complete and ordered in this micro-batch's backward."""
         if not self.rows[slot].sparse[index]:
             return False
         if self._reduces is not None:
@@ -437,7 +440,7 @@ class PlanExecutor:
 
     @contextmanager
     def reading(self, slot: int, indices: Tensor) -> Iterator[None]:
-        """Inside, the micro-batch in place `slot` runs the heads of `indices`, in numbers like its own."""
+        """Inside, the micro-batch in place `slot` runs the heads of `indices`, in the same numbers as its own."""
         own = self.rows[slot]
         self.rows[slot] = own.reading(indices)
         try:
@@ -448,7 +451,7 @@ class PlanExecutor:
     def link(self, block: nn.Module, index: int) -> None:
         """Lets a block of the model, its copy or its part follow this executor as block `index`.
 
-        What copies or pickles the block gets one as it was, dense, which follows nothing.
+        Copies and pickles of the block are dense and follow nothing.
         """
         self.blocks[index] = block
         self._in_order = sorted(self.blocks)
@@ -510,7 +513,7 @@ class PlanExecutor:
         return choose_heads(list(operations), self._device)
 
     def _count_block_shapes(self, rows: Sequence[Row]) -> int:
-        """`block_shapes` with these rows; kernels for them are counted from now on if they will be made."""
+        """`block_shapes` with these rows added; they count from now on if kernels for them will be made."""
         is_passed_below = (
             self.trains_embeddings
             or self._reduction is Reduction.BY_BLOCK
@@ -542,7 +545,7 @@ def fused() -> Any:
 
 
 def _clock() -> float:
-    """torch.compile traces what is between two readings, without the clock."""
+    """Reads the clock; torch.compile traces what is between two readings, but not the readings."""
     return 0.0 if torch.compiler.is_compiling() else time.perf_counter()
 
 
@@ -561,14 +564,14 @@ class _BlockLink:
 
 
 class _ImagesLink:
-    """What the module that embeds images keeps: its executor and the model, or part of one, that it is of."""
+    """What the module that embeds images keeps: its executor, and the model or part of a model that it belongs to."""
 
     def __init__(self, executor: PlanExecutor, model: weakref.ref[nn.Module]) -> None:
         self.executor, self._model = executor, model
 
     @property
     def trains(self) -> bool:
-        """Whether the model does; what embeds may be frozen, and left as in evaluation."""
+        """Whether the model is in training mode; its embedding may be frozen and left in evaluation mode."""
         model = self._model()
         return model is not None and model.training
 
@@ -645,7 +648,7 @@ def _scaling_forward(embedding: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _scaled_grid(embedding: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """Patches of images of this size, by which timm lays out what blocks give as a map (`forward_intermediates`)."""
+    """Patches of images of this size, by which timm arranges blocks' outputs as a map (`forward_intermediates`)."""
     link: _ImagesLink = embedding._d2ft
     size = link.executor.scaled_size(size) if link.trains else size
     grid: tuple[int, int] = type(embedding).dynamic_feat_size(embedding, size)

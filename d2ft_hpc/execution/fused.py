@@ -8,9 +8,9 @@ Three pieces, so that autograd and any attention kernel stay usable between them
 
 The weights of the chosen heads are copied together (a few MB, in one launch, in the type that the products run in) and
 kept for the backward, as autocast keeps the weights that it has cast; where an engine gathers weights block by block
-the backward copies them again. Products into the heads run for FULL and FORWARD_ONLY ones apart, so that only the
-former's results are kept; products out of them run once, over both. Weight gradients are computed for FULL heads and
-spread into full shapes by one launch, without a dense-sized temporary.
+the backward copies them again. Products into the heads run separately for FULL and FORWARD_ONLY heads, so that only
+results of FULL ones are kept; products out of them run once, over both. Weight gradients are computed for FULL heads
+and spread into full shapes by one launch, without a dense-sized temporary.
 """
 
 from __future__ import annotations
@@ -55,9 +55,8 @@ def run_fused(
 ) -> Tensor:
     """Runs a block with at least one FULL head. x: [sample, token, channel]; returns the same shape and dtype.
 
-    following: of the block that gets the result next, if its first norm may be computed with it.
-    keeps: whether the weights of the chosen heads stay in memory until the backward.
-    args, kwargs: what the block's forward takes beside x.
+    following: parts of the next block, if its first norm may be computed with the result. keeps: whether the weights
+    of the chosen heads stay in memory until the backward. args, kwargs: what the block's forward takes beside x.
     """
     qkv_layer, proj_layer, fc1_layer, fc2_layer = parts.qkv, parts.proj, parts.fc1, parts.fc2
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -126,7 +125,8 @@ def run_fused(
 
 
 class _Ahead(NamedTuple):
-    """What a block leaves with its result for the next one: its norm's weight, the result's version, the norm of it."""
+    """What a block stores with its result for the next one: that block's norm weight, the result's version, and its
+    norm."""
 
     weight: nn.Parameter
     version: int
@@ -134,7 +134,7 @@ class _Ahead(NamedTuple):
 
 
 def _normed_ahead(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Normed | None:
-    """What the block below has computed with its last sum; None if that was something else."""
+    """The norm that the block below has computed with its last sum; None if it was another norm."""
     ahead: _Ahead | None = getattr(x, "_d2ft_ahead", None)
     if ahead is None or ahead.version != x._version:
         return None
@@ -144,15 +144,16 @@ def _normed_ahead(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Normed |
 
 
 class _Summed(NamedTuple):
-    """What a block leaves with its input's gradient for the block below: the version, and the sum over tokens, which is
-    what the bias at that block's end takes."""
+    """What a block stores with its input's gradient for the block below: the version, and the sum over tokens, which
+    is the gradient of that block's last bias."""
 
     version: int
     sum: Tensor
 
 
 def _summed_already(gradient: Tensor) -> Tensor | None:
-    """What the block above has summed with its last kernel; None if the gradient came from something else, too."""
+    """The sum that the block above has computed with its last kernel; None if the gradient came from other places,
+    too."""
     summed: _Summed | None = getattr(gradient, "_d2ft_summed", None)
     return None if summed is None or summed.version != gradient._version else summed.sum
 
@@ -164,7 +165,7 @@ def _norm(norm: nn.LayerNorm) -> Norm:
 class _Enter(torch.autograd.Function):
     """(x, q, k, v) of FULL heads, each [sample, head, token, channel], and q, k, v of FORWARD_ONLY ones.
 
-    x comes out again, so that its gradients past the branch and through it meet in one kernel.
+    x is returned as well, so that its gradients past the branch and through it meet in one kernel.
     """
 
     @staticmethod
@@ -384,7 +385,7 @@ def _spread_wanted(
     wanted: Sequence[bool],
     heads: BlockHeads,
 ) -> list[Tensor | None]:
-    """Gradients in full shape of the parameters that want one, None for the others.
+    """Full-shaped gradients of the parameters that need one, None for the others.
 
     parts: a parameter, its slices, and what computes the FULL heads' part of its gradient.
     """

@@ -30,8 +30,8 @@ class Reduction(Enum):
     )
 
     def may_happen_in(self, slot: int, slots: int) -> tuple[bool, ...]:
-        """Whether gradients must be complete and in order in the backward pass of micro-batch `slot` of `slots`, where
-        a batch is complete; both where that is not known before."""
+        """Whether gradients must be complete and ordered in the backward pass of micro-batch `slot` of `slots`: both
+        answers where only the loop decides in which pass it reduces."""
         match self:
             case Reduction.EVERY_MICRO_BATCH:
                 return (True,)
@@ -44,8 +44,8 @@ class Reduction(Enum):
 
 
 Owners = list[tuple[dict[str, Any], str]]
-"""For some parameters of a block: the dictionary that the module keeps each one in, and its name there. FSDP2 puts
-others in its place for each forward pass."""
+"""For some parameters of a block: the dictionary in which the module keeps each one, and its name there. FSDP2
+replaces the parameters for each forward pass."""
 
 
 def owners_of(block: nn.Module, *, frozen_too: bool = False) -> Owners:
@@ -65,7 +65,7 @@ def one_point(owners: Owners, x: Tensor, *, gives_gradients: bool) -> Iterator[T
     gives_gradients: whether anything that runs inside takes gradients of the block's parameters.
     """
     through = _OnePoint.apply(x, *(kept[name] for kept, name in owners))
-    # An input without a gradient (frozen embeddings below) keeps none, unless the pass must go through it.
+    # An input that takes no gradient (frozen embeddings below) stays so, unless the pass must go through it.
     with stand_ins(owners, through[1:]):
         yield through[0] if x.requires_grad or not gives_gradients else x
 

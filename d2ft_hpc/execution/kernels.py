@@ -24,13 +24,13 @@ from d2ft_hpc.execution import triton_kernels
 _COPY_ELEMENTS = 2048
 """Elements that one program copies."""
 _MULTIPROCESSORS = 132
-"""Those of a Hopper GPU, on which the sizes here were the fastest of those tried (analysis/step)."""
+"""Multiprocessors of a Hopper GPU, on which the sizes here were the fastest of those tried (analysis/step)."""
 _TILE, _COLUMNS = 8, 128
-"""Tokens and columns that an element-wise program has at a time."""
+"""Tokens and columns that an element-wise program handles at a time."""
 _SUMMED_COLUMNS = 16
 """Columns of partial sums that one program adds up."""
 _WHOLE_TOKENS = 2048
-"""Tokens times channels, rounded up to a power of two, that a program has at a time where it needs whole tokens."""
+"""Tokens times channels, rounded up to a power of two, that a program handles at a time if it needs whole tokens."""
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,8 @@ def sum_partials(partials: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> l
 
 
 def _shares(tokens: int, columns: int, tile: int, at_once: int) -> tuple[int, int]:
-    """Tokens that each program sums, in steps of `tile`, and programs a column; `at_once` a multiprocessor in all."""
+    """Tokens that each program sums, in steps of `tile`, and programs for each column; in total `at_once` for each
+    multiprocessor."""
     rows = ceil(ceil(tokens * columns / (at_once * _MULTIPROCESSORS)) / tile) * tile
     return rows, ceil(tokens / rows)
 

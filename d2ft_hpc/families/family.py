@@ -18,13 +18,12 @@ from d2ft_hpc.families.head_axis import HeadAxis
 class Branch(NamedTuple):
     """A residual branch of a block: x + end(sum over heads of out(inner(norm(x))) + bias).
 
-    x: [sample, token, channel]. norm keeps its shape. inner: of the normed x and heads, int64 [n] in rising order, what
-    these compute, [sample, token, their channels]. out: of that, the heads and a bias or None, the sum of what they
-    give, [sample, token, channel]. end: of the sum over all heads; keeps its shape.
-
-    across: what lies between inner and out and needs all heads that run, such as a norm over their channels together.
-    Of what inner gave, a part for FULL heads and one for FORWARD_ONLY ones, or one of them, and these parts' heads; the
-    same parts again. Ranks that share a block cannot run it. None: there is nothing.
+    x: [sample, token, channel]. norm keeps its shape. inner: from the normed x and heads, int64 [n] in rising order,
+    to what these compute, [sample, token, their channels]. out: from that, the heads and a bias or None, to the sum
+    of what they give, [sample, token, channel]. end: from the sum over all heads to what is added to x; keeps its
+    shape. across: what lies between inner and out and needs all heads that run, such as a norm over all their
+    channels. Of what inner gave, a part for FULL heads and one for FORWARD_ONLY ones, or one of them, and these
+    parts' heads; the same parts again. Ranks that share a block cannot run it. None: there is nothing.
     """
 
     norm: Callable[[Tensor], Tensor]
@@ -52,7 +51,7 @@ class Drops(NamedTuple):
 
 
 def rate_of(drop: nn.Module) -> float:
-    """The rate at which a module drops what it gets; 0 of one that has none, as an identity."""
+    """The rate at which a module drops what it gets; 0 for a module without one, such as an identity."""
     return float(getattr(drop, "p", getattr(drop, "drop_prob", None)) or 0.0)
 
 
@@ -80,7 +79,7 @@ class KernelParts:
 
 
 class BlockFamily(ABC):
-    """Models whose blocks are cut by head in one way. Holds nothing of any one model.
+    """Models whose blocks are cut by head in the same way. A family keeps no state of any model.
 
     Blocks without `misfits` in one model have to be alike. Methods that take a block take it whole, or what
     `parallel.head_split` has left of it.
@@ -93,13 +92,15 @@ class BlockFamily(ABC):
     """Where the blocks are, one after the other."""
 
     refuses_parts: str | None = None
-    """Why ranks cannot hold parts of a model, if they cannot."""
+    """The reason why ranks cannot hold parts of a model; None if they can."""
 
     is_composed: bool = True
-    """A model's forward of images alone is `above` of what the blocks make of `below`. False: neither is known."""
+    """A model's forward of images alone is `above(blocks(below(images)))`. False: `below` and `above` are not
+    known."""
 
     takes_images: bool = True
-    """False: text, which is never scaled. A sample is then a sequence, a model says nothing of images."""
+    """False: models read text, which is never scaled. A sample is then a sequence, and the models have no image
+    size."""
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return list(model.get_submodule(self.blocks_path).children())
@@ -112,12 +113,12 @@ class BlockFamily(ABC):
 
     @abstractmethod
     def misfits(self, block: nn.Module) -> list[str]:
-        """Why a block cannot be cut by head, each a phrase of which the block is the subject; empty if it can."""
+        """Why a block cannot be cut by head, as phrases whose subject is the block; empty if it can."""
 
     # ---- what a model reads
 
     def sample_shape(self, model: Any) -> tuple[int, ...] | None:
-        """Of one sample that the model was made for; None if it was made for no size."""
+        """Shape of one sample that the model was made for; None if it was made for no size."""
         return self.image_shape(model)
 
     def blank(self, model: Any, shape: tuple[int, ...]) -> Tensor:
@@ -126,13 +127,13 @@ class BlockFamily(ABC):
         return torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
 
     def size_of(self, samples: Tensor, shape: tuple[int, ...]) -> float:
-        """Tokens of each of these samples, in units of those of one of this shape, where plans do not say how many: of
-        images, whole or in patches, as their numbers. 1 of what is no image."""
+        """Tokens of each of these samples, in units of those of a sample of this shape, where plans do not say how
+        many: images count by their tokens, whole or in patches. 1 for anything else."""
         return math.prod(samples.shape[1:]) / math.prod(shape) if samples.dim() > 2 else 1.0
 
     def around(self, model: Any, whole: nn.Module) -> Any:
-        """What takes the same as the model and has it inside, within the user's `whole` one, such as a library's model
-        with a head; the model itself where there is none."""
+        """The largest module within the user's `whole` model that has the model inside and takes the same input, such
+        as a library's model with a head; the model itself where there is none."""
         return model
 
     # ---- what lies around the blocks
@@ -142,15 +143,16 @@ class BlockFamily(ABC):
         """Whether a parameter of this name, outside the blocks, lies below all of them; else above."""
 
     def goes_beside(self, name: str) -> bool:
-        """Whether a parameter of this name, below the blocks, takes gradients from each block that runs, beside x."""
+        """Whether a parameter of this name, below the blocks, gets gradients from each block that runs, and not only
+        through x."""
         return False
 
     @abstractmethod
     def below(self, model: Any, images: Tensor) -> tuple[Tensor, Any]:
-        """What the first block gets, and what `arguments` makes of it what blocks get beside."""
+        """The input of the first block, and what `arguments` turns into the other arguments of blocks."""
 
     def arguments(self, beside: Any, index: int) -> Mapping[str, Any]:
-        """What the forward of block `index` gets beside x, by keyword. beside: of `below`."""
+        """The arguments of block `index` beside x, by keyword. beside: from `below`."""
         return {}
 
     @abstractmethod
@@ -159,11 +161,11 @@ class BlockFamily(ABC):
 
     @abstractmethod
     def tokens(self, model: Any, height: int, width: int) -> int:
-        """Between the blocks, of an image of so many pixels."""
+        """Tokens between the blocks of an image of this size in pixels."""
 
     @abstractmethod
     def tokens_between(self, model: Any) -> int | None:
-        """Of every sample between the blocks; None if that varies."""
+        """Tokens of every sample between the blocks; None if their number varies."""
 
     @abstractmethod
     def width(self, model: Any) -> int:
@@ -201,8 +203,8 @@ class BlockFamily(ABC):
 
     @abstractmethod
     def taking_any_size(self, model: Any) -> AbstractContextManager[None]:
-        """Inside, the model itself is what `of_any_size` makes of it: for one whose hooks belong to it, as FSDP2's
-        do."""
+        """Inside, the model itself takes images of any size, as `of_any_size` makes it; for models whose hooks belong
+        to them, such as FSDP2's."""
 
     @abstractmethod
     def recomputes(self, model: Any) -> bool:
@@ -229,20 +231,20 @@ class BlockFamily(ABC):
     # ---- a block
 
     def run(self, block: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """`forward(x)`, where the block skips heads; run again in the backward if the block itself sees to that."""
+        """`forward(x)` of a block that skips heads; it runs again in the backward if the block checkpoints itself."""
         return forward(x)
 
     def require_skippable(self, block: Any, kwargs: Mapping[str, Any]) -> None:
-        """Raises PlanError where the block is asked for what heads that are skipped cannot give. kwargs: of its
+        """Raises PlanError where the block is asked for outputs that skipped heads cannot give. kwargs: of its
         forward."""
         return
 
     def afresh(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What a block's forward, which got these, gets in a second pass by itself."""
+        """The arguments for running a block again by itself, after its forward got these."""
         return kwargs
 
     def generates(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether blocks whose forward gets these go on with a text, which no plan is for."""
+        """Whether blocks with these arguments continue a text (generation), which plans do not apply to."""
         return False
 
     @abstractmethod
@@ -258,17 +260,18 @@ class BlockFamily(ABC):
         return {f"{layer}.bias": slice(None)}
 
     def calling(self, block: Any) -> AbstractContextManager[None] | None:
-        """Inside, the block calls its layers as modules, so that hooks on them see what goes in and comes out, and
-        computes the same; None if it always does."""
+        """Inside, the block calls its layers as modules, so that hooks on them see inputs and outputs, and computes
+        the same; None if it always does so."""
         return None
 
     @abstractmethod
     def head_axes(self, block: Any) -> dict[str, HeadAxis]:
-        """Of each parameter that heads own, by its name in the block, LoRA's included."""
+        """How each parameter that heads own splits by head, by its name in the block; LoRA's included."""
 
     @abstractmethod
     def used_by_head(self, name: str) -> bool:
-        """Whether each head computes with the parameter of this name in the block, which no head owns, by itself."""
+        """Whether each head by itself computes with the parameter of this name in the block, though no head owns
+        it."""
 
     @abstractmethod
     def branches(
@@ -288,11 +291,11 @@ class BlockFamily(ABC):
 
     @abstractmethod
     def kernel_parts(self, block: Any) -> KernelParts | None:
-        """None if our kernels cannot run the block in training."""
+        """The block's parts for our kernels; None if these cannot run it in training."""
 
 
 class AnySize(BlockFamily):
-    """Families whose models take images of any size as they are, or none."""
+    """Families whose models take images of any size as they are, or take no images."""
 
     def of_any_size(self, model: Any) -> Any:
         return model

@@ -29,7 +29,7 @@ class HeadAxis:
     def of_units(
         before: tuple[int, ...], heads: int, units: int, after: tuple[int, ...] = (), *, splits_rows: bool
     ) -> HeadAxis:
-        """Of a parameter [*before, units, *after] whose units the heads share."""
+        """The split of a parameter [*before, units, *after] whose units the heads share."""
         equal = units % heads == 0
         shape = (*before, heads, -(-units // heads), *after)
         return HeadAxis(shape, len(before), splits_rows, None if equal else units)
@@ -90,7 +90,7 @@ class HeadAxis:
         return sums.index_add_(-1, self._head_of_unit(tensor.device), of_units)
 
     def owned(self, heads: Tensor) -> Tensor:
-        """bool [unit]: which units of what `select` takes are the heads' own, and not there to fill up."""
+        """Which units of what `select` takes are the heads' own and not padding: bool [unit]."""
         if self.units is None:
             return torch.ones(
                 heads.numel() * self.view_shape[self.axis + 1], dtype=torch.bool, device=heads.device
@@ -103,7 +103,7 @@ class HeadAxis:
 
     @property
     def entries(self) -> npt.NDArray[np.int64]:
-        """How many of the parameter's each head owns, int64 [head]."""
+        """How many of the parameter's numbers each head owns, int64 [head]."""
         units = self._shape_of_units[self.axis]
         own = np.diff(np.arange(self.heads + 1) * units // self.heads)
         return own * (math.prod(self.parameter_shape) // units)
@@ -122,7 +122,8 @@ class HeadAxis:
         return (*self.view_shape[: self.axis], units, *self.view_shape[self.axis + 2 :])
 
     def _units_of(self, heads: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 and bool [n x largest share], or [units] of all heads: the heads' units, and which are their own."""
+        """The heads' units and which of them are no padding: int64 and bool [n x largest share], or [units] for all
+        heads."""
         assert self.units is not None
         if heads.numel() == self.heads:  # nothing is filled up
             places = torch.empty_like(heads).scatter_(0, heads, torch.arange(self.heads, device=heads.device))

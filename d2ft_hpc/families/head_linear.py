@@ -1,4 +1,4 @@
-"""A linear layer of some heads, whose copied weights are not kept for the backward, which copies them again."""
+"""Linear layers of some heads. The copied weights are not kept for the backward, which copies them again."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def head_linear(axis: HeadAxis, x: Tensor, weight: Tensor, bias: Tensor | None, 
         return F.linear(x, head_part(axis, weight, heads), bias)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))  # so that this is what is kept
-    # Rows, because what a custom function makes must not be a view where it is added to in place.
+    # Rows, because the result of a custom function must not be a view if something is added to it in place.
     rows = x.flatten(0, -2)
     result: Tensor = _HeadLinear.apply(
         rows, weight, bias, heads, axis.view_shape, axis.axis, axis.splits_rows, axis.units

@@ -14,10 +14,9 @@ from d2ft_hpc.families.head_linear import head_part
 def normalise_heads(
     norm: nn.LayerNorm, axis: HeadAxis, parts: Sequence[Tensor], heads: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Mean and variance are those of all parts' channels together; weight and bias each channel's own.
-
-    axis: of the norm's weight. parts: [..., own channels] each, of the heads beside it, int64 [n], as `axis` shares
-    channels. In float32 at least, as torch's norm under autocast.
+    """Mean and variance are those of all parts' channels together; weight and bias are each channel's own. axis: how
+    the norm's weight splits by head. parts: [..., own channels] each, with its heads, int64 [n]. Computed in float32
+    at least, as torch's norm under autocast.
     """
     dtype = torch.promote_types(parts[0].dtype, torch.float32)
     own = [axis.owned(of_part) for of_part in heads]

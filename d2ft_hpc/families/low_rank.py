@@ -1,4 +1,4 @@
-"""Linear layers with peft's LoRA: which are run by head, what of them heads own, what the low-rank part adds."""
+"""Linear layers with peft's LoRA: which ones run by head, what heads own of them, and what the low-rank part adds."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def unfit_layers(block: nn.Module, layers: Mapping[str, Sequence[str]]) -> list[str]:
-    """Which of these layers, names in the block by role, are not run by head: each a phrase of which the block is the
-    subject."""
+    """Which of these layers, names in the block by role, cannot run by head, as phrases whose subject is the
+    block."""
     named = ((name, block.get_submodule(name)) for names in layers.values() for name in names)
     return [
         f"has {name} of class {type(layer).__name__}, not Linear, nor Linear with peft's plain LoRA"
@@ -75,7 +75,7 @@ def _parameter(block: nn.Module, name: str) -> Any:
 
 
 def _adapter_axes(layer: Any, name: str, axes: Mapping[str, HeadAxis]) -> dict[str, HeadAxis]:
-    """Of the parameters of a layer that carries LoRA: the weights by peft's name, the factors that heads own."""
+    """The splits of a layer with LoRA: its weights under peft's names, and the factors that heads own."""
     more: dict[str, HeadAxis] = {}
     if type(layer) is nn.Linear:
         return more

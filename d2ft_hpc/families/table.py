@@ -50,7 +50,10 @@ def family_of(model: nn.Module) -> BlockFamily:
                 f"{type(model).__name__} has a {type(inside).__name__} inside, which follows plans in own loops "
                 f"(d2ft_hpc.attach), not here"
             )
-        raise UnsupportedModelError(f"{type(model).__name__} is none of the supported models: {supported()}.")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is none of the supported models, which are {supported()}; d2ft-hpc models lists "
+            f"timm's by name"
+        )
     return family
 
 
@@ -77,4 +80,4 @@ def backbone_of(model: nn.Module) -> nn.Module:
 
 def supported() -> str:
     """All that fits, in words."""
-    return "; ".join(dict.fromkeys(family.supported for family in FAMILIES))
+    return ", ".join(dict.fromkeys(family.supported for family in FAMILIES))

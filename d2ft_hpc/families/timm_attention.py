@@ -26,10 +26,9 @@ _KINDS = (Attention, EvaAttention, AttentionRope, BeitAttention, RelPosAttention
 
 
 class Positions(NamedTuple):
-    """What a block gets beside x.
-
-    rope: [..., token, 2 x channel], with the heads third from last where they differ. mask: as torch's attention takes
-    it, the same for all heads. by_head: added to the scores, [1, head, token, token].
+    """What a block gets beside x. rope: [..., token, 2 x channel], with the head axis third from last if heads
+    differ. mask: as torch's attention takes it, the same for all heads. by_head: added to the scores, [1, head,
+    token, token].
     """
 
     rope: Tensor | None = None
@@ -39,7 +38,7 @@ class Positions(NamedTuple):
 
 
 def misfits(attn: Any) -> list[str]:
-    """Why this attention cannot be cut by head, each a phrase of which the block is the subject."""
+    """Why this attention cannot be cut by head, as phrases whose subject is the block."""
     if type(attn) not in _KINDS:
         return [f"has attention of class {type(attn).__name__}, which no family knows"]
     reasons = []
@@ -51,7 +50,7 @@ def misfits(attn: Any) -> list[str]:
 
 
 def num_heads(attn: Any) -> int:
-    """A subnet's are the query heads that share one key and value."""
+    """A subnet has the query heads that share one key and value head."""
     return int(getattr(attn, "num_kv_heads", attn.num_heads))
 
 
@@ -95,7 +94,7 @@ def has_own_bias(attn: Any) -> bool:
 
 @contextmanager
 def calling_qkv(attn: Any) -> Iterator[None]:
-    """Inside, the biases of q and v are the module's `qkv`, which is then called."""
+    """Inside, the module `qkv` has the biases of q and v, and is called."""
     own, of_qkv = attn._parameters, attn.qkv._parameters
     separate = own["q_bias"], own["v_bias"]
     of_qkv["bias"] = torch.cat((separate[0], attn.k_bias, separate[1]))
@@ -116,7 +115,7 @@ def set_heads(attn: Any, heads: int) -> None:
 def mix(
     attn: Any, axes: Mapping[str, HeadAxis], normed: Tensor, heads: Tensor, positions: Positions
 ) -> Tensor:
-    """What the subnets `heads` make of the normed x before `proj`: [sample, token, their channels]."""
+    """What the subnets `heads` compute from the normed x before `proj`: [sample, token, their channels]."""
     query, key, value = _query_key_value(attn, axes, normed, heads)
     return attend(attn, query, key, value, heads, positions).transpose(1, 2).flatten(2)
 
@@ -139,7 +138,8 @@ def attend(
 
 
 def positions_by_head(attn: Any, of_model: Tensor | None) -> Tensor | None:
-    """What this attention adds to the scores, all heads': its own, and the model's. [1, head, token, token]."""
+    """What is added to the scores of all heads, by this attention itself and by the model: [1, head, token,
+    token]."""
     if of_model is not None and of_model.dim() == 3:
         of_model = of_model.unsqueeze(0)
     if isinstance(attn, RelPosAttention):
@@ -172,7 +172,7 @@ def _softmax(
 
 
 def _difference(attn: Any, query: Tensor, key: Tensor, value: Tensor, positions: Positions) -> Tensor:
-    """Of a head's two attentions (arXiv 2410.05258), of halves of its queries and keys each."""
+    """The difference of a head's two attentions (arXiv 2410.05258), each of half of its queries and keys."""
     halves = [
         norm(half)
         for each, norm in ((query, attn.q_norm), (key, attn.k_norm))
@@ -211,7 +211,7 @@ def _query_key_value(
 
 
 def _rotated(attn: Any, x: Tensor, rope: Tensor, heads: Tensor) -> Tensor:
-    """x: [sample, head, token, channel], of which the first tokens have no place in the image."""
+    """x: [sample, head, token, channel]; the first tokens have no place in the image."""
     is_by_head = rope.dim() > 2 and rope.shape[-3] > 1
     own = rope.index_select(-3, heads) if is_by_head else rope
     prefix = attn.num_prefix_tokens

@@ -141,7 +141,8 @@ class TimmBlocks(TimmFamily):
                 type(getattr(block, name, None)) in (nn.Identity, LayerScale, NoneType)
                 for name in ("ls1", "ls2")
             )
-            and getattr(attn, "rel_pos", None) is None  # which may draw random numbers, once for all heads
+            and getattr(attn, "rel_pos", None)
+            is None  # drop-outs may draw random numbers, once for all heads
             and type(mlp.act) is nn.GELU
             and mlp.act.approximate == "none"
             and all(

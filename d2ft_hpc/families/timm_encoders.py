@@ -23,7 +23,8 @@ _KINDS = tuple(
 
 
 class TimmEncoder(AnySize, TimmBlocks):
-    """What joins neighbouring tokens after the blocks needs the grid, which the blocks' result does not tell."""
+    """Not composed of `below` and `above`: joining neighbouring tokens after the blocks needs the grid, which the
+    blocks' result does not tell."""
 
     supported = "timm's vision encoders of Qwen3 and DeepSeek"
     names_below = ("patch_embed", "pos_embed", "rope")
@@ -55,7 +56,8 @@ class TimmEncoder(AnySize, TimmBlocks):
         return height // high * (width // wide)
 
     def patch_size(self, model: Any) -> tuple[int, int]:
-        """Of what is joined to one token above the blocks, where something is: images hold whole ones."""
+        """If patches are joined above the blocks, the size of what becomes one token there, since images must hold
+        whole ones."""
         high, wide = super().patch_size(model)
         joined = 1 if getattr(model, "merger", None) is None else int(model.merge_size)
         return joined * high, joined * wide

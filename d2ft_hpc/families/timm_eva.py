@@ -20,10 +20,7 @@ from d2ft_hpc.families.timm_models import patches
 class TimmEva(TimmBlocks):
     """A subnet is a group of query heads with its key and value head, and its slice of the (gated) MLP."""
 
-    supported = (
-        "timm Eva models (EVA-02, DINOv3, PE, rotary ViTs): fused or separate q, k, v, any rotary positions, grouped "
-        "queries alike in all blocks, SwiGLU or GELU"
-    )
+    supported = "timm's Eva (EVA-02, DINOv3, PE and rotary ViTs)"
     names_below = ("patch_embed", "pos_embed", "cls_token", "reg_token", "rope", "norm_pre")
     refuses_parts = "timm's Eva gives each block rotary positions, which parts of it would not get"
 

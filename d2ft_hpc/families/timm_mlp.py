@@ -22,17 +22,17 @@ _INTO: dict[type, tuple[str, ...]] = {
 
 
 def misfits(mlp: Any) -> list[str]:
-    """Why this MLP cannot be cut by head, each a phrase of which the block is the subject."""
+    """Why this MLP cannot be cut by head, as phrases whose subject is the block."""
     return [] if type(mlp) in _INTO else [f"has an MLP of class {type(mlp).__name__}, which no family knows"]
 
 
 def layers(mlp: Any) -> tuple[str, ...]:
-    """That lead into the hidden units; the gate first."""
+    """The layers that lead into the hidden units, the gate first."""
     return _INTO[type(mlp)]
 
 
 def last(mlp: Any) -> tuple[str, Any]:
-    """The layer that leads out of them: its name in the block, itself."""
+    """The layer that leads out of the hidden units: its name in the block, and itself."""
     return ("mlp.w2", mlp.w2) if type(mlp) is GeGluMlp else ("mlp.fc2", mlp.fc2)
 
 
@@ -48,7 +48,7 @@ def own_axes(mlp: Any, heads: int) -> dict[str, HeadAxis]:
 
 
 def normed(mlp: Any, x: Tensor) -> Tensor:
-    """What the MLP itself does before its first layers, to x after the block's norm."""
+    """What the MLP does to its input, x after the block's norm, before its first layers."""
     return mlp.norm(x) if type(mlp) is GeGluMlp else x
 
 

@@ -19,7 +19,7 @@ from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.families.low_rank import axes_of
 
 _EMBEDS_ANY_SIZE = {"strict_img_size": False, "flatten": False, "output_fmt": Format.NHWC}
-"""What PatchEmbed has in a model of timm's that was built with dynamic_img_size=True."""
+"""PatchEmbed's settings in a model of timm that was built with dynamic_img_size=True."""
 
 
 class TimmFamily(BlockFamily):
@@ -107,7 +107,7 @@ class TimmFamily(BlockFamily):
     def recomputes_reentrantly(self, model: Any) -> bool:
         try:
             from timm.layers import use_reentrant_ckpt
-        except ImportError:  # older timm leaves it to torch, whose default is reentrant
+        except ImportError:  # older versions of timm leave it to torch, whose default is reentrant
             return True
         return bool(use_reentrant_ckpt())
 
@@ -138,7 +138,7 @@ class TimmFamily(BlockFamily):
 
     @abstractmethod
     def own_axes(self, block: Any) -> dict[str, HeadAxis]:
-        """`head_axes` without LoRA, also of parameters that the block may lack."""
+        """`head_axes` without LoRA; may include parameters that the block lacks."""
 
     def used_by_head(self, name: str) -> bool:
         part, _, path = name.rpartition(".")[0].partition(".")
@@ -146,12 +146,12 @@ class TimmFamily(BlockFamily):
 
 
 def _embeddings(model: Any) -> list[nn.Module]:
-    """timm's module that embeds images, or those of its kind that peft's wrapper has inside (modules_to_save)."""
+    """timm's module that embeds images, or the copies of it in peft's wrapper (modules_to_save)."""
     return [module for module in model.patch_embed.modules() if "strict_img_size" in vars(module)]
 
 
 def class_of_timm(module: str, name: str) -> Any:
-    """A class that older versions of timm lack; None from those."""
+    """A class of timm; None in older versions that lack it."""
     try:
         return getattr(importlib.import_module(f"timm.{module}"), name, None)
     except ImportError:

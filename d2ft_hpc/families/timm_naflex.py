@@ -16,7 +16,7 @@ NaFlexVit = class_of_timm("models.naflexvit", "NaFlexVit")
 
 
 class TimmNaFlex(AnySize, TimmBlocks):
-    supported = "timm NaFlexVit models"
+    supported = "timm's NaFlexVit"
     names_below = ("embeds", "rope", "norm_pre")
     refuses_parts = "timm's NaFlexVit gives blocks masks and positions, which parts of it would not get"
 

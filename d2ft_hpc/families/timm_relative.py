@@ -18,13 +18,11 @@ from d2ft_hpc.families.timm_models import patches
 
 
 class TimmRelative(TimmBlocks):
-    """Tables of positions belong to no head: a head reads its own column."""
+    """Tables of positions belong to no head, although each head reads its own column."""
 
-    supported = "timm Beit (BEiT, BEiTv2) and VisionTransformerRelPos models, for one size of images"
+    supported = "timm's Beit and VisionTransformerRelPos"
     names_below = ("patch_embed", "pos_embed", "cls_token", "rel_pos_bias", "shared_rel_pos")
-    refuses_parts = (
-        "timm's relative positions lie in one table for all heads, of which ranks would not have parts"
-    )
+    refuses_parts = "timm's relative positions lie in one table for all heads, which cannot be cut for ranks"
 
     def has(self, model: nn.Module) -> bool:
         return isinstance(model, Beit | VisionTransformerRelPos)

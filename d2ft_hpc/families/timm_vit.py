@@ -13,11 +13,7 @@ from d2ft_hpc.families.timm_models import patches
 
 
 class TimmVit(TimmBlocks):
-    supported = (
-        "timm VisionTransformer models whose blocks are timm's Block or ResPostBlock: any head size, MLPs gated or "
-        "not, differential attention, LayerScale, q/k norm, DropPath, dropout, missing biases, class and register "
-        "tokens, any pooling, peft's LoRA"
-    )
+    supported = "timm's VisionTransformer"
     names_below = ("patch_embed", "pos_embed", "cls_token", "dist_token", "reg_token", "norm_pre")
     """The distilled DeiTs have a token of their own."""
 

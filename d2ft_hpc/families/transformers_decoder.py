@@ -11,13 +11,13 @@ from d2ft_hpc.families.family import AnySize
 from d2ft_hpc.families.transformers_models import TransformersFamily
 
 MOST_COUNTED_TOKENS = 512
-"""Of the sequence whose FLOPs are counted; of longer ones attention has a slightly larger share."""
+"""Length of the sequence whose FLOPs are counted; in longer ones attention has a slightly larger share."""
 
 
 class TransformersDecoder(AnySize, TransformersFamily):
     """Embeddings that are tied to the language model's head lie below the blocks, and freeze with the others there."""
 
-    supported = "decoders of transformers: Llama, Qwen2, Qwen3"
+    supported = "transformers' Llama, Qwen2 and Qwen3"
     classes = (
         "llama.modeling_llama.LlamaModel",
         "qwen2.modeling_qwen2.Qwen2Model",

@@ -23,16 +23,16 @@ from d2ft_hpc.families.low_rank import axes_of, unfit_layers
 
 _MODELS = "transformers.models."
 ATTENTIONS = ("sdpa", "eager")
-"""Those of transformers' implementations of attention whose results under plans are tested."""
+"""The implementations of attention in transformers whose results under plans are tested."""
 
 
 class TransformersFamily(BlockFamily):
     """A subnet is a group of query heads with its key and value head, and its slice of the MLP."""
 
     classes: tuple[str, ...]
-    """Of models, with their modules in transformers.models."""
+    """The models' classes, with their modules in transformers.models."""
     attention: str
-    """Names in a block: of its attention, and of the norms before it and before the MLP."""
+    """Names in a block: its attention, and the norms before attention and MLP."""
     norms: tuple[str, str]
     names_below: tuple[str, ...]
     """First parts of the names of parameters below all blocks."""
@@ -214,7 +214,7 @@ class TransformersFamily(BlockFamily):
         return branch(0, mix, proj), branch(1, activate, contract)
 
     def end(self, block: Any, index: int, branch: Tensor) -> Tensor:
-        """What a block makes of its branch `index` before it adds it."""
+        """What a block does to the result of branch `index` before it adds it."""
         return branch
 
     def require_skippable(self, block: Any, kwargs: Mapping[str, Any]) -> None:
@@ -250,7 +250,7 @@ class TransformersFamily(BlockFamily):
 
 
 _CACHES = ("cache", "past_key_values")
-"""Names of what keeps keys and values for generation."""
+"""Names of arguments that keep keys and values for generation."""
 
 
 def _cache_of(kwargs: Mapping[str, Any]) -> Any:
@@ -272,7 +272,7 @@ def _other_attention(attn: Any) -> str:
 def _attend(
     attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> Tensor:
-    """What some heads of module `attn` mix of the values, [sample, token, head, channel], by transformers itself.
+    """The attention of some heads of module `attn`, computed by transformers itself: [sample, token, head, channel].
 
     query, key, value: [sample, head, token, channel]; mask: for all heads alike, and kwargs, as the block got them.
     """

@@ -16,12 +16,12 @@ from d2ft_hpc.families.transformers_models import TransformersFamily
 
 
 class TransformersVision(TransformersFamily):
-    """Positions of images of other sizes than the model's are resampled, by the model itself."""
+    """The model itself resamples positions for images of other sizes."""
 
     prefix_tokens = 1
-    """Of each image, beside its patches and registers."""
+    """Number of an image's tokens beside its patches and registers."""
     interpolates_on_demand = True
-    """The module `embeddings` resamples positions where it is told to; False: wherever it has to."""
+    """The module `embeddings` resamples positions only where it is told to; False: wherever necessary."""
 
     def tokens(self, model: Any, height: int, width: int) -> int:
         high, wide = self.patch_size(model)
@@ -38,7 +38,7 @@ class TransformersVision(TransformersFamily):
         return _pair(model.config.patch_size)
 
     def embedding(self, model: Any) -> nn.Module | None:
-        embeds: nn.Module = model  # all of it: rotary positions come of the images, too
+        embeds: nn.Module = model  # the whole model, since rotary positions also depend on the images
         return embeds
 
     def of_any_size(self, model: Any) -> Any:

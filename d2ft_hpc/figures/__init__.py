@@ -1,5 +1,5 @@
 """Figures of runs, from their results files alone.
 
-A module each; all have `measure(runs) -> dict`, numbers that can go into JSON, and `draw(numbers) -> Figure`.
+Each figure is a module with `measure(runs) -> dict`, which returns numbers for JSON, and `draw(numbers) -> Figure`.
 `d2ft-hpc figure NAME` makes one; `d2ft-hpc report` puts them all on one page.
 """

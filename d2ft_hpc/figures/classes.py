@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import COLOURS, heat_map, new_figure, say, short
+from d2ft_hpc.figures.style import COLOURS, heat_map, name_ticks, new_figure, say, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,16 +17,20 @@ _WRITTEN = 20
 
 
 def measure(runs: Sequence[Run]) -> dict[str, Any]:
-    """For each run's last evaluation: accuracy by class, and samples by label and prediction."""
+    """For each run's last evaluation: accuracy by class, and samples by label and prediction. Classes that the run did
+    not name have their labels as names."""
     return {"runs": [_of_run(run) for run in runs]}
 
 
 def _of_run(run: Run) -> dict[str, Any]:
     accuracy, confusion = run.evaluations["class_accuracy"], run.evaluations["confusion"]
     recorded = len(confusion) > 0 and confusion.shape[1] > 0
+    last = accuracy[-1] if len(accuracy) else []
+    names = [str(name) for name in run.results.datasets("model").get("class_name", [])]
     return {
         "name": run.name,
-        "class_accuracy": accuracy[-1] if len(accuracy) else [],
+        "classes": names if len(names) == len(last) else [str(label) for label in range(len(last))],
+        "class_accuracy": last,
         "confusion": confusion[-1] if recorded else None,
     }
 
@@ -47,7 +51,7 @@ def draw(numbers: dict[str, Any]) -> Figure:
         left.grid(axis="y", alpha=0.3)
         left.set_axisbelow(True)
         if len(accuracy) <= _WRITTEN:
-            left.set_xticks(range(len(accuracy)))
+            name_ticks(left, run["classes"])
         if run["confusion"] is None:
             right.set_axis_off()
             say(right, "no confusion matrix recorded")
@@ -56,6 +60,9 @@ def draw(numbers: dict[str, Any]) -> Figure:
         shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         image = heat_map(right, shares, vmin=0, vmax=100)
         written = len(counts) <= _WRITTEN
+        if written and len(counts) == len(run["classes"]):
+            name_ticks(right, run["classes"])
+            right.set_yticks(range(len(counts)), [short(name, 22) for name in run["classes"]])
         right.set(
             title="confusion (numbers: samples)" if written else "confusion",
             xlabel="prediction",

@@ -1,4 +1,4 @@
-"""Configurations against each other over seeds, with the significance of the differences."""
+"""Compares configurations over seeds, with the significance of their differences."""
 
 from __future__ import annotations
 
@@ -22,14 +22,12 @@ _METRICS = {
 
 
 def measure(runs: Sequence[Run]) -> dict[str, Any]:
-    """Groups of runs on as many ranks whose configurations differ in nothing but the `run` section, the first being the
-    reference.
-
-    Of each metric: values, mean, standard deviation, half the 95 % interval of the mean, and against the reference
-    the difference, half its 95 % interval and the p-value, Holm-corrected over the groups. `test` says which t-test
-    that is: "paired", of the differences between runs of one seed, where both groups have the same seeds, once each;
-    else "Welch". What one run cannot say is NaN. Runs that did not end in order are left out, unless there are no
-    others.
+    """Groups of runs. Those of a group ran on equally many ranks, and their configurations differ in nothing but the
+    `run` section; the first group is the reference. For each metric: values, mean, standard deviation and half the 95
+    % interval of the mean; against the reference, the difference, half its 95 % interval, and the p-value,
+    Holm-corrected over the groups. `test` says which t-test that is: "paired", of the differences between runs of one
+    seed, where both groups have the same seeds, once each; else "Welch". What a single run cannot tell is NaN. Runs
+    that did not end in order are left out, unless there are no others.
     """
     groups: dict[str, list[Run]] = {}
     for run in [run for run in runs if run.complete] or runs:
@@ -78,7 +76,7 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def telling(config: dict[str, Any], all_configs: Sequence[dict[str, Any]]) -> str:
-    """What tells a configuration, by dotted keys, from the others; empty if nothing does."""
+    """The settings, by dotted keys, that distinguish a configuration from the others; empty if there are none."""
     differing = [
         key for key in config if any(other.get(key, config[key]) != config[key] for other in all_configs)
     ]

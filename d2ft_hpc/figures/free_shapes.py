@@ -1,4 +1,4 @@
-"""What plans lost on the clock whose shapes are too many for torch.compile, or for CUDA graphs."""
+"""How much time plans lost because their shapes are too many for torch.compile, or for CUDA graphs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from d2ft_hpc.results.schema import Array
 def measure(runs: Sequence[Run]) -> dict[str, Any]:
     """For each run with such plans: how many shapes, and its time over the ideal one.
 
-    The ideal is the dense time times the share of the FLOPs that was executed, of the slowest rank, as medians over
-    the steps under such plans. The dense time is that of the first dense run's steps; without one, that of the passes
-    which the run timed at its start, and then forward and backward alone are compared; else it is not known (NaN).
+    The ideal is the dense time times the share of the FLOPs that the slowest rank executed, as medians over the steps
+    under such plans. The dense time is that of the first dense run's steps. Without a dense run, it is that of the
+    passes which the run timed at its start, and only forward and backward are compared. Without these it is not known
+    (NaN).
     """
     dense = next((run for run in runs if run.is_dense), None)
     return {"runs": [found for run in runs if (found := _of_run(run, dense)) is not None]}
@@ -52,7 +53,7 @@ def _of_run(run: Run, dense: Run | None) -> dict[str, Any] | None:
 
 
 def _seconds_of_dense_passes(run: Run) -> float:
-    """Timed at the run's start, by FLOP; NaN if not known."""
+    """Seconds for each FLOP of the dense passes that the run timed at its start; NaN if not known."""
     model = run.results.attributes("model")
     samples = run.config.get("data", {}).get("micro_batch_size")
     names = ("dense_pass_seconds", "always_flops", "full_flops", "num_blocks", "num_heads")

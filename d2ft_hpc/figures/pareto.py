@@ -24,8 +24,8 @@ _EQUAL = 0.1
 def measure(runs: Sequence[Run]) -> dict[str, Any]:
     """Cost and accuracy of each run at its end and at every evaluation.
 
-    `rivals`: for each run that is not dense, the dense run that was trained to the end with the compute nearest to
-    its own, if that is within 10 %; and what the dense runs had reached when they had spent as much.
+    `rivals`: for each run that is not dense, the dense run whose total compute is nearest to its own, if they differ
+    by at most 10 %; and the best accuracy that dense runs had reached when they had spent as much.
     """
     measured = [_costs(run) for run in runs]
     dense = [run for run in measured if run["dense"]]
@@ -71,7 +71,7 @@ def _rival(run: dict[str, Any], dense: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw(numbers: dict[str, Any]) -> Figure:
-    """A panel for each cost; dense runs as stars with the way that they took."""
+    """A panel for each cost; dense runs are stars, with a line through their earlier evaluations."""
     figure = new_figure(14, 5)
     for axis, (cost, (label, unit)) in zip(figure.subplots(1, 3, sharey=True), _COSTS.items(), strict=True):
         axis.set(xlabel=label)
@@ -96,10 +96,14 @@ def draw(numbers: dict[str, Any]) -> Figure:
                 )
             axis.plot([x], [y], linestyle="", label=short(run["name"]), **style)
     reached = [100 * run["accuracy"] for run in numbers["runs"] if np.isfinite(run["accuracy"])]
-    if reached:  # what was reached on the way from nothing may lie far below
+    if reached:  # early evaluations may lie far below and are cut off; a dense run's best is always shown
+        ways = [run["on_the_way"]["accuracy"] for run in numbers["runs"] if run["dense"]]
+        best = max([*reached, *(100 * float(accuracy) for way in ways for accuracy in way)])
         margin = max(1.0, 0.4 * (max(reached) - min(reached)))
-        figure.axes[0].set_ylim(min(reached) - margin, min(max(reached) + margin, 100.5))
+        figure.axes[0].set_ylim(min(reached) - margin, max(best, min(max(reached) + margin, 100)) + 0.5)
     figure.axes[0].set_ylabel("top-1 accuracy (%)")
-    figure.suptitle("Accuracy against cost (stars: dense, with what they had reached on their way)")
+    figure.suptitle(
+        "Accuracy against cost (stars: dense runs; lines: what they had reached before their end)"
+    )
     legend_below(figure, figure.axes[0])
     return figure

@@ -1,4 +1,4 @@
-"""What the plans promised against what was measured: compute, and time."""
+"""Compares the compute and time that plans promised with what was measured."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 def measure(runs: Sequence[Run]) -> dict[str, Any]:
     """Shares of the dense step, by plan: planned and executed compute, predicted and measured time.
 
-    The predicted time is the slowest rank's planned share of the FLOPs. The measured time is over that of the first
-    dense run, both as medians over steps of the slowest rank, without waiting for data; None without a dense run.
+    The predicted time is the slowest rank's planned share of the FLOPs. The measured time is relative to that of the
+    first dense run, None without one. Both are medians over the steps, of the slowest rank's time without waiting for
+    data.
     """
     dense = next((run for run in runs if run.is_dense), None)
     baseline = None if dense is None else float(np.median(dense.per_dense_flop(dense.busy_seconds)))

@@ -101,8 +101,8 @@ class Run:
         return float(slowest(self.steps["step_seconds"]).sum())
 
     def per_dense_flop(self, seconds: Array) -> Array:
-        """The slowest rank's seconds of each step, [step, rank] -> [step], by the FLOPs that the dense model would have
-        computed, so that steps over fewer samples compare with others."""
+        """The slowest rank's seconds of each step divided by the FLOPs that the dense model would have computed,
+        [step, rank] -> [step], so that steps over fewer samples can be compared with others."""
         dense = self.steps["dense_flops"].max(axis=1, initial=0)
         return np.asarray(slowest(seconds) / np.where(dense > 0, dense, 1))
 

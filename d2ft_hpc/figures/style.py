@@ -84,7 +84,8 @@ def legend_below(figure: Figure, axis: Axes) -> None:
 
 
 def boxes(axis: Axes, left: Array, right: Array, bottom: Array, top: Array, **style: Any) -> None:
-    """Rectangles of one style, all arrays [box]; one artist for them, since one for each takes seconds to draw."""
+    """Rectangles of one style, all arrays [box]. They are one artist, since an artist for each would take seconds to
+    draw."""
     from matplotlib.collections import PolyCollection
 
     corners = np.stack([(left, bottom), (left, top), (right, top), (right, bottom)])  # [corner, x or y, box]

@@ -1,4 +1,4 @@
-"""How little compute and time is enough: budgets whose finished runs are not inferior to the reference's."""
+"""How little compute and time is enough: the budgets whose finished runs lose no more accuracy than a margin."""
 
 from __future__ import annotations
 
@@ -25,20 +25,22 @@ _BUDGETS = {
 
 
 def measure(runs: Sequence[Run], reference: Sequence[Run], margin: float) -> dict[str, Any]:
-    """Methods: runs on as many ranks whose configurations differ in their seed and in budgets alone; only finished ones
-    count, since a falling learning rate makes what a run had on its way say nothing.
+    """Methods: groups of runs on equally many ranks whose configurations differ only in their seeds and budgets. Only
+    finished runs count: while the learning rate still falls, accuracy says nothing about the end.
 
     margin: points of top-1. A budget is enough if the lower one-sided 95 % bound of the mean difference from the
-    reference, paired by seed, is not below -margin. Of each method: `budgets`, by rising compute, with compute and
-    seconds in units of the reference's, mean difference and bound (NaN with fewer than two seeds in common); and the
-    least `compute` and `seconds` that are enough, interpolated between neighbouring budgets; None where none is.
+    reference, paired by seed, is not below -margin. Each method has `budgets`, by rising compute, with compute and
+    seconds in units of the reference's, mean difference and bound (NaN with fewer than two common seeds). It also has
+    the least `compute` and `seconds` that are enough, interpolated between neighbouring budgets; None if no budget is
+    enough.
 
-    Raises ResultsError where the reference has no finished run, a run no seed, or two runs of one kind the same one.
+    Raises ResultsError if the reference has no finished run, a run has no seed, or two runs of one kind have the same
+    seed.
     """
     finished = [run for run in reference if run.complete and np.isfinite(run.accuracy)]
     if not finished:
         raise ResultsError(
-            "--reference: none of its runs is finished and evaluated; give dense runs that are"
+            "--reference: none of these runs is finished and evaluated; give finished dense runs"
         )
     of_seed = _by_seed(finished)
     flops = float(np.mean([run.total_flops for run in finished]))
@@ -72,7 +74,7 @@ def measure(runs: Sequence[Run], reference: Sequence[Run], margin: float) -> dic
 
 
 def _by_seed(runs: Sequence[Run]) -> dict[int, Run]:
-    """A second run of a seed would count as if chance had been asked twice."""
+    """Runs by seed. Raises ResultsError for a second run of a seed, which would count as an independent one."""
     found: dict[int, Run] = {}
     for run in runs:
         other = found.setdefault(_seed(run), run)
@@ -107,7 +109,7 @@ def _method(run: Run) -> tuple[str, str]:
 
 
 def lower_bound(differences: Sequence[float]) -> float:
-    """Of the mean, one-sided 95 %, by Student's t; NaN of fewer than two."""
+    """The one-sided 95 % lower bound of the mean by Student's t; NaN for fewer than two differences."""
     from scipy import stats
 
     if len(differences) < 2:
@@ -118,8 +120,8 @@ def lower_bound(differences: Sequence[float]) -> float:
 
 
 def _least(points: Sequence[dict[str, Any]], cost: str, margin: float) -> float | None:
-    """Going down from the largest budget for as long as bounds hold, and from the last that holds on a line towards the
-    first that does not."""
+    """The least cost that is enough: from the largest budget down to the last whose bound holds, and from there along
+    a line towards the first whose bound does not."""
     known = [point for point in points if np.isfinite(point["bound"])]
     least = None
     for point in reversed(known):
@@ -135,15 +137,18 @@ def _least(points: Sequence[dict[str, Any]], cost: str, margin: float) -> float 
 
 def sentences(numbers: dict[str, Any]) -> list[str]:
     """A line for each method."""
-    lines = []
+    lines, points = [], f"{numbers['margin']:g} points of top-1"
     for method in numbers["methods"]:
         if method["compute"] is not None:
-            text = f"from {method['compute']:.2f} of the reference's compute, {method['seconds']:.2f} of its seconds"
+            text = (
+                f"{method['compute']:.2f} of the reference's compute and {method['seconds']:.2f} of its time are "
+                f"enough to lose no more than {points}"
+            )
         elif any(np.isfinite(point["bound"]) for point in method["budgets"]):
-            text = "at no budget that was run"
+            text = f"may lose more than {points} at every budget that was run"
         else:
-            text = "not known: it takes two seeds that the reference has, too"
-        lines.append(f"not inferior by more than {numbers['margin']:g} points: {method['label']}: {text}")
+            text = f"not known whether it loses more than {points}: run two seeds that the reference has, too"
+        lines.append(f"{method['label']}: {text}")
     return lines
 
 

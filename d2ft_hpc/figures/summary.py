@@ -22,7 +22,7 @@ _HEADS = (
     ("planned", "compute", "% of dense"),
     ("measured", "compute", "% of dense"),
     ("train", "time", "s"),
-    ("time", "relative", "to first"),
+    ("time", "% of the", "first run"),
     ("sent per", "rank-step", "MB"),
     ("sent", "total", "MB"),
     ("planned", "bytes", "% of dense"),
@@ -67,7 +67,7 @@ _NAMES = {"ddp": "DDP", "zero0": "DeepSpeed in bf16", "zero1": "ZeRO 1", "zero2"
 
 
 def _between_replicas(run: Run) -> str:
-    """What a plan changes of the bytes between a run's replicas; empty where that cannot be said in a line."""
+    """How a plan changes the bytes between a run's replicas; empty where one line cannot say it."""
     if run.engine is None or run.replicas == 1 or run.is_dense:
         return ""
     kind = run.engine.data_parallel
@@ -93,7 +93,7 @@ def table(numbers: dict[str, Any]) -> list[list[str]]:
                 number(100 * run["planned_compute"], ".1f"),
                 number(100 * run["measured_compute"], ".1f"),
                 number(run["train_seconds"], ".1f"),
-                number(_ratio(run["train_seconds"], first["train_seconds"]), ".3f"),
+                number(100 * _ratio(run["train_seconds"], first["train_seconds"]), ".1f"),
                 number(run["bytes_per_rank_step"] / _MB, ".3f"),
                 number(run["bytes_total"] / _MB, ".1f"),
                 number(100 * run["planned_bytes"], ".1f"),

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
-"""What file systems answer that cannot put a folder on disk, or processes that may not read it."""
+"""Errors of file systems that cannot flush a folder, or of processes that may not read it."""
 
 
 @contextmanager

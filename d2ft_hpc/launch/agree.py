@@ -20,12 +20,13 @@ from d2ft_hpc.launch.control import GRACE_SECONDS, Control, describe_ranks, prin
 from d2ft_hpc.launch.environment import LAUNCHERS, detect, likely_rank
 from d2ft_hpc.safe_text import one_line, printable, scrubbed
 
-# Faults of the world outside; anything else is a bug and keeps its traceback.
+# Faults of files, networks and input; any other exception is a bug and keeps its traceback.
 FAULTS = (D2ftError, OSError, ValueError, RuntimeError)
 
 FAILURE_FILE = "D2FT_FAILURE_FILE"
-"""Variable with the path of a file that gets the message of a run that failed by itself, which no restart would mend. A
-launcher that ends all ranks when one fails may return the signal that it ended them with, as if a rank had been killed.
+"""Variable with the path of a file. It gets the message of a run that failed by itself, which no restart would mend.
+A launcher that ends all ranks when one fails may return the signal that it ended them with, as if a rank had been
+killed.
 """
 
 
@@ -108,8 +109,8 @@ def run_guarded(
     - A D2ftError that all ranks raised: rank 0 prints `d2ft-hpc: error: ...`; the status is the error's own.
     - A D2ftError of this rank alone: this rank prints it in one line and ends all ranks.
     - Any other exception: a bug. Its traceback goes to `<run_folder>/errors/rank-R.txt`, or to stderr without
-      a run folder; then as before. What only reports the end of another rank gives that rank and the launcher
-      a few seconds to speak first.
+      a run folder; then as before. An error that only reports the end of another rank gives that rank and the
+      launcher a few seconds to speak first.
     - Ctrl-C: status 130, quietly; with several ranks the process ends here and now.
     Unless the status is 75, the message also goes into the file that `FAILURE_FILE` names. `before_abort` gets it
     before this rank ends the others.
@@ -173,7 +174,7 @@ def _tell(control: Control | None, error: D2ftError, before_abort: Callable[[str
 
 
 def _tell_once_a_host(line: str) -> None:
-    """Prints what most likely all processes of the launcher have to say, which do not know each other."""
+    """Prints an error that most likely all processes of the launcher have, though they do not know each other yet."""
     named = hashlib.sha256(f"{os.getuid()} {os.getppid()} {line}".encode()).hexdigest()
     with socket.socket(socket.AF_UNIX) as sign:
         try:
@@ -228,7 +229,7 @@ def _pack(error: Exception) -> bytes:
 
 
 def _merge(envelopes: Sequence[bytes], hosts: Sequence[str], what: str) -> D2ftError:
-    """One error for the envelopes [world_size] of all ranks, of which b"" means success."""
+    """One error from the envelopes [world_size] of all ranks, where b"" means success."""
     ranks_of: dict[str, list[int]] = {}
     kinds = set()
     for rank, envelope in enumerate(envelopes):

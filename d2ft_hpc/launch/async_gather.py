@@ -11,8 +11,9 @@ from d2ft_hpc.errors import LostRankError
 class PendingGather(Protocol):
     """A gather that was started on all ranks. Whoever started it polls it until it is done."""
 
-    def poll(self) -> list[bytes] | None:
-        """The payloads of all ranks at rank 0, nothing at others; None while it goes on. Never waits."""
+    def poll(self) -> bytes | None:
+        """The payloads of all ranks, one after the other, at rank 0, nothing at others; None while it goes on. Never
+        waits."""
 
 
 class DoneGather:
@@ -21,25 +22,22 @@ class DoneGather:
     def __init__(self, payload: bytes) -> None:
         self._payload = payload
 
-    def poll(self) -> list[bytes] | None:
-        return [self._payload]
+    def poll(self) -> bytes | None:
+        return self._payload
 
 
 class MpiGather:
     """A gather over MPI; progress is made by polling."""
 
     def __init__(self, communicator: Any, byte: Any, payload: bytes) -> None:
-        self._payload, self._length = payload, len(payload)
+        self._payload = payload
         root = communicator.Get_rank() == 0
-        self._all = bytearray(communicator.Get_size() * self._length) if root else None
-        into = None if self._all is None else [self._all, self._length, byte]
+        self._all = bytearray(communicator.Get_size() * len(payload)) if root else bytearray()
+        into = [self._all, len(payload), byte] if root else None
         self._request = communicator.Igather([payload, byte], into, root=0)
 
-    def poll(self) -> list[bytes] | None:
-        if not self._request.Test():
-            return None
-        gathered = self._all or b""
-        return [bytes(gathered[i : i + self._length]) for i in range(0, len(gathered), self._length)]
+    def poll(self) -> bytes | None:
+        return bytes(self._all) if self._request.Test() else None
 
 
 class GlooGather:
@@ -50,25 +48,24 @@ class GlooGather:
         from torch import distributed
 
         self._own = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-        root = distributed.get_rank() == 0
-        self._all = (
-            [torch.empty_like(self._own) for _ in range(distributed.get_world_size())] if root else None
-        )
-        self._work: Any = distributed.gather(self._own, self._all, dst=0, group=group, async_op=True)
+        ranks = distributed.get_world_size() if distributed.get_rank() == 0 else 0
+        self._all = self._own.new_empty((ranks, len(payload)))
+        into = list(self._all) if ranks else None
+        self._work: Any = distributed.gather(self._own, into, dst=0, group=group, async_op=True)
 
-    def poll(self) -> list[bytes] | None:
+    def poll(self) -> bytes | None:
         if not self._work.is_completed():
             return None
         try:
             self._work.wait()
         except RuntimeError as error:
             raise LostRankError("lost the connection to a rank: it ended or cannot be reached") from error
-        return [part.numpy().tobytes() for part in self._all or []]
+        return bytes(self._all.numpy().tobytes())
 
 
-def wait_for(gather: PendingGather, timeout_seconds: float) -> list[bytes] | None:
-    """Polls until the gather is done; None if it is not within the time."""
+def wait_for(gather: PendingGather, timeout_seconds: float) -> bytes | None:
+    """Polls until the gather is done; None if the time is up before."""
     deadline = time.monotonic() + timeout_seconds
-    while (parts := gather.poll()) is None and time.monotonic() < deadline:
+    while (payloads := gather.poll()) is None and time.monotonic() < deadline:
         time.sleep(1e-4)
-    return parts
+    return payloads

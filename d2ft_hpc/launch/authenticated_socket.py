@@ -1,8 +1,8 @@
-"""Where rank 0 lets the other ranks in: a listening socket that nothing passes but who proves to hold the job's key.
+"""Where rank 0 lets the other ranks in: a listening socket that only admits who proves to hold the job's key.
 
 Ranks of one host meet at a Unix socket, which no network reaches and where the kernel tells whose process knocks; ranks
 of several hosts at one address and port. Each side proves that it holds the key by answering the other's random
-challenge (HMAC-SHA256), in messages of fixed length: nothing of a stranger's is parsed, and little of it is kept.
+challenge (HMAC-SHA256), in messages of fixed length: what a stranger sends is never parsed, and little of it is kept.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Endpoint(NamedTuple):
     """Where rank 0 listens."""
 
     address: str
-    """An IP address or a host's name; without a port the name of a Unix socket in Linux's abstract namespace."""
+    """An IP address or a host's name; if there is no port, the name of a Unix socket in Linux's abstract
+    namespace."""
     port: int | None
     """0 lets the kernel choose one. None: for processes of this host and this user alone."""
 
@@ -60,7 +61,8 @@ class AuthenticatedListener:
         return self._selector.fileno()
 
     def admit(self, patience_seconds: float = 0.0) -> list[tuple[int, socket.socket]]:
-        """Those that have proved to hold the key since the last call, with the ranks that they say they are."""
+        """The connections that have proved to hold the key since the last call, each with the rank that it claims to
+        be."""
         admitted = []
         for key, _ in self._selector.select(patience_seconds):
             knocking = key.fileobj
@@ -97,7 +99,8 @@ class AuthenticatedListener:
             self._forget(connection).close()
 
     def _examine(self, connection: socket.socket) -> int | None:
-        """The rank of one who holds the key; None for others, which are sent away, and while the answer comes."""
+        """The rank of a peer that has proved to hold the key; None while its answer is still coming, and for others,
+        which are sent away."""
         challenge, answer = self._waiting[connection]
         try:
             more = connection.recv(_ANSWER_BYTES - len(answer))
@@ -127,9 +130,8 @@ class AuthenticatedListener:
 
 
 def connect_authenticated(endpoint: Endpoint, key: bytes, rank: int, timeout_seconds: float) -> socket.socket:
-    """A connection to rank 0, which listens at the endpoint or will before the deadline.
-
-    Raises OSError if nobody does, or none that holds the key.
+    """A connection to rank 0, which listens at the endpoint or will before the deadline. Raises OSError if nobody
+    listens there, or only somebody without the key.
     """
     deadline = time.monotonic() + timeout_seconds
     while True:

@@ -1,4 +1,5 @@
-"""Caches of compiled code: where the home folder cannot be written, libraries keep them in a folder of this user's."""
+"""Caches of compiled code: where the home folder cannot be written, libraries are pointed to another folder of this
+user."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from pathlib import Path
 from d2ft_hpc.launch.control import print_line
 
 _DEFAULTS = {"TRITON_CACHE_DIR": "~/.triton/cache", "TORCH_EXTENSIONS_DIR": "~/.cache/torch_extensions"}
-"""Of variables that Triton and torch's extensions (DeepSpeed's) read; both fail where they cannot write. The caches of
+"""Variables that Triton and torch's extensions (DeepSpeed's) read; both fail where they cannot write. The caches of
 TorchInductor and matplotlib need no home folder."""
 
 
@@ -33,7 +34,7 @@ def _can_be_made(folder: Path) -> bool:
 
 
 def _own_folder() -> Path:
-    """Nobody else may write to it: what lies in it is executed."""
+    """Nobody else may write to it, since its content is executed."""
     folder = Path(tempfile.gettempdir()) / f"d2ft-hpc-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)

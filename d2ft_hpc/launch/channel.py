@@ -13,6 +13,11 @@ class ClosedError(Exception):
     """The other end is gone."""
 
 
+def as_line(*message: Any) -> bytes:
+    """The message as it travels."""
+    return json.dumps(message).encode() + b"\n"
+
+
 class Channel:
     """One end of a connection."""
 
@@ -29,12 +34,16 @@ class Channel:
 
     @property
     def is_sending(self) -> bool:
-        """Whether the network has not taken all yet: `flush` is to be called again."""
+        """Whether the network has not taken everything yet, so that `flush` has to be called again."""
         return bool(self._unsent)
 
     def send(self, *message: Any) -> None:
         """Queues a message and sends what the network takes. A broken connection is left to `receive`."""
-        self._unsent += json.dumps(message).encode() + b"\n"
+        self.send_line(as_line(*message))
+
+    def send_line(self, line: bytes) -> None:
+        """As `send`, of what `as_line` made: once for all that get it."""
+        self._unsent += line
         self.flush()
 
     def flush(self) -> None:

@@ -26,14 +26,13 @@ class CommandRunner:
         self._numbers = {number_of(name) for name in names}
         self._running: subprocess.Popen[bytes] | None = None
         self.stopped = False
-        """Whether such a signal has come: no further command is to be started."""
+        """Whether such a signal has come, so that no further command may be started."""
         for number in self._numbers:
             signal.signal(number, self._pass_on)
         early_signals.release()
 
     def run(self, command: Sequence[str], names: Sequence[str]) -> int:
-        """The command's exit status; `UNFINISHED` where a stop signal ended it before it listened.
-
+        """Runs the command and returns its exit status; `UNFINISHED` where a stop signal ended it before it listened.
         names: of the signals that stop it.
         """
         # A signal that comes now waits until there is somebody to pass it on to. The command begins with it blocked, as
@@ -65,8 +64,9 @@ class CommandRunner:
 
 
 def _follow_parent(parent: int) -> Callable[[], None] | None:
-    """What makes the system send a child SIGTERM when this process, killed perhaps, is gone: nobody would wait for it
-    or pass signals on any more. For the child, before it becomes the command; None where the system has no such thing.
+    """A function for the child to call before it becomes the command: it makes the system send the child SIGTERM when
+    this process is gone, perhaps killed, since nobody would wait for the child or pass signals on any more. None
+    where the system has no such call.
     """
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is None:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 from d2ft_hpc.errors import LaunchError
 from d2ft_hpc.launch.agree import AgreedError, agreed
-from d2ft_hpc.launch.control import Control, GlooControl, MpiControl, SoloControl
+from d2ft_hpc.launch.control import Control, SoloControl
 from d2ft_hpc.launch.environment import LAUNCHERS, LaunchEnvironment
+from d2ft_hpc.launch.gloo_control import GlooControl
+from d2ft_hpc.launch.mpi_control import MpiControl
 
 if TYPE_CHECKING:
     from d2ft_hpc.launch.authenticated_socket import Endpoint
@@ -19,7 +21,8 @@ DeviceType = Literal["cpu", "cuda"]
 
 
 def device_type_of(asked: Literal["auto", "cpu", "cuda"]) -> DeviceType:
-    """What is asked for; of "auto", CUDA where torch sees a GPU. Raises LaunchError for "cuda" where it sees none."""
+    """The device type that is asked for; "auto" is CUDA where torch sees a GPU. Raises LaunchError for "cuda" where
+    it sees none."""
     if asked == "cpu":
         return asked
     import torch

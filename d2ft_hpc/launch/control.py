@@ -1,4 +1,4 @@
-"""The control plane: small messages between all ranks, each with a deadline, over MPI, gloo or nothing.
+"""The control plane: small messages between all ranks, each with a deadline. Its interface, and that of one process.
 
 Tensors never travel here. Payloads are plain bytes, never pickles. Every collective begins with a barrier, so
 that rank 0 names the ranks that do not come before any data moves. The other ranks are a little more patient
@@ -8,30 +8,20 @@ launcher has ended the job.
 
 from __future__ import annotations
 
-import faulthandler
 import os
-import re
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from datetime import timedelta
-from functools import wraps
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
-from d2ft_hpc.errors import LaunchError, LostRankError
-from d2ft_hpc.launch.async_gather import DoneGather, GlooGather, MpiGather, PendingGather
+from d2ft_hpc.launch.async_gather import DoneGather, PendingGather
 from d2ft_hpc.safe_text import one_line, scrubbed
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
+
 
 GRACE_SECONDS = 3.0
-_FINALIZE_SECONDS = 30.0
 
 
 class Control(Protocol):
@@ -61,10 +51,10 @@ class Control(Protocol):
         """Wait until every rank is here."""
 
     def abort(self, message: str, status: int = 1) -> NoReturn:
-        """Print one line and end all ranks at once with a non-zero status, of which launchers may make another."""
+        """Print one line and end all ranks at once with a non-zero status, which launchers may replace by another."""
 
     def close(self) -> None:
-        """End MPI and torch.distributed where `connect` started them; every rank must come. Idempotent."""
+        """End MPI and torch.distributed where `connect` started them; every rank must call it. Idempotent."""
 
 
 def describe_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
@@ -110,7 +100,7 @@ class SoloControl:
         self.owns_process_group = owns_process_group
 
     def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
-        return _own_payload(payload)
+        return own_payload(payload)
 
     def all_gather(self, payload: bytes) -> list[bytes]:
         return [payload]
@@ -128,352 +118,16 @@ class SoloControl:
     def close(self) -> None:
         if self.owns_process_group:
             self.owns_process_group = False
-            _destroy_process_group()
+            destroy_process_group()
 
 
-class GlooControl:
-    """The control plane over a gloo group of its own, for launchers that start no MPI.
-
-    `timeout_seconds` is the deadline of `broadcast` and `all_gather`. torch.distributed must be initialized.
-    """
-
-    def __init__(self, local_rank: int, *, timeout_seconds: float, owns_process_group: bool = False) -> None:
-        from torch import distributed
-
-        timeout = timedelta(seconds=timeout_seconds)
-        self._group: Any = distributed.new_group(backend="gloo", timeout=timeout)
-        self.timeout_seconds = timeout_seconds
-        # No deadline for gathers: the ranks may be a whole step apart.
-        self._gathering: Any = distributed.new_group(backend="gloo", timeout=timedelta(days=1))
-        self.owns_process_group = owns_process_group
-        self.rank = distributed.get_rank()
-        self.local_rank = local_rank
-        self.world_size = distributed.get_world_size()
-        self.host = socket.gethostname()
-        self.hosts: tuple[str, ...] = ("an unknown host",) * self.world_size
-        self.hosts = tuple(host.decode() for host in self.all_gather(self.host.encode()))
-
-    def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
-        import torch
-        from torch import distributed
-
-        self.barrier(self.timeout_seconds)
-        data = _own_payload(payload) if self.rank == root else b""
-        try:
-            size = torch.tensor([len(data)])
-            distributed.broadcast(size, root, group=self._group)
-            buffer = _padded(data, int(size))
-            distributed.broadcast(buffer, root, group=self._group)
-        except RuntimeError as error:
-            self._lost("a rank", error)
-        return _unpadded(buffer, int(size))
-
-    def all_gather(self, payload: bytes) -> list[bytes]:
-        import torch
-        from torch import distributed
-
-        self.barrier(self.timeout_seconds)
-        try:
-            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-            distributed.all_gather(sizes, torch.tensor([len(payload)]), group=self._group)
-            longest = max(int(size) for size in sizes)
-            buffers = [_padded(b"", longest) for _ in sizes]
-            distributed.all_gather(buffers, _padded(payload, longest), group=self._group)
-        except RuntimeError as error:
-            self._lost("a rank", error)
-        return [_unpadded(buffer, int(size)) for buffer, size in zip(buffers, sizes, strict=True)]
-
-    def start_gather(self, payload: bytes) -> PendingGather:
-        return GlooGather(self._gathering, payload)
-
-    def barrier(self, timeout_seconds: float) -> None:
-        from torch import distributed
-
-        patience = timeout_seconds if self.rank == 0 else timeout_seconds + GRACE_SECONDS
-        started = time.monotonic()
-        try:
-            distributed.monitored_barrier(self._group, timedelta(seconds=patience), wait_all_ranks=True)
-        except RuntimeError as error:
-            # Rank 0's error names the ranks, and comes at once when a connection breaks.
-            found = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
-            ranks = [int(number) for number in found[1].split(",")] if found else [0]
-            missing = describe_ranks(ranks, self.hosts)
-            if time.monotonic() - started < timeout_seconds:
-                self._lost(missing, error)
-            raise LostRankError(
-                f"{missing} did not come to a barrier within {timeout_seconds:g} s"
-            ) from error
-
-    def abort(self, message: str, status: int = 1) -> NoReturn:
-        # The closed connections wake the ranks that wait for this one; launchers end the rest.
-        print_line(f"[rank {self.rank} on {self.host}] {message}")
-        os._exit(status)
-
-    def close(self) -> None:
-        if self.owns_process_group:
-            self.owns_process_group = False
-            self.barrier(self.timeout_seconds)
-            _destroy_process_group()
-
-    def _lost(self, whom: str, error: Exception) -> NoReturn:
-        time.sleep(GRACE_SECONDS)  # the rank that failed knows why: let its message come first
-        raise LostRankError(f"lost the connection to {whom}: it ended or cannot be reached") from error
-
-
-Collective = TypeVar("Collective", bound=Callable[..., Any])
-
-
-def _mpi_errors_are_lost_ranks(collective: Collective) -> Collective:
-    """Of a method of MpiControl. MPI itself fails only where another rank is gone."""
-
-    @wraps(collective)
-    def guarded(self: MpiControl, *arguments: Any) -> Any:
-        try:
-            return collective(self, *arguments)
-        except self._mpi.Exception as error:
-            time.sleep(GRACE_SECONDS)  # the rank that failed knows why, and the launcher ends the others
-            reason = str(error).splitlines()[0]
-            raise LostRankError(
-                f"lost the connection to a rank: it ended or cannot be reached ({reason})"
-            ) from error
-
-    return guarded  # type: ignore[return-value]
-
-
-class MpiControl:
-    """The control plane over a duplicate of MPI_COMM_WORLD.
-
-    `init_timeout_seconds` is the deadline of MPI_Init, `timeout_seconds` that of `broadcast` and
-    `all_gather`. MPI is not finalized when a process exits without `close`, so that launchers see a rank that
-    ends early as a failure and end the others.
-
-    Raises LaunchError if mpi4py or its MPI library cannot be loaded.
-    """
-
-    def __init__(self, local_rank: int, *, init_timeout_seconds: float, timeout_seconds: float) -> None:
-        self._mpi = _load_mpi()
-        self._owns_mpi = not self._mpi.Is_initialized()
-        with _start_deadline(init_timeout_seconds) if self._owns_mpi else nullcontext():
-            if self._owns_mpi:
-                # Control messages come from the main thread alone.
-                self._mpi.Init_thread(self._mpi.THREAD_FUNNELED)
-            self._comm = self._mpi.COMM_WORLD.Dup()
-            self._gathering = self._comm.Dup()
-        self.timeout_seconds = timeout_seconds
-        self._unfinished: list[Any] = []  # MPI still writes into their buffers
-        self._closed = False
-        self.owns_process_group = False
-        self.rank: int = self._comm.Get_rank()
-        self.local_rank = local_rank
-        self.world_size: int = self._comm.Get_size()
-        self.host = socket.gethostname()
-        self.hosts: tuple[str, ...] = ("an unknown host",) * self.world_size
-        self.hosts = tuple(host.decode() for host in self.all_gather(self.host.encode()))
-        if self._owns_mpi:
-            _forget_names_of_shared_memory()
-
-    @property
-    def library(self) -> str:
-        """Name and version of the MPI library, such as "MPICH 5.0.2"."""
-        vendor, version = self._mpi.get_vendor()
-        return f"{vendor} {'.'.join(map(str, version))}"
-
-    @property
-    def start_is_fragile(self) -> bool:
-        """Whether MPI may fail to start another time, as `FRAGILE_START` tells."""
-        many_hosts = len(set(self.hosts)) > 1
-        return many_hosts and _has_fragile_launch() and "ch4:ucx" in self._mpi.Get_library_version()
-
-    @_mpi_errors_are_lost_ranks
-    def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
-        self.barrier(self.timeout_seconds)
-        deadline = time.monotonic() + self.timeout_seconds
-        data = _own_payload(payload) if self.rank == root else b""
-        size = bytearray(len(data).to_bytes(8, "little"))
-        self._wait(self._comm.Ibcast([size, self._mpi.BYTE], root), deadline)
-        buffer = bytearray(data) if self.rank == root else bytearray(int.from_bytes(size, "little"))
-        self._wait(self._comm.Ibcast([buffer, self._mpi.BYTE], root), deadline)
-        return bytes(buffer)
-
-    @_mpi_errors_are_lost_ranks
-    def all_gather(self, payload: bytes) -> list[bytes]:
-        self.barrier(self.timeout_seconds)
-        deadline = time.monotonic() + self.timeout_seconds
-        byte = self._mpi.BYTE
-        own_size, all_sizes = len(payload).to_bytes(8, "little"), bytearray(8 * self.world_size)
-        self._wait(self._comm.Iallgather([own_size, byte], [all_sizes, 8, byte]), deadline)
-        sizes = [int.from_bytes(all_sizes[8 * r : 8 * r + 8], "little") for r in range(self.world_size)]
-        starts = [sum(sizes[:r]) for r in range(self.world_size)]
-        gathered = bytearray(sum(sizes))
-        self._wait(self._comm.Iallgatherv([payload, byte], [gathered, (sizes, starts), byte]), deadline)
-        return [bytes(gathered[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
-
-    def start_gather(self, payload: bytes) -> PendingGather:
-        return MpiGather(self._gathering, self._mpi.BYTE, payload)
-
-    @_mpi_errors_are_lost_ranks
-    def barrier(self, timeout_seconds: float) -> None:
-        # Arrivals go to rank 0 one by one, because MPI_Ibarrier cannot tell who is missing.
-        deadline = time.monotonic() + timeout_seconds
-        byte = self._mpi.BYTE
-        if self.rank == 0:
-            arrivals = {r: self._comm.Irecv([bytearray(1), byte], r) for r in range(1, self.world_size)}
-            pause = 0.0
-            while arrivals := {r: request for r, request in arrivals.items() if not request.Test()}:
-                if time.monotonic() > deadline:
-                    self._unfinished += arrivals.values()
-                    missing = describe_ranks(list(arrivals), self.hosts)
-                    raise LostRankError(f"{missing} did not come to a barrier within {timeout_seconds:g} s")
-                pause = _rest(pause)
-        else:
-            deadline += GRACE_SECONDS
-            self._wait(self._comm.Isend([b"!", byte], 0), deadline)
-        self._wait(self._comm.Ibarrier(), deadline)
-
-    def abort(self, message: str, status: int = 1) -> NoReturn:
-        print_line(f"[rank {self.rank} on {self.host}] {message}")
-        time.sleep(0.5)  # mpirun drops what it has not passed on when it ends the job
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the MPI library would add a line of its own
-        self._mpi.COMM_WORLD.Abort(status)
-        os._exit(status)
-
-    def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self.barrier(self.timeout_seconds)
-        if self.owns_process_group:
-            _destroy_process_group()
-        self._gathering.Free()
-        self._comm.Free()
-        if self._owns_mpi:
-            # It waits for all ranks and holds the GIL, so that only a thread without it can end a hang.
-            faulthandler.dump_traceback_later(_FINALIZE_SECONDS, exit=True)
-            self._mpi.Finalize()
-            faulthandler.cancel_dump_traceback_later()
-
-    def _wait(self, request: Any, deadline: float) -> None:
-        pause = 0.0
-        while not request.Test():
-            if time.monotonic() > deadline:
-                self._unfinished.append(request)
-                raise LostRankError(
-                    "the ranks did not all answer over MPI in time: one of them hangs or is gone"
-                )
-            pause = _rest(pause)
-
-
-FRAGILE_START = (
-    "MPICH over UCX starts on several nodes with messages longer than Slurm's pmi2 reads at once,"
-    ' which shows as "value not properly terminated in client request"',
-    "export MPIR_CVAR_CH4_NETMOD=ofi",
-)
-"""What may happen under `srun --mpi=pmi2`, and the fix. Slurm reads 1024 bytes of a PMI-1 request (its pmi1.c), MPICH
-exchanges its UCX addresses as 4096 bytes of memory, of which zeros alone are sent in short (its ucx_init.c)."""
-
-
-_LEFT_MEMORY = (
-    "; or this job's killed ranks left MPICH's shared memory behind, which has the same name again:"
-    " export MPIR_CVAR_NOLOCAL=1"
-)
-"""Of a requeued job: MPICH names the memory of a node's ranks after the job and its step."""
-
-
-def _may_meet_left_memory() -> bool:
-    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and "MPIR_CVAR_NOLOCAL" not in os.environ
-
-
-def _has_fragile_launch() -> bool:
-    """Slurm's pmi2 sets PMI_JOBID, MPICH's own launcher does not."""
-    return "PMI_JOBID" in os.environ and "MPIR_CVAR_CH4_NETMOD" not in os.environ
-
-
-def _load_mpi() -> Any:
-    """mpi4py's MPI module; MPI itself is not started."""
-    try:
-        import mpi4py
-
-        mpi4py.rc(initialize=False, finalize=False)
-        from mpi4py import MPI
-    except (ImportError, RuntimeError, OSError) as error:
-        raise LaunchError(
-            f"an MPI launcher started this process, but mpi4py cannot load MPI ({error}). Install both with"
-            " `pip install mpi4py mpich`, or load your cluster's MPI module, or start with torchrun instead."
-        ) from error
-    return MPI
-
-
-def _forget_names_of_shared_memory() -> None:
-    """Removes the names of the memory that MPICH shares among a node's ranks, once all of them have mapped it: it then
-    ends with the last of them, also by a kill, which otherwise leaves megabytes in /dev/shm each time."""
-    with suppress(OSError):
-        mapped = Path("/proc/self/maps").read_text()
-        for name in set(re.findall(r"/dev/shm/mpich_shm_\w+", mapped)):
-            Path(name).unlink(missing_ok=True)
-
-
-def _start_deadline(timeout_seconds: float) -> AbstractContextManager[None]:
-    """Around the start of MPI; rank 0 is the first to lose patience."""
-    rank_hint = os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or "?"
-    return _Watchdog(
-        timeout_seconds + (0 if rank_hint == "0" else GRACE_SECONDS),
-        f"[rank {rank_hint} on {socket.gethostname()}] MPI_Init did not return within {timeout_seconds:g} s:"
-        " a rank that the launcher promised ended early or never started"
-        + (f" ({FRAGILE_START[0]}: {FRAGILE_START[1]})" if _has_fragile_launch() else "")
-        + (_LEFT_MEMORY if _may_meet_left_memory() else ""),
-    )
-
-
-class _Watchdog(AbstractContextManager[None]):
-    """Kills this process with a message unless the block ends in time.
-
-    MPI_Init holds the GIL, so no thread or signal handler of this process could do it: a child process does.
-    It ends when this process closes its stdin or dies.
-    """
-
-    _PROGRAM = (
-        "import os, select, sys\n"
-        "if not select.select([0], [], [], float(sys.argv[1]))[0]:\n"
-        "    os.write(2, sys.argv[2].encode() + b'\\n')\n"
-        "    os.kill(int(sys.argv[3]), 9)\n"
-    )
-
-    def __init__(self, timeout_seconds: float, message: str) -> None:
-        arguments = [str(timeout_seconds), message, str(os.getpid())]
-        self._child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", self._PROGRAM, *arguments], stdin=subprocess.PIPE
-        )
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._child.communicate()
-
-
-def _rest(pause: float) -> float:
-    """Sleep for `pause` seconds and return the next, longer pause (5 ms at most)."""
-    time.sleep(pause)
-    return min(pause + 5e-5, 5e-3)
-
-
-def _own_payload(payload: bytes | None) -> bytes:
+def own_payload(payload: bytes | None) -> bytes:
     if payload is None:
         raise ValueError("the root of a broadcast needs a payload")
     return payload
 
 
-def _padded(data: bytes, size: int) -> Tensor:
-    """Return a uint8 tensor [max(size, 1)] that starts with the data."""
-    import torch
-
-    return torch.frombuffer(bytearray(data.ljust(max(size, 1), b"\0")), dtype=torch.uint8)
-
-
-def _unpadded(buffer: Tensor, size: int) -> bytes:
-    return bytes(buffer[:size].numpy().tobytes())
-
-
-def _destroy_process_group() -> None:
+def destroy_process_group() -> None:
     from torch import distributed
 
     if distributed.is_initialized():

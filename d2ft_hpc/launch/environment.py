@@ -14,7 +14,7 @@ from d2ft_hpc.safe_text import shown
 
 @dataclass(frozen=True)
 class Launcher:
-    """The variables by which one launcher tells a process its place; the first one that is set counts.
+    """The variables in which a launcher tells a process its place; of several, the first one that is set counts.
 
     `marker` is the variable whose presence shows that this launcher started the process.
     """
@@ -79,7 +79,8 @@ _ADDRESSES = (
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """What the launcher promised: this process is `rank` of `world_size`, number `local_rank` on its host."""
+    """What the launcher promised: this process is rank `rank` of `world_size`, and number `local_rank` on its
+    host."""
 
     launcher: str
     rank: int
@@ -141,7 +142,7 @@ def _read(name: str, launcher: Launcher, environ: Mapping[str, str]) -> LaunchEn
 
 
 def _check_port(environ: Mapping[str, str]) -> None:
-    """Of torch.distributed's rendezvous, which is read later, whatever the launcher."""
+    """Checks the port of torch.distributed's rendezvous, which is read later under every launcher."""
     if environ.get("MASTER_PORT") and not 0 <= _number("MASTER_PORT", environ) <= _LAST_PORT:
         raise LaunchError(
             f"environment variable MASTER_PORT={environ['MASTER_PORT']} is no port: set a number from 1 to "
@@ -150,7 +151,7 @@ def _check_port(environ: Mapping[str, str]) -> None:
 
 
 def _check_addresses(environ: Mapping[str, str]) -> None:
-    """Of hubs and proxies: the libraries that read them show the whole address, with its password, if they cannot."""
+    """Checks the addresses of hubs and proxies: libraries that cannot read one show all of it, with its password."""
     for name in _ADDRESSES:
         try:
             _ = urlsplit(environ.get(name, "")).port

@@ -11,7 +11,7 @@ from d2ft_hpc.launch.agree import agreed, share
 from d2ft_hpc.launch.authenticated_socket import AuthenticatedListener, Endpoint, connect_authenticated
 from d2ft_hpc.launch.channel import Channel
 from d2ft_hpc.launch.control import GRACE_SECONDS, Control, describe_ranks
-from d2ft_hpc.launch.rendezvous import are_on_one_host, endpoint_for
+from d2ft_hpc.launch.places import are_on_one_host, endpoint_for
 
 
 def connect_links(control: Control) -> dict[int, Channel]:

@@ -8,9 +8,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 
 from torch import distributed
 from torch.distributed import (  # type: ignore[attr-defined,unused-ignore]
@@ -25,15 +23,14 @@ from torch.distributed import (  # type: ignore[attr-defined,unused-ignore]
 from d2ft_hpc.errors import LaunchError
 from d2ft_hpc.launch.agree import AgreedError, agreed, share
 from d2ft_hpc.launch.authenticated_socket import AuthenticatedListener, Endpoint, connect_authenticated
-from d2ft_hpc.launch.control import Control, describe_ranks
+from d2ft_hpc.launch.control import Control
 from d2ft_hpc.launch.environment import LaunchEnvironment
+from d2ft_hpc.launch.places import address_towards, are_on_one_host, endpoint_for
 from d2ft_hpc.launch.store import JobStore, StoreServer
 
 __all__ = [
     "SECRET",
     "Store",
-    "are_on_one_host",
-    "endpoint_for",
     "meet_at_master",
     "meet_over",
     "start_process_group",
@@ -42,14 +39,18 @@ __all__ = [
 LOOPBACK = "127.0.0.1"
 
 SECRET = "D2FT_SECRET"
-"""Variable with a secret of the job's, equal on all ranks, for launchers that give them nothing to share one by."""
+"""Variable with a secret of the job, the same on all ranks, for launchers that give the ranks no way to share one."""
+
+_MESH_RANKS = 64
+"""Up to so many ranks gloo connects each with each at the start, for which rank 0 sends every rank what every pair
+needs: bytes by the cube of their number, 94 GB for 1,024 ranks. Of more, two connect when they first meet."""
 
 _KEPT: list[Store] = []
 """torch.distributed keeps only the C++ half of a store that is written in Python."""
 
 
 def meet_over(control: Control, port: int) -> tuple[Store, Endpoint, tuple[str, int]]:
-    """Meet all ranks, which the control plane connects already and over which the job's key travels.
+    """Meet all ranks. The control plane connects them already and carries the job's key.
 
     port: where rank 0 listens for other hosts; 0 lets the kernel choose. Also returns an address and a port for
     MASTER_ADDR and MASTER_PORT, which libraries look for; nobody listens there once all have met.
@@ -74,23 +75,6 @@ def meet_over(control: Control, port: int) -> tuple[Store, Endpoint, tuple[str, 
 def _free_port() -> int:
     with socket.create_server((LOOPBACK, 0)) as probe:
         return int(probe.getsockname()[1])
-
-
-def are_on_one_host(control: Control) -> bool:
-    """Whether the ranks reach each other's Unix sockets: one kernel, network namespace and user; on all together."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        where = f"{boot} {os.stat('/proc/self/ns/net').st_ino} {os.geteuid()}".encode()
-    except OSError:
-        where = secrets.token_bytes(16)
-    return len(set(control.all_gather(where))) == 1
-
-
-def endpoint_for(hosts: Sequence[str], one_host: bool, port: int = 0) -> Endpoint:
-    """Where rank 0, which calls this, can listen so that all ranks reach it, and as few others as possible."""
-    if one_host:
-        return Endpoint(secrets.token_hex(16), None)
-    return Endpoint(os.environ.get("MASTER_ADDR") or _address_for(hosts), port)
 
 
 def _serve(endpoint: Endpoint, key: bytes, world_size: int) -> Endpoint:
@@ -126,7 +110,7 @@ def _master() -> str:
 
 
 def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> tuple[Store, Endpoint]:
-    """Meet all ranks that share MASTER_ADDR and MASTER_PORT and nothing else, but for `SECRET` if it is set.
+    """Meet all ranks that share nothing but MASTER_ADDR, MASTER_PORT and, if it is set, `SECRET`.
 
     On one host they meet at a Unix socket that is named after them. On several, torchrun's agent serves a store there,
     which tells a key and where rank 0 listens; without it rank 0 itself listens there.
@@ -147,7 +131,7 @@ def meet_at_master(environment: LaunchEnvironment, timeout_seconds: float) -> tu
         )
         try:
             if rank == 0:
-                towards = _address_towards(address) or LOOPBACK
+                towards = address_towards(address) or LOOPBACK
                 own = Endpoint(address if towards.startswith("127.") else towards, 0)
                 made = secrets.token_bytes(32)
                 agent.set("rank 0", json.dumps([*_serve(own, key + made, world_size), made.hex()]))
@@ -238,6 +222,9 @@ def start_process_group(
     if one_host:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
+    lazily = environment.world_size > _MESH_RANKS
+    if lazily:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     # NCCL's monitor would ask the store each second whether a rank wants a dump, to the very end of the process,
     # where a store that is written in Python may not be called any more: the process would abort.
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
@@ -255,6 +242,8 @@ def start_process_group(
     # `timeout_seconds` whether the ranks reach each other; it must live until all of them have connected.
     try:
         start("trial", "gloo", timeout_seconds)
+        if lazily:
+            distributed.barrier()
         if not _all_arrive(store, "trial connected", environment.world_size, timeout_seconds):
             raise RuntimeError("another rank failed to connect")
         distributed.destroy_process_group()
@@ -265,32 +254,3 @@ def start_process_group(
             f" ({str(error).splitlines()[0]}). If the hosts have several networks, name the right one with"
             " GLOO_SOCKET_IFNAME."
         ) from error
-
-
-def _address_for(hosts: Sequence[str]) -> str:
-    """The address at which the other ranks reach this process, if it is rank 0, on `hosts[0]`."""
-    others = [host for host in hosts if host != hosts[0]]
-    address = _address_towards(others[0] if others else hosts[0])
-    if address is None:
-        rank = hosts.index(others[0]) if others else 0
-        raise LaunchError(
-            f"rank 0 on {hosts[0]} has no address that {describe_ranks([rank], hosts)} could"
-            " reach. Set MASTER_ADDR to the address of rank 0."
-        )
-    return address
-
-
-def _address_towards(peer: str) -> str | None:
-    """The address of this host from which it would speak to the peer, or else to the world."""
-    # "Connecting" a UDP socket sends nothing; it makes the kernel choose the address that routes to the peer.
-    for destination in (
-        peer,
-        "192.0.2.1",
-    ):  # the second is a documentation address: it means the default route
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect((destination, 9))
-                return str(probe.getsockname()[0])
-            except OSError:
-                continue
-    return None

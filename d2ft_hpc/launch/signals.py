@@ -51,7 +51,7 @@ class StopSignals:
         return self._reading
 
     def caught(self) -> str | None:
-        """The name of a signal that came since the last call, None if none of ours did; INT for Ctrl-C as well."""
+        """The name of a signal that came since the last call, also INT for Ctrl-C; None if there was none."""
         try:
             numbers = os.read(self._reading, 512)
         except BlockingIOError:

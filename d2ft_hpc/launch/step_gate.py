@@ -8,7 +8,8 @@ from typing import Literal
 Action = Literal["save", "stop", "give up"]
 
 _FIRST_TO_LAST: tuple[Action, ...] = ("give up", "stop", "save")
-"""Of several that are due at once, the first is done: it makes the others needless, or does them as well."""
+"""Actions by priority: of several that are due at once only the first is done, since it includes the others or makes
+them needless."""
 
 
 class StepGate:
@@ -25,7 +26,8 @@ class StepGate:
         self._due: dict[Action, int] = {}
 
     def cross(self, steps_done: int) -> Action | None:
-        """In the main thread: waits while the gate is held, and returns what is due before step `steps_done`."""
+        """Called in the main thread: waits while the gate is held, and returns what is due before step
+        `steps_done`."""
         with self._changed:
             while self._held:
                 self._changed.wait()

@@ -1,6 +1,6 @@
 """The store of torch.distributed that the ranks share: rank 0 serves it to those that came in by its listener.
 
-torch's own TCPStore listens on all addresses and believes everybody. Here each rank has one connection, opened at the
+torch's own TCPStore listens on all addresses and trusts everybody. Here each rank has one connection, opened at the
 start; when the last rank has come, nobody listens any more. Values travel as base64 in JSON (`channel`).
 """
 
@@ -28,8 +28,10 @@ _OVERDUE_SECONDS = 0.1
 
 
 class _Waiting(NamedTuple):
-    channel: Channel
+    """missing: those of the keys that were not there yet, the next one to look for last."""
+
     keys: list[str]
+    missing: list[str]
     deadline: float
 
 
@@ -39,7 +41,8 @@ class StoreServer:
     def __init__(self, listener: AuthenticatedListener, world_size: int) -> None:
         self._door, self._missing = listener, set(range(world_size))
         self._values: dict[str, bytes] = {}
-        self._waiting: list[_Waiting] = []
+        self._waiting: dict[Channel, _Waiting] = {}  # a rank waits for one thing at a time
+        self._awaited: dict[str, list[Channel]] = {}  # those that look for a key next
         self._sending: set[Channel] = set()  # whose network has not taken all yet
         self._look_again = 0.0
         self._selector = selectors.DefaultSelector()
@@ -57,9 +60,9 @@ class StoreServer:
             now = time.monotonic()
             if self._waiting and now > self._look_again:
                 self._look_again = now + _OVERDUE_SECONDS
-                for waiting in [each for each in self._waiting if each.deadline < now]:
-                    self._waiting.remove(waiting)
-                    self._answer(waiting.channel, None)
+                for channel in [each for each, waiting in self._waiting.items() if waiting.deadline < now]:
+                    del self._waiting[channel]
+                    self._answer(channel, None)
 
     def _patience(self) -> float | None:
         if self._sending:
@@ -87,7 +90,7 @@ class StoreServer:
         except (ClosedError, AttributeError, TypeError, ValueError):  # gone, or of another version
             self._selector.unregister(channel)
             self._sending.discard(channel)
-            self._waiting = [waiting for waiting in self._waiting if waiting.channel is not channel]
+            self._waiting.pop(channel, None)
             channel.close()
 
     def _do_set(self, channel: Channel, key: str, value: str) -> None:
@@ -119,19 +122,28 @@ class StoreServer:
         self._answer(channel, len(self._values))
 
     def _do_wait(self, channel: Channel, keys: list[str], seconds: float) -> None:
-        waiting = _Waiting(channel, keys, time.monotonic() + seconds)
-        if not self._answered(waiting):
-            self._waiting.append(waiting)
+        self._waiting[channel] = _Waiting(keys, keys[::-1], time.monotonic() + seconds)
+        self._look(channel)
 
     def _put(self, key: str, value: bytes) -> None:
         self._values[key] = value
-        self._waiting = [waiting for waiting in self._waiting if not self._answered(waiting)]
+        for channel in self._awaited.pop(key, ()):
+            self._look(channel)
 
-    def _answered(self, waiting: _Waiting) -> bool:
-        there = all(key in self._values for key in waiting.keys)
-        if there:
-            self._answer(waiting.channel, [_as_text(self._values[key]) for key in waiting.keys])
-        return there
+    def _look(self, channel: Channel) -> None:
+        """Answers one that waits if all is there; else it is looked at again when the next key comes."""
+        if channel not in self._waiting:  # it has been told that its time is over
+            return
+        keys, missing, _ = self._waiting[channel]
+        while missing and missing[-1] in self._values:
+            missing.pop()
+        if not missing:  # but a key that was there may have been deleted meanwhile
+            missing += [key for key in reversed(keys) if key not in self._values]
+        if missing:
+            self._awaited.setdefault(missing[-1], []).append(channel)
+        else:
+            del self._waiting[channel]
+            self._answer(channel, [_as_text(self._values[key]) for key in keys])
 
 
 class JobStore(Store):  # type: ignore[misc,unused-ignore]

@@ -1,6 +1,7 @@
-"""Ranks that watch each other beside the training: who is gone, who hangs, and where all of them stop together.
+"""Ranks watch each other while they train: which is gone, which hangs, and where all of them stop together.
 
-Each rank has a thread with a TCP connection to rank 0, which hears a beat of every rank each second. It serves:
+Each rank has a thread with a TCP connection to rank 0, which hears a beat of every rank each second (less often
+of more than `MOST_BEATS` ranks). It serves:
 
 - Loss. A rank whose connection breaks, or that is silent for `silence_seconds` (stopped, or its node is down), is
   named with its host in one line, and every other rank ends. Rank 0 itself is watched by the others.
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from d2ft_hpc.errors import UNFINISHED
-from d2ft_hpc.launch.channel import Channel, ClosedError
+from d2ft_hpc.launch.channel import Channel, ClosedError, as_line
 from d2ft_hpc.launch.children import kill_children
 from d2ft_hpc.launch.control import GRACE_SECONDS, Control, describe_ranks, print_line
 from d2ft_hpc.launch.links import connect_links
@@ -39,6 +40,8 @@ from d2ft_hpc.launch.step_gate import Action, StepGate
 from d2ft_hpc.safe_text import printable, scrubbed
 
 BEAT_SECONDS = 1.0
+MOST_BEATS = 512
+"""That rank 0 hears in a second: of more ranks each beats less often, so that rank 0's own work goes on beside them."""
 STOP_SECONDS = 60.0
 """Shortest time that a stop waits for the next step boundary before it counts as a hang; longer if steps are."""
 
@@ -47,8 +50,21 @@ Item = TypeVar("Item")
 # Frames of a thread that waits for other ranks.
 _WAITING = tuple(
     os.path.normpath(part)
-    for part in ("torch/distributed/", "deepspeed/comm/", "d2ft_hpc/launch/control", "d2ft_hpc/launch/watch")
+    for part in (
+        *(
+            "torch/distributed/",
+            "deepspeed/comm/",
+            "d2ft_hpc/launch/gloo_control",
+            "d2ft_hpc/launch/mpi_control",
+        ),
+        "d2ft_hpc/launch/watch",
+    )
 )
+
+
+def beat_seconds(ranks: int, silence_seconds: float) -> float:
+    """How often each of so many ranks beats: several times within the silence that counts as a loss."""
+    return max(BEAT_SECONDS, min(ranks / MOST_BEATS, silence_seconds / 4))
 
 
 class Watch:
@@ -70,6 +86,7 @@ class Watch:
     ) -> None:
         self.control, self._run_folder, self._signals = control, run_folder, signals
         self._silence_seconds, self._stall_seconds = silence_seconds, stall_seconds
+        self._beat_seconds = beat_seconds(control.world_size, silence_seconds)
         self._main_thread = threading.get_ident()
         self._gate = StepGate()
         # When the main thread last moved on and in what; how much longer than others that may take; the longest step.
@@ -77,7 +94,7 @@ class Watch:
         self._longest_seconds = 0.0
         self._stop_asked: float | None = None  # on rank 0: when
         self.reasons: dict[Action, str] = {}
-        """Why all ranks do this at a boundary, such as a signal's name and the rank that got it."""
+        """The reason why all ranks act at a boundary, such as a signal's name and the rank that got it."""
 
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._bell, self._bell_rope = socket.socketpair()
@@ -132,7 +149,7 @@ class Watch:
         self._progress, self._phase, self._allowed_seconds = time.monotonic(), phase, allowed_seconds
 
     def along(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items; each one shows that the main thread moves on, in what takes longer than a step."""
+        """Yields the items. Each one shows that the main thread moves on in a phase that takes longer than a step."""
         for item in items:
             self._moved_on()
             yield item
@@ -201,15 +218,15 @@ class Watch:
         self._last_tick = now
         if now > self._exit_at:
             _exit()
-        for rank in [r for r, heard in self._heard.items() if now - heard > self._silence_seconds]:
-            self._lost(
-                rank, f"has been silent for {self._silence_seconds:g} s: it is stopped or its node is down"
-            )
-        if now - self._last_beat >= BEAT_SECONDS:
+        if now - self._last_beat >= self._beat_seconds:
             self._last_beat = now
+            for rank in [r for r, heard in self._heard.items() if now - heard > self._silence_seconds]:
+                self._lost(
+                    rank,
+                    f"has been silent for {self._silence_seconds:g} s: it is stopped or its node is down",
+                )
             state = self._state(now)
-            for peer in self._peers.values():
-                peer.send("beat", *state)
+            self._tell_all("beat", *state)
             self._look_for_a_stall(state)
 
     def _receive(self, rank: int) -> None:
@@ -221,6 +238,11 @@ class Watch:
         self._heard[rank] = time.monotonic()
         for word, *values in messages:
             getattr(self, f"_on_{word}", self._ignore)(rank, *values)
+
+    def _tell_all(self, *message: Any) -> None:
+        line = as_line(*message)
+        for peer in self._peers.values():
+            peer.send_line(line)
 
     def _ignore(self, rank: int, *values: Any) -> None:
         pass
@@ -247,8 +269,7 @@ class Watch:
 
     def _begin_round(self) -> None:
         self._replies = {0: self._gate.hold()}
-        for peer in self._peers.values():
-            peer.send("hold")
+        self._tell_all("hold")
         self._end_round_if_complete()
 
     def _on_hold(self, rank: int) -> None:
@@ -259,14 +280,13 @@ class Watch:
         self._end_round_if_complete()
 
     def _end_round_if_complete(self) -> None:
-        if not set(self._peers) <= set(self._replies):
+        if len(self._replies) <= len(self._peers):  # rank 0's own is one of them
             return
         action, reason = self._wanted.pop(0)
         step = max(self._replies.values())
         if action == "stop" and step == 0:
             self._stop_before_all(reason)
-        for peer in self._peers.values():
-            peer.send("at", action, step, reason)
+        self._tell_all("at", action, step, reason)
         self._on_at(0, action, step, reason)
         if self._wanted:
             self._begin_round()
@@ -279,8 +299,7 @@ class Watch:
         """No rank has begun a step, and none can: its gate is held."""
         what = f"stopped before the first step by {reason}"
         print_line(f"d2ft-hpc: {what}: start it again with train.resume=auto to go on")
-        for peer in self._peers.values():
-            peer.send("exit")
+        self._tell_all("exit")
         _exit()
 
     def _on_exit(self, rank: int) -> NoReturn:
@@ -357,8 +376,9 @@ class Watch:
 
     def _tell_end(self, message: str, ranks: set[int], then: Callable[[], None]) -> None:
         self._ending, self._undumped, self._when_dumped = True, ranks, then
+        line = as_line("end", message)
         for rank in ranks:
-            self._peers[rank].send("end", message)
+            self._peers[rank].send_line(line)
         if not ranks:
             then()
 
@@ -406,9 +426,8 @@ class Watch:
         self._done.add(rank)
         if self.control.rank != 0:
             self._closed = rank == 0
-        elif self._done >= {0, *self._peers}:
-            for peer in self._peers.values():
-                peer.send("done")
+        elif len(self._done) > len(self._peers):  # rank 0 is one of them
+            self._tell_all("done")
             self._closed = True
 
     def _drop(self, rank: int) -> None:

@@ -27,10 +27,10 @@ class SolvedMeanwhile:
 
 
 class BackgroundSolver:
-    """Rank 0 solves in a thread (HiGHS and NumPy release Python's lock); every method is for all ranks together.
-
-    While a plan is under way, each boundary costs one broadcast of a few bytes; no step ever waits for the solver. A
-    plan that takes longer than the steps until the next one is due comes into force later, and none is begun meanwhile.
+    """Rank 0 solves in a thread (HiGHS and NumPy release Python's lock); all ranks call every method together. While
+    a plan is being solved, each boundary costs one broadcast of a few bytes; no step ever waits for the solver. A
+    plan that takes longer than the steps until the next one is due comes into force later, and none is begun
+    meanwhile.
     """
 
     def __init__(self, control: Control) -> None:
@@ -44,20 +44,20 @@ class BackgroundSolver:
         return self._started is not None
 
     def start(self, solve: Callable[[], SkipPlan]) -> bool:
-        """Begin with the next plan; False if one is still under way. `solve` runs on rank 0 and must not use MPI."""
+        """Begin to solve the next plan; False if one is still being solved. `solve` runs on rank 0 and must not use
+        MPI."""
         if self.is_under_way:
             return False
         self._started = time.perf_counter()
         if self._control.rank == 0:
             self._thread = self._thread or ThreadPoolExecutor(max_workers=1, thread_name_prefix="planner")
-            self._solving = self._thread.submit(lambda: solve().to_bytes())
+            self._solving = self._thread.submit(lambda: solve().to_message())
         return True
 
     def at_boundary(self, *, wait: bool = False) -> SolvedMeanwhile | None:
-        """The plan that comes into force now, if it is ready.
-
-        wait: until it is; for the moments at which a run must know its plan, such as a checkpoint.
-        A budget that no plan keeps is told as a fault; any other error of the solver is raised on rank 0.
+        """The plan that comes into force now, if it is ready. wait: block until it is, as when a run must know its
+        plan for a checkpoint. A budget that no plan keeps is told as a fault; any other error of the solver is raised
+        on rank 0.
         """
         if self._started is None:
             return None
@@ -68,7 +68,7 @@ class BackgroundSolver:
         self._started = self._solving = None
         if message.startswith(_FAULT):
             return SolvedMeanwhile(None, message[1:].decode(), seconds)
-        return SolvedMeanwhile(SkipPlan.from_bytes(message[1:]), "", seconds)
+        return SolvedMeanwhile(SkipPlan.from_message(message[1:]), "", seconds)
 
     def _result(self, wait: bool) -> bytes:
         """Empty while the solver is at work."""

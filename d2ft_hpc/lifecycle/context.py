@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from d2ft_hpc.lifecycle.costs import PlanCosts
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning import SkipPlan
-from d2ft_hpc.planning.communication_volume import TokenLayout
+from d2ft_hpc.planning.communication_volume import Ints, TokenLayout
 from d2ft_hpc.planning.step_time import StepTime
 from d2ft_hpc.planning.token_curve import TokenCurve
+
+DIFFERENT_REPLICAS = 8
+"""Replicas that get rows of their own, of all whose ranks have the same speed and memory. Any samples fill a slot, so
+that the scores of more replicas differ by chance alone: one problem, solved once, is as good for all that share it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +54,23 @@ class PlanContext:
         return self.placement.layout.replicas
 
     @property
+    def followed(self) -> Ints:
+        """int64 [replica]: whose rows each replica follows; those that are planned follow their own."""
+        if self.same_rows:
+            return np.zeros(self.replicas, dtype=np.int64)
+        known = [
+            values for values in (self.reckoned.device_speed, self.reckoned.most_full) if values is not None
+        ]
+        of_replicas = [np.reshape(self.by_device(values), (self.replicas, -1)) for values in known]
+        kind = np.unique(np.concatenate(of_replicas, axis=1), axis=0, return_inverse=True)[1].ravel()
+        order = np.argsort(kind, kind="stable")
+        first = np.searchsorted(kind[order], kind[order])  # of its kind, a place in the order
+        place = np.arange(self.replicas) - first
+        followed = np.empty_like(order)
+        followed[order] = order[first + place % DIFFERENT_REPLICAS]
+        return followed
+
+    @property
     def subnets(self) -> tuple[int, int]:
         """Blocks, heads."""
         blocks, heads = self.placement.owner.shape
@@ -60,7 +83,7 @@ class PlanContext:
 
     @property
     def compute_budget(self) -> float:
-        """Of a plan: a share of a step's dense compute at the resolution that it has."""
+        """A plan's share of a step's dense compute, at the resolution that it has."""
         tokens = 1.0 if self.curve is None else self.curve.share
         return min(self.settings.compute_budget / tokens, 1.0)
 
@@ -80,7 +103,7 @@ class PlanContext:
 
     @property
     def step_time(self) -> StepTime:
-        """How long a step's subnets and messages take, by what all ranks measured."""
+        """The model of how long a step's subnets and messages take, from what all ranks measured."""
         of_subnets = self.reckoned.dense_seconds * (1 - self.reckoned.always_share)
         return StepTime(
             seconds_per_cost=max(of_subnets / self.costs.num_subnets, 1e-12),

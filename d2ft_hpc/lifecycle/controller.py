@@ -35,7 +35,7 @@ class PlannedEngine(Protocol):
 
 
 class ScoreSource:
-    """Where a run's scores come from; every method is for all ranks together."""
+    """Where a run's scores come from; all ranks call every method together."""
 
     @property
     def is_observing(self) -> bool:
@@ -47,7 +47,7 @@ class ScoreSource:
         return None
 
     def collect(self) -> Scores | None:
-        """After those batches: their scores; None: they come from the next ones."""
+        """Called after those batches: their scores, or None if more batches have to be observed."""
         raise NotImplementedError
 
     def stop(self) -> None:
@@ -74,7 +74,7 @@ class PlanListener:
 
 
 class PlanController:
-    """Makes plans when they are due and puts them in force; every method is for all ranks together, between batches."""
+    """Makes plans when they are due and puts them in force; all ranks call every method together, between batches."""
 
     def __init__(
         self,
@@ -90,9 +90,9 @@ class PlanController:
         """The scores of the newest plan; None where the planner reads none."""
         self.plans_made = 0
         self.batches = 0
-        """Begun under the newest plan, or since scores are taken from batches."""
+        """Batches begun under the newest plan, or since scores are taken from batches."""
         self.planning_seconds = 0.0
-        """What making plans has taken so far; batches that give scores come on top."""
+        """Seconds that making plans has taken so far, without the batches that scores were taken from."""
         self._background = BackgroundSolver(control)
 
     @property
@@ -126,7 +126,7 @@ class PlanController:
         self.batches += 1
 
     def reckon_with(self, costs: PlanCosts) -> None:
-        """The next plans reckon with other costs or speeds."""
+        """Makes the next plans from other costs or speeds."""
         self.context = replace(self.context, reckoned=costs)
 
     def check(self, plan: SkipPlan) -> None:
@@ -144,7 +144,7 @@ class PlanController:
         self.batches = 0
 
     def settle(self, step: int) -> None:
-        """No plan is under way any more: a checkpoint holds the one in force."""
+        """Waits for a plan that is still being solved, so that a checkpoint holds the one in force."""
         self._take_over(step, wait=True)
 
     def state(self) -> PlanState:
@@ -162,8 +162,8 @@ class PlanController:
         self.batches, self.plans_made, self.scores = state.batches, state.plans_made, state.scores
 
     def make(self, step: int, *, may_overlap: bool = False) -> None:
-        """Puts the next plan in force; or begins with it, if it may come while training goes on, or if batches give its
-        scores."""
+        """Puts the next plan in force; or only starts it, if it may be solved while training goes on, or if its
+        scores come from batches."""
         start = time.perf_counter()
         if may_overlap and self._background.is_under_way:
             self.listener.note(step, "replan", "skipped: the plan before is still being solved")
@@ -190,7 +190,7 @@ class PlanController:
             self.listener.note(step, "replan", "scores measured, solving begins", seconds)
             return
         # Rank 0 solves; every rank gets the same plan or raises the same PlanError.
-        plan = SkipPlan.from_bytes(share(self.control, lambda: solve().to_bytes(), "the plan"))
+        plan = SkipPlan.from_message(share(self.control, lambda: solve().to_message(), "the plan"))
         self._put_in_force(plan, step, time.perf_counter() - start)
 
     def _take_over(self, step: int, *, wait: bool = False) -> None:

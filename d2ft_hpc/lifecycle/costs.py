@@ -14,7 +14,7 @@ from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.rank_layout import Placement
 
 PAPER_FORWARD_COST = 0.4
-"""Of FORWARD_ONLY in units of FULL (arXiv 2504.12471)."""
+"""Cost of FORWARD_ONLY in units of FULL (arXiv 2504.12471)."""
 
 SAME_SPEED = 0.1
 """Speeds that differ by less than this share count as equal: a measurement's noise must not make plans uneven."""
@@ -38,7 +38,7 @@ class PlanCosts:
     message_latency: float = 0.0
     seconds_per_byte: float = 0.0
     free_bytes: list[float] | None = None
-    """What each rank's memory had left for activations at the start; None: not measured."""
+    """Bytes that each rank's memory had left for activations at the start; None: not measured."""
     most_full: list[float] | None = None
     """The most FULL subnets of a micro-batch that each rank's memory has room for; None: no rank is short."""
 
@@ -96,7 +96,8 @@ def costs_of_part(costs: StepCosts, layer_flops: Sequence[float], placement: Pla
     above = layer_flops[-1] if layout.stage == layout.stages - 1 else 0.0
 
     def own(of_size: StepCosts) -> StepCosts:
-        # What lies outside the blocks is patches and, as little, a classifier: at each resolution as at the full one.
+        # Outside the blocks are only the patches and a small classifier: their share is taken to be the same at every
+        # resolution.
         outside = (below + above) * of_size.outside_flops / costs.outside_flops
         return replace(of_size, outside_flops=outside, subnets=placement.own.sum(axis=1))
 

@@ -26,8 +26,8 @@ def reads_scores(settings: PlanConfig) -> bool:
 def make_plan(context: PlanContext, scores: Scores | None, index: int) -> SkipPlan:
     """The plan that the settings ask for, on this rank alone; all others get it from rank 0.
 
-    scores: None where `reads_scores` says so. index: how many plans were made before; planners that draw draw anew for
-    each.
+    scores: None where `reads_scores` says so. index: how many plans were made before; planners with random draws draw
+    anew for each.
 
     Raises PlanError where no plan keeps the budgets, also because frozen blocks leave nothing to plan, or where a saved
     plan is of another shape.
@@ -50,9 +50,9 @@ def make_plan(context: PlanContext, scores: Scores | None, index: int) -> SkipPl
         return replace(dense, planner=settings.planner)
     planned = context.costs.trains
     _check_frozen(planned, context.placement)
-    layouts = context.token_layouts
+    layouts, followed = context.token_layouts, context.followed
     problems = [
-        _problem(context, scores, planned, compute_budget=budget, token_layout=layout)
+        _problem(context, scores, planned, compute_budget=budget, token_layout=layout).of_followed(followed)
         for layout in layouts
         if not (layout == "overlapped" and "sharded" in layouts)  # which sends the same
     ]
@@ -68,13 +68,14 @@ def make_plan(context: PlanContext, scores: Scores | None, index: int) -> SkipPl
         ]
         plan = plans[int(np.argmin(seconds))]
     plan = plan.among(planned)
-    copies = replicas // plan.replicas
+    of_planned = plan.operations.reshape(context.slots, plan.replicas, *context.subnets)
+    leader = np.unique(followed, return_inverse=True)[1].ravel()
     return replace(
         plan,
-        operations=plan.operations.repeat(copies, axis=0),
+        operations=of_planned[:, leader].reshape(context.shape),
         replicas=replicas,
-        objective=plan.objective * copies,
-        bound=plan.bound * copies,
+        objective=plan.objective * replicas / plan.replicas,
+        bound=plan.bound * replicas / plan.replicas,
     )
 
 
@@ -86,7 +87,7 @@ def _problem(
     compute_budget: float,
     token_layout: TokenLayout = "replicated",
 ) -> PlanProblem:
-    """The problem of one batch: of one replica, by the scores' mean over all, where all follow the same rows.
+    """The problem of one batch, of all replicas.
 
     scores: None: all the same. planned: bool [block], blocks that the problem is about; all others, which are frozen,
     run FULL, as part of what always runs.
@@ -94,27 +95,23 @@ def _problem(
     Raises PlanError as `pose`.
     """
     settings, reckoned, same_rows = context.settings, context.reckoned, context.same_rows
-    replicas = 1 if same_rows else context.replicas
-
-    def posed(values: np.ndarray) -> np.ndarray:
-        by_copy = values.astype(np.float64).reshape(context.slots, -1, replicas, *context.subnets)
-        mean: np.ndarray = by_copy.mean(axis=1).reshape(-1, *context.subnets)
-        return mean[:, planned]
-
-    equal = np.ones(context.shape)
     most_full = None if reckoned.most_full is None else context.by_device(reckoned.most_full)
+    if same_rows and most_full is not None:  # rows for all are those that the one with least memory can run
+        of_replicas = np.reshape(most_full, (context.replicas, -1))
+        most_full = np.tile(of_replicas.min(axis=0), context.replicas).tolist()
+    equal = np.ones(context.shape)
     forward, backward = (equal, equal) if scores is None else (scores.forward, scores.backward)
     return pose(
-        [posed(forward), posed(backward)],
+        [forward[:, planned], backward[:, planned]],
         reckoned,
-        replicas=replicas,
+        replicas=context.replicas,
         rank=context.placement.owner[planned],
         stage=context.placement.stage[planned],
         compute_budget=compute_budget,
         communication_budget=settings.communication_budget,
         memory_budget=settings.memory_budget,
         device_speed=None if same_rows else context.by_device(reckoned.device_speed),
-        most_full=[min(most_full)] if same_rows and most_full is not None else most_full,
+        most_full=most_full,
         messages=settings.messages,
         replicas_meet=context.replicas_meet and not same_rows,
         token_layout=token_layout,
@@ -122,7 +119,8 @@ def _problem(
 
 
 def token_layout_of(plan: SkipPlan, context: PlanContext) -> TokenLayout:
-    """The layout in which a plan runs: the same on every rank and in a resumed run, from what all have in common."""
+    """The layout in which a plan runs. It depends only on what all ranks know, so that it is the same on each of them
+    and in a resumed run."""
     allowed = context.token_layouts
     if len(allowed) == 1 or plan.binding == "sample":
         return allowed[0]
@@ -134,7 +132,7 @@ def token_layout_of(plan: SkipPlan, context: PlanContext) -> TokenLayout:
 
 
 def _that_send_no_more(than: TokenLayout, layouts: Sequence[TokenLayout]) -> tuple[TokenLayout, ...]:
-    """Those of these layouts in which no plan sends more than in layout `than`."""
+    """Those of the layouts in which no plan sends more than in layout `than`."""
     return tuple(layout for layout in layouts if than == "replicated" or layout != "replicated")
 
 

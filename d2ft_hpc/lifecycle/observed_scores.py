@@ -42,7 +42,7 @@ class ObservedScores(ScoreSource):
         make_observer: Callable[[], Observer],
         full_model: Callable[[], AbstractContextManager[nn.Module]],
     ) -> None:
-        """ranks: asked when scores are exchanged, not before. full_model: the model with its present weights, of all
+        """ranks: called when scores are exchanged, not before. full_model: the model with its present weights, of all
         ranks together."""
         self._settings, self._subnets, self._ranks = settings, subnets, ranks
         self._make_observer, self._full_model = make_observer, full_model

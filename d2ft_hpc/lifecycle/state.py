@@ -21,8 +21,8 @@ FILE = "d2ft.npz"
 @dataclass(frozen=True)
 class PlanState:
     """plan: in force; None: steps are dense. batches: begun since the plan, or since scores are measured. plans_made:
-    so far. scores: of the plan. observed: of the batches that give scores now, as far as they went, float32 [rank,
-    slot, block, head]; None: none do."""
+    so far. scores: of the plan. observed: sums over the batches that scores are being taken from, float32 [rank,
+    slot, block, head]; None: no batches are being observed."""
 
     plan: SkipPlan | None = None
     batches: int = 0

@@ -1,4 +1,4 @@
-"""How much a micro-batch keeps in memory for its backward, by what runs."""
+"""How much memory a micro-batch keeps for its backward, depending on what runs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from d2ft_hpc.planning.plan import Operation
 class ActivationBytes:
     """Bytes that one micro-batch keeps for its backward in the whole model, without the weights.
 
-    unowned: for what no head owns, in a micro-batch with FULL heads in every block, and for frozen blocks. by_full: for
-    each FULL subnet of the other blocks. Both are NaN where not even one sample fits.
+    unowned: for frozen blocks, and for the parts that no head owns if every block has FULL heads. by_full: for each
+    FULL subnet of the other blocks. Both are NaN where not even one sample fits.
     """
 
     unowned: float
@@ -38,8 +38,8 @@ def measure_activation_bytes(
 ) -> ActivationBytes:
     """Counts what a forward of a blank micro-batch keeps with all heads FULL, and with one in each block.
 
-    images_shape: (sample, channel, height, width); fewer samples are taken, and counted as many times, where memory is
-    too short. Model, gradients, random state and the loaded plan stay as they were.
+    images_shape: (sample, channel, height, width); where memory is too short, fewer samples are taken and the count
+    is scaled up. Model, gradients, random state and the loaded plan stay as they were.
     """
     samples, heads = images_shape[0], executor.subnets.num_heads
     blocks = int(executor.trains.sum())

@@ -13,14 +13,14 @@ _SMALL_NUMBERS, _LARGE_NUMBERS = 16, 1 << 20  # float32 numbers of the two that 
 
 @dataclass(frozen=True)
 class AllReduceSeconds:
-    """latency: of an all-reduce of almost nothing. per_byte: what every further byte takes."""
+    """Seconds. latency: of an all-reduce of almost nothing. per_byte: that every further byte takes."""
 
     latency: float
     per_byte: float
 
 
 def measure_all_reduce(device: torch.device) -> AllReduceSeconds:
-    """Times all-reduces over all ranks; on all of them together. Zeros where torch.distributed is not in use."""
+    """Times all-reduces over all ranks, which call it together. Zeros where torch.distributed is not in use."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return AllReduceSeconds(0.0, 0.0)
     small, large = _seconds(_SMALL_NUMBERS, device), _seconds(_LARGE_NUMBERS, device)

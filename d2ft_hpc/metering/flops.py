@@ -44,11 +44,10 @@ class StepCosts:
         float64 [block]. A block with frozen parameters has fewer in backward: no weight gradients, and none at all if
         nothing below it trains.
     subnets: number of them in each block, int64 [block].
-    trains: bool [block]; a block that does not, because all of its parameters are frozen, is no matter of plans: it
-        runs FULL, which counts as always run.
-    trains_embeddings: every micro-batch's gradient goes on below the blocks.
-    score_flops: of scoring the sample; 0 where samples are not scored one by one.
-    at: the same for images of other sizes, by their patches, down and across; those that a run's plans have.
+    trains: bool [block]. A block whose parameters are all frozen does not train; plans do not decide about it: it
+    runs FULL, which counts as always run. trains_embeddings: every micro-batch's gradient goes on below the blocks.
+    score_flops: of scoring the sample; 0 where samples are not scored one by one. at: the same for images of the
+    other sizes that a run's plans have, by their patches, down and across.
     """
 
     outside_flops: float
@@ -96,7 +95,7 @@ class StepCosts:
 
     @property
     def dense_flops(self) -> float:
-        """Training FLOPs of one sample in the dense model, whose frozen parameters are frozen, too."""
+        """Training FLOPs of one sample in the dense model, in which the same parameters are frozen."""
         return self.outside_flops + float(self.block_flops.sum())
 
     @property
@@ -142,8 +141,8 @@ class StepCosts:
         slots: Sequence[int],
         samples: Sequence[float],
     ) -> RankWork:
-        """What a plan that binds slots asks of a rank in these micro-batches of its replica. samples: of each of them,
-        as many as of the size that was counted.
+        """What a plan that binds slots asks of a rank in these micro-batches of its replica. samples: of each
+        micro-batch, in samples of the size that was counted.
 
         own: bool [block, head], the rank's subnets.
         """
@@ -183,9 +182,9 @@ def measure_costs(
     """Counts a training pass of one blank sample through the dense model, and through each block by itself.
 
     sample_shape: (channel, height, width) of images of full size, or (token,). sides: of smaller images that plans may
-    have, in units of the full ones, which are counted, too; None: there are none. whole: the user's own model, of which
-    a head that the family knows is counted with its `model`. Model, gradients, random state and the loaded plan stay as
-    they were.
+    have, in units of the full ones, which are counted, too; None: there are none. whole: the user's own model around
+    `model`; a head of it that the family knows is counted, too. Model, gradients, random state and the loaded plan
+    stay as they were.
 
     Raises UnsupportedModelError where there are sides and the model takes one size only, or whole patches do not make
     up an image.
@@ -215,7 +214,7 @@ def measure_costs(
 def _costs_of_size(
     model: nn.Module, around: nn.Module, executor: PlanExecutor, sample_shape: tuple[int, ...]
 ) -> StepCosts:
-    """around: the model, or what has it inside and takes the same."""
+    """around: the model, or a module that has it inside and takes the same input."""
     blocks, heads = executor.subnets.blocks(model), executor.subnets.num_heads
     inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     handles = [
@@ -252,8 +251,8 @@ def _costs_of_size(
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention by a fused kernel on the meta device too, where torch would take matrix products in its place: their
-    backward computes less, and the model will not train there."""
+    """Makes attention use a fused kernel on the meta device too. Torch would use matrix products there, whose
+    backward computes less than that of the kernel that will train the model."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -279,7 +278,7 @@ def _count_flops(
 
 
 def _tensors(output: Any) -> Iterable[Tensor]:
-    """Of what a model gives: one, or several by name."""
+    """The tensors in what a model returns: one, or several by name."""
     parts = output.values() if isinstance(output, Mapping) else [output]
     return [each for each in parts if isinstance(each, Tensor)]
 

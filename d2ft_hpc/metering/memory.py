@@ -20,13 +20,13 @@ def reset_peak(device: torch.device) -> None:
 
 
 def release_unused(device: torch.device) -> None:
-    """Gives memory back that torch keeps of a GPU after passes: NCCL and other libraries take theirs beside it."""
+    """Returns GPU memory that torch keeps after passes, since NCCL and other libraries need memory beside it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def used_bytes(device: torch.device) -> float:
-    """GPU: most memory allocated since `reset_peak`. CPU: what of this process is resident now; NaN if unknown."""
+    """GPU: most memory allocated since `reset_peak`. CPU: this process's resident memory now; NaN if unknown."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     try:
@@ -37,8 +37,8 @@ def used_bytes(device: torch.device) -> float:
 
 
 def free_bytes(device: torch.device) -> float:
-    """GPU: what the driver and torch's allocator have left. CPU: what all processes of this host have left together,
-    by the system and by the limits of this one's memory cgroups; NaN if unknown."""
+    """GPU: what the driver and torch's allocator have left. CPU: what the host has left for all of its processes, or
+    less if this process's memory cgroups have limits; NaN if unknown."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + unused)
@@ -92,9 +92,9 @@ def kept_bytes(forward: Callable[[], Tensor], beside: Iterable[Tensor]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # an operation's own output would keep the operation, and so itself, for good
+        return tensor.detach()  # an operation that kept its own output would keep itself alive for good
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = forward()  # alive until all of it is counted: memory is used again
+        result = forward()  # kept alive until everything is counted, since freed memory is used again
     del result
     return sum(kept.values())

@@ -29,18 +29,17 @@ class Metered:
 
 @contextmanager
 def meter() -> Iterator[Metered]:
-    """Counts what runs inside, backward included. Costs some microseconds an operator: meter single steps."""
+    """Counts what runs inside, backward included. It costs some microseconds for each operator, so meter single
+    steps."""
     metered = Metered()
     with OperatorCounter(metered):
         yield metered
 
 
 class OperatorCounter(TorchDispatchMode):
-    """Sees operators, among them torch.distributed's collectives (`c10d`), as the dispatcher does; for `meter`, and for
-    loops that have no place for a `with`.
-
-    By torch's formulas, but not by its FlopCounterMode: that keeps the graph of each forward inside until it ends, with
-    all activations of one that ran out of memory.
+    """Sees operators, among them torch.distributed's collectives (`c10d`), as the dispatcher does; for `meter`, and
+    for loops that have no place for a `with`. It uses torch's formulas, but not torch's FlopCounterMode, which keeps
+    the graphs of all forwards inside until it ends, also the activations of one that ran out of memory.
     """
 
     def __init__(self, metered: Metered) -> None:
@@ -49,7 +48,7 @@ class OperatorCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with self:  # in inference mode operators come that are made of others
+        with self:  # in inference mode, operators arrive that are made of others
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result

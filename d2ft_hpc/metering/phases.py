@@ -46,7 +46,7 @@ class StepTimes:
             self._mark()
 
     def turn_to(self, name: str) -> None:
-        """Everything from here on belongs to the phase; for loops that are not ours to put into `with`."""
+        """Everything from here on belongs to the phase; for users' loops, which we cannot put into a `with`."""
         self._open[-1] = name
         self._mark()
 
@@ -60,7 +60,7 @@ class StepTimes:
         return self._stream is None or bool(self._marks[-1][1].query())
 
     def wait(self) -> None:
-        """Until `ready`: what the step has sent on its way to the host is then there."""
+        """Waits until `ready`: then everything that the step copies to the host has arrived."""
         if self._stream is not None:
             self._marks[-1][1].synchronize()
 
@@ -101,7 +101,7 @@ def timed_step(device: torch.device) -> Iterator[StepTimes]:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """A phase of the step that is being timed; nothing outside of one."""
+    """A phase of the step that is being timed; does nothing outside a timed step."""
     if _current is None:
         yield
         return

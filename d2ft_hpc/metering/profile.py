@@ -1,4 +1,4 @@
-"""How long a micro-batch takes by itself when every subnet runs, runs forward only, and does not run at all."""
+"""How long a micro-batch takes alone when all subnets are FULL, FORWARD_ONLY, or SHORTCUT."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class PassProfile:
         return min(self.always_seconds / self.dense_seconds, 0.99)
 
     def ideal_seconds(self, flops_share: float, costs: StepCosts) -> float:
-        """Seconds of a micro-batch that takes this share of the dense FLOPs, what always runs included."""
+        """Seconds of a micro-batch that computes this share of the dense FLOPs, always-run parts included."""
         always = costs.always_share
         share = (flops_share - always) / (1 - always)
         return self.always_seconds + share * (self.dense_seconds - self.always_seconds)

@@ -26,11 +26,12 @@ def build_model(
     """The model with a new classifier of `num_classes`, on the CPU in float32.
 
     weights: see `find_weights`. Position embeddings and patch projection are resampled to the model's image and patch
-    size as timm does (`options`: img_size, patch_size, ...); a classifier of another size is dropped, and a new one on
-    pretrained weights starts as good as zero (`_LARGEST_START`).
+    size as timm does (`options`: img_size, patch_size, ...); a classifier of another size is dropped, and a new one
+    on pretrained weights starts near zero (`_LARGEST_START`).
 
     Raises ConfigError (unknown name, options that do not fit), CheckpointError (unreadable or unfitting weights) or
-    UnsupportedModelError (cannot be cut by head), the first and the last before any weights are looked for.
+    UnsupportedModelError (cannot be cut by head). Except for CheckpointError this happens before any weights are
+    looked for.
     """
     _check_name(name)
     given = options or {}
@@ -48,7 +49,7 @@ def build_model(
                 **({"pretrained_cfg_overlay": source.overlay} if source and source.overlay else {}),
                 **given,
             )
-        except Exception as error:  # timm, the hub and torch raise many kinds here
+        except Exception as error:  # timm, the hub and torch raise many kinds of errors here
             if source is None:
                 raise _unfit(name, given, error) from error
             told = f"{no_hub}, and not in the cache" if no_hub else _what_differs(error)
@@ -167,7 +168,7 @@ def pixel_statistics(name: str, weights: str | None) -> tuple[tuple[float, ...],
 
 
 def _described(name: str) -> dict[str, Any]:
-    """What timm knows of the weights that a model's name stands for."""
+    """What timm knows about the weights that a model's name stands for."""
     known = timm.get_pretrained_cfg(name)
     return known.to_dict() if known is not None else {}
 
@@ -195,7 +196,7 @@ def _check_name(name: str) -> None:
 
 
 def _what_differs(error: Exception) -> str:
-    """The first two lines: torch says in the second one which weight does not fit."""
+    """The first two lines of an error: torch says in the second one which weight does not fit."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return shortened(f"{type(error).__name__}: {' '.join(lines[:2])}", 400)
 

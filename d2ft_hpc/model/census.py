@@ -30,7 +30,7 @@ _WHY = {
     "VisionTransformerSAM": "its blocks attend within windows, into which they cut the image themselves",
     "VOLO": "hierarchical, and most of its attention is not of queries and keys",
 }
-"""Of models that no family knows, where more is to say than how many heads they have."""
+"""Reasons for models that no family knows, where there is more to say than how many heads they have."""
 _NAMES_OF_HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
 
 
@@ -46,7 +46,7 @@ class Support(NamedTuple):
 
 
 def census(pattern: str = "*") -> Iterator[Support]:
-    """Of all models whose names match, one after the other."""
+    """The support of all models whose names match, one after the other."""
     for name in timm.list_models(pattern):
         yield support_of(name)
 
@@ -70,7 +70,7 @@ def support_of(name: str) -> Support:
 
 
 def described(found: Iterable[Support]) -> str:
-    """Sums, and the names by kind of model and answer."""
+    """Totals, and the names by kind of model and answer."""
     rows = list(found)
     groups: dict[tuple[bool, str, str], list[Support]] = {}
     for row in rows:
@@ -122,7 +122,7 @@ def _why_unknown(model: nn.Module) -> str:
 
 
 def _heads_and_widths(model: nn.Module) -> tuple[set[int], set[int]]:
-    """The numbers of heads that its modules have, and of channels that these get."""
+    """The numbers of heads that the model's modules have, and the numbers of channels that these modules get."""
     heads: set[int] = set()
     widths: set[int] = set()
     for module in model.modules():
@@ -140,7 +140,8 @@ def _heads_and_widths(model: nn.Module) -> tuple[set[int], set[int]]:
 
 
 class _Uninitialised(TorchFunctionMode):
-    """What changes a tensor without memory in place does nothing: half of the time that building takes, or more."""
+    """Inside, in-place initialisation of tensors without memory is left out, which takes half of the time of building
+    or more."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")

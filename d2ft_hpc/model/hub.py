@@ -1,7 +1,7 @@
 """Whether the hub can be reached, found out before it is asked for weights.
 
-Without a network huggingface_hub tries each of its requests six times over half a minute and tells of every try. So one
-connection is tried first, with a patience that a slow network does not exhaust.
+Without a network huggingface_hub tries each of its requests six times over half a minute and tells of every try. So
+one connection is tried first, with a timeout that is long enough for slow networks.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _TRIES = 2
 
 @contextmanager
 def cache_alone_if_unreachable() -> Iterator[str]:
-    """Inside, the hub's library keeps to its cache where the hub cannot be reached; gives why, "" where it can be or
-    HF_HUB_OFFLINE is set."""
+    """Inside, the hub's library uses only its cache if the hub cannot be reached. Yields the reason, or "" if it can
+    be reached or HF_HUB_OFFLINE is set."""
     offline = constants.HF_HUB_OFFLINE
     fault = "" if offline else unreachable(constants.ENDPOINT)
     constants.HF_HUB_OFFLINE = offline or bool(fault)

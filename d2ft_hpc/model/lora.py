@@ -32,7 +32,7 @@ def add_lora(
     dropout: float,
     layers: Sequence[str] = ("qkv", "proj", "fc1", "fc2"),
 ) -> None:
-    """Adapts `layers` of every block; all else but the classifier is frozen.
+    """Adapts `layers` of every block; everything else except the classifier is frozen.
 
     alpha: the low-rank product counts alpha / rank times.
 

@@ -15,7 +15,7 @@ from d2ft_hpc.families.table import family_of, find_backbone
 def probe(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Training or evaluation mode for every module inside; afterwards modes and random states are as before.
 
-    Inside, no block is recomputed: hooks would see its layers twice.
+    Inside, no block is recomputed, since hooks would see its layers twice.
     """
     backbone = find_backbone(model)
     once = nullcontext() if backbone is None else family_of(backbone).not_recomputing(backbone)

@@ -37,8 +37,8 @@ class ParameterClass(Enum):
 class SubnetMap:
     """The subnets of one model.
 
-    head_axes: of a name inside a block ("attn.qkv.weight"), its split by head. layers: names inside a block of the
-    linear layers that are cut by head.
+    head_axes: for each name inside a block ("attn.qkv.weight"), how it splits by head. layers: names inside a block
+    of the linear layers that are cut by head.
     """
 
     family: BlockFamily
@@ -59,7 +59,6 @@ class SubnetMap:
         if misfits:
             raise _unsupported(
                 model,
-                family,
                 [
                     f"block {indices[0]} {reason}"
                     + (f" (and {len(indices) - 1} like it)" if indices[1:] else "")
@@ -70,7 +69,7 @@ class SubnetMap:
             [family.num_heads(block) for block in blocks],
             [family.head_axes(block) for block in blocks],
         )
-        # LoRA may be on some blocks only, alike where it is.
+        # LoRA may be on some blocks only, but is the same on all of these.
         head_axes = {name: axis for of_block in axes for name, axis in of_block.items()}
         differing = [
             i
@@ -86,7 +85,7 @@ class SubnetMap:
                 where = (
                     f"its blocks have {numbers} heads (of keys, which queries may share), not as many in each"
                 )
-            raise _unsupported(model, family, [where])
+            raise _unsupported(model, [where])
         layers = tuple(name for names in family.layers(blocks[0]).values() for name in names)
         return SubnetMap(family, len(blocks), heads[0], head_axes, layers)
 
@@ -99,7 +98,8 @@ class SubnetMap:
         return ParameterClass.EMBEDDING if is_below else ParameterClass.CLASSIFIER
 
     def place_of(self, name: str) -> tuple[int, str] | None:
-        """Block, and name in the block, of what has this name in the model; None outside the blocks."""
+        """The block, and the name inside the block, of the parameter or module of this name in the model; None
+        outside the blocks."""
         before = f"{self.family.blocks_path}."
         if not name.startswith(before):
             return None
@@ -128,12 +128,12 @@ class SubnetMap:
 
 
 def _is_adapters(name: str) -> bool:
-    """By peft's naming: a factor, or the weight that factors are added to."""
+    """Whether the name is one of peft's, of a low-rank factor or of the weight that factors are added to."""
     return "lora_" in name or ".base_layer." in name
 
 
-def _unsupported(model: nn.Module, family: BlockFamily, reasons: list[str]) -> UnsupportedModelError:
+def _unsupported(model: nn.Module, reasons: list[str]) -> UnsupportedModelError:
     shown = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
     return UnsupportedModelError(
-        f"model {type(model).__name__} is not supported: {shown}. Supported: {family.supported}."
+        f"model {type(model).__name__} is not supported: {shown}; d2ft-hpc models lists what is of timm's"
     )

@@ -56,7 +56,8 @@ def find_weights(weights: str | None) -> WeightsSource | None:
 
 
 def check_complete(path: Path, model: nn.Module, name: str) -> None:
-    """timm fills what a file lacks with random weights; only the classifier may be new. Raises CheckpointError."""
+    """timm would fill what a file lacks with random weights. Raises CheckpointError if the file lacks more than the
+    classifier."""
     in_file = _shapes(path)
     lacking = [key for key in model.state_dict() if key not in in_file and not key.startswith(CLASSIFIER)]
     if lacking:

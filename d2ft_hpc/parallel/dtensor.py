@@ -25,7 +25,7 @@ from d2ft_hpc.planning.problem import Ints
 
 
 class DTensorExecutor(TensorParallelExecutor):
-    """Runs blocks whose parameters are DTensors by what of them lies on this rank; made by `split_heads`."""
+    """Runs blocks whose parameters are DTensors, each rank with its local parts; made by `split_heads`."""
 
     def run(self, block: nn.Module, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         cut: list[tuple[dict[str, Any], str]] = [

@@ -1,7 +1,8 @@
 """Blocks cut by head: each rank keeps the rows and columns of the heads that the owner map gives it.
 
-The owner map is int64 [block, head] in timm's head indices, with the rank that holds each head. A rank's heads lie in
-its parameters in the order of their indices; ranks may hold different numbers of heads, in each block others.
+The owner map is int64 [block, head] in timm's head indices, with the rank that holds each head. In a rank's
+parameters its heads are ordered by their indices. Ranks may hold different numbers of heads, and other heads in each
+block.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def heads_of(owner: Ints, block: int, rank: int) -> Tensor:
 
 
 def cut_block(block: nn.Module, subnets: SubnetMap, heads: Tensor) -> None:
-    """Leaves in a block the parameters of these heads only, and all that no head owns. Where heads have unequal shares
-    of the hidden units, the largest share each: units of zeros, which stay so, fill the others up.
+    """Leaves in a block only the parameters of these heads and those that no head owns. Where heads have unequal
+    shares of the hidden units, each gets the largest share, padded with units of zeros, which stay zero.
 
     The parameters that are cut are new ones, marked `tensor_model_parallel` as DeepSpeed and Megatron do.
     """
@@ -79,7 +80,7 @@ def cut_block(block: nn.Module, subnets: SubnetMap, heads: Tensor) -> None:
 
 
 def replace_parameter(block: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Puts another parameter in the place of the one of that name."""
+    """Replaces the parameter of that name."""
     module, last = name.rsplit(".", 1)
     setattr(block.get_submodule(module), last, parameter)
 

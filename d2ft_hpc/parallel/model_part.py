@@ -16,11 +16,12 @@ from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.model.subnets import ParameterClass
 from d2ft_hpc.parallel.head_split import check_parts
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
-from d2ft_hpc.parallel.token_exchange import TokenMessages
+from d2ft_hpc.parallel.token_exchange import TokenExchange
 
 
 class ModelPart(nn.Module):
-    """Neighbouring blocks of a model, with all that lies before the first block or after the last.
+    """Neighbouring blocks of a model; the first and the last part also have all that lies before and after the
+    blocks.
 
     A copy, of the model's class too: the model stays whole. Its blocks follow the model's executor under their own
     indices. With activation checkpointing each block keeps only its input and runs again in the backward, under the row
@@ -61,18 +62,19 @@ class ModelPart(nn.Module):
         return self.is_first if is_below else self.is_last
 
     def get_classifier(self) -> nn.Module:
-        """The model's; one without parameters where this part has none."""
+        """The model's classifier; a module without parameters in a part that has none."""
         own: nn.Module = super().get_classifier() if self.is_last else nn.Identity()  # type: ignore[misc]
         return own
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images, or the part below's output [sample, token, channel], to this part's output or the logits.
+        """From images, or the output of the part below [sample, token, channel], to this part's output, or the logits
+        in the last part.
 
         Between parts as between blocks, tensor-parallel ranks hold the tokens as their messages split them.
         """
         if self.is_first:
-            # Here and not in the module of patches alone, which a GPU's shorter way passes by. A twin for images of any
-            # size, which scores samples, shares the modules and not the plan.
+            # Scaled here and not only in the module of patches, which a GPU's faster way does not call. A twin for
+            # images of any size, which scores samples, shares the modules and not the plan.
             trains = self.training and self.executor.embeds is self
             with self.executor.scaled_before(x) if trains else nullcontext(x) as images:
                 x, _ = self._family.below(self, images)
@@ -87,11 +89,11 @@ class ModelPart(nn.Module):
         return x if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_()
 
     @property
-    def _messages(self) -> TokenMessages | None:
+    def _messages(self) -> TokenExchange | None:
         return self.executor.messages if isinstance(self.executor, TensorParallelExecutor) else None
 
     def _again_in_backward(self, block: nn.Module, x: Tensor) -> Tensor:
-        slot = self.executor.slot  # by the time of the backward another micro-batch may be under way
+        slot = self.executor.slot  # another micro-batch may be running by the time of the backward
 
         def run(x: Tensor) -> Tensor:
             if slot is None:
@@ -99,7 +101,9 @@ class ModelPart(nn.Module):
             with self.executor.micro_batch(slot):
                 return block(x)  # type: ignore[no-any-return]
 
-        with set_checkpoint_early_stop(False):  # messages are sent again, and all ranks must send as many
+        with set_checkpoint_early_stop(
+            False
+        ):  # messages are sent again, and all ranks must send equally many
             return checkpoint(run, x, use_reentrant=False)
 
 

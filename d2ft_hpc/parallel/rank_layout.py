@@ -1,4 +1,4 @@
-"""Which part of a run each rank does: pipeline stage, data-parallel replica, tensor-parallel rank; its subnets."""
+"""Which part of a run each rank has: its pipeline stage, data-parallel replica, tensor-parallel rank and subnets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class RankLayout:
 
     @staticmethod
     def of(world_size: int, rank: int, *, stages: int = 1, tensor_ranks: int = 1) -> RankLayout:
-        """What is left of the ranks are replicas. Raises ConfigError where the ranks cannot be divided so."""
+        """Number of replicas that stages and tensor-parallel ranks leave. Raises ConfigError if the ranks cannot be
+        divided so."""
         parts = stages * tensor_ranks
         if world_size % parts:
             raise ConfigError(
@@ -57,7 +58,7 @@ class RankLayout:
 
     @property
     def leads_replica(self) -> bool:
-        """The one rank of its replica that speaks for it."""
+        """Whether this rank speaks for its replica; one rank of each does."""
         return self.stage == 0 and self.tensor_rank == 0
 
     def rank_of(self, *, stage: int = 0, replica: int = 0, tensor_rank: int = 0) -> int:
@@ -104,7 +105,7 @@ class Placement:
 
     @property
     def fits(self) -> bool:
-        """It was made for as many stages and tensor-parallel ranks as the layout has."""
+        """Whether it was made for as many stages and tensor-parallel ranks as the layout has."""
         return (len(self.stages), int(self.owner.max()) + 1) == (self.layout.stages, self.layout.tensor_ranks)
 
     def write(self, path: Path) -> None:

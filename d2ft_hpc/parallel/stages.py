@@ -1,4 +1,5 @@
-"""Where a pipeline's stages are cut: the slowest stage of the dense model as fast as can be, none without a block."""
+"""Cuts a model into pipeline stages, each with a block or more, so that the dense model's slowest stage is as fast as
+possible."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 
 
 def layer_flops(model: nn.Module, costs: StepCosts, sample_shape: tuple[int, ...]) -> list[float]:
-    """Training FLOPs of one sample in the dense model: of what lies below the blocks, of each block, of the rest.
+    """Training FLOPs of one sample in the dense model: below the blocks, of each block, and above them.
 
     sample_shape: such as (channel, height, width). costs: of the whole model. Where the family does not know what lies
     below from what lies above, ranks cannot hold parts, and all of it counts as above.
@@ -39,7 +40,7 @@ def _flops_below(model: nn.Module, sample_shape: tuple[int, ...]) -> float:
 
 
 def cut_stages(flops: list[float], stages: int) -> list[range]:
-    """The blocks of each stage, so that the largest sum of a stage's costs is least.
+    """The blocks of each stage, cut so that the most expensive stage costs as little as possible.
 
     flops: of what lies below the blocks, of each block, and of what lies above (`layer_flops`).
     Raises ConfigError if there are more stages than blocks.

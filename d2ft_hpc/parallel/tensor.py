@@ -1,13 +1,13 @@
 """Tensor parallelism by head: ranks that share a block, each with its own heads, follow one row of the plan.
 
 A branch is the sum of what the ranks' heads give, with its row bias, LayerScale and the residual after the sum, once;
-the gradient of the branch's input is summed before it reaches the norm. `messages` has two ways of doing so. Where
-every rank holds all tokens, norms, row biases and LayerScale have the same, whole gradients on all ranks; only those of
-parameters that each rank's heads use by themselves without owning them (q/k norms, LoRA's shared halves) are summed.
-Where each holds its own tokens, all of them are.
+the gradient of the branch's input is summed before it reaches the norm. `token_exchange` has two ways of doing so.
+Where every rank holds all tokens, norms, row biases and LayerScale have the same, whole gradients on all ranks; only
+those of parameters that each rank's heads use by themselves without owning them (q/k norms, LoRA's shared halves) are
+summed. Where each holds its own tokens, all of them are.
 
-Where one rank alone has heads to run in a block, nothing is summed between its branches: the rank gets the block's
-input, computes both, and gives what they add; half the messages.
+Where one rank alone has heads to run in a block, nothing is summed between its branches: this rank gets the block's
+input, computes both branches, and sends what they add. This takes half the messages.
 """
 
 from __future__ import annotations
@@ -30,15 +30,9 @@ from d2ft_hpc.families.family import BlockFamily, Branch, rate_of
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.parallel.head_split import check_owner, check_parts, cut_block, heads_of
-from d2ft_hpc.parallel.token_exchange import (
-    PartialGradients,
-    Ranks,
-    ReplicatedTokens,
-    ShardedTokens,
-    StepSum,
-    TokenMessages,
-    whole_gradients,
-)
+from d2ft_hpc.parallel.partial_gradients import PartialGradients, StepSum, whole_gradients
+from d2ft_hpc.parallel.sharded_tokens import ShardedTokens
+from d2ft_hpc.parallel.token_exchange import Ranks, ReplicatedTokens, TokenExchange
 from d2ft_hpc.planning.communication_volume import LAYOUTS, TokenLayout
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.problem import Ints
@@ -56,7 +50,7 @@ class SharedHeads(BlockHeads):
 
     @property
     def trains(self) -> bool:
-        """On some rank, so that all of them take part in the sums."""
+        """Whether some rank does, so that all of them take part in the sums."""
         return bool(self.full_ranks)
 
     @property
@@ -69,7 +63,7 @@ class TensorParallelExecutor(PlanExecutor):
     """The plan of blocks that were cut by head; made by `share_blocks`."""
 
     def __init__(
-        self, whole: PlanExecutor, owner: Ints, layouts: Mapping[TokenLayout, TokenMessages]
+        self, whole: PlanExecutor, owner: Ints, layouts: Mapping[TokenLayout, TokenExchange]
     ) -> None:
         """whole: the executor of the uncut model. owner: int64 [block, head], ranks of the group.
 
@@ -108,7 +102,7 @@ class TensorParallelExecutor(PlanExecutor):
         return StepSum(len(trained), any(isinstance(heads, SharedHeads) and heads.alone for heads in trained))
 
     def use(self, token_layout: TokenLayout) -> None:
-        """The layout of the tokens from the next micro-batch on; on all ranks of the group alike.
+        """Sets the layout of the tokens from the next micro-batch on; all ranks of the group must set the same.
 
         Raises UnsupportedModelError where the model cannot run in it.
         """
@@ -192,7 +186,7 @@ def share_blocks(
                 )
         if any(branch.across is not None for branch in subnets.family.branches(block, subnets.head_axes)):
             raise UnsupportedModelError(
-                f"block {index} normalises across all of its heads' channels, of which every tensor-parallel rank has "
+                f"block {index} normalises across all of its heads' channels, while each tensor-parallel rank has "
                 f"a part: use engine.tensor_parallel=1"
             )
     rank = distributed.get_rank(group)
@@ -225,7 +219,7 @@ def layouts_of(
 
 def _messages(
     layout: TokenLayout, group: distributed.ProcessGroup, rank: int, tokens: int | None
-) -> TokenMessages:
+) -> TokenExchange:
     if layout == "replicated":
         return ReplicatedTokens(group, rank)
     assert tokens is not None
@@ -256,10 +250,10 @@ def run_shared_block(
     x: Tensor,
     heads: SharedHeads,
     axes: dict[str, HeadAxis],
-    messages: TokenMessages,
+    messages: TokenExchange,
     partial: PartialGradients,
 ) -> Tensor:
-    """One rank's part of a block. x and the result: [sample, token, channel], as `messages` splits them.
+    """One rank's part of a block. x and the result: [sample, token, channel], as `token_exchange` splits them.
 
     partial: the parameters of whose gradients the rank has a part.
     """
@@ -314,13 +308,13 @@ class _SharedBranch:
         return self.end(total if bias is None else total + bias)
 
 
-def _together(x: Tensor, branch: _SharedBranch, messages: TokenMessages) -> Tensor:
+def _together(x: Tensor, branch: _SharedBranch, messages: TokenExchange) -> Tensor:
     """What a branch adds: this rank's sum over its heads, the sum over the ranks, the rest."""
     with branch.gradients:
         return branch.finish(messages.through(branch.norm(x), branch.of_own_heads, *branch.ranks))
 
 
-def _alone(x: Tensor, branches: list[_SharedBranch], messages: TokenMessages) -> Tensor:
+def _alone(x: Tensor, branches: list[_SharedBranch], messages: TokenExchange) -> Tensor:
     """What all branches add together, computed by one rank."""
 
     def all_of_them(entered: Tensor) -> Tensor | None:

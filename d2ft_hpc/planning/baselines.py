@@ -62,7 +62,7 @@ def solve_pruning(problem: PlanProblem) -> SkipPlan:
     """The subnets with the smallest backward score, summed over the rows, SHORTCUT in every row; the others FULL.
 
     Dynamic pruning of arXiv 2504.12471, "M" with weight magnitude and "M/G" with magnitude times gradient (Taylor)
-    for the score; it is dynamic by planning again.
+    for the score; replanning makes it dynamic.
     """
     score = problem.backward_score.sum(axis=0)
     order = np.empty(score.size, dtype=np.int64)
@@ -74,10 +74,10 @@ def solve_pruning(problem: PlanProblem) -> SkipPlan:
 def solve_routing(problem: PlanProblem, *, capacity_factor: float = 1.25) -> SkipPlan:
     """Mixture of experts after GShard (arXiv 2006.16668): in each block a row goes to its top-k heads.
 
-    The heads are the experts, a row (micro-batch) is what a token is there, and its gate is its forward score. First
-    choices are dealt out before second ones, in the order of the rows; a head takes at most capacity_factor times its
-    fair share of a replica's rows, and who comes later skips that choice. Heads that are not chosen are SHORTCUT.
-    k is as large as the budgets allow, in the upper blocks one larger than below.
+    The heads are the experts, a row (micro-batch) is what a token is there, and its gate is its forward score. All
+    first choices are served before any second choice, in the order of the rows. A head takes at most capacity_factor
+    times its fair share of a replica's rows; a row that comes too late for a head goes without it. Heads that are not
+    chosen are SHORTCUT. k is as large as the budgets allow, in the upper blocks one larger than below.
 
     Unlike GShard's, the gate is measured, not learned, and does not scale what the heads give: either would change the
     function of the pretrained model.
@@ -107,7 +107,8 @@ def solve_routing(problem: PlanProblem, *, capacity_factor: float = 1.25) -> Ski
 
 
 def _longest(problem: PlanProblem, order: npt.NDArray[np.int64], rest: Operation, planner: str) -> SkipPlan:
-    """The cells with the smallest `order` FULL, as many as the budgets pay for, the others `rest`; equal ones together.
+    """The cells with the smallest `order` FULL, as many as the budgets pay for, and the others `rest`. Cells of equal
+    order get the same.
 
     order: from 0, broadcasts to [row, block, head].
     """
@@ -122,7 +123,8 @@ def _longest(problem: PlanProblem, order: npt.NDArray[np.int64], rest: Operation
 def _largest(
     problem: PlanProblem, operations: Callable[[int], Operations], most: int, planner: str
 ) -> SkipPlan:
-    """The plan of the largest count in 0..most that keeps the budgets; larger ones cost more. Raises PlanError."""
+    """The plan of the largest count in 0..most that keeps the budgets; a larger count costs more. Raises PlanError if
+    none does."""
 
     def plan(count: int) -> SkipPlan:
         return SkipPlan(operations(count), problem.replicas, planner=planner)

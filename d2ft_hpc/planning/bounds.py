@@ -1,9 +1,9 @@
-"""What no plan of a device's knapsack exceeds, and plans with that as evidence.
+"""Upper bounds on what a plan of a device's knapsack can score, and plans that carry them as evidence.
 
-Where memory is scarce, the rows of a device hold few FULL cells. At a price of its budget every cell does what is worth
-most, and in each row those become FULL that gain most by it, as many as the memory holds. That and the worth of the
-budget is a bound at any price; at the price at which it is least, the cells that got the room are the ones that a good
-plan makes FULL.
+Where memory is scarce, the rows of a device hold few FULL cells. Given a price of the budget, every cell does what is
+worth most at that price; in each row, the cells that gain most by it become FULL, as many as the memory holds. Their
+value plus the worth of the budget is an upper bound at any price. At the price with the least bound, a good plan
+makes the same cells FULL.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def price_memory(knapsack: Knapsack, price: Floats, deadline: float = math.inf) 
 def most_gaining(
     knapsack: Knapsack, gain: Floats, first: npt.NDArray[np.bool_] | None = None
 ) -> npt.NDArray[np.bool_]:
-    """In every row the cells with the largest gain, as many as the memory holds: bool [cell].
+    """The cells with the largest gain in every row, as many as the memory holds: bool [cell].
 
     first: bool [cell], cells that come before all others.
     """

@@ -1,4 +1,4 @@
-"""What the engines send in a step under a plan: bytes of one rank, the same model for planners and reports.
+"""How many bytes the engines send from one rank in a step under a plan. Planners and reports use the same model.
 
 All counts are those of ring algorithms, as `metering.meter` counts them while a step runs.
 """
@@ -23,7 +23,7 @@ ZERO: tuple[DataParallel, ...] = ("zero0", "zero1", "zero2", "zero3")
 """By stage."""
 
 TokenLayout = Literal["replicated", "sharded", "overlapped"]
-"""What tensor-parallel ranks hold between branches: every token, or each its own (`parallel.token_exchange`);
+"""What tensor-parallel ranks hold between branches: every token, or each its own (`parallel.sharded_tokens`);
 overlapped: each its own, and the messages of one half of a micro-batch are under way while the other is computed."""
 
 LAYOUTS: tuple[TokenLayout, ...] = ("replicated", "sharded", "overlapped")
@@ -66,9 +66,9 @@ class Replicas:
         as zeros, and a block that nobody runs is gathered, because the collectives' order is fixed.
 
         ddp and zero0 sum gradients once; zero1 sums them once and gathers what each rank updated; zero2 sums them in
-        every micro-batch (DeepSpeed sums whole buckets, and each rank keeps its part); zero3 scatters the sums in every
-        micro-batch and gathers the weights in each of them, those that it keeps whole only once. It gathers more in the
-        first step of all, where it learns their order.
+        every micro-batch (DeepSpeed sums whole buckets, and each rank keeps its part); zero3 scatters the sums in
+        every micro-batch and gathers the weights in each of them; weights that it keeps whole are gathered once. In
+        the run's first step it gathers more, since it then learns their order.
         """
         sums = self.slots if self.engine == "zero2" else 1
         if self.engine == "zero3":
@@ -112,8 +112,9 @@ def fsdp2_bytes(
 
 
 def reduces_trained_blocks_only(engine: DataParallel, precision: str) -> bool:
-    """Where the gradients of blocks that no replica trains are not reduced. DDP and ZeRO reduce whole buckets of
-    neighbouring parameters, and in bf16 DeepSpeed's optimiser reduces its own copies: there a plan changes no bytes."""
+    """Whether the engine reduces no gradients of blocks that no replica trains. DDP and ZeRO reduce whole buckets of
+    neighbouring parameters, and in bf16 DeepSpeed's optimiser reduces its own copies: there a plan changes no
+    bytes."""
     return engine == "zero0" and precision == "fp32"
 
 
@@ -123,8 +124,8 @@ def shares_of_senders(layout: TokenLayout, ranks: int) -> Floats:
     that runs in that direction.
 
     replicated: an all-reduce for each branch; where only one rank sends, a broadcast with half of its bytes. sharded:
-    every sender receives the others' tokens and returns their partial sums. The only active rank of a block does it
-    once for the whole block.
+    every sender receives the others' tokens and returns their partial sums. A rank that is alone active in a block
+    does so once for the whole block.
     """
     senders = np.arange(ranks + 1.0)
     if layout != "replicated" or ranks == 1:
@@ -136,9 +137,8 @@ def shares_of_senders(layout: TokenLayout, ranks: int) -> Floats:
 
 def busiest_shares(layout: TokenLayout, ranks: int) -> Floats:
     """What the busiest rank's link carries for a block, as a share of one micro-batch's activations: float64 [active,
-    senders], as `shares_of_senders`. It decides how long messages take.
-
-    sharded: of R ranks, a sender gets all others' tokens first, and gives the sums of those when it has computed them.
+    senders], as `shares_of_senders`. This decides how long messages take. sharded: a sender first gets the tokens of
+    all other ranks, and later returns their sums.
     """
     senders = np.arange(ranks + 1.0)
     if ranks == 1:

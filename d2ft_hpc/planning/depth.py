@@ -73,7 +73,7 @@ def solve_depth(
 def _best_depths(
     value: Floats, limits: list[Limit], depths: Ints, deadline: float
 ) -> tuple[Ints, float, str]:
-    """The option of each row, int64 [row], a bound on what any options give, and how it ended."""
+    """The option of each row, int64 [row], a bound on what any choice of options gives, and how the search ended."""
     total = _most_blocks(limits, depths, len(value))
     if total is None:
         choice = choose(value, limits, deadline=deadline)
@@ -83,7 +83,7 @@ def _best_depths(
 
 
 def _limits(problem: PlanProblem, replica: int, option_operations: npt.NDArray[np.uint8]) -> list[Limit]:
-    """Every budget of every device of a replica, less what option 0 uses everywhere."""
+    """What option 0, used everywhere, leaves of every budget of every device of a replica."""
     rows = problem.forward_score.shape[0] // problem.replicas
     everything = np.zeros(rows, dtype=np.int64)
     limits: list[Limit] = []
@@ -93,8 +93,8 @@ def _limits(problem: PlanProblem, replica: int, option_operations: npt.NDArray[n
         stage, rank = divmod(device % (problem.stages * problem.ranks), problem.ranks)
         heads = np.where(problem.stage == stage, (problem.rank == rank).sum(axis=1), 0)  # [block]
         for resource, costs, budget in (
-            ("compute", problem.compute_cost, problem.budgets()[device, 0]),
-            ("communication", problem.communication_cost, problem.budgets()[device, 1]),
+            ("compute", problem.compute_cost, problem.budgets_to_plan[device, 0]),
+            ("communication", problem.communication_cost, problem.budgets_to_plan[device, 1]),
         ):
             use = np.asarray(costs)[option_operations] @ heads  # [option]
             if resource == "communication":
@@ -127,7 +127,8 @@ def _limits(problem: PlanProblem, replica: int, option_operations: npt.NDArray[n
 
 
 def _most_blocks(limits: list[Limit], depths: Ints, rows: int) -> int | None:
-    """The sum of all rows' depths that the limits allow; None if they say more than such a sum can."""
+    """The largest sum of all rows' depths that the limits allow; None if the limits cannot be written as such a
+    sum."""
     total = rows * int(depths[-1])
     for limit in limits:
         of_block = limit.use[-1] / depths[-1]
@@ -138,7 +139,7 @@ def _most_blocks(limits: list[Limit], depths: Ints, rows: int) -> int | None:
 
 
 def _best_options(value: Floats, depths: Ints, total: int) -> Ints:
-    """The option of each row, int64 [row], of the largest value in all whose depths add up to at most `total`.
+    """The options with the largest total value among those whose depths add up to at most `total`: int64 [row].
 
     Row by row: the best value for every sum of depths so far (dynamic programming), then back from the best end.
     """

@@ -1,4 +1,4 @@
-"""The steps with the best gain for their cost first: instant and near the optimum, `joint`'s first solution."""
+"""Takes the steps with the best gain for their cost first: instant and near the optimum. `joint` starts from it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def greedy(
 ) -> npt.NDArray[np.uint8]:
     """Operations uint8 [cell] within the budgets: the best of the orders that the two budgets suggest.
 
-    start: operations that the result may raise and never lowers; within the budgets, also once as many cells run as
-        must. None = all SHORTCUT.
-    deadline: of time.monotonic(), after which the best so far will do, or the cells that gain most.
+    start: operations that the result may raise but never lowers; None = all SHORTCUT. They keep the budgets, even
+        after the cells that must run have been added.
+    deadline: of time.monotonic(), after which the best so far is taken, or, without one, the cells that gain most.
 
     Where memory is scarce, only the cells of a row that gain most by it may become FULL.
     """
@@ -47,7 +47,8 @@ def greedy(
 
 
 def _with_most_gaining(knapsack: Knapsack, start: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """As many FULL cells on top of `start` as the budgets pay for, those that gain most, then as many FORWARD_ONLY."""
+    """On top of `start`, the cells that gain most become FULL, as many as the budgets pay for, and then
+    FORWARD_ONLY."""
     operations: npt.NDArray[np.uint8] = start.copy()
     whole_gain = knapsack.forward_gain + knapsack.backward_gain
     has_room = most_gaining(knapsack, whole_gain, start == Operation.FULL)
@@ -68,8 +69,8 @@ def _with_most_gaining(knapsack: Knapsack, start: npt.NDArray[np.uint8]) -> npt.
 def _barred_from_full(
     knapsack: Knapsack, is_full: npt.NDArray[np.bool_], price: Floats
 ) -> npt.NDArray[np.bool_]:
-    """bool [cell]: cells for which the memory has no room, once those that gain more by it have theirs. is_full: bool
-    [cell], those that have it already."""
+    """Cells for which the memory has no room once the cells that gain more have theirs: bool [cell]. is_full: bool
+    [cell], the cells that have room already."""
     if math.isinf(knapsack.memory):
         return np.zeros(len(knapsack.cells), dtype=bool)
     _, gain = price_memory(knapsack, price)

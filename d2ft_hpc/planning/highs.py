@@ -1,4 +1,4 @@
-"""HiGHS behind one function: a linear program or a mixed-integer one, and only answers that can be trusted."""
+"""Solves linear and mixed-integer programs by HiGHS, and returns only answers that can be trusted."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class LinearProgram:
 
 
 def reason_against(integers: int, seconds: float) -> str:
-    """Why HiGHS is not given a model with so many integer variables and so much time; empty if it is."""
+    """Why HiGHS is not given a model with this many integer variables and this much time; empty if it may have it."""
     if integers > LARGEST_MODEL:
         return f"{integers} integer variables are more than HiGHS is given ({LARGEST_MODEL})"
     return "time limit" if seconds <= 0 else ""

@@ -1,4 +1,4 @@
-"""The optimal planner: both levels of the knapsack at once, as a mixed-integer program that HiGHS proves."""
+"""The optimal planner: both levels of the knapsack at once, as a mixed-integer program. HiGHS proves its optimum."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NAMES = 3  # of devices that one status may name
 
 _GREEDY_SHARE = (
     2 / 3
-)  # of the time, after which the devices that are left get a quicker plan than the greedy one
+)  # share of the time limit after which the remaining devices get a quicker plan than the greedy one
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +62,9 @@ def solve_joint(
     most_shortcut: share in [0, 1] of a device's heads in a (row, block) that may be SHORTCUT.
 
     The devices share nothing: each is solved by itself and the bounds add up.
-    Where HiGHS runs out of time or fails, the greedy plan takes its place if it is the better one: the
-    status is then "greedy: <reason>" and the bound still holds. Where time does not even do for that, a device runs
-    the cells that gain most. The same problem gives the same plan, unless time runs out.
+    Where HiGHS runs out of time or fails, the greedy plan is taken if it is better: the status is then "greedy:
+    <reason>" and the bound still holds. Where there is no time for that either, a device runs the cells that gain
+    most. The same problem gives the same plan, unless time runs out.
 
     Raises PlanError if an option is out of range, or if the budgets cannot pay for `most_shortcut` (the message states
     the least feasible budget).
@@ -83,10 +83,13 @@ def solve_joint(
 
     solutions = [_greedily(knapsack, greedy_until) for knapsack in knapsacks]
     waiting = sorted(range(len(knapsacks)), key=lambda index: solutions[index].missing)
-    while waiting and not _is_near(solutions, relative_gap):
+    bound, missing = sum(each.bound for each in solutions), sum(each.missing for each in solutions)
+    while waiting and missing > relative_gap * bound:
         its_deadline = share_of_time(deadline, len(waiting))
         index = waiting.pop()
-        solutions[index] = _improved(knapsacks[index], solutions[index], its_deadline, relative_gap)
+        known = solutions[index]
+        solutions[index] = better = _improved(knapsacks[index], known, its_deadline, relative_gap)
+        bound, missing = bound + better.bound - known.bound, missing + better.missing - known.missing
     chosen = [solution.operations for solution in solutions]
     bound = sum(solution.bound for solution in solutions)
     status = _summary(dict(zip(problem.device_names, (s.status for s in solutions), strict=True)))
@@ -110,7 +113,7 @@ def solve_joint(
 
 def _require_paid(problem: PlanProblem, knapsacks: Sequence[Knapsack]) -> None:
     """Raise PlanError if a device's budgets do not pay for as many running heads as must run."""
-    cells = problem.cells_per_device()
+    cells = problem.cells_per_device
     for index, knapsack in enumerate(knapsacks):
         need = knapsack.used(knapsack.raised_to_least(np.zeros(len(knapsack.cells), dtype=np.uint8)))
         for resource, costs, always_share in (
@@ -128,12 +131,6 @@ def _require_paid(problem: PlanProblem, knapsacks: Sequence[Knapsack]) -> None:
                 )
 
 
-def _is_near(solutions: Sequence[_Solution], relative_gap: float) -> bool:
-    """Whether all solutions together are proved to be near enough to the optimum."""
-    bound = sum(solution.bound for solution in solutions)
-    return sum(solution.missing for solution in solutions) <= relative_gap * bound
-
-
 def _greedily(knapsack: Knapsack, deadline: float) -> _Solution:
     """The greedy plan for a knapsack."""
     operations = greedy(knapsack, deadline=deadline)
@@ -147,8 +144,8 @@ def _reason(known: str, of_highs: str) -> str:
 
 
 def _improved(knapsack: Knapsack, known: _Solution, deadline: float, relative_gap: float) -> _Solution:
-    """The better of HiGHS's plan and the one that is known."""
-    if _is_near([known], relative_gap):
+    """The better one of HiGHS's plan and the plan that is known already."""
+    if known.missing <= relative_gap * known.bound:
         return replace(known, status=OPTIMAL)
     plan, solver_bound, status = _solve_with_highs(knapsack, deadline, relative_gap)
     bound = min(known.bound, solver_bound)
@@ -163,7 +160,7 @@ def _improved(knapsack: Knapsack, known: _Solution, deadline: float, relative_ga
 def _solve_with_highs(
     knapsack: Knapsack, deadline: float, relative_gap: float
 ) -> tuple[Operations | None, float, str]:
-    """HiGHS's plan (None if it has none that keeps the budgets), its bound, and how it ended."""
+    """HiGHS's plan (None if it found none within the budgets), its bound, and how HiGHS ended."""
     cells = len(knapsack.cells)
     # Once the counts are whole numbers, the rest is a transportation problem, whose solutions are whole by
     # themselves: branching on two counts instead of on every cell. Memory and most_shortcut break that.
@@ -247,7 +244,7 @@ def _objective(knapsacks: Sequence[Knapsack], plan: Sequence[Operations]) -> flo
 
 
 def _summary(statuses: dict[str, str]) -> str:
-    """One status for all devices: the common one, or those that are not optimal with their devices."""
+    """One status for all devices: the common one, or each that is not "optimal" with its devices."""
     if len(set(statuses.values())) == 1:
         return next(iter(statuses.values()))
     devices: dict[str, list[str]] = {}

@@ -49,11 +49,11 @@ class Knapsack:
         return len(np.unique(self.row))
 
     def runs_enough(self, operations: npt.NDArray[np.uint8]) -> bool:
-        """Whether operations uint8 [cell] run as many cells of every (row, block) as must."""
+        """Whether operations uint8 [cell] run at least `least` cells of every (row, block)."""
         return bool((self._running(operations) >= self.least).all())
 
     def raised_to_least(self, operations: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """The operations uint8 [cell] with the cells FORWARD_ONLY that gain most by it where too few run."""
+        """The operations uint8 [cell]; where too few cells run, those that gain most by it become FORWARD_ONLY."""
         missing = self.least - self._running(operations)
         if (missing <= 0).all():
             return operations
@@ -122,8 +122,8 @@ class Steps:
 def best_steps(knapsack: Knapsack, price: Floats, barred: npt.NDArray[np.bool_] | None = None) -> Steps:
     """The steps from SHORTCUT everywhere, in order of gain for price.
 
-    A cell whose backward pays better than its forward goes to FULL in one step: to stop half-way would
-    never be best. So in this order every cell's steps come one after the other.
+    A cell whose backward pays better than its forward goes to FULL in one step, since FORWARD_ONLY alone would never
+    be best. So each cell's steps are in their own order, too.
 
     barred: bool [cell], cells that never become FULL; None = none.
     """
@@ -165,7 +165,7 @@ def next_steps(
 
 
 def _ordered(knapsack: Knapsack, kinds: list[tuple[Ints, Operation, Operation, Floats, float]]) -> Steps:
-    """In order of gain for price; of equal ones the kinds in order, and first the cells that gain most in all."""
+    """In order of gain for price. Equal steps are ordered by kind, then by the whole gain of their cells."""
     steps = Steps(
         cell=np.concatenate([cell for cell, *_ in kinds]),
         start=np.concatenate([np.full(len(cell), start, np.uint8) for cell, start, *_ in kinds]),
@@ -180,7 +180,7 @@ def _ordered(knapsack: Knapsack, kinds: list[tuple[Ints, Operation, Operation, F
 
 
 def _per_price(gain: Floats, price: float) -> Floats:
-    """Gain for price; inf for what costs nothing, even if it gains nothing: it never waits."""
+    """Gain for price; inf for a step that costs nothing, even if it gains nothing, since it can always be taken."""
     return gain / price if price > 0 else np.full(len(gain), np.inf)
 
 
@@ -190,13 +190,13 @@ def device_knapsacks(
     """One knapsack for each device. most_shortcut: share in [0, 1] of its heads in a (row, block) that may not run."""
     forward_gain, backward_gain = (gain.ravel() for gain in problem.gains(forward_weight, backward_weight))
     shortcut, forward, full = np.array([problem.compute_cost, problem.communication_cost]).T
-    owner = problem.device.ravel()
+    owned = np.cumsum(problem.cells_per_device)[:-1]
+    cells_of_device = np.split(np.argsort(problem.device.ravel(), kind="stable"), owned)
     heads = problem.forward_score.shape[2]
     cells_of_row = problem.forward_score[0].size
     forward_step, backward_step = forward - shortcut, full - forward
     knapsacks = []
-    for device, budget in enumerate(problem.budgets()):
-        cells = np.flatnonzero(owner == device)
+    for device, (cells, budget) in enumerate(zip(cells_of_device, problem.budgets_to_plan, strict=True)):
         left = budget - len(cells) * shortcut
         limits = [
             largest_use(len(cells), *each) for each in zip(forward_step, backward_step, left, strict=True)
@@ -221,9 +221,8 @@ def device_knapsacks(
 
 
 def largest_use(cells: int, forward_step: float, backward_step: float, budget: float) -> float:
-    """The largest cost within `budget` that whole numbers of steps can have; inf if all of them fit.
-
-    As a limit it cuts off no plan; without it a bound would count on gains from the unusable rest.
+    """The largest cost within `budget` that whole numbers of steps can have; inf if all of them fit. This limit
+    excludes no plan. A bound without it would count gains from a rest of the budget that no step can use.
     """
     if cells * (forward_step + backward_step) <= budget:
         return math.inf

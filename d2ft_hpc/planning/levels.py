@@ -2,7 +2,7 @@
 
 Tensor-parallel ranks meet after every branch of every block, so only the slowest rank's work counts. A level is a
 pair of times, for the forward and for the backward; each rank runs as many heads forward, and as many of them
-backward, as it gets done in those times. Which heads these are is then each rank's own small choice.
+backward, as it can finish in those times. Which heads these are is decided for each rank by itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from d2ft_hpc.planning.plan import Operation
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints
 
-_CHUNK_BYTES = 4_000_000  # of a table, so that it stays in the processor's cache
+_CHUNK_BYTES = 4_000_000  # bytes of a table that stays in the processor's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Levels:
         return self._only((self.forward_heads >= heads).all(axis=1) & (whole | (heads == 0)))
 
     def in_multiples(self, of: int) -> Levels:
-        """Only the levels whose numbers of heads, on every rank, are multiples of `of`, or all of the rank's."""
+        """Only the levels at which every rank runs a multiple of `of` heads, or all of its heads."""
         counts = np.concatenate([self.forward_heads, self.backward_heads], axis=1)
         return self._only(((counts % of == 0) | (counts == len(self.forward_gain))).all(axis=1))
 
@@ -70,9 +70,8 @@ class Levels:
         )
 
     def operations(self, level: Ints, deadline: float = math.inf) -> npt.NDArray[np.uint8]:
-        """The best heads at the level of each class, uint8 [head, rank, class]; level: int64 [class].
-
-        deadline: of time.monotonic(), after which heads that are likely the best will do.
+        """Operations of the best heads at the level of each class, uint8 [head, rank, class]. level: int64 [class].
+        deadline: of time.monotonic(), after which heads are taken that are only likely to be the best.
         """
         heads, ranks, classes = self.forward_gain.shape
         forward, backward = self.forward_heads[level].T, self.backward_heads[level].T  # [rank, class]
@@ -156,7 +155,8 @@ def make_levels(
 def estimate_levels(
     forward_gain: Floats, backward_gain: Floats, *, forward_cost: float, backward_cost: float, speed: Floats
 ) -> Levels:
-    """The levels of `make_levels` without clusters, with values estimated from above: in a fraction of the time."""
+    """The levels of `make_levels` without clusters. Their values are estimates from above, made in a fraction of the
+    time."""
     heads = len(forward_gain)
     forward_time, backward_time, pairs = _pairs(heads, forward_cost, backward_cost, speed)
     value: Floats = np.zeros((forward_gain.shape[2], len(pairs)))
@@ -186,8 +186,8 @@ def estimate_levels(
 def _pairs(
     heads: int, forward_cost: float, backward_cost: float, speed: Floats
 ) -> tuple[Floats, Floats, Ints]:
-    """Forward and backward time of every level, float64 [level] each, and the heads that run then, int64 [level, 2,
-    rank]: forward, and of these backward."""
+    """Forward and backward time of every level, float64 [level] each, and how many heads run forward, and how many of
+    these backward, int64 [level, 2, rank]."""
     forward_times, forward_heads = _times(forward_cost, speed, heads)
     backward_times, backward_heads = _times(backward_cost, speed, heads)
     forward, backward = np.broadcast_arrays(forward_heads[:, None], backward_heads)
@@ -204,7 +204,7 @@ def _require_time(deadline: float) -> None:
 
 
 def _cluster_sizes(ranks: int, forward: int, backward: int) -> list[tuple[int, int]]:
-    """Numbers of ranks with FULL heads, and of ranks that run heads at all: those worth a try beside all ranks."""
+    """Numbers of ranks with FULL heads, and of ranks that run any heads, that are worth trying besides all ranks."""
     sizes = sorted({*(1 << power for power in range(ranks.bit_length())), ranks} - {0})
     sizes = [size for size in sizes if size <= ranks]
     if not forward:
@@ -228,7 +228,7 @@ def _times(cost: float, speed: Floats, heads: int) -> tuple[Floats, Ints]:
 
 
 def best_scores(forward_gain: Floats, backward_gain: Floats, deadline: float = math.inf) -> Floats:
-    """float64 [forward, full, group]: the most that exactly `forward` heads give if `full` of them are FULL.
+    """The most that exactly `forward` heads give if `full` of them are FULL: float64 [forward, full, group].
 
     forward_gain, backward_gain: float64 [head, group]. -inf where full > forward. Heads are added one by one, and
     each is SHORTCUT, FORWARD_ONLY or FULL. Raises TimeoutError at the deadline, of time.monotonic().
@@ -272,8 +272,8 @@ def best_heads(
 def likely_heads(
     forward_gain: Floats, backward_gain: Floats, forward: Ints, full: Ints
 ) -> npt.NDArray[np.uint8]:
-    """As `best_heads`, in a fraction of the time: FULL those that gain most by it in all, and FORWARD_ONLY those of the
-    others that gain most by that."""
+    """As `best_heads`, but in a fraction of the time and not always the best: the heads with the largest total gain
+    are FULL, and of the others those with the largest forward gain FORWARD_ONLY."""
     is_full = _place(forward_gain + backward_gain) < full
     is_running = _place(np.where(is_full, np.inf, forward_gain)) < forward
     chosen = np.where(
@@ -293,7 +293,7 @@ def _place(gain: Floats) -> Ints:
 def _scores_of_counts(
     forward_gain: Floats, backward_gain: Floats, counts: tuple[int, int], deadline: float
 ) -> tuple[Floats, Floats]:
-    """What `counts[0]` heads that run forward give, and what they give if `counts[1]` of them are FULL: float64 [group]
+    """What `counts[0]` FORWARD_ONLY heads give, and what they give if `counts[1]` of them are FULL: float64 [group]
     each. After the deadline, with `likely_heads`."""
     try:
         table = best_scores(forward_gain, backward_gain, deadline)

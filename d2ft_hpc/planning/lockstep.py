@@ -64,8 +64,8 @@ class LockstepStage:
         return len(self.group) // self.groups
 
     def write(self, level: Ints, operations: npt.NDArray[np.uint8], deadline: float = math.inf) -> None:
-        """Put the best heads at the level int64 [class] of each class into operations [row, block, head]; after the
-        deadline, of time.monotonic(), those that are likely the best."""
+        """Write the best heads at each class's level, int64 [class], into operations [row, block, head]; after the
+        deadline, of time.monotonic(), the heads that are only likely to be the best."""
         chosen = self.levels.operations(level, deadline)
         chosen = chosen.reshape(*chosen.shape[:2], self.slots, len(self.blocks))
         for member, rows, heads in self.members():
@@ -83,22 +83,21 @@ def meeting_replicas(problem: PlanProblem) -> list[Ints]:
 def lockstep_stages(
     problem: PlanProblem,
     replicas: Ints,
-    forward_weight: float,
-    backward_weight: float,
+    gains: tuple[Floats, Floats],
     most_shortcut: float,
     *,
     clusters: bool = False,
     deadline: float = math.inf,
 ) -> list[LockstepStage]:
-    """The stages of all stages of replicas that meet. Raises PlanError as `solve_makespan` does.
+    """A `Stage` for every pipeline stage of the replicas that meet. Raises PlanError as `solve_makespan` does.
 
+    gains: of the problem (`PlanProblem.gains`).
     clusters: where messages are limited, levels at which only some of a stage's ranks run anything count, too.
     deadline: of time.monotonic(). If what levels give is not known by then, it is estimated for all stages
         (`Levels.is_exact`).
     """
     if not 0 <= most_shortcut <= 1:
         raise PlanError(f"most_shortcut is a share of a rank's heads in [0, 1], got {most_shortcut}.")
-    gains = problem.gains(forward_weight, backward_weight)
     try:
         every = [
             _lockstep_stage(
@@ -173,9 +172,9 @@ def _lockstep_stage(
 
 
 def time_budget(problem: PlanProblem, devices: Ints) -> float:
-    """Time until the first of the devices has used up its compute budget; inf if all may run densely."""
-    cells = problem.cells_per_device()[devices]
-    budget = problem.budgets()[devices, 0]
+    """Time until the first device has used up its compute budget; inf if all may run densely."""
+    cells = problem.cells_per_device[devices]
+    budget = problem.budgets_to_plan[devices, 0]
     scarce = budget < cells * problem.compute_cost[Operation.FULL]
     left = budget - cells * problem.compute_cost[Operation.SHORTCUT]
     return float(min((left / problem.device_speed[devices])[scarce], default=math.inf))
@@ -191,7 +190,7 @@ def fitting_levels(problem: PlanProblem, stage: LockstepStage) -> npt.NDArray[np
 
 
 def step_limits(problem: PlanProblem, stage: LockstepStage) -> list[Limit]:
-    """What a stage without a pipeline may use: the time of all its classes together."""
+    """What a stage may use if there is no pipeline: the time of all its classes together."""
     levels = stage.levels
     most = stage.time_budget
     if stage.is_even and math.isfinite(most):
@@ -203,14 +202,14 @@ def step_limits(problem: PlanProblem, stage: LockstepStage) -> list[Limit]:
 
 
 def other_limits(problem: PlanProblem, stage: LockstepStage) -> list[Limit]:
-    """The communication of a device in the batch and its memory in a row, as far as they are limited."""
-    levels, cells = stage.levels, problem.cells_per_device()[stage.devices]
+    """The limits on a device's communication in a batch and on its memory in a row, as far as there are any."""
+    levels, cells = stage.levels, problem.cells_per_device[stage.devices]
     shortcut = problem.communication_cost[Operation.SHORTCUT]
     row = stage.row_of_class
     limits = []
     for member in range(1 if stage.is_even else len(stage.devices)):
         devices = stage.devices if stage.is_even else stage.devices[member : member + 1]
-        most = problem.budgets()[devices, 1].min() - cells[member] * shortcut
+        most = problem.budgets_to_plan[devices, 1].min() - cells[member] * shortcut
         memory = np.full(stage.slots, problem.memory_budget[devices].min())
         limits += [
             limit_above_least(_messages(problem, levels, member), np.zeros_like(row), np.array([most])),
@@ -243,7 +242,7 @@ def _messages(problem: PlanProblem, levels: Levels, member: int) -> Floats:
 
 
 def limit_above_least(use: Floats, group: Ints, most: Floats) -> Limit:
-    """The limit on what levels use above level 0, which every class has at least."""
+    """The limit on what levels use beyond level 0, which every class has anyway."""
     return Limit(use - use[0], group, most - np.bincount(group, minlength=len(most)) * use[0])
 
 
@@ -256,11 +255,11 @@ def head_times(problem: PlanProblem, stage: LockstepStage) -> tuple[float, float
 
 def _unpaid(problem: PlanProblem, stage: LockstepStage, least: int) -> str:
     """The message for budgets that do not pay for `least` heads of every rank in each class."""
-    cells = problem.cells_per_device()[stage.devices]
+    cells = problem.cells_per_device[stage.devices]
     share = least / len(stage.levels.forward_gain)
     needs = [
-        ("compute", problem.compute_cost, problem.budgets()[stage.devices, 0], problem.always_share),
-        ("communication", problem.communication_cost, problem.budgets()[stage.devices, 1], 0.0),
+        ("compute", problem.compute_cost, problem.budgets_to_plan[stage.devices, 0], problem.always_share),
+        ("communication", problem.communication_cost, problem.budgets_to_plan[stage.devices, 1], 0.0),
     ]
     for resource, (shortcut, forward, full), budget, always_share in needs:
         need = cells * (shortcut + share * (forward - shortcut))

@@ -19,7 +19,8 @@ from d2ft_hpc.planning.problem import PlanProblem
 from d2ft_hpc.planning.split import choose_by_split
 
 _PARTS_OF_TIME = 4
-"""One part is for the tables of what levels give; if they are not done by then, one of the rest is for the choice."""
+"""One part is for the tables of what levels give. If these are not done by then, one of the remaining parts is for
+the choice."""
 
 _WRITING = 2.5  # times the time that the tables took
 
@@ -50,8 +51,8 @@ def solve_makespan(
     time_limit_seconds: wall-clock time, > 0.
 
     Bound and gap are those of this problem: no other plan in lock step (and with such rows) scores more.
-    Where time runs out, the best plan so far is taken; the status says so. Where it does not even do for the tables of
-    what levels give, that is one level for each stage, and the bound is that of the time budget alone.
+    Where time runs out, the best plan so far is taken; the status says so. Where there is no time even for the tables
+    of what levels give, the plan has one level for each stage, and the bound is that of the time budget alone.
 
     Raises PlanError if an option is out of range, if ranks do not hold equally many heads in all blocks, or if the
     budgets do not pay for `most_shortcut` (the message names the device and the least feasible budget).
@@ -60,6 +61,7 @@ def solve_makespan(
         raise PlanError(f"time_limit_seconds must be > 0, got {time_limit_seconds}.")
     deadline = time.monotonic() + _SEARCHING * time_limit_seconds
     operations = np.full(problem.forward_score.shape, Operation.SHORTCUT, dtype=np.uint8)
+    gains = problem.gains(forward_weight, backward_weight)
     bound, statuses = 0.0, set()
     together = meeting_replicas(problem)
     for index, replicas in enumerate(together):
@@ -68,8 +70,7 @@ def solve_makespan(
         stages = lockstep_stages(
             problem,
             replicas,
-            forward_weight,
-            backward_weight,
+            gains,
             most_shortcut,
             clusters=True,
             deadline=share_of_time(its_deadline, _PARTS_OF_TIME),
@@ -93,8 +94,8 @@ def solve_makespan(
 
 
 def _end_of_choice(stages: list[LockstepStage], start: float, deadline: float) -> float:
-    """Until when levels may be chosen, so that time is left to write down the best heads, which takes longer than the
-    tables that have been made since `start`."""
+    """Until when levels may be chosen. Writing down the best heads needs the time that is left: it takes longer than
+    making the tables did, which began at `start`."""
     if not all(stage.levels.is_exact for stage in stages):
         return share_of_time(deadline, _PARTS_OF_TIME)
     now = time.monotonic()

@@ -56,7 +56,7 @@ class Choice:
 
 
 def share_of_time(deadline: float, parts: int) -> float:
-    """The deadline of the next part, if this many are still to be done by `deadline` of time.monotonic()."""
+    """The deadline of the next part if this many parts are still to be done by `deadline`, of time.monotonic()."""
     now = time.monotonic()
     return now + (deadline - now) / parts
 
@@ -110,7 +110,7 @@ def choose(
 
 
 def _one_for_all(value: Floats, limits: Sequence[Limit]) -> Ints:
-    """The best option that all classes can have at once: found in the time of a sum."""
+    """The best option that all classes can have at once. Finding it takes no longer than a sum."""
     fits = np.ones(value.shape[1], dtype=bool)
     for limit in limits:
         classes = np.bincount(limit.group, minlength=len(limit.most))
@@ -125,8 +125,8 @@ def _can_be_exceeded(limit: Limit) -> bool:
 
 
 def _rounded(limit: Limit) -> Limit:
-    """The limit with float error granted, and in whole multiples of the smallest use if all uses are such: what is
-    left over then helps nobody."""
+    """The limit with float error granted. If all uses are whole multiples of the smallest use, it is rounded down to
+    such a multiple, since no option can use the rest."""
     most = limit.most
     unit = limit.use[limit.use > 0].min(initial=np.inf)
     multiples = limit.use / unit
@@ -141,11 +141,11 @@ def worth_of(value: Floats, option: Ints) -> float:
 
 
 def _fill(value: Floats, limits: Sequence[Limit], option: Ints, deadline: float) -> Ints:
-    """Changes single classes to options worth more, the largest gain first, while the limits allow any and there is
-    time."""
+    """Changes single classes to better options, the largest gain first, until the limits allow no change or time is
+    up."""
     option = option.copy()
     classes = np.arange(len(value))
-    if limits:  # of a class's groups among those of all limits, [class, limit]
+    if limits:  # where a class's groups are among those of all limits, [class, limit]
         first = np.cumsum([0, *[len(limit.most) for limit in limits[:-1]]])
         place = np.stack([limit.group for limit in limits], axis=1) + first
     for _ in range(len(value)):
@@ -173,9 +173,8 @@ def _fill(value: Floats, limits: Sequence[Limit], option: Ints, deadline: float)
 
 
 def _exchange(value: Floats, limit: Limit, price: float, option: Ints) -> Ints:
-    """Changes two classes at once, as long as that gains: one gives way so that another fits. For a single group.
-
-    Only changes that lose little at the price are worth a look.
+    """Changes two classes at once as long as that gains: one takes less so that another fits. For a single group. It
+    looks only at changes that lose little at the price.
     """
     option = option.copy()
     classes = np.arange(len(value))
@@ -207,7 +206,8 @@ def _decide_core(
     deadline: float,
     relative_gap: float,
 ) -> tuple[Ints, float, str]:
-    """The best choice among options that can be in one better than `option`; a bound, and how it ended."""
+    """The best choice among the options that a better choice than `option` can have; a bound, and how the search
+    ended."""
     classes = np.arange(len(value))
     group = independent_groups(len(value), limits)
     bounds = bounds_of(value, limits, prices)

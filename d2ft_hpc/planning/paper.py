@@ -16,11 +16,11 @@ from d2ft_hpc.settings import Fraction
 def solve_paper(problem: PlanProblem, *, full_share: float = 0.8) -> SkipPlan:
     """FULL by backward score first, then FORWARD_ONLY by forward score with what is left.
 
-    Every (device, block, head) gets the part of its device's budgets that its rows are of the device's
-    cells, and spends at most `full_share` (in [0, 1]) of it on FULL.
+    Every (device, block, head) gets a part of its device's budgets, in proportion to its share of the device's cells,
+    and spends at most `full_share` (in [0, 1]) of it on FULL.
 
     All rows of a subnet cost the same, so each level is solved exactly by sorting. Objective, bound and gap are those
-    of `joint`: how far two levels, each at its optimum, are from what the budgets permit.
+    of `joint`: they show how far two separately optimal levels are from what the budgets permit.
 
     Raises PlanError if `full_share` is out of range.
     """
@@ -31,9 +31,9 @@ def solve_paper(problem: PlanProblem, *, full_share: float = 0.8) -> SkipPlan:
 def two_levels(
     problem: PlanProblem, full_key: Floats, forward_key: Floats, full_share: float
 ) -> npt.NDArray[np.uint8]:
-    """Operations uint8 [row, block, head]: in every subnet the rows with the largest `full_key` FULL, of the
-    others those with the largest `forward_key` FORWARD_ONLY, as many as the budgets pay for. Ties go to the
-    earlier row. What rounding leaves over turns FORWARD_ONLY into FULL where the subnet's own share pays.
+    """Operations uint8 [row, block, head]: in every subnet the rows with the largest `full_key` are FULL, and of the
+    others those with the largest `forward_key` FORWARD_ONLY, as many as the budgets pay for. Ties go to the earlier
+    row. Budget that rounding leaves turns FORWARD_ONLY into FULL where the subnet's own share pays for it.
     """
     if not 0 <= full_share <= 1:
         raise PlanError(f"full_share is a share of the budget in [0, 1], got {full_share}.")
@@ -41,10 +41,12 @@ def two_levels(
     forward_step = costs[:, Operation.FORWARD_ONLY] - costs[:, Operation.SHORTCUT]
     upgrade_step = costs[:, Operation.FULL] - costs[:, Operation.FORWARD_ONLY]
     most = costs[:, Operation.FULL] * (1 + BUDGET_EPSILON / 2)  # more than dense buys nothing
-    cells = problem.cells_per_device()
+    cells = problem.cells_per_device
     operations = np.full(problem.forward_score.shape, Operation.SHORTCUT, dtype=np.uint8)
-    for device, budget in enumerate(problem.budgets()):
-        mine = problem.device == device
+    for device, budget in enumerate(problem.budgets_to_plan):
+        its_rows = slice(device // (problem.stages * problem.ranks), None, problem.replicas)  # of its replica
+        full_keys, forward_keys = full_key[its_rows], forward_key[its_rows]
+        mine = problem.device[its_rows] == device
         rows = mine.sum(axis=0)  # [block, head]
         per_row = np.minimum(budget / max(int(cells[device]), 1), most)
         per_row = per_row - costs[:, Operation.SHORTCUT]
@@ -56,11 +58,11 @@ def two_levels(
         left = left - forward * forward_step[:, None, None]
         upgraded = _affordable(left, upgrade_step, forward)
 
-        is_full = _rank(full_key, mine) < full
-        is_forward = _rank(forward_key, mine & ~is_full) < forward
-        is_full |= _rank(full_key, is_forward) < upgraded
-        operations[is_forward] = Operation.FORWARD_ONLY
-        operations[is_full] = Operation.FULL
+        is_full = _rank(full_keys, mine) < full
+        is_forward = _rank(forward_keys, mine & ~is_full) < forward
+        is_full |= _rank(full_keys, is_forward) < upgraded
+        operations[its_rows][is_forward] = Operation.FORWARD_ONLY
+        operations[its_rows][is_full] = Operation.FULL
     return operations
 
 

@@ -40,9 +40,10 @@ def spread(problem: PlanProblem, ranks: int) -> Ints:
     problem: scores and costs; its own owner map does not matter. The means over the rows count.
 
     A head is worth running forward up to some price of compute, and worth running backward up to another. In every
-    block the heads are put in order of the one price and cut into groups of `ranks` heads, and again by the other;
-    every rank then gets exactly one head of each group of both kinds. That is always possible (the groups of both
-    kinds and their heads form a regular bipartite graph: Koenig, 1916), one perfect matching a rank.
+    block the heads are sorted by the first price and cut into groups of `ranks` heads, and likewise by the second;
+    every rank then gets exactly one head of each group of either kind. This is always possible, by one perfect
+    matching for each rank, since the groups of both kinds, joined by their heads, form a regular bipartite graph
+    (Koenig, 1916).
 
     Raises PlanError if the heads cannot be divided evenly.
     """

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import struct
+import zlib
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
@@ -23,7 +24,7 @@ from d2ft_hpc.files import atomic, hdf5
 from d2ft_hpc.files.untrusted import RefusedError
 
 WORTH_SAYING = 0.01
-"""A gap above this share of the best possible score is said in words."""
+"""A gap above this share of the best possible score is explained in words."""
 
 _MAGIC = b"D2FTPLAN"
 _VERSION = 1
@@ -176,7 +177,8 @@ class SkipPlan:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 (hex) of shape, replicas, operations and, unless it is "slot", the binding; of grids if there are."""
+        """SHA-256 (hex) of shape, replicas and operations; also of the binding unless it is "slot", and of grids if
+        there are any."""
         head = struct.pack("<4q", *self.operations.shape, self.replicas)
         if self.binding != "slot":
             head += self.binding.encode()
@@ -217,9 +219,8 @@ class SkipPlan:
         return hash(self.hash)
 
     def among(self, planned: npt.NDArray[np.bool_]) -> SkipPlan:
-        """This plan of some blocks, in a model whose other blocks all run FULL.
-
-        planned: bool [block] of the model, with as many blocks that are planned as this plan has.
+        """This plan of some blocks, placed into a model whose other blocks all run FULL. planned: bool [block] of the
+        model; as many are True as this plan has blocks.
         """
         operations = np.full((self.num_rows, len(planned), self.num_heads), Operation.FULL, dtype=np.uint8)
         operations[:, planned] = self.operations
@@ -287,7 +288,7 @@ class SkipPlan:
         return {change: count for change, count in changes.items() if count}
 
     def to_bytes(self) -> bytes:
-        """The plan as a message: a JSON header and 2 bits an entry, with a checksum over all of it."""
+        """The plan as bytes: a JSON header and 2 bits an entry, with a checksum over all of it."""
         header = {name: getattr(self, name) for name in _FIELDS} | {"shape": list(self.operations.shape)}
         if self.grids is not None:
             header["grids"] = self.grids.tolist()
@@ -295,12 +296,22 @@ class SkipPlan:
         body = _PREFIX.pack(_MAGIC, _VERSION, len(text)) + text + _pack(self.operations)
         return body + hashlib.sha256(body).digest()
 
+    def to_message(self) -> bytes:
+        """`to_bytes`, compressed, from rank 0 to all: rows that many replicas follow take hardly more than those of
+        one."""
+        return zlib.compress(self.to_bytes())
+
+    @classmethod
+    def from_message(cls, message: bytes) -> SkipPlan:
+        """The plan that another rank sent by `to_message`; what comes from a file is for `from_bytes`."""
+        return cls.from_bytes(zlib.decompress(message))
+
     @classmethod
     def from_bytes(cls, message: bytes) -> SkipPlan:
         """The plan that `to_bytes` wrote.
 
-        Raises PlanError if the message is foreign, damaged, cut short or of another version. Nothing is
-        allocated on the word of the header alone.
+        Raises PlanError if the message is foreign, damaged, cut short or of another version. Memory is allocated only
+        after the header's sizes were checked.
         """
         message = bytes(message)
         if len(message) < _PREFIX.size + _DIGEST_BYTES or not message.startswith(_MAGIC):

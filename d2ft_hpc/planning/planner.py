@@ -19,7 +19,8 @@ class Options(Section):
 
 @dataclass(frozen=True)
 class Planner:
-    """One way to make plans. All that others ask about it is here, so that nobody asks for its name."""
+    """One way to make plans. It holds all that other modules ask about a planner, so that none of them compares
+    names."""
 
     name: str
     about: str
@@ -31,12 +32,13 @@ class Planner:
     keeps_budgets: bool = True
     """False: there is nothing to plan by heads."""
     scales_images: bool = False
-    """The whole of plan.compute_budget is one of tokens."""
+    """Spends all of plan.compute_budget by choosing the number of tokens."""
     fits_memory: bool = False
-    """Gives a rank with little memory fewer FULL subnets. Others are refused where they exceed it."""
+    """Gives a rank with little memory fewer FULL subnets. Plans of other planners are refused where they exceed the
+    memory."""
     needs_scores_for: tuple[str, ...] = ()
-    """Budgets, by their names in the configuration, where only the plan by the real scores shows whether the planner
-    keeps them."""
+    """Budgets, by their names in the configuration, that the planner may miss: only the plan made from real scores
+    shows it."""
     binding: Literal["slot", "sample"] = "slot"
     """What a row of its plans is: a micro-batch, or a sample of a batch, drawn in each step."""
 
@@ -59,7 +61,7 @@ class Planner:
     def arguments(
         self, options: Options, *, seed: int | Sequence[int], time_limit_seconds: float
     ) -> dict[str, Any]:
-        """Keyword arguments of `solve`: its own options, and of what any planner may take what this one does."""
+        """Keyword arguments of `solve`: the planner's own options, and those common ones that it takes."""
         of_all = {"seed": seed, "time_limit_seconds": time_limit_seconds}
         return options.model_dump() | {
             name: value for name, value in of_all.items() if name in self.parameters

@@ -1,4 +1,5 @@
-"""Prices of limited resources: what makes classes that each decide alone just fit their limits together."""
+"""Prices of limited resources: at the right prices, classes that decide each for itself together just fit the
+limits."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ RELATIVE_GAP = 2.5e-5
 """A choice that is proved to be this near its optimum is good enough, if nothing else is said."""
 
 ROUNDING = 1e-12
-"""By which sums of the same numbers in another order may differ."""
+"""Relative difference that sums of the same numbers may have in another order."""
 
 _ROUNDS = 100  # of closing in on a price; ten are usual
 _LATE_ROUNDS = 2  # after which the price of a single limit will do, where time is short
@@ -45,7 +46,7 @@ class Limit:
 
 
 def different(limits: Sequence[Limit]) -> list[Limit]:
-    """The limits without those that say the same as another."""
+    """The limits without duplicates."""
     by_content = {(each.use.tobytes(), each.group.tobytes(), each.most.tobytes()): each for each in limits}
     return list(by_content.values())
 
@@ -60,7 +61,8 @@ def less_price(value: Floats, limits: Sequence[Limit], prices: Sequence[Floats])
 
 
 def independent_groups(classes: int, limits: Sequence[Limit]) -> Ints:
-    """Groups of classes that no limit couples, int64 [class]: those of the limits if all have the same, else one."""
+    """Groups of classes that no limit couples, int64 [class]: the limits' own groups if all limits have the same,
+    else one group."""
     if any(not np.array_equal(limit.group, limits[0].group) for limit in limits[1:]) or not limits:
         return np.zeros(classes, dtype=np.int64)
     return limits[0].group
@@ -77,7 +79,8 @@ def bounds_of(value: Floats, limits: Sequence[Limit], prices: Sequence[Floats]) 
 
 
 def price_of_one(value: Floats, limit: Limit, deadline: float = math.inf) -> tuple[list[Floats], Ints]:
-    """The best prices of a single limit, and a choice that fits and misses the optimum by no more than what is unused.
+    """The best prices of a single limit, and a choice that fits. It misses the optimum by no more than the unused
+    budget is worth.
 
     deadline: of time.monotonic(), after which prices that are near the best will do.
 
@@ -113,7 +116,7 @@ def price_of_one(value: Floats, limit: Limit, deadline: float = math.inf) -> tup
         under_worth, under_use = np.where(fits & open_, (worth, use), (under_worth, under_use))
         over_worth, over_use = np.where(~fits & open_, (worth, use), (over_worth, over_use))
 
-    # At the right price `over` is as good as `under` in every class: go over as far as it fits.
+    # At the right price `over` is as good as `under` in every class: take `over` in as many as fit.
     step = np.where(price[limit.group] > 0, limit.use[over] - limit.use[under], 0.0)
     steps = np.flatnonzero(step > 0)
     steps = steps[np.argsort(limit.group[steps], kind="stable")]
@@ -196,7 +199,7 @@ def prices_of_several(
 
 
 def _first_prices(value: Floats, limits: Sequence[Limit], deadline: float) -> list[Floats]:
-    """One price for all limits of a group together, each weighed by how scarce it is."""
+    """One price for all limits of a group together, each limit weighted by its scarcity."""
     group = independent_groups(len(value), limits)
     classes = np.bincount(group)
     scarcity = [len(value) / (limit.most.sum() or 1.0) for limit in limits]

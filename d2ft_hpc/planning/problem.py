@@ -25,6 +25,8 @@ _FASTEST = 1e50
 
 Costs = tuple[float, float, float]
 
+_BY_DEVICE = ("device_speed", "compute_budget", "communication_budget", "memory_budget")
+
 
 @dataclass(frozen=True, eq=False)
 class PlanProblem:
@@ -43,8 +45,8 @@ class PlanProblem:
     device_speed: float64 [device], 1e-50 to 1e50: cost that the device gets done in a unit of time.
     compute_cost, communication_cost: of a cell under SHORTCUT, FORWARD_ONLY and FULL, not decreasing.
     meeting_cost: what every rank of a stage sends, on average, for a (row, block) forward and backward if all of them
-        have a head that runs, or is FULL: the engine's own messages. If only some have, it is the share of it that
-        `messages.shares_of_senders` says for `token_layout`. It adds to `communication_cost`.
+        have a head that runs, or is FULL: the engine's own messages. If only some have, it is the share given by
+        `communication_volume.shares_of_senders` for `token_layout`. It adds to `communication_cost`.
     compute_budget, communication_budget: float64 [device]; inf = unlimited.
     memory_budget: float64 [device], most FULL cells of one row (their activations wait for the backward);
         inf = unlimited.
@@ -202,7 +204,7 @@ class PlanProblem:
             memory_budget=unlimited,
             always_share=always_share,
         )
-        cells = problem.cells_per_device()
+        cells = problem.cells_per_device
         share = finish_together(speed, cells, compute_budget)
         slowest = int(share.argmin())
         if share[slowest] < always_share - BUDGET_EPSILON:
@@ -229,6 +231,35 @@ class PlanProblem:
             memory_budget=memory,
         )
 
+    def of_followed(self, followed: Ints) -> PlanProblem:
+        """The problem of the replicas whose rows others follow, by the mean scores of all that do. Devices keep budgets
+        and names.
+
+        followed: int64 [replica], the replica whose rows each one follows.
+        """
+        leaders, leader, followers = np.unique(followed, return_inverse=True, return_counts=True)
+        if len(leaders) == self.replicas:
+            return self
+        order = np.argsort(leader.ravel(), kind="stable")
+        first = np.cumsum(followers) - followers
+
+        def mean(score: Floats) -> Floats:
+            of_replicas = score.reshape(-1, self.replicas, *score.shape[1:])[:, order]
+            total = np.add.reduceat(of_replicas, first, axis=1)
+            return np.asarray((total / followers[:, None, None]).reshape(-1, *score.shape[1:]))
+
+        of_replica = self.num_devices // self.replicas
+        devices = (leaders[:, None] * of_replica + np.arange(of_replica)).ravel()
+        problem = replace(
+            self,
+            forward_score=mean(self.forward_score),
+            backward_score=mean(self.backward_score),
+            replicas=len(leaders),
+            **{name: getattr(self, name)[devices] for name in _BY_DEVICE},
+        )
+        problem.__dict__["device_names"] = tuple(self.device_names[device] for device in devices)
+        return problem
+
     @property
     def num_devices(self) -> int:
         return len(self.device_speed)
@@ -252,7 +283,8 @@ class PlanProblem:
 
     @cached_property
     def device_names(self) -> tuple[str, ...]:
-        """For messages: "rank 3", "stage 1, rank 3", "replica 0, stage 1", ...: what there are several of."""
+        """A device's name in messages, without parts that there is one of only: "rank 3", "stage 1, rank 3", "replica
+        0, stage 1"."""
         sizes = {"replica": self.replicas, "stage": self.stages, "rank": self.ranks}
         several = [kind for kind, size in sizes.items() if size > 1]
         if several in ([], ["replica"]):
@@ -263,6 +295,7 @@ class PlanProblem:
             names.append(", ".join(f"{kind} {place[kind]}" for kind in several))
         return tuple(names)
 
+    @cached_property
     def cells_per_device(self) -> npt.NDArray[np.int64]:
         """Number of cells of each device, int64 [device]."""
         device_of_replica = self.stage[:, None] * self.ranks + self.rank
@@ -308,7 +341,7 @@ class PlanProblem:
         """Communication of the dense step, float64 [device]."""
         blocks = np.bincount(self.stage, minlength=self.stages)
         meetings = blocks * (self.forward_score.shape[0] // self.replicas) * sum(self.meeting_cost)
-        cells = self.cells_per_device() * self.communication_cost[Operation.FULL]
+        cells = self.cells_per_device * self.communication_cost[Operation.FULL]
         return np.asarray(cells + np.tile(np.repeat(meetings, self.ranks), self.replicas))
 
     def used_memory(self, plan: SkipPlan) -> Floats:
@@ -319,12 +352,14 @@ class PlanProblem:
         counts = np.bincount(keys, minlength=plan.num_rows * self.num_devices)
         return np.asarray(counts.reshape(plan.num_rows, -1).max(axis=0), dtype=np.float64)
 
-    def budgets(self, tolerance: float = BUDGET_EPSILON / 2) -> Floats:
-        """float64 [device, 2] (compute, communication) with `tolerance` times the dense cost on top.
+    @cached_property
+    def budgets_to_plan(self) -> Floats:
+        """`budgets` within half of the tolerance that `check` grants: planners' sums may round differently."""
+        return self.budgets(BUDGET_EPSILON / 2)
 
-        Planners plan within half of the tolerance that `check` grants: their sums may round differently.
-        """
-        cells = self.cells_per_device()
+    def budgets(self, tolerance: float) -> Floats:
+        """float64 [device, 2] (compute, communication) with `tolerance` times the dense cost on top."""
+        cells = self.cells_per_device
         return np.stack(
             [
                 self.compute_budget + tolerance * cells * self.compute_cost[Operation.FULL],
@@ -366,7 +401,7 @@ class PlanProblem:
     def _check_budget(self, resource: str, budget: Floats, shortcut_cost: float) -> None:
         if budget.shape != (self.num_devices,):
             raise PlanError(f"{resource}_budget needs {self.num_devices} numbers, got shape {budget.shape}.")
-        least = shortcut_cost * self.cells_per_device()
+        least = shortcut_cost * self.cells_per_device
         for index in np.flatnonzero(~(budget >= least * (1 - BUDGET_EPSILON))):
             raise PlanError(
                 f"The {resource} budget of {self.device_names[index]} is {budget[index]:g}; "
@@ -410,9 +445,8 @@ def _divide_by_mean(score: Floats) -> Floats:
 
 
 def finish_together(speed: Floats, cells: Ints, mean_share: float) -> Floats:
-    """Each device's share of its dense step, float64 [device]: what it gets done in one time for all, or 1.
-
-    speed, cells: [device]. The time is the one in which `mean_share` of all cells get done.
+    """Each device's share of its dense step, float64 [device], at most 1: what it finishes in a time that is the same
+    for all. In that time `mean_share` of all cells are done. speed, cells: [device].
     """
     share = np.ones(len(speed))
     open_ = cells > 0  # devices that the budget does not let run densely

@@ -1,8 +1,8 @@
 """Plans by whole samples: how many samples of each replica's batch run, in all blocks and heads.
 
-Which samples those are is decided at each step by their scores (`d2ft_hpc.selection`). Of the structures of plans that
-skip something it kept most of the accuracy of dense training on CIFAR-10 (analysis/plan_structure); plans by tokens
-keep more on other data (analysis/tokens).
+Which samples those are is decided at each step by their scores (`d2ft_hpc.selection`). Among all plans that skip
+something, these kept most of dense training's accuracy on CIFAR-10 (analysis/plan_structure); plans by tokens keep
+more on other data (analysis/tokens).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The time that a plan takes on ranks that meet: what the wall clock would show if devices did nothing else."""
+"""Simulates the time of a plan on ranks that wait for each other, as if devices did nothing else."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Timing:
 def waste(plan: SkipPlan, problem: PlanProblem) -> float:
     """Simulated step over the ideal one, minus 1; 0 if the plan is done before that.
 
-    The ideal step spends the compute budgets, and nobody waits in it but where a pipeline fills and drains.
+    The ideal step spends the compute budgets, and devices wait in it only while a pipeline fills and drains.
     """
     rows = problem.forward_score.shape[0] // problem.replicas
-    cells = problem.cells_per_device()
+    cells = problem.cells_per_device
     budget = np.minimum(problem.compute_budget, cells * problem.compute_cost[Operation.FULL])
     ideal = float((budget / problem.device_speed).max()) * (rows + problem.stages - 1) / rows
     step = simulate(plan, problem).step
@@ -55,8 +55,8 @@ def simulate(
     pipeline over the stages, and replicas that meet at the end or, if the problem says so, in every block. SHORTCUT's
     own cost counts as forward.
 
-    with_messages: from the time of the slowest rank's work in every (row, block), forward and backward, to that of work
-        and messages, in the unit of the problem's costs; None: there are no messages.
+    with_messages: takes the time of the slowest rank's work in every (row, block), forward and backward, and returns
+    that of work and messages, in the unit of the problem's costs; None: there are no messages.
     """
     problem.require_shape(plan)
     shortcut, forward_only, full = problem.compute_cost

@@ -1,8 +1,9 @@
 """Levels within a time that is split into one part for the forwards and one for the backwards.
 
-A pipeline wants that: if every stage has the same two parts for every row, no stage waits for another. And ranks of
-one speed gain by it: a split is two whole numbers of heads, and for given numbers the best levels need no search (the
-linear program over them has whole solutions, because a level's value is M-natural-concave in its heads of each kind).
+A pipeline wants that: if every stage has the same two parts for every row, no stage waits for another. Ranks of one
+speed gain by it as well: a split is then two whole numbers of heads, and for given numbers the best levels need no
+search. The linear program over them has integer solutions, because a level's value is M-natural-concave in its
+numbers of heads.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
 _RELATIVE_GAP = 5e-6
 """Splits are tried until the best is proved to be this near the optimum."""
 
-_EVENNESS = 1e-6  # of a class's mean value: what plans may lose by it is below what counts as no gap
+_EVENNESS = 1e-6  # share of a class's mean value: plans lose less by it than what counts as no gap
 
 
 def choose_by_split(
@@ -32,10 +33,10 @@ def choose_by_split(
 ) -> tuple[list[Choice], float]:
     """Levels for every stage of one replica, and a bound.
 
-    The time of a group of classes (of a row in a pipeline, else of all) is split the same way for all groups and
+    The time of a group of classes (one row in a pipeline, else all classes) is split the same way for all groups and
     stages. One split is solved; its prices say how good any other could be; the most promising one is solved next,
-    until none promises more than the best one has. Of levels that are only estimated, one split is tried, and the
-    bound is that of the time alone, which clusters do not change.
+    until none promises more than the best one has. If levels are only estimated, one split is tried, and the bound is
+    that of the time alone, which clusters do not change.
     """
     group_time = _group_time(problem, stages)
     splits = _splits(problem, stages, group_time)  # backward part of each
@@ -58,7 +59,7 @@ def choose_by_split(
     best: list[Choice] = []
     best_value = -math.inf
     enough = -math.inf  # a split that promises no more than this is not worth a try
-    reason = OPTIMAL  # or why a split that has been tried may still have more than the best
+    reason = OPTIMAL  # or the reason why a split that was tried may still be better than the best
     while (promise[split] > enough and time.monotonic() < deadline) or not best:
         choices = []
         promises = np.zeros(len(splits))
@@ -107,7 +108,7 @@ def choose_by_split(
 
 
 def _group_time(problem: PlanProblem, stages: list[LockstepStage]) -> float:
-    """What every stage gets for a group: the share of the stage that is done first, at most what all may use."""
+    """What every stage gets for a group: the share of the stage that finishes first, within what all may use."""
     forward = max(stage.classes_of_group * float(stage.levels.forward_time.max()) for stage in stages)
     head_time, count = _backward_heads(problem, stages)
     most = (forward + count * head_time) * (1 + BUDGET_EPSILON)
@@ -115,8 +116,8 @@ def _group_time(problem: PlanProblem, stages: list[LockstepStage]) -> float:
 
 
 def _splits(problem: PlanProblem, stages: list[LockstepStage], group_time: float) -> Floats:
-    """Times for a group's backwards that are worth a try, float64 [split]: whole heads on the slowest rank of the
-    stage with most blocks, up to the dense backwards of all stages."""
+    """Times for a group's backward passes that are worth trying, float64 [split]: whole heads on the slowest rank of
+    the stage with most blocks, up to the dense backward of all stages."""
     head_time, count = _backward_heads(problem, stages)
     splits = np.arange(count + 1) * head_time
     least = max(t.classes_of_group * float(t.levels.forward_time[0]) for t in stages)
@@ -124,7 +125,7 @@ def _splits(problem: PlanProblem, stages: list[LockstepStage], group_time: float
 
 
 def _backward_heads(problem: PlanProblem, stages: list[LockstepStage]) -> tuple[float, int]:
-    """Time of a head's backward on that rank, and in how many of them every stage is done with dense backwards."""
+    """Time of a head's backward on that rank, and how many such times every stage needs for its dense backward."""
     largest = max(stages, key=lambda stage: stage.classes_of_group)
     _, head_time = head_times(problem, largest)
     if head_time == 0:
@@ -152,7 +153,7 @@ def _part_limits(
 
 
 def _whole_heads(problem: PlanProblem, stage: LockstepStage, part: int, time_: float) -> float:
-    """`time_` less what no whole number of heads can use; part: 0 forward, 1 backward."""
+    """`time_` rounded down to what whole numbers of heads can use. part: 0 forward, 1 backward."""
     head_time = head_times(problem, stage)[part]
     if not stage.is_even or head_time == 0:
         return time_
@@ -166,9 +167,8 @@ def _possible(limits: list[Limit]) -> npt.NDArray[np.bool_]:
 
 def _unevenness(stage: LockstepStage, limits: list[Limit], possible: npt.NDArray[np.bool_]) -> Floats:
     """A tiny cost of levels far from the mean, float64 [level], so that equal scores get even levels. possible: bool
-    [level], by whose values it is measured.
-
-    Without it, prices could not tell one level from another, and no whole number of the extreme ones fits.
+    [level], the levels whose values set its size. Without this cost, prices could not tell equal levels apart and
+    would take extreme ones, of which no whole number fits.
     """
     levels = stage.levels
     distance: Floats = np.zeros(len(levels.forward_time))

@@ -1,4 +1,4 @@
-"""Planning for fixed shapes: the heads that a block runs are equally many in all rows, and one of two numbers."""
+"""Planning for fixed shapes: a block runs equally many heads in all rows, one of two numbers."""
 
 from __future__ import annotations
 
@@ -41,16 +41,17 @@ def solve_static(
     if heads_multiple < 1:
         raise PlanError(f"heads_multiple is a number of heads from 1, got {heads_multiple}.")
     operations = np.full(problem.forward_score.shape, Operation.SHORTCUT, dtype=np.uint8)
+    gains = problem.gains(forward_weight, backward_weight)
     for replicas in meeting_replicas(problem):
         stages = [
             replace(stage, levels=stage.levels.in_multiples(heads_multiple))
-            for stage in lockstep_stages(problem, replicas, forward_weight, backward_weight, most_shortcut)
+            for stage in lockstep_stages(problem, replicas, gains, most_shortcut)
         ]
         for alike in [stages] if _have_the_same_levels(stages) else [[stage] for stage in stages]:
             pairs = _neighbours(alike[0].levels)
             value, levels = _best_pair(problem, alike, *pairs)
             if value == -np.inf:
-                raise PlanError(  # a single head would be paid for: `lockstep_stages` has seen to it
+                raise PlanError(  # the budgets pay for a single head: `lockstep_stages` has checked it
                     f"heads_multiple={heads_multiple}: no such number of heads keeps the budgets and most_shortcut. "
                     f"Lower it, or raise one of these."
                 )
@@ -85,8 +86,8 @@ def _neighbours(levels: Levels) -> tuple[Ints, Ints]:
 def _best_pair(
     problem: PlanProblem, stages: list[LockstepStage], lower: Ints, upper: Ints
 ) -> tuple[float, list[Ints]]:
-    """What the best of the pairs (lower, upper) of levels, which all the stages have, gives in all, -inf if none fits;
-    each stage's levels, int64 [block]."""
+    """The total value of the best pair (lower, upper) of levels that all stages share, -inf if none fits; and each
+    stage's levels, int64 [block]."""
     total = np.zeros(len(lower))
     ranked, counts = [], []
     for stage in stages:
@@ -111,7 +112,8 @@ def _best_pair(
 def _most_upper(
     problem: PlanProblem, stage: LockstepStage, lower: Ints, upper: Ints
 ) -> npt.NDArray[np.int64]:
-    """Most blocks at the upper level of each pair that the stage's budgets pay for; -1: not even none."""
+    """For each pair, how many blocks at the upper level the stage's budgets pay for at most; -1: the budgets do not
+    even pay for the lower level everywhere."""
     blocks = len(stage.blocks)
     most = np.full(len(lower), blocks)
     for limit in step_limits(problem, stage):
@@ -138,7 +140,7 @@ class StaticOptions(WithShortcuts):
     """Options of the planner for fixed shapes."""
 
     heads_multiple: int = Field(default=1, gt=0)
-    """Numbers of heads that a device runs in a block are multiples of it, or all; 2 is faster on a GPU, whose matrix
+    """A device runs a multiple of this number of heads in a block, or all of them. 2 is faster on a GPU, whose matrix
     products run in tiles of 128 columns (two heads of most models)."""
 
 

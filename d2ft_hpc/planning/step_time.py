@@ -77,12 +77,13 @@ class StepTime:
     def fastest(
         self, plan: SkipPlan, problem: PlanProblem, layouts: Sequence[TokenLayout]
     ) -> tuple[float, TokenLayout]:
-        """The plan's seconds in the layout in which it is fastest, the first of equal ones; and that layout."""
+        """The plan's seconds in its fastest layout (the first of equally fast ones), and that layout."""
         return min(((self.of(plan, problem, layout), layout) for layout in layouts), key=lambda pair: pair[0])
 
 
 def _with_messages(work: Floats, sent: Floats, senders: Ints, layout: TokenLayout) -> Floats:
-    """Time of work and messages, one after the other but in the overlapped layout. senders: ranks, int64 [row, block].
+    """Time of work and messages, which follow one another except in the overlapped layout. senders: ranks, int64
+    [row, block].
 
     Overlapped, a half's work goes on while the other half's tokens come, or its sums leave; and where one rank sends,
     these use a link's two directions at once.

@@ -1,8 +1,8 @@
-"""Head placement, second part: swaps of two heads between ranks, as long as plans in lock step gain by them.
+"""Second part of head placement: swaps two heads between ranks as long as plans in lock step gain by it.
 
 A plan in lock step (`makespan`) says how many heads every rank runs forward and backward in each (row, block). A rank
-runs its best ones, so a swap changes the score by what the two ranks' best then are worth. All swaps of a block are
-tried at once, and the best is made, until none gains; then plan and prices are made anew.
+runs its best heads, so a swap changes the score by how much the two ranks' best heads change in worth. All swaps of a
+block are tried at once, and the best is made, until none gains; then plan and prices are made anew.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _swap_in_block(owner: Ints, kinds: list[_Kind], ranks: int, deadline: float)
 
 
 def _gain_of_replacing(owner: Ints, kind: _Kind, ranks: int) -> Floats:
-    """What the best heads of a rank are worth more if one of them is replaced, summed over the rows.
+    """How much more the best heads of a rank are worth if one of its heads is replaced, summed over the rows.
 
     Returns float64 [head, other head]: head leaves its rank and the other takes its place.
     """

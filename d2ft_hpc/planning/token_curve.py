@@ -18,13 +18,13 @@ from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.plan import Grid
 
 _STEEPEST = 500.0
-"""Beyond it all shares but one are as good as 0."""
+"""Beyond this steepness, all shares except one are practically 0."""
 
 
 @dataclass(frozen=True)
 class TokenCurve:
-    """grids: patches of an image, down and across, rising. steps: at each, in this order. costs: of a step at each, in
-    units of one at the last."""
+    """grids: patches of an image, down and across, rising. steps: how many steps have each grid, in this order.
+    costs: of a step at each grid, in units of one at the last."""
 
     grids: tuple[Grid, ...]
     steps: tuple[int, ...]
@@ -68,7 +68,7 @@ def token_curve(grids: Sequence[Grid], costs: Sequence[float], budget: float, to
     shares = _shares(of_steps, budget)
     counts = np.floor(shares * total_steps + 1e-9).astype(np.int64)
     counts[0] += total_steps - counts.sum()
-    # What rounding down has left goes to the dearest steps that still fit.
+    # The budget that rounding down has left goes to the most expensive steps that still fit.
     left = budget * total_steps - float(counts @ of_steps)
     for level in range(len(counts) - 1, 0, -1):
         for below in range(level):
@@ -81,7 +81,7 @@ def token_curve(grids: Sequence[Grid], costs: Sequence[float], budget: float, to
 
 
 def _shares(costs: np.ndarray, budget: float) -> np.ndarray:
-    """Shares of the steps, float64 [grid], of the largest entropy among those whose mean cost is the budget."""
+    """The shares of the steps, float64 [grid], with the largest entropy among those whose mean cost is the budget."""
 
     def at(steepness: float) -> np.ndarray:
         exponents = -steepness * costs

@@ -1,4 +1,4 @@
-"""What a results file says of machine, software and model: versions and counts, no environment variables."""
+"""What a results file says about machine, software and model: versions and counts, but no environment variables."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from d2ft_hpc.results.schema import PHASES, RANK_FIELDS, Array
 
 _PATIENCE_SECONDS = 60.0
 _COLUMNS = tuple(name for name in RANK_FIELDS if name != "waiting_seconds")
-"""What each rank sends of a step, as float64; what it did not measure is NaN."""
+"""What each rank sends for each step, as float64; what it did not measure is NaN."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class StepRecorder:
     """Collects step records and passes them on without waiting for any rank, GPU or disk.
 
     All ranks add the same steps. Rank 0 passes the run's writer; with a file for each rank, every rank also passes a
-    writer of its own and nothing is gathered. As a context manager it ends with `finish`, or after an exception with
+    writer of its own and nothing is gathered. As a context manager it ends with `finish`; after an exception it keeps
     what rank 0 has.
     """
 
@@ -71,8 +71,8 @@ class StepRecorder:
         self._sent: deque[tuple[StepRecord, Array, PendingGather]] = deque()
         self._recording_seconds = 0.0
         self.fault = ""
-        """About this rank's first loss that is not finite: the steps done before, a blank, and the loss. Empty while
-        all losses are finite."""
+        """This rank's first loss that is not finite, as the steps done before, a blank, and the loss. Empty while all
+        losses are finite."""
 
     def add(self, record: StepRecord) -> None:
         """Takes a step; passes on those whose times are ready."""
@@ -80,21 +80,21 @@ class StepRecorder:
         self._measured.append(record)
         while self._measured and self._measured[0].times.ready:
             self._send(self._measured.popleft())
-        while self._sent and (parts := self._sent[0][2].poll()) is not None:
-            self._write(self._sent.popleft()[0], parts)
+        while self._sent and (of_ranks := self._sent[0][2].poll()) is not None:
+            self._write(self._sent.popleft()[0], of_ranks)
         self._recording_seconds += time.perf_counter() - start
 
     def finish(self) -> None:
-        """Everything that was added is with the writers when this returns; on all ranks together."""
+        """Returns once the writers have everything that was added; all ranks call it together."""
         while self._measured:
             self._send(self._measured.popleft())
         while self._sent:
             record, own, gather = self._sent.popleft()
-            parts = wait_for(gather, _PATIENCE_SECONDS)
-            self._write(record, [own.tobytes()] if parts is None else parts)
+            of_ranks = wait_for(gather, _PATIENCE_SECONDS)
+            self._write(record, own.tobytes() if of_ranks is None else of_ranks)
 
     def flush(self) -> None:
-        """Puts what the writers have on disk; in any thread."""
+        """Puts what the writers have on disk; may be called in any thread."""
         for writer in (self._writer, self._own_writer):
             if writer is not None:
                 writer.flush()
@@ -109,13 +109,13 @@ class StepRecorder:
             self.finish()
             return
         for record, own, gather in self._sent:
-            parts = None
+            of_ranks = None
             with suppress(Exception):  # the fault may be that the ranks have lost each other
-                parts = gather.poll()
-            self._write(record, parts or [own.tobytes()])
+                of_ranks = gather.poll()
+            self._write(record, of_ranks or own.tobytes())
         for record in self._measured:
             if record.times.ready:
-                self._write(record, [self._figures(record).tobytes()])
+                self._write(record, self._figures(record).tobytes())
 
     def _send(self, record: StepRecord) -> None:
         own = self._figures(record)
@@ -142,11 +142,10 @@ class StepRecorder:
         self._recording_seconds = 0.0
         return np.array([figures.get(column, np.nan) for column in _COLUMNS], "<f8")
 
-    def _write(self, record: StepRecord, parts: list[bytes]) -> None:
+    def _write(self, record: StepRecord, of_ranks: bytes) -> None:
         if self._writer is None:
             return
-        of_ranks = np.stack([np.frombuffer(part, "<f8") for part in parts])
-        columns = _columns(of_ranks)
+        columns = _columns(np.frombuffer(of_ranks, "<f8").reshape(-1, len(_COLUMNS)))
         if "communication_seconds" in columns:
             columns["waiting_seconds"] = waiting(columns["communication_seconds"][None])[0]
         row: dict[str, Any] = {
@@ -170,7 +169,7 @@ class StepRecorder:
 
 
 def on_host(value: float | Tensor) -> float | Tensor:
-    """The value on its way to the host: there when the step's times are ready, and nothing waits for it now."""
+    """Starts copying the value to the host without waiting: it is there when the step's times are ready."""
     if not isinstance(value, Tensor) or value.device.type != "cuda":
         return value
     host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)

@@ -12,7 +12,7 @@ from d2ft_hpc.results.schema import MISSING, TABLES, Array, Field, Table
 def stack(table: str, rows: Sequence[Mapping[str, Array | str]], allowance: Allowance | None = None) -> Table:
     """Records to columns: [row] or [row, *axes], padded to the largest value; columns that no row gave are left out.
 
-    allowance: what they may take in memory where the records come from a file; so in all functions here.
+    allowance: the memory that they may take if the records come from a file, here and in all functions below.
     """
     columns: Table = {}
     for field in TABLES[table].values():
@@ -82,7 +82,8 @@ def fit(column: Array, shape: Sequence[int], field: Field, allowance: Allowance 
 def complete(
     table: str, columns: Table, only: Collection[str] | None = None, allowance: Allowance | None = None
 ) -> Table:
-    """The table with all columns of the schema, or those in `only`; what was not recorded says "missing"."""
+    """The table with all columns of the schema, or those in `only`; values that were not recorded are marked as
+    missing."""
     sizes = axis_sizes(table, columns)
     rows = length(columns)
     return {

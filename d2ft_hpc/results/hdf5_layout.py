@@ -1,4 +1,5 @@
-"""How tables and groups lie in an HDF5 file: a segment's, the linking file's that joins segments, the final file's."""
+"""How tables and groups are stored in HDF5 files: in segments, in the linking file that joins them, and in the final
+file."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from d2ft_hpc.results.schema import (
 )
 
 FORMAT_VERSIONS = ("v110", "v110")
-"""HDF5 1.10 is the oldest with virtual datasets; its metadata carry checksums."""
+"""HDF5 1.10 is the oldest version with virtual datasets; its metadata have checksums."""
 _COMPRESSED_FROM_BYTES = 4096
 _CHUNK_BYTES = 1 << 20
 
@@ -124,8 +125,8 @@ def link_rank_files(group: Any, field: Field, path: Path, ranks: int) -> None:
 
 
 def encode(contents: Contents, attributes: Mapping[str, Scalar]) -> bytes:
-    """A segment, without what the linking file says of its datasets. Only plans are compressed: the rest is soon
-    merged or joined."""
+    """A segment, without the attributes that the linking file gives its datasets. Only plans are compressed: the rest
+    is soon merged or joined."""
     image = io.BytesIO()
     with h5py.File(image, "w", libver=FORMAT_VERSIONS) as file:
         set_attributes(file, attributes)
@@ -223,7 +224,7 @@ def stored(values: Array | str) -> Array:
 
 
 def nbytes_of(contents: Contents) -> int:
-    """What a segment of that name with these contents holds."""
+    """The size in memory of what a segment holds."""
     arrays = [column for table in contents.tables.values() for column in table.values()]
     arrays += [
         value for data, _ in contents.groups.values() for value in data.values() if not isinstance(value, str)

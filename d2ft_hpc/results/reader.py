@@ -52,7 +52,7 @@ def open_run(path: Path | str, *, locking: bool | Literal["best-effort"] = False
 
 
 def _open(path: Path, locking: Any, *, rank_files: bool) -> "RunResults":
-    """rank_files: it may be that of a run with a file for each rank, and not of a rank itself."""
+    """rank_files: whether the file may belong to a run with a file for each rank. A rank's own file may not."""
     with _faults_of(path):
         for attempt in range(_ATTEMPTS):
             main = open_file(path, locking=locking)
@@ -165,7 +165,7 @@ class RunResults:
             self.table("scores", ["step", "seconds"]),
             self.table("plans", ["step", "solve_seconds"]),
         )
-        # Scores and plans come after what was done with the steps before, and before the step that they are for.
+        # Scores and plans count between the step before them and the step that they are for.
         when = np.concatenate([table["step"] + 0.5, scores["step"] + 0.25, plans["step"] + 0.25])
         seconds = np.concatenate([slowest(table["step_seconds"]), scores["seconds"], plans["solve_seconds"]])
         order = np.argsort(when, kind="stable")
@@ -185,7 +185,7 @@ class RunResults:
         return frames.to_xarray(self.table(table), table)
 
     def contents(self) -> Contents:
-        """Everything in the file as far as it was recorded."""
+        """All that was recorded in the file."""
         with _faults_of(self.path):
             groups = {name: group for file in self._files for name, group in read_groups(file)}
             tables = {name: self._read_recorded(name, None, self._allowance()) for name in TABLES}
@@ -284,7 +284,8 @@ def slowest(seconds: Array) -> Array:
 
 
 def waiting(communication: Array) -> Array:
-    """Seconds that each rank waited for slower ones, [row, rank]: what it was held up longer than any other rank."""
+    """Seconds that each rank waited for slower ones, [row, rank]: how much longer it was held up than the rank that
+    was held up least."""
     if communication.shape[1] == 0:
         return communication
     return np.asarray(communication - np.fmin.reduce(communication, axis=1)[:, None])
@@ -297,7 +298,7 @@ def _open_segment(path: Path, locking: bool | str) -> Any:
 
 
 def _open_rank_files(path: Path, ranks: int, locking: Any) -> list[RunResults | None]:
-    """The results of each rank; None of one that wrote none, as when the run was killed early."""
+    """The results of each rank; None for a rank that wrote none, as when the run was killed early."""
     folder = rank_file(path, 0).parent
     if folder.resolve() != folder:
         raise RefusedError(f"{folder} is a symbolic link")

@@ -17,7 +17,7 @@ their unit in their name.
     environment    attributes: library versions, launcher, world_size, replicas, device, ...
     model          attributes: name, num_blocks, num_heads, frozen_blocks (JSON, those that count as always run),
                    always_flops, full_flops, forward_only_flops (FLOP of one sample), ...; the map from parameters to
-                   what owns them
+                   what owns them; the classes
 
 Every dataset has the attributes `units` ("1" for pure numbers) and `description`, and HDF5 dimension scales: the
 index along each axis, which are datasets at the root (rank, row, block, head, label, ...) and, for the first axis,
@@ -99,6 +99,7 @@ GROUPS: dict[str, dict[str, Field]] = {
         Field("parameter_class", "text", "1", "subnet, embedding, shared or classifier", ("parameter",)),
         Field("parameter_trained", "uint8", "1", "1 trained, 0 frozen", ("parameter",)),
         Field("subnet_parameters", "int64", "1", "numbers that each subnet owns", ("block", "head")),
+        Field("class_name", "text", "1", "name of each class, in the order of the labels", ("class",)),
     ),
 }
 

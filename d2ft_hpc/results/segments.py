@@ -55,7 +55,7 @@ from d2ft_hpc.results.schema import (
 from d2ft_hpc.results.untrusted import read_groups, read_table
 
 _GRACE_SECONDS = 10.0
-"""How long a merged segment stays for readers that opened an older linking file."""
+"""Seconds that a merged segment stays on disk for readers that opened an older linking file."""
 _LARGE_SEGMENT_BYTES = 64 * 2**20
 """Segments of this size are not merged any more."""
 

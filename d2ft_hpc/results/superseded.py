@@ -1,4 +1,4 @@
-"""Results files that a new record of their run takes the place of."""
+"""The record of a run that begins or goes on, whatever there is of an older one."""
 
 from __future__ import annotations
 
@@ -6,15 +6,40 @@ import os
 import shutil
 from pathlib import Path
 
-from d2ft_hpc.errors import ResultsError
+from d2ft_hpc.errors import LostResultsError, ResultsError
 from d2ft_hpc.results.hdf5_layout import segments_folder
 from d2ft_hpc.results.reader import open_run
 from d2ft_hpc.results.segments import cannot_write
-from d2ft_hpc.results.writer import Locking, lock
+from d2ft_hpc.results.writer import Locking, ResultsWriter, lock
+
+BEFORE_ALL = -2
+"""Value for the last step that is kept if nothing is, not even the evaluation before the first step."""
+
+
+def open_record(
+    path: Path, last_step: int | None, *, locking: Locking = "best-effort", rank_files: int = 0
+) -> tuple[ResultsWriter, str]:
+    """The writer of a run that goes on after `last_step`, or of one that begins (None), which takes the place of a run
+    that never began a step. Where the record to go on with is lost, a new one begins, and the text says so.
+
+    rank_files: as `ResultsWriter` takes it. Raises ResultsError.
+    """
+    if last_step in (None, BEFORE_ALL) and is_unbegun(path):
+        discard(path, locking)
+        last_step = None
+    if last_step is None:
+        return ResultsWriter(path, locking=locking, rank_files=rank_files), ""
+    try:
+        return ResultsWriter.resume(path, last_step=last_step, locking=locking, rank_files=rank_files), ""
+    except LostResultsError as error:
+        left = set_aside(path, locking)
+        lost = f"the record of the first {last_step + 1} steps is gone ({error})"
+        lost += "" if left is None else f"; what is left of it is in {left}"
+        return ResultsWriter(path, locking=locking, rank_files=rank_files), lost
 
 
 def has_record(path: Path) -> bool:
-    """Whether there is a results file, or anything of one."""
+    """Whether there is a results file or a part of one."""
     return path.exists() or any(segments_folder(path).glob("*.h5"))
 
 
@@ -28,8 +53,9 @@ def is_unbegun(path: Path) -> bool:
 
 
 def set_aside(path: Path, locking: Locking) -> Path | None:
-    """Moves what there is of a results file and its segments into a new folder beside it, which is returned; None if
-    there is nothing. Raises ResultsError if another process writes it, or the folder cannot be written."""
+    """Moves a results file and its segments, as far as they exist, into a new folder beside it and returns that
+    folder; None if there is nothing. Raises ResultsError if another process writes it, or the folder cannot be
+    written."""
     segments = segments_folder(path)
     left = [part for part in (path, segments) if part.exists()]
     if not left:

@@ -1,4 +1,4 @@
-"""Tables and groups of a results file that nobody vouches for (`files.hdf5`); RefusedError for what is not ours."""
+"""Reads tables and groups of results files that may be damaged or hostile (`files.untrusted`)."""
 
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -22,7 +22,7 @@ from d2ft_hpc.results.schema import (
 )
 
 _BYTES_OF_TEXT = 64
-"""What Python needs for a text besides its signs."""
+"""Bytes that Python needs for a text besides its characters."""
 
 
 def check_root(file: Any) -> int:
@@ -85,14 +85,14 @@ def read_table(
 ) -> Table:
     """The recorded columns of a table, or only those of them that are named.
 
-    allowance: what they may take in memory; None: that of the file by itself.
+    allowance: the memory that they may take; None: as much as the file's own size allows.
     """
     allowance = allowance or Allowance(file.id.get_filesize())
     group = child(file, name)
     columns: Table = {}
     rows = set()
     for field in TABLES[name].values():
-        # The others are not even opened: those of ranks may be virtual datasets.
+        # The other datasets are not even opened: per-rank columns may be virtual datasets.
         dataset = child(group, field.name) if only is None or field.name in only else None
         if dataset is None:
             continue

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -135,7 +135,7 @@ class ResultsWriter:
     def put(
         self,
         group: str,
-        data: Mapping[str, Array | int | float | str],
+        data: Mapping[str, Array | int | float | str | Sequence[str]],
         attrs: Mapping[str, Scalar] | None = None,
     ) -> None:
         """Store a static group ("config", "environment", "model"); replaces one of the same name.

@@ -27,7 +27,7 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 _FP16_SCALE = 2.0**10
 """Keeps the gradients of a mean loss within fp16's range."""
 _GRADIENT_BYTES = 1 << 28
-"""As many samples as fit have their weight gradients formed at a time."""
+"""Bytes of weight gradients that are formed at a time, by which the samples are taken in parts."""
 
 
 def gradient_scores(
@@ -100,7 +100,7 @@ def _scores_of_parts(
 
 
 _Place = tuple[int, str, int]
-"""Block, layer name, which of the layer's parameters."""
+"""Block, layer name, and which of the layer's parameters it is."""
 
 
 def _gradients_of_part(

@@ -12,7 +12,7 @@ from d2ft_hpc.score_table import WEIGHT_MAGNITUDE, Score
 
 @torch.no_grad()
 def scores_of_weights(score: Score, model: nn.Module, subnets: SubnetMap) -> Tensor:
-    """One that reads no gradients, summed over each subnet's weights; float32 [block, head].
+    """A score that reads no gradients, summed over each subnet's weights: float32 [block, head].
 
     Weights that FSDP2 has spread are gathered one by one, by all ranks together. Of a model with LoRA, over the
     low-rank factors alone.

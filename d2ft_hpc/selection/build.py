@@ -22,7 +22,7 @@ def selection_of(
     autocast_dtype: torch.dtype | None = None,
     cuda_graphs: bool = False,
 ) -> SampleSelection:
-    """What scores and draws a replica's samples. image_size: pixels, of the images that are trained on."""
+    """Makes what scores and draws a replica's samples. image_size: pixels, of the images that are trained on."""
     patch_size = family_of(model).patch_size(model)[0]
     half = -(-image_size // (2 * patch_size)) * patch_size
     scorer = SampleScorer(

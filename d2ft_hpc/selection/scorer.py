@@ -48,10 +48,11 @@ class SampleScorer:
         self._model = family.of_any_size(model)
         self._logits_of: LogitsOf | None = None
         self.num_classes = 0
-        """Of the logits that were scored last, which need not be those of `model`, but of a module around it."""
+        """The number of classes of the logits that were scored last; they may be those of a module around `model`."""
 
     def bind(self, logits_of: LogitsOf) -> None:
-        """Scores by these logits from now on: by an engine's, whose ranks may hold parts of the model."""
+        """Scores by the logits of this function from now on, such as an engine's whose ranks hold parts of the
+        model."""
         self._logits_of = logits_of
 
     @torch.no_grad()

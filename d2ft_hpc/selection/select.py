@@ -20,7 +20,7 @@ SampleWeights = Literal["none", "unbiased"]
 
 
 class SampleSelection:
-    """Scores a replica's batch and draws the samples that train: the same number from each batch of a size.
+    """Scores a replica's batch and draws the samples that train: equally many from batches of equal size.
 
     weights: "unbiased" weighs a drawn sample by the inverse of its probability, so that the expected gradient is the
         whole batch's; "none" keeps the bias towards samples that the model gets wrong.
@@ -77,7 +77,8 @@ class SampleSelection:
         return images[drawn], targets
 
     def _uniforms(self, step: int, samples: int, device: torch.device) -> Tensor:
-        """What decides the draw of a step, float64 [sample + 1] in [0, 1); the device is not synchronised."""
+        """The random numbers that decide the draw of a step, float64 [sample + 1] in [0, 1); the device is not
+        synchronised."""
         numbers = torch.from_numpy(
             np.random.default_rng((self._seed, step, self._replica)).random(samples + 1)
         )

@@ -19,7 +19,7 @@ from d2ft_hpc.training.saver import CheckpointSaver
 
 
 class BetweenSteps:
-    """All ranks cross each boundary together in effect, though none waits for another unless something is due."""
+    """All ranks act at the same boundaries, though none waits for another unless something is due."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class BetweenSteps:
         log: RunLog,
         settle: Callable[[Position], Position],
     ) -> None:
-        """settle: ends what is under way and belongs into a checkpoint."""
+        """settle: completes what is still under way and belongs into a checkpoint."""
         self._job, self._engine, self._saver = job, engine, saver
         self._recorder, self._log, self._watch = recorder, log, log.watch
         self._settle = settle
@@ -38,7 +38,7 @@ class BetweenSteps:
         self._gives_up = False
 
     def cross(self, position: Position) -> tuple[Position, bool]:
-        """Before a step; the position, since a plan may come into force. False: all is saved, no step shall follow.
+        """Called before a step, with the position. False: everything is saved and no step may follow.
 
         Raises DivergedError on all ranks soon after a step whose loss was not finite on one of them.
         """
@@ -82,7 +82,7 @@ class BetweenSteps:
             self._watch.request("give up", f"{self._recorder.fault}{where}")
 
     def _require_finite_losses(self, position: Position) -> None:
-        """Reads all losses up to here; on all ranks together."""
+        """Reads all losses up to here; all ranks call it together."""
         self._recorder.finish()
         faults = [part.decode() for part in self._job.control.all_gather(self._recorder.fault.encode())]
         if any(faults):
@@ -96,7 +96,7 @@ class BetweenSteps:
 
     def _save(self, position: Position) -> Position:
         if self._saver.newest_step == position.steps_done:
-            return position  # nothing has been computed since the start or the last save
+            return position  # nothing was computed since the start or the last save
         start = time.perf_counter()
         self._watch.enter("saving a checkpoint")
         self._require_finite_losses(position)

@@ -3,7 +3,7 @@
 A checkpoint is a folder `checkpoints/step-N`, where N steps are done. It is complete or absent: while it is written it
 has another name. It holds what the engine saves, the plan in force (plan.h5), each rank's random state, the position
 in the run (position.json), the run's configuration (config.yaml) and the SHA-256 of every one of these files
-(manifest.json). Whoever wrote it: nothing is read but files of the folder itself that the manifest vouches for.
+(manifest.json). Whoever wrote it, only files of the folder itself that the manifest lists are read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PLAN = "plan.h5"
 CONFIG = "config.yaml"
 _MANIFEST_BYTES = 64 << 20
 _DEEPEST = 8
-"""Folders in each other; a checkpoint has fewer."""
+"""Most folders inside each other that are searched; a checkpoint has fewer."""
 _NAME = re.compile(r"step-(\d{8,18})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -42,11 +42,11 @@ class Position:
 
     epochs_done: int = 0
     batches_done: int = 0
-    """Batches of the epoch that is under way: the data position. Batch b is the same for every number of ranks."""
+    """Batches done of the present epoch: the position in the data. Batch b is the same for every number of ranks."""
     steps_done: int = 0
     plans_made: int = 0
     rows: int = 0
-    """Micro-batches of a batch over all ranks, which stay as they are when a run goes on with other ranks."""
+    """Micro-batches of a batch over all ranks; they stay the same when a run goes on with another number of ranks."""
     ranks: int = 0
     """That saved the checkpoint."""
 
@@ -68,7 +68,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_position(checkpoint: Path) -> Position:
-    """Raises CheckpointError if the checkpoint is damaged, or the position is none that a run comes to."""
+    """Raises CheckpointError if the checkpoint is damaged, or no run comes to this position."""
     try:
         position = Position(**read_json(checkpoint / POSITION, 1 << 12))
         for name, value in vars(position).items():
@@ -85,8 +85,8 @@ def read_position(checkpoint: Path) -> Position:
 
 
 def verify(checkpoint: Path, *, part: int = 0, of: int = 1) -> None:
-    """Compares every `of`-th file with its checksum. Raises CheckpointError, naming a damaged file, one that is missing
-    or that the manifest does not have, or one that lies elsewhere."""
+    """Compares every `of`-th file with its checksum. Raises CheckpointError with the name of a file that is damaged,
+    missing, not in the manifest, or outside the folder."""
     try:
         checksums = _read_manifest(checkpoint)
         found = set(_files_in(checkpoint)) - {MANIFEST}
@@ -116,7 +116,8 @@ def _read_manifest(checkpoint: Path) -> dict[str, str]:
 
 
 def _files_in(folder: Path, prefix: str = "") -> Iterator[str]:
-    """Paths of all regular files in the folder; nothing in it may be anything else, and it no link itself."""
+    """Paths of all files in the folder, which may hold only regular files and folders and may not be a link
+    itself."""
     if folder.is_symlink():
         raise RefusedError(f"{prefix or 'the folder '}is a symbolic link")
     if prefix.count("/") > _DEEPEST:
@@ -132,7 +133,7 @@ def _files_in(folder: Path, prefix: str = "") -> Iterator[str]:
 
 
 def load_checkpoint(checkpoint: Path, engine: Engine, control: Control) -> SkipPlan:
-    """Restores engine and random state and returns the plan; on all ranks together.
+    """Restores engine and random state and returns the plan; all ranks call it together.
 
     Raises CheckpointError on all of them if any file is damaged: each is checked before anything is read from it.
     """
@@ -153,7 +154,7 @@ def random_state_name(rank: int) -> str:
 
 
 def random_state() -> dict[str, torch.Tensor]:
-    """That of torch, on the CPU and on the current GPU."""
+    """torch's random state on the CPU and on the current GPU."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()

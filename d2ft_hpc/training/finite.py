@@ -1,4 +1,4 @@
-"""A run that diverges ends: losses and weights are looked at where they are read anyway, so that no step waits."""
+"""Ends a run that diverges. Losses and weights are checked where they are read anyway, so that no step waits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from d2ft_hpc.training.checkpoint import checkpoint_name, complete_checkpoints
 
 
 def require_finite(weights: Mapping[str, Tensor]) -> None:
-    """Raises DivergedError, naming the first weight that has a value which is not finite."""
+    """Raises DivergedError with the name of the first weight that has a value which is not finite."""
     bad = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise DivergedError(f"{len(bad)} of {len(weights)} weights are not finite, the first is {bad[0]}")

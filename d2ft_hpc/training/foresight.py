@@ -17,10 +17,10 @@ _BUDGETS = ("compute_budget", "communication_budget", "memory_budget")
 
 
 def foresee_plans(plans: PlanController) -> None:
-    """Raises PlanError on all ranks, which call it together, where the run's plan file is none that the model, the
-    ranks and the engine can follow, or no plan keeps the budgets."""
+    """Raises PlanError on all ranks, which call it together, if the model, the ranks or the engine cannot follow the
+    run's plan file, or if no plan keeps the budgets."""
     context = replace(plans.context, same_rows=plans.engine.same_rows is not None)
-    plan = SkipPlan.from_bytes(share(plans.control, lambda: trial_plan(context).to_bytes(), "planning"))
+    plan = SkipPlan.from_message(share(plans.control, lambda: trial_plan(context).to_message(), "planning"))
     if context.settings.file is not None:
         with agreed(plans.control, f"plan.file={context.settings.file}"):
             plans.check(plan)
@@ -32,9 +32,9 @@ def trial_plan(context: PlanContext) -> SkipPlan:
     Raises PlanError, which names the keys.
     """
     settings = context.settings
-    # What a second does not find may exist; the run itself looks for as long as the configuration says.
+    # A plan that is not found in a second may exist; the run itself looks for as long as the configuration says.
     for seconds in (min(_TRIAL_SECONDS, settings.time_limit_seconds), settings.time_limit_seconds):
-        # What only the real scores can tell is left open.
+        # What only the real scores can tell is not decided here.
         update = {"time_limit_seconds": seconds, **dict.fromkeys(settings.entry.needs_scores_for)}
         try:
             return make_plan(replace(context, settings=settings.model_copy(update=update)), None, 0)
@@ -44,7 +44,7 @@ def trial_plan(context: PlanContext) -> SkipPlan:
 
 
 def _with_keys(text: str, config: PlanConfig) -> str:
-    """The message with the configuration's keys for what it speaks of."""
+    """The planner's message with the configuration's keys in front."""
     if config.file is not None:
         return f"{'' if text.startswith('plan.file=') else 'plan.file='}{text}"
     values = {f"plan.{key}": getattr(config, key) for key in _BUDGETS}
@@ -58,6 +58,6 @@ def _with_keys(text: str, config: PlanConfig) -> str:
 
 
 def _names_of(key: str) -> tuple[str, str]:
-    """As planners' messages name what a key of the configuration says."""
+    """The words by which planners' messages name a key of the configuration."""
     name = key.rpartition(".")[2]
     return name, name.replace("_", " ")

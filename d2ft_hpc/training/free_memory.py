@@ -17,16 +17,15 @@ from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.plan_costs import keep_costs
 
 HEADROOM = 0.1
-"""Share of the free memory that is left for what a backward needs beside what it was kept for, and for gaps."""
+"""Share of the free memory that is reserved for a backward's temporary tensors and for gaps."""
 
 
 def with_memory_limits(
     job: Job, engine: Engine, placement: Placement, kept: ActivationBytes | None, costs: PlanCosts
 ) -> PlanCosts:
-    """The costs with the most FULL subnets of each rank, if some rank has not the memory for a dense micro-batch.
-
-    On all ranks together, once their engines are built. kept: this rank's; None: the costs stay as they are, as those
-    of a resumed run do.
+    """The costs, with the most FULL subnets of each rank if some rank lacks the memory for a dense micro-batch. All
+    ranks call it together, once their engines are built. kept: bytes that this rank keeps; None: the costs stay as
+    they are, as in a resumed run.
     """
     control = job.control
     if kept is None or costs.free_bytes is not None:
@@ -48,9 +47,8 @@ def with_memory_limits(
 
 
 def most_full(free: float, kept: ActivationBytes, placement: Placement, slots: int) -> float:
-    """The most FULL subnets of a micro-batch whose activations fit on this rank: none to all of its own.
-
-    A pipeline's stage keeps those of as many micro-batches at once as there are stages from it to the last.
+    """The most FULL subnets of a micro-batch whose activations fit on this rank, from none to all of its own. A
+    pipeline stage keeps as many micro-batches at once as there are stages from it to the last.
     """
     layout, own = placement.layout, float(placement.own.sum())
     at_once = min(layout.stages - layout.stage, slots)
@@ -60,7 +58,7 @@ def most_full(free: float, kept: ActivationBytes, placement: Placement, slots: i
 
 
 def describe_memory(costs: PlanCosts, kept: ActivationBytes, num_subnets: int) -> str:
-    """One line of what was measured and what follows."""
+    """One line that says what was measured and what follows."""
     free = _range(costs.free_bytes or [])
     line = f"memory: a dense micro-batch keeps {_size(kept.of(num_subnets))}, ranks have room for {free}"
     if costs.most_full is None:

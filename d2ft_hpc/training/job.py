@@ -81,7 +81,7 @@ class Job:
         )
 
     def batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
-        """Groups what a loader over the sampler yields into batches on the job's device, in slot order."""
+        """Groups a loader's micro-batches into batches on the job's device, in slot order."""
         on_device = ((images.to(self.device), labels.to(self.device)) for images, labels in micro_batches)
         while batch := list(islice(on_device, self.config.data.slots)):
             yield batch
@@ -137,7 +137,7 @@ def layout_of(config: RunConfig, control: Control) -> RankLayout:
 
 
 def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
-    """Makes a job's parts; no rank waits for another here, so that each can fail on its own."""
+    """Makes a job's parts. No rank waits for another here, so that each can fail by itself."""
     layout = layout_of(config, control)
     kind = config.engine.kind
     kind.prepare(config)
@@ -197,7 +197,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
 
 
 def _check_sizes(config: RunConfig, train_set: LabelledImages, sampler: MicroBatchSampler) -> None:
-    """Raises ConfigError where there is nothing to learn, or fewer images than are asked for at once."""
+    """Raises ConfigError where there is nothing to learn, or fewer images than a batch needs."""
     data, images = config.data, len(train_set)
     if train_set.num_classes < 2:
         raise ConfigError(
@@ -232,9 +232,17 @@ def _check_image_size(model: nn.Module, size: int) -> None:
     shape = family.image_shape(model)
     if shape is not None and not family.takes_other_sizes(model) and shape[1:] != (size, size):
         _, height, width = shape
+        high, wide = family.patch_size(model)
+        whole = max(1, round(size / math.lcm(high, wide))) * math.lcm(high, wide)
+        cut = (
+            ""
+            if whole == size
+            else f" in patches of {high} x {wide}, and {size} holds no whole number of them"
+        )
+        both = "" if whole == height else f", or both data.image_size and model.options.img_size to {whole}"
         raise ConfigError(
-            f"data.image_size={size}: the model takes {height} x {width} pixels; set model.options.img_size={size}, or "
-            f"data.image_size={height}"
+            f"data.image_size={size}: the model takes {height} x {width} pixels{cut}; set "
+            f"data.image_size={height}{both}"
         )
 
 

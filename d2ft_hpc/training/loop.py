@@ -144,7 +144,8 @@ def _images_of_step(job: Job) -> int:
 
 
 def _train_epochs(run: _Run, recorder: StepRecorder, position: Position, config_text: str) -> bool:
-    """False if it was stopped and saved before the end. config_text: as the user gave it, for checkpoints."""
+    """Returns False if the run was stopped and saved before its end. config_text: the configuration as the user gave
+    it, for checkpoints."""
     job, engine, plans, log = run.job, run.engine, run.plans, run.log
     config, control = job.config, job.control
     speed_watch = SpeedWatch(control)
@@ -155,7 +156,7 @@ def _train_epochs(run: _Run, recorder: StepRecorder, position: Position, config_
         _evaluate(run, position)
 
     def settle(position: Position) -> Position:
-        """As a checkpoint holds it: no plan is under way any more."""
+        """The plans' state as a checkpoint holds it, after waiting for a plan that is still being solved."""
         plans.settle(position.steps_done)
         return replace(position, plans_made=plans.plans_made)
 
@@ -212,8 +213,8 @@ def _evaluate(run: _Run, position: Position) -> None:
 
 
 def _save_model(job: Job, model: nn.Module) -> None:
-    """Raises CheckpointError where it cannot be written, DivergedError if its weights are not finite; an older model is
-    then unharmed."""
+    """Writes the trained model. Raises CheckpointError if it cannot be written, DivergedError if its weights are not
+    finite; an older model then stays."""
     weights = {name: tensor.contiguous() for name, tensor in timm_state(model).items()}
     require_finite(weights)
     path = job.config.run_folder / run_folder.MODEL

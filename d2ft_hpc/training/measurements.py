@@ -31,7 +31,7 @@ class Measurements:
 
 
 def measure_job(job: Job) -> Measurements:
-    """On all ranks together, before the engine is built and any random state is restored."""
+    """All ranks call it together, before the engine is built and any random state is restored."""
     data = job.config.data
     shape = (data.micro_batch_size, 3, data.image_size, data.image_size)
     precisions = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -22,8 +22,8 @@ from d2ft_hpc.training.probe_scores import measure_scores
 
 
 def place(job: Job, checkpoint: Path | None, watch: Watch) -> Placement:
-    """The same on every rank; on all ranks together. A resumed run keeps the placement of its checkpoint
-    where it has as many stages and tensor-parallel ranks.
+    """All ranks call it together and return the same. A resumed run keeps the placement of its checkpoint where it
+    has as many stages and tensor-parallel ranks.
 
     Raises ConfigError or PlanError where the model has too few blocks or heads.
     """
@@ -54,7 +54,7 @@ def place(job: Job, checkpoint: Path | None, watch: Watch) -> Placement:
             def solve() -> bytes:
                 return place_heads(problem, layout.tensor_ranks).astype("<i8").tobytes()
 
-            # By rank 0 alone: where the time limit stops it depends on the rank.
+            # Rank 0 alone does it, since each rank would be stopped elsewhere by the time limit.
             owner = np.frombuffer(share(job.control, solve, "the heads' places"), "<i8").reshape(owner.shape)
     return Placement(layout, stages, owner)
 

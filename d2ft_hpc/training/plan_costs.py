@@ -27,13 +27,13 @@ from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.run_folder import writing
 
 COSTS = "costs.json"
-"""In the run folder: what a resumed run plans with."""
+"""File in the run folder with the costs that a resumed run plans with."""
 
 _MOST_BYTES = 8 << 20
 
 
 def find_costs(job: Job, profile: PassProfile, all_reduce: AllReduceSeconds) -> PlanCosts:
-    """What `plan.costs` and `plan.device_speed` ask for; on all ranks together, the same on each.
+    """The costs that `plan.costs` and `plan.device_speed` ask for. All ranks call it together and return the same.
 
     profile, all_reduce: this rank's. An older profile of the same hardware and model takes its place, if the cache
     folder has one, so that runs do not differ by the noise of a measurement. A resumed run takes what it planned with
@@ -108,8 +108,8 @@ def costs_unmeasured(job: Job) -> PlanCosts:
 
 
 def _cached(job: Job, profile: PassProfile) -> PassProfile:
-    """The profile that the cache folder keeps for this hardware and model; it keeps this one if it has none, and if it
-    can be written: it is a convenience."""
+    """The profile that the cache folder has for this hardware and model. If it has none, it stores this one, and if
+    it cannot be written, the run goes on without."""
     name = f"profile-{_key(job)}.json"
     try:
         cached = PassProfile(**read_json(cache_folder() / name, _MOST_BYTES))
@@ -165,6 +165,6 @@ def _processor() -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Complete or not at all, whoever else writes the same file."""
+    """Writes the file as a whole or not at all, even if others write the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write(path, content, shared=True)

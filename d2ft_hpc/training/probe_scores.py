@@ -37,9 +37,8 @@ class ProbeScores(ScoreSource):
 
 
 def measure_scores(job: Job, model: nn.Module, loss_function: LossFunction, watch: Watch) -> Scores | None:
-    """Scores of the first batch of the sampler's epoch; on all ranks together, the same on each.
-
-    None for planners that read no scores.
+    """Scores of the first batch of the sampler's epoch; None for planners that read no scores. All ranks call it
+    together and return the same.
     """
     config = job.config.plan
     if not reads_scores(config):

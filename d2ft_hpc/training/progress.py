@@ -39,7 +39,7 @@ class Progress:
             print(one_line(text), flush=True, file=self._stream)
 
     def evaluated(self, accuracy: float, seconds: float) -> None:
-        """The accuracy to show from now on; the seconds do not count as steps."""
+        """Sets the accuracy to show from now on; the evaluation's seconds do not count as steps."""
         self._accuracy = accuracy
         self._idle += seconds
 

@@ -34,7 +34,7 @@ MAY_CHANGE = (
     "launch.",
     "results.",
 )
-"""What a resumed run may set otherwise than the run did before; everything else decides its losses."""
+"""Settings that a resumed run may change; all others decide its losses."""
 
 
 class ForeignCheckpointError(CheckpointError):
@@ -61,9 +61,8 @@ def choose_start(config: RunConfig, control: Control) -> Start:
 
 
 def fitted_to_ranks(config: RunConfig, position: Position, ranks: int) -> RunConfig:
-    """The configuration whose batches over `ranks` ranks have as many rows as the checkpoint's.
-
-    So a run goes on with another number of ranks as it was: the same rows, under the same plan, by fewer or more ranks.
+    """The configuration, with as many slots as give batches over `ranks` ranks the rows of the checkpoint's. So a run
+    goes on unchanged with another number of ranks: the same rows under the same plan.
     """
     if position.rows == 0 or config.data.slots * ranks == position.rows:
         return config
@@ -93,7 +92,7 @@ def check_position(job: Job, start: Start) -> None:
 
 
 def check_length(job: Job, start: Start) -> None:
-    """Raises ConfigError if the run has more steps behind it than it is to have."""
+    """Raises ConfigError if the run has done more steps than it is now to have."""
     total, done = job.total_steps, start.position.steps_done
     if done > total:
         raise ConfigError(
@@ -112,7 +111,7 @@ def _choose(config: RunConfig) -> Start:
     checkpoints = complete_checkpoints(folder / run_folder.CHECKPOINTS)
     before = _config_before(folder, config)
     if before is None or (not checkpoints and is_unbegun(folder / run_folder.RESULTS)):
-        before = {}  # what a run that never began a step had does not bind this one
+        before = {}  # the settings of a run that never began a step do not bind this one
     _check_same(before, config)
     epochs_before, epochs = _epochs(before), config.train.epochs
     finished = _is_finished(folder)
@@ -174,7 +173,8 @@ def _epochs(before: Mapping[str, Any]) -> Any:
 
 
 def _config_before(folder: Path, config: RunConfig) -> dict[str, Any] | None:
-    """That of the run in the folder, None if it is not known. Raises ConfigError where somebody is there to mend it."""
+    """The configuration of the run in the folder, None if it is not known. Raises ConfigError where the user can mend
+    it."""
     try:
         return run_folder.read_config(folder)
     except ConfigError as error:
@@ -205,7 +205,8 @@ def _check_same(before: Mapping[str, Any], config: RunConfig) -> None:
 def _settings(
     section: type[BaseModel], values: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
-    """Key and value of each setting that is there. What may hold any keys, or none at all, is one value."""
+    """Key and value of each setting that is given. A section that may hold any keys, or may be absent, counts as one
+    value."""
     for name, described in section.model_fields.items():
         if name not in values:  # the run was begun with an older version
             continue

@@ -44,7 +44,7 @@ MODEL = "model.safetensors"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 KEPT_CHECKPOINTS = 2
-"""The newest is not known to be good before a step from it had a finite loss."""
+"""Checkpoints that are kept: the newest is not known to be good before a step from it had a finite loss."""
 TENSORBOARD = "tensorboard"
 
 _WRITTEN = (
@@ -77,7 +77,8 @@ _RECORDED = frozenset(
         "HDF5_USE_FILE_LOCKING", "HF_HUB_OFFLINE",
     ]
 )  # fmt: skip
-"""Variables that steer launchers and libraries. Named one by one, since others carry whole environments and logins."""
+"""Variables that steer launchers and libraries. They are named one by one, since others contain whole environments
+and logins."""
 
 
 def check_possible(folder: Path) -> None:
@@ -88,7 +89,7 @@ def check_possible(folder: Path) -> None:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Around what is written into a run's folder. Raises ConfigError in place of OSError."""
+    """For code that writes into a run's folder: raises ConfigError in place of OSError."""
     try:
         yield
     except OSError as error:
@@ -103,9 +104,8 @@ def _unwritable(folder: Path, why: str) -> ConfigError:
 
 
 def check_free(folder: Path, *, may_hold_a_start: bool) -> None:
-    """Raises ConfigError where a new run would write over what is in its folder already.
-
-    may_hold_a_start: whether what a run leaves that ended before its first step may be there.
+    """Raises ConfigError where a new run would overwrite files in its folder. may_hold_a_start: whether files of a
+    run that ended before its first step may be there.
     """
     written = (MODEL, ADAPTER, CHECKPOINTS) if may_hold_a_start else _WRITTEN
     there = [name for name in written if os.path.lexists(folder / name)]
@@ -117,7 +117,7 @@ def check_free(folder: Path, *, may_hold_a_start: bool) -> None:
 
 
 def check_ours(folder: Path) -> None:
-    """Raises ConfigError where what is in a folder that a run is to go on in was not written by a run."""
+    """Raises ConfigError where a run is to go on in a folder whose files are not those of a run."""
     there = [name for name in (CONFIG, MODEL, ADAPTER) if os.path.lexists(folder / name)]
     if there and not (folder / LAUNCHES).is_file():
         raise ConfigError(
@@ -172,7 +172,7 @@ def recorded_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _commit(git: Path) -> str:
-    """What HEAD is, read from git's files: no process may be forked once MPI runs."""
+    """The commit of HEAD, read from git's files, since no process may be forked once MPI runs."""
     try:
         if git.is_file():  # a worktree
             git = Path(git.read_text().removeprefix("gitdir: ").strip())

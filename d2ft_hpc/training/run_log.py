@@ -1,4 +1,4 @@
-"""What a run tells besides its steps, to people and in its results file: itself, its plans, evaluations, events."""
+"""What a run prints and records besides its steps: its own description, plans, evaluations and events."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFUSION_CLASSES = 256
 
 
 class RunLog(PlanListener):
-    """What one run says on this rank. Rank 0 prints and, once its files are open, writes."""
+    """What one run reports on this rank. Rank 0 prints, and also writes once its files are open."""
 
     def __init__(self, job: Job, executor: PlanExecutor, progress: Progress, watch: Watch) -> None:
         self.progress, self.watch = progress, watch
@@ -86,7 +86,7 @@ def record_job(
     parameters, attributes = measured.model
     writer.put(
         "model",
-        parameters,
+        {**parameters, "class_name": job.train_set.class_names},
         {
             "name": job.config.model.name,
             **attributes,

@@ -61,7 +61,8 @@ class CheckpointSaver:
     def save(
         self, engine: Engine, plan: SkipPlan, position: Position, flush_results: Callable[[], None]
     ) -> Path:
-        """Begins to write the checkpoint at `position`; on all ranks together. Waits for the one before.
+        """Begins to write the checkpoint at `position`; all ranks call it together. Waits for the checkpoint before
+        it.
 
         flush_results: called in the thread, since the results up to here must outlive this process if the checkpoint
         does.
@@ -85,14 +86,13 @@ class CheckpointSaver:
         return target
 
     def finish(self) -> None:
-        """Waits until the newest checkpoint is on disk; on all ranks together.
-
-        Raises on all of them CheckpointError, or DivergedError if its weights are not finite: then there is no such
-        checkpoint, and those before it stay.
+        """Waits until the newest checkpoint is on disk; all ranks call it together. All of them raise
+        CheckpointError, or DivergedError if its weights are not finite: then this checkpoint does not exist, and
+        those before it stay.
         """
         if self._written is None:
             return
-        # First whether every rank has written, since rank 0 would wait without end for one that cannot.
+        # First ask whether every rank has written, since rank 0 would wait for ever for a rank that cannot.
         for part in (self._written, self._completed):
             with agreed(self._control, "saving the checkpoint"):
                 try:

@@ -22,7 +22,7 @@ from d2ft_hpc.training.run_log import record_job
 
 
 def _check_output(output: Path) -> None:
-    """Raises ResultsError for what is no file of scores to replace, and where none can be written."""
+    """Raises ResultsError if another file than one of scores would be replaced, or if none can be written."""
     if why := why_not_writable(output.parent):
         raise ResultsError(f"{output}: cannot be written ({why}); choose another file")
     if output.exists() and not (output.is_file() and h5py.is_hdf5(output)):

@@ -26,7 +26,7 @@ class SpeedWatch:
         self._skips_next = True
 
     def begin_plan(self) -> None:
-        """A new plan is in force: older steps do not count any more, nor does the next one, which is metered."""
+        """A new plan is in force: older steps no longer count, and neither does the next one, which is metered."""
         self._steps.clear()
         self._skips_next = True
 
@@ -37,9 +37,8 @@ class SpeedWatch:
         self._skips_next = False
 
     def speeds(self, before: Sequence[float]) -> list[float]:
-        """Relative speed of each rank, mean 1; on all ranks together, the same on each.
-
-        before: what a rank that computed nothing keeps; all of them, if some rank has no step to tell from.
+        """Relative speed of each rank, mean 1. All ranks call it together and return the same. before: speeds that
+        ranks keep if they computed nothing, and that all ranks keep if some rank has no step to measure.
         """
         own = [flops / seconds for flops, times in self._steps if (seconds := _computing(times)) > 0]
         rate = float(np.median(own)) if own else float("nan")

@@ -21,11 +21,10 @@ from d2ft_hpc.training.model_placement import costs_of_rank
 
 
 class StepRunner:
-    """Meters the first step under each plan and records every step.
-
-    So it does with the second of all: in the first one ZeRO 3 learns the order of the weights, and sends more. The
-    other steps under a plan run the same operators on other samples, so their executed FLOPs are the metered ones times
-    their share of samples, and their bytes are the metered ones.
+    """Meters the first step under each plan and records every step. It also meters the run's second step, since in
+    the first one ZeRO 3 learns the order of the weights and sends more. The other steps under a plan run the same
+    operators on other samples, so their executed FLOPs are the metered ones times their share of samples, and their
+    bytes are the metered ones.
     """
 
     def __init__(self, job: Job, engine: Engine, placement: Placement) -> None:
@@ -58,7 +57,7 @@ class StepRunner:
         epoch: int,
         plan: int,
     ) -> StepRecord:
-        """One optimiser step on this replica's next batch; on all ranks together."""
+        """One optimiser step on this replica's next batch; all ranks call it together."""
         device = self._job.device
         reset_peak(device)
         with timed_step(device) as times:
@@ -78,7 +77,7 @@ class StepRunner:
             times=times,
             skipped=report.skipped,
             of_rank={
-                # Ranks that share a replica's samples count them once.
+                # Ranks that share a replica count its samples once.
                 "rank_samples": samples if self._job.layout.leads_replica else 0,
                 "dense_flops": self._costs.dense_flops * samples,
                 "planned_flops": work.planned_flops,

@@ -13,8 +13,8 @@ from d2ft_hpc.launch.control import print_line
 
 
 class StepTrace:
-    """Writes what this rank does in some steps to a file once they are over. A file that cannot be written is told: a
-    trace is no reason to lose a run.
+    """Writes what this rank does in some steps to a file once they are over. If the file cannot be written, a message
+    says so, and the run goes on.
 
     steps: counted from 1, as the progress line counts them; None: no trace.
     """

@@ -43,7 +43,7 @@ def attached(
 
 
 def tell_if_too_short(plans: PlanController) -> None:
-    """At the process's end, where training ended before images had full size: its `total_steps` was too many."""
+    """Warns at the process's end if training ended before images had full size: its `total_steps` was too large."""
     kept = weakref.ref(plans)
 
     def tell() -> None:
@@ -67,7 +67,8 @@ def is_on_the_way(grid: Grid, curve: TokenCurve) -> bool:
 
 
 def curve_of(section: D2ftSection, costs: StepCosts) -> TokenCurve | None:
-    """The resolution of each step; None: full size. Raises PlanError where none keeps the budget."""
+    """The curve with the resolution of each step; None: full size. Raises PlanError if no resolution keeps the
+    budget."""
     if section.token_share is None or section.total_steps is None:
         return None
     return token_curve_of(costs, section.token_share, section.total_steps)

@@ -1,4 +1,5 @@
-"""What a batch of a user's loop computes on this rank, beside what its plan promises and what a dense one would."""
+"""Counts what a batch of a user's loop computes on this rank, beside what its plan promises and what a dense batch
+would compute."""
 
 from __future__ import annotations
 
@@ -43,12 +44,13 @@ class BatchCounter:
     """Counts the first batch under every plan; later ones run the same operators on other samples, so that theirs are
     the counted ones times their share of what is planned.
 
-    Counting begins with the first that the loop computes of a batch and goes on until `stop`: nothing has to be put
-    around the loop's own lines, and what else it multiplies meanwhile, such as a teacher's layers, counts too.
+    Counting begins with a batch's first computation and goes on until `stop`: the loop's own lines need no change,
+    and what else it computes meanwhile, such as a teacher's layers, counts too.
     """
 
     _counting: ClassVar[BatchCounter | None] = None
-    """The one of the process that counts now. It is held, so that its end is no affair of the garbage collector's."""
+    """The counter of this process that counts now. It is referenced here, so that the garbage collector does not
+    decide when it ends."""
 
     def __init__(self, costs: StepCosts, executor: PlanExecutor, sample_shape: tuple[int, ...]) -> None:
         """costs: of this rank's part of the model, for a sample of this shape."""
@@ -63,20 +65,21 @@ class BatchCounter:
 
     @property
     def measured_share(self) -> float | None:
-        """Of the dense compute, what the batch computed that was counted under the plan in force; None: none was."""
+        """The share of the dense compute that the batch counted under the plan in force had; None if no batch was
+        counted."""
         counted = self._counted
         if counted is None or counted.plan is not self._executor.plan:
             return None
         return counted.metered.flops / counted.dense_flops
 
     def score(self, samples: int) -> None:
-        """So many samples are about to be scored, of which some will train."""
+        """This many samples are about to be scored; some of them will train."""
         self.begin()
         self._scored += samples
 
     def train(self, slot: int, samples: int, like: Tensor | None = None) -> None:
-        """So many samples are about to train, in this place of the batch. like: some of their size; None: it is that
-        of the one whose FLOPs were counted."""
+        """This many samples are about to train, in this place of the batch. like: samples of their size; None: they
+        have the size whose FLOPs were counted."""
         self.begin()
         family = self._executor.subnets.family
         size = 1.0 if like is None else family.size_of(like, self._sample_shape)
@@ -96,8 +99,8 @@ class BatchCounter:
 
     @contextmanager
     def optimizer_step(self) -> Iterator[None]:
-        """Around the optimiser's step: what ranks send in it, such as ZeRO's weights, is the batch's; what it
-        multiplies by itself is none of the batch's passes."""
+        """Around the optimiser's step: what ranks send in it, such as ZeRO's weights, belongs to the batch; what the
+        step computes does not belong to the batch's passes."""
         metered = self._metered
         flops = 0 if metered is None else metered.flops
         yield
@@ -106,15 +109,15 @@ class BatchCounter:
 
     @staticmethod
     def end_others() -> None:
-        """Of a loop that an error ended in such a batch, or of a second model's, nothing is counted any more."""
+        """Stops the counting of other loops: of one that an error ended in such a batch, or of a second model."""
         other = BatchCounter._counting
         if other is not None:
             other.stop()
             other._metered = None
 
     def stop(self) -> None:
-        """What follows is none of the batch's passes, unless another forward comes, as inside an optimiser's step that
-        was given a closure."""
+        """What follows does not belong to the batch's passes, unless another forward comes, as inside an optimiser's
+        step with a closure."""
         if BatchCounter._counting is self:
             for mode in reversed(self._modes):
                 mode.__exit__(None, None, None)

@@ -41,7 +41,7 @@ from d2ft_hpc.user_loop.record import LoopRecord
 from d2ft_hpc.user_loop.section import SECTION, require_images, require_length, split
 
 _END_SECONDS = 25.0
-"""How long a rank waits for the others when its script ends."""
+"""Seconds that a rank waits for the others when its script ends."""
 
 
 def initialize(
@@ -62,8 +62,8 @@ def initialize(
 
     The configuration's "d2ft" section (`d2ft_hpc.user_loop.section.D2ftSection`) says how to plan. The loop stays as
     it is: `engine(images)`, `engine.backward(loss)`, `engine.step()`, once for each micro-batch. The first
-    `probe_batches` batches run dense and give the scores, so that each rank needs the memory for that: unlike in
-    `d2ft-hpc train`, no plan is fitted to a rank with less. `engine.d2ft` is the `PlannedDeepSpeed`.
+    `probe_batches` batches run dense and give the scores, so each rank needs memory for dense batches: unlike
+    `d2ft-hpc train`, this fits no plan to a rank with less. `engine.d2ft` is the `PlannedDeepSpeed`.
 
     "tensor_parallel": {"autotp_size": N} cuts the model by head over N ranks; a `PipelineModule` is cut into stages,
     and its engine is DeepSpeed's with `train_batch`. Each rank then trains a part of rank 0's weights: `model` itself
@@ -111,8 +111,8 @@ def initialize(
         )
     if stages * tensor_ranks > 1 and isinstance(optimizer, Optimizer):
         raise ConfigError(
-            "optimizer= holds the parameters of the whole model, of which each rank will train a part: give a function "
-            'of the parameters (lambda parameters: AdamW(parameters, ...)), or "optimizer" in the JSON'
+            "optimizer= holds the parameters of the whole model, but each rank will train a part of it: give a "
+            'function of the parameters (lambda parameters: AdamW(parameters, ...)), or "optimizer" in the JSON'
         )
     # What cannot run is refused before anything starts.
     zero = ZeroRules.of(settings)
@@ -163,7 +163,7 @@ def initialize(
     if pipeline is not None:
         ours = PipelineEngine(*common, pipeline.loss_fn, settings, control, options_for=options_for)
     else:
-        # The loss is the user's loop's own affair: ours is never asked for.
+        # The user's loop computes the loss: this function is never called.
         step: dict[str, Any] = {
             "loss_function": F.cross_entropy,
             "config": settings,
@@ -205,7 +205,8 @@ def initialize(
 
 
 def _scheduled_steps(settings: Mapping[str, Any]) -> int | None:
-    """Steps of the training, where the learning rate's schedule in DeepSpeed's configuration ends with it."""
+    """Steps of the training, if DeepSpeed's configuration has a schedule of the learning rate that ends with it; else
+    None."""
     scheduler = settings.get("scheduler")
     parameters = scheduler.get("params") if isinstance(scheduler, Mapping) else None
     steps = parameters.get("total_num_steps") if isinstance(parameters, Mapping) else None
@@ -213,9 +214,8 @@ def _scheduled_steps(settings: Mapping[str, Any]) -> int | None:
 
 
 def _parts(settings: Mapping[str, Any], pipeline: PipelineModule | None) -> tuple[int, int]:
-    """Pipeline stages and tensor-parallel ranks that are asked for.
-
-    Raises ConfigError where they cannot be had.
+    """Numbers of pipeline stages and tensor-parallel ranks that are asked for. Raises ConfigError if they are
+    impossible.
     """
     autotp = settings.get("tensor_parallel", {})
     if set(autotp) - {"autotp_size"}:
@@ -274,7 +274,7 @@ def _end_together(control: Control) -> None:
 
 
 def _of_part(parameters: Any, whole: nn.Module, part: nn.Module) -> list[Any]:
-    """The trained ones that a part has of a whole model's parameters, or of groups of them."""
+    """The trained parameters of a part that correspond to a whole model's parameters, or to groups of them."""
     names = {id(parameter): name for name, parameter in whole.named_parameters()}
     own = {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
 
@@ -300,7 +300,7 @@ def _leave_out_frozen_groups(optimizer: Optimizer, schedule: Any) -> list[int]:
 
 
 _LISTS_OF_TIMES = ("_milestones", "_schedule_phases", "decay_t", "noise_range_t")
-"""Of torch's SequentialLR and OneCycleLR, and of timm's schedules: as long as it happens to be, whatever the groups."""
+"""Lists of torch's SequentialLR and OneCycleLR and of timm's schedules whose length does not depend on the groups."""
 
 
 def _leave_out_of_schedule(schedule: Any, frozen: Sequence[int], groups: int) -> None:

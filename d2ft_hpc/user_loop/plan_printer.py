@@ -1,4 +1,4 @@
-"""What users' own loops are told of their plans."""
+"""Prints what users' own loops are told about their plans."""
 
 from __future__ import annotations
 

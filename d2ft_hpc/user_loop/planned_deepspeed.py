@@ -44,7 +44,7 @@ from d2ft_hpc.user_loop.section import D2ftSection
 class PlannedDeepSpeed:
     """What `initialize` adds to a DeepSpeed engine, as `engine.d2ft`.
 
-    Batches of which scores are measured run dense; a plan is in force from the batch after them.
+    Batches that scores are measured from run dense; a plan is in force from the batch after them.
     """
 
     def __init__(
@@ -116,12 +116,12 @@ class PlannedDeepSpeed:
 
     @property
     def scores(self) -> Scores | None:
-        """Those of the newest plan; None where the planner reads none."""
+        """Scores of the newest plan; None where the planner reads none."""
         return self.plans.scores
 
     def choose(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Planner `samples`: of a batch, (images, labels) for each micro-batch, what is to be trained on, in as many
-        micro-batches; by all ranks together, between two steps.
+        """For planner `samples`: takes a batch as (images, labels) for each micro-batch and returns the samples that
+        are to be trained on, in as many micro-batches. All ranks call it together, between two steps.
 
         Raises PlanError with another planner.
         """
@@ -139,7 +139,7 @@ class PlannedDeepSpeed:
         self.plans.activate(plan)
 
     def save(self, folder: str | Path) -> None:
-        """Writes weights and optimiser in timm's names, plan and scores to `folder`; on all ranks together."""
+        """Writes weights and optimiser in timm's names, plan and scores to `folder`; all ranks call it together."""
         folder = Path(folder)
         self._ours.save(folder, write_file)
         if self.control.rank == 0:
@@ -182,8 +182,8 @@ class PlannedDeepSpeed:
         engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
 
     def _resume(self, path: Path) -> None:
-        """Goes on from the file, if there is one; on all ranks together. A plan that the configuration names stays.
-        Raises CheckpointError where the file is damaged."""
+        """Goes on from the file, if there is one; all ranks call it together. A plan that the configuration names
+        stays. Raises CheckpointError where the file is damaged."""
         content = share(self.control, lambda: path.read_bytes() if path.exists() else b"", "the saved plan")
         if self.section.file is not None:
             return

@@ -135,7 +135,7 @@ class PlannedLoop:
         _watch(self)
 
     def choose(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Planner `samples`: of a micro-batch, the samples that are to be trained on; by all ranks together.
+        """For planner `samples`: the samples of a micro-batch that are to be trained on; all ranks call it together.
 
         images: [sample, channel, height, width]; labels: int64 [sample], or probabilities [sample, class].
         Raises PlanError with another planner, or where the budget leaves not one sample.
@@ -164,7 +164,7 @@ class PlannedLoop:
 
     @property
     def promised_share(self) -> float | None:
-        """Of the dense compute, what the plan in force lets this rank compute; None without a plan."""
+        """The share of the dense compute that the plan in force gives this rank; None without a plan."""
         plan = self.executor.plan
         if plan is None:
             return None
@@ -175,7 +175,8 @@ class PlannedLoop:
 
     @property
     def measured_share(self) -> float | None:
-        """Of the dense compute, what this rank computed in the first batch under the plan in force; None before."""
+        """The share of the dense compute that this rank computed in the first batch under the plan in force; None
+        before that batch."""
         return self._counter.measured_share
 
     def report(self) -> str:
@@ -189,14 +190,15 @@ class PlannedLoop:
         )
 
     def activate(self, plan: SkipPlan) -> None:
-        """Puts a plan of one's own in force from the next batch on; images that grow go on growing.
+        """Puts a plan of the user's own in force from the next batch on; images that grow go on growing.
 
         Raises PlanError where it cannot be run.
         """
         self._restore(PlanState(plan, batches=1, plans_made=self._plans().plans_made + 1))
 
     def state_dict(self) -> dict[str, Any]:
-        """Plan and replanning, between two batches: the same on all ranks, and none need ask the others."""
+        """The state of plan and replanning between two batches. It is the same on all ranks, which need not exchange
+        anything."""
         state = self._restored
         if state is None:
             state = PlanState() if self._controller is None else self._controller.state()
@@ -207,10 +209,9 @@ class PlannedLoop:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on, from the next batch on, as the loop whose `state_dict` this was.
-
-        Raises CheckpointError where it is none or damaged. The next batch raises PlanError where its plan does not fit
-        the model or the number of ranks.
+        """Goes on, from the next batch on, as the loop whose `state_dict` this was. Raises CheckpointError if it is
+        damaged or no such state. The next batch raises PlanError where its plan does not fit the model or the number
+        of ranks.
         """
         try:
             content = base64.b64decode(state["plans"], validate=True)
@@ -241,7 +242,7 @@ class PlannedLoop:
         check_plan(plan, slots=self.slots, replicas=self._plans().control.world_size, same_rows=None)
 
     def _before_forward(self, inputs: Sequence[Any]) -> None:
-        """Of the model in training mode: the next micro-batch begins."""
+        """Called before the model's forward in training mode: the next micro-batch begins."""
         if self.section.entry.binding == "sample" and not self._is_chosen:
             raise PlanError(
                 "planner='samples' draws what a micro-batch trains on: call `images, labels = d2ft.choose(images, "
@@ -275,7 +276,7 @@ class PlannedLoop:
         return next(self._model.parameters()).device
 
     def _plan_batch(self, samples: int = 1) -> None:
-        """The plan of the batch that comes is in force; by all ranks together. samples: of a micro-batch."""
+        """Puts the plan of the coming batch in force; all ranks call it together. samples: of a micro-batch."""
         plans = self._plans()
         plans.context = replace(plans.context, micro_batch_size=samples) if samples > 1 else plans.context
         if self._restored is not None:
@@ -286,7 +287,7 @@ class PlannedLoop:
             self._is_planned = True
 
     def _restore(self, state: PlanState) -> None:
-        """Its plan is that of the batch that comes, at the resolution which that has by now."""
+        """The plan's resolution becomes that of the coming batch."""
         plans, plan = self._plans(), state.plan
         plan = None if plan is None else plans.context.scaled(plan, self._steps)
         plans.restore(replace(state, plan=plan))
@@ -327,7 +328,7 @@ class PlannedLoop:
         self._turn_to("optimizer")
 
     def _plans(self) -> PlanController:
-        """Made at the first need, when the ranks have met; by all of them together."""
+        """Made when first needed, after the ranks have met; all of them call it together."""
         if self._controller is None:
             control = control_of_loop()
             ranks = control.world_size
@@ -360,7 +361,7 @@ class PlannedLoop:
                 self.executor.subnets,
                 context.placement,
                 slots=context.slots,
-                micro_batch_size=1,  # of which no replica sends its activations
+                micro_batch_size=1,  # whose activations no replica sends
                 precision="fp32" if next(self._model.parameters()).dtype is torch.float32 else "bf16",
                 data_parallel=self._data_parallel,
                 embeddings=self.section.embeddings,
@@ -382,7 +383,8 @@ class PlannedLoop:
         return selection
 
     def _logits(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """By the model itself, with all that the loop's libraries have made of its forward; a twin would lack it."""
+        """Scores by the model itself, since a twin would lack the changes that the loop's libraries have made to its
+        forward."""
         dtype = next(self._model.parameters()).dtype
         family = self.executor.subnets.family
         with family.taking_any_size(self._model), evaluating(self._whole):
@@ -390,7 +392,7 @@ class PlannedLoop:
 
     @property
     def _wraps(self) -> bool:
-        """The user's module computes more than the supported model."""
+        """Whether the user's module computes more than the supported model."""
         return unwrapped(self._whole) is not self._model
 
     @property
@@ -399,7 +401,7 @@ class PlannedLoop:
 
 
 class _Hook:
-    """Of the attached model alone: copies and pickles of it get one that does nothing."""
+    """Hooks of the attached model alone: its copies and pickles get hooks that do nothing."""
 
     def __init__(self, model: nn.Module, training: Call, evaluation: Call | None = None) -> None:
         """training, evaluation: what to call with the forward's arguments in these modes."""
@@ -431,7 +433,7 @@ def _nothing(*args: Any) -> None:
 def _watch(loop: PlannedLoop) -> None:
     """Tells the loop of forwards and of steps of any optimiser that has parameters of the model, while it lives."""
     model: nn.Module = loop._model
-    if loop._wraps:  # and calls what it likes of it, but for its images that is its first module
+    if loop._wraps:  # and calls parts of it in any order, but images always reach its first module
         model = loop.executor.subnets.family.embedding(model) or model
     is_recorded = loop.record.is_on
     before = _Hook(model, loop._before_forward, loop._in_evaluation if is_recorded else None)

@@ -1,4 +1,4 @@
-"""What became of an attached model in a loop of the user's own, over plain torch, DDP or FSDP2."""
+"""Fits plans to what a user's loop has made of an attached model: plain torch, DDP or FSDP2."""
 
 from __future__ import annotations
 

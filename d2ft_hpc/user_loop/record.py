@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor, nn
 
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
-from d2ft_hpc.errors import ConfigError, LostResultsError
+from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.launch import agreed
 from d2ft_hpc.lifecycle import PlanController
 from d2ft_hpc.metering import StepCosts
@@ -29,7 +29,7 @@ from d2ft_hpc.recording.provenance import describe_environment, describe_model
 from d2ft_hpc.recording.step_recorder import StepRecord, StepRecorder, on_host
 from d2ft_hpc.results import ResultsWriter, open_run
 from d2ft_hpc.results.hdf5_layout import rank_file
-from d2ft_hpc.results.superseded import discard, has_record, is_unbegun, set_aside
+from d2ft_hpc.results.superseded import has_record, open_record
 from d2ft_hpc.user_loop.batch_counter import BatchWork
 
 FILE = "results.h5"
@@ -38,12 +38,12 @@ FILE = "results.h5"
 class LoopRecord:
     """Writes what `d2ft-hpc train` writes of a run, as far as the loop can be watched; nothing without a folder.
 
-    A step's seconds go from the optimiser's step before to its own, but for an evaluation in between. Data: until the
-    batch's first forward; backward: all between a forward and the optimiser's step that is not another forward.
-    A step's memory is counted from its beginning, for which torch's peak of a GPU's is reset there. The gradient's norm
-    is that of what the optimizer gets, after any clipping; DeepSpeed's before it.
-    Ranks send each other nothing but parts of such norms, where gradients are spread over them: of several, each has a
-    file of its own (`results.ranks/`), which `results.h5` joins. A kill loses the last five seconds.
+    A step's seconds go from the optimiser's step before to its own, without an evaluation in between. Data: until the
+    batch's first forward; backward: all between a forward and the optimiser's step that is not another forward. A
+    step's memory is counted from its beginning, for which torch's peak of a GPU's is reset there. The gradient's norm
+    is that of what the optimizer gets, after any clipping; DeepSpeed's before it. Ranks send each other nothing but
+    parts of such norms, where gradients are spread over them: of several, each has a file of its own
+    (`results.ranks/`), which `results.h5` joins. A kill loses the last five seconds.
     """
 
     def __init__(
@@ -89,13 +89,14 @@ class LoopRecord:
             self._losses.append(torch.as_tensor(loss).detach().float())
 
     def evaluation(self, accuracy: float, loss: float = math.nan, samples: int = -1) -> None:
-        """Of the present model; accuracy: top-1, 0 to 1, over all ranks. Rank 0's counts."""
+        """Records an evaluation of the present model. accuracy: top-1, 0 to 1, over all ranks; rank 0's value
+        counts."""
         if self._writer is not None:
             row = {"step": self._steps, "accuracy": accuracy, "loss": loss, "samples": samples}
             self._writer.append("evaluations", row)
 
     def close(self) -> None:
-        """Nothing more comes: `results.h5` becomes one file. Called at the script's end, too."""
+        """Ends the record: `results.h5` becomes one file. Called at the script's end, too."""
         if self._recorder is not None:
             self._recorder.finish()
             for writer in self._writers:
@@ -208,15 +209,7 @@ class LoopRecord:
         self._plans, self._last_hash = len(hashes), "".join(hashes[-1:])
 
     def _opened(self, path: Path, steps_done: int, rank_files: int) -> ResultsWriter:
-        if steps_done and has_record(path):
-            try:
-                writer = ResultsWriter.resume(path, last_step=steps_done - 1, rank_files=rank_files)
-            except LostResultsError:
-                set_aside(path, "best-effort")
-                writer = ResultsWriter(path, rank_files=rank_files)
-        else:
-            if is_unbegun(path):
-                discard(path, "best-effort")
-            writer = ResultsWriter(path, rank_files=rank_files)
+        last_step = steps_done - 1 if steps_done and has_record(path) else None
+        writer, _ = open_record(path, last_step, rank_files=rank_files)
         self._writers.append(writer)
         return writer

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from d2ft_hpc.errors import DataError, LaunchError, ResultsError
 from d2ft_hpc.launch import Control, agreed, connect, detect, run_guarded, share
-from d2ft_hpc.launch.control import MpiControl
+from d2ft_hpc.launch.mpi_control import MpiControl
 from d2ft_hpc.launch.watch import Watch
 from tests.distributed.attacker import listening, sockets_of
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeVar
@@ -147,9 +148,34 @@ def launches(*, quick: int, full: Sequence[int]) -> list[Any]:
     ]
 
 
+HOURS = 4
+"""For all checks together; each check has a limit of its own."""
+
+
 def results_of_checks(module: ModuleType, choice: Choice, ranks: int) -> dict[str, Any]:
     """What all checks of a module found that belong to the choice."""
-    hours = 4  # of all checks, each of which has a limit of its own
-    results = results_of(module.__name__, choice, ranks=ranks, timeout_seconds=hours * 3600)
+    if choice == "quick":
+        results = quick_results(ranks)[module.__name__]
+    else:
+        results = results_of(module.__name__, choice, ranks=ranks, timeout_seconds=HOURS * 3600)
     assert set(results) == set(module.checks(ranks, choice))
     return results
+
+
+@cache
+def quick_results(ranks: int) -> dict[str, dict[str, Any]]:
+    """What the quick checks of all modules found whose tests were collected, by module: the same ranks run them, since
+    importing what engines need takes longer than most checks."""
+    pairs = {
+        "test_engines": "engine_checks",
+        "test_torch_engines": "torch_checks",
+        "test_parallel": "parallel_checks",
+    }
+    beside = __name__.rpartition(".")[0]
+    modules = [f"{beside}.{checks}" for tests, checks in pairs.items() if f"{beside}.{tests}" in sys.modules]
+    found = results_of(f"{beside}.quick_checks", *modules, ranks=ranks, timeout_seconds=HOURS * 3600)
+    by_module: dict[str, dict[str, Any]] = {module: {} for module in modules}
+    for name, result in found.items():
+        module, check = name.split(" ", 1)
+        by_module[module][check] = result
+    return by_module

@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +30,8 @@ QUICK = [
     "configs/demo.yaml",
     "data.micro_batch_size=8",
     "data.slots=4",
+    "data.image_size=16",
+    "model.options.img_size=16",
     "plan.compute_budget=0.5",
     "plan.planner=paper",
 ]
@@ -100,11 +101,11 @@ def test_every_second_has_its_phase_and_every_byte_its_kind(finished_run: Path) 
 def test_executed_compute_is_what_the_plan_promised(finished_run: Path) -> None:
     steps = results.open(finished_run).table("steps")
     np.testing.assert_allclose(steps["executed_flops"], steps["planned_flops"], rtol=1e-3)
-    assert 0.4 < steps["executed_flops"].sum() / steps["dense_flops"].sum() <= 0.5
+    assert steps["executed_flops"].sum() / steps["dense_flops"].sum() == pytest.approx(0.5, abs=0.005)
 
 
 def test_the_model_loads_in_plain_timm(finished_run: Path) -> None:
-    model = timm.create_model("vit_digits_demo", num_classes=5)
+    model = timm.create_model("vit_digits_demo", num_classes=5, img_size=16)
     model.load_state_dict(load_file(finished_run / "model.safetensors"), strict=True)
 
 
@@ -143,7 +144,6 @@ def test_a_run_that_is_stopped_and_hung_ends_bitwise_as_the_uninterrupted_one(
 
     hung = start([*arguments, "train.checkpoint_every=2 steps"], ranks=2)
     wait_for_line(hung, "epoch ")
-    time.sleep(1.0)
     os.kill(ranks_of(hung)[1], signal.SIGSTOP)
     told = hung.communicate(timeout=LIMIT_SECONDS)[0]
     messages = [line for line in told.splitlines() if line.startswith("[rank ")]

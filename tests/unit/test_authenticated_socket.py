@@ -213,3 +213,63 @@ def test_oversized_values_are_refused_on_both_sides(stores: list[JobStore]) -> N
     with pytest.raises(DistNetworkError, match="lost the store of rank 0"):
         stores[1].get("as big as it may be")
     assert len(stores[0].get("as big as it may be")) == LONGEST_MESSAGE_BYTES // 2
+
+
+def test_the_store_looks_again_only_at_those_that_wait_for_the_key_that_came(
+    listener: AuthenticatedListener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With each key that any rank sets, a store that looked at all waiting ranks would work by the square of their
+    number."""
+    looks = 0
+    own = StoreServer._look
+
+    def counting(server: StoreServer, channel: object) -> None:
+        nonlocal looks
+        looks += 1
+        own(server, channel)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(StoreServer, "_look", counting)
+    StoreServer(listener, 4)
+    stores = [
+        JobStore(connect_authenticated(listener.endpoint, KEY, rank, timeout_seconds=5), 5)
+        for rank in range(4)
+    ]
+    waiting = [threading.Thread(target=store.wait, args=(["a", "b"],)) for store in stores[1:]]
+    for thread in waiting:
+        thread.start()
+    while looks < 3:
+        time.sleep(0.01)
+    for other in range(50):
+        stores[0].set(f"other {other}", "1")
+    assert looks == 3
+    stores[0].set("b", "1")
+    assert looks == 3
+    stores[0].set("a", "1")
+    for thread in waiting:
+        thread.join(5)
+    assert looks == 6
+
+
+def test_the_store_waits_for_a_key_that_was_deleted_meanwhile(listener: AuthenticatedListener) -> None:
+    StoreServer(listener, 2)
+    first, second = (
+        JobStore(connect_authenticated(listener.endpoint, KEY, rank, timeout_seconds=5), 0.3)
+        for rank in range(2)
+    )
+    first.set("a", "1")
+    outcome: list[str] = []
+
+    def wait() -> None:
+        with suppress(DistStoreError):
+            second.wait(["a", "b"])
+            outcome.append("came")
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.1)
+    first.delete_key("a")
+    first.set("b", "1")
+    thread.join(5)
+    assert outcome == []
+    first.set("a", "2")
+    assert second.multi_get(["a", "b"]) == [b"2", b"1"]

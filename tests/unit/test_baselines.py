@@ -30,7 +30,7 @@ def test_budgets_are_kept_and_used(name: str, slots: int, replicas: int, blocks:
     posed = problem(slots, replicas, blocks, budget=budget, always_share=0.02)
     plan = solve(posed, name, **options(name))
     check(plan, posed)
-    slack = posed.budgets()[:, 0] - posed.used_compute(plan)
+    slack = posed.budgets_to_plan[:, 0] - posed.used_compute(plan)
     # What the next step would cost: a block of 3 heads in one row, or a head in all rows. Routing drops some.
     step = {"last_blocks": 3 * 2 / 3, "stochastic_depth": 3, "pruning": slots, "routing": np.inf}[name]
     assert plan.is_dense or (slack < step + 1e-6).all()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from d2ft_hpc.cli import main
 from d2ft_hpc.doctor.examine import seconds_left
 from d2ft_hpc.doctor.finding import Finding, as_text, of_error
 from d2ft_hpc.errors import DataError, LaunchError
@@ -33,9 +34,17 @@ def test_a_healthy_place_is_found_healthy(tmp_path: Path) -> None:
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_every_fault_has_its_fix(tmp_path: Path) -> None:
+def doctor_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    """The same within this process."""
+    status = main(["doctor", "--json", "configs/demo.yaml", *arguments])
+    return status, {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
+
+
+def test_every_fault_has_its_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    status, found = doctor(f"run.folder={tmp_path}/file/runs", "data.name=cifar10", "data.root=/absent")
+    status, found = doctor_here(
+        capsys, f"run.folder={tmp_path}/file/runs", "data.name=cifar10", "data.root=/absent"
+    )
     assert status == 1
     failed = {check: finding for check, finding in found.items() if finding["status"] == "failed"}
     assert set(failed) == {"output", "data"}
@@ -43,8 +52,8 @@ def test_every_fault_has_its_fix(tmp_path: Path) -> None:
     assert "/absent" in failed["data"]["text"] + failed["data"]["fix"]
 
 
-def test_a_wrong_key_is_a_finding() -> None:
-    status, found = doctor("run.foldr=x")
+def test_a_wrong_key_is_a_finding(capsys: pytest.CaptureFixture[str]) -> None:
+    status, found = doctor_here(capsys, "run.foldr=x")
     assert status == 1
     assert "run.folder" in found["config"]["fix"] + found["config"]["text"]
 

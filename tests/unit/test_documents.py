@@ -56,6 +56,27 @@ def test_every_key_is_explained() -> None:
         assert not line.endswith("|  |"), line
 
 
+def test_imports_point_up_the_table_of_folders() -> None:
+    """As the package's page says; what is imported for annotations alone does not count."""
+    table = (
+        (REPOSITORY / "d2ft_hpc" / "README.md").read_text().partition("| folder |")[2].partition("\n\n")[0]
+    )
+    order = [
+        name
+        for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
+        for name in row.strip("`").split("`, `")
+    ]
+    folders = {path.parent.name for path in (REPOSITORY / "d2ft_hpc").glob("*/__init__.py")}
+    assert sorted(order) == sorted(folders)
+    place = {name: index for index, name in enumerate(order)}
+    for source in sorted((REPOSITORY / "d2ft_hpc").glob("*/**/*.py")):
+        folder, text = source.relative_to(REPOSITORY).parts[1], source.read_text()
+        for block in re.findall(r"^if TYPE_CHECKING:\n(?:(?: .*)?\n)+", text, re.MULTILINE):
+            text = text.replace(block, "")
+        for imported in re.findall(r"^ *from d2ft_hpc\.(\w+)[\w.]* import", text, re.MULTILINE):
+            assert place.get(imported, -1) <= place[folder], f"{source}: imports {imported}"
+
+
 def test_pages_and_messages_name_keys_and_planners_that_exist() -> None:
     """Pages of `analysis` tell of keys as they were at the time, the change log of those that went."""
     keys = set(re.findall(r"^\| `([\w.]+)` \|", key_reference.document(), re.MULTILINE))

@@ -117,7 +117,7 @@ def test_every_encoding(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_packs_users_arrays(
-    folder: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, packed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (7, 9, 9, 3), np.uint8)
     labels = np.array([0, 1, 2, 1, 0, 2, 1])
@@ -137,7 +137,9 @@ def test_the_command_packs_users_arrays(
         output = tmp_path / f"packed-{name}.h5"
         assert main(["data", "pack", "arrays", str(output), "--root", str(tmp_path / name), *size]) == 0
         assert main(["data", "info", str(output)]) == 0
-        assert "train  " in capsys.readouterr().out
+        told = capfd.readouterr()
+        assert "train  " in told.out
+        assert ("only the middle 12 x 12 pixels are kept" in told.err) == bool(size)
     keras, grey, encoded = (
         open_packed(tmp_path / f"packed-{name}.h5", "train")
         for name in ("keras.npz", "grey.h5", "encoded.h5")

@@ -86,7 +86,7 @@ def test_the_first_batch_gives_the_scores_of_the_plan_that_the_next_ones_follow(
     ],
 )
 def test_a_loop_resumed_between_any_batches_goes_on_as_it_was(settings: dict[str, Any]) -> None:
-    steps = 7
+    steps = 5
     whole = Loop(**settings)
     states, losses, plans = [], [], []
     for step in range(steps):
@@ -97,7 +97,7 @@ def test_a_loop_resumed_between_any_batches_goes_on_as_it_was(settings: dict[str
         losses.append(whole.step(step))
         plans.append(whole.d2ft.plan)
     different = {plan.hash for plan in plans if plan is not None}
-    assert len(different) == {"joint": 3, "random": 4, "samples": 1}[settings["planner"]]
+    assert len(different) == {"joint": 2, "random": 3, "samples": 1}[settings["planner"]]
     for begun, state in enumerate(states):
         resumed = Loop(weights=1, **settings)
         for name, content in torch.load(io.BytesIO(state), weights_only=True).items():

@@ -20,6 +20,7 @@ from d2ft_hpc.files.untrusted import RefusedError
 from d2ft_hpc.results import ResultsWriter, columns, open_run, schema
 from d2ft_hpc.results.hdf5_layout import rank_file
 from d2ft_hpc.results.schema import TABLES
+from d2ft_hpc.results.superseded import BEFORE_ALL, open_record
 
 RANKS = 2
 KILLS = int(os.environ.get("D2FT_KILLS", "8"))  # `make soak-results` asks for more
@@ -126,11 +127,11 @@ def test_file_names_that_hdf5_treats_specially(tmp_path, name):
 
 def test_number_of_segments_grows_with_the_logarithm(tmp_path):
     writer = ResultsWriter(tmp_path / "results.h5", flush_seconds=0)
-    for step in range(100):
+    for step in range(50):
         writer.append("steps", step_row(step))
         with h5py.File(writer.path) as file:
-            assert len(file.attrs["segments"].split()) <= 8
-    assert check_plain(writer.path) == 100
+            assert len(file.attrs["segments"].split()) <= 7
+    assert check_plain(writer.path) == 50
     writer.close()
 
 
@@ -842,3 +843,27 @@ def test_damaged_bytes_give_a_clean_error_or_the_data(tmp_path, state):
     command = [sys.executable, "-c", READ_DAMAGED, str(path), *map(str, files), "60"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=own_environment())
     assert done.returncode == 0, done.stderr
+
+
+def test_a_record_goes_on_or_begins_anew_where_it_is_lost_or_never_began(tmp_path):
+    path = tmp_path / "results.h5"
+    write_run(path)
+    with open_run(path) as run:
+        steps = len(run.table("steps", ["step"])["step"])
+    assert steps > 2
+    writer, lost = open_record(path, 1)
+    writer.close()
+    with open_run(path) as run:
+        assert (run.table("steps", ["step"])["step"].tolist(), lost) == ([0, 1], "")
+    path.write_bytes(b"damaged")
+    writer, lost = open_record(path, 1)
+    writer.close()
+    assert lost.startswith("the record of the first 2 steps is gone (")
+    assert (tmp_path / "results.lost-1" / "results.h5").read_bytes() == b"damaged"
+    for last_step in (None, BEFORE_ALL):  # a run that ended before its first step left it
+        (tmp_path / "unbegun").mkdir(exist_ok=True)
+        ResultsWriter(tmp_path / "unbegun" / "results.h5").close(complete=False)
+        writer, lost = open_record(tmp_path / "unbegun" / "results.h5", last_step)
+        writer.close(complete=False)
+        (tmp_path / "unbegun" / "results.h5").unlink()
+        assert lost == ""

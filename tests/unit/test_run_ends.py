@@ -35,9 +35,11 @@ STEPS = 6  # of an epoch
 
 def config_in(folder: Path, *overrides: str) -> RunConfig:
     quick = ("data.micro_batch_size=15", "data.slots=4", "data.train_fraction=0.5")
+    small = ("data.image_size=16", "model.options.img_size=16")
     plain = ("engine.name=plain", "engine.device=cpu", "plan.planner=paper", "train.evaluate_at_start=false")
     return load_config(
-        Path("configs/demo.yaml"), [f"run.folder={folder}", *quick, *plain, "train.epochs=1", *overrides]
+        Path("configs/demo.yaml"),
+        [f"run.folder={folder}", *quick, *small, *plain, "train.epochs=1", *overrides],
     )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from d2ft_hpc.launch.step_gate import StepGate
+from d2ft_hpc.launch.watch import beat_seconds
 
 RANKS, STEPS = 4, 60
 
@@ -58,3 +61,14 @@ def test_what_was_asked_before_the_first_step_is_due_at_it() -> None:
     gate = StepGate()
     gate.release("stop", gate.hold())
     assert gate.cross(17) == "stop"
+
+
+def test_of_many_ranks_each_beats_less_often_but_within_the_silence_that_counts_as_a_loss() -> None:
+    assert [beat_seconds(ranks, 30.0) for ranks in (2, 512, 1024, 4096, 10**6)] == [1.0, 1.0, 2.0, 7.5, 7.5]
+    assert beat_seconds(4096, 2.0) == 1.0
+
+
+def test_what_watches_the_ranks_needs_no_torch() -> None:
+    """A rank that only watches, or that MPI starts before torch is loaded, stays small."""
+    code = "import sys, d2ft_hpc.launch.watch; assert not {'torch', 'numpy'} & {*sys.modules}"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

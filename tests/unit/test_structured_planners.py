@@ -106,7 +106,7 @@ def meeting_times(problem, plans):
 def time_budget(problem, replica, stage):
     first = (replica * problem.stages + stage) * problem.ranks
     devices = np.arange(first, first + problem.ranks)
-    dense = problem.cells_per_device()[devices]
+    dense = problem.cells_per_device[devices]
     scarce = problem.compute_budget[devices] < dense * (1 - 1e-9)
     times = (problem.compute_budget / problem.device_speed)[devices][scarce]
     return times.min() if len(times) else math.inf

@@ -125,7 +125,7 @@ REPRESENTATIVES = [
     "vit_wee_patch16_reg1_gap_256",
     "vitamin_base_224",
 ]
-"""One of all names whose models are the same to a family but for their sizes."""
+"""One name for all models that differ only in their sizes to a family."""
 MODELS = Path(families.__file__).with_name("MODELS.md")
 
 
@@ -222,7 +222,14 @@ def test_gradients_equal_timms_modules_with_masks(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["vit_giant_patch14_dinov2", "vitamin_base_224", "eva02_base_patch14_224", "deepseek_vit_412m_enc"],
+    [
+        "vit_giant_patch14_dinov2",
+        "vitamin_base_224",
+        "eva02_base_patch14_224",
+        pytest.param(
+            "deepseek_vit_412m_enc", marks=pytest.mark.full
+        ),  # built at its full width, which takes seconds
+    ],
 )
 def test_adapters_run_by_head(name: str) -> None:
     pytest.importorskip("peft")

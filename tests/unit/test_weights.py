@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -191,9 +192,19 @@ def test_faults(tiny: Path, tmp_path: Path) -> None:
             build_model(name, num_classes=3)
 
 
-def test_images_of_another_size_than_the_models_are_told_before_training() -> None:
-    config = load_config(Path(__file__).parents[2] / "configs" / "demo.yaml", ["data.image_size=40"])
-    with pytest.raises(
-        ConfigError, match=r"data\.image_size=40: .* set model\.options\.img_size=40, or data\.image"
-    ):
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [
+        (40, "set data.image_size=32, or both data.image_size and model.options.img_size to 40"),
+        (30, "in patches of 4 x 4, and 30 holds no whole number of them; set data.image_size=32"),
+        (
+            41,
+            "and 41 holds no whole number of them; set data.image_size=32, or both data.image_size and "
+            "model.options.img_size to 40",
+        ),
+    ],
+)
+def test_images_of_another_size_than_the_models_are_told_before_training(size: int, told: str) -> None:
+    config = load_config(Path(__file__).parents[2] / "configs" / "demo.yaml", [f"data.image_size={size}"])
+    with pytest.raises(ConfigError, match=rf"data\.image_size={size}: .*{re.escape(told)}$"):
         set_up(config, SoloControl(), torch.device("cpu"))

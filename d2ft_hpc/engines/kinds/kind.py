@@ -1,4 +1,5 @@
-"""What an engine can and cannot run, and how it is built: a class for each, asked by all who would ask its name."""
+"""What an engine can and cannot run, and how it is built: one class for each engine, so that no other code compares
+engines' names."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ class Request:
 
     @property
     def low_dtype(self) -> torch.dtype | None:
-        """In which forward and backward run, if not in the weights' own."""
+        """The type in which forward and backward run, if it is not that of the weights."""
         import torch
 
         return torch.bfloat16 if self.config.engine.precision == "bf16" else None
@@ -61,9 +62,10 @@ class EngineKind:
     why_no_samples: str | None = None
     """Why planner `samples` cannot be used; None where it can."""
     scores_with_own_model = True
-    """Samples are scored by the engine's model; False: by the model that it was given, which it trains in place."""
+    """True: samples are scored by the engine's model; False: by the model that it was given, which it trains in
+    place."""
     graphs_micro_batches = False
-    """With `engine.cuda_graphs` it makes graphs of whole micro-batches; others get graphs of blocks."""
+    """Whether `engine.cuda_graphs` makes graphs of whole micro-batches; other engines get graphs of blocks."""
 
     def check(self, config: RunConfig) -> None:
         """Raises ValueError, with key and fix, where this engine cannot run what is asked."""
