@@ -109,8 +109,8 @@ class DeepSpeedEngine:
         **given: Any,
     ) -> None:
         """slot_source: as `PlanExecutor.bind` takes it. is_boundary: as `ZeroRules.prepare` takes it.
-        flat_parameters: whether each block's parameters become a few flat ones; `optimizer` is torch's then. given: other
-        arguments of `deepspeed.initialize`; optimizer and schedule may have any form that it takes."""
+        flat_parameters: whether each block's parameters become a few flat ones; `optimizer` is torch's then.
+        given: other arguments of `deepspeed.initialize`; optimizer and schedule may have any form that it takes."""
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False)
         self.rules = ZeroRules.of(config)

@@ -79,16 +79,17 @@ def test_children_are_killed_whatever_they_block() -> None:
 
 
 def end_with_a_worker_left() -> None:
-    context = multiprocessing.get_context("forkserver")
+    context, signals = multiprocessing.get_context("forkserver"), StopSignals(["TERM"])
 
     def leave_one(*_: Any) -> int:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         child = context.Process(target=signal.pause, daemon=True)
         child.start()
         time.sleep(1.0)  # it has to be there before this process ends
         return 0
 
-    raise SystemExit(on_ranks(load_config(Path("configs/demo.yaml"), ["engine.device=cpu"]), leave_one))
+    raise SystemExit(
+        on_ranks(load_config(Path("configs/demo.yaml"), ["engine.device=cpu"]), leave_one, signals)
+    )
 
 
 def test_a_finished_run_ends_though_a_worker_is_left() -> None:
