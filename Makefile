@@ -7,7 +7,8 @@
 # make test-oldest   all tests, those on Slurm too, with Python 3.10 and the lowest supported versions
 # make test-newest   test-full and lint with the newest versions that pip finds, as on a fresh machine
 # make constraints   the same, and then everybody installs these versions
-# make test-matrix   every engine, plan, precision and optimiser on 2 and 4 ranks; test and test-full run a choice of them
+# make test-matrix   every engine, plan, precision and optimiser on 2 and 4 ranks, about 1,150 checks in six launches, each a
+#                     second or two on a free machine; test and test-full run a choice of them
 # make soak-results  a results file's writer killed at 100 random moments
 # make soak          ranks of a run killed at 200 random moments; started again with the same file, it goes on where it ended
 # make check-all     all of these but constraints, before a release; takes many hours

@@ -118,7 +118,7 @@ def _rows(section: type[BaseModel], prefix: str, names: list[str] | None) -> Ite
 
 
 def _default(info: FieldInfo) -> str:
-    default = info.get_default(call_default_factory=True, validated_data={})
+    default = info.get_default(call_default_factory=True)
     if isinstance(default, BaseModel):
         default = default.model_dump()
     return default if isinstance(default, str) else json.dumps(default)

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from d2ft_hpc.config import OptimizerConfig
-
-try:
-    from timm.optim import param_groups_weight_decay
-except ImportError:  # older timm
-    from timm.optim.optim_factory import param_groups_weight_decay
 
 
 def build_optimizer(model: Any, config: OptimizerConfig) -> Optimizer:

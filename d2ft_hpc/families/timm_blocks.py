@@ -101,7 +101,7 @@ class TimmBlocks(TimmFamily):
                 lambda normed, heads: timm_mlp.activate(mlp, axes, normed, heads),
                 partial(out_of_heads, last, name, axes),
                 last.bias,
-                lambda branch: block.drop_path2(after[1](mlp.drop2(branch))),
+                lambda branch: block.drop_path2(after[1](timm_mlp.drops(mlp)[1](branch))),
                 _across(mlp.norm, axes[f"{name}.weight"]) if timm_mlp.has_norm_across(mlp) else None,
             ),
         )
@@ -113,9 +113,10 @@ class TimmBlocks(TimmFamily):
         return given._replace(by_head=positions_by_head(attn, given.by_head))
 
     def drops(self, block: Any) -> Drops:
+        of_units, of_result = timm_mlp.drops(block.mlp)
         return Drops(
-            {"attn.attn_drop": block.attn.attn_drop, "mlp.drop1": block.mlp.drop1},
-            (block.attn.proj_drop, block.mlp.drop2),
+            {"attn.attn_drop": block.attn.attn_drop, "mlp.drop1": of_units},
+            (block.attn.proj_drop, of_result),
             (block.drop_path1, block.drop_path2),
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models.vitamin import GeGluMlp
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.families.head_linear import into_heads
@@ -47,6 +47,14 @@ def own_axes(mlp: Any, heads: int) -> dict[str, HeadAxis]:
     return axes
 
 
+_NO_DROP = nn.Identity()
+
+
+def drops(mlp: Any) -> tuple[nn.Module, nn.Module]:
+    """What drops of the hidden units and of the result; timm's older ViTamin has neither."""
+    return getattr(mlp, "drop1", _NO_DROP), getattr(mlp, "drop2", _NO_DROP)
+
+
 def normed(mlp: Any, x: Tensor) -> Tensor:
     """What the MLP does to its input, x after the block's norm, before its first layers."""
     return mlp.norm(x) if type(mlp) is GeGluMlp else x
@@ -68,5 +76,5 @@ def activate(mlp: Any, axes: Mapping[str, HeadAxis], x: Tensor, heads: Tensor) -
         hidden = one * mlp.act(other) if mlp.gate_last else mlp.act(one) * other
     else:
         hidden = mlp.act(first)
-    dropped: Tensor = mlp.drop1(hidden)
+    dropped: Tensor = drops(mlp)[0](hidden)
     return dropped

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import timm.layers
 import torch.nn.functional as F
 from timm.layers import Format, PatchEmbed
 from torch import Tensor, nn
 
-from d2ft_hpc.errors import UnsupportedModelError
 from d2ft_hpc.families.family import BlockFamily
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.families.low_rank import axes_of
@@ -102,24 +102,13 @@ class TimmFamily(BlockFamily):
     def recomputes(self, model: Any) -> bool:
         return bool(model.grad_checkpointing)
 
-    not_reentrant = "call timm.layers.set_reentrant_ckpt(False); with an older timm, do without checkpointing"
+    not_reentrant = "call timm.layers.set_reentrant_ckpt(False)"
 
     def recomputes_reentrantly(self, model: Any) -> bool:
-        try:
-            from timm.layers import use_reentrant_ckpt
-        except ImportError:  # older versions of timm leave it to torch, whose default is reentrant
-            return True
-        return bool(use_reentrant_ckpt())
+        return bool(timm.layers.use_reentrant_ckpt())
 
     def recompute(self, model: Any) -> None:
-        try:
-            from timm.layers import set_reentrant_ckpt
-        except ImportError:
-            raise UnsupportedModelError(
-                "this timm always recomputes in torch's reentrant way, which loses gradients above frozen embeddings; "
-                "update timm, or do without"
-            ) from None
-        set_reentrant_ckpt(False)
+        timm.layers.set_reentrant_ckpt(False)
         model.set_grad_checkpointing(True)
 
     @contextmanager

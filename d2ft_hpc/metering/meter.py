@@ -90,7 +90,7 @@ def _flash_backward(
     return int(sdpa_backward_flop_count(grad_out.shape, query.shape, key.shape, value.shape))
 
 
-# torch 2.6 does not know the CPU's attention kernel.
+# torch's own table does not know the CPU's attention kernel.
 _FLOPS = {
     **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash_forward,

@@ -33,7 +33,7 @@ def with_advice(config: RunConfig) -> Iterator[None]:
         from_where = (
             f"the last good state is {good[-1]}, whose model.safetensors a new run can take as model.weights"
             if good
-            else "no checkpoint had been saved"
+            else "no checkpoint is from before that"
         )
         raise DivergedError(
             f"{error}: lower optimizer.learning_rate ({config.optimizer.learning_rate:g}), warm up longer or set "

@@ -72,8 +72,6 @@ def test_a_setting_with_which_old_deepspeed_trains_wrongly_is_refused(
 
 
 def test_reentrant_recomputation_is_refused() -> None:
-    if not hasattr(timm.layers, "set_reentrant_ckpt"):
-        pytest.skip("this timm is always reentrant")
     model = tiny_vit()
     model.set_grad_checkpointing()
     check_recompute(model)

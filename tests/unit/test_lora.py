@@ -37,8 +37,9 @@ def adapted(
     else:
         from peft import LoraConfig, get_peft_model
 
-        options = {"layers_to_transform": blocks, "layers_pattern": "blocks"}
-        get_peft_model(model, LoraConfig(r=2, lora_alpha=3, target_modules=list(layers), **options))
+        # As a pattern of whole names: peft 0.18 finds no blocks by number in a model that has them at its top.
+        named = rf"blocks\.({'|'.join(map(str, blocks))})\..*({'|'.join(layers)})"
+        get_peft_model(model, LoraConfig(r=2, lora_alpha=3, target_modules=named))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
