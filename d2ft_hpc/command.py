@@ -115,7 +115,6 @@ def on_ranks(
     make_caches_usable(tells=control.local_rank == 0)
 
     def run() -> int:
-        status = 1
         try:
             with Watch(
                 control,
@@ -131,8 +130,9 @@ def on_ranks(
                     before_abort=watch.fail,
                 )
         finally:
-            if status:
-                kill_children()  # whatever they were at, nobody wants it
+            # Whatever they were at, nobody wants it; and Python's own end would wait for ever for one that is left, as
+            # it asks it to end by a signal that workers block.
+            kill_children()
         if control.world_size > 1:
             # Nobody watches the interpreter's own end any more, which takes a while: a rank that hung in it would
             # keep the launcher, and so the job, waiting.

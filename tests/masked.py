@@ -45,7 +45,7 @@ def masked_blocks(
 
 def _masked(layer: Any, operations: np.ndarray) -> Callable[[Tensor], Tensor]:
     """What FULL heads give, with gradients, and what FORWARD_ONLY ones give, without."""
-    operation = _of_units(operations, layer.in_features)
+    operation = _of_units(operations, layer.in_features).to(layer.weight.device)
     whole = type(layer).forward
 
     def forward(x: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def _masked(layer: Any, operations: np.ndarray) -> Callable[[Tensor], Tensor]:
 
 def _masked_norm(norm: Any, operations: np.ndarray) -> Callable[[Tensor], Tensor]:
     """Mean and variance are those of the heads that run; FORWARD_ONLY ones come to them without gradients."""
-    operation = _of_units(operations, norm.normalized_shape[0])
+    operation = _of_units(operations, norm.normalized_shape[0]).to(norm.weight.device)
     runs = operation != SHORTCUT
 
     def forward(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.block_graphs import GradientPlace
 from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.planning import SkipPlan
 
@@ -82,6 +83,7 @@ class DdpEngine(PlainEngine):
         **options: Any,
     ) -> None:
         """options: those of PlainEngine except `cuda_graphs`."""
+        executor.flat = FlatParameters(model, executor.blocks, optimizer)
         super().__init__(model, executor, optimizer, schedule, loss_function, **options)
         device = next(model.parameters()).device
         # Gradients stay in the buckets that are reduced and are divided bucket by bucket, so that nothing is launched

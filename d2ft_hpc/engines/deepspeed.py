@@ -31,6 +31,7 @@ from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.engines.zero_state import collect, restore
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.planning import SkipPlan
 
 OURS = (
@@ -104,14 +105,19 @@ class DeepSpeedEngine:
         *,
         slot_source: Callable[[], int] | None = None,
         is_boundary: Callable[[], bool] | None = None,
+        flat_parameters: bool = False,
         **given: Any,
     ) -> None:
-        """slot_source: as `PlanExecutor.bind` takes it. is_boundary: as `ZeroRules.prepare` takes it. given: other
-        arguments of `deepspeed.initialize`; optimizer and schedule may have any form that it takes."""
+        """slot_source: as `PlanExecutor.bind` takes it. is_boundary: as `ZeroRules.prepare` takes it.
+        flat_parameters: whether each block's parameters become a few flat ones; `optimizer` is torch's then.
+        given: other arguments of `deepspeed.initialize`; optimizer and schedule may have any form that it takes."""
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False)
         self.rules = ZeroRules.of(config)
         self._twin = self.rules.twin_of(model)
+        if flat_parameters:
+            assert isinstance(optimizer, Optimizer)
+            executor.flat = FlatParameters(model, executor.blocks, optimizer)
         self.rules.prepare(model, executor, slot_source, is_boundary)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.made = deepspeed.initialize(
@@ -172,15 +178,19 @@ class DeepSpeedEngine:
         return evaluated(self._model, images)
 
     def full_model(self) -> AbstractContextManager[nn.Module]:
-        return self.rules.full_model(self._model, self._twin)
+        return self.rules.full_model(self._model, self._twin, self.executor.flat)
 
     def save(self, folder: Path, write: StateWriter) -> None:
         state = collect(self._model, self.engine)
+        if self.executor.flat is not None:
+            state = state.named_by(self.executor.flat.split)
         if dist.get_rank() == 0:
             state.schedule = schedule_numbers(self.engine.lr_scheduler)
             state.write(folder, write)
 
     def restore(self, folder: Path) -> None:
         state = PortableState.read(folder)
+        if self.executor.flat is not None:
+            state = state.named_by(self.executor.flat.join)
         restore(state, self._model, self.engine)
         restore_schedule(self.engine.lr_scheduler, state.schedule)

@@ -30,6 +30,7 @@ from d2ft_hpc.engines.private_names import expect
 from d2ft_hpc.engines.sharded import collect, restore, whole_weights
 from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import family_of
 from d2ft_hpc.parallel.dtensor import split_heads
@@ -134,16 +135,36 @@ def _group(block: Any) -> Any:
 _RECORD = "which says whether gradients are reduced, and over which ranks"
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype | None = None) -> None:
+def gathers_again(block: nn.Module) -> bool:
+    """Whether a block is gathered for the forward and again for the backward."""
+    if not isinstance(block, FSDPModule):
+        return True
+    means = "whether weights stay gathered from the forward to the backward"
+    return bool(expect(_group(block), "_reshard_after_forward", means))
+
+
+KEPT_BYTES = 2**31
+"""Weights of up to this size stay gathered from a micro-batch's forward to its backward: gathering them again takes
+Python as long as the blocks of small images take to run. A billion parameters in 16 bits; the same on every rank."""
+
+
+def shard(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    param_dtype: torch.dtype | None = None,
+    kept_bytes: int = KEPT_BYTES,
+) -> None:
     """Spreads a model over a mesh of 1 dimension, or of 2 (replicas x shards): each block by itself, then the rest.
 
     param_dtype: of the gathered parameters and of activations; gradients are reduced in float32. None: their own.
+    kept_bytes: all of a model's weights stay gathered from a forward to its backward if they have no more, gathered.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None
     )
+    gathered = sum(each.numel() * (param_dtype or each.dtype).itemsize for each in model.parameters())
     for block in family_of(model).blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=gathered > kept_bytes)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
@@ -163,8 +184,9 @@ class FsdpEngine(PlainEngine):
         *,
         param_dtype: torch.dtype | None = None,
         gradient_clipping: float | None = None,
+        kept_bytes: int = KEPT_BYTES,
     ) -> None:
-        """model: the whole one, which is spread in place. param_dtype: see `shard`."""
+        """model: the whole one, which is spread in place. param_dtype, kept_bytes: see `shard`."""
         self._twin = copy.deepcopy(model).to("meta")
         self._placement, layout = placement, placement.layout
         mesh = init_device_mesh(
@@ -174,9 +196,18 @@ class FsdpEngine(PlainEngine):
         )
         if layout.is_cut:
             executor = split_heads(model, executor, mesh["tensor"], placement.owner)
-        shard(model, mesh["replica"], param_dtype)
+            shard(model, mesh["replica"], param_dtype, kept_bytes)
+            optimizer, schedule = make_optimizer(model)
+        else:
+            optimizer, schedule = make_optimizer(model)  # its groups say which parameters are alike
+            executor.flat = FlatParameters(model, executor.blocks, optimizer)
+            names = {parameter: name for name, parameter in model.named_parameters()}
+            shard(model, mesh["replica"], param_dtype, kept_bytes)
+            spread = dict(model.named_parameters())
+            for group in optimizer.param_groups:
+                group["params"] = [spread[names[parameter]] for parameter in group["params"]]
         super().__init__(
-            model, executor, *make_optimizer(model), loss_function, gradient_clipping=gradient_clipping
+            model, executor, optimizer, schedule, loss_function, gradient_clipping=gradient_clipping
         )
         bind_fsdp(model, executor)
 
@@ -195,19 +226,21 @@ class FsdpEngine(PlainEngine):
     def full_model(self) -> Iterator[nn.Module]:
         device = next(self._model.parameters()).device
         full = copy.deepcopy(self._twin).to_empty(device=device)
-        full.load_state_dict(whole_weights(self._model, self.executor), strict=True)
+        weights = whole_weights(self._model, self.executor)
+        flat = self.executor.flat
+        full.load_state_dict(weights if flat is None else flat.split(weights), strict=True)
         yield full.train(self._model.training)
 
     def save(self, folder: Path, write: StateWriter) -> None:
         state = collect(self._model, self._optimizer, self.executor)
         if dist.get_rank() == 0:
             state.schedule = schedule_numbers(self._schedule)
-            state.write(folder, write)
+            self._named_as_before(state).write(folder, write)
             if self._placement.layout.is_cut:
                 self._placement.write(folder / PLACEMENT)
 
     def restore(self, folder: Path) -> None:
-        state = PortableState.read(folder)
+        state = self._named_as_now(PortableState.read(folder))
         restore(state, self._model, self._optimizer, self.executor)
         restore_schedule(self._schedule, state.schedule)
 

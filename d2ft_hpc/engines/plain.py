@@ -148,16 +148,29 @@ class PlainEngine:
         with self._autocast(images[0].device):
             return evaluated(self._model, images)
 
-    def full_model(self) -> AbstractContextManager[nn.Module]:
-        return nullcontext(self._model)
+    @contextmanager
+    def full_model(self) -> Iterator[nn.Module]:
+        flat = self.executor.flat
+        with nullcontext() if flat is None else flat.unflattened():
+            yield self._model
 
     def save(self, folder: Path, write: StateWriter) -> None:
         state = collect_plain(self._model, self._optimizer)
         state.schedule = schedule_numbers(self._schedule)
-        state.write(folder, write)
+        self._named_as_before(state).write(folder, write)
+
+    def _named_as_before(self, state: PortableState) -> PortableState:
+        """With the names that parameters had before they became flat ones."""
+        flat = self.executor.flat
+        return state if flat is None else state.named_by(flat.split)
+
+    def _named_as_now(self, state: PortableState) -> PortableState:
+        """The inverse. Raises CheckpointError where they are of another model."""
+        flat = self.executor.flat
+        return state if flat is None else state.named_by(flat.join)
 
     def restore(self, folder: Path) -> None:
-        state = PortableState.read(folder)
+        state = self._named_as_now(PortableState.read(folder))
         state.check_fits({name: tensor.shape for name, tensor in self._model.state_dict().items()})
         restore_plain(state, self._model, self._optimizer)
         restore_schedule(self._schedule, state.schedule)

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 from torch import nn
 
+from d2ft_hpc.engines.fsdp import gathers_again
 from d2ft_hpc.engines.replicas import trained_blocks
 from d2ft_hpc.execution.executor import EmbeddingPolicy, PlanExecutor
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
@@ -61,6 +62,7 @@ class PlannedBytes:
             assert full is not None  # or there would be no numbers between the blocks
             self._tokens = partial(family.tokens, model)
             self._full_tokens = self._tokens(*full[1:])
+        self._gathers = 2 if data_parallel == "fsdp2" and gathers_again(subnets.blocks(model)[0]) else 1
         self._leaves_out = reduces_trained_blocks_only(data_parallel, precision)
         self._parameters = np.zeros(
             self._blocks + 1
@@ -126,7 +128,7 @@ class PlannedBytes:
             if self._embeddings == "complete_path":  # block 0 always runs, because of the embeddings
                 operations = operations.copy()
                 operations[:, 0] = np.maximum(operations[:, 0], Operation.FORWARD_ONLY)
-            sent = fsdp2_bytes(operations, layout.replicas, self._parameters, self._trained)
+            sent = fsdp2_bytes(operations, layout.replicas, self._parameters, self._trained, self._gathers)
             return sum(sent.values())
         reduced = np.ones(self._blocks + 1, dtype=bool)
         if self._leaves_out:

@@ -8,8 +8,8 @@ that holds part of the parameters on each rank collects its own part under timm'
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,11 @@ class PortableState:
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(f"{folder}: no readable training state ({error})") from None
         return state
+
+    def named_by(self, translate: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> PortableState:
+        """The same with other names: `translate` takes weights, and each kind of moments, by name."""
+        moments = {kind: translate(of_kind) for kind, of_kind in self.moments.items()}
+        return replace(self, weights=translate(self.weights), moments=moments)
 
     def check_fits(self, model_shapes: Mapping[str, torch.Size]) -> None:
         """Raises CheckpointError where the weights are not those of a model with these names and shapes."""

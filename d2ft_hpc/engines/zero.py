@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -18,6 +18,7 @@ from d2ft_hpc.engines.deepspeed_private import import_deepspeed, whole
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.block_graphs import GradientPlace
 from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import family_of, find_backbone
 from d2ft_hpc.planning import SkipPlan
@@ -157,20 +158,25 @@ class ZeroRules:
         return copy.deepcopy(model).to("meta") if self.stage == 3 else None
 
     @contextmanager
-    def full_model(self, model: nn.Module, twin: nn.Module | None) -> Iterator[nn.Module]:
+    def full_model(
+        self, model: nn.Module, twin: nn.Module | None, flat: FlatParameters | None
+    ) -> Iterator[nn.Module]:
         """A model with the present weights, complete on this rank, so that it runs without other ranks. Under stage 3
-        it is a copy, which all ranks make together; else `model` itself.
+        it is a copy, which all ranks make together; else `model` itself. flat: what holds its blocks' parameters.
         """
         if twin is None:
-            yield model
+            with nullcontext() if flat is None else flat.unflattened():
+                yield model
             return
-        own = dict(model.named_parameters())
-        device = next(iter(own.values())).device
+        device = next(model.parameters()).device
         full = copy.deepcopy(twin).to_empty(device=device)
+        named = dict(full.named_parameters())
         with torch.no_grad():
-            for name, parameter in full.named_parameters():
-                with whole(own[name]) as data:
-                    parameter.data = data.clone()
+            for own_name, own in model.named_parameters():
+                with whole(own) as data:
+                    parts = {own_name: data.clone()}
+                    for name, part in (parts if flat is None else flat.split(parts)).items():
+                        named[name].data = part
             for (_, buffer), (_, other) in zip(full.named_buffers(), model.named_buffers(), strict=True):
                 buffer.copy_(other)
         yield full.train(model.training)

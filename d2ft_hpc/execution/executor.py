@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from types import MethodType
 from typing import Any, Literal, cast
@@ -22,6 +22,7 @@ from d2ft_hpc.execution.block import BlockHeads, run_block
 from d2ft_hpc.execution.block_graphs import BlockGraphs, GradientPlace, Link, Links, Pass
 from d2ft_hpc.execution.compilation import allow_kernels_of, cannot_compile, compile_outside_blocks
 from d2ft_hpc.execution.copies import leave_out_of_copies
+from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.execution.gradients import (
     Owners,
     Reduction,
@@ -79,6 +80,8 @@ class PlanExecutor:
         self.blocks: dict[int, nn.Module] = {}
         """The blocks that follow this executor, by index; `link` adds them. Their parameters are looked up when they
         are needed: a model that was built without memory, or loaded with assign=True, gets others."""
+        self.flat: FlatParameters | None = None
+        """In which an engine has put the blocks' parameters, if it has."""
         self._owners: dict[int, Owners] = {}
         self._kernel_parts: dict[int, KernelParts | None] = {}
         self._compiled_shapes: set[Hashable] = set()
@@ -322,6 +325,13 @@ class PlanExecutor:
         self, block: nn.Module, index: int, heads: BlockHeads | None, x: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Block `index` with these heads; None: all of them."""
+        with nullcontext() if self.flat is None else self.flat.placed(index):
+            return self._run_placed(block, index, heads, x, *args, **kwargs)
+
+    def _run_placed(
+        self, block: nn.Module, index: int, heads: BlockHeads | None, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The same, where the block's modules have their parameters."""
         if heads is None or heads.is_dense:
             return self._run_dense(block, x, *args, **kwargs)
         subnets = self.subnets
@@ -348,6 +358,8 @@ class PlanExecutor:
         """Block `index` under the row of `slot`, or densely, through CUDA graphs; None where it has to run without."""
         if self._graphs is None or not block.training or args or kwargs:
             return None  # graphs read a block's input alone
+        if self.flat is not None and self.flat.is_unflattened:
+            return None  # and the flat parameters
         row = None if slot is None else self.rows[slot]
         chain = self._in_order if row is None else [i for i in row.active if i in self.blocks]
         if index not in chain:

@@ -86,22 +86,26 @@ class Replicas:
 
 
 def fsdp2_bytes(
-    operations: npt.NDArray[np.uint8], replicas: int, gathered_bytes: Floats, reduced_bytes: Floats
+    operations: npt.NDArray[np.uint8],
+    replicas: int,
+    gathered_bytes: Floats,
+    reduced_bytes: Floats,
+    gathers: int = 2,
 ) -> dict[str, float]:
     """By collective, what one rank sends in a step under FSDP2 that reduces in every micro-batch.
 
     operations: uint8 [row, block, head]. gathered_bytes: of the parameters, float64 [block + 1], the last of what is in
     no block. reduced_bytes: the same of the trained parameters' gradients.
 
-    Each micro-batch gathers the blocks that some replica runs, for the forward and again for the backward, and scatters
-    the sums of their gradients; what is in no block is gathered once.
+    Each micro-batch gathers the blocks that some replica runs, for the forward and, if `gathers` is 2 and not 1, again
+    for the backward, and scatters the sums of their gradients; what is in no block is gathered once.
     """
     runs = (operations != Operation.SHORTCUT).any(axis=2)
     by_slot = runs.reshape(-1, replicas, runs.shape[1]).any(axis=1)  # [slot, block]
     times = np.append(by_slot.sum(axis=0), len(by_slot))
-    gathers = np.append(np.full(runs.shape[1], 2), 1)
+    times_each = np.append(np.full(runs.shape[1], gathers), 1)
     payloads = {
-        "allgather": float((gathers * times * gathered_bytes).sum()),
+        "allgather": float((times_each * times * gathered_bytes).sum()),
         "reduce_scatter": float((times * reduced_bytes).sum()),
     }
     return {name: ring_bytes(name, payload, replicas) for name, payload in payloads.items()}

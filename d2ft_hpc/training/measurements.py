@@ -1,8 +1,10 @@
-"""What a job measures on its ranks before it starts: passes, messages, memory, and costs for its planner."""
+"""What a job measures on its ranks before it starts: passes, messages, memory, and costs for its planner; and how it
+describes its model, whose parameters no engine has spread yet."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,6 +13,8 @@ from d2ft_hpc.metering.activation_bytes import ActivationBytes, measure_activati
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds, measure_all_reduce
 from d2ft_hpc.metering.memory import release_unused
 from d2ft_hpc.metering.profile import PassProfile, profile_passes
+from d2ft_hpc.recording.provenance import describe_model
+from d2ft_hpc.results.schema import Scalar
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.plan_costs import find_costs
 
@@ -22,6 +26,8 @@ class Measurements:
     kept: ActivationBytes | None
     """None where plans do not depend on it."""
     plan_costs: PlanCosts
+    model: tuple[dict[str, Any], dict[str, Scalar]]
+    """As `describe_model` says."""
 
 
 def measure_job(job: Job) -> Measurements:
@@ -36,4 +42,5 @@ def measure_job(job: Job) -> Measurements:
         kept = measure_activation_bytes(job.model, job.executor, shape, precision)
     release_unused(job.device)
     all_reduce = measure_all_reduce(job.device)
-    return Measurements(profile, all_reduce, kept, find_costs(job, profile, all_reduce))
+    model = describe_model(job.model, job.executor.subnets, job.costs)
+    return Measurements(profile, all_reduce, kept, find_costs(job, profile, all_reduce), model)

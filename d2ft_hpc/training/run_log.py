@@ -12,7 +12,6 @@ from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.lifecycle import PlanListener
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.recording.entries import note, record_plan, record_scores
-from d2ft_hpc.recording.provenance import describe_model
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.scores import Scores
 from d2ft_hpc.training.checkpoint import Position
@@ -84,7 +83,7 @@ def record_job(
     """What does not change during a run."""
     writer.put("config", {"yaml": job.config.to_yaml()})
     writer.put("environment", {}, environment)
-    parameters, attributes = describe_model(job.model, job.executor.subnets, job.costs)
+    parameters, attributes = measured.model
     writer.put(
         "model",
         {**parameters, "class_name": job.train_set.class_names},

@@ -153,7 +153,15 @@ def deepspeed_engine(
         precision=precision,
         gradient_clipping=clipping,
     )
-    return DeepSpeedEngine(model, executor, optimizer, schedule, loss_function, {**config, **more})
+    return DeepSpeedEngine(
+        model,
+        executor,
+        optimizer,
+        schedule,
+        loss_function,
+        {**config, **more},
+        flat_parameters=True,
+    )
 
 
 def trained_parameters(

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import d2ft_hpc
 from d2ft_hpc.engines.ddp import DdpEngine
-from d2ft_hpc.engines.fsdp import FsdpEngine, shard
+from d2ft_hpc.engines.fsdp import KEPT_BYTES, FsdpEngine, shard
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.engines.portable import write_file
@@ -131,6 +131,7 @@ def build(
         loss_function,
         param_dtype=dtype,
         gradient_clipping=clipping,
+        kept_bytes=0 if optimizer_name == "sgd" else KEPT_BYTES,  # either way
     )
 
 

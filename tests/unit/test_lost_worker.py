@@ -7,12 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from d2ft_hpc.command import on_ranks
+from d2ft_hpc.config import load_config
 from d2ft_hpc.data.lost_worker import batches_of
 from d2ft_hpc.data.workers import loader_of
 from d2ft_hpc.errors import UNFINISHED, LostWorkerError
@@ -72,6 +76,25 @@ def test_children_are_killed_whatever_they_block() -> None:
     kill_children()
     child.join(10)
     assert child.exitcode == -signal.SIGKILL
+
+
+def end_with_a_worker_left() -> None:
+    context, signals = multiprocessing.get_context("forkserver"), StopSignals(["TERM"])
+
+    def leave_one(*_: Any) -> int:
+        child = context.Process(target=signal.pause, daemon=True)
+        child.start()
+        time.sleep(1.0)  # it has to be there before this process ends
+        return 0
+
+    raise SystemExit(
+        on_ranks(load_config(Path("configs/demo.yaml"), ["engine.device=cpu"]), leave_one, signals)
+    )
+
+
+def test_a_finished_run_ends_though_a_worker_is_left() -> None:
+    command = "from tests.unit.test_lost_worker import end_with_a_worker_left; end_with_a_worker_left()"
+    assert subprocess.run([sys.executable, "-c", command], timeout=120).returncode == 0
 
 
 class OwnMask:

@@ -92,6 +92,8 @@ def test_fsdp2_gathers_and_reduces_what_some_replica_runs():
     assert fsdp2_bytes(operations, 2, gathered, reduced) == {"allgather": 17.0, "reduce_scatter": 5.5}
     dense = fsdp2_bytes(np.full_like(operations, 2), 2, gathered, reduced)
     assert dense == {"allgather": 67.0, "reduce_scatter": 14.0}
+    kept = fsdp2_bytes(np.full_like(operations, 2), 2, gathered, reduced, gathers=1)
+    assert kept == {"allgather": 37.0, "reduce_scatter": 14.0}
 
 
 def test_a_communication_budget_by_meeting_counts_blocks_not_heads():

@@ -81,7 +81,9 @@ class DeepSpeed(EngineKind):
         settings, layout = _settings(asked.config), asked.placement.layout
         if not layout.is_cut:
             optimizer = asked.make_optimizer(asked.model)
-            return DeepSpeedEngine(asked.model, asked.executor, *optimizer, asked.loss_function, settings)
+            return DeepSpeedEngine(
+                asked.model, asked.executor, *optimizer, asked.loss_function, settings, flat_parameters=True
+            )
         kind = PipelineEngine if layout.stages > 1 else TensorParallelEngine
         parts = (asked.model, asked.executor, asked.placement, asked.make_optimizer)
         return kind(*parts, asked.loss_function, settings, asked.control)

@@ -1,0 +1,126 @@
+"""Blocks whose parameters are flat ones train as they would without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import AdamW
+
+from d2ft_hpc.engines.plain import PlainEngine
+from d2ft_hpc.engines.portable import PortableState, write_file
+from d2ft_hpc.errors import CheckpointError
+from d2ft_hpc.execution.executor import PlanExecutor, attach
+from d2ft_hpc.execution.flat_parameters import FlatParameters
+from d2ft_hpc.model.lora import add_lora
+from d2ft_hpc.planning import SkipPlan
+from tests.models import DEPTH, HEADS, random_batch, tiny_vit
+
+
+def make(is_flat: bool, lora: bool = False) -> tuple[PlainEngine, PlanExecutor]:
+    model = tiny_vit()
+    if lora:
+        add_lora(model, rank=2, alpha=3, dropout=0.0, layers=("qkv", "fc1"))
+    executor = attach(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": 0.1},
+        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = AdamW([group for group in groups if group["params"]], lr=1e-2)
+    if is_flat:
+        executor.flat = FlatParameters(model, executor.blocks, optimizer)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    return PlainEngine(model, executor, optimizer, schedule, F.cross_entropy), executor
+
+
+def train(engine: PlainEngine, executor: PlanExecutor, steps: range) -> None:
+    for step in steps:
+        rng = np.random.default_rng(step)
+        plan = SkipPlan(rng.integers(0, 3, (2, DEPTH, HEADS)).astype(np.uint8), 1)
+        executor.activate(SkipPlan.dense(2, 1, DEPTH, HEADS) if step == 3 else plan, 0)
+        engine.step([random_batch(2 * step), random_batch(2 * step + 1)])
+
+
+def weights(engine: PlainEngine) -> dict[str, Tensor]:
+    with engine.full_model() as model:
+        return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_they_train_as_without_to_the_bit(lora: bool) -> None:
+    trained = []
+    for is_flat in (False, True):
+        engine, executor = make(is_flat, lora)
+        train(engine, executor, range(5))
+        trained.append(weights(engine))
+    without, flat = trained
+    assert list(flat) == list(without)
+    assert all(torch.equal(flat[name], without[name]) for name in without)
+
+
+def test_there_are_two_for_a_block_and_the_model_has_its_own_again_where_it_is_read() -> None:
+    engine, executor = make(True)
+    flat, model = executor.flat, cast(Any, engine._model)
+    assert flat is not None
+    of_block = [name for name, _ in model.named_parameters() if name.startswith("blocks.1.")]
+    assert of_block == ["blocks.1.flat_0", "blocks.1.flat_1"]
+    # Outside of a block's run nothing can be read by mistake.
+    assert model.blocks[1].attn.qkv.weight.is_meta
+    images, _ = random_batch(0)
+    model.eval()
+    before = model(images)
+    with engine.full_model() as module:
+        full: Any = module
+        assert {name for name, _ in full.named_parameters()} == {
+            name for name, _ in tiny_vit().named_parameters()
+        }
+        assert torch.equal(full(images), before)
+        with torch.no_grad():
+            full.blocks[1].attn.qkv.weight.zero_()
+    split = flat.split(dict(model.named_parameters()))
+    assert not split["blocks.1.attn.qkv.weight"].any()
+    assert split["blocks.1.attn.proj.weight"].any()
+
+
+def test_checkpoints_have_the_models_own_names_and_go_on_either_way(tmp_path: Path) -> None:
+    engine, executor = make(True)
+    train(engine, executor, range(2))
+    engine.save(tmp_path, write_file)
+    state = PortableState.read(tmp_path)
+    assert set(state.weights) == set(tiny_vit().state_dict())
+    assert "blocks.0.attn.qkv.weight" in state.moments["exp_avg"]
+    train(engine, executor, range(2, 4))
+    for is_flat in (False, True):
+        other, of_other = make(is_flat)
+        other.restore(tmp_path)
+        train(other, of_other, range(2, 4))
+        resumed, uninterrupted = weights(other), weights(engine)
+        assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
+
+
+def test_another_models_checkpoint_is_refused_by_name() -> None:
+    executor = make(True)[1]
+    assert executor.flat is not None
+    weights = dict(tiny_vit().state_dict())
+    joined = executor.flat.join(weights)
+    split = executor.flat.split(joined)
+    assert all(torch.equal(split[name], value) for name, value in weights.items())
+    del weights["blocks.2.mlp.fc1.bias"]
+    with pytest.raises(CheckpointError, match=r"another model: 'blocks\.2\.mlp\.fc1\.bias' is missing"):
+        executor.flat.join(weights)
+
+
+def test_parameters_that_several_modules_hold_stay_as_they_are() -> None:
+    model = tiny_vit()
+    model.blocks[2].norm1.weight = model.blocks[1].norm1.weight
+    executor = attach(model)
+    optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    FlatParameters(model, executor.blocks, optimizer)
+    assert model.blocks[2].norm1.weight is model.blocks[1].norm1.weight
+    assert not model.blocks[1].norm1.weight.is_meta
