@@ -99,11 +99,12 @@ SOAK ?= tests/soak/kills.jsonl
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.soak.kills $(SOAK) --kills 200
 
-$(OLDEST_VENV)/.installed: pyproject.toml tests/oldest-requirements.txt
+$(OLDEST_VENV)/.installed: pyproject.toml tests/oldest.py
 	@$(call find_python,$(PYTHON310S))
 	"$$python" -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python -m pip install -q --upgrade pip
-	$(OLDEST_VENV)/bin/python -m pip install -e '.[mpi,test]' -c tests/oldest-requirements.txt
+	$(OLDEST_VENV)/bin/python tests/oldest.py > $(OLDEST_VENV)/constraints.txt
+	$(OLDEST_VENV)/bin/python -m pip install -e '.[mpi,test]' -c $(OLDEST_VENV)/constraints.txt
 	touch $@
 
 test-oldest: $(OLDEST_VENV)/.installed

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from d2ft_hpc.config import RunConfig, load_config
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.paths import path_argument
+from d2ft_hpc.settings import of_percent
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,7 @@ def _number(said: str, *, zero: bool, most: float) -> Callable[[str], float]:
         except ValueError:
             number = math.nan
         if not (0 < number <= most or (zero and number == 0)):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {said}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {said}{of_percent(text) if most == 1 else ''}")
         return number
 
     return read

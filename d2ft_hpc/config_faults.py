@@ -9,12 +9,13 @@ from typing import Any, TypeGuard, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.planning.planner import Options
 from d2ft_hpc.planning.table import PLANNERS
 from d2ft_hpc.safe_text import shown
-from d2ft_hpc.settings import Section
+from d2ft_hpc.settings import Section, of_percent
 
 Kind = TypeVar("Kind")
 KindOfSection = TypeVar("KindOfSection", bound=Section)
@@ -62,6 +63,8 @@ def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -
                 else f"unknown key {value}{_nearest(key, schema, prefix)}"
             )
             yield f"{key}: {what}"
+        elif fault["type"] == "of_section":
+            yield f"{key}.{fault['msg']}" if fault["loc"] else f"{key}{fault['msg']}"
         elif fault["type"] == "missing":
             yield f"{key}: missing; set it in the file or as {key}=VALUE"
         elif not fault["loc"]:
@@ -76,9 +79,17 @@ def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -
             if told.startswith(f"{key}."):  # it names a key inside
                 yield told
                 continue
-            expected.setdefault(f"{key}={shown(fault['input'])}", []).append(f"{told[0].lower()}{told[1:]}")
+            told = f"{told[0].lower()}{told[1:]}{_as_share(fault)}"
+            expected.setdefault(f"{key}={shown(fault['input'])}", []).append(told)
     for value, told_of in expected.items():
         yield f"{value}: {', or '.join(told_of)}"
+
+
+def _as_share(fault: ErrorDetails) -> str:
+    """What to write for a value in per cent: a number above a bound of 1, or a text."""
+    bounds = fault.get("ctx", {})
+    is_share = 1 in (bounds.get("le"), bounds.get("lt")) or fault["type"] == "float_type"
+    return of_percent(fault["input"]) if is_share else ""
 
 
 def _key_parts(

@@ -152,18 +152,22 @@ class PlanConfig(Section):
         if self.token_budget is None:
             return self
         if self.entry.scales_images:
-            raise ValueError(
-                f"plan.token_budget={self.token_budget:g}: with plan.planner={self.planner} it is plan.compute_budget; "
-                f"remove it"
+            raise _of_section(
+                f"token_budget={self.token_budget:g}: with planner={self.planner} it is compute_budget; remove it"
             )
         if self.entry.binding == "sample" or self.file is not None:
-            asked = f"plan.file={self.file}" if self.file is not None else f"plan.planner={self.planner}"
-            raise ValueError(
-                f"plan.token_budget={self.token_budget:g}: {asked} trains on images of full size; remove one of them"
+            asked = f"file={self.file}" if self.file is not None else f"planner={self.planner}"
+            raise _of_section(
+                f"token_budget={self.token_budget:g}: {asked} trains on images of full size; remove one of them"
             )
         if self.token_budget < self.compute_budget:
-            raise ValueError(
-                f"plan.token_budget={self.token_budget:g}: is below plan.compute_budget={self.compute_budget:g}, which "
-                f"would leave the heads nothing to skip; use plan.planner=tokens, or a larger one"
+            raise _of_section(
+                f"token_budget={self.token_budget:g}: is below compute_budget={self.compute_budget:g}, which would "
+                f"leave the heads nothing to skip; use planner=tokens, or a larger one"
             )
         return self
+
+
+def _of_section(text: str) -> PydanticCustomError:
+    """A fault of several keys of a section, which begins with one of them; `explain` adds whose they are."""
+    return PydanticCustomError("of_section", "{text}", {"text": text})

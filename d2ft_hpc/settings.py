@@ -19,6 +19,17 @@ LONGEST = 1e7
 _MOST = 2**31 - 1
 
 
+def of_percent(value: Any) -> str:
+    """What to add to the refusal of a value in per cent where a share was asked for; empty for other values."""
+    text = str(value).strip()
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        return ""
+    is_percent = 2 <= number <= 100 or (text.endswith("%") and 0 < number <= 100)
+    return f"; write it as a share, {number / 100:g} for {number:g} %" if is_percent else ""
+
+
 class Section(BaseModel):
     """A part of the configuration: unknown keys and wrong types are errors, values never change (`~` in paths does)."""
 

@@ -155,7 +155,7 @@ def _tokens_over_dense(line: dict[str, Any], budget: float) -> float:
     grids = sorted(sizes)
     ratios = [sizes[grid]["over_dense"]["median"] for grid in grids]
     costs = [grid[0] * grid[1] / (grids[-1][0] * grids[-1][1]) for grid in grids]
-    steps = token_curve(grids, costs, budget, 1000).steps
+    steps = token_curve(grids, costs, budget, [1] * 1000).steps
     return float(np.dot(steps, ratios)) / sum(steps)
 
 

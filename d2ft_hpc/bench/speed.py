@@ -52,7 +52,7 @@ def speed(workload: Workload, control: Control, planner: str, compute_budget: fl
         )
         of_run = {"plan": (SkipPlan.from_message(made), 1.0)}
     else:
-        curve = token_curve_of(costs, compute_budget, _STEPS_OF_RUN)
+        curve = token_curve_of(costs, compute_budget, [1] * _STEPS_OF_RUN)
         of_run = {
             f"{down} x {across}": (dense.at((down, across)), steps / _STEPS_OF_RUN)
             for (down, across), steps in zip(curve.grids, curve.steps, strict=True)

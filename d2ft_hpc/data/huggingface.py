@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from d2ft_hpc.data.images import EncodedImages, Source, checked_labels, list_of_classes, numbered_classes
+from d2ft_hpc.data.images import (
+    NO_IMAGE,
+    EncodedImages,
+    Source,
+    checked_labels,
+    list_of_classes,
+    numbered_classes,
+)
 from d2ft_hpc.data.shards import WORDS, shards_of
 from d2ft_hpc.errors import DataError
+from d2ft_hpc.extras import cannot_import
 
 _LABELS = ("label", "labels")
 """Names of label columns. If several columns hold classes, the first of these names is taken."""
@@ -29,10 +38,8 @@ def open_huggingface(root: Path, split: str) -> Source:
     """
     try:
         import datasets
-    except ImportError:
-        raise DataError(
-            "data.name=huggingface: needs the library datasets: pip install 'd2ft-hpc[datasets]'"
-        ) from None
+    except ImportError as error:
+        raise DataError(f"data.name=huggingface: {cannot_import(error, 'datasets', 'datasets')}") from None
     datasets.disable_progress_bars()
     where, table = _opened(datasets, root, split)
     try:
@@ -97,8 +104,24 @@ def _opened(datasets: Any, root: Path, split: str) -> tuple[str, Any]:
         else:
             table = datasets.Dataset.from_parquet([str(file) for file in files])
     except Exception as error:  # pyarrow, json and datasets raise many kinds of errors for damaged files
+        if _is_empty(saved, files):
+            raise DataError(f"{where}: {NO_IMAGE}") from None
         raise _unreadable(where, error) from error
+    if not len(table):
+        raise DataError(f"{where}: {NO_IMAGE}")
     return where, table
+
+
+def _is_empty(saved: Path | None, files: Sequence[Path]) -> bool:
+    """Of a split that `datasets` could not open: whether that is because nothing is in it."""
+    from pyarrow import parquet
+
+    try:
+        if saved is not None:
+            return not json.loads((saved / _SAVED).read_bytes())["_data_files"]
+        return not any(parquet.read_metadata(file).num_rows for file in files)
+    except Exception:  # damaged
+        return False
 
 
 def _unreadable(where: str, error: Exception) -> DataError:

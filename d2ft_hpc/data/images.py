@@ -175,6 +175,7 @@ class Source:
 
 
 MOST_CLASSES = 1_000_000
+NO_IMAGE = "holds no image; each split needs some"
 
 
 def checked_labels(
@@ -182,7 +183,9 @@ def checked_labels(
 ) -> npt.NDArray[np.int64]:
     """Labels, int64 [image]. Raises DataError, without a name, if they do not fit the number of images or the
     classes."""
-    if labels.dtype.kind not in "iu" or labels.shape != (images,) or not images:
+    if not images:
+        raise DataError(NO_IMAGE)
+    if labels.dtype.kind not in "iu" or labels.shape != (images,):
         raise DataError(
             f"{labels.size} labels of type {labels.dtype} for {images} images: each needs one whole number"
         )

@@ -38,7 +38,9 @@ class MicroBatchSampler(Sampler[list[int]]):
         self.seed = seed
         self.batch_size = micro_batch_size * self.rows
         full, rest = divmod(num_samples, self.batch_size)
-        self.batches_per_epoch = full + (rest >= self.rows)
+        self.batch_samples = [self.batch_size] * full + [rest] * (rest >= self.rows)
+        """Of each batch of an epoch, over all replicas."""
+        self.batches_per_epoch = len(self.batch_samples)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:

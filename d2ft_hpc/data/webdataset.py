@@ -15,6 +15,7 @@ from d2ft_hpc.data.decoding import endings
 from d2ft_hpc.data.images import EncodedImages, MappedArray, Source, checked_labels, numbered_classes
 from d2ft_hpc.data.shards import shards_of
 from d2ft_hpc.errors import DataError
+from d2ft_hpc.extras import cannot_import
 
 _LABEL = "cls"
 _MOST_DIGITS = 18
@@ -31,10 +32,8 @@ def open_webdataset(root: Path, split: str) -> Source:
     """
     try:
         from webdataset.tariterators import group_by_keys
-    except ImportError:
-        raise DataError(
-            "data.name=webdataset: needs the library webdataset: pip install 'd2ft-hpc[webdataset]'"
-        ) from None
+    except ImportError as error:
+        raise DataError(f"data.name=webdataset: {cannot_import(error, 'webdataset', 'webdataset')}") from None
     files = shards_of(root, split, (".tar",))
     shards = tuple(MappedArray(file, 0, (file.stat().st_size,), "|u1") for file in files)
     places, labels, names = [], [], []

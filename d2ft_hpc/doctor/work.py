@@ -12,8 +12,8 @@ from d2ft_hpc.config import RunConfig
 from d2ft_hpc.doctor.finding import Finding, of_error
 from d2ft_hpc.errors import D2ftError, DataError
 from d2ft_hpc.launch import Control
+from d2ft_hpc.lifecycle.foresight import trial_plan
 from d2ft_hpc.planning import SkipPlan
-from d2ft_hpc.training.foresight import trial_plan
 from d2ft_hpc.training.job import Job, set_up
 from d2ft_hpc.training.model_placement import place_in_order
 from d2ft_hpc.training.plan_context import plan_context
@@ -60,7 +60,10 @@ def check_plans(job: Job) -> list[Finding]:
         return [of_error("plan", error, "raise plan.compute_budget")]
     share, images = job.costs.planned_share(plan), ""
     if context.curve is not None:
-        share, images = share * context.curve.share, f", images of {context.curve}"
+        share, images = (
+            share * context.curve.share,
+            f", images of {context.curve.in_words(job.executor.patch_size)}",
+        )
     price = job.config.plan.price
     return [
         Finding("plan", "ok", f"planner {plan.planner}, {share:.1%} of the dense compute{images}"),

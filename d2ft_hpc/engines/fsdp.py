@@ -7,7 +7,6 @@ replica runs it, all gather it, and its gradients are complete on all of them (`
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.engine import LossFunction, StateWriter
+from d2ft_hpc.engines.gradient_norm import local, total_norm
 from d2ft_hpc.engines.model_parallel import PLACEMENT, MakeOptimizer
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
@@ -247,32 +246,10 @@ class FsdpEngine(PlainEngine):
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Clips gradients that are spread over ranks, on whatever mesh each, if there is a `max_norm`; returns their norm
-    over all ranks.
-
-    torch's own cannot sum over parameters of different meshes, as those of blocks cut by head beside the others.
-    """
+    """Clips gradients that are spread over ranks, if there is a `max_norm`; returns their norm over all ranks."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    norms = torch._foreach_norm([part.float() for part in own])
-    # Plain numbers, since a tensor made from them would wait for the device.
-    squares = (
-        torch.stack(torch._foreach_div(norms, [math.sqrt(_copies(g)) for g in gradients])).square().sum()
-    )
-    dist.all_reduce(squares)
-    norm = squares.sqrt()
+    norm = total_norm(gradients)
     if max_norm is not None:
-        torch._foreach_mul_(own, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
     return norm
-
-
-def _copies(tensor: Tensor) -> float:
-    """How many ranks hold each of its values."""
-    if not isinstance(tensor, DTensor):
-        return dist.get_world_size()
-    parts = [
-        size
-        for size, p in zip(tensor.device_mesh.shape, tensor.placements, strict=True)
-        if not p.is_replicate()
-    ]
-    return dist.get_world_size() / math.prod(parts)

@@ -298,8 +298,9 @@ class PlanExecutor:
                 f"{size[0]} x {size[1]}, which the plan would scale to that size or less: make the model with "
                 f"img_size={size}, or use a planner that leaves images as they are"
             )
-        high, wide = self.subnets.family.patch_size(self.embeds)
-        return grid[0] * high, grid[1] * wide
+        patch_size = self.patch_size
+        assert patch_size is not None
+        return grid[0] * patch_size[0], grid[1] * patch_size[1]
 
     @contextmanager
     def scaled_before(self, images: Tensor) -> Iterator[Tensor]:
@@ -467,6 +468,11 @@ class PlanExecutor:
         """The model, or the part of one, whose images this executor scales; None without one."""
         return self._embeds()
 
+    @property
+    def patch_size(self) -> Grid | None:
+        """Height and width of the pixels that become one token; None where this executor scales no images."""
+        return None if self.embeds is None else self.subnets.family.patch_size(self.embeds)
+
     def link_images(self, model: nn.Module) -> None:
         """Lets a model, or the part of one that gets the images, scale them in training as the plan says."""
         embedding = self.subnets.family.embedding(model)
@@ -594,9 +600,13 @@ def attach(
         micro-batches; further ones, and a forward that begins while an earlier one waits for its backward, run without.
     The classifier always trains; parameters that are frozen already stay so.
 
-    Raises UnsupportedModelError where the model cannot be cut by head.
+    Raises UnsupportedModelError where the model cannot be cut by head, ConfigError where FSDP2 has it already.
     """
     model = backbone_of(model)
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ConfigError(
+            "fully_shard was called before attach, which has to see whole weights: call attach first, then fully_shard"
+        )
     subnets = SubnetMap.of(model)
     blocks = subnets.blocks(model)
     if any(hasattr(block, "_d2ft") for block in blocks):
@@ -611,6 +621,7 @@ def attach(
     for name, parameter in model.named_parameters():
         if embeddings == "frozen" and subnets.classify(name) is ParameterClass.EMBEDDING:
             parameter.requires_grad_(False)
+            parameter.grad = None  # by which an optimizer that has it would go on
         if parameter.requires_grad and subnets.family.goes_beside(name):
             executor.trained_beside.append(name)
     for index, block in enumerate(blocks):

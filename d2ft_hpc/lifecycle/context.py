@@ -33,6 +33,7 @@ class PlanContext:
     activation_bytes: of a micro-batch between blocks. token_layouts: of the tokens, those that a plan may have.
     total_steps: of the run; None where nobody knows.
     curve: the resolution of each step's images; None: they have full size.
+    where: what stands before the settings' keys in messages, as users write them.
     """
 
     settings: PlanConfig
@@ -48,6 +49,7 @@ class PlanContext:
     token_layouts: Sequence[TokenLayout] = ("replicated",)
     total_steps: int | None = None
     curve: TokenCurve | None = None
+    where: str = "plan."
 
     @property
     def replicas(self) -> int:
@@ -90,6 +92,13 @@ class PlanContext:
     def scaled(self, plan: SkipPlan, step: int) -> SkipPlan:
         """The plan as it is at `step`: with the grid that the curve has there."""
         return plan if self.curve is None else plan.at(self.curve.grid_at(step))
+
+    def share_of_run(self, plan: SkipPlan) -> float:
+        """Of the dense compute, what all steps take under these operations, if they have equally many samples."""
+        if self.curve is None:
+            return self.costs.planned_share(plan)
+        shares = [self.costs.planned_share(plan.at(grid)) for grid in self.curve.grids]
+        return float(np.average(shares, weights=self.curve.steps))
 
     def by_device(self, of_ranks: Sequence[float]) -> list[float]:
         """The ranks' values in the order of a problem's devices: replica, stage, tensor-parallel rank."""

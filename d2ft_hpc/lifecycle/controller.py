@@ -114,11 +114,6 @@ class PlanController:
         if due:
             self.make(step, may_overlap=self.context.settings.replan.overlap and self.plans_made > 0)
         self._take_over(step)
-        if self.context.curve is not None and step == self.context.total_steps:
-            self.listener.say(
-                f"total_steps={step}, but step {step + 1} begins: images have full size from here on, and the training "
-                f"spends more than its budget; give the number of all steps"
-            )
         if self.plan is not None and self.plan != (scaled := self.context.scaled(self.plan, step)):
             batches = self.batches
             self._put_in_force(scaled, step, 0.0)
@@ -208,17 +203,14 @@ class PlanController:
         plan, curve = self.context.scaled(plan, step), self.context.curve
         self.activate(plan)
         if curve is not None and self.plans_made == 0:
-            self.listener.say(
-                f"images of {curve}: {curve.share:.1%} of the dense tokens' compute over the run"
-            )
+            sizes = curve.in_words(self.engine.executor.patch_size)
+            self.listener.say(f"images of {sizes}: {curve.share:.1%} of what full size takes over the run")
         self.planning_seconds += seconds
         executor = self.engine.executor
         tokens = f", tokens {executor.token_layout}" if isinstance(executor, TensorParallelExecutor) else ""
-        if (grid := plan.grid_of(0)) is not None:
-            tokens += f", images of {grid[0]} x {grid[1]} patches"
         self.listener.say(
-            f"plan {self.plans_made} ({plan.evidence}): {self.context.costs.planned_share(plan):.1%} of the dense "
-            f"compute, made in {seconds:.2f} s{tokens}"
+            f"from step {step + 1} on: {plan.in_words(executor.patch_size)}, "
+            f"{self.context.costs.planned_share(plan):.1%} of the dense compute, made in {seconds:.2f} s{tokens}"
         )
         self.listener.planned(plan, step, seconds)
         self.plans_made += 1

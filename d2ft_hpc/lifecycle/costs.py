@@ -47,7 +47,7 @@ class PlanCosts:
         """By counted FLOPs. device_speed: None: all ranks are equal. Raises ConfigError if it is not one for each."""
         if device_speed is not None and len(device_speed) != ranks:
             raise ConfigError(
-                f"plan.device_speed={list(device_speed)}: {len(device_speed)} speeds for {ranks} ranks; give one for "
+                f"device_speed={list(device_speed)}: {len(device_speed)} speeds for {ranks} ranks; give one for "
                 f"every rank, or null"
             )
         speed = [1.0] * ranks if device_speed is None else list(device_speed)

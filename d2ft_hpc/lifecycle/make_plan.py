@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.lifecycle.context import PlanContext
-from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning import BUDGET_EPSILON, PlanProblem, SkipPlan, plan_samples, pose, solve
 from d2ft_hpc.planning.communication_volume import TokenLayout
@@ -49,7 +48,7 @@ def make_plan(context: PlanContext, scores: Scores | None, index: int) -> SkipPl
         dense = SkipPlan.dense(context.slots, replicas, *context.subnets)
         return replace(dense, planner=settings.planner)
     planned = context.costs.trains
-    _check_frozen(planned, context.placement)
+    _check_frozen(planned, context)
     layouts, followed = context.token_layouts, context.followed
     problems = [
         _problem(context, scores, planned, compute_budget=budget, token_layout=layout).of_followed(followed)
@@ -136,15 +135,15 @@ def _that_send_no_more(than: TokenLayout, layouts: Sequence[TokenLayout]) -> tup
     return tuple(layout for layout in layouts if than == "replicated" or layout != "replicated")
 
 
-def _check_frozen(planned: npt.NDArray[np.bool_], placement: Placement) -> None:
+def _check_frozen(planned: npt.NDArray[np.bool_], context: PlanContext) -> None:
     """Raises PlanError where frozen blocks leave nothing to plan, on all ranks or on one of them."""
     frozen = np.flatnonzero(~planned).tolist()
     if not planned.any():
         raise PlanError(
-            "every block is frozen, so that no skip would spare a weight gradient: plan.planner=dense, or let some "
-            "blocks train"
+            f"every block is frozen, so that no skip would spare a weight gradient: {context.where}planner=dense, or "
+            f"let some blocks train"
         )
-    for stage, blocks in enumerate(placement.stages):
+    for stage, blocks in enumerate(context.placement.stages):
         if not planned[list(blocks)].any():
             raise PlanError(
                 f"blocks {frozen} are frozen, and pipeline stage {stage} has no others: no plan can share out the "
@@ -156,7 +155,7 @@ def _saved_plan(path: Path, context: PlanContext) -> SkipPlan:
     plan = SkipPlan.read(path)
     if plan.operations.shape != context.shape:
         raise PlanError(
-            f"plan.file={path} has {plan.operations.shape} rows, blocks and heads, but this run {context.shape}: "
-            "score and plan with the same model, data.slots and number of ranks"
+            f"{context.where}file={path} has {plan.operations.shape} rows, blocks and heads, but this training "
+            f"{context.shape}: score and plan with the same model, micro-batches a step and number of ranks"
         )
     return replace(plan, replicas=context.replicas)

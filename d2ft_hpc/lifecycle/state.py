@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +23,19 @@ FILE = "d2ft.npz"
 class PlanState:
     """plan: in force; None: steps are dense. batches: begun since the plan, or since scores are measured. plans_made:
     so far. scores: of the plan. observed: sums over the batches that scores are being taken from, float32 [rank,
-    slot, block, head]; None: no batches are being observed."""
+    slot, block, head]; None: no batches are being observed. compute: what a rank computed so far, as numbers of the
+    loop's own."""
 
     plan: SkipPlan | None = None
     batches: int = 0
     plans_made: int = 0
     scores: Scores | None = None
     observed: npt.NDArray[np.float32] | None = None
+    compute: Sequence[float] = ()
 
     def to_bytes(self) -> bytes:
         """An .npz file without pickles."""
-        counts = {"batches": self.batches, "plans_made": self.plans_made}
+        counts = {"batches": self.batches, "plans_made": self.plans_made, "compute": list(self.compute)}
         names = [] if self.scores is None else [self.scores.forward_name, self.scores.backward_name]
         arrays: dict[str, npt.NDArray[Any]] = {
             "state": _as_array(json.dumps({**counts, "scores": names}).encode())
@@ -61,6 +64,7 @@ class PlanState:
                     if state["scores"]
                     else None,
                     arrays.get("observed"),
+                    [float(number) for number in state.get("compute", ())],
                 )
         except Exception as error:
             raise CheckpointError(f"{where}: damaged ({error}); load another checkpoint") from error

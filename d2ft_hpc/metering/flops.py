@@ -283,7 +283,7 @@ def _tensors(output: Any) -> Iterable[Tensor]:
     return [each for each in parts if isinstance(each, Tensor)]
 
 
-def token_curve_of(costs: StepCosts, budget: float, total_steps: int) -> TokenCurve:
+def token_curve_of(costs: StepCosts, budget: float, samples: Sequence[int]) -> TokenCurve:
     """The curve over the grids of `costs.at`. Raises PlanError as `token_curve`."""
     relative = [of_grid.dense_flops / costs.dense_flops for of_grid in costs.at.values()]
-    return token_curve(list(costs.at), relative, budget, total_steps)
+    return token_curve(list(costs.at), relative, budget, samples)

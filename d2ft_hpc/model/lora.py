@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.extras import cannot_import
 from d2ft_hpc.families.table import family_of
 from d2ft_hpc.files import atomic
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
@@ -40,8 +41,8 @@ def add_lora(
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise ConfigError("model.lora: needs the library peft: pip install 'd2ft-hpc[lora]'") from None
+    except ImportError as error:
+        raise ConfigError(f"model.lora: {cannot_import(error, 'peft', 'lora')}") from None
     family = family_of(model)
     names = [
         name

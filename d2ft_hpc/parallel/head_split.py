@@ -48,9 +48,7 @@ def check_owner(owner: Ints, shape: tuple[int, int], ranks: int) -> None:
 def check_parts(family: BlockFamily) -> None:
     """Raises UnsupportedModelError where ranks cannot hold parts of a model of this family."""
     if family.refuses_parts is not None:
-        raise UnsupportedModelError(
-            f"{family.refuses_parts}: use engine.tensor_parallel=1 and engine.pipeline_stages=1"
-        )
+        raise UnsupportedModelError(f"{family.refuses_parts}: use neither tensor parallelism nor a pipeline")
 
 
 def heads_of(owner: Ints, block: int, rank: int) -> Tensor:

@@ -34,8 +34,8 @@ class RankLayout:
         parts = stages * tensor_ranks
         if world_size % parts:
             raise ConfigError(
-                f"engine.pipeline_stages={stages} x engine.tensor_parallel={tensor_ranks}: {world_size} ranks cannot "
-                f"be divided into replicas of {parts}; start a multiple of {parts} ranks"
+                f"{stages} pipeline stages x {tensor_ranks} tensor-parallel ranks: {world_size} ranks cannot be "
+                f"divided into replicas of {parts}; start a multiple of {parts} ranks"
             )
         return RankLayout(stages, world_size // parts, tensor_ranks, rank)
 

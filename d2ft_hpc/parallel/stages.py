@@ -49,8 +49,8 @@ def cut_stages(flops: list[float], stages: int) -> list[range]:
     blocks = len(of_blocks)
     if stages > blocks:
         raise ConfigError(
-            f"engine.pipeline_stages={stages}: the model has only {blocks} blocks, and each stage needs one; "
-            f"use at most {blocks} stages"
+            f"{stages} pipeline stages: the model has only {blocks} blocks, and each stage needs one; use at most "
+            f"{blocks} stages"
         )
     edges = np.concatenate([[0.0], np.cumsum(of_blocks)])
     edges[1:] += below

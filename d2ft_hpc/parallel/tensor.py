@@ -182,12 +182,12 @@ def share_blocks(
             if (name in by_head or "lora_dropout" in name) and rate_of(module) > 0:
                 raise UnsupportedModelError(
                     f"block {index} has dropout in {name}, and every tensor-parallel rank would draw its own: "
-                    f"set it to 0, or engine.tensor_parallel=1"
+                    f"set it to 0, or do without tensor parallelism"
                 )
         if any(branch.across is not None for branch in subnets.family.branches(block, subnets.head_axes)):
             raise UnsupportedModelError(
                 f"block {index} normalises across all of its heads' channels, while each tensor-parallel rank has "
-                f"a part: use engine.tensor_parallel=1"
+                f"a part: do without tensor parallelism"
             )
     rank = distributed.get_rank(group)
     executor = kind(

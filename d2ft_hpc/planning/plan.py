@@ -55,6 +55,12 @@ Grid = tuple[int, int]
 """Patches of an image, down and across."""
 
 
+def image_size(grid: Grid, patch_size: Grid | None) -> str:
+    """In pixels where those of a patch, down and across, are known, else in patches."""
+    high, wide = patch_size or (1, 1)
+    return f"{grid[0] * high} x {grid[1] * wide} {'patches' if patch_size is None else 'pixels'}"
+
+
 class Operation(IntEnum):
     """What a subnet (one head with its slice of the FFN) does with a row.
 
@@ -244,6 +250,13 @@ class SkipPlan:
                 f"gap {self.gap:.1%}: its score is {self.objective:.6g}, the best may reach {self.bound:.6g}"
             )
         return f"{self.planner}, {self.status}, {gap}"
+
+    def in_words(self, patch_size: Grid | None) -> str:
+        """What rows train on, and who chose it; patch_size: pixels of a patch, down and across; None: not known."""
+        grid = self.grid_of(0)
+        parts = [] if grid is None else [f"images of {image_size(grid, patch_size)}"]
+        parts += ["all heads of all blocks"] if self.is_dense else [f"planner {self.evidence}"]
+        return ", ".join(parts)
 
     def grid_of(self, row: int) -> Grid | None:
         """Patches down and across of a row's images; None: as they come."""

@@ -42,9 +42,9 @@ def plan_samples(
     if per_slot < 1:
         least = score_cost + slots / samples
         raise PlanError(
-            f"plan.compute_budget={compute_budget:g}: scoring {samples} samples takes {score_cost:.3f} of the dense "
+            f"compute_budget={compute_budget:g}: scoring {samples} samples takes {score_cost:.3f} of the dense "
             f"compute and leaves less than one sample for each of {slots} micro-batches; at least {least:.3f}, or a "
-            f"smaller plan.options.image_size"
+            f"smaller options.image_size"
         )
     trained = min(per_slot * slots, samples)
     operations = np.full((samples, replicas, num_blocks, num_heads), Operation.SHORTCUT, dtype=np.uint8)

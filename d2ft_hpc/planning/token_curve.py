@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import brentq
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.plan import Grid
+from d2ft_hpc.planning.plan import Grid, image_size
 
 _STEEPEST = 500.0
 """Beyond this steepness, all shares except one are practically 0."""
@@ -24,16 +25,11 @@ _STEEPEST = 500.0
 @dataclass(frozen=True)
 class TokenCurve:
     """grids: patches of an image, down and across, rising. steps: how many steps have each grid, in this order.
-    costs: of a step at each grid, in units of one at the last."""
+    share: the share of the run's dense compute that the curve takes."""
 
     grids: tuple[Grid, ...]
     steps: tuple[int, ...]
-    costs: tuple[float, ...]
-
-    @property
-    def share(self) -> float:
-        """Share of the run's dense compute that the curve takes."""
-        return float(np.dot(self.steps, self.costs)) / sum(self.steps)
+    share: float
 
     def grid_at(self, step: int) -> Grid:
         """The grid of a step, counted from 0. Steps beyond the run's end have that of the last one."""
@@ -42,46 +38,60 @@ class TokenCurve:
                 return grid
         return self.grids[-1]
 
-    def __str__(self) -> str:
+    def in_words(self, patch_size: Grid | None) -> str:
+        """patch_size: pixels of a patch, down and across; None: not known here."""
         parts = [
-            f"{down} x {across} patches for {steps}"
-            for (down, across), steps in zip(self.grids, self.steps, strict=True)
+            f"{image_size(grid, patch_size)} for {steps}"
+            for grid, steps in zip(self.grids, self.steps, strict=True)
             if steps
         ]
         return f"{', '.join(parts)} steps"
 
 
-def token_curve(grids: Sequence[Grid], costs: Sequence[float], budget: float, total_steps: int) -> TokenCurve:
+def token_curve(
+    grids: Sequence[Grid], costs: Sequence[float], budget: float, samples: Sequence[int]
+) -> TokenCurve:
     """The curve that spends as much of the budget as whole steps allow.
 
-    grids: that a step may have, rising. costs: of a step at each, in units of one at the last, rising. budget: share of
-    the compute of `total_steps` steps at the last grid.
+    grids: that a step may have, rising. costs: of a sample at each, in units of one at the last, rising. budget: share
+    of the compute of all samples at the last grid. samples: of each step, such as fewer at the end of each epoch; any
+    number where they are all the same.
 
     Raises PlanError, naming the least feasible budget, if not even the first grid throughout keeps it.
     """
     if budget < costs[0]:
         raise PlanError(
             f"compute budget {budget:g} is below what images of {grids[0][0]} x {grids[0][1]} patches throughout "
-            f"take; at least {costs[0]:.3f}, or smaller plan.options.sides"
+            f"take; at least {costs[0]:.3f}"
         )
-    of_steps = np.asarray(costs, dtype=np.float64)
-    shares = _shares(of_steps, budget)
-    counts = np.floor(shares * total_steps + 1e-9).astype(np.int64)
-    counts[0] += total_steps - counts.sum()
-    # The budget that rounding down has left goes to the most expensive steps that still fit.
-    left = budget * total_steps - float(counts @ of_steps)
+    prices = np.asarray(costs, dtype=np.float64)
+    before = np.concatenate([[0.0], np.cumsum(samples)])  # samples before each step
+    total = float(before[-1])
+
+    def spent(counts: npt.NDArray[np.int64]) -> float:
+        ends = np.cumsum(counts)
+        return float((before[ends] - before[ends - counts]) @ prices)
+
+    counts = np.zeros(len(prices), dtype=np.int64)
+    end = len(samples)
+    for level, share in reversed(list(enumerate(_shares(prices, budget)))):
+        least = before[end] - share * total
+        start = int(np.searchsorted(before, least - 1e-9 * total)) if level else 0
+        counts[level], end = end - min(start, end), min(start, end)
+    # What rounding has left goes to the dearest steps that still fit.
     for level in range(len(counts) - 1, 0, -1):
         for below in range(level):
-            rise = of_steps[level] - of_steps[below]
-            if counts[below] and rise <= left + 1e-9:
-                counts[below] -= 1
-                counts[level] += 1
-                left -= rise
-    return TokenCurve(tuple(grids), tuple(counts.tolist()), tuple(costs))
+            while counts[below]:
+                dearer = counts.copy()
+                dearer[[below, level]] += (-1, 1)
+                if spent(dearer) > (budget + 1e-9) * total:
+                    break
+                counts = dearer
+    return TokenCurve(tuple(grids), tuple(counts.tolist()), spent(counts) / total)
 
 
-def _shares(costs: np.ndarray, budget: float) -> np.ndarray:
-    """The shares of the steps, float64 [grid], with the largest entropy among those whose mean cost is the budget."""
+def _shares(costs: npt.NDArray[np.float64], budget: float) -> npt.NDArray[np.float64]:
+    """The shares of the samples, float64 [grid], with the largest entropy among those whose mean cost is the budget."""
 
     def at(steepness: float) -> np.ndarray:
         exponents = -steepness * costs

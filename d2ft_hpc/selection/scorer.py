@@ -41,7 +41,7 @@ class SampleScorer:
         patch_size = family.patch_size(model)[0]
         if image_size < patch_size or image_size % patch_size:
             raise ConfigError(
-                f"plan.options.image_size={image_size}: must be a multiple of the model's patches of {patch_size} "
+                f"options.image_size={image_size}: must be a multiple of the model's patches of {patch_size} "
                 f"pixels; nearest: {max(patch_size, round(image_size / patch_size) * patch_size)}"
             )
         self._image_size, self._score, self._autocast_dtype = image_size, score, autocast_dtype

@@ -62,6 +62,11 @@ class Job:
         """Epochs begun; the last may be cut short."""
         return math.ceil(self.total_steps / self.sampler.batches_per_epoch)
 
+    @property
+    def step_samples(self) -> list[int]:
+        """Of each step, over all replicas."""
+        return (self.sampler.batch_samples * self.num_epochs)[: self.total_steps]
+
     def steps_of_epoch(self, epoch: int) -> int:
         return min(self.sampler.batches_per_epoch, self.total_steps - epoch * self.sampler.batches_per_epoch)
 

@@ -19,6 +19,7 @@ from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.lifecycle import PlanController, PlanState
+from d2ft_hpc.lifecycle.foresight import foresee_plans
 from d2ft_hpc.model.lora import save_adapter, timm_state
 from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.parallel.stages import describe_stages
@@ -30,7 +31,6 @@ from d2ft_hpc.training.between_steps import BetweenSteps
 from d2ft_hpc.training.checkpoint import Position, load_checkpoint
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.finite import require_finite, with_advice
-from d2ft_hpc.training.foresight import foresee_plans
 from d2ft_hpc.training.free_memory import describe_memory, with_memory_limits
 from d2ft_hpc.training.job import Job, layout_of, set_up
 from d2ft_hpc.training.measurements import Measurements, measure_job

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from d2ft_hpc.config import EngineConfig
-from d2ft_hpc.errors import PlanError
 from d2ft_hpc.lifecycle import PlanContext, PlanCosts
-from d2ft_hpc.metering.flops import token_curve_of
+from d2ft_hpc.lifecycle.foresight import curve_of
 from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.parallel.tensor import layouts_of
 from d2ft_hpc.plan_config import PlanConfig
-from d2ft_hpc.planning.token_curve import TokenCurve
 from d2ft_hpc.training.job import Job
 
 
@@ -29,7 +27,6 @@ def plan_context(job: Job, placement: Placement, costs: PlanCosts) -> PlanContex
     family = job.executor.subnets.family
     numbers = config.data.micro_batch_size * family.numbers_between(model)
     configured = config.engine.token_layout if config.plan.token_share is None else "replicated"
-    budget = config.plan.token_share
     return PlanContext(
         config.plan,
         placement,
@@ -46,16 +43,8 @@ def plan_context(job: Job, placement: Placement, costs: PlanCosts) -> PlanContex
             else (configured,)
         ),
         total_steps=job.total_steps,
-        curve=None if budget is None else _curve(job, budget),
+        curve=curve_of(config.plan, job.costs, job.step_samples, "plan."),
     )
-
-
-def _curve(job: Job, budget: float) -> TokenCurve:
-    try:
-        return token_curve_of(job.costs, budget, job.total_steps)
-    except PlanError as error:
-        key = "compute_budget" if job.config.plan.token_budget is None else "token_budget"
-        raise PlanError(f"plan.{key}={budget:g}: {error}") from None
 
 
 def meets_every_block(engine: EngineConfig) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.extras import cannot_import
 from d2ft_hpc.training.evaluate import Evaluation
 
 
@@ -18,10 +19,9 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ConfigError(
-                "results.tensorboard=true: tensorboard is not installed; pip install 'd2ft-hpc[tensorboard]'"
-            ) from None
+        except ImportError as error:
+            told = cannot_import(error, "tensorboard", "tensorboard")
+            raise ConfigError(f"results.tensorboard=true: {told}") from None
         self._writer: Any = SummaryWriter(str(folder))
 
     def step(self, row: Mapping[str, Any]) -> None:

@@ -11,9 +11,8 @@ from torch import nn
 from d2ft_hpc.execution.executor import PlanExecutor, attach
 from d2ft_hpc.lifecycle import PlanController
 from d2ft_hpc.metering import StepCosts, measure_costs
-from d2ft_hpc.metering.flops import token_curve_of
 from d2ft_hpc.model.sample_shape import sample_shape_of
-from d2ft_hpc.planning.plan import Grid
+from d2ft_hpc.planning.plan import Grid, image_size
 from d2ft_hpc.planning.token_curve import TokenCurve
 from d2ft_hpc.user_loop.section import D2ftSection
 
@@ -53,22 +52,24 @@ def tell_if_too_short(plans: PlanController) -> None:
             return
         grid = plans.plan.grid_of(0)
         if grid is not None and is_on_the_way(grid, plans.context.curve):
+            size = image_size(grid, plans.engine.executor.patch_size)
             plans.listener.say(
-                f"the training ended at images of {grid[0]} x {grid[1]} patches, before they had full size: "
+                f"the training ended at images of {size}, before they had full size: "
                 f"total_steps={plans.context.total_steps} was too many"
             )
 
     atexit.register(tell)
 
 
+def tell_if_too_long(plans: PlanController, step: int) -> None:
+    """As a batch begins: its `total_steps` were too few. step: of the batch, counted from 0."""
+    if plans.context.curve is not None and step == plans.context.total_steps:
+        plans.listener.say(
+            f"total_steps={step}, but step {step + 1} begins: images have full size from here on, and the training "
+            f"spends more than its budget; give the number of all steps"
+        )
+
+
 def is_on_the_way(grid: Grid, curve: TokenCurve) -> bool:
     """Whether images of this size are neither full nor those of the curve's last step."""
     return grid not in (curve.grid_at(sum(curve.steps) - 1), curve.grids[-1])
-
-
-def curve_of(section: D2ftSection, costs: StepCosts) -> TokenCurve | None:
-    """The curve with the resolution of each step; None: full size. Raises PlanError if no resolution keeps the
-    budget."""
-    if section.token_share is None or section.total_steps is None:
-        return None
-    return token_curve_of(costs, section.token_share, section.total_steps)

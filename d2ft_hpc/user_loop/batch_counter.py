@@ -4,9 +4,10 @@ would compute."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from d2ft_hpc.metering.flops import RankWork
 from d2ft_hpc.metering.meter import OperatorCounter
 from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.planning.plan import Grid
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,25 @@ class BatchWork(RankWork):
     dense_flops: float
     executed_flops: float
     bytes_sent: float
+
+
+@dataclass(frozen=True)
+class ComputeSoFar:
+    """Training FLOPs of this rank over its batches: of dense ones, of what plans promised, of what was executed."""
+
+    dense_flops: float = 0.0
+    planned_flops: float = 0.0
+    executed_flops: float = 0.0
+
+    def and_then(self, work: BatchWork) -> ComputeSoFar:
+        """With one batch more; one whose operators nobody counted is left out."""
+        if math.isnan(work.executed_flops):
+            return self
+        return ComputeSoFar(
+            self.dense_flops + work.dense_flops,
+            self.planned_flops + work.planned_flops,
+            self.executed_flops + work.executed_flops,
+        )
 
 
 @dataclass(frozen=True)
@@ -62,6 +83,7 @@ class BatchCounter:
         self._counted: _Counted | None = None
         self._scored = 0
         self._trained: list[tuple[int, int, float]] = []
+        self.so_far = ComputeSoFar()
 
     @property
     def measured_share(self) -> float | None:
@@ -71,6 +93,31 @@ class BatchCounter:
         if counted is None or counted.plan is not self._executor.plan:
             return None
         return counted.metered.flops / counted.dense_flops
+
+    @property
+    def plan(self) -> SkipPlan | None:
+        """The one in force."""
+        return self._executor.plan
+
+    @property
+    def patch_size(self) -> Grid | None:
+        """Of images that plans scale, in pixels, down and across; None where there are none."""
+        return self._executor.patch_size
+
+    def promised_share(self, placement: Placement) -> float | None:
+        """Of the dense compute of this rank, what the plan in force lets it do; None without a plan."""
+        plan, costs = self._executor.plan, self._costs
+        if plan is None:
+            return None
+        if plan.binding == "sample":
+            return costs.planned_share(plan)
+        slots = range(plan.slots)
+        work = costs.work(plan, placement.layout.replica, placement.own, slots, [1.0] * plan.slots)
+        return work.planned_flops / (plan.slots * costs.dense_flops)
+
+    def go_on(self, compute: Sequence[float]) -> None:
+        """After what `so_far` had, as numbers, when it was saved; empty: nothing."""
+        self.so_far = ComputeSoFar(*compute)
 
     def score(self, samples: int) -> None:
         """This many samples are about to be scored; some of them will train."""
@@ -144,7 +191,7 @@ class BatchCounter:
         if self._counted is not None and self._counted.plan is plan:
             executed = self._counted.metered.flops * work.planned_flops / self._counted.planned_flops
             sent = float(sum(self._counted.metered.bytes_sent.values()))
-        return BatchWork(
+        done = BatchWork(
             **vars(work),
             # Ranks that share a replica's samples count them once.
             rank_samples=samples if placement.layout.leads_replica else 0,
@@ -152,23 +199,37 @@ class BatchCounter:
             executed_flops=executed,
             bytes_sent=sent,
         )
+        self.so_far = self.so_far.and_then(done)
+        return done
 
 
 def samples_in(inputs: Iterable[Any]) -> Tensor:
-    """The first tensor that a forward gets, which may lie in a mapping or a sequence: by it samples are counted.
+    """Of what a forward gets, by name where that is known, which may lie in mappings or sequences, the tensor by which
+    samples are counted: images or text, else the first that holds more than one number of each, else the first.
 
     Raises PlanError where there is none.
     """
-    found = _first_tensor(inputs)
-    if found is None:
-        raise PlanError("the model was called in training without a tensor, by which its samples are counted")
-    return found
+    found = [(name, tensor) for name, tensor in _tensors(inputs) if tensor.dim()]
+    for fits in (
+        lambda name, _: name in _SAMPLES,
+        lambda _, tensor: tensor.dim() > 1,
+        lambda *_: True,
+    ):
+        for name, tensor in found:
+            if fits(name, tensor):
+                return tensor
+    raise PlanError("the model was called in training without a tensor, by which its samples are counted")
 
 
-def _first_tensor(inputs: Iterable[Any]) -> Tensor | None:
-    for each in inputs:
-        if isinstance(each, Mapping | list | tuple):
-            each = _first_tensor(each.values() if isinstance(each, Mapping) else each)
-        if isinstance(each, Tensor):
-            return each
-    return None
+_SAMPLES = ("pixel_values", "patches", "input_ids", "inputs_embeds")
+"""What models of transformers, and timm's for patches, call what they are about."""
+
+
+def _tensors(inputs: Iterable[Any], names: Iterable[Any] | None = None) -> Iterator[tuple[Any, Tensor]]:
+    for name, each in zip(names or repeat(None), inputs, strict=False):
+        if isinstance(each, Mapping):
+            yield from _tensors(each.values(), each.keys())
+        elif isinstance(each, list | tuple):
+            yield from _tensors(each)
+        elif isinstance(each, Tensor):
+            yield name, each

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from d2ft_hpc.launch import Control
-from d2ft_hpc.lifecycle import PlanListener
+from d2ft_hpc.lifecycle import PlanContext, PlanListener
+from d2ft_hpc.user_loop.batch_counter import BatchCounter
 
 
 class PlanPrinter(PlanListener):
@@ -15,3 +16,25 @@ class PlanPrinter(PlanListener):
     def say(self, text: str) -> None:
         if self._control.rank == 0:
             print(f"d2ft: {text}", flush=True)
+
+
+def compute_in_words(counter: BatchCounter, context: PlanContext, steps: int) -> str:
+    """Two lines of this rank, of dense training's compute: what the plan in force promises and what was measured under
+    it, and the same of all steps so far. steps: done."""
+    plan, promised, measured = counter.plan, counter.promised_share(context.placement), counter.measured_share
+    if plan is None or promised is None:
+        now = "no plan is in force, batches run dense"
+    else:
+        told = "not measured yet" if measured is None else f"measured {measured:.1%}"
+        now = f"{plan.in_words(counter.patch_size)}: promised {promised:.1%} of the dense compute, {told}"
+    whole = ""
+    if plan is not None and context.curve is not None and steps <= (context.total_steps or 0):
+        share = context.share_of_run(plan)
+        whole = f"; {share:.1%} in all {context.total_steps}, if they have equally many samples"
+    so_far = counter.so_far
+    if so_far.dense_flops == 0:
+        return f"{now}\nnothing was measured yet{whole}"
+    promised, measured = (
+        flops / so_far.dense_flops for flops in (so_far.planned_flops, so_far.executed_flops)
+    )
+    return f"{now}\n{steps} steps so far: promised {promised:.1%} of the dense compute, measured {measured:.1%}{whole}"

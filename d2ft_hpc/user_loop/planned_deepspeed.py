@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from d2ft_hpc.families.table import backbone_of
 from d2ft_hpc.files import atomic
 from d2ft_hpc.launch import Control, agreed, share
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts, PlanState
+from d2ft_hpc.lifecycle.foresight import curve_of, foresee_plans
 from d2ft_hpc.lifecycle.make_plan import reads_scores
 from d2ft_hpc.lifecycle.observed_scores import ObservedScores, Observer
 from d2ft_hpc.lifecycle.state import FILE
@@ -33,12 +34,12 @@ from d2ft_hpc.planning import Operation, SkipPlan
 from d2ft_hpc.scores import Scores
 from d2ft_hpc.scores.gradient_observer import GradientObserver
 from d2ft_hpc.selection import SampleSelection
-from d2ft_hpc.user_loop.attached import curve_of, tell_if_too_short
+from d2ft_hpc.user_loop.attached import tell_if_too_long, tell_if_too_short
 from d2ft_hpc.user_loop.batch_counter import BatchCounter, samples_in
 from d2ft_hpc.user_loop.part_observer import PartObserver
-from d2ft_hpc.user_loop.plan_printer import PlanPrinter
+from d2ft_hpc.user_loop.plan_printer import PlanPrinter, compute_in_words
 from d2ft_hpc.user_loop.record import LoopRecord
-from d2ft_hpc.user_loop.section import D2ftSection
+from d2ft_hpc.user_loop.section import SECTION, D2ftSection
 
 
 class PlannedDeepSpeed:
@@ -82,7 +83,8 @@ class PlannedDeepSpeed:
                 seed=section.seed,
                 replicas_meet=ours.engine.zero_optimization_stage() == 3,
                 total_steps=section.total_steps,
-                curve=curve_of(section, costs),
+                curve=curve_of(section, costs, [1] * (section.total_steps or 0), f"{SECTION}."),
+                where=f"{SECTION}.",
             ),
             ours,
             control,
@@ -106,7 +108,9 @@ class PlannedDeepSpeed:
             ours.engine.register_forward_hook(self._after_forward)
             self._lead_steps()
         self._follow_checkpoints()
-        if not reads_scores(section):
+        if reads_scores(section):
+            foresee_plans(self.plans)
+        else:
             self.plans.make(0)
 
     @property
@@ -149,6 +153,10 @@ class PlannedDeepSpeed:
                 with atomic.replaced(folder / "scores.npz") as temporary, temporary.open("wb") as file:
                     np.savez(file, forward=self.scores.forward, backward=self.scores.backward)
 
+    def report(self) -> str:
+        """Two lines of this rank: what the plan in force and all steps so far promised and computed, of dense ones."""
+        return compute_in_words(self._counter, self.plans.context, int(self._engine.global_steps))
+
     def overhead(self) -> str:
         """What following plans has cost so far, in words."""
         steps = max(int(self._engine.global_steps), 1)
@@ -164,7 +172,8 @@ class PlannedDeepSpeed:
 
         def save_checkpoint(save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
             tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
-            content = replace(self.plans.state(), observed=self._source.so_far()).to_bytes()
+            compute = astuple(self._counter.so_far)
+            content = replace(self.plans.state(), observed=self._source.so_far(), compute=compute).to_bytes()
             with agreed(self.control, "saving the plan"):
                 if self.control.rank == 0:  # before DeepSpeed says that this checkpoint is the latest
                     folder = Path(save_dir) / tag
@@ -198,6 +207,7 @@ class PlannedDeepSpeed:
             say(f"the checkpoint's plan does not fit, plans begin anew: {error}")
             return
         self._seen = -1
+        self._counter.go_on(saved.compute)
         if saved.observed is not None and len(saved.observed) == self.control.world_size:
             self._source.go_on(saved.observed)
 
@@ -262,7 +272,7 @@ class PlannedDeepSpeed:
             self._begin_batch()
         self._seen = micro_step
         self._turn_to("forward")
-        samples = samples_in([*args, *kwargs.values()])
+        samples = samples_in([*args, kwargs])
         self._counter.train(self.slot, len(samples), samples)
 
     def _after_forward(self, engine: nn.Module, inputs: Any, output: Any) -> None:
@@ -270,6 +280,7 @@ class PlannedDeepSpeed:
             self._turn_to("backward")
 
     def _begin_batch(self) -> None:
+        tell_if_too_long(self.plans, int(self._engine.global_steps))
         self.plans.before_batch(int(self._engine.global_steps))
 
     def _make_observer(self) -> Observer:

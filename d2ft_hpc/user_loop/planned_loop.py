@@ -7,7 +7,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.engine import logits_of
+from d2ft_hpc.engines.gradient_norm import total_norm
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import backbone_of, find_backbone
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts, PlanState
+from d2ft_hpc.lifecycle.foresight import curve_of, trial_plan
 from d2ft_hpc.lifecycle.observed_scores import ObservedScores
 from d2ft_hpc.model.evaluating import evaluating
 from d2ft_hpc.model.lora import unwrapped
@@ -36,16 +38,18 @@ from d2ft_hpc.planning.tokens import TOKENS
 from d2ft_hpc.scores.gradient_observer import GradientObserver
 from d2ft_hpc.selection import SampleSelection
 from d2ft_hpc.selection.build import count_scoring, selection_of
-from d2ft_hpc.user_loop.attached import attached, curve_of, tell_if_too_short
+from d2ft_hpc.user_loop.attached import attached, tell_if_too_long, tell_if_too_short
 from d2ft_hpc.user_loop.batch_counter import BatchCounter, samples_in
 from d2ft_hpc.user_loop.default_group import control_of_loop
-from d2ft_hpc.user_loop.gradient_norm import total_norm
-from d2ft_hpc.user_loop.plan_printer import PlanPrinter
+from d2ft_hpc.user_loop.plan_printer import PlanPrinter, compute_in_words
 from d2ft_hpc.user_loop.prepare import bind_engine
 from d2ft_hpc.user_loop.record import LoopRecord
 from d2ft_hpc.user_loop.section import D2ftSection, parse_section, require_images, require_length
 
 Call = Callable[[Sequence[Any]], None]
+
+_MANY_SAMPLES = 1024
+"""Of a micro-batch, whose size is not known before it comes: a budget that leaves nothing of so many is too small."""
 
 
 def attach(
@@ -62,7 +66,7 @@ def attach(
     It may be inside peft's wrapper or a module of the user's own, which trains as before; shares of compute are of the
     model of the known family alone, with the head that its library has put around it.
 
-    Call it before the optimiser, DDP or `fully_shard` get the model: it freezes what lies below the blocks.
+    Call it before DDP or `fully_shard` get the model: it freezes what lies below the blocks.
 
     compute_budget: share of the dense training FLOPs. planner: `tokens`, which keeps dense training's accuracy, scales
         the images that the model gets in training: small ones at first, full size (the model's `img_size`, which they
@@ -74,7 +78,8 @@ def attach(
         `file`, a saved plan, or `results="runs/mine"`, a folder for `results.h5`, which `d2ft-hpc report runs/mine`
         reads.
 
-    Raises ConfigError for settings that cannot be, UnsupportedModelError where the model cannot be cut by head.
+    Raises ConfigError for settings that cannot be, PlanError where no plan keeps the budget, UnsupportedModelError
+    where the model cannot be cut by head.
     """
     if micro_batches < 1:
         raise ConfigError(f"micro_batches={micro_batches}: a batch has at least one")
@@ -116,10 +121,12 @@ class PlannedLoop:
         self._steps = self._draws = 0
         self._is_planned = False  # the batch that runs, or comes
         self._is_chosen = self._is_bound = False
-        self._unseen_steps = 0
+        self._unseen_steps = self._foreign_steps = 0
+        self._has_stepped = False
         self._is_begun = False  # a batch, as opposed to what a loop does between two
         self._data_parallel: DataParallel | None = None
         self._planned_bytes: PlannedBytes | None = None
+        self._foresee()
         self._counter = BatchCounter(self._costs, self.executor, sample_shape)
         settings = {**section.model_dump(mode="json"), "micro_batches": micro_batches}
         self.record = LoopRecord(section.results, settings, model, self.executor.subnets, self._costs)
@@ -133,6 +140,8 @@ class PlannedLoop:
             lambda: nullcontext(model),
         )
         _watch(self)
+        if isinstance(self._whole, DistributedDataParallel):
+            self.bind(self._whole)  # which it is too late for, if attach has frozen something
 
     def choose(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """For planner `samples`: the samples of a micro-batch that are to be trained on; all ranks call it together.
@@ -165,13 +174,7 @@ class PlannedLoop:
     @property
     def promised_share(self) -> float | None:
         """The share of the dense compute that the plan in force gives this rank; None without a plan."""
-        plan = self.executor.plan
-        if plan is None:
-            return None
-        if plan.binding == "sample":
-            return self._costs.planned_share(plan)
-        own = self._costs.of_replica(plan, self._plans().control.rank)
-        return float(own.mean() / self._costs.dense_flops)
+        return self._counter.promised_share(self._plans().context.placement)
 
     @property
     def measured_share(self) -> float | None:
@@ -180,14 +183,8 @@ class PlannedLoop:
         return self._counter.measured_share
 
     def report(self) -> str:
-        """One line of this rank: what the plan in force promised, and what was measured under it."""
-        plan, promised, measured = self.executor.plan, self.promised_share, self.measured_share
-        if plan is None:
-            return "no plan is in force: batches run dense"
-        told = "not measured yet" if measured is None else f"measured {measured:.1%}"
-        return (
-            f"plan {plan.hash[:12]} ({plan.evidence}): promised {promised:.1%} of the dense compute, {told}"
-        )
+        """Two lines of this rank: what the plan in force and all steps so far promised and computed, of dense ones."""
+        return compute_in_words(self._counter, self._plans().context, self._steps)
 
     def activate(self, plan: SkipPlan) -> None:
         """Puts a plan of the user's own in force from the next batch on; images that grow go on growing.
@@ -197,11 +194,12 @@ class PlannedLoop:
         self._restore(PlanState(plan, batches=1, plans_made=self._plans().plans_made + 1))
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of plan and replanning between two batches. It is the same on all ranks, which need not exchange
-        anything."""
+        """The state of plan and replanning between two batches. Ranks need not exchange anything for it, and it is the
+        same on all of them, except for the compute that each has done."""
         state = self._restored
         if state is None:
             state = PlanState() if self._controller is None else self._controller.state()
+        state = replace(state, compute=astuple(self._counter.so_far))
         return {
             "plans": base64.b64encode(state.to_bytes()).decode(),
             "steps": self._steps,
@@ -219,6 +217,7 @@ class PlannedLoop:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"d2ft.load_state_dict: not what state_dict() gave ({error!r})") from None
         self._restored = PlanState.from_bytes(content, "d2ft.load_state_dict")
+        self._counter.go_on(self._restored.compute)
         self._slot, self._is_planned = -1, False
 
     def current_slot(self) -> int:
@@ -249,12 +248,15 @@ class PlannedLoop:
                 "labels)` before the model, or attach(model, planner=...) another one"
             )
         if self._slot >= self.slots - 1:
+            self._require_own_optimizer()
             self._end_batch()  # the optimiser left a step out
         if not self._is_bound:
             ddp: Any = DistributedDataParallel._active_ddp_module
             is_ddp = ddp is not None and find_backbone(ddp.module) is self._model
             self.bind(ddp if is_ddp else self._whole)
         self._plan_batch()
+        if self._slot < 0:
+            tell_if_too_long(self._plans(), self._steps)
         self._slot, self._is_chosen, self._is_begun = self._slot + 1, False, True
         self._turn_to("forward")
         samples = samples_in(inputs)
@@ -313,6 +315,7 @@ class PlannedLoop:
         self._turn_to("data")
 
     def _before_optimizer(self) -> None:
+        self._has_stepped = True
         if self._slot < 0:  # a second optimiser's, or one that makes its state for a checkpoint
             self._unseen_steps += self._steps == 0
             if self._unseen_steps > 1:
@@ -324,8 +327,20 @@ class PlannedLoop:
             return
         self._counter.stop()
         if self.record.is_on:
-            self.record.gradient_norm(total_norm(self._whole))
+            gradients = [
+                parameter.grad for parameter in self._whole.parameters() if parameter.grad is not None
+            ]
+            self.record.gradient_norm(total_norm(gradients) if gradients else None)
         self._turn_to("optimizer")
+
+    def _require_own_optimizer(self) -> None:
+        """Raises PlanError where optimisers step, but so far none that has parameters of the model."""
+        if not self._has_stepped and self._foreign_steps > 1:
+            name = type(self._model).__name__
+            raise PlanError(
+                f"the optimiser steps, but holds none of the parameters of {name}, which does not train: make it after "
+                f"what replaces them (fully_shard, load_state_dict(assign=True), to_empty)"
+            )
 
     def _plans(self) -> PlanController:
         """Made when first needed, after the ranks have met; all of them call it together."""
@@ -337,21 +352,31 @@ class PlannedLoop:
                     f"blocks {changed.tolist()} were frozen, or freed, after attach had counted what they cost: do so "
                     f"before d2ft_hpc.attach(model)"
                 )
-            context = PlanContext(
-                self.section,
-                Placement.whole(ranks, control.rank, *self.executor.subnets.shape),
-                self._costs,
-                PlanCosts.counted(self._costs, self.section.device_speed, ranks),
-                slots=1 if self.section.entry.binding == "sample" else self.slots,
-                micro_batch_size=1,
-                seed=self.section.seed,
-                replicas_meet=self._is_spread,
-                total_steps=self.section.total_steps,
-                curve=curve_of(self.section, self._costs),
-            )
+            context = self._context(ranks, control.rank, self.section.device_speed)
             self._controller = PlanController(context, self, control, self._source, PlanPrinter(control))
             tell_if_too_short(self._controller)
         return self._controller
+
+    def _context(self, ranks: int, rank: int, speeds: Sequence[float] | None) -> PlanContext:
+        return PlanContext(
+            self.section,
+            Placement.whole(ranks, rank, *self.executor.subnets.shape),
+            self._costs,
+            PlanCosts.counted(self._costs, speeds, ranks),
+            slots=1 if self.section.entry.binding == "sample" else self.slots,
+            micro_batch_size=1,
+            seed=self.section.seed,
+            replicas_meet=self._is_spread,
+            total_steps=self.section.total_steps,
+            curve=curve_of(self.section, self._costs, [1] * (self.section.total_steps or 0), ""),
+            where="",
+        )
+
+    def _foresee(self) -> None:
+        """Raises PlanError where no plan of this loop keeps the budgets, as far as one rank by itself can tell."""
+        context = self._context(1, 0, None)
+        if self.section.file is None:
+            trial_plan(replace(context, micro_batch_size=_MANY_SAMPLES))
 
     def _foreseen_bytes(self) -> PlannedBytes | None:
         if self._planned_bytes is None and self._data_parallel is not None and self.record.is_on:
@@ -414,7 +439,7 @@ class _Hook:
         if module is not self._model():
             return
         if module.training and torch.is_grad_enabled():
-            self._training([*args, *kwargs.values()])
+            self._training([*args, kwargs])
         elif not module.training:
             self._evaluation([])
 
@@ -454,6 +479,8 @@ def _watch(loop: PlannedLoop) -> None:
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if (loop := stepping(optimizer)) is not None:
             loop._before_optimizer()
+        elif (loop := kept()) is not None and loop._slot >= 0:
+            loop._foreign_steps += 1
 
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if (loop := stepping(optimizer)) is not None and loop._slot >= 0:

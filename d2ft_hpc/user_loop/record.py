@@ -30,6 +30,7 @@ from d2ft_hpc.recording.step_recorder import StepRecord, StepRecorder, on_host
 from d2ft_hpc.results import ResultsWriter, open_run
 from d2ft_hpc.results.hdf5_layout import rank_file
 from d2ft_hpc.results.superseded import has_record, open_record
+from d2ft_hpc.settings import of_percent
 from d2ft_hpc.user_loop.batch_counter import BatchWork
 
 FILE = "results.h5"
@@ -89,8 +90,10 @@ class LoopRecord:
             self._losses.append(torch.as_tensor(loss).detach().float())
 
     def evaluation(self, accuracy: float, loss: float = math.nan, samples: int = -1) -> None:
-        """Records an evaluation of the present model. accuracy: top-1, 0 to 1, over all ranks; rank 0's value
-        counts."""
+        """Records an evaluation of the present model. accuracy: top-1, 0 to 1, over all ranks; rank 0's value counts.
+        Raises ConfigError where the accuracy is no share."""
+        if not 0 <= accuracy <= 1:
+            raise ConfigError(f"accuracy={accuracy:g} is not between 0 and 1{of_percent(accuracy)}")
         if self._writer is not None:
             row = {"step": self._steps, "accuracy": accuracy, "loss": loss, "samples": samples}
             self._writer.append("evaluations", row)

@@ -1,4 +1,4 @@
-"""D2FT in a Hugging Face Accelerate loop over FSDP2; `attach` before `prepare`.
+"""D2FT in a Hugging Face Accelerate loop over FSDP2; `attach` before `prepare`. On a CPU Accelerate takes DDP instead.
 
 torchrun --nproc_per_node 2 tests/examples/accelerate_fsdp2.py
 """
@@ -26,6 +26,7 @@ d2ft = d2ft_hpc.attach(
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 model, optimizer = accelerator.prepare(model, optimizer)
 accelerator.register_for_checkpointing(d2ft)  # its plan goes with save_state and load_state
+accelerator.print(f"training a {type(model).__name__}")
 
 model.train()
 torch.manual_seed(accelerator.process_index)

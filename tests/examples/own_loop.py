@@ -32,6 +32,7 @@ for _ in range(steps):
     optimizer.zero_grad()
     if ranks == 1 or dist.get_rank() == 0:
         print(f"loss {loss.item():.4f}")
-        print(d2ft.report())
+if ranks == 1 or dist.get_rank() == 0:
+    print(d2ft.report())
 if ranks > 1:
     dist.destroy_process_group()

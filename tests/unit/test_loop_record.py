@@ -30,6 +30,10 @@ def test_a_loop_s_record_has_its_steps_plans_and_promises(tmp_path: Path, settin
     with torch.no_grad():
         loop.model(torch.zeros(1, 3, 16, 16))
     loop.d2ft.record.evaluation(0.25, 1.5, samples=8)
+    with pytest.raises(
+        ConfigError, match=r"accuracy=25 is not between 0 and 1; write it as a share, 0\.25 for"
+    ):
+        loop.d2ft.record.evaluation(25)
     loop.model.train()
     losses.append(loop.step(3, slots=SLOTS - 1))
     promised = loop.d2ft.promised_share
@@ -57,7 +61,11 @@ def test_a_loop_s_record_has_its_steps_plans_and_promises(tmp_path: Path, settin
         assert (steps["data_seconds"][[0, 3]] == 0).all()  # begins; after an evaluation, which is no data
         assert run.config["planner"] == settings["planner"]
     table = report([tmp_path / "mine"], page=tmp_path / "report.html")
-    assert f"{100 * share.mean():.0f}"[:1] in table
+    (row,) = (line for line in table.splitlines() if line.startswith("mine"))
+    planned, measured = (float(cell) for cell in row.split()[2:4])
+    dense = steps["dense_flops"].sum()
+    assert planned == pytest.approx(100 * steps["planned_flops"].sum() / dense, abs=0.06)
+    assert measured == pytest.approx(100 * steps["executed_flops"].sum() / dense, abs=0.06)
     assert "Promised and measured" in (tmp_path / "report.html").read_text()
 
 

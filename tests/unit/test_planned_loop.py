@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import d2ft_hpc
@@ -21,6 +22,7 @@ from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.scores import Scores, fisher_information, weight_magnitude
+from d2ft_hpc.user_loop.batch_counter import samples_in
 from tests.models import CLASSES, DEPTH, HEADS, context_of, random_batch, tiny_vit
 
 SLOTS = 3
@@ -74,7 +76,14 @@ def test_the_first_batch_gives_the_scores_of_the_plan_that_the_next_ones_follow(
     loop.step(1)
     assert loop.d2ft.promised_share == pytest.approx(0.6, abs=0.02)
     assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
-    assert f"promised {loop.d2ft.promised_share:.1%}" in loop.d2ft.report()
+    now, so_far = loop.d2ft.report().splitlines()
+    assert now.startswith("planner joint, ")
+    assert f"promised {loop.d2ft.promised_share:.1%} of the dense compute, measured" in now
+    assert (
+        so_far
+        == f"2 steps so far: promised {(1 + loop.d2ft.promised_share) / 2:.1%} of the dense compute, "
+        + (f"measured {loop.d2ft._counter.so_far.executed_flops / loop.d2ft._counter.so_far.dense_flops:.1%}")
+    )
 
 
 @pytest.mark.parametrize(
@@ -199,9 +208,18 @@ def test_bad_settings_and_states() -> None:
     ):
         d2ft_hpc.attach(tiny_vit())
     with pytest.raises(
-        PlanError, match=r"budget 0\.1 is below .*2 x 2 patches throughout take; at least 0\.2"
+        PlanError,
+        match=r"^compute_budget=0\.1: .* 2 x 2 patches throughout take; at least 0\.2.*, or smaller options\.sides$",
     ):
-        Loop(compute_budget=0.1, planner="tokens", total_steps=3).step(0)
+        d2ft_hpc.attach(tiny_vit(), 0.1, total_steps=3)
+    with pytest.raises(PlanError, match=r"^compute_budget=0\.0001: .*least"):
+        d2ft_hpc.attach(tiny_vit(), 1e-4, planner="joint")
+    with pytest.raises(
+        PlanError, match=r"^compute_budget=0\.01: scoring .* or a smaller options\.image_size"
+    ):
+        d2ft_hpc.attach(tiny_vit(), 0.01, planner="samples")
+    with pytest.raises(ConfigError, match=r"^compute_budget=60: .* write it as a share, 0\.6 for 60 %"):
+        d2ft_hpc.attach(tiny_vit(), 60, total_steps=3)
     loop = Loop(planner="joint")
     loop.model.blocks[1].requires_grad_(False)
     with pytest.raises(ConfigError, match=r"blocks \[1\] were frozen.*before d2ft_hpc\.attach"):
@@ -361,6 +379,110 @@ def test_a_training_that_goes_on_beyond_its_steps_is_told_once(capfd: pytest.Cap
     for step in range(4):
         loop.step(step)
     assert capfd.readouterr().out.count("total_steps=2, but step 3 begins: images have full size") == 1
+
+
+def test_a_loop_s_report_has_the_compute_of_all_its_steps_before_its_resumption_too(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Against the costs of each step's images; the last batch is small, as at the end of an epoch."""
+    sizes, steps = [12, 12, 12, 5], 4
+
+    def train(loop: Loop, *of: int) -> None:
+        for step in of:
+            images, labels = random_batch(step, samples=sizes[step])
+            F.cross_entropy(loop.model(images), labels).backward()
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+
+    loop, resumed = (Loop(micro_batches=1, compute_budget=0.6, total_steps=steps) for _ in range(2))
+    train(loop, 0, 1)
+    for name in ("model", "optimizer", "d2ft"):
+        getattr(resumed, name).load_state_dict(getattr(loop, name).state_dict())
+    train(resumed, 2, 3)
+    context = resumed.d2ft._controller.context
+    curve, costs = context.curve, context.costs
+    flops = np.array([costs.at[curve.grid_at(step)].dense_flops for step in range(steps)])
+    share = flops @ sizes / costs.dense_flops / sum(sizes)
+    assert curve.share == pytest.approx(flops.mean() / costs.dense_flops)
+    assert share != pytest.approx(curve.share, abs=0.01)
+    now, so_far = resumed.d2ft.report().splitlines()
+    assert now.startswith("images of 16 x 16 pixels, all heads of all blocks: promised 100.0%")
+    assert so_far == (
+        f"4 steps so far: promised {share:.1%} of the dense compute, measured {share:.1%}; {curve.share:.1%} in all 4, "
+        f"if they have equally many samples"
+    )
+    told = capfd.readouterr().out
+    assert "from step 1 on: images of 8 x 8 pixels, all heads of all blocks, " in told
+    assert "begins" not in told
+
+
+@pytest.mark.parametrize("planner", ["tokens", "joint"])
+def test_an_optimiser_made_before_attach_trains_the_same(planner: str) -> None:
+    """Also one that has stepped what attach freezes, and whose gradients are kept as zeros, which decay weights."""
+    losses, embeddings = [], []
+    for attach_first, warm in ((True, False), (False, False), (False, True)):
+        model = tiny_vit().train()
+        settings = {"planner": planner, "total_steps": 3}
+        d2ft = d2ft_hpc.attach(model, **settings) if attach_first else None
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.5)
+        if warm:
+            weights = copy.deepcopy(model.state_dict())
+            F.cross_entropy(model(random_batch(9)[0]), random_batch(9)[1]).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            model.load_state_dict(weights)
+        d2ft = d2ft or d2ft_hpc.attach(model, **settings)
+        begun = model.pos_embed.detach().clone()
+        losses.append([])
+        for step in range(3):
+            images, labels = random_batch(step, samples=12)
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            losses[-1].append(loss.item())
+        embeddings.append(torch.equal(model.pos_embed, begun))
+    assert losses[0] == losses[1]
+    assert all(embeddings)
+
+
+def test_an_optimiser_of_other_parameters_is_refused() -> None:
+    model = tiny_vit()
+    d2ft_hpc.attach(model, planner="joint")
+    optimizer = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)
+    model.train()
+    for step in range(2):
+        images, labels = random_batch(step)
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    with pytest.raises(PlanError, match="holds none of the parameters of VisionTransformer, which does not"):
+        model(images)
+
+
+def test_fsdp2_before_attach_is_refused() -> None:
+    model = tiny_vit()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model.blocks[0])
+        with pytest.raises(ConfigError, match="call attach first, then fully_shard"):
+            d2ft_hpc.attach(model, total_steps=3)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_samples_are_counted_by_images_or_text_whatever_stands_before_them() -> None:
+    images, labels, scalar = torch.zeros(5, 3, 8, 8), torch.zeros(5), torch.tensor(1.0)
+    ids, mask = torch.zeros(4, 7, dtype=torch.long), torch.ones(1, 1, 7, 7)
+    for inputs, samples in (
+        ([scalar, labels, images, {}], images),
+        ([{"labels": labels, "pixel_values": images}], images),
+        ([{"attention_mask": mask, "labels": ids, "input_ids": ids + 1}], ids + 1),
+        ([{"patch_coord": torch.zeros(5, 9, 2), "patches": torch.zeros(5, 9, 12)}], torch.zeros(5, 9, 12)),
+        ([(labels,)], labels),
+    ):
+        assert torch.equal(samples_in(inputs), samples)
+    with pytest.raises(PlanError, match="without a tensor"):
+        samples_in([scalar, {"text": "none"}])
 
 
 def test_a_plan_of_images_whose_costs_nobody_counted_is_refused_before_a_step() -> None:

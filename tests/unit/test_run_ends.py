@@ -15,13 +15,13 @@ from d2ft_hpc.engines.portable import restore_schedule, schedule_numbers
 from d2ft_hpc.errors import CheckpointError, ConfigError, DivergedError, LostResultsError, PlanError
 from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.launch.watch import Watch
+from d2ft_hpc.lifecycle.foresight import trial_plan
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.results.superseded import set_aside
 from d2ft_hpc.training import plan_costs
 from d2ft_hpc.training.checkpoint import complete_checkpoints, verify
 from d2ft_hpc.training.finite import require_finite
-from d2ft_hpc.training.foresight import trial_plan
 from d2ft_hpc.training.job import set_up
 from d2ft_hpc.training.loop import train
 from d2ft_hpc.training.model_placement import place_in_order
@@ -179,7 +179,7 @@ def test_a_setting_that_decides_losses_is_not_changed_by_a_resume(
         ),
         (
             ("plan.file={other}",),
-            r"plan\.file=.*other\.h5 has \(4, 9, 2\) rows, blocks and heads, but this run \(4, ",
+            r"plan\.file=.*other\.h5 has \(4, 9, 2\) rows, blocks and heads, but this training \(4, ",
         ),
         (
             ("plan.file={small}",),

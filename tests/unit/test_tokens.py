@@ -38,9 +38,10 @@ def _vit(**more: object) -> torch.nn.Module:
 @pytest.mark.parametrize("budget", [0.24, 0.25, 0.4, 0.5, 0.593, 0.7, 0.95, 1.0])
 @pytest.mark.parametrize("steps", [1, 7, 108, 2345])
 def test_a_curve_keeps_its_budget_and_leaves_no_step_of_it(budget: float, steps: int) -> None:
-    curve = token_curve(GRIDS, COSTS, budget, steps)
+    curve = token_curve(GRIDS, COSTS, budget, [32] * steps)
     spent = float(np.dot(curve.steps, COSTS))
     assert sum(curve.steps) == steps
+    assert curve.share == pytest.approx(spent / steps)
     assert spent <= budget * steps + 1e-6
     rises = [
         COSTS[above] - COSTS[below]
@@ -53,6 +54,23 @@ def test_a_curve_keeps_its_budget_and_leaves_no_step_of_it(budget: float, steps:
     assert [grids.count(grid) for grid in GRIDS] == list(curve.steps)
 
 
+@pytest.mark.parametrize("rest", [1, 8, 31])
+@pytest.mark.parametrize("epochs", [1, 2, 3, 5])
+def test_a_curve_reckons_with_the_small_batches_at_the_ends_of_epochs(epochs: int, rest: int) -> None:
+    """Counted in samples, what is left of the budget is less than any step would take more."""
+    samples = ([32] * 6 + [rest]) * epochs
+    curve = token_curve(GRIDS, COSTS, 0.6, samples)
+    costs = np.repeat(COSTS, curve.steps)
+    spent = float(np.dot(samples, costs)) / sum(samples)
+    assert curve.share == pytest.approx(spent)
+    assert 0.6 - 32 / sum(samples) * (COSTS[2] - COSTS[1]) < spent <= 0.6 + 1e-9
+    for below, above in itertools.combinations(range(3), 2):
+        more = list(curve.steps)
+        if more[below]:
+            more[below], more[above] = more[below] - 1, more[above] + 1
+            assert np.dot(samples, np.repeat(COSTS, more)) > 0.6 * sum(samples)
+
+
 def test_a_curve_spreads_steps_as_evenly_as_the_budget_allows() -> None:
     """Against a search over all shares of a fine grid."""
     budget, parts = 0.45, 400
@@ -62,7 +80,7 @@ def test_a_curve_spreads_steps_as_evenly_as_the_budget_allows() -> None:
         for j in range(parts + 1 - i)
         if np.dot(shares := (i / parts, j / parts, (parts - i - j) / parts), COSTS) <= budget
     )
-    curve = token_curve(GRIDS, COSTS, budget, 100_000)
+    curve = token_curve(GRIDS, COSTS, budget, [1] * 100_000)
     assert most - 1e-4 <= _entropy([steps / 100_000 for steps in curve.steps]) <= most + 1e-3
 
 
@@ -72,12 +90,16 @@ def _entropy(shares: Sequence[float]) -> float:
 
 def test_a_budget_below_the_smallest_images_is_refused_with_the_least_one() -> None:
     with pytest.raises(PlanError, match=r"budget 0\.2 is below .* 8 x 8 patches .*; at least 0\.240"):
-        token_curve(GRIDS, COSTS, 0.2, 100)
+        token_curve(GRIDS, COSTS, 0.2, [1] * 100)
 
 
 def test_a_training_ends_on_the_way_unless_its_images_are_full_or_its_budget_s_last() -> None:
-    assert [is_on_the_way(grid, token_curve(GRIDS, COSTS, 0.5, 100)) for grid in GRIDS] == [True, True, False]
-    assert [is_on_the_way(grid, token_curve(GRIDS, COSTS, 0.24, 100)) for grid in GRIDS] == [
+    assert [is_on_the_way(grid, token_curve(GRIDS, COSTS, 0.5, [1] * 100)) for grid in GRIDS] == [
+        True,
+        True,
+        False,
+    ]
+    assert [is_on_the_way(grid, token_curve(GRIDS, COSTS, 0.24, [1] * 100)) for grid in GRIDS] == [
         False,
         True,
         False,
@@ -208,7 +230,7 @@ def test_costs_at_each_resolution_are_what_a_pass_computes() -> None:
         with executor.micro_batch(0), meter() as metered:
             model(images).sum().backward()
         assert metered.flops == pytest.approx(2 * costs.of_replica(plan, 0)[0], rel=1e-9)
-    curve = token_curve_of(costs, 0.6, 100)
+    curve = token_curve_of(costs, 0.6, [1] * 100)
     assert curve.share == pytest.approx(0.6, abs=0.01)
     with pytest.raises(
         PlanError, match=r"1 x 1 patches, whose costs were not counted; this run has 2 x 2, 3 x 3"
@@ -222,9 +244,9 @@ def test_budgets_of_tokens_and_of_heads_share_what_the_run_has() -> None:
     assert PlanConfig(planner="joint", compute_budget=0.5, token_budget=0.8).token_share == 0.8
     assert PlanConfig(file="plan.h5", compute_budget=0.5).token_share is None
     for settings, told in (
-        ({"token_budget": 0.8}, "it is plan.compute_budget; remove it"),
-        ({"planner": "samples", "token_budget": 0.8}, "plan.planner=samples trains on images of full size"),
-        ({"planner": "joint", "file": "plan.h5", "token_budget": 0.8}, "plan.file=.* full size"),
+        ({"token_budget": 0.8}, "token_budget=0.8: with planner=tokens it is compute_budget; remove it"),
+        ({"planner": "samples", "token_budget": 0.8}, "planner=samples trains on images of full size"),
+        ({"planner": "joint", "file": "plan.h5", "token_budget": 0.8}, "file=plan.h5 .* full size"),
         ({"planner": "joint", "compute_budget": 0.6, "token_budget": 0.5}, "leave the heads nothing to skip"),
     ):
         with pytest.raises(ValueError, match=told):

@@ -212,6 +212,24 @@ def test_every_parameter_of_the_blocks_has_its_heads_or_none(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_names_of_layers_that_users_are_told_for_peft_are_those_cut_by_head(kind: str) -> None:
+    model: Any = backbone_of(tiny(kind))
+    family = family_of(model)
+    layers = family.layers(family.blocks(model)[0]).values()
+    own = {name.rpartition(".")[2] for names in layers for name in names}
+    model_name = kind.split()[0].rstrip(",").lower()
+    page = Path("d2ft_hpc/user_loop/README.md").read_text().lower()
+    (told,) = (
+        line.split("|")[2]
+        for line in page.splitlines()
+        if "_proj" in line
+        and model_name in (models := line.split("`")[0])
+        and ("gated" in models) == ("gate_proj" in own)
+    )
+    assert set(told.replace("`", "").replace(",", "").split()) == own
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_costs_are_those_of_the_library_s_model(kind: str) -> None:
     dense = tiny(kind)
     model = copy.deepcopy(dense)
@@ -407,7 +425,9 @@ def test_ranks_do_not_get_parts() -> None:
     for config in ({"tensor_parallel": {"autotp_size": 2}}, {"pipeline": {"stages": 2}}):
         model = tiny("ViT")
         given = d2ft_hpc.PipelineModule(model, loss_fn=F.cross_entropy) if "pipeline" in config else model
-        with pytest.raises(UnsupportedModelError, match=r"run whole.*pipeline_stages=1"):
+        with pytest.raises(
+            UnsupportedModelError, match=r"run whole.*use neither tensor parallelism nor a pipeline"
+        ):
             d2ft_hpc.initialize(model=given, config={**config, "d2ft": {"planner": "joint"}})
 
 

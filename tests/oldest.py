@@ -1,0 +1,16 @@
+"""Prints the lowest versions that pyproject.toml promises as constraints for pip: `make test-oldest` installs them."""
+
+import re
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[1] / "pyproject.toml"
+
+
+def main() -> None:
+    # Python 3.10 has no reader of TOML; the file writes each requirement as "NAME>=VERSION".
+    for name, version in dict(re.findall(r'"([\w-]+)>=([\d.]+)', PROJECT.read_text())).items():
+        print(f"{name}=={version}")
+
+
+if __name__ == "__main__":
+    main()
