@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -69,13 +70,12 @@ def make_plan(context: PlanContext, scores: Scores | None, index: int) -> SkipPl
     plan = plan.among(planned)
     of_planned = plan.operations.reshape(context.slots, plan.replicas, *context.subnets)
     leader = np.unique(followed, return_inverse=True)[1].ravel()
-    return replace(
-        plan,
-        operations=of_planned[:, leader].reshape(context.shape),
-        replicas=replicas,
-        objective=plan.objective * replicas / plan.replicas,
-        bound=plan.bound * replicas / plan.replicas,
-    )
+    whole = replace(plan, operations=of_planned[:, leader].reshape(context.shape), replicas=replicas)
+    if plan.replicas == replicas:
+        return whole
+    # What is known is how good the rows are for the mean scores of all that share them.
+    status = f"{plan.status} for {plan.replicas} replicas, whose rows the others share"
+    return replace(whole, status=status, objective=math.nan, bound=math.nan, gap=math.nan)
 
 
 def _problem(

@@ -28,6 +28,8 @@ WORTH_SAYING = 0.01
 
 _MAGIC = b"D2FTPLAN"
 _VERSION = 1
+_MOST_BYTES = 2**28
+"""Of a plan that another rank sent: a billion entries."""
 _PREFIX = struct.Struct("<8sHI")  # magic, version, length of the JSON header in bytes
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _SHIFTS = np.array([0, 2, 4, 6], dtype=np.uint8)
@@ -316,8 +318,18 @@ class SkipPlan:
 
     @classmethod
     def from_message(cls, message: bytes) -> SkipPlan:
-        """The plan that another rank sent by `to_message`; what comes from a file is for `from_bytes`."""
-        return cls.from_bytes(zlib.decompress(message))
+        """The plan that another rank sent by `to_message`; what comes from a file is for `from_bytes`.
+
+        Raises PlanError as `from_bytes` does.
+        """
+        unpacker = zlib.decompressobj()
+        try:
+            whole = unpacker.decompress(message, _MOST_BYTES)
+        except zlib.error:
+            whole = b""
+        if not unpacker.eof:
+            raise PlanError(f"These {len(message)} bytes are not a plan that a rank sent.")
+        return cls.from_bytes(whole)
 
     @classmethod
     def from_bytes(cls, message: bytes) -> SkipPlan:

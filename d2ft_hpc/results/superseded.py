@@ -33,7 +33,7 @@ def open_record(
         return ResultsWriter.resume(path, last_step=last_step, locking=locking, rank_files=rank_files), ""
     except LostResultsError as error:
         left = set_aside(path, locking)
-        lost = f"the record of the first {last_step + 1} steps is gone ({error})"
+        lost = f"the record of the first {max(last_step + 1, 0)} steps is gone ({error})"
         lost += "" if left is None else f"; what is left of it is in {left}"
         return ResultsWriter(path, locking=locking, rank_files=rank_files), lost
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.config_faults import is_class_of
 from d2ft_hpc.errors import CheckpointError, ConfigError, ResultsError
+from d2ft_hpc.interval import Interval
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.results import open_run
@@ -20,6 +21,7 @@ from d2ft_hpc.results.superseded import is_unbegun
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.checkpoint import Position, complete_checkpoints, read_position, verify
 from d2ft_hpc.training.job import Job
+from d2ft_hpc.training.older_config import in_todays_keys
 
 MAY_CHANGE = (
     "engine.name",  # checkpoints do not depend on how an engine spreads a state
@@ -112,7 +114,7 @@ def _choose(config: RunConfig) -> Start:
     before = _config_before(folder, config)
     if before is None or (not checkpoints and is_unbegun(folder / run_folder.RESULTS)):
         before = {}  # the settings of a run that never began a step do not bind this one
-    _check_same(before, config)
+    check_same(before, config)
     epochs_before, epochs = _epochs(before), config.train.epochs
     finished = _is_finished(folder)
     if finished and epochs_before == epochs and config.train.resume == "auto":
@@ -187,19 +189,28 @@ def _config_before(folder: Path, config: RunConfig) -> dict[str, Any] | None:
 def _check_of_run(checkpoint: Path, config: RunConfig) -> None:
     """Raises ForeignCheckpointError if the checkpoint is one."""
     try:
-        _check_same(run_folder.read_config(checkpoint) or {}, config)
+        check_same(run_folder.read_config(checkpoint) or {}, config)
     except ConfigError as error:
         raise ForeignCheckpointError(f"{checkpoint}: of another run: {error}") from None
 
 
-def _check_same(before: Mapping[str, Any], config: RunConfig) -> None:
+def check_same(before: Mapping[str, Any], config: RunConfig) -> None:
+    """Raises ConfigError if a run with the settings `before`, as a file holds them, would go on with others."""
     now = dict(_settings(RunConfig, config.model_dump()))
-    for key, value in _settings(RunConfig, before):
-        if now[key] != value and not key.startswith(MAY_CHANGE):
+    for key, value in _settings(RunConfig, in_todays_keys(before, config)):
+        if not _are_the_same(now[key], value) and not key.startswith(MAY_CHANGE):
             raise ConfigError(
                 f"{key}={now[key]}: the run in {config.run_folder} was begun with {value}; set it back to resume that "
                 f"run, choose another run.name, or delete the folder to begin anew"
             )
+
+
+def _are_the_same(one: Any, other: Any) -> bool:
+    """Whether two values of a key say the same; '1 epoch' and '1 epochs' do."""
+    if isinstance(one, str) and isinstance(other, str):
+        of_one, of_other = Interval.read(one), Interval.read(other)
+        return one == other if of_one is None else of_one == of_other
+    return bool(one == other)
 
 
 def _settings(

@@ -55,8 +55,10 @@ def test_replicas_of_one_speed_follow_the_rows_of_a_few_in_turn() -> None:
     assert (plan.replicas, plan.num_rows) == (1024, SLOTS * 1024)
     for replica in (0, 7, 8, 1023):
         assert np.array_equal(plan.for_replica(replica), few.for_replica(replica % 8))
-    assert plan.objective == pytest.approx(few.objective * 128)
-    assert plan.gap == pytest.approx(few.gap)
+    # Shared rows are the best for mean scores, not for each replica's own.
+    assert few.gap == few.gap
+    assert plan.gap != plan.gap
+    assert plan.status == f"{few.status} for 8 replicas, whose rows the others share"
 
 
 def test_a_number_of_replicas_that_eight_does_not_divide_is_planned_as_well() -> None:

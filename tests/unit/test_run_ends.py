@@ -27,7 +27,7 @@ from d2ft_hpc.training.loop import train
 from d2ft_hpc.training.model_placement import place_in_order
 from d2ft_hpc.training.plan_context import plan_context
 from d2ft_hpc.training.plan_costs import costs_unmeasured
-from d2ft_hpc.training.resume import choose_start
+from d2ft_hpc.training.resume import check_same, choose_start
 
 EVERY_EPOCH = "train.checkpoint_every=1 epochs"
 STEPS = 6  # of an epoch
@@ -167,6 +167,59 @@ def test_a_setting_that_decides_losses_is_not_changed_by_a_resume(
     (folder / "config.yaml").write_text(config_in(tmp_path, *before).to_yaml())
     with pytest.raises(ConfigError, match=rf"^where to start: {named}=.*the run in .* was begun with"):
         choose_start(config_in(tmp_path, *after, "train.resume=true"), SoloControl())
+
+
+@pytest.mark.parametrize(
+    ("older", "after", "told"),
+    [
+        ({"plan": {"replan": {"every": 1, "unit": "epochs"}}}, ("plan.replan.every=1 epoch",), None),
+        (
+            {"data": {"mixup_alpha": 0.8, "timm": {}}},
+            ("data.augment=timm", "data.timm.mixup_alpha=0.8"),
+            None,
+        ),
+        (
+            {"data": {"mixup_alpha": 0.8, "timm": {}}},
+            ("data.augment=timm",),
+            r"data\.timm=\{\}: .*begun with",
+        ),
+        (
+            {"model": {"lora": {"rank": 2, "layers": ["qkv", "proj", "fc1", "fc2"]}}},
+            ("model.lora.rank=2",),
+            None,
+        ),
+        (
+            {"model": {"lora": {"rank": 2, "layers": ["qkv"]}}},
+            ("model.lora.rank=2",),
+            r"model\.lora\.layers: ",
+        ),
+        ({"data": {"evaluate_on": "test", "split_seed": 0}}, (), None),
+        (
+            {"data": {"evaluate_on": "test"}},
+            ("data.validation_fraction=0.1",),
+            r"data\.evaluate_on=test: .* as with validation",
+        ),
+        ({"data": {"split_seed": 0}}, ("run.seed=3", "data.train_fraction=0.5"), r"data\.split_seed=0: "),
+        ({"plan": {"probe_batches": 4}}, (), r"plan\.probe_batches=4: .* as with 1: go on with the version"),
+        ({"plan": {"warmup_share": 0.4}}, (), r"plan\.warmup_share=0\.4: "),
+    ],
+)
+def test_a_run_that_an_older_version_began_goes_on_if_it_means_the_same(
+    tmp_path: Path, older: dict[str, dict[str, object]], after: tuple[str, ...], told: str | None
+) -> None:
+    config = config_in(tmp_path, *after, "train.resume=true")
+    before = config.model_dump(mode="json")
+    for section, values in older.items():
+        for key, value in values.items():
+            if isinstance(before[section].get(key), dict) and isinstance(value, dict) and value:
+                before[section][key].update(value)
+            else:
+                before[section][key] = value
+    if told is None:
+        check_same(before, config)
+        return
+    with pytest.raises(ConfigError, match=rf"^{told}"):
+        check_same(before, config)
 
 
 @pytest.mark.parametrize(
