@@ -88,9 +88,7 @@ def build(workload: Workload, control: Control, sides: Sequence[float] | None = 
         kind = PipelineEngine if layout.stages > 1 else TensorParallelEngine
         engine = kind(model, executor, placement, make_optimizer, loss_of, config, control)
     elif workload.engine == "deepspeed":
-        engine = DeepSpeedEngine(
-            model, executor, *make_optimizer(model), loss_of, config, flat_parameters=True
-        )
+        engine = DeepSpeedEngine(model, executor, *make_optimizer(model), loss_of, config, flattens=True)
     elif workload.engine == "ddp":
         engine = DdpEngine(model, executor, *make_optimizer(model), loss_of, autocast_dtype=low_dtype)
     else:

@@ -105,17 +105,18 @@ class DeepSpeedEngine:
         *,
         slot_source: Callable[[], int] | None = None,
         is_boundary: Callable[[], bool] | None = None,
-        flat_parameters: bool = False,
+        flattens: bool = False,
         **given: Any,
     ) -> None:
         """slot_source: as `PlanExecutor.bind` takes it. is_boundary: as `ZeroRules.prepare` takes it.
-        flat_parameters: whether each block's parameters become a few flat ones; `optimizer` is torch's then.
+        flattens: whether each block's parameters become a few flat ones, below stage 3; `optimizer` is torch's then.
         given: other arguments of `deepspeed.initialize`; optimizer and schedule may have any form that it takes."""
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False)
         self.rules = ZeroRules.of(config)
         self._twin = self.rules.twin_of(model)
-        if flat_parameters:
+        # Stage 3 frees a parameter by giving it another tensor, and views would keep the one that it had.
+        if flattens and self.rules.stage < 3:
             assert isinstance(optimizer, Optimizer)
             executor.flat = FlatParameters(model, executor.blocks, optimizer)
         self.rules.prepare(model, executor, slot_source, is_boundary)
@@ -182,15 +183,11 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path, write: StateWriter) -> None:
         state = collect(self._model, self.engine)
-        if self.executor.flat is not None:
-            state = state.named_by(self.executor.flat.split)
         if dist.get_rank() == 0:
             state.schedule = schedule_numbers(self.engine.lr_scheduler)
-            state.write(folder, write)
+            state.with_parts(self.executor.flat).write(folder, write)
 
     def restore(self, folder: Path) -> None:
-        state = PortableState.read(folder)
-        if self.executor.flat is not None:
-            state = state.named_by(self.executor.flat.join)
+        state = PortableState.read(folder).with_flats(self.executor.flat)
         restore(state, self._model, self.engine)
         restore_schedule(self.engine.lr_scheduler, state.schedule)

@@ -153,11 +153,12 @@ def shard(
     mesh: DeviceMesh,
     param_dtype: torch.dtype | None = None,
     kept_bytes: int = KEPT_BYTES,
-) -> None:
+) -> int:
     """Spreads a model over a mesh of 1 dimension, or of 2 (replicas x shards): each block by itself, then the rest.
 
     param_dtype: of the gathered parameters and of activations; gradients are reduced in float32. None: their own.
     kept_bytes: all of a model's weights stay gathered from a forward to its backward if they have no more, gathered.
+    Returns the bytes that so lie beside each pass's activations.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None
@@ -166,6 +167,7 @@ def shard(
     for block in family_of(model).blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=gathered > kept_bytes)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    return gathered if gathered <= kept_bytes else 0
 
 
 class FsdpEngine(PlainEngine):
@@ -196,13 +198,13 @@ class FsdpEngine(PlainEngine):
         )
         if layout.is_cut:
             executor = split_heads(model, executor, mesh["tensor"], placement.owner)
-            shard(model, mesh["replica"], param_dtype, kept_bytes)
+            self._kept_bytes = shard(model, mesh["replica"], param_dtype, kept_bytes)
             optimizer, schedule = make_optimizer(model)
         else:
             optimizer, schedule = make_optimizer(model)  # its groups say which parameters are alike
             executor.flat = FlatParameters(model, executor.blocks, optimizer)
             names = {parameter: name for name, parameter in model.named_parameters()}
-            shard(model, mesh["replica"], param_dtype, kept_bytes)
+            self._kept_bytes = shard(model, mesh["replica"], param_dtype, kept_bytes)
             spread = dict(model.named_parameters())
             for group in optimizer.param_groups:
                 group["params"] = [spread[names[parameter]] for parameter in group["params"]]
@@ -218,6 +220,10 @@ class FsdpEngine(PlainEngine):
                 "spreads over ranks: use engine.name=ddp"
             )
         _check(self._model, plan)
+
+    @property
+    def bytes_to_come(self) -> float:
+        return super().bytes_to_come + self._kept_bytes
 
     def _clip(self) -> Tensor:
         return clip_gradients(self._trained, self._max_norm)
@@ -235,12 +241,12 @@ class FsdpEngine(PlainEngine):
         state = collect(self._model, self._optimizer, self.executor)
         if dist.get_rank() == 0:
             state.schedule = schedule_numbers(self._schedule)
-            self._named_as_before(state).write(folder, write)
+            state.with_parts(self.executor.flat).write(folder, write)
             if self._placement.layout.is_cut:
                 self._placement.write(folder / PLACEMENT)
 
     def restore(self, folder: Path) -> None:
-        state = self._named_as_now(PortableState.read(folder))
+        state = PortableState.read(folder).with_flats(self.executor.flat)
         restore(state, self._model, self._optimizer, self.executor)
         restore_schedule(self._schedule, state.schedule)
 

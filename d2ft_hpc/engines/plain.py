@@ -157,20 +157,10 @@ class PlainEngine:
     def save(self, folder: Path, write: StateWriter) -> None:
         state = collect_plain(self._model, self._optimizer)
         state.schedule = schedule_numbers(self._schedule)
-        self._named_as_before(state).write(folder, write)
-
-    def _named_as_before(self, state: PortableState) -> PortableState:
-        """With the names that parameters had before they became flat ones."""
-        flat = self.executor.flat
-        return state if flat is None else state.named_by(flat.split)
-
-    def _named_as_now(self, state: PortableState) -> PortableState:
-        """The inverse. Raises CheckpointError where they are of another model."""
-        flat = self.executor.flat
-        return state if flat is None else state.named_by(flat.join)
+        state.with_parts(self.executor.flat).write(folder, write)
 
     def restore(self, folder: Path) -> None:
-        state = self._named_as_now(PortableState.read(folder))
+        state = PortableState.read(folder).with_flats(self.executor.flat)
         state.check_fits({name: tensor.shape for name, tensor in self._model.state_dict().items()})
         restore_plain(state, self._model, self._optimizer)
         restore_schedule(self._schedule, state.schedule)

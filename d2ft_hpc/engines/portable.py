@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from d2ft_hpc.engines.engine import StateWriter
 from d2ft_hpc.errors import CheckpointError
+from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.files import atomic
 from d2ft_hpc.files.untrusted import RefusedError, parse_json
 
@@ -68,10 +69,20 @@ class PortableState:
             raise CheckpointError(f"{folder}: no readable training state ({error})") from None
         return state
 
-    def named_by(self, translate: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> PortableState:
-        """The same with other names: `translate` takes weights, and each kind of moments, by name."""
-        moments = {kind: translate(of_kind) for kind, of_kind in self.moments.items()}
-        return replace(self, weights=translate(self.weights), moments=moments)
+    def with_parts(self, flat: FlatParameters | None) -> PortableState:
+        """What an engine with flat parameters has collected, under timm's names."""
+        return self if flat is None else self._translated(flat.split)
+
+    def with_flats(self, flat: FlatParameters | None) -> PortableState:
+        """The inverse. Raises CheckpointError where the state is of another model."""
+        if flat is None:
+            return self
+        flat.check_parts(self.weights)
+        return self._translated(flat.join)
+
+    def _translated(self, by: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> PortableState:
+        moments = {kind: by(of_kind) for kind, of_kind in self.moments.items()}
+        return replace(self, weights=by(self.weights), moments=moments)
 
     def check_fits(self, model_shapes: Mapping[str, torch.Size]) -> None:
         """Raises CheckpointError where the weights are not those of a model with these names and shapes."""

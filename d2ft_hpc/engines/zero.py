@@ -168,15 +168,13 @@ class ZeroRules:
             with nullcontext() if flat is None else flat.unflattened():
                 yield model
             return
-        device = next(model.parameters()).device
+        own = dict(model.named_parameters())
+        device = next(iter(own.values())).device
         full = copy.deepcopy(twin).to_empty(device=device)
-        named = dict(full.named_parameters())
         with torch.no_grad():
-            for own_name, own in model.named_parameters():
-                with whole(own) as data:
-                    parts = {own_name: data.clone()}
-                    for name, part in (parts if flat is None else flat.split(parts)).items():
-                        named[name].data = part
+            for name, parameter in full.named_parameters():
+                with whole(own[name]) as data:
+                    parameter.data = data.clone()
             for (_, buffer), (_, other) in zip(full.named_buffers(), model.named_buffers(), strict=True):
                 buffer.copy_(other)
         yield full.train(model.training)

@@ -168,18 +168,22 @@ class FlatParameters:
                 result.update({part.path: view for part, view in zip(flat.parts, views, strict=True)})
         return result
 
+    def check_parts(self, named: Mapping[str, Tensor]) -> None:
+        """Raises CheckpointError where a part is missing or has another shape."""
+        for part in (part for flat in self._all() for part in flat.parts):
+            if part.path not in named or named[part.path].shape != part.shape:
+                raise CheckpointError(
+                    f"the checkpoint is of another model: {part.path!r} is missing or has another shape"
+                )
+
     def join(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of `split`, copied; a flat parameter none of whose parts is named is left out."""
+        """The inverse of `split`, copied; a flat parameter some part of which is not named is left out."""
         result = dict(named)
         for flat in self._all():
             parts = [result.pop(part.path, None) for part in flat.parts]
-            if any(part is not None for part in parts):
-                for part, value in zip(flat.parts, parts, strict=True):
-                    if value is None or value.shape != part.shape:
-                        raise CheckpointError(
-                            f"the checkpoint is of another model: {part.path!r} is missing or has another shape"
-                        )
-                result[flat.path] = torch.cat([part.flatten() for part in parts if part is not None])
+            whole = [part.flatten() for part in parts if part is not None]
+            if len(whole) == len(parts):
+                result[flat.path] = torch.cat(whole)
         return result
 
     def _all(self) -> list[_Flat]:
@@ -193,7 +197,7 @@ def _place(flat: _Flat, tensors: Sequence[Tensor]) -> None:
 
 
 def _leave_placeholders(flat: _Flat) -> None:
-    """Tensors of the parts' shapes that hold nothing, so that reading them by mistake fails."""
+    """Tensors of the parts' shapes that hold nothing; most operators fail on them, where a block is read by mistake."""
     dtype = flat.parameter.dtype
     _place(flat, [torch.empty(part.shape, dtype=dtype, device="meta") for part in flat.parts])
 
@@ -202,7 +206,7 @@ def _shared(model: nn.Module) -> set[int]:
     """Identities of parameters that several modules hold."""
     seen: set[int] = set()
     shared: set[int] = set()
-    for module in model.modules():
+    for _, module in model.named_modules(remove_duplicate=False):  # a module may be held twice, too
         for parameter in module._parameters.values():
             (shared if id(parameter) in seen else seen).add(id(parameter))
     return shared

@@ -160,7 +160,7 @@ def deepspeed_engine(
         schedule,
         loss_function,
         {**config, **more},
-        flat_parameters=True,
+        flattens=True,
     )
 
 

@@ -113,14 +113,16 @@ def test_another_models_checkpoint_is_refused_by_name() -> None:
     assert all(torch.equal(split[name], value) for name, value in weights.items())
     del weights["blocks.2.mlp.fc1.bias"]
     with pytest.raises(CheckpointError, match=r"another model: 'blocks\.2\.mlp\.fc1\.bias' is missing"):
-        executor.flat.join(weights)
+        executor.flat.check_parts(weights)
 
 
 def test_parameters_that_several_modules_hold_stay_as_they_are() -> None:
     model = tiny_vit()
     model.blocks[2].norm1.weight = model.blocks[1].norm1.weight
+    model.blocks[3].norm2 = model.blocks[0].norm2
     executor = attach(model)
     optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     FlatParameters(model, executor.blocks, optimizer)
     assert model.blocks[2].norm1.weight is model.blocks[1].norm1.weight
     assert not model.blocks[1].norm1.weight.is_meta
+    assert not model.blocks[3].norm2.weight.is_meta

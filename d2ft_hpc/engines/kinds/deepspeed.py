@@ -82,7 +82,7 @@ class DeepSpeed(EngineKind):
         if not layout.is_cut:
             optimizer = asked.make_optimizer(asked.model)
             return DeepSpeedEngine(
-                asked.model, asked.executor, *optimizer, asked.loss_function, settings, flat_parameters=True
+                asked.model, asked.executor, *optimizer, asked.loss_function, settings, flattens=True
             )
         kind = PipelineEngine if layout.stages > 1 else TensorParallelEngine
         parts = (asked.model, asked.executor, asked.placement, asked.make_optimizer)
