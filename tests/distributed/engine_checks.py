@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import distributed, nn
 from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -655,6 +656,9 @@ def clear_up() -> None:
         thing = None
         kept += vars(deepspeed.utils.groups).values()  # one that all its engines share
     gc.collect()
+    for thing in gc.get_objects():
+        if issubclass(type(thing), DeviceMesh):  # torch remembers meshes by their shape, with their groups
+            kept += thing.get_all_groups()
     for group in list(distributed_c10d._world.pg_map):
         if not any(group is each for each in kept):
             distributed.destroy_process_group(group)

@@ -181,7 +181,7 @@ def test_a_failing_rank_leaves_the_traceback_of_every_rank(tmp_path: Path) -> No
     assert "KeyError: 'a bug'" in trace.read_text()
     waiting = (tmp_path / "demo" / "errors" / "rank-0.txt").read_text()
     assert "ended by: [rank 1 on" in waiting
-    assert "steps.py" in waiting
+    assert "training/loop.py" in waiting
 
 
 @pytest.mark.full
