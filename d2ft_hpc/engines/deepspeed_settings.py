@@ -99,9 +99,8 @@ def check_settings(settings: Mapping[str, Any], where: str = "") -> None:
             DeepSpeedConfig(watched)
         except ValidationError as error:
             raise ConfigError("\n".join(_explain(error, watched, where))) from None
-        except (
-            Exception
-        ) as error:  # DeepSpeed's own classes of errors, assertions, or whatever a wrong type leads to
+        # DeepSpeed's own classes of errors, assertions, or whatever a wrong type leads to.
+        except Exception as error:
             faulty = next((each for each in reversed(watched.asked) if each in settings), None)
             if faulty is None:
                 raise

@@ -97,9 +97,8 @@ class _Gathers:
         group = _group(block)
         reduces = bool(group.reduce_grads and group.all_reduce_grads)
         rows = plan.operations[slot * plan.replicas : (slot + 1) * plan.replicas, index]
-        is_watched = (
-            len(block._forward_hooks) > 1
-        )  # hooks of others than FSDP, such as one that keeps blocks' outputs
+        # By hooks of others than FSDP, such as one that keeps blocks' outputs.
+        is_watched = len(block._forward_hooks) > 1
         nobody_runs = bool((rows == Operation.SHORTCUT).all()) and not is_watched
         if nobody_runs and not (reduces and index in self._pending):
             return index > 0 or not self._executor.detach_incomplete

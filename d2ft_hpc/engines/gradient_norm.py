@@ -29,9 +29,9 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     return squares.sqrt()
 
 
-def local(gradient: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """What this rank has of it."""
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _copies(tensor: Tensor) -> float:

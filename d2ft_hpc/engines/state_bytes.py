@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from torch.optim import Optimizer
+
+from d2ft_hpc.engines.gradient_norm import local
 
 
 def bytes_to_come(trained: Sequence[nn.Parameter], optimizer: Optimizer, gradient_ranks: int = 1) -> float:
@@ -23,15 +24,11 @@ def bytes_to_come(trained: Sequence[nn.Parameter], optimizer: Optimizer, gradien
         for each in group["params"]:
             if each.device == device:  # not offloaded
                 of_part = each.grad is None and id(each) not in known
-                state += _local(each).nbytes * (of_part + moments * (not optimizer.state.get(each)))
+                state += local(each).nbytes * (of_part + moments * (not optimizer.state.get(each)))
     return float(gradients + state)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _full_bytes(parameter: nn.Parameter) -> int:
     """ZeRO 3 leaves an empty tensor in a parameter's place and notes its size."""
-    elements: int = getattr(parameter, "ds_numel", _local(parameter).numel())
+    elements: int = getattr(parameter, "ds_numel", local(parameter).numel())
     return elements * parameter.element_size()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from d2ft_hpc.errors import CheckpointError
+from d2ft_hpc.execution.gradients import Owners, stand_ins
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class _Flat:
         parameter = self.block._parameters[self.name]
         assert parameter is not None
         return parameter
+
+    @property
+    def owners(self) -> Owners:
+        """Where each part's module finds it."""
+        return [(vars(part.module), part.name) for part in self.parts]
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Each part's view of a tensor of the flat parameter's length."""
@@ -119,13 +125,9 @@ class FlatParameters:
             yield
             return
         flats = self._of_block[index]
-        for flat in flats:
-            _place(flat, flat.views(flat.parameter))
-        try:
+        owners = [owner for flat in flats for owner in flat.owners]
+        with stand_ins(owners, [view for flat in flats for view in flat.views(flat.parameter)]):
             yield
-        finally:
-            for flat in flats:
-                _leave_placeholders(flat)
 
     @property
     def is_unflattened(self) -> bool:
@@ -190,16 +192,10 @@ class FlatParameters:
         return [flat for flats in self._of_block.values() for flat in flats]
 
 
-def _place(flat: _Flat, tensors: Sequence[Tensor]) -> None:
-    """Puts tensors in the place of a flat parameter's parts."""
-    for part, tensor in zip(flat.parts, tensors, strict=True):
-        vars(part.module)[part.name] = tensor
-
-
 def _leave_placeholders(flat: _Flat) -> None:
     """Tensors of the parts' shapes that hold nothing; most operators fail on them, where a block is read by mistake."""
-    dtype = flat.parameter.dtype
-    _place(flat, [torch.empty(part.shape, dtype=dtype, device="meta") for part in flat.parts])
+    for part, (kept, name) in zip(flat.parts, flat.owners, strict=True):
+        kept[name] = torch.empty(part.shape, dtype=flat.parameter.dtype, device="meta")
 
 
 def _shared(model: nn.Module) -> set[int]:
