@@ -106,7 +106,6 @@ def score_samples(logits: Tensor, targets: Tensor, score: SampleScore) -> Tensor
     if logits.ndim == 3:
         counts = targets != NO_TARGET
         of_tokens = score_samples(logits.flatten(0, 1), targets.where(counts, 0).flatten(), score)
-        # Not times 0: a token that sees none may have no finite logits.
         return of_tokens.view_as(targets).where(counts, 0).sum(1) / counts.sum(1).clamp_min(1)
     if score == "loss":
         return F.cross_entropy(logits, targets, reduction="none")
