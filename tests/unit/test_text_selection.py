@@ -16,6 +16,7 @@ from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.families.table import backbone_of, family_of
 from d2ft_hpc.metering import meter
 from d2ft_hpc.selection import draw_by_score
+from d2ft_hpc.selection.batch import batches_of
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
@@ -232,6 +233,12 @@ def test_what_cannot_be_drawn_from_is_said() -> None:
         {**batch, "attention_mask": mask},
     )
     refused("'use_cache' is a bool: leave it out", {**batch, "use_cache": False})
+    with pytest.raises(
+        PlanError, match=r"sequences of input_ids \[32\], .* another of .*\[20\].*same length"
+    ):
+        batches_of([text("no"), text("no", tokens=20)], are_images=False)
+    with pytest.raises(PlanError, match="images and their labels as two tensors"):
+        batches_of([{"pixel_values": ids}], are_images=True)
     model = llama()
     d2ft_hpc.attach(model, BUDGET, planner="samples")
     with pytest.raises(PlanError, match=r"call `batch = d2ft\.choose\(batch\)` before the model"):
