@@ -206,6 +206,11 @@ class PlanExecutor:
         return operations
 
     @property
+    def makes_graphs(self) -> bool:
+        """Whether blocks run as CUDA graphs where they can."""
+        return self._graphs is not None
+
+    @property
     def is_dense(self) -> bool:
         """Whether every block runs densely on every micro-batch; it may be one of chosen samples."""
         return self.plan is None or self.plan.binding == "sample" or self.plan.is_dense
