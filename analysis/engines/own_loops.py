@@ -178,9 +178,12 @@ def main() -> int:
         torch._dynamo.reset()
         if os.environ.get("RANK", "0") == "0":
             sizes = ", ".join(
-                f"{size}: {1e3 * each['seconds']:.1f} x {each['steps']}" for size, each in found[name]["of_size"].items()
+                f"{size}: {1e3 * each['seconds']:.1f} x {each['steps']}"
+                for size, each in found[name]["of_size"].items()
             )
-            print(f"{options.loop} {name:32s}{1e3 * found[name]['mean_seconds']:8.1f} ms  ({sizes})", flush=True)
+            print(
+                f"{options.loop} {name:32s}{1e3 * found[name]['mean_seconds']:8.1f} ms  ({sizes})", flush=True
+            )
     if os.environ.get("RANK", "0") == "0" and options.json:
         gpu = torch.cuda.get_device_name(device) if is_gpu else "cpu"
         ranks = int(os.environ.get("WORLD_SIZE", "1"))

@@ -106,7 +106,9 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
 def add_layout(parser: argparse.ArgumentParser) -> None:
     """The arguments of `read_workload` that cut the model over ranks, for DeepSpeed's engines."""
     parser.add_argument("--pipeline-stages", type=whole_number(1), default=1)
-    parser.add_argument("--tensor-parallel", type=whole_number(1), default=1, help="ranks that share each block")
+    parser.add_argument(
+        "--tensor-parallel", type=whole_number(1), default=1, help="ranks that share each block"
+    )
 
 
 def read_workload(options: argparse.Namespace) -> Workload:

@@ -86,7 +86,9 @@ def build(workload: Workload, control: Control, sides: Sequence[float] | None = 
     low_dtype = torch.bfloat16 if workload.precision == "bf16" else None
     engine: Engine
     if layout.is_cut and workload.engine == "ddp":
-        raise ConfigError("--engine ddp: every rank has the whole model; use deepspeed, or fsdp2 without a pipeline")
+        raise ConfigError(
+            "--engine ddp: every rank has the whole model; use deepspeed, or fsdp2 without a pipeline"
+        )
     if layout.is_cut and workload.engine == "deepspeed":
         kind = PipelineEngine if layout.stages > 1 else TensorParallelEngine
         engine = kind(model, executor, placement, make_optimizer, loss_of, config, control)
