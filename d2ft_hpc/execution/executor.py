@@ -181,7 +181,7 @@ class PlanExecutor:
             for cells, dense, grid in zip(rows, all_dense, grids, strict=True)
             if plan.binding == "slot"
         ]
-        self._owners = {index: owners_of(block) for index, block in self.blocks.items()}
+        self._owners = {index: self._owners_of(index) for index in self.blocks}
         self._kernel_parts.clear()
         self.block_shapes = self._count_block_shapes(self.rows)
         self.micro_batch_shapes = len({row.shape for row in self.rows})
@@ -204,6 +204,11 @@ class PlanExecutor:
         operations = np.full(self.subnets.shape, Operation.FULL, dtype=np.uint8)
         operations[self.trains] = operation
         return operations
+
+    @property
+    def makes_graphs(self) -> bool:
+        """Whether blocks run as CUDA graphs where they can."""
+        return self._graphs is not None
 
     @property
     def is_dense(self) -> bool:
@@ -391,9 +396,14 @@ class PlanExecutor:
                 self._captures = False
 
         return {
-            index: Link(partial(compute, index), owners_of(self.blocks[index], frozen_too=True), gives_zeros)
+            index: Link(partial(compute, index), self._owners_of(index, frozen_too=True), gives_zeros)
             for index, gives_zeros in zip(chain, at_one_point, strict=True)
         }
+
+    def _owners_of(self, index: int, *, frozen_too: bool = False) -> Owners:
+        """As `owners_of`, with the flat parameters where the block's own are parts of them."""
+        owners = owners_of(self.blocks[index], frozen_too=frozen_too)
+        return owners if self.flat is None else self.flat.owners(index, owners)
 
     def _compiles(self, x: Tensor) -> bool:
         """Whether blocks that skip heads run through torch.compile on this input.
