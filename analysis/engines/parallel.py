@@ -26,7 +26,7 @@ from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.errors import ConfigError
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.launch import Control, run_guarded, share
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.parallel.rank_layout import Placement, RankLayout

@@ -22,7 +22,8 @@ from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.engines.engine import MicroBatch
 from d2ft_hpc.engines.private_names import newer_than_tested
 from d2ft_hpc.errors import ConfigError, DataError
-from d2ft_hpc.execution.executor import PlanExecutor, attach
+from d2ft_hpc.execution.attach import attach
+from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.families.table import family_of
 from d2ft_hpc.launch import Control
 from d2ft_hpc.launch.control import print_line

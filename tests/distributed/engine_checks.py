@@ -47,7 +47,7 @@ from d2ft_hpc.engines.portable import write_file
 from d2ft_hpc.engines.private_names import PRIVATE_NAMES
 from d2ft_hpc.engines.zero import adds_up_wrong
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.metering import meter
 from d2ft_hpc.parallel.rank_layout import Placement, RankLayout

@@ -31,7 +31,8 @@ from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.engines.tensor import TensorParallelEngine
-from d2ft_hpc.execution.executor import EmbeddingPolicy, attach
+from d2ft_hpc.execution.attach import attach
+from d2ft_hpc.execution.executor import EmbeddingPolicy
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import meter
 from d2ft_hpc.parallel.rank_layout import Placement, RankLayout

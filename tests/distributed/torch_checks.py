@@ -38,7 +38,7 @@ from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.engines.portable import write_file
 from d2ft_hpc.engines.sharded import load_sharded, save_sharded, whole_weights
 from d2ft_hpc.errors import CheckpointError, ConfigError, D2ftError, PlanError, UnsupportedModelError
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import meter
 from d2ft_hpc.model.lora import add_lora

@@ -15,7 +15,7 @@ from timm.models.eva import Eva, EvaBlockPostNorm
 from torch import Tensor, nn
 
 from d2ft_hpc.errors import ConfigError, UnsupportedModelError
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.model.lora import add_lora

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from d2ft_hpc.config import load_config
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.plain import PlainEngine
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.lifecycle import make_plan

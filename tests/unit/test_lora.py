@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
 from d2ft_hpc.errors import ConfigError, UnsupportedModelError
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.model.lora import add_lora, save_adapter, timm_state
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap

@@ -11,7 +11,7 @@ from torch import nn
 
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning import PlanProblem, SkipPlan, in_order, solve
 from d2ft_hpc.planning.communication_volume import (

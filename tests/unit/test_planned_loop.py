@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import d2ft_hpc
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.lifecycle import make_plan
 from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.plan_config import PlanConfig

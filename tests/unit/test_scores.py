@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.metering.memory import kept_bytes
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.planning.plan import SkipPlan

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 import d2ft_hpc
 from d2ft_hpc import families
 from d2ft_hpc.errors import UnsupportedModelError
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.execution.compilation import compile_outside_blocks
-from d2ft_hpc.execution.executor import PlanExecutor, attach
+from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.families.table import backbone_of, family_of
 from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.model.census import census, described, support_of

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import d2ft_hpc
 from d2ft_hpc.errors import ConfigError, PlanError
-from d2ft_hpc.execution.executor import PlanExecutor, attach
+from d2ft_hpc.execution.attach import attach
+from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import backbone_of, family_of
 from d2ft_hpc.metering import measure_costs, meter
