@@ -37,13 +37,12 @@ class StepRunner:
         config = job.config
         self._planned_bytes = PlannedBytes(
             job.model,
-            job.executor.subnets,
+            engine.executor,
             placement,
             slots=config.data.slots,
             micro_batch_size=config.data.micro_batch_size,
             precision=config.engine.precision,
             data_parallel=config.engine.data_parallel,
-            embeddings=config.model.embeddings,
         )
         self._steps_done, self._metered_plan = 0, -1
         self._metered = Metered()
@@ -87,7 +86,7 @@ class StepRunner:
                 "left_out_rows": work.left_out_rows,
                 "bytes_sent": sum(self._metered.bytes_sent.values()),
                 **_bytes_by_kind(self._metered.bytes_sent),
-                **self._planned_bytes.columns(self._engine.executor),
+                **self._planned_bytes.columns(),
                 "memory_bytes": used_bytes(device),
             },
         )

@@ -34,6 +34,7 @@ from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.attached import attached
 from d2ft_hpc.user_loop.batch_counter import BatchCounter
+from d2ft_hpc.user_loop.loop_context import loop_context
 from d2ft_hpc.user_loop.pipeline_module import PipelineModule
 from d2ft_hpc.user_loop.plan_printer import PlanPrinter
 from d2ft_hpc.user_loop.planned_deepspeed import PlannedDeepSpeed
@@ -187,20 +188,26 @@ def initialize(
         score_flops = count_scoring(selection, sample_shape[-1], ours.engine.device)
         part_costs = replace(part_costs, score_flops=score_flops)
     counter = BatchCounter(part_costs, ours.executor, sample_shape)
-    planned_bytes = PlannedBytes(
-        backbone,
-        executor.subnets,
+    context = loop_context(
+        section,
+        costs,
         placement,
         slots=int(ours.engine.gradient_accumulation_steps()),
         micro_batch_size=int(ours.engine.train_micro_batch_size_per_gpu()),
+        replicas_meet=zero.stage == 3,
+        where=f"{SECTION}.",
+    )
+    planned_bytes = PlannedBytes(
+        backbone,
+        ours.executor,
+        placement,
+        slots=context.slots,
+        micro_batch_size=context.micro_batch_size,
         precision=next((kind for kind in ("bf16", "fp16") if settings.get(kind, {}).get("enabled")), "fp32"),
         data_parallel=ZERO[zero.stage],
-        embeddings=section.embeddings,
         around=whole,
     )
-    ours.engine.d2ft = PlannedDeepSpeed(
-        ours, section, costs, placement, selection, control, counter, record, planned_bytes
-    )
+    ours.engine.d2ft = PlannedDeepSpeed(ours, context, selection, control, counter, record, planned_bytes)
     return ours.made  # type: ignore[no-any-return]
 
 

@@ -349,13 +349,12 @@ def check_sent(
     layout = RankLayout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
     told = PlannedBytes(
         model,
-        engine.executor.subnets,
+        engine.executor,
         Placement(layout, cut_stages([0.1, *[1.0] * DEPTH, 0.1], stages), owner_of(tensor_ranks)),
         slots=SLOTS,
         micro_batch_size=4,
         precision="fp32",
         data_parallel="zero0",
-        embeddings="frozen",
     )
     sent = {}
     for kind in SCALED if token_layout == "replicated" else KINDS:

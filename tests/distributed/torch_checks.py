@@ -373,7 +373,7 @@ def check_gathered_bytes(control: Control) -> dict[str, Any]:
     plans["forward only"] = np.where(plans["half"] == 2, 1, 0).astype(np.uint8)
     told = PlannedBytes(
         model,
-        engine.executor.subnets,
+        engine.executor,
         Placement(
             RankLayout.of(control.world_size, control.rank), [range(DEPTH)], np.zeros((DEPTH, HEADS), int)
         ),
@@ -381,7 +381,6 @@ def check_gathered_bytes(control: Control) -> dict[str, Any]:
         micro_batch_size=4,
         precision="fp32",
         data_parallel="fsdp2",
-        embeddings="frozen",
     )
     found: dict[str, Any] = {"told": {}}
     for name, operations in plans.items():

@@ -255,14 +255,13 @@ def test_what_a_user_s_module_has_around_the_model_is_sent_too() -> None:
     executor = attach(whole)
     foreseen = PlannedBytes(
         model,
-        executor.subnets,
+        executor,
         Placement.whole(2, 0, *executor.subnets.shape),
         slots=1,
         micro_batch_size=1,
         precision="fp32",
         data_parallel="ddp",
-        embeddings="frozen",
         around=whole,
     )
     sent = 4.0 * sum(each.numel() for each in whole.parameters() if each.requires_grad)
-    assert foreseen.columns(executor) == {"planned_bytes": sent, "dense_bytes": sent}
+    assert foreseen.columns() == {"planned_bytes": sent, "dense_bytes": sent}
