@@ -18,6 +18,7 @@ from d2ft_hpc.engines.ddp import DdpEngine
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
 from d2ft_hpc.engines.engine import Engine, MicroBatch
 from d2ft_hpc.engines.fsdp import FsdpEngine
+from d2ft_hpc.engines.model_parallel import CutModel
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
@@ -86,7 +87,7 @@ def build(workload: Workload, control: Control, sides: Sequence[float] | None = 
     engine: Engine
     if layout.is_cut:
         kind = PipelineEngine if layout.stages > 1 else TensorParallelEngine
-        engine = kind(model, executor, placement, make_optimizer, loss_of, config, control)
+        engine = kind(CutModel(model, executor, placement, control, make_optimizer), loss_of, config)
     elif workload.engine == "deepspeed":
         engine = DeepSpeedEngine(model, executor, *make_optimizer(model), loss_of, config, flattens=True)
     elif workload.engine == "ddp":

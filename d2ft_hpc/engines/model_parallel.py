@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,24 @@ def no_options(part: nn.Module) -> Mapping[str, Any]:
     return {}
 
 
-def share_part(
-    part: ModelPart, executor: PlanExecutor, placement: Placement, group: distributed.ProcessGroup
-) -> PlanExecutor:
+@dataclass(frozen=True)
+class CutModel:
+    """A model of which each rank trains a part.
+
+    whole: the ranks copy their parts of it. executor: attached to it. placement: which rank has which part.
+    """
+
+    whole: nn.Module
+    executor: PlanExecutor
+    placement: Placement
+    control: Control
+    make_optimizer: MakeOptimizer
+    options_for: OptionsFor = no_options
+
+
+def share_part(part: ModelPart, cut: CutModel, group: distributed.ProcessGroup) -> PlanExecutor:
     """Cuts a part by head over a tensor-parallel group; returns the executor that its blocks follow from now on."""
+    executor, placement = cut.executor, cut.placement
     layout = placement.layout
     if layout.tensor_ranks > 1:
         blocks = {int(index): block for index, block in part.blocks.items()}
@@ -73,52 +88,41 @@ def share_logits(
 
 
 @contextmanager
-def full_model(
-    model: nn.Module, part: nn.Module, executor: PlanExecutor, placement: Placement, control: Control
-) -> Iterator[nn.Module]:
-    """The whole `model` with the trained weights of all ranks' parts; entered by all ranks together."""
+def full_model(cut: CutModel, part: nn.Module) -> Iterator[nn.Module]:
+    """The whole model with the trained weights of all ranks' parts; entered by all ranks together."""
     own = {name: full_precision(parameter) for name, parameter in part.named_parameters()}
-    targets = dict(model.named_parameters())
+    targets = dict(cut.whole.named_parameters())
     with torch.no_grad():
-        for name, value in gather_full_tensors(own, executor.subnets, placement, control).items():
+        for name, value in _of_all_parts(cut, own).items():
             targets[name].copy_(value)
-    yield model
+    yield cut.whole
 
 
-def save_state(
-    folder: Path,
-    write: StateWriter,
-    part: nn.Module,
-    engine: Any,
-    executor: PlanExecutor,
-    placement: Placement,
-    control: Control,
-) -> None:
+def save_state(folder: Path, write: StateWriter, cut: CutModel, part: nn.Module, engine: Any) -> None:
     """Writes the whole model's portable state and the placement; all ranks call it together. engine: DeepSpeed's."""
     own = collect(part, engine)
     state = PortableState(
-        gather_full_tensors(own.weights, executor.subnets, placement, control),
-        {
-            kind: gather_full_tensors(own.moments.get(kind, {}), executor.subnets, placement, control)
-            for kind in _kinds_of_all(own, control)
-        },
+        _of_all_parts(cut, own.weights),
+        {kind: _of_all_parts(cut, own.moments.get(kind, {})) for kind in _kinds_of_all(own, cut.control)},
         own.numbers,
         schedule_numbers(engine.lr_scheduler),
     )
-    if control.rank == 0:
+    if cut.control.rank == 0:
         state.write(folder, write)
-        placement.write(folder / PLACEMENT)
+        cut.placement.write(folder / PLACEMENT)
 
 
-def load_state(
-    folder: Path, part: nn.Module, engine: Any, executor: PlanExecutor, placement: Placement
-) -> None:
-    """Loads this rank's part of a portable state, whatever layout saved it; all ranks call it together."""
+def _of_all_parts(cut: CutModel, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return gather_full_tensors(own, cut.executor.subnets, cut.placement, cut.control)
+
+
+def restore_state(folder: Path, cut: CutModel, part: nn.Module, engine: Any) -> None:
+    """Restores this rank's part of a portable state, whatever layout saved it; all ranks call it together."""
     state = PortableState.read(folder)
     names = {name for name, _ in part.named_parameters()}
 
     def of_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return part_of(tensors, names, executor.subnets, placement)
+        return part_of(tensors, names, cut.executor.subnets, cut.placement)
 
     own = PortableState(
         of_part(state.weights),

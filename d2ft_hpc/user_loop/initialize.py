@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.engines.deepspeed_settings import check_settings
+from d2ft_hpc.engines.model_parallel import CutModel
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.engines.private_names import NEWEST_TESTED, newer_than_tested
@@ -159,10 +160,10 @@ def initialize(
         return optimizer, lr_scheduler
 
     settings.pop("tensor_parallel", None)  # blocks are cut by head, not by DeepSpeed
-    common = (model, executor, placement, make_optimizer)
+    cut = CutModel(model, executor, placement, control, make_optimizer, options_for)
     ours: DeepSpeedEngine | PipelineEngine
     if pipeline is not None:
-        ours = PipelineEngine(*common, pipeline.loss_fn, settings, control, options_for=options_for)
+        ours = PipelineEngine(cut, pipeline.loss_fn, settings)
     else:
         # The user's loop computes the loss: this function is never called.
         step: dict[str, Any] = {
@@ -172,7 +173,7 @@ def initialize(
             "is_boundary": lambda: ours.engine.d2ft.is_boundary,
         }
         if layout.is_cut:
-            ours = TensorParallelEngine(*common, control=control, options_for=options_for, **step)
+            ours = TensorParallelEngine(cut, **step)
         else:
             if isinstance(optimizer, Optimizer) and (
                 frozen := _leave_out_frozen_groups(optimizer, lr_scheduler)

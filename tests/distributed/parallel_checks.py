@@ -27,6 +27,7 @@ from torch import distributed
 import d2ft_hpc
 from d2ft_hpc.engines.deepspeed import deepspeed_config
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
+from d2ft_hpc.engines.model_parallel import CutModel
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
@@ -126,7 +127,7 @@ def build(
     make_optimizer = optimizer_maker(optimizer_name, EPSILON[precision])
 
     kind = PipelineEngine if stages > 1 else TensorParallelEngine
-    engine = kind(model, executor, placement, make_optimizer, loss_function, config, control)
+    engine = kind(CutModel(model, executor, placement, control, make_optimizer), loss_function, config)
     if isinstance(engine.executor, TensorParallelExecutor):
         engine.executor.use(token_layout)
     return engine
