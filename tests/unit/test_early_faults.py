@@ -21,7 +21,6 @@ from PIL import Image
 
 from d2ft_hpc.cli import main
 from d2ft_hpc.config import load_config
-from d2ft_hpc.data.datasets import load
 from d2ft_hpc.data.decoding import look
 from d2ft_hpc.engines.deepspeed_keys import unknown_keys
 from d2ft_hpc.errors import ConfigError, DataError
@@ -30,6 +29,7 @@ from d2ft_hpc.launch.environment import likely_rank
 from d2ft_hpc.model.build import build_model
 from d2ft_hpc.model.hub import unreachable
 from d2ft_hpc.training.job import set_up
+from tests.splits import open_images
 
 DEMO = Path("configs/demo.yaml")
 
@@ -155,7 +155,7 @@ def test_images_that_are_cut_short_are_found_among_those_that_are_looked_at(
     for split, name in ((split, name) for split in ("train", "test") for name in ("cat", "dog")):
         (tmp_path / split / name).mkdir(parents=True)
         (tmp_path / split / name / "whole").with_suffix(f".{format.lower()}").write_bytes(whole)
-    images = load("image_folder", root=tmp_path, split="train", image_size=8)
+    images = open_images("image_folder", root=tmp_path, split="train", image_size=8)
     images.look_at_some()
     (tmp_path / "train" / "dog" / "whole").with_suffix(f".{format.lower()}").write_bytes(
         whole[: len(whole) // 2]
