@@ -15,7 +15,7 @@ from statistics import median
 import torch
 
 from d2ft_hpc.command import add_config, whole_number
-from d2ft_hpc.config import RunConfig, load_config
+from d2ft_hpc.config import RunConfig, read_config
 from d2ft_hpc.launch import device_type_of, run_guarded
 from d2ft_hpc.metering import meter
 from d2ft_hpc.model.build import build_model
@@ -85,7 +85,7 @@ def main() -> int:
     options = parser.parse_args()
 
     def run() -> None:
-        config = load_config(options.config, options.overrides)
+        config = read_config(options.config, options.overrides)
         measured = benchmark(config, torch.device(device_type_of(config.engine.device)), options.repeats)
         for granularity, (seconds, flops) in measured.items():
             each = granularity.replace("_", "-")

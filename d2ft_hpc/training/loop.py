@@ -28,7 +28,7 @@ from d2ft_hpc.recording.step_recorder import StepRecorder
 from d2ft_hpc.safe_text import say
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.between_steps import BetweenSteps
-from d2ft_hpc.training.checkpoint import Position, load_checkpoint
+from d2ft_hpc.training.checkpoint import Position, restore_checkpoint
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.finite import require_finite, with_advice
 from d2ft_hpc.training.free_memory import describe_memory, with_memory_limits
@@ -98,7 +98,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     run = _Run(job, engine, placement, measured, PlanController(context, engine, control, source, log), log)
     if start.checkpoint is not None:
         watch.enter("loading the checkpoint")
-        plan = load_checkpoint(start.checkpoint, engine, control)
+        plan = restore_checkpoint(start.checkpoint, engine, control)
         plan = replace(plan, replicas=job.sampler.replicas)
         run.plans.restore(PlanState(plan, plans_made=start.position.plans_made))
     if start.checkpoint is None or job.config.plan.replan.every is not None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from d2ft_hpc.config import load_config
+from d2ft_hpc.config import read_config
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.data.packed import open_packed
 from d2ft_hpc.data.packing import pack_by_name
@@ -275,7 +275,7 @@ def test_splits_whose_labels_differ_in_meaning_are_refused(tmp_path: Path) -> No
         "data.classes=null",
         "engine.name=plain",
     ]
-    config = load_config(Path("configs/demo.yaml"), [*asked, "data.micro_batch_size=1", "data.slots=1"])
+    config = read_config(Path("configs/demo.yaml"), [*asked, "data.micro_batch_size=1", "data.slots=1"])
     told = "class 1 is 'bee' in the training images and 'cat' in the test images; both need the same classes"
     with pytest.raises(DataError, match=rf"data: {told}"):
         set_up(config, SoloControl(), torch.device("cpu"))
