@@ -23,7 +23,7 @@ from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.parallel.model_part import ModelPart
 from d2ft_hpc.planning.plan import SkipPlan
 from d2ft_hpc.scores.gradient_observer import GradientObserver
-from d2ft_hpc.scores.gradient_scores import fisher_information
+from d2ft_hpc.scores.gradient_scores import gradient_scores
 from tests.models import random_batch, tiny
 from tests.reference import FORWARD_ONLY, FULL, SHORTCUT
 from tests.subnet_checks import assert_heads_own_whole_parameters
@@ -209,7 +209,7 @@ def test_fisher_information_is_that_of_the_parameters_own_gradients(variant: str
     model = tiny_eva(**VARIANTS[variant])
     subnets = attach(model, embeddings="trained").subnets
     images, labels = random_batch(2)
-    scores = fisher_information(model, subnets, images, labels, F.cross_entropy)
+    scores = gradient_scores(model, subnets, images, labels, F.cross_entropy, ["fisher"])["fisher"]
     observer = GradientObserver(model, subnets, 1, lambda: 0, lambda: 1.0)
     _, gradients = loss_and_gradients(model, model(images), labels)
     observer.close()
