@@ -48,14 +48,12 @@ class _Solution:
 def solve_joint(
     problem: PlanProblem,
     *,
-    forward_weight: float = 1.0,
-    backward_weight: float = 1.0,
     time_limit_seconds: float = 10.0,
     relative_gap: float = RELATIVE_GAP,
     most_shortcut: float = 1.0,
 ) -> SkipPlan:
-    """Maximise forward_weight * (forward score of all cells that run) + backward_weight * (backward score of
-    the FULL ones) under every device's budgets; scores are divided by their means (`PlanProblem.gains`).
+    """Maximise the forward scores of all cells that run plus the backward scores of the FULL ones under every device's
+    budgets; scores are divided by their means (`PlanProblem.gains`).
 
     time_limit_seconds: wall-clock time for all devices together.
     relative_gap: a plan that is proved to be this near its optimum is good enough, in [0, 1).
@@ -78,7 +76,7 @@ def solve_joint(
         raise PlanError(f"most_shortcut is a share of a device's heads in [0, 1], got {most_shortcut}.")
     start = time.monotonic()
     deadline, greedy_until = start + time_limit_seconds, start + _GREEDY_SHARE * time_limit_seconds
-    knapsacks = device_knapsacks(problem, forward_weight, backward_weight, most_shortcut)
+    knapsacks = device_knapsacks(problem, most_shortcut)
     _require_paid(problem, knapsacks)
 
     solutions = [_greedily(knapsack, greedy_until) for knapsack in knapsacks]
@@ -105,8 +103,6 @@ def solve_joint(
         operations.reshape(shape),
         planner=JOINT.name,
         status=status,
-        forward_weight=forward_weight,
-        backward_weight=backward_weight,
         bound=bound,
     )
 
