@@ -189,50 +189,33 @@ def _rows(knapsack: Knapsack) -> Rows:
     how many run FULL: forward >= backward; the sums; the limited budgets; memory; how many must run.
     """
     count = len(knapsack.cells)
-    every = np.arange(count)
-    row, column = [every, every], [every, every + count]
-    value, upper = [np.full(count, -1.0), np.ones(count)], [np.zeros(count)]  # backward - forward <= 0
-    lower = [np.full(count, -math.inf)]
-    rows = count
+    every, ones, totals = np.arange(count), np.ones(count), 2 * len(knapsack.cells) + np.arange(2)
+    no_limit = np.full(count, -math.inf)
+    # Of each kind: rows, counted from 0, columns and values of the entries; lower and upper of the rows.
+    kinds = [
+        (np.tile(every, 2), np.arange(2 * count), np.repeat([-1.0, 1.0], count), no_limit, np.zeros(count))
+    ]
 
-    def add(columns: Ints, values: Floats, least: float, most: float) -> None:
-        nonlocal rows
-        row.append(np.full(len(columns), rows))
-        column.append(columns)
-        value.append(values)
-        lower.append(np.array([least]))
-        upper.append(np.array([most]))
-        rows += 1
+    def add_sum(columns: Ints, values: Floats, least: float, most: float) -> None:
+        kinds.append((np.zeros_like(columns), columns, values, np.array([least]), np.array([most])))
 
-    totals = 2 * count + np.arange(2)
     for total, columns in zip(totals, (every, every + count), strict=True):
-        add(np.append(columns, total), np.append(np.ones(count), -1.0), 0.0, 0.0)
+        add_sum(np.append(columns, total), np.append(ones, -1.0), 0.0, 0.0)
     for resource in np.flatnonzero(np.isfinite(knapsack.budget)):
         steps = np.array([knapsack.forward_step[resource], knapsack.backward_step[resource]])
         if (steps > 0).any():
-            add(totals[steps > 0], steps[steps > 0], -math.inf, float(knapsack.budget[resource]))
+            add_sum(totals[steps > 0], steps[steps > 0], -math.inf, float(knapsack.budget[resource]))
     if math.isfinite(knapsack.memory) and count:
         of_row = np.unique(knapsack.row, return_inverse=True)[1]
-        row.append(rows + of_row)
-        column.append(every + count)
-        value.append(np.ones(count))
-        upper.append(np.full(of_row.max() + 1, knapsack.memory))
-        lower.append(np.full(of_row.max() + 1, -math.inf))
-        rows += int(of_row.max()) + 1
+        rows = int(of_row.max()) + 1
+        kinds.append((of_row, every + count, ones, no_limit[:rows], np.full(rows, knapsack.memory)))
     if knapsack.least.any():
-        row.append(rows + knapsack.group)
-        column.append(every)
-        value.append(np.ones(count))
-        upper.append(np.full(len(knapsack.least), math.inf))
-        lower.append(knapsack.least.astype(np.float64))
-        rows += len(knapsack.least)
-    return Rows(
-        np.concatenate(row),
-        np.concatenate(column),
-        np.concatenate(value),
-        lower=np.concatenate(lower),
-        upper=np.concatenate(upper),
-    )
+        least = knapsack.least.astype(np.float64)
+        kinds.append((knapsack.group, every, ones, least, np.full(len(least), math.inf)))
+    first = np.cumsum([0, *(len(lower) for *_, lower, _ in kinds[:-1])])
+    entries = [len(columns) for _, columns, *_ in kinds]
+    row, column, value, lower, upper = (np.concatenate(parts) for parts in zip(*kinds, strict=True))
+    return Rows(row + np.repeat(first, entries), column, value, lower, upper)
 
 
 def _objective(knapsacks: Sequence[Knapsack], plan: Sequence[Operations]) -> float:

@@ -4,8 +4,6 @@ The segments of a run that goes on, and the files of single ranks, are opened by
 never follows a link or a virtual dataset.
 """
 
-import errno
-import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,7 +58,7 @@ def _open(path: Path, *, rank_files: bool) -> "RunResults":
                 attributes = read_attributes(main)
                 if "segments" in attributes:
                     for name in _segment_names(main, path, attributes):
-                        files.append(_open_segment(segments_folder(path) / name))
+                        files.append(open_file(segments_folder(path) / name))
                         check_root(files[-1])
                 else:
                     files.append(main)
@@ -286,12 +284,6 @@ def waiting(communication: Array) -> Array:
     if communication.shape[1] == 0:
         return communication
     return np.asarray(communication - np.fmin.reduce(communication, axis=1)[:, None])
-
-
-def _open_segment(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    return open_file(path)
 
 
 def _open_rank_files(path: Path, ranks: int) -> list[RunResults | None]:

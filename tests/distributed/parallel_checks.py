@@ -52,6 +52,7 @@ from tests.distributed.engine_checks import (
     micro_batch,
     optimizer_maker,
     run_checks,
+    trained_alone,
 )
 from tests.distributed.launching import Choice
 from tests.models import DEPTH, HEADS, tiny_vit
@@ -160,16 +161,9 @@ def reference(
     precision: str = "fp32",
 ) -> Any:
     """What one process gets from the same rows, in the model's own precision; `precision` is that of the ranks."""
-    executor = attach(model, embeddings=embeddings)
-    optimizer, schedule = optimizer_maker(optimizer_name, EPSILON[precision])(model)
-    engine = PlainEngine(model, executor, optimizer, schedule, loss_function, gradient_clipping=clipping)
-    dtype = next(model.parameters()).dtype
-    for step in range(STEPS):
-        plan = plan_of(kind, step, replicas)
-        executor.activate(replace(plan, replicas=1), 0)
-        batch = [micro_batch(step, row, plan.num_rows) for row in range(plan.num_rows)]
-        engine.step([(images.to(dtype), labels) for images, labels in batch])
-    return dict(model.named_parameters())
+    plans = [plan_of(kind, step, replicas) for step in range(STEPS)]
+    make = optimizer_maker(optimizer_name, EPSILON[precision])
+    return trained_alone(model, plans, make, clipping, embeddings)
 
 
 def check_fp32(

@@ -58,6 +58,7 @@ from tests.distributed.engine_checks import (
     optimizer_maker,
     plan_of,
     run_checks,
+    trained_alone,
 )
 from tests.distributed.launching import Choice
 from tests.models import DEPTH, HEADS, tiny_vit
@@ -172,16 +173,10 @@ def reference(
     """What one process gets from the same rows, in fp32 or fp64; `precision` is that of the ranks."""
     model = model_for(name, optimizer_name, lora)
     model = model.double() if double else model
-    executor = attach(model, embeddings=embeddings)
-    optimizer, schedule = optimizer_maker(optimizer_name, EPSILON[precision])(model)
-    engine = PlainEngine(model, executor, optimizer, schedule, loss_function, gradient_clipping=clipping)
-    dtype = next(model.parameters()).dtype
-    for step in range(STEPS):
-        plan = plan_for(name, kind, step, replicas)
-        executor.activate(replace(plan, replicas=1), 0)
-        batch = [micro_batch(step, row, plan.num_rows) for row in range(plan.num_rows)]
-        engine.step([(images.to(dtype), labels) for images, labels in batch])
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    plans = [plan_for(name, kind, step, replicas) for step in range(STEPS)]
+    make = optimizer_maker(optimizer_name, EPSILON[precision])
+    trained = trained_alone(model, plans, make, clipping, embeddings)
+    return {name: parameter.detach() for name, parameter in trained.items()}
 
 
 def check_fp32(
