@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, distributed, nn
@@ -27,18 +26,10 @@ from d2ft_hpc.engines.deepspeed_private import (
 from d2ft_hpc.engines.engine import (
     LossFunction,
     MicroBatch,
-    StateWriter,
     StepReport,
     zero_missing_gradients,
 )
-from d2ft_hpc.engines.model_parallel import (
-    CutModel,
-    full_model,
-    restore_state,
-    save_state,
-    share_logits,
-    share_part,
-)
+from d2ft_hpc.engines.model_parallel import CutEngine, CutModel, share_part
 from d2ft_hpc.engines.replicas import reduce_trained_blocks
 from d2ft_hpc.engines.state_bytes import bytes_to_come
 from d2ft_hpc.metering.phases import phase
@@ -47,7 +38,7 @@ from d2ft_hpc.parallel.model_part import ModelPart
 from d2ft_hpc.planning import Operation, SkipPlan
 
 
-class PipelineEngine:
+class PipelineEngine(CutEngine):
     """Trains one stage of one replica. torch.distributed must be initialised."""
 
     def __init__(self, cut: CutModel, loss_function: LossFunction, config: Mapping[str, Any]) -> None:
@@ -112,10 +103,6 @@ class PipelineEngine:
             zero_missing_master_gradients(self.engine)
 
     @property
-    def part(self) -> ModelPart:
-        return self._part
-
-    @property
     def same_rows(self) -> str | None:
         return None
 
@@ -149,16 +136,7 @@ class PipelineEngine:
         for message in sending:
             if message is not None:  # a rank outside the group has no message to wait for
                 message.wait()
-        return share_logits(outputs, images, self._part, layout, self._replica_group)
-
-    def full_model(self) -> AbstractContextManager[nn.Module]:
-        return full_model(self._cut, self._part)
-
-    def save(self, folder: Path, write: StateWriter) -> None:
-        save_state(folder, write, self._cut, self._part, self.engine)
-
-    def restore(self, folder: Path) -> None:
-        restore_state(folder, self._cut, self._part, self.engine)
+        return self.share_logits(outputs, images)
 
     def _gradient_is_needed(self, stage: int, slot: int) -> bool:
         """Whether anything below `stage` is trained by a micro-batch."""

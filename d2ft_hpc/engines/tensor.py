@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import grid_of, import_deepspeed
-from d2ft_hpc.engines.engine import LossFunction, StateWriter, evaluated
-from d2ft_hpc.engines.model_parallel import (
-    CutModel,
-    full_model,
-    restore_state,
-    save_state,
-    share_logits,
-    share_part,
-)
+from d2ft_hpc.engines.engine import LossFunction, evaluated
+from d2ft_hpc.engines.model_parallel import CutEngine, CutModel, share_part
 from d2ft_hpc.parallel.model_part import ModelPart
 
 
-class TensorParallelEngine(DeepSpeedEngine):
+class TensorParallelEngine(CutEngine, DeepSpeedEngine):
     """Trains one tensor-parallel rank's heads of one replica. torch.distributed must be initialised."""
 
     def __init__(
@@ -55,19 +46,5 @@ class TensorParallelEngine(DeepSpeedEngine):
             **cut.options_for(self._part),
         )
 
-    @property
-    def part(self) -> ModelPart:
-        return self._part
-
     def logits(self, images: Sequence[Tensor]) -> list[Tensor]:
-        own = evaluated(self._part, images)
-        return share_logits(own, images, self._part, self._cut.placement.layout, self._replica_group)
-
-    def save(self, folder: Path, write: StateWriter) -> None:
-        save_state(folder, write, self._cut, self._part, self.engine)
-
-    def restore(self, folder: Path) -> None:
-        restore_state(folder, self._cut, self._part, self.engine)
-
-    def full_model(self) -> AbstractContextManager[nn.Module]:
-        return full_model(self._cut, self._part)
+        return self.share_logits(evaluated(self._part, images), images)

@@ -11,7 +11,6 @@ from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.lifecycle.background import BackgroundSolver
 from d2ft_hpc.lifecycle.context import PlanContext
-from d2ft_hpc.lifecycle.costs import PlanCosts
 from d2ft_hpc.lifecycle.make_plan import make_plan, reads_scores, token_layout_of
 from d2ft_hpc.lifecycle.state import PlanState
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
@@ -119,10 +118,6 @@ class PlanController:
             self._put_in_force(scaled, step, 0.0)
             self.batches = batches  # it is the same plan, on larger images
         self.batches += 1
-
-    def reckon_with(self, costs: PlanCosts) -> None:
-        """Makes the next plans from other costs or speeds."""
-        self.context = replace(self.context, reckoned=costs)
 
     def check(self, plan: SkipPlan) -> None:
         """Raises PlanError where this engine cannot run `plan`, or nobody has counted what it costs."""

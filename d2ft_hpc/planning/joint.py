@@ -92,7 +92,7 @@ def solve_joint(
     bound = sum(solution.bound for solution in solutions)
     status = _summary(dict(zip(problem.device_names, (s.status for s in solutions), strict=True)))
 
-    score = _objective(knapsacks, chosen)
+    score = sum(k.objective(operations) for k, operations in zip(knapsacks, chosen, strict=True))
     if bound - score <= relative_gap * bound:
         status = OPTIMAL
     operations = np.empty(problem.forward_score.size, dtype=np.uint8)
@@ -135,10 +135,6 @@ def _greedily(knapsack: Knapsack, deadline: float) -> _Solution:
     return _Solution(operations, score, max(upper_bound(knapsack, deadline), score), status)
 
 
-def _reason(known: str, of_highs: str) -> str:
-    return f"greedy: {of_highs}" if known == "greedy" else known
-
-
 def _improved(knapsack: Knapsack, known: _Solution, deadline: float, relative_gap: float) -> _Solution:
     """The better one of HiGHS's plan and the plan that is known already."""
     if known.missing <= relative_gap * known.bound:
@@ -150,7 +146,9 @@ def _improved(knapsack: Knapsack, known: _Solution, deadline: float, relative_ga
         score = knapsack.objective(plan)
         if score >= known.score:
             return _Solution(plan, score, bound, status)
-    return replace(known, bound=bound, status=OPTIMAL if status == OPTIMAL else _reason(known.status, status))
+    if status != OPTIMAL:
+        status = f"greedy: {status}" if known.status == "greedy" else known.status
+    return replace(known, bound=bound, status=status)
 
 
 def _solve_with_highs(
@@ -216,10 +214,6 @@ def _rows(knapsack: Knapsack) -> Rows:
     entries = [len(columns) for _, columns, *_ in kinds]
     row, column, value, lower, upper = (np.concatenate(parts) for parts in zip(*kinds, strict=True))
     return Rows(row + np.repeat(first, entries), column, value, lower, upper)
-
-
-def _objective(knapsacks: Sequence[Knapsack], plan: Sequence[Operations]) -> float:
-    return sum(k.objective(operations) for k, operations in zip(knapsacks, plan, strict=True))
 
 
 def _summary(statuses: dict[str, str]) -> str:

@@ -177,7 +177,7 @@ def _train_epochs(run: _Run, recorder: StepRecorder, position: Position, config_
                 if due and config.plan.replan.speeds == "watched" and plans.plans_made > 0:
                     costs = plans.context.reckoned
                     speeds = speed_watch.speeds(costs.device_speed)
-                    plans.reckon_with(replace(costs, device_speed=speeds))
+                    plans.context = replace(plans.context, reckoned=replace(costs, device_speed=speeds))
                     log.note(step, "speeds", ", ".join(f"{speed:.2f}" for speed in speeds))
                 plans.before_batch(step, due=due)
                 if plans.plans_made != plans_made:

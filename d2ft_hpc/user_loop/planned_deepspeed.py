@@ -15,10 +15,10 @@ from torch import nn
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import current_slot, loss_scale
 from d2ft_hpc.engines.engine import MicroBatch
+from d2ft_hpc.engines.model_parallel import CutEngine
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.engines.portable import write_file
-from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.families.table import backbone_of
 from d2ft_hpc.files import atomic
@@ -263,7 +263,7 @@ class PlannedDeepSpeed:
     def _make_observer(self) -> Observer:
         engine, subnets = self._engine, self.executor.subnets
         slots = int(engine.gradient_accumulation_steps())
-        if isinstance(self._ours, (PipelineEngine, TensorParallelEngine)):
+        if isinstance(self._ours, CutEngine):
             return PartObserver(self._ours.part, subnets, self._placement, slots, lambda: loss_scale(engine))
         return GradientObserver(
             backbone_of(engine.module), subnets, slots, lambda: self.slot, lambda: loss_scale(engine)
