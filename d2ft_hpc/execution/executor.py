@@ -196,6 +196,11 @@ class PlanExecutor:
         return self.rows[self._slot_of_forward()].grid if self.rows else None
 
     @property
+    def makes_graphs(self) -> bool:
+        """Whether blocks run as CUDA graphs where they can."""
+        return self._replay is not None
+
+    @property
     def is_dense(self) -> bool:
         """Whether every block runs densely on every micro-batch; it may be one of chosen samples."""
         return self.plan is None or self.plan.binding == "sample" or self.plan.is_dense

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from d2ft_hpc.errors import PlanError, UnsupportedModelError
+from d2ft_hpc.errors import ConfigError, PlanError, UnsupportedModelError
 from d2ft_hpc.execution.block import BlockHeads
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Owners
@@ -175,8 +175,14 @@ def share_blocks(
 
     group: the tensor-parallel ranks. tokens: of every sample between the blocks; None if that varies.
 
-    Raises UnsupportedModelError where ranks would draw other random numbers, PlanError if the owner map does not fit.
+    Raises UnsupportedModelError where ranks would draw other random numbers, PlanError if the owner map does not fit,
+    ConfigError where blocks are to be CUDA graphs.
     """
+    if whole.makes_graphs:
+        raise ConfigError(
+            "cuda_graphs: blocks that are cut over ranks send messages, and processes with messages in graphs do not "
+            "end: leave it out"
+        )
     subnets = whole.subnets
     check_parts(subnets.family)
     for index, block in blocks.items():
