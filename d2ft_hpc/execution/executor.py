@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import MethodType
 from typing import Any, Literal, cast
 
@@ -159,7 +160,7 @@ class PlanExecutor:
             for cells, dense, grid in zip(rows, all_dense, grids, strict=True)
             if plan.binding == "slot"
         ]
-        self._owners = {index: owners_of(block) for index, block in self.blocks.items()}
+        self._owners = {index: self._owners_of(index) for index in self.blocks}
         self._runner.forget_parts()
         self._count_block_shapes()
         self.micro_batch_shapes = len({row.shape for row in self.rows})
@@ -305,8 +306,11 @@ class PlanExecutor:
         def compute(index: int, heads: BlockHeads | None, x: Tensor) -> Tensor:
             return self._run(self.blocks[index], index, heads, x)
 
-        row = None if slot is None else self.rows[slot]
-        return self._replay.run(index, x, row, self.blocks, at_one_point, compute)
+        row, owners = None if slot is None else self.rows[slot], partial(self._owners_of, frozen_too=True)
+        return self._replay.run(index, x, row, self.blocks, owners, at_one_point, compute)
+
+    def _owners_of(self, index: int, *, frozen_too: bool = False) -> Owners:
+        return owners_of(self.blocks[index], frozen_too=frozen_too)
 
     def _for_kernels(self, block: nn.Module, index: int) -> tuple[KernelParts | None, bool]:
         """`following` and `keeps` of `run_fused`."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from d2ft_hpc.execution.block import BlockHeads
 from d2ft_hpc.execution.block_graphs import BlockGraphs, Link, Links, Pass
 from d2ft_hpc.execution.compilation import cannot_compile
-from d2ft_hpc.execution.gradients import owners_of
+from d2ft_hpc.execution.gradients import Owners
 from d2ft_hpc.execution.rows import Row
 
 RunBlock = Callable[[int, BlockHeads | None, Tensor], Tensor]
@@ -34,13 +34,15 @@ class GraphReplay:
         index: int,
         x: Tensor,
         row: Row | None,
-        blocks: Mapping[int, nn.Module],
+        blocks: Collection[int],
+        owners_of: Callable[[int], Owners],
         at_one_point: Callable[[int], bool],
         run_block: RunBlock,
     ) -> Tensor | None:
         """Block `index` under `row`, or densely; None where it has to run without graphs.
 
-        at_one_point: whether the gradients of the block of that index come at one point of the backward.
+        Of the block of an index: owners_of: of all its parameters; at_one_point: whether their gradients come at one
+        point of the backward.
         """
         chain = sorted(blocks) if row is None else [each for each in row.active if each in blocks]
         if index not in chain:
@@ -53,26 +55,26 @@ class GraphReplay:
                     *(x.shape, x.dtype, x.requires_grad, None if row is None else row.shape, *zeros),
                     *(torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")),
                 )
-                linked = [(each, blocks[each], gives) for each, gives in zip(chain, zeros, strict=True)]
-                indices = None if row is None else row.indices
-                self._pass = self.graphs.begin(key, x, indices, partial(self._links, linked, row, run_block))
+
+                def links() -> Links:
+                    compute = partial(self._capture, row, run_block)
+                    return {
+                        each: Link(partial(compute, each), owners_of(each), gives_zeros)
+                        for each, gives_zeros in zip(chain, zeros, strict=True)
+                    }
+
+                self._pass = self.graphs.begin(key, x, None if row is None else row.indices, links)
         result = None if self._pass is None else self._pass.run(index, x)
         if result is None or index == chain[-1]:
             self._pass = None
         return result
 
-    def _links(
-        self, chain: Sequence[tuple[int, nn.Module, bool]], row: Row | None, run_block: RunBlock
-    ) -> Links:
-        def compute(index: int, x: Tensor, indices: Tensor | None) -> Tensor:
-            heads = None if row is None or indices is None else row.reading(indices).heads[index]
-            self.captures = True
-            try:
-                return run_block(index, heads, x)
-            finally:
-                self.captures = False
-
-        return {
-            index: Link(partial(compute, index), owners_of(block, frozen_too=True), gives_zeros)
-            for index, block, gives_zeros in chain
-        }
+    def _capture(
+        self, row: Row | None, run_block: RunBlock, index: int, x: Tensor, indices: Tensor | None
+    ) -> Tensor:
+        heads = None if row is None or indices is None else row.reading(indices).heads[index]
+        self.captures = True
+        try:
+            return run_block(index, heads, x)
+        finally:
+            self.captures = False
