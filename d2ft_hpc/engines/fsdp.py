@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -117,7 +117,7 @@ def _let_pass(block: nn.Module, index: int, gathers: _Gathers) -> None:
     vars(block).update(own)
     leave_out_of_copies(block, own)
     if not hasattr(type(block), _PASSES):
-        block.__class__ = _passing(type(block))
+        block.__class__ = _passing(cast(Any, type(block)))
 
 
 _PASSES = "_d2ft_passes"
@@ -216,7 +216,7 @@ class FsdpEngine(PlainEngine):
             optimizer, schedule = make_optimizer(model)
         else:
             optimizer, schedule = make_optimizer(model)  # its groups say which parameters are alike
-            executor.flat = FlatParameters(model, executor.blocks, optimizer)
+            executor.flat = FlatParameters(model, executor.blocks, optimizer.param_groups)
             names = {parameter: name for name, parameter in model.named_parameters()}
             self._kept_bytes = shard(model, mesh["replica"], param_dtype, kept_bytes)
             spread = dict(model.named_parameters())

@@ -310,7 +310,9 @@ class PlanExecutor:
         return self._replay.run(index, x, row, self.blocks, owners, at_one_point, compute)
 
     def _owners_of(self, index: int, *, frozen_too: bool = False) -> Owners:
-        return owners_of(self.blocks[index], frozen_too=frozen_too)
+        """As `owners_of`, with the flat parameters where the block's own are parts of them."""
+        owners = owners_of(self.blocks[index], frozen_too=frozen_too)
+        return owners if self.flat is None else self.flat.owners(index, owners)
 
     def _for_kernels(self, block: nn.Module, index: int) -> tuple[KernelParts | None, bool]:
         """`following` and `keeps` of `run_fused`."""

@@ -180,8 +180,8 @@ def share_blocks(
     """
     if whole.makes_graphs:
         raise ConfigError(
-            "cuda_graphs: blocks that are cut over ranks send messages, and processes with messages in graphs do not "
-            "end: leave it out"
+            "cuda_graphs: blocks that are cut over ranks send messages, and a process with messages in graphs does "
+            "not end: leave it out"
         )
     subnets = whole.subnets
     check_parts(subnets.family)

@@ -27,6 +27,7 @@ from d2ft_hpc.errors import ConfigError, LaunchError, UnsupportedModelError
 from d2ft_hpc.families.table import backbone_of, family_of
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.lifecycle.costs import costs_of_part
+from d2ft_hpc.lifecycle.make_plan import reads_scores
 from d2ft_hpc.parallel.head_split import check_parts, even_owner
 from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
@@ -40,7 +41,7 @@ from d2ft_hpc.user_loop.pipeline_module import PipelineModule
 from d2ft_hpc.user_loop.plan_printer import PlanPrinter
 from d2ft_hpc.user_loop.planned_deepspeed import PlannedDeepSpeed
 from d2ft_hpc.user_loop.record import LoopRecord
-from d2ft_hpc.user_loop.section import SECTION, require_images, require_length, split
+from d2ft_hpc.user_loop.section import SECTION, D2ftSection, require_images, require_length, split
 
 _END_SECONDS = 25.0
 """Seconds that a rank waits for the others when its script ends."""
@@ -181,7 +182,16 @@ def initialize(
                 PlanPrinter(control).say(
                     f"groups {frozen} of the optimizer have frozen parameters alone: left out"
                 )
-            ours = DeepSpeedEngine(model, executor, optimizer, lr_scheduler, **step, **options_for(model))
+            ours = DeepSpeedEngine(
+                model,
+                executor,
+                optimizer,
+                lr_scheduler,
+                **step,
+                flattens=_can_flatten(zero, settings, section, optimizer),
+                hides_flat=True,
+                **options_for(model),
+            )
     if selection is not None:
         selection.scorer.bind(ours.logits)
     part_costs = costs_of_part(costs, flops, placement)
@@ -210,6 +220,20 @@ def initialize(
     )
     ours.engine.d2ft = PlannedDeepSpeed(ours, context, selection, control, counter, record, planned_bytes)
     return ours.made  # type: ignore[no-any-return]
+
+
+def _can_flatten(zero: ZeroRules, settings: Mapping[str, Any], section: D2ftSection, optimizer: Any) -> bool:
+    """Whether a block's parameters can be put together, with which DeepSpeed has a fifth of them to look after.
+
+    Not where anything reads their single gradients (scores, and DeepSpeed without ZeRO), or names, orders or aligns
+    them.
+    """
+    is_new = not (isinstance(optimizer, Optimizer) and optimizer.state)
+    of_zero = settings.get("zero_optimization", {})
+    lays_out = any(of_zero.get(key, False) for key in ("round_robin_gradients", "parameter_alignment"))
+    is_universal = settings.get("checkpoint", {}).get("load_universal", False)
+    may_be = zero.stage in (1, 2) and not (lays_out or is_universal)
+    return may_be and is_new and not reads_scores(section)
 
 
 def _scheduled_steps(settings: Mapping[str, Any]) -> int | None:

@@ -35,7 +35,7 @@ def make(is_flat: bool, lora: bool = False) -> tuple[PlainEngine, PlanExecutor]:
     ]
     optimizer = AdamW([group for group in groups if group["params"]], lr=1e-2)
     if is_flat:
-        executor.flat = FlatParameters(model, executor.blocks, optimizer)
+        executor.flat = FlatParameters(model, executor.blocks, optimizer.param_groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     return PlainEngine(model, executor, optimizer, schedule, F.cross_entropy), executor
 
@@ -123,7 +123,7 @@ def test_parameters_that_several_modules_hold_stay_as_they_are() -> None:
     model.blocks[3].norm2 = model.blocks[0].norm2
     executor = attach(model)
     optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
-    FlatParameters(model, executor.blocks, optimizer)
+    FlatParameters(model, executor.blocks, optimizer.param_groups)
     assert model.blocks[2].norm1.weight is model.blocks[1].norm1.weight
     assert not model.blocks[1].norm1.weight.is_meta
     assert not model.blocks[3].norm2.weight.is_meta
