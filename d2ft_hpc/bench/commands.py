@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2ft_hpc.command import add_config, amount, connected, share, whole_number
-from d2ft_hpc.config import load_config
+from d2ft_hpc.config import read_config
 from d2ft_hpc.planning.tokens import TOKENS
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _data(options: argparse.Namespace) -> int:
 
         from d2ft_hpc.bench.data import benchmark
 
-        config = load_config(options.config, options.overrides)
+        config = read_config(options.config, options.overrides)
         measured = benchmark(config, torch.device(device_type_of(config.engine.device)), options.seconds)
         print(
             f"{measured['images_per_second']:.0f} images/s of {config.data.image_size} px to {measured['device']} with "

@@ -24,7 +24,7 @@ from d2ft_hpc.bench.workload import (
 )
 from d2ft_hpc.engines.engine import MicroBatch
 from d2ft_hpc.engines.plain import PlainEngine
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.metering import meter
 from d2ft_hpc.metering.flops import token_curve_of

@@ -18,11 +18,12 @@ from d2ft_hpc.engines.ddp import DdpEngine
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
 from d2ft_hpc.engines.engine import Engine, MicroBatch
 from d2ft_hpc.engines.fsdp import FsdpEngine
+from d2ft_hpc.engines.model_parallel import CutModel
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.errors import ConfigError
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.model.build import build_model
@@ -91,7 +92,7 @@ def build(workload: Workload, control: Control, sides: Sequence[float] | None = 
         )
     if layout.is_cut and workload.engine == "deepspeed":
         kind = PipelineEngine if layout.stages > 1 else TensorParallelEngine
-        engine = kind(model, executor, placement, make_optimizer, loss_of, config, control)
+        engine = kind(CutModel(model, executor, placement, control, make_optimizer), loss_of, config)
     elif workload.engine == "deepspeed":
         engine = DeepSpeedEngine(model, executor, *make_optimizer(model), loss_of, config, flattens=True)
     elif workload.engine == "ddp":

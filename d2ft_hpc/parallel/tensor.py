@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,6 +74,8 @@ class TensorParallelExecutor(PlanExecutor):
         ranks = messages.group.size()
         check_owner(owner, whole.subnets.shape, ranks)
         vars(self).update(vars(whole))
+        self.images = copy(whole.images)
+        self.images.grid = self.grid
         self._steps: dict[int, StepSum] = {}
         self._unowned: dict[int, list[_Unowned]] = {}
         self.blocks = dict(whole.blocks)
@@ -207,8 +210,8 @@ def share_blocks(
     for index, block in blocks.items():
         cut_block(block, subnets, heads_of(owner, index, rank))
         executor.link(block, index)
-    if (model := whole.embeds) is not None:
-        executor.link_images(model)
+    if (model := whole.images.model) is not None:
+        executor.images.link(model)
     return executor
 
 

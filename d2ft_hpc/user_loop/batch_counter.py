@@ -102,7 +102,7 @@ class BatchCounter:
     @property
     def patch_size(self) -> Grid | None:
         """Of images that plans scale, in pixels, down and across; None where there are none."""
-        return self._executor.patch_size
+        return self._executor.images.patch_size
 
     def promised_share(self, placement: Placement) -> float | None:
         """Of the dense compute of this rank, what the plan in force lets it do; None without a plan."""

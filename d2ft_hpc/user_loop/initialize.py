@@ -19,6 +19,7 @@ from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.engines.deepspeed_settings import check_settings
 from d2ft_hpc.engines.engine import evaluated
+from d2ft_hpc.engines.model_parallel import CutModel
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.engines.private_names import NEWEST_TESTED, newer_than_tested
@@ -37,6 +38,7 @@ from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.attached import attached
 from d2ft_hpc.user_loop.batch_counter import BatchCounter
+from d2ft_hpc.user_loop.loop_context import loop_context
 from d2ft_hpc.user_loop.pipeline_module import PipelineModule
 from d2ft_hpc.user_loop.plan_printer import PlanPrinter
 from d2ft_hpc.user_loop.planned_deepspeed import PlannedDeepSpeed
@@ -162,10 +164,10 @@ def initialize(
         return optimizer, lr_scheduler
 
     settings.pop("tensor_parallel", None)  # blocks are cut by head, not by DeepSpeed
-    common = (model, executor, placement, make_optimizer)
+    cut = CutModel(model, executor, placement, control, make_optimizer, options_for)
     ours: DeepSpeedEngine | PipelineEngine
     if pipeline is not None:
-        ours = PipelineEngine(*common, pipeline.loss_fn, settings, control, options_for=options_for)
+        ours = PipelineEngine(cut, pipeline.loss_fn, settings)
     else:
         # The user's loop computes the loss: this function is never called.
         step: dict[str, Any] = {
@@ -175,7 +177,7 @@ def initialize(
             "is_boundary": lambda: ours.engine.d2ft.is_boundary,
         }
         if layout.is_cut:
-            ours = TensorParallelEngine(*common, control=control, options_for=options_for, **step)
+            ours = TensorParallelEngine(cut, **step)
         else:
             if isinstance(optimizer, Optimizer) and (
                 frozen := _leave_out_frozen_groups(optimizer, lr_scheduler)
@@ -199,20 +201,26 @@ def initialize(
         score_flops = count_scoring(selection, sample_shape, ours.engine.device)
         part_costs = replace(part_costs, score_flops=score_flops)
     counter = BatchCounter(part_costs, ours.executor, sample_shape)
-    planned_bytes = PlannedBytes(
-        backbone,
-        executor.subnets,
+    context = loop_context(
+        section,
+        costs,
         placement,
         slots=int(ours.engine.gradient_accumulation_steps()),
         micro_batch_size=int(ours.engine.train_micro_batch_size_per_gpu()),
+        replicas_meet=zero.stage == 3,
+        where=f"{SECTION}.",
+    )
+    planned_bytes = PlannedBytes(
+        backbone,
+        ours.executor,
+        placement,
+        slots=context.slots,
+        micro_batch_size=context.micro_batch_size,
         precision=next((kind for kind in ("bf16", "fp16") if settings.get(kind, {}).get("enabled")), "fp32"),
         data_parallel=ZERO[zero.stage],
-        embeddings=section.embeddings,
         around=whole,
     )
-    ours.engine.d2ft = PlannedDeepSpeed(
-        ours, section, costs, placement, selection, control, counter, record, planned_bytes
-    )
+    ours.engine.d2ft = PlannedDeepSpeed(ours, context, selection, control, counter, record, planned_bytes)
     return ours.made  # type: ignore[no-any-return]
 
 

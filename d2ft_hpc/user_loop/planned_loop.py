@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, replace
 from typing import Any
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.engine import Inputs, logits_of
@@ -25,8 +23,8 @@ from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import backbone_of, find_backbone
-from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts, PlanState
-from d2ft_hpc.lifecycle.foresight import curve_of, trial_plan
+from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanState
+from d2ft_hpc.lifecycle.foresight import trial_plan
 from d2ft_hpc.lifecycle.observed_scores import ObservedScores
 from d2ft_hpc.model.evaluating import evaluating
 from d2ft_hpc.model.lora import unwrapped
@@ -42,12 +40,12 @@ from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.attached import attached, tell_if_too_long, tell_if_too_short
 from d2ft_hpc.user_loop.batch_counter import BatchCounter, samples_in
 from d2ft_hpc.user_loop.default_group import control_of_loop
+from d2ft_hpc.user_loop.loop_context import loop_context
+from d2ft_hpc.user_loop.model_hooks import ModelHook, watch_optimizers
 from d2ft_hpc.user_loop.plan_printer import PlanPrinter, compute_in_words
 from d2ft_hpc.user_loop.prepare import bind_engine
 from d2ft_hpc.user_loop.record import LoopRecord
 from d2ft_hpc.user_loop.section import D2ftSection, parse_section, require_length, require_options_for
-
-Call = Callable[[Sequence[Any]], None]
 
 _MANY_SAMPLES = 1024
 """Of a micro-batch, whose size is not known before it comes: a budget that leaves nothing of so many is too small."""
@@ -140,7 +138,7 @@ class PlannedLoop:
             self._observer,
             lambda: nullcontext(model),
         )
-        _watch(self)
+        self._watch()
         if isinstance(self._whole, DistributedDataParallel):
             self.bind(self._whole)  # which it is too late for, if attach has frozen something
 
@@ -248,6 +246,21 @@ class PlannedLoop:
         check_recompute(self._model)
         check_plan(plan, slots=self.slots, replicas=self._plans().control.world_size, same_rows=None)
 
+    def _watch(self) -> None:
+        """From now on forwards of the model and steps of optimisers reach the methods that follow."""
+        model: nn.Module = self._model
+        if unwrapped(self._whole) is not model:
+            # The user's module computes more and calls parts of the model in any order, but images always reach its
+            # first module.
+            model = self.executor.subnets.family.embedding(model) or model
+        is_recorded = self.record.is_on
+        before = ModelHook(model, self._before_forward, self._in_evaluation if is_recorded else None)
+        model.register_forward_pre_hook(before, with_kwargs=True)
+        if is_recorded:
+            after = ModelHook(self._model, self._after_forward)
+            self._model.register_forward_hook(after, with_kwargs=True)
+        watch_optimizers(self._whole, self, self._before_optimizer, self._after_optimizer)
+
     def _before_forward(self, inputs: Sequence[Any]) -> None:
         """Called before the model's forward in training mode: the next micro-batch begins."""
         if self.section.entry.binding == "sample" and not self._is_chosen:
@@ -328,7 +341,10 @@ class PlannedLoop:
         self._plan_batch()  # now, so that a checkpoint has it
         self._turn_to("data")
 
-    def _before_optimizer(self) -> None:
+    def _before_optimizer(self, is_own: bool) -> None:
+        if not is_own:
+            self._foreign_steps += self._slot >= 0
+            return
         self._has_stepped = True
         if self._slot < 0:  # a second optimiser's, or one that makes its state for a checkpoint
             self._unseen_steps += self._steps == 0
@@ -346,6 +362,10 @@ class PlannedLoop:
             ]
             self.record.gradient_norm(total_norm(gradients) if gradients else None)
         self._turn_to("optimizer")
+
+    def _after_optimizer(self, optimizer: Optimizer) -> None:
+        if self._slot >= 0:
+            self._end_batch(float(optimizer.param_groups[0]["lr"]))
 
     def _require_own_optimizer(self) -> None:
         """Raises PlanError where optimisers step, but so far none that has parameters of the model."""
@@ -366,29 +386,25 @@ class PlannedLoop:
                     f"blocks {changed.tolist()} were frozen, or freed, after attach had counted what they cost: do so "
                     f"before d2ft_hpc.attach(model)"
                 )
-            context = self._context(ranks, control.rank, self.section.device_speed)
+            context = self._context(self.section, ranks, control.rank)
             self._controller = PlanController(context, self, control, self._source, PlanPrinter(control))
             tell_if_too_short(self._controller)
         return self._controller
 
-    def _context(self, ranks: int, rank: int, speeds: Sequence[float] | None) -> PlanContext:
-        return PlanContext(
-            self.section,
-            Placement.whole(ranks, rank, *self.executor.subnets.shape),
+    def _context(self, section: D2ftSection, ranks: int, rank: int) -> PlanContext:
+        return loop_context(
+            section,
             self._costs,
-            PlanCosts.counted(self._costs, speeds, ranks),
-            slots=1 if self.section.entry.binding == "sample" else self.slots,
+            Placement.whole(ranks, rank, *self.executor.subnets.shape),
+            slots=1 if section.entry.binding == "sample" else self.slots,
             micro_batch_size=1,
-            seed=self.section.seed,
             replicas_meet=self._is_spread,
-            total_steps=self.section.total_steps,
-            curve=curve_of(self.section, self._costs, [1] * (self.section.total_steps or 0), ""),
             where="",
         )
 
     def _foresee(self) -> None:
         """Raises PlanError where no plan of this loop keeps the budgets, as far as one rank by itself can tell."""
-        context = self._context(1, 0, None)
+        context = self._context(self.section.model_copy(update={"device_speed": None}), 1, 0)
         if self.section.file is None:
             trial_plan(replace(context, micro_batch_size=_MANY_SAMPLES))
 
@@ -397,13 +413,12 @@ class PlannedLoop:
             context = self._plans().context
             self._planned_bytes = PlannedBytes(
                 self._model,
-                self.executor.subnets,
+                self.executor,
                 context.placement,
                 slots=context.slots,
                 micro_batch_size=1,  # whose activations no replica sends
                 precision="fp32" if next(self._model.parameters()).dtype is torch.float32 else "bf16",
                 data_parallel=self._data_parallel,
-                embeddings=self.section.embeddings,
                 around=self._whole,
             )
         return self._planned_bytes
@@ -430,78 +445,5 @@ class PlannedLoop:
             return [logits_of(self._whole, each, dtype) for each in micro_batches]
 
     @property
-    def _wraps(self) -> bool:
-        """Whether the user's module computes more than the supported model."""
-        return unwrapped(self._whole) is not self._model
-
-    @property
     def _is_spread(self) -> bool:
         return isinstance(self._whole, FSDPModule) or isinstance(self._model, FSDPModule)
-
-
-class _Hook:
-    """Hooks of the attached model alone: its copies and pickles get hooks that do nothing."""
-
-    def __init__(self, model: nn.Module, training: Call, evaluation: Call | None = None) -> None:
-        """training, evaluation: what to call with the forward's arguments in these modes."""
-        self._model = weakref.ref(model)
-        self._training = torch.compiler.disable(training)
-        # Not None, which code that torch.compile made for another hook would call.
-        self._evaluation = _nothing if evaluation is None else torch.compiler.disable(evaluation)
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
-        if module is not self._model():
-            return
-        if module.training and torch.is_grad_enabled():
-            self._training([*args, kwargs])
-        elif not module.training:
-            self._evaluation([])
-
-    def __reduce__(self) -> Any:
-        return _no_hook, ()
-
-
-def _no_hook() -> Callable[..., None]:
-    return _nothing
-
-
-def _nothing(*args: Any) -> None:
-    pass
-
-
-def _watch(loop: PlannedLoop) -> None:
-    """Tells the loop of forwards and of steps of any optimiser that has parameters of the model, while it lives."""
-    model: nn.Module = loop._model
-    if loop._wraps:  # and calls parts of it in any order, but images always reach its first module
-        model = loop.executor.subnets.family.embedding(model) or model
-    is_recorded = loop.record.is_on
-    before = _Hook(model, loop._before_forward, loop._in_evaluation if is_recorded else None)
-    model.register_forward_pre_hook(before, with_kwargs=True)
-    if is_recorded:
-        loop._model.register_forward_hook(_Hook(loop._model, loop._after_forward), with_kwargs=True)
-    kept = weakref.ref(loop)
-
-    def stepping(optimizer: Optimizer) -> PlannedLoop | None:
-        """The loop, if this optimiser trains its model."""
-        loop = kept()
-        if loop is None:
-            return None
-        own = {id(parameter) for parameter in loop._whole.parameters()}
-        steps = any(id(each) in own for group in optimizer.param_groups for each in group["params"])
-        return loop if steps else None
-
-    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if (loop := stepping(optimizer)) is not None:
-            loop._before_optimizer()
-        elif (loop := kept()) is not None and loop._slot >= 0:
-            loop._foreign_steps += 1
-
-    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if (loop := stepping(optimizer)) is not None and loop._slot >= 0:
-            loop._end_batch(float(optimizer.param_groups[0]["lr"]))
-
-    for handle in (
-        register_optimizer_step_pre_hook(before_step),
-        register_optimizer_step_post_hook(after_step),
-    ):
-        weakref.finalize(loop, handle.remove)

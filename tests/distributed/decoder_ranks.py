@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 import d2ft_hpc
 from d2ft_hpc.engines.engine import evaluated
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.launch import detect
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.samples import SampleOptions

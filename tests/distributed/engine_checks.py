@@ -15,7 +15,7 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -47,7 +47,7 @@ from d2ft_hpc.engines.portable import write_file
 from d2ft_hpc.engines.private_names import PRIVATE_NAMES
 from d2ft_hpc.engines.zero import adds_up_wrong
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.metering import meter
 from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
@@ -122,12 +122,23 @@ def reference_parameters(
     precision: str = "fp32",
 ) -> Any:
     """What one process gets from the same rows, in the model's own precision; `precision` is that of the ranks."""
+    plans = [plan_of(kind, step, replicas) for step in range(STEPS)]
+    make = optimizer_maker(optimizer_name, EPSILON[precision])
+    return trained_alone(model, plans, make, clipping, embeddings)
+
+
+def trained_alone(
+    model: nn.Module,
+    plans: Sequence[SkipPlan],
+    make_optimizer: Callable[[nn.Module], tuple[Optimizer, LRScheduler]],
+    clipping: float | None,
+    embeddings: str,
+) -> Any:
+    """Parameters by name after a step in one process under each plan, all replicas' rows in turn."""
     executor = attach(model, embeddings=embeddings)
-    optimizer, schedule = optimizer_maker(optimizer_name, EPSILON[precision])(model)
-    engine = PlainEngine(model, executor, optimizer, schedule, loss_function, gradient_clipping=clipping)
+    engine = PlainEngine(model, executor, *make_optimizer(model), loss_function, gradient_clipping=clipping)
     dtype = next(model.parameters()).dtype
-    for step in range(STEPS):
-        plan = plan_of(kind, step, replicas)
+    for step, plan in enumerate(plans):
         executor.activate(replace(plan, replicas=1), 0)
         batch = [micro_batch(step, row, plan.num_rows) for row in range(plan.num_rows)]
         engine.step([(images.to(dtype), labels) for images, labels in batch])

@@ -15,7 +15,8 @@ from torch.optim import AdamW
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.portable import PortableState, write_file
 from d2ft_hpc.errors import CheckpointError
-from d2ft_hpc.execution.executor import PlanExecutor, attach
+from d2ft_hpc.execution.attach import attach
+from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.planning import SkipPlan
