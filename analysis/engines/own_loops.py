@@ -3,7 +3,7 @@
 torchrun --nproc_per_node 1 -m analysis.engines.own_loops ddp --json
 
 Each contender is a loop of its own, which runs alone for all of its steps: dense as it is, dense under torch.compile,
-and the same two with three lines of D2FT. Under plans by tokens a step's time depends on its images' size; the mean is
+and with D2FT, as it is and with what makes kernels and launches faster. Under plans by tokens a step's time depends on its images' size; the mean is
 over the whole run, each size by the median of its steps but the first ones, in which kernels are compiled.
 """
 
@@ -50,6 +50,7 @@ def contenders(options: argparse.Namespace) -> Iterator[tuple[str, bool, dict[st
     yield "dense", False, None
     yield "dense, torch.compile", True, None
     yield "plan", False, plan
+    yield "plan, cuda_graphs", False, {**plan, "cuda_graphs": True}
     yield "plan, compile and cuda_graphs", False, {**plan, "compile": True, "cuda_graphs": True}
 
 
