@@ -190,13 +190,13 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         selection = selection_of(
             config.plan.options,
             model,
-            config.data.image_size,
+            image_shape,
             seed=config.run.seed,
             replica=layout.replica,
             autocast_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.engine.precision),
             cuda_graphs=config.engine.cuda_graphs and kind.graphs_micro_batches and device.type == "cuda",
         )
-        costs = replace(costs, score_flops=count_scoring(selection, config.data.image_size, device))
+        costs = replace(costs, score_flops=count_scoring(selection, image_shape, device))
     return Job(
         config, control, device, model, executor, costs, train_set, evaluation_set, sampler, layout, selection
     )

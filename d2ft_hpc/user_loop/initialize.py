@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.engines.deepspeed_settings import check_settings
+from d2ft_hpc.engines.engine import evaluated
 from d2ft_hpc.engines.model_parallel import CutModel
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
@@ -41,7 +43,7 @@ from d2ft_hpc.user_loop.pipeline_module import PipelineModule
 from d2ft_hpc.user_loop.plan_printer import PlanPrinter
 from d2ft_hpc.user_loop.planned_deepspeed import PlannedDeepSpeed
 from d2ft_hpc.user_loop.record import LoopRecord
-from d2ft_hpc.user_loop.section import SECTION, D2ftSection, require_images, require_length, split
+from d2ft_hpc.user_loop.section import SECTION, D2ftSection, require_length, require_options_for, split
 
 _END_SECONDS = 25.0
 """Seconds that a rank waits for the others when its script ends."""
@@ -122,7 +124,7 @@ def initialize(
     check_settings(settings)
     if section.total_steps is None:
         section = section.model_copy(update={"total_steps": _scheduled_steps(settings)})
-    require_images(section, f"{SECTION}.", backbone)
+    require_options_for(backbone, section, f"{SECTION}.")
     require_length(section, f"{SECTION}.")
     control = _connect()
     for warning in newer_than_tested(NEWEST_TESTED):
@@ -143,10 +145,11 @@ def initialize(
     selection = None
     if isinstance(section.options, SampleOptions):
         selection = selection_of(
-            section.options, backbone, sample_shape[-1], seed=section.seed, replica=layout.replica
+            section.options, backbone, sample_shape, seed=section.seed, replica=layout.replica
         )
+        selection.scorer.bind(partial(evaluated, model))
         device = next(model.parameters()).device
-        costs = replace(costs, score_flops=count_scoring(selection, sample_shape[-1], device))
+        costs = replace(costs, score_flops=count_scoring(selection, sample_shape, device))
     whole = model
     record = LoopRecord(section.results, section.model_dump(mode="json"), backbone, executor.subnets, costs)
 
@@ -192,11 +195,10 @@ def initialize(
                 hides_flat=True,
                 **options_for(model),
             )
-    if selection is not None:
-        selection.scorer.bind(ours.logits)
     part_costs = costs_of_part(costs, flops, placement)
     if selection is not None and layout.is_cut:
-        score_flops = count_scoring(selection, sample_shape[-1], ours.engine.device)
+        selection.scorer.bind(ours.logits)
+        score_flops = count_scoring(selection, sample_shape, ours.engine.device)
         part_costs = replace(part_costs, score_flops=score_flops)
     counter = BatchCounter(part_costs, ours.executor, sample_shape)
     context = loop_context(

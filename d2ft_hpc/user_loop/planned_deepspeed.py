@@ -14,7 +14,6 @@ from torch import nn
 
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import current_slot, loss_scale
-from d2ft_hpc.engines.engine import MicroBatch
 from d2ft_hpc.engines.model_parallel import CutEngine
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
@@ -32,6 +31,7 @@ from d2ft_hpc.planning import Operation, SkipPlan
 from d2ft_hpc.scores import Scores
 from d2ft_hpc.scores.gradient_observer import GradientObserver
 from d2ft_hpc.selection import SampleSelection
+from d2ft_hpc.selection.batch import as_given, batches_of, samples_of
 from d2ft_hpc.user_loop.attached import tell_if_too_long, tell_if_too_short
 from d2ft_hpc.user_loop.batch_counter import BatchCounter, samples_in
 from d2ft_hpc.user_loop.part_observer import PartObserver
@@ -100,20 +100,24 @@ class PlannedDeepSpeed:
         """Scores of the newest plan; None where the planner reads none."""
         return self.plans.scores
 
-    def choose(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """For planner `samples`: takes a batch as (images, labels) for each micro-batch and returns the samples that
-        are to be trained on, in as many micro-batches. All ranks call it together, between two steps.
+    def choose(self, micro_batches: Sequence[Any]) -> list[Any]:
+        """For planner `samples`: takes a batch as (images, labels) for each micro-batch, or as text by name
+        (`PlannedLoop.choose`), and returns the samples that are to be trained on, in as many micro-batches of the same
+        kind. All ranks call it together, between two steps.
 
-        Raises PlanError with another planner.
+        Raises PlanError with another planner, or for what it cannot draw from.
         """
         if self._selection is None or self.plan is None:
             raise PlanError(
                 f'choose() draws samples for "planner": "samples"; with {self._settings.planner!r} train on all of them'
             )
+        batches = batches_of(micro_batches, are_images=self.executor.subnets.family.takes_images)
         self._turn_to("forward")
-        self._counter.score(sum(len(labels) for _, labels in micro_batches))
+        for batch in batches:
+            self._counter.score(samples_of(batch))
         share_of_all = float((self.plan.operations == Operation.FULL).mean())
-        return self._selection(micro_batches, int(self._engine.global_steps), share_of_all)
+        chosen = self._selection(batches, int(self._engine.global_steps), share_of_all)
+        return as_given(chosen, micro_batches)
 
     def activate(self, plan: SkipPlan) -> None:
         """Puts `plan` in force from the next batch on. Raises PlanError where this engine cannot run it."""

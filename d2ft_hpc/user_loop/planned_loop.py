@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from d2ft_hpc.engines.check import check_plan, check_recompute
-from d2ft_hpc.engines.engine import logits_of
+from d2ft_hpc.engines.engine import Inputs, logits_of
 from d2ft_hpc.engines.gradient_norm import total_norm
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
@@ -35,6 +35,7 @@ from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.planning.tokens import TOKENS
 from d2ft_hpc.scores.gradient_observer import GradientObserver
 from d2ft_hpc.selection import SampleSelection
+from d2ft_hpc.selection.batch import as_given, batches_of, samples_of
 from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.attached import attached, tell_if_too_long, tell_if_too_short
 from d2ft_hpc.user_loop.batch_counter import BatchCounter, samples_in
@@ -44,7 +45,7 @@ from d2ft_hpc.user_loop.model_hooks import ModelHook, watch_optimizers
 from d2ft_hpc.user_loop.plan_printer import PlanPrinter, compute_in_words
 from d2ft_hpc.user_loop.prepare import bind_engine
 from d2ft_hpc.user_loop.record import LoopRecord
-from d2ft_hpc.user_loop.section import D2ftSection, parse_section, require_images, require_length
+from d2ft_hpc.user_loop.section import D2ftSection, parse_section, require_length, require_options_for
 
 _MANY_SAMPLES = 1024
 """Of a micro-batch, whose size is not known before it comes: a budget that leaves nothing of so many is too small."""
@@ -70,9 +71,9 @@ def attach(
         the images that the model gets in training: small ones at first, full size (the model's `img_size`, which they
         must have) at the end of `total_steps` steps of the optimiser, which it has to know. `samples` scores what
         `PlannedLoop.choose` is given and draws what trains; any other one plans by heads, and the first
-        batches run dense and give the scores. Models that read text need such a one ("joint"). micro_batches: those of
-        a rank whose gradients make one step of the optimiser. settings: other keys of the "d2ft" section
-        (`D2ftSection`), such as `embeddings`, `compile`, `cuda_graphs`, `replan={"every": "100 steps"}`,
+        batches run dense and give the scores. Models that read text need `samples` or one by heads ("joint").
+        micro_batches: those of a rank whose gradients make one step of the optimiser. settings: other keys of the
+        "d2ft" section (`D2ftSection`), such as `embeddings`, `compile`, `cuda_graphs`, `replan={"every": "100 steps"}`,
         `file`, a saved plan, or `results="runs/mine"`, a folder for `results.h5`, which `d2ft-hpc report runs/mine`
         reads.
 
@@ -104,14 +105,14 @@ class PlannedLoop:
         self._whole = model
         self._model = model = backbone_of(model)
         """The supported model that the user's own is, or has inside."""
-        require_images(section, "", model)
+        require_options_for(model, section, "")
         require_length(section, "")
         self.executor, sample_shape, self._costs = attached(model, self._whole, section)
-        self._image_size = sample_shape[-1]
+        self._sample_shape = sample_shape
         self._selection: SampleSelection | None = None
         if section.entry.binding == "sample":
             device = next(model.parameters()).device
-            score_flops = count_scoring(self._new_selection(0), self._image_size, device)
+            score_flops = count_scoring(self._new_selection(0), sample_shape, device)
             self._costs = replace(self._costs, score_flops=score_flops)
         self._controller: PlanController | None = None
         self._restored: PlanState | None = None
@@ -141,28 +142,35 @@ class PlannedLoop:
         if isinstance(self._whole, DistributedDataParallel):
             self.bind(self._whole)  # which it is too late for, if attach has frozen something
 
-    def choose(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """For planner `samples`: the samples of a micro-batch that are to be trained on; all ranks call it together.
+    def choose(self, samples: Any, labels: Tensor | None = None) -> Any:
+        """For planner `samples`: the samples of a micro-batch that are to be trained on, with all that belongs to them,
+        as they were given; all ranks call it together.
 
-        images: [sample, channel, height, width]; labels: int64 [sample], or probabilities [sample, class].
-        Raises PlanError with another planner, or where the budget leaves not one sample.
+        samples: images [sample, channel, height, width] and labels, int64 [sample] or probabilities [sample, class].
+        For models that read text: a mapping such as a collator of transformers gives, in which everything is
+        [sequence, token, ...] and `labels` are int64, -100 where nothing is to be learnt; the result is a dict. Or
+        input_ids and labels as two tensors.
+
+        Raises PlanError with another planner, for what it cannot draw from, or where the budget leaves not one sample.
         """
         if self.section.entry.binding != "sample":
             raise PlanError(
                 f"choose() draws samples for planner='samples'; with {self.section.planner!r} train on all of them"
             )
-        self._plan_batch(len(labels))
+        given = samples if labels is None else (samples, labels)
+        (batch,) = batches_of([given], are_images=self.executor.subnets.family.takes_images)
+        self._plan_batch(len(samples_of(batch)))
         if self._selection is None:
             self._selection = self._new_selection(self._plans().control.rank)
         assert self.executor.plan is not None
         share = float((self.executor.plan.operations == Operation.FULL).mean())
         self._is_begun = True
         self._turn_to("forward")
-        self._counter.score(len(labels))
-        (chosen,) = self._selection([(images, labels)], self._draws, share)
+        self._counter.score(samples_of(batch))
+        chosen = self._selection([batch], self._draws, share)
         self._draws += 1
         self._is_chosen = True
-        return chosen
+        return as_given(chosen, [given])[0]
 
     @property
     def plan(self) -> SkipPlan | None:
@@ -256,9 +264,15 @@ class PlannedLoop:
     def _before_forward(self, inputs: Sequence[Any]) -> None:
         """Called before the model's forward in training mode: the next micro-batch begins."""
         if self.section.entry.binding == "sample" and not self._is_chosen:
+            takes_images = self.executor.subnets.family.takes_images
+            call = (
+                "images, labels = d2ft.choose(images, labels)"
+                if takes_images
+                else "batch = d2ft.choose(batch)"
+            )
             raise PlanError(
-                "planner='samples' draws what a micro-batch trains on: call `images, labels = d2ft.choose(images, "
-                "labels)` before the model, or attach(model, planner=...) another one"
+                f"planner='samples' draws what a micro-batch trains on: call `{call}` before the model, or "
+                f"attach(model, planner=...) another one"
             )
         if self._slot >= self.slots - 1:
             self._require_own_optimizer()
@@ -417,18 +431,18 @@ class PlannedLoop:
     def _new_selection(self, replica: int) -> SampleSelection:
         assert isinstance(self.section.options, SampleOptions)
         selection = selection_of(
-            self.section.options, self._model, self._image_size, seed=self.section.seed, replica=replica
+            self.section.options, self._model, self._sample_shape, seed=self.section.seed, replica=replica
         )
         selection.scorer.bind(self._logits)
         return selection
 
-    def _logits(self, images: Sequence[Tensor]) -> list[Tensor]:
+    def _logits(self, micro_batches: Sequence[Inputs]) -> list[Tensor]:
         """Scores by the model itself, since a twin would lack the changes that the loop's libraries have made to its
         forward."""
         dtype = next(self._model.parameters()).dtype
         family = self.executor.subnets.family
         with family.taking_any_size(self._model), evaluating(self._whole):
-            return [logits_of(self._whole(of_slot.to(dtype))) for of_slot in images]
+            return [logits_of(self._whole, each, dtype) for each in micro_batches]
 
     @property
     def _is_spread(self) -> bool:

@@ -344,7 +344,7 @@ def check_attached_loop(control: Control, how: str, sharing: str = "every") -> d
     images, labels = micro_batch(0, rank, replicas)
     images, labels = images.repeat(4, 1, 1, 1), labels.repeat(4)
     chosen, _ = d2ft.choose(images, labels)
-    twin = selection_of(SampleOptions(), tiny_vit(qkv_bias=False), 16, seed=0, replica=rank)
+    twin = selection_of(SampleOptions(), tiny_vit(qkv_bias=False), (3, 16, 16), seed=0, replica=rank)
     (alone,) = twin([(images, labels)], 0, len(chosen) / len(images))
     told = [part.decode() for part in control.all_gather(" ".join(hashes).encode())]
     return {

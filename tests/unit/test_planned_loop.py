@@ -218,7 +218,7 @@ def test_bad_settings_and_states() -> None:
     with pytest.raises(PlanError, match=r"^compute_budget=0\.0001: .*least"):
         d2ft_hpc.attach(tiny_vit(), 1e-4, planner="joint")
     with pytest.raises(
-        PlanError, match=r"^compute_budget=0\.01: scoring .* or a smaller options\.image_size"
+        PlanError, match=r"^compute_budget=0\.01: scoring .* or, for images, a smaller options\.image_size"
     ):
         d2ft_hpc.attach(tiny_vit(), 0.01, planner="samples")
     with pytest.raises(ConfigError, match=r"^compute_budget=60: .* write it as a share, 0\.6 for 60 %"):
