@@ -253,8 +253,7 @@ def after_moves(engine: Any, follow: Callable[[], None]) -> None:
         return move_and_follow
 
     for name in ("offload_states", "reload_states"):
-        if hasattr(engine, name):  # the older ones move none below ZeRO 3
-            setattr(engine, name, then_follow(getattr(engine, name)))
+        setattr(engine, name, then_follow(getattr(engine, name)))
 
 
 def _fragments(parameter: Any, parts: Sequence[Part]) -> list[tuple[str, Any]]:
