@@ -148,7 +148,9 @@ class FlatParameters:
 
         def key(parameter: nn.Parameter) -> tuple[int, torch.dtype] | None:
             index = block_of.get(id(parameter))
-            is_alone = index is None or id(parameter) in shared or not parameter.requires_grad
+            is_alone = id(parameter) in shared or not parameter.requires_grad
+            # Hooks that wait for a parameter's own gradient have no other place.
+            is_alone = is_alone or bool(parameter._post_accumulate_grad_hooks)
             return None if is_alone or index is None else (index, parameter.dtype)
 
         for group in groups:

@@ -118,16 +118,19 @@ def test_another_models_checkpoint_is_refused_by_name() -> None:
         executor.flat.check_parts(weights)
 
 
-def test_parameters_that_several_modules_hold_stay_as_they_are() -> None:
+def test_parameters_that_several_modules_hold_or_whose_gradient_is_waited_for_stay_as_they_are() -> None:
     model = tiny_vit()
     model.blocks[2].norm1.weight = model.blocks[1].norm1.weight
     model.blocks[3].norm2 = model.blocks[0].norm2
+    watched = model.blocks[1].mlp.fc1.weight
+    watched.register_post_accumulate_grad_hook(lambda parameter: None)
     executor = attach(model)
     optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     FlatParameters(model, executor.blocks, optimizer.param_groups)
     assert model.blocks[2].norm1.weight is model.blocks[1].norm1.weight
     assert not model.blocks[1].norm1.weight.is_meta
     assert not model.blocks[3].norm2.weight.is_meta
+    assert model.blocks[1].mlp.fc1.weight is watched
 
 
 def hidden(model: Any) -> tuple[PlanExecutor, FlatParameters]:
