@@ -10,6 +10,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from importlib.metadata import version
 from typing import Any
 
@@ -243,17 +244,21 @@ def _link(part: Any, flat: Any, begin: int) -> None:
 
 
 def after_moves(engine: Any, follow: Callable[[], None]) -> None:
-    """Has `follow` run whenever a script had the engine move its states to another memory or back."""
+    """Has `follow` run whenever the optimiser of ZeRO 1 and 2 puts parameters into its memory: in its steps, which
+    undo what a script did to their `data`, and where a script has states moved."""
 
-    def then_follow(move: Callable[..., None]) -> Callable[..., None]:
-        def move_and_follow(*args: Any, **kwargs: Any) -> None:
-            move(*args, **kwargs)
+    def then_follow(move: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(move)
+        def move_and_follow(*args: Any, **kwargs: Any) -> Any:
+            result = move(*args, **kwargs)
             follow()
+            return result
 
         return move_and_follow
 
-    for name in ("offload_states", "reload_states"):
-        setattr(engine, name, then_follow(getattr(engine, name)))
+    for name in ("step", "offload_states", "reload_states"):
+        if hasattr(engine.optimizer, name):  # older ones move no states
+            setattr(engine.optimizer, name, then_follow(getattr(engine.optimizer, name)))
 
 
 def _fragments(parameter: Any, parts: Sequence[Part]) -> list[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, cast
 
 import torch
@@ -108,8 +108,14 @@ class _Flat:
 
     def share_memory(self) -> None:
         """The hidden parts lie where the flat parameter lies now."""
-        for part, view in zip(self.parts, self.views(self.parameter.detach()), strict=True):
-            cast(nn.Parameter, part.parameter).data = view
+        parts = [cast(nn.Parameter, part.parameter) for part in self.parts]
+        ends = accumulate(
+            (part.numel() * part.element_size() for part in parts), initial=self.parameter.data_ptr()
+        )
+        if all(part.data_ptr() == begin for part, begin in zip(parts, ends, strict=False)):
+            return  # in most steps, and views take longer
+        for part, view in zip(parts, self.views(self.parameter.detach()), strict=True):
+            part.data = view
 
     def show(self) -> None:
         """The inverse of `hide`."""
@@ -250,7 +256,7 @@ class FlatParameters:
                 module._parameters[name] = module._parameters.pop(name)
 
     def share_memory(self) -> None:
-        """After an engine has moved the flat parameters: hidden parts lie where these lie now."""
+        """Hidden parts lie where the flat parameters lie now: after an engine moved these, or a script those."""
         for flat in self._all():
             if flat.is_hidden:
                 flat.share_memory()

@@ -464,6 +464,10 @@ def check_flat(control: Control, stage: int) -> dict[str, Any]:
     if hasattr(last.optimizer, "offload_states"):  # older ones move none below ZeRO 3
         last.offload_states()
         last.reload_states()
+    for (
+        parameter
+    ) in last.module.parameters():  # as scripts do that put averages in for an evaluation, and out
+        parameter.data = parameter.data.clone()
     train(last, 3)
     train(other, 3)
     facts["seen"] = largest_difference(dict(last.module.named_parameters()), masters(last, "seen"))

@@ -15,12 +15,15 @@ from torch.optim import AdamW
 
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.portable import PortableState, write_file
+from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.errors import CheckpointError
 from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.user_loop.initialize import _can_flatten
+from d2ft_hpc.user_loop.section import split
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
 
@@ -201,7 +204,14 @@ def test_hidden_ones_that_an_engine_moved_take_their_parts_along() -> None:
     with torch.no_grad():
         next(iter(moved.values())).zero_()
     assert not model.blocks[0].norm1.weight.any()
-    assert model.blocks[1].norm1.weight.any()
+    weight = model.blocks[1].norm1.weight
+    assert weight.any()
+    weight.data = weight.data.clone()  # and so do those that a script moved
+    flat.share_memory()
+    with torch.no_grad():
+        for each in moved.values():
+            each.zero_()
+    assert not weight.any()
 
 
 def test_parameters_that_are_in_the_groups_twice_are_left_for_the_engine_to_refuse() -> None:
@@ -212,3 +222,21 @@ def test_parameters_that_are_in_the_groups_twice_are_left_for_the_engine_to_refu
     FlatParameters(model, executor.blocks, groups)
     assert [sum(each is twice for each in group["params"]) for group in groups] == [1, 1]
     assert model.blocks[1].mlp.fc1.weight is twice
+
+
+@pytest.mark.parametrize(
+    ("settings", "optimizer", "can"),
+    [
+        ({}, AdamW([torch.nn.Parameter(torch.ones(1))]), True),
+        ({"optimizer": {"type": "AdamW"}}, None, True),
+        ({"optimizer": {"type": "Muon"}}, None, False),
+        ({}, AdamW, False),  # a function of the parameters, which may go by their shapes
+        ({"torch_autocast": {"enabled": True}}, None, False),
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, None, False),
+    ],
+)
+def test_scripts_flatten_unless_something_goes_by_single_parameters(
+    settings: dict[str, Any], optimizer: Any, can: bool
+) -> None:
+    own, section = split({"zero_optimization": {"stage": 1}, "d2ft": {"planner": "random"}, **settings})
+    assert _can_flatten(ZeroRules.of(own), own, section, optimizer) is can
