@@ -199,7 +199,7 @@ def test_a_file_for_each_rank_survives_a_resumption(tmp_path: Path) -> None:
         "train.epochs=1",
         "results.file_per_rank=true",
     ]
-    train(tmp_path / "whole", *options, "train.checkpoint_every=4 steps")
+    train(tmp_path / "whole", *options, "train.checkpoint_every=2 steps")
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(max((tmp_path / "resumed" / "demo" / "checkpoints").glob("step-*")))
     train(tmp_path / "resumed", *options, "train.resume=true")
