@@ -368,7 +368,7 @@ class RunConfig(Section):
         return to_yaml(self.model_dump())
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file and applies overrides such as `plan.compute_budget=0.5`.
 
     A top-level `base: OTHER.yaml`, a path from the file's own folder, takes everything from there that the file does

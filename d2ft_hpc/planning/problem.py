@@ -302,28 +302,17 @@ class PlanProblem:
         heads = np.bincount(device_of_replica.ravel(), minlength=self.stages * self.ranks)
         return np.tile(heads * (self.forward_score.shape[0] // self.replicas), self.replicas)
 
-    def gains(self, forward_weight: float = 1.0, backward_weight: float = 1.0) -> tuple[Floats, Floats]:
-        """Both scores, each divided by its mean over the problem and weighted: float64 [row, block, head].
+    def gains(self) -> tuple[Floats, Floats]:
+        """Both scores, each divided by its mean over the problem: float64 [row, block, head].
 
-        Normalised so that the weights mean the same whatever units the scores have; a score that is zero
-        everywhere counts as equal everywhere. Raises PlanError if a weight is not finite or below 0.
+        Normalised so that both count equally whatever units the scores have; a score that is zero everywhere counts
+        as equal everywhere.
         """
-        for name, weight in (("forward_weight", forward_weight), ("backward_weight", backward_weight)):
-            if not 0 <= weight < math.inf:
-                raise PlanError(f"{name} must be a finite number >= 0, got {weight}.")
-        return (
-            forward_weight * _divide_by_mean(self.forward_score),
-            backward_weight * _divide_by_mean(self.backward_score),
-        )
+        return _divide_by_mean(self.forward_score), _divide_by_mean(self.backward_score)
 
-    def objective(
-        self,
-        operations: npt.NDArray[np.uint8],
-        forward_weight: float = 1.0,
-        backward_weight: float = 1.0,
-    ) -> float:
+    def objective(self, operations: npt.NDArray[np.uint8]) -> float:
         """Sum of the forward gains of all cells that run, plus the backward gains of the FULL ones."""
-        forward_gain, backward_gain = self.gains(forward_weight, backward_weight)
+        forward_gain, backward_gain = self.gains()
         return float(
             forward_gain[operations >= Operation.FORWARD_ONLY].sum()
             + backward_gain[operations == Operation.FULL].sum()

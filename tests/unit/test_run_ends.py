@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from d2ft_hpc import results
-from d2ft_hpc.config import RunConfig, load_config
+from d2ft_hpc.config import RunConfig, read_config
 from d2ft_hpc.engines.optimizer import build_schedule
 from d2ft_hpc.engines.portable import restore_schedule, schedule_numbers
 from d2ft_hpc.errors import CheckpointError, ConfigError, DivergedError, LostResultsError, PlanError
@@ -43,7 +43,7 @@ def config_in(folder: Path, *overrides: str) -> RunConfig:
         "model.weights=null",
     )
     plain = ("engine.name=plain", "engine.device=cpu", "plan.planner=paper", "train.evaluate_at_start=false")
-    return load_config(
+    return read_config(
         Path("configs/demo.yaml"),
         [f"run.folder={folder}", *quick, *small, *plain, "train.epochs=1", *overrides],
     )
@@ -82,6 +82,7 @@ def test_a_run_that_diverges_ends_with_what_it_had(tmp_path: Path) -> None:
     # What was saved before step 2 has finite weights, but from them came the loss that is not.
     assert text.endswith("no checkpoint is from before that")
     assert not (tmp_path / "demo" / "model.safetensors").exists()
+    assert not list((tmp_path / "demo").rglob("*.building"))
     with results.open(tmp_path / "demo") as record:
         assert not record.complete
         assert "diverged" in record.table("events")["kind"].tolist()
