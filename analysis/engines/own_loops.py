@@ -3,8 +3,9 @@
 torchrun --nproc_per_node 1 -m analysis.engines.own_loops ddp --json
 
 Each contender is a loop of its own, which runs alone for all of its steps: dense as it is, dense under torch.compile,
-and with D2FT, as it is and with what makes kernels and launches faster. Under plans by tokens a step's time depends on its images' size; the mean is
-over the whole run, each size by the median of its steps but the first ones, in which kernels are compiled.
+and with D2FT, as it is and with what makes kernels and launches faster. Under plans by tokens a step's time depends on
+its images' size; the mean is over the whole run, each size by the median of its steps but the first ones, in which
+kernels are compiled.
 """
 
 from __future__ import annotations
