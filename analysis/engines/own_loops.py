@@ -163,7 +163,7 @@ def main() -> int:
     parser.add_argument("--planner", default="tokens")
     parser.add_argument("--compute-budget", type=share(), default=0.4)
     parser.add_argument("--only", help="names of contenders that contain this")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each contender")
     options = parser.parse_args()
     is_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if is_gpu else torch.device("cpu")
@@ -171,25 +171,26 @@ def main() -> int:
         torch.cuda.set_device(device)
     if options.loop != "plain":
         dist.init_process_group("cpu:gloo,cuda:nccl" if is_gpu else "gloo")
-    found: dict[str, Any] = {}
+    is_first = os.environ.get("RANK", "0") == "0"
+    setting = {
+        **{name: value for name, value in vars(options).items() if name not in ("json", "only")},
+        "device": torch.cuda.get_device_name(device) if is_gpu else "cpu",
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+    }
     for name, is_compiled, plan in contenders(options):
         if options.only is not None and options.only not in name:
             continue
-        found[name] = seconds_of(options, device, is_compiled, plan)
+        found = seconds_of(options, device, is_compiled, plan)
         gc.collect()
         torch._dynamo.reset()
-        if os.environ.get("RANK", "0") == "0":
+        if is_first:
+            of_size = found["of_size"].items()
             sizes = ", ".join(
-                f"{size}: {1e3 * each['seconds']:.1f} x {each['steps']}"
-                for size, each in found[name]["of_size"].items()
+                f"{size}: {1e3 * each['seconds']:.1f} x {each['steps']}" for size, each in of_size
             )
-            print(
-                f"{options.loop} {name:32s}{1e3 * found[name]['mean_seconds']:8.1f} ms  ({sizes})", flush=True
-            )
-    if os.environ.get("RANK", "0") == "0" and options.json:
-        gpu = torch.cuda.get_device_name(device) if is_gpu else "cpu"
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        print(json.dumps({**vars(options), "device": gpu, "ranks": ranks, "contenders": found}), flush=True)
+            print(f"{options.loop} {name:32s}{1e3 * found['mean_seconds']:8.1f} ms  ({sizes})", flush=True)
+        if is_first and options.json:
+            print(json.dumps({**setting, "contender": name, **found}), flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
