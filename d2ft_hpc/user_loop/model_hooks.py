@@ -58,8 +58,9 @@ def watch_optimizers(
 
     def has_own(optimizer: Optimizer) -> bool:
         model = kept()
-        own = set() if model is None else {id(parameter) for parameter in model.parameters()}
-        return any(id(each) in own for group in optimizer.param_groups for each in group["params"])
+        stepped = {id(each) for group in optimizer.param_groups for each in group["params"]}
+        # The first one that is found ends the walk, which takes long for all of a model.
+        return model is not None and any(id(parameter) in stepped for parameter in model.parameters())
 
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if (call := methods[0]()) is not None:
