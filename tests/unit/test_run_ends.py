@@ -76,6 +76,7 @@ def test_a_run_that_diverges_ends_with_what_it_had(tmp_path: Path) -> None:
     # What was saved before step 2 has finite weights, but from them came the loss that is not.
     assert text.endswith("no checkpoint is from before that")
     assert not (tmp_path / "demo" / "model.safetensors").exists()
+    assert not list((tmp_path / "demo").rglob("*.building"))
     with results.open(tmp_path / "demo") as record:
         assert not record.complete
         assert "diverged" in record.table("events")["kind"].tolist()
