@@ -95,6 +95,7 @@ def _deepspeed() -> Iterator[PrivateName]:
     mappings = "self._param_slice_mappings = self._create_param_mapping()"
     for optimizer in (zero, bf16):
         yield PrivateName(f"{optimizer}._param_slice_mappings", mappings)
+        yield PrivateName(f"{optimizer}._hp_mapping", "lp._hp_mapping.get_hp_fragment_address()")
     yield PrivateName(f"{zero}.{PADDING}", f"state_dict[PARAM_ALIGNMENT_PADDINGS] = self.{PADDING}", "0.19.8")
     yield PrivateName(f"{engine}._get_zero_param_shapes", "param_shapes=self._get_zero_param_shapes()")
     yield PrivateName(f"{engine}.param_names", "self.param_names = {param: name for name, param in")

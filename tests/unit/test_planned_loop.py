@@ -22,6 +22,7 @@ from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.scores import Scores, gradient_scores, weight_magnitude
+from d2ft_hpc.user_loop.attached import tell_of_graphs
 from d2ft_hpc.user_loop.batch_counter import samples_in
 from tests.models import CLASSES, DEPTH, HEADS, context_of, random_batch, tiny_vit
 
@@ -388,6 +389,15 @@ def test_a_training_that_goes_on_beyond_its_steps_is_told_once(capfd: pytest.Cap
     for step in range(4):
         loop.step(step)
     assert capfd.readouterr().out.count("total_steps=2, but step 3 begins: images have full size") == 1
+
+
+def test_a_gpu_without_graphs_is_told_of_them(capfd: pytest.CaptureFixture[str]) -> None:
+    for settings, is_told in (({}, True), ({"cuda_graphs": True}, False), ({"planner": "joint"}, False)):
+        loop = d2ft_hpc.attach(tiny_vit(), total_steps=4, **settings)
+        plans = loop._plans()
+        assert "cuda_graphs" not in capfd.readouterr().out  # on a CPU
+        tell_of_graphs(plans, torch.device("cuda"))
+        assert ("cuda_graphs=True" in capfd.readouterr().out) is is_told, settings
 
 
 def test_a_loop_s_report_has_the_compute_of_all_its_steps_before_its_resumption_too(
