@@ -723,9 +723,14 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
     return named
 
 
+GROUPS_OF_MESHES: list[distributed.ProcessGroup] = []
+"""torch remembers meshes by their shape, with their groups."""
+
+
 def clear_up() -> None:
     """Ends what a check made and nobody would: engines, held by hooks of their parameters, and groups of ranks, each of
-    which keeps three threads, one of them never asleep for long."""
+    which keeps three threads, one of them never asleep for long. What is left is looked at no more, neither by the next
+    call nor by the garbage collector: that would take longer than most checks."""
     deepspeed = sys.modules.get("deepspeed")
     kept = [distributed.group.WORLD]
     if deepspeed:
@@ -736,11 +741,12 @@ def clear_up() -> None:
         kept += vars(deepspeed.utils.groups).values()  # one that all its engines share
     gc.collect()
     for thing in gc.get_objects():
-        if issubclass(type(thing), DeviceMesh):  # torch remembers meshes by their shape, with their groups
-            kept += thing.get_all_groups()
+        if issubclass(type(thing), DeviceMesh):
+            GROUPS_OF_MESHES.extend(thing.get_all_groups())
     for group in list(distributed_c10d._world.pg_map):
-        if not any(group is each for each in kept):
+        if not any(group is each for each in (*kept, *GROUPS_OF_MESHES)):
             distributed.destroy_process_group(group)
+    gc.freeze()
 
 
 def run_checks(checks: Callable[[int, Choice], dict[str, Callable[[Control], Any]]]) -> None:
@@ -752,6 +758,7 @@ def run_checks(checks: Callable[[int, Choice], dict[str, Callable[[Control], Any
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     control = connect(detect(), device_type="cpu")
+    gc.freeze()
     results = {}
     for name, check in checks(control.world_size, options.choice).items():
         if options.only not in name:
