@@ -389,18 +389,21 @@ def check_flat(control: Control, stage: int) -> dict[str, Any]:
     """A script whose blocks' parameters are flat ones while they run: what it sees of the model is as without, and its
     checkpoints go on without us, and those from there here."""
     replicas, rank = control.world_size, control.rank
-    config = {
-        **USER_CONFIG,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-        "zero_optimization": {"stage": stage},
-    }
-    planning = {"d2ft": {"planner": "random", "options": {"full_share": 0.3}}}
+
+    def config(**ours: Any) -> dict[str, Any]:
+        """Made anew for each engine: the oldest DeepSpeed takes keys out."""
+        optimizer = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+        return {**USER_CONFIG, "optimizer": optimizer, "zero_optimization": {"stage": stage}, **ours}
+
+    planning = {"planner": "random", "options": {"full_share": 0.3}}
     folder = control.broadcast(tempfile.mkdtemp().encode()).decode()
 
     def without(seed: int) -> Any:
         model = frozen_below(tiny_vit(seed, qkv_bias=False))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return private.import_deepspeed().initialize(model=model, model_parameters=trained, config=config)[0]
+        return private.import_deepspeed().initialize(model=model, model_parameters=trained, config=config())[
+            0
+        ]
 
     def train(engine: Any, step: int) -> None:
         for slot in range(SLOTS):
@@ -419,7 +422,7 @@ def check_flat(control: Control, stage: int) -> dict[str, Any]:
 
     model = tiny_vit(qkv_bias=False)
     own = dict(model.named_parameters())
-    engine, *_ = d2ft_hpc.initialize(model=model, config={**config, **planning})
+    engine, *_ = d2ft_hpc.initialize(model=model, config=config(d2ft=planning))
     train(engine, 0)
     facts: dict[str, Any] = {
         "flat": sum(map(len, engine.optimizer.bit16_groups)),
@@ -435,7 +438,7 @@ def check_flat(control: Control, stage: int) -> dict[str, Any]:
     train(engine, 1)
     train(other, 1)
     ours, theirs = masters(engine, "ours later"), masters(other, "theirs")
-    last, *_ = d2ft_hpc.initialize(model=tiny_vit(2, qkv_bias=False), config={**config, **planning})
+    last, *_ = d2ft_hpc.initialize(model=tiny_vit(2, qkv_bias=False), config=config(d2ft=planning))
     last.load_checkpoint(folder, "theirs")
     last.d2ft.activate(SkipPlan.dense(SLOTS, replicas, DEPTH, HEADS))
     train(last, 2)
