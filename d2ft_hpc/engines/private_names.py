@@ -95,6 +95,7 @@ def _deepspeed() -> Iterator[PrivateName]:
     mappings = "self._param_slice_mappings = self._create_param_mapping()"
     for optimizer in (zero, bf16):
         yield PrivateName(f"{optimizer}._param_slice_mappings", mappings)
+        yield PrivateName(f"{optimizer}._hp_mapping", "lp._hp_mapping.get_hp_fragment_address()")
     yield PrivateName(f"{zero}.{PADDING}", f"state_dict[PARAM_ALIGNMENT_PADDINGS] = self.{PADDING}", "0.19.8")
     yield PrivateName(f"{engine}._get_zero_param_shapes", "param_shapes=self._get_zero_param_shapes()")
     yield PrivateName(f"{engine}.param_names", "self.param_names = {param: name for name, param in")
@@ -154,6 +155,8 @@ def _deepspeed() -> Iterator[PrivateName]:
 
 
 def _torch_and_timm() -> Iterator[PrivateName]:
+    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        yield PrivateName(f"torch:Tensor.{name}")
     fsdp = "torch.distributed.fsdp._fully_shard"
     yield PrivateName(f"{fsdp}._fully_shard:FSDPModule._get_fsdp_state")
     yield PrivateName(f"{fsdp}._fsdp_state:FSDPState._fsdp_param_group", "self._fsdp_param_group")

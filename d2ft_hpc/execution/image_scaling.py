@@ -8,13 +8,24 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any, cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.copies import leave_out_of_copies
-from d2ft_hpc.execution.resize import scaled
 from d2ft_hpc.families.family import BlockFamily
 from d2ft_hpc.planning.plan import Grid, SkipPlan
+
+
+def scaled(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """images: [sample, channel, height, width]; returns them as [sample, channel, *size] in their own type.
+
+    Bilinear, over all pixels that a new one covers (antialiasing).
+    """
+    if tuple(images.shape[-2:]) == size:
+        return images
+    # A CPU has no such kernel for half precision.
+    return F.interpolate(images.float(), size, mode="bilinear", antialias=True).to(images.dtype)
 
 
 class ImageScaling:

@@ -178,8 +178,6 @@ class PlanProblem:
                 raise PlanError(f"{name} is a share of the dense step in (0, 1], got {value}.")
         if not 0 <= forward_cost <= 1:
             raise PlanError(f"forward_cost is a share of the cost of FULL in [0, 1], got {forward_cost}.")
-        if not 0 <= always_share < 1:
-            raise PlanError(f"always_share must be in [0, 1), got {always_share}.")
         rank = np.zeros(forward.shape[1:]) if rank is None else np.asarray(rank)
         stage = np.zeros(forward.shape[1]) if stage is None else np.asarray(stage)
         devices = replicas * (int(np.max(stage, initial=0)) + 1) * (int(np.max(rank, initial=0)) + 1)

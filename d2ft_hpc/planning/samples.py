@@ -83,5 +83,6 @@ SAMPLES = Planner(
     plan_samples,
     SampleOptions,
     reads_scores=False,
+    makes_few_shapes=True,
     binding="sample",
 )

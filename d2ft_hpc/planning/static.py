@@ -145,4 +145,5 @@ STATIC = Planner(
     "fixed shapes: equally many heads of a block in all micro-batches, which torch.compile and CUDA graphs need",
     solve_static,
     StaticOptions,
+    makes_few_shapes=True,
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from d2ft_hpc.engines.engine import Inputs, logits_of
 from d2ft_hpc.errors import ConfigError, PlanError
-from d2ft_hpc.execution.resize import scaled
+from d2ft_hpc.execution.image_scaling import scaled
 from d2ft_hpc.families.family import NO_TARGET
 from d2ft_hpc.families.table import family_of
 from d2ft_hpc.selection.batch import Batch

@@ -181,7 +181,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         model,
         embeddings=config.model.embeddings,
         compile=config.engine.compile,
-        cuda_graphs=config.engine.cuda_graphs and not kind.graphs_micro_batches,
+        cuda_graphs=config.launches_graphs and not kind.graphs_micro_batches,
     )
     image_shape = (3, config.data.image_size, config.data.image_size)
     costs = measure_costs(model, executor, image_shape, config.plan.sides)
@@ -194,7 +194,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
             seed=config.run.seed,
             replica=layout.replica,
             autocast_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.engine.precision),
-            cuda_graphs=config.engine.cuda_graphs and kind.graphs_micro_batches and device.type == "cuda",
+            cuda_graphs=config.launches_graphs and kind.graphs_micro_batches and device.type == "cuda",
         )
         costs = replace(costs, score_flops=count_scoring(selection, image_shape, device))
     return Job(

@@ -26,6 +26,7 @@ from d2ft_hpc.training.older_config import in_todays_keys
 MAY_CHANGE = (
     "engine.name",  # checkpoints do not depend on how an engine spreads a state
     "engine.deepspeed",
+    "engine.cuda_graphs",
     "run.folder",
     "data.root",
     "data.workers",

@@ -66,9 +66,12 @@ def initialize(
     """A DeepSpeed engine that trains `model` under skip plans; arguments and returns are `deepspeed.initialize`'s.
 
     The configuration's "d2ft" section (`d2ft_hpc.user_loop.section.D2ftSection`) says how to plan. The loop stays as
-    it is: `engine(images)`, `engine.backward(loss)`, `engine.step()`, once for each micro-batch. The first
-    `probe_batches` batches run dense and give the scores, so each rank needs memory for dense batches: unlike
+    it is: `engine(images)`, `engine.backward(loss)`, `engine.step()`, once for each micro-batch. Where a planner reads
+    scores, the first batch runs dense and gives them, so each rank needs memory for a dense batch: unlike
     `d2ft-hpc train`, this fits no plan to a rank with less. `engine.d2ft` is the `PlannedDeepSpeed`.
+
+    Under ZeRO 1 and 2, unless scores are read, a block runs on a few flat parameters, which DeepSpeed has to look after
+    in place of many. The model shows its own parameters all the same, in the same memory, but they get no `.grad`.
 
     "tensor_parallel": {"autotp_size": N} cuts the model by head over N ranks; a `PipelineModule` is cut into stages,
     and its engine is DeepSpeed's with `train_batch`. Each rank then trains a part of rank 0's weights: `model` itself

@@ -32,7 +32,7 @@ from d2ft_hpc.scores import Scores
 from d2ft_hpc.scores.gradient_observer import GradientObserver
 from d2ft_hpc.selection import SampleSelection
 from d2ft_hpc.selection.batch import as_given, batches_of, samples_of
-from d2ft_hpc.user_loop.attached import tell_if_too_long, tell_if_too_short
+from d2ft_hpc.user_loop.attached import tell_if_too_long, tell_if_too_short, tell_of_graphs
 from d2ft_hpc.user_loop.batch_counter import BatchCounter, samples_in
 from d2ft_hpc.user_loop.part_observer import PartObserver
 from d2ft_hpc.user_loop.plan_printer import PlanPrinter, compute_in_words
@@ -69,6 +69,7 @@ class PlannedDeepSpeed:
         )
         self.plans = PlanController(context, ours, control, self._source, PlanPrinter(control))
         tell_if_too_short(self.plans)
+        tell_of_graphs(self.plans, self._engine.device)
         self.slot = 0
         """The place in its batch of the micro-batch that runs, or ran last, in training."""
         self.is_boundary = False

@@ -37,7 +37,7 @@ from d2ft_hpc.scores.gradient_observer import GradientObserver
 from d2ft_hpc.selection import SampleSelection
 from d2ft_hpc.selection.batch import as_given, batches_of, samples_of
 from d2ft_hpc.selection.build import count_scoring, selection_of
-from d2ft_hpc.user_loop.attached import attached, tell_if_too_long, tell_if_too_short
+from d2ft_hpc.user_loop.attached import attached, tell_if_too_long, tell_if_too_short, tell_of_graphs
 from d2ft_hpc.user_loop.batch_counter import BatchCounter, samples_in
 from d2ft_hpc.user_loop.default_group import control_of_loop
 from d2ft_hpc.user_loop.loop_context import loop_context
@@ -389,6 +389,7 @@ class PlannedLoop:
             context = self._context(self.section, ranks, control.rank)
             self._controller = PlanController(context, self, control, self._source, PlanPrinter(control))
             tell_if_too_short(self._controller)
+            tell_of_graphs(self._controller, self._device)
         return self._controller
 
     def _context(self, section: D2ftSection, ranks: int, rank: int) -> PlanContext:

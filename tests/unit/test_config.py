@@ -233,7 +233,7 @@ def test_a_key_that_went_is_told_with_what_does_its_work(tmp_path: Path) -> None
             read_config(DEMO, ["plan.planner=joint", "model.lora={}", f"{key}=1"])
         for new in re.findall(r"\b(?:data|plan|run)\.[\w.]+\w", fix):
             assert read_config(DEMO, [f"{new}=1 epoch"] if new.endswith("every") else [f"{new}=0"]), new
-    with pytest.raises(ConfigError, match=r"^d2ft\.replan\.unit: no longer a key .*replan\.every"):
+    with pytest.raises(ConfigError, match=r"^d2ft\.replan\.unit: no longer a key .*every says it"):
         split({"d2ft": {"replan": {"every": "2 steps", "unit": "steps"}}})
 
 

@@ -163,3 +163,23 @@ def test_ready_configurations(file: str, parts: tuple[int, int]) -> None:
     assert (config.engine.pipeline_stages, config.engine.tensor_ranks) == parts
     assert config.plan.planner == "makespan"
     assert config.model.weights == "pretrained"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "launched"),
+    [
+        ([], True),
+        (["engine.name=ddp"], True),
+        (["plan.planner=static"], True),
+        (["plan.planner=joint"], False),
+        (["plan.planner=joint", "engine.cuda_graphs=true"], True),
+        (["engine.cuda_graphs=false"], False),
+        (["engine.precision=fp16"], False),
+        (["engine.deepspeed.zero_optimization.stage=3"], False),
+        (["engine.tensor_parallel=2"], False),
+        (["engine.activation_checkpointing=true"], False),
+    ],
+)
+def test_cuda_graphs_are_made_where_they_pay_or_are_asked_for(overrides: list[str], launched: bool) -> None:
+    config = read_config(CONFIGS / "dinov2_vits14.yaml", overrides)
+    assert config.launches_graphs is launched
