@@ -67,10 +67,11 @@ def shown_quick(folder: Path) -> dict[str, str]:
 def shown(folder: Path) -> dict[str, str]:
     """What each of the others printed."""
     pytest.importorskip("accelerate")
-    is_known = Version(version("transformers")) >= Version("5.24")  # whose decoders are
-    return run_at_once(
-        [name for name in COMMANDS if name not in QUICK and (is_known or "decoder" not in name)], folder
-    )
+    left_out = {*QUICK}
+    if Version(version("transformers")) < Version("5.24"):
+        # Its decoders are known from there on; before, the Trainer resumed on several GPUs, but not on CPUs.
+        left_out |= {"decoder_trainer.py", "decoder_trainer.py on 2 ranks", "transformers_trainer.py on 2 ranks"}
+    return run_at_once([name for name in COMMANDS if name not in left_out], folder)
 
 
 def run_at_once(names: Sequence[str], folder: Path) -> dict[str, str]:
