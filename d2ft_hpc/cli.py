@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from d2ft_hpc import __version__, early_signals
 from d2ft_hpc.bench.commands import add_benches
-from d2ft_hpc.command import add_config, amount, on_ranks, read_config, share, whole_number
-from d2ft_hpc.config import RunConfig, load_config
+from d2ft_hpc.command import add_config, amount, config_of, on_ranks, share, whole_number
+from d2ft_hpc.config import RunConfig, read_config
 from d2ft_hpc.errors import UNFINISHED, PlanError
 from d2ft_hpc.figures.command import add_figures
 from d2ft_hpc.launch.agree import note_failure
@@ -231,7 +231,7 @@ def _plan(options: argparse.Namespace) -> int:
             memory_budget=options.memory_budget,
         )
         if options.load is not None:
-            plan = plan_report.load_checked(options.load, problem)
+            plan = plan_report.read_checked(options.load, problem)
         else:
             given = {"planner": options.planner, "options": parse_values(options.options)}
             plan_config = validated(PlanConfig, given, "plan.")
@@ -294,7 +294,7 @@ def _train(options: argparse.Namespace) -> int:
     def run() -> int:
         from d2ft_hpc.launch.signals import StopSignals
 
-        config = read_config(options)
+        config = config_of(options)
         return _train_connected(config, StopSignals(config.launch.stop_signals))
 
     return run_guarded(None, run)
@@ -309,7 +309,7 @@ def _train_each(files: Sequence[Path], overrides: Sequence[str]) -> int:
 
     if detect().world_size > 1:
         raise LaunchError(f"{len(files)} configurations under one launcher: start each one, or an array job")
-    configs = [load_config(file, overrides) for file in files]  # faults show before the first run starts
+    configs = [read_config(file, overrides) for file in files]  # faults show before the first run starts
     runner = CommandRunner([name for config in configs for name in config.launch.stop_signals])
     failed = []
     for index, (file, config) in enumerate(zip(files, configs, strict=True)):
@@ -348,7 +348,7 @@ def _score(options: argparse.Namespace) -> int:
     from d2ft_hpc.launch import run_guarded
 
     def run() -> int:
-        config = read_config(options)
+        config = config_of(options)
 
         def score(control: Control, device: torch.device, launcher: str, watch: Watch) -> int:
             from d2ft_hpc.training.score import score

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-from d2ft_hpc.config import RunConfig, load_config
+from d2ft_hpc.config import RunConfig, read_config
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.paths import path_argument
 from d2ft_hpc.settings import of_percent
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def add_config(parser: argparse.ArgumentParser, more: str = "") -> None:
-    """The arguments that `read_config` reads. more: words for the help about what may follow besides overrides."""
+    """The arguments that `config_of` reads. more: words for the help about what may follow besides overrides."""
     parser.add_argument("config", type=path_argument, help="YAML file")
     parser.add_argument(
         "overrides",
@@ -73,11 +73,11 @@ def _number(said: str, *, zero: bool, most: float) -> Callable[[str], float]:
     return read
 
 
-def read_config(options: argparse.Namespace) -> RunConfig:
+def config_of(options: argparse.Namespace) -> RunConfig:
     from d2ft_hpc.launch.agree import AgreedError
 
     try:
-        return load_config(options.config, options.overrides)
+        return read_config(options.config, options.overrides)
     except ConfigError as error:
         raise error from AgreedError()  # every rank reads the same configuration
 

@@ -253,11 +253,12 @@ class EngineConfig(Section):
     """Whether torch.compile makes kernels: of dense blocks, of those that skip heads where these have at most 8 shapes
     (planner `static`) and no kernels of our own fit (they do on a GPU, without dropout and LoRA), and of what lies
     outside the blocks, where nothing hooks into it (ZeRO 3 does)."""
-    cuda_graphs: bool = False
-    """On a GPU, where ranks hold the whole model: whether what a micro-batch runs is launched as CUDA graphs, for
-    planners whose micro-batches have at most 8 shapes (`static`, `samples`, `dense`, and others as it falls out). It
-    pays where the GPU waits for the processor. Engine `plain`: a micro-batch's forward and backward, and the scoring,
-    are one graph each. The others: each block's forward and its backward, and the engine reduces as always."""
+    cuda_graphs: bool | None = None
+    """On a GPU, where ranks hold the whole model: whether what a micro-batch runs is launched as CUDA graphs, where a
+    plan's micro-batches have at most 8 shapes. It pays where the GPU waits for the processor, as for small images.
+    Engine `plain`: a micro-batch's forward and backward, and the scoring, are one graph each. The others: each block's
+    forward and its backward, and the engine reduces as always. null: for planners that make few shapes (`tokens`,
+    `samples`, `static`, `dense`), without ZeRO 3, fp16 and recomputation."""
 
     @field_validator("deepspeed")
     @classmethod
@@ -350,6 +351,15 @@ class RunConfig(Section):
         return self
 
     @property
+    def launches_graphs(self) -> bool:
+        """Whether CUDA graphs are made on a GPU."""
+        engine = self.engine
+        if engine.cuda_graphs is not None:
+            return engine.cuda_graphs
+        is_plain = engine.precision != "fp16" and not engine.activation_checkpointing
+        return is_plain and not engine.is_cut and engine.zero_stage != 3 and self.plan.entry.makes_few_shapes
+
+    @property
     def plans_by_free_memory(self) -> bool:
         """Whether plans keep to the memory that is measured at the start."""
         return (
@@ -368,7 +378,7 @@ class RunConfig(Section):
         return to_yaml(self.model_dump())
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file and applies overrides such as `plan.compute_budget=0.5`.
 
     A top-level `base: OTHER.yaml`, a path from the file's own folder, takes everything from there that the file does

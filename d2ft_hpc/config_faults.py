@@ -27,7 +27,7 @@ REPLACED = {
     "data.split_seed": "run.seed decides which images are held out",
     "model.lora.layers": "all of qkv, proj, fc1 and fc2 are adapted; remove it",
     "plan.probe_batches": "scores come from one batch; remove it",
-    "plan.replan.unit": "plan.replan.every says it, such as '1 epoch' or '100 steps'",
+    "plan.replan.unit": "every says it, such as '100 steps'",
     "plan.warmup_share": "the budget holds from the first step on; remove it",
     "results.flush_seconds": "records are written every 5 seconds; remove it",
 }

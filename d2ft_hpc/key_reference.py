@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.config_faults import section_of
+from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning.table import PLANNERS
 from d2ft_hpc.user_loop.section import D2ftSection
 
@@ -69,20 +70,13 @@ def document() -> str:
         parts.append(f"\n## `{name}`\n\n{_table(section, f'{name}.')}")
         if name == "plan":
             parts.extend(_planner_options())
-    own = [key for key in D2ftSection.model_fields if key not in section_fields("plan")]
+    own = [key for key in D2ftSection.model_fields if key not in PlanConfig.model_fields]
     parts.append(
         '\n## The `"d2ft"` section of a DeepSpeed configuration\n\n'
         "It has the keys of `plan` above, without the `plan.` before them, and these.\n\n"
         f"{_table(D2ftSection, '', own)}"
     )
     return "".join(parts)
-
-
-def section_fields(name: str) -> dict[str, FieldInfo]:
-    """The keys of one section of the configuration."""
-    section = section_of(RunConfig.model_fields[name].annotation)
-    assert section is not None
-    return section.model_fields
 
 
 def _planner_options() -> Iterator[str]:

@@ -207,7 +207,7 @@ def save_heat_map(plan: SkipPlan, path: Path) -> None:
         ) from error
 
 
-def load_checked(path: Path, problem: PlanProblem) -> SkipPlan:
+def read_checked(path: Path, problem: PlanProblem) -> SkipPlan:
     """A saved plan; raises PlanError if it is damaged, or does not fit the problem's shape or budgets."""
     plan = SkipPlan.read(path)
     check(plan, problem)

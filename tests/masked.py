@@ -10,6 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from d2ft_hpc.execution.attach import attach
+from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.planning.plan import SkipPlan
 from tests.reference import FORWARD_ONLY, FULL, SHORTCUT
 
 
@@ -87,7 +91,33 @@ def _without_gradient(block: Any) -> Callable[..., Tensor]:
     return forward
 
 
-def loss_and_gradients(model: nn.Module, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def planned(model: nn.Module, row: np.ndarray) -> PlanExecutor:
+    """Lets a model follow one row, uint8 [block, head], in each micro-batch."""
+    executor = attach(model, embeddings="trained")
+    executor.activate(SkipPlan(row[None], replicas=1), replica=0)
+    executor.bind(lambda: 0, Reduction.AFTER_BACKWARD)
+    return executor
+
+
+LossAndGradients = tuple[Tensor, dict[str, Tensor]]
+
+
+def assert_close(
+    found: LossAndGradients,
+    expected: LossAndGradients,
+    is_compared: Callable[[str], bool] = lambda name: True,
+    *,
+    rtol: float,
+    atol: float,
+) -> None:
+    """is_compared: of a parameter's name. rtol, atol: of gradients; losses are compared a thousand times as closely."""
+    torch.testing.assert_close(found[0], expected[0], rtol=rtol / 1000, atol=1e-12)
+    names = [name for name in expected[1] if is_compared(name)]
+    own, others = ({name: each[1][name] for name in names} for each in (found, expected))
+    torch.testing.assert_close(own, others, rtol=rtol, atol=atol)
+
+
+def loss_and_gradients(model: nn.Module, loss: Tensor) -> LossAndGradients:
     """Of all parameters by name; absent ones are zeros."""
     model.zero_grad(set_to_none=True)
     loss.backward()

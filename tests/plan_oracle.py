@@ -48,7 +48,6 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "scores": ("different", "different", "whole", "equal", "no_backward", "no_forward"),
     "owner": ("even", "even", "even", "uneven"),
     "most_shortcut": (1.0, 1.0, 0.5, 0.0),
-    "weights": ((1.0, 1.0), (1.0, 1.0), (0.3, 2.0), (1.0, 0.0)),
 }
 """What instances differ in. A value that stands here twice is drawn twice as often."""
 
@@ -78,8 +77,6 @@ class Instance:
 
     problem: PlanProblem
     most_shortcut: float
-    forward_weight: float
-    backward_weight: float
     drawn: dict[str, Any]
 
 
@@ -155,15 +152,14 @@ def draw(seed: int, **fixed: Any) -> Instance:
         replicas_meet=drawn["replicas_meet"],
         token_layout=drawn["token_layout"],
     )
-    return Instance(problem, drawn["most_shortcut"], *drawn["weights"], drawn)
+    return Instance(problem, drawn["most_shortcut"], drawn)
 
 
 def gains(instance: Instance) -> tuple[np.ndarray, np.ndarray]:
-    """What running forward gives, and running backward on top: mean-normalised scores, weighted."""
-    problem, weights = instance.problem, (instance.forward_weight, instance.backward_weight)
+    """What running forward gives, and running backward on top: mean-normalised scores."""
     return tuple(  # type: ignore[return-value]
-        weight * (score / score.mean() if score.any() else np.ones_like(score))
-        for weight, score in zip(weights, (problem.forward_score, problem.backward_score), strict=True)
+        score / score.mean() if score.any() else np.ones_like(score)
+        for score in (instance.problem.forward_score, instance.problem.backward_score)
     )
 
 
@@ -656,31 +652,23 @@ PROVED = 3e-5
 def faults(instance: Instance, planner: str, solve: Any, **options: Any) -> list[str]:
     """What is wrong with a planner's answer to an instance, one line a fault. solve: `d2ft_hpc.planning.solve`."""
     problem, found = instance.problem, []
-    given = options | {
-        name: getattr(instance, name) for name in OPTIONS_OF_INSTANCE if name in PLANNERS[planner]
-    }
+    given = dict(options)
+    if "most_shortcut" in PLANNERS[planner]:
+        given["most_shortcut"] = instance.most_shortcut
     try:
         plan = solve(problem, planner, **given)
     except PlanError as error:
         return _faults_of_refusal(instance, planner, str(error), options)
     if not keeps_budgets(problem, plan.operations):
         found.append("breaks a budget")
-    scored = (
-        instance
-        if "forward_weight" in given
-        else dataclasses.replace(instance, forward_weight=1.0, backward_weight=1.0)
-    )
     small = SMALLEST * max(1.0, abs(plan.bound))
-    if abs(plan.objective - score(scored, plan.operations)) > small:
+    if abs(plan.objective - score(instance, plan.operations)) > small:
         found.append("states another objective than it has")
     if plan.bound < plan.objective - small:
         found.append("states a bound below its objective")
     if abs(plan.gap - ((plan.bound - plan.objective) / plan.bound if plan.bound else 0.0)) > 1e-9:
         found.append("states another gap than it has")
-    demanded = dataclasses.replace(
-        scored,
-        most_shortcut=given.get("most_shortcut", 1.0),
-    )
+    demanded = dataclasses.replace(instance, most_shortcut=given.get("most_shortcut", 1.0))
     if not keeps_demands(demanded, plan.operations):
         found.append("keeps no most_shortcut")
     best: float | None
@@ -746,14 +734,13 @@ def _faults_of_refusal(instance: Instance, planner: str, message: str, options: 
     return [] if any(reason in message for reason in allowed) else [f"refuses: {message}"]
 
 
-OPTIONS_OF_INSTANCE = ("most_shortcut", "forward_weight", "backward_weight")
 PLANNERS: dict[str, set[str]] = {
     "dense": set(),
     "paper": {"full_share"},
-    "joint": {*OPTIONS_OF_INSTANCE, "time_limit_seconds", "relative_gap"},
-    "makespan": {*OPTIONS_OF_INSTANCE, "time_limit_seconds"},
-    "static": {*OPTIONS_OF_INSTANCE, "heads_multiple"},
-    "depth": {"forward_weight", "backward_weight", "time_limit_seconds"},
+    "joint": {"most_shortcut", "time_limit_seconds", "relative_gap"},
+    "makespan": {"most_shortcut", "time_limit_seconds"},
+    "static": {"most_shortcut", "heads_multiple"},
+    "depth": {"time_limit_seconds"},
     "random": {"seed", "full_share"},
     "last_blocks": set(),
     "stochastic_depth": {"seed"},

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from d2ft_hpc.bench.turns import Ratio
-from d2ft_hpc.command import add_config, on_ranks, read_config, whole_number
+from d2ft_hpc.command import add_config, config_of, on_ranks, whole_number
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.launch import Control, agreed, run_guarded
@@ -132,7 +132,7 @@ def main() -> int:
                 print(report_text(measured, options.json))
             return 0
 
-        config = read_config(options)
+        config = config_of(options)
         return on_ranks(config, bench)
 
     return run_guarded(None, run)

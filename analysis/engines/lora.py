@@ -28,7 +28,7 @@ from torch import Tensor
 
 from d2ft_hpc.bench.turns import Ratio, alternate
 from d2ft_hpc.command import share, whole_number
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.launch import device_type_of, run_guarded
 from d2ft_hpc.metering import StepCosts, measure_costs, memory
 from d2ft_hpc.model.build import build_model

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from analysis.engines.bare import bare_engine, frozen_below
-from d2ft_hpc.bench.commands import add_workload, read_workload
+from d2ft_hpc.bench.commands import add_layout, add_workload, read_workload
 from d2ft_hpc.bench.turns import WARM_UP, Ratio, alternate
 from d2ft_hpc.bench.workload import (
     Built,
@@ -31,13 +31,13 @@ from d2ft_hpc.bench.workload import (
     loss_of,
     make_optimizer,
     model_of,
-    solved,
+    posed,
     title,
 )
 from d2ft_hpc.command import connected
 from d2ft_hpc.launch import Control, run_guarded, share
 from d2ft_hpc.metering import meter
-from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.planning import SkipPlan, solve
 
 
 def overhead(workload: Workload, control: Control) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def overhead(workload: Workload, control: Control) -> dict[str, Any]:
             steps[name]()
         counted[name] = {"operators": metered.operators, "bytes_sent": metered.bytes_sent}
     start = time.perf_counter()
-    plan = share(control, lambda: solved(built, workload, "joint", 0.6).to_bytes(), "the plan")
+    plan = share(control, lambda: solve(posed(built, workload, 0.6), "joint").to_bytes(), "the plan")
     engine.executor.activate(SkipPlan.from_bytes(plan), layout.replica)
     planning = time.perf_counter() - start
     bare = seconds["bare"] + seconds["other bare"]
@@ -108,8 +108,7 @@ def overhead_report(result: Mapping[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="overhead", description=__doc__)
     add_workload(parser)
-    parser.add_argument("--pipeline-stages", type=int, default=1)
-    parser.add_argument("--tensor-parallel", type=int, default=1)
+    add_layout(parser)
     options = parser.parse_args()
     control = connected(options.device)
 

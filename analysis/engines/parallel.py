@@ -22,11 +22,12 @@ from d2ft_hpc.command import share as share_of
 from d2ft_hpc.config import OptimizerConfig
 from d2ft_hpc.engines.deepspeed import deepspeed_config
 from d2ft_hpc.engines.engine import MicroBatch
+from d2ft_hpc.engines.model_parallel import CutModel
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.errors import ConfigError
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.launch import Control, run_guarded, share
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
@@ -192,7 +193,7 @@ def _engine(
         return optimizer, build_schedule(optimizer, settings, 1_000_000)
 
     kind = PipelineEngine if placement.layout.stages > 1 else TensorParallelEngine
-    return kind(model, executor, placement, make_optimizer, F.cross_entropy, config, control)
+    return kind(CutModel(model, executor, placement, control, make_optimizer), F.cross_entropy, config)
 
 
 def report(result: dict[str, Any], *, as_json: bool) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from analysis.engines.parallel import IMAGE_SIZE, TOKENS, Sizes, placed, posed
 from analysis.network.slow_links import bits_per_second
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.parallel.rank_layout import RankLayout
 from d2ft_hpc.parallel.stages import layer_flops

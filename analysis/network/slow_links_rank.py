@@ -177,13 +177,12 @@ def _count(control: Control, setting: Setting, each: Measured) -> None:
     each.counted = sum(_of_all(control, float(sum(metered.bytes_sent.values()))))
     model = PlannedBytes(
         setting.model,
-        setting.engine.executor.subnets,
+        setting.engine.executor,
         setting.placement,
         slots=setting.sizes.micro_batches,
         micro_batch_size=setting.sizes.samples,
         precision="fp32",
         data_parallel="zero0",
-        embeddings="frozen",
     )
     each.told = sum(_of_all(control, model.of(each.plan, each.layout)))
 

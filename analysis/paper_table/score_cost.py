@@ -9,28 +9,26 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from statistics import median
 
 import torch
 
 from d2ft_hpc.command import add_config, whole_number
-from d2ft_hpc.config import RunConfig, load_config
+from d2ft_hpc.config import RunConfig, read_config
 from d2ft_hpc.launch import device_type_of, run_guarded
 from d2ft_hpc.metering import meter
 from d2ft_hpc.model.build import build_model
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.scores import gradient_scores
-from d2ft_hpc.scores.gradient_scores import Granularity
 
 CLASSES = 10
 
 
-def benchmark(config: RunConfig, device: torch.device, repeats: int) -> dict[str, tuple[float, float]]:
-    """Fisher scores of one micro-batch of random images, by micro-batch and by sample, beside its dense training.
+def benchmark(config: RunConfig, device: torch.device, repeats: int) -> tuple[float, float]:
+    """Fisher scores of one micro-batch of random images beside its dense training.
 
-    Returns for "micro_batch" and "sample": (seconds, FLOPs), both in units of forward and backward of the dense model
-    with all parameters trained. Seconds are the median of the ratios of passes that ran one after the other.
+    Returns seconds and FLOPs, both in units of forward and backward of the dense model with all parameters trained.
+    Seconds are the median of the ratios of passes that ran one after the other.
     """
     torch.manual_seed(0)
     size, samples = config.data.image_size, config.data.micro_batch_size
@@ -49,10 +47,8 @@ def benchmark(config: RunConfig, device: torch.device, repeats: int) -> dict[str
         torch.autograd.backward(loss)
         model.zero_grad()
 
-    def score(granularity: Granularity) -> None:
-        gradient_scores(
-            model, subnets, images, labels, loss_function, ("fisher",), granularity, autocast_dtype
-        )
+    def score() -> None:
+        gradient_scores(model, subnets, images, labels, loss_function, ("fisher",), autocast_dtype)
 
     def seconds(run: Callable[[], None]) -> float:
         start = time.perf_counter()
@@ -66,32 +62,25 @@ def benchmark(config: RunConfig, device: torch.device, repeats: int) -> dict[str
             run()
         return metered.flops
 
-    def cost(granularity: Granularity) -> tuple[float, float]:
-        run = partial(score, granularity)
-        triples = [(seconds(train), seconds(run), seconds(train)) for _ in range(repeats + 1)]
-        ratios = [2 * own / (before + after) for before, own, after in triples[1:]]
-        return median(ratios), flops(run) / flops(train)
-
-    return {"micro_batch": cost("micro_batch"), "sample": cost("sample")}
+    triples = [(seconds(train), seconds(score), seconds(train)) for _ in range(repeats + 1)]
+    ratios = [2 * own / (before + after) for before, own, after in triples[1:]]
+    return median(ratios), flops(score) / flops(train)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="score_cost",
-        description="Scores a micro-batch of random images, by micro-batch and by sample, between dense passes.",
+        description="Scores a micro-batch of random images between dense passes.",
     )
     add_config(parser)
     parser.add_argument("--repeats", type=whole_number(1), default=10, help="of each (default: 10)")
     options = parser.parse_args()
 
     def run() -> None:
-        config = load_config(options.config, options.overrides)
-        measured = benchmark(config, torch.device(device_type_of(config.engine.device)), options.repeats)
-        for granularity, (seconds, flops) in measured.items():
-            each = granularity.replace("_", "-")
-            print(
-                f"Fisher by {each}: {seconds:.2f} of the time and {flops:.2f} of the FLOPs of dense training"
-            )
+        config = read_config(options.config, options.overrides)
+        device = torch.device(device_type_of(config.engine.device))
+        seconds, flops = benchmark(config, device, options.repeats)
+        print(f"Fisher scores: {seconds:.2f} of the time and {flops:.2f} of the FLOPs of dense training")
 
     return run_guarded(None, run)
 

@@ -99,7 +99,7 @@ def benchmark(
     if notes:
         results["notes"] = notes
     results["placement_seconds"] = placement_seconds
-    results["bound"] = sum(upper_bound(knapsack) for knapsack in device_knapsacks(problem, 1.0, 1.0)) / dense
+    results["bound"] = sum(upper_bound(knapsack) for knapsack in device_knapsacks(problem)) / dense
     return results
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2ft_hpc.command import add_config, amount, connected, share, whole_number
-from d2ft_hpc.config import load_config
+from d2ft_hpc.config import read_config
 from d2ft_hpc.planning.tokens import TOKENS
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def add_benches(benches: Any) -> None:
     )
     add_workload(speed)
     speed.add_argument("--engine", default="deepspeed", choices=["deepspeed", "ddp", "fsdp2"])
+    add_layout(speed)
     speed.add_argument("--compile", action="store_true", help="dense and plan through torch.compile")
     speed.add_argument("--cuda-graphs", action="store_true", help="blocks launched as CUDA graphs")
     speed.add_argument("--planner", default=TOKENS.name)
@@ -102,6 +103,14 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
 
 
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `read_workload` that cut the model over ranks, for DeepSpeed's engines."""
+    parser.add_argument("--pipeline-stages", type=whole_number(1), default=1)
+    parser.add_argument(
+        "--tensor-parallel", type=whole_number(1), default=1, help="ranks that share each block"
+    )
+
+
 def read_workload(options: argparse.Namespace) -> Workload:
     """The settings that a bench's arguments give; the others keep their defaults."""
     import torch
@@ -138,7 +147,7 @@ def _data(options: argparse.Namespace) -> int:
 
         from d2ft_hpc.bench.data import benchmark
 
-        config = load_config(options.config, options.overrides)
+        config = read_config(options.config, options.overrides)
         measured = benchmark(config, torch.device(device_type_of(config.engine.device)), options.seconds)
         print(
             f"{measured['images_per_second']:.0f} images/s of {config.data.image_size} px to {measured['device']} with "

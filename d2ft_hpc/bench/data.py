@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.data.datasets import load_configured
+from d2ft_hpc.data.datasets import open_split
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
@@ -23,7 +23,7 @@ def benchmark(config: RunConfig, device: torch.device, seconds: float) -> dict[s
     """
     data = config.data
     mean, std = pixel_statistics(config.model.name, config.model.weights)
-    images = load_configured(data, "train", mean, std, seed=config.run.seed)
+    images = open_split(data, "train", mean, std, seed=config.run.seed)
     sampler = MicroBatchSampler(
         len(images),
         micro_batch_size=data.micro_batch_size,

@@ -19,16 +19,16 @@ from d2ft_hpc.bench.workload import (
     loss_of,
     make_optimizer,
     model_of,
-    solved,
+    posed,
     title,
 )
 from d2ft_hpc.engines.engine import MicroBatch
 from d2ft_hpc.engines.plain import PlainEngine
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.metering import meter
 from d2ft_hpc.metering.flops import token_curve_of
-from d2ft_hpc.planning import PLANNERS, Operation, SkipPlan
+from d2ft_hpc.planning import PLANNERS, Operation, SkipPlan, simulate, solve
 from d2ft_hpc.planning.tokens import TokenOptions
 
 _STEPS_OF_RUN = 1000
@@ -36,28 +36,31 @@ _STEPS_OF_RUN = 1000
 
 
 def speed(workload: Workload, control: Control, planner: str, compute_budget: float) -> dict[str, Any]:
-    """The ratio of step times under a plan and dense, beside what the plan promises, for an engine whose ranks each
-    hold the whole model (`analysis.engines.parallel` is for the others). Of planner tokens, the mean over a run's
-    steps."""
+    """The ratio of step times under a plan and dense, beside what the plan promises. Of planner tokens, the mean over a
+    run's steps."""
     entry = PLANNERS.get(planner)  # an unknown one is told where it is to plan
     sides = TokenOptions().sides if entry is not None and entry.scales_images else None
     built = build(workload, control, sides)
     engine, costs = built.engine, built.costs
-    shape = (workload.slots * control.world_size, *built.shape)
-    nothing = SkipPlan(np.full(shape, Operation.SHORTCUT, dtype=np.uint8), control.world_size)
-    dense = SkipPlan.dense(workload.slots, control.world_size, *shape[1:])
+    replicas, replica = built.placement.layout.replicas, built.placement.layout.replica
+    shape = (workload.slots * replicas, *built.shape)
+    nothing = SkipPlan(np.full(shape, Operation.SHORTCUT, dtype=np.uint8), replicas)
+    dense = SkipPlan.dense(workload.slots, replicas, *shape[1:])
     if sides is None:
-        made = share(
-            control, lambda: solved(built, workload, planner, compute_budget).to_message(), "the plan"
-        )
-        of_run = {"plan": (SkipPlan.from_message(made), 1.0)}
+        problem = posed(built, workload, compute_budget)
+        made = share(control, lambda: solve(problem, planner).to_message(), "the plan")
+        plan = SkipPlan.from_message(made)
+        of_run = {"plan": (plan, 1.0)}
+        promised = simulate(plan, problem).step / simulate(dense, problem).step
     else:
         curve = token_curve_of(costs, compute_budget, [1] * _STEPS_OF_RUN)
         of_run = {
             f"{down} x {across}": (dense.at((down, across)), steps / _STEPS_OF_RUN)
             for (down, across), steps in zip(curve.grids, curve.steps, strict=True)
         }
-    batch = batch_of(workload, control.rank)
+        by_flops = sum(weight * costs.planned_share(plan) for plan, weight in of_run.values())
+        promised = (by_flops - costs.always_share) / (1 - costs.always_share)
+    batch = batch_of(workload, replica)
 
     plans = {"dense": dense, **{name: plan for name, (plan, _) in of_run.items()}, "nothing": nothing}
     steps: dict[str, Callable[[], object]] = {name: lambda: engine.step(batch) for name in plans}
@@ -66,19 +69,11 @@ def speed(workload: Workload, control: Control, planner: str, compute_budget: fl
 
     def before(name: str) -> None:
         if name in plans:
-            engine.executor.activate(plans[name], control.rank)
+            engine.executor.activate(plans[name], replica)
 
     seconds = alternate(steps, workload.steps, workload.device, control, before)
     under_plan = np.sum([weight * seconds[name] for name, (_, weight) in of_run.items()], axis=0)
     always = float(np.median(seconds["nothing"] / seconds["dense"]))
-    by_replica = [
-        (
-            sum(weight * costs.of_replica(plan, replica).mean() for plan, weight in of_run.values())
-            - costs.always_flops
-        )
-        / (costs.dense_flops - costs.always_flops)
-        for replica in range(control.world_size)
-    ]
     return {
         **described(workload, control),
         "planner": planner,
@@ -87,7 +82,7 @@ def speed(workload: Workload, control: Control, planner: str, compute_budget: fl
         "dense_over_plain": asdict(Ratio.of(seconds["dense"], seconds["plain"])),
         "images_per_second": workload.slots
         * workload.micro_batch_size
-        * control.world_size
+        * replicas
         / float(np.median(under_plan)),
         "plan_over_dense": asdict(Ratio.of(under_plan, seconds["dense"])),
         "of_run": {
@@ -96,11 +91,11 @@ def speed(workload: Workload, control: Control, planner: str, compute_budget: fl
         },
         "promised_by_flops": sum(weight * costs.planned_share(plan) for plan, weight in of_run.values()),
         "always_share": always,
-        "promised_by_time": always + (1 - always) * max(by_replica),
+        "promised_by_time": always + (1 - always) * promised,
         "lookup_seconds": engine.executor.lookup_seconds,
         "bytes_sent": {
-            "dense": _bytes_sent(built, batch, dense, control),
-            "plan": _bytes_sent(built, batch, next(iter(of_run.values()))[0], control),
+            "dense": _bytes_sent(built, batch, dense),
+            "plan": _bytes_sent(built, batch, next(iter(of_run.values()))[0]),
         },
         "seconds": {name: of_name.tolist() for name, of_name in seconds.items()},
     }
@@ -122,7 +117,7 @@ def speed_report(result: Mapping[str, Any]) -> str:
             f"images under the plan    {result['images_per_second']:9.0f} a second, all ranks",
             f"promised by FLOPs        {result['promised_by_flops']:9.4f}",
             f"promised by time         {result['promised_by_time']:9.4f}  (what always runs, measured at "
-            f"{result['always_share']:.4f}, plus the busiest replica's share of the rest)",
+            f"{result['always_share']:.4f}, plus what the slowest ranks compute of the rest)",
             *(
                 f"{name + ', bytes a step':25s}{result['bytes_sent']['plan'].get(name, 0):9d} of {sent} dense"
                 for name, sent in result["bytes_sent"]["dense"].items()
@@ -131,9 +126,9 @@ def speed_report(result: Mapping[str, Any]) -> str:
     )
 
 
-def _bytes_sent(built: Built, batch: list[MicroBatch], plan: SkipPlan, control: Control) -> dict[str, int]:
+def _bytes_sent(built: Built, batch: list[MicroBatch], plan: SkipPlan) -> dict[str, int]:
     """What a rank sends in a step, by collective, counted where it is issued."""
-    built.engine.executor.activate(plan, control.rank)
+    built.engine.executor.activate(plan, built.placement.layout.replica)
     with meter() as metered:
         built.engine.step(batch)
     return dict(metered.bytes_sent)

@@ -23,7 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from d2ft_hpc.bench.turns import Ratio
 from d2ft_hpc.errors import ConfigError
-from d2ft_hpc.execution.executor import PlanExecutor, attach
+from d2ft_hpc.execution.attach import attach
+from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.metering.memory import kept_bytes
 from d2ft_hpc.model.build import build_model

@@ -18,17 +18,19 @@ from d2ft_hpc.engines.ddp import DdpEngine
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
 from d2ft_hpc.engines.engine import Engine, MicroBatch
 from d2ft_hpc.engines.fsdp import FsdpEngine
+from d2ft_hpc.engines.model_parallel import CutModel
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.errors import ConfigError
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.model.build import build_model
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.parallel.stages import cut_stages, layer_flops
-from d2ft_hpc.planning import SkipPlan, pose, solve
+from d2ft_hpc.planning import PlanProblem, pose
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,13 @@ def build(workload: Workload, control: Control, sides: Sequence[float] | None = 
     config = engine_config(workload)
     low_dtype = torch.bfloat16 if workload.precision == "bf16" else None
     engine: Engine
-    if layout.is_cut:
+    if layout.is_cut and workload.engine == "ddp":
+        raise ConfigError(
+            "--engine ddp: every rank has the whole model; use deepspeed, or fsdp2 without a pipeline"
+        )
+    if layout.is_cut and workload.engine == "deepspeed":
         kind = PipelineEngine if layout.stages > 1 else TensorParallelEngine
-        engine = kind(model, executor, placement, make_optimizer, loss_of, config, control)
+        engine = kind(CutModel(model, executor, placement, control, make_optimizer), loss_of, config)
     elif workload.engine == "deepspeed":
         engine = DeepSpeedEngine(model, executor, *make_optimizer(model), loss_of, config, flattens=True)
     elif workload.engine == "ddp":
@@ -130,11 +136,11 @@ def batch_of(workload: Workload, rank: int) -> list[MicroBatch]:
     ]
 
 
-def solved(built: Built, workload: Workload, planner: str, compute_budget: float) -> SkipPlan:
-    """A plan for random scores."""
+def posed(built: Built, workload: Workload, compute_budget: float) -> PlanProblem:
+    """The problem of random scores."""
     rows = workload.slots * built.placement.layout.replicas
     scores = np.random.default_rng(0).random((2, rows, *built.shape))
-    return solve(pose(scores, built.costs, built.placement, compute_budget=compute_budget), planner)
+    return pose(scores, built.costs, built.placement, compute_budget=compute_budget)
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -132,73 +132,41 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             return self._of_sample(image)
 
 
-def load(
-    name: str,
-    *,
-    image_size: int,
+def open_split(
+    config: DataConfig,
     split: Split,
-    root: Path | None = None,
-    classes: Sequence[int] | None = None,
-    augment: Augmentation | Literal["auto"] = "auto",
-    timm_options: Mapping[str, Any] | None = None,
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     std: Sequence[float] = (0.5, 0.5, 0.5),
-    train_fraction: float = 1.0,
-    validation_fraction: float = 0.0,
-    split_seed: int = 0,
+    *,
+    seed: int = 0,
 ) -> LabelledImages:
-    """Open a data set (see `open_source` for names and roots).
+    """The images of a data set (see `open_source` for names and roots).
 
     split: "validation" is `validation_fraction` of the training set, held out of it; "train" is `train_fraction` of
-    the rest. Both are stratified and decided by `split_seed` alone.
-    classes: keeps only these of the source's labels; `classes[k]` becomes label k.
-    augment: of the training split only. "auto": none for digits, "shift" for pixels up to 64 x 64, else "resized_crop".
+    the rest. Both are stratified and decided by `seed` alone. `classes[k]` becomes label k.
     Pixels in [0, 1] become (pixel - mean) / std per channel.
     Raises DataError if files are absent or damaged, or a class would have no image.
     """
-    source = open_source(name, root, "test" if split == "test" else "train")
+    root, classes = None if config.root is None else Path(config.root), config.classes
+    source = open_source(config.name, root, "test" if split == "test" else "train")
     kept = _label_of(source, classes)
     chosen = np.flatnonzero(kept >= 0)
     if split != "test":
         parts = training_and_validation(
             kept[chosen],
-            train_fraction=train_fraction,
-            validation_fraction=validation_fraction,
-            seed=split_seed,
+            train_fraction=config.train_fraction,
+            validation_fraction=config.validation_fraction,
+            seed=seed,
         )
         chosen = chosen[parts[0 if split == "train" else 1]]
         if not len(chosen):
             raise DataError("data.validation_fraction=0 leaves no validation split: set it, such as 0.1")
-    if augment == "auto":
-        augment = _automatic(name, source)
     return LabelledImages(
         source,
         chosen,
         kept[chosen],
         source.class_names if classes is None else tuple(source.class_names[each] for each in classes),
-        *_transforms(
-            source, augment, image_size, split == "train", tuple(mean), tuple(std), timm_options or {}
-        ),
-    )
-
-
-def load_configured(
-    config: DataConfig, split: Split, mean: Sequence[float], std: Sequence[float], *, seed: int
-) -> LabelledImages:
-    """The split that a run's configuration describes; see `load`. seed: the run's."""
-    return load(
-        config.name,
-        image_size=config.image_size,
-        split=split,
-        root=None if config.root is None else Path(config.root),
-        classes=config.classes,
-        augment=config.augment,
-        timm_options=config.transform_options,
-        mean=mean,
-        std=std,
-        train_fraction=config.train_fraction,
-        validation_fraction=config.validation_fraction,
-        split_seed=seed,
+        *_transforms(source, config, split == "train", tuple(mean), tuple(std)),
     )
 
 
@@ -240,14 +208,10 @@ def _automatic(name: str, source: Source) -> Augmentation:
 
 
 def _transforms(
-    source: Source,
-    augment: Augmentation,
-    image_size: int,
-    training: bool,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    timm_options: Mapping[str, Any],
+    source: Source, config: DataConfig, training: bool, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> tuple[SampleTransform | None, BatchTransform | None]:
+    augment = _automatic(config.name, source) if config.augment == "auto" else config.augment
+    image_size = config.image_size
     cropped = augment in ("resized_crop", "timm")
     shift = training and augment == "shift"
     flip = training and augment in ("shift", "resized_crop")
@@ -258,6 +222,11 @@ def _transforms(
             crop = "random" if training else "central"
         return None, BatchTransform(image_size, mean, std, crop, shift, flip)
     of_sample = sample_transform(
-        augment, image_size, training=training, mean=mean, std=std, timm_options=timm_options
+        augment,
+        image_size,
+        training=training,
+        mean=mean,
+        std=std,
+        timm_options=config.transform_options,
     )
     return of_sample, None if by_timm else BatchTransform(image_size, mean, std, "whole", shift, flip)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.transforms import v2
 
-from d2ft_hpc.data.datasets import load
+from d2ft_hpc.config import DataConfig
+from d2ft_hpc.data.datasets import open_split
 from d2ft_hpc.data.loader import eval_loader, train_loader
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.demo.model import DEMO_WEIGHTS, vit_digits_demo
@@ -25,13 +26,14 @@ from d2ft_hpc.demo.model import DEMO_WEIGHTS, vit_digits_demo
 DIGITS = range(5)
 TURNS = 4
 SEED, EPOCHS, BATCH, PEAK_LR, WEIGHT_DECAY = 0, 60, 16, 5e-4, 0.05
+DATA = DataConfig(name="digits", classes=list(DIGITS), micro_batch_size=BATCH, slots=1)
 
 
 def pretrain(file: Path) -> float:
     """Train from scratch, write the weights without the classifier as fp16, return `accuracy`."""
     torch.manual_seed(SEED)
     model = vit_digits_demo(num_classes=TURNS * len(DIGITS))
-    train = load("digits", image_size=32, split="train", classes=DIGITS)
+    train = open_split(DATA, "train")
     sampler = MicroBatchSampler(len(train), micro_batch_size=BATCH, slots=1, replicas=1, replica=0, seed=SEED)
     batches = train_loader(train, sampler)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
@@ -84,7 +86,7 @@ def turned(images: Tensor, turns: Tensor) -> Tensor:
 def accuracy(model: nn.Module) -> float:
     """Top-1 among the five digits on their upright held-out images."""
     model.eval()
-    test = load("digits", image_size=32, split="test", classes=DIGITS)
+    test = open_split(DATA, "test")
     hits = 0
     for images, labels in eval_loader(test, batch_size=64):
         hits += int((model(images)[:, : len(DIGITS)].argmax(1) == labels).sum())

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from d2ft_hpc.config import RunConfig, load_config
+from d2ft_hpc.config import RunConfig, read_config
 from d2ft_hpc.doctor.finding import Finding, as_json, as_text, of_all_ranks, of_error
 from d2ft_hpc.errors import ConfigError, LaunchError
 from d2ft_hpc.launch import Control, LaunchEnvironment, connect, detect, device_type_of
@@ -27,7 +27,7 @@ def examine(path: Path, overrides: Sequence[str], *, json: bool) -> int:
     rank = likely_rank()
     control: Control | None = None
     try:
-        config = load_config(path, overrides)
+        config = read_config(path, overrides)
         environment = detect()
         rank = environment.rank
         left = seconds_left() if rank == 0 else None

@@ -62,7 +62,7 @@ def check_plans(job: Job) -> list[Finding]:
     if context.curve is not None:
         share, images = (
             share * context.curve.share,
-            f", images of {context.curve.in_words(job.executor.patch_size)}",
+            f", images of {context.curve.in_words(job.executor.images.patch_size)}",
         )
     price = job.config.plan.price
     return [

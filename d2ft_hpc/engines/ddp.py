@@ -83,7 +83,7 @@ class DdpEngine(PlainEngine):
         **options: Any,
     ) -> None:
         """options: those of PlainEngine except `cuda_graphs`."""
-        executor.flat = FlatParameters(model, executor.blocks, optimizer)
+        executor.flat = FlatParameters(model, executor.blocks, optimizer.param_groups)
         super().__init__(model, executor, optimizer, schedule, loss_function, **options)
         device = next(model.parameters()).device
         # Gradients stay in the buckets that are reduced and are divided bucket by bucket, so that nothing is launched

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.engines.deepspeed_keys import zero_stage
-from d2ft_hpc.engines.deepspeed_private import import_deepspeed, take_step
+from d2ft_hpc.engines.deepspeed_private import import_deepspeed, name_parts, take_step
 from d2ft_hpc.engines.deepspeed_settings import check_settings
 from d2ft_hpc.engines.engine import (
     LossFunction,
@@ -106,10 +106,12 @@ class DeepSpeedEngine:
         slot_source: Callable[[], int] | None = None,
         is_boundary: Callable[[], bool] | None = None,
         flattens: bool = False,
+        hides_flat: bool = False,
         **given: Any,
     ) -> None:
         """slot_source: as `PlanExecutor.bind` takes it. is_boundary: as `ZeroRules.prepare` takes it.
-        flattens: whether each block's parameters become a few flat ones, below stage 3; `optimizer` is torch's then.
+        flattens: whether each block's parameters become a few flat ones, below stage 3. hides_flat: whether scripts
+        that look at the model find its own parameters nevertheless; with ZeRO 1 and 2 only.
         given: other arguments of `deepspeed.initialize`; optimizer and schedule may have any form that it takes."""
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False)
@@ -117,8 +119,10 @@ class DeepSpeedEngine:
         self._twin = self.rules.twin_of(model)
         # Stage 3 frees a parameter by giving it another tensor, and views would keep the one that it had.
         if flattens and self.rules.stage < 3:
-            assert isinstance(optimizer, Optimizer)
-            executor.flat = FlatParameters(model, executor.blocks, optimizer)
+            groups = _groups(model, optimizer, given.pop("model_parameters", None))
+            executor.flat = FlatParameters(model, executor.blocks, groups, keeps_parts=hides_flat)
+            if not isinstance(optimizer, Optimizer):
+                given["model_parameters"] = groups
         self.rules.prepare(model, executor, slot_source, is_boundary)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.made = deepspeed.initialize(
@@ -134,6 +138,9 @@ class DeepSpeedEngine:
         self._model, self.executor, self._loss_function = model, executor, loss_function
         reduce_trained_blocks(self.engine, model, executor)
         self._dtype = next(model.parameters()).dtype
+        if executor.flat is not None and hides_flat:
+            name_parts(self.engine, executor.flat.parts_of)
+            executor.flat.hide()
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
         report = StepReport(learning_rate=self.engine.get_lr()[0])
@@ -182,12 +189,28 @@ class DeepSpeedEngine:
         return self.rules.full_model(self._model, self._twin, self.executor.flat)
 
     def save(self, folder: Path, write: StateWriter) -> None:
-        state = collect(self._model, self.engine)
+        with self._with_flats():
+            state = collect(self._model, self.engine)
         if dist.get_rank() == 0:
             state.schedule = schedule_numbers(self.engine.lr_scheduler)
             state.with_parts(self.executor.flat).write(folder, write)
 
     def restore(self, folder: Path) -> None:
         state = PortableState.read(folder).with_flats(self.executor.flat)
-        restore(state, self._model, self.engine)
+        with self._with_flats():
+            restore(state, self._model, self.engine)
         restore_schedule(self.engine.lr_scheduler, state.schedule)
+
+    def _with_flats(self) -> AbstractContextManager[None]:
+        """Inside, the model has the parameters that DeepSpeed knows."""
+        flat = self.executor.flat
+        return nullcontext() if flat is None else flat.shown()
+
+
+def _groups(model: nn.Module, optimizer: Any, parameters: Any) -> list[dict[str, Any]]:
+    """The groups of parameters that DeepSpeed's optimiser will have. parameters: what `deepspeed.initialize` takes as
+    `model_parameters`."""
+    if isinstance(optimizer, Optimizer):
+        return optimizer.param_groups
+    given: list[Any] = list(model.parameters() if parameters is None else parameters)
+    return given if all(isinstance(each, dict) for each in given) else [{"params": given}]

@@ -7,6 +7,7 @@ import contextlib
 import io
 import itertools
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from d2ft_hpc.engines.private_names import (
     DIVIDES_FROM,
+    PADDING,
     SCALE_AT_MINIMUM,
     SCALER_COUNTERS,
     changed,
@@ -26,6 +28,7 @@ from d2ft_hpc.engines.private_names import (
     replace,
 )
 from d2ft_hpc.errors import DivergedError
+from d2ft_hpc.execution.flat_parameters import Part
 from d2ft_hpc.launch.agree import AgreedError
 from d2ft_hpc.parallel.rank_layout import RankLayout
 
@@ -160,6 +163,55 @@ def whole(parameter: nn.Parameter, *, written: bool = False) -> Iterator[Tensor]
         return
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if written else None):
         yield parameter.data
+
+
+def name_parts(engine: Any, parts_of: Callable[[str], Sequence[Part]]) -> None:
+    """Lets checkpoints of ZeRO 1 and 2 name the parts of flat parameters, which lie in their order, as without these.
+
+    parts_of: of a parameter by its name in the model; none of one that is not flat.
+    """
+    means = "which says what lies where in partitions of the weights"
+    shapes = expect(engine, "_get_zero_param_shapes", means)
+
+    def of_parts() -> list[dict[str, torch.Size]]:
+        return [
+            OrderedDict(
+                (path, of_path)
+                for name, shape in group.items()
+                for path, of_path in [(part.path, part.shape) for part in parts_of(name)] or [(name, shape)]
+            )
+            for group in shapes()
+        ]
+
+    replace(engine, "_get_zero_param_shapes", of_parts, means)
+    by_name = {name: parameter for parameter, name in expect(engine, "param_names", means).items()}
+    fragments = [
+        OrderedDict(
+            (path, address)
+            for name, fragment in group.items()
+            for path, address in _fragments(by_name[name], parts_of(name)) or [(name, fragment)]
+        )
+        for group in expect(engine.optimizer, "_param_slice_mappings", means)
+    ]
+    replace(engine.optimizer, "_param_slice_mappings", fragments, means)
+    if hasattr(engine.optimizer, PADDING):  # the newest ones
+        nothing = [[0] * len(of_group) for of_group in of_parts()]
+        replace(engine.optimizer, PADDING, nothing, means)
+
+
+def _fragments(parameter: Any, parts: Sequence[Part]) -> list[tuple[str, Any]]:
+    """Where this rank's partition has what of each part of a flat parameter."""
+    found = []
+    mapping = expect(parameter, "_hp_mapping", "what a partition has of a parameter")
+    own, kept = mapping.lp_fragment_address, mapping.hp_fragment_address
+    begin = 0
+    for part in parts:
+        first = max(begin, own.start)
+        end = min(begin + part.shape.numel(), own.start + own.numel)
+        if first < end:
+            found.append((part.path, type(kept)(end - first, kept.start + first - own.start)))
+        begin += part.shape.numel()
+    return found
 
 
 def grid_of(layout: RankLayout) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.families.table import backbone_of, family_of
 from d2ft_hpc.metering import phases
@@ -19,6 +20,9 @@ from d2ft_hpc.planning import SkipPlan
 
 MicroBatch = tuple[Tensor, Tensor]
 """Images [sample, channel, height, width] and labels [sample], on the model's device."""
+
+Inputs = Tensor | Mapping[str, Tensor]
+"""What a model takes of some samples: images [sample, channel, height, width], or tensors by name."""
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """Mean loss of logits [sample, class] and labels [sample]."""
@@ -88,21 +92,30 @@ class Engine(Protocol):
         ...
 
 
-def evaluated(model: nn.Module, images: Sequence[Tensor]) -> list[Tensor]:
-    """`Engine.logits` of a model that this rank can run."""
+def evaluated(model: nn.Module, micro_batches: Sequence[Inputs]) -> list[Tensor]:
+    """`Engine.logits` of a model that this rank can run; of text, they are [sample, token, word]."""
     backbone, dtype = backbone_of(model), next(model.parameters()).dtype
     family = family_of(backbone)
     if backbone is not model:
         with family.taking_any_size(backbone), evaluating(model):
-            return [logits_of(model(of_slot.to(dtype))) for of_slot in images]
+            return [logits_of(model, each, dtype) for each in micro_batches]
     twin = family.of_any_size(model)
     with evaluating(model):
-        return [logits_of(twin(of_slot.to(dtype))) for of_slot in images]
+        return [logits_of(twin, each, dtype) for each in micro_batches]
 
 
-def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output, which transformers' models wrap."""
-    logits: Tensor = getattr(output, "logits", output)
+def logits_of(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None = None) -> Tensor:
+    """What the model computes, which transformers' models wrap. dtype: that images get; None: they keep theirs.
+
+    Raises PlanError where it computes no logits.
+    """
+    output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs.to(dtype))
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise PlanError(
+            f"{type(model).__name__} gives no logits, by which samples are scored: give it with its head, or "
+            f"use another planner than samples"
+        )
     return logits
 
 

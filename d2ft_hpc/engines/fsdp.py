@@ -10,9 +10,9 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_
 from d2ft_hpc.engines.private_names import expect
 from d2ft_hpc.engines.sharded import collect, restore, whole_weights
 from d2ft_hpc.errors import ConfigError, PlanError
+from d2ft_hpc.execution.copies import leave_out_of_copies
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.execution.gradients import Reduction
@@ -112,15 +113,29 @@ class _Gathers:
 def _let_pass(block: nn.Module, index: int, gathers: _Gathers) -> None:
     """Gives the block a class, as fully_shard does, whose call leaves out FSDP's hooks where the block can be
     skipped."""
-    of_block: Any = type(block)
+    own = {_PASSES: partial(gathers.can_pass, block, index)}
+    vars(block).update(own)
+    leave_out_of_copies(block, own)
+    if not hasattr(type(block), _PASSES):
+        block.__class__ = _passing(cast(Any, type(block)))
+
+
+_PASSES = "_d2ft_passes"
+"""A block's attribute: whether it can be skipped now."""
+
+
+@cache
+def _passing(of_block: Any) -> Any:
+    """One class for all blocks of a class: torch.compile makes kernels for each class anew."""
 
     def call(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if gathers.can_pass(self, index):
+        passes = getattr(self, _PASSES)
+        if passes is not None and passes():
             return x
         result: Tensor = of_block.__call__(self, x, *args, **kwargs)
         return result
 
-    block.__class__ = type(of_block.__name__, (of_block,), {"__call__": call})
+    return type(of_block.__name__, (of_block,), {"__call__": call, _PASSES: None})
 
 
 def _group(block: Any) -> Any:
@@ -201,7 +216,7 @@ class FsdpEngine(PlainEngine):
             optimizer, schedule = make_optimizer(model)
         else:
             optimizer, schedule = make_optimizer(model)  # its groups say which parameters are alike
-            executor.flat = FlatParameters(model, executor.blocks, optimizer)
+            executor.flat = FlatParameters(model, executor.blocks, optimizer.param_groups)
             names = {parameter: name for name, parameter in model.named_parameters()}
             self._kept_bytes = shard(model, mesh["replica"], param_dtype, kept_bytes)
             spread = dict(model.named_parameters())

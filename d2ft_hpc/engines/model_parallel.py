@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control
 from d2ft_hpc.parallel.full_tensors import gather_full_tensors, part_of
 from d2ft_hpc.parallel.model_part import ModelPart
-from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
+from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.parallel.tensor import share_blocks
 
 PLACEMENT = "placement.json"
@@ -37,10 +38,24 @@ def no_options(part: nn.Module) -> Mapping[str, Any]:
     return {}
 
 
-def share_part(
-    part: ModelPart, executor: PlanExecutor, placement: Placement, group: distributed.ProcessGroup
-) -> PlanExecutor:
+@dataclass(frozen=True)
+class CutModel:
+    """A model of which each rank trains a part.
+
+    whole: the ranks copy their parts of it. executor: attached to it. placement: which rank has which part.
+    """
+
+    whole: nn.Module
+    executor: PlanExecutor
+    placement: Placement
+    control: Control
+    make_optimizer: MakeOptimizer
+    options_for: OptionsFor = no_options
+
+
+def share_part(part: ModelPart, cut: CutModel, group: distributed.ProcessGroup) -> PlanExecutor:
     """Cuts a part by head over a tensor-parallel group; returns the executor that its blocks follow from now on."""
+    executor, placement = cut.executor, cut.placement
     layout = placement.layout
     if layout.tensor_ranks > 1:
         blocks = {int(index): block for index, block in part.blocks.items()}
@@ -52,81 +67,74 @@ def share_part(
     return executor
 
 
-def share_logits(
-    own: Sequence[Tensor],
-    images: Sequence[Tensor],
-    part: ModelPart,
-    layout: RankLayout,
-    group: distributed.ProcessGroup,
-) -> list[Tensor]:
-    """Sends the logits [sample, class] of one rank of the last stage to all ranks of a replica, which call it
-    together. own: that rank's logits for each of `images`; not read on other ranks. group: the replica's ranks.
-    """
-    source = layout.rank_of(stage=layout.stages - 1, replica=layout.replica)
-    samples = [len(of_slot) for of_slot in images]
-    if layout.rank == source:
-        shared = torch.cat([logits.float() for logits in own])
-    else:
-        shared = torch.empty(sum(samples), part.num_classes, device=images[0].device)
-    distributed.broadcast(shared, source, group=group)
-    return list(shared.split(samples))
+class CutEngine:
+    """What engines have in common whose ranks each train a part of a model; all ranks call its methods together."""
 
+    engine: Any
+    """DeepSpeed's."""
+    _cut: CutModel
+    _part: ModelPart
+    _replica_group: distributed.ProcessGroup
 
-@contextmanager
-def full_model(
-    model: nn.Module, part: nn.Module, executor: PlanExecutor, placement: Placement, control: Control
-) -> Iterator[nn.Module]:
-    """The whole `model` with the trained weights of all ranks' parts; entered by all ranks together."""
-    own = {name: full_precision(parameter) for name, parameter in part.named_parameters()}
-    targets = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in gather_full_tensors(own, executor.subnets, placement, control).items():
-            targets[name].copy_(value)
-    yield model
+    @property
+    def part(self) -> ModelPart:
+        return self._part
 
+    def share_logits(self, own: Sequence[Tensor], images: Sequence[Tensor]) -> list[Tensor]:
+        """Sends the logits [sample, class] of one rank of the last stage to all ranks of a replica. own: that rank's
+        logits for each of `images`; not read on other ranks."""
+        layout = self._cut.placement.layout
+        source = layout.rank_of(stage=layout.stages - 1, replica=layout.replica)
+        samples = [len(of_slot) for of_slot in images]
+        if layout.rank == source:
+            shared = torch.cat([logits.float() for logits in own])
+        else:
+            shared = torch.empty(sum(samples), self._part.num_classes, device=images[0].device)
+        distributed.broadcast(shared, source, group=self._replica_group)
+        return list(shared.split(samples))
 
-def save_state(
-    folder: Path,
-    write: StateWriter,
-    part: nn.Module,
-    engine: Any,
-    executor: PlanExecutor,
-    placement: Placement,
-    control: Control,
-) -> None:
-    """Writes the whole model's portable state and the placement; all ranks call it together. engine: DeepSpeed's."""
-    own = collect(part, engine)
-    state = PortableState(
-        gather_full_tensors(own.weights, executor.subnets, placement, control),
-        {
-            kind: gather_full_tensors(own.moments.get(kind, {}), executor.subnets, placement, control)
-            for kind in _kinds_of_all(own, control)
-        },
-        own.numbers,
-        schedule_numbers(engine.lr_scheduler),
-    )
-    if control.rank == 0:
-        state.write(folder, write)
-        placement.write(folder / PLACEMENT)
+    @contextmanager
+    def full_model(self) -> Iterator[nn.Module]:
+        """The whole model with the trained weights of all ranks' parts."""
+        own = {name: full_precision(parameter) for name, parameter in self._part.named_parameters()}
+        targets = dict(self._cut.whole.named_parameters())
+        with torch.no_grad():
+            for name, value in self._of_all_parts(own).items():
+                targets[name].copy_(value)
+        yield self._cut.whole
 
+    def save(self, folder: Path, write: StateWriter) -> None:
+        """Writes the whole model's portable state and the placement."""
+        own, control = collect(self._part, self.engine), self._cut.control
+        state = PortableState(
+            self._of_all_parts(own.weights),
+            {kind: self._of_all_parts(own.moments.get(kind, {})) for kind in _kinds_of_all(own, control)},
+            own.numbers,
+            schedule_numbers(self.engine.lr_scheduler),
+        )
+        if control.rank == 0:
+            state.write(folder, write)
+            self._cut.placement.write(folder / PLACEMENT)
 
-def load_state(
-    folder: Path, part: nn.Module, engine: Any, executor: PlanExecutor, placement: Placement
-) -> None:
-    """Loads this rank's part of a portable state, whatever layout saved it; all ranks call it together."""
-    state = PortableState.read(folder)
-    names = {name for name, _ in part.named_parameters()}
+    def restore(self, folder: Path) -> None:
+        """Restores this rank's part of a portable state, whatever layout saved it."""
+        state = PortableState.read(folder)
+        names = {name for name, _ in self._part.named_parameters()}
 
-    def of_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return part_of(tensors, names, executor.subnets, placement)
+        def of_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return part_of(tensors, names, self._cut.executor.subnets, self._cut.placement)
 
-    own = PortableState(
-        of_part(state.weights),
-        {kind: of_part(tensors) for kind, tensors in state.moments.items()},
-        state.numbers,
-    )
-    restore(own, part, engine)
-    restore_schedule(engine.lr_scheduler, state.schedule)
+        own = PortableState(
+            of_part(state.weights),
+            {kind: of_part(tensors) for kind, tensors in state.moments.items()},
+            state.numbers,
+        )
+        restore(own, self._part, self.engine)
+        restore_schedule(self.engine.lr_scheduler, state.schedule)
+
+    def _of_all_parts(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        cut = self._cut
+        return gather_full_tensors(own, cut.executor.subnets, cut.placement, cut.control)
 
 
 def _kinds_of_all(state: PortableState, control: Control) -> list[str]:

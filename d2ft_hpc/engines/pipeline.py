@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, distributed, nn
@@ -27,75 +26,51 @@ from d2ft_hpc.engines.deepspeed_private import (
 from d2ft_hpc.engines.engine import (
     LossFunction,
     MicroBatch,
-    StateWriter,
     StepReport,
     zero_missing_gradients,
 )
-from d2ft_hpc.engines.model_parallel import (
-    MakeOptimizer,
-    OptionsFor,
-    full_model,
-    load_state,
-    no_options,
-    save_state,
-    share_logits,
-    share_part,
-)
+from d2ft_hpc.engines.model_parallel import CutEngine, CutModel, share_part
 from d2ft_hpc.engines.replicas import reduce_trained_blocks
 from d2ft_hpc.engines.state_bytes import bytes_to_come
-from d2ft_hpc.execution.executor import PlanExecutor
-from d2ft_hpc.launch import Control
 from d2ft_hpc.metering.phases import phase
 from d2ft_hpc.model.evaluating import evaluating
 from d2ft_hpc.parallel.model_part import ModelPart
-from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning import Operation, SkipPlan
 
 
-class PipelineEngine:
+class PipelineEngine(CutEngine):
     """Trains one stage of one replica. torch.distributed must be initialised."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        executor: PlanExecutor,
-        placement: Placement,
-        make_optimizer: MakeOptimizer,
-        loss_function: LossFunction,
-        config: Mapping[str, Any],
-        control: Control,
-        *,
-        options_for: OptionsFor = no_options,
-    ) -> None:
-        """model: the whole one; the ranks copy their parts of it. executor: attached to it. config: DeepSpeed's."""
+    def __init__(self, cut: CutModel, loss_function: LossFunction, config: Mapping[str, Any]) -> None:
+        """config: DeepSpeed's."""
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False)
         from deepspeed.pipe import LayerSpec, PipelineModule
 
-        layers = [LayerSpec(ModelPart, model, blocks, executor) for blocks in placement.stages]
+        layers = [LayerSpec(ModelPart, cut.whole, blocks, cut.executor) for blocks in cut.placement.stages]
         with contextlib.redirect_stdout(
             io.StringIO()
         ):  # DeepSpeed prints its partition, which has one layer for each stage
             self._module = PipelineModule(
                 layers,
-                topology=topology_of(placement.layout),
+                topology=topology_of(cut.placement.layout),
                 loss_fn=loss_function,
                 partition_method="uniform",
                 dynamic_shape=True,  # the micro-batches of an epoch's last batch differ in size
             )
         (self._part,) = (child for child in self._module.children() if isinstance(child, ModelPart))
         grid = self._module.mpu()
-        self.executor = share_part(self._part, executor, placement, grid.get_slice_parallel_group())
+        self.executor = share_part(self._part, cut, grid.get_slice_parallel_group())
         self._replica_group = grid.get_model_parallel_group()
-        self._model, self._placement, self._control = model, placement, control
-        optimizer, schedule = make_optimizer(self._part)
+        self._cut, self._placement = cut, cut.placement
+        optimizer, schedule = cut.make_optimizer(self._part)
         self._trained = [parameter for parameter in self._part.parameters() if parameter.requires_grad]
         self.made = deepspeed.initialize(
             model=self._module,
             optimizer=optimizer,
             lr_scheduler=schedule,
             config={**config, "pipeline": {**_WHOLE_MESSAGES, **config.get("pipeline", {})}},
-            **{"model_parameters": self._trained, **options_for(self._part)},
+            **{"model_parameters": self._trained, **cut.options_for(self._part)},
         )
         """What `deepspeed.initialize` returned: the engine, and what belongs to it."""
         self.engine = self.made[0]
@@ -128,10 +103,6 @@ class PipelineEngine:
             zero_missing_master_gradients(self.engine)
 
     @property
-    def part(self) -> ModelPart:
-        return self._part
-
-    @property
     def same_rows(self) -> str | None:
         return None
 
@@ -156,9 +127,8 @@ class PipelineEngine:
             for of_slot in images:
                 x = of_slot.to(dtype)
                 if not self._part.is_first:
-                    x = x.new_empty(
-                        len(x), family.tokens(self._model, *x.shape[-2:]), family.width(self._model)
-                    )
+                    whole = self._cut.whole
+                    x = x.new_empty(len(x), family.tokens(whole, *x.shape[-2:]), family.width(whole))
                     distributed.recv(x, below)
                 outputs.append(part(x))
                 if not self._part.is_last:
@@ -166,16 +136,7 @@ class PipelineEngine:
         for message in sending:
             if message is not None:  # a rank outside the group has no message to wait for
                 message.wait()
-        return share_logits(outputs, images, self._part, layout, self._replica_group)
-
-    def full_model(self) -> AbstractContextManager[nn.Module]:
-        return full_model(self._model, self._part, self.executor, self._placement, self._control)
-
-    def save(self, folder: Path, write: StateWriter) -> None:
-        save_state(folder, write, self._part, self.engine, self.executor, self._placement, self._control)
-
-    def restore(self, folder: Path) -> None:
-        load_state(folder, self._part, self.engine, self.executor, self._placement)
+        return self.share_logits(outputs, images)
 
     def _gradient_is_needed(self, stage: int, slot: int) -> bool:
         """Whether anything below `stage` is trained by a micro-batch."""

@@ -30,8 +30,9 @@ from d2ft_hpc.engines.portable import (
     schedule_numbers,
 )
 from d2ft_hpc.engines.state_bytes import bytes_to_come
+from d2ft_hpc.execution.block_runner import MOST_SHAPES
 from d2ft_hpc.execution.cuda_graph import CudaGraphs
-from d2ft_hpc.execution.executor import MOST_SHAPES, PlanExecutor
+from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.planning import SkipPlan
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from d2ft_hpc.engines.fsdp import gathers_again
 from d2ft_hpc.engines.replicas import trained_blocks
-from d2ft_hpc.execution.executor import EmbeddingPolicy, PlanExecutor
-from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
+from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.model.subnets import ParameterClass
 from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
 from d2ft_hpc.planning import Operation, SkipPlan
@@ -36,21 +36,21 @@ class PlannedBytes:
     def __init__(
         self,
         model: nn.Module,
-        subnets: SubnetMap,
+        executor: PlanExecutor,
         placement: Placement,
         *,
         slots: int,
         micro_batch_size: int,
         precision: str,
         data_parallel: DataParallel,
-        embeddings: EmbeddingPolicy,
         around: nn.Module | None = None,
     ) -> None:
-        """model: the whole one, as the engine left it. around: the user's own model around it, whose other parameters
-        are reduced, too. slots: micro-batches of a replica in a step. precision: "fp32", "bf16", "fp16"."""
+        """model: the whole one, as the engine left it. executor: the engine's. around: the user's own model around
+        it, whose other parameters are reduced, too. slots: micro-batches of a replica in a step. precision: "fp32",
+        "bf16", "fp16"."""
         layout = placement.layout
         self._placement, self._slots, self._data_parallel = placement, slots, data_parallel
-        self._embeddings = embeddings
+        self._executor, subnets = executor, executor.subnets
         self._blocks, self._heads = subnets.num_blocks, subnets.num_heads
         self._newest: tuple[SkipPlan | None, dict[str, float]] | None = None
         whole, half = (4, 4) if precision == "fp32" else (4, 2)
@@ -109,8 +109,9 @@ class PlannedBytes:
         dense = SkipPlan.dense(self._slots, plan.replicas, plan.num_blocks, plan.num_heads)
         return self.of(dense, token_layout)
 
-    def columns(self, executor: PlanExecutor) -> dict[str, float]:
+    def columns(self) -> dict[str, float]:
         """`planned_bytes` and `dense_bytes` of a step under the plan in force, or under none: dense."""
+        executor = self._executor
         if self._newest is None or self._newest[0] is not executor.plan:
             replicas = self._placement.layout.replicas
             plan = executor.plan or SkipPlan.dense(self._slots, replicas, self._blocks, self._heads)
@@ -125,7 +126,7 @@ class PlannedBytes:
             return 0.0
         if self._data_parallel == "fsdp2":
             operations = plan.operations
-            if self._embeddings == "complete_path":  # block 0 always runs, because of the embeddings
+            if self._executor.detach_incomplete:  # block 0 always runs, because of the embeddings
                 operations = operations.copy()
                 operations[:, 0] = np.maximum(operations[:, 0], Operation.FORWARD_ONLY)
             sent = fsdp2_bytes(operations, layout.replicas, self._parameters, self._trained, self._gathers)
@@ -185,7 +186,7 @@ class PlannedBytes:
         if not is_first:
             below = (operations[:, placement.stage < layout.stage] == Operation.FULL).any(axis=(1, 2))
             total += pipeline_bytes(
-                0, own, len(operations) if self._embeddings == "trained" else int(below.sum())
+                0, own, len(operations) if self._executor.trains_embeddings else int(below.sum())
             )
         if ranks == 1:
             return total
@@ -193,5 +194,5 @@ class PlannedBytes:
             operations[:, blocks], placement.owner[blocks], ranks, whole, token_layout
         )
         total += float(sums.forward.sum() + sums.backward.sum())
-        joins = is_last + (is_first and self._embeddings == "trained")
+        joins = is_last + (is_first and self._executor.trains_embeddings)
         return float(total + is_sharded * joins * len(operations) * (ranks - 1) * own)

@@ -92,6 +92,16 @@ def _deepspeed() -> Iterator[PrivateName]:
     yield PrivateName(f"{unfused}.fp32_groups", "self.fp32_groups = []")
     zero = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
     yield PrivateName(f"{zero}.single_partition_of_fp32_groups", "self.single_partition_of_fp32_groups = []")
+    mappings = "self._param_slice_mappings = self._create_param_mapping()"
+    for optimizer in (zero, bf16):
+        yield PrivateName(f"{optimizer}._param_slice_mappings", mappings)
+        yield PrivateName(f"{optimizer}._hp_mapping", "lp._hp_mapping.get_hp_fragment_address()")
+    yield PrivateName(f"{zero}.{PADDING}", f"state_dict[PARAM_ALIGNMENT_PADDINGS] = self.{PADDING}", "0.19.8")
+    yield PrivateName(f"{engine}._get_zero_param_shapes", "param_shapes=self._get_zero_param_shapes()")
+    yield PrivateName(f"{engine}.param_names", "self.param_names = {param: name for name, param in")
+    fragment = "deepspeed.utils.tensor_fragment:tensor_fragment"
+    for name in ("lp_fragment_address", "hp_fragment_address"):
+        yield PrivateName(f"{fragment}.{name}", f"{name}: fragment_address")
     zero3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
     yield PrivateName(f"{zero3}.fp32_partitioned_groups_flat", "self.fp32_partitioned_groups_flat = []")
     for optimizer in (zero, zero3):
@@ -190,6 +200,8 @@ def _transformers() -> Iterator[PrivateName]:
 
 DIVIDES_FROM = "0.18.3"
 """The first DeepSpeed whose pipelines divide gradients by the number of micro-batches: to 0.19.2 once in each stage."""
+PADDING = "round_robin_bit16_padding"
+"""The newest ZeRO optimisers' list of what stands after each parameter in a partition."""
 SCALER_COUNTERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What a dynamic loss scaler counts."""
 SCALE_AT_MINIMUM = "loss scale already at minimum"

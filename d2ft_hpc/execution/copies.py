@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 _GETSTATE = "__getstate__"
+_LEFT_OUT = "_d2ft_left_out"
 
 
 def leave_out_of_copies(module: nn.Module, names: Iterable[str]) -> None:
@@ -17,8 +18,10 @@ def leave_out_of_copies(module: nn.Module, names: Iterable[str]) -> None:
     An average of weights (EMA, SWA), or a module saved whole, is then a plain one that needs nothing of ours.
     """
 
+    left_out = vars(module).setdefault(_LEFT_OUT, {_GETSTATE, _LEFT_OUT})
+    left_out.update(names)
+
     def state(module: nn.Module) -> dict[str, Any]:
-        left_out = {*names, _GETSTATE}
         return {name: value for name, value in vars(module).items() if name not in left_out}
 
     # Python looks this up on the instance, so that the module keeps its class.

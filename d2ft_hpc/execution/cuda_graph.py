@@ -24,18 +24,20 @@ class _Capture(Generic[Result]):
     result: Result
 
 
+_MOST_GRAPHS = 8
+
+
 class CudaGraphs(Generic[Result]):
-    """Runs one computation through a CUDA graph for each set of shapes and types of its arguments.
+    """Runs one computation through a CUDA graph for each of the first 8 sets of shapes and types of its arguments.
 
     changed: what the computation writes beside its result; warming up and capturing leave it as it was.
-    most: graphs that are kept; arguments of further shapes are computed without one.
 
     A result lies in memory that the next call with the same shapes overwrites. While a dispatch mode is on, such as
     one that counts operators, the function runs without a graph, since no mode sees into one.
     """
 
-    def __init__(self, changed: Callable[[], Sequence[Tensor]] = lambda: (), most: int = 8) -> None:
-        self._changed, self._most = changed, most
+    def __init__(self, changed: Callable[[], Sequence[Tensor]] = lambda: ()) -> None:
+        self._changed = changed
         self._captures: dict[tuple[object, ...], _Capture[Result]] = {}
 
     def __call__(self, function: Callable[..., Result], *arguments: Tensor) -> Result:
@@ -48,7 +50,7 @@ class CudaGraphs(Generic[Result]):
             return function(*arguments)
         key = tuple((argument.shape, argument.dtype) for argument in arguments)
         if key not in self._captures:
-            if len(self._captures) == self._most:
+            if len(self._captures) == _MOST_GRAPHS:
                 return function(*arguments)
             self._captures[key] = self._capture(function, arguments)
         capture = self._captures[key]

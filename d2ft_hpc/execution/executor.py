@@ -1,12 +1,11 @@
-"""Attaches a plan to a model: its blocks read which heads to run from the row of the current micro-batch."""
+"""The plan that a model follows: its blocks read which heads to run from the row of the current micro-batch."""
 
 from __future__ import annotations
 
 import time
-import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache, partial
+from functools import partial
 from types import MethodType
 from typing import Any, Literal, cast
 
@@ -17,10 +16,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from d2ft_hpc.errors import ConfigError, PlanError
-from d2ft_hpc.execution.absent import fill_absent_gradients
-from d2ft_hpc.execution.block import BlockHeads, run_block
-from d2ft_hpc.execution.block_graphs import BlockGraphs, GradientPlace, Link, Links, Pass
-from d2ft_hpc.execution.compilation import allow_kernels_of, cannot_compile, compile_outside_blocks
+from d2ft_hpc.execution.block import BlockHeads
+from d2ft_hpc.execution.block_graphs import BlockGraphs, GradientPlace
+from d2ft_hpc.execution.block_runner import BlockRunner
+from d2ft_hpc.execution.compilation import allow_kernels_of
 from d2ft_hpc.execution.copies import leave_out_of_copies
 from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.execution.gradients import (
@@ -31,17 +30,14 @@ from d2ft_hpc.execution.gradients import (
     require_input_gradient,
     zero_gradient,
 )
-from d2ft_hpc.execution.resize import scaled
+from d2ft_hpc.execution.graph_replay import GraphReplay
+from d2ft_hpc.execution.image_scaling import ImageScaling
 from d2ft_hpc.execution.rows import Row, choose_heads
-from d2ft_hpc.families.family import BlockFamily, KernelParts
-from d2ft_hpc.families.table import backbone_of
-from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
+from d2ft_hpc.families.family import KernelParts
+from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.planning.plan import Grid, Operation, SkipPlan
 
 EmbeddingPolicy = Literal["frozen", "complete_path", "trained"]
-
-MOST_SHAPES = 8
-"""Kernels that torch.compile keeps for one function, by default, and CUDA graphs that we keep of micro-batches."""
 
 
 class PlanExecutor:
@@ -83,29 +79,13 @@ class PlanExecutor:
         self.flat: FlatParameters | None = None
         """In which an engine has put the blocks' parameters, if it has."""
         self._owners: dict[int, Owners] = {}
-        self._kernel_parts: dict[int, KernelParts | None] = {}
-        self._compiled_shapes: set[Hashable] = set()
-        self._largest_input: dict[int, int] = {}  # numbers in what blocks that skip heads got, by tokens
-        self.image_size: tuple[int, int] | None = None
-        """Height and width of the images that a plan may scale; None: of any."""
-        self._is_scaled = False  # the module that embeds the images gets them scaled already
-        self._embeds: Callable[[], Any] = lambda: None
-        self.block_shapes = 0
-        """Kernels of blocks that skip heads and are not fused, under this and earlier plans, if torch.compile makes
-        them: one for each different shape of heads, for inputs with and without gradient, for gradients at one point,
-        for each rate of DropPath. It makes them for plans with which they are at most 8; blocks of other plans run
-        eagerly."""
+        self._runner = BlockRunner(subnets, compile)
+        self._replay = GraphReplay(recomputes) if cuda_graphs else None
+        self.images = ImageScaling(subnets.family, self.grid)
         self.micro_batch_shapes = 0
         """Different shapes of this replica's micro-batches under the plan in force."""
         self.lookup_seconds = 0.0
         """Seconds that following plans has taken so far on this rank, without the blocks' own work."""
-        # Each shape is compiled for itself: kernels for shapes that may vary are slower.
-        self._compiled = torch.compile(_dense_forward, dynamic=False) if compile else None
-        self._compiled_heads = torch.compile(run_block, dynamic=False) if compile else None
-        self._graphs = BlockGraphs() if cuda_graphs else None
-        self._recomputes = recomputes
-        self._pass: Pass | None = None  # through graphs, while its forward is under way
-        self._captures = False
 
     def bind(
         self,
@@ -126,7 +106,7 @@ class PlanExecutor:
 
         Raises ConfigError where blocks are to be compiled and the engine is ZeRO 3.
         """
-        if reduction is Reduction.BY_BLOCK and self._compiled is not None:
+        if reduction is Reduction.BY_BLOCK and self._runner.compiles:
             raise ConfigError(
                 "compile=True: under ZeRO 3 compiled blocks do not train (DeepSpeed puts a linear layer of its own in "
                 "place of torch's, whose weights get no gradient then): compile=False, or use ZeRO 1 or 2"
@@ -138,9 +118,8 @@ class PlanExecutor:
             )
         self._slot_source, self._reduction, self._check = slot_source, reduction, check
         self._reduces = reduces
-        if self._graphs is not None:
-            gathers = reduction is Reduction.BY_BLOCK or isinstance(self.blocks[0], FSDPModule)
-            self._graphs = BlockGraphs(gathers, gradient_place)
+        if self._replay is not None:
+            self._replay.graphs = BlockGraphs(self._gathers(self.blocks[0]), gradient_place)
         if reduction is Reduction.BY_BLOCK:
             require_input_gradient(self.blocks[0])
 
@@ -165,7 +144,7 @@ class PlanExecutor:
         rows = plan.for_replica(replica)
         grids = [plan.grid_of(slot * plan.replicas + replica) for slot in range(plan.slots)]
         if plan.grids is not None:
-            self._take_any_size(plan)
+            self.images.take_any_size(plan)
         if plan.binding == "sample":
             whole = np.isin(rows.reshape(len(rows), -1).sum(1), (0, Operation.FULL * rows[0].size))
             if not whole.all():
@@ -181,9 +160,9 @@ class PlanExecutor:
             for cells, dense, grid in zip(rows, all_dense, grids, strict=True)
             if plan.binding == "slot"
         ]
-        self._owners = {index: owners_of(block) for index, block in self.blocks.items()}
-        self._kernel_parts.clear()
-        self.block_shapes = self._count_block_shapes(self.rows)
+        self._owners = {index: self._owners_of(index) for index in self.blocks}
+        self._runner.forget_parts()
+        self._count_block_shapes()
         self.micro_batch_shapes = len({row.shape for row in self.rows})
         allow_kernels_of(len(self.rows))
         self.plan = plan
@@ -206,13 +185,30 @@ class PlanExecutor:
         return operations
 
     @property
+    def block_shapes(self) -> int:
+        """Kernels of blocks that skip heads and are not fused, under this and earlier plans, if torch.compile makes
+        them: one for each different shape of heads, for inputs with and without gradient, for gradients at one point,
+        for each rate of DropPath. It makes them for plans with which they are at most 8; blocks of other plans run
+        eagerly."""
+        return self._runner.shapes
+
+    def grid(self) -> Grid | None:
+        """The grid of the images of the micro-batch that runs; None: they stay as they are."""
+        return self.rows[self._slot_of_forward()].grid if self.rows else None
+
+    @property
+    def makes_graphs(self) -> bool:
+        """Whether blocks run as CUDA graphs where they can."""
+        return self._replay is not None
+
+    @property
     def is_dense(self) -> bool:
         """Whether every block runs densely on every micro-batch; it may be one of chosen samples."""
         return self.plan is None or self.plan.binding == "sample" or self.plan.is_dense
 
     def deactivate(self) -> None:
         """Back to dense training."""
-        self.plan, self.rows, self.block_shapes, self.micro_batch_shapes = None, [], 0, 0
+        self.plan, self.rows, self._runner.shapes, self.micro_batch_shapes = None, [], 0, 0
 
     @contextmanager
     def micro_batch(self, slot: int) -> Iterator[None]:
@@ -239,14 +235,14 @@ class PlanExecutor:
     @contextmanager
     def temporarily(self, operations: np.ndarray) -> Iterator[None]:
         """Inside, every micro-batch follows `operations`, uint8 [block, head]; afterwards the plan is as before."""
-        before = self.plan, self.rows, self.block_shapes, self._slot, self._slot_source
-        row = self._row(operations, np.zeros(len(operations), bool))
-        self.plan, self.rows, self.block_shapes = None, [row], self._count_block_shapes([row])
+        before = self.plan, self.rows, self._runner.shapes, self._slot, self._slot_source
+        self.plan, self.rows = None, [self._row(operations, np.zeros(len(operations), bool))]
+        self._count_block_shapes()
         self._slot, self._slot_source = 0, None
         try:
             yield
         finally:
-            self.plan, self.rows, self.block_shapes, self._slot, self._slot_source = before
+            self.plan, self.rows, self._runner.shapes, self._slot, self._slot_source = before
 
     def run(self, block: nn.Module, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Block `index` under the current row; `args` are the block's own."""
@@ -279,39 +275,6 @@ class PlanExecutor:
         self.lookup_seconds += _clock() - start
         return self._run(block, index, heads, x, *args, **kwargs)
 
-    def scaled(self, images: Tensor) -> Tensor:
-        """A micro-batch's images [sample, channel, height, width] at the resolution that its row asks for. Raises
-        PlanError if they are not images of full size.
-        """
-        if self._is_scaled:
-            return images
-        return scaled(images, self.scaled_size((images.shape[-2], images.shape[-1])))
-
-    def scaled_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width that images of this size get. Raises PlanError as `scaled`."""
-        grid = self.rows[self._slot_of_forward()].grid if self.rows else None
-        if grid is None:
-            return size
-        if self.image_size not in (None, size):
-            raise PlanError(
-                f"the model was made for images of {self.image_size[0]} x {self.image_size[1]} pixels and gets "
-                f"{size[0]} x {size[1]}, which the plan would scale to that size or less: make the model with "
-                f"img_size={size}, or use a planner that leaves images as they are"
-            )
-        patch_size = self.patch_size
-        assert patch_size is not None
-        return grid[0] * patch_size[0], grid[1] * patch_size[1]
-
-    @contextmanager
-    def scaled_before(self, images: Tensor) -> Iterator[Tensor]:
-        """Yields the scaled images. Inside, nothing is scaled or looked up again, so that code compiled there fits
-        all micro-batches."""
-        images, self._is_scaled = self.scaled(images), True
-        try:
-            yield images
-        finally:
-            self._is_scaled = False
-
     def _slot_of_forward(self) -> int:
         slot = self.slot
         if slot is None:
@@ -326,110 +289,49 @@ class PlanExecutor:
     ) -> Tensor:
         """Block `index` with these heads; None: all of them."""
         with nullcontext() if self.flat is None else self.flat.placed(index):
-            return self._run_placed(block, index, heads, x, *args, **kwargs)
-
-    def _run_placed(
-        self, block: nn.Module, index: int, heads: BlockHeads | None, x: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """The same, where the block's modules have their parameters."""
-        if heads is None or heads.is_dense:
-            return self._run_dense(block, x, *args, **kwargs)
-        subnets = self.subnets
-        subnets.family.require_skippable(block, kwargs)
-        if heads.is_shortcut:
-            return x
-        if x.is_cuda and self._is_fused(index, heads):
-            gathers = self._reduction is Reduction.BY_BLOCK or isinstance(block, FSDPModule)
-            result: Tensor = fused().run_fused(
-                self._kernel_parts[index], x, heads, self._following(index), not gathers, *args, **kwargs
-            )
-            return result
-        run = run_block if self._compiled_heads is None or not self._compiles(x) else self._compiled_heads
-
-        def forward(x: Tensor) -> Tensor:
-            result: Tensor = run(subnets.family, block, x, heads, subnets.head_axes, *args, **kwargs)
-            return result
-
-        return subnets.family.run(block, forward, x)
+            return self._runner.run(block, index, heads, self._for_kernels, x, *args, **kwargs)
 
     def _replayed(
         self, block: nn.Module, index: int, slot: int | None, x: Tensor, args: Any, kwargs: Any
     ) -> Tensor | None:
         """Block `index` under the row of `slot`, or densely, through CUDA graphs; None where it has to run without."""
-        if self._graphs is None or not block.training or args or kwargs:
+        if self._replay is None or not block.training or args or kwargs:
             return None  # graphs read a block's input alone
         if self.flat is not None and self.flat.is_unflattened:
             return None  # and the flat parameters
-        row = None if slot is None else self.rows[slot]
-        chain = self._in_order if row is None else [i for i in row.active if i in self.blocks]
-        if index not in chain:
-            return None
-        if index == chain[0]:
-            self._pass = None
-            if x.is_cuda and torch.is_grad_enabled() and not (cannot_compile() or self._recomputes()):
-                at_one_point = [slot is not None and self._at_one_point(slot, i) for i in chain]
-                key = (
-                    *(x.shape, x.dtype, x.requires_grad, None if row is None else row.shape, *at_one_point),
-                    *(torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")),
-                )
-                indices = None if row is None else row.indices
-                self._pass = self._graphs.begin(
-                    key, x, indices, partial(self._links, chain, row, at_one_point)
-                )
-        result = None if self._pass is None else self._pass.run(index, x)
-        if result is None or index == chain[-1]:
-            self._pass = None
-        return result
 
-    def _links(self, chain: Sequence[int], row: Row | None, at_one_point: Sequence[bool]) -> Links:
-        def compute(index: int, x: Tensor, indices: Tensor | None) -> Tensor:
-            heads = None if row is None or indices is None else row.reading(indices).heads[index]
-            self._captures = True
-            try:
-                return self._run(self.blocks[index], index, heads, x)
-            finally:
-                self._captures = False
+        def at_one_point(index: int) -> bool:
+            return slot is not None and self._at_one_point(slot, index)
 
-        return {
-            index: Link(partial(compute, index), owners_of(self.blocks[index], frozen_too=True), gives_zeros)
-            for index, gives_zeros in zip(chain, at_one_point, strict=True)
-        }
+        def compute(index: int, heads: BlockHeads | None, x: Tensor) -> Tensor:
+            return self._run(self.blocks[index], index, heads, x)
 
-    def _compiles(self, x: Tensor) -> bool:
-        """Whether blocks that skip heads run through torch.compile on this input.
+        row, owners = None if slot is None else self.rows[slot], partial(self._owners_of, frozen_too=True)
+        return self._replay.run(index, x, row, self.blocks, owners, at_one_point, compute)
 
-        Inputs smaller than before, as at the end of an epoch, do not: making their kernels would take longer than
-        these save.
-        """
-        if self.block_shapes > MOST_SHAPES or cannot_compile():
-            return False
-        largest = self._largest_input[x.shape[1]] = max(self._largest_input.get(x.shape[1], 0), x.numel())
-        return x.numel() == largest
+    def _owners_of(self, index: int, *, frozen_too: bool = False) -> Owners:
+        """As `owners_of`, with the flat parameters where the block's own are parts of them."""
+        owners = owners_of(self.blocks[index], frozen_too=frozen_too)
+        return owners if self.flat is None else self.flat.owners(index, owners)
 
-    def _is_fused(self, index: int, heads: BlockHeads) -> bool:
-        """Whether our own kernels run the block on a GPU."""
-        if not heads.trains or heads.is_dense or fused() is None:
-            return False
-        if index not in self._kernel_parts:
-            self._kernel_parts[index] = self.subnets.family.kernel_parts(self.blocks[index])
-        return self._kernel_parts[index] is not None
-
-    def _is_compiled(self, index: int, heads: BlockHeads) -> bool:
-        """Whether torch.compile may make kernels of the block, which skips heads."""
-        if heads.is_dense or heads.is_shortcut:
-            return False
-        return not (self._device.type == "cuda" and self._is_fused(index, heads))
+    def _for_kernels(self, block: nn.Module, index: int) -> tuple[KernelParts | None, bool]:
+        """`following` and `keeps` of `run_fused`."""
+        return self._following(index), not self._gathers(block)
 
     def _following(self, index: int) -> KernelParts | None:
         """Kernel parts of the block above block `index`, if its first norm may be computed with that one's last sum."""
         slot, above = self.slot, index + 1
         if slot is None or above not in self.blocks:
             return None
-        if self._at_one_point(slot, above) and not self._captures:
+        if self._at_one_point(slot, above) and not (self._replay is not None and self._replay.captures):
             return None  # that block computes with stand-ins
         if self._reduction is Reduction.BY_BLOCK:
             return None  # the engine gathers weights block by block, and has not gathered that one's
-        return self._kernel_parts[above] if self._is_fused(above, self.rows[slot].heads[above]) else None
+        return self._runner.fused_parts(self.blocks[above], above, self.rows[slot].heads[above])
+
+    def _gathers(self, block: nn.Module) -> bool:
+        """Whether an engine puts a block's weights elsewhere in memory for each pass."""
+        return self._reduction is Reduction.BY_BLOCK or isinstance(block, FSDPModule)
 
     def _at_one_point(self, slot: int, index: int) -> bool:
         """Whether the gradients of block `index` must be complete and ordered in this micro-batch's backward."""
@@ -455,60 +357,18 @@ class PlanExecutor:
         Copies and pickles of the block are dense and follow nothing.
         """
         self.blocks[index] = block
-        self._in_order = sorted(self.blocks)
         own: dict[str, Any] = {
-            "_d2ft": _BlockLink(self, index),
+            "_d2ft": BlockLink(self, index),
             "forward": MethodType(_planned_forward, block),
         }
         vars(block).update(own)
         leave_out_of_copies(block, own)
 
     @property
-    def embeds(self) -> Any:
-        """The model, or the part of one, whose images this executor scales; None without one."""
-        return self._embeds()
-
-    @property
-    def patch_size(self) -> Grid | None:
-        """Height and width of the pixels that become one token; None where this executor scales no images."""
-        return None if self.embeds is None else self.subnets.family.patch_size(self.embeds)
-
-    def link_images(self, model: nn.Module) -> None:
-        """Lets a model, or the part of one that gets the images, scale them in training as the plan says."""
-        embedding = self.subnets.family.embedding(model)
-        if embedding is None:
-            return
-        self._embeds = weakref.ref(model)
-        own: dict[str, Any] = {
-            "_d2ft": _ImagesLink(self, self._embeds),
-            "forward": MethodType(_scaling_forward, embedding),
-        }
-        if hasattr(type(embedding), "dynamic_feat_size"):  # not peft's wrapper
-            own["dynamic_feat_size"] = MethodType(_scaled_grid, embedding)
-        vars(embedding).update(own)
-        leave_out_of_copies(embedding, own)
-
-    def _take_any_size(self, plan: SkipPlan) -> None:
-        """Raises PlanError where the blocks cannot be run on images of other sizes."""
-        if not self.subnets.family.takes_images:
-            raise PlanError("the plan scales images, and the model reads text: solve a plan by heads")
-        if plan.binding == "sample":
-            raise PlanError("the plan scales images and draws samples: only one of them can be")
-        model = self.embeds
-        if model is not None:
-            self.subnets.family.take_any_size(model)
-
-    @property
     def _device(self) -> torch.device:
         """The device of the parameters; the CPU while they have no memory."""
         device = next(next(iter(self.blocks.values())).parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
-
-    def _run_dense(self, block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._compiled is None or cannot_compile():
-            return _dense_forward(block, x, *args, **kwargs)
-        result: Tensor = self._compiled(block, x, *args, **kwargs)
-        return result
 
     def _row(self, operations: np.ndarray, sparse: np.ndarray, grid: Grid | None = None) -> Row:
         """operations: uint8 [block, head]; sparse: [block]. grid: patches of the images."""
@@ -518,36 +378,13 @@ class PlanExecutor:
     def _choose(self, operations: np.ndarray) -> tuple[Tensor, Sequence[BlockHeads]]:
         return choose_heads(list(operations), self._device)
 
-    def _count_block_shapes(self, rows: Sequence[Row]) -> int:
-        """`block_shapes` with these rows added; they count from now on if kernels for them will be made."""
+    def _count_block_shapes(self) -> None:
         is_passed_below = (
             self.trains_embeddings
             or self._reduction is Reduction.BY_BLOCK
             or (self.detach_incomplete and self._reduction is not Reduction.AFTER_BACKWARD)
         )
-        shapes = set(self._compiled_shapes)
-        for slot, row in enumerate(rows):
-            for reduces in self._reduction.may_happen_in(slot, len(rows)):
-                takes_gradient = is_passed_below
-                for index, (heads, is_sparse) in enumerate(zip(row.heads, row.sparse, strict=True)):
-                    at_one_point = is_sparse and reduces
-                    if index in self.blocks and self._is_compiled(index, heads):
-                        rates = self.subnets.family.drops(self.blocks[index]).rates_by_sample
-                        shapes.add((row.grid, heads.shape, takes_gradient, at_one_point, rates))
-                    takes_gradient |= heads.trains or at_one_point
-        if len(shapes) <= MOST_SHAPES:
-            self._compiled_shapes = shapes
-        return len(shapes)
-
-
-@cache
-def fused() -> Any:
-    """The module of fused blocks; None where Triton is not installed."""
-    try:
-        from d2ft_hpc.execution import fused as module
-    except ImportError:
-        return None
-    return module
+        self._runner.count_shapes(self.rows, self.blocks, self._device, self._reduction, is_passed_below)
 
 
 def _clock() -> float:
@@ -562,110 +399,13 @@ def _reduces_in_backward(block: nn.Module) -> bool:
     return isinstance(block, FSDPModule) or DistributedDataParallel._active_ddp_module is not None
 
 
-class _BlockLink:
+class BlockLink:
     """What a block keeps: its executor and its place. A plain object, so that the module tree stays as it was."""
 
     def __init__(self, executor: PlanExecutor, index: int) -> None:
         self.executor, self.index = executor, index
 
 
-class _ImagesLink:
-    """What the module that embeds images keeps: its executor, and the model or part of a model that it belongs to."""
-
-    def __init__(self, executor: PlanExecutor, model: weakref.ref[nn.Module]) -> None:
-        self.executor, self._model = executor, model
-
-    @property
-    def trains(self) -> bool:
-        """Whether the model is in training mode; its embedding may be frozen and left in evaluation mode."""
-        model = self._model()
-        return model is not None and model.training
-
-
-def attach(
-    model: Any,
-    *,
-    embeddings: EmbeddingPolicy = "frozen",
-    compile: bool = False,
-    cuda_graphs: bool = False,
-) -> PlanExecutor:
-    """Lets a model of one of the families (`d2ft_hpc.families`), or the one inside peft's wrapper or a module of one's
-    own, follow skip plans.
-
-    embeddings: what becomes of the parameters below every block, whose gradient is biased by every skip above them:
-        "frozen" (default), "complete_path" (trained by the micro-batches that are FULL everywhere) or "trained".
-    compile: whether torch.compile makes kernels, one set for each shape: of dense blocks, of those that skip heads
-        under plans with few shapes (`PlanExecutor.block_shapes`), and of what lies outside the blocks.
-    cuda_graphs: whether, on a GPU, a block's forward and its backward are one launch each, for up to 8 shapes of
-        micro-batches; further ones, and a forward that begins while an earlier one waits for its backward, run without.
-    The classifier always trains; parameters that are frozen already stay so.
-
-    Raises UnsupportedModelError where the model cannot be cut by head, ConfigError where FSDP2 has it already.
-    """
-    model = backbone_of(model)
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
-        raise ConfigError(
-            "fully_shard was called before attach, which has to see whole weights: call attach first, then fully_shard"
-        )
-    subnets = SubnetMap.of(model)
-    blocks = subnets.blocks(model)
-    if any(hasattr(block, "_d2ft") for block in blocks):
-        raise PlanError("the model has an executor already: attach once and keep what attach returned")
-    executor = PlanExecutor(
-        subnets,
-        embeddings,
-        compile,
-        cuda_graphs,
-        partial(_recomputes, subnets.family, weakref.ref(model)),
-    )
-    for name, parameter in model.named_parameters():
-        if embeddings == "frozen" and subnets.classify(name) is ParameterClass.EMBEDDING:
-            parameter.requires_grad_(False)
-            parameter.grad = None  # by which an optimizer that has it would go on
-        if parameter.requires_grad and subnets.family.goes_beside(name):
-            executor.trained_beside.append(name)
-    for index, block in enumerate(blocks):
-        executor.link(block, index)
-    executor.link_images(model)
-    if compile and subnets.family.is_composed:
-        compile_outside_blocks(model, subnets.family, executor.scaled_before)
-    fill_absent_gradients(model, partial(_skips, subnets))
-    return executor
-
-
-def _recomputes(family: BlockFamily, model: weakref.ref[Any]) -> bool:
-    attached = model()
-    return attached is not None and family.recomputes(attached)
-
-
-def _skips(subnets: SubnetMap, model: nn.Module) -> bool:
-    """Whether the attached model follows a plan by micro-batches."""
-    link: _BlockLink = cast(Any, subnets.blocks(model)[0])._d2ft
-    return bool(link.executor.rows)
-
-
 def _planned_forward(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    link: _BlockLink = cast(Any, block)._d2ft
+    link: BlockLink = cast(Any, block)._d2ft
     return link.executor.run(block, link.index, x, *args, **kwargs)
-
-
-def _scaling_forward(embedding: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    link: _ImagesLink = cast(Any, embedding)._d2ft
-    if link.trains and args:
-        args = (link.executor.scaled(args[0]), *args[1:])
-    elif link.trains:
-        kwargs["pixel_values"] = link.executor.scaled(kwargs["pixel_values"])
-    return type(embedding).forward(embedding, *args, **kwargs)
-
-
-def _scaled_grid(embedding: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """Patches of images of this size, by which timm arranges blocks' outputs as a map (`forward_intermediates`)."""
-    link: _ImagesLink = embedding._d2ft
-    size = link.executor.scaled_size(size) if link.trains else size
-    grid: tuple[int, int] = type(embedding).dynamic_feat_size(embedding, size)
-    return grid
-
-
-def _dense_forward(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    result: Tensor = type(block).forward(block, x, *args, **kwargs)
-    return result

@@ -5,59 +5,102 @@ ViT-B has 148, and that time is the same for every size of image, so that a step
 flat parameter for each of a block's groups of the optimiser there are a few dozen. PyTorch's first FSDP had flat
 parameters for the same reason.
 
-Outside of a block's run its modules hold placeholders without memory. `unflattened` gives them parameters of their
-own, in the same memory, and `split` and `join` translate whatever is named by parameter.
+Outside of a block's run its modules hold placeholders without memory, or, where a script of the user's own may look at
+them, the parameters that they had before, in the memory of the flat ones. `unflattened` has the blocks run on these,
+and `split` and `join` translate whatever is named by parameter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from d2ft_hpc.errors import CheckpointError
 from d2ft_hpc.execution.gradients import Owners, stand_ins
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One parameter of a block: its module, its name there, its name in the model."""
+class Part:
+    """One parameter of a block: its module, its name there, its name in the model.
+
+    parameter: as it was, where scripts may look at it; else None."""
 
     module: nn.Module
     name: str
     path: str
     shape: torch.Size
+    parameter: nn.Parameter | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Flat:
-    """One flat parameter, which a block holds under a name of its own."""
+    """One flat parameter, which a block holds under a name of its own, or nobody but this where it is hidden."""
 
     block: nn.Module
     name: str
     path: str
-    parts: Sequence[_Part]
+    parts: Sequence[Part]
+    is_hidden: bool = False
+    _alone: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def owner(self) -> tuple[dict[str, Any], str]:
+        """Where it is found. Engines put others in its place."""
+        return (self._alone if self.is_hidden else self.block._parameters), self.name
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The one that the block holds now; engines put others in its place."""
-        parameter = self.block._parameters[self.name]
-        assert parameter is not None
+        kept, name = self.owner
+        parameter: nn.Parameter = kept[name]
         return parameter
 
     @property
     def owners(self) -> Owners:
         """Where each part's module finds it."""
-        return [(vars(part.module), part.name) for part in self.parts]
+        return [
+            (part.module._parameters if self.is_hidden else vars(part.module), part.name)
+            for part in self.parts
+        ]
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Each part's view of a tensor of the flat parameter's length."""
         pieces = flat.split([part.shape.numel() for part in self.parts])
         return [piece.view(part.shape) for piece, part in zip(pieces, self.parts, strict=True)]
+
+    def take_places(self) -> None:
+        """The block has the flat parameter in place of its parts, whose modules get tensors of the parts' shapes that
+        hold nothing; most operators fail on them, where a block is read by mistake."""
+        for part in self.parts:
+            del part.module._parameters[part.name]
+            vars(part.module)[part.name] = torch.empty(part.shape, dtype=self.parameter.dtype, device="meta")
+
+    def give_places_back(self, parts: Sequence[nn.Parameter]) -> None:
+        for part, parameter in zip(self.parts, parts, strict=True):
+            del vars(part.module)[part.name]
+            part.module.register_parameter(part.name, parameter)
+
+    def hide(self) -> None:
+        """The block has its parts, as before, in the memory of the flat parameter, and not this."""
+        self._alone[self.name] = self.block._parameters.pop(self.name)
+        self.is_hidden = True
+        parts = []
+        for part, view in zip(self.parts, self.views(self.parameter.detach()), strict=True):
+            assert part.parameter is not None
+            part.parameter.data = view
+            parts.append(part.parameter)
+        self.give_places_back(parts)
+
+    def show(self) -> None:
+        """The inverse of `hide`."""
+        self.is_hidden = False
+        self.block.register_parameter(self.name, self._alone.pop(self.name))
+        self.take_places()
 
 
 Blocks = Mapping[int, nn.Module]
@@ -70,53 +113,71 @@ class FlatParameters:
     Made once, of a model whose parameters lie whole on this rank, before an engine spreads or copies them.
     """
 
-    def __init__(self, model: nn.Module, blocks: Blocks, optimizer: Optimizer) -> None:
-        """Puts flat parameters in the place of those of `blocks` that `optimizer`, which has no state yet, steps: one
-        for each block, group of the optimiser and dtype."""
+    def __init__(
+        self, model: nn.Module, blocks: Blocks, groups: Sequence[dict[str, Any]], *, keeps_parts: bool = False
+    ) -> None:
+        """Puts flat parameters in the place of those of `blocks` that are in `groups`, an optimiser's that has no state
+        yet: one for each block, group and dtype.
+
+        keeps_parts: whether the parts are kept, for `hide`, and all stay in their groups' order, which DeepSpeed's own
+            checkpoints follow; then only neighbours are put together.
+        """
         paths = {id(module): path for path, module in model.named_modules()}
         self._of_block: dict[int, list[_Flat]] = {index: [] for index in blocks}
         self._is_unflattened = False
+        self._orders = [(module, list(module._parameters)) for module in model.modules()]
         block_of = {
             id(parameter): index for index, block in blocks.items() for parameter in block.parameters()
         }
         shared = _shared(model)
-        for group in optimizer.param_groups:
-            others: list[nn.Parameter] = []
-            alike: dict[tuple[int, torch.dtype], list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                index = block_of.get(id(parameter))
-                if index is None or id(parameter) in shared:
-                    others.append(parameter)
+
+        def key(parameter: nn.Parameter) -> tuple[int, torch.dtype] | None:
+            index = block_of.get(id(parameter))
+            is_alone = index is None or id(parameter) in shared or not parameter.requires_grad
+            return None if is_alone or index is None else (index, parameter.dtype)
+
+        for group in groups:
+            parameters = list(group["params"])
+            if not keeps_parts:
+                # Flat ones first, because engines lay a group's parameters one after the other: behind the ten numbers
+                # of a classifier's bias, products read weights at odd addresses, which takes twice the time.
+                parameters.sort(key=lambda each: (key(each) is None, (key(each) or (0,))[0]))
+            group["params"] = []
+            for alike, run in groupby(parameters, key):
+                if alike is None:
+                    group["params"] += run
                 else:
-                    alike.setdefault((index, parameter.dtype), []).append(parameter)
-            flats = [
-                self._flatten(blocks[index], index, parameters, paths)
-                for (index, _), parameters in alike.items()
-            ]
-            # First, because engines lay a group's parameters one after the other: behind the ten numbers of a
-            # classifier's bias, products read weights at odd addresses, which takes twice the time.
-            group["params"] = flats + others
+                    index = alike[0]
+                    group["params"].append(
+                        self._flatten(blocks[index], index, list(run), paths, keeps_parts=keeps_parts)
+                    )
 
     def _flatten(
-        self, block: nn.Module, index: int, parameters: list[nn.Parameter], paths: Mapping[int, str]
+        self,
+        block: nn.Module,
+        index: int,
+        parameters: list[nn.Parameter],
+        paths: Mapping[int, str],
+        *,
+        keeps_parts: bool,
     ) -> nn.Parameter:
-        wanted = {id(parameter) for parameter in parameters}
-        found = [
-            (_Part(module, name, f"{paths[id(module)]}.{name}", parameter.shape), parameter)
+        place = {
+            id(parameter): (module, name)
             for module in block.modules()
             for name, parameter in module.named_parameters(recurse=False)
-            if id(parameter) in wanted
-        ]
-        parts = [part for part, _ in found]
-        parameter = nn.Parameter(torch.cat([parameter.detach().flatten() for _, parameter in found]))
+        }
+        parts = []
+        for parameter in parameters:
+            module, name = place[id(parameter)]
+            kept = parameter if keeps_parts else None
+            parts.append(Part(module, name, f"{paths[id(module)]}.{name}", parameter.shape, kept))
+        whole = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
         number = len(self._of_block[index])
         flat = _Flat(block, f"flat_{number}", f"{paths[id(block)]}.flat_{number}", parts)
         self._of_block[index].append(flat)
-        block.register_parameter(flat.name, parameter)
-        for part in parts:
-            del part.module._parameters[part.name]
-        _leave_placeholders(flat)
-        return parameter
+        block.register_parameter(flat.name, whole)
+        flat.take_places()
+        return whole
 
     @contextmanager
     def placed(self, index: int) -> Iterator[None]:
@@ -129,33 +190,64 @@ class FlatParameters:
         with stand_ins(owners, [view for flat in flats for view in flat.views(flat.parameter)]):
             yield
 
+    def owners(self, index: int, owners: Owners) -> Owners:
+        """Those of block `index`, with its flat parameters in place of their parts."""
+        hidden = [flat for flat in self._of_block[index] if flat.is_hidden]
+        parts = {(id(kept), name) for flat in hidden for kept, name in flat.owners}
+        others = [(kept, name) for kept, name in owners if (id(kept), name) not in parts]
+        return [*(flat.owner for flat in hidden), *others]
+
     @property
     def is_unflattened(self) -> bool:
         return self._is_unflattened
 
     @contextmanager
     def unflattened(self) -> Iterator[None]:
-        """Inside, the model has the parameters that it had before, in the memory of the flat ones, and not these. Only
-        where an engine leaves them whole."""
+        """Inside, the model has the parameters that it had before, in the memory of the flat ones, and not these, and
+        runs on them. Only where an engine leaves them whole."""
         if self._is_unflattened:
             yield
             return
-        flats = {flat: flat.parameter for flat in self._all()}
-        for flat, parameter in flats.items():
+        placed = {flat: flat.parameter for flat in self._all() if not flat.is_hidden}
+        for flat, parameter in placed.items():
             del flat.block._parameters[flat.name]
-            for part, view in zip(flat.parts, flat.views(parameter.detach()), strict=True):
-                del vars(part.module)[part.name]
-                part.module.register_parameter(part.name, nn.Parameter(view, parameter.requires_grad))
+            flat.give_places_back(
+                [nn.Parameter(view, parameter.requires_grad) for view in flat.views(parameter.detach())]
+            )
         self._is_unflattened = True
         try:
             yield
         finally:
             self._is_unflattened = False
-            for flat, parameter in flats.items():
+            for flat, parameter in placed.items():
                 flat.block.register_parameter(flat.name, parameter)
-                for part in flat.parts:
-                    del part.module._parameters[part.name]
-                _leave_placeholders(flat)
+                flat.take_places()
+
+    def hide(self) -> None:
+        """From now on, outside of blocks' runs, the model has the parameters that it had before, in their order and in
+        the memory of the flat ones, and not these; they get no gradients. Only where an engine leaves the flat ones
+        whole and where they are."""
+        for flat in self._all():
+            flat.hide()
+        for module, names in self._orders:
+            for name in names:
+                module._parameters[name] = module._parameters.pop(name)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Inside, the model has the flat parameters, also where they are hidden."""
+        hidden = [flat for flat in self._all() if flat.is_hidden]
+        for flat in hidden:
+            flat.show()
+        try:
+            yield
+        finally:
+            if hidden:
+                self.hide()
+
+    def parts_of(self, name: str) -> Sequence[Part]:
+        """The parts of the flat parameter of this name in the model; none of any other parameter."""
+        return next((flat.parts for flat in self._all() if flat.path == name), ())
 
     def split(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is named by the model's parameters now, under the names of before; views of the same memory."""
@@ -190,12 +282,6 @@ class FlatParameters:
 
     def _all(self) -> list[_Flat]:
         return [flat for flats in self._of_block.values() for flat in flats]
-
-
-def _leave_placeholders(flat: _Flat) -> None:
-    """Tensors of the parts' shapes that hold nothing; most operators fail on them, where a block is read by mistake."""
-    for part, (kept, name) in zip(flat.parts, flat.owners, strict=True):
-        kept[name] = torch.empty(part.shape, dtype=flat.parameter.dtype, device="meta")
 
 
 def _shared(model: nn.Module) -> set[int]:

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from d2ft_hpc.families.head_axis import HeadAxis
 
+NO_TARGET = -100
+"""Label of a token that is not to be learnt, as torch and transformers have it."""
+
 
 class Branch(NamedTuple):
     """A residual branch of a block: x + end(sum over heads of out(inner(norm(x))) + bias).
@@ -130,6 +133,14 @@ class BlockFamily(ABC):
         """Tokens of each of these samples, in units of those of a sample of this shape, where plans do not say how
         many: images count by their tokens, whole or in patches. 1 for anything else."""
         return math.prod(samples.shape[1:]) / math.prod(shape) if samples.dim() > 2 else 1.0
+
+    def excerpt(self, text: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Tensor]:
+        """Of texts, a quarter of each one's tokens, as the model takes them by name, and the targets of their logits,
+        int64 [sample, token], NO_TARGET where a token has none; for models that read text.
+
+        text: `labels`, int64 [sample, token], and what the model takes, each [sample, token, ...].
+        """
+        raise NotImplementedError
 
     def around(self, model: Any, whole: nn.Module) -> Any:
         """The largest module within the user's `whole` model that has the model inside and takes the same input, such

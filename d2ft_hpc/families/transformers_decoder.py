@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2ft_hpc.families.family import AnySize
+from d2ft_hpc.families.family import NO_TARGET, AnySize
 from d2ft_hpc.families.transformers_models import TransformersFamily
 
 MOST_COUNTED_TOKENS = 512
@@ -37,6 +39,21 @@ class TransformersDecoder(AnySize, TransformersFamily):
 
     def size_of(self, samples: Tensor, shape: tuple[int, ...]) -> float:
         return samples.shape[1] / shape[0]
+
+    def excerpt(self, text: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Tensor]:
+        """Neighbouring tokens from the beginning, if all are to be learnt; else half of them lie before the first that
+        is, so that the answer to a prompt is scored where it begins, with the prompt's end."""
+        labels = text["labels"]
+        tokens = labels.shape[1]
+        length = max(tokens // 4, 1)
+        is_text = text.get("attention_mask", torch.ones_like(labels)) != 0
+        targets = F.pad(labels[:, 1:], (0, 1), value=NO_TARGET).where(is_text, NO_TARGET)
+        first, first_target = (which.byte().argmax(1) for which in (is_text, targets != NO_TARGET))
+        start = (first_target - length // 2).maximum(first).clamp_max(tokens - length)
+        places = start[:, None] + torch.arange(length, device=labels.device)
+        rows = torch.arange(len(labels), device=labels.device)[:, None]
+        inputs = {name: value[rows, places] for name, value in text.items() if name != "labels"}
+        return inputs, targets[rows, places]
 
     # ---- images, which it has none of
 

@@ -62,11 +62,12 @@ class Allowance:
             raise RefusedError(f"{what} unpacks to far more than its file holds")
 
 
-def open_file(path: Path, *, locking: Any = False) -> h5py.File:
-    """The file, for reading. Raises RefusedError for what is no regular file (a pipe would hold this process up)."""
+def open_file(path: Path) -> h5py.File:
+    """The file, for reading. Without a lock: files are only ever replaced as a whole, and some network file systems
+    have none. Raises RefusedError for what is no regular file (a pipe would hold this process up)."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise RefusedError("it is not a regular file")
-    return h5py.File(path, "r", locking=locking)
+    return h5py.File(path, "r", locking=False)
 
 
 @contextmanager

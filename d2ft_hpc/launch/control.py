@@ -90,14 +90,14 @@ def print_line(text: str) -> None:
 class SoloControl:
     """The control plane of a single process."""
 
-    def __init__(self, *, owns_process_group: bool = False) -> None:
+    def __init__(self) -> None:
         self.rank = 0
         self.local_rank = 0
         self.world_size = 1
         self.host = socket.gethostname()
         self.hosts: tuple[str, ...] = (self.host,)
         self.timeout_seconds = float("inf")
-        self.owns_process_group = owns_process_group
+        self.owns_process_group = False
 
     def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
         return own_payload(payload)

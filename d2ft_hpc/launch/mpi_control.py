@@ -64,7 +64,7 @@ class MpiControl:
     """
 
     def __init__(self, local_rank: int, *, init_timeout_seconds: float, timeout_seconds: float) -> None:
-        self._mpi = _load_mpi()
+        self._mpi = _import_mpi()
         self._owns_mpi = not self._mpi.Is_initialized()
         with _start_deadline(init_timeout_seconds) if self._owns_mpi else nullcontext():
             if self._owns_mpi:
@@ -201,7 +201,7 @@ def _has_fragile_launch() -> bool:
     return "PMI_JOBID" in os.environ and "MPIR_CVAR_CH4_NETMOD" not in os.environ
 
 
-def _load_mpi() -> Any:
+def _import_mpi() -> Any:
     """mpi4py's MPI module; MPI itself is not started."""
     try:
         import mpi4py

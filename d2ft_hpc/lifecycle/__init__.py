@@ -18,9 +18,9 @@ here knows a loop, an engine's kind or a file of results: hosts give an engine, 
 """
 
 from d2ft_hpc.lifecycle.context import PlanContext
-from d2ft_hpc.lifecycle.controller import PlanController, PlanListener, ScoreSource
+from d2ft_hpc.lifecycle.controller import PlanController, PlanListener
 from d2ft_hpc.lifecycle.costs import PlanCosts
-from d2ft_hpc.lifecycle.make_plan import make_plan, token_layout_of
+from d2ft_hpc.lifecycle.make_plan import make_plan
 from d2ft_hpc.lifecycle.state import PlanState
 
 __all__ = [
@@ -29,7 +29,5 @@ __all__ = [
     "PlanCosts",
     "PlanListener",
     "PlanState",
-    "ScoreSource",
     "make_plan",
-    "token_layout_of",
 ]

@@ -11,7 +11,6 @@ from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.lifecycle.background import BackgroundSolver
 from d2ft_hpc.lifecycle.context import PlanContext
-from d2ft_hpc.lifecycle.costs import PlanCosts
 from d2ft_hpc.lifecycle.make_plan import make_plan, reads_scores, token_layout_of
 from d2ft_hpc.lifecycle.state import PlanState
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
@@ -120,10 +119,6 @@ class PlanController:
             self.batches = batches  # it is the same plan, on larger images
         self.batches += 1
 
-    def reckon_with(self, costs: PlanCosts) -> None:
-        """Makes the next plans from other costs or speeds."""
-        self.context = replace(self.context, reckoned=costs)
-
     def check(self, plan: SkipPlan) -> None:
         """Raises PlanError where this engine cannot run `plan`, or nobody has counted what it costs."""
         self.engine.check(plan)
@@ -203,13 +198,13 @@ class PlanController:
         plan, curve = self.context.scaled(plan, step), self.context.curve
         self.activate(plan)
         if curve is not None and self.plans_made == 0:
-            sizes = curve.in_words(self.engine.executor.patch_size)
+            sizes = curve.in_words(self.engine.executor.images.patch_size)
             self.listener.say(f"images of {sizes}: {curve.share:.1%} of what full size takes over the run")
         self.planning_seconds += seconds
         executor = self.engine.executor
         tokens = f", tokens {executor.token_layout}" if isinstance(executor, TensorParallelExecutor) else ""
         self.listener.say(
-            f"from step {step + 1} on: {plan.in_words(executor.patch_size)}, "
+            f"from step {step + 1} on: {plan.in_words(executor.images.patch_size)}, "
             f"{self.context.costs.planned_share(plan):.1%} of the dense compute, made in {seconds:.2f} s{tokens}"
         )
         self.listener.planned(plan, step, seconds)

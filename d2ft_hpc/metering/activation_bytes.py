@@ -39,7 +39,7 @@ def measure_activation_bytes(
     """Counts what a forward of a blank micro-batch keeps with all heads FULL, and with one in each block.
 
     images_shape: (sample, channel, height, width); where memory is too short, fewer samples are taken and the count
-    is scaled up. Model, gradients, random state and the loaded plan stay as they were.
+    is scaled up. Model, gradients, random state and the plan in force stay as they were.
     """
     samples, heads = images_shape[0], executor.subnets.num_heads
     blocks = int(executor.trains.sum())

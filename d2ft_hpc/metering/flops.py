@@ -183,7 +183,7 @@ def measure_costs(
 
     sample_shape: (channel, height, width) of images of full size, or (token,). sides: of smaller images that plans may
     have, in units of the full ones, which are counted, too; None: there are none. whole: the user's own model around
-    `model`; a head of it that the family knows is counted, too. Model, gradients, random state and the loaded plan
+    `model`; a head of it that the family knows is counted, too. Model, gradients, random state and the plan in force
     stay as they were.
 
     Raises UnsupportedModelError where there are sides and the model takes one size only, or whole patches do not make

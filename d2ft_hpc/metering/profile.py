@@ -52,7 +52,7 @@ def profile_passes(
 ) -> PassProfile:
     """Times passes over a blank micro-batch.
 
-    images_shape: (sample, channel, height, width). Model, gradients, random state and the loaded plan stay as they
+    images_shape: (sample, channel, height, width). Model, gradients, random state and the plan in force stay as they
     were.
     """
     try:

@@ -55,7 +55,7 @@ class ModelPart(nn.Module):
         self.blocks = nn.ModuleDict({str(index): copy.deepcopy(of_model[index]) for index in blocks})
         for index, block in self.blocks.items():
             executor.link(block, int(index))
-        executor.link_images(self)
+        executor.images.link(self)
 
     def _keeps(self, name: str) -> bool:
         is_below = self.executor.subnets.classify(name) is ParameterClass.EMBEDDING
@@ -75,8 +75,8 @@ class ModelPart(nn.Module):
         if self.is_first:
             # Scaled here and not only in the module of patches, which a GPU's faster way does not call. A twin for
             # images of any size, which scores samples, shares the modules and not the plan.
-            trains = self.training and self.executor.embeds is self
-            with self.executor.scaled_before(x) if trains else nullcontext(x) as images:
+            trains = self.training and self.executor.images.model is self
+            with self.executor.images.scaled_before(x) if trains else nullcontext(x) as images:
                 x, _ = self._family.below(self, images)
             x = x if self._messages is None else self._messages.split(x)
         again = self.training and self._family.recomputes(self)

@@ -52,6 +52,10 @@ class RankLayout:
         return self.rank % self.tensor_ranks
 
     @property
+    def world_size(self) -> int:
+        return self.stages * self.replicas * self.tensor_ranks
+
+    @property
     def is_cut(self) -> bool:
         """A rank holds a part of the model only."""
         return self.stages * self.tensor_ranks > 1

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from d2ft_hpc.errors import PlanError, UnsupportedModelError
+from d2ft_hpc.errors import ConfigError, PlanError, UnsupportedModelError
 from d2ft_hpc.execution.block import BlockHeads
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Owners
@@ -73,6 +74,8 @@ class TensorParallelExecutor(PlanExecutor):
         ranks = messages.group.size()
         check_owner(owner, whole.subnets.shape, ranks)
         vars(self).update(vars(whole))
+        self.images = copy(whole.images)
+        self.images.grid = self.grid
         self._steps: dict[int, StepSum] = {}
         self._unowned: dict[int, list[_Unowned]] = {}
         self.blocks = dict(whole.blocks)
@@ -172,8 +175,14 @@ def share_blocks(
 
     group: the tensor-parallel ranks. tokens: of every sample between the blocks; None if that varies.
 
-    Raises UnsupportedModelError where ranks would draw other random numbers, PlanError if the owner map does not fit.
+    Raises UnsupportedModelError where ranks would draw other random numbers, PlanError if the owner map does not fit,
+    ConfigError where blocks are to be CUDA graphs.
     """
+    if whole.makes_graphs:
+        raise ConfigError(
+            "cuda_graphs: blocks that are cut over ranks send messages, and a process with messages in graphs does "
+            "not end: leave it out"
+        )
     subnets = whole.subnets
     check_parts(subnets.family)
     for index, block in blocks.items():
@@ -201,8 +210,8 @@ def share_blocks(
     for index, block in blocks.items():
         cut_block(block, subnets, heads_of(owner, index, rank))
         executor.link(block, index)
-    if (model := whole.embeds) is not None:
-        executor.link_images(model)
+    if (model := whole.images.model) is not None:
+        executor.images.link(model)
     return executor
 
 

@@ -1,18 +1,13 @@
 """From scores, costs and budgets (`PlanProblem`) to what every head runs on every row (`SkipPlan`)."""
 
-from d2ft_hpc.planning.baselines import solve_random
-from d2ft_hpc.planning.depth import solve_depth
 from d2ft_hpc.planning.joint import solve_joint
-from d2ft_hpc.planning.makespan import solve_makespan
-from d2ft_hpc.planning.paper import solve_paper
 from d2ft_hpc.planning.placement import in_order, place, spread
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.pose import pose
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem, check
 from d2ft_hpc.planning.samples import plan_samples
-from d2ft_hpc.planning.simulate import Timing, simulate, waste
+from d2ft_hpc.planning.simulate import simulate, waste
 from d2ft_hpc.planning.solve import solve
-from d2ft_hpc.planning.static import solve_static
 from d2ft_hpc.planning.table import PLANNERS
 
 __all__ = [
@@ -21,7 +16,6 @@ __all__ = [
     "Operation",
     "PlanProblem",
     "SkipPlan",
-    "Timing",
     "check",
     "in_order",
     "place",
@@ -29,12 +23,7 @@ __all__ = [
     "pose",
     "simulate",
     "solve",
-    "solve_depth",
     "solve_joint",
-    "solve_makespan",
-    "solve_paper",
-    "solve_random",
-    "solve_static",
     "spread",
     "waste",
 ]

@@ -130,8 +130,6 @@ def plan_with_bound(
     *,
     planner: str,
     status: str | set[str],
-    forward_weight: float = 1.0,
-    backward_weight: float = 1.0,
     bound: float | None = None,
 ) -> SkipPlan:
     """The plan with its objective, bound (by default the sum of the devices' upper bounds) and gap.
@@ -139,9 +137,9 @@ def plan_with_bound(
     status: of a search in several parts, how each ended: the plan is optimal if all are, or if the bound proves it.
     """
     if bound is None:
-        knapsacks = device_knapsacks(problem, forward_weight, backward_weight)
+        knapsacks = device_knapsacks(problem)
         bound = sum(upper_bound(knapsack) for knapsack in knapsacks)
-    objective = problem.objective(operations, forward_weight, backward_weight)
+    objective = problem.objective(operations)
     bound = max(bound, objective)  # they may differ by float error
     if isinstance(status, set):
         is_proved = status == {OPTIMAL} or bound - objective <= RELATIVE_GAP * bound

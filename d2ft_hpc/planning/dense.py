@@ -25,5 +25,10 @@ def solve_dense(problem: PlanProblem) -> SkipPlan:
 
 
 DENSE = Planner(
-    "dense", "every head FULL in every micro-batch", solve_dense, reads_scores=False, keeps_budgets=False
+    "dense",
+    "every head FULL in every micro-batch",
+    solve_dense,
+    reads_scores=False,
+    keeps_budgets=False,
+    makes_few_shapes=True,
 )

@@ -25,8 +25,6 @@ from d2ft_hpc.planning.problem import Floats, Ints, PlanProblem, round_up
 def solve_depth(
     problem: PlanProblem,
     *,
-    forward_weight: float = 1.0,
-    backward_weight: float = 1.0,
     time_limit_seconds: float = 10.0,
 ) -> SkipPlan:
     """Maximise the objective of `solve_joint` by one depth for each row: its top blocks FULL, those below
@@ -44,9 +42,7 @@ def solve_depth(
     option_operations = np.where(is_full, Operation.FULL, Operation.FORWARD_ONLY).astype(
         np.uint8
     )  # [option, block]
-    forward_gain, backward_gain = (
-        gain.sum(axis=2) for gain in problem.gains(forward_weight, backward_weight)
-    )
+    forward_gain, backward_gain = (gain.sum(axis=2) for gain in problem.gains())
     value = forward_gain.sum(axis=1, keepdims=True) + backward_gain @ is_full.T
 
     operations = np.empty(problem.forward_score.shape, dtype=np.uint8)
@@ -64,8 +60,6 @@ def solve_depth(
         operations,
         planner=DEPTH.name,
         status=statuses,
-        forward_weight=forward_weight,
-        backward_weight=backward_weight,
         bound=bound,
     )
 

@@ -48,14 +48,12 @@ class _Solution:
 def solve_joint(
     problem: PlanProblem,
     *,
-    forward_weight: float = 1.0,
-    backward_weight: float = 1.0,
     time_limit_seconds: float = 10.0,
     relative_gap: float = RELATIVE_GAP,
     most_shortcut: float = 1.0,
 ) -> SkipPlan:
-    """Maximise forward_weight * (forward score of all cells that run) + backward_weight * (backward score of
-    the FULL ones) under every device's budgets; scores are divided by their means (`PlanProblem.gains`).
+    """Maximise the forward scores of all cells that run plus the backward scores of the FULL ones under every device's
+    budgets; scores are divided by their means (`PlanProblem.gains`).
 
     time_limit_seconds: wall-clock time for all devices together.
     relative_gap: a plan that is proved to be this near its optimum is good enough, in [0, 1).
@@ -78,7 +76,7 @@ def solve_joint(
         raise PlanError(f"most_shortcut is a share of a device's heads in [0, 1], got {most_shortcut}.")
     start = time.monotonic()
     deadline, greedy_until = start + time_limit_seconds, start + _GREEDY_SHARE * time_limit_seconds
-    knapsacks = device_knapsacks(problem, forward_weight, backward_weight, most_shortcut)
+    knapsacks = device_knapsacks(problem, most_shortcut)
     _require_paid(problem, knapsacks)
 
     solutions = [_greedily(knapsack, greedy_until) for knapsack in knapsacks]
@@ -94,7 +92,7 @@ def solve_joint(
     bound = sum(solution.bound for solution in solutions)
     status = _summary(dict(zip(problem.device_names, (s.status for s in solutions), strict=True)))
 
-    score = _objective(knapsacks, chosen)
+    score = sum(k.objective(operations) for k, operations in zip(knapsacks, chosen, strict=True))
     if bound - score <= relative_gap * bound:
         status = OPTIMAL
     operations = np.empty(problem.forward_score.size, dtype=np.uint8)
@@ -105,8 +103,6 @@ def solve_joint(
         operations.reshape(shape),
         planner=JOINT.name,
         status=status,
-        forward_weight=forward_weight,
-        backward_weight=backward_weight,
         bound=bound,
     )
 
@@ -139,10 +135,6 @@ def _greedily(knapsack: Knapsack, deadline: float) -> _Solution:
     return _Solution(operations, score, max(upper_bound(knapsack, deadline), score), status)
 
 
-def _reason(known: str, of_highs: str) -> str:
-    return f"greedy: {of_highs}" if known == "greedy" else known
-
-
 def _improved(knapsack: Knapsack, known: _Solution, deadline: float, relative_gap: float) -> _Solution:
     """The better one of HiGHS's plan and the plan that is known already."""
     if known.missing <= relative_gap * known.bound:
@@ -154,7 +146,9 @@ def _improved(knapsack: Knapsack, known: _Solution, deadline: float, relative_ga
         score = knapsack.objective(plan)
         if score >= known.score:
             return _Solution(plan, score, bound, status)
-    return replace(known, bound=bound, status=OPTIMAL if status == OPTIMAL else _reason(known.status, status))
+    if status != OPTIMAL:
+        status = f"greedy: {status}" if known.status == "greedy" else known.status
+    return replace(known, bound=bound, status=status)
 
 
 def _solve_with_highs(
@@ -193,54 +187,33 @@ def _rows(knapsack: Knapsack) -> Rows:
     how many run FULL: forward >= backward; the sums; the limited budgets; memory; how many must run.
     """
     count = len(knapsack.cells)
-    every = np.arange(count)
-    row, column = [every, every], [every, every + count]
-    value, upper = [np.full(count, -1.0), np.ones(count)], [np.zeros(count)]  # backward - forward <= 0
-    lower = [np.full(count, -math.inf)]
-    rows = count
+    every, ones, totals = np.arange(count), np.ones(count), 2 * len(knapsack.cells) + np.arange(2)
+    no_limit = np.full(count, -math.inf)
+    # Of each kind: rows, counted from 0, columns and values of the entries; lower and upper of the rows.
+    kinds = [
+        (np.tile(every, 2), np.arange(2 * count), np.repeat([-1.0, 1.0], count), no_limit, np.zeros(count))
+    ]
 
-    def add(columns: Ints, values: Floats, least: float, most: float) -> None:
-        nonlocal rows
-        row.append(np.full(len(columns), rows))
-        column.append(columns)
-        value.append(values)
-        lower.append(np.array([least]))
-        upper.append(np.array([most]))
-        rows += 1
+    def add_sum(columns: Ints, values: Floats, least: float, most: float) -> None:
+        kinds.append((np.zeros_like(columns), columns, values, np.array([least]), np.array([most])))
 
-    totals = 2 * count + np.arange(2)
     for total, columns in zip(totals, (every, every + count), strict=True):
-        add(np.append(columns, total), np.append(np.ones(count), -1.0), 0.0, 0.0)
+        add_sum(np.append(columns, total), np.append(ones, -1.0), 0.0, 0.0)
     for resource in np.flatnonzero(np.isfinite(knapsack.budget)):
         steps = np.array([knapsack.forward_step[resource], knapsack.backward_step[resource]])
         if (steps > 0).any():
-            add(totals[steps > 0], steps[steps > 0], -math.inf, float(knapsack.budget[resource]))
+            add_sum(totals[steps > 0], steps[steps > 0], -math.inf, float(knapsack.budget[resource]))
     if math.isfinite(knapsack.memory) and count:
         of_row = np.unique(knapsack.row, return_inverse=True)[1]
-        row.append(rows + of_row)
-        column.append(every + count)
-        value.append(np.ones(count))
-        upper.append(np.full(of_row.max() + 1, knapsack.memory))
-        lower.append(np.full(of_row.max() + 1, -math.inf))
-        rows += int(of_row.max()) + 1
+        rows = int(of_row.max()) + 1
+        kinds.append((of_row, every + count, ones, no_limit[:rows], np.full(rows, knapsack.memory)))
     if knapsack.least.any():
-        row.append(rows + knapsack.group)
-        column.append(every)
-        value.append(np.ones(count))
-        upper.append(np.full(len(knapsack.least), math.inf))
-        lower.append(knapsack.least.astype(np.float64))
-        rows += len(knapsack.least)
-    return Rows(
-        np.concatenate(row),
-        np.concatenate(column),
-        np.concatenate(value),
-        lower=np.concatenate(lower),
-        upper=np.concatenate(upper),
-    )
-
-
-def _objective(knapsacks: Sequence[Knapsack], plan: Sequence[Operations]) -> float:
-    return sum(k.objective(operations) for k, operations in zip(knapsacks, plan, strict=True))
+        least = knapsack.least.astype(np.float64)
+        kinds.append((knapsack.group, every, ones, least, np.full(len(least), math.inf)))
+    first = np.cumsum([0, *(len(lower) for *_, lower, _ in kinds[:-1])])
+    entries = [len(columns) for _, columns, *_ in kinds]
+    row, column, value, lower, upper = (np.concatenate(parts) for parts in zip(*kinds, strict=True))
+    return Rows(row + np.repeat(first, entries), column, value, lower, upper)
 
 
 def _summary(statuses: dict[str, str]) -> str:

@@ -184,11 +184,9 @@ def _per_price(gain: Floats, price: float) -> Floats:
     return gain / price if price > 0 else np.full(len(gain), np.inf)
 
 
-def device_knapsacks(
-    problem: PlanProblem, forward_weight: float, backward_weight: float, most_shortcut: float = 1.0
-) -> list[Knapsack]:
+def device_knapsacks(problem: PlanProblem, most_shortcut: float = 1.0) -> list[Knapsack]:
     """One knapsack for each device. most_shortcut: share in [0, 1] of its heads in a (row, block) that may not run."""
-    forward_gain, backward_gain = (gain.ravel() for gain in problem.gains(forward_weight, backward_weight))
+    forward_gain, backward_gain = (gain.ravel() for gain in problem.gains())
     shortcut, forward, full = np.array([problem.compute_cost, problem.communication_cost]).T
     owned = np.cumsum(problem.cells_per_device)[:-1]
     cells_of_device = np.split(np.argsort(problem.device.ravel(), kind="stable"), owned)

@@ -31,8 +31,6 @@ _SEARCHING = 0.9
 def solve_makespan(
     problem: PlanProblem,
     *,
-    forward_weight: float = 1.0,
-    backward_weight: float = 1.0,
     most_shortcut: float = 1.0,
     time_limit_seconds: float = 10.0,
 ) -> SkipPlan:
@@ -61,7 +59,7 @@ def solve_makespan(
         raise PlanError(f"time_limit_seconds must be > 0, got {time_limit_seconds}.")
     deadline = time.monotonic() + _SEARCHING * time_limit_seconds
     operations = np.full(problem.forward_score.shape, Operation.SHORTCUT, dtype=np.uint8)
-    gains = problem.gains(forward_weight, backward_weight)
+    gains = problem.gains()
     bound, statuses = 0.0, set()
     together = meeting_replicas(problem)
     for index, replicas in enumerate(together):
@@ -87,8 +85,6 @@ def solve_makespan(
         operations,
         planner=MAKESPAN.name,
         status=statuses,
-        forward_weight=forward_weight,
-        backward_weight=backward_weight,
         bound=bound,
     )
 

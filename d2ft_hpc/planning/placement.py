@@ -24,14 +24,14 @@ def in_order(blocks: int, heads: int, ranks: int) -> Ints:
     return np.tile(np.repeat(np.arange(ranks), heads // ranks), (blocks, 1))
 
 
-def place(problem: PlanProblem, ranks: int, *, time_limit_seconds: float = 10.0) -> Ints:
+def place(problem: PlanProblem, ranks: int) -> Ints:
     """An owner map int64 [block, head] for `ranks` tensor-parallel ranks: `spread`, then swaps (`swap_heads`).
 
     problem: scores, costs, speeds and budgets on that many ranks; its own owner map does not matter.
 
     Raises PlanError if the heads cannot be divided evenly, or if no plan in lock step keeps the budgets.
     """
-    return swap_heads(replace(problem, rank=spread(problem, ranks)), time_limit_seconds=time_limit_seconds)
+    return swap_heads(replace(problem, rank=spread(problem, ranks)))
 
 
 def spread(problem: PlanProblem, ranks: int) -> Ints:

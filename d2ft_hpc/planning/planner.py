@@ -33,6 +33,8 @@ class Planner:
     """False: there is nothing to plan by heads."""
     scales_images: bool = False
     """Spends all of plan.compute_budget by choosing the number of tokens."""
+    makes_few_shapes: bool = False
+    """Whether a run's micro-batches are of a few kinds, for each of which CUDA graphs can be kept."""
     fits_memory: bool = False
     """Gives a rank with little memory fewer FULL subnets. Plans of other planners are refused where they exceed the
     memory."""

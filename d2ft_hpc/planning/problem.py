@@ -178,8 +178,6 @@ class PlanProblem:
                 raise PlanError(f"{name} is a share of the dense step in (0, 1], got {value}.")
         if not 0 <= forward_cost <= 1:
             raise PlanError(f"forward_cost is a share of the cost of FULL in [0, 1], got {forward_cost}.")
-        if not 0 <= always_share < 1:
-            raise PlanError(f"always_share must be in [0, 1), got {always_share}.")
         rank = np.zeros(forward.shape[1:]) if rank is None else np.asarray(rank)
         stage = np.zeros(forward.shape[1]) if stage is None else np.asarray(stage)
         devices = replicas * (int(np.max(stage, initial=0)) + 1) * (int(np.max(rank, initial=0)) + 1)
@@ -302,28 +300,17 @@ class PlanProblem:
         heads = np.bincount(device_of_replica.ravel(), minlength=self.stages * self.ranks)
         return np.tile(heads * (self.forward_score.shape[0] // self.replicas), self.replicas)
 
-    def gains(self, forward_weight: float = 1.0, backward_weight: float = 1.0) -> tuple[Floats, Floats]:
-        """Both scores, each divided by its mean over the problem and weighted: float64 [row, block, head].
+    def gains(self) -> tuple[Floats, Floats]:
+        """Both scores, each divided by its mean over the problem: float64 [row, block, head].
 
-        Normalised so that the weights mean the same whatever units the scores have; a score that is zero
-        everywhere counts as equal everywhere. Raises PlanError if a weight is not finite or below 0.
+        Normalised so that both count equally whatever units the scores have; a score that is zero everywhere counts
+        as equal everywhere.
         """
-        for name, weight in (("forward_weight", forward_weight), ("backward_weight", backward_weight)):
-            if not 0 <= weight < math.inf:
-                raise PlanError(f"{name} must be a finite number >= 0, got {weight}.")
-        return (
-            forward_weight * _divide_by_mean(self.forward_score),
-            backward_weight * _divide_by_mean(self.backward_score),
-        )
+        return _divide_by_mean(self.forward_score), _divide_by_mean(self.backward_score)
 
-    def objective(
-        self,
-        operations: npt.NDArray[np.uint8],
-        forward_weight: float = 1.0,
-        backward_weight: float = 1.0,
-    ) -> float:
+    def objective(self, operations: npt.NDArray[np.uint8]) -> float:
         """Sum of the forward gains of all cells that run, plus the backward gains of the FULL ones."""
-        forward_gain, backward_gain = self.gains(forward_weight, backward_weight)
+        forward_gain, backward_gain = self.gains()
         return float(
             forward_gain[operations >= Operation.FORWARD_ONLY].sum()
             + backward_gain[operations == Operation.FULL].sum()

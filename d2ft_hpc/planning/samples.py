@@ -43,8 +43,8 @@ def plan_samples(
         least = score_cost + slots / samples
         raise PlanError(
             f"compute_budget={compute_budget:g}: scoring {samples} samples takes {score_cost:.3f} of the dense "
-            f"compute and leaves less than one sample for each of {slots} micro-batches; at least {least:.3f}, or a "
-            f"smaller options.image_size"
+            f"compute and leaves less than one sample for each of {slots} micro-batches; at least {least:.3f}, or "
+            f"larger micro-batches, or, for images, a smaller options.image_size"
         )
     trained = min(per_slot * slots, samples)
     operations = np.full((samples, replicas, num_blocks, num_heads), Operation.SHORTCUT, dtype=np.uint8)
@@ -62,10 +62,11 @@ def plan_samples(
 
 
 class SampleOptions(Options):
-    """A forward pass at a low resolution scores every sample, then some train, drawn by score."""
+    """A forward pass at a low resolution, or on a quarter of a text's tokens, scores every sample, then some train,
+    drawn by score."""
 
     image_size: int | None = Field(default=None, gt=0)
-    """Height and width at which samples are scored, pixels, a multiple of the patch size; null: half of
+    """Height and width at which images are scored, pixels, a multiple of the patch size; null: half of
     data.image_size, rounded up to whole patches."""
     score: Literal["error", "loss"] = "error"
     """error: how far the predicted probabilities are from the label (it bounds the gradient's norm); loss: the cross
@@ -73,14 +74,15 @@ class SampleOptions(Options):
     uniform_share: float = Field(default=0.25, ge=0)
     """Multiple of the mean score that every score gets on top, so that easy samples are drawn too."""
     weights: Literal["none", "unbiased"] = "none"
-    """unbiased: drawn samples are weighted so that the expected gradient is the whole batch's."""
+    """unbiased: drawn images are weighted so that the expected gradient is the whole batch's."""
 
 
 SAMPLES = Planner(
     "samples",
-    "whole samples, drawn in each step by a score of their own at a low resolution",
+    "whole samples, drawn in each step by a score of their own at a low resolution, or on a part of a text",
     plan_samples,
     SampleOptions,
     reads_scores=False,
+    makes_few_shapes=True,
     binding="sample",
 )

@@ -21,8 +21,6 @@ from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem
 def solve_static(
     problem: PlanProblem,
     *,
-    forward_weight: float = 1.0,
-    backward_weight: float = 1.0,
     most_shortcut: float = 1.0,
     heads_multiple: int = 1,
 ) -> SkipPlan:
@@ -41,7 +39,7 @@ def solve_static(
     if heads_multiple < 1:
         raise PlanError(f"heads_multiple is a number of heads from 1, got {heads_multiple}.")
     operations = np.full(problem.forward_score.shape, Operation.SHORTCUT, dtype=np.uint8)
-    gains = problem.gains(forward_weight, backward_weight)
+    gains = problem.gains()
     for replicas in meeting_replicas(problem):
         stages = [
             replace(stage, levels=stage.levels.in_multiples(heads_multiple))
@@ -57,14 +55,12 @@ def solve_static(
                 )
             for stage, level in zip(alike, levels, strict=True):
                 stage.write(np.tile(level, stage.slots), operations)
-    bound = problem.objective(operations, forward_weight, backward_weight)
+    bound = problem.objective(operations)
     return plan_with_bound(
         problem,
         operations,
         planner=STATIC.name,
         status="optimal",
-        forward_weight=forward_weight,
-        backward_weight=backward_weight,
         bound=bound,
     )
 
@@ -149,4 +145,5 @@ STATIC = Planner(
     "fixed shapes: equally many heads of a block in all micro-batches, which torch.compile and CUDA graphs need",
     solve_static,
     StaticOptions,
+    makes_few_shapes=True,
 )

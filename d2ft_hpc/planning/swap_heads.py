@@ -17,6 +17,7 @@ from d2ft_hpc.planning.plan import Operation
 from d2ft_hpc.planning.problem import Floats, Ints, PlanProblem
 
 _ROUNDS = 4
+_SECONDS = 10.0
 _PLAN_SECONDS = 1.0
 _LEAST_GAIN = 1e-6  # of a head's mean gain
 
@@ -30,13 +31,13 @@ class _Kind:
     count: Ints
 
 
-def swap_heads(problem: PlanProblem, *, time_limit_seconds: float = 10.0) -> Ints:
+def swap_heads(problem: PlanProblem) -> Ints:
     """An owner map int64 [block, head] with as many heads on each rank as in the problem's own, that plans in lock step
     score more with. The same problem gives the same map, unless time runs out.
 
     Raises PlanError where `solve_makespan` does.
     """
-    deadline = time.monotonic() + time_limit_seconds
+    deadline = time.monotonic() + _SECONDS
     owner: Ints = problem.rank.copy()
     for _ in range(_ROUNDS):
         before = owner.copy()

@@ -37,4 +37,5 @@ TOKENS = Planner(
     reads_scores=False,
     keeps_budgets=False,
     scales_images=True,
+    makes_few_shapes=True,
 )

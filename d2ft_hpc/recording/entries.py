@@ -6,7 +6,8 @@ from datetime import datetime, timezone
 
 import numpy as np
 
-from d2ft_hpc.execution.executor import MOST_SHAPES, PlanExecutor
+from d2ft_hpc.execution.block_runner import MOST_SHAPES
+from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter

@@ -9,11 +9,8 @@ from d2ft_hpc.files.hdf5 import Allowance
 from d2ft_hpc.results.schema import MISSING, TABLES, Array, Field, Table
 
 
-def stack(table: str, rows: Sequence[Mapping[str, Array | str]], allowance: Allowance | None = None) -> Table:
-    """Records to columns: [row] or [row, *axes], padded to the largest value; columns that no row gave are left out.
-
-    allowance: the memory that they may take if the records come from a file, here and in all functions below.
-    """
+def stack(table: str, rows: Sequence[Mapping[str, Array | str]]) -> Table:
+    """Records to columns: [row] or [row, *axes], padded to the largest value; columns that no row gave are left out."""
     columns: Table = {}
     for field in TABLES[table].values():
         given = [row[field.name] for row in rows if field.name in row]
@@ -27,7 +24,7 @@ def stack(table: str, rows: Sequence[Mapping[str, Array | str]], allowance: Allo
             columns[field.name] = np.array(numbers, dtype=field.kind)
             continue
         shape = np.max([np.shape(value) for value in given], axis=0).astype(int)
-        columns[field.name] = missing(field, (len(rows), *shape), allowance)
+        columns[field.name] = missing(field, (len(rows), *shape))
         for target, row in zip(columns[field.name], rows, strict=True):
             if field.name in row:
                 value = np.asarray(row[field.name])
@@ -36,7 +33,8 @@ def stack(table: str, rows: Sequence[Mapping[str, Array | str]], allowance: Allo
 
 
 def missing(field: Field, shape: Sequence[int], allowance: Allowance | None = None) -> Array:
-    """An array of the field's kind that says "not recorded" everywhere."""
+    """An array of the field's kind that says "not recorded" everywhere. allowance: the memory that it may take if it
+    comes from a file, here and in all functions below."""
     if allowance is not None:
         itemsize = 4 if field.kind == "text" else np.dtype(field.kind).itemsize
         allowance.take(math.prod(map(int, shape)) * itemsize, field.name)

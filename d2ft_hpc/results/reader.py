@@ -4,8 +4,6 @@ The segments of a run that goes on, and the files of single ranks, are opened by
 never follows a link or a virtual dataset.
 """
 
-import errno
-import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,11 +32,8 @@ _ATTEMPTS = 5
 _MOST_RANK_FILES = 1 << 20
 
 
-def open_run(path: Path | str, *, locking: bool | Literal["best-effort"] = False) -> "RunResults":
+def open_run(path: Path | str) -> "RunResults":
     """Open a results file, or the `results.h5` of a run folder, for reading; also while the run writes it.
-
-    locking: whether HDF5 locks the files against writers, as in `h5py.File`. No lock is needed, since files are only
-    ever replaced as a whole, and some network file systems have none.
 
     Raises:
         ResultsError: there is no such file, it is damaged, or it is not a results file of this package.
@@ -48,14 +43,14 @@ def open_run(path: Path | str, *, locking: bool | Literal["best-effort"] = False
         path = path / "results.h5"
     if not path.is_file():
         raise ResultsError(f"no results file at {path}: give the path of a run folder or of its results.h5")
-    return _open(path.resolve(), locking, rank_files=True)
+    return _open(path.resolve(), rank_files=True)
 
 
-def _open(path: Path, locking: Any, *, rank_files: bool) -> "RunResults":
+def _open(path: Path, *, rank_files: bool) -> "RunResults":
     """rank_files: whether the file may belong to a run with a file for each rank. A rank's own file may not."""
     with _faults_of(path):
         for attempt in range(_ATTEMPTS):
-            main = open_file(path, locking=locking)
+            main = open_file(path)
             files: list[Any] = []
             ranks: list[RunResults | None] = []
             try:
@@ -63,14 +58,14 @@ def _open(path: Path, locking: Any, *, rank_files: bool) -> "RunResults":
                 attributes = read_attributes(main)
                 if "segments" in attributes:
                     for name in _segment_names(main, path, attributes):
-                        files.append(_open_segment(segments_folder(path) / name, locking))
+                        files.append(open_file(segments_folder(path) / name))
                         check_root(files[-1])
                 else:
                     files.append(main)
                 of_ranks = attributes.get("rank_files", 0)
                 if not isinstance(of_ranks, int) or not 0 <= of_ranks <= rank_files * _MOST_RANK_FILES:
                     raise RefusedError(f"its `rank_files` is {of_ranks!r}")
-                ranks += _open_rank_files(path, of_ranks, locking)
+                ranks += _open_rank_files(path, of_ranks)
                 return RunResults(path, main, files, ranks, version)
             except FileNotFoundError:  # merged into another by the writer since the linking file was read
                 _close([main, *files, *ranks])
@@ -291,13 +286,7 @@ def waiting(communication: Array) -> Array:
     return np.asarray(communication - np.fmin.reduce(communication, axis=1)[:, None])
 
 
-def _open_segment(path: Path, locking: bool | str) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    return open_file(path, locking=locking)
-
-
-def _open_rank_files(path: Path, ranks: int, locking: Any) -> list[RunResults | None]:
+def _open_rank_files(path: Path, ranks: int) -> list[RunResults | None]:
     """The results of each rank; None for a rank that wrote none, as when the run was killed early."""
     folder = rank_file(path, 0).parent
     if folder.resolve() != folder:
@@ -307,7 +296,7 @@ def _open_rank_files(path: Path, ranks: int, locking: Any) -> list[RunResults | 
         for file in (rank_file(path, rank) for rank in range(ranks)):
             if file.is_symlink():
                 raise RefusedError(f"{file} is a symbolic link")
-            opened.append(_open(file, locking, rank_files=False) if file.is_file() else None)
+            opened.append(_open(file, rank_files=False) if file.is_file() else None)
     except BaseException:
         _close(opened)
         raise

@@ -2,15 +2,14 @@
 
 The gradients of a linear layer's weight and bias follow from its input and the gradient of its output, so a probe
 needs only those: it asks autograd for the output gradients of the blocks' linear layers and forms weight gradients
-itself. No parameter's `.grad` and no gradient hook of an engine is ever touched, and gradients of single samples
-come from the same pass as those of a whole micro-batch.
+itself. No parameter's `.grad` and no gradient hook of an engine is ever touched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +18,12 @@ from torch.utils.hooks import RemovableHandle
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.model.probe import probe
 from d2ft_hpc.model.subnets import SubnetMap
-from d2ft_hpc.score_table import FISHER, SCORES
+from d2ft_hpc.score_table import SCORES
 
-Granularity = Literal["micro_batch", "sample"]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 _FP16_SCALE = 2.0**10
 """Keeps the gradients of a mean loss within fp16's range."""
-_GRADIENT_BYTES = 1 << 28
-"""Bytes of weight gradients that are formed at a time, by which the samples are taken in parts."""
 
 
 def gradient_scores(
@@ -37,31 +33,28 @@ def gradient_scores(
     labels: Tensor,
     loss_function: LossFunction,
     names: Iterable[str],
-    granularity: Granularity = "micro_batch",
     autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Scores of one micro-batch or of each of its samples, with g the gradient of the loss and w the weight.
+    """Scores of one micro-batch, with g the gradient of the loss and w the weight.
 
     names: those in `SCORES` that read gradients, summed over a subnet's weights: fisher g^2 (arXiv 2504.12471),
     gradient_magnitude |g|, taylor |w g| (arXiv 1906.10771).
 
     images: [sample, channel, height, width], cast to the model's dtype; labels: [sample, ...]; loss_function
-    returns the *mean* over the samples. A sample's score is that of its own loss, not of its share in the mean.
+    returns the *mean* over the samples.
     autocast_dtype: of the pass and of the products that give weight gradients, as in training under autocast; None:
     the model's own, products in float32 unless the model is in bfloat16.
     Of a model with LoRA, the weights are the heads' slices of the low-rank factors.
     Runs the dense model in evaluation mode; model, gradients and random state stay as they were. Where memory is too
     short for all samples at once, they are taken in parts, of half as many at each try.
 
-    Returns for each name float32 [1, block, head] for "micro_batch", [sample, block, head] for "sample".
+    Returns for each name float32 [1, block, head].
     """
     at_once = images.shape[0]
     while True:
         parts = list(zip(images.split(at_once), labels.split(at_once), strict=True))
         try:
-            return _scores_of_parts(
-                model, subnets, parts, loss_function, list(names), granularity, autocast_dtype
-            )
+            return _scores_of_parts(model, subnets, parts, loss_function, list(names), autocast_dtype)
         except torch.OutOfMemoryError:
             if at_once == 1:
                 raise
@@ -74,28 +67,25 @@ def _scores_of_parts(
     parts: Sequence[tuple[Tensor, Tensor]],
     loss_function: LossFunction,
     names: Sequence[str],
-    granularity: Granularity,
     autocast_dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """`gradient_scores` of images and labels in parts. A micro-batch's gradients are kept until its last part."""
+    """`gradient_scores` of images and labels in parts. A weight's gradient is kept until the last part."""
     samples, device = sum(len(images) for images, _ in parts), parts[0][0].device
-    by_sample = granularity == "sample"
-    scores = {name: torch.zeros(samples if by_sample else 1, *subnets.shape, device=device) for name in names}
+    scores = {name: torch.zeros(1, *subnets.shape, device=device) for name in names}
     earlier: dict[_Place, Tensor] = {}
     done = 0
     for images, labels in parts:
-        start = done if by_sample else 0
         done += len(images)
-        for place, rows, axis, value, gradient in _gradients_of_part(
-            model, subnets, images, labels, loss_function, granularity, autocast_dtype
+        for place, axis, value, gradient in _gradients_of_part(
+            model, subnets, images, labels, loss_function, autocast_dtype
         ):
-            if not by_sample and len(parts) > 1:
+            if len(parts) > 1:
                 gradient = len(images) / samples * gradient + earlier.pop(place, 0)
                 if done < samples:
                     earlier[place] = gradient
                     continue
             for score, total in scores.items():
-                total[start:][rows, place[0]] += axis.sum_by_head(SCORES[score].of_weight(gradient, value))
+                total[:, place[0]] += axis.sum_by_head(SCORES[score].of_weight(gradient, value))
     return scores
 
 
@@ -109,11 +99,10 @@ def _gradients_of_part(
     images: Tensor,
     labels: Tensor,
     loss_function: LossFunction,
-    granularity: Granularity,
     autocast_dtype: torch.dtype | None,
-) -> Iterator[tuple[_Place, slice, HeadAxis, Tensor, Tensor]]:
-    """From one pass, of each parameter that heads own: its place, which samples (or the micro-batch), its split by
-    head, its value, their gradients."""
+) -> Iterator[tuple[_Place, HeadAxis, Tensor, Tensor]]:
+    """From one pass, of each parameter that heads own: its place, its split by head, its value, its gradient
+    [1, ...]."""
     dtype = next(model.parameters()).dtype
     scale = _FP16_SCALE if dtype == torch.float16 else 1.0
     autocast = torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None)
@@ -123,19 +112,11 @@ def _gradients_of_part(
             loss = loss_function(model(images.to(dtype)), labels)
         output_gradients = torch.autograd.grad(loss * scale, [output for _, _, _, output in records])
     blocks = subnets.blocks(model)
-    groups = 1 if granularity == "micro_batch" else images.shape[0]
     for (block, name, layer_input, _), output_gradient in zip(records, output_gradients, strict=True):
-        weight: Any = blocks[block].get_submodule(name).weight
-        # A sample's own gradient is `samples` times its share in the gradient of the mean loss.
-        inputs = layer_input.to(product_dtype).reshape(groups, -1, layer_input.shape[-1])
-        gradients = groups / scale * output_gradient.float().reshape(groups, -1, output_gradient.shape[-1])
-        at_a_time = max(_GRADIENT_BYTES // (4 * weight.numel()), 1)
-        for some in torch.arange(groups).split(at_a_time):
-            rows = slice(int(some[0]), int(some[-1]) + 1)
-            for index, found in enumerate(
-                gradients_of_heads(blocks[block], name, subnets, inputs[rows], gradients[rows])
-            ):
-                yield (block, name, index), rows, *found
+        inputs = layer_input.to(product_dtype).reshape(1, -1, layer_input.shape[-1])
+        gradients = 1 / scale * output_gradient.float().reshape(1, -1, output_gradient.shape[-1])
+        for index, found in enumerate(gradients_of_heads(blocks[block], name, subnets, inputs, gradients)):
+            yield (block, name, index), *found
 
 
 def gradients_of_heads(
@@ -171,19 +152,6 @@ def gradients_of_heads(
             yield axis, up, summed(scaled, inputs @ down.T.to(inputs.dtype))
         if axis := subnets.head_axes.get(f"{name}.lora_A.{adapter}.weight"):
             yield axis, down, summed(scaled @ up.float(), inputs)
-
-
-def fisher_information(
-    model: nn.Module,
-    subnets: SubnetMap,
-    images: Tensor,
-    labels: Tensor,
-    loss_function: LossFunction,
-    granularity: Granularity = "micro_batch",
-) -> Tensor:
-    """Sum of squared gradients over each subnet's weights; see `gradient_scores`."""
-    scores = gradient_scores(model, subnets, images, labels, loss_function, (FISHER.name,), granularity)
-    return scores[FISHER.name]
 
 
 _Record = tuple[int, str, Tensor, Tensor]

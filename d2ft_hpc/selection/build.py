@@ -8,6 +8,7 @@ from torch import nn
 from d2ft_hpc.families.table import family_of
 from d2ft_hpc.metering import meter
 from d2ft_hpc.planning.samples import SampleOptions
+from d2ft_hpc.selection.batch import blank
 from d2ft_hpc.selection.scorer import SampleScorer
 from d2ft_hpc.selection.select import SampleSelection
 
@@ -15,19 +16,22 @@ from d2ft_hpc.selection.select import SampleSelection
 def selection_of(
     config: SampleOptions,
     model: nn.Module,
-    image_size: int,
+    sample_shape: tuple[int, ...],
     *,
     seed: int,
     replica: int,
     autocast_dtype: torch.dtype | None = None,
     cuda_graphs: bool = False,
 ) -> SampleSelection:
-    """Makes what scores and draws a replica's samples. image_size: pixels, of the images that are trained on."""
-    patch_size = family_of(model).patch_size(model)[0]
-    half = -(-image_size // (2 * patch_size)) * patch_size
+    """Makes what scores and draws a replica's samples. sample_shape: of those that are trained on, (channel, height,
+    width) or (token,)."""
+    family, image_size = family_of(model), config.image_size
+    if family.takes_images and image_size is None:
+        patch_size = family.patch_size(model)[0]
+        image_size = -(-sample_shape[-1] // (2 * patch_size)) * patch_size
     scorer = SampleScorer(
         model,
-        config.image_size or half,
+        image_size,
         score=config.score,
         autocast_dtype=autocast_dtype,
     )
@@ -41,9 +45,9 @@ def selection_of(
     )
 
 
-def count_scoring(selection: SampleSelection, image_size: int, device: torch.device) -> float:
-    """This rank's FLOPs for one sample's score; on all ranks together where they share the model."""
-    image = torch.zeros(1, 3, image_size, image_size, device=device)
+def count_scoring(selection: SampleSelection, sample_shape: tuple[int, ...], device: torch.device) -> float:
+    """This rank's FLOPs for the score of one sample of this shape; on all ranks together where they share the
+    model."""
     with meter() as metered:
-        selection.scorer.of_batch([(image, torch.zeros(1, device=device, dtype=torch.long))])
+        selection.scorer.of_batch([blank(sample_shape, device)])
     return metered.flops

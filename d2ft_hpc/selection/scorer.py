@@ -1,30 +1,37 @@
-"""A score for every sample from a forward pass of the model itself at a lower resolution."""
+"""A score for every sample from a forward pass of the model itself on less of it: an image at a lower resolution, or a
+part of a text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2ft_hpc.errors import ConfigError
-from d2ft_hpc.execution.resize import scaled
+from d2ft_hpc.engines.engine import Inputs, logits_of
+from d2ft_hpc.errors import ConfigError, PlanError
+from d2ft_hpc.execution.image_scaling import scaled
+from d2ft_hpc.families.family import NO_TARGET
 from d2ft_hpc.families.table import family_of
+from d2ft_hpc.selection.batch import Batch
 
 SampleScore = Literal["error", "loss"]
 
-LogitsOf = Callable[[Sequence[Tensor]], list[Tensor]]
-"""Logits [sample, class] of each micro-batch's images, of any size, in evaluation mode."""
+LogitsOf = Callable[[Sequence[Any]], list[Tensor]]
+"""In evaluation mode, of each micro-batch: logits [sample, class] of images of any size, or [sample, token, word] of
+text by name."""
 
 
 class SampleScorer:
-    """Scores samples by how wrong the model is on their images at `image_size` pixels.
+    """Scores samples by how wrong the model is on their images at `image_size` pixels, or on a part of their text.
 
-    score: "error" is the Euclidean norm of softmax - target, which bounds the norm of a sample's gradient up to a
-        factor common to all samples (Katharopoulos and Fleuret, arXiv 1803.00942, section 3.3); "loss" is the cross
-        entropy. At half the resolution the pass costs about a twelfth of a training step.
+    image_size: None for models that read text. score: "error" is the Euclidean norm of softmax - target, which bounds
+        the norm of a sample's gradient up to a factor common to all samples (Katharopoulos and Fleuret, arXiv
+        1803.00942, section 3.3); "loss" is the cross entropy. Of a text it is the mean over the tokens that the part
+        is to give. At half the resolution, or on a quarter of the tokens, the pass costs about a twelfth of a training
+        step.
 
     Drop-outs are off; the model's parameters and mode stay as they are. Raises ConfigError if the size does not fit.
     """
@@ -32,21 +39,22 @@ class SampleScorer:
     def __init__(
         self,
         model: nn.Module,
-        image_size: int,
+        image_size: int | None,
         *,
         score: SampleScore = "error",
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
-        family = family_of(model)
-        patch_size = family.patch_size(model)[0]
-        if image_size < patch_size or image_size % patch_size:
-            raise ConfigError(
-                f"options.image_size={image_size}: must be a multiple of the model's patches of {patch_size} "
-                f"pixels; nearest: {max(patch_size, round(image_size / patch_size) * patch_size)}"
-            )
+        self._family = family = family_of(model)
+        if image_size is not None:
+            patch_size = family.patch_size(model)[0]
+            if image_size < patch_size or image_size % patch_size:
+                raise ConfigError(
+                    f"options.image_size={image_size}: must be a multiple of the model's patches of {patch_size} "
+                    f"pixels; nearest: {max(patch_size, round(image_size / patch_size) * patch_size)}"
+                )
         self._image_size, self._score, self._autocast_dtype = image_size, score, autocast_dtype
         self._model = family.of_any_size(model)
-        self._logits_of: LogitsOf | None = None
+        self._logits_of: LogitsOf = self._own_logits
         self.num_classes = 0
         """The number of classes of the logits that were scored last; they may be those of a module around `model`."""
 
@@ -56,47 +64,56 @@ class SampleScorer:
         self._logits_of = logits_of
 
     @torch.no_grad()
-    def of_batch(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """float32 [sample] of all micro-batches, which are as `__call__` takes them."""
-        if self._logits_of is None:
-            return torch.cat([self(images, targets) for images, targets in micro_batches])
-        logits = self._logits_of([self._resized(images) for images, _ in micro_batches])
-        return torch.cat(
-            [self._scores(part, targets) for part, (_, targets) in zip(logits, micro_batches, strict=True)]
-        )
+    def of_batch(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """float32 [sample] of all micro-batches. Labels of images: int64 [sample], or probabilities [sample, class]."""
+        parts, targets = zip(*(self._part(each) for each in micro_batches), strict=True)
+        logits = self._logits_of(parts)
+        return torch.cat([self._scores(*each) for each in zip(logits, targets, strict=True)])
 
-    @torch.no_grad()
-    def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
-        """images: [sample, channel, height, width]; targets: int64 [sample] or probabilities [sample, class].
+    def _part(self, batch: Batch) -> tuple[Inputs, Tensor]:
+        """What of the samples is scored, and the targets of its logits."""
+        if isinstance(batch, Mapping):
+            return self._family.excerpt(batch)
+        images, labels = batch
+        assert self._image_size is not None
+        return scaled(images, (self._image_size, self._image_size)), labels
 
-        Returns float32 [sample].
-        """
-        training = self._model.training
+    def _own_logits(self, parts: Sequence[Inputs]) -> list[Tensor]:
+        training, mixed = self._model.training, self._autocast_dtype is not None
         self._model.eval()
-        scores = self._forward(images, targets)
+        device = next(self._model.parameters()).device.type
+        with torch.autocast(device, self._autocast_dtype, enabled=mixed, cache_enabled=False):
+            logits = [logits_of(self._model, part) for part in parts]
         self._model.train(training)
-        return scores
-
-    def _forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        images = self._resized(images)
-        mixed = self._autocast_dtype is not None
-        with torch.autocast(images.device.type, self._autocast_dtype, enabled=mixed, cache_enabled=False):
-            logits = self._model(images)
-        return self._scores(logits, targets)
+        return logits
 
     def _scores(self, logits: Tensor, targets: Tensor) -> Tensor:
-        self.num_classes = logits.shape[1]
+        if self._image_size is None and logits.shape[:-1] != targets.shape:
+            raise PlanError(
+                f"planner='samples' scores texts by logits [sequence, token, word], but these of {[*targets.shape]} "
+                f"tokens are {[*logits.shape]}: use a language model, or another planner, such as 'joint'"
+            )
+        self.num_classes = logits.shape[-1]
         return score_samples(logits.float(), targets, self._score)
-
-    def _resized(self, images: Tensor) -> Tensor:
-        return scaled(images, (self._image_size, self._image_size))
 
 
 def score_samples(logits: Tensor, targets: Tensor, score: SampleScore) -> Tensor:
-    """float32 [sample] of logits float32 [sample, class] and targets as `SampleScorer` takes them."""
+    """float32 [sample] of logits float32 [sample, class] and targets int64 [sample] or probabilities [sample, class].
+
+    Or of [sample, token, class] and int64 [sample, token]: the mean over the tokens that have a target, not NO_TARGET;
+    0 where none has.
+    """
+    if logits.ndim == 3:
+        counts = targets != NO_TARGET
+        of_tokens = score_samples(logits.flatten(0, 1), targets.where(counts, 0).flatten(), score)
+        return of_tokens.view_as(targets).where(counts, 0).sum(1) / counts.sum(1).clamp_min(1)
     if score == "loss":
         return F.cross_entropy(logits, targets, reduction="none")
+    probabilities = logits.softmax(1)
     if targets.ndim == 1:
-        targets = F.one_hot(targets, logits.shape[1])
-    error: Tensor = torch.linalg.vector_norm(logits.softmax(1) - targets, dim=1)
+        of_target = targets[:, None]
+        differences = probabilities.scatter_(1, of_target, probabilities.gather(1, of_target) - 1)
+    else:
+        differences = probabilities - targets
+    error: Tensor = torch.linalg.vector_norm(differences, dim=1)
     return error

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2ft_hpc.engines.engine import MicroBatch
 from d2ft_hpc.execution.cuda_graph import CudaGraphs
+from d2ft_hpc.selection.batch import Batch, Kind, like, samples_of, tensors_of
 from d2ft_hpc.selection.draw import draw_by_score
 from d2ft_hpc.selection.scorer import SampleScorer
 
@@ -41,40 +41,45 @@ class SampleSelection:
         self.scorer = scorer
         self._uniform_share, self._weights = uniform_share, weights
         self._seed, self._replica = seed, replica
-        self._graphs: dict[int, CudaGraphs[MicroBatch]] | None = {} if cuda_graphs else None
+        self._graphs: dict[int, CudaGraphs[tuple[Tensor, ...]]] | None = {} if cuda_graphs else None
         """By how many samples are drawn."""
 
-    def __call__(self, micro_batches: Sequence[MicroBatch], step: int, share: float) -> list[MicroBatch]:
-        """As many micro-batches as given, of equal size, with `share` of the samples (at least one each).
+    def __call__(self, micro_batches: Sequence[Kind], step: int, share: float) -> list[Kind]:
+        """As many micro-batches as given, of equal size, with `share` of the samples (at least one each) and all that
+        belongs to them.
 
         They stay on their device, which is not synchronised, in memory that the next call may overwrite.
 
-        With weights, the labels become float32 [sample, class], each row times its weight: the cross entropy of
-        such a row is the weighted one.
+        With weights, the labels of images become float32 [sample, class], each row times its weight: the cross
+        entropy of such a row is the weighted one.
         """
-        slots, samples = len(micro_batches), sum(len(labels) for _, labels in micro_batches)
+        first, slots = micro_batches[0], len(micro_batches)
+        samples = sum(len(samples_of(each)) for each in micro_batches)
         per_slot = max(int(share * samples / slots + 1e-9), 1)
         count = per_slot * slots
-        uniforms = self._uniforms(step, samples, micro_batches[0][0].device)
-        arguments = (uniforms, *(tensor for pair in micro_batches for tensor in pair))
-        choose = partial(self._choose, count)
+        uniforms = self._uniforms(step, samples, samples_of(first).device)
+        arguments = (uniforms, *(tensor for each in micro_batches for tensor in tensors_of(each)))
+        choose = partial(self._choose, first, count)
         if self._graphs is not None:
             chosen = self._graphs.setdefault(count, CudaGraphs())(choose, *arguments)
         else:
             chosen = choose(*arguments)
-        return list(zip(*(part.split(per_slot) for part in chosen), strict=True))
+        parts = zip(*(tensor.split(per_slot) for tensor in chosen), strict=True)
+        return [like(first, part) for part in parts]
 
-    def _choose(self, count: int, uniforms: Tensor, *tensors: Tensor) -> MicroBatch:
-        """tensors: images and labels of each micro-batch in turn."""
-        scores = self.scorer.of_batch(list(zip(tensors[::2], tensors[1::2], strict=True)))
-        images, labels = _joined(tensors[::2]), _joined(tensors[1::2])
+    def _choose(self, kind: Batch, count: int, uniforms: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """tensors: those of each micro-batch in turn, which is of the same kind as `kind`."""
+        width = len(kind)
+        scores = self.scorer.of_batch(
+            [like(kind, tensors[start : start + width]) for start in range(0, len(tensors), width)]
+        )
         drawn, probabilities = draw_by_score(
             scores, count, uniform_share=self._uniform_share, uniforms=uniforms
         )
-        targets = labels[drawn]
+        *others, last = (_joined(tensors[place::width])[drawn] for place in range(width))
         if self._weights == "unbiased":
-            targets = self._weighted(targets, count / (len(images) * probabilities))
-        return images[drawn], targets
+            last = self._weighted(last, count / (len(scores) * probabilities))
+        return *others, last
 
     def _uniforms(self, step: int, samples: int, device: torch.device) -> Tensor:
         """The random numbers that decide the draw of a step, float64 [sample + 1] in [0, 1); the device is not

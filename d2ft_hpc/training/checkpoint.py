@@ -1,4 +1,4 @@
-"""What a checkpoint is, and how one is found, checked and loaded; `saver` writes them.
+"""What a checkpoint is, and how one is found, checked and restored; `saver` writes them.
 
 A checkpoint is a folder `checkpoints/step-N`, where N steps are done. It is complete or absent: while it is written it
 has another name. It holds what the engine saves, the plan in force (plan.h5), each rank's random state, the position
@@ -132,7 +132,7 @@ def _files_in(folder: Path, prefix: str = "") -> Iterator[str]:
             raise RefusedError(f"{name} is not a regular file")
 
 
-def load_checkpoint(checkpoint: Path, engine: Engine, control: Control) -> SkipPlan:
+def restore_checkpoint(checkpoint: Path, engine: Engine, control: Control) -> SkipPlan:
     """Restores engine and random state and returns the plan; all ranks call it together.
 
     Raises CheckpointError on all of them if any file is damaged: each is checked before anything is read from it.

@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2ft_hpc.config import RunConfig
-from d2ft_hpc.data.datasets import LabelledImages, Split, load_configured
+from d2ft_hpc.data.datasets import LabelledImages, Split, open_split
 from d2ft_hpc.data.loader import Batches, eval_loader, train_loader
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.engines.engine import MicroBatch
 from d2ft_hpc.engines.private_names import newer_than_tested
 from d2ft_hpc.errors import ConfigError, DataError
-from d2ft_hpc.execution.executor import PlanExecutor, attach
+from d2ft_hpc.execution.attach import attach
+from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.families.table import family_of
 from d2ft_hpc.launch import Control
 from d2ft_hpc.launch.control import print_line
@@ -152,7 +153,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
     random.seed(config.run.seed)
     np.random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
-    train_set, evaluation_set = _load_data(config, "train"), _load_data(config, config.data.evaluated_split)
+    train_set, evaluation_set = _open_split(config, "train"), _open_split(config, config.data.evaluated_split)
     if control.rank == 0:
         for images in (train_set, evaluation_set):
             images.look_at_some()
@@ -180,7 +181,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         model,
         embeddings=config.model.embeddings,
         compile=config.engine.compile,
-        cuda_graphs=config.engine.cuda_graphs and not kind.graphs_micro_batches,
+        cuda_graphs=config.launches_graphs and not kind.graphs_micro_batches,
     )
     image_shape = (3, config.data.image_size, config.data.image_size)
     costs = measure_costs(model, executor, image_shape, config.plan.sides)
@@ -189,13 +190,13 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         selection = selection_of(
             config.plan.options,
             model,
-            config.data.image_size,
+            image_shape,
             seed=config.run.seed,
             replica=layout.replica,
             autocast_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.engine.precision),
-            cuda_graphs=config.engine.cuda_graphs and kind.graphs_micro_batches and device.type == "cuda",
+            cuda_graphs=config.launches_graphs and kind.graphs_micro_batches and device.type == "cuda",
         )
-        costs = replace(costs, score_flops=count_scoring(selection, config.data.image_size, device))
+        costs = replace(costs, score_flops=count_scoring(selection, image_shape, device))
     return Job(
         config, control, device, model, executor, costs, train_set, evaluation_set, sampler, layout, selection
     )
@@ -251,6 +252,6 @@ def _check_image_size(model: nn.Module, size: int) -> None:
         )
 
 
-def _load_data(config: RunConfig, split: Split) -> LabelledImages:
+def _open_split(config: RunConfig, split: Split) -> LabelledImages:
     mean, std = pixel_statistics(config.model.name, config.model.weights)
-    return load_configured(config.data, split, mean, std, seed=config.run.seed)
+    return open_split(config.data, split, mean, std, seed=config.run.seed)

@@ -28,7 +28,7 @@ from d2ft_hpc.recording.step_recorder import StepRecorder
 from d2ft_hpc.safe_text import say
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.between_steps import BetweenSteps
-from d2ft_hpc.training.checkpoint import Position, load_checkpoint
+from d2ft_hpc.training.checkpoint import Position, restore_checkpoint
 from d2ft_hpc.training.evaluate import evaluate
 from d2ft_hpc.training.finite import require_finite, with_advice
 from d2ft_hpc.training.free_memory import describe_memory, with_memory_limits
@@ -98,7 +98,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     run = _Run(job, engine, placement, measured, PlanController(context, engine, control, source, log), log)
     if start.checkpoint is not None:
         watch.enter("loading the checkpoint")
-        plan = load_checkpoint(start.checkpoint, engine, control)
+        plan = restore_checkpoint(start.checkpoint, engine, control)
         plan = replace(plan, replicas=job.sampler.replicas)
         run.plans.restore(PlanState(plan, plans_made=start.position.plans_made))
     if start.checkpoint is None or job.config.plan.replan.every is not None:
@@ -177,7 +177,7 @@ def _train_epochs(run: _Run, recorder: StepRecorder, position: Position, config_
                 if due and config.plan.replan.speeds == "watched" and plans.plans_made > 0:
                     costs = plans.context.reckoned
                     speeds = speed_watch.speeds(costs.device_speed)
-                    plans.reckon_with(replace(costs, device_speed=speeds))
+                    plans.context = replace(plans.context, reckoned=replace(costs, device_speed=speeds))
                     log.note(step, "speeds", ", ".join(f"{speed:.2f}" for speed in speeds))
                 plans.before_batch(step, due=due)
                 if plans.plans_made != plans_made:

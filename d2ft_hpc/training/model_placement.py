@@ -10,8 +10,6 @@ from d2ft_hpc.engines.model_parallel import PLACEMENT
 from d2ft_hpc.errors import CheckpointError
 from d2ft_hpc.launch import agreed, share
 from d2ft_hpc.launch.watch import Watch
-from d2ft_hpc.lifecycle.costs import costs_of_part
-from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.parallel.stages import cut_stages
@@ -63,8 +61,3 @@ def place_in_order(job: Job) -> Placement:
     """Stages by cost, neighbouring heads together. Raises ConfigError or PlanError as `place`."""
     stages = cut_stages(job.layer_flops, job.layout.stages)
     return Placement(job.layout, stages, even_owner(*job.executor.subnets.shape, job.layout.tensor_ranks))
-
-
-def costs_of_rank(job: Job, placement: Placement) -> StepCosts:
-    """Costs of this rank's part of the dense model; what always runs does so on every tensor-parallel rank."""
-    return costs_of_part(job.costs, job.layer_flops, placement)

@@ -26,6 +26,7 @@ from d2ft_hpc.training.older_config import in_todays_keys
 MAY_CHANGE = (
     "engine.name",  # checkpoints do not depend on how an engine spreads a state
     "engine.deepspeed",
+    "engine.cuda_graphs",
     "run.folder",
     "data.root",
     "data.workers",
@@ -178,7 +179,7 @@ def _config_before(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     """The configuration of the run in the folder, None if it is not known. Raises ConfigError where the user can mend
     it."""
     try:
-        return run_folder.read_config(folder)
+        return run_folder.saved_config(folder)
     except ConfigError as error:
         if config.train.resume is True:
             raise
@@ -189,7 +190,7 @@ def _config_before(folder: Path, config: RunConfig) -> dict[str, Any] | None:
 def _check_of_run(checkpoint: Path, config: RunConfig) -> None:
     """Raises ForeignCheckpointError if the checkpoint is one."""
     try:
-        check_same(run_folder.read_config(checkpoint) or {}, config)
+        check_same(run_folder.saved_config(checkpoint) or {}, config)
     except ConfigError as error:
         raise ForeignCheckpointError(f"{checkpoint}: of another run: {error}") from None
 

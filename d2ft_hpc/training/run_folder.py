@@ -144,7 +144,7 @@ def record_launch(config: RunConfig, control: Control, environment: Mapping[str,
         atomic.write(folder / CONFIG, config.to_yaml())
 
 
-def read_config(folder: Path) -> dict[str, Any] | None:
+def saved_config(folder: Path) -> dict[str, Any] | None:
     """The configuration that the run in this folder had, None if there is none. Raises ConfigError."""
     try:
         return read_values(folder / CONFIG)

@@ -113,6 +113,9 @@ class CheckpointSaver:
             self.finish()
         self._abandoned.set()
         self._threads.shutdown()
+        if self._control.rank == 0:  # what an error left unfinished
+            for left in self._folder.glob("*.building"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def _write(
         self, building: Path, files: list[tuple[Any, Path]], flush_results: Callable[[], None]

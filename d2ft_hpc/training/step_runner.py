@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from d2ft_hpc.engines.engine import Engine, MicroBatch, StepReport
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
+from d2ft_hpc.lifecycle.costs import costs_of_part
 from d2ft_hpc.metering import Metered, meter
 from d2ft_hpc.metering.flops import RankWork
 from d2ft_hpc.metering.memory import reset_peak, used_bytes
@@ -17,7 +18,6 @@ from d2ft_hpc.recording.step_recorder import StepRecord, on_host
 from d2ft_hpc.results.schema import BYTE_KINDS
 from d2ft_hpc.selection.build import count_scoring
 from d2ft_hpc.training.job import Job
-from d2ft_hpc.training.model_placement import costs_of_rank
 
 
 class StepRunner:
@@ -29,21 +29,21 @@ class StepRunner:
 
     def __init__(self, job: Job, engine: Engine, placement: Placement) -> None:
         self._job, self._engine, self._own = job, engine, placement.own
-        self._costs = costs_of_rank(job, placement)
+        self._costs = costs_of_part(job.costs, job.layer_flops, placement)
         if job.selection is not None and job.config.engine.kind.scores_with_own_model:
             job.selection.scorer.bind(engine.logits)
-            score_flops = count_scoring(job.selection, job.config.data.image_size, job.device)
+            image_shape = (3, job.config.data.image_size, job.config.data.image_size)
+            score_flops = count_scoring(job.selection, image_shape, job.device)
             self._costs = replace(self._costs, score_flops=score_flops)
         config = job.config
         self._planned_bytes = PlannedBytes(
             job.model,
-            job.executor.subnets,
+            engine.executor,
             placement,
             slots=config.data.slots,
             micro_batch_size=config.data.micro_batch_size,
             precision=config.engine.precision,
             data_parallel=config.engine.data_parallel,
-            embeddings=config.model.embeddings,
         )
         self._steps_done, self._metered_plan = 0, -1
         self._metered = Metered()
@@ -87,7 +87,7 @@ class StepRunner:
                 "left_out_rows": work.left_out_rows,
                 "bytes_sent": sum(self._metered.bytes_sent.values()),
                 **_bytes_by_kind(self._metered.bytes_sent),
-                **self._planned_bytes.columns(self._engine.executor),
+                **self._planned_bytes.columns(),
                 "memory_bytes": used_bytes(device),
             },
         )

@@ -6,9 +6,11 @@ import atexit
 import sys
 import weakref
 
+import torch
 from torch import nn
 
-from d2ft_hpc.execution.executor import PlanExecutor, attach
+from d2ft_hpc.execution.attach import attach
+from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.lifecycle import PlanController
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.model.sample_shape import sample_shape_of
@@ -37,7 +39,7 @@ def attached(
     costs = measure_costs(model, executor, shape, section.sides, whole=whole)
     if section.sides is not None:
         _, height, width = shape
-        executor.image_size = height, width
+        executor.images.size = height, width
     return executor, shape, costs
 
 
@@ -52,13 +54,24 @@ def tell_if_too_short(plans: PlanController) -> None:
             return
         grid = plans.plan.grid_of(0)
         if grid is not None and is_on_the_way(grid, plans.context.curve):
-            size = image_size(grid, plans.engine.executor.patch_size)
+            size = image_size(grid, plans.engine.executor.images.patch_size)
             plans.listener.say(
                 f"the training ended at images of {size}, before they had full size: "
                 f"total_steps={plans.context.total_steps} was too many"
             )
 
     atexit.register(tell)
+
+
+def tell_of_graphs(plans: PlanController, device: torch.device) -> None:
+    """Says what makes steps shorter where blocks train on `device` without CUDA graphs, which they could have."""
+    executor, context = plans.engine.executor, plans.context
+    could = context.settings.entry.makes_few_shapes and not context.placement.layout.is_cut
+    if device.type == "cuda" and could and not executor.makes_graphs:
+        plans.listener.say(
+            "on a GPU steps on few tokens wait for Python: cuda_graphs=True starts blocks at once, and compile=True "
+            "makes faster kernels"
+        )
 
 
 def tell_if_too_long(plans: PlanController, step: int) -> None:

@@ -81,7 +81,7 @@ class BatchCounter:
         self._modes: list[Any] = []
         self._metered: Metered | None = None  # of the batch that runs
         self._counted: _Counted | None = None
-        self._scored = 0
+        self._scored: list[tuple[int, float]] = []
         self._trained: list[tuple[int, int, float]] = []
         self.so_far = ComputeSoFar()
 
@@ -102,7 +102,7 @@ class BatchCounter:
     @property
     def patch_size(self) -> Grid | None:
         """Of images that plans scale, in pixels, down and across; None where there are none."""
-        return self._executor.patch_size
+        return self._executor.images.patch_size
 
     def promised_share(self, placement: Placement) -> float | None:
         """Of the dense compute of this rank, what the plan in force lets it do; None without a plan."""
@@ -119,18 +119,19 @@ class BatchCounter:
         """After what `so_far` had, as numbers, when it was saved; empty: nothing."""
         self.so_far = ComputeSoFar(*compute)
 
-    def score(self, samples: int) -> None:
-        """This many samples are about to be scored; some of them will train."""
+    def score(self, samples: Tensor) -> None:
+        """These samples are about to be scored; some of them will train."""
         self.begin()
-        self._scored += samples
+        self._scored.append((len(samples), self._size_of(samples)))
 
     def train(self, slot: int, samples: int, like: Tensor | None = None) -> None:
         """This many samples are about to train, in this place of the batch. like: samples of their size; None: they
         have the size whose FLOPs were counted."""
         self.begin()
-        family = self._executor.subnets.family
-        size = 1.0 if like is None else family.size_of(like, self._sample_shape)
-        self._trained.append((slot, samples, size))
+        self._trained.append((slot, samples, 1.0 if like is None else self._size_of(like)))
+
+    def _size_of(self, samples: Tensor) -> float:
+        return self._executor.subnets.family.size_of(samples, self._sample_shape)
 
     def begin(self) -> None:
         """Counts from here on, in the first batch under its plan."""
@@ -177,16 +178,17 @@ class BatchCounter:
         slots = [slot for slot, _, _ in self._trained]
         sizes = [samples * size for _, samples, size in self._trained]
         trained = sum(samples for _, samples, _ in self._trained)
-        samples = self._scored or trained
+        samples = sum(samples for samples, _ in self._scored) or trained
+        scored_sizes = [samples * size for samples, size in self._scored]
         if plan is None or plan.binding == "sample":
-            planned = self._scored * costs.score_flops + sum(sizes) * costs.dense_flops
+            planned = sum(scored_sizes) * costs.score_flops + sum(sizes) * costs.dense_flops
             work = RankWork(planned, trained, 0, samples - trained)
         else:
             work = costs.work(plan, placement.layout.replica, placement.own, slots, sizes)
-        dense = costs.dense_flops * (sum(sizes) if self._scored == 0 else self._scored)
+        dense = costs.dense_flops * sum(scored_sizes or sizes)
         if self._metered is not None and samples:
             self._counted = _Counted(plan, self._metered, work.planned_flops, dense)
-        self._metered, self._scored, self._trained = None, 0, []
+        self._metered, self._scored, self._trained = None, [], []
         executed = sent = math.nan
         if self._counted is not None and self._counted.plan is plan:
             executed = self._counted.metered.flops * work.planned_flops / self._counted.planned_flops

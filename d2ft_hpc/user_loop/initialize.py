@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.optim import Optimizer
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.engines.deepspeed_settings import check_settings
+from d2ft_hpc.engines.engine import evaluated
+from d2ft_hpc.engines.model_parallel import CutModel
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.engines.private_names import NEWEST_TESTED, newer_than_tested
@@ -26,6 +29,7 @@ from d2ft_hpc.errors import ConfigError, LaunchError, UnsupportedModelError
 from d2ft_hpc.families.table import backbone_of, family_of
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.lifecycle.costs import costs_of_part
+from d2ft_hpc.lifecycle.make_plan import reads_scores
 from d2ft_hpc.parallel.head_split import check_parts, even_owner
 from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
@@ -34,11 +38,12 @@ from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.attached import attached
 from d2ft_hpc.user_loop.batch_counter import BatchCounter
+from d2ft_hpc.user_loop.loop_context import loop_context
 from d2ft_hpc.user_loop.pipeline_module import PipelineModule
 from d2ft_hpc.user_loop.plan_printer import PlanPrinter
 from d2ft_hpc.user_loop.planned_deepspeed import PlannedDeepSpeed
 from d2ft_hpc.user_loop.record import LoopRecord
-from d2ft_hpc.user_loop.section import SECTION, require_images, require_length, split
+from d2ft_hpc.user_loop.section import SECTION, D2ftSection, require_length, require_options_for, split
 
 _END_SECONDS = 25.0
 """Seconds that a rank waits for the others when its script ends."""
@@ -61,9 +66,12 @@ def initialize(
     """A DeepSpeed engine that trains `model` under skip plans; arguments and returns are `deepspeed.initialize`'s.
 
     The configuration's "d2ft" section (`d2ft_hpc.user_loop.section.D2ftSection`) says how to plan. The loop stays as
-    it is: `engine(images)`, `engine.backward(loss)`, `engine.step()`, once for each micro-batch. The first
-    `probe_batches` batches run dense and give the scores, so each rank needs memory for dense batches: unlike
+    it is: `engine(images)`, `engine.backward(loss)`, `engine.step()`, once for each micro-batch. Where a planner reads
+    scores, the first batch runs dense and gives them, so each rank needs memory for a dense batch: unlike
     `d2ft-hpc train`, this fits no plan to a rank with less. `engine.d2ft` is the `PlannedDeepSpeed`.
+
+    Under ZeRO 1 and 2, unless scores are read, a block runs on a few flat parameters, which DeepSpeed has to look after
+    in place of many. The model shows its own parameters all the same, in the same memory, but they get no `.grad`.
 
     "tensor_parallel": {"autotp_size": N} cuts the model by head over N ranks; a `PipelineModule` is cut into stages,
     and its engine is DeepSpeed's with `train_batch`. Each rank then trains a part of rank 0's weights: `model` itself
@@ -119,7 +127,7 @@ def initialize(
     check_settings(settings)
     if section.total_steps is None:
         section = section.model_copy(update={"total_steps": _scheduled_steps(settings)})
-    require_images(section, f"{SECTION}.", backbone)
+    require_options_for(backbone, section, f"{SECTION}.")
     require_length(section, f"{SECTION}.")
     control = _connect()
     for warning in newer_than_tested(NEWEST_TESTED):
@@ -140,10 +148,11 @@ def initialize(
     selection = None
     if isinstance(section.options, SampleOptions):
         selection = selection_of(
-            section.options, backbone, sample_shape[-1], seed=section.seed, replica=layout.replica
+            section.options, backbone, sample_shape, seed=section.seed, replica=layout.replica
         )
+        selection.scorer.bind(partial(evaluated, model))
         device = next(model.parameters()).device
-        costs = replace(costs, score_flops=count_scoring(selection, sample_shape[-1], device))
+        costs = replace(costs, score_flops=count_scoring(selection, sample_shape, device))
     whole = model
     record = LoopRecord(section.results, section.model_dump(mode="json"), backbone, executor.subnets, costs)
 
@@ -158,10 +167,10 @@ def initialize(
         return optimizer, lr_scheduler
 
     settings.pop("tensor_parallel", None)  # blocks are cut by head, not by DeepSpeed
-    common = (model, executor, placement, make_optimizer)
+    cut = CutModel(model, executor, placement, control, make_optimizer, options_for)
     ours: DeepSpeedEngine | PipelineEngine
     if pipeline is not None:
-        ours = PipelineEngine(*common, pipeline.loss_fn, settings, control, options_for=options_for)
+        ours = PipelineEngine(cut, pipeline.loss_fn, settings)
     else:
         # The user's loop computes the loss: this function is never called.
         step: dict[str, Any] = {
@@ -171,7 +180,7 @@ def initialize(
             "is_boundary": lambda: ours.engine.d2ft.is_boundary,
         }
         if layout.is_cut:
-            ours = TensorParallelEngine(*common, control=control, options_for=options_for, **step)
+            ours = TensorParallelEngine(cut, **step)
         else:
             if isinstance(optimizer, Optimizer) and (
                 frozen := _leave_out_frozen_groups(optimizer, lr_scheduler)
@@ -179,29 +188,57 @@ def initialize(
                 PlanPrinter(control).say(
                     f"groups {frozen} of the optimizer have frozen parameters alone: left out"
                 )
-            ours = DeepSpeedEngine(model, executor, optimizer, lr_scheduler, **step, **options_for(model))
-    if selection is not None:
-        selection.scorer.bind(ours.logits)
+            ours = DeepSpeedEngine(
+                model,
+                executor,
+                optimizer,
+                lr_scheduler,
+                **step,
+                flattens=_can_flatten(zero, settings, section, optimizer),
+                hides_flat=True,
+                **options_for(model),
+            )
     part_costs = costs_of_part(costs, flops, placement)
     if selection is not None and layout.is_cut:
-        score_flops = count_scoring(selection, sample_shape[-1], ours.engine.device)
+        selection.scorer.bind(ours.logits)
+        score_flops = count_scoring(selection, sample_shape, ours.engine.device)
         part_costs = replace(part_costs, score_flops=score_flops)
     counter = BatchCounter(part_costs, ours.executor, sample_shape)
-    planned_bytes = PlannedBytes(
-        backbone,
-        executor.subnets,
+    context = loop_context(
+        section,
+        costs,
         placement,
         slots=int(ours.engine.gradient_accumulation_steps()),
         micro_batch_size=int(ours.engine.train_micro_batch_size_per_gpu()),
+        replicas_meet=zero.stage == 3,
+        where=f"{SECTION}.",
+    )
+    planned_bytes = PlannedBytes(
+        backbone,
+        ours.executor,
+        placement,
+        slots=context.slots,
+        micro_batch_size=context.micro_batch_size,
         precision=next((kind for kind in ("bf16", "fp16") if settings.get(kind, {}).get("enabled")), "fp32"),
         data_parallel=ZERO[zero.stage],
-        embeddings=section.embeddings,
         around=whole,
     )
-    ours.engine.d2ft = PlannedDeepSpeed(
-        ours, section, costs, placement, selection, control, counter, record, planned_bytes
-    )
+    ours.engine.d2ft = PlannedDeepSpeed(ours, context, selection, control, counter, record, planned_bytes)
     return ours.made  # type: ignore[no-any-return]
+
+
+def _can_flatten(zero: ZeroRules, settings: Mapping[str, Any], section: D2ftSection, optimizer: Any) -> bool:
+    """Whether a block's parameters can be put together, with which DeepSpeed has a fifth of them to look after.
+
+    Not where anything reads their single gradients (scores, and DeepSpeed without ZeRO), or names, orders or aligns
+    them.
+    """
+    is_new = not (isinstance(optimizer, Optimizer) and optimizer.state)
+    of_zero = settings.get("zero_optimization", {})
+    lays_out = any(of_zero.get(key, False) for key in ("round_robin_gradients", "parameter_alignment"))
+    is_universal = settings.get("checkpoint", {}).get("load_universal", False)
+    may_be = zero.stage in (1, 2) and not (lays_out or is_universal)
+    return may_be and is_new and not reads_scores(section)
 
 
 def _scheduled_steps(settings: Mapping[str, Any]) -> int | None:

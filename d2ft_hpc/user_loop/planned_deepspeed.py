@@ -14,32 +14,29 @@ from torch import nn
 
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
 from d2ft_hpc.engines.deepspeed_private import current_slot, loss_scale
-from d2ft_hpc.engines.engine import MicroBatch
+from d2ft_hpc.engines.model_parallel import CutEngine
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.engines.portable import write_file
-from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.families.table import backbone_of
 from d2ft_hpc.files import atomic
 from d2ft_hpc.launch import Control, agreed, share
-from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts, PlanState
-from d2ft_hpc.lifecycle.foresight import curve_of, foresee_plans
+from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanState
+from d2ft_hpc.lifecycle.foresight import foresee_plans
 from d2ft_hpc.lifecycle.make_plan import reads_scores
 from d2ft_hpc.lifecycle.observed_scores import ObservedScores, Observer
 from d2ft_hpc.lifecycle.state import FILE
-from d2ft_hpc.metering import StepCosts
-from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning import Operation, SkipPlan
 from d2ft_hpc.scores import Scores
 from d2ft_hpc.scores.gradient_observer import GradientObserver
 from d2ft_hpc.selection import SampleSelection
-from d2ft_hpc.user_loop.attached import tell_if_too_long, tell_if_too_short
+from d2ft_hpc.selection.batch import as_given, batches_of, samples_of
+from d2ft_hpc.user_loop.attached import tell_if_too_long, tell_if_too_short, tell_of_graphs
 from d2ft_hpc.user_loop.batch_counter import BatchCounter, samples_in
 from d2ft_hpc.user_loop.part_observer import PartObserver
 from d2ft_hpc.user_loop.plan_printer import PlanPrinter, compute_in_words
 from d2ft_hpc.user_loop.record import LoopRecord
-from d2ft_hpc.user_loop.section import SECTION, D2ftSection
 
 
 class PlannedDeepSpeed:
@@ -51,9 +48,7 @@ class PlannedDeepSpeed:
     def __init__(
         self,
         ours: DeepSpeedEngine | PipelineEngine,
-        section: D2ftSection,
-        costs: StepCosts,
-        placement: Placement,
+        context: PlanContext,
         selection: SampleSelection | None,
         control: Control,
         counter: BatchCounter,
@@ -62,36 +57,19 @@ class PlannedDeepSpeed:
     ) -> None:
         """On all ranks together. ours: the user's engine as our training loop has it. selection: of planner samples.
         counter, planned_bytes: of this rank's part of the model."""
-        self.executor, self.section, self.control = ours.executor, section, control
-        self._ours, self._engine, self._placement, self._selection = ours, ours.engine, placement, selection
-        slots = int(ours.engine.gradient_accumulation_steps())
+        self.executor, self.control = ours.executor, control
+        self._ours, self._engine, self._selection = ours, ours.engine, selection
+        self._settings, self._placement = context.settings, context.placement
         self._source = ObservedScores(
-            section,
+            context.settings,
             self.executor.subnets,
-            lambda: (control, placement.layout),
+            lambda: (control, context.placement.layout),
             self._make_observer,
             ours.full_model,
         )
-        self.plans = PlanController(
-            PlanContext(
-                section,
-                placement,
-                costs,
-                PlanCosts.counted(costs, section.device_speed, control.world_size),
-                slots=slots,
-                micro_batch_size=int(ours.engine.train_micro_batch_size_per_gpu()),
-                seed=section.seed,
-                replicas_meet=ours.engine.zero_optimization_stage() == 3,
-                total_steps=section.total_steps,
-                curve=curve_of(section, costs, [1] * (section.total_steps or 0), f"{SECTION}."),
-                where=f"{SECTION}.",
-            ),
-            ours,
-            control,
-            self._source,
-            PlanPrinter(control),
-        )
+        self.plans = PlanController(context, ours, control, self._source, PlanPrinter(control))
         tell_if_too_short(self.plans)
+        tell_of_graphs(self.plans, self._engine.device)
         self.slot = 0
         """The place in its batch of the micro-batch that runs, or ran last, in training."""
         self.is_boundary = False
@@ -108,7 +86,7 @@ class PlannedDeepSpeed:
             ours.engine.register_forward_hook(self._after_forward)
             self._lead_steps()
         self._follow_checkpoints()
-        if reads_scores(section):
+        if reads_scores(context.settings):
             foresee_plans(self.plans)
         else:
             self.plans.make(0)
@@ -123,20 +101,24 @@ class PlannedDeepSpeed:
         """Scores of the newest plan; None where the planner reads none."""
         return self.plans.scores
 
-    def choose(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """For planner `samples`: takes a batch as (images, labels) for each micro-batch and returns the samples that
-        are to be trained on, in as many micro-batches. All ranks call it together, between two steps.
+    def choose(self, micro_batches: Sequence[Any]) -> list[Any]:
+        """For planner `samples`: takes a batch as (images, labels) for each micro-batch, or as text by name
+        (`PlannedLoop.choose`), and returns the samples that are to be trained on, in as many micro-batches of the same
+        kind. All ranks call it together, between two steps.
 
-        Raises PlanError with another planner.
+        Raises PlanError with another planner, or for what it cannot draw from.
         """
         if self._selection is None or self.plan is None:
             raise PlanError(
-                f'choose() draws samples for "planner": "samples"; with {self.section.planner!r} train on all of them'
+                f'choose() draws samples for "planner": "samples"; with {self._settings.planner!r} train on all of them'
             )
+        batches = batches_of(micro_batches, are_images=self.executor.subnets.family.takes_images)
         self._turn_to("forward")
-        self._counter.score(sum(len(labels) for _, labels in micro_batches))
+        for batch in batches:
+            self._counter.score(samples_of(batch))
         share_of_all = float((self.plan.operations == Operation.FULL).mean())
-        return self._selection(micro_batches, int(self._engine.global_steps), share_of_all)
+        chosen = self._selection(batches, int(self._engine.global_steps), share_of_all)
+        return as_given(chosen, micro_batches)
 
     def activate(self, plan: SkipPlan) -> None:
         """Puts `plan` in force from the next batch on. Raises PlanError where this engine cannot run it."""
@@ -194,7 +176,7 @@ class PlannedDeepSpeed:
         """Goes on from the file, if there is one; all ranks call it together. A plan that the configuration names
         stays. Raises CheckpointError where the file is damaged."""
         content = share(self.control, lambda: path.read_bytes() if path.exists() else b"", "the saved plan")
-        if self.section.file is not None:
+        if self._settings.file is not None:
             return
         say = self.plans.listener.say
         if not content:
@@ -286,7 +268,7 @@ class PlannedDeepSpeed:
     def _make_observer(self) -> Observer:
         engine, subnets = self._engine, self.executor.subnets
         slots = int(engine.gradient_accumulation_steps())
-        if isinstance(self._ours, (PipelineEngine, TensorParallelEngine)):
+        if isinstance(self._ours, CutEngine):
             return PartObserver(self._ours.part, subnets, self._placement, slots, lambda: loss_scale(engine))
         return GradientObserver(
             backbone_of(engine.module), subnets, slots, lambda: self.slot, lambda: loss_scale(engine)

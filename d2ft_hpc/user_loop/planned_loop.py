@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, replace
 from typing import Any
@@ -16,17 +15,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from d2ft_hpc.engines.check import check_plan, check_recompute
-from d2ft_hpc.engines.engine import logits_of
+from d2ft_hpc.engines.engine import Inputs, logits_of
 from d2ft_hpc.engines.gradient_norm import total_norm
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import backbone_of, find_backbone
-from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts, PlanState
-from d2ft_hpc.lifecycle.foresight import curve_of, trial_plan
+from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanState
+from d2ft_hpc.lifecycle.foresight import trial_plan
 from d2ft_hpc.lifecycle.observed_scores import ObservedScores
 from d2ft_hpc.model.evaluating import evaluating
 from d2ft_hpc.model.lora import unwrapped
@@ -37,16 +35,17 @@ from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.planning.tokens import TOKENS
 from d2ft_hpc.scores.gradient_observer import GradientObserver
 from d2ft_hpc.selection import SampleSelection
+from d2ft_hpc.selection.batch import as_given, batches_of, samples_of
 from d2ft_hpc.selection.build import count_scoring, selection_of
-from d2ft_hpc.user_loop.attached import attached, tell_if_too_long, tell_if_too_short
+from d2ft_hpc.user_loop.attached import attached, tell_if_too_long, tell_if_too_short, tell_of_graphs
 from d2ft_hpc.user_loop.batch_counter import BatchCounter, samples_in
 from d2ft_hpc.user_loop.default_group import control_of_loop
+from d2ft_hpc.user_loop.loop_context import loop_context
+from d2ft_hpc.user_loop.model_hooks import ModelHook, watch_optimizers
 from d2ft_hpc.user_loop.plan_printer import PlanPrinter, compute_in_words
 from d2ft_hpc.user_loop.prepare import bind_engine
 from d2ft_hpc.user_loop.record import LoopRecord
-from d2ft_hpc.user_loop.section import D2ftSection, parse_section, require_images, require_length
-
-Call = Callable[[Sequence[Any]], None]
+from d2ft_hpc.user_loop.section import D2ftSection, parse_section, require_length, require_options_for
 
 _MANY_SAMPLES = 1024
 """Of a micro-batch, whose size is not known before it comes: a budget that leaves nothing of so many is too small."""
@@ -72,9 +71,9 @@ def attach(
         the images that the model gets in training: small ones at first, full size (the model's `img_size`, which they
         must have) at the end of `total_steps` steps of the optimiser, which it has to know. `samples` scores what
         `PlannedLoop.choose` is given and draws what trains; any other one plans by heads, and the first
-        batches run dense and give the scores. Models that read text need such a one ("joint"). micro_batches: those of
-        a rank whose gradients make one step of the optimiser. settings: other keys of the "d2ft" section
-        (`D2ftSection`), such as `embeddings`, `compile`, `cuda_graphs`, `replan={"every": "100 steps"}`,
+        batches run dense and give the scores. Models that read text need `samples` or one by heads ("joint").
+        micro_batches: those of a rank whose gradients make one step of the optimiser. settings: other keys of the
+        "d2ft" section (`D2ftSection`), such as `embeddings`, `compile`, `cuda_graphs`, `replan={"every": "100 steps"}`,
         `file`, a saved plan, or `results="runs/mine"`, a folder for `results.h5`, which `d2ft-hpc report runs/mine`
         reads.
 
@@ -106,14 +105,14 @@ class PlannedLoop:
         self._whole = model
         self._model = model = backbone_of(model)
         """The supported model that the user's own is, or has inside."""
-        require_images(section, "", model)
+        require_options_for(model, section, "")
         require_length(section, "")
         self.executor, sample_shape, self._costs = attached(model, self._whole, section)
-        self._image_size = sample_shape[-1]
+        self._sample_shape = sample_shape
         self._selection: SampleSelection | None = None
         if section.entry.binding == "sample":
             device = next(model.parameters()).device
-            score_flops = count_scoring(self._new_selection(0), self._image_size, device)
+            score_flops = count_scoring(self._new_selection(0), sample_shape, device)
             self._costs = replace(self._costs, score_flops=score_flops)
         self._controller: PlanController | None = None
         self._restored: PlanState | None = None
@@ -139,32 +138,39 @@ class PlannedLoop:
             self._observer,
             lambda: nullcontext(model),
         )
-        _watch(self)
+        self._watch()
         if isinstance(self._whole, DistributedDataParallel):
             self.bind(self._whole)  # which it is too late for, if attach has frozen something
 
-    def choose(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """For planner `samples`: the samples of a micro-batch that are to be trained on; all ranks call it together.
+    def choose(self, samples: Any, labels: Tensor | None = None) -> Any:
+        """For planner `samples`: the samples of a micro-batch that are to be trained on, with all that belongs to them,
+        as they were given; all ranks call it together.
 
-        images: [sample, channel, height, width]; labels: int64 [sample], or probabilities [sample, class].
-        Raises PlanError with another planner, or where the budget leaves not one sample.
+        samples: images [sample, channel, height, width] and labels, int64 [sample] or probabilities [sample, class].
+        For models that read text: a mapping such as a collator of transformers gives, in which everything is
+        [sequence, token, ...] and `labels` are int64, -100 where nothing is to be learnt; the result is a dict. Or
+        input_ids and labels as two tensors.
+
+        Raises PlanError with another planner, for what it cannot draw from, or where the budget leaves not one sample.
         """
         if self.section.entry.binding != "sample":
             raise PlanError(
                 f"choose() draws samples for planner='samples'; with {self.section.planner!r} train on all of them"
             )
-        self._plan_batch(len(labels))
+        given = samples if labels is None else (samples, labels)
+        (batch,) = batches_of([given], are_images=self.executor.subnets.family.takes_images)
+        self._plan_batch(len(samples_of(batch)))
         if self._selection is None:
             self._selection = self._new_selection(self._plans().control.rank)
         assert self.executor.plan is not None
         share = float((self.executor.plan.operations == Operation.FULL).mean())
         self._is_begun = True
         self._turn_to("forward")
-        self._counter.score(len(labels))
-        (chosen,) = self._selection([(images, labels)], self._draws, share)
+        self._counter.score(samples_of(batch))
+        chosen = self._selection([batch], self._draws, share)
         self._draws += 1
         self._is_chosen = True
-        return chosen
+        return as_given(chosen, [given])[0]
 
     @property
     def plan(self) -> SkipPlan | None:
@@ -240,12 +246,33 @@ class PlannedLoop:
         check_recompute(self._model)
         check_plan(plan, slots=self.slots, replicas=self._plans().control.world_size, same_rows=None)
 
+    def _watch(self) -> None:
+        """From now on forwards of the model and steps of optimisers reach the methods that follow."""
+        model: nn.Module = self._model
+        if unwrapped(self._whole) is not model:
+            # The user's module computes more and calls parts of the model in any order, but images always reach its
+            # first module.
+            model = self.executor.subnets.family.embedding(model) or model
+        is_recorded = self.record.is_on
+        before = ModelHook(model, self._before_forward, self._in_evaluation if is_recorded else None)
+        model.register_forward_pre_hook(before, with_kwargs=True)
+        if is_recorded:
+            after = ModelHook(self._model, self._after_forward)
+            self._model.register_forward_hook(after, with_kwargs=True)
+        watch_optimizers(self._whole, self, self._before_optimizer, self._after_optimizer)
+
     def _before_forward(self, inputs: Sequence[Any]) -> None:
         """Called before the model's forward in training mode: the next micro-batch begins."""
         if self.section.entry.binding == "sample" and not self._is_chosen:
+            takes_images = self.executor.subnets.family.takes_images
+            call = (
+                "images, labels = d2ft.choose(images, labels)"
+                if takes_images
+                else "batch = d2ft.choose(batch)"
+            )
             raise PlanError(
-                "planner='samples' draws what a micro-batch trains on: call `images, labels = d2ft.choose(images, "
-                "labels)` before the model, or attach(model, planner=...) another one"
+                f"planner='samples' draws what a micro-batch trains on: call `{call}` before the model, or "
+                f"attach(model, planner=...) another one"
             )
         if self._slot >= self.slots - 1:
             self._require_own_optimizer()
@@ -314,7 +341,10 @@ class PlannedLoop:
         self._plan_batch()  # now, so that a checkpoint has it
         self._turn_to("data")
 
-    def _before_optimizer(self) -> None:
+    def _before_optimizer(self, is_own: bool) -> None:
+        if not is_own:
+            self._foreign_steps += self._slot >= 0
+            return
         self._has_stepped = True
         if self._slot < 0:  # a second optimiser's, or one that makes its state for a checkpoint
             self._unseen_steps += self._steps == 0
@@ -332,6 +362,10 @@ class PlannedLoop:
             ]
             self.record.gradient_norm(total_norm(gradients) if gradients else None)
         self._turn_to("optimizer")
+
+    def _after_optimizer(self, optimizer: Optimizer) -> None:
+        if self._slot >= 0:
+            self._end_batch(float(optimizer.param_groups[0]["lr"]))
 
     def _require_own_optimizer(self) -> None:
         """Raises PlanError where optimisers step, but so far none that has parameters of the model."""
@@ -352,29 +386,26 @@ class PlannedLoop:
                     f"blocks {changed.tolist()} were frozen, or freed, after attach had counted what they cost: do so "
                     f"before d2ft_hpc.attach(model)"
                 )
-            context = self._context(ranks, control.rank, self.section.device_speed)
+            context = self._context(self.section, ranks, control.rank)
             self._controller = PlanController(context, self, control, self._source, PlanPrinter(control))
             tell_if_too_short(self._controller)
+            tell_of_graphs(self._controller, self._device)
         return self._controller
 
-    def _context(self, ranks: int, rank: int, speeds: Sequence[float] | None) -> PlanContext:
-        return PlanContext(
-            self.section,
-            Placement.whole(ranks, rank, *self.executor.subnets.shape),
+    def _context(self, section: D2ftSection, ranks: int, rank: int) -> PlanContext:
+        return loop_context(
+            section,
             self._costs,
-            PlanCosts.counted(self._costs, speeds, ranks),
-            slots=1 if self.section.entry.binding == "sample" else self.slots,
+            Placement.whole(ranks, rank, *self.executor.subnets.shape),
+            slots=1 if section.entry.binding == "sample" else self.slots,
             micro_batch_size=1,
-            seed=self.section.seed,
             replicas_meet=self._is_spread,
-            total_steps=self.section.total_steps,
-            curve=curve_of(self.section, self._costs, [1] * (self.section.total_steps or 0), ""),
             where="",
         )
 
     def _foresee(self) -> None:
         """Raises PlanError where no plan of this loop keeps the budgets, as far as one rank by itself can tell."""
-        context = self._context(1, 0, None)
+        context = self._context(self.section.model_copy(update={"device_speed": None}), 1, 0)
         if self.section.file is None:
             trial_plan(replace(context, micro_batch_size=_MANY_SAMPLES))
 
@@ -383,13 +414,12 @@ class PlannedLoop:
             context = self._plans().context
             self._planned_bytes = PlannedBytes(
                 self._model,
-                self.executor.subnets,
+                self.executor,
                 context.placement,
                 slots=context.slots,
                 micro_batch_size=1,  # whose activations no replica sends
                 precision="fp32" if next(self._model.parameters()).dtype is torch.float32 else "bf16",
                 data_parallel=self._data_parallel,
-                embeddings=self.section.embeddings,
                 around=self._whole,
             )
         return self._planned_bytes
@@ -402,92 +432,19 @@ class PlannedLoop:
     def _new_selection(self, replica: int) -> SampleSelection:
         assert isinstance(self.section.options, SampleOptions)
         selection = selection_of(
-            self.section.options, self._model, self._image_size, seed=self.section.seed, replica=replica
+            self.section.options, self._model, self._sample_shape, seed=self.section.seed, replica=replica
         )
         selection.scorer.bind(self._logits)
         return selection
 
-    def _logits(self, images: Sequence[Tensor]) -> list[Tensor]:
+    def _logits(self, micro_batches: Sequence[Inputs]) -> list[Tensor]:
         """Scores by the model itself, since a twin would lack the changes that the loop's libraries have made to its
         forward."""
         dtype = next(self._model.parameters()).dtype
         family = self.executor.subnets.family
         with family.taking_any_size(self._model), evaluating(self._whole):
-            return [logits_of(self._whole(of_slot.to(dtype))) for of_slot in images]
-
-    @property
-    def _wraps(self) -> bool:
-        """Whether the user's module computes more than the supported model."""
-        return unwrapped(self._whole) is not self._model
+            return [logits_of(self._whole, each, dtype) for each in micro_batches]
 
     @property
     def _is_spread(self) -> bool:
         return isinstance(self._whole, FSDPModule) or isinstance(self._model, FSDPModule)
-
-
-class _Hook:
-    """Hooks of the attached model alone: its copies and pickles get hooks that do nothing."""
-
-    def __init__(self, model: nn.Module, training: Call, evaluation: Call | None = None) -> None:
-        """training, evaluation: what to call with the forward's arguments in these modes."""
-        self._model = weakref.ref(model)
-        self._training = torch.compiler.disable(training)
-        # Not None, which code that torch.compile made for another hook would call.
-        self._evaluation = _nothing if evaluation is None else torch.compiler.disable(evaluation)
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
-        if module is not self._model():
-            return
-        if module.training and torch.is_grad_enabled():
-            self._training([*args, kwargs])
-        elif not module.training:
-            self._evaluation([])
-
-    def __reduce__(self) -> Any:
-        return _no_hook, ()
-
-
-def _no_hook() -> Callable[..., None]:
-    return _nothing
-
-
-def _nothing(*args: Any) -> None:
-    pass
-
-
-def _watch(loop: PlannedLoop) -> None:
-    """Tells the loop of forwards and of steps of any optimiser that has parameters of the model, while it lives."""
-    model: nn.Module = loop._model
-    if loop._wraps:  # and calls parts of it in any order, but images always reach its first module
-        model = loop.executor.subnets.family.embedding(model) or model
-    is_recorded = loop.record.is_on
-    before = _Hook(model, loop._before_forward, loop._in_evaluation if is_recorded else None)
-    model.register_forward_pre_hook(before, with_kwargs=True)
-    if is_recorded:
-        loop._model.register_forward_hook(_Hook(loop._model, loop._after_forward), with_kwargs=True)
-    kept = weakref.ref(loop)
-
-    def stepping(optimizer: Optimizer) -> PlannedLoop | None:
-        """The loop, if this optimiser trains its model."""
-        loop = kept()
-        if loop is None:
-            return None
-        own = {id(parameter) for parameter in loop._whole.parameters()}
-        steps = any(id(each) in own for group in optimizer.param_groups for each in group["params"])
-        return loop if steps else None
-
-    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if (loop := stepping(optimizer)) is not None:
-            loop._before_optimizer()
-        elif (loop := kept()) is not None and loop._slot >= 0:
-            loop._foreign_steps += 1
-
-    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if (loop := stepping(optimizer)) is not None and loop._slot >= 0:
-            loop._end_batch(float(optimizer.param_groups[0]["lr"]))
-
-    for handle in (
-        register_optimizer_step_pre_hook(before_step),
-        register_optimizer_step_post_hook(after_step),
-    ):
-        weakref.finalize(loop, handle.remove)

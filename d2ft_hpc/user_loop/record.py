@@ -159,7 +159,7 @@ class LoopRecord:
                 times=times,
                 of_rank={
                     **asdict(work),
-                    **({} if planned_bytes is None else planned_bytes.columns(plans.engine.executor)),
+                    **({} if planned_bytes is None else planned_bytes.columns()),
                     "memory_bytes": used_bytes(self._device),
                 },
                 skipped=math.isnan(learning_rate),

@@ -15,6 +15,7 @@ from d2ft_hpc.engines.deepspeed_keys import deepspeed_sections
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.families.table import family_of
 from d2ft_hpc.plan_config import PlanConfig
+from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.score_table import SCORES
 from d2ft_hpc.settings import PathText
 
@@ -84,16 +85,22 @@ def parse_section(section: Any, where: str) -> D2ftSection:
     return parsed
 
 
-def require_images(section: D2ftSection, where: str, model: nn.Module) -> None:
-    """Raises ConfigError where plans would scale images, or draw them, and the model, of a known family, reads text."""
+def require_options_for(model: nn.Module, section: D2ftSection, where: str) -> None:
+    """Raises ConfigError where a setting is about images, and the model, of a known family, reads text."""
     if family_of(model).takes_images:
         return
-    key = "planner" if section.entry.scales_images or section.entry.binding == "sample" else "token_budget"
-    if section.sides is not None or section.entry.binding == "sample":
+    reads = f"it is for images, and {type(model).__name__} reads text"
+    if section.sides is not None:
+        key = "planner" if section.entry.scales_images else "token_budget"
         raise ConfigError(
-            f"{where}{key}={getattr(section, key)!r}: it is for images, and {type(model).__name__} reads text: use a "
-            f"planner by heads, such as planner='joint', without token_budget"
+            f"{where}{key}={getattr(section, key)!r}: {reads}: use planner='samples', or one by heads, such as "
+            f"planner='joint', without token_budget"
         )
+    if isinstance(section.options, SampleOptions):
+        for key in ("image_size", "weights"):
+            value = getattr(section.options, key)
+            if value != getattr(SampleOptions(), key):
+                raise ConfigError(f"{where}options.{key}={value!r}: {reads}: remove it")
 
 
 def require_length(section: D2ftSection, where: str) -> None:

@@ -1,5 +1,6 @@
 """Run on 2 ranks: a decoder of transformers under DDP, FSDP2 and ZeRO 1 to 3, whose replicas follow rows of their own,
-against one process; rank 0 prints the largest difference of any parameter, by what trained it, as JSON.
+or train on sequences that they draw, against one process; rank 0 prints the largest difference of any parameter, by
+what trained it, as JSON.
 
     mpirun -n 2 python -m tests.distributed.decoder_ranks
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import d2ft_hpc
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.engines.engine import evaluated
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.launch import detect
 from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.planning.samples import SampleOptions
+from d2ft_hpc.selection.build import selection_of
 
 DEPTH, GROUPS, SLOTS, STEPS, RATE = 3, 3, 2, 3, 0.5
 SIZES: dict[str, Any] = {
@@ -107,35 +112,113 @@ def whole(parameter: nn.Parameter) -> Tensor:
 
 
 def by_zero(stage: int, kind: str, embeddings: Any, rank: int) -> Iterator[tuple[str, Tensor]]:
-    import deepspeed
-
-    model = make(kind)
-    engine, *_ = d2ft_hpc.initialize(
-        model=model,
-        config={
-            "train_micro_batch_size_per_gpu": 4,
-            "gradient_accumulation_steps": SLOTS,
-            "optimizer": {"type": "SGD", "params": {"lr": RATE}},
-            "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": stage},
-            "d2ft": {"planner": "joint", "embeddings": embeddings},
-        },
-    )
+    engine = zero_engine(make(kind), stage, 4, {"planner": "joint", "embeddings": embeddings})
     for step in range(STEPS):
         engine.d2ft.activate(plan_of(step, replicas=2))
         for slot in range(SLOTS):
             ids = text(step, 2 * slot + rank)
             engine.backward(engine(input_ids=ids, labels=ids).loss)
             engine.step()
+    return gathered(engine, stage)
+
+
+def zero_engine(model: Any, stage: int, samples: int, section: dict[str, Any]) -> Any:
+    engine, *_ = d2ft_hpc.initialize(
+        model=model,
+        config={
+            "train_micro_batch_size_per_gpu": samples,
+            "gradient_accumulation_steps": SLOTS,
+            "optimizer": {"type": "SGD", "params": {"lr": RATE}},
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": stage},
+            "d2ft": section,
+        },
+    )
+    return engine
+
+
+def gathered(engine: Any, stage: int) -> Iterator[tuple[str, Tensor]]:
+    import deepspeed
+
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
             yield name, parameter.detach().clone()
+
+
+def padded(step: int, row: int) -> dict[str, Tensor]:
+    """8 sequences, of which planner `samples` draws 4 within 0.6, on the right of which is nothing."""
+    ids = torch.cat([text(step, row), text(step + STEPS, row)])
+    mask = torch.arange(12) < 5 + torch.arange(8)[:, None]
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.where(mask, -100)}
+
+
+def one_process_drawing(embeddings: Any, *, by_batch: bool) -> dict[str, Tensor]:
+    """by_batch: all micro-batches of a replica are drawn from together, else one by one."""
+    model = make("Llama")
+    attach(model, embeddings=embeddings)
+    selections = [
+        selection_of(SampleOptions(), model.model, (12,), seed=0, replica=replica) for replica in range(2)
+    ]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    for step in range(STEPS):
+        for replica, selection in enumerate(selections):
+            selection.scorer.bind(partial(evaluated, model))
+            batch = [padded(step, 2 * slot + replica) for slot in range(SLOTS)]
+            if by_batch:
+                drawn = selection(batch, step, 0.5)
+            else:
+                drawn = [selection([each], step * SLOTS + slot, 0.5)[0] for slot, each in enumerate(batch)]
+            for each in drawn:
+                (model(**each).loss / (2 * SLOTS)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def drawing_by_torch(way: str, embeddings: Any, rank: int) -> Iterator[tuple[str, Tensor]]:
+    model = make("Llama")
+    d2ft = d2ft_hpc.attach(model, 0.6, planner="samples", micro_batches=SLOTS, embeddings=embeddings)
+    outer: Any = model
+    if way == "DDP":
+        outer = DistributedDataParallel(model)
+    else:
+        for block in model.model.layers:
+            fully_shard(block)
+        fully_shard(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    for step in range(STEPS):
+        for slot in range(SLOTS):
+            batch, is_last = d2ft.choose(padded(step, 2 * slot + rank)), slot == SLOTS - 1
+            if way == "FSDP2":
+                outer.set_requires_gradient_sync(is_last)
+            with outer.no_sync() if way == "DDP" and not is_last else nullcontext():
+                (outer(**batch).loss / SLOTS).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert abs(d2ft.measured_share - d2ft.promised_share) < 0.01
+    for name, parameter in model.named_parameters():
+        yield name, whole(parameter)
+
+
+def drawing_by_zero(stage: int, embeddings: Any, rank: int) -> Iterator[tuple[str, Tensor]]:
+    engine = zero_engine(make("Llama"), stage, 8, {"planner": "samples", "embeddings": embeddings})
+    for step in range(STEPS):
+        for batch in engine.d2ft.choose([padded(step, 2 * slot + rank) for slot in range(SLOTS)]):
+            engine.backward(engine(**batch).loss)
+            engine.step()
+    return gathered(engine, stage)
 
 
 def main() -> None:
     torch.set_num_threads(1)
     found: dict[str, float] = {}
     rank = detect().rank
+
+    def compare(expected: dict[str, Tensor], trained: Iterator[tuple[str, Tensor]]) -> float:
+        differences = [(parameter - expected[name]).abs().max() for name, parameter in trained]
+        return float(torch.stack(differences).max())
+
     for kind, embeddings in (("Llama", "frozen"), ("Qwen3, tied", "trained")):
         expected = one_process(kind, embeddings)
         moved = [(expected[name] - p).abs().max() for name, p in make(kind).named_parameters()]
@@ -143,8 +226,13 @@ def main() -> None:
         trained = {f"ZeRO {stage}": by_zero(stage, kind, embeddings, rank) for stage in (1, 2, 3)}
         trained |= {way: by_torch(way, kind, embeddings, rank) for way in ("DDP", "FSDP2")}
         for way, parameters in trained.items():
-            differences = [(parameter - expected[name]).abs().max() for name, parameter in parameters]
-            found[f"{way}, {kind}"] = float(torch.stack(differences).max())
+            found[f"{way}, {kind}"] = compare(expected, parameters)
+    expected = one_process_drawing("frozen", by_batch=True)
+    for stage in (1, 3):
+        found[f"ZeRO {stage}, drawing"] = compare(expected, drawing_by_zero(stage, "frozen", rank))
+    for way, embeddings in (("DDP", "trained"), ("FSDP2", "frozen")):
+        expected = one_process_drawing(embeddings, by_batch=False)
+        found[f"{way}, drawing"] = compare(expected, drawing_by_torch(way, embeddings, rank))
     if rank == 0:
         print("RESULTS " + json.dumps(found))
 

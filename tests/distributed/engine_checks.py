@@ -15,7 +15,7 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -48,7 +48,7 @@ from d2ft_hpc.engines.portable import write_file
 from d2ft_hpc.engines.private_names import PRIVATE_NAMES
 from d2ft_hpc.engines.zero import adds_up_wrong
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.metering import meter
 from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
@@ -123,12 +123,23 @@ def reference_parameters(
     precision: str = "fp32",
 ) -> Any:
     """What one process gets from the same rows, in the model's own precision; `precision` is that of the ranks."""
+    plans = [plan_of(kind, step, replicas) for step in range(STEPS)]
+    make = optimizer_maker(optimizer_name, EPSILON[precision])
+    return trained_alone(model, plans, make, clipping, embeddings)
+
+
+def trained_alone(
+    model: nn.Module,
+    plans: Sequence[SkipPlan],
+    make_optimizer: Callable[[nn.Module], tuple[Optimizer, LRScheduler]],
+    clipping: float | None,
+    embeddings: str,
+) -> Any:
+    """Parameters by name after a step in one process under each plan, all replicas' rows in turn."""
     executor = attach(model, embeddings=embeddings)
-    optimizer, schedule = optimizer_maker(optimizer_name, EPSILON[precision])(model)
-    engine = PlainEngine(model, executor, optimizer, schedule, loss_function, gradient_clipping=clipping)
+    engine = PlainEngine(model, executor, *make_optimizer(model), loss_function, gradient_clipping=clipping)
     dtype = next(model.parameters()).dtype
-    for step in range(STEPS):
-        plan = plan_of(kind, step, replicas)
+    for step, plan in enumerate(plans):
         executor.activate(replace(plan, replicas=1), 0)
         batch = [micro_batch(step, row, plan.num_rows) for row in range(plan.num_rows)]
         engine.step([(images.to(dtype), labels) for images, labels in batch])
@@ -375,6 +386,69 @@ def check_user_boundary(control: Control, stage: int) -> float:
         return largest_difference(dict(full.named_parameters()), dict(reference.named_parameters()))
 
 
+def check_flat(control: Control, stage: int) -> dict[str, Any]:
+    """A script whose blocks' parameters are flat ones while they run: what it sees of the model is as without, and its
+    checkpoints go on without us, and those from there here."""
+    replicas, rank = control.world_size, control.rank
+    config = {
+        **USER_CONFIG,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "zero_optimization": {"stage": stage},
+    }
+    planning = {"d2ft": {"planner": "random", "options": {"full_share": 0.3}}}
+    folder = control.broadcast(tempfile.mkdtemp().encode()).decode()
+
+    def without(seed: int) -> Any:
+        model = frozen_below(tiny_vit(seed, qkv_bias=False))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return private.import_deepspeed().initialize(model=model, model_parameters=trained, config=config)[0]
+
+    def train(engine: Any, step: int) -> None:
+        for slot in range(SLOTS):
+            images, labels = random_batch(step * SLOTS * replicas + slot * replicas + rank, 4)
+            engine.backward(loss_function(engine(images), labels))
+            engine.step()
+
+    def masters(engine: Any, tag: str) -> dict[str, torch.Tensor]:
+        """As DeepSpeed's own tool reads them from a checkpoint."""
+        engine.save_checkpoint(folder, tag)
+        distributed.barrier()
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        found = get_fp32_state_dict_from_zero_checkpoint(folder, tag)
+        return {name: torch.as_tensor(value) for name, value in found.items()}
+
+    model = tiny_vit(qkv_bias=False)
+    own = dict(model.named_parameters())
+    engine, *_ = d2ft_hpc.initialize(model=model, config={**config, **planning})
+    train(engine, 0)
+    facts: dict[str, Any] = {
+        "flat": sum(map(len, engine.optimizer.bit16_groups)),
+        "same": [(name, id(each)) for name, each in model.named_parameters()]
+        == [(name, id(each)) for name, each in own.items()],
+        "copied": all(map(torch.equal, timm.utils.ModelEmaV3(model).module.parameters(), model.parameters())),
+    }
+    trained = masters(engine, "ours")
+    facts["moved"] = largest_difference(own, trained)
+    other = without(1)
+    other.load_checkpoint(folder, "ours")
+    engine.d2ft.activate(SkipPlan.dense(SLOTS, replicas, DEPTH, HEADS))
+    train(engine, 1)
+    train(other, 1)
+    ours, theirs = masters(engine, "ours later"), masters(other, "theirs")
+    last, *_ = d2ft_hpc.initialize(model=tiny_vit(2, qkv_bias=False), config={**config, **planning})
+    last.load_checkpoint(folder, "theirs")
+    last.d2ft.activate(SkipPlan.dense(SLOTS, replicas, DEPTH, HEADS))
+    train(last, 2)
+    train(other, 2)
+    return {
+        **facts,
+        "names": list(ours) == list(theirs),
+        "there": largest_difference(ours, theirs),
+        "and back": largest_difference(masters(last, "back"), masters(other, "later")),
+    }
+
+
 def check_choose(control: Control, stage: int) -> dict[str, float]:
     """A loop of the user's own that trains on what planner `samples` draws."""
     config = {
@@ -548,6 +622,7 @@ QUICK = (
     "user loop zero2",
     "checkpoint zero2 plan",
     "boundary zero1",
+    "flat zero1",
     "one plan for all",
     "bytes",
 )
@@ -582,6 +657,8 @@ FULL = (
     "checkpoint zero1 probe",
     "checkpoint zero2 plan",
     "boundary zero1",
+    "flat zero1",
+    "flat zero2",
     "one plan for all",
     "bytes",
 )
@@ -632,6 +709,8 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
         named[f"overhead zero{stage}"] = partial(check_overhead, stage=stage)
         named[f"messages zero{stage}"] = partial(check_message_model, stage=stage)
         named[f"scoring zero{stage}"] = partial(check_scoring, stage=stage)
+        if stage in (1, 2):
+            named[f"flat zero{stage}"] = partial(check_flat, stage=stage)
         named[f"choose zero{stage}"] = partial(check_choose, stage=stage)
         named[f"user loop zero{stage}"] = partial(check_user_loop, stage=stage)
         named[f"user loop zero{stage} compiled"] = partial(check_user_loop, stage=stage, compiled=True)

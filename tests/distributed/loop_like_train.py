@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import d2ft_hpc
 import d2ft_hpc.demo.model
-from d2ft_hpc.data.datasets import load
+from d2ft_hpc.config import DataConfig
+from d2ft_hpc.data.datasets import open_split
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.data.sampler import MicroBatchSampler
 
@@ -26,7 +27,8 @@ folder, planner, *plan_file = sys.argv[1:]
 ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 if ranks > 1:
     dist.init_process_group("gloo")
-images = load("digits", image_size=32, split="train", classes=[5, 6, 7, 8, 9])
+data = DataConfig(name="digits", classes=[5, 6, 7, 8, 9], micro_batch_size=8, slots=SLOTS)
+images = open_split(data, "train")
 order = MicroBatchSampler(len(images), micro_batch_size=8, slots=SLOTS, replicas=ranks, replica=rank, seed=0)
 steps = order.batches_per_epoch
 torch.manual_seed(0)

@@ -27,11 +27,13 @@ from torch import distributed
 import d2ft_hpc
 from d2ft_hpc.engines.deepspeed import deepspeed_config
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
+from d2ft_hpc.engines.model_parallel import CutModel
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.engines.tensor import TensorParallelEngine
-from d2ft_hpc.execution.executor import EmbeddingPolicy, attach
+from d2ft_hpc.execution.attach import attach
+from d2ft_hpc.execution.executor import EmbeddingPolicy
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import meter
 from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
@@ -50,6 +52,7 @@ from tests.distributed.engine_checks import (
     micro_batch,
     optimizer_maker,
     run_checks,
+    trained_alone,
 )
 from tests.distributed.launching import Choice
 from tests.models import DEPTH, HEADS, tiny_vit
@@ -125,7 +128,7 @@ def build(
     make_optimizer = optimizer_maker(optimizer_name, EPSILON[precision])
 
     kind = PipelineEngine if stages > 1 else TensorParallelEngine
-    engine = kind(model, executor, placement, make_optimizer, loss_function, config, control)
+    engine = kind(CutModel(model, executor, placement, control, make_optimizer), loss_function, config)
     if isinstance(engine.executor, TensorParallelExecutor):
         engine.executor.use(token_layout)
     return engine
@@ -158,16 +161,9 @@ def reference(
     precision: str = "fp32",
 ) -> Any:
     """What one process gets from the same rows, in the model's own precision; `precision` is that of the ranks."""
-    executor = attach(model, embeddings=embeddings)
-    optimizer, schedule = optimizer_maker(optimizer_name, EPSILON[precision])(model)
-    engine = PlainEngine(model, executor, optimizer, schedule, loss_function, gradient_clipping=clipping)
-    dtype = next(model.parameters()).dtype
-    for step in range(STEPS):
-        plan = plan_of(kind, step, replicas)
-        executor.activate(replace(plan, replicas=1), 0)
-        batch = [micro_batch(step, row, plan.num_rows) for row in range(plan.num_rows)]
-        engine.step([(images.to(dtype), labels) for images, labels in batch])
-    return dict(model.named_parameters())
+    plans = [plan_of(kind, step, replicas) for step in range(STEPS)]
+    make = optimizer_maker(optimizer_name, EPSILON[precision])
+    return trained_alone(model, plans, make, clipping, embeddings)
 
 
 def check_fp32(
@@ -348,13 +344,12 @@ def check_sent(
     layout = RankLayout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
     told = PlannedBytes(
         model,
-        engine.executor.subnets,
+        engine.executor,
         Placement(layout, cut_stages([0.1, *[1.0] * DEPTH, 0.1], stages), owner_of(tensor_ranks)),
         slots=SLOTS,
         micro_batch_size=4,
         precision="fp32",
         data_parallel="zero0",
-        embeddings="frozen",
     )
     sent = {}
     for kind in SCALED if token_layout == "replicated" else KINDS:

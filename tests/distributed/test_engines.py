@@ -64,6 +64,17 @@ def test_deepspeeds_checkpoint_goes_on_under_the_same_plans(results: dict[str, A
         assert found["own"] == 7, name
 
 
+def test_scripts_find_the_models_own_parameters_though_blocks_run_on_flat_ones(
+    results: dict[str, Any],
+) -> None:
+    """And DeepSpeed's checkpoints are the same as without us, before and after."""
+    for name, found in of_kind(results, "flat").items():
+        assert found["flat"] == 8, name  # one of each block, norm and head
+        assert all(found[fact] for fact in ("same", "copied", "names")), name
+        assert found["moved"] == 0, name
+        assert max(found["there"], found["and back"]) <= 1e-6, name
+
+
 def test_a_step_after_an_incomplete_group_is_that_groups(results: dict[str, Any]) -> None:
     for name, difference in of_kind(results, "boundary").items():
         assert difference <= 1e-6, name

@@ -36,10 +36,13 @@ COMMANDS = {
     "transformers_trainer.py on 2 ranks": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone"],
     "decoder_trainer.py": [sys.executable],
     "decoder_trainer.py on 2 ranks": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone"],
+    "text_loop.py": [sys.executable],
+    "text_loop.py on 2 ranks": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone"],
     "lightning_loop.py": [sys.executable],
     "lightning_loop.py on 2 ranks": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone"],
     "deepspeed_script.py": [str(BESIDE / "deepspeed"), "--num_gpus", "2", "--master_port", "29651"],
 }
+DECODERS = ("decoder_trainer.py", "text_loop.py")
 QUICK = ("own_loop.py on 2 ranks", "deepspeed_script.py")
 """Those that `make test` runs."""
 
@@ -70,7 +73,7 @@ def shown(folder: Path) -> dict[str, str]:
     left_out = {*QUICK}
     if Version(version("transformers")) < Version("5.24"):
         # Its decoders are known from there on; before, the Trainer resumed on several GPUs, but not on CPUs.
-        left_out |= {name for name in COMMANDS if name.startswith(("decoder", "transformers_trainer.py on"))}
+        left_out |= {name for name in COMMANDS if name.startswith((*DECODERS, "transformers_trainer.py on"))}
     return run_at_once([name for name in COMMANDS if name not in left_out], folder)
 
 
@@ -160,6 +163,6 @@ def test_examples_leave_a_record(shown: dict[str, str], folder: Path, name: str,
 
 
 def test_d2ft_adds_five_lines_at_most_to_a_loop() -> None:
-    for name in ("first_loop.py", "own_loop.py", "heads_loop.py"):
+    for name in ("first_loop.py", "own_loop.py", "heads_loop.py", "text_loop.py"):
         script = (EXAMPLES / name).read_text().split('"""\n')[1]
         assert sum("d2ft" in line and "checkpoint" not in line for line in script.splitlines()) <= 5, name

@@ -38,7 +38,7 @@ from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.engines.portable import write_file
 from d2ft_hpc.engines.sharded import load_sharded, save_sharded, whole_weights
 from d2ft_hpc.errors import CheckpointError, ConfigError, D2ftError, PlanError, UnsupportedModelError
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import meter
 from d2ft_hpc.model.lora import add_lora
@@ -58,6 +58,7 @@ from tests.distributed.engine_checks import (
     optimizer_maker,
     plan_of,
     run_checks,
+    trained_alone,
 )
 from tests.distributed.launching import Choice
 from tests.models import DEPTH, HEADS, tiny_vit
@@ -172,16 +173,10 @@ def reference(
     """What one process gets from the same rows, in fp32 or fp64; `precision` is that of the ranks."""
     model = model_for(name, optimizer_name, lora)
     model = model.double() if double else model
-    executor = attach(model, embeddings=embeddings)
-    optimizer, schedule = optimizer_maker(optimizer_name, EPSILON[precision])(model)
-    engine = PlainEngine(model, executor, optimizer, schedule, loss_function, gradient_clipping=clipping)
-    dtype = next(model.parameters()).dtype
-    for step in range(STEPS):
-        plan = plan_for(name, kind, step, replicas)
-        executor.activate(replace(plan, replicas=1), 0)
-        batch = [micro_batch(step, row, plan.num_rows) for row in range(plan.num_rows)]
-        engine.step([(images.to(dtype), labels) for images, labels in batch])
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    plans = [plan_for(name, kind, step, replicas) for step in range(STEPS)]
+    make = optimizer_maker(optimizer_name, EPSILON[precision])
+    trained = trained_alone(model, plans, make, clipping, embeddings)
+    return {name: parameter.detach() for name, parameter in trained.items()}
 
 
 def check_fp32(
@@ -349,7 +344,7 @@ def check_attached_loop(control: Control, how: str, sharing: str = "every") -> d
     images, labels = micro_batch(0, rank, replicas)
     images, labels = images.repeat(4, 1, 1, 1), labels.repeat(4)
     chosen, _ = d2ft.choose(images, labels)
-    twin = selection_of(SampleOptions(), tiny_vit(qkv_bias=False), 16, seed=0, replica=rank)
+    twin = selection_of(SampleOptions(), tiny_vit(qkv_bias=False), (3, 16, 16), seed=0, replica=rank)
     (alone,) = twin([(images, labels)], 0, len(chosen) / len(images))
     told = [part.decode() for part in control.all_gather(" ".join(hashes).encode())]
     return {
@@ -373,7 +368,7 @@ def check_gathered_bytes(control: Control) -> dict[str, Any]:
     plans["forward only"] = np.where(plans["half"] == 2, 1, 0).astype(np.uint8)
     told = PlannedBytes(
         model,
-        engine.executor.subnets,
+        engine.executor,
         Placement(
             RankLayout.of(control.world_size, control.rank), [range(DEPTH)], np.zeros((DEPTH, HEADS), int)
         ),
@@ -381,7 +376,6 @@ def check_gathered_bytes(control: Control) -> dict[str, Any]:
         micro_batch_size=4,
         precision="fp32",
         data_parallel="fsdp2",
-        embeddings="frozen",
     )
     found: dict[str, Any] = {"told": {}}
     for name, operations in plans.items():

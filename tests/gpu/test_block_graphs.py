@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import d2ft_hpc
 from d2ft_hpc.engines.ddp import bind_ddp
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.execution.block_graphs import GradientPlace
-from d2ft_hpc.execution.executor import PlanExecutor, attach
+from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.planning import Operation, SkipPlan
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
@@ -87,8 +88,8 @@ def trained(
 
 
 def replays(executor: PlanExecutor) -> int:
-    assert executor._graphs is not None
-    return len(executor._graphs._chains)
+    assert executor._replay is not None
+    return len(executor._replay.graphs._chains)
 
 
 def assert_same(graphs: tuple[list[float], dict[str, Tensor], PlanExecutor], eager: Sequence[object]) -> None:

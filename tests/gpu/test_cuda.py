@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.planning import SkipPlan
 from tests.distributed.engine_checks import deepspeed_engine, largest_difference, loss_function

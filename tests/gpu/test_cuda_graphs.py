@@ -13,7 +13,7 @@ from torch import Tensor
 from d2ft_hpc.config import OptimizerConfig
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.plain import PlainEngine
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.metering import meter
 from d2ft_hpc.planning import Operation, SkipPlan
 from d2ft_hpc.selection import SampleScorer, SampleSelection

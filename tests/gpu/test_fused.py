@@ -11,7 +11,7 @@ from torch import Tensor
 from d2ft_hpc.config import OptimizerConfig
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.plain import PlainEngine
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.planning import Operation, SkipPlan
 from tests import fused_checks
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from analysis.cluster.checkpoints import benchmark, report_text
-from d2ft_hpc.config import RunConfig, load_config
+from d2ft_hpc.config import RunConfig, read_config
 from d2ft_hpc.engines.engine import MicroBatch, StateWriter, StepReport
 from d2ft_hpc.errors import CheckpointError, ConfigError
 from d2ft_hpc.launch.control import SoloControl
@@ -24,8 +24,8 @@ from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.checkpoint import (
     Position,
     complete_checkpoints,
-    load_checkpoint,
     read_position,
+    restore_checkpoint,
     verify,
 )
 from d2ft_hpc.training.resume import choose_start, fitted_to_ranks
@@ -69,7 +69,7 @@ def test_the_newest_are_kept_and_hold_what_was_there_when_they_were_saved(tmp_pa
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000004", "step-00000005"]
     for checkpoint, step in zip(complete_checkpoints(tmp_path), (4, 5), strict=True):
         engine = OneTensor()
-        assert load_checkpoint(checkpoint, engine, SoloControl()) == PLAN
+        assert restore_checkpoint(checkpoint, engine, SoloControl()) == PLAN
         assert engine.tensor.unique().tolist() == [step]
         assert read_position(checkpoint).steps_done == step
 
@@ -79,7 +79,7 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     save_some(tmp_path, steps=1)
     expected = torch.rand(3)
     torch.manual_seed(4)
-    load_checkpoint(complete_checkpoints(tmp_path)[0], OneTensor(), SoloControl())
+    restore_checkpoint(complete_checkpoints(tmp_path)[0], OneTensor(), SoloControl())
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -224,7 +224,7 @@ def test_a_snapshot_shares_nothing_with_the_state() -> None:
 
 
 def config_in(folder: Path, *overrides: str) -> RunConfig:
-    return load_config(Path("configs/demo.yaml"), [f"run.folder={folder}", *overrides])
+    return read_config(Path("configs/demo.yaml"), [f"run.folder={folder}", *overrides])
 
 
 def begun(folder: Path, *overrides: str) -> RunConfig:
@@ -350,7 +350,7 @@ def test_launches_are_recorded_without_secrets(tmp_path: Path, monkeypatch: pyte
     assert "secret" not in text
     assert line["variables"]["SLURM_JOB_NAME"] == "ALL,HF_TOKEN=***,proxy=http://***@host:3128/"
     assert len(line["code"]["sources_sha256"]) == 64
-    assert run_folder.read_config(config.run_folder) is not None
+    assert run_folder.saved_config(config.run_folder) is not None
 
 
 def test_the_cost_of_saves_is_measured_in_turns_and_leaves_nothing(tmp_path: Path) -> None:
@@ -371,7 +371,7 @@ def test_the_cost_of_saves_is_measured_in_turns_and_leaves_nothing(tmp_path: Pat
 
 def test_a_folder_that_cannot_be_written_is_named_by_its_key(tmp_path: Path) -> None:
     """Where nothing showed it before: /proc looks writable to root, a launches.jsonl may be a folder."""
-    config = load_config(Path("configs/demo.yaml"), ["run.folder=/proc/x"])
+    config = read_config(Path("configs/demo.yaml"), ["run.folder=/proc/x"])
     with pytest.raises(
         ConfigError, match=r"^run\.folder='/proc/x': no run can be written there \(No such file"
     ):

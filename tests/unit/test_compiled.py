@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from d2ft_hpc.config import OptimizerConfig
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.plain import PlainEngine
-from d2ft_hpc.execution.executor import MOST_SHAPES, attach
+from d2ft_hpc.execution.attach import attach
+from d2ft_hpc.execution.block_runner import MOST_SHAPES
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import family_of
 from d2ft_hpc.planning import SkipPlan

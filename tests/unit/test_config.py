@@ -13,7 +13,7 @@ import timm
 import d2ft_hpc.demo.model  # noqa: F401
 from d2ft_hpc import key_reference
 from d2ft_hpc.cli import main
-from d2ft_hpc.config import RunConfig, load_config
+from d2ft_hpc.config import RunConfig, read_config
 from d2ft_hpc.config_faults import REPLACED
 from d2ft_hpc.config_file import read_values
 from d2ft_hpc.engines.deepspeed import deepspeed_config
@@ -24,7 +24,7 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
 
 def test_overrides_replace_the_files_values() -> None:
-    config = load_config(
+    config = read_config(
         DEMO, ["plan.compute_budget=0.5", "optimizer.learning_rate=2e-4", "data.classes=[1,2]"]
     )
     assert config.plan.compute_budget == 0.5
@@ -34,9 +34,9 @@ def test_overrides_replace_the_files_values() -> None:
 
 
 def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
-    config = load_config(DEMO, ["plan.replan.every=3 epochs"])
+    config = read_config(DEMO, ["plan.replan.every=3 epochs"])
     (tmp_path / "effective.yaml").write_text(config.to_yaml())
-    assert load_config(tmp_path / "effective.yaml") == config
+    assert read_config(tmp_path / "effective.yaml") == config
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
 )
 def test_faults_name_key_value_and_fix(override: str, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(DEMO, ["plan.planner=joint", override])
+        read_config(DEMO, ["plan.planner=joint", override])
     for word in words:
         assert word in str(caught.value)
 
@@ -147,16 +147,16 @@ def test_a_key_that_holds_text_gets_what_was_written(tmp_path: Path, override: s
     key, _, text = override.partition("=")
     section, _, name = key.partition(".")
     (tmp_path / "file.yaml").write_text(f"base: {DEMO}\n{section}: {{{name}: {text}}}\n")
-    for config in (load_config(DEMO, [override]), load_config(tmp_path / "file.yaml")):
+    for config in (read_config(DEMO, [override]), read_config(tmp_path / "file.yaml")):
         assert getattr(getattr(config, section), name) == value
         (tmp_path / "effective.yaml").write_text(config.to_yaml())
-        assert load_config(tmp_path / "effective.yaml") == config
+        assert read_config(tmp_path / "effective.yaml") == config
         assert read_values(tmp_path / "effective.yaml") == config.model_dump()
 
 
 def test_references_reach_keys_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    config = load_config(
+    config = read_config(
         DEMO, ["run.seed=007", "run.name=s${run.seed}-${model.name}", "data.slots=${run.seed}"]
     )
     assert (config.run.name, config.data.slots) == ("s007-vit_digits_demo", 7)
@@ -169,10 +169,10 @@ def test_references_reach_keys_and_nothing_else(tmp_path: Path, monkeypatch: pyt
         "${}",
     ):
         with pytest.raises(ConfigError, match=r"run\.name='.*not for environment variables") as caught:
-            load_config(DEMO, [f"run.name={value}"])
+            read_config(DEMO, [f"run.name={value}"])
         assert "hf_secret" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"run\.folder is no short value of its own"):
-        load_config(DEMO, ["run.folder=x${run.name}", "run.name=${run.folder}"])
+        read_config(DEMO, ["run.folder=x${run.name}", "run.name=${run.folder}"])
 
 
 def test_a_file_that_stands_for_any_number_of_values_is_refused(tmp_path: Path) -> None:
@@ -180,20 +180,20 @@ def test_a_file_that_stands_for_any_number_of_values_is_refused(tmp_path: Path) 
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
     (tmp_path / "bomb.yaml").write_text("\n".join(lines))
     with pytest.raises(ConfigError, match=r"bomb\.yaml.*more than 10000 values"):
-        load_config(tmp_path / "bomb.yaml")
+        read_config(tmp_path / "bomb.yaml")
     (tmp_path / "large.yaml").write_text("# " + "x" * (1 << 20))
     with pytest.raises(ConfigError, match="larger than 1 MiB"):
-        load_config(tmp_path / "large.yaml")
+        read_config(tmp_path / "large.yaml")
     os.mkfifo(tmp_path / "fifo.yaml")
     with pytest.raises(ConfigError, match="not a file"):
-        load_config(tmp_path / "fifo.yaml")
+        read_config(tmp_path / "fifo.yaml")
 
 
 def test_faults_between_fields_and_all_at_once() -> None:
     with pytest.raises(ConfigError, match=r"engine\.precision=fp16"):
-        load_config(DEMO, ["engine.name=plain", "engine.precision=fp16"])
+        read_config(DEMO, ["engine.name=plain", "engine.precision=fp16"])
     with pytest.raises(ConfigError) as caught:
-        load_config(DEMO, ["data.slots=0", "train.epochs=0"])
+        read_config(DEMO, ["data.slots=0", "train.epochs=0"])
     assert len(str(caught.value).splitlines()) == 2
 
 
@@ -201,15 +201,15 @@ def test_faults_between_fields_and_all_at_once() -> None:
 def test_files_that_are_no_configuration(tmp_path: Path, content: str) -> None:
     (tmp_path / "bad.yaml").write_text(content)
     with pytest.raises(ConfigError):
-        load_config(tmp_path / "bad.yaml")
+        read_config(tmp_path / "bad.yaml")
     with pytest.raises(ConfigError, match="no such"):
-        load_config(tmp_path / "absent.yaml")
+        read_config(tmp_path / "absent.yaml")
 
 
 def test_yaml_tags_make_no_objects(tmp_path: Path) -> None:
     (tmp_path / "evil.yaml").write_text(f"run: !!python/object/apply:os.mkdir ['{tmp_path}/made']")
     with pytest.raises(ConfigError):
-        load_config(tmp_path / "evil.yaml")
+        read_config(tmp_path / "evil.yaml")
     assert not (tmp_path / "made").exists()
 
 
@@ -230,10 +230,10 @@ def test_every_field_is_documented_or_says_it_all() -> None:
 def test_a_key_that_went_is_told_with_what_does_its_work(tmp_path: Path) -> None:
     for key, fix in REPLACED.items():
         with pytest.raises(ConfigError, match=rf"^{re.escape(f'{key}: no longer a key (value 1); {fix}')}$"):
-            load_config(DEMO, ["plan.planner=joint", "model.lora={}", f"{key}=1"])
+            read_config(DEMO, ["plan.planner=joint", "model.lora={}", f"{key}=1"])
         for new in re.findall(r"\b(?:data|plan|run)\.[\w.]+\w", fix):
-            assert load_config(DEMO, [f"{new}=1 epoch"] if new.endswith("every") else [f"{new}=0"]), new
-    with pytest.raises(ConfigError, match=r"^d2ft\.replan\.unit: no longer a key .*replan\.every"):
+            assert read_config(DEMO, [f"{new}=1 epoch"] if new.endswith("every") else [f"{new}=0"]), new
+    with pytest.raises(ConfigError, match=r"^d2ft\.replan\.unit: no longer a key .*every says it"):
         split({"d2ft": {"replan": {"every": "2 steps", "unit": "steps"}}})
 
 
@@ -272,16 +272,16 @@ def test_a_base_is_overridden_by_the_file_and_both_by_overrides(tmp_path: Path) 
         f"base: {DEMO}\nplan: {{compute_budget: 0.5}}\ntrain: {{epochs: 2}}"
     )
     (tmp_path / "top.yaml").write_text("base: middle.yaml\nplan: {compute_budget: 0.4}")
-    config = load_config(tmp_path / "top.yaml", ["optimizer.learning_rate=3e-4"])
+    config = read_config(tmp_path / "top.yaml", ["optimizer.learning_rate=3e-4"])
     assert (config.plan.compute_budget, config.train.epochs) == (0.4, 2)
     assert config.optimizer.learning_rate == 3e-4
-    assert config.data == load_config(DEMO).data
+    assert config.data == read_config(DEMO).data
     (tmp_path / "middle.yaml").write_text("base: top.yaml")
     with pytest.raises(ConfigError, match=r"^base: \S+ is a base of itself$"):
-        load_config(tmp_path / "top.yaml")
+        read_config(tmp_path / "top.yaml")
     (tmp_path / "middle.yaml").write_text("base: absent.yaml")
     with pytest.raises(ConfigError, match=r"base='absent\.yaml': no such file"):
-        load_config(tmp_path / "top.yaml")
+        read_config(tmp_path / "top.yaml")
 
 
 def test_long_chains_of_bases_are_refused_by_their_length(tmp_path: Path) -> None:
@@ -289,12 +289,12 @@ def test_long_chains_of_bases_are_refused_by_their_length(tmp_path: Path) -> Non
     for index in range(1200):
         (tmp_path / f"{index}.yaml").write_text(f"base: {index + 1}.yaml")
     (tmp_path / "1200.yaml").write_text(f"base: {DEMO}")
-    assert load_config(tmp_path / "1169.yaml") == load_config(DEMO)
+    assert read_config(tmp_path / "1169.yaml") == read_config(DEMO)
     for start in (0, 1168):
         with pytest.raises(
             ConfigError, match=r"^base: \S+ lies below 33 other files, at most 32 can; put .*$"
         ):
-            load_config(tmp_path / f"{start}.yaml")
+            read_config(tmp_path / f"{start}.yaml")
 
 
 @pytest.mark.parametrize(
@@ -310,12 +310,12 @@ def test_long_chains_of_bases_are_refused_by_their_length(tmp_path: Path) -> Non
 def test_a_base_that_is_no_file_is_refused(base: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "top.yaml").write_text(f'base: "{base}"')
     with pytest.raises(ConfigError, match=rf"^base=.{{1,99}}: {words}$"):
-        load_config(tmp_path / "top.yaml")
+        read_config(tmp_path / "top.yaml")
 
 
 @pytest.mark.parametrize("path", sorted(DEMO.parent.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_configurations_are_valid(path: Path) -> None:
-    config = load_config(path)
+    config = read_config(path)
     assert timm.is_model(config.model.name)
 
 

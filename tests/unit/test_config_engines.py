@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from d2ft_hpc.config import EngineConfig, load_config
+from d2ft_hpc.config import EngineConfig, read_config
 from d2ft_hpc.engines.deepspeed import deepspeed_config
 from d2ft_hpc.engines.kinds.table import ENGINES
 from d2ft_hpc.engines.zero import ZeroRules
@@ -82,7 +82,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 )
 def test_refused(overrides: list[str], words: list[str]) -> None:
     with pytest.raises(ConfigError) as raised:
-        load_config(CONFIGS / "demo.yaml", overrides)
+        read_config(CONFIGS / "demo.yaml", overrides)
     assert all(word in str(raised.value) for word in words), str(raised.value)
 
 
@@ -101,7 +101,7 @@ def test_every_engine_says_what_it_runs() -> None:
         assert kind.about in described
         for what, override in asked.items():
             with suppress(ConfigError):
-                load_config(CONFIGS / "demo.yaml", [f"engine.name={name}", override])
+                read_config(CONFIGS / "demo.yaml", [f"engine.name={name}", override])
                 runs.setdefault(name, set()).add(what)
     assert runs == {
         "deepspeed": set(asked),
@@ -112,27 +112,27 @@ def test_every_engine_says_what_it_runs() -> None:
     with pytest.raises(
         ConfigError, match=r"engine\.name='horovod': input should be 'deepspeed', 'ddp', 'fsdp2' or"
     ):
-        load_config(CONFIGS / "demo.yaml", ["engine.name=horovod"])
+        read_config(CONFIGS / "demo.yaml", ["engine.name=horovod"])
 
 
 def test_a_configuration_is_checked_without_torch() -> None:
     code = (
-        "import sys; from d2ft_hpc.config import load_config; from pathlib import Path;"
-        f"load_config(Path({str(CONFIGS / 'demo.yaml')!r})); print('torch' in sys.modules)"
+        "import sys; from d2ft_hpc.config import read_config; from pathlib import Path;"
+        f"read_config(Path({str(CONFIGS / 'demo.yaml')!r})); print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_deepspeeds_older_way_to_say_stage_1_is_read_as_deepspeed_reads_it() -> None:
     for stage, said in ((1, "true"), (0, "false")):
-        config = load_config(CONFIGS / "demo.yaml", [f"engine.deepspeed={{zero_optimization: {said}}}"])
+        config = read_config(CONFIGS / "demo.yaml", [f"engine.deepspeed={{zero_optimization: {said}}}"])
         assert config.engine.zero_stage == stage
         settings, _ = split({"zero_optimization": bool(stage)})
         assert ZeroRules.of(settings).stage == stage
 
 
 def test_autotps_key_says_how_many_ranks_share_a_block() -> None:
-    config = load_config(
+    config = read_config(
         CONFIGS / "demo.yaml", ["engine.deepspeed={tensor_parallel: {autotp_size: 2}}", "plan.planner=joint"]
     )
     assert config.engine.tensor_ranks == 2
@@ -159,7 +159,27 @@ def test_the_stage_of_zero_is_the_same_wherever_it_is_read() -> None:
 
 @pytest.mark.parametrize(("file", "parts"), [("demo_pipeline.yaml", (2, 1)), ("demo_tensor.yaml", (1, 2))])
 def test_ready_configurations(file: str, parts: tuple[int, int]) -> None:
-    config = load_config(CONFIGS / file)
+    config = read_config(CONFIGS / file)
     assert (config.engine.pipeline_stages, config.engine.tensor_ranks) == parts
     assert config.plan.planner == "makespan"
     assert config.model.weights == "pretrained"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "launched"),
+    [
+        ([], True),
+        (["engine.name=ddp"], True),
+        (["plan.planner=static"], True),
+        (["plan.planner=joint"], False),
+        (["plan.planner=joint", "engine.cuda_graphs=true"], True),
+        (["engine.cuda_graphs=false"], False),
+        (["engine.precision=fp16"], False),
+        (["engine.deepspeed.zero_optimization.stage=3"], False),
+        (["engine.tensor_parallel=2"], False),
+        (["engine.activation_checkpointing=true"], False),
+    ],
+)
+def test_cuda_graphs_are_made_where_they_pay_or_are_asked_for(overrides: list[str], launched: bool) -> None:
+    config = read_config(CONFIGS / "dinov2_vits14.yaml", overrides)
+    assert config.launches_graphs is launched

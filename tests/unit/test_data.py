@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from d2ft_hpc.data import datasets
-from d2ft_hpc.data.datasets import load
 from d2ft_hpc.data.loader import eval_loader, train_loader
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.data.sources import open_source
 from d2ft_hpc.errors import DataError
+from tests.splits import open_images
 
 
 def sampler(num_samples: int = 100, replica: int = 0, **changes: int) -> MicroBatchSampler:
@@ -88,8 +88,8 @@ class TestSampler:
 
 class TestDigits:
     def test_form(self):
-        train = load("digits", image_size=32, split="train")
-        test = load("digits", image_size=32, split="test")
+        train = open_images("digits", image_size=32, split="train")
+        test = open_images("digits", image_size=32, split="test")
         assert len(train) + len(test) == 1797
         assert len(test) == 360
         assert train.num_classes == 10
@@ -106,7 +106,7 @@ class TestDigits:
 
     def test_splits_are_disjoint_and_fixed(self):
         train, test, again = (
-            load("digits", image_size=8, split=split, mean=(0, 0, 0), std=(1, 1, 1))
+            open_images("digits", image_size=8, split=split, mean=(0, 0, 0), std=(1, 1, 1))
             for split in ("train", "test", "train")
         )
         assert torch.equal(train[5][0], again[5][0])
@@ -115,8 +115,8 @@ class TestDigits:
         assert not images & {image.numpy().tobytes() for image, _ in test}
 
     def test_classes_are_kept_and_relabelled(self):
-        plain = load("digits", image_size=8, split="test")
-        kept = load("digits", image_size=8, split="test", classes=[9, 5])
+        plain = open_images("digits", image_size=8, split="test")
+        kept = open_images("digits", image_size=8, split="test", classes=[9, 5])
         assert kept.num_classes == 2
         expected = [(image, [9, 5].index(label)) for image, label in plain if label in (5, 9)]
         assert [label for _, label in expected] == kept.labels
@@ -127,12 +127,12 @@ class TestDigits:
     )
     def test_bad_classes(self, classes, fault):
         with pytest.raises(DataError, match=fault):
-            load("digits", image_size=8, split="test", classes=classes)
+            open_images("digits", image_size=8, split="test", classes=classes)
 
     def test_augmentation_is_for_training(self):
-        train = load("digits", image_size=8, split="train", augment="shift")
+        train = open_images("digits", image_size=8, split="train", augment="shift")
         assert len({train[0][0].numpy().tobytes() for _ in range(10)}) > 1
-        test = load("digits", image_size=8, split="test", augment="shift")
+        test = open_images("digits", image_size=8, split="test", augment="shift")
         assert torch.equal(test[0][0], test[0][0])
 
 
@@ -146,7 +146,7 @@ def assert_same(left: list, right: list) -> None:
 class TestLoaders:
     def test_workers_and_resume_change_nothing(self):
         """Two real worker processes, not forked, against none; both epochs use the same workers."""
-        digits = load("digits", image_size=8, split="train", classes=[0, 1], augment="shift")
+        digits = open_images("digits", image_size=8, split="train", classes=[0, 1], augment="shift")
         order = sampler(len(digits), micro_batch_size=16)
         alone, helped = train_loader(digits, order), train_loader(digits, order, num_workers=2)
         epochs = []
@@ -161,7 +161,7 @@ class TestLoaders:
         assert_same(list(alone), epochs[1][3:])
 
     def test_augmentation_differs_between_epochs_and_samples(self):
-        digits = load("digits", image_size=32, split="train", classes=[0], augment="shift")
+        digits = open_images("digits", image_size=32, split="train", classes=[0], augment="shift")
         order = sampler(len(digits), micro_batch_size=1, slots=1, replicas=1)
         loader = train_loader(digits, order)
         seen = []
@@ -172,7 +172,7 @@ class TestLoaders:
         assert sum(alike) < len(digits) / 20  # 162 shifts and flips: few come twice
 
     def test_evaluation_shares_have_every_sample_once(self):
-        digits = load("digits", image_size=8, split="test")
+        digits = open_images("digits", image_size=8, split="test")
         shares = [
             list(eval_loader(digits, batch_size=50, replicas=7, replica=replica)) for replica in range(7)
         ]
@@ -208,5 +208,5 @@ def test_up_to_a_thousand_images_are_looked_at_before_a_run(tmp_path: Path) -> N
         content = damaged.read_bytes()
         damaged.write_bytes(b"no picture")
         with pytest.raises(DataError, match=f"{damaged.name}.*not a readable image"):
-            load("image_folder", image_size=8, split="train", root=tmp_path).look_at_some()
+            open_images("image_folder", image_size=8, split="train", root=tmp_path).look_at_some()
         damaged.write_bytes(content)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2ft_hpc.data.datasets import load
 from d2ft_hpc.data.decoding import decode
 from d2ft_hpc.data.loader import eval_loader
 from d2ft_hpc.data.packed import open_packed
 from d2ft_hpc.data.packing import pack_by_name
 from d2ft_hpc.errors import DataError
+from tests.splits import open_images
 
 WORDS = np.array([[0, 8000], [50000, 65535]], np.uint16)
 BYTES = [0, 31, 195, 255]
@@ -143,7 +143,7 @@ def folder(tmp_path: Path) -> Path:
 def test_16_bits_reach_the_model_and_the_packed_file(folder: Path, encoding: str) -> None:
     pack_by_name("image_folder", folder, folder / "packed.h5", encoding=encoding)
     for name, root in (("image_folder", folder), ("packed", folder / "packed.h5")):
-        images = load(name, root=root, image_size=8, split="train", mean=(0, 0, 0), std=(1, 1, 1))
+        images = open_images(name, root=root, image_size=8, split="train", mean=(0, 0, 0), std=(1, 1, 1))
         assert [round(float(images[i][0].mean() * 255)) for i in (0, 4)] == [31, 195]
     assert open_packed(folder / "packed.h5", "test").images.tensor(4)[0, 0, 0] == 195
 
@@ -151,7 +151,7 @@ def test_16_bits_reach_the_model_and_the_packed_file(folder: Path, encoding: str
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_name_a_damaged_file_in_one_line(folder: Path, workers: int) -> None:
     (folder / "train" / "dog" / "1.png").write_bytes(png(20000, 20000, 8, 0, b"\0"))
-    images = load("image_folder", root=folder, image_size=8, split="train")
+    images = open_images("image_folder", root=folder, image_size=8, split="train")
     with pytest.raises(DataError) as caught:
         list(eval_loader(images, batch_size=2, num_workers=workers))
     text = str(caught.value)

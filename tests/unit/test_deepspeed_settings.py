@@ -10,7 +10,7 @@ import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
 import d2ft_hpc
-from d2ft_hpc.config import load_config
+from d2ft_hpc.config import read_config
 from d2ft_hpc.engines.deepspeed_settings import check_settings
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.user_loop.section import split
@@ -145,7 +145,7 @@ def test_the_shipped_files_are_accepted(path: Path) -> None:
 
 def test_train_names_the_key_in_the_runs_configuration() -> None:
     """One that stands in DeepSpeed's sources, but belongs in another section."""
-    config = load_config(REPOSITORY / "configs" / "demo.yaml", ["engine.deepspeed={overlap_comm: true}"])
+    config = read_config(REPOSITORY / "configs" / "demo.yaml", ["engine.deepspeed={overlap_comm: true}"])
     with pytest.raises(ConfigError, match=r"^engine\.deepspeed\.overlap_comm: unknown key of DeepSpeed"):
         config.engine.kind.prepare(config)
 

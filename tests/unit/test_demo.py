@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from d2ft_hpc.data.datasets import load
 from d2ft_hpc.data.loader import eval_loader
 from d2ft_hpc.demo.model import DEMO_WEIGHTS, vit_digits_demo
+from tests.splits import open_images
 
 SOURCE = Path(__file__).parents[2]
 
@@ -37,7 +37,7 @@ def test_timm_loads_the_shipped_weights():
 
 @torch.no_grad()
 def features(model: nn.Module, split: str) -> tuple[Tensor, Tensor]:
-    images = load("digits", image_size=32, split=split, classes=range(5, 10))
+    images = open_images("digits", image_size=32, split=split, classes=range(5, 10))
     pairs = [(model.eval()(x), y) for x, y in eval_loader(images, batch_size=64, replicas=3)]  # every third
     return torch.cat([f for f, _ in pairs]), torch.cat([y for _, y in pairs])
 

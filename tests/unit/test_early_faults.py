@@ -20,8 +20,7 @@ import torch
 from PIL import Image
 
 from d2ft_hpc.cli import main
-from d2ft_hpc.config import load_config
-from d2ft_hpc.data.datasets import load
+from d2ft_hpc.config import read_config
 from d2ft_hpc.data.decoding import look
 from d2ft_hpc.engines.deepspeed_keys import unknown_keys
 from d2ft_hpc.errors import ConfigError, DataError
@@ -30,6 +29,7 @@ from d2ft_hpc.launch.environment import likely_rank
 from d2ft_hpc.model.build import build_model
 from d2ft_hpc.model.hub import unreachable
 from d2ft_hpc.training.job import set_up
+from tests.splits import open_images
 
 DEMO = Path("configs/demo.yaml")
 
@@ -51,7 +51,7 @@ def test_keys_that_deepspeed_cannot_know_are_found_without_it(settings: dict[str
     assert re.search(told, line)
     (key, value), *_ = settings.items()
     with pytest.raises(ConfigError, match=rf"^engine\.deepspeed\.{key}") as caught:
-        load_config(DEMO, [f"engine.deepspeed.{key}={json.dumps(value)}"])
+        read_config(DEMO, [f"engine.deepspeed.{key}={json.dumps(value)}"])
     assert str(caught.value) == f"engine.deepspeed.{line}".replace(
         "did you mean ", "did you mean engine.deepspeed."
     )
@@ -77,7 +77,7 @@ def test_keys_that_deepspeed_and_others_read_pass() -> None:
 )
 def test_faults_of_settings_in_words(override: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        load_config(DEMO, [override])
+        read_config(DEMO, [override])
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_faults_of_settings_in_words(override: str, told: str) -> None:
 )
 def test_more_than_there_is(overrides: tuple[str, ...], told: str) -> None:
     with pytest.raises((ConfigError, DataError), match=told):
-        set_up(load_config(DEMO, [*overrides, "engine.name=plain"]), SoloControl(), torch.device("cpu"))
+        set_up(read_config(DEMO, [*overrides, "engine.name=plain"]), SoloControl(), torch.device("cpu"))
 
 
 def test_an_engine_of_one_process_is_refused_on_several_ranks() -> None:
@@ -105,11 +105,11 @@ def test_an_engine_of_one_process_is_refused_on_several_ranks() -> None:
             self.rank = 0
 
     with pytest.raises(ConfigError, match=r"engine\.name=plain trains in one process, and 2 ranks .* ddp"):
-        set_up(load_config(DEMO, ["engine.name=plain"]), TwoRanks(), torch.device("cpu"))
+        set_up(read_config(DEMO, ["engine.name=plain"]), TwoRanks(), torch.device("cpu"))
 
 
 def test_a_batch_of_more_images_than_there_are_is_a_remark() -> None:
-    config = load_config(DEMO, ["data.micro_batch_size=300", "engine.name=plain"])
+    config = read_config(DEMO, ["data.micro_batch_size=300", "engine.name=plain"])
     (remark,) = set_up(config, SoloControl(), torch.device("cpu")).remarks
     assert re.match(r"data\.micro_batch_size=300: a batch of 5 micro-batches would take 1500 images", remark)
 
@@ -155,7 +155,7 @@ def test_images_that_are_cut_short_are_found_among_those_that_are_looked_at(
     for split, name in ((split, name) for split in ("train", "test") for name in ("cat", "dog")):
         (tmp_path / split / name).mkdir(parents=True)
         (tmp_path / split / name / "whole").with_suffix(f".{format.lower()}").write_bytes(whole)
-    images = load("image_folder", root=tmp_path, split="train", image_size=8)
+    images = open_images("image_folder", root=tmp_path, split="train", image_size=8)
     images.look_at_some()
     (tmp_path / "train" / "dog" / "whole").with_suffix(f".{format.lower()}").write_bytes(
         whole[: len(whole) // 2]

@@ -15,7 +15,7 @@ from timm.models.eva import Eva, EvaBlockPostNorm
 from torch import Tensor, nn
 
 from d2ft_hpc.errors import ConfigError, UnsupportedModelError
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.model.lora import add_lora
@@ -23,7 +23,8 @@ from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.parallel.model_part import ModelPart
 from d2ft_hpc.planning.plan import SkipPlan
 from d2ft_hpc.scores.gradient_observer import GradientObserver
-from d2ft_hpc.scores.gradient_scores import fisher_information
+from d2ft_hpc.scores.gradient_scores import gradient_scores
+from tests.masked import assert_close, loss_and_gradients, planned
 from tests.models import random_batch, tiny
 from tests.reference import FORWARD_ONLY, FULL, SHORTCUT
 from tests.subnet_checks import assert_heads_own_whole_parameters
@@ -128,33 +129,17 @@ def masked_forward(model: Eva, images: Tensor, operations: np.ndarray) -> Tensor
     return model.forward_head(model.norm(x))
 
 
-def loss_and_gradients(model: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad(set_to_none=True)
-    loss = F.cross_entropy(logits, labels)
-    loss.backward()
-    return loss.detach(), {
-        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()
-    }
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("row", some_rows().values(), ids=some_rows())
 def test_gradients_equal_timms_modules_with_masks(variant: str, row: np.ndarray) -> None:
     reference = tiny_eva(**VARIANTS[variant]).double()
     model = copy.deepcopy(reference)
     images, labels = random_batch(1)
-    executor = attach(model, embeddings="trained")
-    executor.activate(SkipPlan(row[None], replicas=1), replica=0)
-    with executor.micro_batch(0):
-        loss, gradients = loss_and_gradients(model, model(images.double()), labels)
-    expected_loss, expected = loss_and_gradients(
-        reference, masked_forward(reference, images.double(), row), labels
-    )
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=1e-12)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(
-            gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    planned(model, row)
+    found = loss_and_gradients(model, F.cross_entropy(model(images.double()), labels))
+    logits = masked_forward(reference, images.double(), row)
+    expected = loss_and_gradients(reference, F.cross_entropy(logits, labels))
+    assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -165,8 +150,8 @@ def test_all_full_is_timms_model_bit_for_bit(variant: str) -> None:
     executor.activate(SkipPlan(np.full((1, DEPTH, HEADS), FULL, np.uint8), replicas=1), replica=0)
     images, labels = random_batch(1)
     with executor.micro_batch(0):
-        loss, gradients = loss_and_gradients(model, model(images), labels)
-    expected_loss, expected = loss_and_gradients(dense, dense(images), labels)
+        loss, gradients = loss_and_gradients(model, F.cross_entropy(model(images), labels))
+    expected_loss, expected = loss_and_gradients(dense, F.cross_entropy(dense(images), labels))
     assert torch.equal(loss, expected_loss)
     assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
     assert model.state_dict().keys() == dense.state_dict().keys()
@@ -209,9 +194,9 @@ def test_fisher_information_is_that_of_the_parameters_own_gradients(variant: str
     model = tiny_eva(**VARIANTS[variant])
     subnets = attach(model, embeddings="trained").subnets
     images, labels = random_batch(2)
-    scores = fisher_information(model, subnets, images, labels, F.cross_entropy)
+    scores = gradient_scores(model, subnets, images, labels, F.cross_entropy, ["fisher"])["fisher"]
     observer = GradientObserver(model, subnets, 1, lambda: 0, lambda: 1.0)
-    _, gradients = loss_and_gradients(model, model(images), labels)
+    _, gradients = loss_and_gradients(model, F.cross_entropy(model(images), labels))
     observer.close()
     expected = torch.zeros(subnets.shape)
     for block, name, _ in subnets.parameters(model):
@@ -238,8 +223,9 @@ def test_adapters_of_rows_run_by_head() -> None:
     executor = attach(model)
     executor.activate(SkipPlan(row[None], replicas=1), replica=0)
     with executor.micro_batch(0):
-        _, gradients = loss_and_gradients(model, model(images.double()), labels)
-    _, expected = loss_and_gradients(reference, masked_forward(reference, images.double(), row), labels)
+        _, gradients = loss_and_gradients(model, F.cross_entropy(model(images.double()), labels))
+    logits = masked_forward(reference, images.double(), row)
+    _, expected = loss_and_gradients(reference, F.cross_entropy(logits, labels))
     trained = [name for name in expected if "lora_" in name]
     for name in trained:
         torch.testing.assert_close(gradients[name], expected[name], rtol=1e-9, atol=1e-12)

@@ -19,7 +19,7 @@ from torch.optim import optimizer as torch_optimizer
 
 import d2ft_hpc
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.planning.plan import SkipPlan
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit

@@ -15,7 +15,8 @@ from torch.optim import AdamW
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.portable import PortableState, write_file
 from d2ft_hpc.errors import CheckpointError
-from d2ft_hpc.execution.executor import PlanExecutor, attach
+from d2ft_hpc.execution.attach import attach
+from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.planning import SkipPlan
@@ -34,7 +35,7 @@ def make(is_flat: bool, lora: bool = False) -> tuple[PlainEngine, PlanExecutor]:
     ]
     optimizer = AdamW([group for group in groups if group["params"]], lr=1e-2)
     if is_flat:
-        executor.flat = FlatParameters(model, executor.blocks, optimizer)
+        executor.flat = FlatParameters(model, executor.blocks, optimizer.param_groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     return PlainEngine(model, executor, optimizer, schedule, F.cross_entropy), executor
 
@@ -122,7 +123,7 @@ def test_parameters_that_several_modules_hold_stay_as_they_are() -> None:
     model.blocks[3].norm2 = model.blocks[0].norm2
     executor = attach(model)
     optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
-    FlatParameters(model, executor.blocks, optimizer)
+    FlatParameters(model, executor.blocks, optimizer.param_groups)
     assert model.blocks[2].norm1.weight is model.blocks[1].norm1.weight
     assert not model.blocks[1].norm1.weight.is_meta
     assert not model.blocks[3].norm2.weight.is_meta

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from d2ft_hpc.config import load_config
+from d2ft_hpc.config import read_config
 from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.plain import PlainEngine
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.lifecycle import make_plan
@@ -133,7 +133,7 @@ def test_a_job_short_of_memory_plans_less_and_keeps_to_it_when_resumed(tmp_path,
         "engine.name=plain",
         "engine.device=cpu",
     ]
-    config, control = load_config(Path("configs/demo.yaml"), overrides), SoloControl()
+    config, control = read_config(Path("configs/demo.yaml"), overrides), SoloControl()
     job = set_up(config, control, CPU)
     measured = measure_job(job)
     watch = Watch(control, silence_seconds=30, stall_seconds=600, run_folder=tmp_path)
@@ -163,7 +163,7 @@ def test_a_job_short_of_memory_plans_less_and_keeps_to_it_when_resumed(tmp_path,
     assert again == costs
     assert free_memory.with_memory_limits(resumed, engine, placement, kept, again) == costs
 
-    told = load_config(Path("configs/demo.yaml"), [*overrides, "plan.memory_budget=1.0"])
+    told = read_config(Path("configs/demo.yaml"), [*overrides, "plan.memory_budget=1.0"])
     assert measure_job(replace(job, config=told)).kept is None
     assert (
         free_memory.with_memory_limits(job, engine, placement, None, measured.plan_costs)

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
 from d2ft_hpc.errors import ConfigError, UnsupportedModelError
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.model.lora import add_lora, save_adapter, timm_state
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.planning import SkipPlan
-from d2ft_hpc.scores import fisher_information, weight_magnitude
+from d2ft_hpc.scores import gradient_scores, weight_magnitude
 from d2ft_hpc.scores.gradient_observer import GradientObserver
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 from tests.reference import reference_forward
@@ -129,7 +129,7 @@ def test_scores_of_the_factors_are_those_of_their_gradients() -> None:
             axis = subnets.head_axes[name]
             fisher[block] += axis.sum_by_head(parameter.grad.square())
             magnitude[block] += axis.sum_by_head(parameter.detach().abs())
-    scored = fisher_information(model, subnets, images, labels, F.cross_entropy)
+    scored = gradient_scores(model, subnets, images, labels, F.cross_entropy, ["fisher"])["fisher"]
     torch.testing.assert_close(scored[0], fisher, rtol=1e-3, atol=1e-9)
     torch.testing.assert_close(weight_magnitude(model, subnets), magnitude)
     observer = GradientObserver(model, subnets, 1, lambda: 0, lambda: 1.0)

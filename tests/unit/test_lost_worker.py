@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from d2ft_hpc.command import on_ranks
-from d2ft_hpc.config import load_config
+from d2ft_hpc.config import read_config
 from d2ft_hpc.data.lost_worker import batches_of
 from d2ft_hpc.data.workers import loader_of
 from d2ft_hpc.errors import UNFINISHED, LostWorkerError
@@ -88,7 +88,7 @@ def end_with_a_worker_left() -> None:
         return 0
 
     raise SystemExit(
-        on_ranks(load_config(Path("configs/demo.yaml"), ["engine.device=cpu"]), leave_one, signals)
+        on_ranks(read_config(Path("configs/demo.yaml"), ["engine.device=cpu"]), leave_one, signals)
     )
 
 

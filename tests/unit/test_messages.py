@@ -11,7 +11,7 @@ from torch import nn
 
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning import PlanProblem, SkipPlan, in_order, solve
 from d2ft_hpc.planning.communication_volume import (
@@ -255,14 +255,13 @@ def test_what_a_user_s_module_has_around_the_model_is_sent_too() -> None:
     executor = attach(whole)
     foreseen = PlannedBytes(
         model,
-        executor.subnets,
+        executor,
         Placement.whole(2, 0, *executor.subnets.shape),
         slots=1,
         micro_batch_size=1,
         precision="fp32",
         data_parallel="ddp",
-        embeddings="frozen",
         around=whole,
     )
     sent = 4.0 * sum(each.numel() for each in whole.parameters() if each.requires_grad)
-    assert foreseen.columns(executor) == {"planned_bytes": sent, "dense_bytes": sent}
+    assert foreseen.columns() == {"planned_bytes": sent, "dense_bytes": sent}

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.lifecycle import make_plan
 from d2ft_hpc.lifecycle.costs import relative_speeds
 from d2ft_hpc.metering import measure_costs, meter

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save as serialize
 
 from d2ft_hpc import results
-from d2ft_hpc.config import load_config
+from d2ft_hpc.config import read_config
 from d2ft_hpc.data.arrays import open_arrays
 from d2ft_hpc.data.packed import describe, open_packed
 from d2ft_hpc.data.packing import pack_by_name
@@ -28,7 +28,7 @@ from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.model.weights import check_complete, find_weights
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.training.checkpoint import POSITION, read_position
-from d2ft_hpc.training.run_folder import LAUNCHES, check_ours, read_config, record_launch
+from d2ft_hpc.training.run_folder import LAUNCHES, check_ours, record_launch, saved_config
 from tests.mutations import mutated, read_each
 
 COUNT = 60
@@ -171,7 +171,7 @@ def test_segments_of_a_run_that_goes_on(which: str, tmp_path: Path) -> None:
 
 def test_launches(tmp_path: Path) -> None:
     """Nothing in them is believed; what was there stays, and the next start has a line of its own."""
-    config = load_config(Path("configs/demo.yaml"), [f"run.folder={tmp_path}"])
+    config = read_config(Path("configs/demo.yaml"), [f"run.folder={tmp_path}"])
     record_launch(config, SoloControl(), {}, "the beginning")
     launches = config.run_folder / LAUNCHES
     for copy in mutated(launches.read_bytes(), COUNT):
@@ -215,7 +215,7 @@ def test_configurations(tmp_path: Path) -> None:
     said = []
     for copy in mutated(content, COUNT):
         (tmp_path / "config.yaml").write_bytes(copy)
-        said += [told(lambda: load_config(tmp_path / "config.yaml")), told(lambda: read_config(tmp_path))]
+        said += [told(lambda: read_config(tmp_path / "config.yaml")), told(lambda: saved_config(tmp_path))]
     assert len([text for text in said if text]) > COUNT // 2
     assert max(len(line) for text in said for line in text.splitlines()) < 500
 

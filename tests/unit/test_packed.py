@@ -19,13 +19,13 @@ from PIL import Image
 
 from d2ft_hpc.cli import main
 from d2ft_hpc.data.arrays import open_arrays
-from d2ft_hpc.data.datasets import load
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.data.packed import describe, open_packed
 from d2ft_hpc.data.packing import pack_by_name
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.errors import DataError
 from d2ft_hpc.files import hdf5
+from tests.splits import open_images
 from tests.unit.test_data import assert_same
 
 CLASSES = ("ant", "bee", "cat")
@@ -57,7 +57,7 @@ def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batches(name: str, root: Path, *, workers: int = 0, start: int = 0, **options: object) -> list:
     """The micro-batches of an epoch of replica 1 of 2."""
-    images = load(name, root=root, image_size=16, split="train", **options)
+    images = open_images(name, root=root, image_size=16, split="train", **options)
     order = MicroBatchSampler(len(images), micro_batch_size=2, slots=2, replicas=2, replica=1, seed=3)
     order.set_epoch(1, start_batch=start)
     return list(train_loader(images, order, num_workers=workers))

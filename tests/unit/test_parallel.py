@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from d2ft_hpc.engines.check import check_plan
 from d2ft_hpc.errors import ConfigError, PlanError
-from d2ft_hpc.execution.executor import attach
-from d2ft_hpc.execution.resize import scaled
+from d2ft_hpc.execution.attach import attach
+from d2ft_hpc.execution.image_scaling import scaled
 from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.parallel.full_tensors import part_of

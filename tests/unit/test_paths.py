@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from d2ft_hpc.cli import main
-from d2ft_hpc.config import load_config
+from d2ft_hpc.config import read_config
 from d2ft_hpc.errors import ConfigError
 
 DEMO = Path("configs/demo.yaml")
@@ -22,7 +22,7 @@ def test_the_home_folder_is_meant_by_a_tilde(
     section, name = key.split(".")
 
     def value(text: str) -> str:
-        return str(getattr(getattr(load_config(DEMO, [f"{key}={text}"]), section), name))
+        return str(getattr(getattr(read_config(DEMO, [f"{key}={text}"]), section), name))
 
     assert value("~/x") == f"{tmp_path}/x"
     assert value("a~/x~") == "a~/x~"
@@ -44,7 +44,7 @@ def test_the_home_folder_is_meant_by_a_tilde(
 )
 def test_no_folder_is_named_after_what_a_path_cannot_be(key: str, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
-        load_config(DEMO, [f"{key}={text}"])
+        read_config(DEMO, [f"{key}={text}"])
     assert str(caught.value).startswith(f"{key}=")
     assert "\n" not in str(caught.value)
 

@@ -17,8 +17,8 @@ from d2ft_hpc.plan_report import (
     describe,
     describe_alone,
     describe_difference,
-    load_checked,
     problem_of,
+    read_checked,
     read_scores,
     save_heat_map,
 )
@@ -73,7 +73,7 @@ def test_a_plan_is_described_device_by_device_with_its_time(tmp_path):
     paper = [float(line.split(":")[1].split("%")[0]) for line in text.splitlines() if "paper's plan:" in line]
     assert paper[0] > shares[0]
     plan.write(tmp_path / "plan.h5")
-    assert load_checked(tmp_path / "plan.h5", problem) == plan
+    assert read_checked(tmp_path / "plan.h5", problem) == plan
     assert describe_difference(plan, plan) == "the plans are the same"
     rows = plan.num_rows
     assert describe_difference(plan, plan.at((2, 3))) == f"images change their size in {rows} of {rows} rows"
@@ -81,7 +81,7 @@ def test_a_plan_is_described_device_by_device_with_its_time(tmp_path):
     assert "images" not in describe_alone(plan)
     assert "entries change: " in describe_difference(solve(problem, "paper"), plan)
     with pytest.raises(PlanError, match="exceeds the compute budget"):
-        load_checked(tmp_path / "plan.h5", problem_of(saved_scores(), ranks=2, compute_budget=0.4))
+        read_checked(tmp_path / "plan.h5", problem_of(saved_scores(), ranks=2, compute_budget=0.4))
     save_heat_map(plan, tmp_path / "heat.png")
     assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(PlanError, match="picture cannot be written"):

@@ -16,12 +16,13 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import d2ft_hpc
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.lifecycle import make_plan
 from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning import SkipPlan
-from d2ft_hpc.scores import Scores, fisher_information, weight_magnitude
+from d2ft_hpc.scores import Scores, gradient_scores, weight_magnitude
+from d2ft_hpc.user_loop.attached import tell_of_graphs
 from d2ft_hpc.user_loop.batch_counter import samples_in
 from tests.models import CLASSES, DEPTH, HEADS, context_of, random_batch, tiny_vit
 
@@ -63,7 +64,10 @@ def test_the_first_batch_gives_the_scores_of_the_plan_that_the_next_ones_follow(
     costs = measure_costs(twin, executor, (3, 16, 16))
     pairs = [random_batch(slot, samples=12) for slot in range(SLOTS)]
     fisher = np.concatenate(
-        [fisher_information(twin, executor.subnets, *pair, F.cross_entropy).numpy() for pair in pairs]
+        [
+            gradient_scores(twin, executor.subnets, *pair, F.cross_entropy, ["fisher"])["fisher"].numpy()
+            for pair in pairs
+        ]
     )
     assert loop.d2ft.plan is None
     dense = sum(F.cross_entropy(twin(images), labels).item() / SLOTS for images, labels in pairs)
@@ -215,7 +219,7 @@ def test_bad_settings_and_states() -> None:
     with pytest.raises(PlanError, match=r"^compute_budget=0\.0001: .*least"):
         d2ft_hpc.attach(tiny_vit(), 1e-4, planner="joint")
     with pytest.raises(
-        PlanError, match=r"^compute_budget=0\.01: scoring .* or a smaller options\.image_size"
+        PlanError, match=r"^compute_budget=0\.01: scoring .* or, for images, a smaller options\.image_size"
     ):
         d2ft_hpc.attach(tiny_vit(), 0.01, planner="samples")
     with pytest.raises(ConfigError, match=r"^compute_budget=60: .* write it as a share, 0\.6 for 60 %"):
@@ -379,6 +383,15 @@ def test_a_training_that_goes_on_beyond_its_steps_is_told_once(capfd: pytest.Cap
     for step in range(4):
         loop.step(step)
     assert capfd.readouterr().out.count("total_steps=2, but step 3 begins: images have full size") == 1
+
+
+def test_a_gpu_without_graphs_is_told_of_them(capfd: pytest.CaptureFixture[str]) -> None:
+    for settings, is_told in (({}, True), ({"cuda_graphs": True}, False), ({"planner": "joint"}, False)):
+        loop = d2ft_hpc.attach(tiny_vit(), total_steps=4, **settings)
+        plans = loop._plans()
+        assert "cuda_graphs" not in capfd.readouterr().out  # on a CPU
+        tell_of_graphs(plans, torch.device("cuda"))
+        assert ("cuda_graphs=True" in capfd.readouterr().out) is is_told, settings
 
 
 def test_a_loop_s_report_has_the_compute_of_all_its_steps_before_its_resumption_too(

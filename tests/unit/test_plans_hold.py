@@ -22,10 +22,7 @@ NEEDED: dict[str, dict] = {"random": {"seed": 1}, "stochastic_depth": {"seed": 1
 def test_the_oracle_knows_every_field_planner_and_option():
     """A new one has to be drawn and judged in `plan_oracle` before this passes."""
     assert {field.name for field in dataclasses.fields(PlanProblem)} == set(FIELDS)
-    assert {factor for factors in FIELDS.values() for factor in factors} | {
-        "most_shortcut",
-        "weights",
-    } == set(FACTORS)
+    assert {factor for factors in FIELDS.values() for factor in factors} | {"most_shortcut"} == set(FACTORS)
     options = {name: set(entry.parameters) for name, entry in PLANNERS.items() if entry.plans_heads}
     assert options == plan_oracle.PLANNERS
 

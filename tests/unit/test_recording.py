@@ -91,7 +91,7 @@ def test_evaluation_against_scikit_learn() -> None:
 
 
 def test_a_profile_leaves_the_model_as_it_was() -> None:
-    from d2ft_hpc.execution.executor import attach
+    from d2ft_hpc.execution.attach import attach
 
     model = tiny_vit()
     executor = attach(model)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from d2ft_hpc import results
-from d2ft_hpc.config import RunConfig, load_config
+from d2ft_hpc.config import RunConfig, read_config
 from d2ft_hpc.engines.optimizer import build_schedule
 from d2ft_hpc.engines.portable import restore_schedule, schedule_numbers
 from d2ft_hpc.errors import CheckpointError, ConfigError, DivergedError, LostResultsError, PlanError
@@ -37,7 +37,7 @@ def config_in(folder: Path, *overrides: str) -> RunConfig:
     quick = ("data.micro_batch_size=15", "data.slots=4", "data.train_fraction=0.5")
     small = ("data.image_size=16", "model.options.img_size=16")
     plain = ("engine.name=plain", "engine.device=cpu", "plan.planner=paper", "train.evaluate_at_start=false")
-    return load_config(
+    return read_config(
         Path("configs/demo.yaml"),
         [f"run.folder={folder}", *quick, *small, *plain, "train.epochs=1", *overrides],
     )
@@ -76,6 +76,7 @@ def test_a_run_that_diverges_ends_with_what_it_had(tmp_path: Path) -> None:
     # What was saved before step 2 has finite weights, but from them came the loss that is not.
     assert text.endswith("no checkpoint is from before that")
     assert not (tmp_path / "demo" / "model.safetensors").exists()
+    assert not list((tmp_path / "demo").rglob("*.building"))
     with results.open(tmp_path / "demo") as record:
         assert not record.complete
         assert "diverged" in record.table("events")["kind"].tolist()

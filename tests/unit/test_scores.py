@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2ft_hpc.execution.executor import attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.metering.memory import kept_bytes
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.planning.plan import SkipPlan
-from d2ft_hpc.scores import fisher_information, gradient_scores, weight_magnitude
+from d2ft_hpc.scores import gradient_scores, weight_magnitude
 from tests.memory_limit import activation_limit
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
@@ -34,8 +34,7 @@ def by_autograd(score: str, model: nn.Module, subnets: SubnetMap, images: Tensor
     return scores
 
 
-@pytest.mark.parametrize("granularity", ["micro_batch", "sample"])
-def test_samples_are_scored_in_parts_where_memory_is_short(granularity) -> None:
+def test_samples_are_scored_in_parts_where_memory_is_short() -> None:
     model = tiny_vit()
     subnets = SubnetMap.of(model)
     images, labels = random_batch(0, 7)
@@ -46,9 +45,7 @@ def test_samples_are_scored_in_parts_where_memory_is_short(granularity) -> None:
         return F.cross_entropy(logits, targets)
 
     def scores() -> dict:
-        return gradient_scores(
-            model, subnets, images, labels, loss_function, ("fisher", "taylor"), granularity
-        )
+        return gradient_scores(model, subnets, images, labels, loss_function, ("fisher", "taylor"))
 
     whole = scores()
     kept = kept_bytes(lambda: model(images), [])
@@ -66,41 +63,26 @@ def test_samples_are_scored_in_parts_where_memory_is_short(granularity) -> None:
     "options", [{}, {"qkv_bias": False, "proj_bias": False, "init_values": 0.1, "qk_norm": True}]
 )
 def test_scores_are_those_of_autograds_gradients(
-    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, object],
 ) -> None:
     model = tiny_vit(drop_path_rate=0.3, **options)
     subnets = SubnetMap.of(model)
     images, labels = random_batch(0)
     of_batch = gradient_scores(model, subnets, images, labels, F.cross_entropy, OF_PARAMETER)
-    of_samples = gradient_scores(model, subnets, images, labels, F.cross_entropy, OF_PARAMETER, "sample")
-    # Two weights or one at a time. The package has the function under its module's name.
-    monkeypatch.setitem(gradient_scores.__globals__, "_GRADIENT_BYTES", 2 * 4 * 3 * 48 * 48)
-    of_parts = gradient_scores(model, subnets, images, labels, F.cross_entropy, OF_PARAMETER, "sample")
     for score in OF_PARAMETER:
         expected = by_autograd(score, model, subnets, images, labels)
         torch.testing.assert_close(of_batch[score][0], expected, rtol=1e-4, atol=1e-9)
-        each = [
-            by_autograd(score, model, subnets, images[i : i + 1], labels[i : i + 1])
-            for i in range(len(labels))
-        ]
-        torch.testing.assert_close(of_samples[score], torch.stack(each), rtol=1e-4, atol=1e-9)
-        torch.testing.assert_close(of_parts[score], of_samples[score])
-    fisher = fisher_information(model, subnets, images, labels, F.cross_entropy, "sample")
-    assert torch.equal(fisher, of_samples["fisher"])
 
 
 def test_scores_under_autocast_are_near_those_without() -> None:
     model = tiny_vit()
     subnets = SubnetMap.of(model)
     images, labels = random_batch(0)
-    for granularity in ("micro_batch", "sample"):
-        exact = gradient_scores(model, subnets, images, labels, F.cross_entropy, OF_PARAMETER, granularity)
-        near = gradient_scores(
-            model, subnets, images, labels, F.cross_entropy, OF_PARAMETER, granularity, torch.bfloat16
-        )
-        for score in OF_PARAMETER:
-            assert not torch.equal(near[score], exact[score])
-            torch.testing.assert_close(near[score], exact[score], rtol=0.1, atol=1e-6)
+    exact = gradient_scores(model, subnets, images, labels, F.cross_entropy, OF_PARAMETER)
+    near = gradient_scores(model, subnets, images, labels, F.cross_entropy, OF_PARAMETER, torch.bfloat16)
+    for score in OF_PARAMETER:
+        assert not torch.equal(near[score], exact[score])
+        torch.testing.assert_close(near[score], exact[score], rtol=0.1, atol=1e-6)
 
 
 def test_a_probe_leaves_model_gradients_and_random_state_as_they_were() -> None:
@@ -121,7 +103,7 @@ def test_a_probe_leaves_model_gradients_and_random_state_as_they_were() -> None:
     modes = [module.training for module in model.modules()]
     hooks = sum(len(module._forward_hooks) for module in model.modules())
     state = torch.get_rng_state()
-    fisher_information(model, executor.subnets, images, labels, F.cross_entropy, "sample")
+    gradient_scores(model, executor.subnets, images, labels, F.cross_entropy, ["fisher"])
     weight_magnitude(model, executor.subnets)
     assert not fired
     assert torch.equal(torch.get_rng_state(), state)
@@ -137,9 +119,10 @@ def test_fisher_of_a_frozen_model() -> None:
     model = tiny_vit()
     subnets = SubnetMap.of(model)
     images, labels = random_batch(0)
-    expected = fisher_information(model, subnets, images, labels, F.cross_entropy)
+    expected = gradient_scores(model, subnets, images, labels, F.cross_entropy, ["fisher"])
     model.requires_grad_(False)
-    torch.testing.assert_close(fisher_information(model, subnets, images, labels, F.cross_entropy), expected)
+    frozen = gradient_scores(model, subnets, images, labels, F.cross_entropy, ["fisher"])
+    torch.testing.assert_close(frozen, expected)
 
 
 def test_weight_magnitude_sums_to_the_l1_norm() -> None:

@@ -79,8 +79,8 @@ def test_a_full_size_score_is_the_models_own_error() -> None:
         logits = model.eval()(images)
     model.train()
     error = (logits.softmax(1) - F.one_hot(labels, model.num_classes)).norm(dim=1)
-    torch.testing.assert_close(SampleScorer(model, images.shape[-1])(images, labels), error)
-    loss = SampleScorer(model, images.shape[-1], score="loss")(images, labels)
+    torch.testing.assert_close(SampleScorer(model, images.shape[-1]).of_batch([(images, labels)]), error)
+    loss = SampleScorer(model, images.shape[-1], score="loss").of_batch([(images, labels)])
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels, reduction="none"))
     assert model.training
 
@@ -94,7 +94,7 @@ def test_a_half_size_score_is_that_of_timms_model_of_any_size() -> None:
     small = F.interpolate(images, 16, mode="bilinear", antialias=True)
     with torch.no_grad():
         error = (reference(small).softmax(1) - F.one_hot(labels, 5)).norm(dim=1)
-    torch.testing.assert_close(SampleScorer(model, 16)(images, labels), error)
+    torch.testing.assert_close(SampleScorer(model, 16).of_batch([(images, labels)]), error)
     with torch.no_grad():
         assert model(images).shape == (6, 5), "the model itself still takes its own size"
     with pytest.raises(ConfigError, match=r"options.image_size=20: .* nearest: 16"):

@@ -16,8 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from d2ft_hpc.config import load_config
-from d2ft_hpc.data.datasets import load
+from d2ft_hpc.config import read_config
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.data.packed import open_packed
 from d2ft_hpc.data.packing import pack_by_name
@@ -26,6 +25,7 @@ from d2ft_hpc.data.sources import open_source
 from d2ft_hpc.errors import DataError
 from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.training.job import set_up
+from tests.splits import open_images
 from tests.unit.test_data import assert_same
 
 NAMES = ("ant", "bee", "cat")
@@ -134,7 +134,9 @@ def test_workers_read_the_same_batches(way: str, tmp_path: Path) -> None:
     write(tmp_path / "data")
 
     def batches(workers: int) -> list[Any]:
-        images = load(name, root=tmp_path / "data", image_size=16, split="train", augment="resized_crop")
+        images = open_images(
+            name, root=tmp_path / "data", image_size=16, split="train", augment="resized_crop"
+        )
         order = MicroBatchSampler(len(images), micro_batch_size=2, slots=2, replicas=1, replica=0, seed=3)
         return list(train_loader(images, order, num_workers=workers))
 
@@ -273,7 +275,7 @@ def test_splits_whose_labels_differ_in_meaning_are_refused(tmp_path: Path) -> No
         "data.classes=null",
         "engine.name=plain",
     ]
-    config = load_config(Path("configs/demo.yaml"), [*asked, "data.micro_batch_size=1", "data.slots=1"])
+    config = read_config(Path("configs/demo.yaml"), [*asked, "data.micro_batch_size=1", "data.slots=1"])
     told = "class 1 is 'bee' in the training images and 'cat' in the test images; both need the same classes"
     with pytest.raises(DataError, match=rf"data: {told}"):
         set_up(config, SoloControl(), torch.device("cpu"))

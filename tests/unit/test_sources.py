@@ -14,8 +14,9 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from d2ft_hpc.data.datasets import load
+from d2ft_hpc.data.sources import open_source
 from d2ft_hpc.errors import DataError
+from tests.splits import open_images
 
 PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 
@@ -27,15 +28,15 @@ def put_image(file: Path, red: int, size: tuple[int, int] = (30, 20)) -> None:
 
 def test_unknown_name() -> None:
     with pytest.raises(DataError, match=r"imagenet.*digits, cifar10"):
-        load("imagenet", image_size=8, split="train")
+        open_source("imagenet", None, "train")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stanford_cars", "image_folder", "packed"])
 def test_missing_root(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.root is not set"):
-        load(name, image_size=8, split="train")
+        open_images(name, image_size=8, split="train")
     with pytest.raises(DataError, match=str(tmp_path / "nowhere")):
-        load(name, image_size=8, split="train", root=tmp_path / "nowhere")
+        open_images(name, image_size=8, split="train", root=tmp_path / "nowhere")
     assert not list(tmp_path.iterdir())
 
 
@@ -65,17 +66,17 @@ def put_cifar(monkeypatch: pytest.MonkeyPatch, root: Path, reader: type[CIFAR10]
 @pytest.mark.parametrize(("name", "reader"), [("cifar10", CIFAR10), ("cifar100", CIFAR100)])
 def test_cifar(name: str, reader: type[CIFAR10], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = put_cifar(monkeypatch, tmp_path, reader)
-    test = load(name, root=tmp_path, image_size=32, split="test", **PLAIN)
+    test = open_images(name, root=tmp_path, image_size=32, split="test", **PLAIN)
     assert test.labels == [1, 2, 3, 4, 5]
     assert test.num_classes == 10
     torch.testing.assert_close(test[3][0], torch.from_numpy(pixels[3]).float() / 255)
-    train = load(name, root=tmp_path, image_size=16, split="train")
+    train = open_images(name, root=tmp_path, image_size=16, split="train")
     assert len(train) == 20
     assert train[0][0].shape == (3, 16, 16)
     first = reader.train_list[0][0]
     (tmp_path / reader.base_folder / first).write_bytes(b"damaged")
     with pytest.raises(DataError, match=f"missing or damaged.*{first}"):
-        load(name, root=tmp_path, image_size=32, split="train")
+        open_images(name, root=tmp_path, image_size=32, split="train")
 
 
 def test_stanford_cars(tmp_path: Path) -> None:
@@ -102,31 +103,31 @@ def test_stanford_cars(tmp_path: Path) -> None:
     for i, red in enumerate((0, 100, 255), 1):
         put_image(folder / "cars_train" / f"{i:05}.jpg", red)
     with pytest.raises(DataError, match=r"original address is gone.*cars_test_annos_withlabels\.mat"):
-        load("stanford_cars", root=tmp_path / "elsewhere", image_size=8, split="train")
+        open_images("stanford_cars", root=tmp_path / "elsewhere", image_size=8, split="train")
     with pytest.raises(DataError, match="missing or damaged"):
-        load("stanford_cars", root=tmp_path, image_size=8, split="test")
+        open_images("stanford_cars", root=tmp_path, image_size=8, split="test")
     for i in (1, 2):
         put_image(folder / "cars_test" / f"{i:05}.jpg", 255)
-    train = load("stanford_cars", root=tmp_path, image_size=8, split="train", **PLAIN)
+    train = open_images("stanford_cars", root=tmp_path, image_size=8, split="train", **PLAIN)
     assert train.labels == [1, 0, 1]
     assert train.num_classes == 2
     assert [round(float(train[i][0][0].mean()), 1) for i in range(3)] == [0.0, 0.4, 1.0]
-    assert load("stanford_cars", root=tmp_path, image_size=8, split="test").labels == [0, 1]
+    assert open_images("stanford_cars", root=tmp_path, image_size=8, split="test").labels == [0, 1]
 
 
 def test_image_folder(tmp_path: Path) -> None:
     put_image(tmp_path / "train/cat/a.png", 255)
     put_image(tmp_path / "train/dog/b.png", 0)
     with pytest.raises(DataError, match=r"test and .*val: no such folder"):
-        load("image_folder", root=tmp_path, image_size=8, split="test")
+        open_images("image_folder", root=tmp_path, image_size=8, split="test")
     put_image(tmp_path / "val/dog/c.png", 255)
     with pytest.raises(DataError, match="these differ: cat"):
-        load("image_folder", root=tmp_path, image_size=8, split="test")
+        open_images("image_folder", root=tmp_path, image_size=8, split="test")
     put_image(tmp_path / "val/cat/d.png", 0)
-    test = load("image_folder", root=tmp_path, image_size=8, split="test")
+    test = open_images("image_folder", root=tmp_path, image_size=8, split="test")
     assert [test[i][0].amax().item() for i in range(2)] == [-1, 1]
     assert test.labels == [0, 1]
-    train = load("image_folder", root=tmp_path, image_size=8, split="train")
+    train = open_images("image_folder", root=tmp_path, image_size=8, split="train")
     assert train[1][0].shape == (3, 8, 8)
     assert train.num_classes == 2
     (tmp_path / "train/dog/b.png").write_bytes(b"no image")
@@ -134,7 +135,7 @@ def test_image_folder(tmp_path: Path) -> None:
         train[1]
     (tmp_path / "empty" / "train").mkdir(parents=True)
     with pytest.raises(DataError, match="empty"):
-        load("image_folder", root=tmp_path / "empty", image_size=8, split="train")
+        open_images("image_folder", root=tmp_path / "empty", image_size=8, split="train")
 
 
 def test_every_file_that_is_an_image_counts_and_the_others_are_told(tmp_path: Path) -> None:
@@ -151,18 +152,18 @@ def test_every_file_that_is_an_image_counts_and_the_others_are_told(tmp_path: Pa
         file = tmp_path / "train" / name
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(b"no image")
-    quiet = load("image_folder", root=tmp_path, image_size=8, split="train", **PLAIN)
+    quiet = open_images("image_folder", root=tmp_path, image_size=8, split="train", **PLAIN)
     assert quiet.labels == [0] * 6 + [1]
     assert quiet.remark == ""
     assert [round(float(quiet[i][0][0].mean()), 1) for i in range(7)] == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
     for name in ("cat/7.heic", "dog/8.heic", "dog/noend", "readme.txt"):
         (tmp_path / "train" / name).write_bytes(b"no image")
     put_image(tmp_path / "train" / "beside.png", 0)
-    remark = load("image_folder", root=tmp_path, image_size=8, split="train").remark
+    remark = open_images("image_folder", root=tmp_path, image_size=8, split="train").remark
     assert remark.startswith(f"{tmp_path}/train: left out 5 files (2 .heic, ")
     for kind in ("1 no ending", "1 .txt", "1 .png"):
         assert kind in remark
-    assert load("image_folder", root=tmp_path, image_size=8, split="test").remark == ""
+    assert open_images("image_folder", root=tmp_path, image_size=8, split="test").remark == ""
 
 
 def test_folders_that_are_refused(tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
 
     def refused(words: str) -> None:
         with pytest.raises(DataError, match=words) as caught:
-            load("image_folder", root=tmp_path, image_size=8, split="train")
+            open_images("image_folder", root=tmp_path, image_size=8, split="train")
         assert "\n" not in str(caught.value)
 
     (dog / "1.heic").touch()

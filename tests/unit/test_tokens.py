@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from d2ft_hpc.errors import PlanError, UnsupportedModelError
-from d2ft_hpc.execution.executor import attach
-from d2ft_hpc.execution.resize import scaled
+from d2ft_hpc.execution.attach import attach
+from d2ft_hpc.execution.image_scaling import scaled
 from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.metering.flops import token_curve_of
 from d2ft_hpc.plan_config import PlanConfig

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 import d2ft_hpc
 from d2ft_hpc.errors import ConfigError, PlanError, UnsupportedModelError
-from d2ft_hpc.execution.executor import PlanExecutor, attach
+from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import backbone_of, family_of
 from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
-from d2ft_hpc.planning.plan import SkipPlan
-from tests.masked import loss_and_gradients, masked_blocks, random_rows
+from tests.masked import assert_close, loss_and_gradients, masked_blocks, planned, random_rows
 from tests.models import CLASSES, random_batch
 from tests.reference import FULL, SHORTCUT
 from tests.subnet_checks import assert_fisher_is_of_own_gradients, assert_heads_own_whole_parameters
@@ -124,13 +123,6 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(getattr(output, "logits", output), labels)
 
 
-def planned(model: nn.Module, row: np.ndarray) -> PlanExecutor:
-    executor = attach(model, embeddings="trained")
-    executor.activate(SkipPlan(row[None], replicas=1), replica=0)
-    executor.bind(lambda: 0, Reduction.AFTER_BACKWARD)
-    return executor
-
-
 def masked_loss(model: nn.Module, row: np.ndarray, images: Tensor, labels: Tensor) -> Tensor:
     """Of a model without an executor."""
     backbone = backbone_of(model)
@@ -144,14 +136,9 @@ def masked_loss(model: nn.Module, row: np.ndarray, images: Tensor, labels: Tenso
 def assert_as_masked(model: nn.Module, reference: nn.Module, row: np.ndarray, *, only: str = "") -> None:
     """only: of the parameters' names, which are compared."""
     batch = random_batch(1)
-    loss, gradients = loss_and_gradients(model, loss_of(model, *batch))
-    expected_loss, expected = loss_and_gradients(reference, masked_loss(reference, row, *batch))
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-11, atol=1e-12)
-    for name, gradient in expected.items():
-        if only in name:
-            torch.testing.assert_close(
-                gradients[name], gradient, rtol=1e-8, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
-            )
+    found = loss_and_gradients(model, loss_of(model, *batch))
+    expected = loss_and_gradients(reference, masked_loss(reference, row, *batch))
+    assert_close(found, expected, lambda name: only in name, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tf
 
-from d2ft_hpc.data.datasets import load
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.data.subsets import training_and_validation
 from d2ft_hpc.data.transforms import DRAWS, BatchTransform, sample_transform, seeded, uniform_draws
 from d2ft_hpc.errors import ConfigError, DataError
+from tests.splits import open_images
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)
 
@@ -132,7 +132,7 @@ def test_mixing_mixes_labels_as_it_mixes_images() -> None:
 
 
 def test_mixing_is_the_same_for_any_ranks_and_after_a_resume() -> None:
-    digits = load("digits", image_size=8, split="train", classes=[0, 1, 2])
+    digits = open_images("digits", image_size=8, split="train", classes=[0, 1, 2])
     mixing = Mixing(3, 0.5, 0.5)
 
     def rows(replicas: int, start: int = 0) -> dict[tuple[int, int], torch.Tensor]:
@@ -191,13 +191,15 @@ class TestSubsets:
 
     def test_in_a_data_set(self):
         parts = {
-            split: load("digits", image_size=8, split=split, validation_fraction=0.2, train_fraction=0.5)
+            split: open_images(
+                "digits", image_size=8, split=split, validation_fraction=0.2, train_fraction=0.5
+            )
             for split in ("train", "validation", "test")
         }
         assert [len(parts[split]) for split in parts] == [575, 288, 360]
         seen = {split: {image.numpy().tobytes() for image, _ in part} for split, part in parts.items()}
         assert not seen["train"] & seen["validation"]
         with pytest.raises(DataError, match=r"validation_fraction=0 leaves"):
-            load("digits", image_size=8, split="validation")
+            open_images("digits", image_size=8, split="validation")
         with pytest.raises(DataError, match="cannot keep every class"):
-            load("digits", image_size=8, split="train", train_fraction=0.001)
+            open_images("digits", image_size=8, split="train", train_fraction=0.001)

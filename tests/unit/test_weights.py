@@ -15,7 +15,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from d2ft_hpc.config import load_config
+from d2ft_hpc.config import read_config
 from d2ft_hpc.demo.model import DEMO_WEIGHTS
 from d2ft_hpc.errors import CheckpointError, ConfigError, UnsupportedModelError
 from d2ft_hpc.launch.control import SoloControl
@@ -205,6 +205,6 @@ def test_faults(tiny: Path, tmp_path: Path) -> None:
     ],
 )
 def test_images_of_another_size_than_the_models_are_told_before_training(size: int, told: str) -> None:
-    config = load_config(Path(__file__).parents[2] / "configs" / "demo.yaml", [f"data.image_size={size}"])
+    config = read_config(Path(__file__).parents[2] / "configs" / "demo.yaml", [f"data.image_size={size}"])
     with pytest.raises(ConfigError, match=rf"data\.image_size={size}: .*{re.escape(told)}$"):
         set_up(config, SoloControl(), torch.device("cpu"))

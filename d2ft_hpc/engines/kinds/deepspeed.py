@@ -75,6 +75,7 @@ class DeepSpeed(EngineKind):
 
     def build(self, asked: Request) -> Engine:
         from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
+        from d2ft_hpc.engines.model_parallel import CutModel
         from d2ft_hpc.engines.pipeline import PipelineEngine
         from d2ft_hpc.engines.tensor import TensorParallelEngine
 
@@ -85,8 +86,8 @@ class DeepSpeed(EngineKind):
                 asked.model, asked.executor, *optimizer, asked.loss_function, settings, flattens=True
             )
         kind = PipelineEngine if layout.stages > 1 else TensorParallelEngine
-        parts = (asked.model, asked.executor, asked.placement, asked.make_optimizer)
-        return kind(*parts, asked.loss_function, settings, asked.control)
+        cut = CutModel(asked.model, asked.executor, asked.placement, asked.control, asked.make_optimizer)
+        return kind(cut, asked.loss_function, settings)
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -28,5 +28,5 @@ class Plain(EngineKind):
             asked.loss_function,
             autocast_dtype=asked.low_dtype,
             gradient_clipping=engine.gradient_clipping,
-            cuda_graphs=engine.cuda_graphs and next(asked.model.parameters()).device.type == "cuda",
+            cuda_graphs=asked.config.launches_graphs and next(asked.model.parameters()).device.type == "cuda",
         )

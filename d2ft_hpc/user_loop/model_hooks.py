@@ -1,0 +1,77 @@
+"""Tells a loop when its model runs and when an optimiser steps, without a change to either."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+Call = Callable[[Sequence[Any]], None]
+
+
+class ModelHook:
+    """A hook of one model alone, for `register_forward_pre_hook` and `register_forward_hook` with keywords: the
+    model's copies and pickles get hooks that do nothing."""
+
+    def __init__(self, model: nn.Module, training: Call, evaluation: Call | None = None) -> None:
+        """training, evaluation: what to call with the forward's arguments in these modes."""
+        self._model = weakref.ref(model)
+        self._training = torch.compiler.disable(training)
+        # Not None, which code that torch.compile made for another hook would call.
+        self._evaluation = _nothing if evaluation is None else torch.compiler.disable(evaluation)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+        if module is not self._model():
+            return
+        if module.training and torch.is_grad_enabled():
+            self._training([*args, kwargs])
+        elif not module.training:
+            self._evaluation([])
+
+    def __reduce__(self) -> Any:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*args: Any) -> None:
+    pass
+
+
+def watch_optimizers(
+    model: nn.Module, owner: object, before: Callable[[bool], None], after: Callable[[Optimizer], None]
+) -> None:
+    """Calls two methods of `owner`, while it lives, around the steps of optimisers.
+
+    before: before the step of any optimiser, with whether it has parameters of `model`. after: after the step of one
+        that has some, with it.
+    """
+    kept = weakref.ref(model)
+    methods = weakref.WeakMethod(before), weakref.WeakMethod(after)
+
+    def has_own(optimizer: Optimizer) -> bool:
+        model = kept()
+        stepped = {id(each) for group in optimizer.param_groups for each in group["params"]}
+        # The first one that is found ends the walk, which takes long for all of a model.
+        return model is not None and any(id(parameter) in stepped for parameter in model.parameters())
+
+    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if (call := methods[0]()) is not None:
+            call(has_own(optimizer))
+
+    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if (call := methods[1]()) is not None and has_own(optimizer):
+            call(optimizer)
+
+    for handle in (
+        register_optimizer_step_pre_hook(before_step),
+        register_optimizer_step_post_hook(after_step),
+    ):
+        weakref.finalize(owner, handle.remove)
