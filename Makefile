@@ -73,11 +73,17 @@ demo: $(VENV)/.installed
 	d2ft-hpc report runs/demo-dense runs/demo --html runs/report.html --png runs/demo.png
 
 # The tests start mpirun, torchrun and deepspeed by name. Those of one process run two at a time, each worker with files
-# of its own until it has none, so that a module's runs are made once; the others run in turn.
+# of its own until it has none, so that a module's runs are made once; the others run in turn. Ranks often wait for one
+# another: in `test` both parts run at once, and what the second one says comes at the end.
 test: $(VENV)/.installed-dev
 	export PATH="$(CURDIR)/$(BIN):$$PATH"
-	$(PYTEST) tests/unit -n 2 --dist worksteal -m "not full"
-	$(PYTEST) tests/distributed tests/gpu -m "not full"
+	ranks=$$(mktemp)
+	printf '%s\0' "$(PYTEST) tests/distributed tests/gpu -m 'not full' > $$ranks 2>&1" \
+		"$(PYTEST) tests/unit -n 2 --dist worksteal -m 'not full'" |
+		xargs -0 -n 1 -P 2 bash -c && failed=0 || failed=$$?
+	cat $$ranks
+	rm $$ranks
+	exit $$failed
 
 test-full: test
 	export PATH="$(CURDIR)/$(BIN):$$PATH"

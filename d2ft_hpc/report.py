@@ -6,6 +6,7 @@ import base64
 import html
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,17 @@ def report(
     if not run_paths:
         raise ResultsError("no runs to report on: give at least one results file or run folder")
     with Runs(run_paths) as runs, Runs(reference) as references:
+        if page is not None:  # before anything is drawn
+            with _writing(page):
+                page.parent.mkdir(parents=True, exist_ok=True)
         numbers = summary.measure(runs)
         enough = sufficient.measure(runs, references, margin) if references else None
         if png is not None:
             save(summary.draw(numbers), png)
         if page is not None:
-            _write(page, _page(runs, numbers, enough))
+            text = _page(runs, numbers, enough)
+            with _writing(page):
+                page.write_text(text, encoding="utf-8")
         lines = [summary.as_text(numbers), *free_shapes.sentences(free_shapes.measure(runs))]
         return "\n".join(lines + ([] if enough is None else sufficient.sentences(enough)))
 
@@ -240,10 +246,10 @@ def _figure(figure: Any, caption: str) -> str:
     )
 
 
-def _write(page: Path, text: str) -> None:
+@contextmanager
+def _writing(page: Path) -> Iterator[None]:
     try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(text, encoding="utf-8")
+        yield
     except OSError as fault:
         raise ResultsError(
             f"cannot write the page {page}: {os.strerror(fault.errno or 0)}; "

@@ -390,18 +390,21 @@ def check_flat(control: Control, stage: int) -> dict[str, Any]:
     """A script whose blocks' parameters are flat ones while they run: what it sees of the model is as without, and its
     checkpoints go on without us, and those from there here."""
     replicas, rank = control.world_size, control.rank
-    config = {
-        **USER_CONFIG,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-        "zero_optimization": {"stage": stage},
-    }
-    planning = {"d2ft": {"planner": "random", "options": {"full_share": 0.3}}}
+
+    def config(**ours: Any) -> dict[str, Any]:
+        """Made anew for each engine: the oldest DeepSpeed takes keys out."""
+        optimizer = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+        return {**USER_CONFIG, "optimizer": optimizer, "zero_optimization": {"stage": stage}, **ours}
+
+    planning = {"planner": "random", "options": {"full_share": 0.3}}
     folder = control.broadcast(tempfile.mkdtemp().encode()).decode()
 
     def without(seed: int) -> Any:
         model = frozen_below(tiny_vit(seed, qkv_bias=False))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return private.import_deepspeed().initialize(model=model, model_parameters=trained, config=config)[0]
+        return private.import_deepspeed().initialize(model=model, model_parameters=trained, config=config())[
+            0
+        ]
 
     def train(engine: Any, step: int) -> None:
         for slot in range(SLOTS):
@@ -420,7 +423,7 @@ def check_flat(control: Control, stage: int) -> dict[str, Any]:
 
     model = tiny_vit(qkv_bias=False)
     own = dict(model.named_parameters())
-    engine, *_ = d2ft_hpc.initialize(model=model, config={**config, **planning})
+    engine, *_ = d2ft_hpc.initialize(model=model, config=config(d2ft=planning))
     train(engine, 0)
     facts: dict[str, Any] = {
         "flat": sum(map(len, engine.optimizer.bit16_groups)),
@@ -436,7 +439,7 @@ def check_flat(control: Control, stage: int) -> dict[str, Any]:
     train(engine, 1)
     train(other, 1)
     ours, theirs = masters(engine, "ours later"), masters(other, "theirs")
-    last, *_ = d2ft_hpc.initialize(model=tiny_vit(2, qkv_bias=False), config={**config, **planning})
+    last, *_ = d2ft_hpc.initialize(model=tiny_vit(2, qkv_bias=False), config=config(d2ft=planning))
     last.load_checkpoint(folder, "theirs")
     last.d2ft.activate(SkipPlan.dense(SLOTS, replicas, DEPTH, HEADS))
     train(last, 2)
@@ -724,9 +727,14 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
     return named
 
 
+GROUPS_OF_MESHES: list[distributed.ProcessGroup] = []
+"""torch remembers meshes by their shape, with their groups."""
+
+
 def clear_up() -> None:
     """Ends what a check made and nobody would: engines, held by hooks of their parameters, and groups of ranks, each of
-    which keeps three threads, one of them never asleep for long."""
+    which keeps three threads, one of them never asleep for long. What is left is looked at no more, neither by the next
+    call nor by the garbage collector: that would take longer than most checks."""
     deepspeed = sys.modules.get("deepspeed")
     kept = [distributed.group.WORLD]
     if deepspeed:
@@ -738,11 +746,12 @@ def clear_up() -> None:
         kept += vars(deepspeed.utils.groups).values()  # one that all its engines share
     gc.collect()
     for thing in gc.get_objects():
-        if issubclass(type(thing), DeviceMesh):  # torch remembers meshes by their shape, with their groups
-            kept += thing.get_all_groups()
+        if issubclass(type(thing), DeviceMesh):
+            GROUPS_OF_MESHES.extend(thing.get_all_groups())
     for group in list(distributed_c10d._world.pg_map):
-        if not any(group is each for each in kept):
+        if not any(group is each for each in (*kept, *GROUPS_OF_MESHES)):
             distributed.destroy_process_group(group)
+    gc.freeze()
 
 
 def run_checks(checks: Callable[[int, Choice], dict[str, Callable[[Control], Any]]]) -> None:
@@ -754,6 +763,7 @@ def run_checks(checks: Callable[[int, Choice], dict[str, Callable[[Control], Any
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     control = connect(detect(), device_type="cpu")
+    gc.freeze()
     results = {}
     for name, check in checks(control.world_size, options.choice).items():
         if options.only not in name:

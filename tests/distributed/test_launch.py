@@ -122,6 +122,7 @@ def test_single_process_needs_no_mpi_and_reports_its_faults() -> None:
     assert (wrong.status, wrong.messages()) == (1, ["d2ft-hpc: error: reading the data: no such folder"])
 
 
+@pytest.mark.full
 def test_agreed_fault_is_told_once_under_mpirun() -> None:
     job = mpirun(2, "user error").end()
     assert job.status == 1

@@ -69,6 +69,7 @@ def test_torchs_own_checkpoint_goes_on_on_any_mesh_and_runs_no_code(results: dic
 def test_blocks_that_no_replica_runs_are_not_gathered(results: dict[str, Any]) -> None:
     if "gathered bytes" in results:
         found = results["gathered bytes"]
+        assert found["classes of blocks"] == 1  # torch.compile makes kernels for each class anew
         saved = found["dense"]["allgather_base"] - found["half"]["allgather_base"]
         assert saved == 4 * found["block's weights, forward and backward"]
         assert found["half"]["reduce_scatter_base"] < found["dense"]["reduce_scatter_base"]

@@ -377,7 +377,7 @@ def check_gathered_bytes(control: Control) -> dict[str, Any]:
         precision="fp32",
         data_parallel="fsdp2",
     )
-    found: dict[str, Any] = {"told": {}}
+    found: dict[str, Any] = {"told": {}, "classes of blocks": len({type(block) for block in model.blocks})}
     for name, operations in plans.items():
         engine.executor.activate(SkipPlan(operations, control.world_size), control.rank)
         with meter() as metered:

@@ -121,7 +121,13 @@ def mixed_rows() -> np.ndarray:
     ("model", "options", "reduction", "expected"),
     [
         ({}, {}, Reduction.LAST_MICRO_BATCH, 4),
-        ({"drop_path_rate": 0.2}, {"embeddings": "trained"}, Reduction.AFTER_BACKWARD, 3),
+        pytest.param(
+            {"drop_path_rate": 0.2},
+            {"embeddings": "trained"},
+            Reduction.AFTER_BACKWARD,
+            3,
+            marks=pytest.mark.full,
+        ),
     ],
     ids=["gradients at one point", "drop path, trained below"],
 )

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from d2ft_hpc.doctor.finding import Finding, as_text, of_error
 from d2ft_hpc.errors import DataError, LaunchError
 
 
-def doctor(*arguments: str) -> tuple[int, dict[str, Any]]:
-    """Exit status and findings by check."""
+def doctor(_: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    """Exit status and findings by check, of a process of its own."""
     command = [sys.executable, "-m", "d2ft_hpc", "doctor", "--json", "configs/demo.yaml", *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     lines = [line for line in ended.stdout.splitlines() if line.startswith("{")]
@@ -26,18 +27,21 @@ def doctor(*arguments: str) -> tuple[int, dict[str, Any]]:
     return ended.returncode, {finding["check"]: finding for finding in json.loads(lines[0])["findings"]}
 
 
-def test_a_healthy_place_is_found_healthy(tmp_path: Path) -> None:
-    status, found = doctor(f"run.folder={tmp_path}/new")
-    assert status == 0
-    assert {"ranks", "versions", "gpus", "output", "data", "model", "space", "time"} <= set(found)
-    assert {finding["status"] for finding in found.values()} == {"ok"}
-    assert list((tmp_path / "new").iterdir()) == []
-
-
 def doctor_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
     """The same within this process."""
     status = main(["doctor", "--json", "configs/demo.yaml", *arguments])
     return status, {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
+
+
+@pytest.mark.parametrize("run", [doctor_here, pytest.param(doctor, marks=pytest.mark.full)])
+def test_a_healthy_place_is_found_healthy(
+    run: Callable[..., tuple[int, dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, found = run(capsys, f"run.folder={tmp_path}/new")
+    assert status == 0
+    assert {"ranks", "versions", "gpus", "output", "data", "model", "space", "time"} <= set(found)
+    assert {finding["status"] for finding in found.values()} == {"ok"}
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_every_fault_has_its_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,11 @@ from tests.unit.test_planned_loop import SLOTS, Loop
 
 @pytest.mark.parametrize(
     "settings",
-    [{"planner": "joint"}, {"planner": "samples", "compute_budget": 0.7}, {"planner": "random", "seed": 1}],
+    [
+        {"planner": "joint"},
+        {"planner": "samples", "compute_budget": 0.7},
+        pytest.param({"planner": "random", "seed": 1}, marks=pytest.mark.full),
+    ],
 )
 def test_a_loop_s_record_has_its_steps_plans_and_promises(tmp_path: Path, settings: dict[str, Any]) -> None:
     loop = Loop(results=str(tmp_path / "mine"), **settings)

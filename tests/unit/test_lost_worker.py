@@ -110,6 +110,7 @@ def print_masks_of_workers() -> None:
         print(int(mask) >> signal.SIGTERM & 1, int(mask) >> signal.SIGUSR2 & 1)
 
 
+@pytest.mark.full
 def test_workers_live_on_when_their_whole_group_is_told_to_stop() -> None:
     """As Slurm and `timeout` do it; in a process of its own, since signals are blocked for good."""
     script = f"from {__name__} import print_masks_of_workers; print_masks_of_workers()"

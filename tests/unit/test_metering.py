@@ -76,9 +76,16 @@ def frozen(model: VisionTransformer, kind: str) -> list[int]:
     return list(blocks) if not some else []
 
 
-@pytest.mark.parametrize("embeddings", ["frozen", "trained"])
+FROZEN = ["lower blocks", "upper blocks", "every second block", "qkv", "all but norms of lower blocks"]
+
+
 @pytest.mark.parametrize(
-    "kind", ["lower blocks", "upper blocks", "every second block", "qkv", "all but norms of lower blocks"]
+    ("kind", "embeddings"),
+    [
+        *((kind, "frozen") for kind in FROZEN),
+        (FROZEN[0], "trained"),
+        *(pytest.param(kind, "trained", marks=pytest.mark.full) for kind in FROZEN[1:]),
+    ],
 )
 def test_a_plan_of_a_partly_frozen_model_keeps_its_budget_of_that_model(kind: str, embeddings: str) -> None:
     """Executed FLOPs over those of the dense step of the same model, frozen alike."""

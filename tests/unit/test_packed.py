@@ -94,7 +94,7 @@ def test_every_encoding(folder: Path, tmp_path: Path) -> None:
             tmp_path / f"{encoding}.h5",
             encoding=encoding,
             size=24,
-            workers=2 * (encoding == "jpeg"),
+            workers=int(encoding == "jpeg"),
         )
     pixels = open_packed(tmp_path / "pixels.h5", "train")
     assert pixels.images.size == (24, 24)

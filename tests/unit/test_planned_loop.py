@@ -94,7 +94,9 @@ def test_the_first_batch_gives_the_scores_of_the_plan_that_the_next_ones_follow(
     "settings",
     [
         {"planner": "joint", "replan": {"every": "2 steps"}},
-        {"planner": "random", "seed": 3, "replan": {"every": "2 steps"}},
+        pytest.param(
+            {"planner": "random", "seed": 3, "replan": {"every": "2 steps"}}, marks=pytest.mark.full
+        ),
         {"planner": "samples", "compute_budget": 0.7},
     ],
 )
@@ -265,12 +267,12 @@ def test_unbiased_weights_are_of_the_whole_module_s_classes() -> None:
     settings = {"planner": "samples", "compute_budget": 0.7, "options": {"weights": "unbiased"}}
     loop = Loop(wrap=Wrapped, num_classes=0, micro_batches=1, **settings)
     images, labels = random_batch(0, samples=12)
-    draws, sums = 400, torch.zeros(CLASSES)
+    draws, sums = 200, torch.zeros(CLASSES)
     for _ in range(draws):
         chosen, targets = loop.d2ft.choose(images, labels)
         assert targets.shape == (len(chosen), CLASSES)
         sums += targets.sum(0) / len(chosen) * len(images) / draws
-    torch.testing.assert_close(sums, torch.bincount(labels, minlength=CLASSES).float(), rtol=0, atol=0.15)
+    torch.testing.assert_close(sums, torch.bincount(labels, minlength=CLASSES).float(), rtol=0, atol=0.2)
     F.cross_entropy(loop.model(chosen), targets).backward()
     loop.optimizer.step()
 
@@ -343,7 +345,11 @@ def test_samples_are_scored_by_what_libraries_made_of_the_model() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"planner": "tokens"}, {"planner": "joint", "token_budget": 0.7}, {"wrap": Wrapped, "num_classes": 0}],
+    [
+        {"planner": "tokens"},
+        {"planner": "joint", "token_budget": 0.7},
+        pytest.param({"wrap": Wrapped, "num_classes": 0}, marks=pytest.mark.full),
+    ],
 )
 def test_images_grow_through_the_training_which_goes_on_from_its_midst(settings: dict[str, Any]) -> None:
     steps = 8

@@ -166,7 +166,7 @@ def test_a_gap_above_one_per_cent_is_said_in_words():
 def test_little_time_is_shared_by_replicas_and_stages():
     """None is left with nothing."""
     problem = lognormal(
-        (16, 8, 8),
+        (8, 8, 8),
         replicas=4,
         rank=in_order(8, 8, 2),
         stage=np.arange(8) // 4,

@@ -127,11 +127,11 @@ def test_file_names_that_hdf5_treats_specially(tmp_path, name):
 
 def test_number_of_segments_grows_with_the_logarithm(tmp_path):
     writer = ResultsWriter(tmp_path / "results.h5", flush_seconds=0)
-    for step in range(50):
+    for step in range(20):
         writer.append("steps", step_row(step))
         with h5py.File(writer.path) as file:
-            assert len(file.attrs["segments"].split()) <= 7
-    assert check_plain(writer.path) == 50
+            assert len(file.attrs["segments"].split()) <= 5
+    assert check_plain(writer.path) == 20
     writer.close()
 
 
@@ -210,7 +210,7 @@ def test_resume_continues_after_the_checkpoint(tmp_path, how):
     writer = ResultsWriter(path, flush_seconds=0, locking="no")  # a kill leaves no lock
     writer.put("config", {"yaml": "a: 1"})
     writer.put("environment", {}, {"device": "old"})
-    for step in range(10):
+    for step in range(6):
         writer.append("steps", step_row(step))
         writer.append("events", {"step": step, "kind": "e" * step})
     if how == "closed":
@@ -218,21 +218,21 @@ def test_resume_continues_after_the_checkpoint(tmp_path, how):
     with open_run(path) as run:
         created = run.created
 
-    with ResultsWriter.resume(path, last_step=6, flush_seconds=0) as writer:
-        assert check_plain(path) == 7
+    with ResultsWriter.resume(path, last_step=3, flush_seconds=0) as writer:
+        assert check_plain(path) == 4
         with open_run(path) as run:
             assert not run.complete
         writer.put("environment", {}, {"device": "new"})
-        for step in range(7, 12):
+        for step in range(4, 7):
             writer.append("steps", step_row(step))
         assert len(list((tmp_path / "results.segments").iterdir())) <= 10  # the old ones went
-    assert check_plain(path) == 12
+    assert check_plain(path) == 7
     with open_run(path) as run:
         assert run.complete
         assert run.created == created
         assert run.config == {"a": 1}
         assert run.attributes("environment") == {"device": "new"}
-        assert run.table("events")["kind"].tolist() == ["e" * step for step in range(8)]
+        assert run.table("events")["kind"].tolist() == ["e" * step for step in range(5)]
     assert [p.name for p in tmp_path.iterdir()] == ["results.h5"]
 
 
@@ -406,7 +406,7 @@ def test_readers_while_writing(tmp_path):
         assert writer.stdout is not None
         writer.stdout.readline()
         seen = 0
-        for _ in range(40):
+        for _ in range(15):
             last = int(writer.stdout.readline())
             assert check_plain(path, at_least=last + 1) >= seen
             with open_run(path) as run:
@@ -438,7 +438,7 @@ def test_two_readers_while_a_thread_flushes(tmp_path):
             subprocess.Popen([sys.executable, "-c", read, str(path), how], **pipes)
             for how in ("h5py", "ours")
         ]
-        for step in range(1500):
+        for step in range(600):
             writer.append("steps", step_row(step))
             if step % 50 == 0:
                 for reader in readers:
@@ -446,10 +446,10 @@ def test_two_readers_while_a_thread_flushes(tmp_path):
                     reader.stdin.flush()
             time.sleep(0.001)
         for reader in readers:
-            assert len([reader.stdout.readline() for _ in range(30)]) == 30
+            assert len([reader.stdout.readline() for _ in range(12)]) == 12
     for reader in readers:
         last, _ = reader.communicate("go\n")
-        assert (reader.returncode, last) == (0, "1500\n")
+        assert (reader.returncode, last) == (0, "600\n")
 
 
 def test_an_open_run_stays_as_it_was(tmp_path):
@@ -457,7 +457,7 @@ def test_an_open_run_stays_as_it_was(tmp_path):
     for step in range(3):
         writer.append("steps", step_row(step))
     with open_run(tmp_path) as run:
-        for step in range(3, 20):
+        for step in range(3, 12):
             writer.append("steps", step_row(step))
         writer.close()
         assert run.table("steps")["step"].tolist() == [0, 1, 2]
@@ -757,7 +757,7 @@ def test_segments_that_grow_when_they_are_joined():
     [
         "a: &a [x, x]\nb: &b [*a, *a]\n"
         + "".join(f"c{i}: &c{i} [*{'b' if i == 0 else f'c{i - 1}'}, *b]\n" for i in range(2000)),
-        "[" * 10_000,
+        "[" * 2_000,
         "- a",
         "a: " + "x" * 10**6,
     ],
@@ -840,7 +840,7 @@ def test_damaged_bytes_give_a_clean_error_or_the_data(tmp_path, state):
             files += [
                 tmp_path / "results.segments" / name.decode() for name in file.attrs["segments"].split()
             ]
-    command = [sys.executable, "-c", READ_DAMAGED, str(path), *map(str, files), "60"]
+    command = [sys.executable, "-c", READ_DAMAGED, str(path), *map(str, files), "25"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=own_environment())
     assert done.returncode == 0, done.stderr
 

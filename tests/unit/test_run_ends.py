@@ -31,11 +31,17 @@ from d2ft_hpc.training.resume import check_same, choose_start
 
 EVERY_EPOCH = "train.checkpoint_every=1 epochs"
 STEPS = 6  # of an epoch
+DEPTH = 2  # of the model
 
 
 def config_in(folder: Path, *overrides: str) -> RunConfig:
-    quick = ("data.micro_batch_size=15", "data.slots=4", "data.train_fraction=0.5")
-    small = ("data.image_size=16", "model.options.img_size=16")
+    quick = ("data.micro_batch_size=8", "data.slots=4", "data.train_fraction=0.25")
+    small = (
+        "data.image_size=16",
+        "model.options.img_size=16",
+        f"model.options.depth={DEPTH}",
+        "model.weights=null",
+    )
     plain = ("engine.name=plain", "engine.device=cpu", "plan.planner=paper", "train.evaluate_at_start=false")
     return read_config(
         Path("configs/demo.yaml"),
@@ -90,13 +96,13 @@ def test_weights_that_are_not_finite_are_named() -> None:
 
 def test_a_resumed_run_has_the_learning_rates_of_its_new_length(finished: Path, tmp_path: Path) -> None:
     copy_of(finished, tmp_path, unfinished=True)
-    folder = run(tmp_path, "train.epochs=4", "plan.replan.every=1 epoch", "train.resume=auto")
-    config = config_in(tmp_path, "train.epochs=4")
+    folder = run(tmp_path, "train.epochs=3", "plan.replan.every=1 epoch", "train.resume=auto")
+    config = config_in(tmp_path, "train.epochs=3")
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=config.optimizer.learning_rate)
-    schedule = build_schedule(optimizer, config.optimizer, 4 * STEPS)
+    schedule = build_schedule(optimizer, config.optimizer, 3 * STEPS)
     rates = []
-    for _ in range(4 * STEPS):
+    for _ in range(3 * STEPS):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
@@ -265,7 +271,7 @@ def test_plans_that_cannot_be_are_refused_before_anything_is_evaluated_or_writte
     tmp_path: Path, overrides: tuple[str, ...], told: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     SkipPlan.dense(4, 1, 9, 2).write(tmp_path / "other.h5")
-    SkipPlan.dense(4, 1, 6, 4).at((2, 2)).write(tmp_path / "small.h5")
+    SkipPlan.dense(4, 1, DEPTH, 4).at((2, 2)).write(tmp_path / "small.h5")
     with pytest.raises(PlanError, match=told):
         run(
             tmp_path,
@@ -307,7 +313,10 @@ def test_a_run_that_was_refused_does_not_block_the_corrected_one(
         run(tmp_path, "train.steps_share=0.4")
 
 
-@pytest.mark.parametrize("damage", ["file", "segments", "both", "bytes"])
+@pytest.mark.parametrize(
+    "damage",
+    ["file", "both", *(pytest.param(damage, marks=pytest.mark.full) for damage in ("segments", "bytes"))],
+)
 def test_a_run_goes_on_without_its_record(
     finished: Path, tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
