@@ -114,7 +114,9 @@ $(OLDEST_VENV)/.installed: pyproject.toml tests/oldest.py
 	touch $@
 
 test-oldest: $(OLDEST_VENV)/.installed
-	PATH="$(CURDIR)/$(OLDEST_VENV)/bin:$$PATH" $(PYTEST)
+	export PATH="$(CURDIR)/$(OLDEST_VENV)/bin:$$PATH"
+	$(PYTEST) tests/unit -n 2 --dist worksteal
+	$(PYTEST) tests/distributed tests/gpu tests/slurm
 
 test-matrix: $(VENV)/.installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" D2FT_WHOLE_MATRIX=1 python -m pytest tests/distributed/test_engines.py \

@@ -6,10 +6,11 @@ TRITON_INTERPRET=1 python -m tests.fused_checks
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from timm.models.eva import Eva
@@ -45,6 +46,15 @@ ROTARY: tuple[dict[str, Any], ...] = (
 
 def tiny_eva(seed: int, options: dict[str, Any]) -> nn.Module:
     return tiny(Eva, 0.05, seed, num_classes=CLASSES, head_init_scale=1.0, use_rot_pos_emb=True, **options)
+
+
+def rotary_models() -> Iterator[tuple[int, nn.Module]]:
+    """Those that this timm makes, with their seeds; it says which it does not."""
+    for seed, options in enumerate(ROTARY):
+        try:
+            yield seed, tiny_eva(seed, options)
+        except pytest.skip.Exception as lacking:
+            print(lacking)
 
 
 def rows(seed: int) -> np.ndarray:
@@ -150,15 +160,15 @@ def main() -> None:
     if not torch.cuda.is_available():
         check_against_reference(tiny_vit(1, **OPTIONS["layer_scale_and_qk_norm"]), 1, "cpu", samples=2)
         check_against_reference(tiny_vit(3, **OPTIONS["odd_head_size"]), 3, "cpu", samples=2)
-        for seed, options in enumerate(ROTARY):
-            check_against_reference(tiny_eva(seed, options), seed, "cpu", 2, masked_forward)
+        for seed, model in rotary_models():
+            check_against_reference(model, seed, "cpu", 2, masked_forward)
         check_low_precision("cpu", autocast=True, samples=2)
     else:
         torch.backends.cuda.matmul.allow_tf32 = False
         for seed, options in enumerate(OPTIONS.values()):
             check_against_reference(tiny_vit(seed, **options), seed, "cuda")
-        for seed, options in enumerate(ROTARY):
-            check_against_reference(tiny_eva(seed, options), seed, "cuda", reference=masked_forward)
+        for seed, model in rotary_models():
+            check_against_reference(model, seed, "cuda", reference=masked_forward)
         check_frozen("cuda")
         for autocast in (False, True):
             check_low_precision("cuda", autocast)

@@ -70,11 +70,11 @@ def shown_quick(folder: Path) -> dict[str, str]:
 def shown(folder: Path) -> dict[str, str]:
     """What each of the others printed."""
     pytest.importorskip("accelerate")
-    is_known = Version(version("transformers")) >= Version("5.24")  # whose decoders are
-    return run_at_once(
-        [name for name in COMMANDS if name not in QUICK and (is_known or not name.startswith(DECODERS))],
-        folder,
-    )
+    left_out = {*QUICK}
+    if Version(version("transformers")) < Version("5.24"):
+        # Its decoders are known from there on; before, the Trainer resumed on several GPUs, but not on CPUs.
+        left_out |= {name for name in COMMANDS if name.startswith((*DECODERS, "transformers_trainer.py on"))}
+    return run_at_once([name for name in COMMANDS if name not in left_out], folder)
 
 
 def run_at_once(names: Sequence[str], folder: Path) -> dict[str, str]:

@@ -224,6 +224,9 @@ def test_all_full_is_timms_model_bit_for_bit(name: str) -> None:
 @pytest.mark.parametrize("name", EACH)
 def test_gradients_equal_timms_modules_with_masks(name: str) -> None:
     reference = narrow(name).double()
+    if "rope_mixed" in name:
+        rope = reference.rope  # computed in float32, for which older versions of timm need the grid so, too
+        rope.t_x, rope.t_y = rope.t_x.float(), rope.t_y.float()
     model = copy.deepcopy(reference)
     check_gradients(model, reference, attach(model, embeddings="trained"))
 
