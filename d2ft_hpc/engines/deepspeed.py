@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.engines.deepspeed_keys import zero_stage
-from d2ft_hpc.engines.deepspeed_private import import_deepspeed, name_parts, take_step
+from d2ft_hpc.engines.deepspeed_private import after_moves, import_deepspeed, name_parts, take_step
 from d2ft_hpc.engines.deepspeed_settings import check_settings
 from d2ft_hpc.engines.engine import (
     LossFunction,
@@ -141,6 +141,7 @@ class DeepSpeedEngine:
         if executor.flat is not None and hides_flat:
             name_parts(self.engine, executor.flat.parts_of)
             executor.flat.hide()
+            after_moves(self.engine, executor.flat.share_memory)
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepReport:
         report = StepReport(learning_rate=self.engine.get_lr()[0])

@@ -10,6 +10,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from importlib.metadata import version
 from typing import Any
 
@@ -166,7 +167,8 @@ def whole(parameter: nn.Parameter, *, written: bool = False) -> Iterator[Tensor]
 
 
 def name_parts(engine: Any, parts_of: Callable[[str], Sequence[Part]]) -> None:
-    """Lets checkpoints of ZeRO 1 and 2 name the parts of flat parameters, which lie in their order, as without these.
+    """Lets checkpoints of ZeRO 1 and 2 name the parts of flat parameters, which lie in their order, as without these,
+    and `deepspeed.utils` read and write what is kept of each.
 
     parts_of: of a parameter by its name in the model; none of one that is not flat.
     """
@@ -197,6 +199,66 @@ def name_parts(engine: Any, parts_of: Callable[[str], Sequence[Part]]) -> None:
     if hasattr(engine.optimizer, PADDING):  # the newest ones
         nothing = [[0] * len(of_group) for of_group in of_parts()]
         replace(engine.optimizer, PADDING, nothing, means)
+    for name, flat in by_name.items():
+        begin = 0
+        for part in parts_of(name):
+            if part.parameter is not None:
+                engine.param_names[part.parameter] = part.path
+                _link(part.parameter, flat, begin)
+            begin += part.shape.numel()
+
+
+def _link(part: Any, flat: Any, begin: int) -> None:
+    """Gives a part of a flat parameter the functions that DeepSpeed gives parameters of ZeRO 1 and 2, behind its
+    `safe_get_full_grad` and the like.
+
+    begin: the part's place in the flat parameter. They write what they read with all ranks, as those of ZeRO 3 do.
+    """
+    from deepspeed import utils
+
+    def own(whole: Tensor) -> Tensor:
+        return whole.flatten().narrow(0, begin, part.numel()).view_as(part)
+
+    def written(whole: Tensor, value: Tensor) -> Tensor:
+        own(whole).copy_(value)
+        return whole
+
+    def get_gradient() -> Tensor | None:
+        whole = utils.safe_get_full_grad(flat)
+        return None if whole is None else own(whole)
+
+    def set_gradient(value: Tensor) -> None:
+        whole = utils.safe_get_full_grad(flat)
+        if whole is not None:
+            utils.safe_set_full_grad(flat, written(whole, value))
+
+    def get(key: str | None = None) -> Tensor:
+        return own(flat.get_full_hp_param(key)).clone()
+
+    def set_(value: Tensor, key: str | None = None) -> None:
+        flat.set_full_hp_param(written(flat.get_full_hp_param(key), value), key)
+
+    part._hp_mapping = None  # that it is there is asked; what lies where is the flat parameter's
+    part.get_full_hp_param, part.set_full_hp_param = get, set_
+    part.get_full_hp_grad, part.set_full_hp_grad = get_gradient, set_gradient
+
+
+def after_moves(engine: Any, follow: Callable[[], None]) -> None:
+    """Has `follow` run whenever the optimiser of ZeRO 1 and 2 puts parameters into its memory: in its steps, which
+    undo what a script did to their `data`, and where a script has states moved."""
+
+    def then_follow(move: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(move)
+        def move_and_follow(*args: Any, **kwargs: Any) -> Any:
+            result = move(*args, **kwargs)
+            follow()
+            return result
+
+        return move_and_follow
+
+    for name in ("step", "offload_states", "reload_states"):
+        if hasattr(engine.optimizer, name):  # older ones move no states
+            setattr(engine.optimizer, name, then_follow(getattr(engine.optimizer, name)))
 
 
 def _fragments(parameter: Any, parts: Sequence[Part]) -> list[tuple[str, Any]]:

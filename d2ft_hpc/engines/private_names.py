@@ -102,6 +102,12 @@ def _deepspeed() -> Iterator[PrivateName]:
     fragment = "deepspeed.utils.tensor_fragment:tensor_fragment"
     for name in ("lp_fragment_address", "hp_fragment_address"):
         yield PrivateName(f"{fragment}.{name}", f"{name}: fragment_address")
+    for name in ("get_full_hp_param", "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad"):
+        says = f"lp_param.{name} = types.MethodType({name}, lp_param)"
+        yield PrivateName(f"deepspeed.utils.mixed_precision_linkage:{name}", says)
+    yield PrivateName(
+        "deepspeed.utils.tensor_fragment:safe_get_full_grad", "if hasattr(param, '_hp_mapping')"
+    )
     zero3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
     yield PrivateName(f"{zero3}.fp32_partitioned_groups_flat", "self.fp32_partitioned_groups_flat = []")
     for optimizer in (zero, zero3):
@@ -149,6 +155,8 @@ def _deepspeed() -> Iterator[PrivateName]:
 
 
 def _torch_and_timm() -> Iterator[PrivateName]:
+    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        yield PrivateName(f"torch:Tensor.{name}")
     fsdp = "torch.distributed.fsdp._fully_shard"
     yield PrivateName(f"{fsdp}._fully_shard:FSDPModule._get_fsdp_state")
     yield PrivateName(f"{fsdp}._fsdp_state:FSDPState._fsdp_param_group", "self._fsdp_param_group")

@@ -12,11 +12,12 @@ and `split` and `join` translate whatever is named by parameter.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any
+from itertools import accumulate, groupby
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,19 @@ class _Flat:
         pieces = flat.split([part.shape.numel() for part in self.parts])
         return [piece.view(part.shape) for piece, part in zip(pieces, self.parts, strict=True)]
 
+    def running_views(self) -> list[Tensor]:
+        """Each part's view of what stands for the flat parameter now, with what scripts ask of a hidden part: that it
+        gets no gradient, or that hooks see its gradient."""
+        views = self.views(self.parameter)
+        for index, part in enumerate(self.parts if self.is_hidden else ()):
+            parameter = cast(nn.Parameter, part.parameter)
+            if not parameter.requires_grad:
+                views[index] = views[index].detach()
+            elif parameter._backward_hooks and views[index].requires_grad:
+                for hook in parameter._backward_hooks.values():
+                    views[index].register_hook(hook)
+        return views
+
     def take_places(self) -> None:
         """The block has the flat parameter in place of its parts, whose modules get tensors of the parts' shapes that
         hold nothing; most operators fail on them, where a block is read by mistake."""
@@ -89,12 +103,19 @@ class _Flat:
         """The block has its parts, as before, in the memory of the flat parameter, and not this."""
         self._alone[self.name] = self.block._parameters.pop(self.name)
         self.is_hidden = True
-        parts = []
-        for part, view in zip(self.parts, self.views(self.parameter.detach()), strict=True):
-            assert part.parameter is not None
-            part.parameter.data = view
-            parts.append(part.parameter)
-        self.give_places_back(parts)
+        self.share_memory()
+        self.give_places_back([cast(nn.Parameter, part.parameter) for part in self.parts])
+
+    def share_memory(self) -> None:
+        """The hidden parts lie where the flat parameter lies now."""
+        parts = [cast(nn.Parameter, part.parameter) for part in self.parts]
+        ends = accumulate(
+            (part.numel() * part.element_size() for part in parts), initial=self.parameter.data_ptr()
+        )
+        if all(part.data_ptr() == begin for part, begin in zip(parts, ends, strict=False)):
+            return  # in most steps, and views take longer
+        for part, view in zip(parts, self.views(self.parameter.detach()), strict=True):
+            part.data = view
 
     def show(self) -> None:
         """The inverse of `hide`."""
@@ -129,11 +150,13 @@ class FlatParameters:
         block_of = {
             id(parameter): index for index, block in blocks.items() for parameter in block.parameters()
         }
-        shared = _shared(model)
+        shared = _shared(model) | _repeated(groups)
 
         def key(parameter: nn.Parameter) -> tuple[int, torch.dtype] | None:
             index = block_of.get(id(parameter))
-            is_alone = index is None or id(parameter) in shared or not parameter.requires_grad
+            is_alone = id(parameter) in shared or not parameter.requires_grad
+            # Hooks that wait for a parameter's own gradient have no other place.
+            is_alone = is_alone or bool(parameter._post_accumulate_grad_hooks)
             return None if is_alone or index is None else (index, parameter.dtype)
 
         for group in groups:
@@ -182,12 +205,11 @@ class FlatParameters:
     @contextmanager
     def placed(self, index: int) -> Iterator[None]:
         """Inside, the modules of block `index` find views of what the block holds now as their parameters."""
-        if self._is_unflattened:
-            yield
-            return
-        flats = self._of_block[index]
+        flats = [] if self._is_unflattened else self._of_block[index]
+        if not torch.is_grad_enabled():  # hidden parts have the values, or others that a script evaluates
+            flats = [flat for flat in flats if not flat.is_hidden]
         owners = [owner for flat in flats for owner in flat.owners]
-        with stand_ins(owners, [view for flat in flats for view in flat.views(flat.parameter)]):
+        with stand_ins(owners, [view for flat in flats for view in flat.running_views()]):
             yield
 
     def owners(self, index: int, owners: Owners) -> Owners:
@@ -232,6 +254,12 @@ class FlatParameters:
         for module, names in self._orders:
             for name in names:
                 module._parameters[name] = module._parameters.pop(name)
+
+    def share_memory(self) -> None:
+        """Hidden parts lie where the flat parameters lie now: after an engine moved these, or a script those."""
+        for flat in self._all():
+            if flat.is_hidden:
+                flat.share_memory()
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -292,3 +320,9 @@ def _shared(model: nn.Module) -> set[int]:
         for parameter in module._parameters.values():
             (shared if id(parameter) in seen else seen).add(id(parameter))
     return shared
+
+
+def _repeated(groups: Sequence[dict[str, Any]]) -> set[int]:
+    """Identities of parameters that are there more than once, which engines refuse by name."""
+    counts = Counter(id(parameter) for group in groups for parameter in group["params"])
+    return {identity for identity, count in counts.items() if count > 1}

@@ -231,13 +231,16 @@ def _can_flatten(zero: ZeroRules, settings: Mapping[str, Any], section: D2ftSect
     """Whether a block's parameters can be put together, with which DeepSpeed has a fifth of them to look after.
 
     Not where anything reads their single gradients (scores, and DeepSpeed without ZeRO), or names, orders or aligns
-    them.
+    them, or goes by their shapes or kinds (a function of the user's, Muon, autocast).
     """
-    is_new = not (isinstance(optimizer, Optimizer) and optimizer.state)
+    by_json = settings.get("optimizer", {}).get("type") or ""
+    is_muon = "muon" in (type(optimizer).__name__ if optimizer is not None else by_json).lower()
+    is_new = optimizer is None or (isinstance(optimizer, Optimizer) and not optimizer.state)
+    has_kinds = is_muon or settings.get("torch_autocast", {}).get("enabled", False)
     of_zero = settings.get("zero_optimization", {})
     lays_out = any(of_zero.get(key, False) for key in ("round_robin_gradients", "parameter_alignment"))
     is_universal = settings.get("checkpoint", {}).get("load_universal", False)
-    may_be = zero.stage in (1, 2) and not (lays_out or is_universal)
+    may_be = zero.stage in (1, 2) and not (lays_out or is_universal or has_kinds)
     return may_be and is_new and not reads_scores(section)
 
 
@@ -315,8 +318,9 @@ def _of_part(parameters: Any, whole: nn.Module, part: nn.Module) -> list[Any]:
     names = {id(parameter): name for name, parameter in whole.named_parameters()}
     own = {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
 
-    def of_this_part(given: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        return [own[names[id(each)]] for each in given if names.get(id(each)) in own]
+    def of_this_part(given: Iterable[nn.Parameter | tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
+        parameters = [each[1] if isinstance(each, tuple) else each for each in given]
+        return [own[names[id(each)]] for each in parameters if names.get(id(each)) in own]
 
     given = list(parameters)
     if not any(isinstance(item, dict) for item in given):

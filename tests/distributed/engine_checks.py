@@ -390,6 +390,7 @@ def check_flat(control: Control, stage: int) -> dict[str, Any]:
     """A script whose blocks' parameters are flat ones while they run: what it sees of the model is as without, and its
     checkpoints go on without us, and those from there here."""
     replicas, rank = control.world_size, control.rank
+    utils = private.import_deepspeed().utils
 
     def config(**ours: Any) -> dict[str, Any]:
         """Made anew for each engine: the oldest DeepSpeed takes keys out."""
@@ -406,11 +407,31 @@ def check_flat(control: Control, stage: int) -> dict[str, Any]:
             0
         ]
 
-    def train(engine: Any, step: int) -> None:
+    def train(engine: Any, step: int) -> dict[str, torch.Tensor]:
+        """Returns the step's gradients, as DeepSpeed gives them to scripts."""
         for slot in range(SLOTS):
             images, labels = random_batch(step * SLOTS * replicas + slot * replicas + rank, 4)
             engine.backward(loss_function(engine(images), labels))
+            gradients = of_all(engine, utils.safe_get_full_grad) if slot == SLOTS - 1 else {}
             engine.step()
+        return gradients
+
+    def of_all(engine: Any, read: Callable[..., torch.Tensor], *key: str) -> dict[str, torch.Tensor]:
+        return {
+            name: read(parameter, *key).clone()
+            for name, parameter in engine.module.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def read_and_double(engine: Any) -> dict[str, torch.Tensor]:
+        """What DeepSpeed's optimiser keeps of each parameter."""
+        weights = of_all(engine, utils.safe_get_full_fp32_param)
+        moments = of_all(engine, utils.safe_get_full_optimizer_state, "exp_avg")
+        for name in weights:
+            parameter = engine.module.get_parameter(name)
+            utils.safe_set_full_fp32_param(parameter, 2 * weights[name])
+            utils.safe_set_full_optimizer_state(parameter, 2 * moments[name], "exp_avg")
+        return {**weights, **{f"moment of {name}": moment for name, moment in moments.items()}}
 
     def masters(engine: Any, tag: str) -> dict[str, torch.Tensor]:
         """As DeepSpeed's own tool reads them from a checkpoint."""
@@ -442,8 +463,17 @@ def check_flat(control: Control, stage: int) -> dict[str, Any]:
     last, *_ = d2ft_hpc.initialize(model=tiny_vit(2, qkv_bias=False), config=config(d2ft=planning))
     last.load_checkpoint(folder, "theirs")
     last.d2ft.activate(SkipPlan.dense(SLOTS, replicas, DEPTH, HEADS))
-    train(last, 2)
-    train(other, 2)
+    facts["gradients"] = largest_difference(train(last, 2), train(other, 2))
+    facts["kept"] = largest_difference(read_and_double(last), read_and_double(other))
+    if hasattr(last.optimizer, "offload_states"):  # older ones move none below ZeRO 3
+        last.offload_states()
+        last.reload_states()
+    # As scripts do that put averages in for an evaluation, and out.
+    for parameter in last.module.parameters():
+        parameter.data = parameter.data.clone()
+    train(last, 3)
+    train(other, 3)
+    facts["seen"] = largest_difference(dict(last.module.named_parameters()), masters(last, "seen"))
     return {
         **facts,
         "names": list(ours) == list(theirs),

@@ -71,8 +71,9 @@ def test_scripts_find_the_models_own_parameters_though_blocks_run_on_flat_ones(
     for name, found in of_kind(results, "flat").items():
         assert found["flat"] == 8, name  # one of each block, norm and head
         assert all(found[fact] for fact in ("same", "copied", "names")), name
-        assert found["moved"] == 0, name
-        assert max(found["there"], found["and back"]) <= 1e-6, name
+        assert found["moved"] == found["seen"] == 0, name
+        # Moments written by DeepSpeed's own functions, and gradients read by them, are those without us.
+        assert max(found[fact] for fact in ("there", "gradients", "kept", "and back")) <= 1e-6, name
 
 
 def test_a_step_after_an_incomplete_group_is_that_groups(results: dict[str, Any]) -> None:

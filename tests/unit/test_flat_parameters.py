@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +15,15 @@ from torch.optim import AdamW
 
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.portable import PortableState, write_file
+from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.errors import CheckpointError
 from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.user_loop.initialize import _can_flatten
+from d2ft_hpc.user_loop.section import split
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
 
@@ -117,13 +121,122 @@ def test_another_models_checkpoint_is_refused_by_name() -> None:
         executor.flat.check_parts(weights)
 
 
-def test_parameters_that_several_modules_hold_stay_as_they_are() -> None:
+def test_parameters_that_several_modules_hold_or_whose_gradient_is_waited_for_stay_as_they_are() -> None:
     model = tiny_vit()
     model.blocks[2].norm1.weight = model.blocks[1].norm1.weight
     model.blocks[3].norm2 = model.blocks[0].norm2
+    watched = model.blocks[1].mlp.fc1.weight
+    watched.register_post_accumulate_grad_hook(lambda parameter: None)
     executor = attach(model)
     optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     FlatParameters(model, executor.blocks, optimizer.param_groups)
     assert model.blocks[2].norm1.weight is model.blocks[1].norm1.weight
     assert not model.blocks[1].norm1.weight.is_meta
     assert not model.blocks[3].norm2.weight.is_meta
+    assert model.blocks[1].mlp.fc1.weight is watched
+
+
+def hidden(model: Any) -> tuple[PlanExecutor, FlatParameters]:
+    executor = attach(model)
+    groups = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
+    executor.flat = FlatParameters(model, executor.blocks, groups, keeps_parts=True)
+    executor.flat.hide()
+    return executor, executor.flat
+
+
+def gradients(model: Any, flat: FlatParameters | None) -> dict[str, Tensor]:
+    """After one backward pass, by the model's own names."""
+    images, labels = random_batch(0)
+    F.cross_entropy(model(images), labels).backward()
+    with nullcontext() if flat is None else flat.shown():
+        found = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    return found if flat is None else flat.split(found)
+
+
+def test_hidden_ones_do_as_scripts_say_of_the_parameters_that_they_see() -> None:
+    found = []
+    for is_hidden in (False, True):
+        model = tiny_vit()
+        executor = attach(model) if not is_hidden else None
+        flat = None if executor else hidden(model)[1]
+        model.blocks[1].attn.qkv.weight.requires_grad_(False)
+        model.blocks[2].mlp.requires_grad_(False)
+        seen: list[Tensor] = []
+
+        def halve(gradient: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(gradient.clone())
+            return gradient / 2
+
+        model.blocks[0].mlp.fc1.weight.register_hook(halve)
+        found.append((gradients(model, flat), seen))
+    (without, (seen_without,)), (flat_ones, (seen_flat,)) = found
+    assert torch.equal(seen_flat, seen_without)
+    assert set(flat_ones) > set(without)
+    for name, gradient in flat_ones.items():  # a frozen part of what trains gets zeros
+        assert torch.equal(gradient, without.get(name, torch.zeros_like(gradient))), name
+    assert not flat_ones["blocks.1.attn.qkv.weight"].any()
+    assert flat_ones["blocks.1.attn.qkv.bias"].any()
+
+
+def test_an_evaluation_takes_the_weights_that_a_script_put_in_for_it() -> None:
+    model, reference = tiny_vit(), tiny_vit(1)
+    hidden(model)
+    images, _ = random_batch(0)
+    own = {name: parameter.data for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        before = model.eval()(images)
+        for name, parameter in reference.named_parameters():
+            model.get_parameter(name).data = parameter.data
+        assert torch.equal(model(images), reference.eval()(images))
+        for name, data in own.items():
+            model.get_parameter(name).data = data
+    assert torch.equal(model(images), before)
+
+
+def test_hidden_ones_that_an_engine_moved_take_their_parts_along() -> None:
+    model = tiny_vit()
+    _, flat = hidden(model)
+    with flat.shown():
+        moved = {name: each for name, each in model.named_parameters() if "flat_" in name}
+    for each in moved.values():
+        each.data = each.data.clone()
+    flat.share_memory()
+    with torch.no_grad():
+        next(iter(moved.values())).zero_()
+    assert not model.blocks[0].norm1.weight.any()
+    weight = model.blocks[1].norm1.weight
+    assert weight.any()
+    weight.data = weight.data.clone()  # and so do those that a script moved
+    flat.share_memory()
+    with torch.no_grad():
+        for each in moved.values():
+            each.zero_()
+    assert not weight.any()
+
+
+def test_parameters_that_are_in_the_groups_twice_are_left_for_the_engine_to_refuse() -> None:
+    model = tiny_vit()
+    executor = attach(model)
+    twice = model.blocks[1].mlp.fc1.weight
+    groups = [{"params": list(model.blocks.parameters())}, {"params": [twice, model.blocks[2].norm1.weight]}]
+    FlatParameters(model, executor.blocks, groups)
+    assert [sum(each is twice for each in group["params"]) for group in groups] == [1, 1]
+    assert model.blocks[1].mlp.fc1.weight is twice
+
+
+@pytest.mark.parametrize(
+    ("settings", "optimizer", "can"),
+    [
+        ({}, AdamW([torch.nn.Parameter(torch.ones(1))]), True),
+        ({"optimizer": {"type": "AdamW"}}, None, True),
+        ({"optimizer": {"type": "Muon"}}, None, False),
+        ({}, AdamW, False),  # a function of the parameters, which may go by their shapes
+        ({"torch_autocast": {"enabled": True}}, None, False),
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, None, False),
+    ],
+)
+def test_scripts_flatten_unless_something_goes_by_single_parameters(
+    settings: dict[str, Any], optimizer: Any, can: bool
+) -> None:
+    own, section = split({"zero_optimization": {"stage": 1}, "d2ft": {"planner": "random"}, **settings})
+    assert _can_flatten(ZeroRules.of(own), own, section, optimizer) is can
