@@ -258,7 +258,7 @@ class EngineConfig(Section):
     plan's micro-batches have at most 8 shapes. It pays where the GPU waits for the processor, as for small images.
     Engine `plain`: a micro-batch's forward and backward, and the scoring, are one graph each. The others: each block's
     forward and its backward, and the engine reduces as always. null: for planners that make few shapes (`tokens`,
-    `samples`, `static`, `dense`), without ZeRO 3, fp16 and recomputation."""
+    `samples`, `static`, `dense`), without ZeRO 3, offloading, fp16 and recomputation."""
 
     @field_validator("deepspeed")
     @classmethod
@@ -356,8 +356,15 @@ class RunConfig(Section):
         engine = self.engine
         if engine.cuda_graphs is not None:
             return engine.cuda_graphs
-        is_plain = engine.precision != "fp16" and not engine.activation_checkpointing
-        return is_plain and not engine.is_cut and engine.zero_stage != 3 and self.plan.entry.makes_few_shapes
+        zero = engine.deepspeed.get("zero_optimization", {})
+        is_special = (
+            engine.is_cut
+            or engine.precision == "fp16"
+            or engine.activation_checkpointing
+            or engine.zero_stage == 3
+            or any(key.startswith("offload_") for key in zero)
+        )
+        return self.plan.entry.makes_few_shapes and not is_special
 
     @property
     def plans_by_free_memory(self) -> bool:

@@ -176,6 +176,7 @@ def test_ready_configurations(file: str, parts: tuple[int, int]) -> None:
         (["engine.cuda_graphs=false"], False),
         (["engine.precision=fp16"], False),
         (["engine.deepspeed.zero_optimization.stage=3"], False),
+        (["engine.deepspeed.zero_optimization={stage: 1, offload_optimizer: {device: cpu}}"], False),
         (["engine.tensor_parallel=2"], False),
         (["engine.activation_checkpointing=true"], False),
     ],
