@@ -58,8 +58,7 @@ def speed(workload: Workload, control: Control, planner: str, compute_budget: fl
             f"{down} x {across}": (dense.at((down, across)), steps / _STEPS_OF_RUN)
             for (down, across), steps in zip(curve.grids, curve.steps, strict=True)
         }
-        by_flops = sum(weight * costs.planned_share(plan) for plan, weight in of_run.values())
-        promised = (by_flops - costs.always_share) / (1 - costs.always_share)
+        promised = (curve.share - costs.always_share) / (1 - costs.always_share)
     batch = batch_of(workload, replica)
 
     plans = {"dense": dense, **{name: plan for name, (plan, _) in of_run.items()}, "nothing": nothing}

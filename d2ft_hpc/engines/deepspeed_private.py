@@ -200,12 +200,10 @@ def name_parts(engine: Any, parts_of: Callable[[str], Sequence[Part]]) -> None:
         nothing = [[0] * len(of_group) for of_group in of_parts()]
         replace(engine.optimizer, PADDING, nothing, means)
     for name, flat in by_name.items():
-        begin = 0
         for part in parts_of(name):
             if part.parameter is not None:
                 engine.param_names[part.parameter] = part.path
-                _link(part.parameter, flat, begin)
-            begin += part.shape.numel()
+                _link(part.parameter, flat, part.begin)
 
 
 def _link(part: Any, flat: Any, begin: int) -> None:
@@ -266,13 +264,11 @@ def _fragments(parameter: Any, parts: Sequence[Part]) -> list[tuple[str, Any]]:
     found = []
     mapping = expect(parameter, "_hp_mapping", "what a partition has of a parameter")
     own, kept = mapping.lp_fragment_address, mapping.hp_fragment_address
-    begin = 0
     for part in parts:
-        first = max(begin, own.start)
-        end = min(begin + part.shape.numel(), own.start + own.numel)
+        first = max(part.begin, own.start)
+        end = min(part.begin + part.shape.numel(), own.start + own.numel)
         if first < end:
             found.append((part.path, type(kept)(end - first, kept.start + first - own.start)))
-        begin += part.shape.numel()
     return found
 
 

@@ -30,12 +30,13 @@ from d2ft_hpc.execution.gradients import Owners, stand_ins
 class Part:
     """One parameter of a block: its module, its name there, its name in the model.
 
-    parameter: as it was, where scripts may look at it; else None."""
+    begin: its place in the flat parameter. parameter: as it was, where scripts may look at it; else None."""
 
     module: nn.Module
     name: str
     path: str
     shape: torch.Size
+    begin: int
     parameter: nn.Parameter | None
 
 
@@ -109,12 +110,11 @@ class _Flat:
     def share_memory(self) -> None:
         """The hidden parts lie where the flat parameter lies now."""
         parts = [cast(nn.Parameter, part.parameter) for part in self.parts]
-        ends = accumulate(
-            (part.numel() * part.element_size() for part in parts), initial=self.parameter.data_ptr()
-        )
-        if all(part.data_ptr() == begin for part, begin in zip(parts, ends, strict=False)):
+        flat = self.parameter
+        places = [flat.data_ptr() + part.begin * flat.element_size() for part in self.parts]
+        if places == [part.data_ptr() for part in parts]:
             return  # in most steps, and views take longer
-        for part, view in zip(parts, self.views(self.parameter.detach()), strict=True):
+        for part, view in zip(parts, self.views(flat.detach()), strict=True):
             part.data = view
 
     def show(self) -> None:
@@ -190,10 +190,11 @@ class FlatParameters:
             for name, parameter in module.named_parameters(recurse=False)
         }
         parts = []
-        for parameter in parameters:
+        begins = accumulate((parameter.numel() for parameter in parameters), initial=0)
+        for parameter, begin in zip(parameters, begins, strict=False):
             module, name = place[id(parameter)]
             kept = parameter if keeps_parts else None
-            parts.append(Part(module, name, f"{paths[id(module)]}.{name}", parameter.shape, kept))
+            parts.append(Part(module, name, f"{paths[id(module)]}.{name}", parameter.shape, begin, kept))
         whole = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
         number = len(self._of_block[index])
         flat = _Flat(block, f"flat_{number}", f"{paths[id(block)]}.flat_{number}", parts)

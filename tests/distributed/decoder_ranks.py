@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -77,26 +77,34 @@ def one_process(kind: str, embeddings: Any) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
+def spread(way: str, model: Any) -> Any:
+    """The model under DDP or FSDP2."""
+    if way == "DDP":
+        return DistributedDataParallel(model)
+    for block in model.model.layers:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def reducing(outer: Any, is_last: bool) -> AbstractContextManager[None]:
+    """Around a micro-batch: gradients are reduced in a batch's last one alone."""
+    if not isinstance(outer, DistributedDataParallel):
+        outer.set_requires_gradient_sync(is_last)
+        return nullcontext()
+    return nullcontext() if is_last else outer.no_sync()
+
+
 def by_torch(way: str, kind: str, embeddings: Any, rank: int) -> Iterator[tuple[str, Tensor]]:
     model = make(kind)
     executor = attach(model, embeddings=embeddings)
-    outer: Any = model
-    if way == "DDP":
-        outer = DistributedDataParallel(model)
-    else:
-        for block in model.model.layers:
-            fully_shard(block)
-        fully_shard(model)
+    outer = spread(way, model)
     d2ft_hpc.prepare(outer, executor)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
     for step in range(STEPS):
         executor.activate(plan_of(step, replicas=2), replica=rank)
         for slot in range(SLOTS):
             ids, is_last = text(step, 2 * slot + rank), slot == SLOTS - 1
-            if way == "FSDP2":
-                outer.set_requires_gradient_sync(is_last)
-            keeps = outer.no_sync() if way == "DDP" and not is_last else nullcontext()
-            with keeps, executor.micro_batch(slot):
+            with reducing(outer, is_last), executor.micro_batch(slot):
                 output = outer(input_ids=ids, labels=ids, output_hidden_states=step == STEPS - 1)
                 (output.loss / SLOTS).backward()
             assert output.hidden_states is None or len(output.hidden_states) == DEPTH + 1
@@ -179,20 +187,12 @@ def one_process_drawing(embeddings: Any, *, by_batch: bool) -> dict[str, Tensor]
 def drawing_by_torch(way: str, embeddings: Any, rank: int) -> Iterator[tuple[str, Tensor]]:
     model = make("Llama")
     d2ft = d2ft_hpc.attach(model, 0.6, planner="samples", micro_batches=SLOTS, embeddings=embeddings)
-    outer: Any = model
-    if way == "DDP":
-        outer = DistributedDataParallel(model)
-    else:
-        for block in model.model.layers:
-            fully_shard(block)
-        fully_shard(model)
+    outer = spread(way, model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
     for step in range(STEPS):
         for slot in range(SLOTS):
             batch, is_last = d2ft.choose(padded(step, 2 * slot + rank)), slot == SLOTS - 1
-            if way == "FSDP2":
-                outer.set_requires_gradient_sync(is_last)
-            with outer.no_sync() if way == "DDP" and not is_last else nullcontext():
+            with reducing(outer, is_last):
                 (outer(**batch).loss / SLOTS).backward()
         optimizer.step()
         optimizer.zero_grad()
