@@ -116,6 +116,7 @@ def _deepspeed() -> Iterator[PrivateName]:
     spread = "deepspeed.runtime.zero.partition_parameters:Init"
     for name in ("ds_id", "ds_shape", "ds_tensor", "ds_process_group"):
         yield PrivateName(f"{spread}.{name}", f"param.{name} = ")
+    yield PrivateName(f"{spread}._allgather_params_coalesced", "self._allgather_params_coalesced(all_gather_")
     yield PrivateName(f"{spread}.ds_numel", "param.ds_tensor.ds_numel = ")
     scaler = "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler"
     for name in SCALER_COUNTERS:
@@ -208,6 +209,8 @@ def _transformers() -> Iterator[PrivateName]:
 
 DIVIDES_FROM = "0.18.3"
 """The first DeepSpeed whose pipelines divide gradients by the number of micro-batches: to 0.19.2 once in each stage."""
+WAITS_FROM = "0.19.8"
+"""The first DeepSpeed whose ZeRO 3 waits for each of several gathers."""
 PADDING = "round_robin_bit16_padding"
 """The newest ZeRO optimisers' list of what stands after each parameter in a partition."""
 SCALER_COUNTERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
