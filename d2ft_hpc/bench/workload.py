@@ -30,7 +30,7 @@ from d2ft_hpc.model.build import build_model
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.parallel.stages import cut_stages, layer_flops
-from d2ft_hpc.planning import PlanProblem, pose
+from d2ft_hpc.planning import Budgets, Devices, PlanProblem, pose
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,10 @@ def batch_of(workload: Workload, rank: int) -> list[MicroBatch]:
 
 def posed(built: Built, workload: Workload, compute_budget: float) -> PlanProblem:
     """The problem of random scores."""
-    rows = workload.slots * built.placement.layout.replicas
-    scores = np.random.default_rng(0).random((2, rows, *built.shape))
-    return pose(scores, built.costs, built.placement, compute_budget=compute_budget)
+    placement, replicas = built.placement, built.placement.layout.replicas
+    scores = np.random.default_rng(0).random((2, workload.slots * replicas, *built.shape))
+    devices = Devices(replicas, placement.owner, placement.stage)
+    return pose(scores, built.costs, Budgets(compute_budget), devices)
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
