@@ -90,6 +90,14 @@ class Setting:
         replicas = self.placement.layout.replicas
         return (self.sizes.micro_batches * replicas, self.sizes.blocks, self.sizes.heads)
 
+    @property
+    def slots(self) -> int:
+        return self.sizes.micro_batches
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.sizes.samples
+
     def problem(self, budgets: Budgets, messages: TokenLayout | None = None) -> PlanProblem:
         """With the same log-normal scores on every rank."""
         return posed(self.sizes, self.placement, self.costs, budgets, messages)

@@ -169,9 +169,7 @@ def _count(control: Control, setting: Setting, each: Measured) -> None:
     model = PlannedBytes(
         setting.model,
         setting.engine.executor,
-        setting.placement,
-        slots=setting.sizes.micro_batches,
-        micro_batch_size=setting.sizes.samples,
+        setting,
         precision="fp32",
         data_parallel="zero0",
     )

@@ -33,9 +33,6 @@ def phase_seconds(run: Run) -> dict[str, Any]:
     """Seconds by phase, each [step, rank]; communication without the waiting in it."""
     seconds = {phase: run.steps[f"{phase}_seconds"].astype(np.float64) for phase in PHASE_STYLES}
     seconds["communication"] = seconds["communication"] - np.nan_to_num(seconds["waiting"])
-    if not np.isfinite(seconds["other"]).any():  # not recorded in older files
-        named = sum(np.nan_to_num(values) for phase, values in seconds.items() if phase != "other")
-        seconds["other"] = np.maximum(run.steps["step_seconds"] - named, 0)
     return seconds
 
 

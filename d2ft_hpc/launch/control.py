@@ -12,14 +12,10 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 from d2ft_hpc.launch.async_gather import DoneGather, PendingGather
 from d2ft_hpc.safe_text import one_line, scrubbed
-
-if TYPE_CHECKING:
-    pass
-
 
 GRACE_SECONDS = 3.0
 

@@ -406,13 +406,10 @@ class PlannedLoop:
 
     def _foreseen_bytes(self) -> PlannedBytes | None:
         if self._planned_bytes is None and self._data_parallel is not None and self.record.is_on:
-            context = self._plans().context
             self._planned_bytes = PlannedBytes(
                 self._model,
                 self.executor,
-                context.placement,
-                slots=context.slots,
-                micro_batch_size=1,  # whose activations no replica sends
+                self._plans().context,
                 precision="fp32" if next(self._model.parameters()).dtype is torch.float32 else "bf16",
                 data_parallel=self._data_parallel,
                 around=self._whole,

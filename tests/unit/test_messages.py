@@ -1,6 +1,7 @@
 """What the engines send under a plan: against a count by hand, one message after the other."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -251,9 +252,9 @@ def test_what_a_user_s_module_has_around_the_model_is_sent_too() -> None:
     foreseen = PlannedBytes(
         model,
         executor,
-        Placement.whole(2, 0, *executor.subnets.shape),
-        slots=1,
-        micro_batch_size=1,
+        SimpleNamespace(
+            placement=Placement.whole(2, 0, *executor.subnets.shape), slots=1, micro_batch_size=1
+        ),
         precision="fp32",
         data_parallel="ddp",
         around=whole,
