@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import COLOURS, PHASE_STYLES, boxes, new_figure, say, short, whole_numbers
+from d2ft_hpc.figures.style import (
+    COLOURS,
+    PHASE_STYLES,
+    boxes,
+    legend_below,
+    new_figure,
+    say,
+    short,
+    whole_numbers,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,13 +78,5 @@ def draw(numbers: dict[str, Any]) -> Figure:
             axis.set_xlim(-1, max(1, len(ranks)))
             if not len(ranks):
                 say(axis, "nothing recorded")
-    drawn = {
-        label: handle
-        for axis in panels[:, 1]
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    if drawn:
-        figure.legend(
-            drawn.values(), drawn.keys(), loc="outside lower center", ncols=len(drawn), fontsize="small"
-        )
+    legend_below(figure)
     return figure
