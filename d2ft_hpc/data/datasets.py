@@ -85,6 +85,11 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self._indices)
 
+    @property
+    def need_a_processor(self) -> bool:
+        """Whether each image is decoded, or transformed one by one, before it goes to the device."""
+        return self._of_sample is not None
+
     def evenly_spaced(self, most: int) -> list[int]:
         return evenly_spaced(len(self), most)
 
