@@ -68,11 +68,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def loss_of(model: nn.Module) -> Tensor:
     torch.manual_seed(3)
     if hasattr(model, "generate"):
-        ids = torch.randint(40, (4, 12))
+        ids = torch.randint(40, (4, 12)).to(next(model.parameters()).device)
         loss: Tensor = model(input_ids=ids, labels=ids).loss
         return loss
     images, labels = random_batch(0)
-    return F.cross_entropy(model(images.to(next(model.parameters()).dtype)), labels)
+    weight = next(model.parameters())
+    return F.cross_entropy(model(images.to(weight)), labels.to(weight.device))
 
 
 def trained(model: nn.Module, row: np.ndarray, *, compile: bool) -> LossAndGradients:
