@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import repeat
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,9 +22,10 @@ from d2ft_hpc.data.transforms import (
     DRAWS,
     Augmentation,
     BatchTransform,
+    Crop,
+    Entropy,
     SampleTransform,
     sample_transform,
-    seeded,
     uniform_draws,
 )
 from d2ft_hpc.errors import DataError
@@ -32,7 +34,6 @@ _LOOKED_AT = 1000
 """Images, in a second or a few."""
 
 Split = Literal["train", "validation", "test"]
-Entropy = Sequence[int]
 
 SMALL_PIXELS = 64
 """Images up to this side usually show one object that fills them, so they are shifted; larger ones are cropped."""
@@ -84,6 +85,11 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self._indices)
 
+    @property
+    def need_a_processor(self) -> bool:
+        """Whether each image is decoded, or transformed one by one, before it goes to the device."""
+        return self._of_sample is not None
+
     def evenly_spaced(self, most: int) -> list[int]:
         return evenly_spaced(len(self), most)
 
@@ -111,11 +117,12 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         if self._of_sample is None:
             assert isinstance(self._images, PixelImages)
             images = self._images.take(rows)
-        elif entropies is None:
-            images = torch.stack([self._of_sample(self._images.tensor(int(row))) for row in rows])
         else:
             images = torch.stack(
-                [self._sample(int(row), entropy) for row, entropy in zip(rows, entropies, strict=True)]
+                [
+                    self._of_sample(self._images.tensor(int(row)), entropy)
+                    for row, entropy in zip(rows, entropies or repeat(None, len(rows)), strict=True)
+                ]
             )
         return RawBatch(images, labels, torch.from_numpy(draws))
 
@@ -124,12 +131,6 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         if self._of_batch is None:
             return batch.images, batch.labels
         return self._of_batch(batch.images, batch.draws), batch.labels
-
-    def _sample(self, row: int, entropy: Entropy) -> Tensor:
-        assert self._of_sample is not None
-        image = self._images.tensor(row)
-        with seeded(entropy):
-            return self._of_sample(image)
 
 
 def open_split(
@@ -217,7 +218,7 @@ def _transforms(
     flip = training and augment in ("shift", "resized_crop")
     by_timm = training and augment == "timm"
     if isinstance(source.images, PixelImages) and not by_timm:
-        crop: Literal["whole", "central", "random"] = "whole"
+        crop: Crop = "whole"
         if cropped:
             crop = "random" if training else "central"
         return None, BatchTransform(image_size, mean, std, crop, shift, flip)

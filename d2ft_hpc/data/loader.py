@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from d2ft_hpc.config import DataConfig
 from d2ft_hpc.data.datasets import LabelledImages, RawBatch
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
-from d2ft_hpc.data.workers import Reader, loader_of, read_with
+from d2ft_hpc.data.workers import Reader, automatic_workers, loader_of, read_with
 
 CPU = torch.device("cpu")
+
+EVALUATION_FACTOR = 4
+"""Samples of a batch of evaluation over those of a micro-batch."""
 
 _Drawn = tuple[RawBatch, tuple[int, ...]]
 """A batch and the entropy (seed, epoch, first sample) of what is drawn for the batch as a whole."""
@@ -40,6 +44,18 @@ class Batches:
         for raw, entropy in read_with(self._loader):
             moved = RawBatch(*(tensor.to(self._device, non_blocking=True) for tensor in raw))
             yield self._finish((moved, tuple(entropy)))
+
+
+def workers_of(data: DataConfig, images: LabelledImages, device: torch.device, ranks_of_host: int) -> int:
+    """`data.workers`, or as many as its docstring says."""
+    if data.workers is not None:
+        return data.workers
+    if device.type == "cpu" or not images.need_a_processor:
+        return 0
+    channels_bytes = 3 * (torch.float32.itemsize if data.augment == "timm" else 1)
+    micro_batches = 1 + EVALUATION_FACTOR  # both loaders have workers of their own
+    batch_bytes = micro_batches * data.micro_batch_size * channels_bytes * data.image_size**2
+    return automatic_workers(ranks_of_host, batch_bytes)
 
 
 def train_loader(

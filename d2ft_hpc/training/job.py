@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.data.datasets import LabelledImages, Split, open_split
-from d2ft_hpc.data.loader import Batches, eval_loader, train_loader
+from d2ft_hpc.data.loader import EVALUATION_FACTOR, Batches, eval_loader, train_loader, workers_of
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.engines.engine import MicroBatch
@@ -78,12 +78,18 @@ class Job:
         return layer_flops(self.model, self.costs, (3, size, size))
 
     @cached_property
+    def data_workers(self) -> int:
+        """Processes of this rank that read images."""
+        ranks = self.control.hosts.count(self.control.host)
+        return workers_of(self.config.data, self.train_set, self.device, ranks)
+
+    @cached_property
     def train_batches(self) -> Batches:
         """Micro-batches of this replica, in the sampler's order."""
         data = self.config.data
         mixing = Mixing(self.train_set.num_classes, **data.mixing_options)
         return train_loader(
-            self.train_set, self.sampler, num_workers=data.workers, device=self.device, mixing=mixing
+            self.train_set, self.sampler, num_workers=self.data_workers, device=self.device, mixing=mixing
         )
 
     def batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
@@ -97,10 +103,10 @@ class Job:
         """This replica's share of the evaluation images."""
         return eval_loader(
             self.evaluation_set,
-            batch_size=4 * self.config.data.micro_batch_size,
+            batch_size=EVALUATION_FACTOR * self.config.data.micro_batch_size,
             replicas=self.control.world_size,
             replica=self.control.rank,
-            num_workers=self.config.data.workers,
+            num_workers=self.data_workers,
             device=self.device,
         )
 

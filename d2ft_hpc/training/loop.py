@@ -37,7 +37,7 @@ from d2ft_hpc.training.measurements import Measurements, measure_job
 from d2ft_hpc.training.model_placement import place
 from d2ft_hpc.training.plan_context import is_due, plan_context
 from d2ft_hpc.training.probe_scores import ProbeScores
-from d2ft_hpc.training.progress import Progress
+from d2ft_hpc.training.progress import WORTH_TELLING, Progress
 from d2ft_hpc.training.results_file import first_plan_of, open_own_results, open_results
 from d2ft_hpc.training.resume import check_length, check_position, choose_start, fitted_to_ranks
 from d2ft_hpc.training.run_log import RunLog
@@ -193,12 +193,18 @@ def _train_epochs(run: _Run, recorder: StepRecorder, position: Position, config_
                     ideal = config.data.slots * run.measured.profile.ideal_seconds(share, job.costs)
                     record.times.wait()
                     loss, rate = float(record.loss), record.learning_rate
-                    log.progress.step(epoch + 1, position.steps_done, loss, rate, share, ideal)
+                    waited = recorder.share_of_waiting_for_data
+                    log.progress.step(epoch + 1, position.steps_done, loss, rate, share, ideal, waited)
             position = position.after_epoch()
             every = config.train.evaluate_every_epochs
             if position.epochs_done % every == 0 or position.epochs_done == job.num_epochs:
                 _evaluate(run, position)
         between.end(position)
+    if (waited := recorder.share_of_waiting_for_data) >= WORTH_TELLING:
+        log.say(
+            f"{waited:.0%} of the steps' time was spent waiting for images: raise data.workers (each rank had "
+            f"{job.data_workers}) or pack them as pixels; d2ft-hpc bench data tells how fast they come"
+        )
     per_step = engine.executor.lookup_seconds / max(position.steps_done - start_step, 1)
     log.say(f"following the plan took {1e6 * per_step:.0f} us a step, beside the blocks' own work")
     return True
