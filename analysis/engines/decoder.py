@@ -83,8 +83,10 @@ def loop(model: Any, backbone: Any, batch: Batch, choose: Callable[[Any], Any] =
     return step
 
 
-def contenders(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, Step], dict[str, Any]]:
-    """Steps by name, and what tells the plan of those that have one."""
+def contenders(
+    options: argparse.Namespace, device: torch.device
+) -> tuple[dict[str, Step], dict[str, Any], int]:
+    """Steps by name, what tells the plan of those that have one, and the number of a model's parameters."""
     batch = batch_of(options, device)
     whole, by_block = decoder(options, device), decoder(options, device)
     for layer in by_block.model.layers:
@@ -102,12 +104,12 @@ def contenders(options: argparse.Namespace, device: torch.device) -> tuple[dict[
         )
         is_chosen = planner == "samples"
         steps[planner] = loop(model, model.model, batch, d2ft.choose if is_chosen else lambda given: given)
-    return steps, plans
+    return steps, plans, sum(parameter.numel() for parameter in whole.parameters())
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps, plans = contenders(options, device)
+    steps, plans, parameters = contenders(options, device)
     seconds = alternate(steps, options.steps, device)
     dense = min(
         (name for name in steps if name not in plans), key=lambda name: float(np.median(seconds[name]))
@@ -116,7 +118,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         **{name: value for name, value in vars(options).items() if name != "json"},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "parameters": sum(p.numel() for p in decoder(options, torch.device("meta")).parameters()),
+        "parameters": parameters,
         "dense": dense,
         "seconds": {name: float(np.median(of_name)) for name, of_name in seconds.items()},
         "over_dense": {name: asdict(Ratio.of(seconds[name], seconds[dense])) for name in plans},
