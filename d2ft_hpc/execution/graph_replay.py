@@ -28,6 +28,8 @@ class GraphReplay:
         """Whether a block is being captured."""
         self._recomputes = recomputes
         self._pass: Pass | None = None  # while its forward is under way
+        self._row: Row | None = None
+        self._chain: list[int] | None = None  # the blocks that run under it, in order
 
     def run(
         self,
@@ -44,7 +46,10 @@ class GraphReplay:
         Of the block of an index: owners_of: of all its parameters; at_one_point: whether their gradients come at one
         point of the backward.
         """
-        chain = sorted(blocks) if row is None else [each for each in row.active if each in blocks]
+        if self._chain is None or row is not self._row:
+            self._row = row
+            self._chain = sorted(blocks) if row is None else [each for each in row.active if each in blocks]
+        chain = self._chain
         if index not in chain:
             return None
         if index == chain[0]:
