@@ -111,7 +111,7 @@ def test_changing_plans_and_partial_batches(autocast: bool, options: dict[str, o
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("options", (*ROTARY[:1], {"swiglu_mlp": True, "qkv_fused": False}))
+@pytest.mark.parametrize("options", [*ROTARY[:1], {"swiglu_mlp": True, "qkv_fused": False}])
 def test_rotary_positions_and_gated_mlps(compile: bool, options: dict[str, Any]) -> None:
     def make() -> nn.Module:
         return tiny_eva(0, options)
