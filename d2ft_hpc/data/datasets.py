@@ -24,6 +24,7 @@ from d2ft_hpc.data.transforms import (
     BatchTransform,
     Crop,
     Entropy,
+    ImageSize,
     SampleTransform,
     sample_transform,
     uniform_draws,
@@ -63,6 +64,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         class_names: tuple[str, ...],
         of_sample: SampleTransform | None,
         of_batch: BatchTransform | None,
+        full_size: ImageSize,
     ) -> None:
         """labels: of `indices`; class_names: by label. of_sample None: the images are pixels of one size and go to
         stage 2 as they are. of_batch None: what `of_sample` returns is normalised already."""
@@ -70,7 +72,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         self.remark = source.remark
         """What people should know about it, one sentence; may be empty."""
         self._labels = labels
-        self._of_sample, self._of_batch = of_sample, of_batch
+        self._of_sample, self._of_batch, self._full_size = of_sample, of_batch, full_size
         self.class_names = class_names
 
     @property
@@ -107,8 +109,13 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         images, labels = self.finish(self.read([index], [[int(torch.randint(2**62, ()))]]))
         return images[0], int(labels[0])
 
-    def read(self, indices: Sequence[int], entropies: Sequence[Entropy] | None) -> RawBatch:
-        """Stage 1; `entropies` decide each sample's random draws (None: nothing is drawn, as in evaluation)."""
+    def read(
+        self, indices: Sequence[int], entropies: Sequence[Entropy] | None, size: ImageSize | None = None
+    ) -> RawBatch:
+        """Stage 1; `entropies` decide each sample's random draws (None: nothing is drawn, as in evaluation).
+
+        size: of images that are cut here, None: full size. Those that are cut in stage 2, or by timm, have full size.
+        """
         rows = self._indices[np.asarray(indices, np.int64)]
         labels = torch.from_numpy(self._labels[np.asarray(indices, np.int64)])
         draws = np.zeros((len(rows), DRAWS), np.float32)
@@ -120,7 +127,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         else:
             images = torch.stack(
                 [
-                    self._of_sample(self._images.tensor(int(row)), entropy)
+                    self._of_sample(self._images.tensor(int(row)), entropy, size or self._full_size)
                     for row, entropy in zip(rows, entropies or repeat(None, len(rows)), strict=True)
                 ]
             )
@@ -168,6 +175,7 @@ def open_split(
         kept[chosen],
         source.class_names if classes is None else tuple(source.class_names[each] for each in classes),
         *_transforms(source, config, split == "train", tuple(mean), tuple(std)),
+        (config.image_size, config.image_size),
     )
 
 
@@ -230,4 +238,4 @@ def _transforms(
         std=std,
         timm_options=config.transform_options,
     )
-    return of_sample, None if by_timm else BatchTransform(image_size, mean, std, "whole", shift, flip)
+    return of_sample, None if by_timm else BatchTransform(None, mean, std, "whole", shift, flip)

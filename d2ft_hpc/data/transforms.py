@@ -44,20 +44,22 @@ Crop = Literal["whole", "central", "random"]
 Entropy = Sequence[int]
 """Decides everything that is drawn for a sample."""
 
-SampleTransform = Callable[[Tensor, Entropy | None], Tensor]
-"""From uint8 0 to 255 or float32 0 to 1, [3, height, width]; without entropy nothing is drawn, as in evaluation."""
+ImageSize = tuple[int, int]
+"""(height, width), pixels."""
+
+SampleTransform = Callable[[Tensor, Entropy | None, ImageSize], Tensor]
+"""From uint8 0 to 255 or float32 0 to 1, [3, height, width]; without entropy nothing is drawn, as in evaluation. The
+size is what the result should have; timm's transforms have one of their own."""
 
 
 @dataclass(frozen=True)
 class Cut:
     """Stage 1 of images of any size: a part of each, in one size."""
 
-    image_size: int
-    """Height and width of the result, pixels."""
     crop: Crop = "whole"
 
-    def __call__(self, image: Tensor, entropy: Entropy | None) -> Tensor:
-        """image: [3, height, width]. Returns its type, [3, image_size, image_size]."""
+    def __call__(self, image: Tensor, entropy: Entropy | None, size: ImageSize) -> Tensor:
+        """image: [3, height, width]. Returns its type, [3, *size]."""
         height, width = image.shape[-2:]
         if self.crop == "central":
             image = _central(image)
@@ -66,15 +68,15 @@ class Cut:
             image = image[:, top:bottom, left:right]
         # A decoded image has its channels last; a part of it that has, too, is resized twice as fast.
         part = image[None].contiguous(memory_format=torch.channels_last)
-        return _in_size(part, self.image_size)[0]
+        return _in_size(part, size)[0]
 
 
 @dataclass(frozen=True)
 class BatchTransform:
     """Stage 2. Samples do not affect each other: a sample's result depends on its own pixels and draws alone."""
 
-    image_size: int
-    """Height and width of the result, pixels."""
+    image_size: int | None
+    """Height and width of the result, pixels; None: that of the images."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop: Crop = "whole"
@@ -85,7 +87,7 @@ class BatchTransform:
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """images: uint8 0 to 255 or float32 0 to 1, [sample, 3, height, width]; draws: float32 [sample, DRAWS],
-        uniform in [0, 1), on the same device. Returns float32 [sample, 3, image_size, image_size]."""
+        uniform in [0, 1), on the same device. Returns float32 [sample, 3, height, width]."""
         x = images.float() / 255 if images.dtype == torch.uint8 else images
         x = self._resized(x, draws)
         if self.shift or self.flip:
@@ -94,20 +96,20 @@ class BatchTransform:
         return (x - mean) / std
 
     def _resized(self, x: Tensor, draws: Tensor) -> Tensor:
+        if self.image_size is None:
+            return x
         height, width = x.shape[-2:]
+        size = (self.image_size, self.image_size)
         if self.crop == "random":
-            size = (self.image_size, self.image_size)
             boxes = torch.stack(_box(height, width, draws.unbind(1), torch.clamp_max), dim=1)
             cut: Tensor = roi_align(x, list(boxes.unsqueeze(1)), size, aligned=True)
             return cut
-        return _in_size(_central(x) if self.crop == "central" else x, self.image_size)
+        return _in_size(_central(x) if self.crop == "central" else x, size)
 
     def _moved(self, x: Tensor, draws: Tensor) -> Tensor:
-        size, far = self.image_size, self.image_size // 8 if self.shift else 0
-        places = torch.arange(size, device=x.device)
         rows, columns = (
-            _mirrored(places + torch.floor(draws[:, draw, None] * (2 * far + 1)).long() - far, size)
-            for draw in (_SHIFT_Y, _SHIFT_X)
+            self._places(size, draws[:, draw, None])
+            for size, draw in zip(x.shape[-2:], (_SHIFT_Y, _SHIFT_X), strict=True)
         )
         if self.flip:
             columns = torch.where(draws[:, _FLIP, None] < 0.5, columns.flip(1), columns)
@@ -118,6 +120,13 @@ class BatchTransform:
             rows[:, None, :, None],
             columns[:, None, None, :],
         ]
+
+    def _places(self, size: int, draws: Tensor) -> Tensor:
+        """Of each sample and pixel along one direction, the pixel that comes there, int64 [sample, size]; draws:
+        [sample, 1]."""
+        far = size // 8 if self.shift else 0
+        shifts = torch.floor(draws * (2 * far + 1)).long() - far
+        return _mirrored(torch.arange(size, device=draws.device) + shifts, size)
 
 
 @functools.cache
@@ -139,11 +148,11 @@ def _central(x: Tensor) -> Tensor:
     return x[..., top : top + side, left : left + side]
 
 
-def _in_size(x: Tensor, side: int) -> Tensor:
-    """Images [sample, 3, height, width] as [sample, 3, side, side]."""
-    if x.shape[-2:] == (side, side):
+def _in_size(x: Tensor, size: ImageSize) -> Tensor:
+    """Images [sample, 3, height, width] as [sample, 3, *size]."""
+    if x.shape[-2:] == size:
         return x
-    return F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+    return F.interpolate(x, size, mode="bilinear", antialias=True)
 
 
 def _box(
@@ -168,15 +177,15 @@ def sample_transform(
     std: Sequence[float],
     timm_options: Mapping[str, Any] | None = None,
 ) -> SampleTransform:
-    """Stage 1 for images of any size; [3, image_size, image_size], uint8 or (timm's training) float32 and normalised.
+    """Stage 1 for images of any size; uint8 or (timm's training, of image_size) float32 and normalised.
 
     timm_options: of timm.data.create_transform. Raises ConfigError if it does not know one.
     """
     if augmentation == "timm" and training:
         return _timm_transform(image_size, tuple(mean), tuple(std), timm_options or {})
     if augmentation in ("none", "shift"):
-        return Cut(image_size)
-    return Cut(image_size, "random" if training else "central")
+        return Cut()
+    return Cut("random" if training else "central")
 
 
 def _timm_transform(
@@ -196,7 +205,7 @@ def _timm_transform(
     except Exception as error:  # timm raises many kinds, some at first use
         raise ConfigError(f"data.timm={dict(options)}: not accepted by timm: {error}") from error
 
-    def transform(image: Tensor, entropy: Entropy | None) -> Tensor:
+    def transform(image: Tensor, entropy: Entropy | None, size: ImageSize) -> Tensor:
         assert entropy is not None
         with seeded(entropy):
             drawn: Tensor = of_picture(to_pil_image(image))

@@ -1,5 +1,5 @@
-"""Every use of what DeepSpeed does not document, so that an upgrade breaks this file alone; `private_names` lists
-what is used."""
+"""Every use of what DeepSpeed does not document, so that an upgrade breaks this file alone;
+`tests/private_names.py` lists what is used."""
 
 from __future__ import annotations
 

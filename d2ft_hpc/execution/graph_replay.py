@@ -32,6 +32,8 @@ class GraphReplay:
         self._pass: Pass | None = None  # while its forward is under way
         self._beside: list[Any] = []  # what the first block of the pass got beside x
         self._differ = False  # blocks get other tensors beside x than the first
+        self._row: Row | None = None
+        self._chain: list[int] | None = None  # the blocks that run under it, in order
 
     def run(
         self,
@@ -50,10 +52,13 @@ class GraphReplay:
         which none may take a gradient and all blocks of a pass have to get the same. Of the block of an index:
         owners_of: of all its parameters; at_one_point: whether their gradients come at one point of the backward.
         """
-        chain = sorted(blocks) if row is None else [each for each in row.active if each in blocks]
+        if self._chain is None or row is not self._row:
+            self._row = row
+            self._chain = sorted(blocks) if row is None else [each for each in row.active if each in blocks]
+        chain = self._chain
         if index not in chain:
             return None
-        beside, tree = tree_flatten(arguments)
+        beside, tree = tree_flatten(arguments) if any(arguments) else ([], None)
         if index == chain[0]:
             self._pass, self._beside = None, beside
             can_run = x.is_cuda and torch.is_grad_enabled() and not (cannot_compile() or self._recomputes())
@@ -62,13 +67,14 @@ class GraphReplay:
                 key = (
                     *(x.shape, x.dtype, x.requires_grad, None if row is None else row.shape, *zeros),
                     *(torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")),
-                    *(str(tree) if beside else None, *map(_kind, beside)),
+                    *(str(tree), *map(_kind, beside)),
                 )
 
                 def links(read: Sequence[Tensor]) -> Links:
                     tensors = iter(read)
                     own = [next(tensors) if isinstance(each, Tensor) else each for each in beside]
-                    compute = partial(self._capture, row, run_block, tree_unflatten(own, tree))
+                    given = arguments if tree is None else tree_unflatten(own, tree)
+                    compute = partial(self._capture, row, run_block, given)
                     return {
                         each: Link(partial(compute, each), owners_of(each), gives_zeros)
                         for each, gives_zeros in zip(chain, zeros, strict=True)

@@ -21,7 +21,6 @@ from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.lifecycle import PlanController, PlanState
 from d2ft_hpc.lifecycle.foresight import foresee_plans
 from d2ft_hpc.model.lora import save_adapter, timm_state
-from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.parallel.stages import describe_stages
 from d2ft_hpc.recording.provenance import describe_environment
 from d2ft_hpc.recording.step_recorder import StepRecorder
@@ -54,7 +53,6 @@ class _Run:
 
     job: Job
     engine: Engine
-    placement: Placement
     measured: Measurements
     plans: PlanController
     log: RunLog
@@ -95,7 +93,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     with agreed(control, "planning"):
         context = plan_context(job, placement, costs)
     source = ProbeScores(job, engine, watch)
-    run = _Run(job, engine, placement, measured, PlanController(context, engine, control, source, log), log)
+    run = _Run(job, engine, measured, PlanController(context, engine, control, source, log), log)
     if start.checkpoint is not None:
         watch.enter("loading the checkpoint")
         plan = restore_checkpoint(start.checkpoint, engine, control)
@@ -149,7 +147,7 @@ def _train_epochs(run: _Run, recorder: StepRecorder, position: Position, config_
     job, engine, plans, log = run.job, run.engine, run.plans, run.log
     config, control = job.config, job.control
     speed_watch = SpeedWatch(control)
-    runner = StepRunner(job, engine, run.placement)
+    runner = StepRunner(job, engine, plans.context)
     trace = StepTrace(config.train.traced, config.run_folder / "traces" / f"rank-{control.rank}.json")
     start_step, plans_made = position.steps_done, position.plans_made
     if position.steps_done == 0 and config.train.evaluate_at_start:

@@ -45,7 +45,6 @@ from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.portable import write_file
-from d2ft_hpc.engines.private_names import PRIVATE_NAMES
 from d2ft_hpc.engines.zero import adds_up_wrong
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.attach import attach
@@ -57,6 +56,7 @@ from d2ft_hpc.planning.communication_volume import Replicas
 from d2ft_hpc.scores import gradient_scores
 from tests.distributed.launching import Choice
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
+from tests.private_names import PRIVATE_NAMES
 
 SECONDS_A_CHECK = 300
 SLOTS, STEPS = 2, 3

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from d2ft_hpc import key_reference
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.planning.table import PLANNERS
+from tests import key_reference
 
 REPOSITORY = Path(__file__).parents[2]
 README = REPOSITORY / "README.md"

@@ -20,7 +20,7 @@ from d2ft_hpc.lifecycle import make_plan
 from d2ft_hpc.metering.activation_bytes import ActivationBytes, measure_activation_bytes
 from d2ft_hpc.metering.memory import free_bytes_of_host, kept_bytes
 from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
-from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, solve
+from d2ft_hpc.planning import Operation, SkipPlan, solve
 from d2ft_hpc.training import free_memory
 from d2ft_hpc.training.job import set_up
 from d2ft_hpc.training.measurements import measure_job
@@ -29,6 +29,7 @@ from d2ft_hpc.training.plan_context import plan_context
 from d2ft_hpc.training.plan_costs import find_costs
 from d2ft_hpc.training.probe_scores import measure_scores
 from tests.models import DEPTH, HEADS, tiny_vit
+from tests.posing import pose_flat
 
 SAMPLES = 4
 CPU = torch.device("cpu")
@@ -73,9 +74,7 @@ def test_a_rank_with_less_memory_is_planned_less_from_the_start(planner):
     assert limits == [DEPTH * HEADS, half]
 
     def solved(most_full):
-        problem = PlanProblem.parallel(
-            *scores, replicas=2, compute_budget=0.8, forward_cost=0.4, most_full=most_full
-        )
+        problem = pose_flat(*scores, replicas=2, compute_budget=0.8, forward_cost=0.4, most_full=most_full)
         return solve(problem, planner)
 
     def full(plan, rank):

@@ -17,10 +17,11 @@ import pytest
 from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.files import hdf5
 from d2ft_hpc.files.untrusted import RefusedError
-from d2ft_hpc.results import ResultsWriter, columns, open_run, schema
+from d2ft_hpc.results import ResultsWriter, columns, open_run
 from d2ft_hpc.results.hdf5_layout import rank_file
 from d2ft_hpc.results.schema import TABLES
 from d2ft_hpc.results.superseded import BEFORE_ALL, open_record
+from tests import results_reference
 
 RANKS = 2
 KILLS = int(os.environ.get("D2FT_KILLS", "8"))  # `make soak-results` asks for more
@@ -304,7 +305,7 @@ def test_a_file_of_another_schema_version_is_refused_with_both_versions(tmp_path
 
 def test_the_schemas_document_is_current():
     document = Path(__file__).parents[2] / "d2ft_hpc" / "results" / "README.md"
-    assert document.read_text() == schema.document()
+    assert document.read_text() == results_reference.document()
 
 
 def test_pandas_and_xarray(tmp_path):

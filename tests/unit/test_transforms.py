@@ -82,16 +82,16 @@ def test_a_photograph_is_cut_where_the_same_pixels_of_a_batch_would_be() -> None
         assert 0 <= left < right <= 64
         assert 0 <= top < bottom <= 96
         expected = tf.resized_crop(picture, top, left, bottom - top, right - left, [32, 32], antialias=True)
-        got = of_training(picture, (1, i))
+        got = of_training(picture, (1, i), (32, 32))
         assert got.dtype == torch.uint8
         assert torch.equal(got, expected)
         widths.add(right - left)
     assert len(widths) > 8
     of_evaluation = sample_transform("resized_crop", 32, training=False, mean=MEAN, std=STD)
     expected = tf.resize(tf.center_crop(picture, [56, 56]), [32, 32], antialias=True)
-    assert torch.equal(of_evaluation(picture, None), expected)
+    assert torch.equal(of_evaluation(picture, None, (32, 32)), expected)
     whole = sample_transform("none", 32, training=True, mean=MEAN, std=STD)
-    assert torch.equal(whole(picture, (1,)), tf.resize(picture, [32, 32], antialias=True))
+    assert torch.equal(whole(picture, (1,), (32, 32)), tf.resize(picture, [32, 32], antialias=True))
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:
@@ -111,7 +111,7 @@ def test_timm_draws_are_seeded_and_options_checked() -> None:
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     seen = []
     for entropy in (1, 1, 2):
-        seen.append(transform(picture, [entropy]))
+        seen.append(transform(picture, [entropy], (16, 16)))
     assert random.getstate() == before[0]
     assert np.array_equal(np.random.get_state()[1], before[1])
     assert torch.equal(torch.get_rng_state(), before[2])
