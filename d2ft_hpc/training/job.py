@@ -86,6 +86,12 @@ class Job:
         """The resolution of each step's images; None: they have full size, or the one that the plan says."""
         return curve_of(self.config.plan, self.costs, self.step_samples, "plan.")
 
+    def share_of_tokens(self, step: int) -> float:
+        """What a dense step on images of this step's size computes, over one on images of full size."""
+        if self.curve is None:
+            return 1.0
+        return self.costs.at[self.curve.grid_at(step)].dense_flops / self.costs.dense_flops
+
     def _size_at(self, step: int) -> tuple[int, int]:
         assert self.curve is not None
         down, across = self.curve.grid_at(step)
