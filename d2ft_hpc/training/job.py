@@ -216,6 +216,8 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         compile=config.engine.compile,
         cuda_graphs=config.launches_graphs and not kind.graphs_micro_batches,
     )
+    # Graphs of such blocks have not been tried enough to be the default.
+    executor.graphs_read_arguments = config.engine.cuda_graphs is True
     image_shape = (3, config.data.image_size, config.data.image_size)
     costs = measure_costs(model, executor, image_shape, config.plan.sides)
     selection = None
