@@ -110,6 +110,7 @@ def _deepspeed() -> Iterator[PrivateName]:
     spread = "deepspeed.runtime.zero.partition_parameters:Init"
     for name in ("ds_id", "ds_shape", "ds_tensor", "ds_process_group"):
         yield PrivateName(f"{spread}.{name}", f"param.{name} = ")
+    yield PrivateName(f"{spread}._allgather_params_coalesced", "self._allgather_params_coalesced(all_gather_")
     yield PrivateName(f"{spread}.ds_numel", "param.ds_tensor.ds_numel = ")
     scaler = "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler"
     for name in SCALER_COUNTERS:

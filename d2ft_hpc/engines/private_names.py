@@ -18,6 +18,8 @@ NEWEST_TESTED = {"torch": "2.14.1", "deepspeed": "0.19.8"}
 
 DIVIDES_FROM = "0.18.3"
 """The first DeepSpeed whose pipelines divide gradients by the number of micro-batches: to 0.19.2 once in each stage."""
+WAITS_FROM = "0.19.8"
+"""The first DeepSpeed whose ZeRO 3 waits for each of several gathers."""
 PADDING = "round_robin_bit16_padding"
 """The newest ZeRO optimisers' list of what stands after each parameter in a partition."""
 SCALER_COUNTERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -47,6 +47,15 @@ def test_the_readme_is_short() -> None:
     assert len(text.encode()) <= 11_000
 
 
+def test_before_a_release_every_target_runs() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    targets = set(re.findall(r"^# make ([\w-]+)", makefile, re.MULTILINE))
+    runs = set(re.findall(r"^check-all: (.*)$", makefile, re.MULTILINE)[0].split())
+    # test-full begins with test; constraints writes down what test-newest ran with.
+    assert targets - runs == {"test", "soak", "constraints", "check-all", "clean"}
+    assert re.search(r"^check-all: .*\n\t\$\(MAKE\) soak ", makefile, re.MULTILINE)
+
+
 def test_the_key_reference_is_current() -> None:
     assert (REPOSITORY / "configs" / "README.md").read_text() == key_reference.document()
 

@@ -124,7 +124,13 @@ def test_gradients_and_optimiser_state_take_what_was_said(make):
     assert engine.bytes_to_come == gradients  # which a step forgets at its end
 
 
-def test_a_job_short_of_memory_plans_less_and_keeps_to_it_when_resumed(tmp_path, monkeypatch):
+@pytest.fixture
+def watch():
+    with Watch(SoloControl()) as watch:
+        yield watch
+
+
+def test_a_job_short_of_memory_plans_less_and_keeps_to_it_when_resumed(tmp_path, monkeypatch, watch):
     overrides = [
         f"run.folder={tmp_path}",
         "plan.planner=joint",
@@ -135,7 +141,6 @@ def test_a_job_short_of_memory_plans_less_and_keeps_to_it_when_resumed(tmp_path,
     config, control = read_config(Path("configs/demo.yaml"), overrides), SoloControl()
     job = set_up(config, control, CPU)
     measured = measure_job(job)
-    watch = Watch(control, silence_seconds=30, stall_seconds=600, run_folder=tmp_path)
     placement = place(job, None, watch)
     engine = build_engine(config, job.model, job.executor, placement, job.total_steps, job.loss, control)
     assert (

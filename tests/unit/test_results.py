@@ -378,14 +378,16 @@ def start_writer(path, flush_seconds=0.0, close_every=0):
 
 
 @pytest.mark.full
-def test_killed_at_random_moments(tmp_path):
-    """With a flush a row, all rows whose `append` returned are there; also if killed in close or resume."""
-    chance = random.Random(0)
-    for kill in range(KILLS):
+@pytest.mark.parametrize("close_every", [0, 3])
+def test_killed_at_random_moments(tmp_path, close_every):
+    """With a flush a row, all rows whose `append` returned are there; also if killed in close or resume. Each number of
+    segments is as likely as another: they grow with the logarithm of the rows."""
+    chance = random.Random(close_every)
+    for kill in range(KILLS // 2):
         path = tmp_path / f"{kill}" / "results.h5"
-        writer = start_writer(path, close_every=[0, 3][kill % 2])
+        writer = start_writer(path, close_every=close_every)
         assert writer.stdout is not None
-        for _ in range(chance.randrange(1, 40)):
+        for _ in range(int(40 ** chance.random())):
             last = int(writer.stdout.readline())
         time.sleep(chance.random() * 0.05)
         writer.send_signal(signal.SIGKILL)
