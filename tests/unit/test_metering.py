@@ -147,6 +147,26 @@ def attention_outputs(model: torch.nn.Module) -> list[weakref.ref[torch.Tensor]]
     return references
 
 
+@pytest.mark.parametrize("kernel", ["flash", "efficient", "cudnn"])
+def test_heads_that_share_keys_count_as_if_each_had_its_own(kernel: str) -> None:
+    """The kernels of a GPU, by their shapes."""
+
+    def flops(heads_of_keys: int) -> int:
+        query = torch.empty(2, 8, 16, 32, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        key, value = (
+            torch.empty(2, heads_of_keys, 24, 32, device="meta", dtype=torch.bfloat16, requires_grad=True)
+            for _ in range(2)
+        )
+        attend = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_attention")
+        more = {"flash": (), "efficient": (None, True), "cudnn": (None, True)}[kernel]
+        with meter() as metered:
+            output = attend(query, key, value, *more)[0]
+            torch.autograd.grad(output.sum(), [query, key, value])
+        return metered.flops
+
+    assert flops(2) == flops(8) == 7 * 2 * (2 * 8 * 16 * 24 * 32)
+
+
 def test_what_is_measured_does_not_stay_in_memory() -> None:
     model = tiny_vit()
     executor = attach(model)
