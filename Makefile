@@ -94,7 +94,7 @@ test-slurm: $(VENV)/.installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PYTEST) tests/slurm
 
 soak-results: $(VENV)/.installed-dev
-	D2FT_KILLS=100 $(BIN)/python -m pytest tests/unit/test_results.py -k killed_at_random
+	D2FT_KILLS=100 $(BIN)/python -m pytest tests/unit/test_results.py -k killed_at_random -n 2
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -209,7 +209,7 @@ def _plan(options: argparse.Namespace) -> int:
         from d2ft_hpc.config_faults import validated
         from d2ft_hpc.config_file import parse_values
         from d2ft_hpc.plan_config import PlanConfig
-        from d2ft_hpc.planning import SkipPlan, solve
+        from d2ft_hpc.planning import Budgets, SkipPlan, solve
 
         if options.scores is None:
             if options.load is None:
@@ -222,13 +222,11 @@ def _plan(options: argparse.Namespace) -> int:
             return
         problem = plan_report.problem_of(
             plan_report.read_scores(options.scores, options.index),
+            Budgets(options.compute_budget, options.communication_budget, options.memory_budget),
             ranks=options.ranks,
             stages=options.stages,
             speeds=options.speeds,
             placed=options.placed,
-            compute_budget=options.compute_budget,
-            communication_budget=options.communication_budget,
-            memory_budget=options.memory_budget,
         )
         if options.load is not None:
             plan = plan_report.read_checked(options.load, problem)

@@ -122,8 +122,9 @@ class DataConfig(Section):
     """Samples of one micro-batch."""
     slots: int = Field(gt=0)
     """Micro-batches of one replica in a batch."""
-    workers: int = Field(default=0, ge=0, le=1024)
-    """Processes of each rank that read and decode; small packed images need none."""
+    workers: int | None = Field(default=None, ge=0, le=1024)
+    """Processes of each rank that read and decode. null: where a GPU trains and images are decoded, as many as the
+    host's cores and /dev/shm allow, up to 16; else none."""
 
     @model_validator(mode="after")
     def _check_timm(self) -> DataConfig:

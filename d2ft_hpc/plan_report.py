@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError, ResultsError
-from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, check, in_order, place, pose, simulate, solve
+from d2ft_hpc.planning import (
+    Budgets,
+    Devices,
+    Operation,
+    PlanProblem,
+    SkipPlan,
+    check,
+    in_order,
+    place,
+    pose,
+    simulate,
+    solve,
+)
 from d2ft_hpc.safe_text import shortened
 
 
@@ -80,17 +91,17 @@ def read_scores(path: Path, index: int = -1) -> SavedScores:
 
 def problem_of(
     scores: SavedScores,
+    budgets: Budgets,
     *,
     ranks: int = 1,
     stages: int = 1,
     speeds: Sequence[float] | None = None,
     placed: bool = False,
-    **budgets: Any,
 ) -> PlanProblem:
     """The problem of the scores' run on another layout.
 
     speeds: of the tensor-parallel ranks of every stage; None = all equal. placed: heads are spread over the ranks by
-    their scores (`place`). budgets: as `pose` takes them.
+    their scores (`place`).
 
     Raises PlanError if heads or blocks cannot be divided evenly, or a budget is out of range.
     """
@@ -102,11 +113,13 @@ def problem_of(
     problem = pose(
         [scores.forward, scores.backward],
         scores,
-        replicas=scores.replicas,
-        rank=in_order(blocks, heads, ranks),
-        stage=np.arange(blocks) * stages // blocks,
-        device_speed=None if speeds is None else list(speeds) * (scores.replicas * stages),
-        **budgets,
+        budgets,
+        Devices(
+            replicas=scores.replicas,
+            rank=in_order(blocks, heads, ranks),
+            stage=np.arange(blocks) * stages // blocks,
+            speed=None if speeds is None else list(speeds) * (scores.replicas * stages),
+        ),
     )
     return replace(problem, rank=place(problem, ranks)) if placed else problem
 

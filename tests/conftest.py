@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -22,3 +23,10 @@ def nothing_is_counted_any_more() -> Iterator[None]:
     if module is not None:
         module.BatchCounter.end_others()
         sys.modules["torch"].compiler.set_stance("default")
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_watched_any_more() -> Iterator[None]:
+    """A watch that a test left would find the process hanging ten minutes later, and end it in another test."""
+    yield
+    assert "watch" not in {thread.name for thread in threading.enumerate()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 
 from d2ft_hpc.execution.block import BlockHeads
 from d2ft_hpc.execution.fused import run_fused
+from d2ft_hpc.execution.kernels import spread_heads, take_heads
+from d2ft_hpc.execution.narrow import slices_of
+from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.families.table import family_of
 from tests.masked import masked_blocks
 from tests.models import CLASSES, DEPTH, HEADS, random_batch, tiny, tiny_vit
@@ -155,9 +159,35 @@ def check_low_precision(device: str, autocast: bool, samples: int = 6) -> None:
     assert errors["own"] <= 4 * errors["reference"], errors
 
 
+def check_copies(device: str) -> None:
+    """Heads of equal and unequal shares, taken from parameters and spread back, against plain indexing."""
+    of = HeadAxis.of_units
+    axes = [
+        *(of((2,), 3, units, (5,), splits_rows=True) for units in (13, 5000)),
+        *(of((), 3, units, splits_rows=True) for units in (13, 12)),
+        *(of((7,), 3, units, splits_rows=False) for units in (13, 12)),
+        HeadAxis((3, 3, 4, 5), 1, splits_rows=True),
+    ]
+    parameters = [torch.randn(axis.parameter_shape, device=device) for axis in axes]
+    slices = [slices_of(axis) for axis in axes]
+    for order in ([2], [0, 2]):
+        heads, places = (torch.tensor(each, device=device) for each in (order, [-1, -1, -1]))
+        places[heads] = torch.arange(len(order), device=device)
+        taken = take_heads(parameters, slices, heads, 3, None)
+        spread = spread_heads(taken, parameters, slices, places, len(order))
+        for axis, parameter, part, whole in zip(axes, parameters, taken, spread, strict=True):
+            expected = axis.select(parameter, heads)
+            assert torch.equal(whole, axis.spread(expected, heads)), axis
+            units, inner = len(order) * axis.view_shape[axis.axis + 1], prod(axis.view_shape[axis.axis + 2 :])
+            filled = part.view(prod(axis.view_shape[: axis.axis]), -1, inner)
+            assert torch.equal(filled[:, :units].flatten(), expected.flatten()), axis
+            assert not filled[:, units:].any()
+
+
 def main() -> None:
     """All checks on a GPU; the interpreter, which takes minutes for them, runs a choice on two samples each."""
     if not torch.cuda.is_available():
+        check_copies("cpu")
         check_against_reference(tiny_vit(1, **OPTIONS["layer_scale_and_qk_norm"]), 1, "cpu", samples=2)
         check_against_reference(tiny_vit(3, **OPTIONS["odd_head_size"]), 3, "cpu", samples=2)
         for seed, model in rotary_models():
@@ -165,6 +195,7 @@ def main() -> None:
         check_low_precision("cpu", autocast=True, samples=2)
     else:
         torch.backends.cuda.matmul.allow_tf32 = False
+        check_copies("cuda")
         for seed, options in enumerate(OPTIONS.values()):
             check_against_reference(tiny_vit(seed, **options), seed, "cuda")
         for seed, model in rotary_models():

@@ -33,7 +33,7 @@ from d2ft_hpc.launch import device_type_of, run_guarded
 from d2ft_hpc.metering import StepCosts, measure_costs, memory
 from d2ft_hpc.model.build import build_model
 from d2ft_hpc.model.lora import add_lora
-from d2ft_hpc.planning import Operation, SkipPlan, pose, solve
+from d2ft_hpc.planning import Budgets, Operation, SkipPlan, pose, solve
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _plans(sizes: Sizes, costs: StepCosts, subnets: tuple[int, int]) -> dict[str
     """The plan for random scores, and those in which every subnet does the same."""
     shape = (sizes.slots, *subnets)
     scores = np.random.default_rng(0).random((2, *shape))
-    problem = pose(scores, costs, compute_budget=sizes.compute_budget)
+    problem = pose(scores, costs, Budgets(sizes.compute_budget))
     return {
         "plan": solve(problem, sizes.planner),
         "full": SkipPlan.dense(sizes.slots, 1, *subnets),

@@ -27,7 +27,6 @@ from d2ft_hpc.bench.workload import (
     batch_of,
     build,
     described,
-    engine_config,
     loss_of,
     make_optimizer,
     model_of,
@@ -35,6 +34,7 @@ from d2ft_hpc.bench.workload import (
     title,
 )
 from d2ft_hpc.command import connected
+from d2ft_hpc.engines.deepspeed import deepspeed_config
 from d2ft_hpc.launch import Control, run_guarded, share
 from d2ft_hpc.metering import meter
 from d2ft_hpc.planning import SkipPlan, solve
@@ -57,7 +57,14 @@ def overhead(workload: Workload, control: Control) -> dict[str, Any]:
 
     def without() -> Callable[[], object]:
         model = frozen_below(model_of(workload))
-        step = bare_engine(model, built.placement, engine_config(workload), make_optimizer, loss_of)
+        config = deepspeed_config(
+            workload.config.engine.deepspeed,
+            micro_batch_size=workload.micro_batch_size,
+            slots=workload.slots,
+            precision=workload.precision,
+            gradient_clipping=None,
+        )
+        step = bare_engine(model, built.placement, config, make_optimizer, loss_of)
         return lambda: step(batch)
 
     # Made in an order and, as `alternate` does, run in orders that favour neither.

@@ -32,7 +32,19 @@ from d2ft_hpc.launch import Control, run_guarded, share
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
-from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, in_order, pose, simulate, solve
+from d2ft_hpc.planning import (
+    Budgets,
+    Devices,
+    GivenShares,
+    Operation,
+    PlanProblem,
+    SkipPlan,
+    in_order,
+    pose,
+    simulate,
+    solve,
+)
+from d2ft_hpc.planning.communication_volume import TokenLayout
 
 IMAGE_SIZE, PATCH_SIZE, CLASSES = 64, 8, 10
 TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2 + 1
@@ -78,9 +90,17 @@ class Setting:
         replicas = self.placement.layout.replicas
         return (self.sizes.micro_batches * replicas, self.sizes.blocks, self.sizes.heads)
 
-    def problem(self, **options: Any) -> PlanProblem:
-        """With the same log-normal scores on every rank. options: of `PlanProblem.parallel`."""
-        return posed(self.sizes, self.placement, self.costs, **options)
+    @property
+    def slots(self) -> int:
+        return self.sizes.micro_batches
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.sizes.samples
+
+    def problem(self, budgets: Budgets, messages: TokenLayout | None = None) -> PlanProblem:
+        """With the same log-normal scores on every rank."""
+        return posed(self.sizes, self.placement, self.costs, budgets, messages)
 
     def plan_of(self, operation: Operation) -> SkipPlan:
         """Every subnet does the same."""
@@ -99,11 +119,18 @@ class Setting:
         ]
 
 
-def posed(sizes: Sizes, placement: Placement, costs: StepCosts, **options: Any) -> PlanProblem:
-    """With the same log-normal scores on every rank. options: of `PlanProblem.parallel`."""
+def posed(
+    sizes: Sizes,
+    placement: Placement,
+    costs: StepCosts,
+    budgets: Budgets,
+    messages: TokenLayout | None = None,
+) -> PlanProblem:
+    """With the same log-normal scores on every rank."""
     shape = (sizes.micro_batches * placement.layout.replicas, sizes.blocks, sizes.heads)
     scores = np.exp(np.random.default_rng(0).standard_normal((2, *shape)))
-    return pose(scores, costs, placement, always_share=0.0, **options)
+    devices = Devices(placement.layout.replicas, placement.owner, placement.stage)
+    return pose(scores, GivenShares(costs.forward_share), budgets, devices, messages)
 
 
 def placed(sizes: Sizes, layout: RankLayout, flops: list[float]) -> Placement:
@@ -142,7 +169,7 @@ def benchmark(
     if stages * tensor_ranks == 1:
         raise ConfigError("parallel: needs --pipeline-stages or --tensor-parallel above 1")
     setting = set_up(control, stages=stages, tensor_ranks=tensor_ranks, sizes=sizes)
-    problem = setting.problem(compute_budget=compute_budget)
+    problem = setting.problem(Budgets(compute_budget))
     message = share(control, lambda: solve(problem, "makespan").to_bytes(), "the plan")
     plans = {
         "dense": setting.plan_of(Operation.FULL),

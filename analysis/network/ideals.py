@@ -21,7 +21,7 @@ from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.parallel.rank_layout import RankLayout
 from d2ft_hpc.parallel.stages import layer_flops
-from d2ft_hpc.planning import Operation, SkipPlan, communication_volume, simulate, solve
+from d2ft_hpc.planning import Budgets, Operation, SkipPlan, communication_volume, simulate, solve
 from d2ft_hpc.planning.step_time import StepTime
 
 IMAGES = (3, IMAGE_SIZE, IMAGE_SIZE)
@@ -54,10 +54,8 @@ def show(path: str) -> None:
         sizes,
         placement,
         costs,
-        compute_budget=result["compute_budget"],
-        communication_budget=result["communication_budget"],
-        messages="by_meeting",
-        token_layout=token_layout,
+        Budgets(result["compute_budget"], result["communication_budget"]),
+        messages=token_layout,
     )
     plan = solve(problem, "makespan")
     assert np.isclose(costs.planned_share(plan), result["makespan"]["planned_flops"])

@@ -23,7 +23,7 @@ from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.launch import Control, connect, detect, run_guarded, share
 from d2ft_hpc.metering import meter
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor
-from d2ft_hpc.planning import Operation, SkipPlan, simulate, solve
+from d2ft_hpc.planning import Budgets, Operation, SkipPlan, simulate, solve
 from d2ft_hpc.planning.communication_volume import LAYOUTS, TokenLayout
 from d2ft_hpc.planning.step_time import StepTime
 
@@ -53,18 +53,9 @@ def main() -> int:
 def _run(control: Control, job: dict[str, Any]) -> None:
     sizes = Sizes(**job["sizes"])
     setting = set_up(control, stages=job["stages"], tensor_ranks=job["tensor_ranks"], sizes=sizes)
-    by_head = setting.problem(
-        compute_budget=job["compute_budget"], communication_budget=job["communication_budget"]
-    )
-    by_layout = {
-        layout: setting.problem(
-            compute_budget=job["compute_budget"],
-            communication_budget=job["communication_budget"],
-            messages="by_meeting",
-            token_layout=layout,
-        )
-        for layout in LAYOUTS[:2]
-    }
+    budgets = Budgets(job["compute_budget"], job["communication_budget"])
+    by_head = setting.problem(budgets)
+    by_layout = {layout: setting.problem(budgets, messages=layout) for layout in LAYOUTS[:2]}
 
     def solved(planner: Any, problem: Any) -> SkipPlan:
         return SkipPlan.from_bytes(share(control, lambda: solve(problem, planner).to_bytes(), "a plan"))
@@ -178,9 +169,7 @@ def _count(control: Control, setting: Setting, each: Measured) -> None:
     model = PlannedBytes(
         setting.model,
         setting.engine.executor,
-        setting.placement,
-        slots=setting.sizes.micro_batches,
-        micro_batch_size=setting.sizes.samples,
+        setting,
         precision="fp32",
         data_parallel="zero0",
     )

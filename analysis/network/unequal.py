@@ -32,7 +32,7 @@ from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.launch import Control, run_guarded, share
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.metering.phases import COMMUNICATION, timed_step
-from d2ft_hpc.planning import SkipPlan, pose, solve
+from d2ft_hpc.planning import Budgets, Devices, SkipPlan, pose, solve
 from d2ft_hpc.training.speed_watch import SpeedWatch
 
 RANKS = 2
@@ -160,7 +160,7 @@ def _plan(control: Control, costs: StepCosts, speeds: list[float], compute_budge
     scores = np.exp(
         np.random.default_rng(0).standard_normal((2, SIZES.micro_batches * RANKS, SIZES.blocks, SIZES.heads))
     )
-    problem = pose(scores, costs, replicas=RANKS, compute_budget=compute_budget, device_speed=speeds)
+    problem = pose(scores, costs, Budgets(compute_budget), Devices(RANKS, speed=speeds))
     return SkipPlan.from_bytes(share(control, lambda: solve(problem, "joint").to_bytes(), "the plan"))
 
 

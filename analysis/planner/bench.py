@@ -18,7 +18,7 @@ import numpy.typing as npt
 from d2ft_hpc.command import whole_number
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.launch import run_guarded
-from d2ft_hpc.planning import PLANNERS, PlanProblem, solve
+from d2ft_hpc.planning import PLANNERS, Budgets, Devices, GivenShares, PlanProblem, pose, solve
 from d2ft_hpc.planning.bounds import upper_bound
 from d2ft_hpc.planning.knapsack import device_knapsacks
 from d2ft_hpc.planning.placement import in_order, place
@@ -124,14 +124,8 @@ def synthetic_problem(
     forward, backward = (np.ones(shape), np.ones(shape)) if equal_scores else _scores(shape, seed)
 
     def problem(rank: npt.NDArray[np.int64]) -> PlanProblem:
-        return PlanProblem.parallel(
-            forward,
-            backward,
-            rank=rank,
-            stage=stage,
-            compute_budget=COMPUTE_BUDGET,
-            device_speed=speed.tolist(),
-        )
+        devices = Devices(rank=rank, stage=stage, speed=speed.tolist())
+        return pose([forward, backward], GivenShares(), Budgets(COMPUTE_BUDGET), devices)
 
     plain = problem(in_order(blocks, heads, ranks))
     return problem(place(plain, ranks)) if placed else plain

@@ -13,25 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from d2ft_hpc.planning import PlanProblem, in_order, solve
+from d2ft_hpc.planning import Budgets, Devices, GivenShares, PlanProblem, in_order, pose, solve
 
 ROWS, BLOCKS, HEADS, STAGES = 80, 64, 32, 4
 SPEEDS = (1.0, 0.8, 0.9, 0.7, 0.85)
 LIMITS = (1e-6, 0.2, 0.5, 2.0)
 BY_HEAD = {"communication_budget": 0.5, "memory_budget": 0.45}
-BY_MEETING = {"communication_budget": 0.5, "messages": "by_meeting"}
+BY_MEETING = {"communication_budget": 0.5, "messages": "replicated"}
 
 
-def unequal_stages(ranks: int, budgets: dict[str, Any]) -> PlanProblem:
-    return PlanProblem.parallel(
-        *np.random.default_rng(0).lognormal(0, 0.7, (2, ROWS, BLOCKS, HEADS)),
+def unequal_stages(ranks: int, limited: dict[str, Any]) -> PlanProblem:
+    devices = Devices(
         rank=in_order(BLOCKS, HEADS, ranks),
         stage=np.arange(BLOCKS) * STAGES // BLOCKS,
-        device_speed=np.resize(SPEEDS, STAGES * ranks).tolist(),
-        compute_budget=0.6,
-        forward_cost=0.3517,
-        **budgets,
+        speed=np.resize(SPEEDS, STAGES * ranks).tolist(),
     )
+    scores = np.random.default_rng(0).lognormal(0, 0.7, (2, ROWS, BLOCKS, HEADS))
+    budgets = Budgets(0.6, limited["communication_budget"], limited.get("memory_budget"))
+    return pose(scores, GivenShares(0.3517), budgets, devices, limited.get("messages"))
 
 
 def measure(planner: str, ranks: int, budgets: dict[str, Any], **options: Any) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from d2ft_hpc.planning import PlanProblem, SkipPlan, solve
+from d2ft_hpc.planning import Budgets, Devices, GivenShares, PlanProblem, SkipPlan, pose, solve
 from d2ft_hpc.planning.placement import in_order
 from d2ft_hpc.planning.step_time import StepTime
 from d2ft_hpc.planning.token_curve import token_curve
@@ -243,14 +243,9 @@ def _tensor_parallel(
 
 def _tp_problem(size: int, communication: float | None) -> PlanProblem:
     scores = np.random.default_rng(0).lognormal(sigma=0.7, size=(2, SLOTS, BLOCKS, HEADS))
-    return PlanProblem.parallel(
-        *scores,
-        rank=in_order(BLOCKS, HEADS, size),
-        compute_budget=0.6 if communication else 1.0,
-        communication_budget=communication,
-        forward_cost=1 / 3,
-        messages="by_meeting",
-    )
+    budgets = Budgets(0.6 if communication else 1.0, communication)
+    devices = Devices(rank=in_order(BLOCKS, HEADS, size))
+    return pose(scores, GivenShares(1 / 3), budgets, devices, messages="replicated")
 
 
 def check() -> list[dict[str, Any]]:

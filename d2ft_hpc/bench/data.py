@@ -10,7 +10,7 @@ import torch
 
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.data.datasets import open_split
-from d2ft_hpc.data.loader import train_loader
+from d2ft_hpc.data.loader import train_loader, workers_of
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.model.build import pixel_statistics
@@ -33,9 +33,10 @@ def benchmark(config: RunConfig, device: torch.device, seconds: float) -> dict[s
         seed=config.run.seed,
     )
     mixing = Mixing(images.num_classes, **data.mixing_options)
-    loader = train_loader(images, sampler, num_workers=data.workers, device=device, mixing=mixing)
+    workers = workers_of(data, images, device, ranks_of_host=1)
+    loader = train_loader(images, sampler, num_workers=workers, device=device, mixing=mixing)
     begin = time.perf_counter()
-    first, warm_up, count, epoch = 0.0, 2 * max(data.workers, 1), 0, 0
+    first, warm_up, count, epoch = 0.0, 2 * max(workers, 1), 0, 0
     start = end = begin
     done = 0
     while end - start < seconds or done <= warm_up:
@@ -56,7 +57,7 @@ def benchmark(config: RunConfig, device: torch.device, seconds: float) -> dict[s
         "images_per_second": count / (_now(device) - start),
         "first_batch_seconds": first,
         "images": count,
-        "workers": data.workers,
+        "workers": workers,
         "device": str(device),
     }
 

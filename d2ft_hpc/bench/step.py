@@ -298,7 +298,7 @@ def contender(
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # One memory pool for all, since none of them needs its memory while another runs.
-    with torch.cuda.graph(graph, pool=_graph_pool()):
+    with torch.cuda.graph(graph, pool=_graph_pool(), capture_error_mode="thread_local"):
         run()
     for parameter in parameters:
         parameter.grad = None

@@ -13,16 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from d2ft_hpc.config import OptimizerConfig
-from d2ft_hpc.engines.ddp import DdpEngine
-from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
+from d2ft_hpc.config import OptimizerConfig, RunConfig
+from d2ft_hpc.config_faults import validated
+from d2ft_hpc.engines.build import build_engine
 from d2ft_hpc.engines.engine import Engine, MicroBatch
-from d2ft_hpc.engines.fsdp import FsdpEngine
-from d2ft_hpc.engines.model_parallel import CutModel
+from d2ft_hpc.engines.kinds.table import ENGINES
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
-from d2ft_hpc.engines.pipeline import PipelineEngine
-from d2ft_hpc.engines.tensor import TensorParallelEngine
-from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.launch import Control
 from d2ft_hpc.metering import StepCosts, measure_costs
@@ -30,7 +26,10 @@ from d2ft_hpc.model.build import build_model
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.parallel.stages import cut_stages, layer_flops
-from d2ft_hpc.planning import PlanProblem, pose
+from d2ft_hpc.planning import Budgets, Devices, PlanProblem, pose
+from d2ft_hpc.planning.dense import DENSE
+
+_LEARNING_RATE, _STEPS = 1e-4, 10**6
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,30 @@ class Workload:
     cuda_graphs: bool = False
     """As `attach` takes them."""
 
+    @property
+    def config(self) -> RunConfig:
+        """Of a run with this engine. Raises ConfigError where there can be none."""
+        engine = {
+            "name": self.engine,
+            "precision": self.precision,
+            "pipeline_stages": self.pipeline_stages,
+            "tensor_parallel": self.tensor_parallel,
+            "compile": self.compile,
+            "cuda_graphs": self.cuda_graphs,
+        }
+        if ENGINES[self.engine].reads_deepspeed:
+            engine["deepspeed"] = {"zero_optimization": {"stage": self.stage}}
+        data = {"name": "digits", "micro_batch_size": self.micro_batch_size, "slots": self.slots}
+        sections = {
+            "model": {"name": self.model},
+            "data": data | {"image_size": self.image_size},
+            "optimizer": {"learning_rate": _LEARNING_RATE},
+            "train": {"epochs": 1},
+            "plan": {"planner": DENSE.name},
+            "engine": engine,
+        }
+        return validated(RunConfig, sections)
+
 
 @dataclass(frozen=True)
 class Built:
@@ -68,6 +91,7 @@ class Built:
 
 def build(workload: Workload, control: Control, sides: Sequence[float] | None = None) -> Built:
     """sides: of images in plans by tokens, in units of full images; their costs are counted, too."""
+    config = workload.config
     layout = RankLayout.of(
         control.world_size,
         control.rank,
@@ -83,39 +107,14 @@ def build(workload: Workload, control: Control, sides: Sequence[float] | None = 
         cut_stages(layer_flops(model, costs, image_shape), layout.stages),
         even_owner(*executor.subnets.shape, layout.tensor_ranks),
     )
-    config = engine_config(workload)
-    low_dtype = torch.bfloat16 if workload.precision == "bf16" else None
-    engine: Engine
-    if layout.is_cut and workload.engine == "ddp":
-        raise ConfigError(
-            "--engine ddp: every rank has the whole model; use deepspeed, or fsdp2 without a pipeline"
-        )
-    if layout.is_cut and workload.engine == "deepspeed":
-        kind = PipelineEngine if layout.stages > 1 else TensorParallelEngine
-        engine = kind(CutModel(model, executor, placement, control, make_optimizer), loss_of, config)
-    elif workload.engine == "deepspeed":
-        engine = DeepSpeedEngine(model, executor, *make_optimizer(model), loss_of, config, flattens=True)
-    elif workload.engine == "ddp":
-        engine = DdpEngine(model, executor, *make_optimizer(model), loss_of, autocast_dtype=low_dtype)
-    else:
-        engine = FsdpEngine(model, executor, placement, make_optimizer, loss_of, param_dtype=low_dtype)
+    engine = build_engine(config, model, executor, placement, _STEPS, loss_of, control)
     return Built(engine, costs, placement)
 
 
 def make_optimizer(model: nn.Module) -> tuple[Optimizer, LRScheduler]:
-    settings = OptimizerConfig(learning_rate=1e-4)
+    settings = OptimizerConfig(learning_rate=_LEARNING_RATE)
     optimizer = build_optimizer(model, settings)
-    return optimizer, build_schedule(optimizer, settings, 10**6)
-
-
-def engine_config(workload: Workload) -> dict[str, Any]:
-    return deepspeed_config(
-        {"zero_optimization": {"stage": workload.stage}},
-        micro_batch_size=workload.micro_batch_size,
-        slots=workload.slots,
-        precision=workload.precision,
-        gradient_clipping=None,
-    )
+    return optimizer, build_schedule(optimizer, settings, _STEPS)
 
 
 def model_of(workload: Workload) -> nn.Module:
@@ -138,9 +137,10 @@ def batch_of(workload: Workload, rank: int) -> list[MicroBatch]:
 
 def posed(built: Built, workload: Workload, compute_budget: float) -> PlanProblem:
     """The problem of random scores."""
-    rows = workload.slots * built.placement.layout.replicas
-    scores = np.random.default_rng(0).random((2, rows, *built.shape))
-    return pose(scores, built.costs, built.placement, compute_budget=compute_budget)
+    placement, replicas = built.placement, built.placement.layout.replicas
+    scores = np.random.default_rng(0).random((2, workload.slots * replicas, *built.shape))
+    devices = Devices(replicas, placement.owner, placement.stage)
+    return pose(scores, built.costs, Budgets(compute_budget), devices)
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import repeat
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,9 +22,11 @@ from d2ft_hpc.data.transforms import (
     DRAWS,
     Augmentation,
     BatchTransform,
+    Crop,
+    Entropy,
+    ImageSize,
     SampleTransform,
     sample_transform,
-    seeded,
     uniform_draws,
 )
 from d2ft_hpc.errors import DataError
@@ -32,7 +35,6 @@ _LOOKED_AT = 1000
 """Images, in a second or a few."""
 
 Split = Literal["train", "validation", "test"]
-Entropy = Sequence[int]
 
 SMALL_PIXELS = 64
 """Images up to this side usually show one object that fills them, so they are shifted; larger ones are cropped."""
@@ -62,6 +64,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         class_names: tuple[str, ...],
         of_sample: SampleTransform | None,
         of_batch: BatchTransform | None,
+        full_size: ImageSize,
     ) -> None:
         """labels: of `indices`; class_names: by label. of_sample None: the images are pixels of one size and go to
         stage 2 as they are. of_batch None: what `of_sample` returns is normalised already."""
@@ -69,7 +72,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         self.remark = source.remark
         """What people should know about it, one sentence; may be empty."""
         self._labels = labels
-        self._of_sample, self._of_batch = of_sample, of_batch
+        self._of_sample, self._of_batch, self._full_size = of_sample, of_batch, full_size
         self.class_names = class_names
 
     @property
@@ -83,6 +86,11 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    @property
+    def need_a_processor(self) -> bool:
+        """Whether each image is decoded, or transformed one by one, before it goes to the device."""
+        return self._of_sample is not None
 
     def evenly_spaced(self, most: int) -> list[int]:
         return evenly_spaced(len(self), most)
@@ -101,8 +109,13 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         images, labels = self.finish(self.read([index], [[int(torch.randint(2**62, ()))]]))
         return images[0], int(labels[0])
 
-    def read(self, indices: Sequence[int], entropies: Sequence[Entropy] | None) -> RawBatch:
-        """Stage 1; `entropies` decide each sample's random draws (None: nothing is drawn, as in evaluation)."""
+    def read(
+        self, indices: Sequence[int], entropies: Sequence[Entropy] | None, size: ImageSize | None = None
+    ) -> RawBatch:
+        """Stage 1; `entropies` decide each sample's random draws (None: nothing is drawn, as in evaluation).
+
+        size: of images that are cut here, None: full size. Those that are cut in stage 2, or by timm, have full size.
+        """
         rows = self._indices[np.asarray(indices, np.int64)]
         labels = torch.from_numpy(self._labels[np.asarray(indices, np.int64)])
         draws = np.zeros((len(rows), DRAWS), np.float32)
@@ -111,11 +124,12 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         if self._of_sample is None:
             assert isinstance(self._images, PixelImages)
             images = self._images.take(rows)
-        elif entropies is None:
-            images = torch.stack([self._of_sample(self._images.tensor(int(row))) for row in rows])
         else:
             images = torch.stack(
-                [self._sample(int(row), entropy) for row, entropy in zip(rows, entropies, strict=True)]
+                [
+                    self._of_sample(self._images.tensor(int(row)), entropy, size or self._full_size)
+                    for row, entropy in zip(rows, entropies or repeat(None, len(rows)), strict=True)
+                ]
             )
         return RawBatch(images, labels, torch.from_numpy(draws))
 
@@ -124,12 +138,6 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         if self._of_batch is None:
             return batch.images, batch.labels
         return self._of_batch(batch.images, batch.draws), batch.labels
-
-    def _sample(self, row: int, entropy: Entropy) -> Tensor:
-        assert self._of_sample is not None
-        image = self._images.tensor(row)
-        with seeded(entropy):
-            return self._of_sample(image)
 
 
 def open_split(
@@ -167,6 +175,7 @@ def open_split(
         kept[chosen],
         source.class_names if classes is None else tuple(source.class_names[each] for each in classes),
         *_transforms(source, config, split == "train", tuple(mean), tuple(std)),
+        (config.image_size, config.image_size),
     )
 
 
@@ -217,7 +226,7 @@ def _transforms(
     flip = training and augment in ("shift", "resized_crop")
     by_timm = training and augment == "timm"
     if isinstance(source.images, PixelImages) and not by_timm:
-        crop: Literal["whole", "central", "random"] = "whole"
+        crop: Crop = "whole"
         if cropped:
             crop = "random" if training else "central"
         return None, BatchTransform(image_size, mean, std, crop, shift, flip)
@@ -229,4 +238,4 @@ def _transforms(
         std=std,
         timm_options=config.transform_options,
     )
-    return of_sample, None if by_timm else BatchTransform(image_size, mean, std, "whole", shift, flip)
+    return of_sample, None if by_timm else BatchTransform(None, mean, std, "whole", shift, flip)

@@ -13,7 +13,6 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from d2ft_hpc.data import decoding
 from d2ft_hpc.errors import DataError
@@ -97,8 +96,7 @@ class EncodedImages:
 
     def tensor(self, index: int) -> Tensor:
         """Image `index` in RGB, uint8 [3, height, width]. Raises DataError if it cannot be decoded."""
-        pixels: Tensor = pil_to_tensor(self.picture(index))
-        return pixels
+        return torch.from_numpy(np.array(self.picture(index))).permute(2, 0, 1)
 
     def picture(self, index: int) -> Image.Image:
         """The same as a PIL image."""

@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from d2ft_hpc.config import DataConfig
 from d2ft_hpc.data.datasets import LabelledImages, RawBatch
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
-from d2ft_hpc.data.workers import Reader, loader_of, read_with
+from d2ft_hpc.data.transforms import ImageSize
+from d2ft_hpc.data.workers import Reader, automatic_workers, loader_of, read_with
 
 CPU = torch.device("cpu")
+
+EVALUATION_FACTOR = 4
+"""Samples of a batch of evaluation over those of a micro-batch."""
 
 _Drawn = tuple[RawBatch, tuple[int, ...]]
 """A batch and the entropy (seed, epoch, first sample) of what is drawn for the batch as a whole."""
@@ -42,6 +47,18 @@ class Batches:
             yield self._finish((moved, tuple(entropy)))
 
 
+def workers_of(data: DataConfig, images: LabelledImages, device: torch.device, ranks_of_host: int) -> int:
+    """`data.workers`, or as many as its docstring says."""
+    if data.workers is not None:
+        return data.workers
+    if device.type == "cpu" or not images.need_a_processor:
+        return 0
+    channels_bytes = 3 * (torch.float32.itemsize if data.augment == "timm" else 1)
+    micro_batches = 1 + EVALUATION_FACTOR  # both loaders have workers of their own
+    batch_bytes = micro_batches * data.micro_batch_size * channels_bytes * data.image_size**2
+    return automatic_workers(ranks_of_host, batch_bytes)
+
+
 def train_loader(
     dataset: LabelledImages,
     sampler: MicroBatchSampler,
@@ -49,8 +66,12 @@ def train_loader(
     num_workers: int = 0,
     device: torch.device = CPU,
     mixing: Mixing | None = None,
+    size_at: Callable[[int], ImageSize] | None = None,
 ) -> Batches:
     """Micro-batches of one replica in the sampler's order; call `sampler.set_epoch` before each iteration.
+
+    size_at: of the images of a step, counted from 0, where they are cut on the processor, so that its work follows the
+    plan, too; None: all have full size.
 
     What is drawn for a sample depends on (sampler.seed, epoch, sample) alone: the number of workers, the replica
     that drew the sample and a resume in mid-epoch change nothing; the caller's random state stays as it was. Mixing
@@ -61,7 +82,7 @@ def train_loader(
         images, labels = dataset.finish(drawn[0])
         return (images, labels) if mixing is None else mixing(images, labels, drawn[1])
 
-    return _batches(_Drawing(dataset, sampler.seed), _Draws(sampler), finish, num_workers, device)
+    return _batches(_Drawing(dataset, sampler.seed), _Draws(sampler, size_at), finish, num_workers, device)
 
 
 def eval_loader(
@@ -93,30 +114,38 @@ def _batches(
     return Batches(loader, finish, device)
 
 
-class _Draws(Sampler[list[tuple[int, int]]]):
-    """The sampler's micro-batches as (epoch, index), since persistent workers learn of a new epoch in no other
-    way."""
+_Draw = tuple[int, int, ImageSize | None]
+"""Epoch, index of a sample, and the size that its image gets."""
 
-    def __init__(self, sampler: MicroBatchSampler) -> None:
-        self._sampler = sampler
+
+class _Draws(Sampler[list[_Draw]]):
+    """The sampler's micro-batches with all that workers have to know, since persistent ones learn of a new epoch in no
+    other way."""
+
+    def __init__(self, sampler: MicroBatchSampler, size_at: Callable[[int], ImageSize] | None) -> None:
+        self._sampler, self._size_at = sampler, size_at
 
     def __len__(self) -> int:
         return len(self._sampler)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for indices in self._sampler:
-            yield [(self._sampler.epoch, index) for index in indices]
+    def __iter__(self) -> Iterator[list[_Draw]]:
+        sampler, size = self._sampler, None
+        epoch, first = sampler.epoch, sampler.epoch * sampler.batches_per_epoch + sampler.start_batch
+        for number, indices in enumerate(sampler):
+            if self._size_at is not None:
+                size = self._size_at(first + number // sampler.slots)
+            yield [(epoch, index, size) for index in indices]
 
 
 class _Drawing:
-    """Reads micro-batches of (epoch, index), each sample with its own entropy (seed, epoch, index)."""
+    """Reads micro-batches of draws, each sample with its own entropy (seed, epoch, index)."""
 
     def __init__(self, dataset: LabelledImages, seed: int) -> None:
         self._dataset, self._seed = dataset, seed
 
-    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> _Drawn:
-        entropies = [(self._seed, epoch, index) for epoch, index in draws]
-        return self._dataset.read([index for _, index in draws], entropies), entropies[0]
+    def __getitems__(self, draws: Sequence[_Draw]) -> _Drawn:
+        entropies = [(self._seed, epoch, index) for epoch, index, _ in draws]
+        return self._dataset.read([index for _, index, _ in draws], entropies, draws[0][2]), entropies[0]
 
 
 class _InOrder:

@@ -25,7 +25,6 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torchvision.ops import roi_align
-from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
 from d2ft_hpc.errors import ConfigError
@@ -41,19 +40,46 @@ CROPPED_SHARE = 7 / 8
 AREA = (0.5, 1.0)
 RATIO = (3 / 4, 4 / 3)
 
-SampleTransform = Callable[[Tensor], Tensor]
-"""From uint8 0 to 255 or float32 0 to 1, [3, height, width]."""
+Crop = Literal["whole", "central", "random"]
+Entropy = Sequence[int]
+"""Decides everything that is drawn for a sample."""
+
+ImageSize = tuple[int, int]
+"""(height, width), pixels."""
+
+SampleTransform = Callable[[Tensor, Entropy | None, ImageSize], Tensor]
+"""From uint8 0 to 255 or float32 0 to 1, [3, height, width]; without entropy nothing is drawn, as in evaluation. The
+size is what the result should have; timm's transforms have one of their own."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Stage 1 of images of any size: a part of each, in one size."""
+
+    crop: Crop = "whole"
+
+    def __call__(self, image: Tensor, entropy: Entropy | None, size: ImageSize) -> Tensor:
+        """image: [3, height, width]. Returns its type, [3, *size]."""
+        height, width = image.shape[-2:]
+        if self.crop == "central":
+            image = _central(image)
+        elif self.crop == "random" and entropy is not None:
+            left, top, right, bottom = map(round, _box(height, width, uniform_draws(entropy).tolist()))
+            image = image[:, top:bottom, left:right]
+        # A decoded image has its channels last; a part of it that has, too, is resized twice as fast.
+        part = image[None].contiguous(memory_format=torch.channels_last)
+        return _in_size(part, size)[0]
 
 
 @dataclass(frozen=True)
 class BatchTransform:
     """Stage 2. Samples do not affect each other: a sample's result depends on its own pixels and draws alone."""
 
-    image_size: int
-    """Height and width of the result, pixels."""
+    image_size: int | None
+    """Height and width of the result, pixels; None: that of the images."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    crop: Literal["whole", "central", "random"] = "whole"
+    crop: Crop = "whole"
     shift: bool = False
     """Shifts images by up to an eighth of their size in both directions; borders are mirrored."""
     flip: bool = False
@@ -61,7 +87,7 @@ class BatchTransform:
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """images: uint8 0 to 255 or float32 0 to 1, [sample, 3, height, width]; draws: float32 [sample, DRAWS],
-        uniform in [0, 1), on the same device. Returns float32 [sample, 3, image_size, image_size]."""
+        uniform in [0, 1), on the same device. Returns float32 [sample, 3, height, width]."""
         x = images.float() / 255 if images.dtype == torch.uint8 else images
         x = self._resized(x, draws)
         if self.shift or self.flip:
@@ -70,25 +96,20 @@ class BatchTransform:
         return (x - mean) / std
 
     def _resized(self, x: Tensor, draws: Tensor) -> Tensor:
+        if self.image_size is None:
+            return x
         height, width = x.shape[-2:]
         size = (self.image_size, self.image_size)
         if self.crop == "random":
-            cut: Tensor = roi_align(x, list(_boxes(height, width, draws).unsqueeze(1)), size, aligned=True)
+            boxes = torch.stack(_box(height, width, draws.unbind(1), torch.clamp_max), dim=1)
+            cut: Tensor = roi_align(x, list(boxes.unsqueeze(1)), size, aligned=True)
             return cut
-        if self.crop == "central":
-            side = round(min(height, width) * CROPPED_SHARE)
-            top, left = (height - side) // 2, (width - side) // 2
-            x = x[:, :, top : top + side, left : left + side]
-        if x.shape[-2:] == size:
-            return x
-        return F.interpolate(x, size, mode="bilinear", antialias=True)
+        return _in_size(_central(x) if self.crop == "central" else x, size)
 
     def _moved(self, x: Tensor, draws: Tensor) -> Tensor:
-        size, far = self.image_size, self.image_size // 8 if self.shift else 0
-        places = torch.arange(size, device=x.device)
         rows, columns = (
-            _mirrored(places + torch.floor(draws[:, draw, None] * (2 * far + 1)).long() - far, size)
-            for draw in (_SHIFT_Y, _SHIFT_X)
+            self._places(size, draws[:, draw, None])
+            for size, draw in zip(x.shape[-2:], (_SHIFT_Y, _SHIFT_X), strict=True)
         )
         if self.flip:
             columns = torch.where(draws[:, _FLIP, None] < 0.5, columns.flip(1), columns)
@@ -99,6 +120,13 @@ class BatchTransform:
             rows[:, None, :, None],
             columns[:, None, None, :],
         ]
+
+    def _places(self, size: int, draws: Tensor) -> Tensor:
+        """Of each sample and pixel along one direction, the pixel that comes there, int64 [sample, size]; draws:
+        [sample, 1]."""
+        far = size // 8 if self.shift else 0
+        shifts = torch.floor(draws * (2 * far + 1)).long() - far
+        return _mirrored(torch.arange(size, device=draws.device) + shifts, size)
 
 
 @functools.cache
@@ -112,16 +140,32 @@ def _mirrored(places: Tensor, size: int) -> Tensor:
     return (size - 1) - ((size - 1) - places.abs()).abs()
 
 
-def _boxes(height: int, width: int, draws: Tensor) -> Tensor:
-    """A random box (left, top, right, bottom) in pixels of each sample: area and aspect ratio as in AREA and RATIO,
-    sides cut to the image's."""
-    area = (AREA[0] + (AREA[1] - AREA[0]) * draws[:, _AREA]) * height * width
-    low, high = np.log(RATIO[0]), np.log(RATIO[1])
-    ratio = torch.exp(low + (high - low) * draws[:, _RATIO])
-    box_width = (area * ratio).sqrt().clamp(max=width)
-    box_height = (area / ratio).sqrt().clamp(max=height)
-    left, top = draws[:, _SHIFT_X] * (width - box_width), draws[:, _SHIFT_Y] * (height - box_height)
-    return torch.stack([left, top, left + box_width, top + box_height], dim=1)
+def _central(x: Tensor) -> Tensor:
+    """The middle of images [..., height, width]: a square of CROPPED_SHARE of the shorter side."""
+    height, width = x.shape[-2:]
+    side = max(round(min(height, width) * CROPPED_SHARE), 1)
+    top, left = (height - side) // 2, (width - side) // 2
+    return x[..., top : top + side, left : left + side]
+
+
+def _in_size(x: Tensor, size: ImageSize) -> Tensor:
+    """Images [sample, 3, height, width] as [sample, 3, *size]."""
+    if x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, size, mode="bilinear", antialias=True)
+
+
+def _box(
+    height: int, width: int, draws: Sequence[Any], at_most: Callable[[Any, int], Any] = min
+) -> list[Any]:
+    """A random box (left, top, right, bottom) in pixels: area and aspect ratio as in AREA and RATIO, sides cut to the
+    image's. draws: floats [DRAWS], or tensors with the draws of many samples, which `at_most` can compare."""
+    area = (AREA[0] + (AREA[1] - AREA[0]) * draws[_AREA]) * (height * width)
+    ratio = RATIO[0] * (RATIO[1] / RATIO[0]) ** draws[_RATIO]
+    box_width = at_most((area * ratio) ** 0.5, width)
+    box_height = at_most((area / ratio) ** 0.5, height)
+    left, top = draws[_SHIFT_X] * (width - box_width), draws[_SHIFT_Y] * (height - box_height)
+    return [left, top, left + box_width, top + box_height]
 
 
 def sample_transform(
@@ -133,21 +177,15 @@ def sample_transform(
     std: Sequence[float],
     timm_options: Mapping[str, Any] | None = None,
 ) -> SampleTransform:
-    """Stage 1 for images of any size; [3, image_size, image_size], uint8 or (timm's training) float32 and normalised.
+    """Stage 1 for images of any size; uint8 or (timm's training, of image_size) float32 and normalised.
 
     timm_options: of timm.data.create_transform. Raises ConfigError if it does not know one.
     """
     if augmentation == "timm" and training:
         return _timm_transform(image_size, tuple(mean), tuple(std), timm_options or {})
-    steps: list[Any]
     if augmentation in ("none", "shift"):
-        steps = [v2.Resize([image_size, image_size])]
-    elif training:
-        steps = [v2.RandomResizedCrop(image_size, scale=AREA, ratio=RATIO)]
-    else:
-        steps = [v2.Resize(round(image_size / CROPPED_SHARE)), v2.CenterCrop(image_size)]
-    transform: SampleTransform = v2.Compose(steps)
-    return transform
+        return Cut()
+    return Cut("random" if training else "central")
 
 
 def _timm_transform(
@@ -166,11 +204,17 @@ def _timm_transform(
         of_picture(Image.new("RGB", (8, 8)))
     except Exception as error:  # timm raises many kinds, some at first use
         raise ConfigError(f"data.timm={dict(options)}: not accepted by timm: {error}") from error
-    transform: SampleTransform = v2.Compose([to_pil_image, of_picture])
+
+    def transform(image: Tensor, entropy: Entropy | None, size: ImageSize) -> Tensor:
+        assert entropy is not None
+        with seeded(entropy):
+            drawn: Tensor = of_picture(to_pil_image(image))
+            return drawn
+
     return transform
 
 
-def uniform_draws(entropy: Sequence[int]) -> np.ndarray:
+def uniform_draws(entropy: Entropy) -> np.ndarray:
     """float32 [DRAWS] in [0, 1), decided by `entropy` alone."""
     # 24 bits: what float32 can hold below 1.
     words = np.random.SeedSequence(entropy).generate_state(DRAWS) >> 8
@@ -179,7 +223,7 @@ def uniform_draws(entropy: Sequence[int]) -> np.ndarray:
 
 
 @contextmanager
-def seeded(entropy: Sequence[int]) -> Iterator[None]:
+def seeded(entropy: Entropy) -> Iterator[None]:
     """Seeds Python's, numpy's and torch's (CPU) generators from `entropy`; afterwards they are as before."""
     words = np.random.SeedSequence(entropy).generate_state(3, np.uint64)
     of_python, of_numpy = random.getstate(), np.random.get_state()

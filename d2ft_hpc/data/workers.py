@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from d2ft_hpc.data.lost_worker import batches_of
 from d2ft_hpc.errors import D2ftError
 
+_MOST_WORKERS = 16
+_READ_AHEAD = 3
+"""Batches of each worker: two that torch asks for ahead, and one on its way."""
+
 
 class Reader(Protocol):
     """What workers hold."""
@@ -19,6 +26,17 @@ class Reader(Protocol):
     def __getitems__(self, keys: Sequence[Any], /) -> Any:
         """A batch of what `keys` name."""
         ...
+
+
+def automatic_workers(ranks_of_host: int, batch_bytes: int) -> int:
+    """How many workers a rank has whose images must be decoded: its share of the cores but one for the rank itself, and
+    as many as have place for the batches that they read ahead in half of its share of /dev/shm."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    place = _MOST_WORKERS
+    with suppress(OSError):
+        free = shutil.disk_usage("/dev/shm").free
+        place = free // (2 * ranks_of_host * _READ_AHEAD * batch_bytes)
+    return max(min(cores // ranks_of_host - 1, place, _MOST_WORKERS), 0)
 
 
 def loader_of(

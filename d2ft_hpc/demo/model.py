@@ -30,7 +30,7 @@ default_cfgs = generate_default_cfgs(
 def vit_digits_demo(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """A ViT for 32x32 images: 6 blocks of 4 heads, width 128, 65 tokens (4x4 patches and cls), 1.2 M weights.
 
-    `pretrained` loads DEMO_WEIGHTS (digits 0-4, see pretrain.py); other arguments are VisionTransformer's.
+    `pretrained` loads DEMO_WEIGHTS (digits 0-4, by analysis/demo/pretrain.py); other arguments go to VisionTransformer.
     """
     size = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
     model: VisionTransformer = build_model_with_cfg(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from d2ft_hpc.launch import Control
+from d2ft_hpc.launch import Control, gathered
 from d2ft_hpc.launch.control import describe_ranks
 from d2ft_hpc.safe_text import one_line
 
@@ -31,10 +31,9 @@ def of_error(check: str, error: Exception, fix: str) -> Finding:
 def of_all_ranks(control: Control, own: Sequence[Finding]) -> list[Finding]:
     """The findings of all ranks. Equal ones appear once, with the ranks that made them unless all did. All ranks
     return the same."""
-    parts = control.all_gather(json.dumps([asdict(finding) for finding in own]).encode())
     ranks_of: dict[Finding, list[int]] = {}
-    for rank, part in enumerate(parts):
-        for finding in json.loads(part):
+    for rank, of_rank in enumerate(gathered(control, [asdict(finding) for finding in own])):
+        for finding in of_rank:
             ranks_of.setdefault(Finding(**finding), []).append(rank)
     return [
         finding

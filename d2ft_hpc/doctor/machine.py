@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import torch
 from torch import distributed
 
 from d2ft_hpc.doctor.finding import Finding
-from d2ft_hpc.launch import Control
+from d2ft_hpc.launch import Control, gathered
 from d2ft_hpc.launch.control import describe_ranks
 
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "mpi4py", "highspy", "h5py", "numpy", "safetensors")
@@ -25,7 +24,7 @@ _SLOW_BETWEEN_HOSTS = 1e9
 def check_versions(control: Control) -> list[Finding]:
     """On all ranks together."""
     own = {name: _version(name) for name in _PACKAGES}
-    of_ranks = [json.loads(part) for part in control.all_gather(json.dumps(own).encode())]
+    of_ranks = gathered(control, own)
     findings = []
     for name in _PACKAGES:
         other = [rank for rank, versions in enumerate(of_ranks) if versions[name] != of_ranks[0][name]]
@@ -64,7 +63,7 @@ def check_gpus(control: Control, device: torch.device) -> list[Finding]:
         ]
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     own = f"{control.host} {getattr(properties, 'uuid', torch.cuda.current_device())}"
-    of_ranks = [part.decode() for part in control.all_gather(own.encode())]
+    of_ranks = gathered(control, own)
     shared = [rank for rank, gpu in enumerate(of_ranks) if of_ranks.count(gpu) > 1]
     if shared:
         return [
@@ -87,7 +86,7 @@ def check_all_reduce(control: Control, device: torch.device) -> list[Finding]:
     message = torch.ones(_MESSAGE_BYTES // 4, device=device)
     distributed.all_reduce(message)
     own = min(_timed_all_reduces(message, repeats=3))
-    seconds = max(float(part) for part in control.all_gather(repr(own).encode()))
+    seconds = max(gathered(control, own))
     share = 2 * (control.world_size - 1) / control.world_size
     bandwidth = share * _MESSAGE_BYTES / seconds
     backend = "NCCL" if device.type == "cuda" else "gloo"

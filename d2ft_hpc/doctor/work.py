@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.doctor.finding import Finding, of_error
 from d2ft_hpc.errors import D2ftError, DataError
-from d2ft_hpc.launch import Control
+from d2ft_hpc.launch import Control, gathered
 from d2ft_hpc.lifecycle.foresight import trial_plan
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.training.job import Job, set_up
@@ -75,7 +75,7 @@ def check_time(job: Job, left: float | None) -> list[Finding]:
     """Whether the run fits into the time limit, by the time of a micro-batch; all ranks call it together."""
     config = job.config
     own = _seconds_of_micro_batch(job) * config.data.slots
-    of_ranks = [float(part) for part in job.control.all_gather(repr(own).encode())]
+    of_ranks = gathered(job.control, own)
     plan = config.plan
     share = plan.compute_budget if plan.entry.keeps_budgets or plan.entry.scales_images else 1.0
     expected = max(of_ranks) * share * job.total_steps

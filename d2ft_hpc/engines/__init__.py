@@ -3,6 +3,6 @@
 
 The folder `kinds` says what each can run, and lists them. `zero` knows what each ZeRO stage needs and refuses, `check`
 compares a plan with an engine, `portable` is the state that every engine saves, `sharded` that of models spread as
-DTensors, and what DeepSpeed does not document is in `deepspeed_private`; `private_names` lists all that is used of
-libraries without their promise.
+DTensors, and what DeepSpeed does not document is in `deepspeed_private`; `private_names` asks for
+what libraries do not promise.
 """

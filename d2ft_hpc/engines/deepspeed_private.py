@@ -1,5 +1,5 @@
-"""Every use of what DeepSpeed does not document, so that an upgrade breaks this file alone; `private_names` lists
-what is used."""
+"""Every use of what DeepSpeed does not document, so that an upgrade breaks this file alone;
+`tests/private_names.py` lists what is used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from importlib.metadata import version
 from typing import Any
 
@@ -24,6 +24,7 @@ from d2ft_hpc.engines.private_names import (
     PADDING,
     SCALE_AT_MINIMUM,
     SCALER_COUNTERS,
+    WAITS_FROM,
     changed,
     expect,
     replace,
@@ -51,7 +52,29 @@ def import_deepspeed() -> Any:
 
     if "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if os.environ["DS_ACCELERATOR"] == "cpu" and Version(version("deepspeed")) < Version(WAITS_FROM):
+        _gather_one_by_one()
     return deepspeed
+
+
+@cache
+def _gather_one_by_one() -> None:
+    """Has ZeRO 3 gather parameters that it needs at once one after the other.
+
+    Older DeepSpeeds start all gathers and wait for the last. A GPU's come in order, those of CPUs do not, so that what
+    comes next would now and then compute with weights that are not there yet.
+    """
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    means = "which gathers parameters and waits for the last"
+    gather = expect(Init, "_allgather_params_coalesced", means)
+
+    @wraps(gather)
+    def one_by_one(init: Any, param_list: Sequence[Any], *args: Any, **kwargs: Any) -> None:
+        for parameter in param_list:
+            gather(init, [parameter], *args, **kwargs)
+
+    replace(Init, "_allgather_params_coalesced", one_by_one, means)
 
 
 def current_slot(engine: Any) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from d2ft_hpc.engines.engine import StateWriter
 from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
 from d2ft_hpc.engines.zero_state import collect, restore
 from d2ft_hpc.execution.executor import PlanExecutor
-from d2ft_hpc.launch import Control
+from d2ft_hpc.launch import Control, gathered
 from d2ft_hpc.parallel.full_tensors import gather_full_tensors, part_of
 from d2ft_hpc.parallel.model_part import ModelPart
 from d2ft_hpc.parallel.rank_layout import Placement
@@ -139,8 +138,7 @@ class CutEngine:
 
 def _kinds_of_all(state: PortableState, control: Control) -> list[str]:
     """The optimiser's names for its moments, of all ranks."""
-    packed = control.all_gather(json.dumps(sorted(state.moments)).encode())
-    return sorted({kind for of_rank in packed for kind in json.loads(of_rank)})
+    return sorted({kind for of_rank in gathered(control, sorted(state.moments)) for kind in of_rank})
 
 
 def full_precision(parameter: nn.Parameter) -> Tensor:

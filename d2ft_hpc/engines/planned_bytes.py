@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 from torch import nn
@@ -28,6 +29,18 @@ from d2ft_hpc.planning.communication_volume import (
 )
 
 
+class Batches(Protocol):
+    """The batches of a training, as a `PlanContext` tells of them: which rank holds which subnet, the micro-batches of
+    a replica's batch, and the samples of one."""
+
+    @property
+    def placement(self) -> Placement: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def micro_batch_size(self) -> int: ...
+
+
 class PlannedBytes:
     """Bytes that this rank sends under a plan, for full batches.
 
@@ -37,26 +50,23 @@ class PlannedBytes:
         self,
         model: nn.Module,
         executor: PlanExecutor,
-        placement: Placement,
+        batches: Batches,
         *,
-        slots: int,
-        micro_batch_size: int,
         precision: str,
         data_parallel: DataParallel,
         around: nn.Module | None = None,
     ) -> None:
         """model: the whole one, as the engine left it. executor: the engine's. around: the user's own model around
-        it, whose other parameters are reduced, too. slots: micro-batches of a replica in a step. precision: "fp32",
-        "bf16", "fp16"."""
-        layout = placement.layout
-        self._placement, self._slots, self._data_parallel = placement, slots, data_parallel
+        it, whose other parameters are reduced, too. precision: "fp32", "bf16", "fp16"."""
+        placement, layout = batches.placement, batches.placement.layout
+        self._placement, self._slots, self._data_parallel = placement, batches.slots, data_parallel
         self._executor, subnets = executor, executor.subnets
         self._blocks, self._heads = subnets.num_blocks, subnets.num_heads
         self._newest: tuple[SkipPlan | None, dict[str, float]] | None = None
         whole, half = (4, 4) if precision == "fp32" else (4, 2)
         family = subnets.family
         if layout.is_cut:
-            self._activation_bytes = micro_batch_size * family.numbers_between(model) * half
+            self._activation_bytes = batches.micro_batch_size * family.numbers_between(model) * half
             self._patch_size = family.patch_size(model)
             full = family.image_shape(model)
             assert full is not None  # or there would be no numbers between the blocks

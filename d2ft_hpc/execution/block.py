@@ -12,8 +12,9 @@ autograd graph. What is skipped is not computed and not stored.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,15 @@ from torch import Tensor, nn
 from d2ft_hpc.families.family import BlockFamily, Branch
 from d2ft_hpc.families.head_axis import HeadAxis
 
-HeadAxes = dict[str, HeadAxis]
+HeadAxes = Mapping[str, HeadAxis]
+
+
+class PartAxes(NamedTuple):
+    """How a block's parameters split by head, for FULL heads and for FORWARD_ONLY ones: the same, unless the part of
+    each kind was copied before."""
+
+    full: HeadAxes
+    forward_only: HeadAxes
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ def run_block(
     block: nn.Module,
     x: Tensor,
     heads: BlockHeads,
-    head_axes: HeadAxes,
+    axes: PartAxes,
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
@@ -83,13 +92,16 @@ def run_block(
 
     x: [sample, token, channel]; returns the same shape and dtype. args, kwargs: what the block's forward takes beside.
     """
-    for branch in family.branches(block, head_axes, *args, **kwargs):
-        x = x + _added(x, heads, branch)
+    branches = of_others = family.branches(block, axes.full, *args, **kwargs)
+    if axes.forward_only is not axes.full:
+        of_others = family.branches(block, axes.forward_only, *args, **kwargs)
+    for branch, beside in zip(branches, of_others, strict=True):
+        x = x + _added(x, heads, branch, beside)
     return x
 
 
-def _added(x: Tensor, heads: BlockHeads, branch: Branch) -> Tensor:
-    """What a branch adds to x."""
+def _added(x: Tensor, heads: BlockHeads, branch: Branch, beside: Branch) -> Tensor:
+    """What a branch adds to x. beside: the same branch, as FORWARD_ONLY heads compute it."""
     full, forward_only = heads.full, heads.forward_only
     if full is None:
         assert forward_only is not None
@@ -97,19 +109,19 @@ def _added(x: Tensor, heads: BlockHeads, branch: Branch) -> Tensor:
             # Detached, because autocast would cache a copy of a leaf parameter, and this copy would carry no
             # gradient.
             bias = None if branch.bias is None else branch.bias.detach()
-            parts = _joined(branch, [branch.inner(branch.norm(x), forward_only)], [forward_only])
-            return branch.end(branch.out(parts[0], forward_only, bias))
+            parts = _joined(branch, [beside.inner(branch.norm(x), forward_only)], [forward_only])
+            return branch.end(beside.out(parts[0], forward_only, bias))
     normed = branch.norm(x)
     parts, of_parts = [branch.inner(normed, full)], [full]
     if forward_only is not None:
         with torch.no_grad():
-            parts.append(branch.inner(normed, forward_only))
+            parts.append(beside.inner(normed, forward_only))
         of_parts.append(forward_only)
     parts = _joined(branch, parts, of_parts)
     total = branch.out(parts[0], full, branch.bias)
     if forward_only is not None:
         with torch.no_grad():
-            total.add_(branch.out(parts[1], forward_only, None))
+            total.add_(beside.out(parts[1], forward_only, None))
     return branch.end(total)
 
 

@@ -86,10 +86,16 @@ class BlockGraphs:
         self._weights: list[Tensor] | None = None
 
     def begin(
-        self, key: Hashable, x: Tensor, indices: Tensor | None, make_links: Callable[[], Links]
+        self,
+        key: Hashable,
+        x: Tensor,
+        indices: Tensor | None,
+        beside: Sequence[Tensor],
+        make_links: Callable[[Sequence[Tensor]], Links],
     ) -> Pass | None:
         """A pass on input `x` through the graphs of earlier passes with this key, or through new graphs of the links
-        that `make_links` returns; None if the pass has to run without graphs."""
+        that `make_links` returns; None if the pass has to run without graphs. beside: what all blocks get beside x;
+        `make_links` gets the tensors from which the graphs read it."""
         if self._pass is not None and self._pass() is not None:
             return None
         chain = self._chains.get(key)
@@ -101,8 +107,9 @@ class BlockGraphs:
         if chain is None:
             if len(self._chains) == MOST_CHAINS:
                 return None
-            chain = self._chains[key] = self._capture(x, indices, make_links())
-        running = chain.begin(indices)
+            read = [tensor.clone() for tensor in beside]
+            chain = self._chains[key] = self._capture(x, indices, read, make_links(read))
+        running = chain.begin(indices, beside)
         self._pass = weakref.ref(running)
         return running
 
@@ -152,7 +159,7 @@ class BlockGraphs:
             for place, parameter in zip(places, own, strict=True)
         ]
 
-    def _capture(self, x: Tensor, indices: Tensor | None, links: Links) -> _Chain:
+    def _capture(self, x: Tensor, indices: Tensor | None, beside: Sequence[Tensor], links: Links) -> _Chain:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         read = None if indices is None else indices.clone()
@@ -201,7 +208,7 @@ class BlockGraphs:
                     ]
                 del found
         torch.cuda.current_stream().wait_stream(stream)
-        return _Chain(links, blocks, read, self._places(links))
+        return _Chain(links, blocks, read, beside, self._places(links))
 
 
 @contextmanager
@@ -337,15 +344,23 @@ class _Chain:
     """Captured blocks, and where the parameters of all of `links` were."""
 
     def __init__(
-        self, links: Links, blocks: dict[int, _BlockGraph], indices: Tensor | None, places: list[int | bool]
+        self,
+        links: Links,
+        blocks: dict[int, _BlockGraph],
+        indices: Tensor | None,
+        beside: Sequence[Tensor],
+        places: list[int | bool],
     ) -> None:
         self.links, self.blocks, self.places = links, blocks, places
         self._indices, self._given = indices, indices
+        self._beside = beside
 
-    def begin(self, indices: Tensor | None) -> Pass:
+    def begin(self, indices: Tensor | None, beside: Sequence[Tensor]) -> Pass:
         if self._indices is not None and indices is not None and indices is not self._given:
             self._indices.copy_(indices)
             self._given = indices
+        if beside:
+            torch._foreach_copy_(list(self._beside), list(beside))
         return Pass(self)
 
 

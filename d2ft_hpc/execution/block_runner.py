@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d2ft_hpc.execution.block import BlockHeads, run_block
+from d2ft_hpc.execution.block import BlockHeads, PartAxes, run_block
 from d2ft_hpc.execution.compilation import cannot_compile
 from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.execution.narrow import take_parts
 from d2ft_hpc.execution.rows import Row
 from d2ft_hpc.families.family import KernelParts
 from d2ft_hpc.model.subnets import SubnetMap
@@ -33,6 +35,7 @@ class BlockRunner:
         # Each shape is compiled for itself: kernels for shapes that may vary are slower.
         self._compiled = torch.compile(_dense_forward, dynamic=False) if compile else None
         self._compiled_heads = torch.compile(run_block, dynamic=False) if compile else None
+        self._compiled_attend = torch.compile(_attend, dynamic=False) if compile else None
 
     @property
     def compiles(self) -> bool:
@@ -61,13 +64,20 @@ class BlockRunner:
         subnets.family.require_skippable(block, kwargs)
         if heads.is_shortcut:
             return x
+        following, keeps = for_kernels(block, index) if has_kernels(x) else (None, False)
         if x.is_cuda and (parts := self.fused_parts(block, index, heads)) is not None:
-            result: Tensor = _fused().run_fused(parts, x, heads, *for_kernels(block, index), *args, **kwargs)
+            if self._compiled_attend is not None and not parts.is_plain and self._compiles(x):
+                parts = replace(parts, attend=partial(self._compiled_attend, parts.attend))
+            result: Tensor = _fused().run_fused(parts, x, heads, following, keeps, *args, **kwargs)
             return result
         run = run_block if self._compiled_heads is None or not self._compiles(x) else self._compiled_heads
+        takes = keeps and not torch.compiler.is_compiling()
 
         def forward(x: Tensor) -> Tensor:
-            result: Tensor = run(subnets.family, block, x, heads, subnets.head_axes, *args, **kwargs)
+            axes = PartAxes(subnets.head_axes, subnets.head_axes)
+            if takes:
+                axes = take_parts(block, heads, subnets.head_axes, x.device.type)
+            result: Tensor = run(subnets.family, block, x, heads, axes, *args, **kwargs)
             return result
 
         return subnets.family.run(block, forward, x)
@@ -107,10 +117,11 @@ class BlockRunner:
         self.shapes = len(shapes)
 
     def _is_compiled(self, block: nn.Module, index: int, heads: BlockHeads, device: torch.device) -> bool:
-        """Whether torch.compile may make kernels of the block, which skips heads."""
+        """Whether torch.compile may make kernels of the block, which skips heads, or of its attention."""
         if heads.is_dense or heads.is_shortcut:
             return False
-        return device.type != "cuda" or self.fused_parts(block, index, heads) is None
+        parts = self.fused_parts(block, index, heads) if device.type == "cuda" else None
+        return parts is None or not parts.is_plain
 
     def _compiles(self, x: Tensor) -> bool:
         """Whether blocks that skip heads run through torch.compile on this input.
@@ -130,6 +141,11 @@ class BlockRunner:
         return result
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Whether our own kernels run on the device of `x`."""
+    return x.is_cuda and _fused() is not None
+
+
 @cache
 def _fused() -> Any:
     """The module of fused blocks; None where Triton is not installed."""
@@ -138,6 +154,11 @@ def _fused() -> Any:
     except ImportError:
         return None
     return fused
+
+
+def _attend(attend: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """What `KernelParts.attend` computes; one function for all blocks, whose kernels are the same."""
+    return attend(*args, **kwargs)
 
 
 def _dense_forward(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

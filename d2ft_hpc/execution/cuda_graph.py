@@ -69,7 +69,8 @@ class CudaGraphs(Generic[Result]):
                 function(*arguments)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads, such as the one that pins batches, go on using the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = function(*arguments)
         with torch.no_grad():
             for tensor, value in zip(self._changed(), before, strict=True):

@@ -296,19 +296,19 @@ class PlanExecutor:
         self, block: nn.Module, index: int, slot: int | None, x: Tensor, args: Any, kwargs: Any
     ) -> Tensor | None:
         """Block `index` under the row of `slot`, or densely, through CUDA graphs; None where it has to run without."""
-        if self._replay is None or not block.training or args or kwargs:
-            return None  # graphs read a block's input alone
+        if self._replay is None or not block.training:
+            return None
         if self.flat is not None and self.flat.is_unflattened:
             return None  # and the flat parameters
 
         def at_one_point(index: int) -> bool:
             return slot is not None and self._at_one_point(slot, index)
 
-        def compute(index: int, heads: BlockHeads | None, x: Tensor) -> Tensor:
-            return self._run(self.blocks[index], index, heads, x)
+        def compute(index: int, heads: BlockHeads | None, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+            return self._run(self.blocks[index], index, heads, x, *args, **kwargs)
 
         row, owners = None if slot is None else self.rows[slot], partial(self._owners_of, frozen_too=True)
-        return self._replay.run(index, x, row, self.blocks, owners, at_one_point, compute)
+        return self._replay.run(index, x, (args, kwargs), row, self.blocks, owners, at_one_point, compute)
 
     def _owners_of(self, index: int, *, frozen_too: bool = False) -> Owners:
         """As `owners_of`, with the flat parameters where the block's own are parts of them."""

@@ -36,6 +36,8 @@ class ImageScaling:
         self._family, self.grid = family, grid
         self.size: tuple[int, int] | None = None
         """Height and width of the images that a plan may scale; None: of any."""
+        self.may_come_scaled = False
+        """Whether images may have the resolution already that a row asks for, as those of a loader that knows it."""
         self._is_scaled = False  # the module that embeds the images gets them scaled already
         self._model: Callable[[], Any] = lambda: None
 
@@ -86,15 +88,18 @@ class ImageScaling:
         grid = self.grid()
         if grid is None:
             return size
+        patch_size = self.patch_size
+        assert patch_size is not None
+        wanted = grid[0] * patch_size[0], grid[1] * patch_size[1]
+        if self.may_come_scaled and size == wanted:
+            return size
         if self.size not in (None, size):
             raise PlanError(
                 f"the model was made for images of {self.size[0]} x {self.size[1]} pixels and gets "
                 f"{size[0]} x {size[1]}, which the plan would scale to that size or less: make the model with "
                 f"img_size={size}, or use a planner that leaves images as they are"
             )
-        patch_size = self.patch_size
-        assert patch_size is not None
-        return grid[0] * patch_size[0], grid[1] * patch_size[1]
+        return wanted
 
     @contextmanager
     def scaled_before(self, images: Tensor) -> Iterator[Tensor]:

@@ -36,23 +36,38 @@ _WHOLE_TOKENS = 2048
 @dataclass(frozen=True)
 class HeadSlices:
     """A parameter viewed as [outer, head, inner]. rows: taken heads lie in front, [head, outer, inner]; else they stay
-    in the middle."""
+    in the middle.
+
+    units: where heads have unequal shares of [outer, unit, inner] instead, in the middle, the number of units
+        (`HeadAxis`); each taken head is then filled up with zeros to the largest share, and all together to a multiple
+        of 8 units, at which matrix products are fast. 0: equal shares.
+    """
 
     outer: int
     inner: int
     rows: bool
+    units: int = 0
+
+    def numbers(self, chosen: int, of: int) -> int:
+        """Of `chosen` heads' part."""
+        wide = chosen if self.units == 0 else ceil(chosen * ceil(self.units / of) / 8) * 8
+        return self.outer * wide * self.inner
 
 
 def take_heads(
-    parameters: Sequence[Tensor], slices: Sequence[HeadSlices], heads: Tensor, of: int, dtype: torch.dtype
+    parameters: Sequence[Tensor],
+    slices: Sequence[HeadSlices],
+    heads: Tensor,
+    of: int,
+    dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    """The chosen heads' part of up to six parameters, flat and in `dtype`, in one launch.
+    """The chosen heads' part of the parameters, flat and in `dtype`, or in their own, in one launch of every six.
 
     heads: int64 [n], the chosen of `of` heads.
     """
     chosen = heads.numel()
     taken = [
-        parameter.new_empty(each.outer * chosen * each.inner, dtype=dtype)
+        parameter.new_empty(each.numbers(chosen, of), dtype=dtype)
         for parameter, each in zip(parameters, slices, strict=True)
     ]
     _copy_heads(parameters, taken, slices, heads, chosen, of, spreads=False)
@@ -66,7 +81,7 @@ def spread_heads(
     places: Tensor,
     chosen: int,
 ) -> list[Tensor]:
-    """The parts of up to six parameters in tensors like `likes`, zeros for all other heads, in one launch.
+    """The parts of parameters in tensors like `likes`, zeros for all other heads, in one launch of every six.
 
     places: int64 [head], each head's place among the `chosen` ones; -1 or above them for the others.
     """
@@ -84,12 +99,15 @@ def _copy_heads(
     of: int,
     spreads: bool,
 ) -> None:
+    if len(sources) > 6:
+        _copy_heads(sources[6:], targets[6:], slices[6:], index, chosen, of, spreads)
+        sources, targets, slices = sources[:6], targets[:6], slices[:6]
     pointers, shapes = [], []
     for place in range(6):
         is_used = place < len(sources)
         each = slices[place] if is_used else HeadSlices(0, 1, rows=True)
         pointers += [sources[place], targets[place]] if is_used else [sources[0], targets[0]]
-        shapes += [each.outer, each.inner, each.rows]
+        shapes += [each.outer, each.inner, each.rows, each.units]
     programs = sum(ceil(target.numel() / _COPY_ELEMENTS) for target in targets)
     triton_kernels.copy_heads[(programs,)](*pointers, index, chosen, of, *shapes, spreads, _COPY_ELEMENTS)
 

@@ -7,77 +7,122 @@ import triton.language as tl
 
 
 @triton.jit
+def _wide(heads, of, UNITS: tl.constexpr):
+    """Units of some heads' part, where shares are unequal."""
+    return tl.cdiv(heads * tl.cdiv(UNITS, of), 8) * 8
+
+
+@triton.jit
 def _take(source, target, heads, program, chosen, of, OUTER: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr,
-          BLOCK: tl.constexpr):  # fmt: skip
+          UNITS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     at = program * BLOCK + tl.arange(0, BLOCK)
-    inside = at < chosen * OUTER * INNER
     inner, rest = at % INNER, at // INNER
-    if ROWS:
-        outer, place = rest % OUTER, rest // OUTER
+    if UNITS > 0:
+        share, wide = tl.cdiv(UNITS, of), _wide(chosen, of, UNITS)
+        inside = at < OUTER * wide * INNER
+        outer, unit = rest // wide, rest % wide
+        place = unit // share
+        is_head = inside & (place < chosen)
+        head = tl.load(heads + place, mask=is_head, other=0)
+        unit = head * UNITS // of + unit % share
+        is_own = is_head & (unit < (head + 1) * UNITS // of)
+        value = tl.load(source + (outer * UNITS + unit) * INNER + inner, mask=is_own, other=0.0)
     else:
-        outer, place = rest // chosen, rest % chosen
-    head = tl.load(heads + place, mask=inside, other=0)
-    value = tl.load(source + (outer * of + head) * INNER + inner, mask=inside)
+        inside = at < chosen * OUTER * INNER
+        if ROWS:
+            outer, place = rest % OUTER, rest // OUTER
+        else:
+            outer, place = rest // chosen, rest % chosen
+        head = tl.load(heads + place, mask=inside, other=0)
+        value = tl.load(source + (outer * of + head) * INNER + inner, mask=inside)
     tl.store(target + at, value.to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _spread(source, target, places, program, chosen, of, OUTER: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr,
-            BLOCK: tl.constexpr):  # fmt: skip
+            UNITS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     at = program * BLOCK + tl.arange(0, BLOCK)
-    inside = at < of * OUTER * INNER
     inner, rest = at % INNER, at // INNER
-    outer, head = rest // of, rest % of
-    place = tl.load(places + head, mask=inside, other=-1)
-    if ROWS:
-        origin = (place * OUTER + outer) * INNER + inner
+    if UNITS > 0:
+        inside = at < OUTER * UNITS * INNER
+        outer, unit = rest // UNITS, rest % UNITS
+        head = ((unit + 1) * of - 1) // UNITS
+        place = tl.load(places + head, mask=inside, other=-1)
+        unit = place * tl.cdiv(UNITS, of) + unit - head * UNITS // of
+        origin = (outer * _wide(chosen, of, UNITS) + unit) * INNER + inner
     else:
-        origin = (outer * chosen + place) * INNER + inner
+        inside = at < of * OUTER * INNER
+        outer, head = rest // of, rest % of
+        place = tl.load(places + head, mask=inside, other=-1)
+        if ROWS:
+            origin = (place * OUTER + outer) * INNER + inner
+        else:
+            origin = (outer * chosen + place) * INNER + inner
     value = tl.load(source + origin, mask=inside & (place >= 0), other=0.0)
     tl.store(target + at, value.to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _copy(source, target, index, program, chosen, of, OUTER: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr,
-          SPREADS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+          UNITS: tl.constexpr, SPREADS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     if OUTER > 0:
         if SPREADS:
-            _spread(source, target, index, program, chosen, of, OUTER, INNER, ROWS, BLOCK)
+            _spread(source, target, index, program, chosen, of, OUTER, INNER, ROWS, UNITS, BLOCK)
         else:
-            _take(source, target, index, program, chosen, of, OUTER, INNER, ROWS, BLOCK)
+            _take(source, target, index, program, chosen, of, OUTER, INNER, ROWS, UNITS, BLOCK)
+
+
+@triton.jit
+def _programs(chosen, of, OUTER: tl.constexpr, INNER: tl.constexpr, UNITS: tl.constexpr, SPREADS: tl.constexpr,
+              BLOCK: tl.constexpr):  # fmt: skip
+    """Programs that copy one parameter."""
+    if UNITS > 0:
+        wide = UNITS if SPREADS else _wide(chosen, of, UNITS)
+    else:
+        wide = of if SPREADS else chosen
+    return tl.cdiv(wide * OUTER * INNER, BLOCK)
 
 
 @triton.jit
 def copy_heads(
     source0, target0, source1, target1, source2, target2, source3, target3,
     source4, target4, source5, target5, index, chosen, of,
-    OUTER0: tl.constexpr, INNER0: tl.constexpr, ROWS0: tl.constexpr,
-    OUTER1: tl.constexpr, INNER1: tl.constexpr, ROWS1: tl.constexpr,
-    OUTER2: tl.constexpr, INNER2: tl.constexpr, ROWS2: tl.constexpr,
-    OUTER3: tl.constexpr, INNER3: tl.constexpr, ROWS3: tl.constexpr,
-    OUTER4: tl.constexpr, INNER4: tl.constexpr, ROWS4: tl.constexpr,
-    OUTER5: tl.constexpr, INNER5: tl.constexpr, ROWS5: tl.constexpr,
+    OUTER0: tl.constexpr, INNER0: tl.constexpr, ROWS0: tl.constexpr, UNITS0: tl.constexpr,
+    OUTER1: tl.constexpr, INNER1: tl.constexpr, ROWS1: tl.constexpr, UNITS1: tl.constexpr,
+    OUTER2: tl.constexpr, INNER2: tl.constexpr, ROWS2: tl.constexpr, UNITS2: tl.constexpr,
+    OUTER3: tl.constexpr, INNER3: tl.constexpr, ROWS3: tl.constexpr, UNITS3: tl.constexpr,
+    OUTER4: tl.constexpr, INNER4: tl.constexpr, ROWS4: tl.constexpr, UNITS4: tl.constexpr,
+    OUTER5: tl.constexpr, INNER5: tl.constexpr, ROWS5: tl.constexpr, UNITS5: tl.constexpr,
     SPREADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    heads = of if SPREADS else chosen
-    end0 = tl.cdiv(heads * OUTER0 * INNER0, BLOCK)
-    end1 = end0 + tl.cdiv(heads * OUTER1 * INNER1, BLOCK)
-    end2 = end1 + tl.cdiv(heads * OUTER2 * INNER2, BLOCK)
-    end3 = end2 + tl.cdiv(heads * OUTER3 * INNER3, BLOCK)
-    end4 = end3 + tl.cdiv(heads * OUTER4 * INNER4, BLOCK)
+    end0 = _programs(chosen, of, OUTER0, INNER0, UNITS0, SPREADS, BLOCK)
+    end1 = end0 + _programs(chosen, of, OUTER1, INNER1, UNITS1, SPREADS, BLOCK)
+    end2 = end1 + _programs(chosen, of, OUTER2, INNER2, UNITS2, SPREADS, BLOCK)
+    end3 = end2 + _programs(chosen, of, OUTER3, INNER3, UNITS3, SPREADS, BLOCK)
+    end4 = end3 + _programs(chosen, of, OUTER4, INNER4, UNITS4, SPREADS, BLOCK)
     if program < end0:
-        _copy(source0, target0, index, program, chosen, of, OUTER0, INNER0, ROWS0, SPREADS, BLOCK)
+        _copy(source0, target0, index, program, chosen, of, OUTER0, INNER0, ROWS0, UNITS0, SPREADS, BLOCK)
     elif program < end1:
-        _copy(source1, target1, index, program - end0, chosen, of, OUTER1, INNER1, ROWS1, SPREADS, BLOCK)
+        _copy(
+            source1, target1, index, program - end0, chosen, of, OUTER1, INNER1, ROWS1, UNITS1, SPREADS, BLOCK
+        )
     elif program < end2:
-        _copy(source2, target2, index, program - end1, chosen, of, OUTER2, INNER2, ROWS2, SPREADS, BLOCK)
+        _copy(
+            source2, target2, index, program - end1, chosen, of, OUTER2, INNER2, ROWS2, UNITS2, SPREADS, BLOCK
+        )
     elif program < end3:
-        _copy(source3, target3, index, program - end2, chosen, of, OUTER3, INNER3, ROWS3, SPREADS, BLOCK)
+        _copy(
+            source3, target3, index, program - end2, chosen, of, OUTER3, INNER3, ROWS3, UNITS3, SPREADS, BLOCK
+        )
     elif program < end4:
-        _copy(source4, target4, index, program - end3, chosen, of, OUTER4, INNER4, ROWS4, SPREADS, BLOCK)
+        _copy(
+            source4, target4, index, program - end3, chosen, of, OUTER4, INNER4, ROWS4, UNITS4, SPREADS, BLOCK
+        )
     else:
-        _copy(source5, target5, index, program - end4, chosen, of, OUTER5, INNER5, ROWS5, SPREADS, BLOCK)
+        _copy(
+            source5, target5, index, program - end4, chosen, of, OUTER5, INNER5, ROWS5, UNITS5, SPREADS, BLOCK
+        )
 
 
 @triton.jit

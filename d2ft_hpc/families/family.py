@@ -67,12 +67,14 @@ class KernelParts:
     with plain linear layers, rows of qkv in the order q, k, v, layer norms, and equal shares of hidden units.
 
     attend: of q, k, v, each [sample, head, token, channel], their heads, int64 [n], and of what the block's forward
-    takes beside x. scale1, scale2: give gamma1, gamma2 or None, as the block has them at the time.
+    takes beside x. is_plain: it is torch's attention and nothing else. scale1, scale2: give gamma1, gamma2 or None, as
+    the block has them at the time.
     """
 
     norm1: nn.LayerNorm
     qkv: nn.Linear
     attend: Callable[..., Tensor]
+    is_plain: bool
     proj: nn.Linear
     scale1: Callable[[], Tensor | None]
     norm2: nn.LayerNorm

@@ -138,3 +138,20 @@ class HeadAxis:
         assert self.units is not None
         edges = torch.arange(1, self.heads + 1, device=device) * self.units // self.heads
         return torch.searchsorted(edges, torch.arange(self.units, device=device), right=True)
+
+
+@dataclass(frozen=True)
+class TakenHeads(HeadAxis):
+    """The split of a parameter of which some heads' part was copied already: `select` gives `part`, whatever it is
+    asked for. Where shares are unequal, `part` may be filled up with more zeros than `HeadAxis.select` does.
+    """
+
+    part: Tensor | None = None
+
+    @staticmethod
+    def of_part(axis: HeadAxis, part: Tensor) -> TakenHeads:
+        return TakenHeads(axis.view_shape, axis.axis, axis.splits_rows, axis.units, part)
+
+    def select(self, parameter: Tensor, heads: Tensor) -> Tensor:
+        assert self.part is not None
+        return self.part

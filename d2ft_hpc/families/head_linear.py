@@ -1,4 +1,4 @@
-"""Linear layers of some heads. The copied weights are not kept for the backward, which copies them again."""
+"""Linear layers of some heads. Weights that are copied here are not kept for the backward, which copies them again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2ft_hpc.families.head_axis import HeadAxis
+from d2ft_hpc.families.head_axis import HeadAxis, TakenHeads
 from d2ft_hpc.families.low_rank import with_lora
 
 
@@ -33,7 +33,7 @@ def out_of_heads(
 
 def head_part(axis: HeadAxis, parameter: Tensor, heads: Tensor) -> Tensor:
     """The heads' part of a parameter. As heads are in rising order, all of them are the parameter, without a copy."""
-    if _are_all(axis, heads):
+    if not isinstance(axis, TakenHeads) and _are_all(axis, heads):
         # A view, because autocast would cache a leaf's cast without gradient.
         return parameter.view_as(parameter)
     return axis.select(parameter, heads)
@@ -44,7 +44,7 @@ def head_linear(axis: HeadAxis, x: Tensor, weight: Tensor, bias: Tensor | None, 
 
     x: [..., in]. bias: of what comes out. heads: int64 [n], in rising order.
     """
-    if _are_all(axis, heads) or not torch.is_grad_enabled():
+    if isinstance(axis, TakenHeads) or _are_all(axis, heads) or not torch.is_grad_enabled():
         return F.linear(x, head_part(axis, weight, heads), bias)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))  # so that this is what is kept

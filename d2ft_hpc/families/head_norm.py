@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2ft_hpc.families.head_axis import HeadAxis
@@ -19,7 +20,7 @@ def normalise_heads(
     at least, as torch's norm under autocast.
     """
     dtype = torch.promote_types(parts[0].dtype, torch.float32)
-    own = [axis.owned(of_part) for of_part in heads]
+    own = [_filled(axis.owned(of_part), part) for part, of_part in zip(parts, heads, strict=True)]
     wide = [part.to(dtype) for part in parts]
     count = torch.stack([mask.sum() for mask in own]).sum()
     mean = torch.stack([part.sum(-1, keepdim=True) for part in wide]).sum(0) / count
@@ -27,8 +28,14 @@ def normalise_heads(
     variance = torch.stack([part.square().sum(-1, keepdim=True) for part in centred]).sum(0) / count
     scale = torch.rsqrt(variance + norm.eps)
     return [
-        (part * scale * head_part(axis, norm.weight, of_part) + head_part(axis, norm.bias, of_part)).to(
-            given.dtype
-        )
+        (
+            part * scale * _filled(head_part(axis, norm.weight, of_part), part)
+            + _filled(head_part(axis, norm.bias, of_part), part)
+        ).to(given.dtype)
         for part, of_part, given in zip(centred, heads, parts, strict=True)
     ]
+
+
+def _filled(channels: Tensor, part: Tensor) -> Tensor:
+    """With zeros for the channels beyond those of the heads, where `part` has such."""
+    return F.pad(channels, (0, part.shape[-1] - channels.shape[0]))

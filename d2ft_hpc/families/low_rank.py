@@ -62,14 +62,14 @@ def axes_of(
     block: nn.Module, own: Mapping[str, HeadAxis], layers: Mapping[str, Sequence[str]]
 ) -> dict[str, HeadAxis]:
     """`own`, by names in the block, without those of parameters that it lacks, and LoRA's of its `layers`, by role."""
-    axes = {name: axis for name, axis in own.items() if _parameter(block, name) is not None}
+    axes = {name: axis for name, axis in own.items() if parameter_of(block, name) is not None}
     for names in layers.values():
         for name in names:
             axes |= _adapter_axes(block.get_submodule(name), name, axes)
     return axes
 
 
-def _parameter(block: nn.Module, name: str) -> Any:
+def parameter_of(block: nn.Module, name: str) -> Any:
     path, _, last = name.rpartition(".")
     return getattr(block.get_submodule(path), last)
 

@@ -137,6 +137,11 @@ def attend(
     return _softmax(attn, query, key, value, mask, positions.is_causal)
 
 
+def is_plain(attn: Any) -> bool:
+    """Whether `attend` is torch's attention and nothing else."""
+    return type(attn) is Attention and is_identity(attn.q_norm) and is_identity(attn.k_norm)
+
+
 def positions_by_head(attn: Any, of_model: Tensor | None) -> Tensor | None:
     """What is added to the scores of all heads, by this attention itself and by the model: [1, head, token,
     token]."""

@@ -162,8 +162,9 @@ class TimmBlocks(TimmFamily):
             )
 
         scale1, scale2 = (partial(_scale, block, number) for number in (1, 2))
+        is_plain = timm_attention.is_plain(attn)
         return KernelParts(
-            block.norm1, attn.qkv, attend, attn.proj, scale1, block.norm2, mlp.fc1, mlp.fc2, scale2
+            block.norm1, attn.qkv, attend, is_plain, attn.proj, scale1, block.norm2, mlp.fc1, mlp.fc2, scale2
         )
 
 

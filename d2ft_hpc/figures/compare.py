@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import COLOURS, name_ticks, new_figure, number, short
+from d2ft_hpc.figures.style import COLOURS, legend_below, name_ticks, new_figure, number, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -216,8 +216,7 @@ def draw(numbers: dict[str, Any]) -> Figure:
         axis.set(ylabel=label, xlim=(-0.6, len(groups) - 0.4))
         axis.grid(axis="y", alpha=0.3)
         axis.margins(y=0.15)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
+    legend_below(figure)
     figure.suptitle(
         "Runs over seeds (p: t-test against the first, paired by seed or Welch's, Holm-corrected)"
     )

@@ -9,7 +9,7 @@ import numpy as np
 
 from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import PHASE_STYLES, boxes, new_figure, say, short
+from d2ft_hpc.figures.style import PHASE_STYLES, boxes, legend_below, new_figure, say, short
 from d2ft_hpc.figures.workload import phase_seconds
 
 if TYPE_CHECKING:
@@ -80,15 +80,7 @@ def draw(numbers: dict[str, Any]) -> Figure:
             begin = float(left.max())
         axis.set(xlim=(0, begin or 1), ylim=(-0.6, ranks - 0.4 + 0.25 / _line_height(run)))
         axis.set_yticks(range(0, ranks, max(1, ranks // 16)))
-    handles = {
-        label: handle
-        for axis in panels
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    if handles:
-        figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize="small"
-        )
+    legend_below(figure)
     return figure
 
 

@@ -59,5 +59,5 @@ def draw(numbers: dict[str, Any]) -> Figure:
         axis.grid(alpha=0.3)
         if not any(len(line.get_xdata()) for line in axis.get_lines()):
             say(axis, "nothing recorded")
-    legend_below(figure, left)
+    legend_below(figure)
     return figure

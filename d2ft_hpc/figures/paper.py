@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import COLOURS, name_ticks, new_figure, number, say
+from d2ft_hpc.figures.style import COLOURS, legend_below, name_ticks, new_figure, number, say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -174,9 +174,6 @@ def draw(numbers: dict[str, Any]) -> Figure:
         )  # bars that rounding alone keeps from zero are drawn as zero
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
-    unique: dict[str, Any] = {}
-    for axis in figure.axes:
-        unique |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=2, fontsize="small")
+    legend_below(figure)
     figure.suptitle("Savings and losses beside the paper's claims for the same data set")
     return figure

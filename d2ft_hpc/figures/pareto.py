@@ -105,5 +105,5 @@ def draw(numbers: dict[str, Any]) -> Figure:
     figure.suptitle(
         "Accuracy against cost (stars: dense runs; lines: what they had reached before their end)"
     )
-    legend_below(figure, figure.axes[0])
+    legend_below(figure)
     return figure

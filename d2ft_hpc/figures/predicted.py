@@ -86,5 +86,5 @@ def draw(numbers: dict[str, Any]) -> Figure:
             say(axis, "needs a dense run\nto compare with")
     if numbers["baseline"]:
         figure.axes[1].set_ylabel(f"measured time (% of {short(numbers['baseline'])})")
-    legend_below(figure, figure.axes[0])
+    legend_below(figure)
     return figure

@@ -9,7 +9,7 @@ import numpy as np
 
 from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import COLOURS, heat_map, new_figure, short, whole_numbers
+from d2ft_hpc.figures.style import COLOURS, heat_map, legend_below, new_figure, short, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,6 +71,5 @@ def draw(numbers: dict[str, Any]) -> Figure:
             if wide:
                 right.set_yscale("log")
         axes[0].set_ylabel(f"{short(run['name'], 24)}\nblock")
-    handles, labels = figure.axes[1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
+    legend_below(figure)
     return figure

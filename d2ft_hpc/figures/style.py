@@ -74,13 +74,15 @@ def say(axis: Axes, text: str) -> None:
     axis.text(0.5, 0.5, text, ha="center", va="center", transform=axis.transAxes, color="0.4", wrap=True)
 
 
-def legend_below(figure: Figure, axis: Axes) -> None:
-    """One legend for the whole figure, below it."""
-    handles, labels = axis.get_legend_handles_labels()
-    if handles:
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(len(labels), 7), fontsize="small"
-        )
+def legend_below(figure: Figure) -> None:
+    """One legend for the whole figure, below it, in which each label stands once."""
+    drawn: dict[str, Any] = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            drawn.setdefault(label, handle)
+    if drawn:
+        handles, labels, columns = list(drawn.values()), list(drawn), min(len(drawn), 7)
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small")
 
 
 def boxes(axis: Axes, left: Array, right: Array, bottom: Array, top: Array, **style: Any) -> None:

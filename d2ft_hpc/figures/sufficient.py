@@ -188,5 +188,5 @@ def draw(numbers: dict[str, Any]) -> Figure:
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("top-1, points from the reference")
     figure.suptitle("How little is enough (bars: down to the lower one-sided 95 % bound, paired by seed)")
-    legend_below(figure, figure.axes[0])
+    legend_below(figure)
     return figure

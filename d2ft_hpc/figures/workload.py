@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import COLOURS, PHASE_STYLES, boxes, new_figure, say, short, whole_numbers
+from d2ft_hpc.figures.style import (
+    COLOURS,
+    PHASE_STYLES,
+    boxes,
+    legend_below,
+    new_figure,
+    say,
+    short,
+    whole_numbers,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,9 +42,6 @@ def phase_seconds(run: Run) -> dict[str, Any]:
     """Seconds by phase, each [step, rank]; communication without the waiting in it."""
     seconds = {phase: run.steps[f"{phase}_seconds"].astype(np.float64) for phase in PHASE_STYLES}
     seconds["communication"] = seconds["communication"] - np.nan_to_num(seconds["waiting"])
-    if not np.isfinite(seconds["other"]).any():  # not recorded in older files
-        named = sum(np.nan_to_num(values) for phase, values in seconds.items() if phase != "other")
-        seconds["other"] = np.maximum(run.steps["step_seconds"] - named, 0)
     return seconds
 
 
@@ -72,13 +78,5 @@ def draw(numbers: dict[str, Any]) -> Figure:
             axis.set_xlim(-1, max(1, len(ranks)))
             if not len(ranks):
                 say(axis, "nothing recorded")
-    drawn = {
-        label: handle
-        for axis in panels[:, 1]
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    if drawn:
-        figure.legend(
-            drawn.values(), drawn.keys(), loc="outside lower center", ncols=len(drawn), fontsize="small"
-        )
+    legend_below(figure)
     return figure

@@ -2,7 +2,7 @@
 
 from d2ft_hpc.launch.agree import agreed, run_guarded, share
 from d2ft_hpc.launch.connect import connect, device_type_of
-from d2ft_hpc.launch.control import Control
+from d2ft_hpc.launch.control import Control, gathered
 from d2ft_hpc.launch.environment import LaunchEnvironment, detect
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "connect",
     "detect",
     "device_type_of",
+    "gathered",
     "run_guarded",
     "share",
 ]

@@ -8,18 +8,15 @@ launcher has ended the job.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from d2ft_hpc.launch.async_gather import DoneGather, PendingGather
 from d2ft_hpc.safe_text import one_line, scrubbed
-
-if TYPE_CHECKING:
-    pass
-
 
 GRACE_SECONDS = 3.0
 
@@ -119,6 +116,11 @@ class SoloControl:
         if self.owns_process_group:
             self.owns_process_group = False
             destroy_process_group()
+
+
+def gathered(control: Control, value: Any) -> list[Any]:
+    """Every rank's value, in rank order: what JSON can hold, NaN and infinity too. All ranks call it together."""
+    return [json.loads(part) for part in control.all_gather(json.dumps(value).encode())]
 
 
 def own_payload(payload: bytes | None) -> bytes:

@@ -15,13 +15,10 @@ from functools import wraps
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from d2ft_hpc.errors import LaunchError, LostRankError
 from d2ft_hpc.launch.async_gather import MpiGather, PendingGather
-
-if TYPE_CHECKING:
-    pass
 from d2ft_hpc.launch.control import (
     GRACE_SECONDS,
     describe_ranks,

@@ -13,7 +13,16 @@ import numpy.typing as npt
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.lifecycle.context import PlanContext
 from d2ft_hpc.plan_config import PlanConfig
-from d2ft_hpc.planning import BUDGET_EPSILON, PlanProblem, SkipPlan, plan_samples, pose, solve
+from d2ft_hpc.planning import (
+    BUDGET_EPSILON,
+    Budgets,
+    Devices,
+    PlanProblem,
+    SkipPlan,
+    plan_samples,
+    pose,
+    solve,
+)
 from d2ft_hpc.planning.communication_volume import TokenLayout
 from d2ft_hpc.scores import Scores
 
@@ -103,17 +112,16 @@ def _problem(
     return pose(
         [forward[:, planned], backward[:, planned]],
         reckoned,
-        replicas=context.replicas,
-        rank=context.placement.owner[planned],
-        stage=context.placement.stage[planned],
-        compute_budget=compute_budget,
-        communication_budget=settings.communication_budget,
-        memory_budget=settings.memory_budget,
-        device_speed=None if same_rows else context.by_device(reckoned.device_speed),
-        most_full=most_full,
-        messages=settings.messages,
-        replicas_meet=context.replicas_meet and not same_rows,
-        token_layout=token_layout,
+        Budgets(compute_budget, settings.communication_budget, settings.memory_budget),
+        Devices(
+            replicas=context.replicas,
+            rank=context.placement.owner[planned],
+            stage=context.placement.stage[planned],
+            speed=None if same_rows else context.by_device(reckoned.device_speed),
+            most_full=most_full,
+            replicas_meet=context.replicas_meet and not same_rows,
+        ),
+        messages=token_layout if settings.messages == "by_meeting" else None,
     )
 
 

@@ -88,10 +88,6 @@ class Placement:
         return Placement(layout, [range(blocks)], np.zeros((blocks, heads), dtype=np.int64))
 
     @property
-    def replicas(self) -> int:
-        return self.layout.replicas
-
-    @property
     def stage(self) -> Ints:
         """Pipeline stage of each block, int64 [block]."""
         return np.repeat(np.arange(len(self.stages)), [len(blocks) for blocks in self.stages])

@@ -3,7 +3,7 @@
 from d2ft_hpc.planning.joint import solve_joint
 from d2ft_hpc.planning.placement import in_order, place, spread
 from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.pose import pose
+from d2ft_hpc.planning.pose import Budgets, Devices, GivenShares, pose
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem, check
 from d2ft_hpc.planning.samples import plan_samples
 from d2ft_hpc.planning.simulate import simulate, waste
@@ -13,6 +13,9 @@ from d2ft_hpc.planning.table import PLANNERS
 __all__ = [
     "BUDGET_EPSILON",
     "PLANNERS",
+    "Budgets",
+    "Devices",
+    "GivenShares",
     "Operation",
     "PlanProblem",
     "SkipPlan",

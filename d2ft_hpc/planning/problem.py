@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -120,114 +119,6 @@ class PlanProblem:
             raise PlanError(f"always_share must be in [0, 1), got {self.always_share}.")
         if not all(0 <= cost < math.inf for cost in self.meeting_cost):
             raise PlanError(f"meeting_cost must be two finite numbers >= 0, got {self.meeting_cost}.")
-
-    @classmethod
-    def parallel(
-        cls,
-        forward_score: npt.ArrayLike,
-        backward_score: npt.ArrayLike,
-        *,
-        replicas: int = 1,
-        rank: npt.ArrayLike | None = None,
-        stage: npt.ArrayLike | None = None,
-        compute_budget: float,
-        communication_budget: float | None = None,
-        memory_budget: float | None = None,
-        forward_cost: float = 1 / 3,
-        always_share: float = 0.0,
-        device_speed: Sequence[float] | None = None,
-        messages: Literal["by_head", "by_meeting"] = "by_head",
-        replicas_meet: bool = False,
-        token_layout: TokenLayout = "replicated",
-        most_full: Sequence[float] | None = None,
-    ) -> PlanProblem:
-        """The problem of data-parallel replicas, each cut into pipeline stages and tensor-parallel ranks.
-
-        forward_score, backward_score: [row, block, head].
-        rank: int [block, head], owner map of the tensor-parallel ranks; None = one rank.
-        stage: int [block], pipeline stage of each block; None = one stage.
-        compute_budget: fraction in (0, 1] of the dense step's training compute, always-run parts included.
-        communication_budget: fraction in (0, 1] of what the dense step sends; None = unlimited.
-        messages: "by_head" counts FULL 1, FORWARD_ONLY 0.5 and SHORTCUT 0 (arXiv 2504.12471); "by_meeting" what
-            tensor-parallel ranks really send in `token_layout`: for a (row, block) half forward, half backward, less
-            where not all ranks have a head that runs, or is FULL.
-        memory_budget: fraction in (0, 1] of the activations that a device keeps for the backward of a dense
-            row; None = unlimited.
-        most_full: the same by device, as the most FULL cells of one row; the smaller limit counts.
-        forward_cost: cost of FORWARD_ONLY, a fraction in [0, 1] of the cost of FULL.
-        always_share: fraction in [0, 1) of the dense compute that runs regardless of the plan; it is paid
-            out of `compute_budget` first.
-        device_speed: relative speed of each device; None = all equal. The work is shared out so that all
-            devices finish together, no device getting more than its dense step.
-        replicas_meet: as the class says.
-
-        Raises PlanError if a value is out of range, or if a device's budget does not reach `always_share`
-        (the message names the device, its budget and the least feasible `compute_budget`).
-        """
-        forward = np.asarray(forward_score, dtype=np.float64)
-        if forward.ndim != 3 or forward.size == 0:
-            raise PlanError(f"forward_score must be [row, block, head], got the shape {forward.shape}.")
-        if replicas < 1 or forward.shape[0] % replicas:
-            raise PlanError(f"{forward.shape[0]} rows cannot be divided over {replicas} replicas.")
-        for name, value in (
-            ("compute_budget", compute_budget),
-            ("communication_budget", communication_budget),
-            ("memory_budget", memory_budget),
-        ):
-            if value is not None and not 0 < value <= 1:
-                raise PlanError(f"{name} is a share of the dense step in (0, 1], got {value}.")
-        if not 0 <= forward_cost <= 1:
-            raise PlanError(f"forward_cost is a share of the cost of FULL in [0, 1], got {forward_cost}.")
-        rank = np.zeros(forward.shape[1:]) if rank is None else np.asarray(rank)
-        stage = np.zeros(forward.shape[1]) if stage is None else np.asarray(stage)
-        devices = replicas * (int(np.max(stage, initial=0)) + 1) * (int(np.max(rank, initial=0)) + 1)
-        speed = np.asarray([1.0] * devices if device_speed is None else device_speed, dtype=np.float64)
-        if speed.shape != (devices,):
-            raise PlanError(f"device_speed needs {devices} numbers > 0, got {device_speed}.")
-        unlimited: Floats = np.full(devices, math.inf)
-        problem = cls(
-            forward_score=forward,
-            backward_score=np.asarray(backward_score, dtype=np.float64),
-            replicas=replicas,
-            rank=rank.astype(np.int64),
-            stage=stage.astype(np.int64),
-            device_speed=speed,
-            compute_cost=(0.0, forward_cost, 1.0),
-            communication_cost=(0.0, 0.5, 1.0) if messages == "by_head" else (0.0, 0.0, 0.0),
-            meeting_cost=(0.0, 0.0) if messages == "by_head" else (0.5, 0.5),
-            replicas_meet=replicas_meet,
-            token_layout=token_layout,
-            compute_budget=unlimited,
-            communication_budget=unlimited,
-            memory_budget=unlimited,
-            always_share=always_share,
-        )
-        cells = problem.cells_per_device
-        share = finish_together(speed, cells, compute_budget)
-        slowest = int(share.argmin())
-        if share[slowest] < always_share - BUDGET_EPSILON:
-            time = always_share * cells[slowest] / speed[slowest]
-            least = float(np.minimum(cells, time * speed).sum() / cells.sum())
-            raise PlanError(
-                f"compute_budget {compute_budget:g} gives {problem.device_names[slowest]} "
-                f"{share[slowest]:.4f} of its dense step, but {always_share:.4f} of it runs whatever the "
-                f"plan says (embedding, classifier). The least feasible compute_budget is {round_up(least):g}."
-            )
-        cells_of_row = cells / (forward.shape[0] // replicas)
-        memory = unlimited if memory_budget is None else np.floor(memory_budget * cells_of_row + 1e-9)
-        if most_full is not None:
-            memory = np.minimum(memory, np.asarray(most_full, dtype=np.float64))
-        communication = (
-            unlimited
-            if communication_budget is None
-            else communication_budget * problem.dense_communication()
-        )
-        return replace(
-            problem,
-            compute_budget=np.clip((share - always_share) / (1 - always_share), 0.0, 1.0) * cells,
-            communication_budget=communication,
-            memory_budget=memory,
-        )
 
     def of_followed(self, followed: Ints) -> PlanProblem:
         """The problem of the replicas whose rows others follow, by the mean scores of all that do. Devices keep budgets
@@ -429,22 +320,6 @@ def _divide_by_mean(score: Floats) -> Floats:
         return np.ones_like(score)
     scaled = score / largest  # first, since the sum of large scores could overflow
     return np.asarray(scaled / scaled.mean(), dtype=np.float64)
-
-
-def finish_together(speed: Floats, cells: Ints, mean_share: float) -> Floats:
-    """Each device's share of its dense step, float64 [device], at most 1: what it finishes in a time that is the same
-    for all. In that time `mean_share` of all cells are done. speed, cells: [device].
-    """
-    share = np.ones(len(speed))
-    open_ = cells > 0  # devices that the budget does not let run densely
-    while open_.any():
-        time = (mean_share * cells.sum() - cells[~open_].sum()) / speed[open_].sum()
-        dense = open_ & (speed * time >= cells)
-        if not dense.any():
-            share[open_] = speed[open_] * time / cells[open_]
-            break
-        open_ &= ~dense
-    return share
 
 
 def round_up(value: float) -> float:

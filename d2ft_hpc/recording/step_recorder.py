@@ -70,9 +70,15 @@ class StepRecorder:
         self._measured: deque[StepRecord] = deque()
         self._sent: deque[tuple[StepRecord, Array, PendingGather]] = deque()
         self._recording_seconds = 0.0
+        self._seconds, self._data_seconds, self._first_ended = 0.0, 0.0, False
         self.fault = ""
         """This rank's first loss that is not finite, as the steps done before, a blank, and the loss. Empty while all
         losses are finite."""
+
+    @property
+    def share_of_waiting_for_data(self) -> float:
+        """Of the seconds of this rank's steps but the first, in which data workers start."""
+        return self._data_seconds / self._seconds if self._seconds else 0.0
 
     def add(self, record: StepRecord) -> None:
         """Takes a step; passes on those whose times are ready."""
@@ -132,6 +138,10 @@ class StepRecorder:
         loss = float(record.loss)
         if not (math.isfinite(loss) or record.skipped or self.fault):
             self.fault = f"{record.step} the loss of step {record.step + 1} is {loss}"
+        if self._first_ended:
+            self._seconds += sum(seconds.values())
+            self._data_seconds += seconds.get("data", 0.0)
+        self._first_ended = True
         figures = {
             "rank_loss": loss,
             **record.of_rank,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from d2ft_hpc.engines.engine import Engine
-from d2ft_hpc.launch import agreed
+from d2ft_hpc.launch import agreed, gathered
 from d2ft_hpc.lifecycle import PlanCosts
 from d2ft_hpc.metering.activation_bytes import ActivationBytes
 from d2ft_hpc.metering.memory import free_bytes
@@ -36,8 +35,7 @@ def with_memory_limits(
         free /= control.hosts.count(control.host)
     free = (1 - HEADROOM) * free - engine.bytes_to_come
     most = most_full(free, kept, placement, job.config.data.slots)
-    own = [free, most, float(placement.own.sum())]
-    of_ranks = [json.loads(part) for part in control.all_gather(json.dumps(own).encode())]
+    of_ranks = gathered(control, [free, most, float(placement.own.sum())])
     of_all, limits, subnets = (list(column) for column in zip(*of_ranks, strict=True))
     costs = replace(costs, free_bytes=of_all, most_full=None if limits == subnets else limits)
     with agreed(control, "keeping the costs"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.data.datasets import LabelledImages, Split, open_split
-from d2ft_hpc.data.loader import Batches, eval_loader, train_loader
+from d2ft_hpc.data.loader import EVALUATION_FACTOR, Batches, eval_loader, train_loader, workers_of
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.engines.engine import MicroBatch
@@ -27,12 +27,14 @@ from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.families.table import family_of
 from d2ft_hpc.launch import Control
 from d2ft_hpc.launch.control import print_line
+from d2ft_hpc.lifecycle.foresight import curve_of
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.model.build import build_model, pixel_statistics
 from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.parallel.rank_layout import RankLayout
 from d2ft_hpc.parallel.stages import layer_flops
 from d2ft_hpc.planning.samples import SampleOptions
+from d2ft_hpc.planning.token_curve import TokenCurve
 from d2ft_hpc.safe_text import shown
 from d2ft_hpc.selection import SampleSelection
 from d2ft_hpc.selection.build import count_scoring, selection_of
@@ -50,6 +52,8 @@ class Job:
     evaluation_set: LabelledImages
     sampler: MicroBatchSampler
     layout: RankLayout
+    patch_size: tuple[int, int]
+    """Height and width, pixels."""
     selection: SampleSelection | None
     """What draws the samples that train; None where all of them do."""
 
@@ -78,12 +82,35 @@ class Job:
         return layer_flops(self.model, self.costs, (3, size, size))
 
     @cached_property
+    def curve(self) -> TokenCurve | None:
+        """The resolution of each step's images; None: they have full size, or the one that the plan says."""
+        return curve_of(self.config.plan, self.costs, self.step_samples, "plan.")
+
+    def _size_at(self, step: int) -> tuple[int, int]:
+        assert self.curve is not None
+        down, across = self.curve.grid_at(step)
+        return down * self.patch_size[0], across * self.patch_size[1]
+
+    @cached_property
+    def data_workers(self) -> int:
+        """Processes of this rank that read images."""
+        ranks = self.control.hosts.count(self.control.host)
+        return workers_of(self.config.data, self.train_set, self.device, ranks)
+
+    @cached_property
     def train_batches(self) -> Batches:
         """Micro-batches of this replica, in the sampler's order."""
         data = self.config.data
         mixing = Mixing(self.train_set.num_classes, **data.mixing_options)
+        size_at = None if self.curve is None else self._size_at
+        self.executor.images.may_come_scaled = size_at is not None
         return train_loader(
-            self.train_set, self.sampler, num_workers=data.workers, device=self.device, mixing=mixing
+            self.train_set,
+            self.sampler,
+            num_workers=self.data_workers,
+            device=self.device,
+            mixing=mixing,
+            size_at=size_at,
         )
 
     def batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
@@ -97,10 +124,10 @@ class Job:
         """This replica's share of the evaluation images."""
         return eval_loader(
             self.evaluation_set,
-            batch_size=4 * self.config.data.micro_batch_size,
+            batch_size=EVALUATION_FACTOR * self.config.data.micro_batch_size,
             replicas=self.control.world_size,
             replica=self.control.rank,
-            num_workers=self.config.data.workers,
+            num_workers=self.data_workers,
             device=self.device,
         )
 
@@ -198,7 +225,18 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         )
         costs = replace(costs, score_flops=count_scoring(selection, image_shape, device))
     return Job(
-        config, control, device, model, executor, costs, train_set, evaluation_set, sampler, layout, selection
+        config,
+        control,
+        device,
+        model,
+        executor,
+        costs,
+        train_set,
+        evaluation_set,
+        sampler,
+        layout,
+        executor.subnets.family.patch_size(model),
+        selection,
     )
 
 

@@ -21,7 +21,6 @@ from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.lifecycle import PlanController, PlanState
 from d2ft_hpc.lifecycle.foresight import foresee_plans
 from d2ft_hpc.model.lora import save_adapter, timm_state
-from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.parallel.stages import describe_stages
 from d2ft_hpc.recording.provenance import describe_environment
 from d2ft_hpc.recording.step_recorder import StepRecorder
@@ -37,7 +36,7 @@ from d2ft_hpc.training.measurements import Measurements, measure_job
 from d2ft_hpc.training.model_placement import place
 from d2ft_hpc.training.plan_context import is_due, plan_context
 from d2ft_hpc.training.probe_scores import ProbeScores
-from d2ft_hpc.training.progress import Progress
+from d2ft_hpc.training.progress import WORTH_TELLING, Progress
 from d2ft_hpc.training.results_file import first_plan_of, open_own_results, open_results
 from d2ft_hpc.training.resume import check_length, check_position, choose_start, fitted_to_ranks
 from d2ft_hpc.training.run_log import RunLog
@@ -54,7 +53,6 @@ class _Run:
 
     job: Job
     engine: Engine
-    placement: Placement
     measured: Measurements
     plans: PlanController
     log: RunLog
@@ -95,7 +93,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     with agreed(control, "planning"):
         context = plan_context(job, placement, costs)
     source = ProbeScores(job, engine, watch)
-    run = _Run(job, engine, placement, measured, PlanController(context, engine, control, source, log), log)
+    run = _Run(job, engine, measured, PlanController(context, engine, control, source, log), log)
     if start.checkpoint is not None:
         watch.enter("loading the checkpoint")
         plan = restore_checkpoint(start.checkpoint, engine, control)
@@ -149,7 +147,7 @@ def _train_epochs(run: _Run, recorder: StepRecorder, position: Position, config_
     job, engine, plans, log = run.job, run.engine, run.plans, run.log
     config, control = job.config, job.control
     speed_watch = SpeedWatch(control)
-    runner = StepRunner(job, engine, run.placement)
+    runner = StepRunner(job, engine, plans.context)
     trace = StepTrace(config.train.traced, config.run_folder / "traces" / f"rank-{control.rank}.json")
     start_step, plans_made = position.steps_done, position.plans_made
     if position.steps_done == 0 and config.train.evaluate_at_start:
@@ -193,12 +191,18 @@ def _train_epochs(run: _Run, recorder: StepRecorder, position: Position, config_
                     ideal = config.data.slots * run.measured.profile.ideal_seconds(share, job.costs)
                     record.times.wait()
                     loss, rate = float(record.loss), record.learning_rate
-                    log.progress.step(epoch + 1, position.steps_done, loss, rate, share, ideal)
+                    waited = recorder.share_of_waiting_for_data
+                    log.progress.step(epoch + 1, position.steps_done, loss, rate, share, ideal, waited)
             position = position.after_epoch()
             every = config.train.evaluate_every_epochs
             if position.epochs_done % every == 0 or position.epochs_done == job.num_epochs:
                 _evaluate(run, position)
         between.end(position)
+    if (waited := recorder.share_of_waiting_for_data) >= WORTH_TELLING:
+        log.say(
+            f"{waited:.0%} of the steps' time was spent waiting for images: raise data.workers (each rank had "
+            f"{job.data_workers}) or pack them as pixels; d2ft-hpc bench data tells how fast they come"
+        )
     per_step = engine.executor.lookup_seconds / max(position.steps_done - start_step, 1)
     log.say(f"following the plan took {1e6 * per_step:.0f} us a step, beside the blocks' own work")
     return True

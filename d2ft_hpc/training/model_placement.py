@@ -13,8 +13,8 @@ from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.parallel.head_split import even_owner
 from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.parallel.stages import cut_stages
+from d2ft_hpc.planning import Budgets, Devices, pose
 from d2ft_hpc.planning import place as place_heads
-from d2ft_hpc.planning import pose
 from d2ft_hpc.training.job import Job
 from d2ft_hpc.training.probe_scores import measure_scores
 
@@ -44,9 +44,8 @@ def place(job: Job, checkpoint: Path | None, watch: Watch) -> Placement:
             problem = pose(
                 [scores.forward, scores.backward],
                 job.costs,
-                replicas=layout.replicas,
-                rank=owner,
-                compute_budget=config.plan.compute_budget,
+                Budgets(config.plan.compute_budget),
+                Devices(layout.replicas, owner),
             )
 
             def solve() -> bytes:

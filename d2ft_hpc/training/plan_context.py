@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from d2ft_hpc.config import EngineConfig
 from d2ft_hpc.lifecycle import PlanContext, PlanCosts
-from d2ft_hpc.lifecycle.foresight import curve_of
 from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.parallel.tensor import layouts_of
 from d2ft_hpc.plan_config import PlanConfig
@@ -43,7 +42,7 @@ def plan_context(job: Job, placement: Placement, costs: PlanCosts) -> PlanContex
             else (configured,)
         ),
         total_steps=job.total_steps,
-        curve=curve_of(config.plan, job.costs, job.step_samples, "plan."),
+        curve=job.curve,
     )
 
 

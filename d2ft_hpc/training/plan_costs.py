@@ -17,7 +17,7 @@ from d2ft_hpc.config import RunConfig
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.files import atomic
 from d2ft_hpc.files.untrusted import read_bytes, read_json
-from d2ft_hpc.launch import share
+from d2ft_hpc.launch import gathered, share
 from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.lifecycle.costs import PAPER_FORWARD_COST, PlanCosts, relative_speeds
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds
@@ -44,15 +44,9 @@ def find_costs(job: Job, profile: PassProfile, all_reduce: AllReduceSeconds) -> 
     config, control = job.config, job.control
     path = config.run_folder / COSTS
     own = _cached(job, profile) if config.plan.costs == "measured" else profile
-    of_ranks = [
-        PassProfile(**json.loads(part)) for part in control.all_gather(json.dumps(asdict(own)).encode())
-    ]
-
+    of_ranks = [PassProfile(**each) for each in gathered(control, asdict(own))]
+    links = [AllReduceSeconds(**each) for each in gathered(control, asdict(all_reduce))]
     ranks = control.world_size
-    links = [
-        AllReduceSeconds(**json.loads(part))
-        for part in control.all_gather(json.dumps(asdict(all_reduce)).encode())
-    ]
 
     def decide() -> bytes:
         if config.train.resume and path.exists():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import struct
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -14,6 +13,7 @@ from torch import nn
 
 from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.engines.engine import Engine, LossFunction, MicroBatch
+from d2ft_hpc.launch import gathered
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.lifecycle.controller import ScoreSource
 from d2ft_hpc.lifecycle.gather_scores import gather_scores
@@ -75,9 +75,7 @@ def measure_scores(job: Job, model: nn.Module, loss_function: LossFunction, watc
     for name in set(names) - set(gradient_names):
         of_all_rows = scores_of_weights(SCORES[name], model, subnets).cpu().numpy()
         rows[name] = np.broadcast_to(of_all_rows, job.plan_shape)
-    flops = sum(
-        struct.unpack("<d", part)[0] for part in job.control.all_gather(struct.pack("<d", metered.flops))
-    )
+    flops = sum(gathered(job.control, float(metered.flops)))
     forward, backward = (rows[name] for name in names)
     return Scores(forward, backward, time.perf_counter() - start, *names, flops)
 

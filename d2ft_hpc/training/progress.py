@@ -11,6 +11,8 @@ from d2ft_hpc.safe_text import one_line
 
 _TERMINAL_SECONDS = 0.3
 _FILE_SECONDS = 10.0
+WORTH_TELLING = 0.1
+"""Share of the steps' time that is waited for images."""
 
 
 class Progress:
@@ -56,12 +58,19 @@ class Progress:
         return due
 
     def step(
-        self, epoch: int, step: int, loss: float, learning_rate: float, compute: float, ideal_seconds: float
+        self,
+        epoch: int,
+        step: int,
+        loss: float,
+        learning_rate: float,
+        compute: float,
+        ideal_seconds: float,
+        waiting_for_data: float,
     ) -> None:
         """Shows a step, counted from 1.
 
         compute: the plan's FLOPs over the dense ones. ideal_seconds: how long the step would take if it did nothing
-        but the plan's passes.
+        but the plan's passes. waiting_for_data: share of the steps' seconds so far.
         """
         trained = time.perf_counter() - self._first_ended - self._idle
         per_step = trained / (self._steps - 1) if self._steps > 1 else float("nan")
@@ -78,6 +87,7 @@ class Progress:
             f"{ideal_seconds / per_step:.0%} of the plan's speed"
             if ideal_seconds == ideal_seconds and per_step == per_step
             else "",
+            f"{waiting_for_data:.0%} waiting for images" if waiting_for_data >= WORTH_TELLING else "",
             f"{_clock((self._total_steps - step) * per_step)} left" if per_step == per_step else "",
         ]
         line = "  ".join(part for part in parts if part)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import struct
 from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
 
-from d2ft_hpc.launch import Control
+from d2ft_hpc.launch import Control, gathered
 from d2ft_hpc.lifecycle.costs import relative_speeds
 from d2ft_hpc.metering.phases import StepTimes
 
@@ -42,9 +41,7 @@ class SpeedWatch:
         """
         own = [flops / seconds for flops, times in self._steps if (seconds := _computing(times)) > 0]
         rate = float(np.median(own)) if own else float("nan")
-        of_ranks = np.array(
-            [struct.unpack("<d", part)[0] for part in self._control.all_gather(struct.pack("<d", rate))]
-        )
+        of_ranks = np.array(gathered(self._control, rate))
         if np.isnan(of_ranks).any():
             return list(before)
         idle = of_ranks == 0

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from d2ft_hpc.engines.engine import Engine, MicroBatch, StepReport
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
+from d2ft_hpc.lifecycle import PlanContext
 from d2ft_hpc.lifecycle.costs import costs_of_part
 from d2ft_hpc.metering import Metered, meter
 from d2ft_hpc.metering.flops import RankWork
 from d2ft_hpc.metering.memory import reset_peak, used_bytes
 from d2ft_hpc.metering.phases import phase, timed_step
-from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning import Operation
 from d2ft_hpc.recording.step_recorder import StepRecord, on_host
 from d2ft_hpc.results.schema import BYTE_KINDS
@@ -27,7 +27,8 @@ class StepRunner:
     bytes are the metered ones.
     """
 
-    def __init__(self, job: Job, engine: Engine, placement: Placement) -> None:
+    def __init__(self, job: Job, engine: Engine, context: PlanContext) -> None:
+        placement = context.placement
         self._job, self._engine, self._own = job, engine, placement.own
         self._costs = costs_of_part(job.costs, job.layer_flops, placement)
         if job.selection is not None and job.config.engine.kind.scores_with_own_model:
@@ -35,15 +36,12 @@ class StepRunner:
             image_shape = (3, job.config.data.image_size, job.config.data.image_size)
             score_flops = count_scoring(job.selection, image_shape, job.device)
             self._costs = replace(self._costs, score_flops=score_flops)
-        config = job.config
         self._planned_bytes = PlannedBytes(
             job.model,
             engine.executor,
-            placement,
-            slots=config.data.slots,
-            micro_batch_size=config.data.micro_batch_size,
-            precision=config.engine.precision,
-            data_parallel=config.engine.data_parallel,
+            context,
+            precision=job.config.engine.precision,
+            data_parallel=job.config.engine.data_parallel,
         )
         self._steps_done, self._metered_plan = 0, -1
         self._metered = Metered()

@@ -100,6 +100,10 @@ class BatchCounter:
         return self._executor.plan
 
     @property
+    def takes_images(self) -> bool:
+        return self._executor.subnets.family.takes_images
+
+    @property
     def patch_size(self) -> Grid | None:
         """Of images that plans scale, in pixels, down and across; None where there are none."""
         return self._executor.images.patch_size

@@ -216,9 +216,7 @@ def initialize(
     planned_bytes = PlannedBytes(
         backbone,
         ours.executor,
-        placement,
-        slots=context.slots,
-        micro_batch_size=context.micro_batch_size,
+        context,
         precision=next((kind for kind in ("bf16", "fp16") if settings.get(kind, {}).get("enabled")), "fp32"),
         data_parallel=ZERO[zero.stage],
         around=whole,

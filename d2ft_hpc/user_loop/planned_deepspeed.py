@@ -27,13 +27,13 @@ from d2ft_hpc.lifecycle.foresight import foresee_plans
 from d2ft_hpc.lifecycle.make_plan import reads_scores
 from d2ft_hpc.lifecycle.observed_scores import ObservedScores, Observer
 from d2ft_hpc.lifecycle.state import FILE
-from d2ft_hpc.planning import Operation, SkipPlan
+from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.scores import Scores
 from d2ft_hpc.scores.gradient_observer import GradientObserver
 from d2ft_hpc.selection import SampleSelection
-from d2ft_hpc.selection.batch import as_given, batches_of, samples_of
 from d2ft_hpc.user_loop.attached import tell_if_too_long, tell_if_too_short, tell_of_graphs
 from d2ft_hpc.user_loop.batch_counter import BatchCounter, samples_in
+from d2ft_hpc.user_loop.choosing import choose_from
 from d2ft_hpc.user_loop.part_observer import PartObserver
 from d2ft_hpc.user_loop.plan_printer import PlanPrinter, compute_in_words
 from d2ft_hpc.user_loop.record import LoopRecord
@@ -108,17 +108,12 @@ class PlannedDeepSpeed:
 
         Raises PlanError with another planner, or for what it cannot draw from.
         """
-        if self._selection is None or self.plan is None:
-            raise PlanError(
-                f'choose() draws samples for "planner": "samples"; with {self._settings.planner!r} train on all of them'
-            )
-        batches = batches_of(micro_batches, are_images=self.executor.subnets.family.takes_images)
+        return choose_from(micro_batches, self._settings, self._counter, self._begin_draw)
+
+    def _begin_draw(self, samples: int) -> tuple[SampleSelection, int]:
+        assert self._selection is not None
         self._turn_to("forward")
-        for batch in batches:
-            self._counter.score(samples_of(batch))
-        share_of_all = float((self.plan.operations == Operation.FULL).mean())
-        chosen = self._selection(batches, int(self._engine.global_steps), share_of_all)
-        return as_given(chosen, micro_batches)
+        return self._selection, int(self._engine.global_steps)
 
     def activate(self, plan: SkipPlan) -> None:
         """Puts `plan` in force from the next batch on. Raises PlanError where this engine cannot run it."""

@@ -29,16 +29,16 @@ from d2ft_hpc.lifecycle.observed_scores import ObservedScores
 from d2ft_hpc.model.evaluating import evaluating
 from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.parallel.rank_layout import Placement
-from d2ft_hpc.planning import Operation, SkipPlan
+from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.communication_volume import DataParallel
 from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.planning.tokens import TOKENS
 from d2ft_hpc.scores.gradient_observer import GradientObserver
 from d2ft_hpc.selection import SampleSelection
-from d2ft_hpc.selection.batch import as_given, batches_of, samples_of
 from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.attached import attached, tell_if_too_long, tell_if_too_short, tell_of_graphs
 from d2ft_hpc.user_loop.batch_counter import BatchCounter, samples_in
+from d2ft_hpc.user_loop.choosing import choose_from
 from d2ft_hpc.user_loop.default_group import control_of_loop
 from d2ft_hpc.user_loop.loop_context import loop_context
 from d2ft_hpc.user_loop.model_hooks import ModelHook, watch_optimizers
@@ -153,24 +153,19 @@ class PlannedLoop:
 
         Raises PlanError with another planner, for what it cannot draw from, or where the budget leaves not one sample.
         """
-        if self.section.entry.binding != "sample":
-            raise PlanError(
-                f"choose() draws samples for planner='samples'; with {self.section.planner!r} train on all of them"
-            )
         given = samples if labels is None else (samples, labels)
-        (batch,) = batches_of([given], are_images=self.executor.subnets.family.takes_images)
-        self._plan_batch(len(samples_of(batch)))
-        if self._selection is None:
-            self._selection = self._new_selection(self._plans().control.rank)
-        assert self.executor.plan is not None
-        share = float((self.executor.plan.operations == Operation.FULL).mean())
-        self._is_begun = True
-        self._turn_to("forward")
-        self._counter.score(samples_of(batch))
-        chosen = self._selection([batch], self._draws, share)
+        (chosen,) = choose_from([given], self.section, self._counter, self._begin_draw)
         self._draws += 1
         self._is_chosen = True
-        return as_given(chosen, [given])[0]
+        return chosen
+
+    def _begin_draw(self, samples: int) -> tuple[SampleSelection, int]:
+        self._plan_batch(samples)
+        if self._selection is None:
+            self._selection = self._new_selection(self._plans().control.rank)
+        self._is_begun = True
+        self._turn_to("forward")
+        return self._selection, self._draws
 
     @property
     def plan(self) -> SkipPlan | None:
@@ -411,13 +406,10 @@ class PlannedLoop:
 
     def _foreseen_bytes(self) -> PlannedBytes | None:
         if self._planned_bytes is None and self._data_parallel is not None and self.record.is_on:
-            context = self._plans().context
             self._planned_bytes = PlannedBytes(
                 self._model,
                 self.executor,
-                context.placement,
-                slots=context.slots,
-                micro_batch_size=1,  # whose activations no replica sends
+                self._plans().context,
                 precision="fp32" if next(self._model.parameters()).dtype is torch.float32 else "bf16",
                 data_parallel=self._data_parallel,
                 around=self._whole,

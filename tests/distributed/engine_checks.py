@@ -21,6 +21,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -45,7 +46,6 @@ from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.portable import write_file
-from d2ft_hpc.engines.private_names import PRIVATE_NAMES
 from d2ft_hpc.engines.zero import adds_up_wrong
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.attach import attach
@@ -57,6 +57,7 @@ from d2ft_hpc.planning.communication_volume import Replicas
 from d2ft_hpc.scores import gradient_scores
 from tests.distributed.launching import Choice
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
+from tests.private_names import PRIVATE_NAMES
 
 SECONDS_A_CHECK = 300
 SLOTS, STEPS = 2, 3
@@ -625,6 +626,32 @@ def check_overhead(control: Control, stage: int) -> dict[str, Any]:
     return found
 
 
+def check_gathers(control: Control) -> dict[str, int]:
+    """How many gathers begin after a step, whose weights the next micro-batch finds there, and how many are awaited."""
+    from deepspeed import comm
+
+    engine = deepspeed_engine(tiny_vit(), "sgd", 3)
+    engine.executor.activate(plan_of("random", 0, control.world_size), control.rank)
+    begun: list[Any] = []
+    awaited: list[Any] = []
+    begin = comm.all_gather_into_tensor
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        work = begin(*args, **kwargs)
+        begun.append(work)
+
+        def wait() -> None:
+            awaited.append(work)
+            work.wait()
+
+        return SimpleNamespace(wait=wait)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comm, "all_gather_into_tensor", watched)
+        engine.step([micro_batch(0, slot, SLOTS) for slot in range(SLOTS)])
+    return {"begun": len(begun), "awaited": len(awaited)}
+
+
 SMALL_BUCKETS = {
     "reduce_bucket_size": 1000,
     "overlap_comm": True,
@@ -656,6 +683,7 @@ QUICK = (
     "checkpoint zero2 plan",
     "boundary zero1",
     "flat zero1",
+    "gathers",
     "one plan for all",
     "bytes",
 )
@@ -692,6 +720,7 @@ FULL = (
     "boundary zero1",
     "flat zero1",
     "flat zero2",
+    "gathers",
     "one plan for all",
     "bytes",
 )
@@ -752,6 +781,7 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
                 check_user_checkpoint, stage=stage, after=after
             )
         named[f"boundary zero{stage}"] = partial(check_user_boundary, stage=stage)
+    named["gathers"] = check_gathers
     named["one plan for all"] = check_one_plan_for_all
     named["bytes"] = check_bytes
     return named

@@ -21,7 +21,7 @@ from d2ft_hpc.launch.watch import Watch
 from tests.distributed.attacker import listening, sockets_of
 
 SCENE = sys.argv[1]
-SECONDS = float(sys.argv[2]) if len(sys.argv) > 2 else 20.0
+SECONDS = float(sys.argv[2]) if len(sys.argv) > 2 else 120.0
 
 
 class SeesMpi(Dataset[bool]):
@@ -174,7 +174,7 @@ def main() -> int:
     environment = detect()
     if SCENE == "absent" and environment.rank == 1:
         return 3
-    control = connect(environment, device_type="cpu", timeout_seconds=SECONDS, collective_timeout_seconds=60)
+    control = connect(environment, device_type="cpu", timeout_seconds=SECONDS, collective_timeout_seconds=120)
     folder = os.environ.get("RUN_FOLDER")
     return run_guarded(control, lambda: play(control), run_folder=Path(folder) if folder else None)
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -62,6 +63,13 @@ def run_command(
         text=True,
         timeout=timeout_seconds,
     )
+
+
+def free_port() -> int:
+    """One for a launcher that would take the same each time, which another job on this machine may have."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def at_once(*jobs: Callable[[], T]) -> list[T]:

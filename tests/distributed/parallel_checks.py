@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -345,9 +346,13 @@ def check_sent(
     told = PlannedBytes(
         model,
         engine.executor,
-        Placement(layout, cut_stages([0.1, *[1.0] * DEPTH, 0.1], stages), owner_of(tensor_ranks)),
-        slots=SLOTS,
-        micro_batch_size=4,
+        SimpleNamespace(
+            placement=Placement(
+                layout, cut_stages([0.1, *[1.0] * DEPTH, 0.1], stages), owner_of(tensor_ranks)
+            ),
+            slots=SLOTS,
+            micro_batch_size=4,
+        ),
         precision="fp32",
         data_parallel="zero0",
     )

@@ -76,6 +76,11 @@ def test_scripts_find_the_models_own_parameters_though_blocks_run_on_flat_ones(
         assert max(found[fact] for fact in ("there", "gradients", "kept", "and back")) <= 1e-6, name
 
 
+def test_weights_that_a_step_gathers_are_there_for_the_next(results: dict[str, Any]) -> None:
+    """No gather is left under way: the last to begin may be the first to come."""
+    assert 0 < results["gathers"]["begun"] == results["gathers"]["awaited"]
+
+
 def test_a_step_after_an_incomplete_group_is_that_groups(results: dict[str, Any]) -> None:
     for name, difference in of_kind(results, "boundary").items():
         assert difference <= 1e-6, name

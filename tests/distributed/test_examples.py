@@ -15,7 +15,7 @@ import pytest
 from packaging.version import Version
 
 from d2ft_hpc import results
-from tests.distributed.launching import REPOSITORY, run_command
+from tests.distributed.launching import REPOSITORY, free_port, run_command
 
 EXAMPLES = REPOSITORY / "tests" / "examples"
 RUN = Path(__file__).with_name("run_example.py")
@@ -40,7 +40,7 @@ COMMANDS = {
     "text_loop.py on 2 ranks": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone"],
     "lightning_loop.py": [sys.executable],
     "lightning_loop.py on 2 ranks": [str(BESIDE / "torchrun"), "--nproc_per_node=2", "--standalone"],
-    "deepspeed_script.py": [str(BESIDE / "deepspeed"), "--num_gpus", "2", "--master_port", "29651"],
+    "deepspeed_script.py": [str(BESIDE / "deepspeed"), "--num_gpus=2", f"--master_port={free_port()}"],
 }
 DECODERS = ("decoder_trainer.py", "text_loop.py")
 QUICK = ("own_loop.py on 2 ranks",)

@@ -18,11 +18,11 @@ from typing import IO
 import pytest
 
 from d2ft_hpc.errors import UNFINISHED
+from tests.distributed.launching import LIMIT_SECONDS, free_port
 
 PROGRAM = Path(__file__).with_name("launch_ranks.py")
 BIN = Path(sys.executable).parent
 HOST = socket.gethostname()
-LIMIT_SECONDS = 90  # far above what any launch takes, below the deadlines that only a hang would reach
 LAUNCHER_VARIABLE = re.compile(
     r"RANK$|WORLD_SIZE$|LOCAL_|MASTER_|CROSS_|PMI|OMPI|MPI_|SLURM_|TORCHELASTIC_|HYD"
 )
@@ -76,19 +76,15 @@ def mpirun(ranks: int, *arguments: str, **variables: str) -> Job:
 
 
 def torchrun(ranks: int, *arguments: str, **variables: str) -> Job:
-    return start("torchrun", f"--nproc_per_node={ranks}", str(PROGRAM), *arguments, **variables)
+    return start(
+        "torchrun", "--standalone", f"--nproc_per_node={ranks}", str(PROGRAM), *arguments, **variables
+    )
 
 
 def by_hand(rank: int, world_size: int, port: int, *arguments: str, **more: str) -> Job:
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     strings = {name: str(value) for name, value in variables.items()} | more
     return start(sys.executable, str(PROGRAM), *arguments, MASTER_ADDR="127.0.0.1", **strings)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def ports(job: Job, ranks: int, control: str) -> str:

@@ -22,7 +22,7 @@ from d2ft_hpc import results
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results.schema import PHASES
 from d2ft_hpc.training.checkpoint import verify
-from tests.distributed.launching import LIMIT_SECONDS, at_once, ranks_of, run, start, wait_for_line
+from tests.distributed.launching import LIMIT_SECONDS, at_once, free_port, ranks_of, run, start, wait_for_line
 
 HOST = socket.gethostname()
 DEPTH = 3  # of the model
@@ -220,7 +220,7 @@ def test_without_mpi(tmp_path: Path) -> None:
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
     starts: dict[str, tuple[str, ...]] = {
         "single process": ("-m", "d2ft_hpc"),
-        "deepspeed": (deepspeed, "--num_gpus", "2", "--master_port", "29644", "--module", "d2ft_hpc"),
+        "deepspeed": (deepspeed, "--num_gpus", "2", f"--master_port={free_port()}", "--module", "d2ft_hpc"),
     }
     short = ("train.epochs=1", "train.steps_share=0.5", "engine.device=cpu")
     at_once(

@@ -13,13 +13,13 @@ import pytest
 
 from d2ft_hpc import results
 from d2ft_hpc.report import report
-from tests.distributed.launching import REPOSITORY, mpirun, run_command
+from tests.distributed.launching import REPOSITORY, free_port, mpirun, run_command
 
 pytestmark = pytest.mark.full
 SCRIPT = "tests.distributed.user_script"
 BESIDE = Path(sys.executable).parent
 MPIRUN = [mpirun(), "-n", "2", sys.executable, "-m", SCRIPT]
-DEEPSPEED = [str(BESIDE / "deepspeed"), "--num_gpus", "2", "--master_port", "29645", "--module", SCRIPT]
+DEEPSPEED = [str(BESIDE / "deepspeed"), "--num_gpus=2", f"--master_port={free_port()}", "--module", SCRIPT]
 JOBS = {
     "mpirun zero1": MPIRUN,
     "mpirun zero1-tensor": MPIRUN,

@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -369,11 +370,11 @@ def check_gathered_bytes(control: Control) -> dict[str, Any]:
     told = PlannedBytes(
         model,
         engine.executor,
-        Placement(
-            RankLayout.of(control.world_size, control.rank), [range(DEPTH)], np.zeros((DEPTH, HEADS), int)
+        SimpleNamespace(
+            placement=Placement.whole(control.world_size, control.rank, DEPTH, HEADS),
+            slots=SLOTS,
+            micro_batch_size=4,
         ),
-        slots=SLOTS,
-        micro_batch_size=4,
         precision="fp32",
         data_parallel="fsdp2",
     )

@@ -18,11 +18,12 @@ from d2ft_hpc.planning import PlanProblem, solve
 from d2ft_hpc.training.speed_watch import SpeedWatch
 from tests.distributed.engine_checks import SLOTS, deepspeed_engine, micro_batch, plan_of
 from tests.models import DEPTH, HEADS, tiny_vit
+from tests.posing import pose_flat
 
 
 def problem_of(costs: PlanCosts) -> PlanProblem:
     scores = np.exp(np.random.default_rng(0).standard_normal((2, 2 * SLOTS, DEPTH, HEADS)))
-    return PlanProblem.parallel(
+    return pose_flat(
         *scores,
         replicas=2,
         compute_budget=0.95,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from d2ft_hpc.execution.block_graphs import GradientPlace
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.planning import Operation, SkipPlan
+from tests.fused_checks import ROTARY, tiny_eva
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -57,11 +59,12 @@ def trained(
     autocast: bool = False,
     compile: bool = False,
     keeps_gradients: bool = False,
+    make: Callable[..., nn.Module] = tiny_vit,
     **options: object,
 ) -> tuple[list[float], dict[str, Tensor], PlanExecutor]:
     """Losses and weights after steps of unequal micro-batches under plans that change, the last step's smaller."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    model = tiny_vit(**options).cuda()
+    model: Any = make(**options).cuda()
     executor = attach(model, cuda_graphs=graphs, compile=compile)
     trainer = wrap(model, executor)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2, momentum=0.9)
@@ -105,6 +108,15 @@ def assert_same(graphs: tuple[list[float], dict[str, Tensor], PlanExecutor], eag
 def test_changing_plans_and_partial_batches(autocast: bool, options: dict[str, object]) -> None:
     eager, graphs = (trained(on, autocast=autocast, **options) for on in (False, True))
     assert_same(graphs, eager)
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("options", [*ROTARY[:1], {"swiglu_mlp": True, "qkv_fused": False}])
+def test_rotary_positions_and_gated_mlps(compile: bool, options: dict[str, Any]) -> None:
+    def make() -> nn.Module:
+        return tiny_eva(0, options)
+
+    assert_same(trained(True, make=make, compile=compile), trained(False, make=make))
 
 
 def test_compiled_blocks() -> None:

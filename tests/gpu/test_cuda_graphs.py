@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +16,7 @@ from d2ft_hpc.config import OptimizerConfig
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.execution.attach import attach
+from d2ft_hpc.execution.cuda_graph import CudaGraphs
 from d2ft_hpc.metering import meter
 from d2ft_hpc.planning import Operation, SkipPlan
 from d2ft_hpc.selection import SampleScorer, SampleSelection
@@ -92,3 +95,31 @@ def test_scores_and_draws_through_graphs_are_the_same() -> None:
         for (part, targets), (same, their) in zip(one, other, strict=True):
             assert torch.equal(part, same)
             assert torch.equal(targets, their)
+
+
+def test_another_thread_may_pin_memory_while_a_graph_is_captured() -> None:
+    """As that of a data loader does; where it may not, the capture fails."""
+    ended, pinned = threading.Event(), 0
+
+    def pin() -> None:
+        nonlocal pinned
+        while not ended.is_set():
+            torch.empty(2**22 + 4096 * pinned, dtype=torch.uint8, pin_memory=True)  # never one that is kept
+            pinned += 1
+
+    def slow(x: Tensor) -> Tensor:
+        for _ in range(200):
+            x = x @ x / 64
+            time.sleep(0.002)
+        return x
+
+    thread = threading.Thread(target=pin)
+    thread.start()
+    try:
+        x = torch.eye(64, device="cuda")
+        result = CudaGraphs[Tensor]()(slow, x)
+        torch.testing.assert_close(result, slow(x))
+    finally:
+        ended.set()
+        thread.join()
+    assert pinned > 5

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, check, solve
+from tests.posing import pose_flat
 
 FULL, FORWARD_ONLY, SHORTCUT = Operation.FULL, Operation.FORWARD_ONLY, Operation.SHORTCUT
 NAMES = ("last_blocks", "stochastic_depth", "pruning", "routing")
@@ -18,7 +19,7 @@ def problem(
     slots: int = 5, replicas: int = 2, blocks: int = 4, heads: int = 3, budget: float = 0.6, **more: object
 ) -> PlanProblem:
     scores = np.random.default_rng(0).random((2, slots * replicas, blocks, heads))
-    return PlanProblem.parallel(*scores, replicas=replicas, compute_budget=budget, **more)
+    return pose_flat(*scores, replicas=replicas, compute_budget=budget, **more)
 
 
 def options(name: str) -> dict[str, object]:

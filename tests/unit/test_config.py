@@ -11,7 +11,6 @@ import pytest
 import timm
 
 import d2ft_hpc.demo.model  # noqa: F401
-from d2ft_hpc import key_reference
 from d2ft_hpc.cli import main
 from d2ft_hpc.config import RunConfig, read_config
 from d2ft_hpc.config_faults import REPLACED
@@ -19,6 +18,7 @@ from d2ft_hpc.config_file import read_values
 from d2ft_hpc.engines.deepspeed import deepspeed_config
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.user_loop.section import split
+from tests import key_reference
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from d2ft_hpc import key_reference
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.planning.table import PLANNERS
+from tests import key_reference
 
 REPOSITORY = Path(__file__).parents[2]
 README = REPOSITORY / "README.md"
@@ -45,6 +45,15 @@ def test_the_readme_is_short() -> None:
     text = README.read_text()
     assert len(text.splitlines()) <= 150
     assert len(text.encode()) <= 11_000
+
+
+def test_before_a_release_every_target_runs() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    targets = set(re.findall(r"^# make ([\w-]+)", makefile, re.MULTILINE))
+    runs = set(re.findall(r"^check-all: (.*)$", makefile, re.MULTILINE)[0].split())
+    # test-full begins with test; constraints writes down what test-newest ran with.
+    assert targets - runs == {"test", "soak", "constraints", "check-all", "clean"}
+    assert re.search(r"^check-all: .*\n\t\$\(MAKE\) soak ", makefile, re.MULTILINE)
 
 
 def test_the_key_reference_is_current() -> None:

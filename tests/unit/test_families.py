@@ -8,8 +8,8 @@ from pathlib import Path
 import d2ft_hpc
 
 PACKAGE = Path(d2ft_hpc.__file__).parent
-ELSEWHERE = ("families/", "demo/model.py", "bench/", "engines/private_names.py")
-"""The demo's model is one of timm's; benches time models of timm; a list says where names are from."""
+ELSEWHERE = ("families/", "demo/model.py", "bench/")
+"""The demo's model is one of timm's; benches time models of timm."""
 
 
 def lines_with(pattern: str) -> list[str]:

@@ -20,7 +20,7 @@ from d2ft_hpc.lifecycle import make_plan
 from d2ft_hpc.metering.activation_bytes import ActivationBytes, measure_activation_bytes
 from d2ft_hpc.metering.memory import free_bytes_of_host, kept_bytes
 from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
-from d2ft_hpc.planning import Operation, PlanProblem, SkipPlan, solve
+from d2ft_hpc.planning import Operation, SkipPlan, solve
 from d2ft_hpc.training import free_memory
 from d2ft_hpc.training.job import set_up
 from d2ft_hpc.training.measurements import measure_job
@@ -29,6 +29,7 @@ from d2ft_hpc.training.plan_context import plan_context
 from d2ft_hpc.training.plan_costs import find_costs
 from d2ft_hpc.training.probe_scores import measure_scores
 from tests.models import DEPTH, HEADS, tiny_vit
+from tests.posing import pose_flat
 
 SAMPLES = 4
 CPU = torch.device("cpu")
@@ -73,9 +74,7 @@ def test_a_rank_with_less_memory_is_planned_less_from_the_start(planner):
     assert limits == [DEPTH * HEADS, half]
 
     def solved(most_full):
-        problem = PlanProblem.parallel(
-            *scores, replicas=2, compute_budget=0.8, forward_cost=0.4, most_full=most_full
-        )
+        problem = pose_flat(*scores, replicas=2, compute_budget=0.8, forward_cost=0.4, most_full=most_full)
         return solve(problem, planner)
 
     def full(plan, rank):
@@ -125,7 +124,13 @@ def test_gradients_and_optimiser_state_take_what_was_said(make):
     assert engine.bytes_to_come == gradients  # which a step forgets at its end
 
 
-def test_a_job_short_of_memory_plans_less_and_keeps_to_it_when_resumed(tmp_path, monkeypatch):
+@pytest.fixture
+def watch():
+    with Watch(SoloControl()) as watch:
+        yield watch
+
+
+def test_a_job_short_of_memory_plans_less_and_keeps_to_it_when_resumed(tmp_path, monkeypatch, watch):
     overrides = [
         f"run.folder={tmp_path}",
         "plan.planner=joint",
@@ -136,7 +141,6 @@ def test_a_job_short_of_memory_plans_less_and_keeps_to_it_when_resumed(tmp_path,
     config, control = read_config(Path("configs/demo.yaml"), overrides), SoloControl()
     job = set_up(config, control, CPU)
     measured = measure_job(job)
-    watch = Watch(control, silence_seconds=30, stall_seconds=600, run_folder=tmp_path)
     placement = place(job, None, watch)
     engine = build_engine(config, job.model, job.executor, placement, job.total_steps, job.loss, control)
     assert (

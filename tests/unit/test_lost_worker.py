@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 from d2ft_hpc.command import on_ranks
 from d2ft_hpc.config import read_config
 from d2ft_hpc.data.lost_worker import batches_of
-from d2ft_hpc.data.workers import loader_of
+from d2ft_hpc.data.workers import automatic_workers, loader_of
 from d2ft_hpc.errors import UNFINISHED, LostWorkerError
 from d2ft_hpc.launch.agree import run_guarded
 from d2ft_hpc.launch.children import kill_children
@@ -116,3 +117,11 @@ def test_workers_live_on_when_their_whole_group_is_told_to_stop() -> None:
     script = f"from {__name__} import print_masks_of_workers; print_masks_of_workers()"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stdout.split("\n")[:2] == ["1 1", "1 1"], done.stderr
+
+
+def test_workers_by_themselves_fit_the_cores_and_the_shared_memory() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert automatic_workers(1, batch_bytes=1) == min(cores - 1, 16)
+    assert automatic_workers(cores, batch_bytes=1) == 0
+    free = shutil.disk_usage("/dev/shm").free
+    assert automatic_workers(1, batch_bytes=free) == 0

@@ -15,6 +15,7 @@ from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning import PlanProblem, SkipPlan, solve
 from d2ft_hpc.scores import Scores
+from tests.posing import pose_flat
 
 SLOTS, BLOCKS, HEADS = 2, 4, 3
 PLANNERS = ["static", "joint", "makespan"]
@@ -131,7 +132,7 @@ def test_what_is_computed_of_the_whole_problem_is_not_computed_for_every_replica
         counts.update(gains=0, budgets=0)
         scores = scores_of(replicas)
         solve(
-            PlanProblem.parallel(scores.forward, scores.backward, replicas=replicas, compute_budget=0.6),
+            pose_flat(scores.forward, scores.backward, replicas=replicas, compute_budget=0.6),
             planner,
         )
         seen.append(dict(counts))
@@ -146,7 +147,7 @@ def test_every_replica_gets_the_plan_that_it_would_get_alone(planner: str) -> No
         scores.forward, scores.backward))  # fmt: skip
     forward, backward = (each / each.mean(axis=(0, 2, 3), keepdims=True) for each in (forward, backward))
     together = solve(
-        PlanProblem.parallel(
+        pose_flat(
             forward.reshape(-1, BLOCKS, HEADS),
             backward.reshape(-1, BLOCKS, HEADS),
             replicas=3,
@@ -155,5 +156,5 @@ def test_every_replica_gets_the_plan_that_it_would_get_alone(planner: str) -> No
         planner,
     )
     for each in range(3):
-        alone = solve(PlanProblem.parallel(forward[:, each], backward[:, each], compute_budget=0.6), planner)
+        alone = solve(pose_flat(forward[:, each], backward[:, each], compute_budget=0.6), planner)
         assert np.array_equal(together.for_replica(each), alone.operations)

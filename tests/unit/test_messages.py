@@ -1,6 +1,7 @@
 """What the engines send under a plan: against a count by hand, one message after the other."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.parallel.rank_layout import Placement
-from d2ft_hpc.planning import PlanProblem, SkipPlan, in_order, solve
+from d2ft_hpc.planning import SkipPlan, in_order, solve
 from d2ft_hpc.planning.communication_volume import (
     LAYOUTS,
     Replicas,
@@ -26,6 +27,7 @@ from d2ft_hpc.planning.communication_volume import (
     tensor_parallel_bytes,
 )
 from d2ft_hpc.planning.step_time import StepTime
+from tests.posing import pose_flat
 
 
 def sent_by_hand(operations, owner, ranks, payload):
@@ -101,13 +103,13 @@ def test_a_communication_budget_by_meeting_counts_blocks_not_heads():
     # One rank alone: a broadcast each way for both branches, a quarter of their all-reduces.
     operations[0, 0, 0] = 2
     operations[1, 0, 1:] = 1  # one head a rank is enough for the whole message
-    problem = PlanProblem.parallel(
+    problem = pose_flat(
         np.ones(operations.shape),
         np.ones(operations.shape),
         rank=in_order(2, 4, 2),
         compute_budget=1.0,
         communication_budget=0.5,
-        messages="by_meeting",
+        messages="replicated",
     )
     np.testing.assert_allclose(problem.used_communication(SkipPlan(operations, 1)), [0.75, 0.75])
     np.testing.assert_allclose(problem.dense_communication(), [8, 8])
@@ -118,14 +120,13 @@ def test_a_cluster_plan_is_the_best_of_all_that_limits_allow():
     """Two rows of a block with a head on each of four ranks: every plan is tried whose ranks run in lock step."""
     generator = np.random.default_rng(5)
     for layout in ("replicated", "sharded"):
-        problem = PlanProblem.parallel(
+        problem = pose_flat(
             *np.exp(generator.standard_normal((2, 2, 1, 4))),
             rank=in_order(1, 4, 4),
             compute_budget=0.7,
             communication_budget=0.5,
-            messages="by_meeting",
+            messages=layout,
             forward_cost=0.4,
-            token_layout=layout,
         )
         found = solve(problem, "makespan")
         best = 0.0
@@ -147,14 +148,13 @@ def test_few_ranks_run_where_messages_are_scarcer_than_time():
     scores = np.exp(generator.standard_normal((2, 8, 8, 8)))
     objective, sent = {}, {}
     for layout in ("replicated", "sharded"):
-        problem = PlanProblem.parallel(
+        problem = pose_flat(
             *scores,
             rank=in_order(8, 8, 4),
             compute_budget=0.6,
             communication_budget=0.5,
-            messages="by_meeting",
+            messages=layout,
             forward_cost=0.35,
-            token_layout=layout,
         )
         plan = solve(problem, "makespan")
         objective[layout], sent[layout] = plan.objective, problem.used_communication(plan)
@@ -193,9 +193,7 @@ def test_the_layout_is_chosen_by_predicted_time():
     """By hand: 2 rows, 1 block, 2 heads on 2 ranks, 100 bytes of activations, a byte a second, 10 s for a FULL head."""
     step_time = StepTime(seconds_per_cost=10.0, activation_bytes=100.0, seconds_per_byte=1.0, latency=3.0)
     layouts = ("replicated", "sharded")
-    problem = PlanProblem.parallel(
-        *np.ones((2, 2, 1, 2)), rank=in_order(1, 2, 2), compute_budget=1.0, forward_cost=0.4
-    )
+    problem = pose_flat(*np.ones((2, 2, 1, 2)), rank=in_order(1, 2, 2), compute_budget=1.0, forward_cost=0.4)
 
     def chosen(operations):
         return step_time.fastest(SkipPlan(np.array(operations, np.uint8), 1), problem, layouts)
@@ -212,9 +210,7 @@ def test_the_layout_is_chosen_by_predicted_time():
 
 def test_halves_of_a_micro_batch_hide_work_behind_half_of_the_messages():
     """By hand, as above: per row a FULL head works 4 s forward and 6 s backward beside messages of 200 s each way."""
-    problem = PlanProblem.parallel(
-        *np.ones((2, 2, 1, 2)), rank=in_order(1, 2, 2), compute_budget=1.0, forward_cost=0.4
-    )
+    problem = pose_flat(*np.ones((2, 2, 1, 2)), rank=in_order(1, 2, 2), compute_budget=1.0, forward_cost=0.4)
     dense = SkipPlan(np.full((2, 1, 2), 2, np.uint8), 1)
     for seconds_per_byte, latency, chosen in (
         (1.0, 1.0, (2 * 4 * 102, "overlapped")),  # all work is hidden; twice as many messages
@@ -239,7 +235,7 @@ def test_halves_of_a_micro_batch_hide_work_behind_half_of_the_messages():
 
 def test_a_boundary_between_stages_takes_time_only_where_something_is_sent():
     step_time = StepTime(seconds_per_cost=1.0, activation_bytes=100.0, seconds_per_byte=1.0, latency=0.0)
-    problem = PlanProblem.parallel(*np.ones((2, 1, 2, 1)), stage=[0, 1], compute_budget=1.0, forward_cost=0.5)
+    problem = pose_flat(*np.ones((2, 1, 2, 1)), stage=[0, 1], compute_budget=1.0, forward_cost=0.5)
     both = SkipPlan(np.full((1, 2, 1), 2, np.uint8), 1)
     upper = SkipPlan(np.array([[[1], [2]]], np.uint8), 1)
     assert step_time.of(both, problem, "replicated") == pytest.approx(2.0 + 200.0)
@@ -256,9 +252,9 @@ def test_what_a_user_s_module_has_around_the_model_is_sent_too() -> None:
     foreseen = PlannedBytes(
         model,
         executor,
-        Placement.whole(2, 0, *executor.subnets.shape),
-        slots=1,
-        micro_batch_size=1,
+        SimpleNamespace(
+            placement=Placement.whole(2, 0, *executor.subnets.shape), slots=1, micro_batch_size=1
+        ),
         precision="fp32",
         data_parallel="ddp",
         around=whole,

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning import PlanProblem, in_order, place, solve, spread
+from d2ft_hpc.planning import in_order, place, solve, spread
 from d2ft_hpc.planning.swap_heads import _gain_of_replacing, _Kind
+from tests.posing import pose_flat
 
 
 @pytest.mark.parametrize(("ranks", "speeds"), [(4, None), (2, [1.0, 0.6])])
@@ -16,7 +17,7 @@ def test_placement_cuts_the_price_of_lock_step(ranks, speeds):
     scores = scores * np.random.default_rng(4).lognormal(0, 0.1, (2, 8, 6, 16))
 
     def posed(owner):
-        return PlanProblem.parallel(*scores, rank=owner, compute_budget=0.6, device_speed=speeds)
+        return pose_flat(*scores, rank=owner, compute_budget=0.6, device_speed=speeds)
 
     plain = posed(in_order(6, 16, ranks))
     owners = {"plain": plain.rank, "spread": spread(plain, ranks), "placed": place(plain, ranks)}

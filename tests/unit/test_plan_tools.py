@@ -22,7 +22,7 @@ from d2ft_hpc.plan_report import (
     read_scores,
     save_heat_map,
 )
-from d2ft_hpc.planning import in_order, pose, solve
+from d2ft_hpc.planning import Budgets, Devices, in_order, pose, solve
 from d2ft_hpc.planning.table import PLANNERS as ALL_PLANNERS
 
 
@@ -61,7 +61,7 @@ def test_synthetic_scores_differ_by_seed_alone():
 
 
 def test_a_plan_is_described_device_by_device_with_its_time(tmp_path):
-    problem = problem_of(saved_scores(), ranks=2, stages=2, placed=True, compute_budget=0.6)
+    problem = problem_of(saved_scores(), Budgets(0.6), ranks=2, stages=2, placed=True)
     plan = solve(problem, "makespan")
     text = describe(plan, problem)
     assert text.count("stage 1, rank 1") == 1
@@ -81,7 +81,7 @@ def test_a_plan_is_described_device_by_device_with_its_time(tmp_path):
     assert "images" not in describe_alone(plan)
     assert "entries change: " in describe_difference(solve(problem, "paper"), plan)
     with pytest.raises(PlanError, match="exceeds the compute budget"):
-        read_checked(tmp_path / "plan.h5", problem_of(saved_scores(), ranks=2, compute_budget=0.4))
+        read_checked(tmp_path / "plan.h5", problem_of(saved_scores(), Budgets(0.4), ranks=2))
     save_heat_map(plan, tmp_path / "heat.png")
     assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(PlanError, match="picture cannot be written"):
@@ -95,24 +95,25 @@ def test_layouts_that_do_not_divide_are_refused():
         ({"ranks": 2, "speeds": [1.0]}, "2 ranks but 1 speeds"),
     ):
         with pytest.raises(PlanError, match=message):
-            problem_of(saved_scores(), compute_budget=0.6, **options)
+            problem_of(saved_scores(), Budgets(0.6), **options)
 
 
 def test_saved_scores_and_a_runs_placement_pose_the_same_problem():
     scores, layout = saved_scores(), RankLayout.of(4, 0, stages=2, tensor_ranks=2)
     placement = Placement(layout, [range(3), range(3, 6)], in_order(6, 4, 2))
-    budgets = {"compute_budget": 0.6, "communication_budget": 0.7, "memory_budget": 0.5}
-    of_run = pose([scores.forward, scores.backward], scores, placement, **budgets)
-    saved = problem_of(scores, ranks=2, stages=2, **budgets)
+    budgets = Budgets(0.6, communication=0.7, memory=0.5)
+    devices = Devices(layout.replicas, placement.owner, placement.stage)
+    of_run = pose([scores.forward, scores.backward], scores, budgets, devices)
+    saved = problem_of(scores, budgets, ranks=2, stages=2)
     for field in dataclasses.fields(of_run):
         np.testing.assert_array_equal(getattr(saved, field.name), getattr(of_run, field.name), field.name)
 
 
 def test_planning_from_saved_scores_needs_no_torch():
     code = (
-        "import sys, numpy as np; from d2ft_hpc.plan_report import SavedScores, describe, problem_of, solve;"
+        "import sys, numpy as np; from d2ft_hpc.plan_report import Budgets, SavedScores, describe, problem_of, solve;"
         "scores = SavedScores(*np.ones((2, 2, 2, 2)), replicas=1, forward_share=0.35, always_share=0.1);"
-        "problem = problem_of(scores, ranks=2, placed=True, compute_budget=0.6);"
+        "problem = problem_of(scores, Budgets(0.6), ranks=2, placed=True);"
         "describe(solve(problem, 'makespan'), problem); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -151,7 +152,7 @@ def test_scores_of_a_model_that_is_frozen_in_part_are_refused_whatever_its_file_
 
 
 def test_saved_plans_are_looked_at_and_compared_without_scores(tmp_path, capfd):
-    problem = problem_of(saved_scores(), ranks=2, compute_budget=0.6)
+    problem = problem_of(saved_scores(), Budgets(0.6), ranks=2)
     makespan, paper = solve(problem, "makespan"), solve(problem, "paper")
     makespan.write(tmp_path / "makespan.h5")
     paper.write(tmp_path / "paper.h5")
@@ -166,7 +167,7 @@ def test_saved_plans_are_looked_at_and_compared_without_scores(tmp_path, capfd):
 
 
 def test_a_device_that_waits_for_nobody_is_not_said_to_wait_a_negative_time():
-    problem = problem_of(saved_scores(), compute_budget=0.6)
+    problem = problem_of(saved_scores(), Budgets(0.6))
     for planner in ("joint", "paper", "static"):
         assert "-0.0%" not in describe(solve(problem, planner), problem)
 
@@ -191,6 +192,6 @@ def test_an_option_that_a_planner_needs_is_named():
 
 
 def test_an_option_that_a_planner_does_not_have_is_refused():
-    problem = problem_of(saved_scores(), compute_budget=0.6)
+    problem = problem_of(saved_scores(), Budgets(0.6))
     with pytest.raises(PlanError, match="Planner paper has no option most_shortcut; it knows full_share"):
         solve(problem, "paper", most_shortcut=0.5)

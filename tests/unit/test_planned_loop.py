@@ -24,6 +24,7 @@ from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.scores import Scores, gradient_scores, weight_magnitude
 from d2ft_hpc.user_loop.attached import tell_of_graphs
 from d2ft_hpc.user_loop.batch_counter import samples_in
+from d2ft_hpc.user_loop.choosing import choose_from
 from tests.models import CLASSES, DEPTH, HEADS, context_of, random_batch, tiny_vit
 
 SLOTS = 3
@@ -554,3 +555,9 @@ def test_a_loop_that_an_error_ended_counts_nothing_more() -> None:
 
 def is_counting() -> bool:
     return _get_current_dispatch_mode() is not None
+
+
+def test_only_planner_samples_draws_in_any_kind_of_loop() -> None:
+    """Before the plan of the batch is asked for, which ranks would make together."""
+    with pytest.raises(PlanError, match=r"for planner 'samples'; with 'joint' train on all of them"):
+        choose_from([], PlanConfig(planner="joint"), Loop(planner="joint").d2ft._counter, pytest.fail)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from d2ft_hpc.plan_config import PlanConfig
-from d2ft_hpc.planning import PLANNERS, PlanProblem, solve
+from d2ft_hpc.planning import PLANNERS, solve
+from tests.posing import pose_flat
 
 OF_SLOTS = [name for name, entry in PLANNERS.items() if entry.binding == "slot" and entry.keeps_budgets]
 
@@ -34,9 +35,7 @@ def test_options_are_parameters_of_the_planners_function_with_the_same_defaults(
 def test_a_planner_that_says_so_reads_no_scores(name: str) -> None:
     config = PlanConfig(planner=name)
     plans = {
-        solve(
-            PlanProblem.parallel(*lognormal(seed), compute_budget=0.6), name, **config.arguments(seed=1)
-        ).hash
+        solve(pose_flat(*lognormal(seed), compute_budget=0.6), name, **config.arguments(seed=1)).hash
         for seed in range(4)
     }
     assert (len(plans) > 1) == PLANNERS[name].reads_scores
@@ -44,8 +43,6 @@ def test_a_planner_that_says_so_reads_no_scores(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, entry in PLANNERS.items() if entry.fits_memory])
 def test_a_planner_that_says_so_fits_plans_into_memory(name: str) -> None:
-    posed = PlanProblem.parallel(
-        *lognormal(0), compute_budget=0.6, memory_budget=0.26
-    )  # 4 of a row's 16 cells
+    posed = pose_flat(*lognormal(0), compute_budget=0.6, memory_budget=0.26)  # 4 of a row's 16 cells
     plan = solve(posed, name, **PlanConfig(planner=name).arguments(seed=1))
     assert 1 <= (plan.operations == 2).sum(axis=(1, 2)).max() <= 4

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning import PlanProblem, SkipPlan, check, solve, solve_joint
 from d2ft_hpc.planning.problem import BUDGET_EPSILON
+from tests.posing import pose_flat
 
 OPTIONS = {
     "paper": {},
@@ -119,7 +120,7 @@ def problems(draw, max_cells=7):
 def random_problem(seed=0, shape=(10, 4, 3), replicas=2, **options):
     generator = np.random.default_rng(seed)
     forward, backward = generator.lognormal(0, 1.5, (2, *shape))
-    return PlanProblem.parallel(forward, backward, replicas=replicas, **({"compute_budget": 0.6} | options))
+    return pose_flat(forward, backward, replicas=replicas, **({"compute_budget": 0.6} | options))
 
 
 @settings(max_examples=150, deadline=None)
@@ -218,7 +219,7 @@ def test_the_paper_planner_solves_both_of_its_levels(rows, share, full_share, se
 
 def test_the_paper_planner_keeps_ties_in_row_order():
     equal = np.ones((5, 2, 2))
-    problem = PlanProblem.parallel(equal, equal, replicas=1, compute_budget=0.6)
+    problem = pose_flat(equal, equal, replicas=1, compute_budget=0.6)
     plan = solve(problem, "paper")
     np.testing.assert_array_equal(plan.operations[:, 0, 0], [2, 2, 1, 1, 1])
     assert (plan.operations == plan.operations[:, :1, :1]).all()
@@ -245,7 +246,7 @@ def test_joint_uses_its_budget_better_than_the_others():
 
 @pytest.mark.parametrize("scores", [np.zeros((4, 2, 3)), np.full((4, 2, 3), 7.0), np.full((4, 2, 3), 1e308)])
 def test_scores_without_differences_are_legal(scores):
-    problem = PlanProblem.parallel(scores, scores, replicas=2, compute_budget=0.5)
+    problem = pose_flat(scores, scores, replicas=2, compute_budget=0.5)
     for planner, options in OPTIONS.items():
         plan = solve(problem, planner, **options)
         assert 0 < plan.objective <= 48
@@ -284,7 +285,7 @@ def test_unusable_scores_are_named(name, value):
     scores = {"forward_score": np.ones((4, 2, 3)), "backward_score": np.ones((4, 2, 3))}
     scores[name][3, 1, 2] = value
     with pytest.raises(PlanError, match=f"{name} is {value} at row 3, block 1, head 2"):
-        PlanProblem.parallel(**scores, replicas=2, compute_budget=0.5)
+        pose_flat(**scores, replicas=2, compute_budget=0.5)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +295,7 @@ def test_unusable_scores_are_named(name, value):
         ({"compute_budget": 1.1}, r"compute_budget .* got 1\.1"),
         ({"compute_budget": math.nan}, "compute_budget .* got nan"),
         ({"communication_budget": 0.0}, r"communication_budget .* got 0"),
-        ({"forward_cost": 1.5}, r"forward_cost .* got 1\.5"),
+        ({"forward_cost": 1.5}, r"forward_share .* got 1\.5"),
         ({"always_share": 1.0}, r"always_share .* got 1"),
         ({"replicas": 3}, "10 rows .* 3 replicas"),
         ({"replicas": 0}, "0 replicas"),
@@ -361,11 +362,9 @@ def test_a_problem_must_be_consistent():
 def test_float_error_in_a_budget_decides_nothing():
     scores = np.ones((3, 1, 1))
     for budget in (0.1 + 0.2, 0.3, 0.3 - 1e-13):  # of which the first is above the second
-        problem = PlanProblem.parallel(
-            np.ones((10, 1, 1)), np.ones((10, 1, 1)), replicas=1, compute_budget=budget
-        )
+        problem = pose_flat(np.ones((10, 1, 1)), np.ones((10, 1, 1)), replicas=1, compute_budget=budget)
         assert problem.used_compute(solve(problem, "joint"))[0] == pytest.approx(3.0)
-    third = PlanProblem.parallel(scores, scores, replicas=1, compute_budget=1 / 3 - BUDGET_EPSILON / 3)
+    third = pose_flat(scores, scores, replicas=1, compute_budget=1 / 3 - BUDGET_EPSILON / 3)
     assert solve(third, "joint").shares()[1] == 1  # three forwards, each a third
 
 

@@ -13,6 +13,7 @@ from d2ft_hpc.planning import PlanProblem, SkipPlan, check, highs, in_order, sol
 from d2ft_hpc.planning.table import PLANNERS
 from tests import plan_oracle
 from tests.plan_oracle import FACTORS, FIELDS, draw, faults
+from tests.posing import pose_flat
 
 SEEDS = range(96)
 FEW_AND_ALL = [pytest.param(SEEDS[::4], id="few"), pytest.param(SEEDS, id="all", marks=pytest.mark.full)]
@@ -82,7 +83,7 @@ def test_the_oracle_finds_what_trying_all_plans_finds(seed):
 
 
 def lognormal(shape, **options):
-    return PlanProblem.parallel(*np.random.default_rng(0).lognormal(0, 1, (2, *shape)), **options)
+    return pose_flat(*np.random.default_rng(0).lognormal(0, 1, (2, *shape)), **options)
 
 
 @pytest.mark.parametrize("planner", ["makespan", "static"])
@@ -109,7 +110,7 @@ def test_a_backward_that_costs_nothing_does_not_overdraw_the_budget():
     for _ in range(40):
         forward, backward = generator.lognormal(0, 1, (2, 4, 3, 4))
         backward[generator.random(backward.shape) < 0.5] = 0.0
-        problem = PlanProblem.parallel(forward, backward, forward_cost=1.0, compute_budget=0.5)
+        problem = pose_flat(forward, backward, forward_cost=1.0, compute_budget=0.5)
         for seconds in (10.0, 1e-9):
             assert solve(problem, "joint", time_limit_seconds=seconds).objective > 0
 

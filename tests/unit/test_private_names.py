@@ -16,15 +16,9 @@ from torch import nn
 from d2ft_hpc.engines import deepspeed_private as private
 from d2ft_hpc.engines import private_names
 from d2ft_hpc.engines.fsdp import _group
-from d2ft_hpc.engines.private_names import (
-    NEWEST_TESTED,
-    PRIVATE_NAMES,
-    PrivateName,
-    expect,
-    newer_than_tested,
-    replace,
-)
+from d2ft_hpc.engines.private_names import NEWEST_TESTED, expect, newer_than_tested, replace
 from d2ft_hpc.errors import LibraryError
+from tests.private_names import PRIVATE_NAMES, PrivateName
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "d2ft_hpc"

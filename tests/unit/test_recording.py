@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,9 @@ def show_steps(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
     for step in range(1, 11):
         now[0] += 1.0
         if progress.is_due(step):
-            progress.step(1, step, 0.5, 1e-3, 0.6, ideal_seconds=0.8)
+            progress.step(
+                1, step, 0.5, 1e-3, 0.6, ideal_seconds=0.8, waiting_for_data=0.3 if step == 10 else 0.0
+            )
         if step == 5:
             now[0] += 7.0
             progress.evaluated(0.9, 7.0)
@@ -149,6 +152,7 @@ def test_progress_in_a_log_file_is_sparse_and_plain(monkeypatch: pytest.MonkeyPa
         "80% of the plan's speed  0:04 left"
     )
     assert last.startswith("epoch 1  step 10/10")
+    assert "  30% waiting for images  " in last
 
 
 def test_progress_on_a_terminal_is_one_line_that_renews_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +199,21 @@ def test_what_was_recorded_before_a_fault_is_kept(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         steps["forward_seconds"] + steps["other_seconds"], steps["step_seconds"], rtol=1e-5
     )
+
+
+def test_waiting_for_images_is_told_without_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    with StepRecorder(SoloControl(), None) as recorder:
+        for step, seconds in enumerate((90.0, 1.0, 3.0)):
+            marks = iter((0.0, 0.0, seconds, seconds, seconds + 2, seconds + 2))
+            with monkeypatch.context() as clock:
+                clock.setattr(phases.time, "perf_counter", lambda marks=marks: next(marks))
+                with phases.timed_step(CPU) as times:
+                    with phases.phase("data"):
+                        pass
+                    with phases.phase("forward"):
+                        pass
+            recorder.add(replace(record(step), times=times))
+        assert recorder.share_of_waiting_for_data == 4 / 8
 
 
 def test_tensorboard_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

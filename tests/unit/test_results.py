@@ -17,10 +17,11 @@ import pytest
 from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.files import hdf5
 from d2ft_hpc.files.untrusted import RefusedError
-from d2ft_hpc.results import ResultsWriter, columns, open_run, schema
+from d2ft_hpc.results import ResultsWriter, columns, open_run
 from d2ft_hpc.results.hdf5_layout import rank_file
 from d2ft_hpc.results.schema import TABLES
 from d2ft_hpc.results.superseded import BEFORE_ALL, open_record
+from tests import results_reference
 
 RANKS = 2
 KILLS = int(os.environ.get("D2FT_KILLS", "8"))  # `make soak-results` asks for more
@@ -304,7 +305,7 @@ def test_a_file_of_another_schema_version_is_refused_with_both_versions(tmp_path
 
 def test_the_schemas_document_is_current():
     document = Path(__file__).parents[2] / "d2ft_hpc" / "results" / "README.md"
-    assert document.read_text() == schema.document()
+    assert document.read_text() == results_reference.document()
 
 
 def test_pandas_and_xarray(tmp_path):
@@ -377,14 +378,16 @@ def start_writer(path, flush_seconds=0.0, close_every=0):
 
 
 @pytest.mark.full
-def test_killed_at_random_moments(tmp_path):
-    """With a flush a row, all rows whose `append` returned are there; also if killed in close or resume."""
-    chance = random.Random(0)
-    for kill in range(KILLS):
+@pytest.mark.parametrize("close_every", [0, 3])
+def test_killed_at_random_moments(tmp_path, close_every):
+    """With a flush a row, all rows whose `append` returned are there; also if killed in close or resume. Each number of
+    segments is as likely as another: they grow with the logarithm of the rows."""
+    chance = random.Random(close_every)
+    for kill in range(KILLS // 2):
         path = tmp_path / f"{kill}" / "results.h5"
-        writer = start_writer(path, close_every=[0, 3][kill % 2])
+        writer = start_writer(path, close_every=close_every)
         assert writer.stdout is not None
-        for _ in range(chance.randrange(1, 40)):
+        for _ in range(int(40 ** chance.random())):
             last = int(writer.stdout.readline())
         time.sleep(chance.random() * 0.05)
         writer.send_signal(signal.SIGKILL)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning import (
     Operation,
-    PlanProblem,
     SkipPlan,
     check,
     multiple_choice,
@@ -25,6 +24,7 @@ from d2ft_hpc.planning.multiple_choice import choose
 from d2ft_hpc.planning.placement import in_order
 from d2ft_hpc.planning.prices import Limit
 from d2ft_hpc.planning.simulate import pipeline_time
+from tests.posing import pose_flat
 
 SHAPES = [  # rows, blocks, heads, ranks, stages, replicas
     (2, 1, 4, 2, 1, 1),
@@ -51,7 +51,7 @@ def problems(draw, shapes=tuple(SHAPES), uneven_speeds=True):
     }[kind]
     owner = np.stack([generator.permutation(np.arange(heads) % ranks) for _ in range(blocks)])
     speeds = draw(st.sampled_from([(1.0,), (1.0, 0.5, 0.7)] if uneven_speeds else [(1.0,)]))
-    return PlanProblem.parallel(
+    return pose_flat(
         *scores,
         replicas=replicas,
         rank=owner,
@@ -59,8 +59,7 @@ def problems(draw, shapes=tuple(SHAPES), uneven_speeds=True):
         compute_budget=draw(st.sampled_from([0.2, 0.45, 0.6, 0.8, 1.0])),
         communication_budget=draw(st.sampled_from([None, None, 0.5])),
         memory_budget=draw(st.sampled_from([None, None, 0.5])),
-        messages=draw(st.sampled_from(["by_head", "by_meeting"])),
-        token_layout=draw(st.sampled_from(["replicated", "sharded"])),
+        messages=draw(st.sampled_from([None, None, "replicated", "sharded"])),
         forward_cost=draw(st.sampled_from([1 / 3, 0.3517, 0.5])),
         device_speed=np.resize(speeds, replicas * stages * ranks).tolist(),
     )
@@ -203,14 +202,14 @@ def test_most_shortcut_is_kept_or_refused(problem, most_shortcut):
 def test_replicas_that_meet_in_every_block_are_planned_like_ranks(planner, speeds):
     scores = np.random.default_rng(5).lognormal(0, 1, (2, 6, 4, 5, 8))  # slot, block, replica x head
     budget = {"compute_budget": 0.6, "device_speed": speeds}
-    as_ranks = PlanProblem.parallel(*scores[:, :, :, 0], rank=in_order(4, 8, 2), **budget)
+    as_ranks = pose_flat(*scores[:, :, :, 0], rank=in_order(4, 8, 2), **budget)
     by_replica = scores[:, :, :, 0].reshape(2, 6, 4, 2, 4).transpose(0, 1, 3, 2, 4).reshape(2, 12, 4, 4)
-    as_replicas = PlanProblem.parallel(*by_replica, replicas=2, replicas_meet=True, **budget)
+    as_replicas = pose_flat(*by_replica, replicas=2, replicas_meet=True, **budget)
     there, here = solve(as_ranks, planner), solve(as_replicas, planner)
     assert here.objective == pytest.approx(there.objective, rel=1e-4)
     assert here.objective <= there.bound * (1 + 1e-9)
     assert simulate(here, as_replicas).step == pytest.approx(simulate(there, as_ranks).step, rel=1e-2)
-    alone = PlanProblem.parallel(*by_replica, replicas=2, **budget)
+    alone = pose_flat(*by_replica, replicas=2, **budget)
     assert waste(solve(alone, planner), as_replicas) >= waste(here, as_replicas)
     if planner == "makespan" and speeds == [1.0, 1.0]:
         assert waste(here, as_replicas) == 0 < waste(solve(alone, planner), as_replicas)
@@ -253,7 +252,7 @@ def is_static(problem, plans):
 def test_static_keeps_to_multiples_of_heads_and_uses_the_budget_up():
     scores = np.random.default_rng(0).lognormal(0, 1, (2, 3, 12, 12))
     for multiple in (1, 2, 3):
-        problem = PlanProblem.parallel(*scores, compute_budget=0.6)
+        problem = pose_flat(*scores, compute_budget=0.6)
         plan = solve(problem, "static", heads_multiple=multiple)
         full = (plan.operations == Operation.FULL).sum(axis=2)
         assert (full % multiple == 0).all()
@@ -261,7 +260,7 @@ def test_static_keeps_to_multiples_of_heads_and_uses_the_budget_up():
         assert problem.used_compute(plan).max() > problem.compute_budget.max() - 3 * 3 * multiple
     with pytest.raises(PlanError, match="heads_multiple=5: no such number"):
         solve(
-            PlanProblem.parallel(*scores, compute_budget=0.25),
+            pose_flat(*scores, compute_budget=0.25),
             "static",
             heads_multiple=5,
             most_shortcut=1 / 3,
@@ -302,8 +301,8 @@ def test_the_order_of_rows_and_heads_does_not_matter(seed, speeds):
     rank = in_order(3, 6, 2)
     rows, heads = generator.permutation(4), generator.permutation(6)
     options = {"compute_budget": 0.6, "device_speed": np.resize(speeds, 2).tolist()}
-    here = PlanProblem.parallel(*scores, rank=rank, **options)
-    there = PlanProblem.parallel(*scores[:, rows][..., heads], rank=rank[:, heads], **options)
+    here = pose_flat(*scores, rank=rank, **options)
+    there = pose_flat(*scores[:, rows][..., heads], rank=rank[:, heads], **options)
     for planner in ("makespan", "static", "depth"):
         one, two = solve(here, planner), solve(there, planner)
         assert two.objective == pytest.approx(one.objective, rel=4e-5)
@@ -315,7 +314,7 @@ def large_problem(stages=1, speeds=(1.0,), equal=False, seed=0):
     scores = np.ones((2, 8, 24, 16)) if equal else generator.lognormal(0, 0.7, (2, 8, 24, 16))
     stage = np.arange(24) * stages // 24
     speed = np.tile(np.resize(speeds, 4), stages).tolist()
-    return PlanProblem.parallel(
+    return pose_flat(
         *scores,
         rank=in_order(24, 16, 4),
         stage=stage,
@@ -353,7 +352,7 @@ def test_small_problems_with_any_cost_are_proved_at_once(forward_cost):
     for seed in range(4):
         scores = np.random.default_rng(seed).lognormal(0, 1, (2, 5, 6, 4))
         options = {"rank": in_order(6, 4, 2), "compute_budget": 0.6, "forward_cost": forward_cost}
-        plan = solve(PlanProblem.parallel(*scores, **options), "makespan")
+        plan = solve(pose_flat(*scores, **options), "makespan")
         assert plan.status == "optimal"
         assert plan.gap <= 3e-5
 
@@ -371,7 +370,7 @@ def test_without_time_the_prices_give_a_plan():
 def test_ranks_with_unlike_numbers_of_heads_are_refused_for_lock_step():
     rank = in_order(2, 4, 2)
     rank[1, 0] = 1
-    problem = PlanProblem.parallel(np.ones((2, 2, 4)), np.ones((2, 2, 4)), rank=rank, compute_budget=0.5)
+    problem = pose_flat(np.ones((2, 2, 4)), np.ones((2, 2, 4)), rank=rank, compute_budget=0.5)
     for planner in ("makespan", "static"):
         with pytest.raises(PlanError, match=r"equally many heads on every rank in every block.*from 1 to 3"):
             solve(problem, planner)
@@ -397,14 +396,14 @@ def test_an_infeasible_budget_names_the_device_and_the_least_feasible_one():
     with pytest.raises(
         PlanError, match=r"compute budget of rank 1 .*most_shortcut.*least feasible .* is 0\.3334"
     ):
-        solve(PlanProblem.parallel(*scores, compute_budget=0.4, **speeds), "makespan", most_shortcut=0.0)
+        solve(pose_flat(*scores, compute_budget=0.4, **speeds), "makespan", most_shortcut=0.0)
     with pytest.raises(
         PlanError, match=r"compute budget of rank 1 .*FORWARD_ONLY.*least feasible .* is 0\.3334"
     ):
-        solve(PlanProblem.parallel(*scores, compute_budget=0.4, **speeds), "depth")
+        solve(pose_flat(*scores, compute_budget=0.4, **speeds), "depth")
     with pytest.raises(PlanError, match=r"communication budget of rank 0 .*least feasible .* is 0\.5"):
         solve(
-            PlanProblem.parallel(*scores, compute_budget=0.4, communication_budget=0.4),
+            pose_flat(*scores, compute_budget=0.4, communication_budget=0.4),
             "static",
             most_shortcut=0.0,
         )
@@ -468,7 +467,7 @@ def test_spread_heads_lose_less_in_lock_step():
     generator = np.random.default_rng(0)
     of_heads = generator.lognormal(0, 0.7, (2, 1, 24, 16))
     scores = of_heads * generator.uniform(0.9, 1.1, (2, 8, 24, 16))
-    problem = PlanProblem.parallel(*scores, rank=in_order(24, 16, 4), compute_budget=0.6)
+    problem = pose_flat(*scores, rank=in_order(24, 16, 4), compute_budget=0.6)
     owner = spread(problem, 4)
     assert (np.sort(owner, axis=1) == in_order(24, 16, 4)).all()
     placed = dataclasses.replace(problem, rank=owner)
@@ -485,7 +484,7 @@ def test_spread_gives_every_rank_one_head_of_each_group(seed, sizes):
     heads, ranks = sizes
     generator = np.random.default_rng(seed)
     forward, backward = generator.lognormal(0, 1, (2, 1, 2, heads))
-    problem = PlanProblem.parallel(forward, backward, compute_budget=0.5)
+    problem = pose_flat(forward, backward, compute_budget=0.5)
     owner = spread(problem, ranks)
     forward_gain, backward_gain = (gain[0] for gain in problem.gains())
     both = forward_gain + backward_gain
@@ -498,7 +497,7 @@ def test_spread_gives_every_rank_one_head_of_each_group(seed, sizes):
 def test_a_slow_stage_may_run_densely_where_budgets_allow_it():
     """The time for backwards goes as far as the slowest stage's, though another has the heads that it is counted in."""
     scores = np.random.default_rng(0).lognormal(0, 1, (2, 4, 6, 4))
-    problem = PlanProblem.parallel(
+    problem = pose_flat(
         *scores,
         rank=np.zeros((6, 4), dtype=int),
         stage=np.repeat([0, 1], 3),

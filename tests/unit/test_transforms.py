@@ -16,7 +16,7 @@ from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.data.subsets import training_and_validation
-from d2ft_hpc.data.transforms import DRAWS, BatchTransform, sample_transform, seeded, uniform_draws
+from d2ft_hpc.data.transforms import DRAWS, BatchTransform, _box, sample_transform, uniform_draws
 from d2ft_hpc.errors import ConfigError, DataError
 from tests.splits import open_images
 
@@ -57,7 +57,7 @@ def test_shift_and_flip_are_torchvisions_crop_of_the_mirrored_image() -> None:
     assert len(offsets) > 25
 
 
-def test_random_crops_have_the_boxes_that_were_drawn() -> None:
+def test_random_crops_have_the_box_that_were_drawn() -> None:
     """A horizontal ramp shows where each crop begins and ends."""
     ramp = torch.linspace(0, 1, 64).expand(200, 3, 64, 64).contiguous()
     got = BatchTransform(32, (0, 0, 0), (1, 1, 1), crop="random")(ramp, draws(200))
@@ -70,6 +70,28 @@ def test_random_crops_have_the_boxes_that_were_drawn() -> None:
     assert first.unique().numel() > 100
     central = BatchTransform(56, (0, 0, 0), (1, 1, 1), crop="central")(ramp[:1], draws(1))
     torch.testing.assert_close(central, ramp[:1, :, 4:60, 4:60])
+
+
+def test_a_photograph_is_cut_where_the_same_pixels_of_a_batch_would_be() -> None:
+    """Before and after crops, in whole pixels; without entropy the middle, as torchvision resizes and crops it."""
+    picture = tf.resize(images(1, 12)[0], [96, 64], antialias=True)
+    of_training = sample_transform("resized_crop", 32, training=True, mean=MEAN, std=STD)
+    widths = set()
+    for i in range(50):
+        left, top, right, bottom = map(round, _box(96, 64, uniform_draws((1, i)).tolist()))
+        assert 0 <= left < right <= 64
+        assert 0 <= top < bottom <= 96
+        expected = tf.resized_crop(picture, top, left, bottom - top, right - left, [32, 32], antialias=True)
+        got = of_training(picture, (1, i), (32, 32))
+        assert got.dtype == torch.uint8
+        assert torch.equal(got, expected)
+        widths.add(right - left)
+    assert len(widths) > 8
+    of_evaluation = sample_transform("resized_crop", 32, training=False, mean=MEAN, std=STD)
+    expected = tf.resize(tf.center_crop(picture, [56, 56]), [32, 32], antialias=True)
+    assert torch.equal(of_evaluation(picture, None, (32, 32)), expected)
+    whole = sample_transform("none", 32, training=True, mean=MEAN, std=STD)
+    assert torch.equal(whole(picture, (1,), (32, 32)), tf.resize(picture, [32, 32], antialias=True))
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:
@@ -89,8 +111,7 @@ def test_timm_draws_are_seeded_and_options_checked() -> None:
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     seen = []
     for entropy in (1, 1, 2):
-        with seeded([entropy]):
-            seen.append(transform(picture))
+        seen.append(transform(picture, [entropy], (16, 16)))
     assert random.getstate() == before[0]
     assert np.array_equal(np.random.get_state()[1], before[1])
     assert torch.equal(torch.get_rng_state(), before[2])

@@ -1,6 +1,6 @@
 """All keys of a configuration as Markdown, from the schema's own docstrings.
 
-`python -m d2ft_hpc.key_reference > configs/README.md` writes the reference anew.
+`python -m tests.key_reference > configs/README.md` writes the reference anew.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ In the tables, a *subnet* is an attention head with its part of the MLP. A plan 
 micro-batch: FULL runs it forward and backward, FORWARD_ONLY runs it forward without gradient, SHORTCUT leaves it out.
 *Dense* means that all subnets are FULL. A *replica* is the ranks that hold one copy of the model together.
 
-The tables are made from the schema by `python -m d2ft_hpc.key_reference > configs/README.md`.
+The tables are made from the schema by `python -m tests.key_reference > configs/README.md`.
 """
 _WORDS: dict[Any, str] = {
     bool: "true or false",

@@ -1,4 +1,4 @@
-"""Makes DEMO_WEIGHTS: `python -m d2ft_hpc.demo.pretrain [FILE]`, a few minutes on 2 cores.
+"""Makes DEMO_WEIGHTS: `python -m analysis.demo.pretrain [FILE]`, a few minutes on 2 cores.
 
 Trains on scikit-learn's digits 0-4 under random affine maps; the demo's task, digits 5-9, stays unseen. Each
 image is turned by a random multiple of 90 degrees and the model must name digit and turn (20 classes).
@@ -59,7 +59,7 @@ def pretrain(file: Path) -> float:
     top1 = accuracy(model)
     weights = {name: w.half() for name, w in model.state_dict().items() if not name.startswith("head.")}
     about = {
-        "made_by": "python -m d2ft_hpc.demo.pretrain",
+        "made_by": "python -m analysis.demo.pretrain",
         "data": "scikit-learn digits 0-4, training split, random affine maps and quarter turns",
         "task": "digit and quarter turn, 20 classes",
         "recipe": f"AdamW, {EPOCHS} epochs, batch {BATCH}, peak lr {PEAK_LR}, weight decay {WEIGHT_DECAY}",
