@@ -122,8 +122,9 @@ class PlanExecutor:
         self._reduces = reduces
         if self._replay is not None:
             self._replay.graphs = BlockGraphs(self._gathers(self.blocks[0]), gradient_place)
-        if reduction is Reduction.BY_BLOCK:
-            require_input_gradient(self.blocks[0])
+        if reduction is Reduction.BY_BLOCK and self.trains.any():
+            # Below it nothing trains, and a gradient that went through would take the time of a backward pass.
+            require_input_gradient(self.blocks[int(self.trains.argmax())])
 
     def activate(self, plan: SkipPlan, replica: int) -> None:
         """Makes the rows of `replica` in `plan` the ones that the next micro-batches follow.

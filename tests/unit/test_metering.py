@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.attach import attach
+from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.lifecycle import make_plan
 from d2ft_hpc.lifecycle.costs import relative_speeds
 from d2ft_hpc.metering import measure_costs, meter
@@ -113,6 +114,8 @@ def test_a_plan_of_a_partly_frozen_model_keeps_its_budget_of_that_model(kind: st
     assert dense == costs.dense_flops * slots * 6
     assert 0.5 < executed(plan) / dense <= 0.6
     assert executed(plan) / dense == pytest.approx(costs.planned_share(plan), abs=0.02)
+    executor.bind(None, Reduction.BY_BLOCK)  # under ZeRO 3 the input of a block takes a gradient
+    assert executed(SkipPlan.dense(slots, 1, DEPTH, HEADS)) == dense
 
 
 def test_a_model_with_frozen_blocks_alone_has_nothing_to_plan() -> None:
