@@ -63,6 +63,8 @@ class PlainEngine:
         self._max_norm = gradient_clipping
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._graphs: dict[Hashable, CudaGraphs[Tensor]] | None = {} if cuda_graphs else None
+        if cuda_graphs:
+            executor.subnets.family.let_graphs_capture(model)
         self._keeps_gradients = cuda_graphs
         """Gradients stay where they are from step to step."""
 

@@ -82,6 +82,8 @@ class PlanExecutor:
         self._runner = BlockRunner(subnets, compile)
         self._replay = GraphReplay(recomputes) if cuda_graphs else None
         self.images = ImageScaling(subnets.family, self.grid)
+        self.graphs_read_arguments = True
+        """Whether blocks that get more than x, such as rotary positions, run as CUDA graphs where others do."""
         self.micro_batch_shapes = 0
         """Different shapes of this replica's micro-batches under the plan in force."""
         self.lookup_seconds = 0.0
@@ -120,8 +122,9 @@ class PlanExecutor:
         self._reduces = reduces
         if self._replay is not None:
             self._replay.graphs = BlockGraphs(self._gathers(self.blocks[0]), gradient_place)
-        if reduction is Reduction.BY_BLOCK:
-            require_input_gradient(self.blocks[0])
+        if reduction is Reduction.BY_BLOCK and self.trains.any():
+            # Below it nothing trains, and a gradient that went through would take the time of a backward pass.
+            require_input_gradient(self.blocks[int(self.trains.argmax())])
 
     def activate(self, plan: SkipPlan, replica: int) -> None:
         """Makes the rows of `replica` in `plan` the ones that the next micro-batches follow.
@@ -297,8 +300,10 @@ class PlanExecutor:
         """Block `index` under the row of `slot`, or densely, through CUDA graphs; None where it has to run without."""
         if self._replay is None or not block.training:
             return None
+        if (args or kwargs) and not self.graphs_read_arguments:
+            return None
         if self.flat is not None and self.flat.is_unflattened:
-            return None  # and the flat parameters
+            return None  # graphs read the flat parameters
 
         def at_one_point(index: int) -> bool:
             return slot is not None and self._at_one_point(slot, index)

@@ -210,6 +210,11 @@ class BlockFamily(ABC):
     def take_any_size(self, model: Any) -> None:
         """Makes the model itself what `of_any_size` makes of it, for good."""
 
+    def let_graphs_capture(self, model: Any) -> None:
+        """Makes what the model computes outside its blocks fit for a CUDA graph, which can neither copy from the
+        processor nor draw there. Raises ConfigError where it cannot be."""
+        return
+
     @abstractmethod
     def embedding(self, model: Any) -> nn.Module | None:
         """The module that gets a model's images, first or as `pixel_values`; None where there is none."""

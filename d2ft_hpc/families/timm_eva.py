@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from timm.layers import RotaryEmbeddingCat
+from timm.layers import RotaryEmbeddingCat, RotaryEmbeddingDinoV3
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
+from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.families.timm_attention import Positions
 from d2ft_hpc.families.timm_blocks import TimmBlocks
 from d2ft_hpc.families.timm_models import patches
@@ -55,6 +56,15 @@ class TimmEva(TimmBlocks):
         super().take_any_size(model)
         _take_any_shape(model.rope)
 
+    def let_graphs_capture(self, model: Any) -> None:
+        if getattr(model.rope, "aug_active", False):
+            raise ConfigError(
+                "the model draws its rotary positions anew in each step (rope_shift_coords, rope_jitter_coords, "
+                "rope_rescale_coords), which CUDA graphs cannot: set engine.cuda_graphs=false"
+            )
+        if isinstance(model.rope, RotaryEmbeddingDinoV3) and "get_embed" not in vars(model.rope):
+            vars(model.rope)["get_embed"] = _AnyShape(model.rope)
+
     @contextmanager
     def taking_any_size(self, model: Any) -> Iterator[None]:
         had = model.rope is None or "get_embed" in vars(model.rope)
@@ -72,7 +82,8 @@ def _take_any_shape(rope: Any) -> None:
 
 
 class _AnyShape:
-    """Rotary positions of any grid, where timm has made those of one: `get_embed` of such a module."""
+    """Rotary positions of any grid, where timm has made those of one, or makes them on the processor each time:
+    `get_embed` of such a module."""
 
     def __init__(self, rope: Any) -> None:
         self.rope = rope
@@ -81,6 +92,8 @@ class _AnyShape:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
         rope = self.rope
+        if isinstance(rope, RotaryEmbeddingDinoV3):
+            return self._made_once(None if shape is None else tuple(shape), dtype)
         own = type(rope).get_embed
         given = {} if dtype is None else {"dtype": dtype}
         if shape is None or tuple(shape) == tuple(rope.feat_shape):
@@ -90,6 +103,19 @@ class _AnyShape:
         else:
             embedded = own(rope, shape=tuple(shape), **given)
         return embedded
+
+    def _made_once(self, shape: tuple[int, ...] | None, dtype: torch.dtype | None) -> Tensor:
+        own, rope = type(self.rope).get_embed, self.rope
+        given = {} if dtype is None else {"dtype": dtype}
+        if rope.training and rope.aug_active:
+            drawn: Tensor = own(rope, shape=shape, **given)
+            return drawn
+        key = shape, dtype, rope.periods.device, rope.periods.dtype
+        if key not in self.of_other_shapes:
+            with torch.inference_mode(False), torch.no_grad():  # a backward may need what an evaluation made
+                self.of_other_shapes[key] = own(rope, shape=shape, **given)
+        made: Tensor = self.of_other_shapes[key]
+        return made
 
     def _shaped(self, shape: tuple[int, ...]) -> Any:
         key = shape, self.rope.pos_embed.device, self.rope.pos_embed.dtype

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from d2ft_hpc.planning.communication_volume import ring_bytes
 
@@ -80,19 +80,33 @@ def _group_size(args: Any) -> int:
     return torch.distributed.get_world_size()
 
 
-def _flash_forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    """[sample, head, token, channel]; several heads of `query` may share one of `key` and `value`, which the formulas
+    of PyTorch 2.11 refuse."""
+    scores, channels = _scores(query, key), query.shape[-1] + value.shape[-1]
+    return 2 * scores * channels
 
 
-def _flash_backward(
+def _attention_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> int:
-    return int(sdpa_backward_flop_count(grad_out.shape, query.shape, key.shape, value.shape))
+    """Scores again, and the gradients of the scores, of values, queries and keys."""
+    return 2 * _scores(query, key) * (3 * query.shape[-1] + 2 * value.shape[-1])
 
 
-# torch's own table does not know the CPU's attention kernel.
+def _scores(query: Tensor, key: Tensor) -> int:
+    return query.shape[:-1].numel() * key.shape[-2]
+
+
+_KERNELS = ("efficient_attention", "flash_attention", "cudnn_attention")
 _FLOPS = {
     **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash_forward,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
+    **{getattr(torch.ops.aten, f"_scaled_dot_product_{name}"): _attention for name in _KERNELS},
+    **{
+        getattr(torch.ops.aten, f"_scaled_dot_product_{name}_backward"): _attention_backward
+        for name in _KERNELS
+    },
+    # Torch's own table does not know the CPU's kernel.
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }

@@ -37,11 +37,14 @@ class PassProfile:
         """Share of the dense time that passes whatever the plan says, in [0, 1)."""
         return min(self.always_seconds / self.dense_seconds, 0.99)
 
-    def ideal_seconds(self, flops_share: float, costs: StepCosts) -> float:
-        """Seconds of a micro-batch that computes this share of the dense FLOPs, always-run parts included."""
+    def ideal_seconds(self, flops_share: float, costs: StepCosts, share_of_tokens: float = 1.0) -> float:
+        """Seconds of a micro-batch that computes this share of the dense FLOPs, always-run parts included.
+
+        share_of_tokens: what its images take of the dense FLOPs if no head is skipped; below 1 for small ones.
+        """
         always = costs.always_share
-        share = (flops_share - always) / (1 - always)
-        return self.always_seconds + share * (self.dense_seconds - self.always_seconds)
+        share = (flops_share / share_of_tokens - always) / (1 - always)
+        return share_of_tokens * (self.always_seconds + share * (self.dense_seconds - self.always_seconds))
 
 
 def profile_passes(

@@ -86,6 +86,12 @@ class Job:
         """The resolution of each step's images; None: they have full size, or the one that the plan says."""
         return curve_of(self.config.plan, self.costs, self.step_samples, "plan.")
 
+    def share_of_tokens(self, step: int) -> float:
+        """What a dense step on images of this step's size computes, over one on images of full size."""
+        if self.curve is None:
+            return 1.0
+        return self.costs.at[self.curve.grid_at(step)].dense_flops / self.costs.dense_flops
+
     def _size_at(self, step: int) -> tuple[int, int]:
         assert self.curve is not None
         down, across = self.curve.grid_at(step)
@@ -210,6 +216,8 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         compile=config.engine.compile,
         cuda_graphs=config.launches_graphs and not kind.graphs_micro_batches,
     )
+    # Graphs of such blocks have not been tried enough to be the default.
+    executor.graphs_read_arguments = config.engine.cuda_graphs is True
     image_shape = (3, config.data.image_size, config.data.image_size)
     costs = measure_costs(model, executor, image_shape, config.plan.sides)
     selection = None

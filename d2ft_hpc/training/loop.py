@@ -186,13 +186,13 @@ def _train_epochs(run: _Run, recorder: StepRecorder, position: Position, config_
                 recorder.add(record)
                 speed_watch.add(record.of_rank["executed_flops"], record.times)
                 position = replace(position.after_step(), plans_made=plans.plans_made)
-                if log.progress.is_due(position.steps_done):
-                    share = record.of_rank["planned_flops"] / record.of_rank["dense_flops"]
-                    ideal = config.data.slots * run.measured.profile.ideal_seconds(share, job.costs)
+                share = record.of_rank["planned_flops"] / record.of_rank["dense_flops"]
+                passes = run.measured.profile.ideal_seconds(share, job.costs, job.share_of_tokens(step))
+                if log.progress.is_due(position.steps_done, config.data.slots * passes):
                     record.times.wait()
                     loss, rate = float(record.loss), record.learning_rate
                     waited = recorder.share_of_waiting_for_data
-                    log.progress.step(epoch + 1, position.steps_done, loss, rate, share, ideal, waited)
+                    log.progress.step(epoch + 1, position.steps_done, loss, rate, share, waited)
             position = position.after_epoch()
             every = config.train.evaluate_every_epochs
             if position.epochs_done % every == 0 or position.epochs_done == job.num_epochs:

@@ -31,7 +31,7 @@ class Progress:
         self._accuracy = float("nan")
         self._last_shown = float("-inf")
         self._steps = 0
-        self._first_ended = self._idle = 0.0
+        self._first_ended = self._idle = self._ideal_seconds = 0.0
         self._pending = False
 
     def say(self, text: str) -> None:
@@ -45,12 +45,16 @@ class Progress:
         self._accuracy = accuracy
         self._idle += seconds
 
-    def is_due(self, step: int) -> bool:
-        """Whether `step`, counted from 1, is to be shown. Call it once after every step."""
+    def is_due(self, step: int, ideal_seconds: float) -> bool:
+        """Whether `step`, counted from 1, is to be shown. Call it once after every step.
+
+        ideal_seconds: how long the step would take if it did nothing but the plan's passes.
+        """
         now = time.perf_counter()
         if self._steps == 0:  # slower than the rest: planning and metering
-            self._first_ended, self._idle = now, 0.0
+            self._first_ended, self._idle, ideal_seconds = now, 0.0, 0.0
         self._steps += 1
+        self._ideal_seconds += ideal_seconds
         every = _TERMINAL_SECONDS if self._live else _FILE_SECONDS
         due = self._shown and (now - self._last_shown >= every or step == self._total_steps)
         if due:
@@ -64,15 +68,14 @@ class Progress:
         loss: float,
         learning_rate: float,
         compute: float,
-        ideal_seconds: float,
         waiting_for_data: float,
     ) -> None:
         """Shows a step, counted from 1.
 
-        compute: the plan's FLOPs over the dense ones. ideal_seconds: how long the step would take if it did nothing
-        but the plan's passes. waiting_for_data: share of the steps' seconds so far.
+        compute: the plan's FLOPs over the dense ones. waiting_for_data: share of the steps' seconds so far.
         """
         trained = time.perf_counter() - self._first_ended - self._idle
+        of_ideal = self._ideal_seconds / trained if self._steps > 1 else float("nan")
         per_step = trained / (self._steps - 1) if self._steps > 1 else float("nan")
         parts = [
             f"epoch {epoch}",
@@ -84,9 +87,7 @@ class Progress:
             f"{per_step:.3f} s/step  {self._images_of_step / per_step:.0f} images/s"
             if per_step == per_step
             else "",
-            f"{ideal_seconds / per_step:.0%} of the plan's speed"
-            if ideal_seconds == ideal_seconds and per_step == per_step
-            else "",
+            f"{of_ideal:.0%} of the plan's speed" if of_ideal == of_ideal else "",
             f"{waiting_for_data:.0%} waiting for images" if waiting_for_data >= WORTH_TELLING else "",
             f"{_clock((self._total_steps - step) * per_step)} left" if per_step == per_step else "",
         ]

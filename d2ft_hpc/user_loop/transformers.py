@@ -15,6 +15,9 @@ class D2ftCallback(TrainerCallback, ExportableState):
 
     Plan and replanning go with the trainer's checkpoints, and evaluations that have an `eval_accuracy` are recorded;
     the trainer needs nothing else to train under plans.
+
+    Several ranks on CPUs resume with transformers 5.24 or newer: older trainers, with or without this callback, read
+    the optimiser's state to a device "cpu:0", which torch does not know. On GPUs and in one process all versions do.
     """
 
     def __init__(self, d2ft: PlannedLoop) -> None:

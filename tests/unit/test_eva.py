@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from d2ft_hpc.errors import ConfigError, UnsupportedModelError
 from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.families.timm_eva import TimmEva
 from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.model.lora import add_lora
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
@@ -253,3 +254,23 @@ def test_ranks_do_not_get_parts() -> None:
         UnsupportedModelError, match=r"rotary positions.*use neither tensor parallelism nor a pipeline"
     ):
         ModelPart(model, range(1), attach(model))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_rotary_positions_of_dinov3_are_made_once_for_graphs(dynamic: bool) -> None:
+    """timm makes them on the processor in each pass, from which a graph cannot copy."""
+    model = tiny_eva(**VARIANTS["like DINOv3"], dynamic_img_size=dynamic)
+    images, _ = random_batch(0, 2)
+    expected = model(images)
+    TimmEva().let_graphs_capture(model)
+    with torch.inference_mode():
+        made = model.rope.get_embed(shape=(4, 4))
+    assert model.rope.get_embed(shape=(4, 4)) is made
+    found = model(images)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert torch.equal(copy.deepcopy(model)(images), expected)
+    assert not torch.equal(model.rope.get_embed(shape=(2, 4)), made[:8])
+    drawn = tiny_eva(**VARIANTS["like DINOv3"], rope_rescale_coords=2.0)
+    with pytest.raises(ConfigError, match=r"engine\.cuda_graphs=false"):
+        TimmEva().let_graphs_capture(drawn)

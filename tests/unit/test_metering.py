@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.attach import attach
+from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.lifecycle import make_plan
 from d2ft_hpc.lifecycle.costs import relative_speeds
 from d2ft_hpc.metering import measure_costs, meter
@@ -113,6 +114,8 @@ def test_a_plan_of_a_partly_frozen_model_keeps_its_budget_of_that_model(kind: st
     assert dense == costs.dense_flops * slots * 6
     assert 0.5 < executed(plan) / dense <= 0.6
     assert executed(plan) / dense == pytest.approx(costs.planned_share(plan), abs=0.02)
+    executor.bind(None, Reduction.BY_BLOCK)  # under ZeRO 3 the input of a block takes a gradient
+    assert executed(SkipPlan.dense(slots, 1, DEPTH, HEADS)) == dense
 
 
 def test_a_model_with_frozen_blocks_alone_has_nothing_to_plan() -> None:
@@ -145,6 +148,26 @@ def attention_outputs(model: torch.nn.Module) -> list[weakref.ref[torch.Tensor]]
             lambda _, inputs: references.append(weakref.ref(inputs[0]._base))
         )
     return references
+
+
+@pytest.mark.parametrize("kernel", ["flash", "efficient", "cudnn"])
+def test_heads_that_share_keys_count_as_if_each_had_its_own(kernel: str) -> None:
+    """The kernels of a GPU, by their shapes."""
+
+    def flops(heads_of_keys: int) -> int:
+        query = torch.empty(2, 8, 16, 32, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        key, value = (
+            torch.empty(2, heads_of_keys, 24, 32, device="meta", dtype=torch.bfloat16, requires_grad=True)
+            for _ in range(2)
+        )
+        attend = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_attention")
+        more = {"flash": (), "efficient": (None, True), "cudnn": (None, True)}[kernel]
+        with meter() as metered:
+            output = attend(query, key, value, *more)[0]
+            torch.autograd.grad(output.sum(), [query, key, value])
+        return metered.flops
+
+    assert flops(2) == flops(8) == 7 * 2 * (2 * 8 * 16 * 24 * 32)
 
 
 def test_what_is_measured_does_not_stay_in_memory() -> None:

@@ -132,10 +132,8 @@ def show_steps(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
     progress = Progress(0, 10, 40, stream=stream)
     for step in range(1, 11):
         now[0] += 1.0
-        if progress.is_due(step):
-            progress.step(
-                1, step, 0.5, 1e-3, 0.6, ideal_seconds=0.8, waiting_for_data=0.3 if step == 10 else 0.0
-            )
+        if progress.is_due(step, ideal_seconds=0.8):
+            progress.step(1, step, 0.5, 1e-3, 0.6, waiting_for_data=0.3 if step == 10 else 0.0)
         if step == 5:
             now[0] += 7.0
             progress.evaluated(0.9, 7.0)
@@ -168,7 +166,7 @@ def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     progress = Progress(1, 10, 40, stream=stream)
     progress.say("something")
-    assert not any(progress.is_due(step) for step in range(1, 11))
+    assert not any(progress.is_due(step, 0.8) for step in range(1, 11))
     assert stream.getvalue() == ""
 
 
