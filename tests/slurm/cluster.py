@@ -20,6 +20,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "unshare", "setpriv")
 NODES = 4
+LIMIT_SECONDS = 1800
+"""Far above what any job takes, also on a machine busy with others: only a hang reaches it."""
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
 CONFIGURATION = """
@@ -56,7 +58,7 @@ MinJobAge=3600
 JobRequeue=1
 FirstJobId={first_job}
 {nodes}
-PartitionName=all Nodes=tn[1-{count}] Default=YES State=UP MaxTime=1440 DefaultTime=10
+PartitionName=all Nodes=tn[1-{count}] Default=YES State=UP MaxTime=1440 DefaultTime=60
 """
 
 # Arguments: the node's name, the folder.
@@ -186,7 +188,7 @@ class Cluster:
         states = set(self.run("squeue", "-h", "-t", "all", "-j", str(job), "-o", "%T").split())
         return states.pop() if len(states) == 1 else next(iter(sorted(states - {"COMPLETED"})), "")
 
-    def wait(self, job: int, *states: str, seconds: float = 400) -> str:
+    def wait(self, job: int, *states: str, seconds: float = LIMIT_SECONDS) -> str:
         """Waits until the job is in one of the states (by default: has ended) and returns it."""
         deadline = time.monotonic() + seconds
         while (state := self.state(job)) not in (states or ENDED):
@@ -196,7 +198,7 @@ class Cluster:
             time.sleep(0.1)
         return state
 
-    def wait_for_text(self, job: int, text: str, *, count: int = 1, seconds: float = 300) -> None:
+    def wait_for_text(self, job: int, text: str, *, count: int = 1, seconds: float = LIMIT_SECONDS) -> None:
         """Waits until the job's output has a text."""
         deadline = time.monotonic() + seconds
         while self.output(job).count(text) < count:
