@@ -13,6 +13,7 @@ from d2ft_hpc.data.datasets import open_split
 from d2ft_hpc.data.loader import train_loader, workers_of
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
+from d2ft_hpc.launch.cores import own_cores
 from d2ft_hpc.model.build import pixel_statistics
 
 
@@ -33,7 +34,7 @@ def benchmark(config: RunConfig, device: torch.device, seconds: float) -> dict[s
         seed=config.run.seed,
     )
     mixing = Mixing(images.num_classes, **data.mixing_options)
-    workers = workers_of(data, images, device, ranks_of_host=1)
+    workers = workers_of(data, images, device, len(own_cores()), ranks_of_host=1)
     loader = train_loader(images, sampler, num_workers=workers, device=device, mixing=mixing)
     begin = time.perf_counter()
     first, warm_up, count, epoch = 0.0, 2 * max(workers, 1), 0, 0

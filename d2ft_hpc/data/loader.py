@@ -47,8 +47,10 @@ class Batches:
             yield self._finish((moved, tuple(entropy)))
 
 
-def workers_of(data: DataConfig, images: LabelledImages, device: torch.device, ranks_of_host: int) -> int:
-    """`data.workers`, or as many as its docstring says."""
+def workers_of(
+    data: DataConfig, images: LabelledImages, device: torch.device, cores: float, ranks_of_host: int
+) -> int:
+    """`data.workers`, or as many as its docstring says. cores: of this rank, see `share_of_cores`."""
     if data.workers is not None:
         return data.workers
     if device.type == "cpu" or not images.need_a_processor:
@@ -56,7 +58,7 @@ def workers_of(data: DataConfig, images: LabelledImages, device: torch.device, r
     channels_bytes = 3 * (torch.float32.itemsize if data.augment == "timm" else 1)
     micro_batches = 1 + EVALUATION_FACTOR  # both loaders have workers of their own
     batch_bytes = micro_batches * data.micro_batch_size * channels_bytes * data.image_size**2
-    return automatic_workers(ranks_of_host, batch_bytes)
+    return automatic_workers(cores, ranks_of_host, batch_bytes)
 
 
 def train_loader(

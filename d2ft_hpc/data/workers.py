@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -28,15 +27,17 @@ class Reader(Protocol):
         ...
 
 
-def automatic_workers(ranks_of_host: int, batch_bytes: int) -> int:
-    """How many workers a rank has whose images must be decoded: its share of the cores but one for the rank itself, and
-    as many as have place for the batches that they read ahead in half of its share of /dev/shm."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def automatic_workers(cores: float, ranks_of_host: int, batch_bytes: int) -> int:
+    """How many workers a rank has whose images must be decoded: its cores but one for the rank itself, and as many as
+    have place for the batches that they read ahead in half of its share of /dev/shm.
+
+    cores: of this rank, see `share_of_cores`.
+    """
     place = _MOST_WORKERS
     with suppress(OSError):
         free = shutil.disk_usage("/dev/shm").free
         place = free // (2 * ranks_of_host * _READ_AHEAD * batch_bytes)
-    return max(min(cores // ranks_of_host - 1, place, _MOST_WORKERS), 0)
+    return max(min(int(cores) - 1, place, _MOST_WORKERS), 0)
 
 
 def loader_of(

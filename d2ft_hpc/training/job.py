@@ -56,6 +56,8 @@ class Job:
     """Height and width, pixels."""
     selection: SampleSelection | None
     """What draws the samples that train; None where all of them do."""
+    cores: float
+    """This rank's, see `share_of_cores`."""
 
     @property
     def total_steps(self) -> int:
@@ -101,7 +103,7 @@ class Job:
     def data_workers(self) -> int:
         """Processes of this rank that read images."""
         ranks = self.control.hosts.count(self.control.host)
-        return workers_of(self.config.data, self.train_set, self.device, ranks)
+        return workers_of(self.config.data, self.train_set, self.device, self.cores, ranks)
 
     @cached_property
     def train_batches(self) -> Batches:
@@ -175,7 +177,7 @@ def layout_of(config: RunConfig, control: Control) -> RankLayout:
     )
 
 
-def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
+def set_up(config: RunConfig, control: Control, device: torch.device, cores: float = 1.0) -> Job:
     """Makes a job's parts. No rank waits for another here, so that each can fail by itself."""
     layout = layout_of(config, control)
     kind = config.engine.kind
@@ -245,6 +247,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device) -> Job:
         layout,
         executor.subnets.family.patch_size(model),
         selection,
+        cores,
     )
 
 

@@ -17,6 +17,7 @@ from d2ft_hpc.errors import CheckpointError
 from d2ft_hpc.files import atomic
 from d2ft_hpc.launch import Control, agreed
 from d2ft_hpc.launch.control import print_line
+from d2ft_hpc.launch.cores import share_of_cores
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.lifecycle import PlanController, PlanState
 from d2ft_hpc.lifecycle.foresight import foresee_plans
@@ -70,9 +71,10 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
             say(f"{config.run_folder} is finished: nothing is left to do")
         return True
     watch.enter("set-up")
+    cores = share_of_cores(control)
     with agreed(control, "set-up"):
         replicas = layout_of(config, control).replicas
-        job = set_up(fitted_to_ranks(config, start.position, replicas), control, device)
+        job = set_up(fitted_to_ranks(config, start.position, replicas), control, device, cores)
         check_position(job, start)
         check_length(job, start)
     if control.rank == 0:

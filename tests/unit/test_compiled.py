@@ -80,6 +80,7 @@ def test_a_static_plan_never_recompiles_after_its_first_step(graphs: list[Any]) 
     assert len(graphs) == 2 + OUTSIDE
 
 
+@pytest.mark.full
 def test_a_plan_of_too_many_shapes_runs_eagerly(graphs: list[Any]) -> None:
     engine, eager = engine_of(compile=True), engine_of(compile=False)
     assert train(engine, free_plan(0)) == pytest.approx(train(eager, free_plan(0)), rel=1e-6)
@@ -120,7 +121,7 @@ def mixed_rows() -> np.ndarray:
 @pytest.mark.parametrize(
     ("model", "options", "reduction", "expected"),
     [
-        ({}, {}, Reduction.LAST_MICRO_BATCH, 4),
+        pytest.param({}, {}, Reduction.LAST_MICRO_BATCH, 4, marks=pytest.mark.full),
         pytest.param(
             {"drop_path_rate": 0.2},
             {"embeddings": "trained"},

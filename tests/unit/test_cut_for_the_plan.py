@@ -36,7 +36,7 @@ def config(tmp_path: Path) -> RunConfig:
     return read_config(Path("configs/demo.yaml"), [*model, *data, *run, *plan])
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_each_step_has_images_of_its_size(config: RunConfig, workers: int) -> None:
     config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
     job = set_up(config, SoloControl(), CPU)

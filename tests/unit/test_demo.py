@@ -50,6 +50,7 @@ def nearest_mean_top1(model: nn.Module) -> float:
     return (torch.cdist(asked, means).argmin(1) == truth).float().mean().item()
 
 
+@pytest.mark.full
 def test_pretraining_helps_with_digits_it_has_not_seen():
     torch.manual_seed(0)
     scratch = nearest_mean_top1(vit_digits_demo(num_classes=0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from d2ft_hpc.data.workers import automatic_workers, loader_of
 from d2ft_hpc.errors import UNFINISHED, LostWorkerError
 from d2ft_hpc.launch.agree import run_guarded
 from d2ft_hpc.launch.children import kill_children
+from d2ft_hpc.launch.cores import share_of_cores
 from d2ft_hpc.launch.signals import StopSignals
 
 
@@ -120,8 +123,22 @@ def test_workers_live_on_when_their_whole_group_is_told_to_stop() -> None:
 
 
 def test_workers_by_themselves_fit_the_cores_and_the_shared_memory() -> None:
-    cores = len(os.sched_getaffinity(0))
-    assert automatic_workers(1, batch_bytes=1) == min(cores - 1, 16)
-    assert automatic_workers(cores, batch_bytes=1) == 0
+    assert [automatic_workers(cores, 1, batch_bytes=1) for cores in (0.5, 1, 8, 64)] == [0, 0, 7, 16]
     free = shutil.disk_usage("/dev/shm").free
-    assert automatic_workers(1, batch_bytes=free) == 0
+    assert automatic_workers(8, 1, batch_bytes=free // 27) == 4
+    assert automatic_workers(8, 2, batch_bytes=free // 27) == 2
+    assert automatic_workers(8, 1, batch_bytes=free) == 0
+
+
+def test_ranks_share_the_cores_that_they_may_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two bound to two cores each, two left on the other four, and one on another host."""
+    of_ranks = [[0, 1], [2, 3], [4, 5, 6, 7], [4, 5, 6, 7], [0, 1, 2, 3]]
+    hosts = ("here", "here", "here", "here", "there")
+    found = []
+    for host, own in zip(hosts, of_ranks, strict=True):
+        control = SimpleNamespace(
+            host=host, hosts=hosts, all_gather=lambda _: [json.dumps(each).encode() for each in of_ranks]
+        )
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, own=own: set(own))
+        found.append(share_of_cores(control))
+    assert found == [2, 2, 2, 2, 4]

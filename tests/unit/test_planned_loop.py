@@ -98,7 +98,7 @@ def test_the_first_batch_gives_the_scores_of_the_plan_that_the_next_ones_follow(
         pytest.param(
             {"planner": "random", "seed": 3, "replan": {"every": "2 steps"}}, marks=pytest.mark.full
         ),
-        {"planner": "samples", "compute_budget": 0.7},
+        pytest.param({"planner": "samples", "compute_budget": 0.7}, marks=pytest.mark.full),
     ],
 )
 def test_a_loop_resumed_between_any_batches_goes_on_as_it_was(settings: dict[str, Any]) -> None:
@@ -348,7 +348,7 @@ def test_samples_are_scored_by_what_libraries_made_of_the_model() -> None:
     "settings",
     [
         {"planner": "tokens"},
-        {"planner": "joint", "token_budget": 0.7},
+        pytest.param({"planner": "joint", "token_budget": 0.7}, marks=pytest.mark.full),
         pytest.param({"wrap": Wrapped, "num_classes": 0}, marks=pytest.mark.full),
     ],
 )

@@ -1,0 +1,28 @@
+"""How many of its host's cores a rank has."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from d2ft_hpc.launch.control import Control
+
+
+def own_cores() -> list[int]:
+    """The cores that this process may run on, by their numbers."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def share_of_cores(control: Control) -> float:
+    """This rank's cores, each divided by the number of ranks on its host that may run there: launchers bind ranks to
+    cores of their own, or leave all of them to all. All ranks call it together."""
+    own = own_cores()
+    of_ranks = control.all_gather(json.dumps(own).encode())
+    neighbours = [
+        set(json.loads(cores))
+        for host, cores in zip(control.hosts, of_ranks, strict=True)
+        if host == control.host
+    ]
+    return sum(1 / sum(core in cores for cores in neighbours) for core in own)
