@@ -205,13 +205,18 @@ def _timm_transform(
     except Exception as error:  # timm raises many kinds, some at first use
         raise ConfigError(f"data.timm={dict(options)}: not accepted by timm: {error}") from error
 
-    def transform(image: Tensor, entropy: Entropy | None, size: ImageSize) -> Tensor:
-        assert entropy is not None
-        with seeded(entropy):
-            drawn: Tensor = of_picture(to_pil_image(image))
-            return drawn
+    return _Timm(of_picture)
 
-    return transform
+
+@dataclass(frozen=True)
+class _Timm:
+    """timm's transforms of a picture, in the size that they were made for."""
+
+    of_picture: Callable[[Image.Image], Tensor]
+
+    def __call__(self, image: Tensor, entropy: Entropy | None, size: ImageSize) -> Tensor:
+        with seeded(entropy or [0]):
+            return self.of_picture(to_pil_image(image))
 
 
 def uniform_draws(entropy: Entropy) -> np.ndarray:

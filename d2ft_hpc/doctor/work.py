@@ -24,6 +24,8 @@ _FIX_WEIGHTS = (
     "CONFIG, compute nodes then find them in the cache"
 )
 
+_FIX_DATA = "data.root=FOLDER"
+
 _DECODED_IMAGES = 100
 """How many images of each data set are decoded."""
 
@@ -34,13 +36,16 @@ def check_parts(
     """Opens the data set, decodes some of its images and builds the model with its weights, on this rank."""
     try:
         job = set_up(config, control, device)
-        for images in (job.train_set, job.evaluation_set):
-            for index in images.evenly_spaced(_DECODED_IMAGES):
-                images.read([index], None)
     except DataError as error:
-        return None, [of_error("data", error, "data.root=FOLDER")]
+        return None, [of_error("data", error, _FIX_DATA)]
     except Exception as error:  # hubs, files and timm answer with anything
         return None, [of_error("model", error, _FIX_WEIGHTS)]
+    try:
+        for images in (job.train_set, job.evaluation_set):
+            for index in images.evenly_spaced(_DECODED_IMAGES):
+                images.read([index], [[index]])
+    except Exception as error:  # and so do timm's transforms
+        return None, [of_error("data", error, _FIX_DATA)]
     parameters = sum(parameter.numel() for parameter in job.model.parameters())
     return job, [
         *(Finding("data", "warning", *remark.rsplit("; ", 1)) for remark in job.remarks),

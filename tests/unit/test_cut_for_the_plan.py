@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,20 @@ def test_each_step_has_images_of_its_size(config: RunConfig, workers: int) -> No
         job.sampler.set_epoch(epoch, start_batch=start)
         seen += [tuple(images.shape[1:]) for images, _ in job.train_batches]
     assert seen == [(3, side, side) for side in sides[:4] + sides[6:] for _ in range(2)]
+
+
+@pytest.mark.parametrize("augment", ["timm", "resized_crop", "shift", "none"])
+def test_workers_can_have_every_transform(config: RunConfig, augment: str) -> None:
+    """They are started afresh and get it as bytes."""
+    of_sample = set_up(
+        config.model_copy(update={"data": config.data.model_copy(update={"augment": augment})}),
+        SoloControl(),
+        CPU,
+    ).train_set._of_sample
+    assert of_sample is not None
+    image = torch.randint(0, 256, (3, 70, 90), dtype=torch.uint8)
+    sent = pickle.loads(pickle.dumps(of_sample))
+    assert torch.equal(sent(image, [7], (32, 32)), of_sample(image, [7], (32, 32)))
 
 
 def test_a_run_executes_what_was_planned(config: RunConfig) -> None:

@@ -44,6 +44,14 @@ def test_a_healthy_place_is_found_healthy(
     assert list((tmp_path / "new").iterdir()) == []
 
 
+def test_images_are_read_with_the_transforms_of_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, found = doctor_here(capsys, f"run.folder={tmp_path}/new", "data.augment=timm")
+    assert status == 0
+    assert found["model"]["status"] == found["data"]["status"] == "ok"
+
+
 def test_every_fault_has_its_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     status, found = doctor_here(
