@@ -36,11 +36,11 @@ _LEAST_ALPHA = 1e-3
 
 class RunSection(Section):
     name: str = Field(default="run", max_length=120)
-    """Name of the run and of its folder: letters, digits, _, - and ., the first of them no - or ."""
+    """Name of the run and of its folder. It may hold letters, digits, _, - and ., and does not begin with - or ."""
     folder: PathText = "runs"
-    """Where run folders are made."""
+    """The folder in which each run gets its own folder."""
     seed: Seed = 0
-    """Decides everything that is drawn at random: random weights, the order of the images, their augmentation."""
+    """Everything that is drawn at random follows from it: new weights, the order of the images, their augmentation."""
 
     @field_validator("name")
     @classmethod
@@ -56,11 +56,11 @@ class LoraSection(Section):
     """Low-rank adaptation of the blocks' linear layers; all else but the classifier is frozen. Needs peft."""
 
     rank: int = Field(default=8, gt=0)
-    """Rank of the matrices that are trained."""
+    """Rank of the two matrices that are trained for each layer."""
     alpha: int = Field(default=16, gt=0)
-    """The low-rank product counts alpha / rank times; a larger alpha stabilises large ranks (arXiv 2312.03732)."""
+    """The low-rank product is multiplied by alpha / rank. A larger alpha stabilises large ranks (arXiv 2312.03732)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Of what the low-rank product gets."""
+    """Dropout rate of the low-rank product's input."""
 
 
 MIXING = {"mixup_alpha", "cutmix_alpha"}
@@ -73,17 +73,19 @@ def _is_alpha(alpha: float) -> bool:
 
 class ModelConfig(Section):
     name: str
-    """timm's name of a model of one of the families (d2ft_hpc/families)."""
+    """The model's name in timm. `d2ft-hpc models` lists those that are supported."""
     weights: PathText | None = None
-    """A safetensors file in timm's names or a folder with one; "pretrained" for those that the model's name stands for,
-    "hf-hub:OWNER/NAME" for others, both from the hub or (HF_HUB_OFFLINE=1) its cache; null for random ones."""
+    """Where the weights come from: a safetensors file in timm's names, or a folder with one. "pretrained" takes those
+    that the model's name stands for, and "hf-hub:OWNER/NAME" others, both from the hub or, with HF_HUB_OFFLINE=1, from
+    its cache. null: random weights."""
     options: dict[str, Any] = Field(default={})
     """Further keyword arguments of timm.create_model (img_size, drop_path_rate, ...)."""
     lora: LoraSection | None = None
     """null: the weights themselves are trained."""
     embeddings: Literal["frozen", "complete_path", "trained"] = "frozen"
-    """Parameters below every block, whose gradient is biased by each skip above them: frozen, trained by the
-    micro-batches that are FULL everywhere, or trained by all."""
+    """Whether the parameters below all blocks are trained: patch embedding, positions and tokens. Every skip above
+    them biases their gradient. frozen: they are not trained. complete_path: only by micro-batches that skip nothing.
+    trained: by all micro-batches."""
 
 
 class DataConfig(Section):
@@ -99,32 +101,32 @@ class DataConfig(Section):
     ]
     """The data set, or the format of your own (d2ft_hpc/data/README.md)."""
     root: PathText | None = None
-    """Folder of the data set, for those that are not bundled; for packed ones the file."""
+    """The folder of the data set, or the file if it is packed. Bundled data sets need none."""
     image_size: int = Field(default=32, gt=0)
-    """Height and width that the model sees, pixels."""
+    """Height and width of the images that the model gets, in pixels."""
     classes: Annotated[list[int], Field(min_length=1)] | None = None
-    """Classes to keep, relabelled 0, 1, ...; null for all."""
+    """The classes to keep. They become 0, 1, ... in this order. null: all classes."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the training set that is held out of it, to choose settings on: evaluation is then on these images. 0:
-    evaluation is on the test images."""
+    """Share of the training set that is held out, to choose settings on. If it is above 0, evaluation uses these images
+    and not the test images."""
     train_fraction: Fraction = 1.0
-    """Share of the rest of the training set that is trained on. Both shares are stratified by class; run.seed says
-    which images they are."""
+    """Share of the remaining training images that is used for training. Both shares have the same part of every class,
+    and run.seed decides which images they hold."""
     augment: Literal["auto", "none", "shift", "resized_crop", "timm"] = "auto"
-    """Of training images. shift: by up to an eighth, and flips; resized_crop: crops of 50 to 100 % of the area, and
-    flips; timm: timm.data.create_transform. auto: none for digits, shift for small images (up to 64 x 64 pixels), else
-    resized_crop."""
+    """How training images are augmented. none: not at all. shift: they are shifted by up to an eighth and flipped.
+    resized_crop: crops of 50 to 100 % of the area, flipped. timm: timm.data.create_transform. auto: none for digits,
+    shift where the stored images have up to 64 x 64 pixels, else resized_crop."""
     timm: dict[str, Any] = Field(default={})
-    """timm's options: mixup_alpha and cutmix_alpha of timm.data.Mixup, the alpha of Beta(alpha, alpha), where 0 is none
-    and each micro-batch takes one of two; and, for augment=timm, those of timm.data.create_transform (auto_augment,
-    color_jitter, re_prob, ...)."""
+    """Options in timm's names. mixup_alpha and cutmix_alpha turn on Mixup and CutMix and are the alpha of
+    Beta(alpha, alpha); with both, each micro-batch gets one of the two. With augment=timm also the options of
+    timm.data.create_transform, such as auto_augment, color_jitter and re_prob."""
     micro_batch_size: int = Field(gt=0)
-    """Samples of one micro-batch."""
+    """Number of samples of one micro-batch on one replica."""
     slots: int = Field(gt=0)
-    """Micro-batches of one replica in a batch."""
+    """Number of micro-batches that a replica accumulates for each optimizer step."""
     workers: int | None = Field(default=None, ge=0, le=1024)
-    """Processes of each rank that read and decode. null: where a GPU trains and images are decoded, as many as the
-    host's cores and /dev/shm allow, up to 16; else none."""
+    """Number of processes that read and decode images for each rank. null: if a GPU trains and images have to be
+    decoded, as many as the host's cores and /dev/shm allow, at most 16. Otherwise none."""
 
     @model_validator(mode="after")
     def _check_timm(self) -> DataConfig:
@@ -160,16 +162,16 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "sgd"] = "adamw"
     """The optimizer."""
     learning_rate: float = Field(gt=0)
-    """Highest learning rate, which is reached after the warm-up."""
+    """The highest learning rate. It is reached after the warm-up."""
     weight_decay: float = Field(default=0.05, ge=0)
-    """Of matrices; biases, norms and other vectors do not decay."""
+    """Weight decay of matrices. Biases, norms and other vectors do not decay."""
     epsilon: float = Field(default=1e-8, gt=0)
-    """AdamW's, added to the root of the second moment. Its betas are 0.9 and 0.999, SGD's momentum 0.9."""
+    """What AdamW adds to the root of the second moment. Its betas are 0.9 and 0.999. SGD has a momentum of 0.9."""
     classifier_factor: float = Field(default=1.0, gt=0)
-    """The classifier's learning rate in multiples of the others'. A new classifier learns best at a rate near
-    3e-3: with pretrained weights tuned at 2.8e-5, a factor of 100 (analysis/tokens)."""
+    """The classifier's learning rate divided by that of the other parameters. A new classifier learns best at a rate
+    near 3e-3, which is a factor of 100 if pretrained weights are tuned at 2.8e-5 (analysis/tokens)."""
     warmup_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of all steps in which the learning rate rises linearly, before it falls to zero in a line."""
+    """Share of all steps in which the learning rate rises linearly. After them it falls linearly to zero."""
 
 
 def _steps_of(text: str) -> range:
@@ -181,25 +183,25 @@ def _steps_of(text: str) -> range:
 
 class TrainConfig(Section):
     epochs: int = Field(gt=0)
-    """Passes over the training set."""
+    """Number of passes over the training set."""
     steps_share: Fraction = 1.0
-    """Share of the epochs' steps that are run; the learning-rate schedule ends with them."""
+    """Share of the epochs' steps that are run. The learning-rate schedule ends with the last of them."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each label that is spread evenly over all classes."""
     evaluate_every_epochs: int = Field(default=1, gt=0)
-    """How many epochs lie between two evaluations."""
+    """Number of epochs between two evaluations."""
     evaluate_at_start: bool = True
-    """Whether the model is evaluated before its first step too."""
+    """Whether the model is also evaluated before its first step."""
     checkpoint_every: str | None = "10 minutes"
-    """How often a checkpoint is saved: so many minutes, epochs or steps; null: never, but where a run is stopped. The
-    newest two stay."""
+    """How often a checkpoint is saved, in minutes, epochs or steps. null: only when a run is stopped. The newest two
+    checkpoints are kept."""
     resume: bool | Literal["auto"] = False
-    """true: continue the run in its folder from its newest checkpoint. auto: the same where there is one, start where
-    there is none, and end at once if the run is finished: for jobs that may be started again at any time."""
+    """true: continue the run in its folder from its newest checkpoint. auto: continue if there is a checkpoint, start
+    if there is none, and end at once if the run is finished. Jobs with auto may be started again at any time."""
 
     trace_steps: str | None = None
-    """Steps that each rank traces with torch's profiler, into the run's folder, for Perfetto or chrome://tracing:
-    such as '20' or '20-24', counted from 1."""
+    """Steps that each rank traces with torch's profiler, such as '20' or '20-24', counted from 1. The traces are
+    written into the run's folder, and Perfetto or chrome://tracing shows them."""
 
     @field_validator("trace_steps")
     @classmethod
@@ -230,24 +232,24 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """In which forward and backward are computed; fp16 needs DeepSpeed's ZeRO and a GPU."""
+    """The number format of forward and backward. fp16 needs DeepSpeed's ZeRO and a GPU."""
     gradient_clipping: float | None = Field(default=None, gt=0)
-    """Largest norm of the gradient; null: no clipping."""
+    """The gradient is scaled down to this norm where its own is larger. null: it is not clipped."""
     pipeline_stages: int = Field(default=1, ge=1)
-    """Ranks that each hold neighbouring blocks of one replica; 1: no pipeline."""
+    """Number of ranks in a pipeline, each of which holds neighbouring blocks of one replica. 1: no pipeline."""
     tensor_parallel: int = Field(default=1, ge=1)
-    """Ranks that share each block of one replica by its heads. DeepSpeed's `tensor_parallel.autotp_size` in
-    `engine.deepspeed` says the same."""
+    """Number of ranks that share each block of one replica, every rank with some of its heads. DeepSpeed's
+    `tensor_parallel.autotp_size` in `engine.deepspeed` means the same."""
     head_placement: Literal["in_order", "spread"] = "in_order"
-    """Which tensor-parallel rank holds which heads: neighbouring ones, or such that by their scores each rank's are
-    worth the same, for which scores are measured once before training."""
+    """Which tensor-parallel rank holds which heads. in_order: neighbouring ones. spread: heads whose scores have the
+    same sum on every rank. For that, scores are measured once before training."""
     token_layout: Literal["replicated", "sharded", "overlapped", "auto"] = "replicated"
     """What tensor-parallel ranks hold between branches. replicated: every token, with an all-reduce after each branch.
     sharded: each its own tokens; a branch's input goes only to ranks with an active head, and only those return partial
     sums, so that messages follow the plan. overlapped: as sharded, by halves of a micro-batch: the messages of one are
     under way while the other is computed. auto: whichever is predicted to be fastest, for each plan."""
     activation_checkpointing: bool = False
-    """Keep each block's input only and run the block again in the backward, under the same row of the plan."""
+    """Whether only each block's input is kept, and the block runs again in the backward, under the same plan."""
     deepspeed: dict[str, Any] = Field(default={})
     """Further settings for DeepSpeed, in its own names."""
     compile: bool = False
@@ -309,23 +311,27 @@ class EngineConfig(Section):
 
 class LaunchConfig(Section):
     timeout_seconds: float = Field(default=25.0, gt=0, le=LONGEST)
-    """How long ranks wait for each other at the start and whenever they agree on something."""
+    """How many seconds ranks wait for each other at the start and whenever they agree on something."""
     stop_signals: list[str] = Field(default=["USR2", "TERM"])
-    """Signals upon which all ranks save at the next step boundary and end with status 75: start again to go on."""
+    """At one of these signals all ranks save after the current step and end with status 75. Started again with
+    train.resume=auto, the run goes on from there."""
     silence_seconds: float = Field(default=30.0, ge=2, le=LONGEST)
-    """A rank that is not heard for so long is lost: stopped, or its node is down. A killed one is noticed at once."""
+    """After so many seconds without a sign of life a rank counts as lost, because it was stopped or its node is down. A
+    rank that was killed is noticed at once."""
     stall_seconds: float = Field(default=600.0, gt=0, le=LONGEST)
-    """Longest time in which nothing moves on, on any rank (a step, a batch of an evaluation, the set-up, a save),
-    before hung ranks are named and the run ends with status 75."""
+    """If nothing moves on for so many seconds on any rank (a step, a batch of an evaluation, the set-up, a save), the
+    ranks that hang are named and the run ends with status 75."""
 
 
 class ResultsConfig(Section):
     locking: Literal["yes", "no", "best-effort"] = "best-effort"
-    """Whether a lock keeps other processes from writing the same run; best-effort: where the file system has locks."""
+    """Whether a lock keeps other processes from writing the same run. best-effort: only where the file system has
+    locks."""
     file_per_rank: bool = False
-    """Each rank writes its own figures to results.ranks/, which results.h5 joins; for thousands of ranks."""
+    """Whether each rank writes its own figures to results.ranks/, which results.h5 joins. Meant for thousands of
+    ranks."""
     tensorboard: bool = False
-    """Also write TensorBoard's files, to the run's folder tensorboard/."""
+    """Whether files for TensorBoard are written, too, into the folder tensorboard/ of the run."""
 
 
 class RunConfig(Section):

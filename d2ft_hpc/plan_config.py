@@ -18,15 +18,15 @@ from d2ft_hpc.settings import LONGEST, Fraction, PathText, Section, either, one_
 
 class ReplanConfig(Section):
     every: str | None = None
-    """After how many epochs or steps a new plan is made, such as '1 epoch' or '100 steps'; null: one plan for the whole
-    run."""
+    """After how many epochs or steps a new plan is made, such as '1 epoch' or '100 steps'. null: one plan serves the
+    whole run."""
     overlap: bool = False
-    """Solve while training goes on under the old plan. The first step under the new one depends on the clock and is
-    recorded; if false, the step at which a plan is due waits for it."""
+    """true: the new plan is solved while training goes on under the old one. The clock decides which step is the first
+    one under the new plan, and the results record it. false: the step at which a plan is due waits for it."""
     speeds: Literal["start", "watched"] = "start"
-    """What later plans take for the ranks' speeds: those of the first plan, or what each rank computed a second in the
-    steps under the plan before, so that a rank that others slow down gets less. Watched ones depend on the clock: a
-    resumed run may plan otherwise."""
+    """Which speeds of the ranks later plans reckon with. start: those of the first plan. watched: what each rank
+    computed a second under the plan before, so that a rank that something slows down gets less. Watched speeds depend
+    on the clock, so that a resumed run may get other plans."""
 
     @field_validator("every", mode="before")
     @classmethod
@@ -44,40 +44,41 @@ class PlanConfig(Section):
         description="\n".join(f"{entry.name}: {entry.about}." for entry in PLANNERS.values()),
     )
     options: SerializeAsAny[Options] = Field(default_factory=Options, validate_default=True)
-    """What only the chosen planner reads; the tables below list it for each planner that has options."""
+    """Options that only the chosen planner reads. The tables below list them for each planner that has any."""
     file: PathText | None = None
-    """A saved plan (d2ft-hpc plan --save) to follow instead of making one; null: make one."""
+    """A plan that was saved by `d2ft-hpc plan --save`, which the run follows. null: the run makes its own."""
     compute_budget: Fraction = 0.6
     """Share of the dense run's training FLOPs that each device may spend."""
     token_budget: Fraction | None = None
-    """Share of the dense run's training FLOPs that images of lower resolution leave over the run: they begin small and
-    end at data.image_size (`TokenOptions in d2ft_hpc/planning/tokens.py`). Planners by heads then keep compute_budget
-    together with it; planner `tokens` has no other. null: all images have full size."""
+    """Share of the dense run's training FLOPs that would be left if only the images' size were changed. They begin
+    small and end at data.image_size (`TokenOptions in d2ft_hpc/planning/tokens.py`). Planners that skip heads then
+    keep compute_budget by both means together. Planner `tokens` needs no token_budget, and a plan from a file takes
+    none. null: all images have full size."""
     communication_budget: Fraction | None = None
-    """Share of the dense run's messages between subnets; null: no limit."""
+    """Share of the dense run's messages between subnets that a plan may send. null: no limit."""
     messages: Literal["by_head", "by_meeting"] = "by_head"
-    """What these messages are: by_head counts FULL 1 and FORWARD_ONLY 0.5 for every head (the paper's cost model),
-    by_meeting what tensor-parallel ranks really send in engine.token_layout, which is less where only some of them, or
-    none, have an active head in a block."""
+    """What counts as these messages. by_head: 1 for every head that is FULL and 0.5 for every one that is FORWARD_ONLY,
+    which is the paper's cost model. by_meeting: what tensor-parallel ranks really send in engine.token_layout. That is
+    less where only some of them, or none, have an active head in a block."""
     memory_budget: Fraction | None = None
-    """Share of the activations of a dense micro-batch that a device keeps for the backward. null: planners that fit
-    memory (`joint`, `makespan`, `depth`) keep to what each rank has left at the start, if it is too little for a dense
-    micro-batch; 1: no limit. Others are refused where they exceed it."""
+    """Share of a dense micro-batch's activations that a device may keep for the backward. 1: no limit. null: planners
+    `joint`, `makespan` and `depth` keep to the memory that each rank has left at the start, where that is too little
+    for a dense micro-batch. A plan of another planner that exceeds a limit is refused."""
     costs: Literal["flops", "measured", "paper"] = "flops"
-    """What planners take for the cost of FORWARD_ONLY and of what always runs: counted FLOPs; seconds of a short
-    profile on every rank at the start (kept for the same hardware and model), which also gives the ranks' speeds; or
-    the paper's constants."""
+    """What planners reckon for FORWARD_ONLY and for what always runs. flops: counted FLOPs. measured: seconds of a
+    short profile on every rank at the start, which also gives the ranks' speeds and is kept for the same hardware and
+    model. paper: the paper's constants."""
     device_speed: list[Annotated[float, Field(gt=0)]] | None = None
-    """Relative speed of each rank, in place of the measured ones or of equal ones."""
+    """The relative speed of each rank. It takes the place of measured or equal speeds."""
     forward_score: str = Field(
         default=FISHER.name,
         description="What a subnet's forward gives to a micro-batch, as a sum over its weights w with gradients g:\n"
         + "\n".join(f"{score.name}: {score.about}." for score in SCORES.values()),
     )
     backward_score: str = WEIGHT_MAGNITUDE.name
-    """The same for its backward."""
+    """The same for a subnet's backward."""
     time_limit_seconds: float = Field(default=10.0, gt=0, le=LONGEST)
-    """Of planners that search: after this the best plan so far, or the greedy one, is taken."""
+    """How long planners that search may take, in seconds. Then the best plan so far, or the greedy one, is taken."""
     replan: ReplanConfig = ReplanConfig()
 
     @field_validator("planner")

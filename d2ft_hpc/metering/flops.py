@@ -198,9 +198,10 @@ def measure_costs(
     high, wide = family.patch_size(model)
     full = height // high, width // wide
     if (height % high, width % wide) != (0, 0):
+        near = (max(round(height / high), 1) * high, max(round(width / wide), 1) * wide)
         raise UnsupportedModelError(
             f"images of {height} x {width} pixels cannot be divided into patches of {high} x {wide}, as scaled images "
-            f"are: make the model for {full[0] * high} x {full[1] * wide} (img_size, data.image_size), or use a "
+            f"are: make the model for {near[0]} x {near[1]} (img_size, data.image_size), or use a "
             f"planner that leaves images as they are"
         )
     at = {}

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2ft_hpc.errors import PlanError
+from d2ft_hpc.errors import PlanError, UnsupportedModelError
 from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.lifecycle import make_plan
@@ -175,6 +175,12 @@ def test_heads_that_share_keys_count_as_if_each_had_its_own(kernel: str) -> None
         if "invalid gradient" not in str(error):
             raise
         pytest.skip(f"this kernel of torch {torch.__version__} takes no shared keys")
+
+
+def test_the_nearest_size_in_whole_patches_is_named() -> None:
+    model = VisionTransformer(img_size=30, patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=2)
+    with pytest.raises(UnsupportedModelError, match="make the model for 32 x 32"):
+        measure_costs(model, attach(model), (3, 30, 30), [0.5, 1.0])
 
 
 def test_what_is_measured_does_not_stay_in_memory() -> None:
