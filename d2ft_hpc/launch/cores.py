@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 
-from d2ft_hpc.launch.control import Control
+from d2ft_hpc.launch.control import Control, gathered
 
 
 def own_cores() -> list[int]:
@@ -19,10 +18,6 @@ def share_of_cores(control: Control) -> float:
     """This rank's cores, each divided by the number of ranks on its host that may run there: launchers bind ranks to
     cores of their own, or leave all of them to all. All ranks call it together."""
     own = own_cores()
-    of_ranks = control.all_gather(json.dumps(own).encode())
-    neighbours = [
-        set(json.loads(cores))
-        for host, cores in zip(control.hosts, of_ranks, strict=True)
-        if host == control.host
-    ]
+    of_ranks = zip(control.hosts, gathered(control, own), strict=True)
+    neighbours = [set(cores) for host, cores in of_ranks if host == control.host]
     return sum(1 / sum(core in cores for cores in neighbours) for core in own)
