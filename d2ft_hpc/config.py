@@ -324,9 +324,6 @@ class LaunchConfig(Section):
 
 
 class ResultsConfig(Section):
-    locking: Literal["yes", "no", "best-effort"] = "best-effort"
-    """Whether a lock keeps other processes from writing the same run. best-effort: only where the file system has
-    locks."""
     file_per_rank: bool = False
     """Whether each rank writes its own figures to results.ranks/, which results.h5 joins. Meant for thousands of
     ranks."""

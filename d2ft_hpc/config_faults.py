@@ -29,6 +29,7 @@ REPLACED = {
     "plan.probe_batches": "scores come from one batch; remove it",
     "plan.replan.unit": "every says it, such as '100 steps'",
     "plan.warmup_share": "the budget holds from the first step on; remove it",
+    "results.locking": "a run is locked wherever the file system has locks; remove it",
     "results.flush_seconds": "records are written every 5 seconds; remove it",
 }
 """Keys that there were, and what does their work now."""

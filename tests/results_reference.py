@@ -23,8 +23,8 @@ The file can be opened at any moment, also after the run was killed. While a run
 that lie beside it; a thread adds one every five seconds, which is the most that a kill loses. At the end it
 becomes one file that needs no other. A resumed run continues it. Ranks send their figures to rank 0 without waiting for
 anybody. With `results.file_per_rank=true`, for thousands of ranks, each rank keeps its figures in `results.ranks/`, and
-`results.h5` joins them as virtual datasets. HDF5 needs no file locks for any of this; the lock of `results.locking`
-keeps two jobs from writing the same run.
+`results.h5` joins them as virtual datasets. HDF5 needs no file locks for any of this; a lock on
+`results.segments/lock`, where the file system has locks, keeps two jobs from writing the same run.
 
 The rest of this page is made from [schema.py](schema.py) by `python -m tests.results_reference`.
 """

@@ -14,7 +14,7 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +25,6 @@ from d2ft_hpc.results.reader import open_run
 from d2ft_hpc.results.schema import GROUPS, TABLES, Array, Field, Group, Scalar
 from d2ft_hpc.results.segments import Segments, cannot_write
 
-Locking = Literal["yes", "no", "best-effort"]
 _Row = dict[str, Array | str]
 
 
@@ -40,8 +39,6 @@ class ResultsWriter:
         flush_seconds: how often what was added goes to disk, in a thread; a kill loses no more than one such
             interval. 0: everything is on disk when `append` and `put` return. While the disk is full, everything is
             kept in memory and tried again.
-        locking: whether to keep other writers off the run with a lock on `results.segments/lock`: yes, no, or where
-            the file system has locks. Readers need none.
         rank_files: how many files of single ranks hold the columns with a rank axis; 0: this file holds them.
 
     Raises:
@@ -53,7 +50,6 @@ class ResultsWriter:
         path: Path | str,
         *,
         flush_seconds: float = 5.0,
-        locking: Locking = "best-effort",
         rank_files: int = 0,
     ) -> None:
         path = Path(path).absolute()
@@ -64,7 +60,7 @@ class ResultsWriter:
                 f"{path} (or {self._files.folder.name}/ beside it) exists and is not overwritten: "
                 "resume that run, remove it, or choose another output folder"
             )
-        self._start(flush_seconds, locking)
+        self._start(flush_seconds)
         self._files.write_links()
 
     @classmethod
@@ -74,7 +70,6 @@ class ResultsWriter:
         *,
         last_step: int,
         flush_seconds: float = 5.0,
-        locking: Locking = "best-effort",
         rank_files: int = 0,
     ) -> "ResultsWriter":
         """Continue an existing file, whether its run was killed or ended in order.
@@ -108,14 +103,14 @@ class ResultsWriter:
             tables["steps"] = {
                 name: column for name, column in tables["steps"].items() if name not in schema.RANK_FIELDS
             }
-        writer._start(flush_seconds, locking)
+        writer._start(flush_seconds)
         stale = list(writer._files.folder.glob("*.h5"))
         writer._files.add(Contents(tables, groups), replace=True)
         for file in stale:
             file.unlink(missing_ok=True)
         return writer
 
-    def _start(self, flush_seconds: float, locking: Locking) -> None:
+    def _start(self, flush_seconds: float) -> None:
         self.path = self._files.path
         self._rows: dict[str, list[_Row]] = {table: [] for table in TABLES}
         self._groups: dict[str, Group] = {}
@@ -125,7 +120,7 @@ class ResultsWriter:
             self._files.folder.mkdir(parents=True, exist_ok=True)
         except OSError as fault:
             raise cannot_write(self.path, fault) from fault
-        self._lock = lock(self._files.folder / "lock", locking)
+        self._lock = lock(self._files.folder / "lock")
         self._flush_seconds = flush_seconds
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._flush_often, name="results", daemon=True)
@@ -279,31 +274,24 @@ class ResultsWriter:
             self._lock = None
 
 
-def lock(path: Path, locking: Locking) -> int | None:
-    """An exclusive lock that ends with this process; its file descriptor, None without a lock."""
-    if locking == "no":
-        return None
+def lock(path: Path) -> int | None:
+    """An exclusive lock that keeps other writers off a run and ends with this process: its file descriptor, None where
+    the file system has no locks. Readers need none."""
     descriptor = None
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return descriptor
-    except BlockingIOError:
-        taken = True
     except OSError as fault:
-        taken = False
-        if locking == "yes":
+        if descriptor is not None:
+            with suppress(OSError):
+                os.close(descriptor)
+        if isinstance(fault, BlockingIOError):
             raise ResultsError(
-                f"cannot lock {path}: {fault.strerror}; set results.locking to no or best-effort"
-            ) from fault
-    if descriptor is not None:
-        with suppress(OSError):
-            os.close(descriptor)
-    if taken:
-        raise ResultsError(
-            f"another process writes this run ({path} is locked): wait for it to end, or choose another run.name"
-        )
-    return None
+                f"another process writes this run ({path} is locked): wait for it to end, choose another run.name, or "
+                "remove that file if no such process is left on any node"
+            ) from None
+        return None
 
 
 def _clean(text: str) -> str:

@@ -23,12 +23,10 @@ def open_results(
 ) -> ResultsWriter:
     """Rank 0's writer. A resumed run goes on with its record, or with a new one if that is lost. A new run replaces
     one that never began a step. Raises ResultsError."""
-    path, settings = job.config.run_folder / run_folder.RESULTS, job.config.results
-    rank_files = job.control.world_size if settings.file_per_rank else 0
+    path = job.config.run_folder / run_folder.RESULTS
+    rank_files = job.control.world_size if job.config.results.file_per_rank else 0
     steps_done = start.position.steps_done
-    writer, lost = open_record(
-        path, _last_step(path, job, start), locking=settings.locking, rank_files=rank_files
-    )
+    writer, lost = open_record(path, _last_step(path, job, start), rank_files=rank_files)
     if start.checkpoint is None or lost:
         record_job(job, writer, environment, measured)
     if start.checkpoint is not None:
@@ -56,7 +54,7 @@ def open_own_results(job: Job, start: Start) -> ResultsWriter:
     path = rank_file(job.config.run_folder / run_folder.RESULTS, job.control.rank)
     last_step = _last_step(path, job, start) if has_record(path) else None
     # Where it is lost, rank 0 has told of the whole record, or the run still has the rest of it.
-    return open_record(path, last_step, locking=job.config.results.locking)[0]
+    return open_record(path, last_step)[0]
 
 
 def _last_step(path: Path, job: Job, start: Start) -> int | None:

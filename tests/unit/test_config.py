@@ -119,8 +119,8 @@ def test_faults_name_key_value_and_fix(override: str, words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("override", "value"),
     [
-        ("results.locking=no", "no"),
-        ("results.locking=yes", "yes"),
+        ("run.name=no", "no"),
+        ("run.name=yes", "yes"),
         ("run.name=12345", "12345"),
         ("run.name=0012", "0012"),
         ("run.name=1e5", "1e5"),

@@ -208,7 +208,7 @@ def test_an_exception_keeps_what_was_computed(tmp_path):
 @pytest.mark.parametrize("how", ["killed", "closed"])
 def test_resume_continues_after_the_checkpoint(tmp_path, how):
     path = tmp_path / "results.h5"
-    writer = ResultsWriter(path, flush_seconds=0, locking="no")  # a kill leaves no lock
+    writer = ResultsWriter(path, flush_seconds=0)
     writer.put("config", {"yaml": "a: 1"})
     writer.put("environment", {}, {"device": "old"})
     for step in range(6):
@@ -216,6 +216,8 @@ def test_resume_continues_after_the_checkpoint(tmp_path, how):
         writer.append("events", {"step": step, "kind": "e" * step})
     if how == "closed":
         writer.close()
+    else:
+        writer._release()  # the lock ends with the process
     with open_run(path) as run:
         created = run.created
 
@@ -238,10 +240,11 @@ def test_resume_continues_after_the_checkpoint(tmp_path, how):
 
 
 def test_a_run_has_one_writer(tmp_path):
-    with ResultsWriter(tmp_path / "results.h5") as writer:
-        with pytest.raises(ResultsError, match="another process writes this run"):
-            ResultsWriter.resume(writer.path, last_step=0)
-        ResultsWriter.resume(writer.path, last_step=0, locking="no")
+    with (
+        ResultsWriter(tmp_path / "results.h5") as writer,
+        pytest.raises(ResultsError, match="another process writes this run"),
+    ):
+        ResultsWriter.resume(writer.path, last_step=0)
     with pytest.raises(ResultsError, match="closed"):
         writer.append("steps", step_row(0))
 

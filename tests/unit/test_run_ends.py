@@ -322,9 +322,8 @@ def test_a_run_goes_on_without_its_record(
 ) -> None:
     folder = copy_of(finished, tmp_path, unfinished=True)
     path = folder / "results.h5"
-    ResultsWriter.resume(
-        path, last_step=STEPS - 1, flush_seconds=0, locking="no"
-    )  # as of a run that was killed
+    # As of a run that was killed, whose lock ended with it.
+    ResultsWriter.resume(path, last_step=STEPS - 1, flush_seconds=0)._release()
     if damage in ("file", "both"):
         path.unlink()
     if damage in ("segments", "both"):
@@ -347,9 +346,9 @@ def test_a_run_goes_on_without_its_record(
 
 
 def test_a_record_that_is_being_written_is_not_set_aside(tmp_path: Path) -> None:
-    with ResultsWriter(tmp_path / "results.h5", locking="yes"):
+    with ResultsWriter(tmp_path / "results.h5"):
         with pytest.raises(Exception, match="another process writes this run"):
-            set_aside(tmp_path / "results.h5", "yes")
+            set_aside(tmp_path / "results.h5")
         (tmp_path / "results.h5").unlink()
         with pytest.raises(LostResultsError):
             ResultsWriter.resume(tmp_path / "results.h5", last_step=0)
