@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -52,6 +53,19 @@ def test_a_loop_of_ones_own_trains_as_its_plan_says(results: dict[str, Any]) -> 
         assert result["parameters"] <= 1e-6, name
         assert result["scores"] <= 1e-4, name
         assert 0.4 < result["planned compute"] <= 0.6, name
+        told = re.fullmatch(
+            r"(\d) steps so far: promised (.*)% of the dense compute, measured (.*)%, "
+            r"and (.*)% for the scores of heads",
+            result["told compute"],
+        )
+        assert told, result["told compute"]
+        steps, promised, measured, scores = map(float, told.groups())
+        assert (
+            promised
+            == measured
+            == pytest.approx(100 * (1 + (steps - 1) * result["planned compute"]) / steps, abs=2)
+        )
+        assert scores * steps == pytest.approx(30, abs=5)  # a third of the dense products in one step
 
 
 def test_deepspeeds_checkpoint_goes_on_under_the_same_plans(results: dict[str, Any]) -> None:
