@@ -22,7 +22,7 @@ from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.families.head_linear import out_of_heads
 from d2ft_hpc.families.head_norm import normalise_heads
 from d2ft_hpc.families.low_rank import unfit_layers
-from d2ft_hpc.families.timm_attention import Positions, has_own_bias, positions_by_head, require_one_mask
+from d2ft_hpc.families.timm_attention import Positions, has_own_bias, positions_by_head
 from d2ft_hpc.families.timm_models import TimmFamily, class_of_timm
 
 DeepseekVitBlock = class_of_timm("models.deepseek_vit", "DeepseekVitBlock")
@@ -107,9 +107,10 @@ class TimmBlocks(TimmFamily):
         )
 
     def _positions(self, attn: Any, *args: Any, **kwargs: Any) -> Positions:
-        """With what the attention itself adds by head."""
+        """With what the attention itself adds by head. Raises ValueError for a mask that differs between heads."""
         given = self.positions(*args, **kwargs)
-        require_one_mask(given.mask)
+        if given.mask is not None and given.mask.dim() > 3 and given.mask.shape[1] > 1:
+            raise ValueError("an attention mask that differs between heads is not supported under a plan")
         return given._replace(by_head=positions_by_head(attn, given.by_head))
 
     def drops(self, block: Any) -> Drops:
@@ -166,6 +167,22 @@ class TimmBlocks(TimmFamily):
         return KernelParts(
             block.norm1, attn.qkv, attend, is_plain, attn.proj, scale1, block.norm2, mlp.fc1, mlp.fc2, scale2
         )
+
+
+class TimmRotary(TimmBlocks):
+    """Models that give each block rotary positions. `below` gives them, and whether each block has its own."""
+
+    def goes_beside(self, name: str) -> bool:
+        return name.startswith("rope.")
+
+    def arguments(self, beside: Any, index: int) -> Mapping[str, Any]:
+        rope, is_by_depth = beside
+        return {} if rope is None else {"rope": rope[index] if is_by_depth else rope}
+
+    def positions(
+        self, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Positions:
+        return Positions(rope, attn_mask, is_causal)
 
 
 _OnTokens = Callable[[Tensor], Tensor]

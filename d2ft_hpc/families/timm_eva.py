@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,12 +13,11 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from d2ft_hpc.errors import ConfigError
-from d2ft_hpc.families.timm_attention import Positions
-from d2ft_hpc.families.timm_blocks import TimmBlocks
+from d2ft_hpc.families.timm_blocks import TimmRotary
 from d2ft_hpc.families.timm_models import patches
 
 
-class TimmEva(TimmBlocks):
+class TimmEva(TimmRotary):
     """A subnet is a group of query heads with its key and value head, and its slice of the (gated) MLP."""
 
     supported = "timm's Eva (EVA-02, DINOv3, PE and rotary ViTs)"
@@ -32,18 +31,6 @@ class TimmEva(TimmBlocks):
         x, rope = model._pos_embed(patches(model.patch_embed, images))
         is_by_depth = rope is not None and getattr(model, "rope_mixed", False)
         return model.norm_pre(x), (rope, is_by_depth)
-
-    def goes_beside(self, name: str) -> bool:
-        return name.startswith("rope.")
-
-    def arguments(self, beside: Any, index: int) -> Mapping[str, Any]:
-        rope, is_by_depth = beside
-        return {"rope": rope[index] if is_by_depth else rope}
-
-    def positions(
-        self, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Positions:
-        return Positions(rope, attn_mask, is_causal)
 
     def of_any_size(self, model: Any) -> Any:
         twin = super().of_any_size(model)

@@ -24,12 +24,7 @@ _EMBEDS_ANY_SIZE = {"strict_img_size": False, "flatten": False, "output_fmt": Fo
 
 class TimmFamily(BlockFamily):
     blocks_path = "blocks"
-
-    names_below: tuple[str, ...]
-    """First parts of the names of parameters below all blocks."""
-
-    def is_below(self, name: str) -> bool:
-        return name.split(".")[0] in self.names_below
+    attention = "attn"
 
     def above(self, model: Any, x: Tensor) -> Tensor:
         logits: Tensor = model.forward_head(model.norm(x))
@@ -128,10 +123,6 @@ class TimmFamily(BlockFamily):
     @abstractmethod
     def own_axes(self, block: Any) -> dict[str, HeadAxis]:
         """`head_axes` without LoRA; may include parameters that the block lacks."""
-
-    def used_by_head(self, name: str) -> bool:
-        part, _, path = name.rpartition(".")[0].partition(".")
-        return part in ("attn", "mlp") and ("norm" in path or "lora_" in path)
 
 
 def _embeddings(model: Any) -> list[nn.Module]:
