@@ -32,6 +32,7 @@ from d2ft_hpc.engines.zero_state import collect, restore
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.flat_parameters import FlatParameters
+from d2ft_hpc.metering.phases import phase
 from d2ft_hpc.planning import SkipPlan
 
 OURS = (
@@ -148,26 +149,26 @@ class DeepSpeedEngine:
         set_training(self._modules)
         last = len(micro_batches) - 1
         losses = [
-            self._accumulate(report, slot, micro_batch, is_last=slot == last)
+            self._accumulate(slot, micro_batch, is_last=slot == last)
             for slot, micro_batch in enumerate(micro_batches)
         ]
-        with report.timed("optimizer"):
+        with phase("optimizer"):
             report.skipped = not take_step(self.engine)
         norm = self.engine.get_global_grad_norm()
         report.gradient_norm = float("nan") if norm is None else norm
         report.loss = torch.stack(losses).mean()
         return report
 
-    def _accumulate(self, report: StepReport, slot: int, micro_batch: MicroBatch, is_last: bool) -> Tensor:
+    def _accumulate(self, slot: int, micro_batch: MicroBatch, is_last: bool) -> Tensor:
         """Adds a micro-batch's gradient; returns its loss. DeepSpeed reduces in the last one's backward."""
         images, labels = micro_batch
         with self.executor.micro_batch(slot):
-            with report.timed("forward"):
+            with phase("forward"):
                 loss = self._loss_function(self.engine(images.to(self._dtype)).float(), labels)
-            with report.timed("backward"):
+            with phase("backward"):
                 self.engine.backward(loss)
         if not is_last:
-            with report.timed("optimizer"):
+            with phase("optimizer"):
                 self.engine.step()
         return loss.detach()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.families.table import backbone_of, family_of
-from d2ft_hpc.metering import phases
 from d2ft_hpc.model.evaluating import evaluating
 from d2ft_hpc.planning import SkipPlan
 
@@ -42,10 +41,6 @@ class StepReport:
     learning_rate: float = float("nan")
     skipped: bool = False
     """Whether a gradient overflowed in fp16, so that the loss scaler left the step out."""
-
-    def timed(self, phase: Literal["forward", "backward", "optimizer"]) -> AbstractContextManager[None]:
-        """Time inside counts as this phase of the step, except for communication."""
-        return phases.phase(phase)
 
 
 class Engine(Protocol):

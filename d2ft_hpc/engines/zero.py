@@ -87,8 +87,6 @@ class ZeroRules:
                 f"{where}zero_optimization.stage=0 with bf16: DeepSpeed {version('deepspeed')} never clears gradients "
                 f"then, under a plan or not. Use stage 1, or install DeepSpeed {_CLEARS_AGAIN_FROM} or newer"
             )
-        if stage not in (0, 1, 2, 3):
-            raise ConfigError(f"{where}zero_optimization.stage={stage!r}: ZeRO has the stages 0, 1, 2 and 3")
         if stage in (1, 2) and zero.get("contiguous_gradients") is False and adds_up_wrong():
             raise ConfigError(
                 f"{where}zero_optimization.contiguous_gradients=false: DeepSpeed {version('deepspeed')} trains wrongly "
@@ -133,17 +131,11 @@ class ZeroRules:
 
         is_boundary: whether an optimiser step follows the micro-batch that runs; None: after the last one of a batch.
         """
-        reduces = None
-        if is_boundary is not None and self.reduction is Reduction.LAST_MICRO_BATCH:
-            at_boundary = is_boundary
-
-            def reduces(block: nn.Module) -> bool:
-                return at_boundary()
-
+        asks = is_boundary if self.reduction is Reduction.LAST_MICRO_BATCH else None
         executor.bind(
             slot_source,
             self.reduction,
-            reduces=reduces,
+            reduces=None if asks is None else lambda block: asks(),
             gradient_place=GradientPlace.OWN if self.stage < 2 else GradientPlace.COPIED,
         )
         if self.stage == 3:

@@ -239,7 +239,7 @@ class PlannedLoop:
     def check(self, plan: SkipPlan) -> None:
         """Raises PlanError where the loop cannot run `plan`, ConfigError where recomputing blocks lose gradients."""
         check_recompute(self._model)
-        check_plan(plan, slots=self.slots, replicas=self._plans().control.world_size, same_rows=None)
+        check_plan(plan, slots=self.slots, replicas=self._plans().control.world_size)
 
     def _watch(self) -> None:
         """From now on forwards of the model and steps of optimisers reach the methods that follow."""
