@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.engines.deepspeed_keys import zero_stage
-from d2ft_hpc.engines.deepspeed_private import after_moves, import_deepspeed, name_parts, take_step
+from d2ft_hpc.engines.deepspeed_private import after_moves, import_deepspeed, name_parts, take_step, whole
 from d2ft_hpc.engines.deepspeed_settings import check_settings
-from d2ft_hpc.engines.engine import (
-    LossFunction,
-    MicroBatch,
-    StateWriter,
-    StepReport,
-    evaluated,
-    set_training,
-)
+from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StateWriter, StepReport, evaluated, set_training
 from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
 from d2ft_hpc.engines.replicas import reduce_trained_blocks
 from d2ft_hpc.engines.state_bytes import bytes_to_come
@@ -117,7 +111,8 @@ class DeepSpeedEngine:
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False)
         self.rules = ZeroRules.of(config)
-        self._twin = self.rules.twin_of(model)
+        # Empty, for `full_model`, before the parameters are partitioned.
+        self._twin = copy.deepcopy(model).to("meta") if self.rules.stage == 3 else None
         # Stage 3 frees a parameter by giving it another tensor, and views would keep the one that it had.
         if flattens and self.rules.stage < 3:
             groups = _groups(model, optimizer, given.pop("model_parameters", None))
@@ -187,8 +182,22 @@ class DeepSpeedEngine:
     def logits(self, images: Sequence[Tensor]) -> list[Tensor]:
         return evaluated(self._model, images)
 
-    def full_model(self) -> AbstractContextManager[nn.Module]:
-        return self.rules.full_model(self._model, self._twin, self.executor.flat)
+    @contextmanager
+    def full_model(self) -> Iterator[nn.Module]:
+        model, flat = self._model, self.executor.flat
+        if self._twin is None:
+            with nullcontext() if flat is None else flat.unflattened():
+                yield model
+            return
+        own = dict(model.named_parameters())
+        full = copy.deepcopy(self._twin).to_empty(device=next(model.parameters()).device)
+        with torch.no_grad():
+            for name, parameter in full.named_parameters():
+                with whole(own[name]) as data:
+                    parameter.data = data.clone()
+            for (_, buffer), (_, other) in zip(full.named_buffers(), model.named_buffers(), strict=True):
+                buffer.copy_(other)
+        yield full.train(model.training)
 
     def save(self, folder: Path, write: StateWriter) -> None:
         with self._with_flats():

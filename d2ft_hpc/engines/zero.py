@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from packaging.version import Version
 from torch import nn
 
 from d2ft_hpc.engines.check import check_plan, check_recompute
-from d2ft_hpc.engines.deepspeed_private import import_deepspeed, whole
+from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.block_graphs import GradientPlace
 from d2ft_hpc.execution.executor import PlanExecutor
-from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import family_of, find_backbone
 from d2ft_hpc.planning import SkipPlan
@@ -144,32 +140,6 @@ class ZeroRules:
             import_deepspeed().utils.set_z3_leaf_modules(
                 model, list({type(block) for block in executor.blocks.values()})
             )
-
-    def twin_of(self, model: nn.Module) -> nn.Module | None:
-        """An empty copy of `model` for `full_model`, taken before the parameters are partitioned."""
-        return copy.deepcopy(model).to("meta") if self.stage == 3 else None
-
-    @contextmanager
-    def full_model(
-        self, model: nn.Module, twin: nn.Module | None, flat: FlatParameters | None
-    ) -> Iterator[nn.Module]:
-        """A model with the present weights, complete on this rank, so that it runs without other ranks. Under stage 3
-        it is a copy, which all ranks make together; else `model` itself. flat: what holds its blocks' parameters.
-        """
-        if twin is None:
-            with nullcontext() if flat is None else flat.unflattened():
-                yield model
-            return
-        own = dict(model.named_parameters())
-        device = next(iter(own.values())).device
-        full = copy.deepcopy(twin).to_empty(device=device)
-        with torch.no_grad():
-            for name, parameter in full.named_parameters():
-                with whole(own[name]) as data:
-                    parameter.data = data.clone()
-            for (_, buffer), (_, other) in zip(full.named_buffers(), model.named_buffers(), strict=True):
-                buffer.copy_(other)
-        yield full.train(model.training)
 
 
 def _get(config: Mapping[str, Any], dotted: str) -> Any:
