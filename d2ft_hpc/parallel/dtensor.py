@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import PlanExecutor
-from d2ft_hpc.execution.gradients import stand_ins
+from d2ft_hpc.execution.gradients import Owners, stand_ins
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.parallel.head_split import even_owner, heads_of, join, replace_parameter
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor, share_blocks
@@ -28,7 +28,7 @@ class DTensorExecutor(TensorParallelExecutor):
     """Runs blocks whose parameters are DTensors, each rank with its local parts; made by `split_heads`."""
 
     def run(self, block: nn.Module, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        cut: list[tuple[dict[str, Any], str]] = [
+        cut: Owners = [
             (module._parameters, name)
             for module in block.modules()
             for name, parameter in module._parameters.items()
@@ -36,11 +36,6 @@ class DTensorExecutor(TensorParallelExecutor):
         ]
         with stand_ins(cut, [kept[name].to_local() for kept, name in cut]):
             return super().run(block, index, x, *args, **kwargs)
-
-    @property
-    def owner(self) -> Ints:
-        """int64 [block, head], the place in the mesh of each of timm's heads."""
-        return self._owner
 
     def to_timm(self, name: str, joined: Tensor) -> Tensor:
         """The parameter of that name in the model (or its moment), from the DTensor's full tensor."""
@@ -65,7 +60,7 @@ class DTensorExecutor(TensorParallelExecutor):
             return None, []
         block, inner = place
         ranks = range(self.messages.group.size())
-        return self.subnets.head_axes.get(inner), [heads_of(self._owner, block, rank) for rank in ranks]
+        return self.subnets.head_axes.get(inner), [heads_of(self.owner, block, rank) for rank in ranks]
 
 
 class _ByHead(ParallelStyle):
