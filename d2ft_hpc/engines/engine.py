@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.families.table import backbone_of, family_of
-from d2ft_hpc.model.evaluating import evaluating
+from d2ft_hpc.model.probe import evaluating
 from d2ft_hpc.planning import SkipPlan
 
 MicroBatch = tuple[Tensor, Tensor]

@@ -28,7 +28,7 @@ from d2ft_hpc.engines.model_parallel import CutEngine, CutModel, share_part
 from d2ft_hpc.engines.replicas import reduce_trained_blocks
 from d2ft_hpc.engines.state_bytes import bytes_to_come
 from d2ft_hpc.metering.phases import phase
-from d2ft_hpc.model.evaluating import evaluating
+from d2ft_hpc.model.probe import evaluating
 from d2ft_hpc.parallel.model_part import ModelPart
 from d2ft_hpc.planning import Operation, SkipPlan
 
