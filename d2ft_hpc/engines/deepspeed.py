@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.deepspeed_keys import zero_stage
 from d2ft_hpc.engines.deepspeed_private import after_moves, import_deepspeed, name_parts, take_step, whole
 from d2ft_hpc.engines.deepspeed_settings import check_settings
@@ -177,7 +178,9 @@ class DeepSpeedEngine:
         return bytes_to_come(self._trained, self.engine.basic_optimizer, gradient_ranks)
 
     def check(self, plan: SkipPlan) -> None:
-        self.rules.check(plan, self._model, self.engine)
+        check_recompute(self._model)
+        slots, replicas = int(self.engine.gradient_accumulation_steps()), int(self.engine.dp_world_size)
+        check_plan(plan, slots=slots, replicas=replicas, same_rows=self.same_rows)
 
     def logits(self, images: Sequence[Tensor]) -> list[Tensor]:
         return evaluated(self._model, images)

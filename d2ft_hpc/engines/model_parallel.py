@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from d2ft_hpc.engines.deepspeed_private import whole
 from d2ft_hpc.engines.engine import StateWriter
 from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
-from d2ft_hpc.engines.zero_state import collect, restore
+from d2ft_hpc.engines.zero_state import collect, full_precision, restore
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control, gathered
 from d2ft_hpc.parallel.full_tensors import gather_full_tensors, part_of
@@ -125,14 +124,3 @@ class CutEngine:
     def _of_all_parts(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         cut = self._cut
         return gather_full_tensors(own, cut.executor.subnets, cut.placement, cut.control)
-
-
-def full_precision(parameter: nn.Parameter) -> Tensor:
-    """The optimiser's fp32 weights if it keeps any, gathered where ZeRO spreads them over replicas."""
-    import deepspeed
-
-    full = deepspeed.utils.safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-    if full is not None:
-        return full  # type: ignore[no-any-return]
-    with whole(parameter) as data:
-        return data.detach().to(torch.float32, copy=True)

@@ -10,14 +10,12 @@ from typing import Any
 from packaging.version import Version
 from torch import nn
 
-from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.block_graphs import GradientPlace
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import family_of, find_backbone
-from d2ft_hpc.planning import SkipPlan
 
 _REDUCTIONS = {
     0: Reduction.LAST_MICRO_BATCH,
@@ -105,16 +103,6 @@ class ZeroRules:
                 "which only happens on replicas that have FULL heads in it"
             )
         return None
-
-    def check(self, plan: SkipPlan, model: nn.Module, engine: Any) -> None:
-        """Raises PlanError or ConfigError where `engine` cannot run `plan` exactly."""
-        check_recompute(model)
-        check_plan(
-            plan,
-            slots=int(engine.gradient_accumulation_steps()),
-            replicas=int(engine.dp_world_size),
-            same_rows=self.same_rows(model),
-        )
 
     def prepare(
         self,

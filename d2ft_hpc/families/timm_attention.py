@@ -218,5 +218,7 @@ def _rotated(attn: Any, x: Tensor, rope: Tensor, heads: Tensor) -> Tensor:
     return torch.cat([x[:, :, :prefix], turned], dim=2)
 
 
-def has_norm_across(attn: Any) -> bool:
-    return not is_identity(getattr(attn, "norm", None))
+def norm_across(attn: Any) -> Any:
+    """The norm over the channels of all heads; None if there is none."""
+    norm = getattr(attn, "norm", None)
+    return None if is_identity(norm) else norm

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class TensorParallelExecutor(PlanExecutor):
         self.images = copy(whole.images)
         self.images.grid = self.grid
         self._steps: dict[int, StepSum] = {}
-        self._unowned: dict[int, list[_Unowned]] = {}
+        self._unowned: dict[int, tuple[Owners, Owners]] = {}
         self.blocks = dict(whole.blocks)
         self.deactivate()
         self.owner, self._layouts, self.messages = owner, layouts, messages
@@ -145,9 +145,9 @@ class TensorParallelExecutor(PlanExecutor):
     def _partial(self, block: nn.Module, index: int, heads: SharedHeads, step: StepSum) -> PartialGradients:
         if index not in self._unowned:
             self._unowned[index] = _unowned(self.subnets, block)
-        trained = [each for each in self._unowned[index] if each.kept[each.name].requires_grad]
-        owners: Owners = [(kept, name) for kept, name, by_head in trained if by_head]
-        after_heads: Owners = [(kept, name) for kept, name, by_head in trained if not by_head]
+        owners, after_heads = (
+            [(kept, name) for kept, name in some if kept[name].requires_grad] for some in self._unowned[index]
+        )
         if not self.messages.has_whole_gradients or heads.alone:
             return PartialGradients([*owners, *after_heads], step, self.slot)
         if step.alone:
@@ -238,22 +238,17 @@ def _messages(
     return ShardedTokens(group, rank, tokens, parts=2 if layout == "overlapped" else 1)
 
 
-class _Unowned(NamedTuple):
-    """A parameter that no head owns: the dictionary that its module keeps it in, its name there, and whether each
-    head uses it by itself (q/k norms, LoRA's shared halves) instead of what goes into or comes out of all of them."""
-
-    kept: dict[str, Any]
-    name: str
-    by_head: bool
-
-
-def _unowned(subnets: SubnetMap, block: nn.Module) -> list[_Unowned]:
-    return [
-        _Unowned(module._parameters, name, subnets.family.used_by_head(of_block))
-        for path, module in block.named_modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and (of_block := f"{path}.{name}" if path else name) not in subnets.head_axes
-    ]
+def _unowned(subnets: SubnetMap, block: nn.Module) -> tuple[Owners, Owners]:
+    """Parameters that no head owns: those that each head uses by itself (q/k norms, LoRA's shared halves), and those
+    of what goes into or comes out of all of them."""
+    by_head, after_heads = Owners(), Owners()
+    for path, module in block.named_modules():
+        for name, parameter in module._parameters.items():
+            of_block = f"{path}.{name}" if path else name
+            if parameter is not None and of_block not in subnets.head_axes:
+                is_by_head = subnets.family.used_by_head(of_block)
+                (by_head if is_by_head else after_heads).append((module._parameters, name))
+    return by_head, after_heads
 
 
 def _together(x: Tensor, heads: SharedHeads, branch: Branch, messages: TokenExchange) -> Tensor:
