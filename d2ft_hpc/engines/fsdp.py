@@ -29,7 +29,7 @@ from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_
 from d2ft_hpc.engines.private_names import expect
 from d2ft_hpc.engines.sharded import collect, restore, whole_weights
 from d2ft_hpc.errors import ConfigError, PlanError
-from d2ft_hpc.execution.copies import leave_out_of_copies
+from d2ft_hpc.execution.copies import set_outside_copies
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.execution.gradients import Reduction
@@ -109,9 +109,7 @@ class _Gathers:
 def _let_pass(block: nn.Module, index: int, gathers: _Gathers) -> None:
     """Gives the block a class, as fully_shard does, whose call leaves out FSDP's hooks where the block can be
     skipped."""
-    own = {_PASSES: partial(gathers.can_pass, block, index)}
-    vars(block).update(own)
-    leave_out_of_copies(block, own)
+    set_outside_copies(block, {_PASSES: partial(gathers.can_pass, block, index)})
     if not hasattr(type(block), _PASSES):
         block.__class__ = _passing(cast(Any, type(block)))
 

@@ -31,7 +31,9 @@ def collect(model: nn.Module, engine: Any) -> PortableState:
     for name, parameter in model.named_parameters():
         state.weights[name] = full_precision(parameter).cpu().clone()
     states = [engine.basic_optimizer.state.get(flat, {}) for flat in flats]
-    for kind in _moments(flats[0], states[0]):
+    for kind, value in states[0].items():
+        if not isinstance(value, Tensor) or not value.numel() == flats[0].numel() > 1:  # a counter
+            continue
         with _in_place_of_weights(flats):
             for flat, of_flat in zip(flats, states, strict=True):
                 flat.data.copy_(of_flat[kind])
@@ -83,14 +85,6 @@ def _saved_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     parameters = {name for name, _ in model.named_parameters()}
     return [
         (name, tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name not in parameters
-    ]
-
-
-def _moments(flat: Tensor, of_flat: dict[str, Any]) -> list[str]:
-    return [
-        kind
-        for kind, value in of_flat.items()
-        if isinstance(value, Tensor) and value.numel() == flat.numel() > 1
     ]
 
 

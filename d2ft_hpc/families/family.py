@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -98,6 +99,9 @@ class BlockFamily(ABC):
 
     names_below: tuple[str, ...]
     """First parts of the names of parameters below all blocks."""
+
+    names_sized: tuple[str, ...] = ()
+    """Names of a model's modules that know for which size of images it was made."""
 
     attention: str
     """Name of a block's attention."""
@@ -208,9 +212,15 @@ class BlockFamily(ABC):
         """Height and width of the pixels that become one token."""
         raise NotImplementedError
 
-    @abstractmethod
     def of_any_size(self, model: Any) -> Any:
         """The same model, or part of one, its modules and parameters shared, that takes images of any size."""
+        twin = copy.copy(model)
+        twin._modules = dict(model._modules)
+        for name in self.names_sized:
+            if name in twin._modules:  # parts of a model may lack it
+                twin._modules[name] = copy.copy(model._modules[name])
+        self.take_any_size(twin)
+        return twin
 
     @abstractmethod
     def take_any_size(self, model: Any) -> None:

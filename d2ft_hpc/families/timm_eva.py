@@ -22,6 +22,7 @@ class TimmEva(TimmRotary):
 
     supported = "timm's Eva (EVA-02, DINOv3, PE and rotary ViTs)"
     names_below = ("patch_embed", "pos_embed", "cls_token", "reg_token", "rope", "norm_pre")
+    names_sized = ("patch_embed", "rope")
     refuses_parts = "timm's Eva gives each block rotary positions, which parts of it would not get"
 
     def has(self, model: nn.Module) -> bool:
@@ -31,13 +32,6 @@ class TimmEva(TimmRotary):
         x, rope = model._pos_embed(patches(model.patch_embed, images))
         is_by_depth = rope is not None and getattr(model, "rope_mixed", False)
         return model.norm_pre(x), (rope, is_by_depth)
-
-    def of_any_size(self, model: Any) -> Any:
-        twin = super().of_any_size(model)
-        if twin.rope is not None:
-            twin.rope = copy.copy(model.rope)
-            _take_any_shape(twin.rope)
-        return twin
 
     def take_any_size(self, model: Any) -> None:
         super().take_any_size(model)

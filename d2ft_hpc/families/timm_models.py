@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ _EMBEDS_ANY_SIZE = {"strict_img_size": False, "flatten": False, "output_fmt": Fo
 
 class TimmFamily(BlockFamily):
     blocks_path = "blocks"
+    names_sized: tuple[str, ...] = ("patch_embed",)
     attention = "attn"
 
     def above(self, model: Any, x: Tensor) -> Tensor:
@@ -63,18 +63,8 @@ class TimmFamily(BlockFamily):
         embed: nn.Module | None = model._modules.get("patch_embed")
         return embed
 
-    def of_any_size(self, model: Any) -> Any:
-        """What timm builds for dynamic_img_size=True, made from a model that was not built so: position embeddings are
-        resampled."""
-        twin = copy.copy(model)
-        twin._modules = dict(model._modules)
-        if "patch_embed" in twin._modules:  # only the first part of a model has it
-            twin.patch_embed = copy.copy(model.patch_embed)
-            vars(twin.patch_embed).update(_EMBEDS_ANY_SIZE)
-        twin.dynamic_img_size = True
-        return twin
-
     def take_any_size(self, model: Any) -> None:
+        """Makes it what timm builds for dynamic_img_size=True: position embeddings are resampled."""
         vars(model)["dynamic_img_size"] = True
         for embed in _embeddings(model):
             vars(embed).update(_EMBEDS_ANY_SIZE)
@@ -126,8 +116,10 @@ class TimmFamily(BlockFamily):
 
 
 def _embeddings(model: Any) -> list[nn.Module]:
-    """timm's module that embeds images, or the copies of it in peft's wrapper (modules_to_save)."""
-    return [module for module in model.patch_embed.modules() if "strict_img_size" in vars(module)]
+    """timm's module that embeds images, or the copies of it in peft's wrapper (modules_to_save); none in parts of a
+    model but the first."""
+    embed = model._modules.get("patch_embed")
+    return [] if embed is None else [each for each in embed.modules() if "strict_img_size" in vars(each)]
 
 
 def class_of_timm(module: str, name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +17,7 @@ from d2ft_hpc.families.transformers_models import TransformersFamily
 class TransformersVision(TransformersFamily):
     """The model itself resamples positions for images of other sizes."""
 
+    names_sized = ("embeddings",)
     prefix_tokens = 1
     """Number of an image's tokens beside its patches and registers."""
     interpolates_on_demand = True
@@ -40,13 +40,6 @@ class TransformersVision(TransformersFamily):
     def embedding(self, model: Any) -> nn.Module | None:
         embeds: nn.Module = model  # the whole model, since rotary positions also depend on the images
         return embeds
-
-    def of_any_size(self, model: Any) -> Any:
-        twin = copy.copy(model)
-        twin._modules = dict(model._modules)
-        twin.embeddings = copy.copy(model.embeddings)
-        self.take_any_size(twin)
-        return twin
 
     def take_any_size(self, model: Any) -> None:
         down, across = _pair(model.config.image_size)

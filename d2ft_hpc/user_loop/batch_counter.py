@@ -197,15 +197,10 @@ def samples_in(inputs: Iterable[Any]) -> Tensor:
     Raises PlanError where there is none.
     """
     found = [(name, tensor) for name, tensor in _tensors(inputs) if tensor.dim()]
-    for fits in (
-        lambda name, _: name in _SAMPLES,
-        lambda _, tensor: tensor.dim() > 1,
-        lambda *_: True,
-    ):
-        for name, tensor in found:
-            if fits(name, tensor):
-                return tensor
-    raise PlanError("the model was called in training without a tensor, by which its samples are counted")
+    if not found:
+        raise PlanError("the model was called in training without a tensor, by which its samples are counted")
+    # The first of the best kind.
+    return min(found, key=lambda each: 0 if each[0] in _SAMPLES else 1 if each[1].dim() > 1 else 2)[1]
 
 
 _SAMPLES = ("pixel_values", "patches", "input_ids", "inputs_embeds")

@@ -86,12 +86,7 @@ def attach(
     """
     if micro_batches < 1:
         raise ConfigError(f"micro_batches={micro_batches}: a batch has at least one")
-    given = {
-        "compute_budget": compute_budget,
-        "planner": planner,
-        "total_steps": total_steps,
-        **settings,
-    }
+    given = {"compute_budget": compute_budget, "planner": planner, "total_steps": total_steps, **settings}
     return PlannedLoop(model, parse_section(given, ""), micro_batches)
 
 
