@@ -90,13 +90,8 @@ class Engine(Protocol):
 def evaluated(model: nn.Module, micro_batches: Sequence[Inputs]) -> list[Tensor]:
     """`Engine.logits` of a model that this rank can run; of text, they are [sample, token, word]."""
     backbone, dtype = backbone_of(model), next(model.parameters()).dtype
-    family = family_of(backbone)
-    if backbone is not model:
-        with family.taking_any_size(backbone), evaluating(model):
-            return [logits_of(model, each, dtype) for each in micro_batches]
-    twin = family.of_any_size(model)
-    with evaluating(model):
-        return [logits_of(twin, each, dtype) for each in micro_batches]
+    with family_of(backbone).taking_any_size(backbone), evaluating(model):
+        return [logits_of(model, each, dtype) for each in micro_batches]
 
 
 def logits_of(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None = None) -> Tensor:

@@ -235,10 +235,24 @@ class BlockFamily(ABC):
     def embedding(self, model: Any) -> nn.Module | None:
         """The module that gets a model's images, first or as `pixel_values`; None where there is none."""
 
-    @abstractmethod
-    def taking_any_size(self, model: Any) -> AbstractContextManager[None]:
+    @contextmanager
+    def taking_any_size(self, model: Any) -> Iterator[None]:
         """Inside, the model itself takes images of any size, as `of_any_size` makes it; for models whose hooks belong
         to them, such as FSDP2's."""
+        sized = [each for name in self.names_sized if (each := model._modules.get(name)) is not None]
+        modules = [model, *(module for each in sized for module in each.modules())]
+        before = [(vars(module), dict(vars(module))) for module in modules]
+        self.take_any_size(model)
+        changed = [
+            (own, was, name) for own, was in before for name in own if own[name] is not was.get(name, before)
+        ]
+        try:
+            yield
+        finally:
+            for own, was, name in changed:
+                del own[name]
+                if name in was:
+                    own[name] = was[name]
 
     @abstractmethod
     def recomputes(self, model: Any) -> bool:
@@ -340,7 +354,3 @@ class AnySize(BlockFamily):
 
     def take_any_size(self, model: Any) -> None:
         return
-
-    @contextmanager
-    def taking_any_size(self, model: Any) -> Iterator[None]:
-        yield

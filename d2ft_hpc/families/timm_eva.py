@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,16 +44,6 @@ class TimmEva(TimmRotary):
             )
         if isinstance(model.rope, RotaryEmbeddingDinoV3) and "get_embed" not in vars(model.rope):
             vars(model.rope)["get_embed"] = _AnyShape(model.rope)
-
-    @contextmanager
-    def taking_any_size(self, model: Any) -> Iterator[None]:
-        had = model.rope is None or "get_embed" in vars(model.rope)
-        with super().taking_any_size(model):
-            try:
-                yield
-            finally:
-                if not had:
-                    vars(model.rope).pop("get_embed", None)
 
 
 def _take_any_shape(rope: Any) -> None:

@@ -66,23 +66,12 @@ class TimmFamily(BlockFamily):
     def take_any_size(self, model: Any) -> None:
         """Makes it what timm builds for dynamic_img_size=True: position embeddings are resampled."""
         vars(model)["dynamic_img_size"] = True
-        for embed in _embeddings(model):
-            vars(embed).update(_EMBEDS_ANY_SIZE)
-
-    @contextmanager
-    def taking_any_size(self, model: Any) -> Iterator[None]:
-        names = {model: ["dynamic_img_size"]} | {
-            embed: list(_EMBEDS_ANY_SIZE) for embed in _embeddings(model)
-        }
-        before = {
-            module: {name: getattr(module, name) for name in changed} for module, changed in names.items()
-        }
-        try:
-            self.take_any_size(model)
-            yield
-        finally:
-            for module, values in before.items():
-                vars(module).update(values)
+        embedding = model._modules.get("patch_embed")  # only the first part of a model has it
+        for module in (
+            [] if embedding is None else embedding.modules()
+        ):  # peft's wrapper has copies of timm's inside
+            if "strict_img_size" in vars(module):
+                vars(module).update(_EMBEDS_ANY_SIZE)
 
     def recomputes(self, model: Any) -> bool:
         return bool(model.grad_checkpointing)
@@ -113,13 +102,6 @@ class TimmFamily(BlockFamily):
     @abstractmethod
     def own_axes(self, block: Any) -> dict[str, HeadAxis]:
         """`head_axes` without LoRA; may include parameters that the block lacks."""
-
-
-def _embeddings(model: Any) -> list[nn.Module]:
-    """timm's module that embeds images, or the copies of it in peft's wrapper (modules_to_save); none in parts of a
-    model but the first."""
-    embed = model._modules.get("patch_embed")
-    return [] if embed is None else [each for each in embed.modules() if "strict_img_size" in vars(each)]
 
 
 def class_of_timm(module: str, name: str) -> Any:

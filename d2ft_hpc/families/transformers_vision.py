@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -50,18 +49,6 @@ class TransformersVision(TransformersFamily):
             )
         if self.interpolates_on_demand:
             vars(model.embeddings)["forward"] = partial(_interpolating, model.embeddings)
-
-    @contextmanager
-    def taking_any_size(self, model: Any) -> Iterator[None]:
-        of_instance = vars(model.embeddings)
-        before = of_instance.get("forward")
-        self.take_any_size(model)
-        try:
-            yield
-        finally:
-            of_instance.pop("forward", None)
-            if before is not None:
-                of_instance["forward"] = before
 
 
 def _interpolating(embeddings: Any, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
