@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import PlanExecutor
@@ -63,22 +62,6 @@ class DTensorExecutor(TensorParallelExecutor):
         return self.subnets.head_axes.get(inner), [heads_of(self.owner, block, rank) for rank in ranks]
 
 
-class _ByHead(ParallelStyle):
-    """Makes DTensors of the parts of a block that was cut."""
-
-    def __init__(self, head_axes: dict[str, HeadAxis]) -> None:
-        super().__init__()
-        self._head_axes = head_axes
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        for name, part in list(module.named_parameters()):
-            if axis := self._head_axes.get(name):
-                placement = Shard(0 if axis.splits_rows else 1)
-                joined = DTensor.from_local(part.detach(), device_mesh, [placement], run_check=False)
-                replace_parameter(module, name, nn.Parameter(joined, requires_grad=part.requires_grad))
-        return module
-
-
 def split_heads(
     model: nn.Module, executor: PlanExecutor, mesh: DeviceMesh, owner: Ints | None = None
 ) -> DTensorExecutor:
@@ -101,6 +84,10 @@ def split_heads(
         )
     shared = share_blocks(dict(executor.blocks), executor, owner, mesh.get_group(), None, DTensorExecutor)
     assert isinstance(shared, DTensorExecutor)
-    blocks = f"{executor.subnets.family.blocks_path}.*"
-    parallelize_module(model, mesh, {blocks: _ByHead(executor.subnets.head_axes)})
+    for block in executor.subnets.blocks(model):
+        for name, part in list(block.named_parameters()):
+            if axis := executor.subnets.head_axes.get(name):
+                placement = Shard(0 if axis.splits_rows else 1)
+                joined = DTensor.from_local(part.detach(), mesh, [placement], run_check=False)
+                replace_parameter(block, name, nn.Parameter(joined, requires_grad=part.requires_grad))
     return shared
