@@ -88,8 +88,10 @@ class Engine(Protocol):
 
 
 def evaluated(model: nn.Module, micro_batches: Sequence[Inputs]) -> list[Tensor]:
-    """`Engine.logits` of a model that this rank can run; of text, they are [sample, token, word]."""
-    backbone, dtype = backbone_of(model), next(model.parameters()).dtype
+    """`Engine.logits` of a model that this rank can run; of text, they are [sample, token, word]. By the model itself:
+    a copy would lack what libraries have changed of its forward."""
+    backbone = backbone_of(model)
+    dtype = next(backbone.parameters()).dtype
     with family_of(backbone).taking_any_size(backbone), evaluating(model):
         return [logits_of(model, each, dtype) for each in micro_batches]
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from d2ft_hpc.engines.check import check_plan, check_recompute
-from d2ft_hpc.engines.engine import Inputs, logits_of
+from d2ft_hpc.engines.engine import evaluated
 from d2ft_hpc.engines.gradient_norm import total_norm
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
@@ -26,7 +27,6 @@ from d2ft_hpc.families.table import backbone_of, find_backbone
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanState
 from d2ft_hpc.lifecycle.foresight import trial_plan
 from d2ft_hpc.lifecycle.observed_scores import ObservedScores
-from d2ft_hpc.model.probe import evaluating
 from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.communication_volume import DataParallel
@@ -424,16 +424,8 @@ class PlannedLoop:
         selection = selection_of(
             self.section.options, self._model, self._sample_shape, seed=self.section.seed, replica=replica
         )
-        selection.scorer.bind(self._logits)
+        selection.scorer.bind(partial(evaluated, self._whole))
         return selection
-
-    def _logits(self, micro_batches: Sequence[Inputs]) -> list[Tensor]:
-        """Scores by the model itself, since a twin would lack the changes that the loop's libraries have made to its
-        forward."""
-        dtype = next(self._model.parameters()).dtype
-        family = self.executor.subnets.family
-        with family.taking_any_size(self._model), evaluating(self._whole):
-            return [logits_of(self._whole, each, dtype) for each in micro_batches]
 
     @property
     def _is_spread(self) -> bool:
