@@ -20,6 +20,14 @@ from d2ft_hpc.safe_text import shown
 
 _NAMES_OF_OTHERS = ("params", "compression_training", "data_efficiency", "curriculum_learning", "autotuning")
 """Keys below which names are chosen by others: by users or by optimizers."""
+_SECTIONS = {
+    "zero_optimization": "stage: 1",
+    "tensor_parallel": "autotp_size: 2",
+    "pipeline": "stages: 2",
+    "fp16": "enabled: true",
+    "bf16": "enabled: true",
+}
+"""Keys whose settings are read here, with an example of one."""
 _WORD = re.compile(r"\w+")
 _KEY = re.compile(r"[\"'](\w+)[\"']|^ +(\w+) ?:", re.MULTILINE)
 
@@ -34,16 +42,10 @@ def deepspeed_sections(settings: Mapping[str, Any], where: str = "") -> dict[str
     zero = settings.get("zero_optimization")
     if isinstance(zero, bool):
         settings["zero_optimization"] = {"stage": int(zero)}
-    for key in ("zero_optimization", "tensor_parallel", "pipeline", "fp16", "bf16"):
+    for key, example in _SECTIONS.items():
         if not isinstance(settings.get(key, {}), Mapping):
-            example = {
-                "zero_optimization": "stage: 1",
-                "tensor_parallel": "autotp_size: 2",
-                "pipeline": "stages: 2",
-            }
             raise ValueError(
-                f"{where}{key}={shown(settings[key])}: holds settings of its own, such as "
-                f"{{{example.get(key, 'enabled: true')}}}"
+                f"{where}{key}={shown(settings[key])}: holds settings of its own, such as {{{example}}}"
             )
     for key, inner, least, most in (
         ("zero_optimization", "stage", 0, 3),

@@ -253,9 +253,8 @@ def _parts(settings: Mapping[str, Any], pipeline: PipelineModule | None) -> tupl
     impossible.
     """
     autotp = settings.get("tensor_parallel", {})
-    if set(autotp) - {"autotp_size"}:
-        extra = sorted(set(autotp) - {"autotp_size"})[0]
-        raise ConfigError(f"tensor_parallel.{extra}: blocks are cut by head; keep autotp_size alone")
+    if extra := sorted(set(autotp) - {"autotp_size"}):
+        raise ConfigError(f"tensor_parallel.{extra[0]}: blocks are cut by head; keep autotp_size alone")
     tensor_ranks = int(autotp.get("autotp_size", 1)) or 1
     in_json: Any = settings.get("pipeline", {}).get("stages", "auto")
     stages: Any = 1
