@@ -1,4 +1,4 @@
-"""A model of the user's own that was made ready for plans."""
+"""A model of the user's own that is made ready for plans, what these depend on, and what its user is told."""
 
 from __future__ import annotations
 
