@@ -125,7 +125,7 @@ $(MIDDLE_VENV)/.installed: pyproject.toml Makefile $(CONSTRAINTS)
 	@$(call find_python,$(PYTHONS))
 	"$$python" -m venv $(MIDDLE_VENV)
 	$(MIDDLE_VENV)/bin/python -m pip install -q --upgrade pip
-	{ printf '%s\n' $(MIDDLE); grep -vE '^(torch|torchvision|deepspeed)==' $(CONSTRAINTS); } > $(MIDDLE_VENV)/constraints.txt
+	{ printf '%s\n' $(MIDDLE); grep -vE '^(torch|torchvision|deepspeed|setuptools)==' $(CONSTRAINTS); } > $(MIDDLE_VENV)/constraints.txt
 	$(MIDDLE_VENV)/bin/python -m pip install -e '.[mpi,test]' -c $(MIDDLE_VENV)/constraints.txt
 	touch $@
 
