@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.lifecycle.context import PlanContext
@@ -23,6 +22,7 @@ from d2ft_hpc.planning import (
     pose,
     solve,
 )
+from d2ft_hpc.planning.arrays import Flags
 from d2ft_hpc.planning.communication_volume import TokenLayout
 from d2ft_hpc.scores import Scores
 
@@ -90,7 +90,7 @@ def make_plan(context: PlanContext, scores: Scores | None, index: int) -> SkipPl
 def _problem(
     context: PlanContext,
     scores: Scores | None,
-    planned: npt.NDArray[np.bool_],
+    planned: Flags,
     *,
     compute_budget: float,
     token_layout: TokenLayout = "replicated",
@@ -143,7 +143,7 @@ def _that_send_no_more(than: TokenLayout, layouts: Sequence[TokenLayout]) -> tup
     return tuple(layout for layout in layouts if than == "replicated" or layout != "replicated")
 
 
-def _check_frozen(planned: npt.NDArray[np.bool_], context: PlanContext) -> None:
+def _check_frozen(planned: Flags, context: PlanContext) -> None:
     """Raises PlanError where frozen blocks leave nothing to plan, on all ranks or on one of them."""
     frozen = np.flatnonzero(~planned).tolist()
     if not planned.any():

@@ -7,16 +7,14 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.arrays import Ints, Operations
 from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.paper import PaperOptions, two_levels
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.problem import PlanProblem, check
-
-Operations = npt.NDArray[np.uint8]
 
 
 def solve_random(problem: PlanProblem, *, seed: int | Sequence[int], full_share: float = 0.8) -> SkipPlan:
@@ -106,7 +104,7 @@ def solve_routing(problem: PlanProblem, *, capacity_factor: float = 1.25) -> Ski
     return _largest(problem, operations, blocks * heads, ROUTING.name)
 
 
-def _longest(problem: PlanProblem, order: npt.NDArray[np.int64], rest: Operation, planner: str) -> SkipPlan:
+def _longest(problem: PlanProblem, order: Ints, rest: Operation, planner: str) -> SkipPlan:
     """The cells with the smallest `order` FULL, as many as the budgets pay for, and the others `rest`. Cells of equal
     order get the same.
 

@@ -10,16 +10,16 @@ import math
 import time
 
 import numpy as np
-import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.arrays import Floats, Ints, Operations
 from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.highs import OPTIMAL
 from d2ft_hpc.planning.multiple_choice import choose, share_of_time
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.prices import Limit, different
-from d2ft_hpc.planning.problem import Floats, Ints, PlanProblem, round_up
+from d2ft_hpc.planning.problem import PlanProblem, round_up
 
 
 def solve_depth(
@@ -76,7 +76,7 @@ def _best_depths(
     return option, float(value[np.arange(len(option)), option].sum()), OPTIMAL
 
 
-def _limits(problem: PlanProblem, replica: int, option_operations: npt.NDArray[np.uint8]) -> list[Limit]:
+def _limits(problem: PlanProblem, replica: int, option_operations: Operations) -> list[Limit]:
     """What option 0, used everywhere, leaves of every budget of every device of a replica."""
     rows = problem.forward_score.shape[0] // problem.replicas
     everything = np.zeros(rows, dtype=np.int64)

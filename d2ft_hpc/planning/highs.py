@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import highspy
 import numpy as np
-import numpy.typing as npt
 
-from d2ft_hpc.planning.problem import Floats, Ints
+from d2ft_hpc.planning.arrays import Flags, Floats, Ints
 
 OPTIMAL = "optimal"
 INFEASIBLE = "infeasible"
@@ -101,7 +100,7 @@ def maximise_integer(
     *,
     seconds: float,
     largest: Floats | None = None,
-    is_integer: npt.NDArray[np.bool_] | None = None,
+    is_integer: Flags | None = None,
     absolute_gap: float = 0.0,
     relative_gap: float = 0.0,
 ) -> Solution:

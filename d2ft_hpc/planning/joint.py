@@ -8,21 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.arrays import Floats, Ints, Operations
 from d2ft_hpc.planning.bounds import plan_with_bound, upper_bound
 from d2ft_hpc.planning.greedy import greedy
 from d2ft_hpc.planning.highs import OPTIMAL, Rows, maximise_integer, reason_against
-from d2ft_hpc.planning.knapsack import Ints, Knapsack, device_knapsacks
+from d2ft_hpc.planning.knapsack import Knapsack, device_knapsacks
 from d2ft_hpc.planning.multiple_choice import share_of_time
 from d2ft_hpc.planning.options import WithShortcuts
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.prices import RELATIVE_GAP
-from d2ft_hpc.planning.problem import Floats, PlanProblem, round_up
-
-Operations = npt.NDArray[np.uint8]
+from d2ft_hpc.planning.problem import PlanProblem, round_up
 
 _NAMES = 3  # of devices that one status may name
 

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
+from d2ft_hpc.planning.arrays import Flags, Floats, Ints, Operations
 from d2ft_hpc.planning.plan import Operation
-from d2ft_hpc.planning.problem import Floats, PlanProblem
-
-Ints = npt.NDArray[np.int64]
+from d2ft_hpc.planning.problem import PlanProblem
 
 _ROUNDING = 1e-12  # by which sums of the same costs in another order may differ
 
@@ -48,11 +46,11 @@ class Knapsack:
         """Number of rows, which hold equally many cells."""
         return len(np.unique(self.row))
 
-    def runs_enough(self, operations: npt.NDArray[np.uint8]) -> bool:
+    def runs_enough(self, operations: Operations) -> bool:
         """Whether operations uint8 [cell] run at least `least` cells of every (row, block)."""
         return bool((self._running(operations) >= self.least).all())
 
-    def raised_to_least(self, operations: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def raised_to_least(self, operations: Operations) -> Operations:
         """The operations uint8 [cell]; where too few cells run, those that gain most by it become FORWARD_ONLY."""
         missing = self.least - self._running(operations)
         if (missing <= 0).all():
@@ -61,24 +59,24 @@ class Knapsack:
         order = np.lexsort((-self.backward_gain, -self.forward_gain, ~is_idle, self.group))
         group = self.group[order]
         place = np.arange(len(group)) - np.searchsorted(group, group)
-        raised: npt.NDArray[np.uint8] = operations.copy()
+        raised: Operations = operations.copy()
         raised[order[place < missing[group]]] = Operation.FORWARD_ONLY
         return raised
 
-    def _running(self, operations: npt.NDArray[np.uint8]) -> Ints:
+    def _running(self, operations: Operations) -> Ints:
         return np.bincount(self.group[operations >= Operation.FORWARD_ONLY], minlength=len(self.least))
 
-    def fits_memory(self, operations: npt.NDArray[np.uint8]) -> bool:
+    def fits_memory(self, operations: Operations) -> bool:
         """Whether no row of operations uint8 [cell] has more FULL cells than the memory holds."""
         return bool(np.bincount(self.row[operations == Operation.FULL]).max(initial=0) <= self.memory)
 
-    def used(self, operations: npt.NDArray[np.uint8]) -> Floats:
+    def used(self, operations: Operations) -> Floats:
         """Compute and communication of operations uint8 [cell], float64 [2]."""
         forward = np.count_nonzero(operations >= Operation.FORWARD_ONLY)
         backward = np.count_nonzero(operations == Operation.FULL)
         return np.asarray(forward * self.forward_step + backward * self.backward_step)
 
-    def objective(self, operations: npt.NDArray[np.uint8]) -> float:
+    def objective(self, operations: Operations) -> float:
         return float(
             self.forward_gain[operations >= Operation.FORWARD_ONLY].sum()
             + self.backward_gain[operations == Operation.FULL].sum()
@@ -108,18 +106,18 @@ class Steps:
     """
 
     cell: Ints
-    start: npt.NDArray[np.uint8]
-    target: npt.NDArray[np.uint8]
+    start: Operations
+    target: Operations
     gain: Floats
     price: Floats
 
-    def select(self, which: Ints | npt.NDArray[np.bool_]) -> Steps:
+    def select(self, which: Ints | Flags) -> Steps:
         return Steps(
             self.cell[which], self.start[which], self.target[which], self.gain[which], self.price[which]
         )
 
 
-def best_steps(knapsack: Knapsack, price: Floats, barred: npt.NDArray[np.bool_] | None = None) -> Steps:
+def best_steps(knapsack: Knapsack, price: Floats, barred: Flags | None = None) -> Steps:
     """The steps from SHORTCUT everywhere, in order of gain for price.
 
     A cell whose backward pays better than its forward goes to FULL in one step, since FORWARD_ONLY alone would never
@@ -149,9 +147,7 @@ def best_steps(knapsack: Knapsack, price: Floats, barred: npt.NDArray[np.bool_] 
     return _ordered(knapsack, kinds)
 
 
-def next_steps(
-    knapsack: Knapsack, operations: npt.NDArray[np.uint8], price: Floats, barred: npt.NDArray[np.bool_]
-) -> Steps:
+def next_steps(knapsack: Knapsack, operations: Operations, price: Floats, barred: Flags) -> Steps:
     """The single steps up from `operations`, in order of gain for price; `barred` cells never become FULL."""
     idle = np.flatnonzero(operations == Operation.SHORTCUT)
     running = np.flatnonzero((operations == Operation.FORWARD_ONLY) & ~barred)

@@ -12,10 +12,10 @@ import time
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
+from d2ft_hpc.planning.arrays import Flags, Floats, Ints, Operations
 from d2ft_hpc.planning.plan import Operation
-from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints
+from d2ft_hpc.planning.problem import BUDGET_EPSILON
 
 _CHUNK_BYTES = 4_000_000  # bytes of a table that stays in the processor's cache
 
@@ -55,7 +55,7 @@ class Levels:
         counts = np.concatenate([self.forward_heads, self.backward_heads], axis=1)
         return self._only(((counts % of == 0) | (counts == len(self.forward_gain))).all(axis=1))
 
-    def _only(self, kept: npt.NDArray[np.bool_]) -> Levels:
+    def _only(self, kept: Flags) -> Levels:
         if kept.all():
             return self
         return replace(
@@ -69,7 +69,7 @@ class Levels:
             backward_ranks=self.backward_ranks[kept],
         )
 
-    def operations(self, level: Ints, deadline: float = math.inf) -> npt.NDArray[np.uint8]:
+    def operations(self, level: Ints, deadline: float = math.inf) -> Operations:
         """Operations of the best heads at the level of each class, uint8 [head, rank, class]. level: int64 [class].
         deadline: of time.monotonic(), after which heads are taken that are only likely to be the best.
         """
@@ -243,7 +243,7 @@ def best_scores(forward_gain: Floats, backward_gain: Floats, deadline: float = m
 
 def best_heads(
     forward_gain: Floats, backward_gain: Floats, forward: Ints, full: Ints, deadline: float = math.inf
-) -> npt.NDArray[np.uint8]:
+) -> Operations:
     """Operations uint8 [head, group] that reach best_scores[forward, full] in each group; counts int64 [group].
 
     deadline: of time.monotonic(), after which `likely_heads` will do.
@@ -269,9 +269,7 @@ def best_heads(
     return result
 
 
-def likely_heads(
-    forward_gain: Floats, backward_gain: Floats, forward: Ints, full: Ints
-) -> npt.NDArray[np.uint8]:
+def likely_heads(forward_gain: Floats, backward_gain: Floats, forward: Ints, full: Ints) -> Operations:
     """As `best_heads`, but in a fraction of the time and not always the best: the heads with the largest total gain
     are FULL, and of the others those with the largest forward gain FORWARD_ONLY."""
     is_full = _place(forward_gain + backward_gain) < full
@@ -305,9 +303,7 @@ def _scores_of_counts(
         return of_all, of_all + np.where(chosen == Operation.FULL, backward_gain, 0.0).sum(axis=0)
 
 
-def _score_table(
-    forward_gain: Floats, backward_gain: Floats, last: npt.NDArray[np.uint8] | None = None
-) -> Floats:
+def _score_table(forward_gain: Floats, backward_gain: Floats, last: Operations | None = None) -> Floats:
     """`best_scores` of few groups; writes into `last` [head, forward, full, group] what each head does in the best
     choice among the heads up to it."""
     heads, groups = forward_gain.shape

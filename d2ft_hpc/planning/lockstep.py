@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.arrays import Flags, Floats, Ints, Operations
 from d2ft_hpc.planning.communication_volume import shares_of_senders
 from d2ft_hpc.planning.knapsack import largest_use
 from d2ft_hpc.planning.levels import Levels, estimate_levels, make_levels
 from d2ft_hpc.planning.multiple_choice import share_of_time
 from d2ft_hpc.planning.plan import Operation
 from d2ft_hpc.planning.prices import Limit, different
-from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem, round_up
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem, round_up
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class LockstepStage:
     def classes_of_group(self) -> int:
         return len(self.group) // self.groups
 
-    def write(self, level: Ints, operations: npt.NDArray[np.uint8], deadline: float = math.inf) -> None:
+    def write(self, level: Ints, operations: Operations, deadline: float = math.inf) -> None:
         """Write the best heads at each class's level, int64 [class], into operations [row, block, head]; after the
         deadline, of time.monotonic(), the heads that are only likely to be the best."""
         chosen = self.levels.operations(level, deadline)
@@ -180,7 +180,7 @@ def time_budget(problem: PlanProblem, devices: Ints) -> float:
     return float(min((left / problem.device_speed[devices])[scarce], default=math.inf))
 
 
-def fitting_levels(problem: PlanProblem, stage: LockstepStage) -> npt.NDArray[np.bool_]:
+def fitting_levels(problem: PlanProblem, stage: LockstepStage) -> Flags:
     """Whether the stage's budgets pay for a level in all its classes, bool [level]."""
     fits = np.ones(len(stage.levels.forward_time), dtype=bool)
     for limit in step_limits(problem, stage):

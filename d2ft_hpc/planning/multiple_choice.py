@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from d2ft_hpc.planning.arrays import Floats, Ints
 from d2ft_hpc.planning.highs import OPTIMAL, Rows, maximise_integer
 from d2ft_hpc.planning.prices import (
     RELATIVE_GAP,
@@ -32,7 +33,6 @@ from d2ft_hpc.planning.prices import (
     price_of_one,
     prices_of_several,
 )
-from d2ft_hpc.planning.problem import Floats, Ints
 
 _EXCHANGES = 20
 _EXCHANGE_OPTIONS = 300

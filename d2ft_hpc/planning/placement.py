@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem
+from d2ft_hpc.planning.arrays import Floats, Ints
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem
 from d2ft_hpc.planning.swap_heads import swap_heads
 
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.files import atomic, hdf5
 from d2ft_hpc.files.untrusted import RefusedError
+from d2ft_hpc.planning.arrays import Flags, Operations
 
 WORTH_SAYING = 0.01
 """A gap above this share of the best possible score is explained in words."""
@@ -97,7 +98,7 @@ class SkipPlan:
     Raises PlanError if shape, values, replicas or the texts are not as said, or the evidence contradicts itself.
     """
 
-    operations: npt.NDArray[np.uint8]
+    operations: Operations
     replicas: int
     binding: Literal["slot", "sample"] = "slot"
     planner: str = "manual"
@@ -226,7 +227,7 @@ class SkipPlan:
     def __hash__(self) -> int:
         return hash(self.hash)
 
-    def among(self, planned: npt.NDArray[np.bool_]) -> SkipPlan:
+    def among(self, planned: Flags) -> SkipPlan:
         """This plan of some blocks, placed into a model whose other blocks all run FULL. planned: bool [block] of the
         model; as many are True as this plan has blocks.
         """
@@ -234,7 +235,7 @@ class SkipPlan:
         operations[:, planned] = self.operations
         return replace(self, operations=operations)
 
-    def for_replica(self, replica: int) -> npt.NDArray[np.uint8]:
+    def for_replica(self, replica: int) -> Operations:
         """The operations of one replica, uint8 [slot, block, head], read-only."""
         if not 0 <= replica < self.replicas:
             raise PlanError(f"The plan has replicas 0 to {self.replicas - 1}, asked for {replica}.")
@@ -420,7 +421,7 @@ class SkipPlan:
     @classmethod
     def _from_fields(
         cls,
-        operations: npt.NDArray[np.uint8],
+        operations: Operations,
         grids: npt.NDArray[Any] | None,
         fields: dict[str, Any],
         source: str,
@@ -451,16 +452,16 @@ def _parsed_grids(given: Any) -> npt.NDArray[Any] | None:
     return grids
 
 
-def _pack(operations: npt.NDArray[np.uint8]) -> bytes:
+def _pack(operations: Operations) -> bytes:
     """Four entries a byte, the first in the lowest bits, zero bits at the end."""
     flat = operations.ravel()
     padded = np.zeros((flat.size + 3) // 4 * 4, dtype=np.uint8)
     padded[: flat.size] = flat
-    packed: npt.NDArray[np.uint8] = np.bitwise_or.reduce(padded.reshape(-1, 4) << _SHIFTS, axis=1)
+    packed: Operations = np.bitwise_or.reduce(padded.reshape(-1, 4) << _SHIFTS, axis=1)
     return packed.tobytes()
 
 
-def _unpack(packed: bytes, shape: list[int]) -> npt.NDArray[np.uint8]:
+def _unpack(packed: bytes, shape: list[int]) -> Operations:
     quads = (np.frombuffer(packed, dtype=np.uint8)[:, None] >> _SHIFTS) & 3
     return quads.ravel()[: math.prod(shape)].reshape(shape).astype(np.uint8)
 

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.arrays import Floats, Ints
 from d2ft_hpc.planning.communication_volume import TokenLayout
-from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem, round_up
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem, round_up
 
 
 class CostShares(Protocol):

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from d2ft_hpc.planning.arrays import Floats, Ints
 from d2ft_hpc.planning.highs import LinearProgram
-from d2ft_hpc.planning.problem import Floats, Ints
 
 RELATIVE_GAP = 2.5e-5
 """A choice that is proved to be this near its optimum is good enough, if nothing else is said."""

@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.communication_volume import Floats as Floats
-from d2ft_hpc.planning.communication_volume import Ints as Ints
+from d2ft_hpc.planning.arrays import Floats, Ints, Operations
 from d2ft_hpc.planning.communication_volume import TokenLayout, active_and_full_ranks, shares_of_senders
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 
@@ -185,7 +184,7 @@ class PlanProblem:
         return tuple(names)
 
     @cached_property
-    def cells_per_device(self) -> npt.NDArray[np.int64]:
+    def cells_per_device(self) -> Ints:
         """Number of cells of each device, int64 [device]."""
         device_of_replica = self.stage[:, None] * self.ranks + self.rank
         heads = np.bincount(device_of_replica.ravel(), minlength=self.stages * self.ranks)
@@ -199,7 +198,7 @@ class PlanProblem:
         """
         return _divide_by_mean(self.forward_score), _divide_by_mean(self.backward_score)
 
-    def objective(self, operations: npt.NDArray[np.uint8]) -> float:
+    def objective(self, operations: Operations) -> float:
         """Sum of the forward gains of all cells that run, plus the backward gains of the FULL ones."""
         forward_gain, backward_gain = self.gains()
         return float(

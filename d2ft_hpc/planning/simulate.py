@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from d2ft_hpc.planning.arrays import Floats
 from d2ft_hpc.planning.communication_volume import ByDirection
 from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem
 
 
 @dataclass(frozen=True, eq=False)

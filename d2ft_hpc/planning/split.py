@@ -13,14 +13,14 @@ import time
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.arrays import Flags, Floats
 from d2ft_hpc.planning.highs import OPTIMAL
 from d2ft_hpc.planning.lockstep import LockstepStage, head_times, limit_above_least, other_limits
 from d2ft_hpc.planning.multiple_choice import Choice, choose, share_of_time, worth_of
 from d2ft_hpc.planning.prices import ROUNDING, Limit, bounds_of
-from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem
 
 _RELATIVE_GAP = 5e-6
 """Splits are tried until the best is proved to be this near the optimum."""
@@ -160,12 +160,12 @@ def _whole_heads(problem: PlanProblem, stage: LockstepStage, part: int, time_: f
     return math.floor(time_ / head_time + BUDGET_EPSILON) * head_time
 
 
-def _possible(limits: list[Limit]) -> npt.NDArray[np.bool_]:
+def _possible(limits: list[Limit]) -> Flags:
     """The levels that a class may have while all others have the least, bool [level]."""
     return np.asarray(np.all([limit.use <= limit.most.max() * (1 + ROUNDING) for limit in limits], axis=0))
 
 
-def _unevenness(stage: LockstepStage, limits: list[Limit], possible: npt.NDArray[np.bool_]) -> Floats:
+def _unevenness(stage: LockstepStage, limits: list[Limit], possible: Flags) -> Floats:
     """A tiny cost of levels far from the mean, float64 [level], so that equal scores get even levels. possible: bool
     [level], the levels whose values set its size. Without this cost, prices could not tell equal levels apart and
     would take extreme ones, of which no whole number fits.

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.arrays import Floats, Ints
 from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.levels import Levels
 from d2ft_hpc.planning.lockstep import LockstepStage, lockstep_stages, meeting_replicas, step_limits
 from d2ft_hpc.planning.options import WithShortcuts
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.planner import Planner
-from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem
 
 
 def solve_static(
@@ -105,9 +105,7 @@ def _best_pair(
     return float(total[pair]), levels
 
 
-def _most_upper(
-    problem: PlanProblem, stage: LockstepStage, lower: Ints, upper: Ints
-) -> npt.NDArray[np.int64]:
+def _most_upper(problem: PlanProblem, stage: LockstepStage, lower: Ints, upper: Ints) -> Ints:
     """For each pair, how many blocks at the upper level the stage's budgets pay for at most; -1: the budgets do not
     even pay for the lower level everywhere."""
     blocks = len(stage.blocks)

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from d2ft_hpc.planning.arrays import Floats, Ints
 from d2ft_hpc.planning.makespan import solve_makespan
 from d2ft_hpc.planning.plan import Operation
-from d2ft_hpc.planning.problem import Floats, Ints, PlanProblem
+from d2ft_hpc.planning.problem import PlanProblem
 
 _ROUNDS = 4
 _SECONDS = 10.0
