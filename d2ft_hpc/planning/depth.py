@@ -19,7 +19,7 @@ from d2ft_hpc.planning.multiple_choice import choose, share_of_time
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.prices import Limit, different
-from d2ft_hpc.planning.problem import PlanProblem, round_up
+from d2ft_hpc.planning.problem import PlanProblem
 
 
 def solve_depth(
@@ -81,10 +81,8 @@ def _limits(problem: PlanProblem, replica: int, option_operations: Operations) -
     rows = problem.forward_score.shape[0] // problem.replicas
     everything = np.zeros(rows, dtype=np.int64)
     limits: list[Limit] = []
-    for device in range(
-        replica * problem.stages * problem.ranks, (replica + 1) * problem.stages * problem.ranks
-    ):
-        stage, rank = divmod(device % (problem.stages * problem.ranks), problem.ranks)
+    for stage, rank in np.ndindex(problem.stages, problem.ranks):
+        device = (replica * problem.stages + stage) * problem.ranks + rank
         heads = np.where(problem.stage == stage, (problem.rank == rank).sum(axis=1), 0)  # [block]
         for resource, costs, budget in (
             ("compute", problem.compute_cost, problem.budgets_to_plan[device, 0]),
@@ -97,21 +95,14 @@ def _limits(problem: PlanProblem, replica: int, option_operations: Operations) -
                     problem.meeting_cost, (Operation.FORWARD_ONLY, Operation.FULL), strict=True
                 ):
                     use = use + cost * (here >= kind).sum(axis=1)
-            if use[0] * rows > budget:
-                dense = rows * costs[Operation.FULL] * heads.sum()
-                least = (
-                    use[0]
-                    * rows
-                    / (dense if resource == "compute" else problem.dense_communication()[device])
-                )
-                if resource == "compute":
-                    least = problem.always_share + (1 - problem.always_share) * least
+            least = use[0] * rows
+            if least > budget:
                 raise PlanError(
                     f"The {resource} budget of {problem.device_names[device]} is {budget:g}, but FORWARD_ONLY in "
-                    f"every block of every row uses {use[0] * rows:g}. The least feasible {resource} budget is "
-                    f"{round_up(least):g} of its dense step."
+                    f"every block of every row uses {least:g}. The least feasible {resource} budget is "
+                    f"{problem.least_budget(resource, device, least)} of its dense step."
                 )
-            limits.append(Limit(use - use[0], everything, np.array([budget - use[0] * rows])))
+            limits.append(Limit(use - use[0], everything, np.array([budget - least])))
         in_row = (option_operations == Operation.FULL) @ heads
         limits.append(
             Limit(in_row.astype(float), np.arange(rows), np.full(rows, problem.memory_budget[device]))

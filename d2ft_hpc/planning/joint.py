@@ -20,7 +20,7 @@ from d2ft_hpc.planning.options import WithShortcuts
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.prices import RELATIVE_GAP
-from d2ft_hpc.planning.problem import PlanProblem, round_up
+from d2ft_hpc.planning.problem import PlanProblem
 
 _NAMES = 3  # of devices that one status may name
 
@@ -107,21 +107,16 @@ def solve_joint(
 
 def _require_paid(problem: PlanProblem, knapsacks: Sequence[Knapsack]) -> None:
     """Raise PlanError if a device's budgets do not pay for as many running heads as must run."""
-    cells = problem.cells_per_device
+    costs_of = {"compute": problem.compute_cost, "communication": problem.communication_cost}
     for index, knapsack in enumerate(knapsacks):
         need = knapsack.used(knapsack.raised_to_least(np.zeros(len(knapsack.cells), dtype=np.uint8)))
-        for resource, costs, always_share in (
-            ("compute", problem.compute_cost, problem.always_share),
-            ("communication", problem.communication_cost, 0.0),
-        ):
-            place = int(resource == "communication")
+        for place, (resource, costs) in enumerate(costs_of.items()):
             if need[place] > knapsack.budget[place]:
-                used = need[place] + cells[index] * costs[Operation.SHORTCUT]
-                least = always_share + (1 - always_share) * used / (cells[index] * costs[Operation.FULL])
+                use = need[place] + len(knapsack.cells) * costs[Operation.SHORTCUT]
                 raise PlanError(
                     f"The {resource} budget of {problem.device_names[index]} does not pay for the heads that "
-                    f"most_shortcut makes run forward. The least feasible {resource} budget is {round_up(least):g} of "
-                    f"its dense step; raise it or most_shortcut."
+                    f"most_shortcut makes run forward. The least feasible {resource} budget is "
+                    f"{problem.least_budget(resource, index, use)} of its dense step; raise it or most_shortcut."
                 )
 
 

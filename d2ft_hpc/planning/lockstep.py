@@ -10,14 +10,14 @@ from functools import partial
 import numpy as np
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.arrays import Flags, Floats, Ints, Operations
+from d2ft_hpc.planning.arrays import Floats, Ints, Operations
 from d2ft_hpc.planning.communication_volume import shares_of_senders
 from d2ft_hpc.planning.knapsack import largest_use
 from d2ft_hpc.planning.levels import Levels, estimate_levels, make_levels
 from d2ft_hpc.planning.multiple_choice import share_of_time
 from d2ft_hpc.planning.plan import Operation
 from d2ft_hpc.planning.prices import Limit, different
-from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem, round_up
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,7 @@ def lockstep_stages(
         heads = len(stage.levels.forward_gain)
         least = heads - math.floor(most_shortcut * heads + BUDGET_EPSILON)
         stage = replace(stage, levels=stage.levels.that_run(least))
-        if not fitting_levels(problem, stage)[0]:
+        if any((limit.most < 0).any() for limit in step_limits(problem, stage)):  # even for level 0
             raise PlanError(_unpaid(problem, stage, least))
         stages.append(stage)
     return stages
@@ -178,15 +178,6 @@ def time_budget(problem: PlanProblem, devices: Ints) -> float:
     scarce = budget < cells * problem.compute_cost[Operation.FULL]
     left = budget - cells * problem.compute_cost[Operation.SHORTCUT]
     return float(min((left / problem.device_speed[devices])[scarce], default=math.inf))
-
-
-def fitting_levels(problem: PlanProblem, stage: LockstepStage) -> Flags:
-    """Whether the stage's budgets pay for a level in all its classes, bool [level]."""
-    fits = np.ones(len(stage.levels.forward_time), dtype=bool)
-    for limit in step_limits(problem, stage):
-        classes = np.bincount(limit.group, minlength=len(limit.most))
-        fits &= (limit.use[:, None] * classes <= limit.most * (1 + BUDGET_EPSILON / 10)).all(axis=1)
-    return fits
 
 
 def step_limits(problem: PlanProblem, stage: LockstepStage) -> list[Limit]:
@@ -257,19 +248,18 @@ def _unpaid(problem: PlanProblem, stage: LockstepStage, least: int) -> str:
     """The message for budgets that do not pay for `least` heads of every rank in each class."""
     cells = problem.cells_per_device[stage.devices]
     share = least / len(stage.levels.forward_gain)
-    needs = [
-        ("compute", problem.compute_cost, problem.budgets_to_plan[stage.devices, 0], problem.always_share),
-        ("communication", problem.communication_cost, problem.budgets_to_plan[stage.devices, 1], 0.0),
-    ]
-    for resource, (shortcut, forward, full), budget, always_share in needs:
+    costs_of = {"compute": problem.compute_cost, "communication": problem.communication_cost}
+    for (resource, (shortcut, forward, _)), budget in zip(
+        costs_of.items(), problem.budgets_to_plan[stage.devices].T, strict=True
+    ):
         need = cells * (shortcut + share * (forward - shortcut))
         index = int((budget - need).argmin())
         if need[index] > budget[index]:
-            of_dense = always_share + (1 - always_share) * need[index] / (cells[index] * full)
+            device = int(stage.devices[index])
             return (
-                f"The {resource} budget of {problem.device_names[stage.devices[index]]} is {budget[index]:g}, but "
-                f"{share:.0%} of its heads running forward use {need[index]:g} (most_shortcut). The least feasible "
-                f"{resource} budget is {round_up(of_dense):g} of its dense step; raise it or most_shortcut."
+                f"The {resource} budget of {problem.device_names[device]} is {budget[index]:g}, but {share:.0%} of its "
+                f"heads running forward use {need[index]:g} (most_shortcut). The least feasible {resource} budget is "
+                f"{problem.least_budget(resource, device, need[index])} of its dense step; raise it or most_shortcut."
             )
     slowest = problem.device_names[stage.devices[int(problem.device_speed[stage.devices].argmin())]]
     return f"In lock step with {slowest}, the budgets do not pay for {least} heads running forward on every rank."

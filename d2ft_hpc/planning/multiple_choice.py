@@ -77,7 +77,7 @@ def choose(
     search: with HiGHS; without, first prices and filling will do.
     """
     prices = [np.zeros(len(limit.most)) for limit in limits]
-    scarce = [i for i, limit in enumerate(limits) if _can_be_exceeded(limit)]
+    scarce = [i for i, limit in enumerate(limits) if not limit.for_all().all()]
     some = [_rounded(limits[i]) for i in scarce]
     for limit in some:
         alone_too_much = limit.use > limit.most[:, None]  # [group, option]
@@ -113,15 +113,8 @@ def _one_for_all(value: Floats, limits: Sequence[Limit]) -> Ints:
     """The best option that all classes can have at once. Finding it takes no longer than a sum."""
     fits = np.ones(value.shape[1], dtype=bool)
     for limit in limits:
-        classes = np.bincount(limit.group, minlength=len(limit.most))
-        fits &= (limit.use[:, None] * classes <= limit.most).all(axis=1)
-    fits[0] = True
+        fits &= limit.for_all()
     return np.full(len(value), int(np.where(fits, value.sum(axis=0), -np.inf).argmax()))
-
-
-def _can_be_exceeded(limit: Limit) -> bool:
-    classes = np.bincount(limit.group, minlength=len(limit.most))
-    return bool((classes * limit.use.max() > limit.most).any())
 
 
 def _rounded(limit: Limit) -> Limit:

@@ -94,16 +94,12 @@ def pose(
     message names the device, its budget and the least feasible compute budget).
     """
     forward, backward = np.asarray(scores, dtype=np.float64)
-    if forward.ndim != 3 or forward.size == 0:
-        raise PlanError(f"forward_score must be [row, block, head], got the shape {forward.shape}.")
     devices = devices or Devices()
     replicas, always_share = devices.replicas, costs.always_share
-    if replicas < 1 or forward.shape[0] % replicas:
-        raise PlanError(f"{forward.shape[0]} rows cannot be divided over {replicas} replicas.")
     if not 0 <= costs.forward_share <= 1:
         raise PlanError(f"forward_share is a share of the cost of FULL in [0, 1], got {costs.forward_share}.")
     rank = np.zeros(forward.shape[1:]) if devices.rank is None else np.asarray(devices.rank)
-    stage = np.zeros(forward.shape[1]) if devices.stage is None else np.asarray(devices.stage)
+    stage = np.zeros(forward.shape[1:2]) if devices.stage is None else np.asarray(devices.stage)
     number = replicas * (int(np.max(stage, initial=0)) + 1) * (int(np.max(rank, initial=0)) + 1)
     speed = np.asarray([1.0] * number if devices.speed is None else devices.speed, dtype=np.float64)
     if speed.shape != (number,):

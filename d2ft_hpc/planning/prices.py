@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d2ft_hpc.planning.arrays import Floats, Ints
+from d2ft_hpc.planning.arrays import Flags, Floats, Ints
 from d2ft_hpc.planning.highs import LinearProgram
 
 RELATIVE_GAP = 2.5e-5
@@ -43,6 +43,11 @@ class Limit:
 
     def left(self, option: Ints) -> Floats:
         return self.most - self.used(option)
+
+    def for_all(self) -> Flags:
+        """Which options all classes may have at once, bool [option]."""
+        classes = np.bincount(self.group, minlength=len(self.most))
+        return np.asarray((self.use[:, None] * classes <= self.most).all(axis=1))
 
 
 def different(limits: Sequence[Limit]) -> list[Limit]:

@@ -73,9 +73,7 @@ class PlanProblem:
     token_layout: TokenLayout = "replicated"
 
     def __post_init__(self) -> None:
-        for name in ("forward_score", "backward_score", "device_speed"):
-            self._freeze(name, np.float64)
-        for name in ("compute_budget", "communication_budget", "memory_budget"):
+        for name in ("forward_score", "backward_score", *_BY_DEVICE):
             self._freeze(name, np.float64)
         for name in ("rank", "stage"):
             self._freeze(name, np.int64)
@@ -105,13 +103,12 @@ class PlanProblem:
                 f"but device_speed knows only ranks 0 to {self.ranks - 1}."
             )
         for resource in ("compute", "communication"):
-            costs = tuple(float(cost) for cost in getattr(self, f"{resource}_cost"))
-            if len(costs) != 3 or not 0 <= costs[0] <= costs[1] <= costs[2] < math.inf:
+            costs = getattr(self, f"{resource}_cost")
+            if not 0 <= costs[0] <= costs[1] <= costs[2] < math.inf:
                 raise PlanError(
                     f"{resource}_cost must be finite, >= 0 and not decreasing from SHORTCUT over "
                     f"FORWARD_ONLY to FULL, got {costs}."
                 )
-            object.__setattr__(self, f"{resource}_cost", costs)
             self._check_budget(resource, getattr(self, f"{resource}_budget"), costs[Operation.SHORTCUT])
         self._check_budget("memory", self.memory_budget, 0.0)
         if not 0 <= self.always_share < 1:
@@ -221,6 +218,14 @@ class PlanProblem:
         cells = self.cells_per_device * self.communication_cost[Operation.FULL]
         return np.asarray(cells + np.tile(np.repeat(meetings, self.ranks), self.replicas))
 
+    def least_budget(self, resource: str, device: int, use: float) -> str:
+        """The least budget ("compute" or "communication") that allows a device's cells this use, in units of its dense
+        step, as a number for messages."""
+        if resource == "communication":
+            return f"{round_up(use / self.dense_communication()[device]):g}"
+        dense = self.cells_per_device[device] * self.compute_cost[Operation.FULL]
+        return f"{round_up(self.always_share + (1 - self.always_share) * use / dense):g}"
+
     def used_memory(self, plan: SkipPlan) -> Floats:
         """The most FULL cells that each device has in one row, float64 [device]."""
         self.require_shape(plan)
@@ -247,7 +252,7 @@ class PlanProblem:
 
     def _used(self, plan: SkipPlan, cost: Costs) -> Floats:
         self.require_shape(plan)
-        keys = self.device.astype(np.int64) * len(Operation) + plan.operations
+        keys = self.device * len(Operation) + plan.operations
         counts = np.bincount(keys.ravel(), minlength=self.num_devices * len(Operation))
         return np.asarray(counts.reshape(self.num_devices, len(Operation)) @ np.asarray(cost))
 
