@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,21 +164,12 @@ def _recording(model: nn.Module, subnets: SubnetMap) -> Iterator[list[_Record]]:
     """Records input and output of every linear layer of the blocks for one forward pass."""
     records: list[_Record] = []
 
-    def hook_for(block: int, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if not output.requires_grad:  # everything up to here is frozen
-                output.requires_grad_()
-            records.append((block, name, inputs[0].detach(), output))
+    def record(block: int, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not output.requires_grad:  # everything up to here is frozen
+            output.requires_grad_()
+        records.append((block, name, inputs[0].detach(), output))
 
-        return record
-
-    blocks = subnets.blocks(model)
-    handles = [
-        block.get_submodule(name).register_forward_hook(hook_for(index, name))
-        for index, block in enumerate(blocks)
-        for name in subnets.layers
-    ]
-    handles += [handle for block in blocks for handle in hooks_for_calls(block, subnets)]
+    handles = hooks_on_layers(enumerate(subnets.blocks(model)), subnets, record)
     try:
         yield records
     finally:
@@ -185,7 +177,22 @@ def _recording(model: nn.Module, subnets: SubnetMap) -> Iterator[list[_Record]]:
             handle.remove()
 
 
-def hooks_for_calls(block: nn.Module, subnets: SubnetMap) -> list[RemovableHandle]:
+def hooks_on_layers(
+    blocks: Iterable[tuple[int, nn.Module]],
+    subnets: SubnetMap,
+    see: Callable[[int, str, nn.Module, tuple[Tensor, ...], Tensor], None],
+) -> list[RemovableHandle]:
+    """`see` gets the block's index, the name, the layer, its inputs and its output after each call of a linear layer of
+    these blocks, until the returned hooks are removed."""
+    handles: list[RemovableHandle] = []
+    for index, block in blocks:
+        for name in subnets.layers:
+            handles.append(block.get_submodule(name).register_forward_hook(partial(see, index, name)))
+        handles += _hooks_for_calls(block, subnets)
+    return handles
+
+
+def _hooks_for_calls(block: nn.Module, subnets: SubnetMap) -> list[RemovableHandle]:
     """Lets a block call its layers as modules, so that hooks on these fire, until the returned ones are removed."""
     if subnets.family.calling(block) is None:
         return []
