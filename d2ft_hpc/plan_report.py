@@ -138,14 +138,7 @@ def describe_alone(plan: SkipPlan) -> str:
 
 def describe(plan: SkipPlan, problem: PlanProblem) -> str:
     """Describes the plan, each device's work under it, and the time of its step."""
-    lines = [
-        describe_alone(plan),
-        "",
-        *_device_table(plan, problem),
-        "",
-        *_times(plan, problem),
-    ]
-    return "\n".join(lines)
+    return "\n".join([describe_alone(plan), "", *_device_table(plan, problem), "", *_times(plan, problem)])
 
 
 def _device_table(plan: SkipPlan, problem: PlanProblem) -> list[str]:
@@ -173,13 +166,11 @@ def _times(plan: SkipPlan, problem: PlanProblem) -> list[str]:
     def share(of: SkipPlan) -> float:
         return problem.always_share + (1 - problem.always_share) * simulate(of, problem).step / dense
 
-    lines = [f"predicted step time: {share(plan):.1%} of the dense step (what always runs included)"]
     try:
-        paper = solve(problem, "paper")
-        lines.append(f"of the paper's plan: {share(paper):.1%}")
+        of_paper = f"of the paper's plan: {share(solve(problem, 'paper')):.1%}"
     except PlanError as error:
-        lines.append(f"the paper's planner has no plan here: {error}")
-    return lines
+        of_paper = f"the paper's planner has no plan here: {error}"
+    return [f"predicted step time: {share(plan):.1%} of the dense step (what always runs included)", of_paper]
 
 
 def describe_difference(plan: SkipPlan, other: SkipPlan) -> str:

@@ -73,15 +73,10 @@ def _with_keys(text: str, settings: PlanConfig, where: str) -> str:
     values |= {f"options.{key}": value for key, value in settings.options}
     if text.startswith(tuple(f"{key}=" for key in values)):
         return f"{where}{text}"
+    in_words = text.replace("_", " ")  # planners' messages name a key as it is, or so
     told = ", ".join(
         f"{where}{key}={value:g}"
         for key, value in values.items()
-        if value is not None and any(name in text for name in _names_of(key))
+        if value is not None and key.removeprefix("options.").replace("_", " ") in in_words
     )
     return f"{told}: {text}" if told else text
-
-
-def _names_of(key: str) -> tuple[str, str]:
-    """The words by which planners' messages name a key of the configuration."""
-    name = key.rpartition(".")[2]
-    return name, name.replace("_", " ")
