@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from d2ft_hpc.errors import ConfigError
-from d2ft_hpc.files.untrusted import RefusedError
+from d2ft_hpc.files.untrusted import RefusedError, first_fault
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.rank_layout import Placement
 
@@ -62,8 +62,7 @@ class PlanCosts:
         try:
             return _PLAN_COSTS.validate_json(text, strict=True)
         except ValidationError as error:
-            fault = error.errors()[0]
-            raise RefusedError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+            raise RefusedError(first_fault(error)) from None
 
 
 _PLAN_COSTS = TypeAdapter(PlanCosts)
