@@ -16,6 +16,7 @@ from d2ft_hpc.planning import (
     BUDGET_EPSILON,
     Budgets,
     Devices,
+    Operation,
     PlanProblem,
     SkipPlan,
     plan_samples,
@@ -76,8 +77,10 @@ def make_plan(context: PlanContext, scores: Scores | None, index: int) -> SkipPl
             for each, problem in zip(plans, problems, strict=True)
         ]
         plan = plans[int(np.argmin(seconds))]
-    plan = plan.among(planned)
-    of_planned = plan.operations.reshape(context.slots, plan.replicas, *context.subnets)
+    of_planned = np.full((context.slots, plan.replicas, *context.subnets), Operation.FULL, dtype=np.uint8)
+    of_planned[:, :, planned] = plan.operations.reshape(
+        context.slots, plan.replicas, *plan.operations.shape[1:]
+    )
     leader = np.unique(followed, return_inverse=True)[1].ravel()
     whole = replace(plan, operations=of_planned[:, leader].reshape(context.shape), replicas=replicas)
     if plan.replicas == replicas:

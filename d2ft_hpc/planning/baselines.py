@@ -35,8 +35,7 @@ def solve_last_blocks(problem: PlanProblem) -> SkipPlan:
     the budgets do not pay for FORWARD_ONLY everywhere.
     """
     rows, blocks, _ = problem.forward_score.shape
-    slots = rows // problem.replicas
-    order = np.arange(blocks)[::-1] * slots + np.arange(rows)[:, None] // problem.replicas
+    order = np.arange(blocks)[::-1] * problem.slots + np.arange(rows)[:, None] // problem.replicas
     return _longest(problem, order[:, :, None], Operation.FORWARD_ONLY, LAST_BLOCKS.name)
 
 
@@ -47,7 +46,7 @@ def solve_stochastic_depth(problem: PlanProblem, *, seed: int | Sequence[int]) -
     is not scaled up for the rows that skip it.
     """
     rows, blocks, _ = problem.forward_score.shape
-    slots, generator = rows // problem.replicas, np.random.default_rng(seed)
+    slots, generator = problem.slots, np.random.default_rng(seed)
     order = np.empty((slots, problem.replicas, blocks), dtype=np.int64)
     for replica in range(problem.replicas):
         turn = generator.permuted(np.tile(np.arange(slots)[:, None], blocks), axis=0)  # [slot, block]
@@ -91,7 +90,7 @@ def solve_routing(problem: PlanProblem, *, capacity_factor: float = 1.25) -> Ski
         made = np.full((rows, blocks, heads), Operation.SHORTCUT, dtype=np.uint8)
         for block in range(blocks):
             top_k = count // blocks + (blocks - 1 - block < count % blocks)
-            capacity = math.ceil(capacity_factor * (rows // problem.replicas) * top_k / heads)
+            capacity = math.ceil(capacity_factor * problem.slots * top_k / heads)
             for replica in range(problem.replicas):
                 taken = np.zeros(heads, dtype=np.int64)
                 for choice in choices[replica :: problem.replicas, block, :top_k].T:

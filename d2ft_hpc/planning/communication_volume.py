@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.arrays import Flags, Floats, Ints, Operations
+from d2ft_hpc.planning.arrays import Floats, Ints, Operations
 from d2ft_hpc.planning.plan import Operation
 
 DataParallel = Literal["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]
@@ -209,18 +209,14 @@ def pipeline_bytes(slots: int, activation_bytes: float, gradients: int | None = 
     return float((slots + (slots if gradients is None else gradients)) * activation_bytes)
 
 
-def active_ranks(active: Flags, owner: Ints, ranks: int) -> Ints:
-    """How many ranks have an active head, int64 [row, block]. active: bool [row, block, head]."""
-    is_active = np.stack([(active & (owner == rank)).any(axis=2) for rank in range(ranks)])
-    return np.asarray(is_active.sum(axis=0))
-
-
 def active_and_full_ranks(operations: Operations, owner: Ints, ranks: int) -> tuple[Ints, Ints]:
     """How many ranks have a head that is not SHORTCUT, and a FULL one: int64 [row, block] each."""
-    return (
-        active_ranks(operations >= Operation.FORWARD_ONLY, owner, ranks),
-        active_ranks(operations == Operation.FULL, owner, ranks),
+    is_held = [owner == rank for rank in range(ranks)]
+    active, full = (
+        np.sum([(runs & held).any(axis=2) for held in is_held], axis=0)
+        for runs in (operations >= Operation.FORWARD_ONLY, operations == Operation.FULL)
     )
+    return active, full
 
 
 def _by_senders(operations: Operations, owner: Ints, ranks: int, of_senders: Floats) -> ByDirection:

@@ -78,7 +78,7 @@ def _best_depths(
 
 def _limits(problem: PlanProblem, replica: int, option_operations: Operations) -> list[Limit]:
     """What option 0, used everywhere, leaves of every budget of every device of a replica."""
-    rows = problem.forward_score.shape[0] // problem.replicas
+    rows = problem.slots
     everything = np.zeros(rows, dtype=np.int64)
     limits: list[Limit] = []
     for stage, rank in np.ndindex(problem.stages, problem.ranks):

@@ -33,7 +33,7 @@ def greedy(knapsack: Knapsack, start: Operations | None = None, deadline: float 
         barred = _barred_from_full(knapsack, is_full, price)
         operations = start.copy()
         _climb(knapsack, operations, best_steps(knapsack, price, barred))
-        fill(knapsack, operations, price, barred)
+        _fill(knapsack, operations, price, barred)
         candidates.append(operations)
     if not candidates and np.isfinite(knapsack.budget).any():
         return _with_most_gaining(knapsack, start)
@@ -72,7 +72,7 @@ def _barred_from_full(knapsack: Knapsack, is_full: Flags, price: Floats) -> Flag
     return ~most_gaining(knapsack, gain, is_full)
 
 
-def fill(
+def _fill(
     knapsack: Knapsack,
     operations: Operations,
     price: Floats,

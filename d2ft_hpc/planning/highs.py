@@ -11,7 +11,11 @@ import numpy as np
 from d2ft_hpc.planning.arrays import Flags, Floats, Ints
 
 OPTIMAL = "optimal"
-INFEASIBLE = "infeasible"
+_ENDINGS = {
+    highspy.HighsModelStatus.kOptimal: OPTIMAL,
+    highspy.HighsModelStatus.kTimeLimit: "time limit",
+    highspy.HighsModelStatus.kInfeasible: "infeasible",
+}
 
 LARGEST_MODEL = 10_000
 """Integer variables of the largest model that HiGHS is given. In larger ones it looks at its clock too
@@ -169,14 +173,7 @@ def _new_solver() -> highspy.Highs:
 
 def _solution(solver: highspy.Highs, *, is_integer: bool) -> Solution:
     info, ending = solver.getInfo(), solver.getModelStatus()
-    if ending == highspy.HighsModelStatus.kOptimal:
-        status = OPTIMAL
-    elif ending == highspy.HighsModelStatus.kTimeLimit:
-        status = "time limit"
-    elif ending == highspy.HighsModelStatus.kInfeasible:
-        status = INFEASIBLE
-    else:
-        status = f"HiGHS ended with {solver.modelStatusToString(ending)}"
+    status = _ENDINGS.get(ending) or f"HiGHS ended with {solver.modelStatusToString(ending)}"
     if is_integer:
         bound = float(info.mip_dual_bound)
     else:

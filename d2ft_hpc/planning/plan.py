@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.files import atomic, hdf5
 from d2ft_hpc.files.untrusted import RefusedError, first_fault
-from d2ft_hpc.planning.arrays import Flags, Operations
+from d2ft_hpc.planning.arrays import Operations
 
 Grid = tuple[int, int]
 """Patches of an image, down and across."""
@@ -238,14 +238,6 @@ class SkipPlan:
 
     def __hash__(self) -> int:
         return hash(self.hash)
-
-    def among(self, planned: Flags) -> SkipPlan:
-        """This plan of some blocks, placed into a model whose other blocks all run FULL. planned: bool [block] of the
-        model; as many are True as this plan has blocks.
-        """
-        operations = np.full((self.num_rows, len(planned), self.num_heads), Operation.FULL, dtype=np.uint8)
-        operations[:, planned] = self.operations
-        return replace(self, operations=operations)
 
     def for_replica(self, replica: int) -> Operations:
         """The operations of one replica, uint8 [slot, block, head], read-only."""

@@ -133,7 +133,7 @@ def pose(
             f"{share[slowest]:.4f} of its dense step, but {always_share:.4f} of it runs whatever the "
             f"plan says (embedding, classifier). The least feasible compute_budget is {round_up(least):g}."
         )
-    cells_of_row = cells / (forward.shape[0] // replicas)
+    cells_of_row = cells / problem.slots
     memory = unlimited if budgets.memory is None else np.floor(budgets.memory * cells_of_row + 1e-9)
     if devices.most_full is not None:
         memory = np.minimum(memory, np.asarray(devices.most_full, dtype=np.float64))

@@ -159,12 +159,21 @@ class PlanProblem:
         """Number of tensor-parallel ranks of each stage."""
         return self.num_devices // (self.replicas * self.stages)
 
+    @property
+    def slots(self) -> int:
+        """Rows of one replica."""
+        return len(self.forward_score) // self.replicas
+
+    @property
+    def replica_stage(self) -> Ints:
+        """The stage that runs each block of each row, counted through all replicas: int64 [row, block]."""
+        replica = np.arange(len(self.forward_score)) % self.replicas
+        return replica[:, None] * self.stages + self.stage
+
     @cached_property
     def device(self) -> Ints:
         """The device that runs each cell, int64 [row, block, head]."""
-        replica = np.arange(self.forward_score.shape[0]) % self.replicas
-        replica_stage = replica[:, None] * self.stages + self.stage
-        return replica_stage[:, :, None] * self.ranks + self.rank
+        return self.replica_stage[:, :, None] * self.ranks + self.rank
 
     @cached_property
     def device_names(self) -> tuple[str, ...]:
@@ -185,7 +194,7 @@ class PlanProblem:
         """Number of cells of each device, int64 [device]."""
         device_of_replica = self.stage[:, None] * self.ranks + self.rank
         heads = np.bincount(device_of_replica.ravel(), minlength=self.stages * self.ranks)
-        return np.tile(heads * (self.forward_score.shape[0] // self.replicas), self.replicas)
+        return np.tile(heads * self.slots, self.replicas)
 
     def gains(self) -> tuple[Floats, Floats]:
         """Both scores, each divided by its mean over the problem: float64 [row, block, head].
@@ -214,7 +223,7 @@ class PlanProblem:
     def dense_communication(self) -> Floats:
         """Communication of the dense step, float64 [device]."""
         blocks = np.bincount(self.stage, minlength=self.stages)
-        meetings = blocks * (self.forward_score.shape[0] // self.replicas) * sum(self.meeting_cost)
+        meetings = blocks * self.slots * sum(self.meeting_cost)
         cells = self.cells_per_device * self.communication_cost[Operation.FULL]
         return np.asarray(cells + np.tile(np.repeat(meetings, self.ranks), self.replicas))
 
@@ -262,9 +271,7 @@ class PlanProblem:
         active, full = active_and_full_ranks(plan.operations, self.rank, self.ranks)
         forward, backward = self.meeting_cost
         cost = forward * shares[active, active] + backward * shares[active, full]
-        replica = np.arange(plan.num_rows) % self.replicas
-        replica_stage = replica[:, None] * self.stages + self.stage
-        sent = np.bincount(replica_stage.ravel(), np.ravel(cost), self.replicas * self.stages)
+        sent = np.bincount(self.replica_stage.ravel(), np.ravel(cost), self.replicas * self.stages)
         return np.asarray(np.repeat(sent, self.ranks))
 
     def require_shape(self, plan: SkipPlan) -> None:

@@ -40,10 +40,10 @@ def waste(plan: SkipPlan, problem: PlanProblem) -> float:
 
     The ideal step spends the compute budgets, and devices wait in it only while a pipeline fills and drains.
     """
-    rows = problem.forward_score.shape[0] // problem.replicas
+    slots = problem.slots
     cells = problem.cells_per_device
     budget = np.minimum(problem.compute_budget, cells * problem.compute_cost[Operation.FULL])
-    ideal = float((budget / problem.device_speed).max()) * (rows + problem.stages - 1) / rows
+    ideal = float((budget / problem.device_speed).max()) * (slots + problem.stages - 1) / slots
     step = simulate(plan, problem).step
     excess = step / ideal - 1 if ideal > 0 else 0.0
     return excess if excess > BUDGET_EPSILON else 0.0
@@ -70,7 +70,7 @@ def simulate(
     if with_messages is not None:
         both = with_messages(forward, backward)
         forward, backward = both.forward, both.backward
-    busy = (problem.used_compute(plan)) / problem.device_speed
+    busy = problem.used_compute(plan) / problem.device_speed
     steps = []
     for replica in range(problem.replicas):
         rows = slice(replica, None, problem.replicas)
@@ -94,9 +94,7 @@ def _of_ranks(cost: Floats, problem: PlanProblem) -> Floats:
     work = np.zeros((rows, blocks, problem.ranks))
     for rank in range(problem.ranks):
         work[:, :, rank] = (cost * (problem.rank == rank)).sum(axis=2)
-    replica = np.arange(rows) % problem.replicas
-    replica_stage = replica[:, None] * problem.stages + problem.stage
-    return np.asarray(work / problem.device_speed.reshape(-1, problem.ranks)[replica_stage])
+    return np.asarray(work / problem.device_speed.reshape(-1, problem.ranks)[problem.replica_stage])
 
 
 def pipeline_time(forward: Floats, backward: Floats) -> float:

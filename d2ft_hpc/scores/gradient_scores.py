@@ -51,11 +51,12 @@ def gradient_scores(
 
     Returns for each name float32 [1, block, head].
     """
-    at_once = images.shape[0]
+    at_once, names = images.shape[0], list(names)
+    gradients = partial(_gradients_of_part, model, subnets, loss_function, autocast_dtype)
     while True:
         parts = list(zip(images.split(at_once), labels.split(at_once), strict=True))
         try:
-            return _scores_of_parts(model, subnets, parts, loss_function, list(names), autocast_dtype)
+            return _scores_of_parts(gradients, parts, names, subnets.shape)
         except torch.OutOfMemoryError:
             if at_once == 1:
                 raise
@@ -63,23 +64,19 @@ def gradient_scores(
 
 
 def _scores_of_parts(
-    model: nn.Module,
-    subnets: SubnetMap,
+    gradients: Callable[[Tensor, Tensor], Iterable[_OfParameter]],
     parts: Sequence[tuple[Tensor, Tensor]],
-    loss_function: LossFunction,
     names: Sequence[str],
-    autocast_dtype: torch.dtype | None,
+    shape: tuple[int, int],
 ) -> dict[str, Tensor]:
     """`gradient_scores` of images and labels in parts. A weight's gradient is kept until the last part."""
     samples, device = sum(len(images) for images, _ in parts), parts[0][0].device
-    scores = {name: torch.zeros(1, *subnets.shape, device=device) for name in names}
+    scores = {name: torch.zeros(1, *shape, device=device) for name in names}
     earlier: dict[_Place, Tensor] = {}
     done = 0
     for images, labels in parts:
         done += len(images)
-        for place, axis, value, gradient in _gradients_of_part(
-            model, subnets, images, labels, loss_function, autocast_dtype
-        ):
+        for place, axis, value, gradient in gradients(images, labels):
             if len(parts) > 1:
                 gradient = len(images) / samples * gradient + earlier.pop(place, 0)
                 if done < samples:
@@ -93,17 +90,19 @@ def _scores_of_parts(
 _Place = tuple[int, str, int]
 """Block, layer name, and which of the layer's parameters it is."""
 
+_OfParameter = tuple[_Place, HeadAxis, Tensor, Tensor]
+"""Of a parameter that heads own: its place, its split by head, its value, its gradient [1, ...]."""
+
 
 def _gradients_of_part(
     model: nn.Module,
     subnets: SubnetMap,
-    images: Tensor,
-    labels: Tensor,
     loss_function: LossFunction,
     autocast_dtype: torch.dtype | None,
-) -> Iterator[tuple[_Place, HeadAxis, Tensor, Tensor]]:
-    """From one pass, of each parameter that heads own: its place, its split by head, its value, its gradient
-    [1, ...]."""
+    images: Tensor,
+    labels: Tensor,
+) -> Iterator[_OfParameter]:
+    """From one pass."""
     dtype = next(model.parameters()).dtype
     scale = _FP16_SCALE if dtype == torch.float16 else 1.0
     autocast = torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None)
