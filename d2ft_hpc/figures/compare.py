@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from d2ft_hpc.figures.run import Run, as_key
-from d2ft_hpc.figures.style import COLOURS, legend_below, name_ticks, new_figure, number, short
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from d2ft_hpc.figures.style import COLOURS, Figure, legend_below, name_ticks, new_figure, number, short
 
 _METRICS = {
     "accuracy": ("top-1 accuracy (%)", 100.0),

@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import COLOURS, legend_below, name_ticks, new_figure, number, say
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from d2ft_hpc.figures.style import COLOURS, Figure, legend_below, name_ticks, new_figure, number, say
 
 
 @dataclass(frozen=True)

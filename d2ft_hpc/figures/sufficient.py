@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.figures.compare import flat, telling
 from d2ft_hpc.figures.run import Run, as_key
-from d2ft_hpc.figures.style import COLOURS, legend_below, new_figure, number, short
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from d2ft_hpc.figures.style import COLOURS, Figure, legend_below, new_figure, number, short
 
 _BUDGETS = {
     "plan": ("compute_budget", "token_budget"),

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from d2ft_hpc.figures.run import Run, share, total
-from d2ft_hpc.figures.style import COLOURS, name_ticks, new_figure, number, short
+from d2ft_hpc.figures.style import COLOURS, Figure, name_ticks, new_figure, number, short
 from d2ft_hpc.planning.communication_volume import reduces_trained_blocks_only
 from d2ft_hpc.safe_text import one_line
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _MB = 1e6
 _HEADS = (

@@ -18,7 +18,7 @@ from d2ft_hpc.planning.highs import OPTIMAL
 from d2ft_hpc.planning.multiple_choice import choose, share_of_time
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.planner import Planner
-from d2ft_hpc.planning.prices import Limit, different
+from d2ft_hpc.planning.prices import Limit, scarce
 from d2ft_hpc.planning.problem import PlanProblem
 
 
@@ -107,8 +107,7 @@ def _limits(problem: PlanProblem, replica: int, option_operations: Operations) -
         limits.append(
             Limit(in_row.astype(float), np.arange(rows), np.full(rows, problem.memory_budget[device]))
         )
-    scarce = [limit for limit in limits if np.isfinite(limit.most).all() and limit.use.max() > 0]
-    return different(scarce)
+    return scarce(limits)
 
 
 def _most_blocks(limits: list[Limit], depths: Ints, rows: int) -> int | None:

@@ -215,7 +215,7 @@ def best_scores(forward_gain: Floats, backward_gain: Floats, deadline: float = m
     """
     heads, groups = forward_gain.shape
     result = np.empty((heads + 1, heads + 1, groups))
-    for chunk in _chunks(groups, 8 * (heads + 1) ** 2):
+    for chunk in _chunks(heads, groups):
         _require_time(deadline)
         result[:, :, chunk] = _score_table(forward_gain[:, chunk], backward_gain[:, chunk])
     return result
@@ -230,7 +230,7 @@ def best_heads(
     """
     heads, groups = forward_gain.shape
     result = np.empty((heads, groups), dtype=np.uint8)
-    for chunk in _chunks(groups, 8 * (heads + 1) ** 2):
+    for chunk in _chunks(heads, groups):
         if time.monotonic() > deadline:
             rest = slice(chunk.start, groups)
             counts = forward[rest], full[rest]
@@ -304,6 +304,6 @@ def _score_table(forward_gain: Floats, backward_gain: Floats, last: Operations |
     return table
 
 
-def _chunks(groups: int, bytes_of_one: int) -> list[slice]:
-    size = max(1, _CHUNK_BYTES // bytes_of_one)
+def _chunks(heads: int, groups: int) -> list[slice]:
+    size = max(1, _CHUNK_BYTES // (8 * (heads + 1) ** 2))
     return [slice(start, min(start + size, groups)) for start in range(0, groups, size)]

@@ -16,7 +16,7 @@ from d2ft_hpc.planning.knapsack import largest_use
 from d2ft_hpc.planning.levels import Levels, estimate_levels, make_levels
 from d2ft_hpc.planning.multiple_choice import share_of_time
 from d2ft_hpc.planning.plan import Operation
-from d2ft_hpc.planning.prices import Limit, different
+from d2ft_hpc.planning.prices import Limit, scarce
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem
 
 
@@ -98,18 +98,11 @@ def lockstep_stages(
     """
     if not 0 <= most_shortcut <= 1:
         raise PlanError(f"most_shortcut is a share of a rank's heads in [0, 1], got {most_shortcut}.")
+    make, numbers = partial(_lockstep_stage, problem, replicas, gains, clusters), range(problem.stages)
     try:
-        every = [
-            _lockstep_stage(
-                problem, replicas, number, gains, clusters, share_of_time(deadline, problem.stages - number)
-            )
-            for number in range(problem.stages)
-        ]
+        every = [make(number, share_of_time(deadline, problem.stages - number)) for number in numbers]
     except TimeoutError:
-        every = [
-            _lockstep_stage(problem, replicas, number, gains, clusters, None)
-            for number in range(problem.stages)
-        ]
+        every = [make(number, None) for number in numbers]
     stages = []
     for stage in every:
         heads = len(stage.levels.forward_gain)
@@ -124,9 +117,9 @@ def lockstep_stages(
 def _lockstep_stage(
     problem: PlanProblem,
     replicas: Ints,
-    stage: int,
     problem_gains: tuple[Floats, Floats],
     clusters: bool,
+    stage: int,
     deadline: float | None,
 ) -> LockstepStage:
     """The ranks of a stage with all levels. deadline: None = what these give is estimated.
@@ -206,8 +199,7 @@ def other_limits(problem: PlanProblem, stage: LockstepStage) -> list[Limit]:
             limit_above_least(_messages(problem, levels, member), np.zeros_like(row), np.array([most])),
             limit_above_least(levels.backward_heads[:, member].astype(np.float64), row, memory),
         ]
-    scarce = [limit for limit in limits if np.isfinite(limit.most).all() and limit.use.max() > 0]
-    return different(scarce)
+    return scarce(limits)
 
 
 def _messages(problem: PlanProblem, levels: Levels, member: int) -> Floats:

@@ -50,8 +50,9 @@ class Limit:
         return np.asarray((self.use[:, None] * classes <= self.most).all(axis=1))
 
 
-def different(limits: Sequence[Limit]) -> list[Limit]:
-    """The limits without duplicates."""
+def scarce(limits: Sequence[Limit]) -> list[Limit]:
+    """The limits on what options use, without duplicates."""
+    limits = [limit for limit in limits if np.isfinite(limit.most).all() and limit.use.max() > 0]
     by_content = {(each.use.tobytes(), each.group.tobytes(), each.most.tobytes()): each for each in limits}
     return list(by_content.values())
 
