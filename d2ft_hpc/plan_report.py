@@ -49,16 +49,14 @@ def read_scores(path: Path, index: int = -1) -> SavedScores:
 
     with results.open(path) as run:
         found = len(run.table("scores", ["step"])["step"])
-        if -found <= index < found:
-            forward, backward = run.score(index, "forward"), run.score(index, "backward")
+        if not found:
+            raise ResultsError(
+                f"{path} holds no scores: its planner read none. Run with another planner, such as joint."
+            )
+        if not -found <= index < found:
+            raise ResultsError(f"{path} holds scores 0 to {found - 1}, asked for {index}.")
+        forward, backward = (run.score(index, kind).astype(np.float64) for kind in ("forward", "backward"))
         model, environment = run.attributes("model"), run.attributes("environment")
-    if not found:
-        raise ResultsError(
-            f"{path} holds no scores: its planner read none. Run with another planner, such as joint."
-        )
-    if not -found <= index < found:
-        raise ResultsError(f"{path} holds scores 0 to {found - 1}, asked for {index}.")
-    forward, backward = np.asarray(forward, dtype=np.float64), np.asarray(backward, dtype=np.float64)
     try:
         replicas = int(environment["replicas"] if "replicas" in environment else environment["world_size"])
         always, full, forward_only = (
@@ -150,11 +148,8 @@ def _device_table(plan: SkipPlan, problem: PlanProblem) -> list[str]:
     memory = problem.used_memory(plan) / (cells / plan.slots)
     width = max(len(name) for name in problem.device_names)
     lines = [f"{'device':<{width}} {'compute':>8} {'messages':>9} {'memory':>7} {'waiting':>8}  (shares)"]
-    for device, name in enumerate(problem.device_names):
-        lines.append(
-            f"{name:<{width}} {compute[device]:>8.1%} {messages[device]:>9.1%} {memory[device]:>7.1%} "
-            f"{timing.idle[device]:>8.1%}"
-        )
+    for name, *used in zip(problem.device_names, compute, messages, memory, timing.idle, strict=True):
+        lines.append("{:<{}} {:>8.1%} {:>9.1%} {:>7.1%} {:>8.1%}".format(name, width, *used))
     return lines
 
 
