@@ -22,11 +22,7 @@ from d2ft_hpc.planning.prices import Limit, scarce
 from d2ft_hpc.planning.problem import PlanProblem
 
 
-def solve_depth(
-    problem: PlanProblem,
-    *,
-    time_limit_seconds: float = 10.0,
-) -> SkipPlan:
+def solve_depth(problem: PlanProblem, *, time_limit_seconds: float = 10.0) -> SkipPlan:
     """Maximise the objective of `solve_joint` by one depth for each row: its top blocks FULL, those below
     FORWARD_ONLY.
 
@@ -39,9 +35,8 @@ def solve_depth(
     blocks = problem.forward_score.shape[1]
     depths = np.arange(blocks + 1)
     is_full = np.arange(blocks) >= blocks - depths[:, None]  # [option, block]
-    option_operations = np.where(is_full, Operation.FULL, Operation.FORWARD_ONLY).astype(
-        np.uint8
-    )  # [option, block]
+    # [option, block]
+    option_operations = np.where(is_full, Operation.FULL, Operation.FORWARD_ONLY).astype(np.uint8)
     forward_gain, backward_gain = (gain.sum(axis=2) for gain in problem.gains())
     value = forward_gain.sum(axis=1, keepdims=True) + backward_gain @ is_full.T
 
@@ -55,13 +50,7 @@ def solve_depth(
         bound += its_bound
         operations[rows] = option_operations[option][:, :, None]
         statuses.add(status)
-    return plan_with_bound(
-        problem,
-        operations,
-        planner=DEPTH.name,
-        status=statuses,
-        bound=bound,
-    )
+    return plan_with_bound(problem, operations, planner=DEPTH.name, status=statuses, bound=bound)
 
 
 def _best_depths(

@@ -113,12 +113,10 @@ def maximise_integer(
 
     seconds: wall-clock limit. absolute_gap, relative_gap: a solution this near its bound is optimal.
     """
-    branching = len(gain) if is_integer is None else int(is_integer.sum())
-    reason = reason_against(branching, 1.0 if len(gain) == 0 else seconds)
-    if reason:
-        return Solution(None, None, math.inf, reason)
     if len(gain) == 0:
         return Solution(np.zeros(0), None, 0.0, OPTIMAL)
+    if reason := reason_against(len(gain) if is_integer is None else int(is_integer.sum()), seconds):
+        return Solution(None, None, math.inf, reason)
     solver = _new_solver()
     solver.setOptionValue("time_limit", seconds)
     solver.setOptionValue("mip_abs_gap", absolute_gap)

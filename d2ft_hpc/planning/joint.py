@@ -96,13 +96,7 @@ def solve_joint(
     operations = np.empty(problem.forward_score.size, dtype=np.uint8)
     for knapsack, its_operations in zip(knapsacks, chosen, strict=True):
         operations[knapsack.cells] = its_operations
-    return plan_with_bound(
-        problem,
-        operations.reshape(shape),
-        planner=JOINT.name,
-        status=status,
-        bound=bound,
-    )
+    return plan_with_bound(problem, operations.reshape(shape), planner=JOINT.name, status=status, bound=bound)
 
 
 def _require_paid(problem: PlanProblem, knapsacks: Sequence[Knapsack]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from d2ft_hpc.planning.arrays import Flags, Floats, Ints, Operations
+from d2ft_hpc.planning.arrays import Flags, Floats, Ints, Operations, places
 from d2ft_hpc.planning.plan import Operation
 from d2ft_hpc.planning.problem import BUDGET_EPSILON
 
@@ -252,20 +252,12 @@ def best_heads(
 def likely_heads(forward_gain: Floats, backward_gain: Floats, forward: Ints, full: Ints) -> Operations:
     """As `best_heads`, but in a fraction of the time and not always the best: the heads with the largest total gain
     are FULL, and of the others those with the largest forward gain FORWARD_ONLY."""
-    is_full = _place(forward_gain + backward_gain) < full
-    is_running = _place(np.where(is_full, np.inf, forward_gain)) < forward
+    is_full = places(forward_gain + backward_gain) < full
+    is_running = places(np.where(is_full, np.inf, forward_gain)) < forward
     chosen = np.where(
         is_full, Operation.FULL, np.where(is_running, Operation.FORWARD_ONLY, Operation.SHORTCUT)
     )
     return np.asarray(chosen, dtype=np.uint8)
-
-
-def _place(gain: Floats) -> Ints:
-    """The place of each head by its gain in its group, the largest first: int64 [head, group]."""
-    place = np.empty(gain.shape, dtype=np.int64)
-    order = np.argsort(-gain, axis=0, kind="stable")
-    np.put_along_axis(place, order, np.arange(len(gain))[:, None], axis=0)
-    return place
 
 
 def _scores_of_counts(

@@ -80,13 +80,7 @@ def solve_makespan(
             statuses.add(choice.status)
             if time.monotonic() > its_deadline:
                 statuses.add("heads: time limit")
-    return plan_with_bound(
-        problem,
-        operations,
-        planner=MAKESPAN.name,
-        status=statuses,
-        bound=bound,
-    )
+    return plan_with_bound(problem, operations, planner=MAKESPAN.name, status=statuses, bound=bound)
 
 
 def _end_of_choice(stages: list[LockstepStage], start: float, deadline: float) -> float:

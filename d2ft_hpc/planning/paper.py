@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.arrays import Flags, Floats, Ints, Operations
+from d2ft_hpc.planning.arrays import Flags, Floats, Ints, Operations, places
 from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.planner import Options, Planner
@@ -75,8 +75,7 @@ def _affordable(budget: Floats, step: Floats, limit: Ints) -> Ints:
 
 def _rank(key: Floats, among: Flags) -> Ints:
     """Place of each row among the rows of its subnet that are in `among`, largest key first; others last."""
-    order = np.argsort(np.where(among, -key, np.inf), axis=0, kind="stable")
-    return np.argsort(order, axis=0, kind="stable")
+    return places(np.where(among, key, -np.inf))
 
 
 class PaperOptions(Options):

@@ -18,12 +18,7 @@ from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem
 
 
-def solve_static(
-    problem: PlanProblem,
-    *,
-    most_shortcut: float = 1.0,
-    heads_multiple: int = 1,
-) -> SkipPlan:
+def solve_static(problem: PlanProblem, *, most_shortcut: float = 1.0, heads_multiple: int = 1) -> SkipPlan:
     """Maximise the objective of `solve_joint` with one level for each block, the same in all rows of a replica.
 
     A level says how many heads of each operation every rank runs. Blocks have one of two neighbouring levels, the
@@ -56,13 +51,7 @@ def solve_static(
             for stage, level in zip(alike, levels, strict=True):
                 stage.write(np.tile(level, stage.slots), operations)
     bound = problem.objective(operations)
-    return plan_with_bound(
-        problem,
-        operations,
-        planner=STATIC.name,
-        status="optimal",
-        bound=bound,
-    )
+    return plan_with_bound(problem, operations, planner=STATIC.name, status="optimal", bound=bound)
 
 
 def _neighbours(levels: Levels) -> tuple[Ints, Ints]:
