@@ -55,20 +55,13 @@ def report(
     reference: Sequence[Path] = (),
     margin: float = 0.5,
 ) -> str:
-    """Compare runs; the first is the one that times are relative to.
+    """Compares runs, by results files or run folders; the first is the one that times are relative to.
 
-    Args:
-        run_paths: results files or run folders.
-        page: where to write the HTML page, None for none.
-        png: where to write one picture of compute and time, None for none.
-        reference: runs whose accuracy the others are to match, apart from `margin` points of top-1.
+    page: where to write the HTML page; None: nowhere. png: the same of a picture of compute and time.
+    reference: runs whose accuracy the others are to match, apart from `margin` points of top-1.
 
-    Returns:
-        As plain text: the table, what plans with too many shapes to compile lost, and the least compute and time that
-        match the reference.
-
-    Raises:
-        ResultsError: a run cannot be read, or the page or picture cannot be written.
+    Returns plain text: the table, what plans with too many shapes to compile lost, and the least compute and time that
+    match the reference. Raises ResultsError if a run cannot be read, or the page or picture cannot be written.
     """
     if not run_paths:
         raise ResultsError("no runs to report on: give at least one results file or run folder")

@@ -16,9 +16,8 @@ from d2ft_hpc.planning.greedy import greedy
 from d2ft_hpc.planning.highs import OPTIMAL, Rows, maximise_integer, reason_against
 from d2ft_hpc.planning.knapsack import Knapsack, device_knapsacks
 from d2ft_hpc.planning.multiple_choice import share_of_time
-from d2ft_hpc.planning.options import WithShortcuts
 from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.planner import Planner
+from d2ft_hpc.planning.planner import Planner, WithShortcuts
 from d2ft_hpc.planning.prices import RELATIVE_GAP
 from d2ft_hpc.planning.problem import PlanProblem
 

@@ -113,8 +113,6 @@ class PlanProblem:
         self._check_budget("memory", self.memory_budget, 0.0)
         if not 0 <= self.always_share < 1:
             raise PlanError(f"always_share must be in [0, 1), got {self.always_share}.")
-        if not all(0 <= cost < math.inf for cost in self.meeting_cost):
-            raise PlanError(f"meeting_cost must be two finite numbers >= 0, got {self.meeting_cost}.")
 
     def of_followed(self, followed: Ints) -> PlanProblem:
         """The problem of the replicas whose rows others follow, by the mean scores of all that do. Devices keep budgets

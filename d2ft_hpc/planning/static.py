@@ -12,9 +12,8 @@ from d2ft_hpc.planning.arrays import Floats, Ints
 from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.levels import Levels
 from d2ft_hpc.planning.lockstep import LockstepStage, lockstep_stages, meeting_replicas, step_limits
-from d2ft_hpc.planning.options import WithShortcuts
 from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.planner import Planner
+from d2ft_hpc.planning.planner import Planner, WithShortcuts
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem
 
 
