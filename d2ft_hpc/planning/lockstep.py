@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -41,19 +40,8 @@ class LockstepStage:
     is_even: bool
 
     @property
-    def row_of_class(self) -> Ints:
-        """int64 [class], the class's slot."""
-        return np.repeat(np.arange(self.slots), len(self.blocks))
-
-    @property
     def slots(self) -> int:
         return int(self.rows.shape[1])
-
-    def members(self) -> Iterator[tuple[int, Ints, Ints]]:
-        """Every member with its rows int64 [slot] and its heads int64 [block, head]."""
-        ranks = self.heads.shape[2]
-        for member in range(len(self.devices)):
-            yield member, self.rows[member // ranks], self.heads[:, :, member % ranks]
 
     @property
     def groups(self) -> int:
@@ -68,10 +56,10 @@ class LockstepStage:
         deadline, of time.monotonic(), the heads that are only likely to be the best."""
         chosen = self.levels.operations(level, deadline)
         chosen = chosen.reshape(*chosen.shape[:2], self.slots, len(self.blocks))
-        for member, rows, heads in self.members():
-            operations[rows[:, None, None], self.blocks[:, None], heads] = chosen[:, member].transpose(
-                1, 2, 0
-            )
+        for member in range(len(self.devices)):
+            replica, rank = divmod(member, self.heads.shape[2])
+            cells = self.rows[replica][:, None, None], self.blocks[:, None], self.heads[:, :, rank]
+            operations[cells] = chosen[:, member].transpose(1, 2, 0)
 
 
 def meeting_replicas(problem: PlanProblem) -> list[Ints]:
@@ -189,7 +177,7 @@ def other_limits(problem: PlanProblem, stage: LockstepStage) -> list[Limit]:
     """The limits on a device's communication in a batch and on its memory in a row, as far as there are any."""
     levels, cells = stage.levels, problem.cells_per_device[stage.devices]
     shortcut = problem.communication_cost[Operation.SHORTCUT]
-    row = stage.row_of_class
+    row = np.repeat(np.arange(stage.slots), len(stage.blocks))  # of each class
     limits = []
     for member in range(1 if stage.is_even else len(stage.devices)):
         devices = stage.devices if stage.is_even else stage.devices[member : member + 1]
