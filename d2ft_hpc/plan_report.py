@@ -183,11 +183,9 @@ def save_heat_map(plan: SkipPlan, path: Path) -> None:
 
     Raises PlanError if the file cannot be written.
     """
-    from matplotlib.figure import Figure
+    from d2ft_hpc.figures.style import new_figure
 
-    figure = Figure(
-        figsize=(10, 0.6 + 4.5 * max(0.4, min(1.6, plan.num_blocks / plan.num_heads))), layout="constrained"
-    )
+    figure = new_figure(10, 0.6 + 4.5 * max(0.4, min(1.6, plan.num_blocks / plan.num_heads)))
     axes = figure.subplots(1, 2, sharey=True)
     for axis, operation, title in zip(
         axes, (Operation.FORWARD_ONLY, Operation.FULL), ("runs forward", "FULL"), strict=True

@@ -249,10 +249,5 @@ def _decide_core(
     better[undecided[its_class[taken]]] = its_option[taken]
     if worth_of(value, better) < worth or any((limit.left(better) < 0).any() for limit in limits):
         return option, bound, "prices" if solution.status == OPTIMAL else f"prices: {solution.status}"
-    return (
-        better,
-        bound,
-        solution.status
-        if is_complete or solution.status != OPTIMAL
-        else "best of the most promising options",
-    )
+    is_partial = solution.status == OPTIMAL and not is_complete
+    return better, bound, "best of the most promising options" if is_partial else solution.status
