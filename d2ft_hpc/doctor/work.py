@@ -12,7 +12,7 @@ from d2ft_hpc.config import RunConfig
 from d2ft_hpc.doctor.finding import Finding, of_error
 from d2ft_hpc.errors import D2ftError, DataError
 from d2ft_hpc.launch import Control, gathered
-from d2ft_hpc.lifecycle.foresight import trial_plan
+from d2ft_hpc.lifecycle.foresight import price_of, trial_plan
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.training.job import Job, set_up
 from d2ft_hpc.training.model_placement import place_in_order
@@ -69,7 +69,7 @@ def check_plans(job: Job) -> list[Finding]:
             share * context.curve.share,
             f", images of {context.curve.in_words(job.executor.images.patch_size)}",
         )
-    price = job.config.plan.price
+    price = price_of(plan)
     return [
         Finding("plan", "ok", f"planner {plan.planner}, {share:.1%} of the dense compute{images}"),
         *([Finding("plan", "warning", *price.rsplit("; ", 1))] if price else []),
