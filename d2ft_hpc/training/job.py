@@ -111,7 +111,6 @@ class Job:
         data = self.config.data
         mixing = Mixing(self.train_set.num_classes, **data.mixing_options)
         size_at = None if self.curve is None else self._size_at
-        self.executor.images.may_come_scaled = size_at is not None
         return train_loader(
             self.train_set,
             self.sampler,
@@ -220,6 +219,7 @@ def set_up(config: RunConfig, control: Control, device: torch.device, cores: flo
     )
     # Graphs of such blocks have not been tried enough to be the default.
     executor.graphs_read_arguments = config.engine.cuda_graphs is True
+    executor.images.may_come_scaled = config.plan.token_share is not None  # by `train_batches`
     image_shape = (3, config.data.image_size, config.data.image_size)
     costs = measure_costs(model, executor, image_shape, config.plan.sides)
     selection = None
