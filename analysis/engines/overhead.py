@@ -33,9 +33,8 @@ from d2ft_hpc.bench.workload import (
     posed,
     title,
 )
-from d2ft_hpc.command import connected
 from d2ft_hpc.engines.deepspeed import deepspeed_config
-from d2ft_hpc.launch import Control, run_guarded, share
+from d2ft_hpc.launch import Control, connect, detect, run_guarded, share
 from d2ft_hpc.metering import meter
 from d2ft_hpc.planning import SkipPlan, solve
 
@@ -117,7 +116,7 @@ def main() -> int:
     add_workload(parser)
     add_layout(parser)
     options = parser.parse_args()
-    control = connected(options.device)
+    control = connect(detect(), device_type=options.device)
 
     def run() -> None:
         result = overhead(read_workload(options), control)
@@ -130,4 +129,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_guarded(None, main))

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2ft_hpc.command import add_config, amount, connected, share, whole_number
+from d2ft_hpc.command import add_config, amount, share, whole_number
 from d2ft_hpc.config import read_config
 from d2ft_hpc.planning.tokens import TOKENS
 
@@ -123,9 +123,9 @@ def read_workload(options: argparse.Namespace) -> Workload:
 
 
 def _speed(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import run_guarded
+    from d2ft_hpc.launch import connect, detect, run_guarded
 
-    control = connected(options.device)
+    control = connect(detect(), device_type=options.device)
 
     def run() -> None:
         from d2ft_hpc.bench.speed import speed, speed_report
@@ -139,50 +139,42 @@ def _speed(options: argparse.Namespace) -> int:
     return run_guarded(control, run)
 
 
-def _data(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import device_type_of, run_guarded
+def _data(options: argparse.Namespace) -> None:
+    import torch
 
-    def run() -> None:
-        import torch
+    from d2ft_hpc.bench.data import benchmark
+    from d2ft_hpc.launch import device_type_of
 
-        from d2ft_hpc.bench.data import benchmark
-
-        config = read_config(options.config, options.overrides)
-        measured = benchmark(config, torch.device(device_type_of(config.engine.device)), options.seconds)
-        print(
-            f"{measured['images_per_second']:.0f} images/s of {config.data.image_size} px to {measured['device']} with "
-            f"{measured['workers']} workers; first batch after {measured['first_batch_seconds']:.2f} s"
-        )
-
-    return run_guarded(None, run)
+    config = read_config(options.config, options.overrides)
+    measured = benchmark(config, torch.device(device_type_of(config.engine.device)), options.seconds)
+    print(
+        f"{measured['images_per_second']:.0f} images/s of {config.data.image_size} px to {measured['device']} with "
+        f"{measured['workers']} workers; first batch after {measured['first_batch_seconds']:.2f} s"
+    )
 
 
-def _step(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import device_type_of, run_guarded
+def _step(options: argparse.Namespace) -> None:
+    import torch
 
-    def run() -> None:
-        import torch
+    from d2ft_hpc.bench.step import Sizes, benchmark, describe
+    from d2ft_hpc.launch import device_type_of
 
-        from d2ft_hpc.bench.step import Sizes, benchmark, describe
-
-        device = torch.device(device_type_of(options.device))
-        of_device = "bfloat16" if device.type == "cuda" else "float32"
-        sizes = Sizes(
-            model=options.model,
-            micro_batch=options.micro_batch,
-            compute=options.compute,
-            forward_only=options.forward_only,
-            heads_multiple=options.heads_multiple,
-            lora_rank=options.lora,
-            plan=None if options.plan == "static" else Path(options.plan),
-            image_size=options.image_size,
-            device=device,
-            dtype=getattr(torch, of_device if options.dtype == "auto" else options.dtype),
-            repeats=options.repeats,
-        )
-        found = benchmark(sizes, with_profile=options.profile)
-        print(describe(found))
-        if options.json:
-            print(json.dumps(found))
-
-    return run_guarded(None, run)
+    device = torch.device(device_type_of(options.device))
+    of_device = "bfloat16" if device.type == "cuda" else "float32"
+    sizes = Sizes(
+        model=options.model,
+        micro_batch=options.micro_batch,
+        compute=options.compute,
+        forward_only=options.forward_only,
+        heads_multiple=options.heads_multiple,
+        lora_rank=options.lora,
+        plan=None if options.plan == "static" else Path(options.plan),
+        image_size=options.image_size,
+        device=device,
+        dtype=getattr(torch, of_device if options.dtype == "auto" else options.dtype),
+        repeats=options.repeats,
+    )
+    found = benchmark(sizes, with_profile=options.profile)
+    print(describe(found))
+    if options.json:
+        print(json.dumps(found))
