@@ -154,6 +154,11 @@ class DataConfig(Section):
         return {name: float(value) for name, value in self.timm.items() if name in MIXING}
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        return (3, self.image_size, self.image_size)
+
+    @property
     def evaluated_split(self) -> Literal["test", "validation"]:
         return "validation" if self.validation_fraction > 0 else "test"
 

@@ -92,16 +92,13 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         """Whether each image is decoded, or transformed one by one, before it goes to the device."""
         return self._of_sample is not None
 
-    def evenly_spaced(self, most: int) -> list[int]:
-        return evenly_spaced(len(self), most)
-
     def look_at_some(self) -> None:
         """Raises DataError if one of a sample of images is of an unknown kind or cut short; no image is decoded as a
         whole. Checking all images of a large data set would take as long as an epoch; faults of the others show when
         they are read.
         """
         if isinstance(self._images, EncodedImages):
-            for index in self.evenly_spaced(_LOOKED_AT):
+            for index in evenly_spaced(len(self), _LOOKED_AT):
                 self._images.look_at(int(self._indices[index]))
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
