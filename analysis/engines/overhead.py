@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from analysis.engines.bare import bare_engine, frozen_below
-from d2ft_hpc.bench.commands import add_layout, add_workload, read_workload
+from d2ft_hpc.bench.commands import add_workload, read_workload
 from d2ft_hpc.bench.turns import WARM_UP, Ratio, alternate
 from d2ft_hpc.bench.workload import (
     Built,
@@ -114,7 +114,6 @@ def overhead_report(result: Mapping[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="overhead", description=__doc__)
     add_workload(parser)
-    add_layout(parser)
     options = parser.parse_args()
     control = connect(detect(), device_type=options.device)
 

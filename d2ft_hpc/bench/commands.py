@@ -25,7 +25,6 @@ def add_benches(benches: Any) -> None:
     )
     add_workload(speed)
     speed.add_argument("--engine", default="deepspeed", choices=["deepspeed", "ddp", "fsdp2"])
-    add_layout(speed)
     speed.add_argument("--compile", action="store_true", help="dense and plan through torch.compile")
     speed.add_argument("--cuda-graphs", action="store_true", help="blocks launched as CUDA graphs")
     speed.add_argument("--planner", default=TOKENS.name)
@@ -97,18 +96,17 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
         "--slots", type=whole_number(1), default=2, help="micro-batches of a replica in a step"
     )
     parser.add_argument("--stage", type=whole_number(0, 3), default=1, help="ZeRO stage")
+    parser.add_argument("--pipeline-stages", type=whole_number(1), default=1, help="of DeepSpeed's engines")
+    parser.add_argument(
+        "--tensor-parallel",
+        type=whole_number(1),
+        default=1,
+        help="ranks that share each block, under DeepSpeed",
+    )
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--steps", type=whole_number(1), default=100, help="measured steps of each")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-
-
-def add_layout(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `read_workload` that cut the model over ranks, for DeepSpeed's engines."""
-    parser.add_argument("--pipeline-stages", type=whole_number(1), default=1)
-    parser.add_argument(
-        "--tensor-parallel", type=whole_number(1), default=1, help="ranks that share each block"
-    )
 
 
 def read_workload(options: argparse.Namespace) -> Workload:

@@ -44,37 +44,33 @@ def check_versions(control: Control) -> list[Finding]:
     return findings or [Finding("versions", "ok", f"{shown} on all ranks")]
 
 
-def check_gpus(control: Control, device: torch.device) -> list[Finding]:
+def check_gpus(control: Control, device: torch.device) -> Finding:
     """On all ranks together."""
     if device.type == "cpu":
         asked = next((v for v in ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE") if os.environ.get(v)), None)
         if asked is None and not Path("/dev/nvidia0").exists():
-            return [Finding("gpus", "ok", "no GPU here; the run takes the CPU")]
+            return Finding("gpus", "ok", "no GPU here; the run takes the CPU")
         sign = f"{asked}={os.environ[asked]}" if asked else "/dev/nvidia0 exists"
-        return [
-            Finding(
-                "gpus",
-                "warning",
-                f"{sign}, but the run would take the CPU: torch {torch.__version__} sees no GPU here",
-                "install a CUDA build of torch that fits the driver (nvidia-smi), or set engine.device=cpu",
-            )
-        ]
+        return Finding(
+            "gpus",
+            "warning",
+            f"{sign}, but the run would take the CPU: torch {torch.__version__} sees no GPU here",
+            "install a CUDA build of torch that fits the driver (nvidia-smi), or set engine.device=cpu",
+        )
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     own = f"{control.host} {getattr(properties, 'uuid', torch.cuda.current_device())}"
     of_ranks = gathered(control, own)
     shared = [rank for rank, gpu in enumerate(of_ranks) if of_ranks.count(gpu) > 1]
     if shared:
-        return [
-            Finding(
-                "gpus",
-                "failed",
-                f"{describe_ranks(shared, control.hosts)} share a GPU",
-                "one task a GPU: --ntasks-per-node equal to --gpus-per-node",
-            )
-        ]
-    return [
-        Finding("gpus", "ok", f"a {properties.name} for each rank, {properties.total_memory / 2**30:.0f} GiB")
-    ]
+        return Finding(
+            "gpus",
+            "failed",
+            f"{describe_ranks(shared, control.hosts)} share a GPU",
+            "one task a GPU: --ntasks-per-node equal to --gpus-per-node",
+        )
+    return Finding(
+        "gpus", "ok", f"a {properties.name} for each rank, {properties.total_memory / 2**30:.0f} GiB"
+    )
 
 
 def check_all_reduce(control: Control, device: torch.device) -> list[Finding]:

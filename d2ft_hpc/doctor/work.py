@@ -76,7 +76,7 @@ def check_plans(job: Job) -> list[Finding]:
     ]
 
 
-def check_time(job: Job, left: float | None) -> list[Finding]:
+def check_time(job: Job, left: float | None) -> Finding:
     """Whether the run fits into the time limit, by the time of a micro-batch; all ranks call it together."""
     config = job.config
     images_shape = (config.data.micro_batch_size, *config.data.image_shape)
@@ -87,21 +87,15 @@ def check_time(job: Job, left: float | None) -> list[Finding]:
     expected = max(of_ranks) * share * job.total_steps
     text = f"about {_clock(expected)} of training expected ({job.total_steps} steps)"
     if left is None:
-        return [Finding("time", "ok", f"{text}; no time limit known")]
+        return Finding("time", "ok", f"{text}; no time limit known")
     text += f", {_clock(left)} left of the time limit"
     if expected < 0.9 * left:
-        return [Finding("time", "ok", text)]
+        return Finding("time", "ok", text)
     if config.train.checkpoint_every is None:
-        return [Finding("time", "failed", text, "longer --time, or train.checkpoint_every='10 minutes'")]
+        return Finding("time", "failed", text, "longer --time, or train.checkpoint_every='10 minutes'")
     jobs = math.ceil(expected / max(left, 1.0))
-    return [
-        Finding(
-            "time",
-            "warning",
-            f"{text}: {jobs} jobs in a row",
-            "longer --time; slurm/train.sh requeues itself",
-        )
-    ]
+    fix = "longer --time; slurm/train.sh requeues itself"
+    return Finding("time", "warning", f"{text}: {jobs} jobs in a row", fix)
 
 
 def _clock(seconds: float) -> str:

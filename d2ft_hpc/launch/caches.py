@@ -4,6 +4,7 @@ user."""
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -39,12 +40,7 @@ def _own_folder() -> Path:
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
-        if (
-            folder.is_dir()
-            and not folder.is_symlink()
-            and found.st_uid == os.getuid()
-            and not found.st_mode & 0o077
-        ):
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
             return folder
     except OSError:
         pass

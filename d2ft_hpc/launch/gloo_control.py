@@ -25,7 +25,7 @@ class GlooControl:
     `timeout_seconds` is the deadline of `broadcast` and `all_gather`. torch.distributed must be initialized.
     """
 
-    def __init__(self, local_rank: int, *, timeout_seconds: float, owns_process_group: bool = False) -> None:
+    def __init__(self, local_rank: int, *, timeout_seconds: float, owns_process_group: bool) -> None:
         from torch import distributed
 
         timeout = timedelta(seconds=timeout_seconds)
