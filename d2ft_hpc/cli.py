@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from d2ft_hpc import __version__, early_signals
 from d2ft_hpc.bench.commands import add_benches
 from d2ft_hpc.command import add_config, amount, config_of, on_ranks, share, whole_number
-from d2ft_hpc.config import RunConfig, read_config
+from d2ft_hpc.config import read_config
 from d2ft_hpc.errors import UNFINISHED, PlanError
 from d2ft_hpc.figures.command import add_figures
 from d2ft_hpc.launch.agree import note_failure, run_guarded
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import torch
 
     from d2ft_hpc.launch import Control
-    from d2ft_hpc.launch.signals import StopSignals
     from d2ft_hpc.launch.watch import Watch
 
 
@@ -266,7 +265,17 @@ def _train(options: argparse.Namespace) -> int:
         overrides = [text for text in options.overrides if not text.endswith((".yaml", ".yml"))]
         return _train_each(files, overrides)
     config = config_of(options)
-    return _train_connected(config, StopSignals(config.launch.stop_signals))
+
+    def train(control: Control, device: torch.device, launcher: str, watch: Watch) -> int:
+        from d2ft_hpc.training.loop import train
+
+        if not train(config, control, device, launcher, watch):
+            return UNFINISHED
+        if control.rank == 0:
+            say(f"results in {config.run_folder / 'results.h5'}")
+        return 0
+
+    return on_ranks(config, train, StopSignals(config.launch.stop_signals))
 
 
 def _train_each(files: Sequence[Path], overrides: Sequence[str]) -> int:
@@ -298,19 +307,6 @@ def _train_each(files: Sequence[Path], overrides: Sequence[str]) -> int:
     if failed:
         print_line(f"failed: {', '.join(failed)}")
     return int(bool(failed))
-
-
-def _train_connected(config: RunConfig, signals: StopSignals) -> int:
-    def train(control: Control, device: torch.device, launcher: str, watch: Watch) -> int:
-        from d2ft_hpc.training.loop import train
-
-        if not train(config, control, device, launcher, watch):
-            return UNFINISHED
-        if control.rank == 0:
-            say(f"results in {config.run_folder / 'results.h5'}")
-        return 0
-
-    return on_ranks(config, train, signals)
 
 
 def _score(options: argparse.Namespace) -> int:

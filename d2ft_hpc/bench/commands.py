@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from d2ft_hpc.command import add_config, amount, share, whole_number
 from d2ft_hpc.config import read_config
 from d2ft_hpc.planning.tokens import TOKENS
 
 if TYPE_CHECKING:
+    from d2ft_hpc.bench.step import Sizes
     from d2ft_hpc.bench.workload import Workload
+
+Settings = TypeVar("Settings", "Sizes", "Workload")
 
 
 def add_benches(benches: Any) -> None:
@@ -55,7 +58,7 @@ def add_benches(benches: Any) -> None:
     )
     step.add_argument(
         "--plan",
-        default="static",
+        type=lambda text: None if text == "static" else Path(text),
         help="static: as many heads in every block, or one of two numbers, drawn (default); or a saved plan's file",
     )
     step.add_argument(
@@ -65,6 +68,7 @@ def add_benches(benches: Any) -> None:
     )
     step.add_argument(
         "--lora",
+        dest="lora_rank",
         type=whole_number(1),
         help="LoRA of this rank, by peft, of the dense model too (default: none)",
     )
@@ -116,8 +120,13 @@ def read_workload(options: argparse.Namespace) -> Workload:
     from d2ft_hpc.bench.workload import Workload
     from d2ft_hpc.launch import device_type_of
 
-    given = {name: value for name, value in vars(options).items() if name in Workload.__dataclass_fields__}
-    return Workload(**{**given, "device": torch.device(device_type_of(options.device))})
+    return _settings(Workload, options, device=torch.device(device_type_of(options.device)))
+
+
+def _settings(kind: type[Settings], options: argparse.Namespace, **own: Any) -> Settings:
+    """kind: a dataclass, whose fields the options of the same names give; own: those that they do not."""
+    given = {name: value for name, value in vars(options).items() if name in kind.__dataclass_fields__}
+    return kind(**{**given, **own})
 
 
 def _speed(options: argparse.Namespace) -> int:
@@ -159,19 +168,8 @@ def _step(options: argparse.Namespace) -> None:
 
     device = torch.device(device_type_of(options.device))
     of_device = "bfloat16" if device.type == "cuda" else "float32"
-    sizes = Sizes(
-        model=options.model,
-        micro_batch=options.micro_batch,
-        compute=options.compute,
-        forward_only=options.forward_only,
-        heads_multiple=options.heads_multiple,
-        lora_rank=options.lora,
-        plan=None if options.plan == "static" else Path(options.plan),
-        image_size=options.image_size,
-        device=device,
-        dtype=getattr(torch, of_device if options.dtype == "auto" else options.dtype),
-        repeats=options.repeats,
-    )
+    dtype = getattr(torch, of_device if options.dtype == "auto" else options.dtype)
+    sizes = _settings(Sizes, options, device=device, dtype=dtype)
     found = benchmark(sizes, with_profile=options.profile)
     print(describe(found))
     if options.json:

@@ -126,18 +126,15 @@ class BatchTransform:
         [sample, 1]."""
         far = size // 8 if self.shift else 0
         shifts = torch.floor(draws * (2 * far + 1)).long() - far
-        return _mirrored(torch.arange(size, device=draws.device) + shifts, size)
+        places = torch.arange(size, device=draws.device) + shifts
+        # Beyond the border they are mirrored; its pixel is not repeated.
+        return (size - 1) - ((size - 1) - places.abs()).abs()
 
 
 @functools.cache
 def _on_device(channels: tuple[float, ...], device: torch.device) -> Tensor:
     """The values as float32 [channel, 1, 1]; made once, because copying to a GPU makes the program wait."""
     return torch.tensor(channels, device=device).view(-1, 1, 1)
-
-
-def _mirrored(places: Tensor, size: int) -> Tensor:
-    """Mirrors indices outside 0..size-1 at the border, whose pixel is not repeated."""
-    return (size - 1) - ((size - 1) - places.abs()).abs()
 
 
 def _central(x: Tensor) -> Tensor:

@@ -170,19 +170,14 @@ def write_group(file: Any, name: str, contents: Group) -> None:
 
 def attach_scales(file: Any, rank_files: int) -> None:
     """Dimension scales: the index along every axis that some dataset has."""
-    scales: dict[str, Any] = {}
 
     def scale(parent: Any, axis: str, size: int) -> Any:
-        path = f"{parent.name.rstrip('/')}/{axis}"
-        if path not in scales:
-            scales[path] = (
-                parent[axis] if axis in parent else parent.create_dataset(axis, data=np.arange(size))
-            )
-            scales[path].make_scale(axis)
-            if "units" not in scales[path].attrs:
-                index = Field(axis, "int64", "1", f"index along the axis {axis}")
-                _label(scales[path], index)
-        return scales[path]
+        if axis not in parent:
+            index = Field(axis, "int64", "1", f"index along the axis {axis}")
+            _label(parent.create_dataset(axis, data=np.arange(size)), index)
+        if not parent[axis].is_scale:
+            parent[axis].make_scale(axis)
+        return parent[axis]
 
     def attach(parent: Any, name: str, axes: Sequence[str], row_axis: str | None) -> None:
         dataset = parent[name]

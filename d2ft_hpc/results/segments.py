@@ -15,7 +15,7 @@ import io
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -161,18 +161,14 @@ class Segments:
 
     @contextmanager
     def _opened(self, segments: Sequence[Segment]) -> Iterator[list[Any]]:
-        files: list[Any] = []
         try:
-            for segment in segments:
-                files.append(h5py.File(self.folder / segment.name, "r", locking=False))
-            yield files
+            with ExitStack() as stack:
+                paths = [self.folder / segment.name for segment in segments]
+                yield [stack.enter_context(h5py.File(path, "r", locking=False)) for path in paths]
         except (OSError, RefusedError) as fault:
             raise ResultsError(
                 f"cannot read back {self.folder}: {fault}; leave that folder alone while the run goes on"
             ) from fault
-        finally:
-            for file in files:
-                file.close()
 
     def _attributes(self, complete: bool) -> dict[str, Scalar]:
         return {

@@ -151,7 +151,7 @@ class ResultsWriter:
                 raise ResultsError(f"results have no {group}/{name}: {schema.nearest(name, GROUPS[group])}")
             datasets[name] = _checked(f"{group}/{name}", value, GROUPS[group][name])
         attributes = {
-            name: _clean(value) if isinstance(value, str) else value for name, value in (attrs or {}).items()
+            name: _checked_attribute(f"{group}@{name}", value) for name, value in (attrs or {}).items()
         }
         with self._adding:
             self._groups[group] = (datasets, attributes)
@@ -310,3 +310,15 @@ def _checked(name: str, value: Any, field: Field) -> Array | str:
         form = f"an array [{', '.join(field.axes)}]" if field.axes else "a single number"
         raise ResultsError(f"{name} has the shape {array.shape}: give {form}")
     return array.astype(field.kind)
+
+
+def _checked_attribute(name: str, value: Any) -> Scalar:
+    if isinstance(value, str):
+        return _clean(value)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if not isinstance(value, (bool, int, float)):
+        raise ResultsError(
+            f"the attribute {name} = {value!r} is neither a number nor a text: convert it to one"
+        )
+    return value

@@ -114,16 +114,13 @@ class Job:
     @cached_property
     def train_batches(self) -> Batches:
         """Micro-batches of this replica, in the sampler's order."""
-        data = self.config.data
-        mixing = Mixing(self.train_set.num_classes, **data.mixing_options)
-        size_at = None if self.curve is None else self._size_at
         return train_loader(
             self.train_set,
             self.sampler,
             num_workers=self.data_workers,
             device=self.device,
-            mixing=mixing,
-            size_at=size_at,
+            mixing=Mixing(self.train_set.num_classes, **self.config.data.mixing_options),
+            size_at=None if self.curve is None else self._size_at,
         )
 
     def batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
