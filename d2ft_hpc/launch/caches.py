@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from d2ft_hpc.launch.control import print_line
+from d2ft_hpc.paths import why_not_writable
 
 _DEFAULTS = {"TRITON_CACHE_DIR": "~/.triton/cache", "TORCH_EXTENSIONS_DIR": "~/.cache/torch_extensions"}
 """Variables that Triton and torch's extensions (DeepSpeed's) read; both fail where they cannot write. The caches of
@@ -21,17 +22,12 @@ def make_caches_usable(*, tells: bool) -> None:
     tells: whether this process says so.
     """
     for variable, default in _DEFAULTS.items():
-        if variable not in os.environ and not _can_be_made(Path(default).expanduser()):
+        if variable not in os.environ and why_not_writable(Path(default).expanduser()):
             os.environ[variable] = str(_own_folder() / variable.lower())
             if tells:
                 print_line(
                     f"d2ft-hpc: warning: {default} cannot be written: {variable}={os.environ[variable]} is used"
                 )
-
-
-def _can_be_made(folder: Path) -> bool:
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _own_folder() -> Path:

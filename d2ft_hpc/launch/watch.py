@@ -122,7 +122,7 @@ class Watch:
 
     def request(self, action: Action, reason: str = "") -> None:
         """Asks that all ranks do this at a step boundary soon."""
-        self._do(lambda: self._want(action, reason))
+        self._do(lambda: self._on_want(self.control.rank, action, reason))
 
     def at_step_boundary(self, steps_done: int) -> Action | None:
         """What all ranks do at this boundary, before step `steps_done`; each calls it before each of its steps.
@@ -199,7 +199,7 @@ class Watch:
         if name == INTERRUPT:
             self._ending = True  # by Ctrl-C all ranks end, quietly
         elif name is not None:
-            self._want("stop", f"signal {name} to {self._name(self.control.rank)}")
+            self._on_want(self.control.rank, "stop", f"signal {name} to {self._name(self.control.rank)}")
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -241,7 +241,7 @@ class Watch:
 
     # Agreement on a boundary.
 
-    def _want(self, action: Action, reason: str) -> None:
+    def _on_want(self, rank: int, action: Action, reason: str) -> None:
         if self.control.rank != 0:
             self._peers[0].send("want", action, reason)
             return
@@ -252,9 +252,6 @@ class Watch:
             self._stop_asked = time.monotonic()
         if len(self._wanted) == 1:
             self._begin_round()
-
-    def _on_want(self, rank: int, action: Action, reason: str) -> None:
-        self._want(action, reason)
 
     def _begin_round(self) -> None:
         self._replies = {0: self._gate.hold()}

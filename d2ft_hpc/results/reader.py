@@ -156,10 +156,8 @@ class RunResults:
         `elapsed_seconds([n])` is the time of the first n steps.
         """
         table = self.table("steps", ["step", "step_seconds"])
-        scores, plans = (
-            self.table("scores", ["step", "seconds"]),
-            self.table("plans", ["step", "solve_seconds"]),
-        )
+        scores = self.table("scores", ["step", "seconds"])
+        plans = self.table("plans", ["step", "solve_seconds"])
         # Scores and plans count between the step before them and the step that they are for.
         when = np.concatenate([table["step"] + 0.5, scores["step"] + 0.25, plans["step"] + 0.25])
         seconds = np.concatenate([slowest(table["step_seconds"]), scores["seconds"], plans["solve_seconds"]])
