@@ -5,6 +5,7 @@
 # make lint          style and types
 # make wheel         dist/*.whl
 # make test-oldest   all tests, those on Slurm too, with Python 3.10 and the lowest supported versions
+# make test-middle   what rests on undocumented parts of torch and DeepSpeed, with versions halfway between lowest and newest
 # make test-newest   test-full and lint with the newest versions that pip finds, as on a fresh machine
 # make constraints   the same, and then everybody installs these versions
 # make test-matrix   every engine, plan, precision and optimiser on 2 and 4 ranks, about 1,150 checks in six launches, each a
@@ -25,6 +26,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST_VENV := .venv-oldest
 NEWEST_VENV := .venv-newest
+MIDDLE_VENV := .venv-middle
+MIDDLE := torch==2.12.1 torchvision==0.27.1 deepspeed==0.18.1
 # The ranks share the cores: one thread each.
 export OMP_NUM_THREADS := 1
 PYTEST = python -m pytest --durations=20 $(PYTEST_ARGS)
@@ -38,8 +41,8 @@ find_python = for p in $(1); do \
 PYTHONS ?= python3.13 python3.12 python3.11 python3.10 python3 $(wildcard $(HOME)/.pyenv/versions/3.1[0-3].*/bin/python)
 PYTHON310S ?= python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python)
 
-.PHONY: help demo test test-full test-slurm test-matrix test-oldest test-newest lint check-all constraints soak soak-results \
-	wheel clean no-newest
+.PHONY: help demo test test-full test-slurm test-matrix test-oldest test-middle test-newest lint check-all constraints \
+	soak soak-results wheel clean no-newest
 help:
 	@sed -n '/^#/!q; s/..//p' Makefile
 
@@ -118,6 +121,19 @@ test-oldest: $(OLDEST_VENV)/.installed
 	$(PYTEST) tests/unit -n 2 --dist worksteal
 	$(PYTEST) tests/distributed tests/gpu tests/slurm
 
+$(MIDDLE_VENV)/.installed: pyproject.toml Makefile $(CONSTRAINTS)
+	@$(call find_python,$(PYTHONS))
+	"$$python" -m venv $(MIDDLE_VENV)
+	$(MIDDLE_VENV)/bin/python -m pip install -q --upgrade pip
+	{ printf '%s\n' $(MIDDLE); grep -vE '^(torch|torchvision|deepspeed|setuptools)==' $(CONSTRAINTS); } > $(MIDDLE_VENV)/constraints.txt
+	$(MIDDLE_VENV)/bin/python -m pip install -e '.[mpi,test]' -c $(MIDDLE_VENV)/constraints.txt
+	touch $@
+
+test-middle: $(MIDDLE_VENV)/.installed
+	export PATH="$(CURDIR)/$(MIDDLE_VENV)/bin:$$PATH"
+	$(PYTEST) tests/unit/test_private_names.py tests/unit/test_flat_parameters.py
+	$(PYTEST) tests/distributed/test_engines.py tests/distributed/test_torch_engines.py -m 'not full'
+
 test-matrix: $(VENV)/.installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" D2FT_WHOLE_MATRIX=1 python -m pytest tests/distributed/test_engines.py \
 		tests/distributed/test_torch_engines.py tests/distributed/test_parallel.py
@@ -133,11 +149,11 @@ constraints: test-newest
 	$(NEWEST_VENV)/bin/python tests/constraints.py > tests/constraints.txt
 
 # What ends soonest comes first. A commit's soak goes on where it ended.
-check-all: lint wheel demo test-full test-slurm soak-results test-oldest test-newest test-matrix
+check-all: lint wheel demo test-full test-slurm soak-results test-middle test-oldest test-newest test-matrix
 	$(MAKE) soak SOAK=runs/kills-$$(git rev-parse --short HEAD).jsonl
 
 wheel: | $(BIN)/python
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(NEWEST_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST_VENV) $(MIDDLE_VENV) $(NEWEST_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

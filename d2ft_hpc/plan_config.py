@@ -128,16 +128,6 @@ class PlanConfig(Section):
         return self.compute_budget if self.entry.scales_images else self.token_budget
 
     @property
-    def price(self) -> str:
-        """What the planner's plans cost beside what they spare, a sentence; empty where they keep accuracy."""
-        if not self.entry.keeps_budgets or self.entry.binding == "sample":
-            return ""
-        return (
-            f"plan.planner={self.planner} skips heads, which cost 2 to 12 points of accuracy at 0.6 where it was "
-            f"measured (analysis/paper_table, analysis/plan_structure); plan.planner=tokens is the one that keeps it"
-        )
-
-    @property
     def sides(self) -> list[float] | None:
         """Of images in training, in units of data.image_size; None: they have full size, or a plan from a file says."""
         if self.token_share is None:

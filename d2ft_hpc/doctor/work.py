@@ -11,7 +11,7 @@ from d2ft_hpc.data.datasets import evenly_spaced
 from d2ft_hpc.doctor.finding import Finding, of_error
 from d2ft_hpc.errors import D2ftError, DataError
 from d2ft_hpc.launch import Control, gathered
-from d2ft_hpc.lifecycle.foresight import trial_plan
+from d2ft_hpc.lifecycle.foresight import price_of, trial_plan
 from d2ft_hpc.metering.profile import fastest_pass
 from d2ft_hpc.planning import Operation
 from d2ft_hpc.training.job import Job, set_up
@@ -69,7 +69,7 @@ def check_plans(job: Job) -> list[Finding]:
             share * context.curve.share,
             f", images of {context.curve.in_words(job.executor.images.patch_size)}",
         )
-    price = job.config.plan.price
+    price = price_of(plan)
     return [
         Finding("plan", "ok", f"planner {plan.planner}, {share:.1%} of the dense compute{images}"),
         *([Finding("plan", "warning", *price.rsplit("; ", 1))] if price else []),

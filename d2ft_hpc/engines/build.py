@@ -31,7 +31,10 @@ def build_engine(
     of that part.
     """
     if config.engine.activation_checkpointing:
-        _recompute_blocks(model)
+        try:
+            family_of(model).recompute(model)
+        except UnsupportedModelError as error:
+            raise ConfigError(f"engine.activation_checkpointing=true: {error}") from None
 
     def make_optimizer(part: nn.Module) -> tuple[Optimizer, LRScheduler]:
         optimizer = build_optimizer(part, config.optimizer)
@@ -40,12 +43,3 @@ def build_engine(
     return config.engine.kind.build(
         Request(config, model, executor, placement, make_optimizer, loss_function, control)
     )
-
-
-def _recompute_blocks(model: nn.Module) -> None:
-    """Lets the model recompute blocks in the backward without torch's reentrant way, which loses the gradients of a
-    block above frozen embeddings."""
-    try:
-        family_of(model).recompute(model)
-    except UnsupportedModelError as error:
-        raise ConfigError(f"engine.activation_checkpointing=true: {error}") from None

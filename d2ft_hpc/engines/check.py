@@ -9,7 +9,7 @@ from d2ft_hpc.families.table import family_of, find_backbone
 from d2ft_hpc.planning import SkipPlan
 
 
-def check_plan(plan: SkipPlan, *, slots: int, replicas: int, same_rows: str | None) -> None:
+def check_plan(plan: SkipPlan, *, slots: int, replicas: int, same_rows: str | None = None) -> None:
     """Raises PlanError with reason and fix where the engine would hang, or train something else than the plan says.
 
     slots: micro-batches of one replica in a batch; replicas: those that the engine has; same_rows: why all replicas

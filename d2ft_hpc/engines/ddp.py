@@ -67,7 +67,7 @@ def bind_ddp(
 
 def _check(ddp: DistributedDataParallel, plan: SkipPlan) -> None:
     check_recompute(ddp.module)
-    check_plan(plan, slots=plan.slots, replicas=dist.get_world_size(ddp.process_group), same_rows=None)
+    check_plan(plan, slots=plan.slots, replicas=dist.get_world_size(ddp.process_group))
 
 
 class DdpEngine(PlainEngine):
@@ -93,19 +93,12 @@ class DdpEngine(PlainEngine):
             model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
         self._ddp._register_builtin_comm_hook(BuiltinCommHookType.ALLREDUCE)
-        bind_ddp(
-            self._ddp,
-            executor,
-            Reduction.LAST_MICRO_BATCH,
-            gradient_place=GradientPlace.OF_ENGINE,
-        )
+        bind_ddp(self._ddp, executor, Reduction.LAST_MICRO_BATCH, gradient_place=GradientPlace.OF_ENGINE)
 
     @contextmanager
     def _micro_batch(self, slot: int, slots: int) -> Iterator[None]:
-        with (
-            super()._micro_batch(slot, slots),
-            nullcontext() if slot == slots - 1 else self._ddp.no_sync(),
-        ):
+        reduces = nullcontext() if slot == slots - 1 else self._ddp.no_sync()
+        with super()._micro_batch(slot, slots), reduces:
             yield
 
     def check(self, plan: SkipPlan) -> None:

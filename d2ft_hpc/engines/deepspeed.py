@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.deepspeed_keys import zero_stage
-from d2ft_hpc.engines.deepspeed_private import after_moves, import_deepspeed, name_parts, take_step
+from d2ft_hpc.engines.deepspeed_private import after_moves, import_deepspeed, name_parts, take_step, whole
 from d2ft_hpc.engines.deepspeed_settings import check_settings
-from d2ft_hpc.engines.engine import (
-    LossFunction,
-    MicroBatch,
-    StateWriter,
-    StepReport,
-    evaluated,
-    set_training,
-)
+from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StateWriter, StepReport, evaluated, set_training
 from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
 from d2ft_hpc.engines.replicas import reduce_trained_blocks
 from d2ft_hpc.engines.state_bytes import bytes_to_come
@@ -32,6 +27,7 @@ from d2ft_hpc.engines.zero_state import collect, restore
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.flat_parameters import FlatParameters
+from d2ft_hpc.metering.phases import phase
 from d2ft_hpc.planning import SkipPlan
 
 OURS = (
@@ -116,7 +112,8 @@ class DeepSpeedEngine:
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False)
         self.rules = ZeroRules.of(config)
-        self._twin = self.rules.twin_of(model)
+        # Empty, for `full_model`, before the parameters are partitioned.
+        self._twin = copy.deepcopy(model).to("meta") if self.rules.stage == 3 else None
         # Stage 3 frees a parameter by giving it another tensor, and views would keep the one that it had.
         if flattens and self.rules.stage < 3:
             groups = _groups(model, optimizer, given.pop("model_parameters", None))
@@ -148,26 +145,26 @@ class DeepSpeedEngine:
         set_training(self._modules)
         last = len(micro_batches) - 1
         losses = [
-            self._accumulate(report, slot, micro_batch, is_last=slot == last)
+            self._accumulate(slot, micro_batch, is_last=slot == last)
             for slot, micro_batch in enumerate(micro_batches)
         ]
-        with report.timed("optimizer"):
+        with phase("optimizer"):
             report.skipped = not take_step(self.engine)
         norm = self.engine.get_global_grad_norm()
         report.gradient_norm = float("nan") if norm is None else norm
         report.loss = torch.stack(losses).mean()
         return report
 
-    def _accumulate(self, report: StepReport, slot: int, micro_batch: MicroBatch, is_last: bool) -> Tensor:
+    def _accumulate(self, slot: int, micro_batch: MicroBatch, is_last: bool) -> Tensor:
         """Adds a micro-batch's gradient; returns its loss. DeepSpeed reduces in the last one's backward."""
         images, labels = micro_batch
         with self.executor.micro_batch(slot):
-            with report.timed("forward"):
+            with phase("forward"):
                 loss = self._loss_function(self.engine(images.to(self._dtype)).float(), labels)
-            with report.timed("backward"):
+            with phase("backward"):
                 self.engine.backward(loss)
         if not is_last:
-            with report.timed("optimizer"):
+            with phase("optimizer"):
                 self.engine.step()
         return loss.detach()
 
@@ -181,13 +178,29 @@ class DeepSpeedEngine:
         return bytes_to_come(self._trained, self.engine.basic_optimizer, gradient_ranks)
 
     def check(self, plan: SkipPlan) -> None:
-        self.rules.check(plan, self._model, self.engine)
+        check_recompute(self._model)
+        slots, replicas = int(self.engine.gradient_accumulation_steps()), int(self.engine.dp_world_size)
+        check_plan(plan, slots=slots, replicas=replicas, same_rows=self.same_rows)
 
     def logits(self, images: Sequence[Tensor]) -> list[Tensor]:
         return evaluated(self._model, images)
 
-    def full_model(self) -> AbstractContextManager[nn.Module]:
-        return self.rules.full_model(self._model, self._twin, self.executor.flat)
+    @contextmanager
+    def full_model(self) -> Iterator[nn.Module]:
+        model, flat = self._model, self.executor.flat
+        if self._twin is None:
+            with nullcontext() if flat is None else flat.unflattened():
+                yield model
+            return
+        own = dict(model.named_parameters())
+        full = copy.deepcopy(self._twin).to_empty(device=next(model.parameters()).device)
+        with torch.no_grad():
+            for name, parameter in full.named_parameters():
+                with whole(own[name]) as data:
+                    parameter.data = data.clone()
+            for (_, buffer), (_, other) in zip(full.named_buffers(), model.named_buffers(), strict=True):
+                buffer.copy_(other)
+        yield full.train(model.training)
 
     def save(self, folder: Path, write: StateWriter) -> None:
         with self._with_flats():

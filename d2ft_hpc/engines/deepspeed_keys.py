@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.machinery import PathFinder
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,14 @@ from d2ft_hpc.safe_text import shown
 
 _NAMES_OF_OTHERS = ("params", "compression_training", "data_efficiency", "curriculum_learning", "autotuning")
 """Keys below which names are chosen by others: by users or by optimizers."""
+_SECTIONS = {
+    "zero_optimization": "stage: 1",
+    "tensor_parallel": "autotp_size: 2",
+    "pipeline": "stages: 2",
+    "fp16": "enabled: true",
+    "bf16": "enabled: true",
+}
+"""Keys whose settings are read here, with an example of one."""
 _WORD = re.compile(r"\w+")
 _KEY = re.compile(r"[\"'](\w+)[\"']|^ +(\w+) ?:", re.MULTILINE)
 
@@ -34,16 +42,10 @@ def deepspeed_sections(settings: Mapping[str, Any], where: str = "") -> dict[str
     zero = settings.get("zero_optimization")
     if isinstance(zero, bool):
         settings["zero_optimization"] = {"stage": int(zero)}
-    for key in ("zero_optimization", "tensor_parallel", "pipeline", "fp16", "bf16"):
+    for key, example in _SECTIONS.items():
         if not isinstance(settings.get(key, {}), Mapping):
-            example = {
-                "zero_optimization": "stage: 1",
-                "tensor_parallel": "autotp_size: 2",
-                "pipeline": "stages: 2",
-            }
             raise ValueError(
-                f"{where}{key}={shown(settings[key])}: holds settings of its own, such as "
-                f"{{{example.get(key, 'enabled: true')}}}"
+                f"{where}{key}={shown(settings[key])}: holds settings of its own, such as {{{example}}}"
             )
     for key, inner, least, most in (
         ("zero_optimization", "stage", 0, 3),
@@ -68,7 +70,7 @@ def zero_stage(deepspeed: Mapping[str, Any], precision: str) -> Any:
 def unknown_keys(settings: Mapping[str, Any], where: str = "") -> Iterator[str]:
     """A line for each key of settings for DeepSpeed that stands nowhere in it, with the nearest that does; nothing if
     it is not installed. where: stands before the keys."""
-    paths = dict(_paths(settings))
+    paths = list(_paths(settings))
     if not paths:
         return
     spec = PathFinder.find_spec("deepspeed")
@@ -77,40 +79,34 @@ def unknown_keys(settings: Mapping[str, Any], where: str = "") -> Iterator[str]:
     package = Path(spec.submodule_search_locations[0])
     told = [_text(file) for pattern in ("*config*.py", "*constants*.py") for file in package.rglob(pattern)]
     known = {word for text in told for word in _WORD.findall(text)}
-    suspects = {path: key for path, key in paths.items() if key not in known}
+    suspects = [each for each in paths if each[1] not in known]
     if not suspects:
         return
     everywhere = {word for file in package.rglob("*.py") for word in _WORD.findall(_text(file))}
     keys = {word for text in told for word in chain.from_iterable(_KEY.findall(text)) if word}
-    for path, key in suspects.items():
-        outer = path.rpartition(".")[0]
-        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.8 if outer else 0.7)
-        if key not in everywhere and (near or not outer):
-            fix = f"did you mean {where}{outer}{'.' * bool(outer)}{near[0]}?" if near else "remove it"
-            value: Any = settings
-            for part in path.split("."):
-                value = value[part]
-            yield f"{where}{path}: unknown key of DeepSpeed {_version()} (value {shown(value)}); {fix}"
+    for path, key, value in suspects:
+        is_inner = path != key
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.8 if is_inner else 0.7)
+        if key not in everywhere and (near or not is_inner):
+            yield unknown_key(where + path, value, near)
 
 
-def _paths(settings: Mapping[str, Any], outer: str = "") -> Iterator[tuple[str, str]]:
+def unknown_key(path: str, value: Any, near: Sequence[str]) -> str:
+    """The line for a key that DeepSpeed does not know. near: the nearest ones that it knows beside it, or none."""
+    outer = path.rpartition(".")[0]
+    fix = f"did you mean {outer}{'.' * ('.' in path)}{near[0]}?" if near else "remove it"
+    return f"{path}: unknown key of DeepSpeed {version('deepspeed')} (value {shown(value)}); {fix}"
+
+
+def _paths(settings: Mapping[str, Any], outer: str = "") -> Iterator[tuple[str, str, Any]]:
+    """The path of each key, the key and its value."""
     for key, value in settings.items():
         if not isinstance(key, str) or "." in key:
             continue
-        yield outer + key, key
+        yield outer + key, key, value
         if isinstance(value, Mapping) and key not in _NAMES_OF_OTHERS:
             yield from _paths(value, f"{outer}{key}.")
 
 
 def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _version() -> str:
-    try:
-        return version("deepspeed")
-    except PackageNotFoundError:
-        return ""
+    return file.read_text(encoding="utf-8", errors="replace")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, KeysView, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
 from pydantic import ValidationError
 
+from d2ft_hpc.engines.deepspeed_keys import unknown_key
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.safe_text import shown
@@ -18,11 +19,8 @@ from d2ft_hpc.safe_text import shown
 _MICRO_BATCH_SIZE = "train_micro_batch_size_per_gpu"
 _BATCH = ("train_batch_size", _MICRO_BATCH_SIZE, "gradient_accumulation_steps")
 _READ_LATER = {
-    "": (
-        "sequence_parallel_size",
-        "data_parallel_size",
-        "eigenvalue",
-    ),  # by deepspeed.initialize, or with others
+    # By deepspeed.initialize, or with others.
+    "": ("sequence_parallel_size", "data_parallel_size", "eigenvalue"),
     "pipeline": ("use_reentrant",),  # by its pipeline engine
 }
 """Keys that DeepSpeed does not read together with its configuration but later, by section."""
@@ -51,27 +49,13 @@ class _Watched(dict[str, Any]):
         return super().get(key, default)
 
     def keys(self) -> Any:
-        return _WatchedKeys(self)
+        return KeysView(self)
 
     def __copy__(self) -> _Watched:
         return self
 
     def __deepcopy__(self, _: Any) -> _Watched:
         return self
-
-
-class _WatchedKeys:
-    def __init__(self, watched: _Watched) -> None:
-        self._watched = watched
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._watched
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._watched)
-
-    def __len__(self) -> int:
-        return len(self._watched)
 
 
 def check_settings(settings: Mapping[str, Any], where: str = "") -> None:
@@ -129,7 +113,7 @@ def _unknown(watched: _Watched, where: str, section: str = "") -> Iterator[str]:
             all_known = section in ("", "pipeline")
             near = difflib.get_close_matches(str(key), asked, n=1, cutoff=0.6 if all_known else 0.8)
             if near or all_known:
-                yield _told(f"{where}{path}", value, near)
+                yield unknown_key(where + path, value, near)
 
 
 def _explain(error: ValidationError, watched: _Watched, where: str) -> Iterator[str]:
@@ -141,7 +125,7 @@ def _explain(error: ValidationError, watched: _Watched, where: str) -> Iterator[
             location = [section, *location]
         path = where + ".".join(location)
         if fault["type"] == "extra_forbidden":
-            yield _told(path, fault["input"], difflib.get_close_matches(location[-1], _fields(), n=1))
+            yield unknown_key(path, fault["input"], difflib.get_close_matches(location[-1], _fields(), n=1))
         else:
             yield f"{path}={shown(fault['input'])}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
@@ -156,16 +140,6 @@ def _fields() -> set[str]:
         kinds += kind.__subclasses__()
         found |= {each for name, info in kind.model_fields.items() for each in (name, info.alias or name)}
     return found
-
-
-def _told(path: str, value: Any, near: Iterable[str]) -> str:
-    nearest = next(iter(near), None)
-    fix = (
-        "remove it"
-        if nearest is None
-        else f"did you mean {path.rpartition('.')[0]}{'.' * ('.' in path)}{nearest}?"
-    )
-    return f"{path}: unknown key of DeepSpeed {version('deepspeed')} (value {shown(value)}); {fix}"
 
 
 @contextmanager

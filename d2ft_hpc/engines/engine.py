@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.families.table import backbone_of, family_of
-from d2ft_hpc.metering import phases
-from d2ft_hpc.model.evaluating import evaluating
+from d2ft_hpc.model.probe import evaluating
 from d2ft_hpc.planning import SkipPlan
 
 MicroBatch = tuple[Tensor, Tensor]
@@ -42,10 +41,6 @@ class StepReport:
     learning_rate: float = float("nan")
     skipped: bool = False
     """Whether a gradient overflowed in fp16, so that the loss scaler left the step out."""
-
-    def timed(self, phase: Literal["forward", "backward", "optimizer"]) -> AbstractContextManager[None]:
-        """Time inside counts as this phase of the step, except for communication."""
-        return phases.phase(phase)
 
 
 class Engine(Protocol):
@@ -93,15 +88,12 @@ class Engine(Protocol):
 
 
 def evaluated(model: nn.Module, micro_batches: Sequence[Inputs]) -> list[Tensor]:
-    """`Engine.logits` of a model that this rank can run; of text, they are [sample, token, word]."""
-    backbone, dtype = backbone_of(model), next(model.parameters()).dtype
-    family = family_of(backbone)
-    if backbone is not model:
-        with family.taking_any_size(backbone), evaluating(model):
-            return [logits_of(model, each, dtype) for each in micro_batches]
-    twin = family.of_any_size(model)
-    with evaluating(model):
-        return [logits_of(twin, each, dtype) for each in micro_batches]
+    """`Engine.logits` of a model that this rank can run; of text, they are [sample, token, word]. By the model itself:
+    a copy would lack what libraries have changed of its forward."""
+    backbone = backbone_of(model)
+    dtype = next(backbone.parameters()).dtype
+    with family_of(backbone).taking_any_size(backbone), evaluating(model):
+        return [logits_of(model, each, dtype) for each in micro_batches]
 
 
 def logits_of(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None = None) -> Tensor:

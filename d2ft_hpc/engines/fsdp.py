@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_
 from d2ft_hpc.engines.private_names import expect
 from d2ft_hpc.engines.sharded import collect, restore, whole_weights
 from d2ft_hpc.errors import ConfigError, PlanError
-from d2ft_hpc.execution.copies import leave_out_of_copies
+from d2ft_hpc.execution.copies import set_outside_copies
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.execution.gradients import Reduction
@@ -40,11 +40,7 @@ from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.plan import Operation
 
 
-def bind_fsdp(
-    model: nn.Module,
-    executor: PlanExecutor,
-    slot_source: Callable[[], int] | None = None,
-) -> None:
+def bind_fsdp(model: nn.Module, executor: PlanExecutor, slot_source: Callable[[], int] | None = None) -> None:
     """Fits the executor to a model that `fully_shard` has spread, whose replicas may then follow different rows.
     Gradients are reduced in each micro-batch but those before which `set_requires_gradient_sync(False)` was called.
     Blocks' gradients are complete in those, too: a block is gathered again in the backward, by all ranks or by none.
@@ -80,7 +76,7 @@ def bind_fsdp(
 
 def _check(model: nn.Module, plan: SkipPlan) -> None:
     check_recompute(model)
-    check_plan(plan, slots=plan.slots, replicas=int(_group(model).mesh_info.mesh.size()), same_rows=None)
+    check_plan(plan, slots=plan.slots, replicas=int(_group(model).mesh_info.mesh.size()))
 
 
 class _Gathers:
@@ -113,9 +109,7 @@ class _Gathers:
 def _let_pass(block: nn.Module, index: int, gathers: _Gathers) -> None:
     """Gives the block a class, as fully_shard does, whose call leaves out FSDP's hooks where the block can be
     skipped."""
-    own = {_PASSES: partial(gathers.can_pass, block, index)}
-    vars(block).update(own)
-    leave_out_of_copies(block, own)
+    set_outside_copies(block, {_PASSES: partial(gathers.can_pass, block, index)})
     if not hasattr(type(block), _PASSES):
         block.__class__ = _passing(cast(Any, type(block)))
 
@@ -240,7 +234,12 @@ class FsdpEngine(PlainEngine):
         return super().bytes_to_come + self._kept_bytes
 
     def _clip(self) -> Tensor:
-        return clip_gradients(self._trained, self._max_norm)
+        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        norm = total_norm(gradients)
+        if self._max_norm is not None:
+            factor = torch.clamp(self._max_norm / (norm + 1e-6), max=1.0)
+            torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
+        return norm
 
     @contextmanager
     def full_model(self) -> Iterator[nn.Module]:
@@ -263,13 +262,3 @@ class FsdpEngine(PlainEngine):
         state = PortableState.read(folder).with_flats(self.executor.flat)
         restore(state, self._model, self._optimizer, self.executor)
         restore_schedule(self._schedule, state.schedule)
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Clips gradients that are spread over ranks, if there is a `max_norm`; returns their norm over all ranks."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = total_norm(gradients)
-    if max_norm is not None:
-        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
-    return norm

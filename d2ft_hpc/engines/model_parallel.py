@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from d2ft_hpc.engines.deepspeed_private import whole
 from d2ft_hpc.engines.engine import StateWriter
 from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
-from d2ft_hpc.engines.zero_state import collect, restore
+from d2ft_hpc.engines.zero_state import collect, full_precision, restore
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.launch import Control, gathered
 from d2ft_hpc.parallel.full_tensors import gather_full_tensors, part_of
@@ -29,19 +28,13 @@ MakeOptimizer = Callable[[nn.Module], tuple[Any, Any]]
 """Makes optimiser and schedule for a model or a part of one, or returns what `deepspeed.initialize` makes them
 from."""
 
-OptionsFor = Callable[[nn.Module], Mapping[str, Any]]
-"""Other arguments of `deepspeed.initialize` for a part."""
-
-
-def no_options(part: nn.Module) -> Mapping[str, Any]:
-    return {}
-
 
 @dataclass(frozen=True)
 class CutModel:
     """A model of which each rank trains a part.
 
     whole: the ranks copy their parts of it. executor: attached to it. placement: which rank has which part.
+    options_for: gives other arguments of `deepspeed.initialize` for a part.
     """
 
     whole: nn.Module
@@ -49,7 +42,7 @@ class CutModel:
     placement: Placement
     control: Control
     make_optimizer: MakeOptimizer
-    options_for: OptionsFor = no_options
+    options_for: Callable[[nn.Module], Mapping[str, Any]] = lambda part: {}
 
 
 def share_part(part: ModelPart, cut: CutModel, group: distributed.ProcessGroup) -> PlanExecutor:
@@ -72,12 +65,8 @@ class CutEngine:
     engine: Any
     """DeepSpeed's."""
     _cut: CutModel
-    _part: ModelPart
+    part: ModelPart
     _replica_group: distributed.ProcessGroup
-
-    @property
-    def part(self) -> ModelPart:
-        return self._part
 
     def share_logits(self, own: Sequence[Tensor], images: Sequence[Tensor]) -> list[Tensor]:
         """Sends the logits [sample, class] of one rank of the last stage to all ranks of a replica. own: that rank's
@@ -88,14 +77,14 @@ class CutEngine:
         if layout.rank == source:
             shared = torch.cat([logits.float() for logits in own])
         else:
-            shared = torch.empty(sum(samples), self._part.num_classes, device=images[0].device)
+            shared = torch.empty(sum(samples), self.part.num_classes, device=images[0].device)
         distributed.broadcast(shared, source, group=self._replica_group)
         return list(shared.split(samples))
 
     @contextmanager
     def full_model(self) -> Iterator[nn.Module]:
         """The whole model with the trained weights of all ranks' parts."""
-        own = {name: full_precision(parameter) for name, parameter in self._part.named_parameters()}
+        own = {name: full_precision(parameter) for name, parameter in self.part.named_parameters()}
         targets = dict(self._cut.whole.named_parameters())
         with torch.no_grad():
             for name, value in self._of_all_parts(own).items():
@@ -104,10 +93,11 @@ class CutEngine:
 
     def save(self, folder: Path, write: StateWriter) -> None:
         """Writes the whole model's portable state and the placement."""
-        own, control = collect(self._part, self.engine), self._cut.control
+        own, control = collect(self.part, self.engine), self._cut.control
+        kinds = sorted({kind for of_rank in gathered(control, sorted(own.moments)) for kind in of_rank})
         state = PortableState(
             self._of_all_parts(own.weights),
-            {kind: self._of_all_parts(own.moments.get(kind, {})) for kind in _kinds_of_all(own, control)},
+            {kind: self._of_all_parts(own.moments.get(kind, {})) for kind in kinds},
             own.numbers,
             schedule_numbers(self.engine.lr_scheduler),
         )
@@ -118,7 +108,7 @@ class CutEngine:
     def restore(self, folder: Path) -> None:
         """Restores this rank's part of a portable state, whatever layout saved it."""
         state = PortableState.read(folder)
-        names = {name for name, _ in self._part.named_parameters()}
+        names = {name for name, _ in self.part.named_parameters()}
 
         def of_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return part_of(tensors, names, self._cut.executor.subnets, self._cut.placement)
@@ -128,25 +118,9 @@ class CutEngine:
             {kind: of_part(tensors) for kind, tensors in state.moments.items()},
             state.numbers,
         )
-        restore(own, self._part, self.engine)
+        restore(own, self.part, self.engine)
         restore_schedule(self.engine.lr_scheduler, state.schedule)
 
     def _of_all_parts(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         cut = self._cut
         return gather_full_tensors(own, cut.executor.subnets, cut.placement, cut.control)
-
-
-def _kinds_of_all(state: PortableState, control: Control) -> list[str]:
-    """The optimiser's names for its moments, of all ranks."""
-    return sorted({kind for of_rank in gathered(control, sorted(state.moments)) for kind in of_rank})
-
-
-def full_precision(parameter: nn.Parameter) -> Tensor:
-    """The optimiser's fp32 weights if it keeps any, gathered where ZeRO spreads them over replicas."""
-    import deepspeed
-
-    full = deepspeed.utils.safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-    if full is not None:
-        return full  # type: ignore[no-any-return]
-    with whole(parameter) as data:
-        return data.detach().to(torch.float32, copy=True)

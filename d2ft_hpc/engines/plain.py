@@ -33,11 +33,14 @@ from d2ft_hpc.engines.state_bytes import bytes_to_come
 from d2ft_hpc.execution.block_runner import MOST_SHAPES
 from d2ft_hpc.execution.cuda_graph import CudaGraphs
 from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.metering.phases import phase
 from d2ft_hpc.planning import SkipPlan
 
 
 class PlainEngine:
     """Accumulates the gradients of a batch's micro-batches and steps the optimiser."""
+
+    same_rows: str | None = None
 
     def __init__(
         self,
@@ -74,8 +77,8 @@ class PlainEngine:
         losses = []
         for slot, (images, labels) in enumerate(micro_batches):
             with self._micro_batch(slot, len(micro_batches)):
-                losses.append(self._accumulate(report, slot, images, labels, len(micro_batches)))
-        with report.timed("optimizer"):
+                losses.append(self._accumulate(slot, images, labels, len(micro_batches)))
+        with phase("optimizer"):
             zero_missing_gradients(self._trained)
             report.gradient_norm = self._clip()
             self._optimizer.step()
@@ -101,14 +104,12 @@ class PlainEngine:
             nn.utils.clip_grads_with_norm_(self._trained, self._max_norm, norm)
         return norm
 
-    def _accumulate(
-        self, report: StepReport, slot: int, images: Tensor, labels: Tensor, micro_batches: int
-    ) -> Tensor:
+    def _accumulate(self, slot: int, images: Tensor, labels: Tensor, micro_batches: int) -> Tensor:
         """Adds a micro-batch's share of the gradient; returns its loss."""
         if self._graphs is None or self.executor.micro_batch_shapes > MOST_SHAPES:
-            with report.timed("forward"):
+            with phase("forward"):
                 loss = self._loss(images, labels)
-            with report.timed("backward"):
+            with phase("backward"):
                 torch.autograd.backward(loss / micro_batches)
             return loss.detach()
 
@@ -125,7 +126,7 @@ class PlainEngine:
         if key not in self._graphs and len(self._graphs) >= 2 * MOST_SHAPES:
             self._graphs.clear()  # removes the graphs of earlier plans, which would keep their memory for good
         graphs = self._graphs.setdefault(key, CudaGraphs(self._gradients))
-        with report.timed("backward"):
+        with phase("backward"):
             return graphs(both, images, labels, *([] if row is None else [row.indices])).clone()
 
     def _gradients(self) -> list[Tensor]:
@@ -136,16 +137,12 @@ class PlainEngine:
             return self._loss_function(self._trainer(images), labels)
 
     @property
-    def same_rows(self) -> str | None:
-        return None
-
-    @property
     def bytes_to_come(self) -> float:
         return bytes_to_come(self._trained, self._optimizer)
 
     def check(self, plan: SkipPlan) -> None:
         check_recompute(self._model)
-        check_plan(plan, slots=plan.slots, replicas=1, same_rows=None)
+        check_plan(plan, slots=plan.slots, replicas=1)
 
     def logits(self, images: Sequence[Tensor]) -> list[Tensor]:
         with self._autocast(images[0].device):

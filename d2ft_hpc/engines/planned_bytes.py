@@ -74,9 +74,8 @@ class PlannedBytes:
             self._full_tokens = self._tokens(*full[1:])
         self._gathers = 2 if data_parallel == "fsdp2" and gathers_again(subnets.blocks(model)[0]) else 1
         self._leaves_out = reduces_trained_blocks_only(data_parallel, precision)
-        self._parameters = np.zeros(
-            self._blocks + 1
-        )  # bytes of this rank by block; the last entry is for what is in no block
+        # Bytes of this rank by block; the last entry is for what is in no block.
+        self._parameters = np.zeros(self._blocks + 1)
         self._kept = 0.0  # of the parameters that ZeRO 3 keeps whole
         self._trained = np.zeros(self._blocks + 1)
         self._shared = np.zeros(self._blocks)  # trained ones that no head owns
@@ -114,20 +113,15 @@ class PlannedBytes:
         has_parts = self._placement.layout.is_cut and plan.binding != "sample"
         return self._of_replicas(plan) + (self._of_parts(plan, token_layout) if has_parts else 0.0)
 
-    def of_dense(self, plan: SkipPlan, token_layout: TokenLayout) -> float:
-        """The same for the dense plan of the same shape."""
-        dense = SkipPlan.dense(self._slots, plan.replicas, plan.num_blocks, plan.num_heads)
-        return self.of(dense, token_layout)
-
     def columns(self) -> dict[str, float]:
         """`planned_bytes` and `dense_bytes` of a step under the plan in force, or under none: dense."""
         executor = self._executor
         if self._newest is None or self._newest[0] is not executor.plan:
             replicas = self._placement.layout.replicas
-            plan = executor.plan or SkipPlan.dense(self._slots, replicas, self._blocks, self._heads)
+            dense = SkipPlan.dense(self._slots, replicas, self._blocks, self._heads)
             layout = executor.token_layout if isinstance(executor, TensorParallelExecutor) else "replicated"
-            told = {"planned_bytes": self.of(plan, layout), "dense_bytes": self.of_dense(plan, layout)}
-            self._newest = executor.plan, told
+            planned = self.of(executor.plan or dense, layout)
+            self._newest = executor.plan, {"planned_bytes": planned, "dense_bytes": self.of(dense, layout)}
         return self._newest[1]
 
     def _of_replicas(self, plan: SkipPlan) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,33 +18,23 @@ class TensorParallelEngine(CutEngine, DeepSpeedEngine):
     """Trains one tensor-parallel rank's heads of one replica. torch.distributed must be initialised."""
 
     def __init__(
-        self,
-        cut: CutModel,
-        loss_function: LossFunction,
-        config: Mapping[str, Any],
-        *,
-        slot_source: Callable[[], int] | None = None,
-        is_boundary: Callable[[], bool] | None = None,
+        self, cut: CutModel, loss_function: LossFunction, config: Mapping[str, Any], **options: Any
     ) -> None:
-        """config: DeepSpeed's. slot_source: as `PlanExecutor.bind` takes it. is_boundary: as `ZeroRules.prepare` takes
-        it."""
+        """config: DeepSpeed's. options: `slot_source` and `is_boundary` of DeepSpeedEngine."""
         import_deepspeed().init_distributed(auto_mpi_discovery=False)
         grid = grid_of(cut.placement.layout)
-        self._part = ModelPart(cut.whole, cut.placement.blocks, cut.executor)
-        shared = share_part(self._part, cut, grid.get_slice_parallel_group())
+        self.part = ModelPart(cut.whole, cut.placement.blocks, cut.executor)
+        shared = share_part(self.part, cut, grid.get_slice_parallel_group())
         self._replica_group = grid.get_model_parallel_group()
         self._cut = cut
         super().__init__(
-            self._part,
+            self.part,
             shared,
-            *cut.make_optimizer(self._part),
+            *cut.make_optimizer(self.part),
             loss_function,
             config,
-            slot_source=slot_source,
-            is_boundary=is_boundary,
-            mpu=grid,
-            **cut.options_for(self._part),
+            **{"mpu": grid, **options, **cut.options_for(self.part)},
         )
 
     def logits(self, images: Sequence[Tensor]) -> list[Tensor]:
-        return self.share_logits(evaluated(self._part, images), images)
+        return self.share_logits(evaluated(self.part, images), images)

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from packaging.version import Version
 from torch import nn
 
-from d2ft_hpc.engines.check import check_plan, check_recompute
-from d2ft_hpc.engines.deepspeed_private import import_deepspeed, whole
+from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.block_graphs import GradientPlace
 from d2ft_hpc.execution.executor import PlanExecutor
-from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import family_of, find_backbone
-from d2ft_hpc.planning import SkipPlan
 
 _REDUCTIONS = {
     0: Reduction.LAST_MICRO_BATCH,
@@ -87,8 +81,6 @@ class ZeroRules:
                 f"{where}zero_optimization.stage=0 with bf16: DeepSpeed {version('deepspeed')} never clears gradients "
                 f"then, under a plan or not. Use stage 1, or install DeepSpeed {_CLEARS_AGAIN_FROM} or newer"
             )
-        if stage not in (0, 1, 2, 3):
-            raise ConfigError(f"{where}zero_optimization.stage={stage!r}: ZeRO has the stages 0, 1, 2 and 3")
         if stage in (1, 2) and zero.get("contiguous_gradients") is False and adds_up_wrong():
             raise ConfigError(
                 f"{where}zero_optimization.contiguous_gradients=false: DeepSpeed {version('deepspeed')} trains wrongly "
@@ -112,16 +104,6 @@ class ZeroRules:
             )
         return None
 
-    def check(self, plan: SkipPlan, model: nn.Module, engine: Any) -> None:
-        """Raises PlanError or ConfigError where `engine` cannot run `plan` exactly."""
-        check_recompute(model)
-        check_plan(
-            plan,
-            slots=int(engine.gradient_accumulation_steps()),
-            replicas=int(engine.dp_world_size),
-            same_rows=self.same_rows(model),
-        )
-
     def prepare(
         self,
         model: nn.Module,
@@ -133,17 +115,11 @@ class ZeroRules:
 
         is_boundary: whether an optimiser step follows the micro-batch that runs; None: after the last one of a batch.
         """
-        reduces = None
-        if is_boundary is not None and self.reduction is Reduction.LAST_MICRO_BATCH:
-            at_boundary = is_boundary
-
-            def reduces(block: nn.Module) -> bool:
-                return at_boundary()
-
+        asks = is_boundary if self.reduction is Reduction.LAST_MICRO_BATCH else None
         executor.bind(
             slot_source,
             self.reduction,
-            reduces=reduces,
+            reduces=None if asks is None else lambda block: asks(),
             gradient_place=GradientPlace.OWN if self.stage < 2 else GradientPlace.COPIED,
         )
         if self.stage == 3:
@@ -152,32 +128,6 @@ class ZeroRules:
             import_deepspeed().utils.set_z3_leaf_modules(
                 model, list({type(block) for block in executor.blocks.values()})
             )
-
-    def twin_of(self, model: nn.Module) -> nn.Module | None:
-        """An empty copy of `model` for `full_model`, taken before the parameters are partitioned."""
-        return copy.deepcopy(model).to("meta") if self.stage == 3 else None
-
-    @contextmanager
-    def full_model(
-        self, model: nn.Module, twin: nn.Module | None, flat: FlatParameters | None
-    ) -> Iterator[nn.Module]:
-        """A model with the present weights, complete on this rank, so that it runs without other ranks. Under stage 3
-        it is a copy, which all ranks make together; else `model` itself. flat: what holds its blocks' parameters.
-        """
-        if twin is None:
-            with nullcontext() if flat is None else flat.unflattened():
-                yield model
-            return
-        own = dict(model.named_parameters())
-        device = next(iter(own.values())).device
-        full = copy.deepcopy(twin).to_empty(device=device)
-        with torch.no_grad():
-            for name, parameter in full.named_parameters():
-                with whole(own[name]) as data:
-                    parameter.data = data.clone()
-            for (_, buffer), (_, other) in zip(full.named_buffers(), model.named_buffers(), strict=True):
-                buffer.copy_(other)
-        yield full.train(model.training)
 
 
 def _get(config: Mapping[str, Any], dotted: str) -> Any:

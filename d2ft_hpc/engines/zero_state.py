@@ -29,13 +29,16 @@ def collect(model: nn.Module, engine: Any) -> PortableState:
         numbers=private.loss_scaler_numbers(engine),
     )
     for name, parameter in model.named_parameters():
-        state.weights[name] = _read(parameter) if parameter.requires_grad else _frozen(parameter)
+        state.weights[name] = full_precision(parameter).cpu().clone()
     states = [engine.basic_optimizer.state.get(flat, {}) for flat in flats]
-    for kind in _moments(flats[0], states[0]):
+    for kind, value in states[0].items():
+        if not isinstance(value, Tensor) or not value.numel() == flats[0].numel() > 1:  # a counter
+            continue
         with _in_place_of_weights(flats):
             for flat, of_flat in zip(flats, states, strict=True):
                 flat.data.copy_(of_flat[kind])
-            state.moments[kind] = {n: _read(p) for n, p in model.named_parameters() if p.requires_grad}
+            trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            state.moments[kind] = {name: full_precision(p).cpu().clone() for name, p in trained}
     for key, value in [*states[0].items(), *engine.basic_optimizer.param_groups[0].items()]:
         if key == "step" and value is not None:  # some optimisers count in their groups
             state.numbers[key] = float(value)
@@ -85,14 +88,6 @@ def _saved_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     ]
 
 
-def _moments(flat: Tensor, of_flat: dict[str, Any]) -> list[str]:
-    return [
-        kind
-        for kind, value in of_flat.items()
-        if isinstance(value, Tensor) and value.numel() == flat.numel() > 1
-    ]
-
-
 @contextmanager
 def _in_place_of_weights(flats: list[Tensor]) -> Iterator[None]:
     """Keeps the master weights aside while their partitions hold something else."""
@@ -110,13 +105,12 @@ def _write_all(model: nn.Module, values: dict[str, Tensor]) -> None:
             private.write_master_weight(parameter, values[name].float())
 
 
-def _read(parameter: nn.Parameter) -> Tensor:
+def full_precision(parameter: nn.Parameter) -> Tensor:
+    """The optimiser's fp32 weights if it keeps any, gathered where ZeRO spreads them over replicas."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    full: Tensor = safe_get_full_fp32_param(parameter)
-    return full.detach().cpu().clone()
-
-
-def _frozen(parameter: nn.Parameter) -> Tensor:
-    with private.whole(parameter) as full:
-        return full.detach().float().cpu().clone()
+    full: Tensor | None = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+    if full is not None:
+        return full.detach()
+    with private.whole(parameter) as data:
+        return data.detach().to(torch.float32, copy=True)

@@ -13,7 +13,7 @@ import torch._dynamo.config as dynamo_config
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from d2ft_hpc.execution.copies import leave_out_of_copies
+from d2ft_hpc.execution.copies import set_outside_copies
 from d2ft_hpc.families.family import BlockFamily
 
 
@@ -62,8 +62,7 @@ def compile_outside_blocks(
             x = block(x, **family.arguments(beside, index))
         return above(model, x)
 
-    model.forward = MethodType(forward, model)
-    leave_out_of_copies(model, ["forward"])
+    set_outside_copies(model, {"forward": MethodType(forward, model)})
 
 
 def _is_hooked(model: nn.Module, family: BlockFamily) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from types import MethodType
 from typing import Any
 
@@ -12,14 +12,14 @@ _GETSTATE = "__getstate__"
 _LEFT_OUT = "_d2ft_left_out"
 
 
-def leave_out_of_copies(module: nn.Module, names: Iterable[str]) -> None:
-    """Makes `copy.copy`, `copy.deepcopy` and pickle (`torch.save`) leave out these attributes of the instance.
+def set_outside_copies(module: nn.Module, own: Mapping[str, Any]) -> None:
+    """Sets attributes of the instance, which `copy.copy`, `copy.deepcopy` and pickle (`torch.save`) leave out.
 
     An average of weights (EMA, SWA), or a module saved whole, is then a plain one that needs nothing of ours.
     """
-
+    vars(module).update(own)
     left_out = vars(module).setdefault(_LEFT_OUT, {_GETSTATE, _LEFT_OUT})
-    left_out.update(names)
+    left_out.update(own)
 
     def state(module: nn.Module) -> dict[str, Any]:
         return {name: value for name, value in vars(module).items() if name not in left_out}

@@ -20,7 +20,7 @@ from d2ft_hpc.execution.block import BlockHeads
 from d2ft_hpc.execution.block_graphs import BlockGraphs, GradientPlace
 from d2ft_hpc.execution.block_runner import BlockRunner
 from d2ft_hpc.execution.compilation import allow_kernels_of
-from d2ft_hpc.execution.copies import leave_out_of_copies
+from d2ft_hpc.execution.copies import set_outside_copies
 from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.execution.gradients import (
     Owners,
@@ -362,12 +362,8 @@ class PlanExecutor:
         Copies and pickles of the block are dense and follow nothing.
         """
         self.blocks[index] = block
-        own: dict[str, Any] = {
-            "_d2ft": BlockLink(self, index),
-            "forward": MethodType(_planned_forward, block),
-        }
-        vars(block).update(own)
-        leave_out_of_copies(block, own)
+        forward = MethodType(_planned_forward, block)
+        set_outside_copies(block, {"_d2ft": BlockLink(self, index), "forward": forward})
 
     @property
     def _device(self) -> torch.device:

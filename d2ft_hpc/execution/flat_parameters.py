@@ -13,7 +13,7 @@ and `split` and `join` translate whatever is named by parameter.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
@@ -145,12 +145,16 @@ class FlatParameters:
         """
         paths = {id(module): path for path, module in model.named_modules()}
         self._of_block: dict[int, list[_Flat]] = {index: [] for index in blocks}
-        self._is_unflattened = False
+        self.is_unflattened = False
         self._orders = [(module, list(module._parameters)) for module in model.modules()]
         block_of = {
             id(parameter): index for index, block in blocks.items() for parameter in block.parameters()
         }
-        shared = _shared(model) | _repeated(groups)
+        of_modules = (  # a module may be held twice, too
+            module._parameters.values() for _, module in model.named_modules(remove_duplicate=False)
+        )
+        # Engines refuse by name what is twice in groups.
+        shared = _repeated(of_modules) | _repeated(group["params"] for group in groups)
 
         def key(parameter: nn.Parameter) -> tuple[int, torch.dtype] | None:
             index = block_of.get(id(parameter))
@@ -206,7 +210,7 @@ class FlatParameters:
     @contextmanager
     def placed(self, index: int) -> Iterator[None]:
         """Inside, the modules of block `index` find views of what the block holds now as their parameters."""
-        flats = [] if self._is_unflattened else self._of_block[index]
+        flats = [] if self.is_unflattened else self._of_block[index]
         if not torch.is_grad_enabled():  # hidden parts have the values, or others that a script evaluates
             flats = [flat for flat in flats if not flat.is_hidden]
         owners = [owner for flat in flats for owner in flat.owners]
@@ -220,15 +224,11 @@ class FlatParameters:
         others = [(kept, name) for kept, name in owners if (id(kept), name) not in parts]
         return [*(flat.owner for flat in hidden), *others]
 
-    @property
-    def is_unflattened(self) -> bool:
-        return self._is_unflattened
-
     @contextmanager
     def unflattened(self) -> Iterator[None]:
         """Inside, the model has the parameters that it had before, in the memory of the flat ones, and not these, and
         runs on them. Only where an engine leaves them whole."""
-        if self._is_unflattened:
+        if self.is_unflattened:
             yield
             return
         placed = {flat: flat.parameter for flat in self._all() if not flat.is_hidden}
@@ -237,11 +237,11 @@ class FlatParameters:
             flat.give_places_back(
                 [nn.Parameter(view, parameter.requires_grad) for view in flat.views(parameter.detach())]
             )
-        self._is_unflattened = True
+        self.is_unflattened = True
         try:
             yield
         finally:
-            self._is_unflattened = False
+            self.is_unflattened = False
             for flat, parameter in placed.items():
                 flat.block.register_parameter(flat.name, parameter)
                 flat.take_places()
@@ -313,17 +313,7 @@ class FlatParameters:
         return [flat for flats in self._of_block.values() for flat in flats]
 
 
-def _shared(model: nn.Module) -> set[int]:
-    """Identities of parameters that several modules hold."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for _, module in model.named_modules(remove_duplicate=False):  # a module may be held twice, too
-        for parameter in module._parameters.values():
-            (shared if id(parameter) in seen else seen).add(id(parameter))
-    return shared
-
-
-def _repeated(groups: Sequence[dict[str, Any]]) -> set[int]:
-    """Identities of parameters that are there more than once, which engines refuse by name."""
-    counts = Counter(id(parameter) for group in groups for parameter in group["params"])
+def _repeated(groups: Iterable[Iterable[object]]) -> set[int]:
+    """Identities of what is there more than once."""
+    counts = Counter(id(each) for group in groups for each in group)
     return {identity for identity, count in counts.items() if count > 1}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.execution.copies import leave_out_of_copies
+from d2ft_hpc.execution.copies import set_outside_copies
 from d2ft_hpc.families.family import BlockFamily
 from d2ft_hpc.planning.plan import Grid, SkipPlan
 
@@ -63,8 +63,7 @@ class ImageScaling:
         }
         if hasattr(type(embedding), "dynamic_feat_size"):  # not peft's wrapper
             own["dynamic_feat_size"] = MethodType(_scaled_grid, embedding)
-        vars(embedding).update(own)
-        leave_out_of_copies(embedding, own)
+        set_outside_copies(embedding, own)
 
     def take_any_size(self, plan: SkipPlan) -> None:
         """For a plan with grids. Raises PlanError where the blocks cannot be run on images of other sizes."""

@@ -32,7 +32,7 @@ def take_parts(block: nn.Module, heads: BlockHeads, head_axes: HeadAxes, device_
     def taken(parts: Sequence[Tensor]) -> HeadAxes:
         of_parameter = dict(zip(distinct, parts, strict=True))
         return {
-            name: TakenHeads.of_part(head_axes[name], of_parameter[id(parameter)])
+            name: TakenHeads(**vars(head_axes[name]), part=of_parameter[id(parameter)])
             for name, parameter in named.items()
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,6 +97,15 @@ class BlockFamily(ABC):
     blocks_path: str
     """Where the blocks are, one after the other."""
 
+    names_below: tuple[str, ...]
+    """First parts of the names of parameters below all blocks."""
+
+    names_sized: tuple[str, ...] = ()
+    """Names of a model's modules that know for which size of images it was made."""
+
+    attention: str
+    """Name of a block's attention."""
+
     refuses_parts: str | None = None
     """The reason why ranks cannot hold parts of a model; None if they can."""
 
@@ -151,34 +161,34 @@ class BlockFamily(ABC):
 
     # ---- what lies around the blocks
 
-    @abstractmethod
     def is_below(self, name: str) -> bool:
         """Whether a parameter of this name, outside the blocks, lies below all of them; else above."""
+        return name.split(".")[0] in self.names_below
 
     def goes_beside(self, name: str) -> bool:
         """Whether a parameter of this name, below the blocks, gets gradients from each block that runs, and not only
         through x."""
         return False
 
-    @abstractmethod
     def below(self, model: Any, images: Tensor) -> tuple[Tensor, Any]:
         """The input of the first block, and what `arguments` turns into the other arguments of blocks."""
+        raise NotImplementedError
 
     def arguments(self, beside: Any, index: int) -> Mapping[str, Any]:
         """The arguments of block `index` beside x, by keyword. beside: from `below`."""
         return {}
 
-    @abstractmethod
     def above(self, model: Any, x: Tensor) -> Tensor:
         """Logits, of what the last block gives."""
+        raise NotImplementedError
 
-    @abstractmethod
     def tokens(self, model: Any, height: int, width: int) -> int:
         """Tokens between the blocks of an image of this size in pixels."""
+        raise NotImplementedError
 
-    @abstractmethod
     def tokens_between(self, model: Any) -> int | None:
         """Tokens of every sample between the blocks; None if their number varies."""
+        return None
 
     @abstractmethod
     def width(self, model: Any) -> int:
@@ -198,13 +208,19 @@ class BlockFamily(ABC):
     def takes_other_sizes(self, model: Any) -> bool:
         """Whether the model itself takes images of other sizes."""
 
-    @abstractmethod
     def patch_size(self, model: Any) -> tuple[int, int]:
         """Height and width of the pixels that become one token."""
+        raise NotImplementedError
 
-    @abstractmethod
     def of_any_size(self, model: Any) -> Any:
         """The same model, or part of one, its modules and parameters shared, that takes images of any size."""
+        twin = copy.copy(model)
+        twin._modules = dict(model._modules)
+        for name in self.names_sized:
+            if name in twin._modules:  # parts of a model may lack it
+                twin._modules[name] = copy.copy(model._modules[name])
+        self.take_any_size(twin)
+        return twin
 
     @abstractmethod
     def take_any_size(self, model: Any) -> None:
@@ -219,10 +235,24 @@ class BlockFamily(ABC):
     def embedding(self, model: Any) -> nn.Module | None:
         """The module that gets a model's images, first or as `pixel_values`; None where there is none."""
 
-    @abstractmethod
-    def taking_any_size(self, model: Any) -> AbstractContextManager[None]:
+    @contextmanager
+    def taking_any_size(self, model: Any) -> Iterator[None]:
         """Inside, the model itself takes images of any size, as `of_any_size` makes it; for models whose hooks belong
         to them, such as FSDP2's."""
+        sized = [each for name in self.names_sized if (each := model._modules.get(name)) is not None]
+        modules = [model, *(module for each in sized for module in each.modules())]
+        before = [(vars(module), dict(vars(module))) for module in modules]
+        self.take_any_size(model)
+        changed = [
+            (own, was, name) for own, was in before for name in own if own[name] is not was.get(name, before)
+        ]
+        try:
+            yield
+        finally:
+            for own, was, name in changed:
+                del own[name]
+                if name in was:
+                    own[name] = was[name]
 
     @abstractmethod
     def recomputes(self, model: Any) -> bool:
@@ -286,10 +316,11 @@ class BlockFamily(ABC):
     def head_axes(self, block: Any) -> dict[str, HeadAxis]:
         """How each parameter that heads own splits by head, by its name in the block; LoRA's included."""
 
-    @abstractmethod
     def used_by_head(self, name: str) -> bool:
         """Whether each head by itself computes with the parameter of this name in the block, though no head owns
         it."""
+        part, _, path = name.rpartition(".")[0].partition(".")
+        return part in (self.attention, "mlp") and ("norm" in path or "lora_" in path)
 
     @abstractmethod
     def branches(
@@ -303,24 +334,23 @@ class BlockFamily(ABC):
     @abstractmethod
     def drops(self, block: Any) -> Drops: ...
 
-    @abstractmethod
     def set_heads(self, block: Any, heads: int) -> None:
         """Tells the modules of a block that was cut how many heads are left."""
+        raise NotImplementedError
 
-    @abstractmethod
     def kernel_parts(self, block: Any) -> KernelParts | None:
         """The block's parts for our kernels; None if these cannot run it in training."""
+        return None
 
 
 class AnySize(BlockFamily):
     """Families whose models take images of any size as they are, or take no images."""
+
+    def takes_other_sizes(self, model: Any) -> bool:
+        return True
 
     def of_any_size(self, model: Any) -> Any:
         return model
 
     def take_any_size(self, model: Any) -> None:
         return
-
-    @contextmanager
-    def taking_any_size(self, model: Any) -> Iterator[None]:
-        yield

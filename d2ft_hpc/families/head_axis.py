@@ -148,10 +148,6 @@ class TakenHeads(HeadAxis):
 
     part: Tensor | None = None
 
-    @staticmethod
-    def of_part(axis: HeadAxis, part: Tensor) -> TakenHeads:
-        return TakenHeads(axis.view_shape, axis.axis, axis.splits_rows, axis.units, part)
-
     def select(self, parameter: Tensor, heads: Tensor) -> Tensor:
         assert self.part is not None
         return self.part

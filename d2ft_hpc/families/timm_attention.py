@@ -156,12 +156,6 @@ def positions_by_head(attn: Any, of_model: Tensor | None) -> Tensor | None:
     return bias if of_model is None else bias + of_model
 
 
-def require_one_mask(attn_mask: Tensor | None) -> None:
-    """Raises ValueError for an attention mask that is not the same for all heads."""
-    if attn_mask is not None and attn_mask.dim() > 3 and attn_mask.shape[1] > 1:
-        raise ValueError("an attention mask that differs between heads is not supported under a plan")
-
-
 def _softmax(
     attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
 ) -> Tensor:
@@ -224,5 +218,7 @@ def _rotated(attn: Any, x: Tensor, rope: Tensor, heads: Tensor) -> Tensor:
     return torch.cat([x[:, :, :prefix], turned], dim=2)
 
 
-def has_norm_across(attn: Any) -> bool:
-    return not is_identity(getattr(attn, "norm", None))
+def norm_across(attn: Any) -> Any:
+    """The norm over the channels of all heads; None if there is none."""
+    norm = getattr(attn, "norm", None)
+    return None if is_identity(norm) else norm

@@ -22,7 +22,7 @@ from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.families.head_linear import out_of_heads
 from d2ft_hpc.families.head_norm import normalise_heads
 from d2ft_hpc.families.low_rank import unfit_layers
-from d2ft_hpc.families.timm_attention import Positions, has_own_bias, positions_by_head, require_one_mask
+from d2ft_hpc.families.timm_attention import Positions, has_own_bias, positions_by_head
 from d2ft_hpc.families.timm_models import TimmFamily, class_of_timm
 
 DeepseekVitBlock = class_of_timm("models.deepseek_vit", "DeepseekVitBlock")
@@ -43,13 +43,11 @@ class TimmBlocks(TimmFamily):
         attn, mlp = block.attn, block.mlp
         if reasons := timm_attention.misfits(attn) + timm_mlp.misfits(mlp):
             return reasons
-        for name, part, is_across in (
-            ("attn.norm", attn, timm_attention.has_norm_across(attn)),
-            ("mlp.norm", mlp, timm_mlp.has_norm_across(mlp)),
-        ):
-            if is_across and not (isinstance(part.norm, nn.LayerNorm) and part.norm.bias is not None):
+        across = {"attn.norm": timm_attention.norm_across(attn), "mlp.norm": timm_mlp.norm_across(mlp)}
+        for name, norm in across.items():
+            if norm is not None and not (isinstance(norm, nn.LayerNorm) and norm.bias is not None):
                 reasons.append(
-                    f"normalises across heads by {name} of class {type(part.norm).__name__}, not LayerNorm"
+                    f"normalises across heads by {name} of class {type(norm).__name__}, not LayerNorm"
                 )
         return reasons + unfit_layers(block, self.layers(block))
 
@@ -92,9 +90,7 @@ class TimmBlocks(TimmFamily):
                 partial(out_of_heads, attn.proj, "attn.proj", axes),
                 attn.proj.bias,
                 lambda branch: block.drop_path1(after[0](attn.proj_drop(branch))),
-                _across(attn.norm, axes["attn.proj.weight"])
-                if timm_attention.has_norm_across(attn)
-                else None,
+                _across(timm_attention.norm_across(attn), axes["attn.proj.weight"]),
             ),
             Branch(
                 lambda x: timm_mlp.normed(mlp, before[1](x)),
@@ -102,14 +98,15 @@ class TimmBlocks(TimmFamily):
                 partial(out_of_heads, last, name, axes),
                 last.bias,
                 lambda branch: block.drop_path2(after[1](timm_mlp.drops(mlp)[1](branch))),
-                _across(mlp.norm, axes[f"{name}.weight"]) if timm_mlp.has_norm_across(mlp) else None,
+                _across(timm_mlp.norm_across(mlp), axes[f"{name}.weight"]),
             ),
         )
 
     def _positions(self, attn: Any, *args: Any, **kwargs: Any) -> Positions:
-        """With what the attention itself adds by head."""
+        """With what the attention itself adds by head. Raises ValueError for a mask that differs between heads."""
         given = self.positions(*args, **kwargs)
-        require_one_mask(given.mask)
+        if given.mask is not None and given.mask.dim() > 3 and given.mask.shape[1] > 1:
+            raise ValueError("an attention mask that differs between heads is not supported under a plan")
         return given._replace(by_head=positions_by_head(attn, given.by_head))
 
     def drops(self, block: Any) -> Drops:
@@ -136,14 +133,12 @@ class TimmBlocks(TimmFamily):
                 isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
                 for norm in norms
             )
-            and not timm_attention.has_norm_across(attn)
-            and not timm_mlp.has_norm_across(mlp)
+            and timm_attention.norm_across(attn) is timm_mlp.norm_across(mlp) is None
             and all(
                 type(getattr(block, name, None)) in (nn.Identity, LayerScale, NoneType)
                 for name in ("ls1", "ls2")
             )
-            and getattr(attn, "rel_pos", None)
-            is None  # drop-outs may draw random numbers, once for all heads
+            and getattr(attn, "rel_pos", None) is None  # it may draw random numbers, once for all heads
             and type(mlp.act) is nn.GELU
             and mlp.act.approximate == "none"
             and all(
@@ -168,11 +163,29 @@ class TimmBlocks(TimmFamily):
         )
 
 
+class TimmRotary(TimmBlocks):
+    """Models that give each block rotary positions. `below` gives them, and whether each block has its own."""
+
+    def goes_beside(self, name: str) -> bool:
+        return name.startswith("rope.")
+
+    def arguments(self, beside: Any, index: int) -> Mapping[str, Any]:
+        rope, is_by_depth = beside
+        return {} if rope is None else {"rope": rope[index] if is_by_depth else rope}
+
+    def positions(
+        self, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Positions:
+        return Positions(rope, attn_mask, is_causal)
+
+
 _OnTokens = Callable[[Tensor], Tensor]
 
 
-def _across(norm: nn.LayerNorm, of_out: HeadAxis) -> Callable[..., list[Tensor]]:
+def _across(norm: nn.LayerNorm | None, of_out: HeadAxis) -> Callable[..., list[Tensor]] | None:
     """A norm between the heads and the layer that leads out of them, whose columns are the norm's channels."""
+    if norm is None:
+        return None
     units = of_out.parameter_shape[1]
     return partial(normalise_heads, norm, HeadAxis.of_units((), of_out.heads, units, splits_rows=True))
 

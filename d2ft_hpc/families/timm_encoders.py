@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from d2ft_hpc.families.family import AnySize
-from d2ft_hpc.families.timm_attention import Positions
-from d2ft_hpc.families.timm_blocks import TimmBlocks
+from d2ft_hpc.families.timm_blocks import TimmRotary
 from d2ft_hpc.families.timm_models import class_of_timm, patches
 
 _KINDS = tuple(
@@ -22,7 +20,7 @@ _KINDS = tuple(
 )
 
 
-class TimmEncoder(AnySize, TimmBlocks):
+class TimmEncoder(AnySize, TimmRotary):
     """Not composed of `below` and `above`: joining neighbouring tokens after the blocks needs the grid, which the
     blocks' result does not tell."""
 
@@ -35,18 +33,8 @@ class TimmEncoder(AnySize, TimmBlocks):
         return isinstance(model, _KINDS)
 
     def below(self, model: Any, images: Tensor) -> tuple[Tensor, Any]:
-        return model._pos_embed(patches(model.patch_embed, images))  # type: ignore[no-any-return]
-
-    def above(self, model: Any, x: Tensor) -> Tensor:
-        raise NotImplementedError(self.refuses_parts)
-
-    def arguments(self, beside: Any, index: int) -> Mapping[str, Any]:
-        return {"rope": beside}
-
-    def positions(
-        self, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Positions:
-        return Positions(rope, attn_mask, is_causal)
+        x, rope = model._pos_embed(patches(model.patch_embed, images))
+        return x, (rope, False)
 
     def tokens_between(self, model: Any) -> int | None:
         return None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,16 +12,16 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from d2ft_hpc.errors import ConfigError
-from d2ft_hpc.families.timm_attention import Positions
-from d2ft_hpc.families.timm_blocks import TimmBlocks
+from d2ft_hpc.families.timm_blocks import TimmRotary
 from d2ft_hpc.families.timm_models import patches
 
 
-class TimmEva(TimmBlocks):
+class TimmEva(TimmRotary):
     """A subnet is a group of query heads with its key and value head, and its slice of the (gated) MLP."""
 
     supported = "timm's Eva (EVA-02, DINOv3, PE and rotary ViTs)"
     names_below = ("patch_embed", "pos_embed", "cls_token", "reg_token", "rope", "norm_pre")
+    names_sized = ("patch_embed", "rope")
     refuses_parts = "timm's Eva gives each block rotary positions, which parts of it would not get"
 
     def has(self, model: nn.Module) -> bool:
@@ -32,25 +31,6 @@ class TimmEva(TimmBlocks):
         x, rope = model._pos_embed(patches(model.patch_embed, images))
         is_by_depth = rope is not None and getattr(model, "rope_mixed", False)
         return model.norm_pre(x), (rope, is_by_depth)
-
-    def goes_beside(self, name: str) -> bool:
-        return name.startswith("rope.")
-
-    def arguments(self, beside: Any, index: int) -> Mapping[str, Any]:
-        rope, is_by_depth = beside
-        return {"rope": rope[index] if is_by_depth else rope}
-
-    def positions(
-        self, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Positions:
-        return Positions(rope, attn_mask, is_causal)
-
-    def of_any_size(self, model: Any) -> Any:
-        twin = super().of_any_size(model)
-        if twin.rope is not None:
-            twin.rope = copy.copy(model.rope)
-            _take_any_shape(twin.rope)
-        return twin
 
     def take_any_size(self, model: Any) -> None:
         super().take_any_size(model)
@@ -64,16 +44,6 @@ class TimmEva(TimmBlocks):
             )
         if isinstance(model.rope, RotaryEmbeddingDinoV3) and "get_embed" not in vars(model.rope):
             vars(model.rope)["get_embed"] = _AnyShape(model.rope)
-
-    @contextmanager
-    def taking_any_size(self, model: Any) -> Iterator[None]:
-        had = model.rope is None or "get_embed" in vars(model.rope)
-        with super().taking_any_size(model):
-            try:
-                yield
-            finally:
-                if not had:
-                    vars(model.rope).pop("get_embed", None)
 
 
 def _take_any_shape(rope: Any) -> None:

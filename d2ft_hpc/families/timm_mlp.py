@@ -60,8 +60,9 @@ def normed(mlp: Any, x: Tensor) -> Tensor:
     return mlp.norm(x) if type(mlp) is GeGluMlp else x
 
 
-def has_norm_across(mlp: Any) -> bool:
-    return type(mlp) is not GeGluMlp and not is_identity(mlp.norm)
+def norm_across(mlp: Any) -> Any:
+    """The norm over the channels of all heads; None if there is none."""
+    return None if type(mlp) is GeGluMlp or is_identity(mlp.norm) else mlp.norm
 
 
 def activate(mlp: Any, axes: Mapping[str, HeadAxis], x: Tensor, heads: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -24,12 +23,8 @@ _EMBEDS_ANY_SIZE = {"strict_img_size": False, "flatten": False, "output_fmt": Fo
 
 class TimmFamily(BlockFamily):
     blocks_path = "blocks"
-
-    names_below: tuple[str, ...]
-    """First parts of the names of parameters below all blocks."""
-
-    def is_below(self, name: str) -> bool:
-        return name.split(".")[0] in self.names_below
+    names_sized: tuple[str, ...] = ("patch_embed",)
+    attention = "attn"
 
     def above(self, model: Any, x: Tensor) -> Tensor:
         logits: Tensor = model.forward_head(model.norm(x))
@@ -68,36 +63,15 @@ class TimmFamily(BlockFamily):
         embed: nn.Module | None = model._modules.get("patch_embed")
         return embed
 
-    def of_any_size(self, model: Any) -> Any:
-        """What timm builds for dynamic_img_size=True, made from a model that was not built so: position embeddings are
-        resampled."""
-        twin = copy.copy(model)
-        twin._modules = dict(model._modules)
-        if "patch_embed" in twin._modules:  # only the first part of a model has it
-            twin.patch_embed = copy.copy(model.patch_embed)
-            vars(twin.patch_embed).update(_EMBEDS_ANY_SIZE)
-        twin.dynamic_img_size = True
-        return twin
-
     def take_any_size(self, model: Any) -> None:
+        """Makes it what timm builds for dynamic_img_size=True: position embeddings are resampled."""
         vars(model)["dynamic_img_size"] = True
-        for embed in _embeddings(model):
-            vars(embed).update(_EMBEDS_ANY_SIZE)
-
-    @contextmanager
-    def taking_any_size(self, model: Any) -> Iterator[None]:
-        names = {model: ["dynamic_img_size"]} | {
-            embed: list(_EMBEDS_ANY_SIZE) for embed in _embeddings(model)
-        }
-        before = {
-            module: {name: getattr(module, name) for name in changed} for module, changed in names.items()
-        }
-        try:
-            self.take_any_size(model)
-            yield
-        finally:
-            for module, values in before.items():
-                vars(module).update(values)
+        embedding = model._modules.get("patch_embed")  # only the first part of a model has it
+        for module in (
+            [] if embedding is None else embedding.modules()
+        ):  # peft's wrapper has copies of timm's inside
+            if "strict_img_size" in vars(module):
+                vars(module).update(_EMBEDS_ANY_SIZE)
 
     def recomputes(self, model: Any) -> bool:
         return bool(model.grad_checkpointing)
@@ -128,15 +102,6 @@ class TimmFamily(BlockFamily):
     @abstractmethod
     def own_axes(self, block: Any) -> dict[str, HeadAxis]:
         """`head_axes` without LoRA; may include parameters that the block lacks."""
-
-    def used_by_head(self, name: str) -> bool:
-        part, _, path = name.rpartition(".")[0].partition(".")
-        return part in ("attn", "mlp") and ("norm" in path or "lora_" in path)
-
-
-def _embeddings(model: Any) -> list[nn.Module]:
-    """timm's module that embeds images, or the copies of it in peft's wrapper (modules_to_save)."""
-    return [module for module in model.patch_embed.modules() if "strict_img_size" in vars(module)]
 
 
 def class_of_timm(module: str, name: str) -> Any:

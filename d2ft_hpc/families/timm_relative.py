@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,16 +49,8 @@ class TimmRelative(TimmBlocks):
     ) -> Positions:
         return Positions(by_head=shared_rel_pos if shared_rel_pos_bias is None else shared_rel_pos_bias)
 
-    def of_any_size(self, model: Any) -> Any:
+    def take_any_size(self, model: Any) -> None:
         raise UnsupportedModelError(
             f"this {type(model).__name__} has relative positions for one image size only: use a planner that leaves "
             f"images as they are, such as joint"
         )
-
-    def take_any_size(self, model: Any) -> None:
-        self.of_any_size(model)
-
-    @contextmanager
-    def taking_any_size(self, model: Any) -> Iterator[None]:
-        self.of_any_size(model)
-        yield

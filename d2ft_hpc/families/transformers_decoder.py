@@ -57,17 +57,8 @@ class TransformersDecoder(AnySize, TransformersFamily):
 
     # ---- images, which it has none of
 
-    def tokens(self, model: Any, height: int, width: int) -> int:
-        raise NotImplementedError
-
     def image_shape(self, model: Any) -> tuple[int, int, int] | None:
         return None
-
-    def takes_other_sizes(self, model: Any) -> bool:
-        return True
-
-    def patch_size(self, model: Any) -> tuple[int, int]:
-        raise NotImplementedError
 
     def embedding(self, model: Any) -> nn.Module | None:
         return None

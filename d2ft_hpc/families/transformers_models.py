@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from d2ft_hpc.errors import PlanError, UnsupportedModelError
-from d2ft_hpc.families.family import BlockFamily, Branch, Drops, KernelParts
+from d2ft_hpc.families.family import BlockFamily, Branch, Drops
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.families.head_linear import into_heads, out_of_heads
 from d2ft_hpc.families.low_rank import axes_of, unfit_layers
@@ -31,11 +31,8 @@ class TransformersFamily(BlockFamily):
 
     classes: tuple[str, ...]
     """The models' classes, with their modules in transformers.models."""
-    attention: str
-    """Names in a block: its attention, and the norms before attention and MLP."""
     norms: tuple[str, str]
-    names_below: tuple[str, ...]
-    """First parts of the names of parameters below all blocks."""
+    """Names in a block of the norms before attention and MLP."""
     is_composed = False
     refuses_parts = "transformers' models are run whole, parts of them by ranks are not made"
 
@@ -71,15 +68,6 @@ class TransformersFamily(BlockFamily):
             reasons.append(_other_attention(attn))
         return reasons + unfit_layers(block, self.layers(block))
 
-    def is_below(self, name: str) -> bool:
-        return name.split(".")[0] in self.names_below
-
-    def below(self, model: Any, images: Tensor) -> tuple[Tensor, Any]:
-        raise NotImplementedError(self.refuses_parts)
-
-    def above(self, model: Any, x: Tensor) -> Tensor:
-        raise NotImplementedError(self.refuses_parts)
-
     def around(self, model: Any, whole: nn.Module) -> Any:
         """transformers' own model with a head, such as a `...ForImageClassification`."""
         outer = (
@@ -89,34 +77,26 @@ class TransformersFamily(BlockFamily):
         )
         return next(outer, model)
 
-    def tokens_between(self, model: Any) -> int | None:
-        return None
-
     def width(self, model: Any) -> int:
         return int(model.config.hidden_size)
 
     # ---- activation checkpointing, which is each block's own affair
 
     def recomputes(self, model: Any) -> bool:
-        return any(block.gradient_checkpointing for block in self._checkpointing(model))
+        return any(block.gradient_checkpointing for block in self.blocks(model))
 
     not_reentrant = 'call model.activation_checkpointing_enable({"use_reentrant": False})'
 
     def recomputes_reentrantly(self, model: Any) -> bool:
-        def is_reentrant(block: Any) -> bool:
-            of_block = block._gradient_checkpointing_func
-            return bool(getattr(of_block, "keywords", {}).get("use_reentrant", False))
-
-        return any(
-            is_reentrant(block) for block in self._checkpointing(model) if block.gradient_checkpointing
-        )
+        functions = (b._gradient_checkpointing_func for b in self.blocks(model) if b.gradient_checkpointing)
+        return any(getattr(each, "keywords", {}).get("use_reentrant", False) for each in functions)
 
     def recompute(self, model: Any) -> None:
         model.activation_checkpointing_enable({"use_reentrant": False})
 
     @contextmanager
     def not_recomputing(self, model: Any) -> Iterator[None]:
-        recomputing = [block for block in self._checkpointing(model) if block.gradient_checkpointing]
+        recomputing: list[Any] = [block for block in self.blocks(model) if block.gradient_checkpointing]
         for block in recomputing:
             block.gradient_checkpointing = False
         try:
@@ -124,9 +104,6 @@ class TransformersFamily(BlockFamily):
         finally:
             for block in recomputing:
                 block.gradient_checkpointing = True
-
-    def _checkpointing(self, model: Any) -> Sequence[Any]:
-        return self.blocks(model)
 
     def run(self, block: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if block.gradient_checkpointing and torch.is_grad_enabled():
@@ -165,10 +142,6 @@ class TransformersFamily(BlockFamily):
             before = (layer.out_features,)
             own[f"{name}.weight"] = HeadAxis.of_units(before, heads, layer.in_features, splits_rows=False)
         return axes_of(block, own, layers)
-
-    def used_by_head(self, name: str) -> bool:
-        part, _, path = name.rpartition(".")[0].partition(".")
-        return part in (self.attention, "mlp") and ("norm" in path or "lora_" in path)
 
     def branches(
         self,
@@ -241,12 +214,6 @@ class TransformersFamily(BlockFamily):
 
     def drops(self, block: Any) -> Drops:
         return Drops({}, (), ())
-
-    def set_heads(self, block: Any, heads: int) -> None:
-        raise NotImplementedError(self.refuses_parts)
-
-    def kernel_parts(self, block: Any) -> KernelParts | None:
-        return None
 
 
 _CACHES = ("cache", "past_key_values")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -18,6 +16,7 @@ from d2ft_hpc.families.transformers_models import TransformersFamily
 class TransformersVision(TransformersFamily):
     """The model itself resamples positions for images of other sizes."""
 
+    names_sized = ("embeddings",)
     prefix_tokens = 1
     """Number of an image's tokens beside its patches and registers."""
     interpolates_on_demand = True
@@ -41,13 +40,6 @@ class TransformersVision(TransformersFamily):
         embeds: nn.Module = model  # the whole model, since rotary positions also depend on the images
         return embeds
 
-    def of_any_size(self, model: Any) -> Any:
-        twin = copy.copy(model)
-        twin._modules = dict(model._modules)
-        twin.embeddings = copy.copy(model.embeddings)
-        self.take_any_size(twin)
-        return twin
-
     def take_any_size(self, model: Any) -> None:
         down, across = _pair(model.config.image_size)
         if down != across and hasattr(model.embeddings, "interpolate_pos_encoding"):
@@ -57,18 +49,6 @@ class TransformersVision(TransformersFamily):
             )
         if self.interpolates_on_demand:
             vars(model.embeddings)["forward"] = partial(_interpolating, model.embeddings)
-
-    @contextmanager
-    def taking_any_size(self, model: Any) -> Iterator[None]:
-        of_instance = vars(model.embeddings)
-        before = of_instance.get("forward")
-        self.take_any_size(model)
-        try:
-            yield
-        finally:
-            of_instance.pop("forward", None)
-            if before is not None:
-                of_instance["forward"] = before
 
 
 def _interpolating(embeddings: Any, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -60,12 +60,7 @@ def add_lora(
                     f"model.lora.rank={rank}: {name} is {layer.in_features} x {layer.out_features}, whose rank is at "
                     f"most {most}; use less, such as 8"
                 )
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=target,
-    )
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target)
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     subnets = SubnetMap.of(model)
     for name, parameter in model.named_parameters():
@@ -86,11 +81,6 @@ def timm_state(model: nn.Module) -> dict[str, Tensor]:
             with torch.no_grad():
                 state[f"{name}.weight"] = weight + layer.get_delta_weight(ADAPTER).to(weight)
     return state
-
-
-def unwrapped(model: Any) -> Any:
-    """The model itself, or the one inside peft's `get_peft_model`."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def save_adapter(model: Any, folder: Path) -> None:

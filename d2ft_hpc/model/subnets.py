@@ -65,10 +65,8 @@ class SubnetMap:
                     for reason, indices in misfits.items()
                 ],
             )
-        heads, axes = (
-            [family.num_heads(block) for block in blocks],
-            [family.head_axes(block) for block in blocks],
-        )
+        heads = [family.num_heads(block) for block in blocks]
+        axes = [family.head_axes(block) for block in blocks]
         # LoRA may be on some blocks only, but is the same on all of these.
         head_axes = {name: axis for of_block in axes for name, axis in of_block.items()}
         differing = [

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.execution.executor import PlanExecutor
-from d2ft_hpc.execution.gradients import stand_ins
+from d2ft_hpc.execution.gradients import Owners, stand_ins
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.parallel.head_split import even_owner, heads_of, join, replace_parameter
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor, share_blocks
@@ -28,7 +27,7 @@ class DTensorExecutor(TensorParallelExecutor):
     """Runs blocks whose parameters are DTensors, each rank with its local parts; made by `split_heads`."""
 
     def run(self, block: nn.Module, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        cut: list[tuple[dict[str, Any], str]] = [
+        cut: Owners = [
             (module._parameters, name)
             for module in block.modules()
             for name, parameter in module._parameters.items()
@@ -36,11 +35,6 @@ class DTensorExecutor(TensorParallelExecutor):
         ]
         with stand_ins(cut, [kept[name].to_local() for kept, name in cut]):
             return super().run(block, index, x, *args, **kwargs)
-
-    @property
-    def owner(self) -> Ints:
-        """int64 [block, head], the place in the mesh of each of timm's heads."""
-        return self._owner
 
     def to_timm(self, name: str, joined: Tensor) -> Tensor:
         """The parameter of that name in the model (or its moment), from the DTensor's full tensor."""
@@ -65,23 +59,7 @@ class DTensorExecutor(TensorParallelExecutor):
             return None, []
         block, inner = place
         ranks = range(self.messages.group.size())
-        return self.subnets.head_axes.get(inner), [heads_of(self._owner, block, rank) for rank in ranks]
-
-
-class _ByHead(ParallelStyle):
-    """Makes DTensors of the parts of a block that was cut."""
-
-    def __init__(self, head_axes: dict[str, HeadAxis]) -> None:
-        super().__init__()
-        self._head_axes = head_axes
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        for name, part in list(module.named_parameters()):
-            if axis := self._head_axes.get(name):
-                placement = Shard(0 if axis.splits_rows else 1)
-                joined = DTensor.from_local(part.detach(), device_mesh, [placement], run_check=False)
-                replace_parameter(module, name, nn.Parameter(joined, requires_grad=part.requires_grad))
-        return module
+        return self.subnets.head_axes.get(inner), [heads_of(self.owner, block, rank) for rank in ranks]
 
 
 def split_heads(
@@ -106,6 +84,10 @@ def split_heads(
         )
     shared = share_blocks(dict(executor.blocks), executor, owner, mesh.get_group(), None, DTensorExecutor)
     assert isinstance(shared, DTensorExecutor)
-    blocks = f"{executor.subnets.family.blocks_path}.*"
-    parallelize_module(model, mesh, {blocks: _ByHead(executor.subnets.head_axes)})
+    for block in executor.subnets.blocks(model):
+        for name, part in list(block.named_parameters()):
+            if axis := executor.subnets.head_axes.get(name):
+                placement = Shard(0 if axis.splits_rows else 1)
+                joined = DTensor.from_local(part.detach(), mesh, [placement], run_check=False)
+                replace_parameter(block, name, nn.Parameter(joined, requires_grad=part.requires_grad))
     return shared

@@ -101,9 +101,8 @@ class ModelPart(nn.Module):
             with self.executor.micro_batch(slot):
                 return block(x)  # type: ignore[no-any-return]
 
-        with set_checkpoint_early_stop(
-            False
-        ):  # messages are sent again, and all ranks must send equally many
+        # Messages are sent again, and all ranks must send equally many.
+        with set_checkpoint_early_stop(False):
             return checkpoint(run, x, use_reentrant=False)
 
 

@@ -22,6 +22,8 @@ class ShardedTokens(TokenExchange):
     parts: of a micro-batch's samples. The messages of one are under way while the next is computed.
     """
 
+    has_whole_gradients = False
+
     tokens: int
     parts: int = 1
 
@@ -48,10 +50,6 @@ class ShardedTokens(TokenExchange):
             ends.append(_Sent.apply(flow, part, anchor, compute(entered), entered))
         total: Tensor = _End.apply(flow, anchor, *ends)
         return total
-
-    @property
-    def has_whole_gradients(self) -> bool:
-        return False
 
     def gather(self, own: Tensor, receivers: Ranks) -> Callable[[], Tensor | None]:
         """Begins to gather all tokens from all ranks' runs; returns what waits for them and gives them on the

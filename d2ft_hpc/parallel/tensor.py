@@ -12,11 +12,12 @@ input, computes both branches, and sends what they add. This takes half the mess
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,6 @@ from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Owners
 from d2ft_hpc.execution.rows import choose_heads
 from d2ft_hpc.families.family import BlockFamily, Branch, rate_of
-from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.parallel.head_split import check_owner, check_parts, cut_block, heads_of
 from d2ft_hpc.parallel.partial_gradients import PartialGradients, StepSum, whole_gradients
@@ -59,6 +59,9 @@ class SharedHeads(BlockHeads):
         """One rank runs all that runs of the block."""
         return len(self.active_ranks) == 1
 
+    def gradients(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.trains else torch.no_grad()
+
 
 class TensorParallelExecutor(PlanExecutor):
     """The plan of blocks that were cut by head; made by `share_blocks`."""
@@ -77,10 +80,10 @@ class TensorParallelExecutor(PlanExecutor):
         self.images = copy(whole.images)
         self.images.grid = self.grid
         self._steps: dict[int, StepSum] = {}
-        self._unowned: dict[int, list[_Unowned]] = {}
+        self._unowned: dict[int, tuple[Owners, Owners]] = {}
         self.blocks = dict(whole.blocks)
         self.deactivate()
-        self._owner, self._layouts, self.messages = owner, layouts, messages
+        self.owner, self._layouts, self.messages = owner, layouts, messages
         self._axes = [
             {name: axis.of(int(own)) for name, axis in whole.subnets.head_axes.items()}
             for own in (owner == messages.rank).sum(axis=1)
@@ -128,16 +131,23 @@ class TensorParallelExecutor(PlanExecutor):
         assert isinstance(heads, SharedHeads)
         # Outside a plan's steps (`temporarily`), each micro-batch stands for itself.
         step = StepSum() if self.plan is None else self._steps.get(index, StepSum())
-        partial = self._partial(block, index, heads, step)
-        family, axes = self.subnets.family, self._axes[index]
-        return run_shared_block(family, block, x, heads, axes, self.messages, partial)
+        if not heads.active_ranks:
+            return x
+        messages, summed = self.messages, self._partial(block, index, heads, step)
+        with whole_gradients(messages, summed, heads.full_ranks, x) as x:
+            branches = self.subnets.family.branches(block, self._axes[index])
+            if heads.alone:
+                return x + _alone(x, heads, branches, messages)
+            for branch in branches:
+                x = x + _together(x, heads, branch, messages)
+            return x
 
     def _partial(self, block: nn.Module, index: int, heads: SharedHeads, step: StepSum) -> PartialGradients:
         if index not in self._unowned:
             self._unowned[index] = _unowned(self.subnets, block)
-        trained = [each for each in self._unowned[index] if each.kept[each.name].requires_grad]
-        owners: Owners = [(kept, name) for kept, name, by_head in trained if by_head]
-        after_heads: Owners = [(kept, name) for kept, name, by_head in trained if not by_head]
+        owners, after_heads = (
+            [(kept, name) for kept, name in some if kept[name].requires_grad] for some in self._unowned[index]
+        )
         if not self.messages.has_whole_gradients or heads.alone:
             return PartialGradients([*owners, *after_heads], step, self.slot)
         if step.alone:
@@ -145,10 +155,9 @@ class TensorParallelExecutor(PlanExecutor):
         return PartialGradients(owners, step, self.slot)
 
     def _choose(self, operations: np.ndarray) -> tuple[Tensor, list[SharedHeads]]:
-        owned = list(zip(operations, self._owner, strict=True))
+        owned = list(zip(operations, self.owner, strict=True))
         indices, own = choose_heads(
-            [cells[owner == self.messages.rank] for cells, owner in owned],
-            self._device,
+            [cells[owner == self.messages.rank] for cells, owner in owned], self._device
         )
         ranks = (
             tuple(
@@ -199,14 +208,8 @@ def share_blocks(
                 f"a part: do without tensor parallelism"
             )
     rank = distributed.get_rank(group)
-    executor = kind(
-        whole,
-        owner,
-        {
-            layout: _messages(layout, group, rank, tokens)
-            for layout in layouts_of(subnets.family, blocks.values(), tokens)
-        },
-    )
+    layouts = layouts_of(subnets.family, blocks.values(), tokens)
+    executor = kind(whole, owner, {layout: _messages(layout, group, rank, tokens) for layout in layouts})
     for index, block in blocks.items():
         cut_block(block, subnets, heads_of(owner, index, rank))
         executor.link(block, index)
@@ -235,103 +238,37 @@ def _messages(
     return ShardedTokens(group, rank, tokens, parts=2 if layout == "overlapped" else 1)
 
 
-class _Unowned(NamedTuple):
-    """A parameter that no head owns: the dictionary that its module keeps it in, its name there, and whether each
-    head uses it by itself (q/k norms, LoRA's shared halves) instead of what goes into or comes out of all of them."""
-
-    kept: dict[str, Any]
-    name: str
-    by_head: bool
-
-
-def _unowned(subnets: SubnetMap, block: nn.Module) -> list[_Unowned]:
-    return [
-        _Unowned(module._parameters, name, subnets.family.used_by_head(of_block))
-        for path, module in block.named_modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and (of_block := f"{path}.{name}" if path else name) not in subnets.head_axes
-    ]
+def _unowned(subnets: SubnetMap, block: nn.Module) -> tuple[Owners, Owners]:
+    """Parameters that no head owns: those that each head uses by itself (q/k norms, LoRA's shared halves), and those
+    of what goes into or comes out of all of them."""
+    by_head, after_heads = Owners(), Owners()
+    for path, module in block.named_modules():
+        for name, parameter in module._parameters.items():
+            of_block = f"{path}.{name}" if path else name
+            if parameter is not None and of_block not in subnets.head_axes:
+                is_by_head = subnets.family.used_by_head(of_block)
+                (by_head if is_by_head else after_heads).append((module._parameters, name))
+    return by_head, after_heads
 
 
-def run_shared_block(
-    family: BlockFamily,
-    block: nn.Module,
-    x: Tensor,
-    heads: SharedHeads,
-    axes: dict[str, HeadAxis],
-    messages: TokenExchange,
-    partial: PartialGradients,
-) -> Tensor:
-    """One rank's part of a block. x and the result: [sample, token, channel], as `token_exchange` splits them.
-
-    partial: the parameters of whose gradients the rank has a part.
-    """
-    if not heads.active_ranks:
-        return x
-    with whole_gradients(messages, partial, heads.full_ranks, x) as x:
-        branches = [_SharedBranch(heads, branch) for branch in family.branches(block, axes)]
-        if heads.alone:
-            return x + _alone(x, branches, messages)
-        for branch in branches:
-            x = x + _together(x, branch, messages)
-        return x
-
-
-@dataclass(frozen=True)
-class _SharedBranch:
-    """A residual branch of a block; each rank has a part of its sum over heads."""
-
-    heads: SharedHeads
-    of_block: Branch
-
-    @property
-    def ranks(self) -> tuple[Ranks, Ranks]:
-        """The ranks that run the branch, and those that train it."""
-        return self.heads.active_ranks, self.heads.full_ranks
-
-    @property
-    def gradients(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.heads.trains else torch.no_grad()
-
-    def norm(self, x: Tensor) -> Tensor:
-        return self.of_block.norm(x)
-
-    def of_own_heads(self, normed: Tensor) -> Tensor | None:
-        """The output of this rank's heads; None if it runs none."""
-        full, forward_only = self.heads.full, self.heads.forward_only
-        own = None if full is None else self._sum(normed, full)
-        if forward_only is not None:
-            with torch.no_grad():
-                beside = self._sum(normed, forward_only)
-                own = beside if own is None else own.add_(beside)
-        return own
-
-    def _sum(self, normed: Tensor, chosen: Tensor) -> Tensor:
-        return self.of_block.out(self.of_block.inner(normed, chosen), chosen, None)
-
-    def end(self, total: Tensor) -> Tensor:
-        return self.of_block.end(total)
-
-    def finish(self, total: Tensor) -> Tensor:
-        bias = self.of_block.bias
-        return self.end(total if bias is None else total + bias)
-
-
-def _together(x: Tensor, branch: _SharedBranch, messages: TokenExchange) -> Tensor:
+def _together(x: Tensor, heads: SharedHeads, branch: Branch, messages: TokenExchange) -> Tensor:
     """What a branch adds: this rank's sum over its heads, the sum over the ranks, the rest."""
-    with branch.gradients:
-        return branch.finish(messages.through(branch.norm(x), branch.of_own_heads, *branch.ranks))
+    with heads.gradients():
+        own = partial(_of_own_heads, heads, branch)
+        total = messages.through(branch.norm(x), own, heads.active_ranks, heads.full_ranks)
+        return _finished(branch, total)
 
 
-def _alone(x: Tensor, branches: list[_SharedBranch], messages: TokenExchange) -> Tensor:
+def _alone(x: Tensor, heads: SharedHeads, branches: Sequence[Branch], messages: TokenExchange) -> Tensor:
     """What all branches add together, computed by one rank."""
 
     def all_of_them(entered: Tensor) -> Tensor | None:
         added: Tensor | None = None
         for branch in branches:
-            total = branch.of_own_heads(branch.norm(entered if added is None else entered + added))
+            normed = branch.norm(entered if added is None else entered + added)
+            total = _of_own_heads(heads, branch, normed)
             assert total is not None
-            finished = branch.finish(total)
+            finished = _finished(branch, total)
             added = finished if added is None else added + finished
         return added
 
@@ -340,6 +277,24 @@ def _alone(x: Tensor, branches: list[_SharedBranch], messages: TokenExchange) ->
             for branch in branches:
                 branch.end(entered)
 
-    first = branches[0]
-    with first.gradients:
-        return messages.through(x, nothing if first.heads.is_shortcut else all_of_them, *first.ranks)
+    compute = nothing if heads.is_shortcut else all_of_them
+    with heads.gradients():
+        return messages.through(x, compute, heads.active_ranks, heads.full_ranks)
+
+
+def _of_own_heads(heads: SharedHeads, branch: Branch, normed: Tensor) -> Tensor | None:
+    """The output of this rank's heads; None if it runs none."""
+
+    def summed(chosen: Tensor) -> Tensor:
+        return branch.out(branch.inner(normed, chosen), chosen, None)
+
+    own = None if heads.full is None else summed(heads.full)
+    if heads.forward_only is not None:
+        with torch.no_grad():
+            beside = summed(heads.forward_only)
+            own = beside if own is None else own.add_(beside)
+    return own
+
+
+def _finished(branch: Branch, total: Tensor) -> Tensor:
+    return branch.end(total if branch.bias is None else total + branch.bias)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, distributed
@@ -25,6 +25,9 @@ Compute = Callable[[Tensor], Tensor | None]
 class TokenExchange(ABC):
     """A layout of the tokens: what ranks hold between branches, and what they send around a branch. rank: this
     process's place in the group."""
+
+    has_whole_gradients: ClassVar[bool]
+    """Whether norms and what follows a branch's sum, which all ranks compute, have whole gradients on each rank."""
 
     group: distributed.ProcessGroup
     rank: int
@@ -48,17 +51,13 @@ class TokenExchange(ABC):
         compute: of [sample, token, channel]; None on ranks that are not active. What it gives may be overwritten.
         """
 
-    @property
-    @abstractmethod
-    def has_whole_gradients(self) -> bool:
-        """Whether norms and what follows a branch's sum, which all ranks compute, have whole gradients on each
-        rank."""
-
 
 @dataclass(frozen=True)
 class ReplicatedTokens(TokenExchange):
     """Every rank holds every token: one sum after each branch, one before it backward (Shoeybi et al., 2019, arXiv
     1909.08053); a single sender broadcasts."""
+
+    has_whole_gradients = True
 
     def split(self, x: Tensor) -> Tensor:
         return x
@@ -72,10 +71,6 @@ class ReplicatedTokens(TokenExchange):
         own = torch.zeros_like(entered) if own is None else own
         total: Tensor = _SumForward.apply(self, active, own, entered)
         return total
-
-    @property
-    def has_whole_gradients(self) -> bool:
-        return True
 
     def sum(self, tensor: Tensor, senders: Ranks) -> Tensor:
         """Sums the tensor over the group in place; it is zero on ranks that are not senders."""

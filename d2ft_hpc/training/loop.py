@@ -20,7 +20,7 @@ from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.launch.cores import share_of_cores
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.lifecycle import PlanController, PlanState
-from d2ft_hpc.lifecycle.foresight import foresee_plans
+from d2ft_hpc.lifecycle.foresight import foresee_plans, price_of
 from d2ft_hpc.model.lora import save_adapter, timm_state
 from d2ft_hpc.parallel.stages import describe_stages
 from d2ft_hpc.recording.provenance import describe_environment
@@ -78,7 +78,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
         check_position(job, start)
         check_length(job, start)
     if control.rank == 0:
-        for remark in filter(None, [*job.remarks, config.plan.price]):
+        for remark in job.remarks:
             print_line(f"d2ft-hpc: warning: {remark}")
     watch.enter("measuring the model")
     measured = measure_job(job)  # before the engine, which may spread the weights over ranks
@@ -103,7 +103,9 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
         run.plans.restore(PlanState(plan, plans_made=start.position.plans_made))
     if start.checkpoint is None or job.config.plan.replan.every is not None:
         watch.enter("looking for a plan", allowed_seconds=2 * job.config.plan.time_limit_seconds)
-        foresee_plans(run.plans)
+        plan = foresee_plans(run.plans)
+    if control.rank == 0 and (price := price_of(plan)):
+        print_line(f"d2ft-hpc: warning: {price}")
     watch.enter("opening the run's folder")
     with ExitStack() as stack, with_advice(config):
         own_writer, first_plan = None, 0

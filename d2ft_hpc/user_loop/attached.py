@@ -1,4 +1,4 @@
-"""A model of the user's own that was made ready for plans."""
+"""A model of the user's own that is made ready for plans, what these depend on, and what its user is told."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import weakref
 import torch
 from torch import nn
 
+from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.execution.executor import PlanExecutor
-from d2ft_hpc.lifecycle import PlanController
+from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts
+from d2ft_hpc.lifecycle.foresight import curve_of
 from d2ft_hpc.metering import StepCosts, measure_costs
-from d2ft_hpc.model.sample_shape import sample_shape_of
+from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning.plan import Grid, image_size
 from d2ft_hpc.planning.token_curve import TokenCurve
 from d2ft_hpc.user_loop.section import D2ftSection
@@ -30,17 +32,43 @@ def attached(
     was made.
     """
     executor = attach(
-        model,
-        embeddings=section.embeddings,
-        compile=section.compile,
-        cuda_graphs=section.cuda_graphs,
+        model, embeddings=section.embeddings, compile=section.compile, cuda_graphs=section.cuda_graphs
     )
-    shape = sample_shape_of(model)
+    shape = executor.subnets.family.sample_shape(model)
+    if shape is None:
+        raise ConfigError("the model has no image size: make it with img_size=, so that costs can be counted")
     costs = measure_costs(model, executor, shape, section.sides, whole=whole)
     if section.sides is not None:
         _, height, width = shape
         executor.images.size = height, width
     return executor, shape, costs
+
+
+def loop_context(
+    section: D2ftSection,
+    costs: StepCosts,
+    placement: Placement,
+    *,
+    slots: int,
+    micro_batch_size: int,
+    replicas_meet: bool,
+    where: str,
+) -> PlanContext:
+    """What the plans of a loop depend on. costs: of the whole model. The others are the `PlanContext`'s. Raises
+    ConfigError as `PlanCosts.counted` and `curve_of`."""
+    return PlanContext(
+        section,
+        placement,
+        costs,
+        PlanCosts.counted(costs, section.device_speed, placement.layout.world_size),
+        slots=slots,
+        micro_batch_size=micro_batch_size,
+        seed=section.seed,
+        replicas_meet=replicas_meet,
+        total_steps=section.total_steps,
+        curve=curve_of(section, costs, [1] * (section.total_steps or 0), where),
+        where=where,
+    )
 
 
 def tell_if_too_short(plans: PlanController) -> None:

@@ -4,7 +4,7 @@ would compute."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
@@ -20,7 +20,6 @@ from d2ft_hpc.metering.flops import RankWork
 from d2ft_hpc.metering.meter import OperatorCounter
 from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning import SkipPlan
-from d2ft_hpc.planning.plan import Grid
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class BatchCounter:
         """costs: of this rank's part of the model, for a sample of this shape."""
         self.end_others()
         self._sample_shape = sample_shape
-        self._costs, self._executor = costs, executor
+        self._costs, self.executor = costs, executor
         self._modes: list[Any] = []
         self._metered: Metered | None = None  # of the batch that runs
         self._counted: _Counted | None = None
@@ -90,27 +89,13 @@ class BatchCounter:
         """The share of the dense compute that the batch counted under the plan in force had; None if no batch was
         counted."""
         counted = self._counted
-        if counted is None or counted.plan is not self._executor.plan:
+        if counted is None or counted.plan is not self.executor.plan:
             return None
         return counted.metered.flops / counted.dense_flops
 
-    @property
-    def plan(self) -> SkipPlan | None:
-        """The one in force."""
-        return self._executor.plan
-
-    @property
-    def takes_images(self) -> bool:
-        return self._executor.subnets.family.takes_images
-
-    @property
-    def patch_size(self) -> Grid | None:
-        """Of images that plans scale, in pixels, down and across; None where there are none."""
-        return self._executor.images.patch_size
-
     def promised_share(self, placement: Placement) -> float | None:
         """Of the dense compute of this rank, what the plan in force lets it do; None without a plan."""
-        plan, costs = self._executor.plan, self._costs
+        plan, costs = self.executor.plan, self._costs
         if plan is None:
             return None
         if plan.binding == "sample":
@@ -118,10 +103,6 @@ class BatchCounter:
         slots = range(plan.slots)
         work = costs.work(plan, placement.layout.replica, placement.own, slots, [1.0] * plan.slots)
         return work.planned_flops / (plan.slots * costs.dense_flops)
-
-    def go_on(self, compute: Sequence[float]) -> None:
-        """After what `so_far` had, as numbers, when it was saved; empty: nothing."""
-        self.so_far = ComputeSoFar(*compute)
 
     def score(self, samples: Tensor) -> None:
         """These samples are about to be scored; some of them will train."""
@@ -135,11 +116,11 @@ class BatchCounter:
         self._trained.append((slot, samples, 1.0 if like is None else self._size_of(like)))
 
     def _size_of(self, samples: Tensor) -> float:
-        return self._executor.subnets.family.size_of(samples, self._sample_shape)
+        return self.executor.subnets.family.size_of(samples, self._sample_shape)
 
     def begin(self) -> None:
         """Counts from here on, in the first batch under its plan."""
-        is_known = self._counted is not None and self._counted.plan is self._executor.plan
+        is_known = self._counted is not None and self._counted.plan is self.executor.plan
         if BatchCounter._counting is not self and (self._metered is not None or not is_known):
             self.end_others()
             self._metered = self._metered or Metered()
@@ -178,7 +159,7 @@ class BatchCounter:
     def end(self, placement: Placement) -> BatchWork:
         """The batch is done, under the plan that is still in force."""
         self.stop()
-        plan, costs = self._executor.plan, self._costs
+        plan, costs = self.executor.plan, self._costs
         slots = [slot for slot, _, _ in self._trained]
         sizes = [samples * size for _, samples, size in self._trained]
         trained = sum(samples for _, samples, _ in self._trained)
@@ -216,15 +197,10 @@ def samples_in(inputs: Iterable[Any]) -> Tensor:
     Raises PlanError where there is none.
     """
     found = [(name, tensor) for name, tensor in _tensors(inputs) if tensor.dim()]
-    for fits in (
-        lambda name, _: name in _SAMPLES,
-        lambda _, tensor: tensor.dim() > 1,
-        lambda *_: True,
-    ):
-        for name, tensor in found:
-            if fits(name, tensor):
-                return tensor
-    raise PlanError("the model was called in training without a tensor, by which its samples are counted")
+    if not found:
+        raise PlanError("the model was called in training without a tensor, by which its samples are counted")
+    # The first of the best kind.
+    return min(found, key=lambda each: 0 if each[0] in _SAMPLES else 1 if each[1].dim() > 1 else 2)[1]
 
 
 _SAMPLES = ("pixel_values", "patches", "input_ids", "inputs_embeds")

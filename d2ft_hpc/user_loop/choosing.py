@@ -30,10 +30,11 @@ def choose_from(
         raise PlanError(
             f"choose() draws samples for planner 'samples'; with {settings.planner!r} train on all of them"
         )
-    batches = batches_of(given, are_images=counter.takes_images)
+    executor = counter.executor
+    batches = batches_of(given, are_images=executor.subnets.family.takes_images)
     selection, draw = begin(len(samples_of(batches[0])))
     for batch in batches:
         counter.score(samples_of(batch))
-    assert counter.plan is not None
-    share = float((counter.plan.operations == Operation.FULL).mean())
+    assert executor.plan is not None
+    share = float((executor.plan.operations == Operation.FULL).mean())
     return as_given(selection(batches, draw, share), given)

@@ -28,7 +28,6 @@ class DefaultGroupControl:
         self.local_rank = self.rank
         self.timeout_seconds = float("inf")
         self.host = socket.gethostname()
-        self.hosts: tuple[str, ...] = ("an unknown host",) * self.world_size
         self.hosts = tuple(host.decode() for host in self.all_gather(self.host.encode()))
 
     def broadcast(self, payload: bytes | None) -> bytes:

@@ -36,9 +36,8 @@ from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
 from d2ft_hpc.planning.communication_volume import ZERO
 from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.selection.build import count_scoring, selection_of
-from d2ft_hpc.user_loop.attached import attached
+from d2ft_hpc.user_loop.attached import attached, loop_context
 from d2ft_hpc.user_loop.batch_counter import BatchCounter
-from d2ft_hpc.user_loop.loop_context import loop_context
 from d2ft_hpc.user_loop.pipeline_module import PipelineModule
 from d2ft_hpc.user_loop.plan_printer import PlanPrinter
 from d2ft_hpc.user_loop.planned_deepspeed import PlannedDeepSpeed
@@ -112,16 +111,18 @@ def initialize(
     stages, tensor_ranks = _parts(settings, pipeline)
     if stages * tensor_ranks > 1:
         check_parts(family_of(backbone))
-    if stages * tensor_ranks > 1 and backbone is not model:
-        raise ConfigError(
-            f"model is a {type(model).__name__} around a {type(backbone).__name__}: ranks that hold parts of a model "
-            f"need the {type(backbone).__name__} itself"
-        )
-    if stages * tensor_ranks > 1 and isinstance(optimizer, Optimizer):
-        raise ConfigError(
-            "optimizer= holds the parameters of the whole model, but each rank will train a part of it: give a "
-            'function of the parameters (lambda parameters: AdamW(parameters, ...)), or "optimizer" in the JSON'
-        )
+        if backbone is not model:
+            raise ConfigError(
+                f"model is a {type(model).__name__} around a {type(backbone).__name__}: ranks that hold parts of a "
+                f"model need the {type(backbone).__name__} itself"
+            )
+        if isinstance(optimizer, Optimizer):
+            raise ConfigError(
+                "optimizer= holds the parameters of the whole model, but each rank will train a part of it: give a "
+                'function of the parameters (lambda parameters: AdamW(parameters, ...)), or "optimizer" in the JSON'
+            )
+        if section.cuda_graphs:
+            raise ConfigError("d2ft.cuda_graphs=true: not where ranks hold parts of the model; remove it")
     # What cannot run is refused before anything starts.
     zero = ZeroRules.of(settings)
     check_settings(settings)
@@ -129,15 +130,14 @@ def initialize(
         section = section.model_copy(update={"total_steps": _scheduled_steps(settings)})
     require_options_for(backbone, section, f"{SECTION}.")
     require_length(section, f"{SECTION}.")
-    control = _connect()
+    control = connect(detect(), device_type="cuda" if torch.cuda.is_available() else "cpu")
+    atexit.register(_end_together, control)
     for warning in newer_than_tested(NEWEST_TESTED):
         PlanPrinter(control).say(warning)
     import_deepspeed().init_distributed(auto_mpi_discovery=False)
     layout = RankLayout.of(control.world_size, control.rank, stages=stages, tensor_ranks=tensor_ranks)
     if layout.is_cut:
         _same_on_all_ranks(model)
-    if layout.is_cut and section.cuda_graphs:
-        raise ConfigError("d2ft.cuda_graphs=true: not where ranks hold parts of the model; remove it")
     executor, sample_shape, costs = attached(backbone, model, section)
     flops = layer_flops(backbone, costs, sample_shape)
     placement = Placement(
@@ -163,11 +163,8 @@ def initialize(
         own = None if chosen is None else _of_part(chosen, whole, part)
         return {"model_parameters": own, "training_data": training_data, "collate_fn": collate_fn}
 
-    def make_optimizer(part: nn.Module) -> tuple[Any, Any]:
-        return optimizer, lr_scheduler
-
     settings.pop("tensor_parallel", None)  # blocks are cut by head, not by DeepSpeed
-    cut = CutModel(model, executor, placement, control, make_optimizer, options_for)
+    cut = CutModel(model, executor, placement, control, lambda part: (optimizer, lr_scheduler), options_for)
     ours: DeepSpeedEngine | PipelineEngine
     if pipeline is not None:
         ours = PipelineEngine(cut, pipeline.loss_fn, settings)
@@ -256,9 +253,8 @@ def _parts(settings: Mapping[str, Any], pipeline: PipelineModule | None) -> tupl
     impossible.
     """
     autotp = settings.get("tensor_parallel", {})
-    if set(autotp) - {"autotp_size"}:
-        extra = sorted(set(autotp) - {"autotp_size"})[0]
-        raise ConfigError(f"tensor_parallel.{extra}: blocks are cut by head; keep autotp_size alone")
+    if extra := sorted(set(autotp) - {"autotp_size"}):
+        raise ConfigError(f"tensor_parallel.{extra[0]}: blocks are cut by head; keep autotp_size alone")
     tensor_ranks = int(autotp.get("autotp_size", 1)) or 1
     in_json: Any = settings.get("pipeline", {}).get("stages", "auto")
     stages: Any = 1
@@ -294,13 +290,6 @@ def _same_on_all_ranks(model: nn.Module) -> None:
     model.to(get_accelerator().current_device_name())
     for tensor in model.state_dict().values():
         distributed.broadcast(tensor, 0)
-
-
-def _connect() -> Control:
-    environment = detect()
-    control = connect(environment, device_type="cuda" if torch.cuda.is_available() else "cpu")
-    atexit.register(_end_together, control)
-    return control
 
 
 def _end_together(control: Control) -> None:

@@ -21,12 +21,17 @@ class PlanPrinter(PlanListener):
 def compute_in_words(counter: BatchCounter, context: PlanContext, steps: int) -> str:
     """Two lines of this rank, of dense training's compute: what the plan in force promises and what was measured under
     it, and the same of all steps so far. steps: done."""
-    plan, promised, measured = counter.plan, counter.promised_share(context.placement), counter.measured_share
+    executor = counter.executor
+    plan, promised, measured = (
+        executor.plan,
+        counter.promised_share(context.placement),
+        counter.measured_share,
+    )
     if plan is None or promised is None:
         now = "no plan is in force, batches run dense"
     else:
         told = "not measured yet" if measured is None else f"measured {measured:.1%}"
-        now = f"{plan.in_words(counter.patch_size)}: promised {promised:.1%} of the dense compute, {told}"
+        now = f"{plan.in_words(executor.images.patch_size)}: promised {promised:.1%} of the dense compute, {told}"
     whole = ""
     if plan is not None and context.curve is not None and steps <= (context.total_steps or 0):
         share = context.share_of_run(plan)

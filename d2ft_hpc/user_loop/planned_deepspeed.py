@@ -32,7 +32,7 @@ from d2ft_hpc.scores import Scores
 from d2ft_hpc.scores.gradient_observer import GradientObserver
 from d2ft_hpc.selection import SampleSelection
 from d2ft_hpc.user_loop.attached import tell_if_too_long, tell_if_too_short, tell_of_graphs
-from d2ft_hpc.user_loop.batch_counter import BatchCounter, samples_in
+from d2ft_hpc.user_loop.batch_counter import BatchCounter, ComputeSoFar, samples_in
 from d2ft_hpc.user_loop.choosing import choose_from
 from d2ft_hpc.user_loop.part_observer import PartObserver
 from d2ft_hpc.user_loop.plan_printer import PlanPrinter, compute_in_words
@@ -184,7 +184,7 @@ class PlannedDeepSpeed:
             say(f"the checkpoint's plan does not fit, plans begin anew: {error}")
             return
         self._seen = -1
-        self._counter.go_on(saved.compute)
+        self._counter.so_far = ComputeSoFar(*saved.compute)
         if saved.observed is not None and len(saved.observed) == self.control.world_size:
             self._source.go_on(saved.observed)
 

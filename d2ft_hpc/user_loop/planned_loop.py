@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from d2ft_hpc.engines.check import check_plan, check_recompute
-from d2ft_hpc.engines.engine import Inputs, logits_of
+from d2ft_hpc.engines.engine import evaluated
 from d2ft_hpc.engines.gradient_norm import total_norm
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
@@ -26,8 +27,6 @@ from d2ft_hpc.families.table import backbone_of, find_backbone
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanState
 from d2ft_hpc.lifecycle.foresight import trial_plan
 from d2ft_hpc.lifecycle.observed_scores import ObservedScores
-from d2ft_hpc.model.evaluating import evaluating
-from d2ft_hpc.model.lora import unwrapped
 from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.communication_volume import DataParallel
@@ -36,11 +35,16 @@ from d2ft_hpc.planning.tokens import TOKENS
 from d2ft_hpc.scores.gradient_observer import GradientObserver
 from d2ft_hpc.selection import SampleSelection
 from d2ft_hpc.selection.build import count_scoring, selection_of
-from d2ft_hpc.user_loop.attached import attached, tell_if_too_long, tell_if_too_short, tell_of_graphs
-from d2ft_hpc.user_loop.batch_counter import BatchCounter, samples_in
+from d2ft_hpc.user_loop.attached import (
+    attached,
+    loop_context,
+    tell_if_too_long,
+    tell_if_too_short,
+    tell_of_graphs,
+)
+from d2ft_hpc.user_loop.batch_counter import BatchCounter, ComputeSoFar, samples_in
 from d2ft_hpc.user_loop.choosing import choose_from
 from d2ft_hpc.user_loop.default_group import control_of_loop
-from d2ft_hpc.user_loop.loop_context import loop_context
 from d2ft_hpc.user_loop.model_hooks import ModelHook, watch_optimizers
 from d2ft_hpc.user_loop.plan_printer import PlanPrinter, compute_in_words
 from d2ft_hpc.user_loop.prepare import bind_engine
@@ -82,12 +86,7 @@ def attach(
     """
     if micro_batches < 1:
         raise ConfigError(f"micro_batches={micro_batches}: a batch has at least one")
-    given = {
-        "compute_budget": compute_budget,
-        "planner": planner,
-        "total_steps": total_steps,
-        **settings,
-    }
+    given = {"compute_budget": compute_budget, "planner": planner, "total_steps": total_steps, **settings}
     return PlannedLoop(model, parse_section(given, ""), micro_batches)
 
 
@@ -218,7 +217,7 @@ class PlannedLoop:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"d2ft.load_state_dict: not what state_dict() gave ({error!r})") from None
         self._restored = PlanState.from_bytes(content, "d2ft.load_state_dict")
-        self._counter.go_on(self._restored.compute)
+        self._counter.so_far = ComputeSoFar(*self._restored.compute)
         self._slot, self._is_planned = -1, False
 
     def current_slot(self) -> int:
@@ -239,12 +238,15 @@ class PlannedLoop:
     def check(self, plan: SkipPlan) -> None:
         """Raises PlanError where the loop cannot run `plan`, ConfigError where recomputing blocks lose gradients."""
         check_recompute(self._model)
-        check_plan(plan, slots=self.slots, replicas=self._plans().control.world_size, same_rows=None)
+        check_plan(plan, slots=self.slots, replicas=self._plans().control.world_size)
 
     def _watch(self) -> None:
         """From now on forwards of the model and steps of optimisers reach the methods that follow."""
         model: nn.Module = self._model
-        if unwrapped(self._whole) is not model:
+        whole: Any = self._whole
+        if (
+            whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+        ) is not model:  # peft's wrapper
             # The user's module computes more and calls parts of the model in any order, but images always reach its
             # first module.
             model = self.executor.subnets.family.embedding(model) or model
@@ -260,14 +262,10 @@ class PlannedLoop:
         """Called before the model's forward in training mode: the next micro-batch begins."""
         if self.section.entry.binding == "sample" and not self._is_chosen:
             takes_images = self.executor.subnets.family.takes_images
-            call = (
-                "images, labels = d2ft.choose(images, labels)"
-                if takes_images
-                else "batch = d2ft.choose(batch)"
-            )
+            names = "images, labels" if takes_images else "batch"
             raise PlanError(
-                f"planner='samples' draws what a micro-batch trains on: call `{call}` before the model, or "
-                f"attach(model, planner=...) another one"
+                f"planner='samples' draws what a micro-batch trains on: call `{names} = d2ft.choose({names})` before "
+                f"the model, or attach(model, planner=...) another one"
             )
         if self._slot >= self.slots - 1:
             self._require_own_optimizer()
@@ -426,16 +424,8 @@ class PlannedLoop:
         selection = selection_of(
             self.section.options, self._model, self._sample_shape, seed=self.section.seed, replica=replica
         )
-        selection.scorer.bind(self._logits)
+        selection.scorer.bind(partial(evaluated, self._whole))
         return selection
-
-    def _logits(self, micro_batches: Sequence[Inputs]) -> list[Tensor]:
-        """Scores by the model itself, since a twin would lack the changes that the loop's libraries have made to its
-        forward."""
-        dtype = next(self._model.parameters()).dtype
-        family = self.executor.subnets.family
-        with family.taking_any_size(self._model), evaluating(self._whole):
-            return [logits_of(self._whole, each, dtype) for each in micro_batches]
 
     @property
     def _is_spread(self) -> bool:

@@ -108,13 +108,11 @@ class LoopRecord:
             atexit.unregister(self.close)
 
     def turn_to(self, phase: str, plans: PlanController, device: torch.device, steps_done: int) -> None:
-        """What the loop does from here on. At the first call the files are opened, on all ranks together: those of a
-        loop that goes on after `steps_done` steps go on.
+        """What the loop does from here on, if `is_on`. At the first call the files are opened, on all ranks together:
+        those of a loop that goes on after `steps_done` steps go on.
 
         Raises ResultsError where the folder holds another run.
         """
-        if not self.is_on:
-            return
         if self._recorder is None:
             self._open(plans, device, steps_done)
         if self._times is None:

@@ -258,7 +258,7 @@ def test_deepspeed_settings_that_cannot_run_plans_are_refused() -> None:
         "overlap_comm": False,
     }
     with pytest.raises(ConfigError, match=r"stage=4: ZeRO has the stages 0, 1, 2 and 3"):
-        complete({"zero_optimization": {"stage": 4}})
+        read_config(DEMO, ["engine.deepspeed.zero_optimization.stage=4"])
     with pytest.raises(ConfigError, match=r"engine\.deepspeed\.sparse_gradients=True.*remove it"):
         complete({"sparse_gradients": True})
     with pytest.raises(ConfigError, match=r"stage=0 with fp16"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from d2ft_hpc.engines.portable import restore_schedule, schedule_numbers
 from d2ft_hpc.errors import CheckpointError, ConfigError, DivergedError, LostResultsError, PlanError
 from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.launch.watch import Watch
-from d2ft_hpc.lifecycle.foresight import trial_plan
-from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.lifecycle.foresight import price_of, trial_plan
+from d2ft_hpc.planning import Operation, SkipPlan
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.results.superseded import set_aside
 from d2ft_hpc.training import plan_costs
@@ -280,6 +281,18 @@ def test_plans_that_cannot_be_are_refused_before_anything_is_evaluated_or_writte
         )
     assert "evaluation" not in capfd.readouterr().out
     assert not (tmp_path / "demo" / "results.h5").exists()
+
+
+def test_a_plan_from_a_file_that_skips_heads_is_told_to_cost_accuracy(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    dense = SkipPlan.dense(4, 1, DEPTH, 4)
+    operations = dense.operations.copy()
+    operations[0, 0, 0] = Operation.SHORTCUT
+    replace(dense, operations=operations).write(tmp_path / "plan.h5")
+    run(tmp_path, f"plan.file={tmp_path / 'plan.h5'}", "plan.planner=tokens")
+    assert "warning: the plan skips heads, which cost" in capfd.readouterr().err
+    assert not price_of(dense)
 
 
 def test_demands_that_only_real_scores_can_decide_are_left_to_them(tmp_path: Path) -> None:

@@ -34,11 +34,10 @@ class DeepSpeed(EngineKind):
                 f"engine.pipeline_stages instead"
             )
         autotp = engine.deepspeed.get("tensor_parallel", {})
-        if autotp and set(autotp) != {"autotp_size"}:
-            extra = sorted(set(autotp) - {"autotp_size"})
+        if extra := sorted(set(autotp) - {"autotp_size"}):
             raise ValueError(
-                f"engine.deepspeed.tensor_parallel.{extra[0] if extra else 'autotp_size'}: blocks are cut by head; "
-                f"keep autotp_size alone, or set engine.tensor_parallel"
+                f"engine.deepspeed.tensor_parallel.{extra[0]}: blocks are cut by head; keep autotp_size alone, or set "
+                f"engine.tensor_parallel"
             )
         if engine.tensor_parallel not in (1, engine.tensor_ranks):
             raise ValueError(
