@@ -65,10 +65,8 @@ def check_plans(job: Job) -> list[Finding]:
         return [of_error("plan", error, "raise plan.compute_budget")]
     share, images = job.costs.planned_share(plan), ""
     if context.curve is not None:
-        share, images = (
-            share * context.curve.share,
-            f", images of {context.curve.in_words(job.executor.images.patch_size)}",
-        )
+        share *= context.curve.share
+        images = f", images of {context.curve.in_words(job.executor.images.patch_size)}"
     price = price_of(plan)
     return [
         Finding("plan", "ok", f"planner {plan.planner}, {share:.1%} of the dense compute{images}"),

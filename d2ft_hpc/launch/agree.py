@@ -168,8 +168,8 @@ def _tell(control: Control | None, error: D2ftError, before_abort: Callable[[str
         control.abort(f"error: {error}", status)
     if world_size:
         print_line(f"d2ft-hpc: error: [rank {rank}] {error}")
-        return status
-    _tell_once_a_host(f"d2ft-hpc: error: {error}")
+    else:
+        _tell_once_a_host(f"d2ft-hpc: error: {error}")
     return status
 
 
