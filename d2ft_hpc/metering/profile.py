@@ -60,7 +60,7 @@ def profile_passes(
     try:
         return PassProfile(
             *(
-                _time_pass(model, executor, operation, images_shape, precision)
+                fastest_pass(model, executor, operation, images_shape, precision)
                 for operation in (Operation.FULL, Operation.SHORTCUT, Operation.FORWARD_ONLY)
             )
         )
@@ -68,14 +68,14 @@ def profile_passes(
         return PassProfile(float("nan"), float("nan"), float("nan"))
 
 
-def _time_pass(
+def fastest_pass(
     model: nn.Module,
     executor: PlanExecutor,
     operation: Operation,
     images_shape: tuple[int, int, int, int],
     precision: torch.dtype,
 ) -> float:
-    """The fastest of some passes after a first one."""
+    """Seconds of the fastest of some passes after a first one, all subnets under this operation."""
     operations = executor.uniform(operation)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = trained[0].device
