@@ -74,12 +74,12 @@ def add_figures(figures: Any) -> None:
 
 
 def _figure(options: argparse.Namespace) -> None:
-    from d2ft_hpc.figures.run import Runs
+    from d2ft_hpc.figures.run import open_runs
     from d2ft_hpc.figures.style import save
 
     figure = import_module(f"d2ft_hpc.figures.{options.figure}")
     names = [flag.removeprefix("--") for flag in FIGURES[options.figure][1]]
-    with Runs(options.runs) as runs:
+    with open_runs(options.runs) as runs:
         numbers = figure.measure(runs, **{name: getattr(options, name) for name in names})
     if options.json:
         print(json.dumps(plain(numbers)))

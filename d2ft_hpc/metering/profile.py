@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,16 +80,12 @@ def fastest_pass(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = trained[0].device
     images = torch.zeros(images_shape, device=device, dtype=trained[0].dtype)
-    half = (
-        nullcontext()
-        if precision == torch.float32
-        else torch.autocast(device.type, dtype=precision, cache_enabled=False)
-    )
+    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32, cache_enabled=False)
     seconds = []
     with probe(model, training=True), executor.temporarily(operations):
         for _ in range(1 + _REPEATS):
             start = time.perf_counter()
-            with half:
+            with autocast:
                 output = model(images).float().sum()
             torch.autograd.grad(output, trained, allow_unused=True)
             if device.type == "cuda":
