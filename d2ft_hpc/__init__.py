@@ -11,17 +11,18 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from d2ft_hpc.errors import (
+    CheckpointError,
+    ConfigError,
+    D2ftError,
+    DataError,
+    LaunchError,
+    PlanError,
+    ResultsError,
+    UnsupportedModelError,
+)
+
 if TYPE_CHECKING:
-    from d2ft_hpc.errors import (
-        CheckpointError,
-        ConfigError,
-        D2ftError,
-        DataError,
-        LaunchError,
-        PlanError,
-        ResultsError,
-        UnsupportedModelError,
-    )
     from d2ft_hpc.planning.plan import Operation, SkipPlan
     from d2ft_hpc.user_loop.initialize import initialize
     from d2ft_hpc.user_loop.pipeline_module import PipelineModule
@@ -31,21 +32,13 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _PLACES = {
-    "d2ft_hpc.errors": (
-        "CheckpointError",
-        "ConfigError",
-        "D2ftError",
-        "DataError",
-        "LaunchError",
-        "PlanError",
-        "ResultsError",
-        "UnsupportedModelError",
-    ),
-    "d2ft_hpc.planning.plan": ("Operation", "SkipPlan"),
-    "d2ft_hpc.user_loop.initialize": ("initialize",),
-    "d2ft_hpc.user_loop.pipeline_module": ("PipelineModule",),
-    "d2ft_hpc.user_loop.planned_loop": ("PlannedLoop", "attach"),
-    "d2ft_hpc.user_loop.prepare": ("prepare",),
+    "Operation": "planning.plan",
+    "PipelineModule": "user_loop.pipeline_module",
+    "PlannedLoop": "user_loop.planned_loop",
+    "SkipPlan": "planning.plan",
+    "attach": "user_loop.planned_loop",
+    "initialize": "user_loop.initialize",
+    "prepare": "user_loop.prepare",
 }
 
 __all__ = [
@@ -68,9 +61,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    for place, names in _PLACES.items():
-        if name in names:
-            return getattr(import_module(place), name)
+    if name in _PLACES:
+        return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
     # Python asks for a module of ours here before it imports it.
     if name.startswith("__") or find_spec(f"{__name__}.{name}") is not None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

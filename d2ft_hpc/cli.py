@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from d2ft_hpc import __version__, early_signals
 from d2ft_hpc.bench.commands import add_benches
 from d2ft_hpc.command import add_config, amount, config_of, on_ranks, share, whole_number
-from d2ft_hpc.config import RunConfig, read_config
+from d2ft_hpc.config import read_config
 from d2ft_hpc.errors import UNFINISHED, PlanError
 from d2ft_hpc.figures.command import add_figures
-from d2ft_hpc.launch.agree import note_failure
+from d2ft_hpc.launch.agree import note_failure, run_guarded
 from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.paths import path_argument
 from d2ft_hpc.safe_text import say
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from d2ft_hpc.launch import Control
-    from d2ft_hpc.launch.signals import StopSignals
     from d2ft_hpc.launch.watch import Watch
-    from d2ft_hpc.planning import SkipPlan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
     if options.run is not _train:
         early_signals.release()
-    return int(options.run(options))
+    return run_guarded(None, lambda: options.run(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -201,25 +199,21 @@ def _numbers(text: str) -> list[float]:
     return [amount(part) for part in text.split(",")]
 
 
-def _plan(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import run_guarded
+def _plan(options: argparse.Namespace) -> None:
+    from d2ft_hpc import plan_report
+    from d2ft_hpc.config_faults import validated
+    from d2ft_hpc.config_file import parse_values
+    from d2ft_hpc.plan_config import PlanConfig
+    from d2ft_hpc.planning import Budgets, SkipPlan, solve
 
-    def run() -> None:
-        from d2ft_hpc import plan_report
-        from d2ft_hpc.config_faults import validated
-        from d2ft_hpc.config_file import parse_values
-        from d2ft_hpc.plan_config import PlanConfig
-        from d2ft_hpc.planning import Budgets, SkipPlan, solve
-
-        if options.scores is None:
-            if options.load is None:
-                raise PlanError(
-                    "There is nothing to plan from: name a run with scores, or a saved plan with --load."
-                )
-            plan = SkipPlan.read(options.load)
-            say(plan_report.describe_alone(plan))
-            finish(plan)
-            return
+    if options.scores is None:
+        if options.load is None:
+            raise PlanError(
+                "There is nothing to plan from: name a run with scores, or a saved plan with --load."
+            )
+        plan = SkipPlan.read(options.load)
+        say(plan_report.describe_alone(plan))
+    else:
         problem = plan_report.problem_of(
             plan_report.read_scores(options.scores, options.index),
             Budgets(options.compute_budget, options.communication_budget, options.memory_budget),
@@ -235,67 +229,53 @@ def _plan(options: argparse.Namespace) -> int:
             plan_config = validated(PlanConfig, given, "plan.")
             plan = solve(problem, options.planner, **plan_config.arguments(seed=0))
         say(plan_report.describe(plan, problem))
-        finish(plan)
-
-    def finish(plan: SkipPlan) -> None:
-        from d2ft_hpc import plan_report
-        from d2ft_hpc.planning import SkipPlan
-
-        if options.diff is not None:
-            say(plan_report.describe_difference(SkipPlan.read(options.diff), plan))
-        if options.save is not None:
-            plan.write(options.save)
-        if options.png is not None:
-            plan_report.save_heat_map(plan, options.png)
-
-    return run_guarded(None, run)
+    if options.diff is not None:
+        say(plan_report.describe_difference(SkipPlan.read(options.diff), plan))
+    if options.save is not None:
+        plan.write(options.save)
+    if options.png is not None:
+        plan_report.save_heat_map(plan, options.png)
 
 
-def _data_pack(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import run_guarded
+def _data_pack(options: argparse.Namespace) -> None:
+    from d2ft_hpc.data.packing import pack_by_name
 
-    def run() -> None:
-        from d2ft_hpc.data.packing import pack_by_name
-
-        pack_by_name(
-            options.name,
-            options.root,
-            options.output,
-            encoding=options.encoding,
-            size=options.size,
-            quality=options.quality,
-            workers=options.workers,
-        )
-
-    return run_guarded(None, run)
+    pack_by_name(
+        options.name,
+        options.root,
+        options.output,
+        encoding=options.encoding,
+        size=options.size,
+        quality=options.quality,
+        workers=options.workers,
+    )
 
 
-def _data_info(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import run_guarded
+def _data_info(options: argparse.Namespace) -> None:
+    from d2ft_hpc.data.packed import describe
 
-    def run() -> None:
-        from d2ft_hpc.data.packed import describe
-
-        say(describe(options.file))
-
-    return run_guarded(None, run)
+    say(describe(options.file))
 
 
 def _train(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import run_guarded
+    from d2ft_hpc.launch.signals import StopSignals
 
     files = [options.config, *(Path(text) for text in options.overrides if text.endswith((".yaml", ".yml")))]
     if len(files) > 1:
         overrides = [text for text in options.overrides if not text.endswith((".yaml", ".yml"))]
-        return run_guarded(None, lambda: _train_each(files, overrides))
+        return _train_each(files, overrides)
+    config = config_of(options)
 
-    def run() -> int:
-        from d2ft_hpc.launch.signals import StopSignals
+    def train(control: Control, device: torch.device, launcher: str, watch: Watch) -> int:
+        from d2ft_hpc.training.loop import train
 
-        config = config_of(options)
-        return _train_connected(config, StopSignals(config.launch.stop_signals))
+        if not train(config, control, device, launcher, watch):
+            return UNFINISHED
+        if control.rank == 0:
+            say(f"results in {config.run_folder / 'results.h5'}")
+        return 0
 
-    return run_guarded(None, run)
+    return on_ranks(config, train, StopSignals(config.launch.stop_signals))
 
 
 def _train_each(files: Sequence[Path], overrides: Sequence[str]) -> int:
@@ -329,43 +309,24 @@ def _train_each(files: Sequence[Path], overrides: Sequence[str]) -> int:
     return int(bool(failed))
 
 
-def _train_connected(config: RunConfig, signals: StopSignals) -> int:
-    def train(control: Control, device: torch.device, launcher: str, watch: Watch) -> int:
-        from d2ft_hpc.training.loop import train
+def _score(options: argparse.Namespace) -> int:
+    config = config_of(options)
 
-        if not train(config, control, device, launcher, watch):
-            return UNFINISHED
+    def score(control: Control, device: torch.device, launcher: str, watch: Watch) -> int:
+        from d2ft_hpc.training.score import score
+
+        score(options.output, config, control, device, launcher, watch)
         if control.rank == 0:
-            say(f"results in {config.run_folder / 'results.h5'}")
+            say(f"scores in {options.output}")
         return 0
 
-    return on_ranks(config, train, signals)
-
-
-def _score(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import run_guarded
-
-    def run() -> int:
-        config = config_of(options)
-
-        def score(control: Control, device: torch.device, launcher: str, watch: Watch) -> int:
-            from d2ft_hpc.training.score import score
-
-            score(options.output, config, control, device, launcher, watch)
-            if control.rank == 0:
-                say(f"scores in {options.output}")
-            return 0
-
-        return on_ranks(config, score)
-
-    return run_guarded(None, run)
+    return on_ranks(config, score)
 
 
 def _doctor(options: argparse.Namespace) -> int:
     from d2ft_hpc.doctor import examine
-    from d2ft_hpc.launch import run_guarded
 
-    return run_guarded(None, lambda: examine(options.config, options.overrides, json=options.json))
+    return examine(options.config, options.overrides, json=options.json)
 
 
 def _models(options: argparse.Namespace) -> int:
@@ -381,22 +342,18 @@ def _models(options: argparse.Namespace) -> int:
     return 0
 
 
-def _report(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import run_guarded
+def _report(options: argparse.Namespace) -> None:
     from d2ft_hpc.report import report
 
-    def run() -> None:
-        told = report(
-            options.runs,
-            page=options.html,
-            png=options.png,
-            reference=options.reference,
-            margin=options.margin,
-        )
-        say(told)
-        say(f"page: {options.html}")
-
-    return run_guarded(None, run)
+    told = report(
+        options.runs,
+        page=options.html,
+        png=options.png,
+        reference=options.reference,
+        margin=options.margin,
+    )
+    say(told)
+    say(f"page: {options.html}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from d2ft_hpc.config import RunConfig, read_config
 from d2ft_hpc.errors import ConfigError
@@ -80,17 +80,6 @@ def config_of(options: argparse.Namespace) -> RunConfig:
         return read_config(options.config, options.overrides)
     except ConfigError as error:
         raise error from AgreedError()  # every rank reads the same configuration
-
-
-def connected(device: Literal["auto", "cpu", "cuda"]) -> Control:
-    """The ranks that a launcher started; ends the command with one line where they do not meet."""
-    from d2ft_hpc.launch import connect, detect, run_guarded
-
-    met: list[Control] = []
-    status = run_guarded(None, lambda: met.append(connect(detect(), device_type=device)))
-    if status:
-        raise SystemExit(status)
-    return met[0]
 
 
 def on_ranks(

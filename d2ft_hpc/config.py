@@ -11,12 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from d2ft_hpc.config_faults import explain
@@ -31,7 +26,8 @@ from d2ft_hpc.planning.communication_volume import DataParallel
 from d2ft_hpc.safe_text import shown
 from d2ft_hpc.settings import LONGEST, Fraction, PathText, Section, Seed, one_of
 
-_LEAST_ALPHA = 1e-3
+_LEAST_ALPHA, _MOST_ALPHA = 1e-3, 1000
+"""A smaller one is 0 in float32, where the distribution does not exist."""
 
 
 class RunSection(Section):
@@ -64,11 +60,6 @@ class LoraSection(Section):
 
 
 MIXING = {"mixup_alpha", "cutmix_alpha"}
-
-
-def _is_alpha(alpha: float) -> bool:
-    """A smaller one is 0 in float32, where the distribution does not exist."""
-    return alpha == 0 or _LEAST_ALPHA <= alpha <= 1000
 
 
 class ModelConfig(Section):
@@ -132,9 +123,10 @@ class DataConfig(Section):
     def _check_timm(self) -> DataConfig:
         for name in sorted(MIXING & self.timm.keys()):
             alpha = self.timm[name]
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not _is_alpha(alpha):
+            is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+            if not is_number or not (alpha == 0 or _LEAST_ALPHA <= alpha <= _MOST_ALPHA):
                 raise ValueError(
-                    f"data.timm.{name}={shown(alpha)}: input should be 0, or from {_LEAST_ALPHA} to 1000"
+                    f"data.timm.{name}={shown(alpha)}: input should be 0, or from {_LEAST_ALPHA} to {_MOST_ALPHA}"
                 )
         if self.transform_options and self.augment != "timm":
             raise ValueError(
@@ -152,6 +144,11 @@ class DataConfig(Section):
     def mixing_options(self) -> dict[str, float]:
         """Those of `timm` that are for `Mixing`."""
         return {name: float(value) for name, value in self.timm.items() if name in MIXING}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        return (3, self.image_size, self.image_size)
 
     @property
     def evaluated_split(self) -> Literal["test", "validation"]:

@@ -57,16 +57,11 @@ def why_not_writable(folder: Path) -> str:
         try:
             if not stat.S_ISDIR(path.stat().st_mode):
                 return f"{shown(str(path))}: {os.strerror(errno.ENOTDIR)}"
-            return (
-                ""
-                if os.access(path, os.W_OK | os.X_OK)
-                else f"{shown(str(path))}: {os.strerror(errno.EACCES)}"
-            )
-        except (
-            FileNotFoundError,
-            NotADirectoryError,
-        ):  # the folder does not exist yet, or a file further up is in its place
-            continue
+            if not os.access(path, os.W_OK | os.X_OK):
+                return f"{shown(str(path))}: {os.strerror(errno.EACCES)}"
+            return ""
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # it does not exist yet, or a file further up is in its place
         except OSError as error:
             return f"{shown(str(path))}: {error.strerror}"
     return ""

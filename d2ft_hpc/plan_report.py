@@ -49,16 +49,14 @@ def read_scores(path: Path, index: int = -1) -> SavedScores:
 
     with results.open(path) as run:
         found = len(run.table("scores", ["step"])["step"])
-        if -found <= index < found:
-            forward, backward = run.score(index, "forward"), run.score(index, "backward")
+        if not found:
+            raise ResultsError(
+                f"{path} holds no scores: its planner read none. Run with another planner, such as joint."
+            )
+        if not -found <= index < found:
+            raise ResultsError(f"{path} holds scores 0 to {found - 1}, asked for {index}.")
+        forward, backward = (run.score(index, kind).astype(np.float64) for kind in ("forward", "backward"))
         model, environment = run.attributes("model"), run.attributes("environment")
-    if not found:
-        raise ResultsError(
-            f"{path} holds no scores: its planner read none. Run with another planner, such as joint."
-        )
-    if not -found <= index < found:
-        raise ResultsError(f"{path} holds scores 0 to {found - 1}, asked for {index}.")
-    forward, backward = np.asarray(forward, dtype=np.float64), np.asarray(backward, dtype=np.float64)
     try:
         replicas = int(environment["replicas"] if "replicas" in environment else environment["world_size"])
         always, full, forward_only = (
@@ -138,14 +136,7 @@ def describe_alone(plan: SkipPlan) -> str:
 
 def describe(plan: SkipPlan, problem: PlanProblem) -> str:
     """Describes the plan, each device's work under it, and the time of its step."""
-    lines = [
-        describe_alone(plan),
-        "",
-        *_device_table(plan, problem),
-        "",
-        *_times(plan, problem),
-    ]
-    return "\n".join(lines)
+    return "\n".join([describe_alone(plan), "", *_device_table(plan, problem), "", *_times(plan, problem)])
 
 
 def _device_table(plan: SkipPlan, problem: PlanProblem) -> list[str]:
@@ -157,11 +148,8 @@ def _device_table(plan: SkipPlan, problem: PlanProblem) -> list[str]:
     memory = problem.used_memory(plan) / (cells / plan.slots)
     width = max(len(name) for name in problem.device_names)
     lines = [f"{'device':<{width}} {'compute':>8} {'messages':>9} {'memory':>7} {'waiting':>8}  (shares)"]
-    for device, name in enumerate(problem.device_names):
-        lines.append(
-            f"{name:<{width}} {compute[device]:>8.1%} {messages[device]:>9.1%} {memory[device]:>7.1%} "
-            f"{timing.idle[device]:>8.1%}"
-        )
+    for name, *used in zip(problem.device_names, compute, messages, memory, timing.idle, strict=True):
+        lines.append("{:<{}} {:>8.1%} {:>9.1%} {:>7.1%} {:>8.1%}".format(name, width, *used))
     return lines
 
 
@@ -173,13 +161,11 @@ def _times(plan: SkipPlan, problem: PlanProblem) -> list[str]:
     def share(of: SkipPlan) -> float:
         return problem.always_share + (1 - problem.always_share) * simulate(of, problem).step / dense
 
-    lines = [f"predicted step time: {share(plan):.1%} of the dense step (what always runs included)"]
     try:
-        paper = solve(problem, "paper")
-        lines.append(f"of the paper's plan: {share(paper):.1%}")
+        of_paper = f"of the paper's plan: {share(solve(problem, 'paper')):.1%}"
     except PlanError as error:
-        lines.append(f"the paper's planner has no plan here: {error}")
-    return lines
+        of_paper = f"the paper's planner has no plan here: {error}"
+    return [f"predicted step time: {share(plan):.1%} of the dense step (what always runs included)", of_paper]
 
 
 def describe_difference(plan: SkipPlan, other: SkipPlan) -> str:
@@ -197,11 +183,9 @@ def save_heat_map(plan: SkipPlan, path: Path) -> None:
 
     Raises PlanError if the file cannot be written.
     """
-    from matplotlib.figure import Figure
+    from d2ft_hpc.figures.style import new_figure
 
-    figure = Figure(
-        figsize=(10, 0.6 + 4.5 * max(0.4, min(1.6, plan.num_blocks / plan.num_heads))), layout="constrained"
-    )
+    figure = new_figure(10, 0.6 + 4.5 * max(0.4, min(1.6, plan.num_blocks / plan.num_heads)))
     axes = figure.subplots(1, 2, sharey=True)
     for axis, operation, title in zip(
         axes, (Operation.FORWARD_ONLY, Operation.FULL), ("runs forward", "FULL"), strict=True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,7 +28,7 @@ from d2ft_hpc.figures import (
     summary,
     workload,
 )
-from d2ft_hpc.figures.run import Run, Runs
+from d2ft_hpc.figures.run import Run, open_runs
 from d2ft_hpc.figures.style import number, save, to_svg
 from d2ft_hpc.safe_text import one_line
 
@@ -55,24 +55,17 @@ def report(
     reference: Sequence[Path] = (),
     margin: float = 0.5,
 ) -> str:
-    """Compare runs; the first is the one that times are relative to.
+    """Compares runs, by results files or run folders; the first is the one that times are relative to.
 
-    Args:
-        run_paths: results files or run folders.
-        page: where to write the HTML page, None for none.
-        png: where to write one picture of compute and time, None for none.
-        reference: runs whose accuracy the others are to match, apart from `margin` points of top-1.
+    page: where to write the HTML page; None: nowhere. png: the same of a picture of compute and time.
+    reference: runs whose accuracy the others are to match, apart from `margin` points of top-1.
 
-    Returns:
-        As plain text: the table, what plans with too many shapes to compile lost, and the least compute and time that
-        match the reference.
-
-    Raises:
-        ResultsError: a run cannot be read, or the page or picture cannot be written.
+    Returns plain text: the table, what plans with too many shapes to compile lost, and the least compute and time that
+    match the reference. Raises ResultsError if a run cannot be read, or the page or picture cannot be written.
     """
     if not run_paths:
         raise ResultsError("no runs to report on: give at least one results file or run folder")
-    with Runs(run_paths) as runs, Runs(reference) as references:
+    with open_runs(run_paths) as runs, open_runs(reference) as references:
         if page is not None:  # before anything is drawn
             with _writing(page):
                 page.parent.mkdir(parents=True, exist_ok=True)
@@ -91,12 +84,11 @@ def report(
 def _page(runs: Sequence[Run], numbers: dict[str, Any], enough: dict[str, Any] | None) -> str:
     sections = list(_sections(runs, numbers))
     if enough is not None:
-        head, *rows = sufficient.table(enough)
-        told = "".join(f"<p>{html.escape(text)}.</p>" for text in sufficient.sentences(enough))
-        caption = "Finished runs against those of --reference, paired by seed."
-        sections.insert(
-            1, ("How little is enough", told + _table(head, rows) + _figure(sufficient.draw(enough), caption))
+        told = _paragraphs(f"{text}." for text in sufficient.sentences(enough))
+        figure = _figure(
+            sufficient.draw(enough), "Finished runs against those of --reference, paired by seed."
         )
+        sections.insert(1, ("How little is enough", told + _table(sufficient.table(enough)) + figure))
     links = "".join(f'<a href="#s{i}">{html.escape(title)}</a>' for i, (title, _) in enumerate(sections))
     bodies = "".join(
         f'<h2 id="s{i}">{html.escape(title)}</h2>\n{body}\n' for i, (title, body) in enumerate(sections)
@@ -116,81 +108,66 @@ def _sections(runs: Sequence[Run], numbers: dict[str, Any]) -> Iterator[tuple[st
     """Titles and contents, as HTML; what no run recorded is left out."""
     *heads, last = summary.table(numbers)[:3]
     titles = [" ".join(filter(None, parts)) for parts in zip(*heads, last, strict=True)]
-    table = _table(titles, summary.table(numbers)[3:])
-    unfinished = [run.name for run in runs if not run.complete]
-    note = f"<p>Did not end in order: {html.escape(', '.join(unfinished))}.</p>" if unfinished else ""
-    note += "".join(
-        f"<p>{html.escape(text)}</p>" for text in free_shapes.sentences(free_shapes.measure(runs))
+    unfinished = ", ".join(run.name for run in runs if not run.complete)
+    notes = [f"Did not end in order: {unfinished}."] if unfinished else []
+    notes += free_shapes.sentences(free_shapes.measure(runs))
+    notes += [f"{text}." for text in summary.notes(numbers)]
+    figure = _figure(summary.draw(numbers), "Compute and time of each run.")
+    yield "Summary", _table([titles, *summary.table(numbers)[3:]]) + _paragraphs(notes) + figure
+    caption = (
+        "Loss and accuracy against measured time: the slowest rank of every step, with scoring and planning."
     )
-    note += "".join(f"<p>{html.escape(text)}.</p>" for text in summary.notes(numbers))
-    yield "Summary", table + note + _figure(summary.draw(numbers), "Compute and time of each run.")
-    yield (
-        "Learning",
-        _figure(
-            learning.draw(learning.measure(runs)),
-            "Loss and accuracy against measured time: the slowest rank of every step, with scoring and planning.",
-        ),
-    )
+    yield "Learning", _figure(learning.draw(learning.measure(runs)), caption)
     if len(runs) > 1:
         costs = pareto.measure(runs)
-        yield (
-            "Accuracy against cost",
-            _figure(pareto.draw(costs), "Up and to the left is better.") + _rivals(costs["rivals"]),
-        )
+        figure = _figure(pareto.draw(costs), "Up and to the left is better.")
+        yield "Accuracy against cost", figure + _rivals(costs["rivals"])
         groups = compare.measure(runs)
         if any(len(group["runs"]) > 1 for group in groups["groups"]):
             caption = "Runs that differ in their seed alone are one group; ± is half the 95 % interval."
-            head, *rows = compare.table(groups)
-            yield "Over seeds", _figure(compare.draw(groups), caption) + _table(head, rows)
+            yield "Over seeds", _figure(compare.draw(groups), caption) + _table(compare.table(groups))
         claims = paper.measure(runs)
         if any(run["claim"] for run in claims["runs"]):
-            head, *rows = paper.table(claims)
             caption = "What each run saved and lost against the dense runs of the same model and data."
-            yield "Beside the paper", _table(head, rows) + _figure(paper.draw(claims), caption)
-    yield from _if_recorded(
-        "Promised and measured",
-        predicted,
-        runs,
-        "A point for each plan; on the diagonal the promise was kept.",
-    )
-    yield from _if_recorded(
-        "Work and waiting by rank",
-        workload,
-        runs,
-        "Waiting: for slower ranks, before communication can begin.",
-    )
-    yield from _if_recorded(
-        "Some steps of all ranks",
-        gantt,
-        runs,
-        "Phases are sums over a step; their order within the step is a drawing, not a record.",
-    )
-    sparse = [run for run in runs if not run.is_dense]
-    if sparse:
-        caption = (
-            "The size of training images over the steps, if plans set it; and if they skip heads, the share of "
-            "micro-batches, or of heads, that run each operation."
-        )
-        yield from _if_recorded("Plans", plans, sparse, caption)
-        yield from _if_recorded(
-            "Scores", scores, sparse, "Contribution scores that the last plan was made from."
-        )
-    yield from _if_recorded("Classes", classes, runs, "The last evaluation.")
+            yield "Beside the paper", _table(paper.table(claims)) + _figure(paper.draw(claims), caption)
+    for title, (module, caption) in _IF_RECORDED.items():
+        shown = [run for run in runs if not run.is_dense] if module in (plans, scores) else runs
+        if drawn := _if_recorded(module, shown, caption):
+            yield title, drawn
     yield "Configuration", "".join(_configuration(run) for run in runs)
 
 
-def _if_recorded(title: str, figure: Any, runs: Sequence[Run], caption: str) -> Iterator[tuple[str, str]]:
+_IF_RECORDED: dict[str, tuple[Any, str]] = {
+    "Promised and measured": (predicted, "A point for each plan; on the diagonal the promise was kept."),
+    "Work and waiting by rank": (workload, "Waiting: for slower ranks, before communication can begin."),
+    "Some steps of all ranks": (
+        gantt,
+        "Phases are sums over a step; their order within the step is a drawing, not a record.",
+    ),
+    "Plans": (
+        plans,
+        "The size of training images over the steps, if plans set it; and if they skip heads, the share of "
+        "micro-batches, or of heads, that run each operation.",
+    ),
+    "Scores": (scores, "Contribution scores that the last plan was made from."),
+    "Classes": (classes, "The last evaluation."),
+}
+"""Figures that need no other run, and their captions, by title."""
+
+
+def _if_recorded(figure: Any, runs: Sequence[Run], caption: str) -> str:
+    if not runs:
+        return ""
     try:
-        drawn = _figure(figure.draw(figure.measure(runs)), caption)
+        return _figure(figure.draw(figure.measure(runs)), caption)
     except ResultsError:
-        return
+        return ""
     except (
         ArithmeticError,
         LookupError,
         ValueError,
-    ) as error:  # from records that are damaged or hold no numbers
-        drawn = f"<p>Cannot be drawn from what is recorded: {html.escape(one_line(str(error)))}.</p>"
-    yield title, drawn
+    ) as error:  # from damaged records, or those without numbers
+        return _paragraphs([f"Cannot be drawn from what is recorded: {one_line(str(error))}."])
 
 
 def _rivals(rivals: list[dict[str, Any]]) -> str:
@@ -213,7 +190,7 @@ def _rivals(rivals: list[dict[str, Any]]) -> str:
         ]
         for rival in rivals
     ]
-    return _table(head, rows)
+    return _table([head, *rows])
 
 
 def _configuration(run: Run) -> str:
@@ -225,16 +202,24 @@ def _configuration(run: Run) -> str:
     ]
     return (
         f"<details><summary>{html.escape(run.name)} ({html.escape(str(run.path))})</summary>"
-        f"<pre>{yaml}</pre>{_table(['environment and model', ''], rows)}</details>"
+        f"<pre>{yaml}</pre>{_table([['environment and model', ''], *rows])}</details>"
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _paragraphs(texts: Iterable[str]) -> str:
+    return "".join(f"<p>{html.escape(text)}</p>" for text in texts)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """The first row is the heading."""
+
     def cells(kind: str, texts: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{kind}>{html.escape(text)}</{kind}>" for text in texts) + "</tr>"
 
-    body = "".join(cells("td", row) for row in rows)
-    return f'<div class="wide"><table><thead>{cells("th", head)}</thead><tbody>{body}</tbody></table></div>'
+    body = "".join(cells("td", row) for row in rows[1:])
+    return (
+        f'<div class="wide"><table><thead>{cells("th", rows[0])}</thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def _figure(figure: Any, caption: str) -> str:

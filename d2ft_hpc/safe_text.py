@@ -31,7 +31,9 @@ def scrubbed(text: str) -> str:
 def printable(text: str) -> str:
     """`text` with everything escaped that a terminal would obey or hide, except tabs and ends of lines."""
     return "".join(
-        character if character in "\n\t" or character.isprintable() else _escape(character)
+        character
+        if character in "\n\t" or character.isprintable()
+        else character.encode("unicode_escape").decode()
         for character in text
     )
 
@@ -55,7 +57,3 @@ def shortened(text: str, most: int = 200) -> str:
     """`text`, the middle left out if it has more than `most` characters."""
     half = most // 2
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode()

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from analysis.engines.bare import bare_engine, frozen_below
-from d2ft_hpc.bench.commands import add_layout, add_workload, read_workload
+from d2ft_hpc.bench.commands import add_workload, read_workload
 from d2ft_hpc.bench.turns import WARM_UP, Ratio, alternate
 from d2ft_hpc.bench.workload import (
     Built,
@@ -33,9 +33,8 @@ from d2ft_hpc.bench.workload import (
     posed,
     title,
 )
-from d2ft_hpc.command import connected
 from d2ft_hpc.engines.deepspeed import deepspeed_config
-from d2ft_hpc.launch import Control, run_guarded, share
+from d2ft_hpc.launch import Control, connect, detect, run_guarded, share
 from d2ft_hpc.metering import meter
 from d2ft_hpc.planning import SkipPlan, solve
 
@@ -115,9 +114,8 @@ def overhead_report(result: Mapping[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="overhead", description=__doc__)
     add_workload(parser)
-    add_layout(parser)
     options = parser.parse_args()
-    control = connected(options.device)
+    control = connect(detect(), device_type=options.device)
 
     def run() -> None:
         result = overhead(read_workload(options), control)
@@ -130,4 +128,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_guarded(None, main))

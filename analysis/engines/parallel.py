@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
 from d2ft_hpc.bench.turns import Ratio, alternate
-from d2ft_hpc.command import connected, whole_number
 from d2ft_hpc.command import share as share_of
+from d2ft_hpc.command import whole_number
 from d2ft_hpc.config import OptimizerConfig
 from d2ft_hpc.engines.deepspeed import deepspeed_config
 from d2ft_hpc.engines.engine import MicroBatch
@@ -28,7 +28,7 @@ from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.tensor import TensorParallelEngine
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.attach import attach
-from d2ft_hpc.launch import Control, run_guarded, share
+from d2ft_hpc.launch import Control, connect, detect, run_guarded, share
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.parallel.rank_layout import Placement, RankLayout
 from d2ft_hpc.parallel.stages import cut_stages, describe_stages, layer_flops
@@ -251,7 +251,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=whole_number(1), default=15, help="steps of each plan")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
-    control = connected("cpu")
+    control = connect(detect(), device_type="cpu")
 
     def run() -> None:
         result = benchmark(
@@ -269,4 +269,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_guarded(None, main))

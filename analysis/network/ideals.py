@@ -22,13 +22,14 @@ from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.parallel.rank_layout import RankLayout
 from d2ft_hpc.parallel.stages import layer_flops
 from d2ft_hpc.planning import Budgets, Operation, SkipPlan, communication_volume, simulate, solve
+from d2ft_hpc.planning.arrays import Floats
 from d2ft_hpc.planning.step_time import StepTime
 
 IMAGES = (3, IMAGE_SIZE, IMAGE_SIZE)
 both_ways = communication_volume.busiest_shares
 
 
-def one_way(layout: communication_volume.TokenLayout, ranks: int) -> communication_volume.Floats:
+def one_way(layout: communication_volume.TokenLayout, ranks: int) -> Floats:
     shares = both_ways(layout, ranks)
     if layout == "replicated":
         return shares

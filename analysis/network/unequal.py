@@ -22,14 +22,14 @@ import torch.nn.functional as F
 
 from analysis.engines.parallel import CLASSES, IMAGE_SIZE, Sizes
 from analysis.network.slow_links import die_with_parent
-from d2ft_hpc.command import connected, whole_number
 from d2ft_hpc.command import share as share_of
+from d2ft_hpc.command import whole_number
 from d2ft_hpc.config import OptimizerConfig
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine, deepspeed_config
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.attach import attach
-from d2ft_hpc.launch import Control, run_guarded, share
+from d2ft_hpc.launch import Control, connect, detect, run_guarded, share
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.metering.phases import COMMUNICATION, timed_step
 from d2ft_hpc.planning import Budgets, Devices, SkipPlan, pose, solve
@@ -218,7 +218,7 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
-    control = connected("cpu")
+    control = connect(detect(), device_type="cpu")
 
     def run() -> None:
         result = benchmark(control, compute_budget=options.compute_budget, steps=options.steps)
@@ -229,4 +229,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_guarded(None, main))

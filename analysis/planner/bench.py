@@ -22,7 +22,9 @@ from d2ft_hpc.planning import PLANNERS, Budgets, Devices, GivenShares, PlanProbl
 from d2ft_hpc.planning.bounds import upper_bound
 from d2ft_hpc.planning.knapsack import device_knapsacks
 from d2ft_hpc.planning.placement import in_order, place
-from d2ft_hpc.planning.simulate import waste
+from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.problem import BUDGET_EPSILON
+from d2ft_hpc.planning.simulate import simulate
 
 COMPARED = {
     name: entry for name, entry in PLANNERS.items() if entry.binding == "slot" and entry.keeps_budgets
@@ -30,6 +32,20 @@ COMPARED = {
 COMPUTE_BUDGET = 0.6
 SPEEDS = (1.0, 0.5, 0.25, 1.0)
 """Of ranks in turn, in `--heterogeneous`."""
+
+
+def waste(plan: SkipPlan, problem: PlanProblem) -> float:
+    """Simulated step over the ideal one, minus 1; 0 if the plan is done before that.
+
+    The ideal step spends the compute budgets, and devices wait in it only while a pipeline fills and drains.
+    """
+    slots = problem.slots
+    cells = problem.cells_per_device
+    budget = np.minimum(problem.compute_budget, cells * problem.compute_cost[Operation.FULL])
+    ideal = float((budget / problem.device_speed).max()) * (slots + problem.stages - 1) / slots
+    step = simulate(plan, problem).step
+    excess = step / ideal - 1 if ideal > 0 else 0.0
+    return excess if excess > BUDGET_EPSILON else 0.0
 
 
 def benchmark(

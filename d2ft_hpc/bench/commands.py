@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from d2ft_hpc.command import add_config, amount, connected, share, whole_number
+from d2ft_hpc.command import add_config, amount, share, whole_number
 from d2ft_hpc.config import read_config
 from d2ft_hpc.planning.tokens import TOKENS
 
 if TYPE_CHECKING:
+    from d2ft_hpc.bench.step import Sizes
     from d2ft_hpc.bench.workload import Workload
+
+Settings = TypeVar("Settings", "Sizes", "Workload")
 
 
 def add_benches(benches: Any) -> None:
@@ -25,7 +28,6 @@ def add_benches(benches: Any) -> None:
     )
     add_workload(speed)
     speed.add_argument("--engine", default="deepspeed", choices=["deepspeed", "ddp", "fsdp2"])
-    add_layout(speed)
     speed.add_argument("--compile", action="store_true", help="dense and plan through torch.compile")
     speed.add_argument("--cuda-graphs", action="store_true", help="blocks launched as CUDA graphs")
     speed.add_argument("--planner", default=TOKENS.name)
@@ -56,7 +58,7 @@ def add_benches(benches: Any) -> None:
     )
     step.add_argument(
         "--plan",
-        default="static",
+        type=lambda text: None if text == "static" else Path(text),
         help="static: as many heads in every block, or one of two numbers, drawn (default); or a saved plan's file",
     )
     step.add_argument(
@@ -66,6 +68,7 @@ def add_benches(benches: Any) -> None:
     )
     step.add_argument(
         "--lora",
+        dest="lora_rank",
         type=whole_number(1),
         help="LoRA of this rank, by peft, of the dense model too (default: none)",
     )
@@ -97,18 +100,17 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
         "--slots", type=whole_number(1), default=2, help="micro-batches of a replica in a step"
     )
     parser.add_argument("--stage", type=whole_number(0, 3), default=1, help="ZeRO stage")
+    parser.add_argument("--pipeline-stages", type=whole_number(1), default=1, help="of DeepSpeed's engines")
+    parser.add_argument(
+        "--tensor-parallel",
+        type=whole_number(1),
+        default=1,
+        help="ranks that share each block, under DeepSpeed",
+    )
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--steps", type=whole_number(1), default=100, help="measured steps of each")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-
-
-def add_layout(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `read_workload` that cut the model over ranks, for DeepSpeed's engines."""
-    parser.add_argument("--pipeline-stages", type=whole_number(1), default=1)
-    parser.add_argument(
-        "--tensor-parallel", type=whole_number(1), default=1, help="ranks that share each block"
-    )
 
 
 def read_workload(options: argparse.Namespace) -> Workload:
@@ -118,14 +120,19 @@ def read_workload(options: argparse.Namespace) -> Workload:
     from d2ft_hpc.bench.workload import Workload
     from d2ft_hpc.launch import device_type_of
 
-    given = {name: value for name, value in vars(options).items() if name in Workload.__dataclass_fields__}
-    return Workload(**{**given, "device": torch.device(device_type_of(options.device))})
+    return _settings(Workload, options, device=torch.device(device_type_of(options.device)))
+
+
+def _settings(kind: type[Settings], options: argparse.Namespace, **own: Any) -> Settings:
+    """kind: a dataclass, whose fields the options of the same names give; own: those that they do not."""
+    given = {name: value for name, value in vars(options).items() if name in kind.__dataclass_fields__}
+    return kind(**{**given, **own})
 
 
 def _speed(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import run_guarded
+    from d2ft_hpc.launch import connect, detect, run_guarded
 
-    control = connected(options.device)
+    control = connect(detect(), device_type=options.device)
 
     def run() -> None:
         from d2ft_hpc.bench.speed import speed, speed_report
@@ -139,50 +146,31 @@ def _speed(options: argparse.Namespace) -> int:
     return run_guarded(control, run)
 
 
-def _data(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import device_type_of, run_guarded
+def _data(options: argparse.Namespace) -> None:
+    import torch
 
-    def run() -> None:
-        import torch
+    from d2ft_hpc.bench.data import benchmark
+    from d2ft_hpc.launch import device_type_of
 
-        from d2ft_hpc.bench.data import benchmark
-
-        config = read_config(options.config, options.overrides)
-        measured = benchmark(config, torch.device(device_type_of(config.engine.device)), options.seconds)
-        print(
-            f"{measured['images_per_second']:.0f} images/s of {config.data.image_size} px to {measured['device']} with "
-            f"{measured['workers']} workers; first batch after {measured['first_batch_seconds']:.2f} s"
-        )
-
-    return run_guarded(None, run)
+    config = read_config(options.config, options.overrides)
+    measured = benchmark(config, torch.device(device_type_of(config.engine.device)), options.seconds)
+    print(
+        f"{measured['images_per_second']:.0f} images/s of {config.data.image_size} px to {measured['device']} with "
+        f"{measured['workers']} workers; first batch after {measured['first_batch_seconds']:.2f} s"
+    )
 
 
-def _step(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import device_type_of, run_guarded
+def _step(options: argparse.Namespace) -> None:
+    import torch
 
-    def run() -> None:
-        import torch
+    from d2ft_hpc.bench.step import Sizes, benchmark, describe
+    from d2ft_hpc.launch import device_type_of
 
-        from d2ft_hpc.bench.step import Sizes, benchmark, describe
-
-        device = torch.device(device_type_of(options.device))
-        of_device = "bfloat16" if device.type == "cuda" else "float32"
-        sizes = Sizes(
-            model=options.model,
-            micro_batch=options.micro_batch,
-            compute=options.compute,
-            forward_only=options.forward_only,
-            heads_multiple=options.heads_multiple,
-            lora_rank=options.lora,
-            plan=None if options.plan == "static" else Path(options.plan),
-            image_size=options.image_size,
-            device=device,
-            dtype=getattr(torch, of_device if options.dtype == "auto" else options.dtype),
-            repeats=options.repeats,
-        )
-        found = benchmark(sizes, with_profile=options.profile)
-        print(describe(found))
-        if options.json:
-            print(json.dumps(found))
-
-    return run_guarded(None, run)
+    device = torch.device(device_type_of(options.device))
+    of_device = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, of_device if options.dtype == "auto" else options.dtype)
+    sizes = _settings(Sizes, options, device=device, dtype=dtype)
+    found = benchmark(sizes, with_profile=options.profile)
+    print(describe(found))
+    if options.json:
+        print(json.dumps(found))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from itertools import islice
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.data.datasets import open_split
-from d2ft_hpc.data.loader import train_loader, workers_of
+from d2ft_hpc.data.loader import Batches, train_loader, workers_of
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.launch.cores import own_cores
@@ -36,24 +38,17 @@ def benchmark(config: RunConfig, device: torch.device, seconds: float) -> dict[s
     mixing = Mixing(images.num_classes, **data.mixing_options)
     workers = workers_of(data, images, device, len(own_cores()), ranks_of_host=1)
     loader = train_loader(images, sampler, num_workers=workers, device=device, mixing=mixing)
-    begin = time.perf_counter()
-    first, warm_up, count, epoch = 0.0, 2 * max(workers, 1), 0, 0
-    start = end = begin
-    done = 0
-    while end - start < seconds or done <= warm_up:
-        sampler.set_epoch(epoch)
-        for batch, _ in islice(loader, None):
-            done += 1
-            if done == 1:
-                first = time.perf_counter() - begin
-            if done == warm_up:  # what the workers had read ahead is used up
-                start = _now(device)
-            elif done > warm_up:
-                count += len(batch)
-            end = time.perf_counter()
-            if done > warm_up and end - start >= seconds:
+    first, warm_up, count = 0.0, 2 * max(workers, 1), 0
+    begin = start = time.perf_counter()
+    for done, batch in enumerate(_epochs(sampler, loader), 1):
+        if done == 1:
+            first = time.perf_counter() - begin
+        if done == warm_up:  # what the workers had read ahead is used up
+            start = _now(device)
+        elif done > warm_up:
+            count += len(batch)
+            if time.perf_counter() - start >= seconds:
                 break
-        epoch += 1
     return {
         "images_per_second": count / (_now(device) - start),
         "first_batch_seconds": first,
@@ -61,6 +56,13 @@ def benchmark(config: RunConfig, device: torch.device, seconds: float) -> dict[s
         "workers": workers,
         "device": str(device),
     }
+
+
+def _epochs(sampler: MicroBatchSampler, loader: Batches) -> Iterator[Tensor]:
+    """The images of epoch after epoch, without end."""
+    for epoch in itertools.count():
+        sampler.set_epoch(epoch)
+        yield from (images for images, _ in loader)
 
 
 def _now(device: torch.device) -> float:

@@ -73,16 +73,14 @@ def speed(workload: Workload, control: Control, planner: str, compute_budget: fl
     seconds = alternate(steps, workload.steps, workload.device, control, before)
     under_plan = np.sum([weight * seconds[name] for name, (_, weight) in of_run.items()], axis=0)
     always = float(np.median(seconds["nothing"] / seconds["dense"]))
+    images = workload.slots * workload.micro_batch_size * replicas
     return {
         **described(workload, control),
         "planner": planner,
         "compute_budget": compute_budget,
         "dense_seconds": float(np.median(seconds["dense"])),
         "dense_over_plain": asdict(Ratio.of(seconds["dense"], seconds["plain"])),
-        "images_per_second": workload.slots
-        * workload.micro_batch_size
-        * replicas
-        / float(np.median(under_plan)),
+        "images_per_second": images / float(np.median(under_plan)),
         "plan_over_dense": asdict(Ratio.of(under_plan, seconds["dense"])),
         "of_run": {
             name: {"steps": weight, "over_dense": asdict(Ratio.of(seconds[name], seconds["dense"]))}

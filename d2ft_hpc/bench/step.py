@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -48,6 +49,7 @@ _ALWAYS = (
 )
 """Parts of names of kernels and operators that run whatever heads do: norms, residuals, sums of their gradients, and,
 on a CPU, the embedding of patches."""
+_NO_HEADS = "norms and residuals"
 _OF_HEADS = ("gelu", "nvjet", "gemm", "attention", "sdpa", "flash")
 """Parts of names of those that belong to heads although they match above."""
 
@@ -269,30 +271,24 @@ def contender(
 ) -> Contender:
     """slots: places of the plan, each of which runs once a step."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    at_slot = nullcontext if executor is None else executor.micro_batch
 
     def run() -> None:
         for slot in range(slots):
             for parameter in parameters:
                 parameter.grad = None
-            if executor is None:
+            with at_slot(slot):
                 _loss(forward(batch[0]), batch[1]).backward()
-            else:
-                with executor.micro_batch(slot):
-                    _loss(forward(batch[0]), batch[1]).backward()
-
-    def in_context(measure: Callable[[], int]) -> int:
-        if executor is None:
-            return measure()
-        with executor.micro_batch(0):
-            return measure()
 
     if sizes.device.type == "cpu":
         run()
-        return Contender(run, in_context(lambda: _kept_bytes(forward, model, batch)), slots)
+        with at_slot(0):
+            return Contender(run, _kept_bytes(forward, model, batch), slots)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        kept = in_context(lambda: _kept_bytes(forward, model, batch))
+        with at_slot(0):
+            kept = _kept_bytes(forward, model, batch)
         for _ in range(_WARM_UPS):
             run()
     torch.cuda.current_stream().wait_stream(stream)
@@ -303,9 +299,8 @@ def contender(
     for parameter in parameters:
         parameter.grad = None
 
-    def replay(
-        captured: Step = run,
-    ) -> None:  # the captured graph reads the model and the batch where they lie
+    # The captured graph reads the model and the batch, which `run` keeps, where they lie.
+    def replay(captured: Step = run) -> None:
         graph.replay()
 
     return Contender(replay, kept, slots)
@@ -356,34 +351,26 @@ def _timed(step: Step, device: torch.device) -> float:
     return float(begin.elapsed_time(end)) / 1e3
 
 
-def _kernels(step: Step, sizes: Sizes) -> dict[str, float]:
-    """Seconds by name of what one step runs: kernels on a GPU, operators by themselves on a CPU."""
+def _profile(step: Step, sizes: Sizes) -> dict[str, float]:
+    """Seconds by kind of what one step runs, the largest first: kernels on a GPU, operators by themselves on a CPU. The
+    rest of the step is the device's waiting time."""
     on_gpu = sizes.device.type == "cuda"
     step()
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
         step()
         if on_gpu:
             torch.cuda.synchronize(sizes.device)
-    return {
-        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
-        for event in profiled.key_averages()
-    }
+    kinds: dict[str, float] = {}
+    for event in profiled.key_averages():
+        seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        kinds[_kind(event.key)] = kinds.get(_kind(event.key), 0.0) + seconds
+    return dict(sorted(kinds.items(), key=lambda item: -item[1]))
 
 
 def _always_share(step: Step, sizes: Sizes) -> float:
     """Share of a dense step's time that no head owns."""
-    kernels = _kernels(step, sizes)
-    return sum(seconds for name, seconds in kernels.items() if _kind(name) == "norms and residuals") / sum(
-        kernels.values()
-    )
-
-
-def _profile(step: Step, sizes: Sizes) -> dict[str, float]:
-    """Seconds by kind, the largest first; the rest of the step is the device's waiting time."""
-    kinds: dict[str, float] = {}
-    for name, seconds in _kernels(step, sizes).items():
-        kinds[_kind(name)] = kinds.get(_kind(name), 0.0) + seconds
-    return dict(sorted(kinds.items(), key=lambda item: -item[1]))
+    kinds = _profile(step, sizes)
+    return kinds.get(_NO_HEADS, 0.0) / sum(kinds.values())
 
 
 def _kind(name: str) -> str:
@@ -392,7 +379,7 @@ def _kind(name: str) -> str:
         if any(part in name for part in parts):
             return kind
     if any(part in name for part in _ALWAYS) and not any(part in name for part in _OF_HEADS):
-        return "norms and residuals"
+        return _NO_HEADS
     return "other"
 
 

@@ -17,6 +17,7 @@ from scipy.stats import bootstrap
 
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.launch import Control
+from d2ft_hpc.launch.control import SoloControl
 
 WARM_UP = 3
 """Rounds before those that are measured."""
@@ -40,6 +41,7 @@ def alternate(
         raise ConfigError(
             f"{count} measured steps of each have no interval: measure at least 2, or better 20"
         )
+    control = control or SoloControl()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for turn in range(warm_up + count):
@@ -47,15 +49,12 @@ def alternate(
         for name in (names[first:] + names[:first])[:: -1 if turn % 2 else 1]:
             before(name)
             _synchronize(device)
-            if control is not None:
-                control.barrier(60)
+            control.barrier(60)
             start = time.perf_counter()
             steps[name]()
             _synchronize(device)
             seconds[name].append(time.perf_counter() - start)
     own = np.array([of_name[warm_up:] for of_name in seconds.values()])
-    if control is None:
-        return dict(zip(names, own, strict=True))
     of_ranks = [np.frombuffer(part).reshape(own.shape) for part in control.all_gather(own.tobytes())]
     return dict(zip(names, np.max(of_ranks, axis=0), strict=True))
 

@@ -100,7 +100,7 @@ def build(workload: Workload, control: Control, sides: Sequence[float] | None = 
     )
     model = model_of(workload)
     executor = attach(model, compile=workload.compile, cuda_graphs=workload.cuda_graphs)
-    image_shape = (3, workload.image_size, workload.image_size)
+    image_shape = config.data.image_shape
     costs = measure_costs(model, executor, image_shape, sides)
     placement = Placement(
         layout,

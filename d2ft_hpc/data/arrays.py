@@ -108,15 +108,9 @@ def _of_hdf5(path: Path, split: str) -> Source:
 
 
 def _array(group: Any, name: str, allowance: hdf5.Allowance) -> npt.NDArray[Any]:
-    if hdf5.child(group, name) is None:
-        raise DataError(f"{group.name} has no array {name!r}: {_HDF5}")
     stored = hdf5.plain_dataset(group, name)
     if stored.dtype.kind not in "biuf":
         raise DataError(f"{stored.name} is of type {stored.dtype}: store numbers")
-    try:
-        hdf5.check_dataset(stored)
-    except RefusedError as error:
-        raise DataError(f"{error}: store it anew, such as by h5repack -f GZIP=4") from error
     _check_free_memory(stored.name, stored.size * stored.dtype.itemsize)
     return hdf5.read_array(stored, allowance)
 

@@ -23,10 +23,11 @@ from d2ft_hpc.data.transforms import (
     Augmentation,
     BatchTransform,
     Crop,
+    Cut,
     Entropy,
     ImageSize,
     SampleTransform,
-    sample_transform,
+    timm_transform,
     uniform_draws,
 )
 from d2ft_hpc.errors import DataError
@@ -92,16 +93,13 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         """Whether each image is decoded, or transformed one by one, before it goes to the device."""
         return self._of_sample is not None
 
-    def evenly_spaced(self, most: int) -> list[int]:
-        return evenly_spaced(len(self), most)
-
     def look_at_some(self) -> None:
         """Raises DataError if one of a sample of images is of an unknown kind or cut short; no image is decoded as a
         whole. Checking all images of a large data set would take as long as an epoch; faults of the others show when
         they are read.
         """
         if isinstance(self._images, EncodedImages):
-            for index in self.evenly_spaced(_LOOKED_AT):
+            for index in evenly_spaced(len(self), _LOOKED_AT):
                 self._images.look_at(int(self._indices[index]))
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -220,22 +218,13 @@ def _transforms(
     source: Source, config: DataConfig, training: bool, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> tuple[SampleTransform | None, BatchTransform | None]:
     augment = _automatic(config.name, source) if config.augment == "auto" else config.augment
-    image_size = config.image_size
-    cropped = augment in ("resized_crop", "timm")
+    if training and augment == "timm":
+        return timm_transform(config.image_size, mean, std, config.transform_options), None
+    crop: Crop = "whole"
+    if augment in ("resized_crop", "timm"):
+        crop = "random" if training else "central"
     shift = training and augment == "shift"
     flip = training and augment in ("shift", "resized_crop")
-    by_timm = training and augment == "timm"
-    if isinstance(source.images, PixelImages) and not by_timm:
-        crop: Crop = "whole"
-        if cropped:
-            crop = "random" if training else "central"
-        return None, BatchTransform(image_size, mean, std, crop, shift, flip)
-    of_sample = sample_transform(
-        augment,
-        image_size,
-        training=training,
-        mean=mean,
-        std=std,
-        timm_options=config.transform_options,
-    )
-    return of_sample, None if by_timm else BatchTransform(None, mean, std, "whole", shift, flip)
+    if isinstance(source.images, PixelImages):
+        return None, BatchTransform(config.image_size, mean, std, crop, shift, flip)
+    return Cut(crop), BatchTransform(None, mean, std, "whole", shift, flip)

@@ -41,23 +41,16 @@ def endings() -> frozenset[str]:
     return frozenset(ending for ending, name in Image.registered_extensions().items() if name in known)
 
 
-def check(data: bytes) -> None:
-    """Raises DataError, without a name, for what `decode` refuses before it looks at the pixels."""
-    with _open(data):
-        pass
-
-
 def size(data: bytes) -> tuple[int, int]:
-    """(width, height). Raises DataError as `check`."""
+    """(width, height). Raises DataError, without a name, for what `decode` refuses before it looks at the pixels."""
     with _open(data) as picture:
         return picture.width, picture.height
 
 
 def look(data: bytes) -> None:
-    """Raises DataError as `check` does, and where a JPEG or PNG lacks its end mark, also as `decode` does."""
-    check(data)
-    lacks_end = any(data.startswith(begin) and end not in data[-_TAIL_BYTES:] for begin, end in _ENDS)
-    if lacks_end:
+    """Raises DataError as `size` does, and where a JPEG or PNG lacks its end mark, also as `decode` does."""
+    size(data)
+    if any(data.startswith(begin) and end not in data[-_TAIL_BYTES:] for begin, end in _ENDS):
         decode(data)
 
 

@@ -6,9 +6,11 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+
+import numpy as np
 
 from d2ft_hpc.data.decoding import endings
+from d2ft_hpc.data.images import EncodedImages, FileBlobs, Source
 from d2ft_hpc.errors import DataError
 
 _STRAY = {"thumbs.db", "desktop.ini"}
@@ -16,23 +18,14 @@ _STRAY = {"thumbs.db", "desktop.ini"}
 _TOLD_ENDINGS = 5
 
 
-class ClassFolders(NamedTuple):
-    names: tuple[str, ...]
-    """Of the classes, sorted."""
-    files: tuple[Path, ...]
-    labels: tuple[int, ...]
-    """[file]."""
-    remark: str
-    """How many files were left out, and which; empty if none was."""
-
-
 def class_names(folder: Path) -> tuple[str, ...]:
     """The class folders, sorted. Raises DataError if the folder cannot be read."""
     return tuple(sorted(entry.name for entry in _entries(folder) if entry.is_dir()))
 
 
-def class_folders(folder: Path) -> ClassFolders:
-    """The paths of each class's images, which are the files with endings that PIL reads.
+def class_folders(folder: Path) -> Source:
+    """Each class's images, which are the files with endings that PIL reads; the remark says how many files were left
+    out, and which.
 
     Raises DataError if there is no class, a class has no image, or something is neither a file nor a folder: a broken
     link, a link to a folder above it, a pipe.
@@ -66,7 +59,7 @@ def class_folders(folder: Path) -> ClassFolders:
             f"{folder}: left out {_told(left_out)}: no images that are read, or not in a class's folder; convert them "
             "to PNG or JPEG, or remove them"
         )
-    return ClassFolders(names, tuple(files), tuple(labels), remark)
+    return Source(EncodedImages(FileBlobs(tuple(files))), np.array(labels, np.int64), names, remark)
 
 
 def files_below(folder: Path) -> list[Path]:

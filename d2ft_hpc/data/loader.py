@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from d2ft_hpc.config import DataConfig
 from d2ft_hpc.data.datasets import LabelledImages, RawBatch
@@ -34,9 +34,16 @@ class Batches:
     """
 
     def __init__(
-        self, loader: DataLoader[Any], finish: Callable[[_Drawn], tuple[Tensor, Tensor]], device: torch.device
+        self,
+        reader: Reader,
+        order: Any,
+        finish: Callable[[_Drawn], tuple[Tensor, Tensor]],
+        num_workers: int,
+        device: torch.device,
     ) -> None:
-        self._loader, self._finish, self._device = loader, finish, device
+        """reader, order: as `loader_of` takes them. finish: what is done on the device."""
+        self._loader = loader_of(reader, order, num_workers=num_workers, pin_memory=device.type == "cuda")
+        self._finish, self._device = finish, device
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -84,7 +91,7 @@ def train_loader(
         images, labels = dataset.finish(drawn[0])
         return (images, labels) if mixing is None else mixing(images, labels, drawn[1])
 
-    return _batches(_Drawing(dataset, sampler.seed), _Draws(sampler, size_at), finish, num_workers, device)
+    return Batches(_Drawing(dataset, sampler.seed), _Draws(sampler, size_at), finish, num_workers, device)
 
 
 def eval_loader(
@@ -102,18 +109,7 @@ def eval_loader(
     """
     share = range(replica, len(dataset), replicas)
     order = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
-    return _batches(_InOrder(dataset), order, lambda drawn: dataset.finish(drawn[0]), num_workers, device)
-
-
-def _batches(
-    reader: Reader,
-    order: Any,
-    finish: Callable[[_Drawn], tuple[Tensor, Tensor]],
-    num_workers: int,
-    device: torch.device,
-) -> Batches:
-    loader = loader_of(reader, order, num_workers=num_workers, pin_memory=device.type == "cuda")
-    return Batches(loader, finish, device)
+    return Batches(_InOrder(dataset), order, lambda drawn: dataset.finish(drawn[0]), num_workers, device)
 
 
 _Draw = tuple[int, int, ImageSize | None]

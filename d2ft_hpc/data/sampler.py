@@ -29,8 +29,6 @@ class MicroBatchSampler(Sampler[list[int]]):
                 f"the training data has {num_samples} samples, fewer than the {self.rows} micro-batches of "
                 f"one batch ({slots} slots x {replicas} replicas): use fewer slots or ranks, or more data"
             )
-        if not 0 <= replica < replicas:
-            raise ValueError(f"replica {replica} of {replicas}")
         self.num_samples = num_samples
         self.slots = slots
         self.replicas = replicas
@@ -52,13 +50,8 @@ class MicroBatchSampler(Sampler[list[int]]):
         return max(self.batches_per_epoch - self.start_batch, 0) * self.slots
 
     def __iter__(self) -> Iterator[list[int]]:
-        permutation = self._permutation()
+        permutation = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)
         for batch in range(self.start_batch, self.batches_per_epoch):
-            for row in self._cut(permutation, batch)[self.replica :: self.replicas]:
+            samples = permutation[batch * self.batch_size :][: self.batch_size]
+            for row in np.array_split(samples, self.rows)[self.replica :: self.replicas]:
                 yield row.tolist()
-
-    def _permutation(self) -> np.ndarray:
-        return np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)
-
-    def _cut(self, permutation: np.ndarray, batch: int) -> list[np.ndarray]:
-        return np.array_split(permutation[batch * self.batch_size :][: self.batch_size], self.rows)

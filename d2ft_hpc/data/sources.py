@@ -117,17 +117,12 @@ def _image_folder(root: Path, split: StoredSplit) -> Source:
     if split == "test" and (root / "train").is_dir():
         # Labels are places in the sorted class names, so both splits must have the same names.
         known = class_names(root / "train")
-        if known and known != images.names:
-            differing = ", ".join(sorted(set(known) ^ set(images.names)))
+        if known and known != images.class_names:
+            differing = ", ".join(sorted(set(known) ^ set(images.class_names)))
             raise DataError(
                 f"{folder} and {root / 'train'} must have the same class folders; these differ: {differing}"
             )
-    return Source(
-        EncodedImages(FileBlobs(images.files)),
-        np.array(images.labels, np.int64),
-        images.names,
-        images.remark,
-    )
+    return images
 
 
 _READERS: dict[str, Callable[[Path, StoredSplit], Source]] = {

@@ -1,6 +1,6 @@
 """From a stored image to what the model sees, in two stages.
 
-1. Sample by sample, on the CPU (`sample_transform`): decoding and whatever needs the image at its own size; the
+1. Sample by sample, on the CPU (`Cut`, `timm_transform`): decoding and whatever needs the image at its own size; the
 result is uint8 [3, height, width] of one size. Images stored as pixels skip this stage. 2. A whole batch at once, on
 the model's device (`BatchTransform`): resize, crop, flip, normalise. So small images travel to the device as they are
 stored.
@@ -126,18 +126,15 @@ class BatchTransform:
         [sample, 1]."""
         far = size // 8 if self.shift else 0
         shifts = torch.floor(draws * (2 * far + 1)).long() - far
-        return _mirrored(torch.arange(size, device=draws.device) + shifts, size)
+        places = torch.arange(size, device=draws.device) + shifts
+        # Beyond the border they are mirrored; its pixel is not repeated.
+        return (size - 1) - ((size - 1) - places.abs()).abs()
 
 
 @functools.cache
 def _on_device(channels: tuple[float, ...], device: torch.device) -> Tensor:
     """The values as float32 [channel, 1, 1]; made once, because copying to a GPU makes the program wait."""
     return torch.tensor(channels, device=device).view(-1, 1, 1)
-
-
-def _mirrored(places: Tensor, size: int) -> Tensor:
-    """Mirrors indices outside 0..size-1 at the border, whose pixel is not repeated."""
-    return (size - 1) - ((size - 1) - places.abs()).abs()
 
 
 def _central(x: Tensor) -> Tensor:
@@ -168,29 +165,11 @@ def _box(
     return [left, top, left + box_width, top + box_height]
 
 
-def sample_transform(
-    augmentation: Augmentation,
-    image_size: int,
-    *,
-    training: bool,
-    mean: Sequence[float],
-    std: Sequence[float],
-    timm_options: Mapping[str, Any] | None = None,
-) -> SampleTransform:
-    """Stage 1 for images of any size; uint8 or (timm's training, of image_size) float32 and normalised.
-
-    timm_options: of timm.data.create_transform. Raises ConfigError if it does not know one.
-    """
-    if augmentation == "timm" and training:
-        return _timm_transform(image_size, tuple(mean), tuple(std), timm_options or {})
-    if augmentation in ("none", "shift"):
-        return Cut()
-    return Cut("random" if training else "central")
-
-
-def _timm_transform(
+def timm_transform(
     image_size: int, mean: tuple[float, ...], std: tuple[float, ...], options: Mapping[str, Any]
 ) -> SampleTransform:
+    """Stage 1 as timm trains: float32 of image_size, normalised. options: of timm.data.create_transform. Raises
+    ConfigError if it does not know one."""
     known = set(inspect.signature(create_transform).parameters)
     ours = {"input_size", "is_training", "mean", "std"}
     wrong = sorted(set(options) - known | set(options) & ours)
@@ -204,7 +183,6 @@ def _timm_transform(
         of_picture(Image.new("RGB", (8, 8)))
     except Exception as error:  # timm raises many kinds, some at first use
         raise ConfigError(f"data.timm={dict(options)}: not accepted by timm: {error}") from error
-
     return _Timm(of_picture)
 
 

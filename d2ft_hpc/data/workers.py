@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+import signal
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
@@ -11,12 +13,18 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from d2ft_hpc.data.lost_worker import batches_of
-from d2ft_hpc.errors import D2ftError
+from d2ft_hpc.errors import D2ftError, LostWorkerError
 
 _MOST_WORKERS = 16
 _READ_AHEAD = 3
 """Batches of each worker: two that torch asks for ahead, and one on its way."""
+_PATIENCE_SECONDS = 3.0
+"""How long to wait for a dead worker's exit status after the fault that its death causes."""
+
+_WHY = {
+    signal.SIGKILL: "by the kernel, if the job ran out of memory: use fewer data.workers, or ask for more memory",
+    signal.SIGBUS: "/dev/shm is too small for its batches: make it larger, or use fewer data.workers (0 needs none)",
+}
 
 
 class Reader(Protocol):
@@ -55,11 +63,9 @@ def loader_of(
     """
     options: dict[str, Any] = {}
     if num_workers > 0:
-        methods = multiprocessing.get_all_start_methods()
-        context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        if context.get_start_method() == "forkserver":
-            # Imported once, by the process from which all workers are forked.
-            context.set_forkserver_preload(["__main__", __name__, type(reader).__module__])
+        context = multiprocessing.get_context("forkserver")
+        # Imported once, by the process from which all workers are forked.
+        context.set_forkserver_preload(["__main__", __name__, type(reader).__module__])
         options = {"multiprocessing_context": context, "persistent_workers": persistent}
     return DataLoader(
         _Handing(reader),
@@ -74,11 +80,33 @@ def loader_of(
 
 def read_with(loader: DataLoader[Any]) -> Iterator[Any]:
     """The batches in order. Raises the reader's D2ftError, the same with workers as without, and LostWorkerError if a
-    worker was killed."""
-    for batch in batches_of(loader):
+    worker was killed, however torch notices it."""
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:  # as chance will have it
+            message = _end_of_a_worker(getattr(batches, "_workers", ()))
+            if message is None:
+                raise
+            raise LostWorkerError(message) from error
         if isinstance(batch, D2ftError):
             raise batch
         yield batch
+
+
+def _end_of_a_worker(workers: Any) -> str | None:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while workers and time.monotonic() < deadline:
+        for worker in workers:
+            if worker.exitcode is not None and worker.exitcode < 0:
+                number = signal.Signals(-worker.exitcode)
+                why = _WHY.get(number, "data.workers=0 reads without such processes")
+                return f"a data worker (process {worker.pid}) was killed by {number.name}: {why}"
+        time.sleep(0.05)
+    return None
 
 
 class _Handing(Dataset[Any]):

@@ -86,7 +86,7 @@ def _checks(config: RunConfig, control: Control, left: float | None) -> list[Fin
 
     device = torch.device(device_type_of(config.engine.device))
     findings = of_all_ranks(control, machine.check_versions(control))
-    findings += of_all_ranks(control, machine.check_gpus(control, device))
+    findings += of_all_ranks(control, [machine.check_gpus(control, device)])
     if distributed.is_initialized():
         findings += of_all_ranks(control, machine.check_all_reduce(control, device))
     findings += of_all_ranks(control, storage.check_output(config, control))
@@ -96,5 +96,5 @@ def _checks(config: RunConfig, control: Control, left: float | None) -> list[Fin
         parameters = sum(parameter.numel() for parameter in job.model.parameters())
         findings += storage.check_space(config, parameters)
         findings += work.check_plans(job)  # by rank 0, which prints
-        findings += of_all_ranks(control, work.check_time(job, left))[:1]
+        findings += of_all_ranks(control, [work.check_time(job, left)])[:1]
     return findings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from d2ft_hpc.launch import Control, gathered
@@ -38,12 +38,7 @@ def of_all_ranks(control: Control, own: Sequence[Finding]) -> list[Finding]:
     return [
         finding
         if len(ranks) == control.world_size
-        else Finding(
-            finding.check,
-            finding.status,
-            f"{describe_ranks(ranks, control.hosts)}: {finding.text}",
-            finding.fix,
-        )
+        else replace(finding, text=f"{describe_ranks(ranks, control.hosts)}: {finding.text}")
         for finding, ranks in ranks_of.items()
     ]
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
 import torch
-from torch import distributed
 
 from d2ft_hpc.doctor.finding import Finding
 from d2ft_hpc.launch import Control, gathered
 from d2ft_hpc.launch.control import describe_ranks
+from d2ft_hpc.metering.all_reduce import fastest_all_reduce
+from d2ft_hpc.recording.provenance import ABSENT, installed_version
 
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "mpi4py", "highspy", "h5py", "numpy", "safetensors")
 _MESSAGE_BYTES = 16 << 20
@@ -23,7 +21,7 @@ _SLOW_BETWEEN_HOSTS = 1e9
 
 def check_versions(control: Control) -> list[Finding]:
     """On all ranks together."""
-    own = {name: _version(name) for name in _PACKAGES}
+    own = {name: installed_version(name) for name in _PACKAGES}
     of_ranks = gathered(control, own)
     findings = []
     for name in _PACKAGES:
@@ -38,7 +36,7 @@ def check_versions(control: Control) -> list[Finding]:
                     "start the same environment on every node: one venv on a shared file system, or one container",
                 )
             )
-    absent = [name for name, version in own.items() if version == "absent"]
+    absent = [name for name, version in own.items() if version == ABSENT]
     if absent:
         text = f"not installed: {', '.join(absent)}"
         findings.append(Finding("versions", "failed", text, f"pip install {' '.join(absent)}"))
@@ -46,47 +44,40 @@ def check_versions(control: Control) -> list[Finding]:
     return findings or [Finding("versions", "ok", f"{shown} on all ranks")]
 
 
-def check_gpus(control: Control, device: torch.device) -> list[Finding]:
+def check_gpus(control: Control, device: torch.device) -> Finding:
     """On all ranks together."""
     if device.type == "cpu":
         asked = next((v for v in ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE") if os.environ.get(v)), None)
         if asked is None and not Path("/dev/nvidia0").exists():
-            return [Finding("gpus", "ok", "no GPU here; the run takes the CPU")]
+            return Finding("gpus", "ok", "no GPU here; the run takes the CPU")
         sign = f"{asked}={os.environ[asked]}" if asked else "/dev/nvidia0 exists"
-        return [
-            Finding(
-                "gpus",
-                "warning",
-                f"{sign}, but the run would take the CPU: torch {torch.__version__} sees no GPU here",
-                "install a CUDA build of torch that fits the driver (nvidia-smi), or set engine.device=cpu",
-            )
-        ]
+        return Finding(
+            "gpus",
+            "warning",
+            f"{sign}, but the run would take the CPU: torch {torch.__version__} sees no GPU here",
+            "install a CUDA build of torch that fits the driver (nvidia-smi), or set engine.device=cpu",
+        )
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     own = f"{control.host} {getattr(properties, 'uuid', torch.cuda.current_device())}"
     of_ranks = gathered(control, own)
     shared = [rank for rank, gpu in enumerate(of_ranks) if of_ranks.count(gpu) > 1]
     if shared:
-        return [
-            Finding(
-                "gpus",
-                "failed",
-                f"{describe_ranks(shared, control.hosts)} share a GPU",
-                "one task a GPU: --ntasks-per-node equal to --gpus-per-node",
-            )
-        ]
-    return [
-        Finding("gpus", "ok", f"a {properties.name} for each rank, {properties.total_memory / 2**30:.0f} GiB")
-    ]
+        return Finding(
+            "gpus",
+            "failed",
+            f"{describe_ranks(shared, control.hosts)} share a GPU",
+            "one task a GPU: --ntasks-per-node equal to --gpus-per-node",
+        )
+    return Finding(
+        "gpus", "ok", f"a {properties.name} for each rank, {properties.total_memory / 2**30:.0f} GiB"
+    )
 
 
 def check_all_reduce(control: Control, device: torch.device) -> list[Finding]:
     """On all ranks together."""
     if control.world_size == 1:
         return []
-    message = torch.ones(_MESSAGE_BYTES // 4, device=device)
-    distributed.all_reduce(message)
-    own = min(_timed_all_reduces(message, repeats=3))
-    seconds = max(gathered(control, own))
+    seconds = max(gathered(control, fastest_all_reduce(_MESSAGE_BYTES // 4, device)))
     share = 2 * (control.world_size - 1) / control.world_size
     bandwidth = share * _MESSAGE_BYTES / seconds
     backend = "NCCL" if device.type == "cuda" else "gloo"
@@ -95,19 +86,3 @@ def check_all_reduce(control: Control, device: torch.device) -> list[Finding]:
         fix = "name the fast network: NCCL_SOCKET_IFNAME, NCCL_IB_HCA, FI_PROVIDER; NCCL_DEBUG=INFO shows what is used"
         return [Finding("all-reduce", "warning", text, fix)]
     return [Finding("all-reduce", "ok", text)]
-
-
-def _timed_all_reduces(message: torch.Tensor, repeats: int) -> Iterator[float]:
-    for _ in range(repeats):
-        start = time.perf_counter()
-        distributed.all_reduce(message)
-        if message.is_cuda:
-            torch.cuda.synchronize()
-        yield time.perf_counter() - start
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "absent"

@@ -32,21 +32,14 @@ def check_output(config: RunConfig, control: Control) -> list[Finding]:
     except OSError as error:
         fault = error.strerror or str(error)
     written = [part == b"" for part in control.all_gather(fault.encode())]
-    findings = []
-    if fault:
-        findings.append(Finding("output", "failed", f"cannot write to {folder.absolute()}: {fault}", _CHOOSE))
+    faults = [f"cannot write to {folder.absolute()}: {fault}"] if fault else []
     absent = [rank for rank, done in enumerate(written) if done and not (folder / f".doctor-{rank}").exists()]
     if absent:
-        findings.append(
-            Finding(
-                "output",
-                "failed",
-                f"{folder.absolute()} is not shared: no file here of {describe_ranks(absent, control.hosts)}",
-                _CHOOSE,
-            )
-        )
+        ranks = describe_ranks(absent, control.hosts)
+        faults.append(f"{folder.absolute()} is not shared: no file here of {ranks}")
+    findings = [Finding("output", "failed", text, _CHOOSE) for text in faults]
     if not fault:
-        findings += _check_locks(folder, own.with_suffix(".h5"))
+        findings.append(_check_locks(folder, own.with_suffix(".h5")))
     control.all_gather(b"")  # everybody has looked
     if not fault:
         own.unlink(missing_ok=True)
@@ -68,23 +61,21 @@ def check_space(config: RunConfig, parameters: int) -> list[Finding]:
     return [Finding("space", "ok", text)]
 
 
-def _check_locks(folder: Path, path: Path) -> list[Finding]:
+def _check_locks(folder: Path, path: Path) -> Finding:
     """path: a file in `folder` to try it with."""
     try:
         with h5py.File(path, "w", locking=True) as file:
             file["locked"] = 1
     except OSError as error:
-        return [
-            Finding(
-                "locks",
-                "warning",
-                f"the file system of {folder.absolute()} refuses HDF5's locks ({reason(error)}); the run takes none",
-                "export HDF5_USE_FILE_LOCKING=FALSE for programs that open its results with locks",
-            )
-        ]
+        return Finding(
+            "locks",
+            "warning",
+            f"the file system of {folder.absolute()} refuses HDF5's locks ({reason(error)}); the run takes none",
+            "export HDF5_USE_FILE_LOCKING=FALSE for programs that open its results with locks",
+        )
     finally:
         path.unlink(missing_ok=True)
-    return [Finding("output", "ok", f"{folder.absolute()} can be written and locked")]
+    return Finding("output", "ok", f"{folder.absolute()} can be written and locked")
 
 
 def _gigabytes(size: float) -> str:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import time
 
 import torch
-import torch.nn.functional as F
 
 from d2ft_hpc.config import RunConfig
+from d2ft_hpc.data.datasets import evenly_spaced
 from d2ft_hpc.doctor.finding import Finding, of_error
 from d2ft_hpc.errors import D2ftError, DataError
 from d2ft_hpc.launch import Control, gathered
 from d2ft_hpc.lifecycle.foresight import price_of, trial_plan
-from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.metering.profile import fastest_pass
+from d2ft_hpc.planning import Operation
 from d2ft_hpc.training.job import Job, set_up
 from d2ft_hpc.training.model_placement import place_in_order
 from d2ft_hpc.training.plan_context import plan_context
@@ -42,7 +42,7 @@ def check_parts(
         return None, [of_error("model", error, _FIX_WEIGHTS)]
     try:
         for images in (job.train_set, job.evaluation_set):
-            for index in images.evenly_spaced(_DECODED_IMAGES):
+            for index in evenly_spaced(len(images), _DECODED_IMAGES):
                 images.read([index], [[index]])
     except Exception as error:  # and so do timm's transforms
         return None, [of_error("data", error, _FIX_DATA)]
@@ -65,10 +65,8 @@ def check_plans(job: Job) -> list[Finding]:
         return [of_error("plan", error, "raise plan.compute_budget")]
     share, images = job.costs.planned_share(plan), ""
     if context.curve is not None:
-        share, images = (
-            share * context.curve.share,
-            f", images of {context.curve.in_words(job.executor.images.patch_size)}",
-        )
+        share *= context.curve.share
+        images = f", images of {context.curve.in_words(job.executor.images.patch_size)}"
     price = price_of(plan)
     return [
         Finding("plan", "ok", f"planner {plan.planner}, {share:.1%} of the dense compute{images}"),
@@ -76,50 +74,26 @@ def check_plans(job: Job) -> list[Finding]:
     ]
 
 
-def check_time(job: Job, left: float | None) -> list[Finding]:
+def check_time(job: Job, left: float | None) -> Finding:
     """Whether the run fits into the time limit, by the time of a micro-batch; all ranks call it together."""
     config = job.config
-    own = _seconds_of_micro_batch(job) * config.data.slots
-    of_ranks = gathered(job.control, own)
+    images_shape = (config.data.micro_batch_size, *config.data.image_shape)
+    own = fastest_pass(job.model, job.executor, Operation.FULL, images_shape, job.precision)
+    of_ranks = gathered(job.control, own * config.data.slots)
     plan = config.plan
     share = plan.compute_budget if plan.entry.keeps_budgets or plan.entry.scales_images else 1.0
     expected = max(of_ranks) * share * job.total_steps
     text = f"about {_clock(expected)} of training expected ({job.total_steps} steps)"
     if left is None:
-        return [Finding("time", "ok", f"{text}; no time limit known")]
+        return Finding("time", "ok", f"{text}; no time limit known")
     text += f", {_clock(left)} left of the time limit"
     if expected < 0.9 * left:
-        return [Finding("time", "ok", text)]
+        return Finding("time", "ok", text)
     if config.train.checkpoint_every is None:
-        return [Finding("time", "failed", text, "longer --time, or train.checkpoint_every='10 minutes'")]
+        return Finding("time", "failed", text, "longer --time, or train.checkpoint_every='10 minutes'")
     jobs = math.ceil(expected / max(left, 1.0))
-    return [
-        Finding(
-            "time",
-            "warning",
-            f"{text}: {jobs} jobs in a row",
-            "longer --time; slurm/train.sh requeues itself",
-        )
-    ]
-
-
-def _seconds_of_micro_batch(job: Job) -> float:
-    """Seconds of the dense model's second forward and backward."""
-    size = job.config.data.image_size
-    images = torch.randn(job.config.data.micro_batch_size, 3, size, size, device=job.device)
-    labels = torch.zeros(len(images), dtype=torch.long, device=job.device)
-    rows, blocks, heads = job.plan_shape
-    replicas = job.sampler.replicas
-    job.executor.activate(SkipPlan.dense(rows // replicas, replicas, blocks, heads), job.sampler.replica)
-    seconds = 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        with job.executor.micro_batch(0):
-            F.cross_entropy(job.model(images), labels).backward()
-        if job.device.type == "cuda":
-            torch.cuda.synchronize(job.device)
-        seconds = time.perf_counter() - start
-    return seconds
+    fix = "longer --time; slurm/train.sh requeues itself"
+    return Finding("time", "warning", f"{text}: {jobs} jobs in a row", fix)
 
 
 def _clock(seconds: float) -> str:

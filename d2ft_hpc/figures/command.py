@@ -73,25 +73,20 @@ def add_figures(figures: Any) -> None:
         parser.set_defaults(run=_figure, figure=name)
 
 
-def _figure(options: argparse.Namespace) -> int:
-    from d2ft_hpc.launch import run_guarded
+def _figure(options: argparse.Namespace) -> None:
+    from d2ft_hpc.figures.run import open_runs
+    from d2ft_hpc.figures.style import save
 
-    def run() -> None:
-        from d2ft_hpc.figures.run import Runs
-        from d2ft_hpc.figures.style import save
-
-        figure = import_module(f"d2ft_hpc.figures.{options.figure}")
-        names = [flag.removeprefix("--") for flag in FIGURES[options.figure][1]]
-        with Runs(options.runs) as runs:
-            numbers = figure.measure(runs, **{name: getattr(options, name) for name in names})
-        if options.json:
-            print(json.dumps(plain(numbers)))
-        if options.output or not options.json:
-            output = options.output or Path(f"{options.figure}.png")
-            save(figure.draw(numbers), output)
-            print(f"wrote {output}", file=sys.stderr)
-
-    return run_guarded(None, run)
+    figure = import_module(f"d2ft_hpc.figures.{options.figure}")
+    names = [flag.removeprefix("--") for flag in FIGURES[options.figure][1]]
+    with open_runs(options.runs) as runs:
+        numbers = figure.measure(runs, **{name: getattr(options, name) for name in names})
+    if options.json:
+        print(json.dumps(plain(numbers)))
+    if options.output or not options.json:
+        output = options.output or Path(f"{options.figure}.png")
+        save(figure.draw(numbers), output)
+        print(f"wrote {output}", file=sys.stderr)
 
 
 def plain(value: Any) -> Any:

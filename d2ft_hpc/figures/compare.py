@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import COLOURS, legend_below, name_ticks, new_figure, number, short
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from d2ft_hpc.figures.run import Run, as_key
+from d2ft_hpc.figures.style import COLOURS, Figure, legend_below, name_ticks, new_figure, number, short
 
 _METRICS = {
     "accuracy": ("top-1 accuracy (%)", 100.0),
     "seconds": ("training, scoring and planning time (s)", 1.0),
     "compute": ("executed compute, scoring included (PFLOP)", 1e-15),
 }
+_PROPERTIES = {"accuracy": "accuracy", "seconds": "total_seconds", "compute": "total_flops"}
 
 
 def measure(runs: Sequence[Run]) -> dict[str, Any]:
@@ -31,18 +28,16 @@ def measure(runs: Sequence[Run]) -> dict[str, Any]:
     """
     groups: dict[str, list[Run]] = {}
     for run in [run for run in runs if run.complete] or runs:
-        settings = {key: value for key, value in (run.config or {}).items() if key != "run"}
-        settings["ranks"] = run.world_size
-        groups.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
-    configs = [
-        flat(members[0].config or {}) | {"ranks": members[0].world_size} for members in groups.values()
-    ]
+        groups.setdefault(as_key(run.method), []).append(run)
+    configs = [flat(members[0].method) for members in groups.values()]
     measured = [
         {
             "label": telling(config, configs) or members[0].name,
             "runs": [run.name for run in members],
-            "seeds": [config_seed(run) for run in members],
-            **{metric: _spread([_value(run, metric) for run in members]) for metric in _METRICS},
+            "seeds": [run.seed for run in members],
+            **{
+                metric: _spread([getattr(run, _PROPERTIES[metric]) for run in members]) for metric in _METRICS
+            },
         }
         for config, members in zip(configs, groups.values(), strict=True)
     ]
@@ -51,26 +46,10 @@ def measure(runs: Sequence[Run]) -> dict[str, Any]:
     return {"groups": measured}
 
 
-def config_seed(run: Run) -> int | None:
-    """The seed of a run, None if its configuration was not stored."""
-    seed = (run.config or {}).get("run", {}).get("seed")
-    return None if seed is None else int(seed)
-
-
-def _value(run: Run, metric: str) -> float:
-    return {
-        "accuracy": run.accuracy,
-        "seconds": run.total_seconds,
-        "compute": run.total_flops,
-    }[metric]
-
-
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """By dotted keys, without the `run` section."""
+    """By dotted keys."""
     found: dict[str, Any] = {}
     for key, value in config.items():
-        if not prefix and key == "run":
-            continue
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 

@@ -55,7 +55,7 @@ def _of_run(run: Run, dense: Run | None) -> dict[str, Any] | None:
 def _seconds_of_dense_passes(run: Run) -> float:
     """Seconds for each FLOP of the dense passes that the run timed at its start; NaN if not known."""
     model = run.results.attributes("model")
-    samples = run.config.get("data", {}).get("micro_batch_size")
+    samples = run.setting("data.micro_batch_size")
     names = ("dense_pass_seconds", "always_flops", "full_flops", "num_blocks", "num_heads")
     if not samples or any(name not in model for name in names):
         return float("nan")

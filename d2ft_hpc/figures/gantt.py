@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import PHASE_STYLES, boxes, legend_below, new_figure, say, short
+from d2ft_hpc.figures.style import PHASE_STYLES, Figure, boxes, legend_below, new_figure, say, short
 from d2ft_hpc.figures.workload import phase_seconds
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _ORDER = ("data", "forward", "backward", "waiting", "communication", "optimizer", "other")
 _MOST_RANKS = 64

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import legend_below, line_style, new_figure, say, short, thin
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from d2ft_hpc.figures.style import Figure, legend_below, line_style, new_figure, say, short, thin
 
 
 def measure(runs: Sequence[Run], smooth: int = 20) -> dict[str, Any]:

@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import COLOURS, legend_below, name_ticks, new_figure, number, say
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from d2ft_hpc.figures.style import COLOURS, Figure, legend_below, name_ticks, new_figure, number, say
 
 
 @dataclass(frozen=True)
@@ -82,15 +79,15 @@ def measure(runs: Sequence[Run]) -> dict[str, Any]:
 def data_set(run: Run) -> str:
     """The data set's name. For a packed file it is the known data set that the file's name contains, else the file's
     name."""
-    data = (run.config or {}).get("data") or {}
-    if data.get("name") != "packed":
-        return str(data.get("name"))
-    file = Path(str(data.get("root"))).stem
+    name = run.setting("data.name")
+    if name != "packed":
+        return str(name)
+    file = Path(str(run.setting("data.root"))).stem
     return max((name for name, _ in CLAIMS if name in file), key=len, default=file)
 
 
 def _is_lora(run: Run) -> bool:
-    return ((run.config or {}).get("model") or {}).get("lora") is not None
+    return run.setting("model.lora") is not None
 
 
 def _steps(run: Run) -> int:
@@ -99,10 +96,8 @@ def _steps(run: Run) -> int:
 
 def _task(run: Run) -> tuple[Any, ...]:
     """What two runs must share to be compared: model, LoRA or not, data, and how a step is spread over ranks."""
-    config = run.config or {}
-    data = config.get("data", {})
-    spread = [data.get(key) for key in ("classes", "micro_batch_size", "slots")]
-    return config.get("model", {}).get("name"), _is_lora(run), data_set(run), str(spread), run.world_size
+    spread = [run.setting(f"data.{key}") for key in ("classes", "micro_batch_size", "slots")]
+    return run.setting("model.name"), _is_lora(run), data_set(run), str(spread), run.world_size
 
 
 def table(numbers: dict[str, Any]) -> list[list[str]]:
@@ -169,9 +164,8 @@ def draw(numbers: dict[str, Any]) -> Figure:
         axis.axhline(0, color="black", lw=0.8)
         axis.set(ylabel=label, xlim=(-0.8, len(runs) - 0.2))
         axis.margins(y=0.15)
-        axis.set_ylim(
-            top=max(axis.get_ylim()[1], 1)
-        )  # bars that rounding alone keeps from zero are drawn as zero
+        # Bars that rounding alone keeps from zero are drawn as zero.
+        axis.set_ylim(top=max(axis.get_ylim()[1], 1))
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
     legend_below(figure)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import COLOURS, heat_map, new_figure, short, whole_numbers
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from d2ft_hpc.figures.style import COLOURS, Figure, heat_map, new_figure, short, whole_numbers
 
 OPERATIONS = ("SHORTCUT", "FORWARD_ONLY", "FULL")
 _MOST_NAMED_GRIDS = 10

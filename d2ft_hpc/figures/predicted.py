@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from d2ft_hpc.figures.run import Run, share
-from d2ft_hpc.figures.style import legend_below, marker_style, new_figure, say, short
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from d2ft_hpc.figures.style import Figure, legend_below, marker_style, new_figure, say, short
 
 
 def measure(runs: Sequence[Run]) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,28 @@ class Run:
         self.path, self.complete = self.results.path, self.results.complete
 
     @cached_property
-    def config(self) -> Any:
-        """The run's configuration, plain dicts."""
-        return self.results.config
+    def config(self) -> dict[str, Any]:
+        """The run's configuration, plain dicts; {} if it is not recorded."""
+        return self.results.config or {}
+
+    def setting(self, key: str) -> Any:
+        """The value of a dotted key of the configuration; None if it is not recorded."""
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    @property
+    def seed(self) -> int | None:
+        """None if it is not recorded."""
+        seed = self.setting("run.seed")
+        return None if seed is None else int(seed)
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """What runs with different seeds have in common: the configuration without section `run`, and the number of
+        ranks."""
+        return {key: value for key, value in self.config.items() if key != "run"} | {"ranks": self.world_size}
 
     @cached_property
     def steps(self) -> Table:
@@ -59,7 +79,7 @@ class Run:
     def engine(self) -> EngineConfig | None:
         """The engine's configuration; None if it is not recorded, or of another version."""
         try:
-            return EngineConfig.model_validate((self.config or {}).get("engine"))
+            return EngineConfig.model_validate(self.setting("engine"))
         except ValidationError:
             return None
 
@@ -150,30 +170,17 @@ class Run:
         self.results.close()
 
 
-class Runs(list[Run]):
-    """Several open runs, with names that tell them apart."""
+@contextmanager
+def open_runs(paths: Sequence[Path]) -> Iterator[list[Run]]:
+    """Several runs, with names that tell them apart; inside, they are open."""
+    with ExitStack() as stack:
+        names = distinct_names(paths)
+        yield [stack.enter_context(closing(Run(path, name))) for path, name in zip(paths, names, strict=True)]
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        super().__init__()
-        try:
-            for path, name in zip(paths, distinct_names(paths), strict=True):
-                self.append(Run(path, name))
-        except BaseException:
-            self.close()
-            raise
 
-    def close(self) -> None:
-        """Close all."""
-        for run in self:
-            run.close()
-
-    def __enter__(self) -> Runs:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+def as_key(settings: dict[str, Any]) -> str:
+    """The same text for the same settings, by which runs are grouped."""
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 def share(part: Array, whole: Array) -> float:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import COLOURS, heat_map, legend_below, new_figure, short, whole_numbers
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from d2ft_hpc.figures.style import COLOURS, Figure, heat_map, legend_below, new_figure, short, whole_numbers
 
 _KINDS: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
 

@@ -13,8 +13,10 @@ from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.results.schema import Array
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
+else:  # matplotlib is slow to import, and not needed for numbers
+    Axes = Figure = Any
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 LINES = ("-", "--", "-.", ":")
@@ -103,9 +105,9 @@ def heat_map(axis: Axes, values: Array, **options: Any) -> Any:
     return image
 
 
-def _whole_numbers(count: int, most: int = 10) -> Array:
-    """At most this many whole numbers from 0 to count - 1, evenly apart."""
-    return np.arange(0, count, max(1, -(-count // most)))
+def _whole_numbers(count: int) -> Array:
+    """At most ten whole numbers from 0 to count - 1, evenly apart."""
+    return np.arange(0, count, max(1, -(-count // 10)))
 
 
 def whole_numbers(axis: Axes) -> None:
@@ -124,9 +126,9 @@ def name_ticks(axis: Axes, names: list[str]) -> None:
     )
 
 
-def thin(values: Array, most: int = 1000) -> Array:
-    """Means of neighbours, so that no more than `most` values remain."""
-    width = -(-len(values) // most)
+def thin(values: Array) -> Array:
+    """Means of neighbours, so that no more than 1000 values remain."""
+    width = -(-len(values) // 1000)
     if width <= 1:
         return values
     edges = np.arange(0, len(values), width)

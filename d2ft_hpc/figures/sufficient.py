@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from d2ft_hpc.errors import ResultsError
-from d2ft_hpc.figures.compare import config_seed, flat, telling
-from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import COLOURS, legend_below, new_figure, number, short
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from d2ft_hpc.figures.compare import flat, telling
+from d2ft_hpc.figures.run import Run, as_key
+from d2ft_hpc.figures.style import COLOURS, Figure, legend_below, new_figure, number, short
 
 _BUDGETS = {
     "plan": ("compute_budget", "token_budget"),
@@ -77,35 +74,26 @@ def _by_seed(runs: Sequence[Run]) -> dict[int, Run]:
     """Runs by seed. Raises ResultsError for a second run of a seed, which would count as an independent one."""
     found: dict[int, Run] = {}
     for run in runs:
-        other = found.setdefault(_seed(run), run)
+        if run.seed is None:
+            raise ResultsError(
+                f"{run.path}: its configuration, and so its seed, is not recorded: leave it out"
+            )
+        other = found.setdefault(run.seed, run)
         if other is not run:
             raise ResultsError(
-                f"{run.path}: seed {_seed(run)} is that of {other.path}, too: leave one of them out"
+                f"{run.path}: seed {run.seed} is that of {other.path}, too: leave one of them out"
             )
     return found
 
 
-def _seed(run: Run) -> int:
-    seed = config_seed(run)
-    if seed is None:
-        raise ResultsError(f"{run.path}: its configuration, and so its seed, is not recorded: leave it out")
-    return seed
-
-
 def _method(run: Run) -> tuple[str, str]:
     """Configuration without seed and budgets, and the budgets, as JSON."""
-
-    def as_text(settings: dict[str, Any]) -> str:
-        return json.dumps(settings, sort_keys=True, default=str)
-
-    settings = {key: value for key, value in (run.config or {}).items() if key != "run"}
-    settings["ranks"] = run.world_size
-    budgets = {}
+    settings, budgets = run.method, {}
     for section, keys in _BUDGETS.items():
         own = dict(settings.get(section, {}))
         budgets.update({key: own.pop(key, None) for key in keys})
         settings[section] = own
-    return as_text(settings), as_text(budgets)
+    return as_key(settings), as_key(budgets)
 
 
 def lower_bound(differences: Sequence[float]) -> float:

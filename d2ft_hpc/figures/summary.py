@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from d2ft_hpc.figures.run import Run, share, total
-from d2ft_hpc.figures.style import COLOURS, name_ticks, new_figure, number, short
+from d2ft_hpc.figures.style import COLOURS, Figure, name_ticks, new_figure, number, short
 from d2ft_hpc.planning.communication_volume import reduces_trained_blocks_only
 from d2ft_hpc.safe_text import one_line
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 _MB = 1e6
-_HEADS = (
-    ("", "", "run"),
-    ("top-1", "", "%"),
-    ("planned", "compute", "% of dense"),
-    ("measured", "compute", "% of dense"),
-    ("train", "time", "s"),
-    ("time", "% of the", "first run"),
-    ("sent per", "rank-step", "MB"),
-    ("sent", "total", "MB"),
-    ("planned", "bytes", "% of dense"),
-    ("measured", "bytes", "% of dense"),
-    ("workload", "variance", "over ranks"),
-    ("waiting", "for others", "% of time"),
-    ("scoring,", "planning", "s"),
+_COLUMNS: tuple[tuple[tuple[str, str, str], str, float, str], ...] = (
+    (("top-1", "", "%"), "accuracy", 100, ".2f"),
+    (("planned", "compute", "% of dense"), "planned_compute", 100, ".1f"),
+    (("measured", "compute", "% of dense"), "measured_compute", 100, ".1f"),
+    (("train", "time", "s"), "train_seconds", 1, ".1f"),
+    (("time", "% of the", "first run"), "time_share", 100, ".1f"),
+    (("sent per", "rank-step", "MB"), "bytes_per_rank_step", 1 / _MB, ".3f"),
+    (("sent", "total", "MB"), "bytes_total", 1 / _MB, ".1f"),
+    (("planned", "bytes", "% of dense"), "planned_bytes", 100, ".1f"),
+    (("measured", "bytes", "% of dense"), "measured_bytes", 100, ".1f"),
+    (("workload", "variance", "over ranks"), "workload_variance", 1, ".2e"),
+    (("waiting", "for others", "% of time"), "waiting_share", 100, ".1f"),
+    (("scoring,", "planning", "s"), "preparation_seconds", 1, ".2f"),
 )
-"""Headings of the table's columns. Dense bytes are what the message model says for the run's engine."""
+"""Of the table: the heading, which number it shows, times what, and in which format. Dense bytes are what the message
+model says for the run's engine."""
 
 
 def measure(runs: Sequence[Run]) -> dict[str, Any]:
@@ -84,25 +81,11 @@ def _between_replicas(run: Run) -> str:
 def table(numbers: dict[str, Any]) -> list[list[str]]:
     """Three heading rows and a row for each run, as text."""
     first = numbers["runs"][0]
-    rows = [list(row) for row in zip(*_HEADS, strict=True)]
+    rows = [list(row) for row in zip(("", "", "run"), *(head for head, *_ in _COLUMNS), strict=True)]
     for run in numbers["runs"]:
-        rows.append(
-            [
-                short(run["name"]),
-                number(100 * run["accuracy"], ".2f"),
-                number(100 * run["planned_compute"], ".1f"),
-                number(100 * run["measured_compute"], ".1f"),
-                number(run["train_seconds"], ".1f"),
-                number(100 * _ratio(run["train_seconds"], first["train_seconds"]), ".1f"),
-                number(run["bytes_per_rank_step"] / _MB, ".3f"),
-                number(run["bytes_total"] / _MB, ".1f"),
-                number(100 * run["planned_bytes"], ".1f"),
-                number(100 * run["measured_bytes"], ".1f"),
-                number(run["workload_variance"], ".2e"),
-                number(100 * run["waiting_share"], ".1f"),
-                number(run["preparation_seconds"], ".2f"),
-            ]
-        )
+        values = run | {"time_share": _ratio(run["train_seconds"], first["train_seconds"])}
+        cells = [number(factor * values[name], form) for _, name, factor, form in _COLUMNS]
+        rows.append([short(run["name"]), *cells])
     return rows
 
 

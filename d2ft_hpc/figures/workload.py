@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from d2ft_hpc.figures.run import Run
 from d2ft_hpc.figures.style import (
     COLOURS,
     PHASE_STYLES,
+    Figure,
     boxes,
     legend_below,
     new_figure,
@@ -18,9 +19,6 @@ from d2ft_hpc.figures.style import (
     short,
     whole_numbers,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def measure(runs: Sequence[Run]) -> dict[str, Any]:

@@ -213,7 +213,9 @@ def check_dataset(dataset: Any, *, text: bool = False) -> None:
     where = dataset.name
     filters = dataset.id.get_create_plist()
     if any(filters.get_filter(i)[0] not in (_GZIP, _SHUFFLE) for i in range(filters.get_nfilters())):
-        raise RefusedError(f"{where} is filtered by something else than gzip")
+        raise RefusedError(
+            f"{where} is filtered by something else than gzip: store it anew, such as by h5repack -f GZIP=4"
+        )
     if dataset.shape is None or dataset.dtype.kind not in ("S" if text else "biuf"):
         raise RefusedError(f"{where} is of type {dataset.dtype}")
 

@@ -8,6 +8,10 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from d2ft_hpc.safe_text import shortened
+
 
 class RefusedError(ValueError):
     """What a file holds cannot be ours; the text says why, and what raises it further names the file."""
@@ -42,3 +46,9 @@ def parse_json(text: str | bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RefusedError("it is no JSON object")
     return value
+
+
+def first_fault(error: ValidationError) -> str:
+    """What pydantic refused first, in a line."""
+    fault = error.errors(include_input=False, include_url=False)[0]
+    return shortened(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}")

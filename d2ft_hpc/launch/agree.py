@@ -168,8 +168,8 @@ def _tell(control: Control | None, error: D2ftError, before_abort: Callable[[str
         control.abort(f"error: {error}", status)
     if world_size:
         print_line(f"d2ft-hpc: error: [rank {rank}] {error}")
-        return status
-    _tell_once_a_host(f"d2ft-hpc: error: {error}")
+    else:
+        _tell_once_a_host(f"d2ft-hpc: error: {error}")
     return status
 
 
@@ -200,17 +200,24 @@ def _place(control: Control | None) -> tuple[int, int]:
 
 def _save_traceback(control: Control | None, error: Exception, run_folder: Path | None) -> str:
     """Write the traceback; return the words that say where it is."""
-    if run_folder is not None:
-        path = run_folder / "errors" / f"rank-{_place(control)[0]}.txt"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(scrubbed(printable("".join(traceback.format_exception(error)))), encoding="utf-8")
-        except OSError:
-            pass  # a full or unwritable disk may be the very fault: stderr is left
-        else:
-            return f" (traceback in {path})"
-    print(scrubbed(printable("".join(traceback.format_exception(error)))), end="", file=sys.stderr)
+    text = "".join(traceback.format_exception(error))
+    if (path := write_error(run_folder, _place(control)[0], text)) is not None:
+        return f" (traceback in {path})"
+    print(scrubbed(printable(text)), end="", file=sys.stderr)
     return " (traceback above)"
+
+
+def write_error(run_folder: Path | None, rank: int, text: str) -> Path | None:
+    """Writes the run's errors/rank-R.txt; None without a folder, or on a full or unwritable disk."""
+    if run_folder is None:
+        return None
+    path = run_folder / "errors" / f"rank-{rank}.txt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(scrubbed(printable(text)), encoding="utf-8")
+    except OSError:
+        return None
+    return path
 
 
 def _reports_a_lost_rank(error: Exception) -> bool:

@@ -51,9 +51,8 @@ class AuthenticatedListener:
         )
         self._key = key
         self._room = guests + _STRANGERS
-        self._waiting: dict[
-            socket.socket, tuple[bytes, bytes]
-        ] = {}  # challenge, answer as far as it has come
+        # Of each connection the challenge, and the answer as far as it has come.
+        self._waiting: dict[socket.socket, tuple[bytes, bytes]] = {}
         self._selector = selectors.EpollSelector()
         self._selector.register(self._server, selectors.EVENT_READ)
 
@@ -194,9 +193,8 @@ def _listen(endpoint: Endpoint) -> socket.socket:
         try:
             return socket.create_server((str(found[0]), endpoint.port), family=family, backlog=1024)
         except OSError as error:
-            if (
-                error.errno != errno.EADDRNOTAVAIL
-            ):  # the others reach this host by an address that is not its own
+            # The others may reach this host by an address that is not its own.
+            if error.errno != errno.EADDRNOTAVAIL:
                 raise
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET

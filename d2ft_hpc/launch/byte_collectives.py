@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, distributed
 
 
-def broadcast_bytes(payload: bytes, root: int, group: Any = None, device: str = "cpu") -> bytes:
-    """The payload of rank `root`. device: on which the group takes tensors."""
+def broadcast_bytes(payload: bytes, group: Any = None, device: str = "cpu") -> bytes:
+    """The payload of rank 0. device: on which the group takes tensors."""
     size = torch.tensor([len(payload)], device=device)
-    distributed.broadcast(size, root, group=group)
-    own = payload if distributed.get_rank() == root else b""
+    distributed.broadcast(size, 0, group=group)
+    own = payload if distributed.get_rank() == 0 else b""
     buffer = _padded(own, int(size), device)
-    distributed.broadcast(buffer, root, group=group)
+    distributed.broadcast(buffer, 0, group=group)
     return _unpadded(buffer, int(size))
 
 

@@ -4,10 +4,12 @@ user."""
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
 from d2ft_hpc.launch.control import print_line
+from d2ft_hpc.paths import why_not_writable
 
 _DEFAULTS = {"TRITON_CACHE_DIR": "~/.triton/cache", "TORCH_EXTENSIONS_DIR": "~/.cache/torch_extensions"}
 """Variables that Triton and torch's extensions (DeepSpeed's) read; both fail where they cannot write. The caches of
@@ -20,17 +22,12 @@ def make_caches_usable(*, tells: bool) -> None:
     tells: whether this process says so.
     """
     for variable, default in _DEFAULTS.items():
-        if variable not in os.environ and not _can_be_made(Path(default).expanduser()):
+        if variable not in os.environ and why_not_writable(Path(default).expanduser()):
             os.environ[variable] = str(_own_folder() / variable.lower())
             if tells:
                 print_line(
                     f"d2ft-hpc: warning: {default} cannot be written: {variable}={os.environ[variable]} is used"
                 )
-
-
-def _can_be_made(folder: Path) -> bool:
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _own_folder() -> Path:
@@ -39,12 +36,7 @@ def _own_folder() -> Path:
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
-        if (
-            folder.is_dir()
-            and not folder.is_symlink()
-            and found.st_uid == os.getuid()
-            and not found.st_mode & 0o077
-        ):
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
             return folder
     except OSError:
         pass

@@ -49,9 +49,8 @@ class CommandRunner:
     def _wait(self, child: subprocess.Popen[bytes]) -> int:
         try:
             return child.wait()
-        except (
-            KeyboardInterrupt
-        ):  # a terminal interrupts the child as well; `kill -INT` of this process does not
+        except KeyboardInterrupt:
+            # A terminal interrupts the child as well; `kill -INT` of this process does not.
             with suppress(subprocess.TimeoutExpired):
                 return child.wait(GRACE_SECONDS)
             child.send_signal(signal.SIGINT)
@@ -63,14 +62,11 @@ class CommandRunner:
             self._running.send_signal(number)
 
 
-def _follow_parent(parent: int) -> Callable[[], None] | None:
+def _follow_parent(parent: int) -> Callable[[], None]:
     """A function for the child to call before it becomes the command: it makes the system send the child SIGTERM when
-    this process is gone, perhaps killed, since nobody would wait for the child or pass signals on any more. None
-    where the system has no such call.
+    this process is gone, perhaps killed, since nobody would wait for the child or pass signals on any more.
     """
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is None:
-        return None
+    prctl = ctypes.CDLL(None).prctl
 
     def follow() -> None:
         prctl(_SEND_AT_PARENTS_END, int(signal.SIGTERM), 0, 0, 0)

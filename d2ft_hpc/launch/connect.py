@@ -14,8 +14,9 @@ from d2ft_hpc.launch.gloo_control import GlooControl
 from d2ft_hpc.launch.mpi_control import MpiControl
 
 if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined,unused-ignore]
+
     from d2ft_hpc.launch.authenticated_socket import Endpoint
-    from d2ft_hpc.launch.rendezvous import Store
 
 DeviceType = Literal["cpu", "cuda"]
 
@@ -78,39 +79,32 @@ def connect(
             f" ({environment.launcher}) started {environment.world_size}"
         ) from AgreedError()
 
-    def start(store: Store, endpoint: Endpoint) -> None:
-        from d2ft_hpc.launch.rendezvous import start_process_group
-
-        start_process_group(
-            store,
-            environment,
-            "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
-            one_host=endpoint.port is None,
-            timeout_seconds=timeout_seconds,
-            collective_timeout_seconds=collective_timeout_seconds,
-        )
-
-    if environment.world_size == 1:
-        solo = SoloControl()
-        if not adopted:
-            start(*_meet(solo, environment, device_index))
-            solo.owns_process_group = True
-        return solo
-    if mpi is not None:
-        if not adopted:
-            met = _meet(mpi, environment, device_index)
-            with agreed(mpi, "starting torch.distributed"):
-                start(*met)
-            mpi.owns_process_group = True
-        mpi.timeout_seconds = collective_timeout_seconds
-        return mpi
+    control = SoloControl() if environment.world_size == 1 else mpi
     if not adopted:
-        from d2ft_hpc.launch.rendezvous import meet_at_master
+        from d2ft_hpc.launch.rendezvous import meet_at_master, start_process_group
 
-        start(*meet_at_master(environment, timeout_seconds))
-    return GlooControl(
-        environment.local_rank, timeout_seconds=collective_timeout_seconds, owns_process_group=not adopted
-    )
+        if control is None:
+            store, endpoint = meet_at_master(environment, timeout_seconds)
+        else:
+            store, endpoint = _meet(control, environment, device_index)
+        with nullcontext() if mpi is None else agreed(mpi, "starting torch.distributed"):
+            start_process_group(
+                store,
+                environment,
+                "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
+                one_host=endpoint.port is None,
+                timeout_seconds=timeout_seconds,
+                collective_timeout_seconds=collective_timeout_seconds,
+            )
+    if control is None:
+        return GlooControl(
+            environment.local_rank,
+            timeout_seconds=collective_timeout_seconds,
+            owns_process_group=not adopted,
+        )
+    control.owns_process_group = not adopted
+    control.timeout_seconds = collective_timeout_seconds
+    return control
 
 
 def _choose_device(device_type: DeviceType, local_rank: int) -> int:

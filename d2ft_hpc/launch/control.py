@@ -34,8 +34,8 @@ class Control(Protocol):
     timeout_seconds: float
     """Deadline of `broadcast` and `all_gather`."""
 
-    def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
-        """Return the payload of rank `root`, whose own argument must not be None, on every rank."""
+    def broadcast(self, payload: bytes | None) -> bytes:
+        """Return the payload of rank 0 on every rank; that of the others is not looked at."""
 
     def all_gather(self, payload: bytes) -> list[bytes]:
         """Return the payload of each rank, in rank order; lengths may differ."""
@@ -96,8 +96,8 @@ class SoloControl:
         self.timeout_seconds = float("inf")
         self.owns_process_group = False
 
-    def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
-        return own_payload(payload)
+    def broadcast(self, payload: bytes | None) -> bytes:
+        return payload or b""
 
     def all_gather(self, payload: bytes) -> list[bytes]:
         return [payload]
@@ -121,12 +121,6 @@ class SoloControl:
 def gathered(control: Control, value: Any) -> list[Any]:
     """Every rank's value, in rank order: what JSON can hold, NaN and infinity too. All ranks call it together."""
     return [json.loads(part) for part in control.all_gather(json.dumps(value).encode())]
-
-
-def own_payload(payload: bytes | None) -> bytes:
-    if payload is None:
-        raise ValueError("the root of a broadcast needs a payload")
-    return payload
 
 
 def destroy_process_group() -> None:

@@ -9,9 +9,7 @@ from d2ft_hpc.launch.control import Control, gathered
 
 def own_cores() -> list[int]:
     """The cores that this process may run on, by their numbers."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
+    return sorted(os.sched_getaffinity(0))
 
 
 def share_of_cores(control: Control) -> float:

@@ -15,7 +15,6 @@ from d2ft_hpc.launch.control import (
     GRACE_SECONDS,
     describe_ranks,
     destroy_process_group,
-    own_payload,
     print_line,
 )
 
@@ -26,7 +25,7 @@ class GlooControl:
     `timeout_seconds` is the deadline of `broadcast` and `all_gather`. torch.distributed must be initialized.
     """
 
-    def __init__(self, local_rank: int, *, timeout_seconds: float, owns_process_group: bool = False) -> None:
+    def __init__(self, local_rank: int, *, timeout_seconds: float, owns_process_group: bool) -> None:
         from torch import distributed
 
         timeout = timedelta(seconds=timeout_seconds)
@@ -42,12 +41,12 @@ class GlooControl:
         self.hosts: tuple[str, ...] = ("an unknown host",) * self.world_size
         self.hosts = tuple(host.decode() for host in self.all_gather(self.host.encode()))
 
-    def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
+    def broadcast(self, payload: bytes | None) -> bytes:
         from d2ft_hpc.launch.byte_collectives import broadcast_bytes
 
         self.barrier(self.timeout_seconds)
         try:
-            return broadcast_bytes(own_payload(payload) if self.rank == root else b"", root, self._group)
+            return broadcast_bytes(payload or b"", self._group)
         except RuntimeError as error:
             self._lost("a rank", error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from contextlib import closing
 
 from d2ft_hpc.errors import LaunchError
 from d2ft_hpc.launch.agree import agreed, share
@@ -34,15 +35,12 @@ def connect_links(control: Control) -> dict[int, Channel]:
     address, port, key = json.loads(share(control, serve, "opening a port for the watch"))
     with agreed(control, "connecting to rank 0's watch"):
         if listener is not None:
-            try:
-                return _admit_all(listener, control)
-            finally:
-                listener.close()
-        endpoint = Endpoint(address, port)
-        return {
-            0: Channel(connect_authenticated(endpoint, bytes.fromhex(key), control.rank, GRACE_SECONDS * 5))
-        }
-    raise AssertionError("unreachable")
+            with closing(listener):
+                peers = _admit_all(listener, control)
+        else:
+            endpoint, secret = Endpoint(address, port), bytes.fromhex(key)
+            peers = {0: Channel(connect_authenticated(endpoint, secret, control.rank, GRACE_SECONDS * 5))}
+    return peers
 
 
 def _admit_all(listener: AuthenticatedListener, control: Control) -> dict[int, Channel]:

@@ -9,12 +9,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 from d2ft_hpc.errors import LaunchError, LostRankError
@@ -23,7 +22,6 @@ from d2ft_hpc.launch.control import (
     GRACE_SECONDS,
     describe_ranks,
     destroy_process_group,
-    own_payload,
     print_line,
 )
 
@@ -95,14 +93,14 @@ class MpiControl:
         return many_hosts and _has_fragile_launch() and "ch4:ucx" in self._mpi.Get_library_version()
 
     @_mpi_errors_are_lost_ranks
-    def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
+    def broadcast(self, payload: bytes | None) -> bytes:
         self.barrier(self.timeout_seconds)
         deadline = time.monotonic() + self.timeout_seconds
-        data = own_payload(payload) if self.rank == root else b""
+        data = payload or b""
         size = bytearray(len(data).to_bytes(8, "little"))
-        self._wait(self._comm.Ibcast([size, self._mpi.BYTE], root), deadline)
-        buffer = bytearray(data) if self.rank == root else bytearray(int.from_bytes(size, "little"))
-        self._wait(self._comm.Ibcast([buffer, self._mpi.BYTE], root), deadline)
+        self._wait(self._comm.Ibcast([size, self._mpi.BYTE]), deadline)
+        buffer = bytearray(data) if self.rank == 0 else bytearray(int.from_bytes(size, "little"))
+        self._wait(self._comm.Ibcast([buffer, self._mpi.BYTE]), deadline)
         return bytes(buffer)
 
     @_mpi_errors_are_lost_ranks
@@ -222,42 +220,36 @@ def _forget_names_of_shared_memory() -> None:
             Path(name).unlink(missing_ok=True)
 
 
-def _start_deadline(timeout_seconds: float) -> AbstractContextManager[None]:
-    """Limits the time of MPI's start; rank 0 gives up first."""
+@contextmanager
+def _start_deadline(timeout_seconds: float) -> Iterator[None]:
+    """Limits the time of MPI's start: kills this process with a message unless the block ends in time. Rank 0 gives up
+    first.
+
+    MPI_Init holds the GIL, so no thread or signal handler of this process could do it: a child process does. It ends
+    when this process closes its stdin or dies.
+    """
     rank_hint = os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or "?"
-    return _Watchdog(
-        timeout_seconds + (0 if rank_hint == "0" else GRACE_SECONDS),
+    seconds = timeout_seconds + (0 if rank_hint == "0" else GRACE_SECONDS)
+    message = (
         f"[rank {rank_hint} on {socket.gethostname()}] MPI_Init did not return within {timeout_seconds:g} s:"
         " a rank that the launcher promised ended early or never started"
         + (f" ({FRAGILE_START[0]}: {FRAGILE_START[1]})" if _has_fragile_launch() else "")
-        + (_LEFT_MEMORY if _may_meet_left_memory() else ""),
+        + (_LEFT_MEMORY if _may_meet_left_memory() else "")
     )
+    arguments = [_WATCHDOG, str(seconds), message, str(os.getpid())]
+    child = subprocess.Popen([sys.executable, "-I", "-S", "-c", *arguments], stdin=subprocess.PIPE)
+    try:
+        yield
+    finally:
+        child.communicate()
 
 
-class _Watchdog(AbstractContextManager[None]):
-    """Kills this process with a message unless the block ends in time.
-
-    MPI_Init holds the GIL, so no thread or signal handler of this process could do it: a child process does.
-    It ends when this process closes its stdin or dies.
-    """
-
-    _PROGRAM = (
-        "import os, select, sys\n"
-        "if not select.select([0], [], [], float(sys.argv[1]))[0]:\n"
-        "    os.write(2, sys.argv[2].encode() + b'\\n')\n"
-        "    os.kill(int(sys.argv[3]), 9)\n"
-    )
-
-    def __init__(self, timeout_seconds: float, message: str) -> None:
-        arguments = [str(timeout_seconds), message, str(os.getpid())]
-        self._child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", self._PROGRAM, *arguments], stdin=subprocess.PIPE
-        )
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._child.communicate()
+_WATCHDOG = (
+    "import os, select, sys\n"
+    "if not select.select([0], [], [], float(sys.argv[1]))[0]:\n"
+    "    os.write(2, sys.argv[2].encode() + b'\\n')\n"
+    "    os.kill(int(sys.argv[3]), 9)\n"
+)
 
 
 def _rest(pause: float) -> float:

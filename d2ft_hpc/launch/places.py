@@ -46,11 +46,9 @@ def _address_for(hosts: Sequence[str]) -> str:
 
 def address_towards(peer: str) -> str | None:
     """The address that this host would use to reach the peer, or else the internet."""
-    # "Connecting" a UDP socket sends nothing; it makes the kernel choose the address that routes to the peer.
-    for destination in (
-        peer,
-        "192.0.2.1",
-    ):  # the second is a documentation address: it means the default route
+    # "Connecting" a UDP socket sends nothing; it makes the kernel choose the address that routes to the peer. The
+    # second is a documentation address: it means the default route.
+    for destination in (peer, "192.0.2.1"):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
                 probe.connect((destination, 9))

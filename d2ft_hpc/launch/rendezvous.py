@@ -28,14 +28,6 @@ from d2ft_hpc.launch.environment import LaunchEnvironment
 from d2ft_hpc.launch.places import address_towards, are_on_one_host, endpoint_for
 from d2ft_hpc.launch.store import JobStore, StoreServer
 
-__all__ = [
-    "SECRET",
-    "Store",
-    "meet_at_master",
-    "meet_over",
-    "start_process_group",
-]
-
 LOOPBACK = "127.0.0.1"
 
 SECRET = "D2FT_SECRET"

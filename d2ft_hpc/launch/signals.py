@@ -34,7 +34,7 @@ class StopSignals:
         self._numbers.setdefault(signal.SIGINT, INTERRUPT)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         for number in self._blocked:
-            signal.signal(number, _leave_it_to_the_pipe)
+            signal.signal(number, lambda *_: None)  # a handler must exist for the pipe to be written
         # Python starts this process before its first worker. It starts now, and so has the signals blocked, too; and as
         # up to 3.12 that lets SIGTERM through to this thread, and so to the workers, it is blocked again.
         signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
@@ -67,7 +67,3 @@ def number_of(name: str) -> int:
             f"launch.stop_signals: {shown(name)} is no signal that can be caught; use names such as USR1, USR2, TERM"
         )
     return int(number)
-
-
-def _leave_it_to_the_pipe(number: int, frame: object) -> None:
-    """A handler must exist for the pipe to be written."""

@@ -51,7 +51,8 @@ class StoreServer:
 
     def _run(self) -> None:
         while True:
-            for key, _ in self._selector.select(self._patience()):
+            patience = _OVERDUE_SECONDS if self._waiting else None
+            for key, _ in self._selector.select(_FLUSH_SECONDS if self._sending else patience):
                 key.data()
             for channel in list(self._sending):
                 channel.flush()
@@ -63,11 +64,6 @@ class StoreServer:
                 for channel in [each for each, waiting in self._waiting.items() if waiting.deadline < now]:
                     del self._waiting[channel]
                     self._answer(channel, None)
-
-    def _patience(self) -> float | None:
-        if self._sending:
-            return _FLUSH_SECONDS
-        return _OVERDUE_SECONDS if self._waiting else None
 
     def _answer(self, channel: Channel, answer: Any) -> None:
         channel.send(answer)

@@ -25,19 +25,18 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from d2ft_hpc.errors import UNFINISHED
+from d2ft_hpc.launch.agree import write_error
 from d2ft_hpc.launch.channel import Channel, ClosedError, as_line
 from d2ft_hpc.launch.children import kill_children
 from d2ft_hpc.launch.control import GRACE_SECONDS, Control, describe_ranks, print_line
 from d2ft_hpc.launch.links import connect_links
 from d2ft_hpc.launch.signals import INTERRUPT, StopSignals
 from d2ft_hpc.launch.step_gate import Action, StepGate
-from d2ft_hpc.safe_text import printable, scrubbed
 
 BEAT_SECONDS = 1.0
 MOST_BEATS = 512
@@ -48,17 +47,10 @@ STOP_SECONDS = 60.0
 Item = TypeVar("Item")
 
 # Frames of a thread that waits for other ranks.
-_WAITING = tuple(
-    os.path.normpath(part)
-    for part in (
-        *(
-            "torch/distributed/",
-            "deepspeed/comm/",
-            "d2ft_hpc/launch/gloo_control",
-            "d2ft_hpc/launch/mpi_control",
-        ),
-        "d2ft_hpc/launch/watch",
-    )
+_WAITING = (
+    "torch/distributed",
+    "deepspeed/comm",
+    *(f"d2ft_hpc/launch/{name}" for name in ("gloo_control", "mpi_control", "watch")),
 )
 
 
@@ -130,7 +122,7 @@ class Watch:
 
     def request(self, action: Action, reason: str = "") -> None:
         """Asks that all ranks do this at a step boundary soon."""
-        self._do(lambda: self._want(action, reason))
+        self._do(lambda: self._on_want(self.control.rank, action, reason))
 
     def at_step_boundary(self, steps_done: int) -> Action | None:
         """What all ranks do at this boundary, before step `steps_done`; each calls it before each of its steps.
@@ -207,7 +199,7 @@ class Watch:
         if name == INTERRUPT:
             self._ending = True  # by Ctrl-C all ranks end, quietly
         elif name is not None:
-            self._want("stop", f"signal {name} to {self._name(self.control.rank)}")
+            self._on_want(self.control.rank, "stop", f"signal {name} to {self._name(self.control.rank)}")
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -237,22 +229,19 @@ class Watch:
             return
         self._heard[rank] = time.monotonic()
         for word, *values in messages:
-            getattr(self, f"_on_{word}", self._ignore)(rank, *values)
+            getattr(self, f"_on_{word}")(rank, *values)
 
     def _tell_all(self, *message: Any) -> None:
         line = as_line(*message)
         for peer in self._peers.values():
             peer.send_line(line)
 
-    def _ignore(self, rank: int, *values: Any) -> None:
-        pass
-
     def _name(self, rank: int) -> str:
         return describe_ranks([rank], (*self.control.hosts, ""))
 
     # Agreement on a boundary.
 
-    def _want(self, action: Action, reason: str) -> None:
+    def _on_want(self, rank: int, action: Action, reason: str) -> None:
         if self.control.rank != 0:
             self._peers[0].send("want", action, reason)
             return
@@ -263,9 +252,6 @@ class Watch:
             self._stop_asked = time.monotonic()
         if len(self._wanted) == 1:
             self._begin_round()
-
-    def _on_want(self, rank: int, action: Action, reason: str) -> None:
-        self._want(action, reason)
 
     def _begin_round(self) -> None:
         self._replies = {0: self._gate.hold()}
@@ -354,7 +340,7 @@ class Watch:
         self._drop(rank)
         message = f"error: {self._name(rank)} {how}"
         if self._ending:
-            self._dumped(rank)
+            self._on_dumped(rank)
         elif self.control.rank <= 1:
             self._end(message)
         else:
@@ -394,9 +380,6 @@ class Watch:
             self._peers[teller].send("dumped")
 
     def _on_dumped(self, rank: int) -> None:
-        self._dumped(rank)
-
-    def _dumped(self, rank: int) -> None:
         if rank in self._undumped:
             self._undumped.remove(rank)
             if not self._undumped:
@@ -406,15 +389,7 @@ class Watch:
         frame = sys._current_frames().get(self._main_thread)
         stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
         text = f"ended by: {message}\nthis rank was here:\n{stack}"
-        self._write_error(f"rank-{self.control.rank}.txt", text)
-
-    def _write_error(self, name: str, text: str) -> None:
-        if self._run_folder is None:
-            return
-        path = self._run_folder / "errors" / name
-        with suppress(OSError):  # the message is told in any case
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(scrubbed(printable(text)), encoding="utf-8")
+        write_error(self._run_folder, self.control.rank, text)
 
     def _leave(self) -> None:
         self._on_done(self.control.rank)

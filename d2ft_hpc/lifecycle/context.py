@@ -12,7 +12,8 @@ from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning import SkipPlan
-from d2ft_hpc.planning.communication_volume import Ints, TokenLayout
+from d2ft_hpc.planning.arrays import Ints
+from d2ft_hpc.planning.communication_volume import TokenLayout
 from d2ft_hpc.planning.step_time import StepTime
 from d2ft_hpc.planning.token_curve import TokenCurve
 

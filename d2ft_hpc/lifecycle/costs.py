@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from d2ft_hpc.errors import ConfigError
-from d2ft_hpc.files.untrusted import RefusedError
+from d2ft_hpc.files.untrusted import RefusedError, first_fault
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.parallel.rank_layout import Placement
 
@@ -18,6 +19,8 @@ PAPER_FORWARD_COST = 0.4
 
 SAME_SPEED = 0.1
 """Speeds that differ by less than this share count as equal: a measurement's noise must not make plans uneven."""
+
+_Cost = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -30,16 +33,16 @@ class PlanCosts:
     of the ranks).
     """
 
-    forward_share: float
-    always_share: float
-    device_speed: list[float]
+    forward_share: _Cost
+    always_share: _Cost
+    device_speed: list[Annotated[float, Field(gt=0)]]
     source: str
-    dense_seconds: float = 0.0
-    message_latency: float = 0.0
-    seconds_per_byte: float = 0.0
-    free_bytes: list[float] | None = None
+    dense_seconds: _Cost = 0.0
+    message_latency: _Cost = 0.0
+    seconds_per_byte: _Cost = 0.0
+    free_bytes: list[_Cost] | None = None
     """Bytes that each rank's memory had left for activations at the start; None: not measured."""
-    most_full: list[float] | None = None
+    most_full: list[_Cost] | None = None
     """The most FULL subnets of a micro-batch that each rank's memory has room for; None: no rank is short."""
 
     @staticmethod
@@ -57,20 +60,9 @@ class PlanCosts:
     def parse(text: bytes) -> PlanCosts:
         """What `keep_costs` wrote. Raises ValueError if it is none."""
         try:
-            costs = _PLAN_COSTS.validate_json(text, strict=True)
+            return _PLAN_COSTS.validate_json(text, strict=True)
         except ValidationError as error:
-            fault = error.errors()[0]
-            raise RefusedError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
-        numbers = [costs.forward_share, costs.always_share, costs.dense_seconds, costs.message_latency]
-        numbers += [
-            costs.seconds_per_byte,
-            *costs.device_speed,
-            *(costs.free_bytes or ()),
-            *(costs.most_full or ()),
-        ]
-        if any(not number >= 0 for number in numbers) or not all(costs.device_speed):
-            raise RefusedError("a cost is negative or no number")
-        return costs
+            raise RefusedError(first_fault(error)) from None
 
 
 _PLAN_COSTS = TypeAdapter(PlanCosts)

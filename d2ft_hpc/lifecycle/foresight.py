@@ -13,7 +13,7 @@ from d2ft_hpc.lifecycle.make_plan import make_plan
 from d2ft_hpc.metering import StepCosts
 from d2ft_hpc.metering.flops import token_curve_of
 from d2ft_hpc.plan_config import PlanConfig
-from d2ft_hpc.planning import Operation, SkipPlan
+from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.token_curve import TokenCurve
 from d2ft_hpc.planning.tokens import TokenOptions
 
@@ -34,7 +34,7 @@ def foresee_plans(plans: PlanController) -> SkipPlan:
 
 def price_of(plan: SkipPlan) -> str:
     """What plans of its kind cost beside what they spare, a sentence; empty where they keep accuracy."""
-    if plan.binding == "sample" or (plan.operations == Operation.FULL).all():
+    if plan.binding == "sample" or plan.is_dense:
         return ""
     return (
         "the plan skips heads, which cost 2 to 12 points of accuracy at 0.6 where it was measured "
@@ -84,15 +84,10 @@ def _with_keys(text: str, settings: PlanConfig, where: str) -> str:
     values |= {f"options.{key}": value for key, value in settings.options}
     if text.startswith(tuple(f"{key}=" for key in values)):
         return f"{where}{text}"
+    in_words = text.replace("_", " ")  # planners' messages name a key as it is, or so
     told = ", ".join(
         f"{where}{key}={value:g}"
         for key, value in values.items()
-        if value is not None and any(name in text for name in _names_of(key))
+        if value is not None and key.removeprefix("options.").replace("_", " ") in in_words
     )
     return f"{told}: {text}" if told else text
-
-
-def _names_of(key: str) -> tuple[str, str]:
-    """The words by which planners' messages name a key of the configuration."""
-    name = key.rpartition(".")[2]
-    return name, name.replace("_", " ")

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.lifecycle.context import PlanContext
@@ -17,12 +16,14 @@ from d2ft_hpc.planning import (
     BUDGET_EPSILON,
     Budgets,
     Devices,
+    Operation,
     PlanProblem,
     SkipPlan,
     plan_samples,
     pose,
     solve,
 )
+from d2ft_hpc.planning.arrays import Flags
 from d2ft_hpc.planning.communication_volume import TokenLayout
 from d2ft_hpc.scores import Scores
 
@@ -76,8 +77,10 @@ def make_plan(context: PlanContext, scores: Scores | None, index: int) -> SkipPl
             for each, problem in zip(plans, problems, strict=True)
         ]
         plan = plans[int(np.argmin(seconds))]
-    plan = plan.among(planned)
-    of_planned = plan.operations.reshape(context.slots, plan.replicas, *context.subnets)
+    of_planned = np.full((context.slots, plan.replicas, *context.subnets), Operation.FULL, dtype=np.uint8)
+    of_planned[:, :, planned] = plan.operations.reshape(
+        context.slots, plan.replicas, *plan.operations.shape[1:]
+    )
     leader = np.unique(followed, return_inverse=True)[1].ravel()
     whole = replace(plan, operations=of_planned[:, leader].reshape(context.shape), replicas=replicas)
     if plan.replicas == replicas:
@@ -90,7 +93,7 @@ def make_plan(context: PlanContext, scores: Scores | None, index: int) -> SkipPl
 def _problem(
     context: PlanContext,
     scores: Scores | None,
-    planned: npt.NDArray[np.bool_],
+    planned: Flags,
     *,
     compute_budget: float,
     token_layout: TokenLayout = "replicated",
@@ -143,7 +146,7 @@ def _that_send_no_more(than: TokenLayout, layouts: Sequence[TokenLayout]) -> tup
     return tuple(layout for layout in layouts if than == "replicated" or layout != "replicated")
 
 
-def _check_frozen(planned: npt.NDArray[np.bool_], context: PlanContext) -> None:
+def _check_frozen(planned: Flags, context: PlanContext) -> None:
     """Raises PlanError where frozen blocks leave nothing to plan, on all ranks or on one of them."""
     frozen = np.flatnonzero(~planned).tolist()
     if not planned.any():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -71,12 +70,10 @@ def _of_plan(
     """full: heads that are FULL in each block; the others are FORWARD_ONLY."""
     operations = executor.uniform(Operation.FORWARD_ONLY)
     operations[:, :full] = Operation.FULL
-    weight = next(iter(model.parameters()))
+    weight = next(model.parameters())
     images = torch.zeros(images_shape, device=weight.device, dtype=weight.dtype)
-    autocast = (
-        nullcontext()
-        if precision == torch.float32
-        else torch.autocast(weight.device.type, dtype=precision, cache_enabled=False)
+    autocast = torch.autocast(
+        weight.device.type, precision, enabled=precision != torch.float32, cache_enabled=False
     )
     with probe(model, training=True), executor.temporarily(operations), autocast:
         return kept_bytes(

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,11 +17,10 @@ from d2ft_hpc.errors import PlanError, UnsupportedModelError
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.metering.meter import meter
 from d2ft_hpc.model.probe import probe
+from d2ft_hpc.planning.arrays import Flags, Floats, Ints
 from d2ft_hpc.planning.plan import Grid, Operation, SkipPlan
 from d2ft_hpc.planning.token_curve import TokenCurve, token_curve
 from d2ft_hpc.planning.tokens import grids_of
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,8 @@ class StepCosts:
     outside_flops: float
     full_by_block: Floats
     forward_only_by_block: Floats
-    subnets: npt.NDArray[np.int64]
-    trains: npt.NDArray[np.bool_]
+    subnets: Ints
+    trains: Flags
     trains_embeddings: bool = False
     score_flops: float = 0.0
     at: Mapping[Grid, StepCosts] = field(default_factory=dict)
@@ -137,7 +135,7 @@ class StepCosts:
         self,
         plan: SkipPlan,
         replica: int,
-        own: npt.NDArray[np.bool_],
+        own: Flags,
         slots: Sequence[int],
         samples: Sequence[float],
     ) -> RankWork:

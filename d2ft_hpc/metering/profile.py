@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +60,7 @@ def profile_passes(
     try:
         return PassProfile(
             *(
-                _time_pass(model, executor, operation, images_shape, precision)
+                fastest_pass(model, executor, operation, images_shape, precision)
                 for operation in (Operation.FULL, Operation.SHORTCUT, Operation.FORWARD_ONLY)
             )
         )
@@ -69,28 +68,24 @@ def profile_passes(
         return PassProfile(float("nan"), float("nan"), float("nan"))
 
 
-def _time_pass(
+def fastest_pass(
     model: nn.Module,
     executor: PlanExecutor,
     operation: Operation,
     images_shape: tuple[int, int, int, int],
     precision: torch.dtype,
 ) -> float:
-    """The fastest of some passes after a first one."""
+    """Seconds of the fastest of some passes after a first one, all subnets under this operation."""
     operations = executor.uniform(operation)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = trained[0].device
     images = torch.zeros(images_shape, device=device, dtype=trained[0].dtype)
-    half = (
-        nullcontext()
-        if precision == torch.float32
-        else torch.autocast(device.type, dtype=precision, cache_enabled=False)
-    )
+    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32, cache_enabled=False)
     seconds = []
     with probe(model, training=True), executor.temporarily(operations):
         for _ in range(1 + _REPEATS):
             start = time.perf_counter()
-            with half:
+            with autocast:
                 output = model(images).float().sum()
             torch.autograd.grad(output, trained, allow_unused=True)
             if device.type == "cuda":

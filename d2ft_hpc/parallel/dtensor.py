@@ -20,7 +20,7 @@ from d2ft_hpc.execution.gradients import Owners, stand_ins
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.parallel.head_split import even_owner, heads_of, join, replace_parameter
 from d2ft_hpc.parallel.tensor import TensorParallelExecutor, share_blocks
-from d2ft_hpc.planning.problem import Ints
+from d2ft_hpc.planning.arrays import Ints
 
 
 class DTensorExecutor(TensorParallelExecutor):

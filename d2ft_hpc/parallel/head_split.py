@@ -18,7 +18,7 @@ from d2ft_hpc.errors import PlanError, UnsupportedModelError
 from d2ft_hpc.families.family import BlockFamily
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.model.subnets import SubnetMap
-from d2ft_hpc.planning.problem import Ints
+from d2ft_hpc.planning.arrays import Ints
 
 
 def even_owner(blocks: int, heads: int, ranks: int) -> Ints:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from d2ft_hpc.errors import CheckpointError, ConfigError
 from d2ft_hpc.files import atomic
 from d2ft_hpc.files.untrusted import RefusedError, read_json
-from d2ft_hpc.planning.problem import Ints
+from d2ft_hpc.planning.arrays import Ints
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ from d2ft_hpc.parallel.head_split import check_owner, check_parts, cut_block, he
 from d2ft_hpc.parallel.partial_gradients import PartialGradients, StepSum, whole_gradients
 from d2ft_hpc.parallel.sharded_tokens import ShardedTokens
 from d2ft_hpc.parallel.token_exchange import Ranks, ReplicatedTokens, TokenExchange
+from d2ft_hpc.planning.arrays import Ints
 from d2ft_hpc.planning.communication_volume import LAYOUTS, TokenLayout
 from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.problem import Ints
 
 
 @dataclass(frozen=True)

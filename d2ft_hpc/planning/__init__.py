@@ -6,7 +6,7 @@ from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.pose import Budgets, Devices, GivenShares, pose
 from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem, check
 from d2ft_hpc.planning.samples import plan_samples
-from d2ft_hpc.planning.simulate import simulate, waste
+from d2ft_hpc.planning.simulate import simulate
 from d2ft_hpc.planning.solve import solve
 from d2ft_hpc.planning.table import PLANNERS
 
@@ -28,5 +28,4 @@ __all__ = [
     "solve",
     "solve_joint",
     "spread",
-    "waste",
 ]

@@ -7,16 +7,14 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.arrays import Ints, Operations
 from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.paper import PaperOptions, two_levels
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.problem import PlanProblem, check
-
-Operations = npt.NDArray[np.uint8]
 
 
 def solve_random(problem: PlanProblem, *, seed: int | Sequence[int], full_share: float = 0.8) -> SkipPlan:
@@ -37,8 +35,7 @@ def solve_last_blocks(problem: PlanProblem) -> SkipPlan:
     the budgets do not pay for FORWARD_ONLY everywhere.
     """
     rows, blocks, _ = problem.forward_score.shape
-    slots = rows // problem.replicas
-    order = np.arange(blocks)[::-1] * slots + np.arange(rows)[:, None] // problem.replicas
+    order = np.arange(blocks)[::-1] * problem.slots + np.arange(rows)[:, None] // problem.replicas
     return _longest(problem, order[:, :, None], Operation.FORWARD_ONLY, LAST_BLOCKS.name)
 
 
@@ -49,7 +46,7 @@ def solve_stochastic_depth(problem: PlanProblem, *, seed: int | Sequence[int]) -
     is not scaled up for the rows that skip it.
     """
     rows, blocks, _ = problem.forward_score.shape
-    slots, generator = rows // problem.replicas, np.random.default_rng(seed)
+    slots, generator = problem.slots, np.random.default_rng(seed)
     order = np.empty((slots, problem.replicas, blocks), dtype=np.int64)
     for replica in range(problem.replicas):
         turn = generator.permuted(np.tile(np.arange(slots)[:, None], blocks), axis=0)  # [slot, block]
@@ -93,7 +90,7 @@ def solve_routing(problem: PlanProblem, *, capacity_factor: float = 1.25) -> Ski
         made = np.full((rows, blocks, heads), Operation.SHORTCUT, dtype=np.uint8)
         for block in range(blocks):
             top_k = count // blocks + (blocks - 1 - block < count % blocks)
-            capacity = math.ceil(capacity_factor * (rows // problem.replicas) * top_k / heads)
+            capacity = math.ceil(capacity_factor * problem.slots * top_k / heads)
             for replica in range(problem.replicas):
                 taken = np.zeros(heads, dtype=np.int64)
                 for choice in choices[replica :: problem.replicas, block, :top_k].T:
@@ -106,7 +103,7 @@ def solve_routing(problem: PlanProblem, *, capacity_factor: float = 1.25) -> Ski
     return _largest(problem, operations, blocks * heads, ROUTING.name)
 
 
-def _longest(problem: PlanProblem, order: npt.NDArray[np.int64], rest: Operation, planner: str) -> SkipPlan:
+def _longest(problem: PlanProblem, order: Ints, rest: Operation, planner: str) -> SkipPlan:
     """The cells with the smallest `order` FULL, as many as the budgets pay for, and the others `rest`. Cells of equal
     order get the same.
 

@@ -12,13 +12,13 @@ import math
 import time
 
 import numpy as np
-import numpy.typing as npt
 
+from d2ft_hpc.planning.arrays import Flags, Floats, Operations
 from d2ft_hpc.planning.highs import OPTIMAL
 from d2ft_hpc.planning.knapsack import Knapsack, best_steps, device_knapsacks
 from d2ft_hpc.planning.plan import SkipPlan
 from d2ft_hpc.planning.prices import RELATIVE_GAP
-from d2ft_hpc.planning.problem import Floats, PlanProblem
+from d2ft_hpc.planning.problem import PlanProblem
 
 _ROUNDS = 30  # of closing in on a price; ten are usual
 _LATE_ROUNDS = 3  # will do where time is short
@@ -106,9 +106,7 @@ def price_memory(knapsack: Knapsack, price: Floats, deadline: float = math.inf) 
     return bound, gain_of_full(best)
 
 
-def most_gaining(
-    knapsack: Knapsack, gain: Floats, first: npt.NDArray[np.bool_] | None = None
-) -> npt.NDArray[np.bool_]:
+def most_gaining(knapsack: Knapsack, gain: Floats, first: Flags | None = None) -> Flags:
     """The cells with the largest gain in every row, as many as the memory holds: bool [cell].
 
     first: bool [cell], cells that come before all others.
@@ -126,7 +124,7 @@ def most_gaining(
 
 def plan_with_bound(
     problem: PlanProblem,
-    operations: npt.NDArray[np.uint8],
+    operations: Operations,
     *,
     planner: str,
     status: str | set[str],

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.arrays import Floats, Ints, Operations
 from d2ft_hpc.planning.plan import Operation
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 DataParallel = Literal["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]
 """How replicas reduce: torch's DistributedDataParallel, DeepSpeed without ZeRO or with one of its stages, FSDP2."""
 
@@ -86,7 +84,7 @@ class Replicas:
 
 
 def fsdp2_bytes(
-    operations: npt.NDArray[np.uint8],
+    operations: Operations,
     replicas: int,
     gathered_bytes: Floats,
     reduced_bytes: Floats,
@@ -168,7 +166,7 @@ class ByDirection:
 
 
 def tensor_parallel_bytes(
-    operations: npt.NDArray[np.uint8],
+    operations: Operations,
     owner: Ints,
     ranks: int,
     activation_bytes: float,
@@ -188,7 +186,7 @@ def tensor_parallel_bytes(
 
 
 def tensor_parallel_seconds(
-    operations: npt.NDArray[np.uint8],
+    operations: Operations,
     owner: Ints,
     ranks: int,
     activation_bytes: float,
@@ -211,23 +209,17 @@ def pipeline_bytes(slots: int, activation_bytes: float, gradients: int | None = 
     return float((slots + (slots if gradients is None else gradients)) * activation_bytes)
 
 
-def active_ranks(active: npt.NDArray[np.bool_], owner: Ints, ranks: int) -> Ints:
-    """How many ranks have an active head, int64 [row, block]. active: bool [row, block, head]."""
-    is_active = np.stack([(active & (owner == rank)).any(axis=2) for rank in range(ranks)])
-    return np.asarray(is_active.sum(axis=0))
-
-
-def active_and_full_ranks(operations: npt.NDArray[np.uint8], owner: Ints, ranks: int) -> tuple[Ints, Ints]:
+def active_and_full_ranks(operations: Operations, owner: Ints, ranks: int) -> tuple[Ints, Ints]:
     """How many ranks have a head that is not SHORTCUT, and a FULL one: int64 [row, block] each."""
-    return (
-        active_ranks(operations >= Operation.FORWARD_ONLY, owner, ranks),
-        active_ranks(operations == Operation.FULL, owner, ranks),
+    is_held = [owner == rank for rank in range(ranks)]
+    active, full = (
+        np.sum([(runs & held).any(axis=2) for held in is_held], axis=0)
+        for runs in (operations >= Operation.FORWARD_ONLY, operations == Operation.FULL)
     )
+    return active, full
 
 
-def _by_senders(
-    operations: npt.NDArray[np.uint8], owner: Ints, ranks: int, of_senders: Floats
-) -> ByDirection:
+def _by_senders(operations: Operations, owner: Ints, ranks: int, of_senders: Floats) -> ByDirection:
     """of_senders: float64 [active, senders], as `shares_of_senders`."""
     if owner.shape != operations.shape[1:] or owner.min() < 0 or owner.max() >= ranks:
         raise PlanError(

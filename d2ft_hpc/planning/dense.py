@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import replace
 
-from d2ft_hpc.planning.plan import Operation, SkipPlan
+from d2ft_hpc.planning.plan import SkipPlan
 from d2ft_hpc.planning.planner import Planner
 from d2ft_hpc.planning.problem import PlanProblem
 
 
 def solve_dense(problem: PlanProblem) -> SkipPlan:
     """Every head FULL in every row."""
-    operations = np.full(problem.forward_score.shape, Operation.FULL, dtype=np.uint8)
-    objective = problem.objective(operations)
-    return SkipPlan(
-        operations,
-        problem.replicas,
-        planner=DENSE.name,
-        objective=objective,
-        bound=objective,
-        gap=0.0,
-        status="dense",
-    )
+    plan = SkipPlan.dense(problem.slots, problem.replicas, *problem.forward_score.shape[1:])
+    objective = problem.objective(plan.operations)
+    return replace(plan, objective=objective, bound=objective)
 
 
 DENSE = Planner(

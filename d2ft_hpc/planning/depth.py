@@ -10,23 +10,19 @@ import math
 import time
 
 import numpy as np
-import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.arrays import Floats, Ints, Operations
 from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.highs import OPTIMAL
 from d2ft_hpc.planning.multiple_choice import choose, share_of_time
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.planner import Planner
-from d2ft_hpc.planning.prices import Limit, different
-from d2ft_hpc.planning.problem import Floats, Ints, PlanProblem, round_up
+from d2ft_hpc.planning.prices import Limit, scarce
+from d2ft_hpc.planning.problem import PlanProblem
 
 
-def solve_depth(
-    problem: PlanProblem,
-    *,
-    time_limit_seconds: float = 10.0,
-) -> SkipPlan:
+def solve_depth(problem: PlanProblem, *, time_limit_seconds: float = 10.0) -> SkipPlan:
     """Maximise the objective of `solve_joint` by one depth for each row: its top blocks FULL, those below
     FORWARD_ONLY.
 
@@ -39,9 +35,8 @@ def solve_depth(
     blocks = problem.forward_score.shape[1]
     depths = np.arange(blocks + 1)
     is_full = np.arange(blocks) >= blocks - depths[:, None]  # [option, block]
-    option_operations = np.where(is_full, Operation.FULL, Operation.FORWARD_ONLY).astype(
-        np.uint8
-    )  # [option, block]
+    # [option, block]
+    option_operations = np.where(is_full, Operation.FULL, Operation.FORWARD_ONLY).astype(np.uint8)
     forward_gain, backward_gain = (gain.sum(axis=2) for gain in problem.gains())
     value = forward_gain.sum(axis=1, keepdims=True) + backward_gain @ is_full.T
 
@@ -55,13 +50,7 @@ def solve_depth(
         bound += its_bound
         operations[rows] = option_operations[option][:, :, None]
         statuses.add(status)
-    return plan_with_bound(
-        problem,
-        operations,
-        planner=DEPTH.name,
-        status=statuses,
-        bound=bound,
-    )
+    return plan_with_bound(problem, operations, planner=DEPTH.name, status=statuses, bound=bound)
 
 
 def _best_depths(
@@ -76,15 +65,13 @@ def _best_depths(
     return option, float(value[np.arange(len(option)), option].sum()), OPTIMAL
 
 
-def _limits(problem: PlanProblem, replica: int, option_operations: npt.NDArray[np.uint8]) -> list[Limit]:
+def _limits(problem: PlanProblem, replica: int, option_operations: Operations) -> list[Limit]:
     """What option 0, used everywhere, leaves of every budget of every device of a replica."""
-    rows = problem.forward_score.shape[0] // problem.replicas
+    rows = problem.slots
     everything = np.zeros(rows, dtype=np.int64)
     limits: list[Limit] = []
-    for device in range(
-        replica * problem.stages * problem.ranks, (replica + 1) * problem.stages * problem.ranks
-    ):
-        stage, rank = divmod(device % (problem.stages * problem.ranks), problem.ranks)
+    for stage, rank in np.ndindex(problem.stages, problem.ranks):
+        device = (replica * problem.stages + stage) * problem.ranks + rank
         heads = np.where(problem.stage == stage, (problem.rank == rank).sum(axis=1), 0)  # [block]
         for resource, costs, budget in (
             ("compute", problem.compute_cost, problem.budgets_to_plan[device, 0]),
@@ -97,27 +84,19 @@ def _limits(problem: PlanProblem, replica: int, option_operations: npt.NDArray[n
                     problem.meeting_cost, (Operation.FORWARD_ONLY, Operation.FULL), strict=True
                 ):
                     use = use + cost * (here >= kind).sum(axis=1)
-            if use[0] * rows > budget:
-                dense = rows * costs[Operation.FULL] * heads.sum()
-                least = (
-                    use[0]
-                    * rows
-                    / (dense if resource == "compute" else problem.dense_communication()[device])
-                )
-                if resource == "compute":
-                    least = problem.always_share + (1 - problem.always_share) * least
+            least = use[0] * rows
+            if least > budget:
                 raise PlanError(
                     f"The {resource} budget of {problem.device_names[device]} is {budget:g}, but FORWARD_ONLY in "
-                    f"every block of every row uses {use[0] * rows:g}. The least feasible {resource} budget is "
-                    f"{round_up(least):g} of its dense step."
+                    f"every block of every row uses {least:g}. The least feasible {resource} budget is "
+                    f"{problem.least_budget(resource, device, least)} of its dense step."
                 )
-            limits.append(Limit(use - use[0], everything, np.array([budget - use[0] * rows])))
+            limits.append(Limit(use - use[0], everything, np.array([budget - least])))
         in_row = (option_operations == Operation.FULL) @ heads
         limits.append(
             Limit(in_row.astype(float), np.arange(rows), np.full(rows, problem.memory_budget[device]))
         )
-    scarce = [limit for limit in limits if np.isfinite(limit.most).all() and limit.use.max() > 0]
-    return different(scarce)
+    return scarce(limits)
 
 
 def _most_blocks(limits: list[Limit], depths: Ints, rows: int) -> int | None:

@@ -6,17 +6,14 @@ import math
 import time
 
 import numpy as np
-import numpy.typing as npt
 
+from d2ft_hpc.planning.arrays import Flags, Floats, Operations
 from d2ft_hpc.planning.bounds import most_gaining, price_memory
 from d2ft_hpc.planning.knapsack import Knapsack, Steps, best_steps, next_steps
 from d2ft_hpc.planning.plan import Operation
-from d2ft_hpc.planning.problem import Floats
 
 
-def greedy(
-    knapsack: Knapsack, start: npt.NDArray[np.uint8] | None = None, deadline: float = math.inf
-) -> npt.NDArray[np.uint8]:
+def greedy(knapsack: Knapsack, start: Operations | None = None, deadline: float = math.inf) -> Operations:
     """Operations uint8 [cell] within the budgets: the best of the orders that the two budgets suggest.
 
     start: operations that the result may raise but never lowers; None = all SHORTCUT. They keep the budgets, even
@@ -36,7 +33,7 @@ def greedy(
         barred = _barred_from_full(knapsack, is_full, price)
         operations = start.copy()
         _climb(knapsack, operations, best_steps(knapsack, price, barred))
-        fill(knapsack, operations, price, barred)
+        _fill(knapsack, operations, price, barred)
         candidates.append(operations)
     if not candidates and np.isfinite(knapsack.budget).any():
         return _with_most_gaining(knapsack, start)
@@ -46,10 +43,10 @@ def greedy(
     return max(candidates, key=knapsack.objective)
 
 
-def _with_most_gaining(knapsack: Knapsack, start: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def _with_most_gaining(knapsack: Knapsack, start: Operations) -> Operations:
     """On top of `start`, the cells that gain most become FULL, as many as the budgets pay for, and then
     FORWARD_ONLY."""
-    operations: npt.NDArray[np.uint8] = start.copy()
+    operations: Operations = start.copy()
     whole_gain = knapsack.forward_gain + knapsack.backward_gain
     has_room = most_gaining(knapsack, whole_gain, start == Operation.FULL)
     for target, gain, step, may in (
@@ -66,9 +63,7 @@ def _with_most_gaining(knapsack: Knapsack, start: npt.NDArray[np.uint8]) -> npt.
     return operations
 
 
-def _barred_from_full(
-    knapsack: Knapsack, is_full: npt.NDArray[np.bool_], price: Floats
-) -> npt.NDArray[np.bool_]:
+def _barred_from_full(knapsack: Knapsack, is_full: Flags, price: Floats) -> Flags:
     """Cells for which the memory has no room once the cells that gain more have theirs: bool [cell]. is_full: bool
     [cell], the cells that have room already."""
     if math.isinf(knapsack.memory):
@@ -77,11 +72,11 @@ def _barred_from_full(
     return ~most_gaining(knapsack, gain, is_full)
 
 
-def fill(
+def _fill(
     knapsack: Knapsack,
-    operations: npt.NDArray[np.uint8],
-    price: npt.NDArray[np.float64],
-    barred: npt.NDArray[np.bool_],
+    operations: Operations,
+    price: Floats,
+    barred: Flags,
 ) -> None:
     """Raise operations uint8 [cell] in place by single steps until nothing more fits."""
     while True:
@@ -91,7 +86,7 @@ def fill(
             return
 
 
-def _climb(knapsack: Knapsack, operations: npt.NDArray[np.uint8], steps: Steps) -> None:
+def _climb(knapsack: Knapsack, operations: Operations, steps: Steps) -> None:
     """Take the steps in their order, in place, leaving out what does not fit.
 
     All steps of a kind cost the same and the budget only shrinks: a kind that does not fit once is done.

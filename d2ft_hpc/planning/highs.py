@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 import highspy
 import numpy as np
-import numpy.typing as npt
 
-from d2ft_hpc.planning.problem import Floats, Ints
+from d2ft_hpc.planning.arrays import Flags, Floats, Ints
 
 OPTIMAL = "optimal"
-INFEASIBLE = "infeasible"
+_ENDINGS = {
+    highspy.HighsModelStatus.kOptimal: OPTIMAL,
+    highspy.HighsModelStatus.kTimeLimit: "time limit",
+    highspy.HighsModelStatus.kInfeasible: "infeasible",
+}
 
 LARGEST_MODEL = 10_000
 """Integer variables of the largest model that HiGHS is given. In larger ones it looks at its clock too
@@ -101,7 +104,7 @@ def maximise_integer(
     *,
     seconds: float,
     largest: Floats | None = None,
-    is_integer: npt.NDArray[np.bool_] | None = None,
+    is_integer: Flags | None = None,
     absolute_gap: float = 0.0,
     relative_gap: float = 0.0,
 ) -> Solution:
@@ -110,12 +113,10 @@ def maximise_integer(
 
     seconds: wall-clock limit. absolute_gap, relative_gap: a solution this near its bound is optimal.
     """
-    branching = len(gain) if is_integer is None else int(is_integer.sum())
-    reason = reason_against(branching, 1.0 if len(gain) == 0 else seconds)
-    if reason:
-        return Solution(None, None, math.inf, reason)
     if len(gain) == 0:
         return Solution(np.zeros(0), None, 0.0, OPTIMAL)
+    if reason := reason_against(len(gain) if is_integer is None else int(is_integer.sum()), seconds):
+        return Solution(None, None, math.inf, reason)
     solver = _new_solver()
     solver.setOptionValue("time_limit", seconds)
     solver.setOptionValue("mip_abs_gap", absolute_gap)
@@ -170,14 +171,7 @@ def _new_solver() -> highspy.Highs:
 
 def _solution(solver: highspy.Highs, *, is_integer: bool) -> Solution:
     info, ending = solver.getInfo(), solver.getModelStatus()
-    if ending == highspy.HighsModelStatus.kOptimal:
-        status = OPTIMAL
-    elif ending == highspy.HighsModelStatus.kTimeLimit:
-        status = "time limit"
-    elif ending == highspy.HighsModelStatus.kInfeasible:
-        status = INFEASIBLE
-    else:
-        status = f"HiGHS ended with {solver.modelStatusToString(ending)}"
+    status = _ENDINGS.get(ending) or f"HiGHS ended with {solver.modelStatusToString(ending)}"
     if is_integer:
         bound = float(info.mip_dual_bound)
     else:

@@ -8,21 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.arrays import Floats, Ints, Operations
 from d2ft_hpc.planning.bounds import plan_with_bound, upper_bound
 from d2ft_hpc.planning.greedy import greedy
 from d2ft_hpc.planning.highs import OPTIMAL, Rows, maximise_integer, reason_against
-from d2ft_hpc.planning.knapsack import Ints, Knapsack, device_knapsacks
+from d2ft_hpc.planning.knapsack import Knapsack, device_knapsacks
 from d2ft_hpc.planning.multiple_choice import share_of_time
-from d2ft_hpc.planning.options import WithShortcuts
 from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.planner import Planner
+from d2ft_hpc.planning.planner import Planner, WithShortcuts
 from d2ft_hpc.planning.prices import RELATIVE_GAP
-from d2ft_hpc.planning.problem import Floats, PlanProblem, round_up
-
-Operations = npt.NDArray[np.uint8]
+from d2ft_hpc.planning.problem import PlanProblem
 
 _NAMES = 3  # of devices that one status may name
 
@@ -98,32 +95,21 @@ def solve_joint(
     operations = np.empty(problem.forward_score.size, dtype=np.uint8)
     for knapsack, its_operations in zip(knapsacks, chosen, strict=True):
         operations[knapsack.cells] = its_operations
-    return plan_with_bound(
-        problem,
-        operations.reshape(shape),
-        planner=JOINT.name,
-        status=status,
-        bound=bound,
-    )
+    return plan_with_bound(problem, operations.reshape(shape), planner=JOINT.name, status=status, bound=bound)
 
 
 def _require_paid(problem: PlanProblem, knapsacks: Sequence[Knapsack]) -> None:
     """Raise PlanError if a device's budgets do not pay for as many running heads as must run."""
-    cells = problem.cells_per_device
+    costs_of = {"compute": problem.compute_cost, "communication": problem.communication_cost}
     for index, knapsack in enumerate(knapsacks):
         need = knapsack.used(knapsack.raised_to_least(np.zeros(len(knapsack.cells), dtype=np.uint8)))
-        for resource, costs, always_share in (
-            ("compute", problem.compute_cost, problem.always_share),
-            ("communication", problem.communication_cost, 0.0),
-        ):
-            place = int(resource == "communication")
+        for place, (resource, costs) in enumerate(costs_of.items()):
             if need[place] > knapsack.budget[place]:
-                used = need[place] + cells[index] * costs[Operation.SHORTCUT]
-                least = always_share + (1 - always_share) * used / (cells[index] * costs[Operation.FULL])
+                use = need[place] + len(knapsack.cells) * costs[Operation.SHORTCUT]
                 raise PlanError(
                     f"The {resource} budget of {problem.device_names[index]} does not pay for the heads that "
-                    f"most_shortcut makes run forward. The least feasible {resource} budget is {round_up(least):g} of "
-                    f"its dense step; raise it or most_shortcut."
+                    f"most_shortcut makes run forward. The least feasible {resource} budget is "
+                    f"{problem.least_budget(resource, index, use)} of its dense step; raise it or most_shortcut."
                 )
 
 

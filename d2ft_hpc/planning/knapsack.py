@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
+from d2ft_hpc.planning.arrays import Flags, Floats, Ints, Operations
 from d2ft_hpc.planning.plan import Operation
-from d2ft_hpc.planning.problem import Floats, PlanProblem
-
-Ints = npt.NDArray[np.int64]
+from d2ft_hpc.planning.problem import PlanProblem
 
 _ROUNDING = 1e-12  # by which sums of the same costs in another order may differ
 
@@ -48,11 +46,11 @@ class Knapsack:
         """Number of rows, which hold equally many cells."""
         return len(np.unique(self.row))
 
-    def runs_enough(self, operations: npt.NDArray[np.uint8]) -> bool:
+    def runs_enough(self, operations: Operations) -> bool:
         """Whether operations uint8 [cell] run at least `least` cells of every (row, block)."""
         return bool((self._running(operations) >= self.least).all())
 
-    def raised_to_least(self, operations: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def raised_to_least(self, operations: Operations) -> Operations:
         """The operations uint8 [cell]; where too few cells run, those that gain most by it become FORWARD_ONLY."""
         missing = self.least - self._running(operations)
         if (missing <= 0).all():
@@ -61,24 +59,24 @@ class Knapsack:
         order = np.lexsort((-self.backward_gain, -self.forward_gain, ~is_idle, self.group))
         group = self.group[order]
         place = np.arange(len(group)) - np.searchsorted(group, group)
-        raised: npt.NDArray[np.uint8] = operations.copy()
+        raised: Operations = operations.copy()
         raised[order[place < missing[group]]] = Operation.FORWARD_ONLY
         return raised
 
-    def _running(self, operations: npt.NDArray[np.uint8]) -> Ints:
+    def _running(self, operations: Operations) -> Ints:
         return np.bincount(self.group[operations >= Operation.FORWARD_ONLY], minlength=len(self.least))
 
-    def fits_memory(self, operations: npt.NDArray[np.uint8]) -> bool:
+    def fits_memory(self, operations: Operations) -> bool:
         """Whether no row of operations uint8 [cell] has more FULL cells than the memory holds."""
         return bool(np.bincount(self.row[operations == Operation.FULL]).max(initial=0) <= self.memory)
 
-    def used(self, operations: npt.NDArray[np.uint8]) -> Floats:
+    def used(self, operations: Operations) -> Floats:
         """Compute and communication of operations uint8 [cell], float64 [2]."""
         forward = np.count_nonzero(operations >= Operation.FORWARD_ONLY)
         backward = np.count_nonzero(operations == Operation.FULL)
         return np.asarray(forward * self.forward_step + backward * self.backward_step)
 
-    def objective(self, operations: npt.NDArray[np.uint8]) -> float:
+    def objective(self, operations: Operations) -> float:
         return float(
             self.forward_gain[operations >= Operation.FORWARD_ONLY].sum()
             + self.backward_gain[operations == Operation.FULL].sum()
@@ -108,18 +106,18 @@ class Steps:
     """
 
     cell: Ints
-    start: npt.NDArray[np.uint8]
-    target: npt.NDArray[np.uint8]
+    start: Operations
+    target: Operations
     gain: Floats
     price: Floats
 
-    def select(self, which: Ints | npt.NDArray[np.bool_]) -> Steps:
+    def select(self, which: Ints | Flags) -> Steps:
         return Steps(
             self.cell[which], self.start[which], self.target[which], self.gain[which], self.price[which]
         )
 
 
-def best_steps(knapsack: Knapsack, price: Floats, barred: npt.NDArray[np.bool_] | None = None) -> Steps:
+def best_steps(knapsack: Knapsack, price: Floats, barred: Flags | None = None) -> Steps:
     """The steps from SHORTCUT everywhere, in order of gain for price.
 
     A cell whose backward pays better than its forward goes to FULL in one step, since FORWARD_ONLY alone would never
@@ -130,58 +128,44 @@ def best_steps(knapsack: Knapsack, price: Floats, barred: npt.NDArray[np.bool_] 
     may = np.ones(len(knapsack.cells), dtype=bool) if barred is None else ~barred
     forward_price = float(price @ knapsack.forward_step)
     backward_price = float(price @ knapsack.backward_step)
-    whole_price = forward_price + backward_price
     at_once = may & (
         _per_price(knapsack.backward_gain, backward_price) > _per_price(knapsack.forward_gain, forward_price)
     )
-    apart, later, joined = np.flatnonzero(~at_once), np.flatnonzero(may & ~at_once), np.flatnonzero(at_once)
     kinds = [
-        (apart, Operation.SHORTCUT, Operation.FORWARD_ONLY, knapsack.forward_gain[apart], forward_price),
-        (later, Operation.FORWARD_ONLY, Operation.FULL, knapsack.backward_gain[later], backward_price),
-        (
-            joined,
-            Operation.SHORTCUT,
-            Operation.FULL,
-            knapsack.forward_gain[joined] + knapsack.backward_gain[joined],
-            whole_price,
-        ),
+        (~at_once, Operation.SHORTCUT, Operation.FORWARD_ONLY),
+        (may & ~at_once, Operation.FORWARD_ONLY, Operation.FULL),
+        (at_once, Operation.SHORTCUT, Operation.FULL),
     ]
-    return _ordered(knapsack, kinds)
+    return _ordered(knapsack, price, kinds)
 
 
-def next_steps(
-    knapsack: Knapsack, operations: npt.NDArray[np.uint8], price: Floats, barred: npt.NDArray[np.bool_]
-) -> Steps:
+def next_steps(knapsack: Knapsack, operations: Operations, price: Floats, barred: Flags) -> Steps:
     """The single steps up from `operations`, in order of gain for price; `barred` cells never become FULL."""
-    idle = np.flatnonzero(operations == Operation.SHORTCUT)
-    running = np.flatnonzero((operations == Operation.FORWARD_ONLY) & ~barred)
-    forward_price = float(price @ knapsack.forward_step)
-    backward_price = float(price @ knapsack.backward_step)
     kinds = [
-        (idle, Operation.SHORTCUT, Operation.FORWARD_ONLY, knapsack.forward_gain[idle], forward_price),
-        (running, Operation.FORWARD_ONLY, Operation.FULL, knapsack.backward_gain[running], backward_price),
+        (operations == Operation.SHORTCUT, Operation.SHORTCUT, Operation.FORWARD_ONLY),
+        ((operations == Operation.FORWARD_ONLY) & ~barred, Operation.FORWARD_ONLY, Operation.FULL),
     ]
-    return _ordered(knapsack, kinds)
+    return _ordered(knapsack, price, kinds)
 
 
-def _ordered(knapsack: Knapsack, kinds: list[tuple[Ints, Operation, Operation, Floats, float]]) -> Steps:
-    """In order of gain for price. Equal steps are ordered by kind, then by the whole gain of their cells."""
-    steps = Steps(
-        cell=np.concatenate([cell for cell, *_ in kinds]),
-        start=np.concatenate([np.full(len(cell), start, np.uint8) for cell, start, *_ in kinds]),
-        target=np.concatenate([np.full(len(cell), target, np.uint8) for cell, _, target, *_ in kinds]),
-        gain=np.concatenate([gain for *_, gain, _ in kinds]),
-        price=np.concatenate([np.full(len(cell), price) for cell, *_, price in kinds]),
-    )
-    value = np.concatenate([_per_price(gain, price) for *_, gain, price in kinds])
-    kind = np.repeat(np.arange(len(kinds)), [len(cell) for cell, *_ in kinds])
+def _ordered(knapsack: Knapsack, price: Floats, kinds: list[tuple[Flags, Operation, Operation]]) -> Steps:
+    """In order of gain for price. Equal steps are ordered by kind, then by the whole gain of their cells. kinds: the
+    cells that take such a step, bool [cell], and the operations before and after."""
+    cell = np.concatenate([np.flatnonzero(takes) for takes, *_ in kinds])
+    kind = np.repeat(np.arange(len(kinds)), [np.count_nonzero(takes) for takes, *_ in kinds])
+    start, target = (np.array(each, dtype=np.uint8)[kind] for each in list(zip(*kinds, strict=True))[1:])
+    forward, backward = start == Operation.SHORTCUT, target == Operation.FULL
+    gain = np.where(forward, knapsack.forward_gain[cell], 0.0)
+    gain = gain + np.where(backward, knapsack.backward_gain[cell], 0.0)
+    its_price = forward * (price @ knapsack.forward_step) + backward * (price @ knapsack.backward_step)
     whole_gain = knapsack.forward_gain + knapsack.backward_gain
-    return steps.select(np.lexsort((-whole_gain[steps.cell], kind, -value)))
+    order = np.lexsort((-whole_gain[cell], kind, -_per_price(gain, its_price)))
+    return Steps(cell, start, target, gain, its_price).select(order)
 
 
-def _per_price(gain: Floats, price: float) -> Floats:
+def _per_price(gain: Floats, price: float | Floats) -> Floats:
     """Gain for price; inf for a step that costs nothing, even if it gains nothing, since it can always be taken."""
-    return gain / price if price > 0 else np.full(len(gain), np.inf)
+    return np.asarray(np.divide(gain, price, out=np.full(len(gain), np.inf), where=np.greater(price, 0)))
 
 
 def device_knapsacks(problem: PlanProblem, most_shortcut: float = 1.0) -> list[Knapsack]:

@@ -12,11 +12,15 @@ import time
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
+from d2ft_hpc.planning.arrays import Flags, Floats, Ints, Operations, places
 from d2ft_hpc.planning.plan import Operation
-from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints
+from d2ft_hpc.planning.problem import BUDGET_EPSILON
 
+_BY_LEVEL = (
+    *("forward_time", "backward_time", "forward_heads", "backward_heads"),
+    *("forward_ranks", "backward_ranks"),
+)
 _CHUNK_BYTES = 4_000_000  # bytes of a table that stays in the processor's cache
 
 
@@ -48,28 +52,18 @@ class Levels:
     def that_run(self, heads: int) -> Levels:
         """Only the levels at which every rank runs at least this many heads forward."""
         whole = self.forward_ranks == self.forward_heads.shape[1]
-        return self._only((self.forward_heads >= heads).all(axis=1) & (whole | (heads == 0)))
+        return self._at((self.forward_heads >= heads).all(axis=1) & (whole | (heads == 0)))
 
     def in_multiples(self, of: int) -> Levels:
         """Only the levels at which every rank runs a multiple of `of` heads, or all of its heads."""
         counts = np.concatenate([self.forward_heads, self.backward_heads], axis=1)
-        return self._only(((counts % of == 0) | (counts == len(self.forward_gain))).all(axis=1))
+        return self._at(((counts % of == 0) | (counts == len(self.forward_gain))).all(axis=1))
 
-    def _only(self, kept: npt.NDArray[np.bool_]) -> Levels:
-        if kept.all():
-            return self
-        return replace(
-            self,
-            value=np.ascontiguousarray(self.value[:, kept]),
-            forward_time=self.forward_time[kept],
-            backward_time=self.backward_time[kept],
-            forward_heads=self.forward_heads[kept],
-            backward_heads=self.backward_heads[kept],
-            forward_ranks=self.forward_ranks[kept],
-            backward_ranks=self.backward_ranks[kept],
-        )
+    def _at(self, levels: Ints | Flags) -> Levels:
+        by_level = {name: getattr(self, name)[levels] for name in _BY_LEVEL}
+        return replace(self, value=np.ascontiguousarray(self.value[:, levels]), **by_level)
 
-    def operations(self, level: Ints, deadline: float = math.inf) -> npt.NDArray[np.uint8]:
+    def operations(self, level: Ints, deadline: float = math.inf) -> Operations:
         """Operations of the best heads at the level of each class, uint8 [head, rank, class]. level: int64 [class].
         deadline: of time.monotonic(), after which heads are taken that are only likely to be the best.
         """
@@ -84,9 +78,8 @@ class Levels:
             some, full = (
                 np.full(len(here), ran[its_level]) for ran in (self.forward_ranks, self.backward_ranks)
             )
-            role = best_heads(  # of ranks, as if they were heads
-                of_forward, of_both - of_forward, some, full, deadline
-            )
+            # of ranks, as if they were heads
+            role = best_heads(of_forward, of_both - of_forward, some, full, deadline)
             forward[:, here] *= role >= Operation.FORWARD_ONLY
             backward[:, here] *= role == Operation.FULL
         chosen = best_heads(
@@ -116,38 +109,28 @@ def make_levels(
     clusters: for ranks of one speed, also levels at which only 1, 2, 4, ... of them run anything, or are FULL.
     """
     heads = len(forward_gain)
-    forward_time, backward_time, pairs = _pairs(heads, forward_cost, backward_cost, speed)
+    levels = _without_values(forward_gain, backward_gain, forward_cost, backward_cost, speed)
     table = best_scores(forward_gain.reshape(heads, -1), backward_gain.reshape(heads, -1), deadline)
     table = table.reshape(heads + 1, heads + 1, *forward_gain.shape[1:])
-    value = np.empty((len(pairs), forward_gain.shape[2]))
-    ranks = np.arange(len(speed))
-    for level, (forward, backward) in enumerate(pairs):
+    values, ranks = [], np.arange(len(speed))
+    for forward, backward in zip(levels.forward_heads, levels.backward_heads, strict=True):
         _require_time(deadline)
-        if (forward == forward[0]).all() and (backward == backward[0]).all():
-            table[forward[0], backward[0]].sum(axis=0, out=value[level])
-        else:
-            table[forward, backward, ranks].sum(axis=0, out=value[level])
-    of_pair, running = np.arange(len(pairs)), np.full((len(pairs), 2), len(speed))
-    values = [value]
-    if clusters:
-        for level, ((forward, *_), (backward, *_)) in enumerate(pairs):
-            sizes = _cluster_sizes(len(speed), forward, backward)
-            if sizes:
-                of_forward = table[forward, 0]
-                of_ranks = best_scores(of_forward, table[forward, backward] - of_forward, deadline)
-                values.append(np.stack([of_ranks[some, full] for full, some in sizes]))
-                of_pair = np.append(of_pair, np.full(len(sizes), level))
-                running = np.append(running, [(some, full) for full, some in sizes], axis=0)
-    return Levels(
-        forward_gain,
-        backward_gain,
-        value=np.ascontiguousarray(np.concatenate(values).T),
-        forward_time=forward_time[of_pair],
-        backward_time=backward_time[of_pair],
-        forward_heads=pairs[of_pair, 0],
-        backward_heads=pairs[of_pair, 1],
-        forward_ranks=running[:, 0],
-        backward_ranks=running[:, 1],
+        values.append(table[forward, backward, ranks].sum(axis=0))
+    of_level, running = [*range(len(values))], [(len(speed), len(speed))] * len(values)
+    for level in range(len(values)) if clusters else ():
+        forward, backward = levels.forward_heads[level, 0], levels.backward_heads[level, 0]
+        if sizes := _cluster_sizes(len(speed), forward, backward):
+            of_forward = table[forward, 0]
+            of_ranks = best_scores(of_forward, table[forward, backward] - of_forward, deadline)
+            values += [of_ranks[size] for size in sizes]
+            of_level += [level] * len(sizes)
+            running += sizes
+    forward_ranks, backward_ranks = np.array(running).T
+    return replace(
+        levels._at(np.array(of_level)),
+        value=np.ascontiguousarray(np.stack(values, axis=1)),
+        forward_ranks=forward_ranks,
+        backward_ranks=backward_ranks,
         is_exact=True,
     )
 
@@ -157,37 +140,24 @@ def estimate_levels(
 ) -> Levels:
     """The levels of `make_levels` without clusters. Their values are estimates from above, made in a fraction of the
     time."""
-    heads = len(forward_gain)
-    forward_time, backward_time, pairs = _pairs(heads, forward_cost, backward_cost, speed)
-    value: Floats = np.zeros((forward_gain.shape[2], len(pairs)))
-    for gain, counts in ((forward_gain, pairs[:, 0]), (backward_gain, pairs[:, 1])):
-        most = np.zeros((heads + 1, *gain.shape[1:]))  # of the best `count` heads, [count, rank, class]
+    levels = _without_values(forward_gain, backward_gain, forward_cost, backward_cost, speed)
+    value: Floats = np.zeros_like(levels.value)
+    for gain, counts in ((forward_gain, levels.forward_heads), (backward_gain, levels.backward_heads)):
+        most = np.zeros((len(gain) + 1, *gain.shape[1:]))  # of the best `count` heads, [count, rank, class]
         np.cumsum(-np.sort(-gain, axis=0), axis=0, out=most[1:])
         differing, of_level = np.unique(counts, axis=0, return_inverse=True)
         of_count = np.zeros((len(differing), gain.shape[2]))
         for rank in range(len(speed)):
             of_count += most[differing[:, rank], rank]
         value += np.take(of_count.T, of_level.ravel(), axis=1)
-    every = np.full(len(pairs), len(speed))
-    return Levels(
-        forward_gain,
-        backward_gain,
-        value=value,
-        forward_time=forward_time,
-        backward_time=backward_time,
-        forward_heads=pairs[:, 0],
-        backward_heads=pairs[:, 1],
-        forward_ranks=every,
-        backward_ranks=every,
-        is_exact=False,
-    )
+    return replace(levels, value=value)
 
 
-def _pairs(
-    heads: int, forward_cost: float, backward_cost: float, speed: Floats
-) -> tuple[Floats, Floats, Ints]:
-    """Forward and backward time of every level, float64 [level] each, and how many heads run forward, and how many of
-    these backward, int64 [level, 2, rank]."""
+def _without_values(
+    forward_gain: Floats, backward_gain: Floats, forward_cost: float, backward_cost: float, speed: Floats
+) -> Levels:
+    """The levels at which all ranks run, their values NaN."""
+    heads = len(forward_gain)
     forward_times, forward_heads = _times(forward_cost, speed, heads)
     backward_times, backward_heads = _times(backward_cost, speed, heads)
     forward, backward = np.broadcast_arrays(forward_heads[:, None], backward_heads)
@@ -195,7 +165,19 @@ def _pairs(
     # A longer backward that no rank can use is no level of its own.
     first = np.sort(np.unique(runs, axis=0, return_index=True)[1])
     i, j = np.divmod(first, len(backward_times))
-    return forward_times[i], backward_times[j], runs[first]
+    every = np.full(len(first), len(speed))
+    return Levels(
+        forward_gain,
+        backward_gain,
+        value=np.full((forward_gain.shape[2], len(first)), np.nan),
+        forward_time=forward_times[i],
+        backward_time=backward_times[j],
+        forward_heads=runs[first, 0],
+        backward_heads=runs[first, 1],
+        forward_ranks=every,
+        backward_ranks=every,
+        is_exact=False,
+    )
 
 
 def _require_time(deadline: float) -> None:
@@ -204,14 +186,13 @@ def _require_time(deadline: float) -> None:
 
 
 def _cluster_sizes(ranks: int, forward: int, backward: int) -> list[tuple[int, int]]:
-    """Numbers of ranks with FULL heads, and of ranks that run any heads, that are worth trying besides all ranks."""
-    sizes = sorted({*(1 << power for power in range(ranks.bit_length())), ranks} - {0})
-    sizes = [size for size in sizes if size <= ranks]
+    """Numbers of ranks that run any heads, and of ranks with FULL heads, that are worth trying besides all ranks."""
     if not forward:
         return []
+    sizes = sorted({*(1 << power for power in range(ranks.bit_length())), ranks})
     if not backward:  # no rank has FULL heads, whatever the number says
         return [(size, size) for size in sizes if size < ranks]
-    return [(full, some) for some in sizes for full in sizes if full <= some and full < ranks]
+    return [(some, full) for some in sizes for full in sizes if full <= some and full < ranks]
 
 
 def _times(cost: float, speed: Floats, heads: int) -> tuple[Floats, Ints]:
@@ -220,9 +201,8 @@ def _times(cost: float, speed: Floats, heads: int) -> tuple[Floats, Ints]:
         return np.zeros(heads + 1), np.repeat(np.arange(heads + 1)[:, None], len(speed), axis=1)
     finished = np.arange(heads + 1)[:, None] * cost / speed
     times = np.unique(finished)
-    keep = np.append(
-        np.diff(times) > BUDGET_EPSILON * times[-1], True
-    )  # float error makes no times of its own
+    # Float error makes no times of its own.
+    keep = np.append(np.diff(times) > BUDGET_EPSILON * times[-1], True)
     counts = np.floor(times[keep, None] * speed / cost + BUDGET_EPSILON * heads)
     return times[keep], np.minimum(counts, heads).astype(np.int64)
 
@@ -235,7 +215,7 @@ def best_scores(forward_gain: Floats, backward_gain: Floats, deadline: float = m
     """
     heads, groups = forward_gain.shape
     result = np.empty((heads + 1, heads + 1, groups))
-    for chunk in _chunks(groups, 8 * (heads + 1) ** 2):
+    for chunk in _chunks(heads, groups):
         _require_time(deadline)
         result[:, :, chunk] = _score_table(forward_gain[:, chunk], backward_gain[:, chunk])
     return result
@@ -243,14 +223,14 @@ def best_scores(forward_gain: Floats, backward_gain: Floats, deadline: float = m
 
 def best_heads(
     forward_gain: Floats, backward_gain: Floats, forward: Ints, full: Ints, deadline: float = math.inf
-) -> npt.NDArray[np.uint8]:
+) -> Operations:
     """Operations uint8 [head, group] that reach best_scores[forward, full] in each group; counts int64 [group].
 
     deadline: of time.monotonic(), after which `likely_heads` will do.
     """
     heads, groups = forward_gain.shape
     result = np.empty((heads, groups), dtype=np.uint8)
-    for chunk in _chunks(groups, 8 * (heads + 1) ** 2):
+    for chunk in _chunks(heads, groups):
         if time.monotonic() > deadline:
             rest = slice(chunk.start, groups)
             counts = forward[rest], full[rest]
@@ -269,25 +249,15 @@ def best_heads(
     return result
 
 
-def likely_heads(
-    forward_gain: Floats, backward_gain: Floats, forward: Ints, full: Ints
-) -> npt.NDArray[np.uint8]:
+def likely_heads(forward_gain: Floats, backward_gain: Floats, forward: Ints, full: Ints) -> Operations:
     """As `best_heads`, but in a fraction of the time and not always the best: the heads with the largest total gain
     are FULL, and of the others those with the largest forward gain FORWARD_ONLY."""
-    is_full = _place(forward_gain + backward_gain) < full
-    is_running = _place(np.where(is_full, np.inf, forward_gain)) < forward
+    is_full = places(forward_gain + backward_gain) < full
+    is_running = places(np.where(is_full, np.inf, forward_gain)) < forward
     chosen = np.where(
         is_full, Operation.FULL, np.where(is_running, Operation.FORWARD_ONLY, Operation.SHORTCUT)
     )
     return np.asarray(chosen, dtype=np.uint8)
-
-
-def _place(gain: Floats) -> Ints:
-    """The place of each head by its gain in its group, the largest first: int64 [head, group]."""
-    place = np.empty(gain.shape, dtype=np.int64)
-    order = np.argsort(-gain, axis=0, kind="stable")
-    np.put_along_axis(place, order, np.arange(len(gain))[:, None], axis=0)
-    return place
 
 
 def _scores_of_counts(
@@ -305,9 +275,7 @@ def _scores_of_counts(
         return of_all, of_all + np.where(chosen == Operation.FULL, backward_gain, 0.0).sum(axis=0)
 
 
-def _score_table(
-    forward_gain: Floats, backward_gain: Floats, last: npt.NDArray[np.uint8] | None = None
-) -> Floats:
+def _score_table(forward_gain: Floats, backward_gain: Floats, last: Operations | None = None) -> Floats:
     """`best_scores` of few groups; writes into `last` [head, forward, full, group] what each head does in the best
     choice among the heads up to it."""
     heads, groups = forward_gain.shape
@@ -328,6 +296,6 @@ def _score_table(
     return table
 
 
-def _chunks(groups: int, bytes_of_one: int) -> list[slice]:
-    size = max(1, _CHUNK_BYTES // bytes_of_one)
+def _chunks(heads: int, groups: int) -> list[slice]:
+    size = max(1, _CHUNK_BYTES // (8 * (heads + 1) ** 2))
     return [slice(start, min(start + size, groups)) for start in range(0, groups, size)]

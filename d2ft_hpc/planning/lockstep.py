@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.arrays import Floats, Ints, Operations
 from d2ft_hpc.planning.communication_volume import shares_of_senders
 from d2ft_hpc.planning.knapsack import largest_use
 from d2ft_hpc.planning.levels import Levels, estimate_levels, make_levels
 from d2ft_hpc.planning.multiple_choice import share_of_time
 from d2ft_hpc.planning.plan import Operation
-from d2ft_hpc.planning.prices import Limit, different
-from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem, round_up
+from d2ft_hpc.planning.prices import Limit, scarce
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,19 +40,8 @@ class LockstepStage:
     is_even: bool
 
     @property
-    def row_of_class(self) -> Ints:
-        """int64 [class], the class's slot."""
-        return np.repeat(np.arange(self.slots), len(self.blocks))
-
-    @property
     def slots(self) -> int:
         return int(self.rows.shape[1])
-
-    def members(self) -> Iterator[tuple[int, Ints, Ints]]:
-        """Every member with its rows int64 [slot] and its heads int64 [block, head]."""
-        ranks = self.heads.shape[2]
-        for member in range(len(self.devices)):
-            yield member, self.rows[member // ranks], self.heads[:, :, member % ranks]
 
     @property
     def groups(self) -> int:
@@ -63,15 +51,15 @@ class LockstepStage:
     def classes_of_group(self) -> int:
         return len(self.group) // self.groups
 
-    def write(self, level: Ints, operations: npt.NDArray[np.uint8], deadline: float = math.inf) -> None:
+    def write(self, level: Ints, operations: Operations, deadline: float = math.inf) -> None:
         """Write the best heads at each class's level, int64 [class], into operations [row, block, head]; after the
         deadline, of time.monotonic(), the heads that are only likely to be the best."""
         chosen = self.levels.operations(level, deadline)
         chosen = chosen.reshape(*chosen.shape[:2], self.slots, len(self.blocks))
-        for member, rows, heads in self.members():
-            operations[rows[:, None, None], self.blocks[:, None], heads] = chosen[:, member].transpose(
-                1, 2, 0
-            )
+        for member in range(len(self.devices)):
+            replica, rank = divmod(member, self.heads.shape[2])
+            cells = self.rows[replica][:, None, None], self.blocks[:, None], self.heads[:, :, rank]
+            operations[cells] = chosen[:, member].transpose(1, 2, 0)
 
 
 def meeting_replicas(problem: PlanProblem) -> list[Ints]:
@@ -98,24 +86,17 @@ def lockstep_stages(
     """
     if not 0 <= most_shortcut <= 1:
         raise PlanError(f"most_shortcut is a share of a rank's heads in [0, 1], got {most_shortcut}.")
+    make, numbers = partial(_lockstep_stage, problem, replicas, gains, clusters), range(problem.stages)
     try:
-        every = [
-            _lockstep_stage(
-                problem, replicas, number, gains, clusters, share_of_time(deadline, problem.stages - number)
-            )
-            for number in range(problem.stages)
-        ]
+        every = [make(number, share_of_time(deadline, problem.stages - number)) for number in numbers]
     except TimeoutError:
-        every = [
-            _lockstep_stage(problem, replicas, number, gains, clusters, None)
-            for number in range(problem.stages)
-        ]
+        every = [make(number, None) for number in numbers]
     stages = []
     for stage in every:
         heads = len(stage.levels.forward_gain)
         least = heads - math.floor(most_shortcut * heads + BUDGET_EPSILON)
         stage = replace(stage, levels=stage.levels.that_run(least))
-        if not fitting_levels(problem, stage)[0]:
+        if any((limit.most < 0).any() for limit in step_limits(problem, stage)):  # even for level 0
             raise PlanError(_unpaid(problem, stage, least))
         stages.append(stage)
     return stages
@@ -124,9 +105,9 @@ def lockstep_stages(
 def _lockstep_stage(
     problem: PlanProblem,
     replicas: Ints,
-    stage: int,
     problem_gains: tuple[Floats, Floats],
     clusters: bool,
+    stage: int,
     deadline: float | None,
 ) -> LockstepStage:
     """The ranks of a stage with all levels. deadline: None = what these give is estimated.
@@ -180,15 +161,6 @@ def time_budget(problem: PlanProblem, devices: Ints) -> float:
     return float(min((left / problem.device_speed[devices])[scarce], default=math.inf))
 
 
-def fitting_levels(problem: PlanProblem, stage: LockstepStage) -> npt.NDArray[np.bool_]:
-    """Whether the stage's budgets pay for a level in all its classes, bool [level]."""
-    fits = np.ones(len(stage.levels.forward_time), dtype=bool)
-    for limit in step_limits(problem, stage):
-        classes = np.bincount(limit.group, minlength=len(limit.most))
-        fits &= (limit.use[:, None] * classes <= limit.most * (1 + BUDGET_EPSILON / 10)).all(axis=1)
-    return fits
-
-
 def step_limits(problem: PlanProblem, stage: LockstepStage) -> list[Limit]:
     """What a stage may use if there is no pipeline: the time of all its classes together."""
     levels = stage.levels
@@ -205,7 +177,7 @@ def other_limits(problem: PlanProblem, stage: LockstepStage) -> list[Limit]:
     """The limits on a device's communication in a batch and on its memory in a row, as far as there are any."""
     levels, cells = stage.levels, problem.cells_per_device[stage.devices]
     shortcut = problem.communication_cost[Operation.SHORTCUT]
-    row = stage.row_of_class
+    row = np.repeat(np.arange(stage.slots), len(stage.blocks))  # of each class
     limits = []
     for member in range(1 if stage.is_even else len(stage.devices)):
         devices = stage.devices if stage.is_even else stage.devices[member : member + 1]
@@ -215,8 +187,7 @@ def other_limits(problem: PlanProblem, stage: LockstepStage) -> list[Limit]:
             limit_above_least(_messages(problem, levels, member), np.zeros_like(row), np.array([most])),
             limit_above_least(levels.backward_heads[:, member].astype(np.float64), row, memory),
         ]
-    scarce = [limit for limit in limits if np.isfinite(limit.most).all() and limit.use.max() > 0]
-    return different(scarce)
+    return scarce(limits)
 
 
 def _messages(problem: PlanProblem, levels: Levels, member: int) -> Floats:
@@ -257,19 +228,18 @@ def _unpaid(problem: PlanProblem, stage: LockstepStage, least: int) -> str:
     """The message for budgets that do not pay for `least` heads of every rank in each class."""
     cells = problem.cells_per_device[stage.devices]
     share = least / len(stage.levels.forward_gain)
-    needs = [
-        ("compute", problem.compute_cost, problem.budgets_to_plan[stage.devices, 0], problem.always_share),
-        ("communication", problem.communication_cost, problem.budgets_to_plan[stage.devices, 1], 0.0),
-    ]
-    for resource, (shortcut, forward, full), budget, always_share in needs:
+    costs_of = {"compute": problem.compute_cost, "communication": problem.communication_cost}
+    for (resource, (shortcut, forward, _)), budget in zip(
+        costs_of.items(), problem.budgets_to_plan[stage.devices].T, strict=True
+    ):
         need = cells * (shortcut + share * (forward - shortcut))
         index = int((budget - need).argmin())
         if need[index] > budget[index]:
-            of_dense = always_share + (1 - always_share) * need[index] / (cells[index] * full)
+            device = int(stage.devices[index])
             return (
-                f"The {resource} budget of {problem.device_names[stage.devices[index]]} is {budget[index]:g}, but "
-                f"{share:.0%} of its heads running forward use {need[index]:g} (most_shortcut). The least feasible "
-                f"{resource} budget is {round_up(of_dense):g} of its dense step; raise it or most_shortcut."
+                f"The {resource} budget of {problem.device_names[device]} is {budget[index]:g}, but {share:.0%} of its "
+                f"heads running forward use {need[index]:g} (most_shortcut). The least feasible {resource} budget is "
+                f"{problem.least_budget(resource, device, need[index])} of its dense step; raise it or most_shortcut."
             )
     slowest = problem.device_names[stage.devices[int(problem.device_speed[stage.devices].argmin())]]
     return f"In lock step with {slowest}, the budgets do not pay for {least} heads running forward on every rank."

@@ -12,9 +12,8 @@ from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.highs import OPTIMAL
 from d2ft_hpc.planning.lockstep import LockstepStage, lockstep_stages, meeting_replicas, step_limits
 from d2ft_hpc.planning.multiple_choice import Choice, choose, share_of_time
-from d2ft_hpc.planning.options import WithShortcuts
 from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.planner import Planner
+from d2ft_hpc.planning.planner import Planner, WithShortcuts
 from d2ft_hpc.planning.problem import PlanProblem
 from d2ft_hpc.planning.split import choose_by_split
 
@@ -80,13 +79,7 @@ def solve_makespan(
             statuses.add(choice.status)
             if time.monotonic() > its_deadline:
                 statuses.add("heads: time limit")
-    return plan_with_bound(
-        problem,
-        operations,
-        planner=MAKESPAN.name,
-        status=statuses,
-        bound=bound,
-    )
+    return plan_with_bound(problem, operations, planner=MAKESPAN.name, status=statuses, bound=bound)
 
 
 def _end_of_choice(stages: list[LockstepStage], start: float, deadline: float) -> float:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from d2ft_hpc.planning.arrays import Floats, Ints
 from d2ft_hpc.planning.highs import OPTIMAL, Rows, maximise_integer
 from d2ft_hpc.planning.prices import (
     RELATIVE_GAP,
@@ -32,7 +33,6 @@ from d2ft_hpc.planning.prices import (
     price_of_one,
     prices_of_several,
 )
-from d2ft_hpc.planning.problem import Floats, Ints
 
 _EXCHANGES = 20
 _EXCHANGE_OPTIONS = 300
@@ -77,7 +77,7 @@ def choose(
     search: with HiGHS; without, first prices and filling will do.
     """
     prices = [np.zeros(len(limit.most)) for limit in limits]
-    scarce = [i for i, limit in enumerate(limits) if _can_be_exceeded(limit)]
+    scarce = [i for i, limit in enumerate(limits) if not limit.for_all().all()]
     some = [_rounded(limits[i]) for i in scarce]
     for limit in some:
         alone_too_much = limit.use > limit.most[:, None]  # [group, option]
@@ -113,15 +113,8 @@ def _one_for_all(value: Floats, limits: Sequence[Limit]) -> Ints:
     """The best option that all classes can have at once. Finding it takes no longer than a sum."""
     fits = np.ones(value.shape[1], dtype=bool)
     for limit in limits:
-        classes = np.bincount(limit.group, minlength=len(limit.most))
-        fits &= (limit.use[:, None] * classes <= limit.most).all(axis=1)
-    fits[0] = True
+        fits &= limit.for_all()
     return np.full(len(value), int(np.where(fits, value.sum(axis=0), -np.inf).argmax()))
-
-
-def _can_be_exceeded(limit: Limit) -> bool:
-    classes = np.bincount(limit.group, minlength=len(limit.most))
-    return bool((classes * limit.use.max() > limit.most).any())
 
 
 def _rounded(limit: Limit) -> Limit:
@@ -256,10 +249,5 @@ def _decide_core(
     better[undecided[its_class[taken]]] = its_option[taken]
     if worth_of(value, better) < worth or any((limit.left(better) < 0).any() for limit in limits):
         return option, bound, "prices" if solution.status == OPTIMAL else f"prices: {solution.status}"
-    return (
-        better,
-        bound,
-        solution.status
-        if is_complete or solution.status != OPTIMAL
-        else "best of the most promising options",
-    )
+    is_partial = solution.status == OPTIMAL and not is_complete
+    return better, bound, "best of the most promising options" if is_partial else solution.status

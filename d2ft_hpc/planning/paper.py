@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.arrays import Flags, Floats, Ints, Operations, places
 from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 from d2ft_hpc.planning.planner import Options, Planner
-from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem
 from d2ft_hpc.settings import Fraction
 
 
@@ -28,9 +28,7 @@ def solve_paper(problem: PlanProblem, *, full_share: float = 0.8) -> SkipPlan:
     return plan_with_bound(problem, operations, planner=PAPER.name, status="optimal at each level")
 
 
-def two_levels(
-    problem: PlanProblem, full_key: Floats, forward_key: Floats, full_share: float
-) -> npt.NDArray[np.uint8]:
+def two_levels(problem: PlanProblem, full_key: Floats, forward_key: Floats, full_share: float) -> Operations:
     """Operations uint8 [row, block, head]: in every subnet the rows with the largest `full_key` are FULL, and of the
     others those with the largest `forward_key` FORWARD_ONLY, as many as the budgets pay for. Ties go to the earlier
     row. Budget that rounding leaves turns FORWARD_ONLY into FULL where the subnet's own share pays for it.
@@ -66,7 +64,7 @@ def two_levels(
     return operations
 
 
-def _affordable(budget: Floats, step: Floats, limit: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _affordable(budget: Floats, step: Floats, limit: Ints) -> Ints:
     """How many steps of cost `step` [resource] fit into `budget` [resource, block, head], at most `limit`."""
     count = limit
     for left, cost in zip(budget, step, strict=True):
@@ -75,10 +73,9 @@ def _affordable(budget: Floats, step: Floats, limit: npt.NDArray[np.int64]) -> n
     return count
 
 
-def _rank(key: Floats, among: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+def _rank(key: Floats, among: Flags) -> Ints:
     """Place of each row among the rows of its subnet that are in `among`, largest key first; others last."""
-    order = np.argsort(np.where(among, -key, np.inf), axis=0, kind="stable")
-    return np.argsort(order, axis=0, kind="stable")
+    return places(np.where(among, key, -np.inf))
 
 
 class PaperOptions(Options):

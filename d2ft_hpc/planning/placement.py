@@ -10,8 +10,9 @@ from dataclasses import replace
 import numpy as np
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem
-from d2ft_hpc.planning.swap_heads import swap_heads
+from d2ft_hpc.planning.arrays import Ints, places
+from d2ft_hpc.planning.problem import PlanProblem
+from d2ft_hpc.planning.swap_heads import gains_per_cost, swap_heads
 
 
 def in_order(blocks: int, heads: int, ranks: int) -> Ints:
@@ -50,26 +51,19 @@ def spread(problem: PlanProblem, ranks: int) -> Ints:
     from scipy.optimize import linear_sum_assignment  # not before MPI starts, where a configuration is read
 
     forward_gain, backward_gain = (gain.mean(axis=0) for gain in problem.gains())
-    shortcut, forward_only, full = problem.compute_cost
-    both = (forward_gain + backward_gain) / max(full - shortcut, BUDGET_EPSILON)
-    forward_price = np.maximum(forward_gain / max(forward_only - shortcut, BUDGET_EPSILON), both)
-    backward_price = np.minimum(backward_gain / max(full - forward_only, BUDGET_EPSILON), both)
-    owner = in_order(len(both), both.shape[1], ranks)
-    for block in range(len(owner)):
-        groups = [_place(price[block]) // ranks for price in (forward_price, backward_price)]
+    prices = gains_per_cost(problem, forward_gain, backward_gain)
+    blocks, heads = forward_gain.shape
+    owner = in_order(blocks, heads, ranks)
+    for block in range(blocks):
+        groups = [places(price[block]) // ranks for price in prices]
         heads_of: dict[tuple[int, int], list[int]] = {}
         for head, pair in enumerate(zip(*groups, strict=True)):
             heads_of.setdefault(pair, []).append(head)
-        left = np.zeros((len(owner[block]) // ranks,) * 2)
-        for pair, heads in heads_of.items():
-            left[pair] = len(heads)
+        left = np.zeros((heads // ranks,) * 2)
+        for pair, its_heads in heads_of.items():
+            left[pair] = len(its_heads)
         for rank in range(ranks):
             for pair in zip(*linear_sum_assignment(left > 0, maximize=True), strict=True):
                 owner[block, heads_of[pair].pop(0)] = rank
                 left[pair] -= 1
     return owner
-
-
-def _place(price: Floats) -> Ints:
-    """Place of each head in the order of falling prices, int64 [head]."""
-    return np.argsort(np.argsort(-price, kind="stable"), kind="stable")

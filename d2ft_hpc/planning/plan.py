@@ -18,10 +18,15 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.files import atomic, hdf5
-from d2ft_hpc.files.untrusted import RefusedError
+from d2ft_hpc.files.untrusted import RefusedError, first_fault
+from d2ft_hpc.planning.arrays import Operations
+
+Grid = tuple[int, int]
+"""Patches of an image, down and across."""
 
 WORTH_SAYING = 0.01
 """A gap above this share of the best possible score is explained in words."""
@@ -40,21 +45,29 @@ _HDF5_LIBRARY = ("v110", "v110")
 _EVIDENCE_ERROR = 1e-6
 _MOST_PATCHES = 4096
 """Down or across an image."""
-_FIELDS: dict[str, type] = {
-    "replicas": int,
-    "binding": str,
-    "planner": str,
-    "objective": float,
-    "bound": float,
-    "gap": float,
-    "status": str,
-    "solve_seconds": float,
-    "hash": str,
-}
 
 
-Grid = tuple[int, int]
-"""Patches of an image, down and across."""
+class _Fields(BaseModel):
+    """What files and messages say of a plan beside its arrays."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    replicas: int
+    binding: str
+    planner: str
+    objective: float
+    bound: float
+    gap: float
+    status: str
+    solve_seconds: float
+    hash: str
+
+
+class _Header(_Fields):
+    """Of a message."""
+
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    grids: list[Grid] | None = None
 
 
 def image_size(grid: Grid, patch_size: Grid | None) -> str:
@@ -97,7 +110,7 @@ class SkipPlan:
     Raises PlanError if shape, values, replicas or the texts are not as said, or the evidence contradicts itself.
     """
 
-    operations: npt.NDArray[np.uint8]
+    operations: Operations
     replicas: int
     binding: Literal["slot", "sample"] = "slot"
     planner: str = "manual"
@@ -226,15 +239,7 @@ class SkipPlan:
     def __hash__(self) -> int:
         return hash(self.hash)
 
-    def among(self, planned: npt.NDArray[np.bool_]) -> SkipPlan:
-        """This plan of some blocks, placed into a model whose other blocks all run FULL. planned: bool [block] of the
-        model; as many are True as this plan has blocks.
-        """
-        operations = np.full((self.num_rows, len(planned), self.num_heads), Operation.FULL, dtype=np.uint8)
-        operations[:, planned] = self.operations
-        return replace(self, operations=operations)
-
-    def for_replica(self, replica: int) -> npt.NDArray[np.uint8]:
+    def for_replica(self, replica: int) -> Operations:
         """The operations of one replica, uint8 [slot, block, head], read-only."""
         if not 0 <= replica < self.replicas:
             raise PlanError(f"The plan has replicas 0 to {self.replicas - 1}, asked for {replica}.")
@@ -304,7 +309,9 @@ class SkipPlan:
 
     def to_bytes(self) -> bytes:
         """The plan as bytes: a JSON header and 2 bits an entry, with a checksum over all of it."""
-        header = {name: getattr(self, name) for name in _FIELDS} | {"shape": list(self.operations.shape)}
+        header = {name: getattr(self, name) for name in _Fields.model_fields} | {
+            "shape": list(self.operations.shape)
+        }
         if self.grids is not None:
             header["grids"] = self.grids.tolist()
         text = json.dumps(header).encode()
@@ -349,24 +356,16 @@ class SkipPlan:
             raise PlanError("The plan is damaged: its checksum does not match.")
         packed = body[_PREFIX.size + header_bytes :]
         try:
-            header = json.loads(body[_PREFIX.size : _PREFIX.size + header_bytes])
-        except (ValueError, RecursionError) as error:
-            raise PlanError("The plan is damaged: its header is not JSON.") from error
-        if not isinstance(header, dict) or set(header) - {"grids"} != {*_FIELDS, "shape"}:
-            raise PlanError("The plan is damaged: its header does not have the fields of a plan.")
-        grids = _parsed_grids(header.pop("grids", None))
-        shape = header.pop("shape")
-        if (
-            not isinstance(shape, list)
-            or len(shape) != 3
-            or not all(type(length) is int and length > 0 for length in shape)
-            or len(packed) != (math.prod(shape) + 3) // 4
-        ):
+            header = _Header.model_validate_json(body[_PREFIX.size : _PREFIX.size + header_bytes])
+        except ValidationError as error:
+            raise PlanError(f"The plan is damaged: {first_fault(error)}.") from error
+        if len(packed) != (math.prod(header.shape) + 3) // 4:
             raise PlanError(f"The plan is damaged: {len(packed)} bytes do not hold the shape it states.")
-        operations = _unpack(packed, shape)
+        operations = _unpack(packed, header.shape)
         if _pack(operations) != packed:
             raise PlanError("The plan is damaged: the bits after its last entry are not zero.")
-        return cls._from_fields(operations, grids, header, "The plan")
+        grids = None if header.grids is None else np.array(header.grids)
+        return cls._from_fields(operations, grids, header.model_dump(exclude={"shape", "grids"}), "The plan")
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as HDF5: dataset `operations` and one attribute a field. Replaces `path` at once.
@@ -379,7 +378,7 @@ class SkipPlan:
             if self.grids is not None:
                 file.create_dataset("grids", data=self.grids)
             file.attrs["version"] = _HDF5_VERSION
-            fields = {name: getattr(self, name) for name in _FIELDS}
+            fields = {name: getattr(self, name) for name in _Fields.model_fields}
             for name, value in {"format": _HDF5_FORMAT, "digest": self.digest, **fields}.items():
                 file.attrs[name] = _fixed(value) if isinstance(value, str) else value
         try:
@@ -399,7 +398,7 @@ class SkipPlan:
                 raise PlanError(
                     f"a plan of format version {version!r}, this program reads {_HDF5_VERSION}: make the plan anew"
                 )
-            fields = hdf5.read_attributes(file, ["format", "digest", *_FIELDS])
+            fields = hdf5.read_attributes(file, ["format", "digest", *_Fields.model_fields])
             if fields.pop("format") != _HDF5_FORMAT:
                 raise PlanError("an HDF5 file, but not a plan")
             digest = fields.pop("digest")
@@ -420,47 +419,33 @@ class SkipPlan:
     @classmethod
     def _from_fields(
         cls,
-        operations: npt.NDArray[np.uint8],
+        operations: Operations,
         grids: npt.NDArray[Any] | None,
         fields: dict[str, Any],
         source: str,
     ) -> SkipPlan:
-        for name, kind in _FIELDS.items():
-            if type(fields[name]) is not kind:
-                raise PlanError(f"{source} is damaged: {name} is {fields[name]!r}, not {kind.__name__}.")
-        stated = fields.pop("hash")
         try:
-            plan = cls(operations, grids=grids, **fields)
-        except PlanError as error:
-            raise PlanError(f"{source} is damaged: {error}") from error
+            known = _Fields.model_validate(fields).model_dump()
+            stated = known.pop("hash")
+            plan = cls(operations, grids=grids, **known)
+        except (PlanError, ValidationError) as error:
+            fault = first_fault(error) if isinstance(error, ValidationError) else error
+            raise PlanError(f"{source} is damaged: {fault}") from error
         if plan.hash != stated:
             raise PlanError(f"{source} is damaged: its operations do not match its hash.")
         return plan
 
 
-def _parsed_grids(given: Any) -> npt.NDArray[Any] | None:
-    """The grids in a message's header. Raises PlanError where they are no grids."""
-    if given is None:
-        return None
-    try:
-        grids = np.array(given)
-    except (ValueError, RecursionError):
-        grids = np.array(None)
-    if grids.dtype.kind not in "ui":
-        raise PlanError("The plan is damaged: its grids are no pairs of whole numbers.")
-    return grids
-
-
-def _pack(operations: npt.NDArray[np.uint8]) -> bytes:
+def _pack(operations: Operations) -> bytes:
     """Four entries a byte, the first in the lowest bits, zero bits at the end."""
     flat = operations.ravel()
     padded = np.zeros((flat.size + 3) // 4 * 4, dtype=np.uint8)
     padded[: flat.size] = flat
-    packed: npt.NDArray[np.uint8] = np.bitwise_or.reduce(padded.reshape(-1, 4) << _SHIFTS, axis=1)
+    packed: Operations = np.bitwise_or.reduce(padded.reshape(-1, 4) << _SHIFTS, axis=1)
     return packed.tobytes()
 
 
-def _unpack(packed: bytes, shape: list[int]) -> npt.NDArray[np.uint8]:
+def _unpack(packed: bytes, shape: tuple[int, int, int]) -> Operations:
     quads = (np.frombuffer(packed, dtype=np.uint8)[:, None] >> _SHIFTS) & 3
     return quads.ravel()[: math.prod(shape)].reshape(shape).astype(np.uint8)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from pydantic import Field
+
 from d2ft_hpc.planning.plan import SkipPlan
 from d2ft_hpc.settings import Section
 
@@ -15,6 +17,13 @@ from d2ft_hpc.settings import Section
 class Options(Section):
     """What one planner alone reads of the configuration, as `plan.options`. Fields are named as the parameters of the
     planner's function and have the same defaults."""
+
+
+class WithShortcuts(Options):
+    """Of several planners."""
+
+    most_shortcut: float = Field(default=1.0, ge=0, le=1)
+    """Most of a device's heads in a block that may be SHORTCUT in a micro-batch."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.arrays import Floats, Ints
 from d2ft_hpc.planning.communication_volume import TokenLayout
-from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem, round_up
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem, round_up
 
 
 class CostShares(Protocol):
@@ -93,16 +94,12 @@ def pose(
     message names the device, its budget and the least feasible compute budget).
     """
     forward, backward = np.asarray(scores, dtype=np.float64)
-    if forward.ndim != 3 or forward.size == 0:
-        raise PlanError(f"forward_score must be [row, block, head], got the shape {forward.shape}.")
     devices = devices or Devices()
     replicas, always_share = devices.replicas, costs.always_share
-    if replicas < 1 or forward.shape[0] % replicas:
-        raise PlanError(f"{forward.shape[0]} rows cannot be divided over {replicas} replicas.")
     if not 0 <= costs.forward_share <= 1:
         raise PlanError(f"forward_share is a share of the cost of FULL in [0, 1], got {costs.forward_share}.")
     rank = np.zeros(forward.shape[1:]) if devices.rank is None else np.asarray(devices.rank)
-    stage = np.zeros(forward.shape[1]) if devices.stage is None else np.asarray(devices.stage)
+    stage = np.zeros(forward.shape[1:2]) if devices.stage is None else np.asarray(devices.stage)
     number = replicas * (int(np.max(stage, initial=0)) + 1) * (int(np.max(rank, initial=0)) + 1)
     speed = np.asarray([1.0] * number if devices.speed is None else devices.speed, dtype=np.float64)
     if speed.shape != (number,):
@@ -136,7 +133,7 @@ def pose(
             f"{share[slowest]:.4f} of its dense step, but {always_share:.4f} of it runs whatever the "
             f"plan says (embedding, classifier). The least feasible compute_budget is {round_up(least):g}."
         )
-    cells_of_row = cells / (forward.shape[0] // replicas)
+    cells_of_row = cells / problem.slots
     memory = unlimited if budgets.memory is None else np.floor(budgets.memory * cells_of_row + 1e-9)
     if devices.most_full is not None:
         memory = np.minimum(memory, np.asarray(devices.most_full, dtype=np.float64))

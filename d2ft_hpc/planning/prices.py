@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from d2ft_hpc.planning.arrays import Flags, Floats, Ints
 from d2ft_hpc.planning.highs import LinearProgram
-from d2ft_hpc.planning.problem import Floats, Ints
 
 RELATIVE_GAP = 2.5e-5
 """A choice that is proved to be this near its optimum is good enough, if nothing else is said."""
@@ -44,9 +44,15 @@ class Limit:
     def left(self, option: Ints) -> Floats:
         return self.most - self.used(option)
 
+    def for_all(self) -> Flags:
+        """Which options all classes may have at once, bool [option]."""
+        classes = np.bincount(self.group, minlength=len(self.most))
+        return np.asarray((self.use[:, None] * classes <= self.most).all(axis=1))
 
-def different(limits: Sequence[Limit]) -> list[Limit]:
-    """The limits without duplicates."""
+
+def scarce(limits: Sequence[Limit]) -> list[Limit]:
+    """The limits on what options use, without duplicates."""
+    limits = [limit for limit in limits if np.isfinite(limit.most).all() and limit.use.max() > 0]
     by_content = {(each.use.tobytes(), each.group.tobytes(), each.most.tobytes()): each for each in limits}
     return list(by_content.values())
 

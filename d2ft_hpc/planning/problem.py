@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.communication_volume import Floats as Floats
-from d2ft_hpc.planning.communication_volume import Ints as Ints
+from d2ft_hpc.planning.arrays import Floats, Ints, Operations
 from d2ft_hpc.planning.communication_volume import TokenLayout, active_and_full_ranks, shares_of_senders
 from d2ft_hpc.planning.plan import Operation, SkipPlan
 
@@ -74,9 +73,7 @@ class PlanProblem:
     token_layout: TokenLayout = "replicated"
 
     def __post_init__(self) -> None:
-        for name in ("forward_score", "backward_score", "device_speed"):
-            self._freeze(name, np.float64)
-        for name in ("compute_budget", "communication_budget", "memory_budget"):
+        for name in ("forward_score", "backward_score", *_BY_DEVICE):
             self._freeze(name, np.float64)
         for name in ("rank", "stage"):
             self._freeze(name, np.int64)
@@ -106,19 +103,16 @@ class PlanProblem:
                 f"but device_speed knows only ranks 0 to {self.ranks - 1}."
             )
         for resource in ("compute", "communication"):
-            costs = tuple(float(cost) for cost in getattr(self, f"{resource}_cost"))
-            if len(costs) != 3 or not 0 <= costs[0] <= costs[1] <= costs[2] < math.inf:
+            costs = getattr(self, f"{resource}_cost")
+            if not 0 <= costs[0] <= costs[1] <= costs[2] < math.inf:
                 raise PlanError(
                     f"{resource}_cost must be finite, >= 0 and not decreasing from SHORTCUT over "
                     f"FORWARD_ONLY to FULL, got {costs}."
                 )
-            object.__setattr__(self, f"{resource}_cost", costs)
             self._check_budget(resource, getattr(self, f"{resource}_budget"), costs[Operation.SHORTCUT])
         self._check_budget("memory", self.memory_budget, 0.0)
         if not 0 <= self.always_share < 1:
             raise PlanError(f"always_share must be in [0, 1), got {self.always_share}.")
-        if not all(0 <= cost < math.inf for cost in self.meeting_cost):
-            raise PlanError(f"meeting_cost must be two finite numbers >= 0, got {self.meeting_cost}.")
 
     def of_followed(self, followed: Ints) -> PlanProblem:
         """The problem of the replicas whose rows others follow, by the mean scores of all that do. Devices keep budgets
@@ -163,12 +157,21 @@ class PlanProblem:
         """Number of tensor-parallel ranks of each stage."""
         return self.num_devices // (self.replicas * self.stages)
 
+    @property
+    def slots(self) -> int:
+        """Rows of one replica."""
+        return len(self.forward_score) // self.replicas
+
+    @property
+    def replica_stage(self) -> Ints:
+        """The stage that runs each block of each row, counted through all replicas: int64 [row, block]."""
+        replica = np.arange(len(self.forward_score)) % self.replicas
+        return replica[:, None] * self.stages + self.stage
+
     @cached_property
     def device(self) -> Ints:
         """The device that runs each cell, int64 [row, block, head]."""
-        replica = np.arange(self.forward_score.shape[0]) % self.replicas
-        replica_stage = replica[:, None] * self.stages + self.stage
-        return replica_stage[:, :, None] * self.ranks + self.rank
+        return self.replica_stage[:, :, None] * self.ranks + self.rank
 
     @cached_property
     def device_names(self) -> tuple[str, ...]:
@@ -185,11 +188,11 @@ class PlanProblem:
         return tuple(names)
 
     @cached_property
-    def cells_per_device(self) -> npt.NDArray[np.int64]:
+    def cells_per_device(self) -> Ints:
         """Number of cells of each device, int64 [device]."""
         device_of_replica = self.stage[:, None] * self.ranks + self.rank
         heads = np.bincount(device_of_replica.ravel(), minlength=self.stages * self.ranks)
-        return np.tile(heads * (self.forward_score.shape[0] // self.replicas), self.replicas)
+        return np.tile(heads * self.slots, self.replicas)
 
     def gains(self) -> tuple[Floats, Floats]:
         """Both scores, each divided by its mean over the problem: float64 [row, block, head].
@@ -199,7 +202,7 @@ class PlanProblem:
         """
         return _divide_by_mean(self.forward_score), _divide_by_mean(self.backward_score)
 
-    def objective(self, operations: npt.NDArray[np.uint8]) -> float:
+    def objective(self, operations: Operations) -> float:
         """Sum of the forward gains of all cells that run, plus the backward gains of the FULL ones."""
         forward_gain, backward_gain = self.gains()
         return float(
@@ -218,9 +221,17 @@ class PlanProblem:
     def dense_communication(self) -> Floats:
         """Communication of the dense step, float64 [device]."""
         blocks = np.bincount(self.stage, minlength=self.stages)
-        meetings = blocks * (self.forward_score.shape[0] // self.replicas) * sum(self.meeting_cost)
+        meetings = blocks * self.slots * sum(self.meeting_cost)
         cells = self.cells_per_device * self.communication_cost[Operation.FULL]
         return np.asarray(cells + np.tile(np.repeat(meetings, self.ranks), self.replicas))
+
+    def least_budget(self, resource: str, device: int, use: float) -> str:
+        """The least budget ("compute" or "communication") that allows a device's cells this use, in units of its dense
+        step, as a number for messages."""
+        if resource == "communication":
+            return f"{round_up(use / self.dense_communication()[device]):g}"
+        dense = self.cells_per_device[device] * self.compute_cost[Operation.FULL]
+        return f"{round_up(self.always_share + (1 - self.always_share) * use / dense):g}"
 
     def used_memory(self, plan: SkipPlan) -> Floats:
         """The most FULL cells that each device has in one row, float64 [device]."""
@@ -248,7 +259,7 @@ class PlanProblem:
 
     def _used(self, plan: SkipPlan, cost: Costs) -> Floats:
         self.require_shape(plan)
-        keys = self.device.astype(np.int64) * len(Operation) + plan.operations
+        keys = self.device * len(Operation) + plan.operations
         counts = np.bincount(keys.ravel(), minlength=self.num_devices * len(Operation))
         return np.asarray(counts.reshape(self.num_devices, len(Operation)) @ np.asarray(cost))
 
@@ -258,9 +269,7 @@ class PlanProblem:
         active, full = active_and_full_ranks(plan.operations, self.rank, self.ranks)
         forward, backward = self.meeting_cost
         cost = forward * shares[active, active] + backward * shares[active, full]
-        replica = np.arange(plan.num_rows) % self.replicas
-        replica_stage = replica[:, None] * self.stages + self.stage
-        sent = np.bincount(replica_stage.ravel(), np.ravel(cost), self.replicas * self.stages)
+        sent = np.bincount(self.replica_stage.ravel(), np.ravel(cost), self.replicas * self.stages)
         return np.asarray(np.repeat(sent, self.ranks))
 
     def require_shape(self, plan: SkipPlan) -> None:

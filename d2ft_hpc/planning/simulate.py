@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from d2ft_hpc.planning.arrays import Floats
 from d2ft_hpc.planning.communication_volume import ByDirection
 from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,20 +35,6 @@ class Timing:
         return np.where(idle > BUDGET_EPSILON, idle, 0.0)  # less is float error
 
 
-def waste(plan: SkipPlan, problem: PlanProblem) -> float:
-    """Simulated step over the ideal one, minus 1; 0 if the plan is done before that.
-
-    The ideal step spends the compute budgets, and devices wait in it only while a pipeline fills and drains.
-    """
-    rows = problem.forward_score.shape[0] // problem.replicas
-    cells = problem.cells_per_device
-    budget = np.minimum(problem.compute_budget, cells * problem.compute_cost[Operation.FULL])
-    ideal = float((budget / problem.device_speed).max()) * (rows + problem.stages - 1) / rows
-    step = simulate(plan, problem).step
-    excess = step / ideal - 1 if ideal > 0 else 0.0
-    return excess if excess > BUDGET_EPSILON else 0.0
-
-
 def simulate(
     plan: SkipPlan, problem: PlanProblem, with_messages: Callable[[Floats, Floats], ByDirection] | None = None
 ) -> Timing:
@@ -65,11 +52,14 @@ def simulate(
     own = [_of_ranks(cost, problem) for cost in (forward_cost, backward_cost)]
     forward, backward = (work.max(axis=2) for work in own)
     if problem.replicas_meet:
-        forward, backward = (_of_slowest_replica(times, problem.replicas) for times in (forward, backward))
+        slowest = [
+            times.reshape(-1, problem.replicas, times.shape[1]).max(axis=1) for times in (forward, backward)
+        ]
+        forward, backward = (np.repeat(of_slot, problem.replicas, axis=0) for of_slot in slowest)
     if with_messages is not None:
         both = with_messages(forward, backward)
         forward, backward = both.forward, both.backward
-    busy = (problem.used_compute(plan)) / problem.device_speed
+    busy = problem.used_compute(plan) / problem.device_speed
     steps = []
     for replica in range(problem.replicas):
         rows = slice(replica, None, problem.replicas)
@@ -81,21 +71,13 @@ def simulate(
     return Timing(forward, backward, busy, max(steps))
 
 
-def _of_slowest_replica(times: Floats, replicas: int) -> Floats:
-    """times: float64 [row, block]."""
-    of_slot = times.reshape(-1, replicas, times.shape[1]).max(axis=1)
-    return np.repeat(of_slot, replicas, axis=0)
-
-
 def _of_ranks(cost: Floats, problem: PlanProblem) -> Floats:
     """Time of every rank in every block of every row, float64 [row, block, rank]."""
     rows, blocks, _ = cost.shape
     work = np.zeros((rows, blocks, problem.ranks))
     for rank in range(problem.ranks):
         work[:, :, rank] = (cost * (problem.rank == rank)).sum(axis=2)
-    replica = np.arange(rows) % problem.replicas
-    replica_stage = replica[:, None] * problem.stages + problem.stage
-    return np.asarray(work / problem.device_speed.reshape(-1, problem.ranks)[replica_stage])
+    return np.asarray(work / problem.device_speed.reshape(-1, problem.ranks)[problem.replica_stage])
 
 
 def pipeline_time(forward: Floats, backward: Floats) -> float:

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.arrays import Flags, Floats
 from d2ft_hpc.planning.highs import OPTIMAL
+from d2ft_hpc.planning.levels import Levels
 from d2ft_hpc.planning.lockstep import LockstepStage, head_times, limit_above_least, other_limits
 from d2ft_hpc.planning.multiple_choice import Choice, choose, share_of_time, worth_of
 from d2ft_hpc.planning.prices import ROUNDING, Limit, bounds_of
-from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, PlanProblem
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem
 
 _RELATIVE_GAP = 5e-6
 """Splits are tried until the best is proved to be this near the optimum."""
@@ -38,8 +40,7 @@ def choose_by_split(
     until none promises more than the best one has. If levels are only estimated, one split is tried, and the bound is
     that of the time alone, which clusters do not change.
     """
-    group_time = _group_time(problem, stages)
-    splits = _splits(problem, stages, group_time)  # backward part of each
+    group_time, splits = _splits(problem, stages)
     if not len(splits):
         raise PlanError(
             "The budgets do not pay for the heads that most_shortcut makes run forward in every stage at the pace of "
@@ -107,31 +108,22 @@ def choose_by_split(
     return best, float(promise.max())
 
 
-def _group_time(problem: PlanProblem, stages: list[LockstepStage]) -> float:
-    """What every stage gets for a group: the share of the stage that finishes first, within what all may use."""
-    forward = max(stage.classes_of_group * float(stage.levels.forward_time.max()) for stage in stages)
-    head_time, count = _backward_heads(problem, stages)
+def _splits(problem: PlanProblem, stages: list[LockstepStage]) -> tuple[float, Floats]:
+    """What every stage gets for a group: the share of the stage that finishes first, within what all may use. And the
+    times in it for the backward passes that are worth trying, float64 [split]: whole heads on the slowest rank of the
+    stage with most blocks, up to the dense backward of all stages."""
+
+    def of_all(times: Callable[[Levels], float]) -> float:
+        return max(stage.classes_of_group * times(stage.levels) for stage in stages)
+
+    _, head_time = head_times(problem, max(stages, key=lambda stage: stage.classes_of_group))
+    dense = of_all(lambda levels: float(levels.backward_time.max()))
+    count = math.ceil(dense / head_time - BUDGET_EPSILON) if head_time else 0
+    forward = of_all(lambda levels: float(levels.forward_time.max()))
     most = (forward + count * head_time) * (1 + BUDGET_EPSILON)
-    return float(min(*(stage.time_budget / stage.groups for stage in stages), most))
-
-
-def _splits(problem: PlanProblem, stages: list[LockstepStage], group_time: float) -> Floats:
-    """Times for a group's backward passes that are worth trying, float64 [split]: whole heads on the slowest rank of
-    the stage with most blocks, up to the dense backward of all stages."""
-    head_time, count = _backward_heads(problem, stages)
-    splits = np.arange(count + 1) * head_time
-    least = max(t.classes_of_group * float(t.levels.forward_time[0]) for t in stages)
-    return np.asarray(splits[splits <= group_time - least])
-
-
-def _backward_heads(problem: PlanProblem, stages: list[LockstepStage]) -> tuple[float, int]:
-    """Time of a head's backward on that rank, and how many such times every stage needs for its dense backward."""
-    largest = max(stages, key=lambda stage: stage.classes_of_group)
-    _, head_time = head_times(problem, largest)
-    if head_time == 0:
-        return 0.0, 0
-    dense = max(stage.classes_of_group * float(stage.levels.backward_time.max()) for stage in stages)
-    return head_time, math.ceil(dense / head_time - BUDGET_EPSILON)
+    group_time = min(*(stage.time_budget / stage.groups for stage in stages), most)
+    splits: Floats = np.arange(count + 1.0) * head_time
+    return group_time, splits[splits <= group_time - of_all(lambda levels: float(levels.forward_time[0]))]
 
 
 def _group_limit(stage: LockstepStage, group_time: float) -> Limit:
@@ -160,12 +152,12 @@ def _whole_heads(problem: PlanProblem, stage: LockstepStage, part: int, time_: f
     return math.floor(time_ / head_time + BUDGET_EPSILON) * head_time
 
 
-def _possible(limits: list[Limit]) -> npt.NDArray[np.bool_]:
+def _possible(limits: list[Limit]) -> Flags:
     """The levels that a class may have while all others have the least, bool [level]."""
     return np.asarray(np.all([limit.use <= limit.most.max() * (1 + ROUNDING) for limit in limits], axis=0))
 
 
-def _unevenness(stage: LockstepStage, limits: list[Limit], possible: npt.NDArray[np.bool_]) -> Floats:
+def _unevenness(stage: LockstepStage, limits: list[Limit], possible: Flags) -> Floats:
     """A tiny cost of levels far from the mean, float64 [level], so that equal scores get even levels. possible: bool
     [level], the levels whose values set its size. Without this cost, prices could not tell equal levels apart and
     would take extreme ones, of which no whole number fits.

@@ -5,25 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.arrays import Floats, Ints
 from d2ft_hpc.planning.bounds import plan_with_bound
 from d2ft_hpc.planning.levels import Levels
 from d2ft_hpc.planning.lockstep import LockstepStage, lockstep_stages, meeting_replicas, step_limits
-from d2ft_hpc.planning.options import WithShortcuts
 from d2ft_hpc.planning.plan import Operation, SkipPlan
-from d2ft_hpc.planning.planner import Planner
-from d2ft_hpc.planning.problem import BUDGET_EPSILON, Floats, Ints, PlanProblem
+from d2ft_hpc.planning.planner import Planner, WithShortcuts
+from d2ft_hpc.planning.problem import BUDGET_EPSILON, PlanProblem
 
 
-def solve_static(
-    problem: PlanProblem,
-    *,
-    most_shortcut: float = 1.0,
-    heads_multiple: int = 1,
-) -> SkipPlan:
+def solve_static(problem: PlanProblem, *, most_shortcut: float = 1.0, heads_multiple: int = 1) -> SkipPlan:
     """Maximise the objective of `solve_joint` with one level for each block, the same in all rows of a replica.
 
     A level says how many heads of each operation every rank runs. Blocks have one of two neighbouring levels, the
@@ -56,13 +50,7 @@ def solve_static(
             for stage, level in zip(alike, levels, strict=True):
                 stage.write(np.tile(level, stage.slots), operations)
     bound = problem.objective(operations)
-    return plan_with_bound(
-        problem,
-        operations,
-        planner=STATIC.name,
-        status="optimal",
-        bound=bound,
-    )
+    return plan_with_bound(problem, operations, planner=STATIC.name, status="optimal", bound=bound)
 
 
 def _neighbours(levels: Levels) -> tuple[Ints, Ints]:
@@ -105,9 +93,7 @@ def _best_pair(
     return float(total[pair]), levels
 
 
-def _most_upper(
-    problem: PlanProblem, stage: LockstepStage, lower: Ints, upper: Ints
-) -> npt.NDArray[np.int64]:
+def _most_upper(problem: PlanProblem, stage: LockstepStage, lower: Ints, upper: Ints) -> Ints:
     """For each pair, how many blocks at the upper level the stage's budgets pay for at most; -1: the budgets do not
     even pay for the lower level everywhere."""
     blocks = len(stage.blocks)

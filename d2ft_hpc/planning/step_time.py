@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from d2ft_hpc.planning.arrays import Floats, Ints
 from d2ft_hpc.planning.communication_volume import (
     ByDirection,
-    Floats,
-    Ints,
     TokenLayout,
     active_and_full_ranks,
     tensor_parallel_seconds,

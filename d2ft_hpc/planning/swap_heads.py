@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from d2ft_hpc.planning.arrays import Floats, Ints
 from d2ft_hpc.planning.makespan import solve_makespan
 from d2ft_hpc.planning.plan import Operation
-from d2ft_hpc.planning.problem import Floats, Ints, PlanProblem
+from d2ft_hpc.planning.problem import PlanProblem
 
 _ROUNDS = 4
 _SECONDS = 10.0
@@ -59,11 +60,7 @@ def _kinds(problem: PlanProblem) -> list[list[_Kind]]:
     forward_gain, backward_gain = problem.gains()
     shortcut, forward_only, full = problem.compute_cost
     forward_cost, backward_cost = forward_only - shortcut, full - forward_only
-    both = (forward_gain + backward_gain) / max(full - shortcut, 1e-12)
-    per_cost = (
-        np.maximum(forward_gain / max(forward_cost, 1e-12), both),
-        np.minimum(backward_gain / max(backward_cost, 1e-12), both),
-    )
+    per_cost = gains_per_cost(problem, forward_gain, backward_gain)
     runs = (operations >= Operation.FORWARD_ONLY, operations == Operation.FULL)
     forward_price, backward_price = (
         cost * _price_of_last(worth, its_runs.sum(axis=2))
@@ -80,6 +77,19 @@ def _kinds(problem: PlanProblem) -> list[list[_Kind]]:
         [_Kind(value[:, block], count[:, block]) for value, count in zip(values, counts, strict=True)]
         for block in range(len(problem.rank))
     ]
+
+
+def gains_per_cost(
+    problem: PlanProblem, forward_gain: Floats, backward_gain: Floats
+) -> tuple[Floats, Floats]:
+    """Up to which price of compute a head is worth running forward, and up to which backward, too: float64, as the
+    gains."""
+    shortcut, forward_only, full = problem.compute_cost
+    both = (forward_gain + backward_gain) / max(full - shortcut, 1e-12)
+    return (
+        np.maximum(forward_gain / max(forward_only - shortcut, 1e-12), both),
+        np.minimum(backward_gain / max(full - forward_only, 1e-12), both),
+    )
 
 
 def _price_of_last(worth: Floats, count: Ints) -> Floats:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import brentq
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.planning.arrays import Floats, Ints
 from d2ft_hpc.planning.plan import Grid, image_size
 
 _STEEPEST = 500.0
@@ -68,7 +68,7 @@ def token_curve(
     before = np.concatenate([[0.0], np.cumsum(samples)])  # samples before each step
     total = float(before[-1])
 
-    def spent(counts: npt.NDArray[np.int64]) -> float:
+    def spent(counts: Ints) -> float:
         ends = np.cumsum(counts)
         return float((before[ends] - before[ends - counts]) @ prices)
 
@@ -90,7 +90,7 @@ def token_curve(
     return TokenCurve(tuple(grids), tuple(counts.tolist()), spent(counts) / total)
 
 
-def _shares(costs: npt.NDArray[np.float64], budget: float) -> npt.NDArray[np.float64]:
+def _shares(costs: Floats, budget: float) -> Floats:
     """The shares of the samples, float64 [grid], with the largest entropy among those whose mean cost is the budget."""
 
     def at(steepness: float) -> np.ndarray:

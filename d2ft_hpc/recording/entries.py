@@ -13,21 +13,16 @@ from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.scores import Scores
 
+_OF_PLAN = (
+    *("operations", "hash", "planner", "replicas", "binding"),
+    *("objective", "bound", "gap", "status", "solve_seconds"),
+)
+"""Columns that hold what the plan says itself."""
+
 
 def record_scores(writer: ResultsWriter, scores: Scores, step: int) -> None:
     """Writes the scores that the next plan is made from."""
-    writer.append(
-        "scores",
-        {
-            "step": step,
-            "forward": scores.forward,
-            "backward": scores.backward,
-            "forward_name": scores.forward_name,
-            "backward_name": scores.backward_name,
-            "seconds": scores.seconds,
-            "flops": scores.flops,
-        },
-    )
+    writer.append("scores", {"step": step, **vars(scores)})
 
 
 def record_plan(
@@ -38,17 +33,8 @@ def record_plan(
         "plans",
         {
             "step": step,
-            "operations": plan.operations,
+            **{name: getattr(plan, name) for name in _OF_PLAN},
             "grids": np.zeros((plan.num_rows, 2), np.int64) if plan.grids is None else plan.grids,
-            "hash": plan.hash,
-            "planner": plan.planner,
-            "replicas": plan.replicas,
-            "binding": plan.binding,
-            "objective": plan.objective,
-            "bound": plan.bound,
-            "gap": plan.gap,
-            "status": plan.status,
-            "solve_seconds": plan.solve_seconds,
             "planned_compute": costs.planned_share(plan),
             "planned_time": max(
                 float(costs.of_replica(plan, replica).mean()) / costs.dense_flops

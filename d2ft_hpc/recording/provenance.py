@@ -30,13 +30,14 @@ _PACKAGES = (
     "h5py",
     "numpy",
 )
+ABSENT = "absent"
 
 
 def describe_environment(
     control: Control, layout: RankLayout, launcher: str, device: torch.device
 ) -> dict[str, str | int]:
     """Attributes for the results file."""
-    described: dict[str, str | int] = {
+    return {
         "launcher": launcher,
         "world_size": control.world_size,
         "replicas": layout.replicas,
@@ -48,13 +49,16 @@ def describe_environment(
         "threads_per_rank": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": platform.python_version(),
+        **{package: installed_version(package) for package in _PACKAGES},
     }
-    for package in _PACKAGES:
-        try:
-            described[package] = version(package)
-        except PackageNotFoundError:
-            described[package] = "absent"
-    return described
+
+
+def installed_version(package: str) -> str:
+    """The version of an installed package, else `ABSENT`."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ABSENT
 
 
 def describe_model(

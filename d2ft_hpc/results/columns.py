@@ -82,8 +82,11 @@ def complete(
 ) -> Table:
     """The table with all columns of the schema, or those in `only`; values that were not recorded are marked as
     missing."""
-    sizes = axis_sizes(table, columns)
     rows = length(columns)
+    sizes: dict[str, int] = {}  # of each axis beyond the first, by name
+    for name, column in columns.items():
+        for axis, size in zip(TABLES[table][name].axes, column.shape[1:], strict=True):
+            sizes[axis] = max(size, sizes.get(axis, 0))
     return {
         field.name: columns[field.name]
         if field.name in columns
@@ -91,12 +94,3 @@ def complete(
         for field in TABLES[table].values()
         if only is None or field.name in only
     }
-
-
-def axis_sizes(table: str, columns: Table) -> dict[str, int]:
-    """The size of each axis beyond the first, by name."""
-    sizes: dict[str, int] = {}
-    for name, column in columns.items():
-        for axis, size in zip(TABLES[table][name].axes, column.shape[1:], strict=True):
-            sizes[axis] = max(size, sizes.get(axis, 0))
-    return sizes

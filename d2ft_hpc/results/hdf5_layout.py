@@ -4,6 +4,7 @@ file."""
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,12 +79,12 @@ def joined_shape(path: str, field: Field, segments: Sequence[Segment]) -> tuple[
         return None, None
     rows = sum(rows_of(segment, path) for segment in segments)
     sizes = np.max([shape[1:] for shape, _ in pieces], axis=0, initial=0).astype(int)
-    dtype = np.dtype(field.kind) if field.kind != "text" else max((d for _, d in pieces), key=_itemsize)
+    dtype = (
+        np.dtype(field.kind)
+        if field.kind != "text"
+        else max((d for _, d in pieces), key=attrgetter("itemsize"))
+    )
     return (rows, *(int(size) for size in sizes)), dtype
-
-
-def _itemsize(dtype: Any) -> int:
-    return int(dtype.itemsize)
 
 
 def link_column(group: Any, field: Field, segments: Sequence[Segment], folder: str) -> None:
@@ -169,19 +170,14 @@ def write_group(file: Any, name: str, contents: Group) -> None:
 
 def attach_scales(file: Any, rank_files: int) -> None:
     """Dimension scales: the index along every axis that some dataset has."""
-    scales: dict[str, Any] = {}
 
     def scale(parent: Any, axis: str, size: int) -> Any:
-        path = f"{parent.name.rstrip('/')}/{axis}"
-        if path not in scales:
-            scales[path] = (
-                parent[axis] if axis in parent else parent.create_dataset(axis, data=np.arange(size))
-            )
-            scales[path].make_scale(axis)
-            if "units" not in scales[path].attrs:
-                index = Field(axis, "int64", "1", f"index along the axis {axis}")
-                _label(scales[path], index)
-        return scales[path]
+        if axis not in parent:
+            index = Field(axis, "int64", "1", f"index along the axis {axis}")
+            _label(parent.create_dataset(axis, data=np.arange(size)), index)
+        if not parent[axis].is_scale:
+            parent[axis].make_scale(axis)
+        return parent[axis]
 
     def attach(parent: Any, name: str, axes: Sequence[str], row_axis: str | None) -> None:
         dataset = parent[name]
@@ -204,7 +200,6 @@ def attach_scales(file: Any, rank_files: int) -> None:
 
 
 def _label(dataset: Any, field: Field) -> None:
-    """A static group with its datasets and attributes."""
     set_attributes(dataset, {"units": field.units, "description": field.description})
 
 

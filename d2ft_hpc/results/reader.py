@@ -6,9 +6,8 @@ never follows a link or a virtual dataset.
 
 import re
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -49,32 +48,30 @@ def open_run(path: Path | str) -> "RunResults":
 def _open(path: Path, *, rank_files: bool) -> "RunResults":
     """rank_files: whether the file may belong to a run with a file for each rank. A rank's own file may not."""
     with _faults_of(path):
-        for attempt in range(_ATTEMPTS):
-            main = open_file(path)
-            files: list[Any] = []
-            ranks: list[RunResults | None] = []
-            try:
-                version = check_root(main)
-                attributes = read_attributes(main)
-                if "segments" in attributes:
-                    for name in _segment_names(main, path, attributes):
-                        files.append(open_file(segments_folder(path) / name))
-                        check_root(files[-1])
-                else:
-                    files.append(main)
-                of_ranks = attributes.get("rank_files", 0)
-                if not isinstance(of_ranks, int) or not 0 <= of_ranks <= rank_files * _MOST_RANK_FILES:
-                    raise RefusedError(f"its `rank_files` is {of_ranks!r}")
-                ranks += _open_rank_files(path, of_ranks)
-                return RunResults(path, main, files, ranks, version)
-            except FileNotFoundError:  # merged into another by the writer since the linking file was read
-                _close([main, *files, *ranks])
-                if attempt == _ATTEMPTS - 1:
-                    raise
-            except BaseException:
-                _close([main, *files, *ranks])
-                raise
-    raise AssertionError("unreachable")
+        for _ in range(_ATTEMPTS - 1):
+            with suppress(
+                FileNotFoundError
+            ):  # merged into another by the writer since the linking file was read
+                return _opened(path, rank_files)
+        return _opened(path, rank_files)
+
+
+def _opened(path: Path, rank_files: bool) -> "RunResults":
+    with ExitStack() as stack:
+        main = stack.enter_context(open_file(path))
+        check_root(main)
+        attributes = read_attributes(main)
+        files = [main]
+        if "segments" in attributes:
+            names = _segment_names(main, path, attributes)
+            files = [stack.enter_context(open_file(segments_folder(path) / name)) for name in names]
+            for file in files:
+                check_root(file)
+        of_ranks = attributes.get("rank_files", 0)
+        if not isinstance(of_ranks, int) or not 0 <= of_ranks <= rank_files * _MOST_RANK_FILES:
+            raise RefusedError(f"its `rank_files` is {of_ranks!r}")
+        ranks = [run and stack.enter_context(run) for run in _open_rank_files(path, of_ranks)]
+        return RunResults(path, attributes, files, ranks, stack.pop_all())
 
 
 class RunResults:
@@ -85,16 +82,19 @@ class RunResults:
         complete: the run ended in order (false while it goes on, and after a kill or an error).
         created: start of the run, UTC, ISO 8601.
         package_version: version of the package that wrote the file.
-        schema_version: of the file.
         rank_files: how many files of single ranks belong to the run; 0 if this one holds everything.
     """
 
     def __init__(
-        self, path: Path, main: Any, files: Sequence[Any], ranks: Sequence["RunResults | None"], version: int
+        self,
+        path: Path,
+        attributes: dict[str, Scalar],
+        files: Sequence[Any],
+        ranks: Sequence["RunResults | None"],
+        opened: ExitStack,
     ) -> None:
-        self.path, self.schema_version = path, version
-        self._main, self._files, self._ranks = main, files, ranks
-        attributes = read_attributes(main)
+        """attributes: of the file's root. opened: what is to be closed."""
+        self.path, self._files, self._ranks, self._opened = path, files, ranks, opened
         self.complete = bool(attributes.get("complete", False))
         self.created = str(attributes.get("created", ""))
         self.package_version = str(attributes.get("package_version", ""))
@@ -156,10 +156,8 @@ class RunResults:
         `elapsed_seconds([n])` is the time of the first n steps.
         """
         table = self.table("steps", ["step", "step_seconds"])
-        scores, plans = (
-            self.table("scores", ["step", "seconds"]),
-            self.table("plans", ["step", "solve_seconds"]),
-        )
+        scores = self.table("scores", ["step", "seconds"])
+        plans = self.table("plans", ["step", "solve_seconds"])
         # Scores and plans count between the step before them and the step that they are for.
         when = np.concatenate([table["step"] + 0.5, scores["step"] + 0.25, plans["step"] + 0.25])
         seconds = np.concatenate([slowest(table["step_seconds"]), scores["seconds"], plans["solve_seconds"]])
@@ -188,14 +186,12 @@ class RunResults:
 
     def close(self) -> None:
         """Close the underlying files."""
-        _close([self._main, *self._files, *self._ranks])
+        self._opened.close()
 
     def __enter__(self) -> "RunResults":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _field(self, table: str, column: str) -> schema.Field:
@@ -286,21 +282,15 @@ def waiting(communication: Array) -> Array:
     return np.asarray(communication - np.fmin.reduce(communication, axis=1)[:, None])
 
 
-def _open_rank_files(path: Path, ranks: int) -> list[RunResults | None]:
+def _open_rank_files(path: Path, ranks: int) -> Iterator[RunResults | None]:
     """The results of each rank; None for a rank that wrote none, as when the run was killed early."""
     folder = rank_file(path, 0).parent
     if folder.resolve() != folder:
         raise RefusedError(f"{folder} is a symbolic link")
-    opened: list[RunResults | None] = []
-    try:
-        for file in (rank_file(path, rank) for rank in range(ranks)):
-            if file.is_symlink():
-                raise RefusedError(f"{file} is a symbolic link")
-            opened.append(_open(file, rank_files=False) if file.is_file() else None)
-    except BaseException:
-        _close(opened)
-        raise
-    return opened
+    for file in (rank_file(path, rank) for rank in range(ranks)):
+        if file.is_symlink():
+            raise RefusedError(f"{file} is a symbolic link")
+        yield _open(file, rank_files=False) if file.is_file() else None
 
 
 @contextmanager
@@ -351,9 +341,3 @@ def _segment_names(main: Any, path: Path, attributes: dict[str, Scalar]) -> list
                 f"it points at {target!r}, which is none of its segments in {folder.name}/; was it renamed?"
             )
     return names
-
-
-def _close(files: Sequence[Any]) -> None:
-    for file in files:
-        if file is not None:
-            file.close()

@@ -15,7 +15,7 @@ import io
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +108,8 @@ class Segments:
         image = io.BytesIO()
         with h5py.File(image, "w", libver=FORMAT_VERSIONS) as file:
             set_attributes(file, attributes)
-            for table, fields in TABLES.items():
-                group = file.create_group(table)
-                for field in fields.values():
-                    if table == "steps" and field.name in RANK_FIELDS and self.rank_files:
-                        link_rank_files(group, field, self.path, self.rank_files)
-                    else:
-                        link_column(group, field, segments, self.folder.name)
+            for group, field in self._columns(file):
+                link_column(group, field, segments, self.folder.name)
             newest = {group: segment.name for segment in segments for group in segment.groups}
             for name, source in newest.items():
                 file[name] = h5py.ExternalLink(f"{self.folder.name}/{source}", name)
@@ -133,17 +128,22 @@ class Segments:
             h5py.File(image, "w", libver=FORMAT_VERSIONS) as whole,
         ):
             set_attributes(whole, self._attributes(complete))
-            for table, fields in TABLES.items():
-                group = whole.create_group(table)
-                for field in fields.values():
-                    if table == "steps" and field.name in RANK_FIELDS and self.rank_files:
-                        link_rank_files(group, field, self.path, self.rank_files)
-                    else:
-                        self._join_column(group, field, files)
+            for group, field in self._columns(whole):
+                self._join_column(group, field, files)
             for name, contents in {n: g for file in files for n, g in read_groups(file)}.items():
                 write_group(whole, name, contents)
             attach_scales(whole, self.rank_files)
         write_atomically(self.path, image.getbuffer())
+
+    def _columns(self, file: Any) -> Iterator[tuple[Any, Field]]:
+        """Makes the tables' groups, and the columns that lie in the ranks' files; yields the others, to be made."""
+        for table, fields in TABLES.items():
+            group = file.create_group(table)
+            for field in fields.values():
+                if table == "steps" and field.name in RANK_FIELDS and self.rank_files:
+                    link_rank_files(group, field, self.path, self.rank_files)
+                else:
+                    yield group, field
 
     def _join_column(self, group: Any, field: Field, files: Sequence[Any]) -> None:
         path = f"{group.name.strip('/')}/{field.name}"
@@ -161,23 +161,14 @@ class Segments:
 
     @contextmanager
     def _opened(self, segments: Sequence[Segment]) -> Iterator[list[Any]]:
-        files: list[Any] = []
         try:
-            for segment in segments:
-                try:
-                    files.append(h5py.File(self.folder / segment.name, "r", locking=False))
-                except OSError as fault:
-                    raise ResultsError(
-                        f"cannot read back {self.folder}: {fault}; leave that folder alone while the run goes on"
-                    ) from fault
-            yield files
-        except RefusedError as fault:
+            with ExitStack() as stack:
+                paths = [self.folder / segment.name for segment in segments]
+                yield [stack.enter_context(h5py.File(path, "r", locking=False)) for path in paths]
+        except (OSError, RefusedError) as fault:
             raise ResultsError(
                 f"cannot read back {self.folder}: {fault}; leave that folder alone while the run goes on"
             ) from fault
-        finally:
-            for file in files:
-                file.close()
 
     def _attributes(self, complete: bool) -> dict[str, Scalar]:
         return {

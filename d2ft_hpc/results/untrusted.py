@@ -25,8 +25,8 @@ _BYTES_OF_TEXT = 64
 """Bytes that Python needs for a text besides its characters."""
 
 
-def check_root(file: Any) -> int:
-    """The schema version of a file of ours; raises ResultsError for others, and for older and newer ones."""
+def check_root(file: Any) -> None:
+    """Raises RefusedError if the file is none of ours, ResultsError if it is older or newer than what is read here."""
     attributes = read_attributes(file)
     if attributes.get("format") != FORMAT:
         raise RefusedError(f"its `format` is {attributes.get('format')!r}")
@@ -43,26 +43,21 @@ def check_root(file: Any) -> int:
             f"its schema version is {version} and this package reads up to {SCHEMA_VERSION}; "
             f"update d2ft-hpc to {attributes.get('package_version')} or newer"
         )
-    return version
 
 
-def outside_files(group: Any) -> Iterator[str]:
-    """The files that links in `group` and its subgroups name. Neither these nor any dataset is opened."""
-    pending = [(group, 0)]
-    while pending:
-        group, depth = pending.pop()
-        for name in group:
-            kind = group.id.links.get_info(name.encode()).type
-            if kind == h5py.h5l.TYPE_EXTERNAL:
-                yield group.get(name, getlink=True).filename
-                continue
-            if kind != h5py.h5l.TYPE_HARD:
-                raise RefusedError(f"{group.name}/{name} is a soft link")
-            if depth == 0 and name not in AXES:
-                inner = group[name]
-                if not isinstance(inner, h5py.Group):
-                    raise RefusedError(f"{inner.name} is not a group")
-                pending.append((inner, depth + 1))
+def outside_files(group: Any, *, is_root: bool = True) -> Iterator[str]:
+    """The files that links in the root and its groups name. Neither these nor any dataset is opened."""
+    for name in group:
+        kind = group.id.links.get_info(name.encode()).type
+        if kind == h5py.h5l.TYPE_EXTERNAL:
+            yield group.get(name, getlink=True).filename
+        elif kind != h5py.h5l.TYPE_HARD:
+            raise RefusedError(f"{group.name}/{name} is a soft link")
+        elif is_root and name not in AXES:
+            inner = group[name]
+            if not isinstance(inner, h5py.Group):
+                raise RefusedError(f"{inner.name} is not a group")
+            yield from outside_files(inner, is_root=False)
 
 
 def read_dataset(dataset: Any, field: Field, allowance: Allowance) -> Array | str:

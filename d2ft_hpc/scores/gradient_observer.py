@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from d2ft_hpc.metering.meter import meter
 from d2ft_hpc.model.subnets import SubnetMap
-from d2ft_hpc.scores.gradient_scores import gradients_of_heads, hooks_for_calls
+from d2ft_hpc.scores.gradient_scores import gradients_of_heads, hooks_on_layers
 
 
 class GradientObserver:
@@ -41,28 +41,21 @@ class GradientObserver:
             for index, block in enumerate(subnets.blocks(model))
             if any(parameter.requires_grad for parameter in block.parameters())
         }
-        self._handles = [
-            block.get_submodule(name).register_forward_hook(self._hook(index, name))
-            for index, block in self._blocks.items()
-            for name in subnets.layers
-        ]
-        for block in self._blocks.values():
-            self._handles += hooks_for_calls(block, subnets)
+        self._handles = hooks_on_layers(self._blocks.items(), subnets, self._observe)
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    def _hook(self, block: int, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def observe(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if layer.training and torch.is_grad_enabled():
-                if not output.requires_grad:  # everything up to here is frozen, but not the whole block
-                    output.requires_grad_()
-                slot, layer_input = self._current_slot(), inputs[0].detach()
-                output.register_hook(lambda gradient: self._add(slot, block, name, layer_input, gradient))
-
-        return observe
+    def _observe(
+        self, block: int, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> None:
+        if layer.training and torch.is_grad_enabled():
+            if not output.requires_grad:  # everything up to here is frozen, but not the whole block
+                output.requires_grad_()
+            slot, layer_input = self._current_slot(), inputs[0].detach()
+            output.register_hook(lambda gradient: self._add(slot, block, name, layer_input, gradient))
 
     @torch.no_grad()
     def _add(self, slot: int, block: int, name: str, layer_input: Tensor, output_gradient: Tensor) -> None:

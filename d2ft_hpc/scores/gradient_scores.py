@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,11 +51,12 @@ def gradient_scores(
 
     Returns for each name float32 [1, block, head].
     """
-    at_once = images.shape[0]
+    at_once, names = images.shape[0], list(names)
+    gradients = partial(_gradients_of_part, model, subnets, loss_function, autocast_dtype)
     while True:
         parts = list(zip(images.split(at_once), labels.split(at_once), strict=True))
         try:
-            return _scores_of_parts(model, subnets, parts, loss_function, list(names), autocast_dtype)
+            return _scores_of_parts(gradients, parts, names, subnets.shape)
         except torch.OutOfMemoryError:
             if at_once == 1:
                 raise
@@ -62,23 +64,19 @@ def gradient_scores(
 
 
 def _scores_of_parts(
-    model: nn.Module,
-    subnets: SubnetMap,
+    gradients: Callable[[Tensor, Tensor], Iterable[_OfParameter]],
     parts: Sequence[tuple[Tensor, Tensor]],
-    loss_function: LossFunction,
     names: Sequence[str],
-    autocast_dtype: torch.dtype | None,
+    shape: tuple[int, int],
 ) -> dict[str, Tensor]:
     """`gradient_scores` of images and labels in parts. A weight's gradient is kept until the last part."""
     samples, device = sum(len(images) for images, _ in parts), parts[0][0].device
-    scores = {name: torch.zeros(1, *subnets.shape, device=device) for name in names}
+    scores = {name: torch.zeros(1, *shape, device=device) for name in names}
     earlier: dict[_Place, Tensor] = {}
     done = 0
     for images, labels in parts:
         done += len(images)
-        for place, axis, value, gradient in _gradients_of_part(
-            model, subnets, images, labels, loss_function, autocast_dtype
-        ):
+        for place, axis, value, gradient in gradients(images, labels):
             if len(parts) > 1:
                 gradient = len(images) / samples * gradient + earlier.pop(place, 0)
                 if done < samples:
@@ -92,17 +90,19 @@ def _scores_of_parts(
 _Place = tuple[int, str, int]
 """Block, layer name, and which of the layer's parameters it is."""
 
+_OfParameter = tuple[_Place, HeadAxis, Tensor, Tensor]
+"""Of a parameter that heads own: its place, its split by head, its value, its gradient [1, ...]."""
+
 
 def _gradients_of_part(
     model: nn.Module,
     subnets: SubnetMap,
-    images: Tensor,
-    labels: Tensor,
     loss_function: LossFunction,
     autocast_dtype: torch.dtype | None,
-) -> Iterator[tuple[_Place, HeadAxis, Tensor, Tensor]]:
-    """From one pass, of each parameter that heads own: its place, its split by head, its value, its gradient
-    [1, ...]."""
+    images: Tensor,
+    labels: Tensor,
+) -> Iterator[_OfParameter]:
+    """From one pass."""
     dtype = next(model.parameters()).dtype
     scale = _FP16_SCALE if dtype == torch.float16 else 1.0
     autocast = torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None)
@@ -163,21 +163,12 @@ def _recording(model: nn.Module, subnets: SubnetMap) -> Iterator[list[_Record]]:
     """Records input and output of every linear layer of the blocks for one forward pass."""
     records: list[_Record] = []
 
-    def hook_for(block: int, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if not output.requires_grad:  # everything up to here is frozen
-                output.requires_grad_()
-            records.append((block, name, inputs[0].detach(), output))
+    def record(block: int, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not output.requires_grad:  # everything up to here is frozen
+            output.requires_grad_()
+        records.append((block, name, inputs[0].detach(), output))
 
-        return record
-
-    blocks = subnets.blocks(model)
-    handles = [
-        block.get_submodule(name).register_forward_hook(hook_for(index, name))
-        for index, block in enumerate(blocks)
-        for name in subnets.layers
-    ]
-    handles += [handle for block in blocks for handle in hooks_for_calls(block, subnets)]
+    handles = hooks_on_layers(enumerate(subnets.blocks(model)), subnets, record)
     try:
         yield records
     finally:
@@ -185,7 +176,22 @@ def _recording(model: nn.Module, subnets: SubnetMap) -> Iterator[list[_Record]]:
             handle.remove()
 
 
-def hooks_for_calls(block: nn.Module, subnets: SubnetMap) -> list[RemovableHandle]:
+def hooks_on_layers(
+    blocks: Iterable[tuple[int, nn.Module]],
+    subnets: SubnetMap,
+    see: Callable[[int, str, nn.Module, tuple[Tensor, ...], Tensor], None],
+) -> list[RemovableHandle]:
+    """`see` gets the block's index, the name, the layer, its inputs and its output after each call of a linear layer of
+    these blocks, until the returned hooks are removed."""
+    handles: list[RemovableHandle] = []
+    for index, block in blocks:
+        for name in subnets.layers:
+            handles.append(block.get_submodule(name).register_forward_hook(partial(see, index, name)))
+        handles += _hooks_for_calls(block, subnets)
+    return handles
+
+
+def _hooks_for_calls(block: nn.Module, subnets: SubnetMap) -> list[RemovableHandle]:
     """Lets a block call its layers as modules, so that hooks on these fire, until the returned ones are removed."""
     if subnets.family.calling(block) is None:
         return []

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from d2ft_hpc.model.subnets import SubnetMap
-from d2ft_hpc.score_table import WEIGHT_MAGNITUDE, Score
+from d2ft_hpc.score_table import Score
 
 
 @torch.no_grad()
@@ -17,18 +17,10 @@ def scores_of_weights(score: Score, model: nn.Module, subnets: SubnetMap) -> Ten
     Weights that FSDP2 has spread are gathered one by one, by all ranks together. Of a model with LoRA, over the
     low-rank factors alone.
     """
-    scores: Tensor | None = None
+    scores = torch.zeros(subnets.shape, device=next(model.parameters()).device)
     for block, name, parameter in subnets.parameters(model):
-        if scores is None:
-            scores = torch.zeros(subnets.shape, device=parameter.device)
         if subnets.has_adapters and "lora_" not in name:
             continue
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         scores[block] += subnets.head_axes[name].sum_by_head(score.of_weight(whole, whole))
-    assert scores is not None
     return scores
-
-
-def weight_magnitude(model: nn.Module, subnets: SubnetMap) -> Tensor:
-    """Sum of |w| over each subnet's weights; see `scores_of_weights`."""
-    return scores_of_weights(WEIGHT_MAGNITUDE, model, subnets)

@@ -29,20 +29,8 @@ def selection_of(
     if family.takes_images and image_size is None:
         patch_size = family.patch_size(model)[0]
         image_size = -(-sample_shape[-1] // (2 * patch_size)) * patch_size
-    scorer = SampleScorer(
-        model,
-        image_size,
-        score=config.score,
-        autocast_dtype=autocast_dtype,
-    )
-    return SampleSelection(
-        scorer,
-        uniform_share=config.uniform_share,
-        weights=config.weights,
-        seed=seed,
-        replica=replica,
-        cuda_graphs=cuda_graphs,
-    )
+    scorer = SampleScorer(model, image_size, score=config.score, autocast_dtype=autocast_dtype)
+    return SampleSelection(scorer, config, seed=seed, replica=replica, cuda_graphs=cuda_graphs)
 
 
 def count_scoring(selection: SampleSelection, sample_shape: tuple[int, ...], device: torch.device) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import torch
@@ -12,18 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2ft_hpc.execution.cuda_graph import CudaGraphs
+from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.selection.batch import Batch, Kind, like, samples_of, tensors_of
 from d2ft_hpc.selection.draw import draw_by_score
 from d2ft_hpc.selection.scorer import SampleScorer
-
-SampleWeights = Literal["none", "unbiased"]
 
 
 class SampleSelection:
     """Scores a replica's batch and draws the samples that train: equally many from batches of equal size.
 
-    weights: "unbiased" weighs a drawn sample by the inverse of its probability, so that the expected gradient is the
-        whole batch's; "none" keeps the bias towards samples that the model gets wrong.
+    options.weights: "unbiased" weighs a drawn sample by the inverse of its probability, so that the expected gradient
+        is the whole batch's; "none" keeps the bias towards samples that the model gets wrong.
     seed: with the step and the replica it decides the draw, so that a resumed run draws the same.
     cuda_graphs: whether scoring and drawing are launched as one CUDA graph.
     """
@@ -31,16 +29,14 @@ class SampleSelection:
     def __init__(
         self,
         scorer: SampleScorer,
+        options: SampleOptions,
         *,
-        uniform_share: float,
-        weights: SampleWeights,
         seed: int,
         replica: int,
         cuda_graphs: bool = False,
     ) -> None:
         self.scorer = scorer
-        self._uniform_share, self._weights = uniform_share, weights
-        self._seed, self._replica = seed, replica
+        self._options, self._seed, self._replica = options, seed, replica
         self._graphs: dict[int, CudaGraphs[tuple[Tensor, ...]]] | None = {} if cuda_graphs else None
         """By how many samples are drawn."""
 
@@ -74,10 +70,10 @@ class SampleSelection:
             [like(kind, tensors[start : start + width]) for start in range(0, len(tensors), width)]
         )
         drawn, probabilities = draw_by_score(
-            scores, count, uniform_share=self._uniform_share, uniforms=uniforms
+            scores, count, uniform_share=self._options.uniform_share, uniforms=uniforms
         )
         *others, last = (_joined(tensors[place::width])[drawn] for place in range(width))
-        if self._weights == "unbiased":
+        if self._options.weights == "unbiased":
             last = self._weighted(last, count / (len(scores) * probabilities))
         return *others, last
 

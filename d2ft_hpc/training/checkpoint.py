@@ -143,7 +143,10 @@ def restore_checkpoint(checkpoint: Path, engine: Engine, control: Control) -> Sk
     own = checkpoint / random_state_name(control.rank)
     if own.exists():  # a rank that was not there when the checkpoint was saved goes on with its own
         try:
-            restore_random_state(torch.load(io.BytesIO(read_bytes(own, 1 << 20)), weights_only=True))
+            state = torch.load(io.BytesIO(read_bytes(own, 1 << 20)), weights_only=True)
+            torch.set_rng_state(state["cpu"])
+            if "cuda" in state and torch.cuda.is_available():
+                torch.cuda.set_rng_state(state["cuda"])
         except Exception as error:  # torch raises many kinds
             raise damaged(checkpoint, f"{own.name} is no random state: {error}") from error
     return SkipPlan.read(checkpoint / PLAN)
@@ -159,12 +162,6 @@ def random_state() -> dict[str, torch.Tensor]:
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
-
-
-def restore_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def damaged(checkpoint: Path, why: str) -> CheckpointError:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2ft_hpc.launch import Control
+from d2ft_hpc.launch import Control, gathered
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,13 @@ def evaluate(
     model.train(was_training)
     # With many classes, few pairs of label and prediction occur, and only these are sent.
     cell, count = np.unique(torch.cat(cells).cpu().numpy() if cells else [], return_counts=True)
-    own = [np.array([classes]), cell, count, np.array([float(loss_sum)]).view(np.int64)]
-    gathered = control.all_gather(np.concatenate(own).astype("<i8").tobytes())
-    parts = [np.frombuffer(part, "<i8") for part in gathered]
-    classes = max(int(part[0]) for part in parts)
+    parts = gathered(control, [classes, cell.tolist(), count.tolist(), float(loss_sum)])
+    classes = max(part[0] for part in parts)
     counts = np.zeros(classes * classes, np.int64)
-    for part in parts:
-        occurring, times = part[1:-1].reshape(2, -1)
-        counts[occurring] += times
+    for _, occurring, times, _ in parts:
+        counts[occurring] += np.array(times, np.int64)
     samples = int(counts.sum())
-    total_loss = sum(float(part[-1:].view(np.float64)[0]) for part in parts)
+    total_loss = sum(part[3] for part in parts)
     confusion = counts.reshape(classes, classes)
     return Evaluation(
         accuracy=np.trace(confusion) / samples,

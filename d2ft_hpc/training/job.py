@@ -39,6 +39,8 @@ from d2ft_hpc.safe_text import shown
 from d2ft_hpc.selection import SampleSelection
 from d2ft_hpc.selection.build import count_scoring, selection_of
 
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Job:
@@ -80,8 +82,12 @@ class Job:
     @cached_property
     def layer_flops(self) -> list[float]:
         """As `parallel.stages.layer_flops`, at the run's image size."""
-        size = self.config.data.image_size
-        return layer_flops(self.model, self.costs, (3, size, size))
+        return layer_flops(self.model, self.costs, self.config.data.image_shape)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """In which forward and backward compute."""
+        return _PRECISIONS[self.config.engine.precision]
 
     @cached_property
     def curve(self) -> TokenCurve | None:
@@ -108,17 +114,13 @@ class Job:
     @cached_property
     def train_batches(self) -> Batches:
         """Micro-batches of this replica, in the sampler's order."""
-        data = self.config.data
-        mixing = Mixing(self.train_set.num_classes, **data.mixing_options)
-        size_at = None if self.curve is None else self._size_at
-        self.executor.images.may_come_scaled = size_at is not None
         return train_loader(
             self.train_set,
             self.sampler,
             num_workers=self.data_workers,
             device=self.device,
-            mixing=mixing,
-            size_at=size_at,
+            mixing=Mixing(self.train_set.num_classes, **self.config.data.mixing_options),
+            size_at=None if self.curve is None else self._size_at,
         )
 
     def batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
@@ -220,7 +222,8 @@ def set_up(config: RunConfig, control: Control, device: torch.device, cores: flo
     )
     # Graphs of such blocks have not been tried enough to be the default.
     executor.graphs_read_arguments = config.engine.cuda_graphs is True
-    image_shape = (3, config.data.image_size, config.data.image_size)
+    executor.images.may_come_scaled = config.plan.token_share is not None  # by `train_batches`
+    image_shape = config.data.image_shape
     costs = measure_costs(model, executor, image_shape, config.plan.sides)
     selection = None
     if isinstance(config.plan.options, SampleOptions):
@@ -230,7 +233,9 @@ def set_up(config: RunConfig, control: Control, device: torch.device, cores: flo
             image_shape,
             seed=config.run.seed,
             replica=layout.replica,
-            autocast_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.engine.precision),
+            autocast_dtype=None
+            if config.engine.precision == "fp32"
+            else _PRECISIONS[config.engine.precision],
             cuda_graphs=config.launches_graphs and kind.graphs_micro_batches and device.type == "cuda",
         )
         costs = replace(costs, score_flops=count_scoring(selection, image_shape, device))

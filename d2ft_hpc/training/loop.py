@@ -91,7 +91,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     measured = replace(measured, plan_costs=costs)
     if control.rank == 0 and measured.kept is not None:
         print(describe_memory(costs, measured.kept, job.costs.num_subnets), flush=True)
-    log = RunLog(job, engine.executor, Progress(control.rank, job.total_steps, _images_of_step(job)), watch)
+    log = RunLog(job, engine.executor, Progress(control.rank, job.total_steps, job.sampler.batch_size), watch)
     with agreed(control, "planning"):
         context = plan_context(job, placement, costs)
     source = ProbeScores(job, engine, watch)
@@ -137,12 +137,6 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
             if opened is not None:
                 opened.close(complete=finished)
     return finished
-
-
-def _images_of_step(job: Job) -> int:
-    """Of all replicas, in a full batch."""
-    data = job.config.data
-    return data.micro_batch_size * data.slots * job.sampler.replicas
 
 
 def _train_epochs(run: _Run, recorder: StepRecorder, position: Position, config_text: str) -> bool:

@@ -6,8 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from d2ft_hpc.lifecycle import PlanCosts
 from d2ft_hpc.metering.activation_bytes import ActivationBytes, measure_activation_bytes
 from d2ft_hpc.metering.all_reduce import AllReduceSeconds, measure_all_reduce
@@ -32,14 +30,11 @@ class Measurements:
 
 def measure_job(job: Job) -> Measurements:
     """All ranks call it together, before the engine is built and any random state is restored."""
-    data = job.config.data
-    shape = (data.micro_batch_size, 3, data.image_size, data.image_size)
-    precisions = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    precision = precisions[job.config.engine.precision]
-    profile = profile_passes(job.model, job.executor, shape, precision)
+    shape = (job.config.data.micro_batch_size, *job.config.data.image_shape)
+    profile = profile_passes(job.model, job.executor, shape, job.precision)
     kept = None
     if job.config.plans_by_free_memory:
-        kept = measure_activation_bytes(job.model, job.executor, shape, precision)
+        kept = measure_activation_bytes(job.model, job.executor, shape, job.precision)
     release_unused(job.device)
     all_reduce = measure_all_reduce(job.device)
     model = describe_model(job.model, job.executor.subnets, job.costs)

@@ -18,7 +18,7 @@ def in_todays_keys(before: Mapping[str, Any], config: RunConfig) -> dict[str, An
     Raises ConfigError where a key that is gone had a value that no key of today can say.
     """
     now = copy.deepcopy(dict(before))
-    data, plan, model = (_section(now, name) for name in ("data", "plan", "model"))
+    data, plan, model = (values_of(now, name) for name in ("data", "plan", "model"))
     for name in ("mixup_alpha", "cutmix_alpha"):
         if alpha := data.pop(name, 0):
             data["timm"] = {**(data.get("timm") or {}), name: alpha}
@@ -44,9 +44,10 @@ def in_todays_keys(before: Mapping[str, Any], config: RunConfig) -> dict[str, An
     return now
 
 
-def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    section = values.get(name)
-    return section if isinstance(section, dict) else {}
+def values_of(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Empty where a file holds something else in its place."""
+    found = values.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _gone(config: RunConfig, said: str, today: Any) -> ConfigError:

@@ -21,7 +21,7 @@ from d2ft_hpc.results.superseded import is_unbegun
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.checkpoint import Position, complete_checkpoints, read_position, verify
 from d2ft_hpc.training.job import Job
-from d2ft_hpc.training.older_config import in_todays_keys
+from d2ft_hpc.training.older_config import in_todays_keys, values_of
 
 MAY_CHANGE = (
     "engine.name",  # checkpoints do not depend on how an engine spreads a state
@@ -116,7 +116,7 @@ def _choose(config: RunConfig) -> Start:
     if before is None or (not checkpoints and is_unbegun(folder / run_folder.RESULTS)):
         before = {}  # the settings of a run that never began a step do not bind this one
     check_same(before, config)
-    epochs_before, epochs = _epochs(before), config.train.epochs
+    epochs_before, epochs = values_of(before, "train").get("epochs"), config.train.epochs
     finished = _is_finished(folder)
     if finished and epochs_before == epochs and config.train.resume == "auto":
         return Start(finished=True)
@@ -168,11 +168,6 @@ def _is_finished(folder: Path) -> bool:
             return run.complete
     except ResultsError:  # the record is lost: `record` says so, and begins a new one
         return False
-
-
-def _epochs(before: Mapping[str, Any]) -> Any:
-    train = before.get("train")
-    return train.get("epochs") if isinstance(train, dict) else None
 
 
 def _config_before(folder: Path, config: RunConfig) -> dict[str, Any] | None:

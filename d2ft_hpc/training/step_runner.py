@@ -33,8 +33,7 @@ class StepRunner:
         self._costs = costs_of_part(job.costs, job.layer_flops, placement)
         if job.selection is not None and job.config.engine.kind.scores_with_own_model:
             job.selection.scorer.bind(engine.logits)
-            image_shape = (3, job.config.data.image_size, job.config.data.image_size)
-            score_flops = count_scoring(job.selection, image_shape, job.device)
+            score_flops = count_scoring(job.selection, job.config.data.image_shape, job.device)
             self._costs = replace(self._costs, score_flops=score_flops)
         self._planned_bytes = PlannedBytes(
             job.model,

@@ -30,8 +30,8 @@ class DefaultGroupControl:
         self.host = socket.gethostname()
         self.hosts = tuple(host.decode() for host in self.all_gather(self.host.encode()))
 
-    def broadcast(self, payload: bytes | None, root: int = 0) -> bytes:
-        return broadcast_bytes(payload or b"", root, device=self._device)
+    def broadcast(self, payload: bytes | None) -> bytes:
+        return broadcast_bytes(payload or b"", device=self._device)
 
     def all_gather(self, payload: bytes) -> list[bytes]:
         return all_gather_bytes(payload, device=self._device)

@@ -19,6 +19,7 @@ from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.execution.cuda_graph import CudaGraphs
 from d2ft_hpc.metering import meter
 from d2ft_hpc.planning import Operation, SkipPlan
+from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.selection import SampleScorer, SampleSelection
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
@@ -84,9 +85,9 @@ def test_training_through_graphs_is_the_same_training(compile: bool, plans: Sequ
 def test_scores_and_draws_through_graphs_are_the_same() -> None:
     model = tiny_vit().cuda()
     images, labels = (tensor.cuda() for tensor in random_batch(0, 12))
-    options = {"uniform_share": 0.25, "weights": "none", "seed": 0, "replica": 0}
     plain, graphed = (
-        SampleSelection(SampleScorer(model, 8), cuda_graphs=graphs, **options) for graphs in (False, True)
+        SampleSelection(SampleScorer(model, 8), SampleOptions(), seed=0, replica=0, cuda_graphs=graphs)
+        for graphs in (False, True)
     )
     for step, share in enumerate((0.5, 0.5, 0.75)):
         images, labels = images.roll(1, 0), labels.roll(1, 0)

@@ -42,6 +42,7 @@ def test_each_step_has_images_of_its_size(config: RunConfig, workers: int) -> No
     config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
     job = set_up(config, SoloControl(), CPU)
     assert job.curve is not None
+    assert job.executor.images.may_come_scaled  # whoever is the first to read images
     assert sum(count > 0 for count in job.curve.steps) == 3
     sides = [4 * job.curve.grid_at(step)[0] for step in range(8)]
     assert sides[0] == 16

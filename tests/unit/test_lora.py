@@ -17,7 +17,8 @@ from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.model.lora import add_lora, save_adapter, timm_state
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
 from d2ft_hpc.planning import SkipPlan
-from d2ft_hpc.scores import gradient_scores, weight_magnitude
+from d2ft_hpc.score_table import WEIGHT_MAGNITUDE
+from d2ft_hpc.scores import gradient_scores, scores_of_weights
 from d2ft_hpc.scores.gradient_observer import GradientObserver
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 from tests.reference import reference_forward
@@ -131,7 +132,7 @@ def test_scores_of_the_factors_are_those_of_their_gradients() -> None:
             magnitude[block] += axis.sum_by_head(parameter.detach().abs())
     scored = gradient_scores(model, subnets, images, labels, F.cross_entropy, ["fisher"])["fisher"]
     torch.testing.assert_close(scored[0], fisher, rtol=1e-3, atol=1e-9)
-    torch.testing.assert_close(weight_magnitude(model, subnets), magnitude)
+    torch.testing.assert_close(scores_of_weights(WEIGHT_MAGNITUDE, model, subnets), magnitude)
     observer = GradientObserver(model, subnets, 1, lambda: 0, lambda: 1.0)
     F.cross_entropy(model(images), labels).backward()
     observer.close()
@@ -259,7 +260,7 @@ def test_lora_in_some_blocks_only_leaves_the_others_out_of_plans() -> None:
     model = adapted(blocks=[1, 3])
     executor = attach(model)
     assert executor.trains.tolist() == [False, True, False, True]
-    magnitude = weight_magnitude(model, executor.subnets)
+    magnitude = scores_of_weights(WEIGHT_MAGNITUDE, model, executor.subnets)
     assert (magnitude > 0).all(1).tolist() == [False, True, False, True]
     costs = measure_costs(model, executor, (3, 16, 16))
     assert costs.num_subnets == 2 * HEADS

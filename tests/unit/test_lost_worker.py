@@ -20,8 +20,7 @@ import torch
 
 from d2ft_hpc.command import on_ranks
 from d2ft_hpc.config import read_config
-from d2ft_hpc.data.lost_worker import batches_of
-from d2ft_hpc.data.workers import automatic_workers, loader_of
+from d2ft_hpc.data.workers import automatic_workers, loader_of, read_with
 from d2ft_hpc.errors import UNFINISHED, LostWorkerError
 from d2ft_hpc.launch.agree import run_guarded
 from d2ft_hpc.launch.children import kill_children
@@ -52,7 +51,7 @@ def test_a_killed_worker_is_named_with_the_fix(
     read = []
 
     def read_all() -> None:
-        for batch in batches_of(loader):
+        for batch in read_with(loader):
             read.append(int(batch))
 
     with pytest.raises(
@@ -110,7 +109,7 @@ class OwnMask:
 
 def print_masks_of_workers() -> None:
     StopSignals(["USR2", "TERM"])
-    for mask in batches_of(loader_of(OwnMask(), [[0], [1]], num_workers=2, persistent=False)):
+    for mask in read_with(loader_of(OwnMask(), [[0], [1]], num_workers=2, persistent=False)):
         print(int(mask) >> signal.SIGTERM & 1, int(mask) >> signal.SIGUSR2 & 1)
 
 

@@ -18,7 +18,7 @@ from d2ft_hpc.planning import SkipPlan, in_order, solve
 from d2ft_hpc.planning.communication_volume import (
     LAYOUTS,
     Replicas,
-    active_ranks,
+    active_and_full_ranks,
     busiest_shares,
     fsdp2_bytes,
     pipeline_bytes,
@@ -164,7 +164,7 @@ def test_few_ranks_run_where_messages_are_scarcer_than_time():
         share = (told.forward.sum() + told.backward.sum()) / (dense.forward.sum() + dense.backward.sum())
         assert share == pytest.approx(problem.used_communication(plan)[0] / problem.dense_communication()[0])
         assert share <= 0.5 + 1e-9
-    running = active_ranks(plan.operations > 0, problem.rank, 4)
+    running, _ = active_and_full_ranks(plan.operations, problem.rank, 4)
     assert set(np.unique(running)) & {1, 2}
     assert objective["sharded"] > objective["replicated"]
 

@@ -342,7 +342,7 @@ def test_arrays_of_other_types_and_shapes_are_refused(
         ),
         (put("train/images", data=PIXELS, compression="lzf"), "something else than gzip: store it anew"),
         (put("train/images", data=["a", "b"]), "store numbers"),
-        (lambda file: file.__delitem__("train/labels"), "no array 'labels': an HDF5 file needs"),
+        (lambda file: file.__delitem__("train/labels"), "no array 'labels'; an HDF5 file needs"),
         (lambda file: file.__delitem__("train"), "no group 'train': an HDF5 file needs"),
     ],
 )

@@ -21,7 +21,8 @@ from d2ft_hpc.lifecycle import make_plan
 from d2ft_hpc.metering import measure_costs
 from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning import SkipPlan
-from d2ft_hpc.scores import Scores, gradient_scores, weight_magnitude
+from d2ft_hpc.score_table import WEIGHT_MAGNITUDE
+from d2ft_hpc.scores import Scores, gradient_scores, scores_of_weights
 from d2ft_hpc.user_loop.attached import tell_of_graphs
 from d2ft_hpc.user_loop.batch_counter import samples_in
 from d2ft_hpc.user_loop.choosing import choose_from
@@ -74,7 +75,7 @@ def test_the_first_batch_gives_the_scores_of_the_plan_that_the_next_ones_follow(
     assert loop.d2ft.plan is None
     dense = sum(F.cross_entropy(twin(images), labels).item() / SLOTS for images, labels in pairs)
     assert loop.step(0) == pytest.approx(dense, rel=1e-6)
-    magnitude = weight_magnitude(loop.model, loop.d2ft.executor.subnets).numpy()
+    magnitude = scores_of_weights(WEIGHT_MAGNITUDE, loop.model, loop.d2ft.executor.subnets).numpy()
     scores = Scores(fisher, np.broadcast_to(magnitude, fisher.shape), 0.0)
     context = context_of(PlanConfig(planner="joint", compute_budget=0.6), costs, slots=SLOTS)
     assert loop.d2ft.plan == make_plan(context, scores, 0)

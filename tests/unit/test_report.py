@@ -31,7 +31,7 @@ from d2ft_hpc.figures import (
     workload,
 )
 from d2ft_hpc.figures.command import FIGURES
-from d2ft_hpc.figures.run import Runs
+from d2ft_hpc.figures.run import open_runs
 from d2ft_hpc.report import report
 from d2ft_hpc.results import ResultsWriter
 
@@ -93,7 +93,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture
 def runs(paths):
-    with Runs(paths) as runs:
+    with open_runs(paths) as runs:
         yield runs
 
 
@@ -156,7 +156,7 @@ def test_pareto_finds_the_dense_run_of_equal_compute(paths, tmp_path):
     numbers = {}
     for name, steps in (("without", 10), ("with", 22)):
         short = make_run(tmp_path / name / "results.h5", 1.0, steps=steps)
-        with Runs([*paths, short]) as runs:
+        with open_runs([*paths, short]) as runs:
             (numbers[name],) = pareto.measure(runs)["rivals"]
     # 40 steps at 10 of 20 FLOP are 400; dense steps take 18
     assert numbers["without"]["dense_of_equal_compute"] is None
@@ -167,7 +167,7 @@ def test_pareto_finds_the_dense_run_of_equal_compute(paths, tmp_path):
 
 
 def test_pareto_shows_the_best_that_a_dense_run_had_reached(paths):
-    with Runs(paths) as runs:
+    with open_runs(paths) as runs:
         numbers = pareto.measure(runs)
     numbers["runs"][0]["on_the_way"]["accuracy"][1] = 0.6  # both end at 0.39
     bottom, top = pareto.draw(numbers).axes[0].get_ylim()
@@ -204,7 +204,7 @@ def test_plans_that_scale_images_show_their_sizes_over_the_steps(tmp_path):
             writer.append("plans", {"step": step, **plan})
         for step in range(10):
             writer.append("steps", {"step": step, "plan": step // 6})
-    with Runs([writer.path]) as runs:
+    with open_runs([writer.path]) as runs:
         numbers, second = plans.measure(runs), plans.measure(runs, plan=1)
     (tokens,) = numbers["runs"]
     assert (tokens["grids"], tokens["end"], tokens["skips"]) == ([[[4, 4]], [[8, 8]]], 10, False)
@@ -219,7 +219,7 @@ def test_classes_have_their_names(paths, tmp_path):
     named = make_run(tmp_path / "named" / "results.h5", 1.0)
     with h5py.File(named, "r+") as file:
         file["model/class_name"] = np.array([b"cat", b"dog"])
-    with Runs([named, paths[0]]) as runs:
+    with open_runs([named, paths[0]]) as runs:
         figure = classes.draw(classes.measure(runs))
     told = [[label.get_text() for label in axis.get_xticklabels()] for axis in figure.axes[:4]]
     assert told == [["cat", "dog"], ["cat", "dog"], ["0", "1"], ["0", "1"]]
@@ -250,7 +250,7 @@ def test_comparison_over_seeds(tmp_path):
         for share, values in lost.items()
         for seed in range(3)
     ]
-    with Runs(paths) as runs:
+    with open_runs(paths) as runs:
         dense, d2ft = compare.measure(runs)["groups"]
         beside = paper.measure(runs)["runs"]
     assert (dense["label"], d2ft["label"]) == ("compute_budget=1.0", "compute_budget=0.6")
@@ -264,9 +264,9 @@ def test_comparison_over_seeds(tmp_path):
         for sign in (-1, 1)
     )
     assert (low, high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
-    with Runs([paths[2], paths[0], paths[1], *paths[3:]]) as runs:  # in another order
+    with open_runs([paths[2], paths[0], paths[1], *paths[3:]]) as runs:  # in another order
         assert compare.measure(runs)["groups"][1]["accuracy"]["p"] == pytest.approx(expected.pvalue)
-    with Runs(paths[:-1]) as runs:
+    with open_runs(paths[:-1]) as runs:
         _, d2ft = compare.measure(runs)["groups"]
     expected = ttest_ind(accuracies[0], accuracies[1][:-1], equal_var=False)
     assert (d2ft["test"], d2ft["accuracy"]["p"]) == ("Welch", pytest.approx(expected.pvalue))
@@ -295,7 +295,7 @@ def test_free_shapes(paths, tmp_path):
     """20 shapes where 8 are compiled: steps of 0.7 s against 0.6 of the dense 1.1 s, of the rank that computes most."""
     free = {"block_shapes": 20, "micro_batch_shapes": 20, "most_shapes": 8}
     path = make_run(tmp_path / "free" / "results.h5", 0.6, shapes=free)
-    with Runs([*paths, path]) as runs:
+    with open_runs([*paths, path]) as runs:
         (found,) = free_shapes.measure(runs)["runs"]  # the others say nothing of their shapes: older files
     assert (found["block_shapes"], found["dense"]) == (20, "dense")
     assert found["executed_share"] == pytest.approx(0.6)
@@ -450,7 +450,7 @@ def test_the_least_that_is_enough_is_between_the_budgets_where_the_bound_crosses
     ]
     runs.append(method_run(tmp_path / "stopped.h5", "tokens", 0.2, 0, 0.9, complete=False))
     single = [method_run(tmp_path / "joint.h5", "joint", 0.4, 0, 0.9)]
-    with Runs([*runs, *single]) as opened, Runs(dense) as reference:
+    with open_runs([*runs, *single]) as opened, open_runs(dense) as reference:
         numbers = sufficient.measure(opened, reference, 0.5)
     tokens, joint = numbers["methods"]
     assert tokens["label"] == "planner=tokens"
@@ -471,15 +471,15 @@ def test_the_least_that_is_enough_is_between_the_budgets_where_the_bound_crosses
     assert "planner=joint: not known whether it loses more than 0.5 points of top-1: run two seeds" in out
     assert "How little is enough" in page.read_text()
     with (
-        Runs(runs) as opened,
-        Runs([tmp_path / "stopped.h5"]) as reference,
+        open_runs(runs) as opened,
+        open_runs([tmp_path / "stopped.h5"]) as reference,
         pytest.raises(ResultsError, match="--reference"),
     ):
         sufficient.measure(opened, reference, 0.5)
     again = shutil.copy(runs[0], tmp_path / "again.h5")
     with (
-        Runs([*runs, again]) as opened,
-        Runs(dense) as reference,
+        open_runs([*runs, again]) as opened,
+        open_runs(dense) as reference,
         pytest.raises(ResultsError, match=r"again\.h5: seed 0 is that of .*tokens0\.8-0\.h5, too: leave one"),
     ):
         sufficient.measure(opened, reference, 0.5)

@@ -13,7 +13,8 @@ from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.metering.memory import kept_bytes
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.planning.plan import SkipPlan
-from d2ft_hpc.scores import gradient_scores, weight_magnitude
+from d2ft_hpc.score_table import WEIGHT_MAGNITUDE
+from d2ft_hpc.scores import gradient_scores, scores_of_weights
 from tests.memory_limit import activation_limit
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 
@@ -104,7 +105,7 @@ def test_a_probe_leaves_model_gradients_and_random_state_as_they_were() -> None:
     hooks = sum(len(module._forward_hooks) for module in model.modules())
     state = torch.get_rng_state()
     gradient_scores(model, executor.subnets, images, labels, F.cross_entropy, ["fisher"])
-    weight_magnitude(model, executor.subnets)
+    scores_of_weights(WEIGHT_MAGNITUDE, model, executor.subnets)
     assert not fired
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
@@ -128,13 +129,13 @@ def test_fisher_of_a_frozen_model() -> None:
 def test_weight_magnitude_sums_to_the_l1_norm() -> None:
     model = tiny_vit()
     subnets = SubnetMap.of(model)
-    scores = weight_magnitude(model, subnets)
+    scores = scores_of_weights(WEIGHT_MAGNITUDE, model, subnets)
     for block in range(DEPTH):
         norms = [p.detach().abs().sum() for b, _, p in subnets.parameters(model) if b == block]
         torch.testing.assert_close(scores[block].sum(), torch.stack(norms).sum())
     with torch.no_grad():
         model.blocks[2].attn.proj.weight[:, 16:32] *= 3
-    changed = (weight_magnitude(model, subnets) != scores).nonzero().tolist()
+    changed = (scores_of_weights(WEIGHT_MAGNITUDE, model, subnets) != scores).nonzero().tolist()
     assert changed == [[2, 1]]
 
 

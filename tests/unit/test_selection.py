@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.planning import Operation, plan_samples
+from d2ft_hpc.planning.samples import SampleOptions
 from d2ft_hpc.selection import SampleScorer, SampleSelection, draw_by_score
 from d2ft_hpc.selection.draw import inclusion_probabilities
 from tests.models import tiny_vit
@@ -103,7 +104,7 @@ def test_a_half_size_score_is_that_of_timms_model_of_any_size() -> None:
 
 def selection(model: torch.nn.Module, weights: str, seed: int = 0) -> SampleSelection:
     scorer = SampleScorer(model, model.patch_embed.img_size[0])
-    return SampleSelection(scorer, uniform_share=0.25, weights=weights, seed=seed, replica=0)
+    return SampleSelection(scorer, SampleOptions(weights=weights), seed=seed, replica=0)
 
 
 def test_the_chosen_batch_keeps_images_with_their_labels_and_repeats_itself() -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from analysis.planner.bench import waste
 from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning import (
     Operation,
@@ -18,7 +19,6 @@ from d2ft_hpc.planning import (
     simulate,
     solve,
     spread,
-    waste,
 )
 from d2ft_hpc.planning.multiple_choice import choose
 from d2ft_hpc.planning.placement import in_order

@@ -16,7 +16,7 @@ from d2ft_hpc.data.loader import train_loader
 from d2ft_hpc.data.mixing import Mixing
 from d2ft_hpc.data.sampler import MicroBatchSampler
 from d2ft_hpc.data.subsets import training_and_validation
-from d2ft_hpc.data.transforms import DRAWS, BatchTransform, _box, sample_transform, uniform_draws
+from d2ft_hpc.data.transforms import DRAWS, BatchTransform, Cut, _box, timm_transform, uniform_draws
 from d2ft_hpc.errors import ConfigError, DataError
 from tests.splits import open_images
 
@@ -75,7 +75,7 @@ def test_random_crops_have_the_box_that_were_drawn() -> None:
 def test_a_photograph_is_cut_where_the_same_pixels_of_a_batch_would_be() -> None:
     """Before and after crops, in whole pixels; without entropy the middle, as torchvision resizes and crops it."""
     picture = tf.resize(images(1, 12)[0], [96, 64], antialias=True)
-    of_training = sample_transform("resized_crop", 32, training=True, mean=MEAN, std=STD)
+    of_training = Cut("random")
     widths = set()
     for i in range(50):
         left, top, right, bottom = map(round, _box(96, 64, uniform_draws((1, i)).tolist()))
@@ -87,10 +87,10 @@ def test_a_photograph_is_cut_where_the_same_pixels_of_a_batch_would_be() -> None
         assert torch.equal(got, expected)
         widths.add(right - left)
     assert len(widths) > 8
-    of_evaluation = sample_transform("resized_crop", 32, training=False, mean=MEAN, std=STD)
+    of_evaluation = Cut("central")
     expected = tf.resize(tf.center_crop(picture, [56, 56]), [32, 32], antialias=True)
     assert torch.equal(of_evaluation(picture, None, (32, 32)), expected)
-    whole = sample_transform("none", 32, training=True, mean=MEAN, std=STD)
+    whole = Cut()
     assert torch.equal(whole(picture, (1,), (32, 32)), tf.resize(picture, [32, 32], antialias=True))
 
 
@@ -106,7 +106,7 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
 
 def test_timm_draws_are_seeded_and_options_checked() -> None:
     options = {"auto_augment": "rand-m9-mstd0.5", "color_jitter": 0.3, "re_prob": 1.0, "re_mode": "pixel"}
-    transform = sample_transform("timm", 16, training=True, mean=MEAN, std=STD, timm_options=options)
+    transform = timm_transform(16, MEAN, STD, options)
     picture = images(1)[0]
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     seen = []
@@ -119,7 +119,7 @@ def test_timm_draws_are_seeded_and_options_checked() -> None:
     assert not torch.equal(seen[0], seen[2])
     for wrong in ({"auto_augmnt": "x"}, {"mean": [0, 0, 0]}, {"auto_augment": "nonsense"}):
         with pytest.raises(ConfigError, match=r"data\.timm"):
-            sample_transform("timm", 16, training=True, mean=MEAN, std=STD, timm_options=wrong)
+            timm_transform(16, MEAN, STD, wrong)
 
 
 def test_draws_are_uniform() -> None:
