@@ -299,7 +299,7 @@ def check_user_loop(control: Control, stage: int, compiled: bool = False) -> dic
         "parameters": largest_difference(own, dict(reference.named_parameters())),
         "scores": float((scores / torch.cat(fisher) - 1).abs().max()),
         "planned compute": float(follower.plans.context.costs.planned_share(follower.plan)),
-        "told compute": follower.report().splitlines()[1],
+        "told compute": follower.report(),
     }
 
 
