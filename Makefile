@@ -27,7 +27,7 @@ BIN := $(VENV)/bin
 OLDEST_VENV := .venv-oldest
 NEWEST_VENV := .venv-newest
 MIDDLE_VENV := .venv-middle
-MIDDLE := torch==2.12.1 torchvision==0.27.1 deepspeed==0.18.1
+MIDDLE := torch==2.12.1 torchvision==0.27.1 deepspeed==0.18.3
 # The ranks share the cores: one thread each.
 export OMP_NUM_THREADS := 1
 PYTEST = python -m pytest --durations=20 $(PYTEST_ARGS)

@@ -47,13 +47,17 @@ def adds_up_wrong() -> bool:
     return Version(version("deepspeed")) < Version(_ADDS_UP_FROM)
 
 
-_NEVER_CLEARS_FROM, _CLEARS_AGAIN_FROM = "0.17.6", "0.18.6"
+_NEVER_CLEARS = "0.17.6", "0.18.6"
 """The first DeepSpeed that never clears the gradients of bf16 without ZeRO, which add up from step to step (its issue
 7837), and the first that does again."""
+_KEEPS_THE_LAST = "0.17.6", "0.18.3"
+"""The first DeepSpeed whose ZeRO 2 keeps only the last micro-batch's gradients (its issue 7718), and the first that
+adds them up again. With an offloaded optimizer they are added up elsewhere, and rightly."""
 
 
-def _never_clears() -> bool:
-    return Version(_NEVER_CLEARS_FROM) <= Version(version("deepspeed")) < Version(_CLEARS_AGAIN_FROM)
+def _is_installed(first: str, mended: str) -> bool:
+    """Whether DeepSpeed is of a release from `first` on, and before `mended`."""
+    return Version(first) <= Version(version("deepspeed")) < Version(mended)
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,17 @@ class ZeroRules:
                 f"{where}zero_optimization.stage=0 with fp16: DeepSpeed's fp16 optimiser divides by the loss scale, "
                 f"but its engine multiplies the loss by it only under ZeRO. Use stage 1, or bf16"
             )
-        if config.get("bf16", {}).get("enabled", False) and stage == 0 and _never_clears():
+        if config.get("bf16", {}).get("enabled", False) and stage == 0 and _is_installed(*_NEVER_CLEARS):
             raise ConfigError(
                 f"{where}zero_optimization.stage=0 with bf16: DeepSpeed {version('deepspeed')} never clears gradients "
-                f"then, under a plan or not. Use stage 1, or install DeepSpeed {_CLEARS_AGAIN_FROM} or newer"
+                f"then, under a plan or not. Use stage 1, or install DeepSpeed {_NEVER_CLEARS[1]} or newer"
+            )
+        steps = config.get("gradient_accumulation_steps", None if "train_batch_size" in config else 1)
+        if stage == 2 and steps != 1 and "offload_optimizer" not in zero and _is_installed(*_KEEPS_THE_LAST):
+            raise ConfigError(
+                f"{where}zero_optimization.stage=2 with accumulated gradients: DeepSpeed {version('deepspeed')} keeps "
+                f"only the last micro-batch's, under a plan or not. Use stage 1 or 3, or install DeepSpeed "
+                f"{_KEEPS_THE_LAST[1]} or newer"
             )
         if stage in (1, 2) and zero.get("contiguous_gradients") is False and adds_up_wrong():
             raise ConfigError(

@@ -468,7 +468,7 @@ def check_flat(control: Control, stage: int) -> dict[str, Any]:
     facts["gradients"] = largest_difference(train(last, 2), train(other, 2))
     facts["kept"] = largest_difference(read_and_double(last), read_and_double(other))
     if hasattr(last.optimizer, "offload_states"):  # older ones move none below ZeRO 3
-        last.offload_states()
+        last.offload_states(pin_memory=False)
         last.reload_states()
     # As scripts do that put averages in for an evaluation, and out.
     for parameter in last.module.parameters():

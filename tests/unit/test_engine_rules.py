@@ -57,6 +57,33 @@ def test_plans_that_do_not_fit_the_engine_are_refused(asked: dict[str, Any], tol
             ["0.17.6", "0.18.5"],
             r"stage=0 with bf16: .* never clears gradients .* Use stage 1",
         ),
+        (
+            {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 2},
+            ["0.16.4", "0.17.5", "0.18.3", "0.19.8"],
+            ["0.17.6", "0.18.2"],
+            r"stage=2 with accumulated gradients: .* only the last micro-batch's, .* Use stage 1 or 3",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "train_batch_size": 64, "train_micro_batch_size_per_gpu": 8},
+            ["0.17.5", "0.18.3"],
+            ["0.17.6", "0.18.2"],
+            r"stage=2 with accumulated gradients",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 8},
+            ["0.17.6", "0.18.2"],
+            [],
+            "",
+        ),
+        (
+            {
+                "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+                "gradient_accumulation_steps": 2,
+            },
+            ["0.17.6", "0.18.2"],
+            [],
+            "",
+        ),
     ],
 )
 def test_a_setting_with_which_old_deepspeed_trains_wrongly_is_refused(
