@@ -44,7 +44,7 @@ def line_of(folder: Path) -> Line:
             "seed": config["run"]["seed"],
             "evaluated_on": "validation" if data["validation_fraction"] else "test",
             "steps": len(run.steps["step"]),
-            "tflop": round((run.total_flops + float(np.nansum(scored))) / 1e12, 1),
+            "tflop": round(run.total_flops / 1e12, 1),
             "planned_compute": round(run.planned_compute, 4),
             "executed_compute": round(run.measured_compute, 4),
             "scoring_tflop": round(float(np.nansum(scored)) / 1e12, 1),

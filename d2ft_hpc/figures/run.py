@@ -145,8 +145,9 @@ class Run:
 
     @property
     def total_flops(self) -> float:
-        """FLOPs executed by all ranks."""
-        return total(self.steps["executed_flops"])
+        """FLOPs executed by all ranks, scoring included."""
+        scoring = self.results.table("scores", ["flops"])["flops"]
+        return total(self.steps["executed_flops"]) + float(np.nansum(scoring))
 
     @property
     def total_bytes(self) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from d2ft_hpc.families.table import backbone_of
-from d2ft_hpc.launch import Control
+from d2ft_hpc.launch import Control, gathered
 from d2ft_hpc.lifecycle.controller import ScoreSource
 from d2ft_hpc.lifecycle.gather_scores import gather_scores
 from d2ft_hpc.model.subnets import SubnetMap
@@ -27,6 +27,8 @@ class Observer(Protocol):
 
     sums: Tensor
     """float32 [slot, block, head]"""
+    flops: int
+    """What this took beside the training."""
 
     def close(self) -> None: ...
 
@@ -48,10 +50,16 @@ class ObservedScores(ScoreSource):
         self._make_observer, self._full_model = make_observer, full_model
         self._observer: Observer | None = None
         self._eager = ExitStack()  # what ends when the observer does
+        self._flops = 0  # of batches before, whose scores are in no plan yet
 
     @property
     def is_observing(self) -> bool:
         return self._observer is not None
+
+    @property
+    def flops_of_batch(self) -> int:
+        """What observing the batch that runs, or has just run, took on this rank."""
+        return 0 if self._observer is None else self._observer.flops
 
     def measure(self) -> None:
         """Not through torch.compile, whose kernels would keep or lack the observer's hooks."""
@@ -62,6 +70,7 @@ class ObservedScores(ScoreSource):
     def stop(self) -> None:
         if self._observer is not None:
             self._observer.close()
+        self._flops += self.flops_of_batch
         self._observer = None
         self._eager.close()
 
@@ -70,17 +79,19 @@ class ObservedScores(ScoreSource):
         assert self._observer is not None
         own = self._observer.sums
         self.stop()
-        fisher = gather_scores(*self._ranks(), own)
+        control, layout = self._ranks()
+        fisher = gather_scores(control, layout, own)
         if not np.isfinite(fisher).all():
             self.measure()
             return None
+        flops, self._flops = sum(gathered(control, self._flops)), 0
         names = (self._settings.forward_score, self._settings.backward_score)
         backward = SCORES[self._settings.backward_score]
         if backward.reads_gradients:
-            return Scores(fisher, fisher, 0.0, *names, 0)
+            return Scores(fisher, fisher, 0.0, *names, flops)
         with self._full_model() as model:
             of_weights = scores_of_weights(backward, backbone_of(model), self._subnets).cpu().numpy()
-        return Scores(fisher, np.broadcast_to(of_weights, fisher.shape), 0.0, *names, 0)
+        return Scores(fisher, np.broadcast_to(of_weights, fisher.shape), 0.0, *names, flops)
 
     def so_far(self) -> npt.NDArray[np.float32] | None:
         """The sums of all ranks, float32 [rank, slot, block, head]; None while nothing is observed."""

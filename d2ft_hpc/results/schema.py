@@ -204,7 +204,7 @@ TABLES: dict[str, dict[str, Field]] = {
         Field("forward_name", "text", "1", "what `forward` is"),
         Field("backward_name", "text", "1", "what `backward` is"),
         Field("seconds", "float64", "s", "time that measuring took, charged to the run"),
-        Field("flops", "float64", "FLOP", "what measuring computed, over all ranks"),
+        Field("flops", "float64", "FLOP", "what measuring computed beside the steps, over all ranks"),
     ),
 }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from d2ft_hpc.metering.meter import meter
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.scores.gradient_scores import gradients_of_heads, hooks_on_layers
 
@@ -32,6 +33,8 @@ class GradientObserver:
         device = next(model.parameters()).device
         self.sums = torch.zeros(slots, *subnets.shape, device=device)
         """float32 [slot, block, head]"""
+        self.flops = 0
+        """What adding up computed."""
         self._subnets, self._current_slot, self._loss_scale = subnets, current_slot, loss_scale
         self._blocks = {
             index: block
@@ -59,7 +62,9 @@ class GradientObserver:
         self.sums = self.sums.to(output_gradient.device)  # where the model may have moved since
         gradient = (output_gradient.float() / self._loss_scale()).flatten(0, -2)[None]
         inputs = layer_input.float().flatten(0, -2)[None]
-        for axis, _, of_weight in gradients_of_heads(
-            self._blocks[block], name, self._subnets, inputs, gradient
-        ):
-            self.sums[slot, block] += axis.sum_by_head(of_weight.square())[0]
+        with meter() as metered:
+            for axis, _, of_weight in gradients_of_heads(
+                self._blocks[block], name, self._subnets, inputs, gradient
+            ):
+                self.sums[slot, block] += axis.sum_by_head(of_weight.square())[0]
+        self.flops += metered.flops

@@ -35,13 +35,15 @@ class BatchWork(RankWork):
 
 @dataclass(frozen=True)
 class ComputeSoFar:
-    """Training FLOPs of this rank over its batches: of dense ones, of what plans promised, of what was executed."""
+    """Training FLOPs of this rank over its batches: of dense ones, of what plans promised, of what was executed, and
+    what the scores of heads took beside them."""
 
     dense_flops: float = 0.0
     planned_flops: float = 0.0
     executed_flops: float = 0.0
+    score_flops: float = 0.0
 
-    def and_then(self, work: BatchWork) -> ComputeSoFar:
+    def and_then(self, work: BatchWork, score_flops: float) -> ComputeSoFar:
         """With one batch more; one whose operators nobody counted is left out."""
         if math.isnan(work.executed_flops):
             return self
@@ -49,6 +51,7 @@ class ComputeSoFar:
             self.dense_flops + work.dense_flops,
             self.planned_flops + work.planned_flops,
             self.executed_flops + work.executed_flops,
+            self.score_flops + score_flops,
         )
 
 
@@ -156,8 +159,9 @@ class BatchCounter:
                 mode.__exit__(None, None, None)
             BatchCounter._counting = None
 
-    def end(self, placement: Placement) -> BatchWork:
-        """The batch is done, under the plan that is still in force."""
+    def end(self, placement: Placement, score_flops: int) -> BatchWork:
+        """The batch is done, under the plan that is still in force. score_flops: what was computed in it to give heads
+        scores, which is no training."""
         self.stop()
         plan, costs = self.executor.plan, self._costs
         slots = [slot for slot, _, _ in self._trained]
@@ -172,6 +176,7 @@ class BatchCounter:
             work = costs.work(plan, placement.layout.replica, placement.own, slots, sizes)
         dense = costs.dense_flops * sum(scored_sizes or sizes)
         if self._metered is not None and samples:
+            self._metered.flops -= score_flops
             self._counted = _Counted(plan, self._metered, work.planned_flops, dense)
         self._metered, self._scored, self._trained = None, [], []
         executed = sent = math.nan
@@ -186,7 +191,7 @@ class BatchCounter:
             executed_flops=executed,
             bytes_sent=sent,
         )
-        self.so_far = self.so_far.and_then(done)
+        self.so_far = self.so_far.and_then(done, score_flops)
         return done
 
 

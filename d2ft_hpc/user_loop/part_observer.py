@@ -34,6 +34,7 @@ class PartObserver:
         device = next(part.parameters()).device
         self.sums = torch.zeros(slots, *subnets.shape, device=device)
         """float32 [slot, block, head]"""
+        self.flops = 0
         self._loss_scale = loss_scale
         self._handles = []
         for index, block in part.blocks.items():

@@ -39,7 +39,10 @@ def compute_in_words(counter: BatchCounter, context: PlanContext, steps: int) ->
     so_far = counter.so_far
     if so_far.dense_flops == 0:
         return f"{now}\nnothing was measured yet{whole}"
-    promised, measured = (
-        flops / so_far.dense_flops for flops in (so_far.planned_flops, so_far.executed_flops)
+    promised, measured, scores = (
+        flops / so_far.dense_flops
+        for flops in (so_far.planned_flops, so_far.executed_flops, so_far.score_flops)
     )
-    return f"{now}\n{steps} steps so far: promised {promised:.1%} of the dense compute, measured {measured:.1%}{whole}"
+    beside = f", and {scores:.1%} for the scores of heads" if scores else ""
+    told = f"promised {promised:.1%} of the dense compute, measured {measured:.1%}{beside}"
+    return f"{now}\n{steps} steps so far: {told}{whole}"

@@ -319,7 +319,7 @@ class PlannedLoop:
         """learning_rate: NaN: the optimiser makes no step."""
         seen = self._slot + 1
         plans = self._plans()
-        work = self._counter.end(plans.context.placement)
+        work = self._counter.end(plans.context.placement, self._source.flops_of_batch)
         self.record.end_batch(self._steps, work, plans, learning_rate, self._foreseen_bytes())
         self._slot, self._is_planned, self._is_begun = -1, False, False
         self._steps += 1

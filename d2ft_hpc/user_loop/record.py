@@ -85,9 +85,11 @@ class LoopRecord:
         return self._path is not None
 
     def loss(self, loss: Tensor | float) -> None:
-        """The mean loss of a micro-batch of this rank, as it is before any division by their number."""
+        """The mean loss of a micro-batch of this rank, as it is before any division by their number. Call it before the
+        optimizer's step, after which it would be the next step's."""
         if self.is_on:
-            self._losses.append(torch.as_tensor(loss).detach().float())
+            # A copy, since loops divide the loss in its place, by the number of micro-batches.
+            self._losses.append(torch.as_tensor(loss).detach().to(torch.float32, copy=True))
 
     def evaluation(self, accuracy: float, loss: float = math.nan, samples: int = -1) -> None:
         """Records an evaluation of the present model. accuracy: top-1, 0 to 1, over all ranks; rank 0's value counts.

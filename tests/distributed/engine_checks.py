@@ -256,7 +256,7 @@ def check_resume(control: Control, saved_by: int, resumed_by: int, precision: st
     return {"difference": difference}
 
 
-def check_user_loop(control: Control, stage: int, compiled: bool = False) -> dict[str, float]:
+def check_user_loop(control: Control, stage: int, compiled: bool = False) -> dict[str, float | str]:
     """A loop of the user's own around `d2ft_hpc.initialize`: one dense batch, then the plan that it gave."""
     replicas, rank = control.world_size, control.rank
     config = {
@@ -299,6 +299,7 @@ def check_user_loop(control: Control, stage: int, compiled: bool = False) -> dic
         "parameters": largest_difference(own, dict(reference.named_parameters())),
         "scores": float((scores / torch.cat(fisher) - 1).abs().max()),
         "planned compute": float(follower.plans.context.costs.planned_share(follower.plan)),
+        "told compute": follower.report(),
     }
 
 

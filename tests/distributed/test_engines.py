@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -52,6 +53,19 @@ def test_a_loop_of_ones_own_trains_as_its_plan_says(results: dict[str, Any]) -> 
         assert result["parameters"] <= 1e-6, name
         assert result["scores"] <= 1e-4, name
         assert 0.4 < result["planned compute"] <= 0.6, name
+        told = re.fullmatch(
+            r".*promised (.*)% of the dense compute, measured .*%\n"
+            r"3 steps so far: promised (.*)% of the dense compute, measured (.*)%, "
+            r"and (.*)% for the scores of heads",
+            result["told compute"],
+        )
+        assert told, result["told compute"]
+        now, promised, measured, scores = map(float, told.groups())
+        # Of rank 0's 10 samples, 4 give the scores in a dense step.
+        assert promised == measured == pytest.approx(0.4 * 100 + 0.6 * now, abs=0.1), name
+        assert scores == pytest.approx(0.4 * 30, abs=2), (
+            name
+        )  # nearly a third of the dense products once more
 
 
 def test_deepspeeds_checkpoint_goes_on_under_the_same_plans(results: dict[str, Any]) -> None:
