@@ -24,6 +24,7 @@ from d2ft_hpc.data.images import (
 from d2ft_hpc.data.packed import open_packed
 from d2ft_hpc.data.webdataset import open_webdataset
 from d2ft_hpc.errors import DataError
+from d2ft_hpc.settings import meant
 
 StoredSplit = Literal["train", "test"]
 
@@ -44,7 +45,7 @@ def open_source(name: str, root: Path | None, split: StoredSplit) -> Source:
     if name == "digits":
         return _digits(split)
     if name not in _READERS:
-        raise DataError(f"data.name = {name!r}: unknown; the data sets are digits, {', '.join(_READERS)}")
+        raise DataError(f"data.name={name!r}: {meant(name, ('digits', *_READERS))}")
     if root is None:
         raise DataError(
             f"data.root is not set: {name} needs the folder (packed: the file) that holds its images"

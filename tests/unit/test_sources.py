@@ -27,8 +27,10 @@ def put_image(file: Path, red: int, size: tuple[int, int] = (30, 20)) -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(DataError, match=r"imagenet.*digits, cifar10"):
-        open_source("imagenet", None, "train")
+    with pytest.raises(DataError, match=r"^data\.name='svhn': input should be 'digits', 'cifar10'"):
+        open_source("svhn", None, "train")
+    with pytest.raises(DataError, match=r"^data\.name='cifar-10': did you mean 'cifar10'\?"):
+        open_source("cifar-10", None, "train")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stanford_cars", "image_folder", "packed"])
