@@ -122,6 +122,8 @@ class PlannedLoop:
         self._unseen_steps = self._foreign_steps = 0
         self._has_stepped = False
         self._is_begun = False  # a batch, as opposed to what a loop does between two
+        self._passes = self._made_steps = 0  # forwards since the optimiser's last step, and its steps here
+        self._is_accumulating = self._had_too_many_passes = self._has_told_of_passes = False
         self._data_parallel: DataParallel | None = None
         self._planned_bytes: PlannedBytes | None = None
         self._foresee()
@@ -270,14 +272,16 @@ class PlannedLoop:
         if self._slot >= self.slots - 1:
             self._require_own_optimizer()
             self._end_batch()  # the optimiser left a step out
+            self._note_accumulation()
         if not self._is_bound:
             ddp: Any = DistributedDataParallel._active_ddp_module
             is_ddp = ddp is not None and find_backbone(ddp.module) is self._model
             self.bind(ddp if is_ddp else self._whole)
         self._plan_batch()
-        if self._slot < 0:
+        if self._slot < 0 and not self._has_told_of_passes:
             tell_if_too_long(self._plans(), self._steps)
         self._slot, self._is_chosen, self._is_begun = self._slot + 1, False, True
+        self._passes += 1
         self._turn_to("forward")
         samples = samples_in(inputs)
         self._counter.train(self._slot, len(samples), samples)
@@ -326,7 +330,7 @@ class PlannedLoop:
         if self._source.is_observing and seen < self.slots:
             plans.listener.say(
                 f"a batch of {seen} micro-batches gives no scores for plans of {self.slots} (attach's micro_batches): "
-                f"the next one runs dense, too"
+                f"the next one runs dense, too; if every step has {seen}, attach(..., micro_batches={seen})"
             )
             self._source.stop()
             self._source.measure()
@@ -358,7 +362,35 @@ class PlannedLoop:
 
     def _after_optimizer(self, optimizer: Optimizer) -> None:
         if self._slot >= 0:
+            self._check_passes()
             self._end_batch(float(optimizer.param_groups[0]["lr"]))
+
+    def _note_accumulation(self) -> None:
+        """A forward comes after the last one of a batch. Before the optimiser's first step, gradients tell whether it
+        is one of too many, or a loss scale left a step out, after which they are infinite or cleared."""
+        if self._made_steps:
+            return
+        gradients = [each.grad for each in self._whole.parameters() if each.grad is not None]
+        if gradients and 0 < float(total_norm(gradients)) < math.inf:
+            self._is_accumulating = True
+        else:
+            self._passes = 0
+
+    def _check_passes(self) -> None:
+        """As the optimiser steps. Raises ConfigError at its first step where more forwards came than `micro_batches`;
+        says so later on, where only the second such step in succession is no loss scale's."""
+        has_too_many = self._passes > self.slots
+        told = (
+            f"micro_batches={self.slots}, but {self._passes} forward passes came before optimizer.step(), so that "
+            f"steps are miscounted: attach(..., micro_batches={self._passes})"
+        )
+        if has_too_many and self._is_accumulating:
+            raise ConfigError(told)
+        if has_too_many and self._had_too_many_passes and not self._has_told_of_passes:
+            self._plans().listener.say(told)
+            self._has_told_of_passes = True
+        self._had_too_many_passes, self._is_accumulating = has_too_many, False
+        self._passes, self._made_steps = 0, self._made_steps + 1
 
     def _require_own_optimizer(self) -> None:
         """Raises PlanError where optimisers step, but so far none that has parameters of the model."""

@@ -165,7 +165,9 @@ def test_scores_are_taken_from_whole_batches_of_finite_gradients(capsys: pytest.
     loop = Loop(planner="joint")
     loop.step(0, slots=SLOTS - 1)
     assert loop.d2ft.plan is None
-    assert "a batch of 2 micro-batches gives no scores for plans of 3" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "a batch of 2 micro-batches gives no scores for plans of 3" in told
+    assert "if every step has 2, attach(..., micro_batches=2)" in told
     for slot in range(SLOTS):  # as a loss scale that is too high
         images, labels = random_batch(slot)
         (F.cross_entropy(loop.model(images), labels) * (torch.inf if slot else 1.0)).backward()
@@ -176,6 +178,32 @@ def test_scores_are_taken_from_whole_batches_of_finite_gradients(capsys: pytest.
     twin.step(0, slots=SLOTS - 1)
     twin.step(1)
     assert loop.d2ft.plan == twin.d2ft.plan
+
+
+@pytest.mark.parametrize("settings", [{"compute_budget": 0.5, "total_steps": 8}, {"planner": "joint"}])
+def test_more_passes_than_micro_batches_are_refused_at_the_first_step(settings: dict[str, Any]) -> None:
+    loop = Loop(**settings)
+    images, labels = random_batch(9)
+    (
+        F.cross_entropy(loop.model(images), labels) * torch.inf
+    ).backward()  # a step that a loss scale leaves out
+    loop.optimizer.zero_grad()
+    for slot in range(1, SLOTS):
+        loop.model(random_batch(slot)[0])  # and what is not trained on
+    with pytest.raises(ConfigError, match=r"^micro_batches=3, but 4 forward passes .*, micro_batches=4\)$"):
+        loop.step(0, slots=SLOTS + 1)
+
+
+def test_fewer_passes_are_silent_and_more_of_them_later_are_told_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    loop = Loop(compute_budget=0.5, total_steps=8)
+    loop.step(0)
+    loop.step(1, slots=SLOTS - 1)
+    assert "micro_batches" not in capsys.readouterr().out
+    for step in range(2, 6):
+        loop.step(step, slots=SLOTS + 1)
+        assert ("but 4 forward passes came" in capsys.readouterr().out) is (step == 3)
 
 
 def test_copies_and_files_of_the_model_are_plain_ones() -> None:
