@@ -38,6 +38,8 @@ from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.attached import (
     attached,
     loop_context,
+    resume,
+    tell_if_resumed_without_plan,
     tell_if_too_long,
     tell_if_too_short,
     tell_of_graphs,
@@ -50,6 +52,7 @@ from d2ft_hpc.user_loop.plan_printer import PlanPrinter, compute_in_words
 from d2ft_hpc.user_loop.prepare import bind_engine
 from d2ft_hpc.user_loop.record import LoopRecord
 from d2ft_hpc.user_loop.section import D2ftSection, parse_section, require_length, require_options_for
+from d2ft_hpc.user_loop.settings_kept import check_planner, settings_to_keep
 
 _MANY_SAMPLES = 1024
 """Of a micro-batch, whose size is not known before it comes: a budget that leaves nothing of so many is too small."""
@@ -113,10 +116,12 @@ class PlannedLoop:
             device = next(model.parameters()).device
             score_flops = count_scoring(self._new_selection(0), sample_shape, device)
             self._costs = replace(self._costs, score_flops=score_flops)
+        self._in_blocks = self._parameters_in_blocks()
         self._controller: PlanController | None = None
         self._restored: PlanState | None = None
         self._slot = -1  # of the micro-batch that runs, or ran last; -1 between batches
-        self._steps = self._draws = 0
+        self._steps = self._draws = self._saved_steps = 0
+        self._is_resumed = False
         self._is_planned = False  # the batch that runs, or comes
         self._is_chosen = self._is_bound = False
         self._unseen_steps = self._foreign_steps = 0
@@ -201,7 +206,9 @@ class PlannedLoop:
         state = self._restored
         if state is None:
             state = PlanState() if self._controller is None else self._controller.state()
-        state = replace(state, compute=astuple(self._counter.so_far))
+        settings = settings_to_keep(self.section)
+        state = replace(state, compute=astuple(self._counter.so_far), settings=settings)
+        self._saved_steps = self._steps
         return {
             "plans": base64.b64encode(state.to_bytes()).decode(),
             "steps": self._steps,
@@ -210,15 +217,18 @@ class PlannedLoop:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on, from the next batch on, as the loop whose `state_dict` this was. Raises CheckpointError if it is
-        damaged or no such state. The next batch raises PlanError where its plan does not fit the model or the number
-        of ranks.
+        damaged, no such state, or of another planner. The next batch raises PlanError where its plan does not fit the
+        model or the number of ranks.
         """
         try:
             content = base64.b64decode(state["plans"], validate=True)
-            self._steps, self._draws = int(state["steps"]), int(state["draws"])
+            steps, draws = int(state["steps"]), int(state["draws"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"d2ft.load_state_dict: not what state_dict() gave ({error!r})") from None
-        self._restored = PlanState.from_bytes(content, "d2ft.load_state_dict")
+        restored = PlanState.from_bytes(content, "d2ft.load_state_dict")
+        check_planner(restored.settings, self.section, "d2ft.load_state_dict", "attach")
+        self._restored, self._is_resumed = restored, True
+        self._steps, self._draws, self._saved_steps = steps, draws, steps
         self._counter.so_far = ComputeSoFar(*self._restored.compute)
         self._slot, self._is_planned = -1, False
 
@@ -314,10 +324,8 @@ class PlannedLoop:
 
     def _restore(self, state: PlanState) -> None:
         """The plan's resolution becomes that of the coming batch."""
-        plans, plan = self._plans(), state.plan
-        plan = None if plan is None else plans.context.scaled(plan, self._steps)
-        plans.restore(replace(state, plan=plan))
-        self._is_planned = plan is not None
+        resume(self._plans(), state, self._steps)
+        self._is_planned = state.plan is not None
 
     def _end_batch(self, learning_rate: float = math.nan) -> None:
         """learning_rate: NaN: the optimiser makes no step."""
@@ -335,7 +343,8 @@ class PlannedLoop:
             self._source.stop()
             self._source.measure()
             plans.batches = 0
-        self._plan_batch()  # now, so that a checkpoint has it
+        if plans.context.curve is None or self._steps != plans.context.total_steps:  # which may be the end
+            self._plan_batch()  # now, so that a checkpoint has it
         self._turn_to("data")
 
     def _before_optimizer(self, is_own: bool) -> None:
@@ -362,7 +371,7 @@ class PlannedLoop:
 
     def _after_optimizer(self, optimizer: Optimizer) -> None:
         if self._slot >= 0:
-            self._check_passes()
+            self._check_passes(optimizer)
             self._end_batch(float(optimizer.param_groups[0]["lr"]))
 
     def _note_accumulation(self) -> None:
@@ -376,9 +385,11 @@ class PlannedLoop:
         else:
             self._passes = 0
 
-    def _check_passes(self) -> None:
+    def _check_passes(self, optimizer: Optimizer) -> None:
         """As the optimiser steps. Raises ConfigError at its first step where more forwards came than `micro_batches`;
         says so later on, where only the second such step in succession is no loss scale's."""
+        if not (self._made_steps or self._is_resumed):
+            tell_if_resumed_without_plan(self._plans(), optimizer, self._whole)
         has_too_many = self._passes > self.slots
         told = (
             f"micro_batches={self.slots}, but {self._passes} forward passes came before optimizer.step(), so that "
@@ -401,11 +412,19 @@ class PlannedLoop:
                 f"what replaces them (fully_shard, load_state_dict(assign=True), to_empty)"
             )
 
+    def _position(self) -> tuple[int, int]:
+        return self._steps, self._saved_steps
+
     def _plans(self) -> PlanController:
         """Made when first needed, after the ranks have met; all of them call it together."""
         if self._controller is None:
             control = control_of_loop()
             ranks = control.world_size
+            if self._parameters_in_blocks() != self._in_blocks:
+                raise ConfigError(
+                    "the model's blocks got other parameters after d2ft_hpc.attach(model), as from peft: call "
+                    "get_peft_model, or what else changes blocks, before attach"
+                )
             if (changed := np.flatnonzero(self.executor.trains != self._costs.trains)).size:
                 raise ConfigError(
                     f"blocks {changed.tolist()} were frozen, or freed, after attach had counted what they cost: do so "
@@ -413,9 +432,12 @@ class PlannedLoop:
                 )
             context = self._context(self.section, ranks, control.rank)
             self._controller = PlanController(context, self, control, self._source, PlanPrinter(control))
-            tell_if_too_short(self._controller)
+            tell_if_too_short(self._controller, self._position)
             tell_of_graphs(self._controller, self._device)
         return self._controller
+
+    def _parameters_in_blocks(self) -> int:
+        return sum(1 for block in self.executor.blocks.values() for _ in block.parameters())
 
     def _context(self, section: D2ftSection, ranks: int, rank: int) -> PlanContext:
         return loop_context(

@@ -206,6 +206,65 @@ def test_fewer_passes_are_silent_and_more_of_them_later_are_told_once(
         assert ("but 4 forward passes came" in capsys.readouterr().out) is (step == 3)
 
 
+def test_adapters_that_come_after_attach_are_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_vit()
+    d2ft_hpc.attach(model, total_steps=4)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["attn.qkv"]))
+    with pytest.raises(ConfigError, match="get_peft_model, or what else changes blocks, before attach"):
+        model.train()(random_batch(0)[0])
+
+
+def test_a_loop_that_goes_on_says_so_and_what_is_other_than_before(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    begun = Loop(micro_batches=1, compute_budget=0.7, total_steps=8)
+    for step in range(4):
+        begun.step(step, slots=1)
+    resumed = Loop(micro_batches=1, compute_budget=0.5, total_steps=20)
+    for name in ("model", "optimizer", "d2ft"):
+        getattr(resumed, name).load_state_dict(copy.deepcopy(getattr(begun, name).state_dict()))
+    capsys.readouterr()
+    resumed.step(4, slots=1)
+    told = capsys.readouterr().out
+    assert "compute_budget=0.5 (was 0.7), total_steps=20 (was 8)\n" in told
+    assert "d2ft: from step 5 on: images of 8 x 8 pixels, all heads of all blocks\n" in told
+    assert "the optimizer had made" not in told
+    forgotten = Loop(micro_batches=1, compute_budget=0.7, total_steps=8)
+    for name in ("model", "optimizer"):
+        getattr(forgotten, name).load_state_dict(getattr(begun, name).state_dict())
+    for step in range(4, 6):
+        forgotten.step(step, slots=1)
+        told = capsys.readouterr().out
+        assert ("had made 4 steps before, but plans began at step 1" in told) is (step == 4)
+
+
+def test_what_is_told_as_a_loop_ends(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_exit: list[Any] = []
+    monkeypatch.setattr("d2ft_hpc.user_loop.attached.atexit.register", at_exit.append)
+    loop = Loop(micro_batches=1, compute_budget=0.5, total_steps=8)
+    for step in range(4):
+        loop.step(step, slots=1)
+    (tell,) = at_exit
+    told = "stopped after 4 of total_steps=8, at images of 8 x 8 pixels, before they had full size: go on"
+    for is_saved in (False, True):
+        if is_saved:
+            loop.d2ft.state_dict()
+        tell()
+        assert (told in capsys.readouterr().out) is not is_saved
+    short = Loop(micro_batches=1, compute_budget=0.3, total_steps=3)
+    for step in range(3):
+        short.step(step, slots=1)
+    at_exit[-1]()
+    told = capsys.readouterr().out
+    assert "16 x 16 pixels for none" in told
+    assert "from step 4" not in told
+    assert "stopped after" not in told
+
+
 def test_copies_and_files_of_the_model_are_plain_ones() -> None:
     loop = Loop(planner="joint")
     loop.step(0)
@@ -547,9 +606,11 @@ def test_a_plan_of_images_whose_costs_nobody_counted_is_refused_before_a_step() 
     loop.step(0)
     grown = Loop(compute_budget=0.5, total_steps=4)
     grown.step(0)
-    loop.d2ft.load_state_dict(grown.d2ft.state_dict())
-    with pytest.raises(PlanError, match=r"2 x 2 patches, .* this run has those of full size"):
-        loop.step(1)
+    with pytest.raises(
+        CheckpointError, match=r"the saved state is of planner 'tokens', this training has 'joint'"
+    ):
+        loop.d2ft.load_state_dict(grown.d2ft.state_dict())
+    loop.step(1)
 
 
 def test_images_grow_as_the_loop_says_under_any_plan_that_it_is_given() -> None:
