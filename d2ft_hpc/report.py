@@ -108,8 +108,11 @@ def _sections(runs: Sequence[Run], numbers: dict[str, Any]) -> Iterator[tuple[st
     """Titles and contents, as HTML; what no run recorded is left out."""
     *heads, last = summary.table(numbers)[:3]
     titles = [" ".join(filter(None, parts)) for parts in zip(*heads, last, strict=True)]
-    unfinished = ", ".join(run.name for run in runs if not run.complete)
-    notes = [f"Did not end in order: {unfinished}."] if unfinished else []
+    states = dict.fromkeys(run.state for run in runs if run.state)
+    notes = [
+        f"{state.capitalize()}: {', '.join(run.name for run in runs if run.state == state)}."
+        for state in states
+    ]
     notes += free_shapes.sentences(free_shapes.measure(runs))
     notes += [f"{text}." for text in summary.notes(numbers)]
     figure = _figure(summary.draw(numbers), "Compute and time of each run.")

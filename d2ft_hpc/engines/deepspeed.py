@@ -183,7 +183,11 @@ class DeepSpeedEngine:
         check_plan(plan, slots=slots, replicas=replicas, same_rows=self.same_rows)
 
     def logits(self, images: Sequence[Tensor]) -> list[Tensor]:
-        return evaluated(self._model, images)
+        logits = evaluated(self._model, images)
+        if self._twin is not None:
+            # ZeRO-3 has fetched ahead for a backward that does not come, and refuses to gather what is under way.
+            self.engine.optimizer.empty_partition_cache()
+        return logits
 
     @contextmanager
     def full_model(self) -> Iterator[nn.Module]:

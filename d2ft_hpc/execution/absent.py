@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from d2ft_hpc.execution.optimizer_steps import call_around_steps
 
 
 def fill_absent_gradients(model: nn.Module, is_needed: Callable[[nn.Module], bool]) -> None:
@@ -23,7 +23,7 @@ def fill_absent_gradients(model: nn.Module, is_needed: Callable[[nn.Module], boo
     """
     kept = weakref.ref(model)
 
-    def fill(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def fill(optimizer: Optimizer) -> None:
         model = kept()
         if model is None or not is_needed(model):
             return
@@ -36,5 +36,4 @@ def fill_absent_gradients(model: nn.Module, is_needed: Callable[[nn.Module], boo
             if id(parameter) in own:
                 parameter.grad = torch.zeros_like(parameter)
 
-    handle = register_optimizer_step_pre_hook(fill)
-    weakref.finalize(model, handle.remove)
+    call_around_steps(model, fill)

@@ -27,12 +27,17 @@ _STEP_COLUMNS = (
 
 
 class Run:
-    """An open run. Shares are fractions; what was not recorded is NaN. Raises ResultsError if it cannot be read."""
+    """An open run. `state` says in words that it has not ended in order, and is empty if it has.
+
+    Shares are fractions; what was not recorded is NaN. Raises ResultsError if it cannot be read."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.name = name
         self.results = results.open(path)
         self.path, self.complete = self.results.path, self.results.complete
+        self.state = ""
+        if not self.complete:
+            self.state = "still going on" if self.results.goes_on else "did not end in order"
 
     @cached_property
     def config(self) -> dict[str, Any]:

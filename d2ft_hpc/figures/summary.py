@@ -43,6 +43,7 @@ def _summary(run: Run) -> dict[str, Any]:
         "name": run.name,
         "path": str(run.path),
         "complete": run.complete,
+        "state": run.state,
         "accuracy": run.accuracy,
         "planned_compute": run.planned_compute,
         "measured_compute": run.measured_compute,
@@ -106,7 +107,7 @@ def as_text(numbers: dict[str, Any]) -> str:
     head, body = lines[:3], lines[3:]
     rule = "-" * max(map(len, lines))
     for i, run in enumerate(numbers["runs"]):
-        body[i] += f"\n    {one_line(run['path'])}" + ("" if run["complete"] else "  (did not end in order)")
+        body[i] += f"\n    {one_line(run['path'])}" + (f"  ({run['state']})" if run["state"] else "")
     return "\n".join([*head, rule, *body, *notes(numbers)])
 
 

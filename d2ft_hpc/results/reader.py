@@ -18,6 +18,7 @@ from d2ft_hpc.files.hdf5 import Allowance, child, open_file, read_attributes, re
 from d2ft_hpc.files.untrusted import RefusedError
 from d2ft_hpc.results import columns, frames, schema
 from d2ft_hpc.results.hdf5_layout import Contents, rank_file, segments_folder
+from d2ft_hpc.results.run_lock import is_locked
 from d2ft_hpc.results.schema import GROUPS, RANK_FIELDS, TABLES, Array, Group, Scalar, Table
 from d2ft_hpc.results.untrusted import check_root, outside_files, read_group, read_groups, read_table
 from d2ft_hpc.safe_text import one_line
@@ -99,6 +100,11 @@ class RunResults:
         self.created = str(attributes.get("created", ""))
         self.package_version = str(attributes.get("package_version", ""))
         self.rank_files = len(ranks)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a process writes the run now; false where its lock cannot be seen."""
+        return not self.complete and is_locked(self.path)
 
     @property
     def config(self) -> Any:

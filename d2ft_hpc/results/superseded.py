@@ -9,8 +9,9 @@ from pathlib import Path
 from d2ft_hpc.errors import LostResultsError, ResultsError
 from d2ft_hpc.results.hdf5_layout import segments_folder
 from d2ft_hpc.results.reader import open_run
+from d2ft_hpc.results.run_lock import lock
 from d2ft_hpc.results.segments import cannot_write
-from d2ft_hpc.results.writer import ResultsWriter, lock
+from d2ft_hpc.results.writer import ResultsWriter
 
 BEFORE_ALL = -2
 """Value for the last step that is kept if nothing is, not even the evaluation before the first step."""
@@ -58,7 +59,7 @@ def set_aside(path: Path) -> Path | None:
     left = [part for part in (path, segments) if part.exists()]
     if not left:
         return None
-    held = lock(segments / "lock") if segments.exists() else None
+    held = lock(path) if segments.exists() else None
     try:
         number = 1
         while (target := path.with_name(f"{path.stem}.lost-{number}")).exists():

@@ -4,13 +4,11 @@ What the run records is kept in memory; a thread puts it on disk every few secon
 that training waits for no disk. `close` joins everything into one real file.
 """
 
-import fcntl
 import logging
 import os
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from d2ft_hpc.errors import LostResultsError, ResultsError
 from d2ft_hpc.results import columns, schema
 from d2ft_hpc.results.hdf5_layout import Contents
 from d2ft_hpc.results.reader import open_run
+from d2ft_hpc.results.run_lock import lock
 from d2ft_hpc.results.schema import GROUPS, TABLES, Array, Field, Group, Scalar
 from d2ft_hpc.results.segments import Segments, cannot_write
 
@@ -119,7 +118,7 @@ class ResultsWriter:
             self._files.folder.mkdir(parents=True, exist_ok=True)
         except OSError as fault:
             raise cannot_write(self.path, fault) from fault
-        self._lock = lock(self._files.folder / "lock")
+        self._lock = lock(self.path)
         self._flush_seconds = flush_seconds
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._flush_often, name="results", daemon=True)
@@ -269,26 +268,6 @@ class ResultsWriter:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-
-def lock(path: Path) -> int | None:
-    """An exclusive lock that keeps other writers off a run and ends with this process: its file descriptor, None where
-    the file system has no locks. Readers need none."""
-    descriptor = None
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return descriptor
-    except OSError as fault:
-        if descriptor is not None:
-            with suppress(OSError):
-                os.close(descriptor)
-        if isinstance(fault, BlockingIOError):
-            raise ResultsError(
-                f"another process writes this run ({path} is locked): wait for it to end, choose another run.name, or "
-                "remove that file if no such process is left on any node"
-            ) from None
-        return None
 
 
 def _clean(text: str) -> str:

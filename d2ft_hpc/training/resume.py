@@ -17,6 +17,7 @@ from d2ft_hpc.interval import Interval
 from d2ft_hpc.launch import Control, share
 from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.results import open_run
+from d2ft_hpc.results.run_lock import check_unlocked
 from d2ft_hpc.results.superseded import is_unbegun
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.checkpoint import Position, complete_checkpoints, read_position, verify
@@ -52,7 +53,7 @@ class Start:
 
 
 def choose_start(config: RunConfig, control: Control) -> Start:
-    """The same on all ranks. Raises ConfigError or CheckpointError on all of them."""
+    """The same on all ranks. Raises ConfigError, CheckpointError or ResultsError on all of them."""
 
     def choose() -> bytes:
         start = _choose(config)
@@ -107,6 +108,7 @@ def check_length(job: Job, start: Start) -> None:
 def _choose(config: RunConfig) -> Start:
     folder = config.run_folder
     run_folder.check_possible(folder)
+    check_unlocked(folder / run_folder.RESULTS)  # whose run would be told to delete what that process writes
     if config.train.resume is False:
         run_folder.check_free(folder, may_hold_a_start=is_unbegun(folder / run_folder.RESULTS))
         return Start()

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from d2ft_hpc.execution.optimizer_steps import call_around_steps
 
 Call = Callable[[Sequence[Any]], None]
 
@@ -62,16 +63,12 @@ def watch_optimizers(
         # The first one that is found ends the walk, which takes long for all of a model.
         return model is not None and any(id(parameter) in stepped for parameter in model.parameters())
 
-    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def before_step(optimizer: Optimizer) -> None:
         if (call := methods[0]()) is not None:
             call(has_own(optimizer))
 
-    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def after_step(optimizer: Optimizer) -> None:
         if (call := methods[1]()) is not None and has_own(optimizer):
             call(optimizer)
 
-    for handle in (
-        register_optimizer_step_pre_hook(before_step),
-        register_optimizer_step_post_hook(after_step),
-    ):
-        weakref.finalize(owner, handle.remove)
+    call_around_steps(owner, before_step, after_step)

@@ -36,9 +36,9 @@ class D2ftSection(PlanConfig):
     embeddings: Literal["frozen", "complete_path", "trained"] = "frozen"
     """Parameters below every block: frozen, trained by micro-batches that are FULL everywhere, or trained by all."""
     compile: bool = False
-    """Whether torch.compile makes kernels; see `attach`."""
+    """Whether torch.compile makes kernels of the blocks, as engine.compile does in `d2ft-hpc train`."""
     cuda_graphs: bool = False
-    """Whether blocks are launched as CUDA graphs; see `attach`."""
+    """Whether blocks are launched as CUDA graphs on a GPU. A second backward through one forward is refused then."""
     total_steps: int | None = Field(default=None, gt=0)
     """Steps of the optimizer in the whole training; plans by tokens, whose images grow through it, need to know. null:
     `total_num_steps` of DeepSpeed's scheduler, if it has one."""

@@ -16,10 +16,11 @@ import torch
 from analysis.cluster.checkpoints import benchmark, report_text
 from d2ft_hpc.config import RunConfig, read_config
 from d2ft_hpc.engines.engine import MicroBatch, StateWriter, StepReport
-from d2ft_hpc.errors import CheckpointError, ConfigError
+from d2ft_hpc.errors import CheckpointError, ConfigError, ResultsError
 from d2ft_hpc.launch.control import SoloControl
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.planning import SkipPlan
+from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.training import run_folder
 from d2ft_hpc.training.checkpoint import (
     Position,
@@ -247,6 +248,20 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
         start = choose_start(config_in(tmp_path, f"train.resume={resume}", "train.epochs=9"), SoloControl())
         assert start.checkpoint is not None
         assert (start.checkpoint.name, start.position.steps_done) == ("step-00000005", 5)
+
+
+@pytest.mark.parametrize("resume", ["false", "auto", "true"])
+def test_a_run_that_another_process_writes_is_left_alone(tmp_path: Path, resume: str) -> None:
+    """A checkpoint that is being replaced looks damaged, and is not to be removed by hand."""
+    config = begun(tmp_path)
+    (config.run_folder / "checkpoints" / "step-00000005" / "state.pt").unlink()
+    with (
+        ResultsWriter(config.run_folder / run_folder.RESULTS),
+        pytest.raises(
+            ResultsError, match=r"^where to start: another process writes this run \(.*lock is locked\)"
+        ),
+    ):
+        choose_start(config_in(tmp_path, f"train.resume={resume}"), SoloControl())
 
 
 def test_a_damaged_checkpoint_is_passed_over_where_nobody_can_choose(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import d2ft_hpc
@@ -558,6 +561,19 @@ def test_an_optimiser_made_before_attach_trains_the_same(planner: str) -> None:
         embeddings.append(torch.equal(model.pos_embed, begun))
     assert losses[0] == losses[1]
     assert all(embeddings)
+
+
+def test_a_loop_may_end_while_the_optimiser_of_another_steps() -> None:
+    loop, other = Loop(planner="random"), Loop(planner="random")
+    freed = weakref.ref(other.d2ft)
+    handle = register_optimizer_step_post_hook(lambda *_: gc.collect())
+    Loop(planner="random")  # its hooks come after
+    del other
+    assert freed() is not None
+    loop.step(0)
+    handle.remove()
+    assert freed() is None
+    assert loop.d2ft._steps == 1
 
 
 def test_an_optimiser_of_other_parameters_is_refused() -> None:

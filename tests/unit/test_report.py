@@ -382,8 +382,11 @@ def test_runs_that_recorded_next_to_nothing(tmp_path):
     assert os.path.join("a", "same") in text
     assert os.path.join("b", "same") in text
     assert text.count("What that cost is not known") == 2
-    assert "did not end in order" in text
-    assert "Did not end in order: c" in (tmp_path / "report.html").read_text()
+    assert f"{unfinished.path}  (still going on)" in text
+    assert "<p>Still going on: c.</p>" in (tmp_path / "report.html").read_text()
+    unfinished._release()  # as when its process is killed
+    assert f"{unfinished.path}  (did not end in order)" in report([unfinished.path], page=tmp_path / "c.html")
+    assert "<p>Did not end in order: c.</p>" in (tmp_path / "c.html").read_text()
 
 
 def test_no_runs_and_no_file():

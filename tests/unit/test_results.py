@@ -1,5 +1,6 @@
 """The results file while it is written, after kills, on full disks, and from hostile hands."""
 
+import fcntl
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ import pytest
 from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.files import hdf5
 from d2ft_hpc.files.untrusted import RefusedError
-from d2ft_hpc.results import ResultsWriter, columns, open_run
+from d2ft_hpc.results import ResultsWriter, columns, open_run, run_lock
 from d2ft_hpc.results.hdf5_layout import rank_file
 from d2ft_hpc.results.schema import TABLES
 from d2ft_hpc.results.superseded import BEFORE_ALL, open_record
@@ -247,6 +248,22 @@ def test_a_run_has_one_writer(tmp_path):
         ResultsWriter.resume(writer.path, last_step=0)
     with pytest.raises(ResultsError, match="closed"):
         writer.append("steps", step_row(0))
+
+
+def test_who_looks_whether_a_run_goes_on_keeps_no_writer_off(tmp_path, monkeypatch):
+    with ResultsWriter(tmp_path / "results.h5") as writer:
+        with open_run(writer.path) as run:
+            assert run.goes_on
+        writer._release()
+        with open_run(writer.path) as run:
+            assert not run.goes_on
+        looking = os.open(tmp_path / "results.segments" / "lock", os.O_RDONLY)
+        fcntl.flock(looking, fcntl.LOCK_SH)  # as a reader does, for an instant
+        monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: os.close(looking))
+        writer._lock = run_lock.lock(writer.path)
+        assert run_lock.is_locked(writer.path)
+    with open_run(writer.path) as run:
+        assert not run.goes_on
 
 
 def write_rank(path, rank, steps, **options):
