@@ -21,7 +21,7 @@ from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.engine import evaluated
 from d2ft_hpc.engines.gradient_norm import total_norm
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
-from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
+from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import backbone_of, find_backbone
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanState
@@ -104,6 +104,10 @@ class PlannedLoop:
 
     def __init__(self, model: nn.Module, section: D2ftSection, micro_batches: int) -> None:
         self.section, self.slots = section, micro_batches
+        if not isinstance(model, nn.Module):
+            raise UnsupportedModelError(
+                f"model is a {type(model).__name__}: give one of timm or transformers"
+            )
         self._whole = model
         self._model = model = backbone_of(model)
         """The supported model that the user's own is, or has inside."""
@@ -453,7 +457,9 @@ class PlannedLoop:
     def _foresee(self) -> None:
         """Raises PlanError where no plan of this loop keeps the budgets, as far as one rank by itself can tell."""
         context = self._context(self.section.model_copy(update={"device_speed": None}), 1, 0)
-        if self.section.file is None:
+        if self.section.file is not None:
+            SkipPlan.read(self.section.file)  # or it is refused
+        else:
             trial_plan(replace(context, micro_batch_size=_MANY_SAMPLES))
 
     def _foreseen_bytes(self) -> PlannedBytes | None:

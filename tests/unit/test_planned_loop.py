@@ -303,6 +303,12 @@ def test_a_plan_of_one_s_own() -> None:
 def test_bad_settings_and_states() -> None:
     with pytest.raises(ConfigError, match="compute_budgets"):
         d2ft_hpc.attach(tiny_vit(), compute_budgets=0.5)
+    with pytest.raises(UnsupportedModelError, match="model is a str: give one of timm or transformers"):
+        d2ft_hpc.attach("vit_tiny_patch16_224", total_steps=3)
+    with pytest.raises(PlanError, match=r"nope\.h5"):
+        d2ft_hpc.attach(tiny_vit(), file="nope.h5")
+    with pytest.raises(ConfigError, match=r"^plan: no section here; give its keys to attach, such as"):
+        d2ft_hpc.attach(tiny_vit(), plan={"planner": "joint"})
     with pytest.raises(ConfigError, match="compute_budget=6"):
         d2ft_hpc.attach(tiny_vit(), 6)
     with pytest.raises(ConfigError, match="micro_batches=0"):
