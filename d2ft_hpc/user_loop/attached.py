@@ -19,7 +19,7 @@ from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts, PlanState
 from d2ft_hpc.lifecycle.foresight import curve_of
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.parallel.rank_layout import Placement
-from d2ft_hpc.planning.plan import Grid, image_size
+from d2ft_hpc.planning.plan import Grid
 from d2ft_hpc.planning.token_curve import TokenCurve
 from d2ft_hpc.user_loop.section import D2ftSection
 from d2ft_hpc.user_loop.settings_kept import differences
@@ -110,14 +110,13 @@ def tell_if_too_short(plans: PlanController, position: Callable[[], tuple[int, i
     def tell() -> None:
         plans, position = kept(), position_of()
         failed = getattr(sys, "last_value", None) is not None
-        if failed or plans is None or position is None or plans.plan is None or plans.context.curve is None:
+        if failed or plans is None or position is None or plans.context.curve is None:
             return
-        grid, (steps, saved_steps) = plans.plan.grid_of(0), position()
-        if steps > saved_steps and grid is not None and is_on_the_way(grid, plans.context.curve):
-            size = image_size(grid, plans.engine.executor.images.patch_size)
+        steps, saved_steps = position()
+        if steps > saved_steps and is_on_the_way(plans.context.curve.grid_at(steps - 1), plans.context.curve):
             plans.listener.say(
-                f"stopped after {steps} of total_steps={plans.context.total_steps}, at images of {size}, before they "
-                f"had full size: go on from a saved state, or lower total_steps"
+                f"stopped after {steps} of total_steps={plans.context.total_steps}, before images had full size: go "
+                f"on from a saved state, or lower total_steps"
             )
 
     atexit.register(tell)

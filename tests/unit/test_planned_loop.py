@@ -252,7 +252,7 @@ def test_what_is_told_as_a_loop_ends(
     for step in range(4):
         loop.step(step, slots=1)
     (tell,) = at_exit
-    told = "stopped after 4 of total_steps=8, at images of 8 x 8 pixels, before they had full size: go on"
+    told = "stopped after 4 of total_steps=8, before images had full size: go on"
     for is_saved in (False, True):
         if is_saved:
             loop.d2ft.state_dict()
