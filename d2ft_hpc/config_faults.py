@@ -73,7 +73,7 @@ def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -
             yield (
                 told
                 if fault["type"] == "value_error"
-                else f"{prefix}{shown(fault['input'])}: holds no settings"
+                else f"{prefix.removesuffix('.')}{'=' if prefix else ''}{shown(fault['input'])}: holds no settings"
             )
         else:
             told = _IN_WORDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))

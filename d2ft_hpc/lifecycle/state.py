@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ class PlanState:
     """plan: in force; None: steps are dense. batches: begun since the plan, or since scores are measured. plans_made:
     so far. scores: of the plan. observed: sums over the batches that scores are being taken from, float32 [rank,
     slot, block, head]; None: no batches are being observed. compute: what a rank computed so far, as numbers of the
-    loop's own."""
+    loop's own. settings: that the plans were made by, as a loop keeps them."""
 
     plan: SkipPlan | None = None
     batches: int = 0
@@ -32,13 +32,16 @@ class PlanState:
     scores: Scores | None = None
     observed: npt.NDArray[np.float32] | None = None
     compute: Sequence[float] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """An .npz file without pickles."""
         counts = {"batches": self.batches, "plans_made": self.plans_made, "compute": list(self.compute)}
         names = [] if self.scores is None else [self.scores.forward_name, self.scores.backward_name]
         arrays: dict[str, npt.NDArray[Any]] = {
-            "state": _as_array(json.dumps({**counts, "scores": names}).encode())
+            "state": _as_array(
+                json.dumps({**counts, "scores": names, "settings": dict(self.settings)}).encode()
+            )
         }
         if self.plan is not None:
             arrays["plan"] = _as_array(self.plan.to_bytes())
@@ -65,6 +68,7 @@ class PlanState:
                     else None,
                     arrays.get("observed"),
                     [float(number) for number in state.get("compute", ())],
+                    dict(state.get("settings", {})),
                 )
         except Exception as error:
             raise CheckpointError(f"{where}: damaged ({error}); load another checkpoint") from error

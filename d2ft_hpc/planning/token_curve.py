@@ -45,7 +45,8 @@ class TokenCurve:
             for grid, steps in zip(self.grids, self.steps, strict=True)
             if steps
         ]
-        return f"{', '.join(parts)} steps"
+        never = "" if self.steps[-1] else f", {image_size(self.grids[-1], patch_size)} for none"
+        return f"{', '.join(parts)} steps{never}"
 
 
 def token_curve(

@@ -69,5 +69,6 @@ def _lock_file(results: Path) -> Path:
 def _locked(results: Path) -> ResultsError:
     return ResultsError(
         f"another process writes this run ({_lock_file(results)} is locked): wait for it to end, choose another "
-        f"run.name, or remove that file if no such process is left on any node"
+        f"folder (run.name, or results= in a loop of your own), or remove that file if no such process is left on any "
+        f"node"
     )

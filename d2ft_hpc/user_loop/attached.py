@@ -5,20 +5,24 @@ from __future__ import annotations
 import atexit
 import sys
 import weakref
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.execution.executor import PlanExecutor
-from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts
+from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts, PlanState
 from d2ft_hpc.lifecycle.foresight import curve_of
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.parallel.rank_layout import Placement
-from d2ft_hpc.planning.plan import Grid, image_size
+from d2ft_hpc.planning.plan import Grid
 from d2ft_hpc.planning.token_curve import TokenCurve
 from d2ft_hpc.user_loop.section import D2ftSection
+from d2ft_hpc.user_loop.settings_kept import differences
 
 
 def attached(
@@ -71,21 +75,48 @@ def loop_context(
     )
 
 
-def tell_if_too_short(plans: PlanController) -> None:
-    """Warns at the process's end if training ended before images had full size: its `total_steps` was too large."""
-    kept = weakref.ref(plans)
+def resume(plans: PlanController, state: PlanState, step: int) -> None:
+    """Goes on from `state` with batch `step`, counted from 0, at whose resolution its plan is put in force; all ranks
+    call it together. Raises PlanError, before anything changes, where the plan cannot be run."""
+    context, plan = plans.context, state.plan
+    plan = None if plan is None else context.scaled(plan, step)
+    plans.restore(replace(state, plan=plan))
+    assert isinstance(context.settings, D2ftSection)
+    if told := differences(state.settings, context.settings):
+        plans.listener.say(told)
+    if plan is not None:
+        size = plans.engine.executor.images.patch_size
+        plans.listener.say(f"from step {step + 1} on: {plan.in_words(size)}")
+
+
+def tell_if_resumed_without_plan(plans: PlanController, optimizer: Optimizer, model: nn.Module) -> None:
+    """As the optimiser is about to have made the first step of a loop without a saved state: it has made others."""
+    states = (optimizer.state.get(each, {}) for each in model.parameters())
+    made = max((int(state["step"]) for state in states if "step" in state), default=1) - 1
+    if made > 0:
+        plans.listener.say(
+            f"the optimizer had made {made} step{'s' if made > 1 else ''} before, but plans began at step 1: if the "
+            f"training goes on, call d2ft.load_state_dict with what d2ft.state_dict() gave"
+        )
+
+
+def tell_if_too_short(plans: PlanController, position: Callable[[], tuple[int, int]]) -> None:
+    """Says at the process's end if training ended before images had full size, and no state was saved to go on from.
+
+    position: a method of the plans' owner: the steps done, and those that the last state that was saved or loaded had.
+    """
+    kept, position_of = weakref.ref(plans), weakref.WeakMethod(position)
 
     def tell() -> None:
-        plans = kept()
+        plans, position = kept(), position_of()
         failed = getattr(sys, "last_value", None) is not None
-        if failed or plans is None or plans.plan is None or plans.context.curve is None:
+        if failed or plans is None or position is None or plans.context.curve is None:
             return
-        grid = plans.plan.grid_of(0)
-        if grid is not None and is_on_the_way(grid, plans.context.curve):
-            size = image_size(grid, plans.engine.executor.images.patch_size)
+        steps, saved_steps = position()
+        if steps > saved_steps and is_on_the_way(plans.context.curve.grid_at(steps - 1), plans.context.curve):
             plans.listener.say(
-                f"the training ended at images of {size}, before they had full size: "
-                f"total_steps={plans.context.total_steps} was too many"
+                f"stopped after {steps} of total_steps={plans.context.total_steps}, before images had full size: go "
+                f"on from a saved state, or lower total_steps"
             )
 
     atexit.register(tell)

@@ -12,10 +12,20 @@ class PlanPrinter(PlanListener):
 
     def __init__(self, control: Control) -> None:
         self._control = control
+        self.held: list[str] | None = None
+        """Lines that are not printed yet, while there is a list."""
 
     def say(self, text: str) -> None:
-        if self._control.rank == 0:
+        if self.held is not None:
+            self.held.append(text)
+        elif self._control.rank == 0:
             print(f"d2ft: {text}", flush=True)
+
+    def release(self) -> None:
+        """Prints what was held."""
+        held, self.held = self.held or [], None
+        for text in held:
+            self.say(text)
 
 
 def compute_in_words(counter: BatchCounter, context: PlanContext, steps: int) -> str:

@@ -31,12 +31,14 @@ from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.scores import Scores
 from d2ft_hpc.scores.gradient_observer import GradientObserver
 from d2ft_hpc.selection import SampleSelection
-from d2ft_hpc.user_loop.attached import tell_if_too_long, tell_if_too_short, tell_of_graphs
+from d2ft_hpc.user_loop.attached import resume, tell_if_too_long, tell_if_too_short, tell_of_graphs
 from d2ft_hpc.user_loop.batch_counter import BatchCounter, ComputeSoFar, samples_in
 from d2ft_hpc.user_loop.choosing import choose_from
 from d2ft_hpc.user_loop.part_observer import PartObserver
 from d2ft_hpc.user_loop.plan_printer import PlanPrinter, compute_in_words
 from d2ft_hpc.user_loop.record import LoopRecord
+from d2ft_hpc.user_loop.section import D2ftSection
+from d2ft_hpc.user_loop.settings_kept import check_planner, settings_to_keep
 
 
 class PlannedDeepSpeed:
@@ -59,6 +61,7 @@ class PlannedDeepSpeed:
         counter, planned_bytes: of this rank's part of the model."""
         self.executor, self.control = ours.executor, control
         self._ours, self._engine, self._selection = ours, ours.engine, selection
+        assert isinstance(context.settings, D2ftSection)
         self._settings, self._placement = context.settings, context.placement
         self._source = ObservedScores(
             context.settings,
@@ -67,8 +70,10 @@ class PlannedDeepSpeed:
             self._make_observer,
             ours.full_model,
         )
-        self.plans = PlanController(context, ours, control, self._source, PlanPrinter(control))
-        tell_if_too_short(self.plans)
+        self._printer = PlanPrinter(control)
+        self.plans = PlanController(context, ours, control, self._source, self._printer)
+        self._saved_steps = 0
+        tell_if_too_short(self.plans, self._position)
         tell_of_graphs(self.plans, self._engine.device)
         self.slot = 0
         """The place in its batch of the micro-batch that runs, or ran last, in training."""
@@ -89,6 +94,7 @@ class PlannedDeepSpeed:
         if reads_scores(context.settings):
             foresee_plans(self.plans)
         else:
+            self._printer.held = []  # of step 1, unless a checkpoint is loaded
             self.plans.make(0)
 
     @property
@@ -150,7 +156,9 @@ class PlannedDeepSpeed:
         def save_checkpoint(save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
             tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
             compute = astuple(self._counter.so_far)
-            content = replace(self.plans.state(), observed=self._source.so_far(), compute=compute).to_bytes()
+            state = replace(self.plans.state(), observed=self._source.so_far(), compute=compute)
+            content = replace(state, settings=settings_to_keep(self._settings)).to_bytes()
+            self._saved_steps = int(engine.global_steps)
             with agreed(self.control, "saving the plan"):
                 if self.control.rank == 0:  # before DeepSpeed says that this checkpoint is the latest
                     folder = Path(save_dir) / tag
@@ -178,12 +186,16 @@ class PlannedDeepSpeed:
             say(f"{path} is missing, which a checkpoint of ours has: plans begin anew")
             return
         saved = PlanState.from_bytes(content, str(path))
+        check_planner(saved.settings, self._settings, str(path), "the d2ft section")
+        steps, held = int(self._engine.global_steps), self._printer.held
         try:
-            self.plans.restore(saved)
+            self._printer.held = None
+            resume(self.plans, saved, steps)
         except PlanError as error:
+            self._printer.held = held
             say(f"the checkpoint's plan does not fit, plans begin anew: {error}")
             return
-        self._seen = -1
+        self._seen, self._saved_steps = -1, steps
         self._counter.so_far = ComputeSoFar(*saved.compute)
         if saved.observed is not None and len(saved.observed) == self.control.world_size:
             self._source.go_on(saved.observed)
@@ -256,7 +268,11 @@ class PlannedDeepSpeed:
         if self._engine.module.training and torch.is_grad_enabled():
             self._turn_to("backward")
 
+    def _position(self) -> tuple[int, int]:
+        return int(self._engine.global_steps), self._saved_steps
+
     def _begin_batch(self) -> None:
+        self._printer.release()
         tell_if_too_long(self.plans, int(self._engine.global_steps))
         self.plans.before_batch(int(self._engine.global_steps))
 

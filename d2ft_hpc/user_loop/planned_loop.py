@@ -21,7 +21,7 @@ from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.engine import evaluated
 from d2ft_hpc.engines.gradient_norm import total_norm
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
-from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
+from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import backbone_of, find_backbone
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanState
@@ -38,6 +38,8 @@ from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.attached import (
     attached,
     loop_context,
+    resume,
+    tell_if_resumed_without_plan,
     tell_if_too_long,
     tell_if_too_short,
     tell_of_graphs,
@@ -50,6 +52,7 @@ from d2ft_hpc.user_loop.plan_printer import PlanPrinter, compute_in_words
 from d2ft_hpc.user_loop.prepare import bind_engine
 from d2ft_hpc.user_loop.record import LoopRecord
 from d2ft_hpc.user_loop.section import D2ftSection, parse_section, require_length, require_options_for
+from d2ft_hpc.user_loop.settings_kept import check_planner, settings_to_keep
 
 _MANY_SAMPLES = 1024
 """Of a micro-batch, whose size is not known before it comes: a budget that leaves nothing of so many is too small."""
@@ -101,6 +104,10 @@ class PlannedLoop:
 
     def __init__(self, model: nn.Module, section: D2ftSection, micro_batches: int) -> None:
         self.section, self.slots = section, micro_batches
+        if not isinstance(model, nn.Module):
+            raise UnsupportedModelError(
+                f"model is a {type(model).__name__}: give one of timm or transformers"
+            )
         self._whole = model
         self._model = model = backbone_of(model)
         """The supported model that the user's own is, or has inside."""
@@ -113,15 +120,19 @@ class PlannedLoop:
             device = next(model.parameters()).device
             score_flops = count_scoring(self._new_selection(0), sample_shape, device)
             self._costs = replace(self._costs, score_flops=score_flops)
+        self._in_blocks = self._parameters_in_blocks()
         self._controller: PlanController | None = None
         self._restored: PlanState | None = None
         self._slot = -1  # of the micro-batch that runs, or ran last; -1 between batches
-        self._steps = self._draws = 0
+        self._steps = self._draws = self._saved_steps = 0
+        self._is_resumed = False
         self._is_planned = False  # the batch that runs, or comes
         self._is_chosen = self._is_bound = False
         self._unseen_steps = self._foreign_steps = 0
         self._has_stepped = False
         self._is_begun = False  # a batch, as opposed to what a loop does between two
+        self._passes = self._made_steps = 0  # forwards since the optimiser's last step, and its steps here
+        self._is_accumulating = self._had_too_many_passes = self._has_told_of_passes = False
         self._data_parallel: DataParallel | None = None
         self._planned_bytes: PlannedBytes | None = None
         self._foresee()
@@ -199,7 +210,9 @@ class PlannedLoop:
         state = self._restored
         if state is None:
             state = PlanState() if self._controller is None else self._controller.state()
-        state = replace(state, compute=astuple(self._counter.so_far))
+        settings = settings_to_keep(self.section)
+        state = replace(state, compute=astuple(self._counter.so_far), settings=settings)
+        self._saved_steps = self._steps
         return {
             "plans": base64.b64encode(state.to_bytes()).decode(),
             "steps": self._steps,
@@ -208,15 +221,18 @@ class PlannedLoop:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on, from the next batch on, as the loop whose `state_dict` this was. Raises CheckpointError if it is
-        damaged or no such state. The next batch raises PlanError where its plan does not fit the model or the number
-        of ranks.
+        damaged, no such state, or of another planner. The next batch raises PlanError where its plan does not fit the
+        model or the number of ranks.
         """
         try:
             content = base64.b64decode(state["plans"], validate=True)
-            self._steps, self._draws = int(state["steps"]), int(state["draws"])
+            steps, draws = int(state["steps"]), int(state["draws"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"d2ft.load_state_dict: not what state_dict() gave ({error!r})") from None
-        self._restored = PlanState.from_bytes(content, "d2ft.load_state_dict")
+        restored = PlanState.from_bytes(content, "d2ft.load_state_dict")
+        check_planner(restored.settings, self.section, "d2ft.load_state_dict", "attach")
+        self._restored, self._is_resumed = restored, True
+        self._steps, self._draws, self._saved_steps = steps, draws, steps
         self._counter.so_far = ComputeSoFar(*self._restored.compute)
         self._slot, self._is_planned = -1, False
 
@@ -270,14 +286,16 @@ class PlannedLoop:
         if self._slot >= self.slots - 1:
             self._require_own_optimizer()
             self._end_batch()  # the optimiser left a step out
+            self._note_accumulation()
         if not self._is_bound:
             ddp: Any = DistributedDataParallel._active_ddp_module
             is_ddp = ddp is not None and find_backbone(ddp.module) is self._model
             self.bind(ddp if is_ddp else self._whole)
         self._plan_batch()
-        if self._slot < 0:
+        if self._slot < 0 and not self._has_told_of_passes:
             tell_if_too_long(self._plans(), self._steps)
         self._slot, self._is_chosen, self._is_begun = self._slot + 1, False, True
+        self._passes += 1
         self._turn_to("forward")
         samples = samples_in(inputs)
         self._counter.train(self._slot, len(samples), samples)
@@ -310,10 +328,8 @@ class PlannedLoop:
 
     def _restore(self, state: PlanState) -> None:
         """The plan's resolution becomes that of the coming batch."""
-        plans, plan = self._plans(), state.plan
-        plan = None if plan is None else plans.context.scaled(plan, self._steps)
-        plans.restore(replace(state, plan=plan))
-        self._is_planned = plan is not None
+        resume(self._plans(), state, self._steps)
+        self._is_planned = state.plan is not None
 
     def _end_batch(self, learning_rate: float = math.nan) -> None:
         """learning_rate: NaN: the optimiser makes no step."""
@@ -326,12 +342,13 @@ class PlannedLoop:
         if self._source.is_observing and seen < self.slots:
             plans.listener.say(
                 f"a batch of {seen} micro-batches gives no scores for plans of {self.slots} (attach's micro_batches): "
-                f"the next one runs dense, too"
+                f"the next one runs dense, too; if every step has {seen}, attach(..., micro_batches={seen})"
             )
             self._source.stop()
             self._source.measure()
             plans.batches = 0
-        self._plan_batch()  # now, so that a checkpoint has it
+        if plans.context.curve is None or self._steps != plans.context.total_steps:  # which may be the end
+            self._plan_batch()  # now, so that a checkpoint has it
         self._turn_to("data")
 
     def _before_optimizer(self, is_own: bool) -> None:
@@ -358,7 +375,37 @@ class PlannedLoop:
 
     def _after_optimizer(self, optimizer: Optimizer) -> None:
         if self._slot >= 0:
+            self._check_passes(optimizer)
             self._end_batch(float(optimizer.param_groups[0]["lr"]))
+
+    def _note_accumulation(self) -> None:
+        """A forward comes after the last one of a batch. Before the optimiser's first step, gradients tell whether it
+        is one of too many, or a loss scale left a step out, after which they are infinite or cleared."""
+        if self._made_steps:
+            return
+        gradients = [each.grad for each in self._whole.parameters() if each.grad is not None]
+        if gradients and 0 < float(total_norm(gradients)) < math.inf:
+            self._is_accumulating = True
+        else:
+            self._passes = 0
+
+    def _check_passes(self, optimizer: Optimizer) -> None:
+        """As the optimiser steps. Raises ConfigError at its first step where more forwards came than `micro_batches`;
+        says so later on, where only the second such step in succession is no loss scale's."""
+        if not (self._made_steps or self._is_resumed):
+            tell_if_resumed_without_plan(self._plans(), optimizer, self._whole)
+        has_too_many = self._passes > self.slots
+        told = (
+            f"micro_batches={self.slots}, but {self._passes} forward passes came before optimizer.step(), so that "
+            f"steps are miscounted: attach(..., micro_batches={self._passes})"
+        )
+        if has_too_many and self._is_accumulating:
+            raise ConfigError(told)
+        if has_too_many and self._had_too_many_passes and not self._has_told_of_passes:
+            self._plans().listener.say(told)
+            self._has_told_of_passes = True
+        self._had_too_many_passes, self._is_accumulating = has_too_many, False
+        self._passes, self._made_steps = 0, self._made_steps + 1
 
     def _require_own_optimizer(self) -> None:
         """Raises PlanError where optimisers step, but so far none that has parameters of the model."""
@@ -369,11 +416,19 @@ class PlannedLoop:
                 f"what replaces them (fully_shard, load_state_dict(assign=True), to_empty)"
             )
 
+    def _position(self) -> tuple[int, int]:
+        return self._steps, self._saved_steps
+
     def _plans(self) -> PlanController:
         """Made when first needed, after the ranks have met; all of them call it together."""
         if self._controller is None:
             control = control_of_loop()
             ranks = control.world_size
+            if self._parameters_in_blocks() != self._in_blocks:
+                raise ConfigError(
+                    "the model's blocks got other parameters after d2ft_hpc.attach(model), as from peft: call "
+                    "get_peft_model, or what else changes blocks, before attach"
+                )
             if (changed := np.flatnonzero(self.executor.trains != self._costs.trains)).size:
                 raise ConfigError(
                     f"blocks {changed.tolist()} were frozen, or freed, after attach had counted what they cost: do so "
@@ -381,9 +436,12 @@ class PlannedLoop:
                 )
             context = self._context(self.section, ranks, control.rank)
             self._controller = PlanController(context, self, control, self._source, PlanPrinter(control))
-            tell_if_too_short(self._controller)
+            tell_if_too_short(self._controller, self._position)
             tell_of_graphs(self._controller, self._device)
         return self._controller
+
+    def _parameters_in_blocks(self) -> int:
+        return sum(1 for block in self.executor.blocks.values() for _ in block.parameters())
 
     def _context(self, section: D2ftSection, ranks: int, rank: int) -> PlanContext:
         return loop_context(
@@ -399,7 +457,9 @@ class PlannedLoop:
     def _foresee(self) -> None:
         """Raises PlanError where no plan of this loop keeps the budgets, as far as one rank by itself can tell."""
         context = self._context(self.section.model_copy(update={"device_speed": None}), 1, 0)
-        if self.section.file is None:
+        if self.section.file is not None:
+            SkipPlan.read(self.section.file)  # or it is refused
+        else:
             trial_plan(replace(context, micro_batch_size=_MANY_SAMPLES))
 
     def _foreseen_bytes(self) -> PlannedBytes | None:

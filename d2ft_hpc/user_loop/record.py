@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import yaml
@@ -29,11 +30,15 @@ from d2ft_hpc.recording.provenance import describe_environment, describe_model
 from d2ft_hpc.recording.step_recorder import StepRecord, StepRecorder, on_host
 from d2ft_hpc.results import ResultsWriter, open_run
 from d2ft_hpc.results.hdf5_layout import rank_file
+from d2ft_hpc.results.run_lock import check_unlocked
 from d2ft_hpc.results.superseded import has_record, open_record
 from d2ft_hpc.settings import of_percent
 from d2ft_hpc.user_loop.batch_counter import BatchWork
 
 FILE = "results.h5"
+
+_OPEN: WeakValueDictionary[Path, LoopRecord] = WeakValueDictionary()
+"""The records that are open in this process, by their files."""
 
 
 class LoopRecord:
@@ -57,13 +62,16 @@ class LoopRecord:
     ) -> None:
         """settings: of plans, for the record. model: before anything spreads its weights. costs: of the whole model.
 
-        Raises ConfigError where nothing can be written into the folder.
+        All ranks together. Raises ConfigError where nothing can be written into the folder, ResultsError where another
+        process writes a record there.
         """
         self._path = None if folder is None else Path(folder) / FILE
         if folder is not None and (why := why_not_writable(Path(folder))):
             raise ConfigError(
                 f"results={folder!r}: nothing can be written there ({why}); choose another folder"
             )
+        if self._path is not None:
+            self._take_over(self._path)
         self._settings, self._costs = settings, costs
         self._model = describe_model(model, subnets, costs)
         self._name = type(model).__name__
@@ -78,6 +86,15 @@ class LoopRecord:
         self._device = torch.device("cpu")
         self._norm: Tensor | float = math.nan
         self._losses: list[Tensor] = []
+
+    @staticmethod
+    def _take_over(path: Path) -> None:
+        """Closes the record that an earlier loop of this process has there, as of a notebook's cell that runs again.
+        Raises ResultsError where another process writes one."""
+        before = _OPEN.pop(path.resolve(), None)
+        if before is not None:
+            before.close()
+        check_unlocked(path)
 
     @property
     def is_on(self) -> bool:
@@ -202,6 +219,7 @@ class LoopRecord:
             if ranks > 1:
                 own = self._opened(rank_file(self._path, control.rank), steps_done, 0)
         self._recorder = StepRecorder(control, self._writer, own)
+        _OPEN[self._path.resolve()] = self
         self._steps = steps_done
         atexit.register(self.close)
 

@@ -54,17 +54,30 @@ def split(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], D2ftS
     Raises ConfigError where the file is missing or no JSON, or a section has unknown keys or bad values.
     """
     settings = dict(config) if isinstance(config, Mapping) else _read(Path(config))
+    for key in settings:
+        if key != SECTION and str(key).lower() == SECTION:
+            raise ConfigError(f"{key}: no section of DeepSpeed's; write {SECTION}")
     section = settings.pop(SECTION, {})
     try:
         settings = deepspeed_sections(settings)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if isinstance(section, Mapping) and "micro_batches" in section:
+        raise ConfigError(
+            f"{SECTION}.micro_batches={section['micro_batches']!r}: DeepSpeed's gradient_accumulation_steps says it; "
+            f"remove it"
+        )
     return settings, parse_section(section, f"{SECTION}.")
 
 
 def parse_section(section: Any, where: str) -> D2ftSection:
     """Raises ConfigError where it has unknown keys or bad values, or asks for what a loop of one's own cannot do;
     `where` stands before the keys in messages."""
+    if isinstance(section, Mapping) and isinstance(section.get("plan"), Mapping):
+        to = f"the {SECTION} section itself" if where else "attach"
+        raise ConfigError(
+            f"{where}plan: no section here; give its keys to {to}, such as {where}compute_budget"
+        )
     parsed = validated(D2ftSection, section, where)
     for key, usable in _USABLE.items():
         value = getattr(parsed, key)
@@ -106,6 +119,11 @@ def require_options_for(model: nn.Module, section: D2ftSection, where: str) -> N
 def require_length(section: D2ftSection, where: str) -> None:
     """Raises ConfigError where images are to grow through a training of a length that nobody has said."""
     if section.token_share is not None and section.total_steps is None and section.file is None:
+        if where and not section.model_fields_set - {"total_steps"}:
+            raise ConfigError(
+                f'{SECTION}: DeepSpeed\'s configuration has no such section, or an empty one; add "{SECTION}": '
+                f'{{"compute_budget": {section.compute_budget:g}, "total_steps": N}}, N steps of the optimizer in all'
+            )
         raise ConfigError(
             f"{where}total_steps: planner {section.planner!r} lets images grow through the training; say how many "
             f"steps of the optimizer it has (total_steps), or use another planner"

@@ -803,6 +803,10 @@ def clear_up() -> None:
             if issubclass(type(thing), deepspeed.DeepSpeedEngine):
                 with suppress(AttributeError):  # 0.16.4 ends with a buffer that not all of its engines have
                     thing.destroy()
+            # Newer ones hook the loss, and what a tensor's hooks hold, the garbage collector does not see.
+            elif type(thing).__name__ == "OutputBackwardHookManager":
+                for handle in thing.hook_handles:
+                    handle.remove()
         thing = None
         kept += vars(deepspeed.utils.groups).values()  # one that all its engines share
     gc.collect()

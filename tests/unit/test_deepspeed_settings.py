@@ -13,7 +13,7 @@ import d2ft_hpc
 from d2ft_hpc.config import read_config
 from d2ft_hpc.engines.deepspeed_settings import check_settings
 from d2ft_hpc.errors import ConfigError
-from d2ft_hpc.user_loop.section import split
+from d2ft_hpc.user_loop.section import require_length, split
 from tests.models import tiny_vit
 
 REPOSITORY = Path(__file__).parents[2]
@@ -159,3 +159,24 @@ def test_keys_that_are_there_twice_or_files_that_are_none_are_told(tmp_path: Pat
         split(tmp_path / "deep.json")
     with pytest.raises(ConfigError, match="not a file"):
         split(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"D2FT": {}}, "D2FT: no section of DeepSpeed's; write d2ft"),
+        (
+            {},
+            'd2ft: .* no such section, or an empty one; add "d2ft": {"compute_budget": 0.6, "total_steps": N}',
+        ),
+        ({"d2ft": [1]}, r"d2ft=\[1\]: holds no settings"),
+        ({"d2ft": {"plan": {}}}, "d2ft.plan: no section here; give its keys to the d2ft section itself"),
+        (
+            {"d2ft": {"micro_batches": 2}},
+            "d2ft.micro_batches=2: DeepSpeed's gradient_accumulation_steps says it",
+        ),
+    ],
+)
+def test_a_section_that_is_none_or_elsewhere_is_told(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{told}"):
+        require_length(split(settings)[1], "d2ft.")

@@ -15,6 +15,7 @@ from torch import nn
 from d2ft_hpc import results
 from d2ft_hpc.errors import ConfigError, ResultsError
 from d2ft_hpc.report import report
+from d2ft_hpc.results import ResultsWriter
 from tests.models import random_batch
 from tests.unit.test_planned_loop import SLOTS, Loop
 
@@ -123,3 +124,28 @@ def test_a_folder_where_nothing_can_be_written_is_refused_at_once(tmp_path: Path
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"results='.*mine': nothing can be written there.*another folder"):
         Loop(planner="joint", results=str(tmp_path / "file" / "mine"))
+
+
+def test_a_cell_that_runs_again_closes_its_record_and_another_process_s_is_refused_at_attach(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "mine"
+    settings = {"planner": "random", "seed": 1, "micro_batches": 1, "results": str(folder)}
+    loop = Loop(**settings)
+    loop.step(0, slots=1)
+    again = Loop(**settings)
+    with results.open(folder) as run:
+        assert run.complete
+        assert run.table("steps")["step"].tolist() == [0]
+    with pytest.raises(ResultsError, match=r"exists and is not overwritten: resume that run, remove it"):
+        again.step(0, slots=1)
+    again.d2ft.load_state_dict(loop.d2ft.state_dict())
+    again.step(1, slots=1)
+    again.d2ft.record.close()
+    with results.open(folder) as run:
+        assert run.table("steps")["step"].tolist() == [0, 1]
+    with (
+        ResultsWriter(tmp_path / "other" / "results.h5"),
+        pytest.raises(ResultsError, match=r"another process writes this run .* results= in a loop"),
+    ):
+        Loop(planner="joint", results=str(tmp_path / "other"))

@@ -168,7 +168,9 @@ def test_scores_are_taken_from_whole_batches_of_finite_gradients(capsys: pytest.
     loop = Loop(planner="joint")
     loop.step(0, slots=SLOTS - 1)
     assert loop.d2ft.plan is None
-    assert "a batch of 2 micro-batches gives no scores for plans of 3" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "a batch of 2 micro-batches gives no scores for plans of 3" in told
+    assert "if every step has 2, attach(..., micro_batches=2)" in told
     for slot in range(SLOTS):  # as a loss scale that is too high
         images, labels = random_batch(slot)
         (F.cross_entropy(loop.model(images), labels) * (torch.inf if slot else 1.0)).backward()
@@ -179,6 +181,91 @@ def test_scores_are_taken_from_whole_batches_of_finite_gradients(capsys: pytest.
     twin.step(0, slots=SLOTS - 1)
     twin.step(1)
     assert loop.d2ft.plan == twin.d2ft.plan
+
+
+@pytest.mark.parametrize("settings", [{"compute_budget": 0.5, "total_steps": 8}, {"planner": "joint"}])
+def test_more_passes_than_micro_batches_are_refused_at_the_first_step(settings: dict[str, Any]) -> None:
+    loop = Loop(**settings)
+    images, labels = random_batch(9)
+    (
+        F.cross_entropy(loop.model(images), labels) * torch.inf
+    ).backward()  # a step that a loss scale leaves out
+    loop.optimizer.zero_grad()
+    for slot in range(1, SLOTS):
+        loop.model(random_batch(slot)[0])  # and what is not trained on
+    with pytest.raises(ConfigError, match=r"^micro_batches=3, but 4 forward passes .*, micro_batches=4\)$"):
+        loop.step(0, slots=SLOTS + 1)
+
+
+def test_fewer_passes_are_silent_and_more_of_them_later_are_told_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    loop = Loop(compute_budget=0.5, total_steps=8)
+    loop.step(0)
+    loop.step(1, slots=SLOTS - 1)
+    assert "micro_batches" not in capsys.readouterr().out
+    for step in range(2, 6):
+        loop.step(step, slots=SLOTS + 1)
+        assert ("but 4 forward passes came" in capsys.readouterr().out) is (step == 3)
+
+
+def test_adapters_that_come_after_attach_are_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_vit()
+    d2ft_hpc.attach(model, total_steps=4)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["attn.qkv"]))
+    with pytest.raises(ConfigError, match="get_peft_model, or what else changes blocks, before attach"):
+        model.train()(random_batch(0)[0])
+
+
+def test_a_loop_that_goes_on_says_so_and_what_is_other_than_before(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    begun = Loop(micro_batches=1, compute_budget=0.7, total_steps=8)
+    for step in range(4):
+        begun.step(step, slots=1)
+    resumed = Loop(micro_batches=1, compute_budget=0.5, total_steps=20)
+    for name in ("model", "optimizer", "d2ft"):
+        getattr(resumed, name).load_state_dict(copy.deepcopy(getattr(begun, name).state_dict()))
+    capsys.readouterr()
+    resumed.step(4, slots=1)
+    told = capsys.readouterr().out
+    assert "compute_budget=0.5 (was 0.7), total_steps=20 (was 8)\n" in told
+    assert "d2ft: from step 5 on: images of 8 x 8 pixels, all heads of all blocks\n" in told
+    assert "the optimizer had made" not in told
+    forgotten = Loop(micro_batches=1, compute_budget=0.7, total_steps=8)
+    for name in ("model", "optimizer"):
+        getattr(forgotten, name).load_state_dict(getattr(begun, name).state_dict())
+    for step in range(4, 6):
+        forgotten.step(step, slots=1)
+        told = capsys.readouterr().out
+        assert ("had made 4 steps before, but plans began at step 1" in told) is (step == 4)
+
+
+def test_what_is_told_as_a_loop_ends(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_exit: list[Any] = []
+    monkeypatch.setattr("d2ft_hpc.user_loop.attached.atexit.register", at_exit.append)
+    loop = Loop(micro_batches=1, compute_budget=0.5, total_steps=8)
+    for step in range(4):
+        loop.step(step, slots=1)
+    (tell,) = at_exit
+    told = "stopped after 4 of total_steps=8, before images had full size: go on"
+    for is_saved in (False, True):
+        if is_saved:
+            loop.d2ft.state_dict()
+        tell()
+        assert (told in capsys.readouterr().out) is not is_saved
+    short = Loop(micro_batches=1, compute_budget=0.3, total_steps=3)
+    for step in range(3):
+        short.step(step, slots=1)
+    at_exit[-1]()
+    told = capsys.readouterr().out
+    assert "16 x 16 pixels for none" in told
+    assert "from step 4" not in told
+    assert "stopped after" not in told
 
 
 def test_copies_and_files_of_the_model_are_plain_ones() -> None:
@@ -216,6 +303,12 @@ def test_a_plan_of_one_s_own() -> None:
 def test_bad_settings_and_states() -> None:
     with pytest.raises(ConfigError, match="compute_budgets"):
         d2ft_hpc.attach(tiny_vit(), compute_budgets=0.5)
+    with pytest.raises(UnsupportedModelError, match="model is a str: give one of timm or transformers"):
+        d2ft_hpc.attach("vit_tiny_patch16_224", total_steps=3)
+    with pytest.raises(PlanError, match=r"nope\.h5"):
+        d2ft_hpc.attach(tiny_vit(), file="nope.h5")
+    with pytest.raises(ConfigError, match=r"^plan: no section here; give its keys to attach, such as"):
+        d2ft_hpc.attach(tiny_vit(), plan={"planner": "joint"})
     with pytest.raises(ConfigError, match="compute_budget=6"):
         d2ft_hpc.attach(tiny_vit(), 6)
     with pytest.raises(ConfigError, match="micro_batches=0"):
@@ -535,9 +628,11 @@ def test_a_plan_of_images_whose_costs_nobody_counted_is_refused_before_a_step() 
     loop.step(0)
     grown = Loop(compute_budget=0.5, total_steps=4)
     grown.step(0)
-    loop.d2ft.load_state_dict(grown.d2ft.state_dict())
-    with pytest.raises(PlanError, match=r"2 x 2 patches, .* this run has those of full size"):
-        loop.step(1)
+    with pytest.raises(
+        CheckpointError, match=r"the saved state is of planner 'tokens', this training has 'joint'"
+    ):
+        loop.d2ft.load_state_dict(grown.d2ft.state_dict())
+    loop.step(1)
 
 
 def test_images_grow_as_the_loop_says_under_any_plan_that_it_is_given() -> None:
