@@ -345,6 +345,7 @@ def _models(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> None:
     from d2ft_hpc.report import report
 
+    replaced = options.html.exists()
     told = report(
         options.runs,
         page=options.html,
@@ -353,7 +354,7 @@ def _report(options: argparse.Namespace) -> None:
         margin=options.margin,
     )
     say(told)
-    say(f"page: {options.html}")
+    say(f"page: {options.html.absolute()}" + (", in place of the one before" if replaced else ""))
 
 
 if __name__ == "__main__":

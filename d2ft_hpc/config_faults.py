@@ -87,7 +87,10 @@ def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -
 
 
 def _as_share(fault: ErrorDetails) -> str:
-    """What to write for a value in per cent: a number above a bound of 1, or a text."""
+    """What to write for a value in per cent: a number above a bound of 1, or a text. Members of lists, such as the
+    sides of images, are never written in per cent."""
+    if isinstance(fault["loc"][-1], int):
+        return ""
     bounds = fault.get("ctx", {})
     is_share = 1 in (bounds.get("le"), bounds.get("lt")) or fault["type"] == "float_type"
     return of_percent(fault["input"]) if is_share else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -55,5 +56,11 @@ def either(names: Iterable[str], word: str = "or") -> str:
 def one_of(table: Iterable[str], name: str) -> str:
     """The name, which must be in the table."""
     if name not in table:
-        raise PydanticCustomError("unknown", "input should be {known}", {"known": either(map(repr, table))})
+        raise PydanticCustomError("unknown", "{fix}", {"fix": meant(name, table)})
     return name
+
+
+def meant(name: str, table: Iterable[str]) -> str:
+    """What to write in place of a wrong name: the most similar one of the table, or which there are."""
+    near = difflib.get_close_matches(name, names := list(table), n=1)
+    return f"did you mean {near[0]!r}?" if near else f"input should be {either(map(repr, names))}"

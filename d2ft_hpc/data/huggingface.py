@@ -18,7 +18,7 @@ from d2ft_hpc.data.images import (
     list_of_classes,
     numbered_classes,
 )
-from d2ft_hpc.data.shards import WORDS, shards_of
+from d2ft_hpc.data.shards import WORDS, folder_above, shards_of
 from d2ft_hpc.errors import DataError
 from d2ft_hpc.extras import cannot_import
 
@@ -89,7 +89,8 @@ def _opened(datasets: Any, root: Path, split: str) -> tuple[str, Any]:
     """What messages call it, and the table."""
     if (root / _SAVED).exists():
         raise DataError(
-            f"{root}: one Dataset without splits; save both: DatasetDict(train=..., test=...).save_to_disk(FOLDER)"
+            f"data.root={root}: one Dataset without splits; "
+            + (folder_above(root) or "save both: DatasetDict(train=..., test=...).save_to_disk(FOLDER)")
         )
     saved = next((root / word for word in WORDS[split] if (root / word / _SAVED).exists()), None)
     files = [] if saved else shards_of(root, split, (".parquet", ".arrow"))

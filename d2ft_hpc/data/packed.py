@@ -34,9 +34,9 @@ from d2ft_hpc.data.images import (
     list_of_classes,
 )
 from d2ft_hpc.errors import DataError
-from d2ft_hpc.files import hdf5
+from d2ft_hpc.files import hdf5, kinds
 
-FORMAT = "d2ft-hpc images"
+FORMAT = kinds.IMAGES
 VERSION = 1
 _SPLITS = ("train", "test")
 _AGAIN = "make it by d2ft-hpc data pack"
@@ -82,6 +82,8 @@ def _opened(path: Path) -> Iterator[Any]:
     """The file, after checking that it is a packed one. Whatever is wrong with it within the block becomes a
     DataError."""
     with hdf5.opened(path, DataError, _AGAIN) as file:
+        if other := kinds.other_kind(file, FORMAT):
+            raise DataError(f"{other}, not a packed data set; {_AGAIN}")
         if _text(file, "format") != FORMAT:
             raise DataError(f"not a packed data set; {_AGAIN}")
         version = hdf5.read_attribute(file, "version")

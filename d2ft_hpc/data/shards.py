@@ -20,7 +20,7 @@ def shards_of(root: Path, split: str, endings: Collection[str]) -> list[Path]:
     Raises DataError if there is none.
     """
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; data.root is the one that holds the shards")
+        raise DataError(f"data.root={root}: no such folder; it is the one that holds the shards")
     found: dict[int, list[Path]] = {}
     for path in files_below(root):
         if path.suffix.lower() in endings:
@@ -31,7 +31,12 @@ def shards_of(root: Path, split: str, endings: Collection[str]) -> list[Path]:
     if not found:
         kinds = " or ".join(f"*{ending}" for ending in endings)
         raise DataError(
-            f"{root}: no {kinds} file is named by {' or '.join(WORDS[split])}; name files or folders so, such as "
-            f"{split}-0000{next(iter(endings))}"
+            f"data.root={root}: no {kinds} file is named by {' or '.join(WORDS[split])}; "
+            + (folder_above(root) or f"name files or folders so, such as {split}-0000{next(iter(endings))}")
         )
     return found[min(found)]
+
+
+def folder_above(root: Path) -> str:
+    """What to do where a root is a split's folder; empty if its name says no such thing."""
+    return f"set data.root={root.parent}, which holds all splits" if root.name in _SPLIT_OF else ""

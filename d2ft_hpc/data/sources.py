@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -22,6 +24,7 @@ from d2ft_hpc.data.images import (
 from d2ft_hpc.data.packed import open_packed
 from d2ft_hpc.data.webdataset import open_webdataset
 from d2ft_hpc.errors import DataError
+from d2ft_hpc.settings import meant
 
 StoredSplit = Literal["train", "test"]
 
@@ -42,12 +45,55 @@ def open_source(name: str, root: Path | None, split: StoredSplit) -> Source:
     if name == "digits":
         return _digits(split)
     if name not in _READERS:
-        raise DataError(f"data.name = {name!r}: unknown; the data sets are digits, {', '.join(_READERS)}")
+        raise DataError(f"data.name={name!r}: {meant(name, ('digits', *_READERS))}")
     if root is None:
         raise DataError(
             f"data.root is not set: {name} needs the folder (packed: the file) that holds its images"
         )
+    _check_root(name, root)
     return _READERS[name](root, split)
+
+
+def _check_root(name: str, root: Path) -> None:
+    """Raises DataError where the root is misspelt, of the wrong kind for this data set, or only a part of it. What it
+    should hold is for the readers to say."""
+    where = f"data.root={root}"
+    near = [] if root.exists() else difflib.get_close_matches(root.name, _names_in(root.parent), n=1)
+    if near:
+        raise DataError(f"{where}: does not exist; did you mean data.root={root.parent / near[0]}?")
+    if name == "packed" and not root.exists():
+        raise DataError(f"{where}: no such file; make it by d2ft-hpc data pack")
+    if name == "packed" and root.is_dir():
+        raise DataError(
+            f"{where}: a folder, but data.name=packed reads a file; set data.name=image_folder, or whichever the "
+            f"folder is, or make the file by d2ft-hpc data pack"
+        )
+    if name != "packed" and root.is_file():
+        raise DataError(
+            f"{where}: a file, but data.name={name} reads a folder; set data.name=packed if d2ft-hpc data pack made "
+            f"it, or data.root to the folder"
+        )
+    held = _HELD.get(name, "")
+    if root.is_dir() and not (root / held).exists() and (root.parent / held).is_dir():
+        raise DataError(
+            f"{where}: only a part of the data set, which is in {root.parent}; set data.root={root.parent}"
+        )
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+_HELD = {
+    "cifar10": tv.CIFAR10.base_folder,
+    "cifar100": tv.CIFAR100.base_folder,
+    "stanford_cars": "stanford_cars",
+    "image_folder": "train",
+}
+"""The folder in the root that tells it from one further down."""
 
 
 def _digits(split: StoredSplit) -> Source:
@@ -70,8 +116,8 @@ def _cifar(reader: type[tv.CIFAR10]) -> Callable[[Path, StoredSplit], Source]:
         except (RuntimeError, OSError) as error:
             folder = root / reader.base_folder
             raise DataError(
-                f"{folder}: {reader.__name__} is missing or damaged; unpack {reader.filename} into {root} so that "
-                f"{folder / reader.train_list[0][0]} exists"
+                f"{folder}: {reader.__name__} is missing or damaged; unpack {reader.filename} into data.root={root} so "
+                f"that {folder / reader.train_list[0][0]} exists"
             ) from error
         pixels = np.ascontiguousarray(images.data.transpose(0, 3, 1, 2))
         return Source(PixelImages(pixels), np.array(images.targets, np.int64), tuple(images.classes))
@@ -99,7 +145,7 @@ def _stanford_cars(root: Path, split: StoredSplit) -> Source:
             raise DataError(f"{outside[0]} is outside its folder")
     except Exception as error:  # scipy answers damage with many kinds
         raise DataError(
-            f"{root / 'stanford_cars'}: Stanford Cars is missing or damaged ({error}). Its original address is gone "
+            f"data.root={root}: Stanford Cars is missing or damaged ({error}). Its original address is gone "
             f"and torchvision cannot download it: take a copy (cars_train.tgz, cars_test.tgz, car_devkit.tgz and "
             f"cars_test_annos_withlabels.mat) and unpack it so that {root / 'stanford_cars'} has "
             f"{', '.join(_CARS_FILES)}"
@@ -111,8 +157,8 @@ def _image_folder(root: Path, split: StoredSplit) -> Source:
     folders = [root / "train"] if split == "train" else [root / "test", root / "val"]
     folder = next((f for f in folders if f.is_dir()), None)
     if folder is None:
-        tried = " and ".join(str(f) for f in folders)
-        raise DataError(f"{tried}: no such folder; put the images of each class into {folders[0]}/CLASS/")
+        lacks = f"has no {' and no '.join(f.name for f in folders)}" if root.is_dir() else "no such folder"
+        raise DataError(f"data.root={root}: {lacks}; put the images of each class into {folders[0]}/CLASS/")
     images = class_folders(folder)
     if split == "test" and (root / "train").is_dir():
         # Labels are places in the sorted class names, so both splits must have the same names.

@@ -51,8 +51,8 @@ def family_of(model: nn.Module) -> BlockFamily:
                 f"(d2ft_hpc.attach), not here"
             )
         raise UnsupportedModelError(
-            f"{type(model).__name__} is none of the supported models, which are {supported()}; d2ft-hpc models lists "
-            f"timm's by name"
+            f"{type(model).__module__}.{type(model).__name__} is none of the supported models, which are "
+            f"{supported()}; d2ft-hpc models lists timm's by name"
         )
     return family
 

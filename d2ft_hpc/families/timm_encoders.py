@@ -24,7 +24,7 @@ class TimmEncoder(AnySize, TimmRotary):
     """Not composed of `below` and `above`: joining neighbouring tokens after the blocks needs the grid, which the
     blocks' result does not tell."""
 
-    supported = "timm's vision encoders of Qwen3 and DeepSeek"
+    supported = "vision encoders of Qwen3 and DeepSeek"
     names_below = ("patch_embed", "pos_embed", "rope")
     refuses_parts = "timm's encoders give each block rotary positions, which parts of one would not get"
     is_composed = False

@@ -19,7 +19,7 @@ from d2ft_hpc.families.timm_models import patches
 class TimmEva(TimmRotary):
     """A subnet is a group of query heads with its key and value head, and its slice of the (gated) MLP."""
 
-    supported = "timm's Eva (EVA-02, DINOv3, PE and rotary ViTs)"
+    supported = "Eva"
     names_below = ("patch_embed", "pos_embed", "cls_token", "reg_token", "rope", "norm_pre")
     names_sized = ("patch_embed", "rope")
     refuses_parts = "timm's Eva gives each block rotary positions, which parts of it would not get"

@@ -12,7 +12,7 @@ from d2ft_hpc.families.timm_blocks import TimmRotary
 
 
 class TimmNaFlex(AnySize, TimmRotary):
-    supported = "timm's NaFlexVit"
+    supported = "NaFlexVit"
     names_below = ("embeds", "rope", "norm_pre")
     refuses_parts = "timm's NaFlexVit gives blocks masks and positions, which parts of it would not get"
 

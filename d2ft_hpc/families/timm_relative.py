@@ -19,7 +19,7 @@ from d2ft_hpc.families.timm_models import patches
 class TimmRelative(TimmBlocks):
     """Tables of positions belong to no head, although each head reads its own column."""
 
-    supported = "timm's Beit and VisionTransformerRelPos"
+    supported = "Beit, VisionTransformerRelPos"
     names_below = ("patch_embed", "pos_embed", "cls_token", "rel_pos_bias", "shared_rel_pos")
     refuses_parts = "timm's relative positions lie in one table for all heads, which cannot be cut for ranks"
 

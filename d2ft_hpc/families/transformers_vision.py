@@ -81,7 +81,7 @@ class TransformersVit(TransformersVision):
 class TransformersDino(TransformersVision):
     """DINOv3 has rotary positions, drawn anew for each micro-batch in training where its configuration says so."""
 
-    supported = "DINOv2, DINOv2 with registers and DINOv3 ViT"
+    supported = "DINOv2, DINOv3"
     classes: tuple[str, ...] = (
         "dinov2.modeling_dinov2.Dinov2Model",
         "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersModel",

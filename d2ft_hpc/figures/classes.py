@@ -43,7 +43,7 @@ def draw(numbers: dict[str, Any]) -> Figure:
             title=f"{short(run['name'])}: accuracy by class",
             xlabel="class",
             ylabel="accuracy (%)",
-            ylim=(0, 105),
+            ylim=(0, 100),
         )
         left.grid(axis="y", alpha=0.3)
         left.set_axisbelow(True)

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 
 from d2ft_hpc.figures.run import Run, as_key
-from d2ft_hpc.figures.style import COLOURS, Figure, legend_below, name_ticks, new_figure, number, short
+from d2ft_hpc.figures.style import (
+    COLOURS,
+    Figure,
+    end_at_100,
+    legend_below,
+    name_ticks,
+    new_figure,
+    number,
+    short,
+)
 
 _METRICS = {
     "accuracy": ("top-1 accuracy (%)", 100.0),
@@ -177,7 +186,7 @@ def draw(numbers: dict[str, Any]) -> Figure:
                 fmt="D",
                 color="black",
                 capsize=5,
-                label="mean and its 95 % interval" if place == 0 else None,
+                label="mean and its 95 % interval" if np.isfinite(half) else "mean",
             )
         names = [
             f"{_wrapped(group['label'], 60 // len(groups))}\nn={len(group['runs'])}"
@@ -195,6 +204,8 @@ def draw(numbers: dict[str, Any]) -> Figure:
         axis.set(ylabel=label, xlim=(-0.6, len(groups) - 0.4))
         axis.grid(axis="y", alpha=0.3)
         axis.margins(y=0.15)
+        if metric == "accuracy":
+            end_at_100(axis)
     legend_below(figure)
     figure.suptitle(
         "Runs over seeds (p: t-test against the first, paired by seed or Welch's, Holm-corrected)"

@@ -9,7 +9,7 @@ import numpy as np
 
 from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import Figure, legend_below, line_style, new_figure, say, short, thin
+from d2ft_hpc.figures.style import Figure, end_at_100, legend_below, line_style, new_figure, say, short, thin
 
 
 def measure(runs: Sequence[Run], smooth: int = 20) -> dict[str, Any]:
@@ -51,6 +51,7 @@ def draw(numbers: dict[str, Any]) -> Figure:
         )
     left.set(title="Training loss (moving mean)", ylabel="loss")
     right.set(title="Accuracy", ylabel="top-1 accuracy (%)")
+    end_at_100(right)
     for axis in (left, right):
         axis.set_xlabel("training, scoring and planning time (s)")
         axis.grid(alpha=0.3)

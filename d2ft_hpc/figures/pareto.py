@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from d2ft_hpc.figures.run import Run
-from d2ft_hpc.figures.style import Figure, legend_below, marker_style, new_figure, say, short
+from d2ft_hpc.figures.style import Figure, end_at_100, legend_below, marker_style, new_figure, say, short
 
 _COSTS = {
     "seconds": ("training, scoring and planning time (s)", 1.0),
@@ -98,6 +98,8 @@ def draw(numbers: dict[str, Any]) -> Figure:
         best = max([*reached, *(100 * float(accuracy) for way in ways for accuracy in way)])
         margin = max(1.0, 0.4 * (max(reached) - min(reached)))
         figure.axes[0].set_ylim(min(reached) - margin, max(best, min(max(reached) + margin, 100)) + 0.5)
+    for axis in figure.axes:
+        end_at_100(axis)
     figure.axes[0].set_ylabel("top-1 accuracy (%)")
     figure.suptitle(
         "Accuracy against cost (stars: dense runs; lines: what they had reached before their end)"

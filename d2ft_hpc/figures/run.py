@@ -29,7 +29,8 @@ _STEP_COLUMNS = (
 class Run:
     """An open run. `state` says in words that it has not ended in order, and is empty if it has.
 
-    Shares are fractions; what was not recorded is NaN. Raises ResultsError if it cannot be read."""
+    Shares are fractions; what was not recorded is NaN. Raises ResultsError if it cannot be read.
+    """
 
     def __init__(self, path: Path, name: str) -> None:
         self.name = name

@@ -117,6 +117,14 @@ def whole_numbers(axis: Axes) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
+def end_at_100(axis: Axes) -> None:
+    """Ends the y axis of an accuracy in per cent at 100 at most; marks that lie there are drawn whole."""
+    axis.set_ylim(top=min(axis.get_ylim()[1], 100))
+    for line in axis.lines:
+        if line.get_linestyle() == "None" and np.all(np.asarray(line.get_ydata(), dtype=float) <= 100):
+            line.set_clip_on(False)
+
+
 def name_ticks(axis: Axes, names: list[str]) -> None:
     """Names under bars or points, slanted where they would overlap."""
     shown = [short(name, 22) for name in names]

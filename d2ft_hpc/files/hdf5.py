@@ -64,10 +64,17 @@ class Allowance:
 
 def open_file(path: Path) -> h5py.File:
     """The file, for reading. Without a lock: files are only ever replaced as a whole, and some network file systems
-    have none. Raises RefusedError for what is no regular file (a pipe would hold this process up)."""
+    have none. Only a file that this process has opened already is opened in the same way once more, as the library
+    asks. Raises RefusedError for what is no regular file (a pipe would hold this process up)."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise RefusedError("it is not a regular file")
-    return h5py.File(path, "r", locking=False)
+    for locking in (False, None):
+        try:
+            return h5py.File(path, "r", locking=locking)
+        except OSError as error:
+            if "flag values don't match" not in str(error):
+                raise
+    return h5py.File(path, "r", locking=True)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import nn
 
 import d2ft_hpc.demo.model  # noqa: F401  (makes timm know the demo's model)
 from d2ft_hpc.errors import CheckpointError, ConfigError, UnsupportedModelError
+from d2ft_hpc.families.family import BlockFamily
 from d2ft_hpc.model.hub import cache_alone_if_unreachable
 from d2ft_hpc.model.subnets import SubnetMap
 from d2ft_hpc.model.weights import check_complete, find_weights
@@ -107,20 +108,12 @@ _SET_ELSEWHERE = {
 def _check_draft(name: str, num_classes: int, options: dict[str, Any]) -> None:
     """Makes the model without weights or memory for them, and looks at its parts and at the form of its output."""
     try:
-        with torch.random.fork_rng(devices=[]):
-            try:
-                with torch.device("meta"):
-                    draft = timm.create_model(name, num_classes=num_classes, **options)
-            except RuntimeError as error:
-                if "meta" not in str(error):  # older versions of timm look at values while they make a model
-                    raise
-                draft = timm.create_model(name, num_classes=num_classes, **options).to("meta")
+        draft = _draft(name, num_classes=num_classes, **options)
     except Exception as error:
+        if options:
+            _require_supported(name, _draft(name))  # no option makes another model of it
         raise _unfit(name, options, error) from error
-    try:
-        family = SubnetMap.of(draft).family
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"model.name={name!r}: {error}") from error
+    family = _require_supported(name, draft)
     if hasattr(draft, "head_dist"):
         raise UnsupportedModelError(
             f"model.name={name!r} has a second classifier for distillation, which has no loss here: take the "
@@ -138,13 +131,30 @@ def _check_draft(name: str, num_classes: int, options: dict[str, Any]) -> None:
         )
 
 
+def _draft(name: str, **options: Any) -> Any:
+    """The model without weights or memory for them."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return timm.create_model(name, **options)
+        except RuntimeError as error:
+            if "meta" not in str(error):  # older versions of timm look at values while they make a model
+                raise
+            return timm.create_model(name, **options).to("meta")
+
+
+def _require_supported(name: str, model: nn.Module) -> BlockFamily:
+    try:
+        return SubnetMap.of(model).family
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"model.name={name!r}: {error}") from error
+
+
 def _unfit(name: str, options: dict[str, Any], error: Exception) -> ConfigError:
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if isinstance(error, TypeError) and unknown and unknown[1] in options:
         key = unknown[1]
-        with torch.device("meta"):
-            made = type(timm.create_model(name))
-        known = {*inspect.signature(made).parameters} - {key, *_SET_ELSEWHERE}
+        known = {*inspect.signature(type(_draft(name))).parameters} - {key, *_SET_ELSEWHERE}
         near = difflib.get_close_matches(key, known, n=1)
         return ConfigError(
             f"model.options.{key}={shown(options[key])}: {name} has no such option; "

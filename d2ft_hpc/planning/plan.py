@@ -21,7 +21,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.files import atomic, hdf5
+from d2ft_hpc.files import atomic, hdf5, kinds
 from d2ft_hpc.files.untrusted import RefusedError, first_fault
 from d2ft_hpc.planning.arrays import Operations
 
@@ -38,7 +38,7 @@ _MOST_BYTES = 2**28
 _PREFIX = struct.Struct("<8sHI")  # magic, version, length of the JSON header in bytes
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _SHIFTS = np.array([0, 2, 4, 6], dtype=np.uint8)
-_HDF5_FORMAT = "d2ft-plan"
+_HDF5_FORMAT = kinds.PLAN
 _HDF5_VERSION = 2
 _HDF5_LIBRARY = ("v110", "v110")
 """Its metadata carry checksums."""
@@ -393,6 +393,8 @@ class SkipPlan:
         """Read a plan that `write` wrote. Raises PlanError if the file is missing, foreign or damaged."""
         source = os.fspath(path)
         with hdf5.opened(Path(path), PlanError, "make the plan by d2ft-hpc plan --save") as file:
+            if other := kinds.other_kind(file, _HDF5_FORMAT):
+                raise PlanError(f"{other}, not a saved plan; make one by d2ft-hpc plan --save")
             version = hdf5.read_attributes(file, ["version"])["version"]
             if version != _HDF5_VERSION:
                 raise PlanError(

@@ -10,6 +10,7 @@ from d2ft_hpc.errors import PlanError
 from d2ft_hpc.planning.plan import SkipPlan
 from d2ft_hpc.planning.problem import PlanProblem, check
 from d2ft_hpc.planning.table import PLANNERS
+from d2ft_hpc.settings import meant
 
 
 def solve(problem: PlanProblem, planner: str, **options: Any) -> SkipPlan:
@@ -23,9 +24,7 @@ def solve(problem: PlanProblem, planner: str, **options: Any) -> SkipPlan:
     start = time.perf_counter()
     choices = {name: entry for name, entry in PLANNERS.items() if entry.plans_heads}
     if planner not in choices:
-        raise PlanError(
-            f"There is no planner {planner!r} of micro-batches; choose one of {', '.join(choices)}."
-        )
+        raise PlanError(f"There is no planner {planner!r} of micro-batches: {meant(planner, choices)}")
     known = choices[planner].parameters
     for name in choices[planner].needed:
         if name not in options:

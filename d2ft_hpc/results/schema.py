@@ -35,7 +35,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT = "d2ft-hpc results"
+from d2ft_hpc.files import kinds
+
+FORMAT = kinds.RESULTS
 SCHEMA_VERSION = 2
 
 Array = NDArray[Any]

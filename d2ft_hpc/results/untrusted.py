@@ -8,6 +8,7 @@ import numpy as np
 
 from d2ft_hpc.errors import ResultsError
 from d2ft_hpc.files.hdf5 import Allowance, child, read_array, read_attributes
+from d2ft_hpc.files.kinds import other_kind
 from d2ft_hpc.files.untrusted import RefusedError
 from d2ft_hpc.results.schema import (
     AXES,
@@ -27,6 +28,8 @@ _BYTES_OF_TEXT = 64
 
 def check_root(file: Any) -> None:
     """Raises RefusedError if the file is none of ours, ResultsError if it is older or newer than what is read here."""
+    if other := other_kind(file, FORMAT):
+        raise ResultsError(f"it is {other}, not the results of a run; give a run folder or its results.h5")
     attributes = read_attributes(file)
     if attributes.get("format") != FORMAT:
         raise RefusedError(f"its `format` is {attributes.get('format')!r}")

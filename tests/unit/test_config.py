@@ -68,8 +68,10 @@ def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
         ),
         (
             "plan.forward_score=fischer",
-            ["plan.forward_score='fischer'", "'fisher', 'gradient_magnitude', 'taylor' or"],
+            ["plan.forward_score='fischer': did you mean 'fisher'?"],
         ),
+        ("plan.planner=token", ["plan.planner='token': did you mean 'tokens'?"]),
+        ("plan.backward_score=x", ["plan.backward_score='x'", "'gradient_magnitude', 'taylor' or"]),
         ("plan.coverage=1", ["plan.coverage: unknown key"]),
         ("train.checkpoint_every=5", ["train.checkpoint_every=5", "such as '10 minutes' or '50 steps'"]),
         ("train.checkpoint_every=1.5 epochs", ["train.checkpoint_every='1.5 epochs'"]),
@@ -333,3 +335,10 @@ def test_several_configurations_are_checked_before_the_first_runs(
     assert main(command) == 1
     assert "2 configurations under one launcher" in capfd.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_members_of_lists_are_no_per_cent() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^plan\.options\.sides\.1=3: input should be less than or equal to 1$"
+    ):
+        read_config(DEMO, ["plan.planner=tokens", "plan.options.sides=[0.5, 3]"])

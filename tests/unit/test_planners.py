@@ -389,7 +389,8 @@ def test_a_model_too_large_for_the_solver_is_left_to_greedy_and_said():
 @pytest.mark.parametrize(
     ("planner", "options", "message"),
     [
-        ("simplex", {}, "no planner 'simplex'"),
+        ("simplex", {}, "no planner 'simplex' of micro-batches: input should be 'dense', 'paper'"),
+        ("jiont", {}, r"no planner 'jiont' of micro-batches: did you mean 'joint'\?"),
         ("paper", {"full_share": 1.2}, r"full_share .* got 1\.2"),
         ("random", {"seed": 0, "full_share": -1}, "full_share .* got -1"),
         ("joint", {"time_limit_seconds": 0}, "time_limit_seconds .* got 0"),

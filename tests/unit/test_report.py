@@ -413,6 +413,35 @@ def test_a_figure_by_itself(paths, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_accuracy_ends_at_100_and_an_interval_is_promised_where_there_is_one(tmp_path):
+    paths = [make_run(tmp_path / f"{seed}" / "results.h5", 0.6, seed=seed, lost=-0.61) for seed in range(2)]
+    paths.append(make_run(tmp_path / "single" / "results.h5", 1.0, lost=-0.61))  # 100 % at the end
+    marks = []
+    with open_runs(paths) as runs:
+        for figure in (compare, pareto, learning):
+            drawn = figure.draw(figure.measure(runs))
+            axis = next(axis for axis in drawn.axes if "accuracy" in axis.get_ylabel())
+            assert axis.get_ylim()[1] == 100
+            marks += [
+                line for line in axis.lines if line.get_marker() in "o*D" and line.get_ydata()[0] == 100
+            ]
+            if figure is compare:
+                (legend,) = drawn.legends
+                labels = [text.get_text() for text in legend.get_texts()]
+                assert labels == ["one run", "mean and its 95 % interval", "mean"]
+        alone = compare.draw(compare.measure(runs[2:])).legends[0]
+    assert [text.get_text() for text in alone.get_texts()] == ["one run", "mean"]
+    assert marks
+    assert not any(line.get_clip_on() for line in marks)
+
+
+def test_a_page_says_where_it_is_and_that_it_took_the_place_of_another(paths, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for told in ("", ", in place of the one before"):
+        assert main(["report", str(paths[0])]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == f"page: {tmp_path}/report.html{told}"
+
+
 def test_figures_explain_faults(paths, tmp_path, capfd):
     for arguments, message in (
         (["learning", "absent"], "no results file at absent"),

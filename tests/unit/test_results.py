@@ -15,9 +15,11 @@ import h5py
 import numpy as np
 import pytest
 
-from d2ft_hpc.errors import ResultsError
-from d2ft_hpc.files import hdf5
+from d2ft_hpc.data.packed import open_packed
+from d2ft_hpc.errors import DataError, PlanError, ResultsError
+from d2ft_hpc.files import hdf5, kinds
 from d2ft_hpc.files.untrusted import RefusedError
+from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.results import ResultsWriter, columns, open_run, run_lock
 from d2ft_hpc.results.hdf5_layout import rank_file
 from d2ft_hpc.results.schema import TABLES
@@ -815,6 +817,24 @@ def test_foreign_files_are_refused(tmp_path):
         open_run(path)
     with pytest.raises(ResultsError, match="no results file at"):
         open_run(tmp_path / "absent")
+    with h5py.File(tmp_path / "packed.h5", "w") as file:
+        file.attrs["format"], file.attrs["classes"] = np.bytes_(kinds.IMAGES), [b"cat", b"dog"]
+    with pytest.raises(
+        ResultsError, match=r"packed\.h5: it is a packed data set \(data\.root\), not the results"
+    ):
+        open_run(tmp_path / "packed.h5")
+    with pytest.raises(PlanError, match=r"packed\.h5: a packed data set \(data\.root\), not a saved plan"):
+        SkipPlan.read(tmp_path / "packed.h5")
+    with pytest.raises(DataError, match=r"newer\.h5: the results of a run, not a packed data set"):
+        open_packed(path, "train")
+
+
+@pytest.mark.parametrize("locking", [None, True, False])
+def test_a_file_that_the_process_has_open_is_read(tmp_path, locking):
+    path = write_run(tmp_path / "results.h5")
+    with h5py.File(path, "r", locking=locking), open_run(path) as run:
+        assert run.complete
+        assert len(run.table("steps")["step"]) == 10
 
 
 READ_DAMAGED = """

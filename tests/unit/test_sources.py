@@ -27,8 +27,10 @@ def put_image(file: Path, red: int, size: tuple[int, int] = (30, 20)) -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(DataError, match=r"imagenet.*digits, cifar10"):
-        open_source("imagenet", None, "train")
+    with pytest.raises(DataError, match=r"^data\.name='svhn': input should be 'digits', 'cifar10'"):
+        open_source("svhn", None, "train")
+    with pytest.raises(DataError, match=r"^data\.name='cifar-10': did you mean 'cifar10'\?"):
+        open_source("cifar-10", None, "train")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stanford_cars", "image_folder", "packed"])
@@ -38,6 +40,37 @@ def test_missing_root(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=str(tmp_path / "nowhere")):
         open_images(name, image_size=8, split="train", root=tmp_path / "nowhere")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_root_of_the_wrong_kind_or_place_is_told_by_its_key(tmp_path: Path) -> None:
+    put_image(tmp_path / "photos/train/cat/a.png", 255)
+    (tmp_path / "photos.h5").touch()
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    for name, root, told in (
+        (
+            "packed",
+            "photos",
+            r"photos: a folder, but .*; set data\.name=image_folder, or .* d2ft-hpc data pack",
+        ),
+        ("packed", "other.h5", r"other\.h5: no such file; make it by d2ft-hpc data pack"),
+        (
+            "image_folder",
+            "photos.h5",
+            r"photos\.h5: a file, but data\.name=image_folder .*set data\.name=packed",
+        ),
+        ("webdataset", "photos.h5", r"photos\.h5: a file, but data\.name=webdataset .*set data\.name=packed"),
+        ("image_folder", "photo", rf"photo: does not exist; did you mean data\.root={tmp_path}/photos\?"),
+        (
+            "image_folder",
+            "absent",
+            r"absent: no such folder; put the images of each class into .*absent/train/",
+        ),
+        ("image_folder", "photos/train", rf"photos/train: only a part .*set data\.root={tmp_path}/photos$"),
+        ("cifar10", "cifar-10-batches-py", rf"batches-py: only a part .*set data\.root={tmp_path}$"),
+        ("webdataset", "photos/train", rf"no \*\.tar file .*set data\.root={tmp_path}/photos, which"),
+    ):
+        with pytest.raises(DataError, match=rf"^data\.root={tmp_path}/.*{told}"):
+            open_source(name, tmp_path / root, "train")
 
 
 def put_cifar(monkeypatch: pytest.MonkeyPatch, root: Path, reader: type[CIFAR10]) -> np.ndarray:
@@ -118,7 +151,7 @@ def test_stanford_cars(tmp_path: Path) -> None:
 def test_image_folder(tmp_path: Path) -> None:
     put_image(tmp_path / "train/cat/a.png", 255)
     put_image(tmp_path / "train/dog/b.png", 0)
-    with pytest.raises(DataError, match=r"test and .*val: no such folder"):
+    with pytest.raises(DataError, match=r"data\.root=.*: has no test and no val; put"):
         open_images("image_folder", root=tmp_path, image_size=8, split="test")
     put_image(tmp_path / "val/dog/c.png", 255)
     with pytest.raises(DataError, match="these differ: cat"):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from timm.layers import GatedMlp, RmsNorm
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ParallelScalingBlock, VisionTransformer
@@ -149,9 +150,10 @@ def test_models_that_cannot_be_cut_are_refused_by_name(options: dict[str, object
 def test_other_models_and_replaced_layers_are_refused() -> None:
     with pytest.raises(
         UnsupportedModelError,
-        match="ResNet is none of the supported models, which are timm's VisionTransformer, ",
+        match=r"^torchvision\.models\.vision_transformer\.VisionTransformer is none of the supported models, which "
+        r"are timm's VisionTransformer, ",
     ):
-        SubnetMap.of(timm.create_model("resnet18", num_classes=2))
+        SubnetMap.of(torchvision.models.VisionTransformer(32, 16, 1, 2, 8, 16))
     model = tiny_vit()
     model.blocks[2].mlp.fc1 = nn.Sequential(model.blocks[2].mlp.fc1)
     with pytest.raises(UnsupportedModelError, match=r"block 2 has mlp.fc1 of class Sequential"):

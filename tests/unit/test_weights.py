@@ -132,6 +132,13 @@ def test_models_that_are_not_supported_are_refused_before_their_weights_are_look
         build_model(name, num_classes=3, weights="hf-hub:nobody/nothing")
 
 
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
+def test_options_of_models_that_are_not_supported_are_not_spoken_of(name: str) -> None:
+    told = rf"^model\.name='{name}': timm\.models\.\w+\.\w+ is none of the supported models"
+    with pytest.raises(UnsupportedModelError, match=told):
+        build_model(name, num_classes=3, options={"img_size": 64, "dynamic_img_size": True})
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
