@@ -154,13 +154,11 @@ class PlanExecutor:
                 raise PlanError(
                     "the plan binds samples and skips parts of some: only whole samples can be skipped"
                 )
-        # Where all replicas run a block densely, their gradients come in the same order, and nothing needs to be
-        # done.
         all_full = (plan.operations == Operation.FULL).all(axis=2)
         all_dense = all_full.reshape(plan.slots, plan.replicas, -1).all(axis=1)
         self.rows = [
-            self._row(cells, ~dense, grid)
-            for cells, dense, grid in zip(rows, all_dense, grids, strict=True)
+            self._row(cells, sparse, grid)
+            for cells, sparse, grid in zip(rows, self._sparse(all_dense), grids, strict=True)
             if plan.binding == "slot"
         ]
         self._owners = {index: self._owners_of(index) for index in self.blocks}
@@ -370,6 +368,13 @@ class PlanExecutor:
         """The device of the parameters; the CPU while they have no memory."""
         device = next(next(iter(self.blocks.values())).parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
+
+    def _sparse(self, all_dense: np.ndarray) -> np.ndarray:
+        """Where replicas may have other gradients of a block, or in another order, bool [slot, block].
+
+        all_dense: bool [slot, block], where all replicas run the block densely.
+        """
+        return ~all_dense
 
     def _row(self, operations: np.ndarray, sparse: np.ndarray, grid: Grid | None = None) -> Row:
         """operations: uint8 [block, head]; sparse: [block]. grid: patches of the images."""

@@ -18,8 +18,8 @@ from d2ft_hpc.planning.plan import Grid, Operation
 @dataclass(frozen=True)
 class Row:
     """What one micro-batch runs. indices: int64 [n], one tensor that the heads of all blocks are parts of. heads:
-    [block]. is_complete: FULL everywhere. sparse: [block], whether some replica does not run the block densely. grid:
-    patches of the images, down and across; None: as they come.
+    [block]. is_complete: FULL everywhere. sparse: [block], whether replicas may have other gradients of the block, or
+    in another order. grid: patches of the images, down and across; None: as they come.
     """
 
     indices: Tensor

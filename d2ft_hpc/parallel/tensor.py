@@ -103,6 +103,10 @@ class TensorParallelExecutor(PlanExecutor):
         super().deactivate()
         self._steps = {}
 
+    def _sparse(self, all_dense: np.ndarray) -> np.ndarray:
+        # In which order a block's gradients come in one micro-batch follows from the others of the step (`_partial`).
+        return np.broadcast_to(~all_dense.all(axis=0), all_dense.shape)
+
     def _step_sum(self, index: int) -> StepSum:
         trained = [row.heads[index] for row in self.rows if row.heads[index].trains]
         return StepSum(len(trained), any(isinstance(heads, SharedHeads) and heads.alone for heads in trained))

@@ -408,6 +408,7 @@ FULL = (
     "user loop pp2 tp1 zero1",
     "sent pp2 tp1 replicated",
     "fp32 pp1 tp2 whole blocks adamw zero=1",
+    "fp32 pp1 tp2 random adamw zero=2",
     "fp32 pp1 tp2 random adamw zero=3",
     "fp32 pp1 tp2 random adamw zero=2 embeddings=complete_path token_layout=sharded",
     "fp32 pp1 tp2 whole stages sgd zero=1 token_layout=sharded",
