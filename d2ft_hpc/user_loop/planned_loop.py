@@ -367,10 +367,7 @@ class PlannedLoop:
             return
         self._counter.stop()
         if self.record.is_on:
-            gradients = [
-                parameter.grad for parameter in self._whole.parameters() if parameter.grad is not None
-            ]
-            self.record.gradient_norm(total_norm(gradients) if gradients else None)
+            self.record.gradient_norm(self._gradient_norm())
         self._turn_to("optimizer")
 
     def _after_optimizer(self, optimizer: Optimizer) -> None:
@@ -383,11 +380,16 @@ class PlannedLoop:
         is one of too many, or a loss scale left a step out, after which they are infinite or cleared."""
         if self._made_steps:
             return
-        gradients = [each.grad for each in self._whole.parameters() if each.grad is not None]
-        if gradients and 0 < float(total_norm(gradients)) < math.inf:
+        norm = self._gradient_norm()
+        if norm is not None and 0 < float(norm) < math.inf:
             self._is_accumulating = True
         else:
             self._passes = 0
+
+    def _gradient_norm(self) -> Tensor | None:
+        """Of the whole model, on all ranks together; None while there are no gradients."""
+        gradients = [each.grad for each in self._whole.parameters() if each.grad is not None]
+        return total_norm(gradients) if gradients else None
 
     def _check_passes(self, optimizer: Optimizer) -> None:
         """As the optimiser steps. Raises ConfigError at its first step where more forwards came than `micro_batches`;
@@ -395,15 +397,16 @@ class PlannedLoop:
         if not (self._made_steps or self._is_resumed):
             tell_if_resumed_without_plan(self._plans(), optimizer, self._whole)
         has_too_many = self._passes > self.slots
-        told = (
-            f"micro_batches={self.slots}, but {self._passes} forward passes came before optimizer.step(), so that "
-            f"steps are miscounted: attach(..., micro_batches={self._passes})"
-        )
-        if has_too_many and self._is_accumulating:
-            raise ConfigError(told)
-        if has_too_many and self._had_too_many_passes and not self._has_told_of_passes:
-            self._plans().listener.say(told)
-            self._has_told_of_passes = True
+        if has_too_many and not self._has_told_of_passes:
+            told = (
+                f"micro_batches={self.slots}, but {self._passes} forward passes came before optimizer.step(), so that "
+                f"steps are miscounted: attach(..., micro_batches={self._passes})"
+            )
+            if self._is_accumulating:
+                raise ConfigError(told)
+            if self._had_too_many_passes:
+                self._plans().listener.say(told)
+                self._has_told_of_passes = True
         self._had_too_many_passes, self._is_accumulating = has_too_many, False
         self._passes, self._made_steps = 0, self._made_steps + 1
 
