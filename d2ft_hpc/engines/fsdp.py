@@ -1,14 +1,17 @@
-"""torch's FSDP2 (`fully_shard`): each rank keeps a slice of every parameter, blocks are gathered while they run.
+"""torch's FSDP2 (`fully_shard`): each rank keeps a slice of every parameter, blocks are gathered while they run, one by
+one or several together.
 
-A block that no replica runs in a micro-batch is not called at all: nothing is gathered, nothing reduced. Where any
-replica runs it, all gather it, and its gradients are complete on all of them (`execution/gradients.py`).
+Blocks gathered together, none of which any replica runs in a micro-batch, are not called at all: nothing is gathered,
+nothing reduced. Where any replica runs one, all gather them, and their gradients are complete on all of them
+(`execution/gradients.py`).
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -53,6 +56,7 @@ def bind_fsdp(model: nn.Module, executor: PlanExecutor, slot_source: Callable[[]
         raise ConfigError(
             "the model is not spread: call fully_shard(block) for each block, then fully_shard(model)"
         )
+    units: dict[int, _Unit] = {}
     for index, block in executor.blocks.items():
         inner = [name for name, module in block.named_modules() if name and isinstance(module, FSDPModule)]
         if inner:
@@ -60,18 +64,23 @@ def bind_fsdp(model: nn.Module, executor: PlanExecutor, slot_source: Callable[[]
                 f"fully_shard was called on {inner[0]} inside block {index}: a plan runs a block's heads, not its "
                 f"modules, so that nothing would gather it. Call fully_shard(block)"
             )
-        if len(_group(block).modules if isinstance(block, FSDPModule) else []) > 1:
+        if isinstance(block, FSDPModule):
+            group = _group(block)
+            unit = units.setdefault(id(group), _Unit(executor, group))
+            unit.blocks[index] = block
+    for unit in units.values():
+        if len(unit.blocks) < len(unit.group.modules):
             raise ConfigError(
-                f"fully_shard was called on block {index} together with others: call fully_shard(block) for each"
+                f"fully_shard was called on block {next(iter(unit.blocks))} together with modules that are no blocks "
+                f"of the model: call fully_shard(block) for each block"
             )
 
     executor.bind(slot_source, Reduction.EVERY_MICRO_BATCH, partial(_check, model))
     # A replica that skips a block gives its input back; nothing in these models changes that in place.
-    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDP\w+\) returned a view")
-    gathers = _Gathers(executor)
-    for index, block in executor.blocks.items():
-        if isinstance(block, FSDPModule):
-            _let_pass(block, index, gathers)
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDP[\w, ]+\) returned a view")
+    for unit in units.values():
+        for index, block in unit.blocks.items():
+            _let_pass(block, index, unit)
 
 
 def _check(model: nn.Module, plan: SkipPlan) -> None:
@@ -79,37 +88,49 @@ def _check(model: nn.Module, plan: SkipPlan) -> None:
     check_plan(plan, slots=plan.slots, replicas=int(_group(model).mesh_info.mesh.size()))
 
 
-class _Gathers:
-    """Decides which blocks need not be gathered in the micro-batch that runs."""
+class _Unit:
+    """Blocks that FSDP2 gathers together. It has to see all of them in a pass, or none."""
 
-    def __init__(self, executor: PlanExecutor) -> None:
-        self._executor = executor
-        self._pending: set[int] = set()  # blocks with gradients that wait for a reduction
+    def __init__(self, executor: PlanExecutor, group: Any) -> None:
+        self._executor, self.group = executor, group
+        self.blocks: dict[int, nn.Module] = {}
+        """By index."""
+        self._plan: SkipPlan | None = None
+        # Of this plan by micro-batch: whether some replica runs any of the blocks, and whether one trains any.
+        self._runs: list[bool] = []
+        self._trains: list[bool] = []
+        self._is_pending = False  # has gradients that wait for a reduction
 
-    def can_pass(self, block: nn.Module, index: int) -> bool:
-        """Whether block `index` can be skipped without gathering it; the answer is the same on all ranks."""
-        plan, slot = self._executor.plan, self._executor.slot
-        if plan is None or slot is None or plan.binding == "sample" or not block.training:
+    def can_pass(self, index: int) -> bool:
+        """Whether block `index` can be skipped without gathering the unit; the answer is the same on all ranks, and
+        for all blocks of a pass."""
+        plan, slot, blocks = self._executor.plan, self._executor.slot, self.blocks.values()
+        if plan is None or slot is None or plan.binding == "sample":
             return False
-        group = _group(block)
-        reduces = bool(group.reduce_grads and group.all_reduce_grads)
-        rows = plan.operations[slot * plan.replicas : (slot + 1) * plan.replicas, index]
+        if not all(each.training for each in blocks):
+            return False
+        if plan is not self._plan:
+            self._read(plan)
+        reduces = bool(self.group.reduce_grads and self.group.all_reduce_grads)
         # By hooks of others than FSDP, such as one that keeps blocks' outputs.
-        is_watched = len(block._forward_hooks) > 1
-        nobody_runs = bool((rows == Operation.SHORTCUT).all()) and not is_watched
-        if nobody_runs and not (reduces and index in self._pending):
-            return index > 0 or not self._executor.detach_incomplete
-        if reduces:
-            self._pending.discard(index)
-        elif (rows == Operation.FULL).any():
-            self._pending.add(index)
+        is_watched = any(len(each._forward_hooks) > 1 for each in blocks)
+        if not self._runs[slot] and not is_watched and not (reduces and self._is_pending):
+            return 0 not in self.blocks or not self._executor.detach_incomplete
+        if index == max(self.blocks):  # the others have asked
+            self._is_pending = not reduces and (self._is_pending or self._trains[slot])
         return False
 
+    def _read(self, plan: SkipPlan) -> None:
+        rows = plan.operations[:, list(self.blocks)].reshape(plan.slots, -1)
+        self._runs = (rows != Operation.SHORTCUT).any(axis=1).tolist()
+        self._trains = (rows == Operation.FULL).any(axis=1).tolist()
+        self._plan = plan
 
-def _let_pass(block: nn.Module, index: int, gathers: _Gathers) -> None:
+
+def _let_pass(block: nn.Module, index: int, unit: _Unit) -> None:
     """Gives the block a class, as fully_shard does, whose call leaves out FSDP's hooks where the block can be
     skipped."""
-    set_outside_copies(block, {_PASSES: partial(gathers.can_pass, block, index)})
+    set_outside_copies(block, {_PASSES: partial(unit.can_pass, index)})
     if not hasattr(type(block), _PASSES):
         block.__class__ = _passing(cast(Any, type(block)))
 
@@ -143,6 +164,15 @@ def _group(block: Any) -> Any:
 _RECORD = "which says whether gradients are reduced, and over which ranks"
 
 
+def gathered_together(blocks: Sequence[nn.Module]) -> list[list[int]]:
+    """Places of the blocks that are gathered and reduced together."""
+    units: dict[int, list[int]] = {}
+    for place, block in enumerate(blocks):
+        unit = _group(block) if isinstance(block, FSDPModule) else block
+        units.setdefault(id(unit), []).append(place)
+    return list(units.values())
+
+
 def gathers_again(block: nn.Module) -> bool:
     """Whether a block is gathered for the forward and again for the backward."""
     if not isinstance(block, FSDPModule):
@@ -162,20 +192,28 @@ def shard(
     param_dtype: torch.dtype | None = None,
     kept_bytes: int = KEPT_BYTES,
 ) -> int:
-    """Spreads a model over a mesh of 1 dimension, or of 2 (replicas x shards): each block by itself, then the rest.
+    """Spreads a model over a mesh of 1 dimension, or of 2 (replicas x shards): its blocks, then the rest.
 
     param_dtype: of the gathered parameters and of activations; gradients are reduced in float32. None: their own.
     kept_bytes: all of a model's weights stay gathered from a forward to its backward if they have no more, gathered.
+    Then several blocks are gathered and reduced together, unless they are recomputed; else each by itself.
     Returns the bytes that so lie beside each pass's activations.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None
     )
     gathered = sum(each.numel() * (param_dtype or each.dtype).itemsize for each in model.parameters())
-    for block in family_of(model).blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=gathered > kept_bytes)
+    keeps = gathered <= kept_bytes
+    family = family_of(model)
+    blocks = list(family.blocks(model))
+    # FSDP2's hooks take Python's time for each unit, and beside what the first unit sends nothing computes: as many
+    # units as blocks in each. Where only some of a unit's blocks are recomputed, torch below 2.13 warns.
+    size = math.isqrt(len(blocks)) if keeps and not family.recomputes(model) else 1
+    for begin in range(0, len(blocks), size):
+        unit = blocks[begin : begin + size]
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not keeps)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    return gathered if gathered <= kept_bytes else 0
+    return gathered if keeps else 0
 
 
 class FsdpEngine(PlainEngine):

@@ -76,6 +76,9 @@ def plan_of(kind: str, step: int, replicas: int) -> SkipPlan:
     elif kind == "whole blocks":
         operations[rng.random((SLOTS * replicas, DEPTH)) < 0.5] = 0
         operations[:, 1] = 0  # a block that nobody runs
+    elif kind == "whole pairs":
+        half = operations[replicas:] if step % 2 else operations[:replicas]
+        half[:, 2:] = 0  # neighbours that nobody runs in one micro-batch, the last or the first
     return SkipPlan(operations, replicas, grids=grids_of(kind, rng, len(operations)))
 
 

@@ -67,11 +67,13 @@ def test_torchs_own_checkpoint_goes_on_on_any_mesh_and_runs_no_code(results: dic
 
 
 def test_blocks_that_no_replica_runs_are_not_gathered(results: dict[str, Any]) -> None:
-    if "gathered bytes" in results:
-        found = results["gathered bytes"]
+    # Of pairs one is left out, in one micro-batch, and it would be gathered for the forward alone.
+    times_saved = {"gathered bytes": 4, "gathered bytes in pairs": 1}
+    for check, times in times_saved.items() if "gathered bytes" in results else ():
+        found = results[check]
         assert found["classes of blocks"] == 1  # torch.compile makes kernels for each class anew
         saved = found["dense"]["allgather_base"] - found["half"]["allgather_base"]
-        assert saved == 4 * found["block's weights, forward and backward"]
+        assert saved == times * found["block's weights, forward and backward"]
         assert found["half"]["reduce_scatter_base"] < found["dense"]["reduce_scatter_base"]
         # But for the sum of the squares that a gradient's norm is made of.
         for name, told in found["told"].items():
@@ -91,6 +93,7 @@ def test_what_cannot_run_exactly_is_refused_with_a_fix(results: dict[str, Any]) 
             "replicas": "the plan is for 3 replicas, the engine has 2",
             "no model": "not a Linear",
             "inner unit": r"Call fully_shard(block)",
+            "unit of a block and others": "block 3 together with modules that are no blocks",
             "ddp not prepared": "call d2ft_hpc.prepare(model, executor)",
             "fsdp2 not prepared": "call d2ft_hpc.prepare(model, executor)",
             "3 heads on 2 ranks": "use a divisor of 3",

@@ -237,9 +237,9 @@ def check_user_loop(
     compiled: str = "",
     built_on: str = "cpu",
 ) -> float:
-    """A loop of the user's own; `reduced_in` "last" accumulates without reducing. last_slots: micro-batches of the last
-    step; fewer than of the others is an epoch's incomplete group, whose last one reduces. built_on: "meta": the model
-    gets its memory once it is spread."""
+    """A loop of the user's own; `reduced_in` "last" accumulates without reducing, "last, between nodes" reduces within
+    each row of an HSDP mesh before. last_slots: micro-batches of the last step; fewer than of the others is an epoch's
+    incomplete group, whose last one reduces. built_on: "meta": the model gets its memory once it is spread."""
     replicas, rank = control.world_size, control.rank
     make_optimizer = optimizer_maker(optimizer, EPSILON["fp32"])
     model = tiny_vit(qkv_bias=optimizer == "sgd").to(built_on)
@@ -267,8 +267,10 @@ def check_user_loop(
         slots = SLOTS if step < STEPS - 1 else last_slots
         for slot in range(slots):
             images, labels = micro_batch(step, slot * replicas + rank, SLOTS * replicas)
-            accumulates = reduced_in == "last" and slot < slots - 1
-            if isinstance(model, FSDPModule):
+            accumulates = reduced_in.startswith("last") and slot < slots - 1
+            if isinstance(model, FSDPModule) and reduced_in == "last, between nodes":
+                model.set_requires_all_reduce(not accumulates)
+            elif isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(not accumulates)
             with (
                 trainer.no_sync() if accumulates and how == "ddp" else nullcontext(),
@@ -357,10 +359,10 @@ def check_attached_loop(control: Control, how: str, sharing: str = "every") -> d
     }
 
 
-def check_gathered_bytes(control: Control) -> dict[str, Any]:
+def check_gathered_bytes(control: Control, optimizer: str) -> dict[str, Any]:
     """Bytes of one step, dense and where some blocks are SHORTCUT for all replicas; and by the message model."""
     model = tiny_vit()
-    engine = build(control, "fsdp2", model, "sgd")
+    engine = build(control, "fsdp2", model, optimizer)
     shape = (SLOTS * control.world_size, DEPTH, HEADS)
     plans = {"dense": np.full(shape, 2, np.uint8), "half": np.full(shape, 2, np.uint8)}
     plans["half"][: control.world_size, 1:] = 0  # first micro-batch: one block of four
@@ -509,6 +511,11 @@ def check_refusals(control: Control) -> dict[str, str]:
     fully_shard(model.blocks[1].mlp)
     fully_shard(model)
     found["inner unit"] = message(ConfigError, lambda: d2ft_hpc.prepare(model, executor))
+    model = tiny_vit()
+    executor = attach(model)
+    fully_shard([model.blocks[3], model.head])
+    fully_shard(model)
+    found["unit of a block and others"] = message(ConfigError, lambda: d2ft_hpc.prepare(model, executor))
     for how in ("ddp", "fsdp2"):
         model = tiny_vit()
         executor = attach(model)
@@ -536,12 +543,14 @@ QUICK = (
     "fp32 ddp random adamw",
     "fp32 fsdp2 random adamw",
     "fp32 fsdp2 whole blocks sgd",
+    "fp32 fsdp2 whole pairs adamw",
     "bf16 fsdp2 random adamw",
     "attach ddp last",
     "loop ddp last incomplete",
     "loop fsdp2 last whole blocks",
     "resume fsdp2 -> fsdp2",
     "gathered bytes",
+    "gathered bytes in pairs",
     "reduced bytes",
     "refusals",
     "sharded fsdp -> fsdp",
@@ -573,6 +582,7 @@ FULL = {
         "resume fsdp2 -> zero3",
         "resume ddp -> fsdp2 lora",
         "gathered bytes",
+        "gathered bytes in pairs",
         "reduced bytes",
         "refusals",
         "sharded fsdp -> fsdp",
@@ -583,6 +593,7 @@ FULL = {
         "fp32 fsdp2 tp resolutions adamw",
         "bf16 fsdp2 tp random adamw",
         "fp32 fsdp2 tp clipped adamw",
+        "loop hsdp last whole pairs",
         "loop hsdp recompute last",
         "resume fsdp2 tp -> fsdp2 tp",
         "sharded fsdp -> hsdp",
@@ -612,6 +623,8 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
         base: Any = {"engine": engine, "kind": "random", "optimizer": "adamw"}
         named[f"fp32 {engine} clipped adamw"] = partial(check_fp32, clipping=0.05, **base)
         named[f"fp32 {engine} recompute adamw"] = partial(check_fp32, recompute=True, **base)
+        if engine == "fsdp2":
+            named["fp32 fsdp2 whole pairs adamw"] = partial(check_fp32, **base | {"kind": "whole pairs"})
         if "tp" not in engine:
             base["kind"] = "one complete"
             named[f"fp32 {engine} complete paths"] = partial(check_fp32, embeddings="complete_path", **base)
@@ -638,12 +651,19 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
             "fsdp2 -> zero3": {"saved_by": "fsdp2", "resumed_by": "zero3"},
             "ddp -> fsdp2 lora": {"saved_by": "ddp", "resumed_by": "fsdp2", "lora": True},
         }
-        named["gathered bytes"] = check_gathered_bytes
+        named["gathered bytes"] = partial(check_gathered_bytes, optimizer="sgd")
+        named["gathered bytes in pairs"] = partial(check_gathered_bytes, optimizer="adamw")
         named["reduced bytes"] = check_reduced_bytes
         named["refusals"] = check_refusals
     else:
         loops = {
             "hsdp whole blocks": {"how": "fsdp2", "hsdp": True, "kind": "whole blocks"},
+            "hsdp last whole pairs": {
+                "how": "fsdp2",
+                "hsdp": True,
+                "reduced_in": "last, between nodes",
+                "kind": "whole pairs",
+            },
             "hsdp recompute last": {"how": "fsdp2", "hsdp": True, "recompute": True, "reduced_in": "last"},
         }
         resumed = {"fsdp2 tp -> fsdp2 tp": {"saved_by": "fsdp2 tp", "resumed_by": "fsdp2 tp"}}
