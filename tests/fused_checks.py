@@ -165,7 +165,8 @@ def check_copies(device: str) -> None:
     axes = [
         *(of((2,), 3, units, (5,), splits_rows=True) for units in (13, 5000)),
         *(of((), 3, units, splits_rows=True) for units in (13, 12)),
-        *(of((7,), 3, units, splits_rows=False) for units in (13, 12)),
+        *(of((rows,), 3, units, splits_rows=False) for rows in (7, 40) for units in (13, 12, 600)),
+        *(HeadAxis((40, 3, width), 1, splits_rows=False) for width in (8, 64, 150)),
         HeadAxis((3, 3, 4, 5), 1, splits_rows=True),
     ]
     parameters = [torch.randn(axis.parameter_shape, device=device) for axis in axes]

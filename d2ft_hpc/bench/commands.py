@@ -79,8 +79,8 @@ def add_benches(benches: Any) -> None:
     step.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     step.add_argument(
         "--repeats",
-        type=whole_number(1),
-        help="measured steps of each (default: as many of 30 as two minutes allow, at least 5)",
+        type=whole_number(2),
+        help="measured steps of each, at least 2 (default: as many of 30 as two minutes allow, at least 5)",
     )
     step.add_argument("--profile", action="store_true", help="where the time of dense and plan goes")
     step.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -108,7 +108,9 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
         help="ranks that share each block, under DeepSpeed",
     )
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--steps", type=whole_number(1), default=100, help="measured steps of each")
+    parser.add_argument(
+        "--steps", type=whole_number(2), default=100, help="measured steps of each, at least 2"
+    )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
 

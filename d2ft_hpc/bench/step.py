@@ -26,6 +26,7 @@ from d2ft_hpc.bench.turns import Ratio
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.families.table import family_of
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.metering.memory import kept_bytes
 from d2ft_hpc.model.build import build_model
@@ -186,6 +187,8 @@ def _model(sizes: Sizes) -> nn.Module:
     model = build_model(sizes.model, num_classes=1000, options={"img_size": sizes.image_size})
     if sizes.lora_rank is not None:
         add_lora(model, rank=sizes.lora_rank, alpha=2 * sizes.lora_rank, dropout=0.0)
+    if sizes.device.type == "cuda":
+        family_of(model).let_graphs_capture(model)
     return model.to(device=sizes.device, dtype=sizes.dtype).train()
 
 

@@ -76,7 +76,8 @@ class BlockRunner:
         def forward(x: Tensor) -> Tensor:
             axes = PartAxes(subnets.head_axes, subnets.head_axes)
             if takes:
-                axes = take_parts(block, heads, subnets.head_axes, x.device.type)
+                of_parts = subnets.head_axes | subnets.family.norm_axes(block)
+                axes = take_parts(block, heads, of_parts, x.device.type)
             result: Tensor = run(subnets.family, block, x, heads, axes, *args, **kwargs)
             return result
 

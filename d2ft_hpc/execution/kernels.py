@@ -50,8 +50,18 @@ class HeadSlices:
 
     def numbers(self, chosen: int, of: int) -> int:
         """Of `chosen` heads' part."""
-        wide = chosen if self.units == 0 else ceil(chosen * ceil(self.units / of) / 8) * 8
-        return self.outer * wide * self.inner
+        return self.outer * self._rows(chosen, of) * self.inner
+
+    def programs(self, chosen: int, of: int, spreads: bool) -> int:
+        """Programs of the kernel that copy the part of `chosen` heads, or spread it over the whole parameter."""
+        rows = (self.units or of) if spreads else self._rows(chosen, of)
+        tall, wide, by_column = triton_kernels.tile_of(self.outer, self.inner, self.rows, _COPY_ELEMENTS)
+        if by_column:
+            return ceil(self.outer / tall) * ceil(rows * self.inner / wide)
+        return ceil(self.outer * rows / tall) * ceil(self.inner / wide)
+
+    def _rows(self, chosen: int, of: int) -> int:
+        return chosen if self.units == 0 else ceil(chosen * ceil(self.units / of) / 8) * 8
 
 
 def take_heads(
@@ -108,7 +118,7 @@ def _copy_heads(
         each = slices[place] if is_used else HeadSlices(0, 1, rows=True)
         pointers += [sources[place], targets[place]] if is_used else [sources[0], targets[0]]
         shapes += [each.outer, each.inner, each.rows, each.units]
-    programs = sum(ceil(target.numel() / _COPY_ELEMENTS) for target in targets)
+    programs = sum(each.programs(chosen, of, spreads) for each in slices)
     triton_kernels.copy_heads[(programs,)](*pointers, index, chosen, of, *shapes, spreads, _COPY_ELEMENTS)
 
 

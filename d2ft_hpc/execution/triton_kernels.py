@@ -13,74 +13,120 @@ def _wide(heads, of, UNITS: tl.constexpr):
 
 
 @triton.jit
-def _take(source, target, heads, program, chosen, of, OUTER: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr,
-          UNITS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    at = program * BLOCK + tl.arange(0, BLOCK)
-    inner, rest = at % INNER, at // INNER
+def _taken(row, heads, chosen, of, OUTER: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr):
+    """Where the row of a taken part comes from: the row of the parameter, and whether a head owns it."""
     if UNITS > 0:
         share, wide = tl.cdiv(UNITS, of), _wide(chosen, of, UNITS)
-        inside = at < OUTER * wide * INNER
-        outer, unit = rest // wide, rest % wide
+        outer, unit = row // wide, row % wide
         place = unit // share
-        is_head = inside & (place < chosen)
-        head = tl.load(heads + place, mask=is_head, other=0)
+        is_head = (outer < OUTER) & (place < chosen)
+        head = tl.load(heads + place, mask=is_head, other=0).to(tl.int32)
         unit = head * UNITS // of + unit % share
         is_own = is_head & (unit < (head + 1) * UNITS // of)
-        value = tl.load(source + (outer * UNITS + unit) * INNER + inner, mask=is_own, other=0.0)
+        origin = outer * UNITS + unit
     else:
-        inside = at < chosen * OUTER * INNER
+        is_own = row < chosen * OUTER
         if ROWS:
-            outer, place = rest % OUTER, rest // OUTER
+            outer, place = row % OUTER, row // OUTER
         else:
-            outer, place = rest // chosen, rest % chosen
-        head = tl.load(heads + place, mask=inside, other=0)
-        value = tl.load(source + (outer * of + head) * INNER + inner, mask=inside)
-    tl.store(target + at, value.to(target.dtype.element_ty), mask=inside)
+            outer, place = row // chosen, row % chosen
+        origin = outer * of + tl.load(heads + place, mask=is_own, other=0).to(tl.int32)
+    return origin, is_own
 
 
 @triton.jit
-def _spread(source, target, places, program, chosen, of, OUTER: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr,
-            UNITS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    at = program * BLOCK + tl.arange(0, BLOCK)
-    inner, rest = at % INNER, at // INNER
+def _spread(row, places, chosen, of, OUTER: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr):
+    """Where the row of a parameter comes from: the row of the part, and whether the part has it."""
     if UNITS > 0:
-        inside = at < OUTER * UNITS * INNER
-        outer, unit = rest // UNITS, rest % UNITS
+        outer, unit = row // UNITS, row % UNITS
         head = ((unit + 1) * of - 1) // UNITS
-        place = tl.load(places + head, mask=inside, other=-1)
+        inside = outer < OUTER
+        place = tl.load(places + head, mask=inside, other=-1).to(tl.int32)
         unit = place * tl.cdiv(UNITS, of) + unit - head * UNITS // of
-        origin = (outer * _wide(chosen, of, UNITS) + unit) * INNER + inner
+        origin = outer * _wide(chosen, of, UNITS) + unit
     else:
-        inside = at < of * OUTER * INNER
-        outer, head = rest // of, rest % of
-        place = tl.load(places + head, mask=inside, other=-1)
+        outer, head = row // of, row % of
+        inside = outer < OUTER
+        place = tl.load(places + head, mask=inside, other=-1).to(tl.int32)
         if ROWS:
-            origin = (place * OUTER + outer) * INNER + inner
+            origin = place * OUTER + outer
         else:
-            origin = (outer * chosen + place) * INNER + inner
-    value = tl.load(source + origin, mask=inside & (place >= 0), other=0.0)
-    tl.store(target + at, value.to(target.dtype.element_ty), mask=inside)
+            origin = outer * chosen + place
+    return origin, inside & (place >= 0)
+
+
+@triton.jit
+def _origin(row, index, chosen, of, OUTER: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
+            SPREADS: tl.constexpr):  # fmt: skip
+    if SPREADS:
+        origin, is_own = _spread(row, index, chosen, of, OUTER, ROWS, UNITS)
+    else:
+        origin, is_own = _taken(row, index, chosen, of, OUTER, ROWS, UNITS)
+    return origin, is_own
+
+
+@triton.jit
+def _rows(chosen, of, UNITS: tl.constexpr, IS_PART: tl.constexpr):
+    """Heads or units of a part, or of the whole parameter."""
+    if UNITS > 0:
+        rows = _wide(chosen, of, UNITS) if IS_PART else UNITS
+    else:
+        rows = chosen if IS_PART else of
+    return rows
+
+
+def tile_of(outer: int, inner: int, rows: bool, block: int) -> tuple[int, int, bool]:
+    """Rows and columns of a tile, and whether its rows are [outer] and its columns [head or unit, inner]; else its rows
+    are [outer, head or unit] and its columns [inner]."""
+    by_column = inner < 128 and outer >= 16 and not rows
+    columns = 128 if by_column else min(128, triton.next_power_of_2(inner))
+    return block // columns, columns, by_column
+
+
+_tile = triton.constexpr_function(tile_of)
 
 
 @triton.jit
 def _copy(source, target, index, program, chosen, of, OUTER: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr,
           UNITS: tl.constexpr, SPREADS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """A tile of the target. Where it comes from is looked up once for each of its rows, or of its columns."""
     if OUTER > 0:
-        if SPREADS:
-            _spread(source, target, index, program, chosen, of, OUTER, INNER, ROWS, UNITS, BLOCK)
+        tile: tl.constexpr = _tile(OUTER, INNER, ROWS, BLOCK)
+        width = _rows(chosen, of, UNITS, not SPREADS) * INNER if tile[2] else INNER
+        chunks = tl.cdiv(width, tile[1])
+        row = (program // chunks * tile[0] + tl.arange(0, tile[0]))[:, None]
+        column = (program % chunks * tile[1] + tl.arange(0, tile[1]))[None, :]
+        within = column < width
+        if tile[2]:
+            origin, is_own = _origin(column // INNER, index, chosen, of, 1, ROWS, UNITS, SPREADS)
+            inside = (row < OUTER) & within
+            place = origin * INNER + column % INNER
+            if INNER % 8 == 0:  # the copies of 8 numbers lie side by side on both sides
+                place = tl.max_contiguous(tl.multiple_of(place, [1, 8]), [1, 8])
+                is_own = tl.max_constancy(is_own, [1, 8])
+            place += row * _rows(chosen, of, UNITS, SPREADS) * INNER
         else:
-            _take(source, target, index, program, chosen, of, OUTER, INNER, ROWS, UNITS, BLOCK)
+            origin, is_own = _origin(row, index, chosen, of, OUTER, ROWS, UNITS, SPREADS)
+            inside = (row < OUTER * _rows(chosen, of, UNITS, not SPREADS)) & within
+            place = origin * INNER + column
+        value = tl.load(source + place, mask=is_own & inside, other=0.0)
+        tl.store(target + row * width + column, value.to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _programs(chosen, of, OUTER: tl.constexpr, INNER: tl.constexpr, UNITS: tl.constexpr, SPREADS: tl.constexpr,
-              BLOCK: tl.constexpr):  # fmt: skip
+def _programs(chosen, of, OUTER: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
+              SPREADS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Programs that copy one parameter."""
-    if UNITS > 0:
-        wide = UNITS if SPREADS else _wide(chosen, of, UNITS)
+    if OUTER > 0:
+        tile: tl.constexpr = _tile(OUTER, INNER, ROWS, BLOCK)
+        rows = _rows(chosen, of, UNITS, not SPREADS)
+        if tile[2]:
+            programs = tl.cdiv(OUTER, tile[0]) * tl.cdiv(rows * INNER, tile[1])
+        else:
+            programs = tl.cdiv(OUTER * rows, tile[0]) * tl.cdiv(INNER, tile[1])
     else:
-        wide = of if SPREADS else chosen
-    return tl.cdiv(wide * OUTER * INNER, BLOCK)
+        programs = 0
+    return programs
 
 
 @triton.jit
@@ -96,11 +142,11 @@ def copy_heads(
     SPREADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    end0 = _programs(chosen, of, OUTER0, INNER0, UNITS0, SPREADS, BLOCK)
-    end1 = end0 + _programs(chosen, of, OUTER1, INNER1, UNITS1, SPREADS, BLOCK)
-    end2 = end1 + _programs(chosen, of, OUTER2, INNER2, UNITS2, SPREADS, BLOCK)
-    end3 = end2 + _programs(chosen, of, OUTER3, INNER3, UNITS3, SPREADS, BLOCK)
-    end4 = end3 + _programs(chosen, of, OUTER4, INNER4, UNITS4, SPREADS, BLOCK)
+    end0 = _programs(chosen, of, OUTER0, INNER0, ROWS0, UNITS0, SPREADS, BLOCK)
+    end1 = end0 + _programs(chosen, of, OUTER1, INNER1, ROWS1, UNITS1, SPREADS, BLOCK)
+    end2 = end1 + _programs(chosen, of, OUTER2, INNER2, ROWS2, UNITS2, SPREADS, BLOCK)
+    end3 = end2 + _programs(chosen, of, OUTER3, INNER3, ROWS3, UNITS3, SPREADS, BLOCK)
+    end4 = end3 + _programs(chosen, of, OUTER4, INNER4, ROWS4, UNITS4, SPREADS, BLOCK)
     if program < end0:
         _copy(source0, target0, index, program, chosen, of, OUTER0, INNER0, ROWS0, UNITS0, SPREADS, BLOCK)
     elif program < end1:

@@ -316,6 +316,11 @@ class BlockFamily(ABC):
     def head_axes(self, block: Any) -> dict[str, HeadAxis]:
         """How each parameter that heads own splits by head, by its name in the block; LoRA's included."""
 
+    def norm_axes(self, block: Any) -> dict[str, HeadAxis]:
+        """How the parameters of norms over the channels of all heads split by head. Heads compute with their part of
+        these, and none owns them."""
+        return {}
+
     def used_by_head(self, name: str) -> bool:
         """Whether each head by itself computes with the parameter of this name in the block, though no head owns
         it."""

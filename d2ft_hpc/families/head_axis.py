@@ -89,13 +89,10 @@ class HeadAxis:
         sums = of_units.new_zeros(*before, self.heads)
         return sums.index_add_(-1, self._head_of_unit(tensor.device), of_units)
 
-    def owned(self, heads: Tensor) -> Tensor:
-        """Which units of what `select` takes are the heads' own and not padding: bool [unit]."""
-        if self.units is None:
-            return torch.ones(
-                heads.numel() * self.view_shape[self.axis + 1], dtype=torch.bool, device=heads.device
-            )
-        return self._units_of(heads)[1]
+    def count(self, heads: Tensor) -> Tensor:
+        """How many units the heads own: int64, on their device."""
+        units = math.prod(self.view_shape[self.axis : self.axis + 2]) if self.units is None else self.units
+        return ((heads + 1) * units // self.heads - heads * units // self.heads).sum()
 
     @property
     def heads(self) -> int:

@@ -9,6 +9,7 @@ from functools import partial
 from types import NoneType
 from typing import Any
 
+import torch
 from timm.layers import DropPath, LayerScale, Mlp
 from timm.models.beit import Block as BeitBlock
 from timm.models.eva import EvaBlock, EvaBlockPostNorm
@@ -20,7 +21,7 @@ from d2ft_hpc.families import timm_attention, timm_mlp
 from d2ft_hpc.families.family import Branch, Drops, KernelParts, rate_of
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.families.head_linear import out_of_heads
-from d2ft_hpc.families.head_norm import normalise_heads
+from d2ft_hpc.families.head_norm import norm_axes, normalise_heads
 from d2ft_hpc.families.low_rank import unfit_layers
 from d2ft_hpc.families.timm_attention import Positions, has_own_bias, positions_by_head
 from d2ft_hpc.families.timm_models import TimmFamily, class_of_timm
@@ -43,12 +44,13 @@ class TimmBlocks(TimmFamily):
         attn, mlp = block.attn, block.mlp
         if reasons := timm_attention.misfits(attn) + timm_mlp.misfits(mlp):
             return reasons
-        across = {"attn.norm": timm_attention.norm_across(attn), "mlp.norm": timm_mlp.norm_across(mlp)}
-        for name, norm in across.items():
-            if norm is not None and not (isinstance(norm, nn.LayerNorm) and norm.bias is not None):
+        for name, (norm, _) in _across(block).items():
+            if not (isinstance(norm, nn.LayerNorm) and norm.bias is not None):
                 reasons.append(
                     f"normalises across heads by {name} of class {type(norm).__name__}, not LayerNorm"
                 )
+        if timm_mlp.norm_across(mlp) is not None and type(mlp) is Mlp and mlp.act(torch.zeros(1)).item() != 0:
+            reasons.append("normalises hidden units whose activation of zero, as fills up heads, is not zero")
         return reasons + unfit_layers(block, self.layers(block))
 
     def num_heads(self, block: Any) -> int:
@@ -71,6 +73,11 @@ class TimmBlocks(TimmFamily):
     def own_axes(self, block: Any) -> dict[str, HeadAxis]:
         return timm_attention.own_axes(block.attn) | timm_mlp.own_axes(block.mlp, self.num_heads(block))
 
+    def norm_axes(self, block: Any) -> dict[str, HeadAxis]:
+        heads = self.num_heads(block)
+        of_each = (norm_axes(name, heads, channels) for name, (_, channels) in _across(block).items())
+        return {name: axis for axes in of_each for name, axis in axes.items()}
+
     @abstractmethod
     def positions(self, *args: Any, **kwargs: Any) -> Positions:
         """Of what a block's forward takes beside x."""
@@ -83,6 +90,10 @@ class TimmBlocks(TimmFamily):
         positions = self._positions(attn, *args, **kwargs)
         name, last = timm_mlp.last(mlp)
         before, after = _norms_and_scales(block)
+        of_norms = {name: axes.get(name, own) for name, own in self.norm_axes(block).items()}
+        across = {
+            of: partial(normalise_heads, norm, of, of_norms) for of, (norm, _) in _across(block).items()
+        }
         return (
             Branch(
                 before[0],
@@ -90,7 +101,7 @@ class TimmBlocks(TimmFamily):
                 partial(out_of_heads, attn.proj, "attn.proj", axes),
                 attn.proj.bias,
                 lambda branch: block.drop_path1(after[0](attn.proj_drop(branch))),
-                _across(timm_attention.norm_across(attn), axes["attn.proj.weight"]),
+                across.get("attn.norm"),
             ),
             Branch(
                 lambda x: timm_mlp.normed(mlp, before[1](x)),
@@ -98,7 +109,7 @@ class TimmBlocks(TimmFamily):
                 partial(out_of_heads, last, name, axes),
                 last.bias,
                 lambda branch: block.drop_path2(after[1](timm_mlp.drops(mlp)[1](branch))),
-                _across(timm_mlp.norm_across(mlp), axes[f"{name}.weight"]),
+                across.get("mlp.norm"),
             ),
         )
 
@@ -133,7 +144,7 @@ class TimmBlocks(TimmFamily):
                 isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
                 for norm in norms
             )
-            and timm_attention.norm_across(attn) is timm_mlp.norm_across(mlp) is None
+            and not _across(block)
             and all(
                 type(getattr(block, name, None)) in (nn.Identity, LayerScale, NoneType)
                 for name in ("ls1", "ls2")
@@ -182,12 +193,15 @@ class TimmRotary(TimmBlocks):
 _OnTokens = Callable[[Tensor], Tensor]
 
 
-def _across(norm: nn.LayerNorm | None, of_out: HeadAxis) -> Callable[..., list[Tensor]] | None:
-    """A norm between the heads and the layer that leads out of them, whose columns are the norm's channels."""
-    if norm is None:
-        return None
-    units = of_out.parameter_shape[1]
-    return partial(normalise_heads, norm, HeadAxis.of_units((), of_out.heads, units, splits_rows=True))
+def _across(block: Any) -> dict[str, tuple[Any, int]]:
+    """The norms between heads and the layers that lead out of them, by name: each with the number of its channels,
+    which are those of all heads."""
+    attn, (_, last) = block.attn, timm_mlp.last(block.mlp)
+    norms = {
+        "attn.norm": (timm_attention.norm_across(attn), attn.proj.in_features),
+        "mlp.norm": (timm_mlp.norm_across(block.mlp), last.in_features),
+    }
+    return {name: (norm, channels) for name, (norm, channels) in norms.items() if norm is not None}
 
 
 def _scale(block: Any, number: int) -> Tensor | None:
