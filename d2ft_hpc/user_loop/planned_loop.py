@@ -360,9 +360,14 @@ class PlannedLoop:
             self._unseen_steps += self._steps == 0
             if self._unseen_steps > 1:
                 name = type(self._model).__name__
+                fix = (
+                    "call it (not its forward or forward_features), or attach the module that does"
+                    if self._model.training
+                    else "call model.train() before the loop (from_pretrained gives models that evaluate)"
+                )
                 raise PlanError(
                     f"the optimiser steps, but {name} was not called in training mode, so that no plan is followed: "
-                    f"call it (not its forward or forward_features), or attach the module that does"
+                    f"{fix}"
                 )
             return
         self._counter.stop()

@@ -399,6 +399,12 @@ def test_what_cannot_be_followed_is_said() -> None:
         PlanError, match=r"VisionTransformer was not called in training mode.*not its forward"
     ):
         loop.optimizer.step()
+    loop = Loop(planner="joint")
+    loop.model.eval()
+    loop.model(torch.zeros(2, 3, 16, 16)).sum().backward()
+    loop.optimizer.step()
+    with pytest.raises(PlanError, match=r"not called in training mode.*call model\.train\(\) before"):
+        loop.optimizer.step()
     with pytest.raises(UnsupportedModelError, match="ModuleList has 2 supported models inside"):
         d2ft_hpc.attach(nn.ModuleList([tiny_vit(), tiny_vit()]), total_steps=3)
     with pytest.raises(UnsupportedModelError, match="Linear is none of the supported models"):
