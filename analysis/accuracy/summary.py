@@ -32,7 +32,7 @@ def rows(lines: Iterable[Line]) -> Iterator[tuple[float, list[str]]]:
         for (config, budget), of_seed in contenders.items():
             seeds = sorted(of_seed.keys() & dense.keys())
             rival = contenders.get(("fewer_steps", budget), {})
-            if not seeds or config not in ("tokens", "tokens_lora"):
+            if not seeds or config not in ("tokens", "tokens_lora") or data not in NAMES:
                 continue
             accuracy, of_dense = (
                 100 * mean(each[seed]["accuracy"] for seed in seeds) for each in (of_seed, dense)

@@ -22,6 +22,7 @@ from d2ft_hpc.figures.sufficient import lower_bound
 
 LINES = Path(__file__).with_name("results.jsonl")
 DENSE = ("standard", "lora")
+OLDER = ", cut at 224 px"
 
 Line = dict[str, Any]
 OfSeed = dict[int, Line]
@@ -31,7 +32,9 @@ Contenders = dict[tuple[str, float], OfSeed]
 
 
 def line_of(folder: Path) -> Line | None:
-    """What is kept of a run, named CONFIG_DATA_...; None if it is not finished. `tflop` is what was executed."""
+    """What is kept of a run, named CONFIG_DATA_...; None if it is not finished. `tflop` is what was executed, `cut` the
+    size that photographs are cut in, that of their step; older lines lack it, whose photographs were cut at 224 px and
+    by other random numbers."""
     run = Run(folder / "results.h5", folder.name)
     try:
         if not run.complete:
@@ -42,6 +45,7 @@ def line_of(folder: Path) -> Line | None:
         return {
             "config": name,
             "data": Path(config["data"]["root"]).stem,
+            "cut": "step",
             "epochs": config["train"]["epochs"],
             "budget": 1.0 if name in DENSE else spends,
             "seed": config["run"]["seed"],
@@ -66,11 +70,14 @@ def read_lines() -> list[Line]:
 
 
 def by_task(lines: Iterable[Line]) -> Iterator[tuple[bool, str, int, Contenders, OfSeed]]:
-    """LoRA or not, data set, epochs, all contenders, and the dense one among them."""
+    """LoRA or not, data set, epochs, all contenders, and the dense one among them. Older runs on photographs are a data
+    set of their own."""
     tasks: dict[tuple[bool, str, int], Contenders] = defaultdict(lambda: defaultdict(dict))
     for line in lines:
         lora = "lora" in line["config"]
-        tasks[lora, line["data"], line["epochs"]][line["config"], line["budget"]][line["seed"]] = line
+        is_older = line["data"] == "caltech101" and "cut" not in line
+        data = line["data"] + (OLDER if is_older else "")
+        tasks[lora, data, line["epochs"]][line["config"], line["budget"]][line["seed"]] = line
     for (lora, data, epochs), contenders in sorted(tasks.items()):
         yield lora, data, epochs, contenders, contenders.get(("lora" if lora else "standard", 1.0), {})
 
