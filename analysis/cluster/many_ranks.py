@@ -125,11 +125,10 @@ def _record(
 
 
 def _own_memory_kb() -> float:
-    """What this process alone holds, kB."""
+    """What this process alone holds, kB. Clean pages are not counted: they are a file's in the page cache, torch's
+    libraries for instance, which are one process's or shared depending on who else runs on the host."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(
-        float(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Private_Clean"))
-    )
+    return next(float(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
 
 
 def _of_all(every: Sequence[dict[str, float]], plan_bytes: int) -> dict[str, Any]:

@@ -64,8 +64,12 @@ class GlooGather:
 
 
 def wait_for(gather: PendingGather, timeout_seconds: float) -> bytes | None:
-    """Polls until the gather is done; None if the time is up before."""
-    deadline = time.monotonic() + timeout_seconds
-    while (payloads := gather.poll()) is None and time.monotonic() < deadline:
-        time.sleep(1e-4)
+    """Polls until the gather is done; None if the time is up before.
+
+    It rests ever longer between two looks, for a tenth of what it has waited: ranks that share cores would keep each
+    other from the very work that they wait for.
+    """
+    started = time.monotonic()
+    while (payloads := gather.poll()) is None and (waited := time.monotonic() - started) < timeout_seconds:
+        time.sleep(min(max(waited / 10, 1e-4), 0.1))
     return payloads
