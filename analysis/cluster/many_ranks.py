@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from d2ft_hpc.launch import Control, agreed, connect, detect, share
-from d2ft_hpc.launch.async_gather import wait_for
 from d2ft_hpc.launch.channel import Channel
 from d2ft_hpc.launch.mpi_control import MpiControl
 from d2ft_hpc.launch.signals import StopSignals
@@ -118,7 +117,7 @@ def _record(
     timed("record_begin", begin)
     begun = time.perf_counter()
     for gather in pending:
-        of_ranks = wait_for(gather, PATIENCE_SECONDS)
+        of_ranks = gather.wait(PATIENCE_SECONDS)
         assert of_ranks is not None
         assert control.rank or len(of_ranks) == RECORD_BYTES * control.world_size
     found["record_end"] = time.perf_counter() - begun
