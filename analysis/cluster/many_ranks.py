@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from d2ft_hpc.launch import Control, agreed, connect, detect, share
-from d2ft_hpc.launch.async_gather import wait_for
 from d2ft_hpc.launch.channel import Channel
 from d2ft_hpc.launch.mpi_control import MpiControl
 from d2ft_hpc.launch.signals import StopSignals
@@ -118,18 +117,17 @@ def _record(
     timed("record_begin", begin)
     begun = time.perf_counter()
     for gather in pending:
-        of_ranks = wait_for(gather, PATIENCE_SECONDS)
+        of_ranks = gather.wait(PATIENCE_SECONDS)
         assert of_ranks is not None
         assert control.rank or len(of_ranks) == RECORD_BYTES * control.world_size
     found["record_end"] = time.perf_counter() - begun
 
 
 def _own_memory_kb() -> float:
-    """What this process alone holds, kB."""
+    """What this process alone holds, kB. Clean pages are not counted: they are a file's in the page cache, torch's
+    libraries for instance, which are one process's or shared depending on who else runs on the host."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(
-        float(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Private_Clean"))
-    )
+    return next(float(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
 
 
 def _of_all(every: Sequence[dict[str, float]], plan_bytes: int) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any, Protocol
 
 from d2ft_hpc.errors import LostRankError
@@ -15,6 +17,9 @@ class PendingGather(Protocol):
         """The payloads of all ranks, one after the other, at rank 0, nothing at others; None while it goes on. Never
         waits."""
 
+    def wait(self, timeout_seconds: float) -> bytes | None:
+        """As `poll`, when the gather is done or the time is up."""
+
 
 class DoneGather:
     """The gather of a single process."""
@@ -23,6 +28,9 @@ class DoneGather:
         self._payload = payload
 
     def poll(self) -> bytes | None:
+        return self._payload
+
+    def wait(self, timeout_seconds: float) -> bytes | None:
         return self._payload
 
 
@@ -38,6 +46,12 @@ class MpiGather:
 
     def poll(self) -> bytes | None:
         return bytes(self._all) if self._request.Test() else None
+
+    def wait(self, timeout_seconds: float) -> bytes | None:
+        deadline = time.monotonic() + timeout_seconds
+        while (payloads := self.poll()) is None and time.monotonic() < deadline:
+            time.sleep(1e-4)
+        return payloads
 
 
 class GlooGather:
@@ -62,10 +76,8 @@ class GlooGather:
             raise LostRankError("lost the connection to a rank: it ended or cannot be reached") from error
         return bytes(self._all.numpy().tobytes())
 
-
-def wait_for(gather: PendingGather, timeout_seconds: float) -> bytes | None:
-    """Polls until the gather is done; None if the time is up before."""
-    deadline = time.monotonic() + timeout_seconds
-    while (payloads := gather.poll()) is None and time.monotonic() < deadline:
-        time.sleep(1e-4)
-    return payloads
+    def wait(self, timeout_seconds: float) -> bytes | None:
+        # Without polling: many ranks that share cores would keep each other from the very work they wait for.
+        with suppress(RuntimeError):  # the time is up, or a rank is lost: `poll` knows
+            self._work.wait(timedelta(seconds=timeout_seconds))
+        return self.poll()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from d2ft_hpc.launch import Control
-from d2ft_hpc.launch.async_gather import PendingGather, wait_for
+from d2ft_hpc.launch.async_gather import PendingGather
 from d2ft_hpc.metering.phases import StepTimes
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.results.reader import waiting
@@ -95,7 +95,7 @@ class StepRecorder:
             self._send(self._measured.popleft())
         while self._sent:
             record, own, gather = self._sent.popleft()
-            of_ranks = wait_for(gather, _PATIENCE_SECONDS)
+            of_ranks = gather.wait(_PATIENCE_SECONDS)
             self._write(record, own.tobytes() if of_ranks is None else of_ranks)
 
     def flush(self) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from d2ft_hpc.errors import DataError, LaunchError, ResultsError
 from d2ft_hpc.launch import Control, agreed, connect, detect, run_guarded, share
+from d2ft_hpc.launch.gloo_control import GlooControl
 from d2ft_hpc.launch.mpi_control import MpiControl
 from d2ft_hpc.launch.watch import Watch
 from tests.distributed.attacker import listening, sockets_of
@@ -59,7 +60,7 @@ def check_collectives(control: Control) -> None:
         assert control.broadcast(data if rank == 0 else None) == data
         assert control.broadcast(data if rank == 0 else b"another, longer or shorter") == data
     lengths = [0, 5, 100_000, 1][:world_size]
-    for sizes in (lengths, [0] * world_size):
+    for sizes in (lengths, [0] * world_size, [3, 0, 17, 1][:world_size]):
         assert control.all_gather(bytes([rank]) * sizes[rank]) == [
             bytes([r]) * n for r, n in enumerate(sizes)
         ]
@@ -68,6 +69,28 @@ def check_collectives(control: Control) -> None:
     total = torch.ones(3)
     distributed.all_reduce(total)
     assert total.tolist() == [world_size] * 3
+
+
+def check_gathering(control: Control) -> None:
+    """Beginning to gather waits for no rank, not even where the ranks' first gather has to connect them."""
+    last = control.world_size - 1
+    control.barrier(SECONDS)
+    if control.rank == last:
+        time.sleep(2)
+    started = time.monotonic()
+    gathers = [control.start_gather(bytes([step, control.rank])) for step in range(3)]
+    assert time.monotonic() - started < 1
+    if control.rank == 0:
+        assert gathers[0].wait(0.1) is None
+    worked = time.thread_time()
+    every = [gather.wait(SECONDS) for gather in gathers]
+    if isinstance(control, GlooControl):
+        assert (
+            time.thread_time() - worked < 0.03
+        )  # it sleeps; looking all the time, many ranks would slow each other
+    if control.rank == 0:
+        assert every == [bytes(b for r in range(last + 1) for b in (step, r)) for step in range(3)]
+        assert time.monotonic() - started > 1
 
 
 def check_agreement(control: Control) -> None:
@@ -141,6 +164,7 @@ def check_under_attack(control: Control) -> None:
 def play(control: Control) -> int | None:
     check_collectives(control)
     if "agreement" in SCENE:
+        check_gathering(control)
         check_agreement(control)
     if "deepspeed" in SCENE:
         check_deepspeed(control)

@@ -106,7 +106,8 @@ def test_two_mpi_jobs_at_once_with_deepspeed_and_data_loader_workers() -> None:
 def test_launchers_without_mpi() -> None:
     port = free_port()
     deepspeed = ("deepspeed", "--num_gpus=2", f"--master_port={port}", "--no_local_rank")
-    jobs = torchrun(2, "agreement"), start(*deepspeed, str(PROGRAM), "agreement")
+    lazily = {"TORCH_GLOO_LAZY_INIT": "1"}  # as of many ranks
+    jobs = torchrun(2, "agreement", **lazily), start(*deepspeed, str(PROGRAM), "agreement")
     ports(jobs[0].end(), 2, "GlooControl")
     assert ports(jobs[1].end(), 2, "GlooControl") == str(port)
 
