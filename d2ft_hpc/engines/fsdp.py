@@ -236,6 +236,8 @@ class FsdpEngine(PlainEngine):
     ) -> None:
         """model: the whole one, which is spread in place. param_dtype, kept_bytes: see `shard`."""
         self._twin = copy.deepcopy(model).to("meta")
+        # No state has some of them, such as rotary positions.
+        self._buffers = [buffer.detach().clone() for buffer in model.buffers()]
         self._placement, layout = placement, placement.layout
         mesh = init_device_mesh(
             next(model.parameters()).device.type,
@@ -283,6 +285,8 @@ class FsdpEngine(PlainEngine):
     def full_model(self) -> Iterator[nn.Module]:
         device = next(self._model.parameters()).device
         full = copy.deepcopy(self._twin).to_empty(device=device)
+        for buffer, own in zip(full.buffers(), self._buffers, strict=True):
+            buffer.copy_(own)
         weights = whole_weights(self._model, self.executor)
         flat = self.executor.flat
         full.load_state_dict(weights if flat is None else flat.split(weights), strict=True)

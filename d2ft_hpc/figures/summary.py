@@ -70,7 +70,10 @@ def _between_replicas(run: Run) -> str:
         return ""
     kind = run.engine.data_parallel
     if kind == "fsdp2":
-        saved = total(run.steps["dense_bytes"]) - run.total_bytes
+        dense = total(run.steps["dense_bytes"])
+        saved = dense - run.total_bytes
+        if saved < 0.0005 * dense:
+            return "the plan changes no bytes between replicas: FSDP2 gathered every block"
         less = f"{number(saved / _MB, '.1f')} MB less than dense"
         return f"sent {less}: FSDP2 does not gather a block that no replica runs"
     if reduces_trained_blocks_only(kind, run.engine.precision):

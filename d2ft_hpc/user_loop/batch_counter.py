@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any, ClassVar
 
@@ -82,6 +82,8 @@ class BatchCounter:
         self._costs, self.executor = costs, executor
         self._modes: list[Any] = []
         self._metered: Metered | None = None  # of the batch that runs
+        self._before_evaluation: Metered | None = None
+        self._is_scoring = False
         self._counted: _Counted | None = None
         self._scored: list[tuple[int, float]] = []
         self._trained: list[tuple[int, int, float]] = []
@@ -107,10 +109,16 @@ class BatchCounter:
         work = costs.work(plan, placement.layout.replica, placement.own, slots, [1.0] * plan.slots)
         return work.planned_flops / (plan.slots * costs.dense_flops)
 
-    def score(self, samples: Tensor) -> None:
-        """These samples are about to be scored; some of them will train."""
+    @contextmanager
+    def score(self, micro_batches: Iterable[Tensor]) -> Iterator[None]:
+        """Inside, the samples of these micro-batches are scored, by evaluating them; some of them will train."""
         self.begin()
-        self._scored.append((len(samples), self._size_of(samples)))
+        self._scored += [(len(samples), self._size_of(samples)) for samples in micro_batches]
+        self._is_scoring = True
+        try:
+            yield
+        finally:
+            self._is_scoring = False
 
     def train(self, slot: int, samples: int, like: Tensor | None = None) -> None:
         """This many samples are about to train, in this place of the batch. like: samples of their size; None: they
@@ -142,6 +150,16 @@ class BatchCounter:
         yield
         if metered is not None:
             metered.flops = flops
+
+    def begin_evaluation(self) -> None:
+        """What the model computes until `end_evaluation` is no training, also between a batch's micro-batches."""
+        metered = None if self._is_scoring else self._metered
+        self._before_evaluation = metered and replace(metered, bytes_sent=dict(metered.bytes_sent))
+
+    def end_evaluation(self) -> None:
+        if self._metered is not None and self._before_evaluation is not None:
+            vars(self._metered).update(vars(self._before_evaluation))
+        self._before_evaluation = None
 
     @staticmethod
     def end_others() -> None:

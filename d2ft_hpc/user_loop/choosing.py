@@ -33,8 +33,7 @@ def choose_from(
     executor = counter.executor
     batches = batches_of(given, are_images=executor.subnets.family.takes_images)
     selection, draw = begin(len(samples_of(batches[0])))
-    for batch in batches:
-        counter.score(samples_of(batch))
     assert executor.plan is not None
     share = float((executor.plan.operations == Operation.FULL).mean())
-    return as_given(selection(batches, draw, share), given)
+    with counter.score([samples_of(batch) for batch in batches]):
+        return as_given(selection(batches, draw, share), given)

@@ -19,12 +19,11 @@ class ModelHook:
     """A hook of one model alone, for `register_forward_pre_hook` and `register_forward_hook` with keywords: the
     model's copies and pickles get hooks that do nothing."""
 
-    def __init__(self, model: nn.Module, training: Call, evaluation: Call | None = None) -> None:
+    def __init__(self, model: nn.Module, training: Call, evaluation: Call) -> None:
         """training, evaluation: what to call with the forward's arguments in these modes."""
         self._model = weakref.ref(model)
         self._training = torch.compiler.disable(training)
-        # Not None, which code that torch.compile made for another hook would call.
-        self._evaluation = _nothing if evaluation is None else torch.compiler.disable(evaluation)
+        self._evaluation = torch.compiler.disable(evaluation)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
         if module is not self._model():

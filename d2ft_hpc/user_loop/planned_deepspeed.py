@@ -249,7 +249,8 @@ class PlannedDeepSpeed:
             self.record.turn_to(phase, self.plans, self._engine.device, int(self._engine.global_steps))
 
     def _before_forward(self, engine: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self._engine.module.training or not torch.is_grad_enabled():
+        if not self._is_training:
+            self._counter.begin_evaluation()
             if self.is_boundary:  # and that step is done
                 self.record.pause()
             return
@@ -265,8 +266,14 @@ class PlannedDeepSpeed:
         self._counter.train(self.slot, len(samples), samples)
 
     def _after_forward(self, engine: nn.Module, inputs: Any, output: Any) -> None:
-        if self._engine.module.training and torch.is_grad_enabled():
+        if self._is_training:
             self._turn_to("backward")
+        else:
+            self._counter.end_evaluation()
+
+    @property
+    def _is_training(self) -> bool:
+        return self._engine.module.training and torch.is_grad_enabled()
 
     def _position(self) -> tuple[int, int]:
         return int(self._engine.global_steps), self._saved_steps

@@ -266,12 +266,10 @@ class PlannedLoop:
             # The user's module computes more and calls parts of the model in any order, but images always reach its
             # first module.
             model = self.executor.subnets.family.embedding(model) or model
-        is_recorded = self.record.is_on
-        before = ModelHook(model, self._before_forward, self._in_evaluation if is_recorded else None)
+        before = ModelHook(model, self._before_forward, self._before_evaluation)
+        after = ModelHook(self._model, self._after_forward, self._after_evaluation)
         model.register_forward_pre_hook(before, with_kwargs=True)
-        if is_recorded:
-            after = ModelHook(self._model, self._after_forward)
-            self._model.register_forward_hook(after, with_kwargs=True)
+        self._model.register_forward_hook(after, with_kwargs=True)
         watch_optimizers(self._whole, self, self._before_optimizer, self._after_optimizer)
 
     def _before_forward(self, inputs: Sequence[Any]) -> None:
@@ -303,9 +301,13 @@ class PlannedLoop:
     def _after_forward(self, inputs: Sequence[Any]) -> None:
         self._turn_to("backward")
 
-    def _in_evaluation(self, inputs: Sequence[Any]) -> None:
+    def _before_evaluation(self, inputs: Sequence[Any]) -> None:
+        self._counter.begin_evaluation()
         if not self._is_begun:
             self.record.pause()
+
+    def _after_evaluation(self, inputs: Sequence[Any]) -> None:
+        self._counter.end_evaluation()
 
     def _turn_to(self, phase: str) -> None:
         if self.record.is_on:

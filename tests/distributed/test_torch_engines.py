@@ -80,6 +80,10 @@ def test_blocks_that_no_replica_runs_are_not_gathered(results: dict[str, Any]) -
             assert sum(found[name].values()) == pytest.approx(told, rel=1e-3), name
 
 
+def test_the_gathered_model_computes_what_the_model_did(results: dict[str, Any]) -> None:
+    assert results.get("full model", 0.0) <= 1e-6
+
+
 def test_ddp_sends_its_gradients_once_a_step(results: dict[str, Any]) -> None:
     if "reduced bytes" in results:
         assert results["reduced bytes"]["counted"] == 3 * [results["reduced bytes"]["ring"]]

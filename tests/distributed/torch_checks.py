@@ -24,6 +24,7 @@ import pytest
 import timm.utils
 import torch
 from safetensors.torch import load_file
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -62,7 +63,7 @@ from tests.distributed.engine_checks import (
     trained_alone,
 )
 from tests.distributed.launching import Choice
-from tests.models import DEPTH, HEADS, tiny_vit
+from tests.models import CLASSES, DEPTH, HEADS, random_batch, tiny, tiny_vit
 
 Engine = DdpEngine | FsdpEngine
 UNEVEN_ORDER = np.array([[0, 1, 0, 1], [1, 0, 0, 1], [0, 0, 1, 1], [1, 1, 0, 0]])
@@ -407,6 +408,18 @@ def check_reduced_bytes(control: Control) -> dict[str, Any]:
     return {"counted": counted, "ring": 2 * (control.world_size - 1) / control.world_size * gradients}
 
 
+def check_full_model(control: Control) -> float:
+    """What the gathered model computes, less what it computed before it was spread: with rotary positions, which no
+    state has."""
+    sizes = {"num_classes": CLASSES, "use_rot_pos_emb": True, "ref_feat_shape": (4, 4)}
+    model = tiny(Eva, 0.1, head_init_scale=1.0, **sizes)
+    images = random_batch(0)[0]
+    expected = model.eval()(images)
+    engine = build(control, "fsdp2", model, "sgd")
+    with torch.no_grad(), engine.full_model() as full:
+        return float((full(images) - expected).abs().max())
+
+
 def check_resume(control: Control, saved_by: str, resumed_by: str, lora: bool = False) -> dict[str, Any]:
     """Difference from an uninterrupted run after a portable checkpoint goes to another engine."""
     folder = Path(control.broadcast(tempfile.mkdtemp().encode()).decode())
@@ -545,6 +558,7 @@ QUICK = (
     "fp32 fsdp2 whole blocks sgd",
     "fp32 fsdp2 whole pairs adamw",
     "bf16 fsdp2 random adamw",
+    "full model",
     "attach ddp last",
     "loop ddp last incomplete",
     "loop fsdp2 last whole blocks",
@@ -570,6 +584,7 @@ FULL = {
         "fp32 fsdp2 clipped adamw",
         "fp32 fsdp2 recompute adamw",
         "fp32 ddp complete paths",
+        "full model",
         "attach ddp last",
         "attach fsdp2 every",
         "loop ddp last",
@@ -654,6 +669,7 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
         named["gathered bytes"] = partial(check_gathered_bytes, optimizer="sgd")
         named["gathered bytes in pairs"] = partial(check_gathered_bytes, optimizer="adamw")
         named["reduced bytes"] = check_reduced_bytes
+        named["full model"] = check_full_model
         named["refusals"] = check_refusals
     else:
         loops = {

@@ -433,6 +433,19 @@ def test_a_forward_may_be_in_the_closure_of_the_optimiser_s_step() -> None:
     assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
 
 
+def test_an_evaluation_between_micro_batches_is_no_training() -> None:
+    loop = Loop(planner="random", seed=1)
+    for slot in range(SLOTS):
+        images, labels = random_batch(slot, samples=12)
+        (F.cross_entropy(loop.model(images), labels) / SLOTS).backward()
+        loop.model.eval()
+        with torch.no_grad():
+            loop.model(images)
+        loop.model.train()
+    loop.optimizer.step()
+    assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
+
+
 def test_samples_are_scored_by_what_libraries_made_of_the_model() -> None:
     """As Accelerate does for mixed precision: another forward, which is bound to the model; some modules stay as in
     evaluation."""

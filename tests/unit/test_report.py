@@ -145,6 +145,13 @@ def test_what_a_plan_changes_between_replicas_is_said(tmp_path, engine):
     assert "\ndense: " not in text
 
 
+def test_a_plan_under_which_every_block_is_gathered_saves_no_bytes(tmp_path):
+    run = make_run(tmp_path / "run" / "results.h5", 0.6, engine="{name: fsdp2}")
+    with h5py.File(run, "r+") as file:
+        file["steps/bytes_sent"][:] = file["steps/dense_bytes"][:]
+    assert "the plan changes no bytes between replicas: FSDP2 gathered every block" in report([run])
+
+
 def test_learning(runs):
     _, d2ft = learning.measure(runs, smooth=1)["runs"]
     assert d2ft["loss"].tolist() == [2.0 / (step + 1) for step in range(40)]
