@@ -135,6 +135,8 @@ class DeepSpeedEngine:
         self._model, self.executor, self._loss_function = model, executor, loss_function
         reduce_trained_blocks(self.engine, model, executor)
         self._dtype = next(model.parameters()).dtype
+        for block in executor.blocks.values():
+            executor.subnets.family.cast_buffers(block, self._dtype)
         if executor.flat is not None and hides_flat:
             name_parts(self.engine, executor.flat.parts_of)
             executor.flat.hide()

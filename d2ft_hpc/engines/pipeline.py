@@ -69,6 +69,9 @@ class PipelineEngine(CutEngine):
         )
         """What `deepspeed.initialize` returned: the engine, and what belongs to it."""
         self.engine = self.made[0]
+        dtype = next(self.part.parameters()).dtype
+        for block in self.executor.blocks.values():
+            self.executor.subnets.family.cast_buffers(block, dtype)
         average_over_micro_batches(self.engine)
         exchange_both_ways(self.engine, self._gradient_is_needed)
         reduce_trained_blocks(self.engine, self.part, self.executor)

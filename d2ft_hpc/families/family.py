@@ -316,6 +316,11 @@ class BlockFamily(ABC):
     def head_axes(self, block: Any) -> dict[str, HeadAxis]:
         """How each parameter that heads own splits by head, by its name in the block; LoRA's included."""
 
+    def cast_buffers(self, block: Any, dtype: torch.dtype) -> None:
+        """Gives the type of the block's parameters to buffers that are joined to them. DeepSpeed from 0.19.8 on casts
+        parameters alone."""
+        return None
+
     def norm_axes(self, block: Any) -> dict[str, HeadAxis]:
         """How the parameters of norms over the channels of all heads split by head. Heads compute with their part of
         these, and none owns them."""

@@ -73,6 +73,11 @@ class TimmBlocks(TimmFamily):
     def own_axes(self, block: Any) -> dict[str, HeadAxis]:
         return timm_attention.own_axes(block.attn) | timm_mlp.own_axes(block.mlp, self.num_heads(block))
 
+    def cast_buffers(self, block: Any, dtype: torch.dtype) -> None:
+        k_bias = getattr(block.attn, "k_bias", None)
+        if k_bias is not None:
+            block.attn.k_bias = k_bias.to(dtype)
+
     def norm_axes(self, block: Any) -> dict[str, HeadAxis]:
         heads = self.num_heads(block)
         of_each = (norm_axes(name, heads, channels) for name, (_, channels) in _across(block).items())

@@ -325,7 +325,8 @@ def _faults_of(path: Path) -> Iterator[None]:
         raise ResultsError(f"cannot read {path}: permission denied; ask its owner for read access") from fault
     except Exception as fault:
         raise ResultsError(
-            f"cannot read {path}: damaged or not an HDF5 file ({one_line(reason(fault))}); restore it from a copy"
+            f"cannot read {path}: damaged or not an HDF5 file ({one_line(reason(fault))}); give a run's folder or its "
+            "results.h5, or restore that from a copy"
         ) from fault
 
 

@@ -58,6 +58,7 @@ from d2ft_hpc.scores import gradient_scores
 from tests.distributed.launching import Choice
 from tests.models import DEPTH, HEADS, random_batch, tiny_vit
 from tests.private_names import PRIVATE_NAMES
+from tests.unit import test_eva
 
 SECONDS_A_CHECK = 300
 SLOTS, STEPS = 2, 3
@@ -241,6 +242,21 @@ def check_bf16(control: Control, kind: str, stage: int, optimizer_name: str) -> 
         return float(torch.cat(squares).mean().sqrt())
 
     return {"plan": error(kind), "dense": error("full")}
+
+
+def check_bf16_of_buffers(control: Control) -> dict[str, float]:
+    """As `check_bf16`, of an Eva whose keys' bias is a buffer, and from fp32."""
+
+    def trained(of_kind: str, precision: str) -> dict[str, torch.Tensor]:
+        model = test_eva.tiny_eva(**test_eva.VARIANTS["like EVA-02 small"], depth=DEPTH)
+        return trained_parameters(control, deepspeed_engine(model, "sgd", 1, precision=precision), of_kind)
+
+    def error(of_kind: str) -> float:
+        own, exact = trained(of_kind, "bf16"), trained(of_kind, "fp32")
+        squares = [(own[name].double() - exact[name].double()).square().flatten() for name in exact]
+        return float(torch.cat(squares).mean().sqrt())
+
+    return {"plan": error("random"), "dense": error("full")}
 
 
 def check_resume(control: Control, saved_by: int, resumed_by: int, precision: str) -> dict[str, Any]:
@@ -677,6 +693,7 @@ QUICK = (
     *(f"fp32 random zero{stage} clipped" for stage in range(4)),
     "fp32 whole blocks zero3 sgd",
     "bf16 random zero1 adamw",
+    "bf16 random zero1 buffers",
     "names zero3 fp32",
     "resume fp32 zero3 -> zero2",
     "overhead zero1",
@@ -785,6 +802,7 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
                 check_user_checkpoint, stage=stage, after=after
             )
         named[f"boundary zero{stage}"] = partial(check_user_boundary, stage=stage)
+    named["bf16 random zero1 buffers"] = check_bf16_of_buffers
     named["gathers"] = check_gathers
     named["one plan for all"] = check_one_plan_for_all
     named["bytes"] = check_bytes
