@@ -109,6 +109,8 @@ class PlanProblem:
                     f"{resource}_cost must be finite, >= 0 and not decreasing from SHORTCUT over "
                     f"FORWARD_ONLY to FULL, got {costs}."
                 )
+            # Integers, too, are floats from here on, whatever planners compute with them.
+            object.__setattr__(self, f"{resource}_cost", tuple(map(float, costs)))
             self._check_budget(resource, getattr(self, f"{resource}_budget"), costs[Operation.SHORTCUT])
         self._check_budget("memory", self.memory_budget, 0.0)
         if not 0 <= self.always_share < 1:

@@ -50,7 +50,7 @@ def adapted(
 
 def merged_twin(model: VisionTransformer, scale: float = 3 / 2) -> VisionTransformer:
     """A plain model whose adapted weights are base + scale * B A, on the autograd graph of `model`."""
-    twin = tiny_vit()
+    twin = tiny_vit().to(next(model.parameters()).dtype)
     twin.requires_grad_(False)
     for block, of_twin in zip(model.blocks, twin.blocks, strict=True):
         for name in LAYERS:
@@ -66,11 +66,12 @@ def merged_twin(model: VisionTransformer, scale: float = 3 / 2) -> VisionTransfo
 def test_a_plan_runs_adapted_heads_as_merged_weights_would(
     layers: tuple[str, ...], blocks: list[int] | None
 ) -> None:
-    model = adapted(layers, blocks=blocks)
+    model = adapted(layers, blocks=blocks).double()
     executor = attach(model)
     trained = {name: p for name, p in model.named_parameters() if "lora_" in name}
     rng = np.random.default_rng(0)
     images, labels = random_batch(0)
+    images = images.double()
     for _ in range(6):
         operations = rng.integers(0, 3, (1, DEPTH, HEADS)).astype(np.uint8)
         executor.activate(SkipPlan(operations, 1), 0)
@@ -81,9 +82,9 @@ def test_a_plan_runs_adapted_heads_as_merged_weights_would(
         torch.testing.assert_close(loss, expected_loss)
         expected = torch.autograd.grad(expected_loss, list(trained.values()), allow_unused=True)
         for name, one, other in zip(trained, gradients, expected, strict=True):
-            one, other = (torch.zeros(()) if g is None else g for g in (one, other))
+            one, other = (torch.zeros((), dtype=torch.float64) if g is None else g for g in (one, other))
             torch.testing.assert_close(
-                one.expand_as(trained[name]), other.expand_as(trained[name]), rtol=1e-4, atol=1e-6
+                one.expand_as(trained[name]), other.expand_as(trained[name]), rtol=1e-9, atol=1e-12
             )
 
 

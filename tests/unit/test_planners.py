@@ -139,6 +139,16 @@ def test_joint_finds_the_optimum_and_every_bound_holds(problem):
     assert joint.status == "optimal"
 
 
+def test_costs_may_be_integers():
+    scores = np.zeros((2, 1, 1))
+    place = {"rank": np.zeros((1, 1), int), "stage": np.zeros(1, int), "device_speed": np.ones(1)}
+    budgets = {"compute_budget": np.zeros(1), "communication_budget": np.ones(1), "memory_budget": np.ones(1)}
+    problem = PlanProblem(
+        scores, scores, 1, compute_cost=(0, 0, 1), communication_cost=(0, 1 / 3, 1), **place, **budgets
+    )
+    assert not (solve(problem, "depth").operations == 2).any()
+
+
 @settings(max_examples=50, deadline=None)
 @given(problems(max_cells=30))
 def test_no_planner_exceeds_a_budget(problem):
