@@ -56,7 +56,6 @@ def bind_fsdp(model: nn.Module, executor: PlanExecutor, slot_source: Callable[[]
         raise ConfigError(
             "the model is not spread: call fully_shard(block) for each block, then fully_shard(model)"
         )
-    units: dict[int, _Unit] = {}
     for index, block in executor.blocks.items():
         inner = [name for name, module in block.named_modules() if name and isinstance(module, FSDPModule)]
         if inner:
@@ -64,11 +63,13 @@ def bind_fsdp(model: nn.Module, executor: PlanExecutor, slot_source: Callable[[]
                 f"fully_shard was called on {inner[0]} inside block {index}: a plan runs a block's heads, not its "
                 f"modules, so that nothing would gather it. Call fully_shard(block)"
             )
-        if isinstance(block, FSDPModule):
-            group = _group(block)
-            unit = units.setdefault(id(group), _Unit(executor, group))
-            unit.blocks[index] = block
-    for unit in units.values():
+    indices, blocks = list(executor.blocks), list(executor.blocks.values())
+    units = [
+        _Unit(executor, {indices[place]: blocks[place] for place in places})
+        for places in gathered_together(blocks)
+        if isinstance(blocks[places[0]], FSDPModule)
+    ]
+    for unit in units:
         if len(unit.blocks) < len(unit.group.modules):
             raise ConfigError(
                 f"fully_shard was called on block {next(iter(unit.blocks))} together with modules that are no blocks "
@@ -78,7 +79,7 @@ def bind_fsdp(model: nn.Module, executor: PlanExecutor, slot_source: Callable[[]
     executor.bind(slot_source, Reduction.EVERY_MICRO_BATCH, partial(_check, model))
     # A replica that skips a block gives its input back; nothing in these models changes that in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDP[\w, ]+\) returned a view")
-    for unit in units.values():
+    for unit in units:
         for index, block in unit.blocks.items():
             _let_pass(block, index, unit)
 
@@ -91,10 +92,10 @@ def _check(model: nn.Module, plan: SkipPlan) -> None:
 class _Unit:
     """Blocks that FSDP2 gathers together. It has to see all of them in a pass, or none."""
 
-    def __init__(self, executor: PlanExecutor, group: Any) -> None:
-        self._executor, self.group = executor, group
-        self.blocks: dict[int, nn.Module] = {}
-        """By index."""
+    def __init__(self, executor: PlanExecutor, blocks: dict[int, nn.Module]) -> None:
+        """blocks: by index."""
+        self._executor, self.blocks = executor, blocks
+        self.group = _group(next(iter(blocks.values())))
         self._plan: SkipPlan | None = None
         # Of this plan by micro-batch: whether some replica runs any of the blocks, and whether one trains any.
         self._runs: list[bool] = []

@@ -91,7 +91,7 @@ class HeadAxis:
 
     def count(self, heads: Tensor) -> Tensor:
         """How many units the heads own: int64, on their device."""
-        units = math.prod(self.view_shape[self.axis : self.axis + 2]) if self.units is None else self.units
+        units = self._shape_of_units[self.axis]
         return ((heads + 1) * units // self.heads - heads * units // self.heads).sum()
 
     @property
