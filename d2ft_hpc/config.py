@@ -194,7 +194,7 @@ class TrainConfig(Section):
     checkpoints are kept."""
     resume: bool | Literal["auto"] = False
     """true: continue the run in its folder from its newest checkpoint. auto: continue if there is a checkpoint, start
-    if there is none, and end at once if the run is finished. Jobs with auto may be started again at any time."""
+    if there is none. A run that is finished ends at once. Jobs with auto may be started again at any time."""
 
     trace_steps: str | None = None
     """Steps that each rank traces with torch's profiler, such as '20' or '20-24', counted from 1. The traces are

@@ -39,7 +39,13 @@ from d2ft_hpc.training.plan_context import is_due, plan_context
 from d2ft_hpc.training.probe_scores import ProbeScores
 from d2ft_hpc.training.progress import WORTH_TELLING, Progress
 from d2ft_hpc.training.results_file import first_plan_of, open_own_results, open_results
-from d2ft_hpc.training.resume import check_length, check_position, choose_start, fitted_to_ranks
+from d2ft_hpc.training.resume import (
+    check_length,
+    check_position,
+    choose_start,
+    fitted_to_ranks,
+    to_train_further,
+)
 from d2ft_hpc.training.run_log import RunLog
 from d2ft_hpc.training.saver import CheckpointSaver
 from d2ft_hpc.training.speed_watch import SpeedWatch
@@ -68,7 +74,8 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     start = choose_start(config, control)
     if start.finished:
         if control.rank == 0:
-            say(f"{config.run_folder} is finished: nothing is left to do")
+            further = to_train_further(config.run_folder)
+            say(f"{config.run_folder} is finished: nothing is left to do; to train further, {further}")
         return True
     watch.enter("set-up")
     cores = share_of_cores(control)

@@ -120,7 +120,7 @@ def _choose(config: RunConfig) -> Start:
     check_same(before, config)
     epochs_before, epochs = values_of(before, "train").get("epochs"), config.train.epochs
     finished = _is_finished(folder)
-    if finished and epochs_before == epochs and config.train.resume == "auto":
+    if finished and epochs_before == epochs:
         return Start(finished=True)
     if finished and epochs_before is not None and epochs < epochs_before:
         raise ConfigError(
@@ -149,10 +149,10 @@ def _choose(config: RunConfig) -> Start:
         return start
     if of_another is not None:  # a new beginning would take the place of that run's record
         raise of_another
-    if finished and epochs_before != epochs:
+    if finished:
         raise CheckpointError(
             f"train.epochs={epochs}: the run in {folder} is finished after {epochs_before} and has no checkpoint to go "
-            f"on from: choose another run.name, with model.weights={folder / run_folder.MODEL}"
+            f"on from: {_anew_from_its_weights(folder)}"
         )
     if config.train.resume is True:
         raise CheckpointError(
@@ -160,6 +160,16 @@ def _choose(config: RunConfig) -> Start:
             "train.checkpoint_every, or train.resume=auto to start without one"
         )
     return Start()
+
+
+def to_train_further(folder: Path) -> str:
+    """What to set for a finished run."""
+    has_checkpoint = complete_checkpoints(folder / run_folder.CHECKPOINTS)
+    return "raise train.epochs" if has_checkpoint else _anew_from_its_weights(folder)
+
+
+def _anew_from_its_weights(folder: Path) -> str:
+    return f"choose another run.name, with model.weights={folder / run_folder.MODEL}"
 
 
 def _is_finished(folder: Path) -> bool:

@@ -128,6 +128,7 @@ def test_another_number_of_ranks_continues_the_same_run_under_another_zero_stage
 ) -> None:
     """One rank runs all rows of the batch that two ranks shared: the same sums in another order."""
     shutil.copytree(finished_run, tmp_path / "demo")
+    (tmp_path / "demo" / "model.safetensors").unlink()  # with which it would be finished
     shutil.rmtree(tmp_path / "demo" / "checkpoints" / "step-00000012")
     zero = "engine.deepspeed.zero_optimization.stage=3"
     train(tmp_path, "train.epochs=2", "plan.replan.every=1 epoch", "train.resume=true", zero, ranks=1)
@@ -202,6 +203,7 @@ def test_a_file_for_each_rank_survives_a_resumption(tmp_path: Path) -> None:
     ]
     train(tmp_path / "whole", *options, "train.checkpoint_every=2 steps")
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    (tmp_path / "resumed" / "demo" / "model.safetensors").unlink()
     shutil.rmtree(max((tmp_path / "resumed" / "demo" / "checkpoints").glob("step-*")))
     train(tmp_path / "resumed", *options, "train.resume=true")
     folders = [tmp_path / name / "demo" for name in ("whole", "resumed")]

@@ -61,6 +61,7 @@ def test_train_resume_and_export(tmp_path: Path, layout: list[str]) -> None:
 
     resumed = tmp_path / "resumed"
     shutil.copytree(folder, resumed / "demo")
+    (resumed / "demo" / "model.safetensors").unlink()  # with which it would be finished
     for later in sorted((resumed / "demo" / "checkpoints").glob("step-*"))[1:]:
         shutil.rmtree(later)
     train(resumed, *layout, "train.resume=true", ranks=2)

@@ -135,7 +135,6 @@ def test_a_finished_run_and_another_number_of_epochs(
     folder = copy_of(finished, tmp_path)
     same = ("plan.replan.every=1 epoch", EVERY_EPOCH)
     auto = (*same, "train.resume=auto")
-    assert choose_start(config_in(tmp_path, *auto, "train.epochs=2"), SoloControl()).finished
     with pytest.raises(ConfigError, match=r"train\.epochs=1: the run in .* is finished after 2; set it back"):
         choose_start(config_in(tmp_path, *auto), SoloControl())
     start = choose_start(config_in(tmp_path, *auto, "train.epochs=3"), SoloControl())
@@ -147,6 +146,29 @@ def test_a_finished_run_and_another_number_of_epochs(
             choose_start(
                 config_in(tmp_path, *same, "train.epochs=3", f"train.resume={resume}"), SoloControl()
             )
+
+
+@pytest.mark.parametrize("resume", ["auto", "true"])
+def test_a_finished_run_that_is_resumed_says_so_and_stays_as_it_is(
+    finished: Path, tmp_path: Path, resume: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_of(finished, tmp_path)
+    same = ("train.epochs=2", "plan.replan.every=1 epoch", EVERY_EPOCH, f"train.resume={resume}")
+    told = f"{folder} is finished: nothing is left to do; to train further, "
+    # Else it would go on from the one before.
+    shutil.rmtree(folder / "checkpoints" / f"step-{2 * STEPS:08d}")
+    before = contents(folder)
+    run(tmp_path, *same)
+    assert capfd.readouterr().out == f"{told}raise train.epochs\n"
+    assert contents(folder) == before
+    shutil.rmtree(folder / "checkpoints")
+    run(tmp_path, *same)
+    fix = f"choose another run.name, with model.weights={folder / 'model.safetensors'}"
+    assert capfd.readouterr().out == f"{told}{fix}\n"
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_more_steps_than_the_run_is_to_have_are_told(finished: Path, tmp_path: Path) -> None:
