@@ -57,8 +57,15 @@ def _summary(run: Run) -> dict[str, Any]:
         "waiting_share": share(steps["waiting_seconds"], steps["step_seconds"]),
         "recording_share": share(steps["recording_seconds"], steps["step_seconds"]),
         "memory_bytes": float(np.nanmax(memory)) if np.isfinite(memory).any() else np.nan,
+        "steps_share": _steps_share(run),
         "between_replicas": _between_replicas(run),
     }
+
+
+def _steps_share(run: Run) -> float:
+    """Share of its epochs' steps that the run was to take."""
+    share = run.setting("train.steps_share")
+    return float(share) if isinstance(share, int | float) else 1.0  # of an older version
 
 
 _NAMES = {"ddp": "DDP", "zero0": "DeepSpeed in bf16", "zero1": "ZeRO 1", "zero2": "ZeRO 2", "zero3": "ZeRO 3"}
@@ -94,8 +101,21 @@ def table(numbers: dict[str, Any]) -> list[list[str]]:
 
 
 def notes(numbers: dict[str, Any]) -> list[str]:
-    """A line for each run that needs a remark beside the table."""
-    return [f"{run['name']}: {run['between_replicas']}" for run in numbers["runs"] if run["between_replicas"]]
+    """Lines for each run that needs a remark beside the table."""
+    remarks = (
+        (run["name"], text)
+        for run in numbers["runs"]
+        for text in (_fewer_steps(run), run["between_replicas"])
+    )
+    return [f"{name}: {text}" for name, text in remarks if text]
+
+
+def _fewer_steps(run: dict[str, Any]) -> str:
+    share = run["steps_share"]
+    if share == 1:
+        return ""
+    percent = number(100 * share, ".3g")
+    return f"takes {percent} % of its epochs' steps (train.steps_share), and % of dense means of these"
 
 
 def as_text(numbers: dict[str, Any]) -> str:

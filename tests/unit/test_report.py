@@ -1,6 +1,7 @@
 """Figures and report against numbers worked out by hand, and the commands run as users do."""
 
 import base64
+import html
 import json
 import os
 import re
@@ -36,22 +37,32 @@ from d2ft_hpc.report import report
 from d2ft_hpc.results import ResultsWriter
 
 
-def config(share, seed, engine="{}"):
-    return (
+def config(share, seed, engine="{}", steps_share=None):
+    train = "" if steps_share is None else f"train: {{steps_share: {steps_share}}}\n"
+    return train + (
         f"run: {{name: x, seed: {seed}}}\nmodel: {{name: vit}}\ndata: {{name: cifar10, micro_batch_size: 2}}\n"
         f"plan: {{compute_budget: {share}}}\nengine: {engine}\n"
     )
 
 
 def make_run(
-    path, share, steps=40, seed=0, lost=0.0, shapes=None, dense_pass_seconds=None, device="cpu", engine="{}"
+    path,
+    share,
+    steps=40,
+    seed=0,
+    lost=0.0,
+    shapes=None,
+    dense_pass_seconds=None,
+    device="cpu",
+    engine="{}",
+    steps_share=None,
 ):
     """Two ranks; rank 1 executes 20 % of the dense FLOPs less and takes 0.1 s longer than rank 0, which waits."""
     operations = np.full((4, 3, 2), 2, np.uint8)
     if share < 1:
         operations[:2, 0] = [0, 1]  # block 0: head 0 SHORTCUT, head 1 FORWARD_ONLY in half of the rows
     with ResultsWriter(path) as writer:
-        writer.put("config", {"yaml": config(share, seed, engine)})
+        writer.put("config", {"yaml": config(share, seed, engine, steps_share)})
         writer.put("environment", {}, {"device": device})
         values = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
         writer.append("scores", {"step": 0, "forward": values, "backward": values, "seconds": 1.5})
@@ -150,6 +161,19 @@ def test_a_plan_under_which_every_block_is_gathered_saves_no_bytes(tmp_path):
     with h5py.File(run, "r+") as file:
         file["steps/bytes_sent"][:] = file["steps/dense_bytes"][:]
     assert "the plan changes no bytes between replicas: FSDP2 gathered every block" in report([run])
+
+
+def test_runs_that_take_a_share_of_the_steps_say_so(tmp_path):
+    """Else nothing would tell such a dense run from one of all steps, but its time."""
+    runs = [
+        make_run(tmp_path / name / "results.h5", 1.0, steps_share=share)
+        for name, share in (("older", None), ("standard", 1.0), ("fewer_steps", 0.6))
+    ]
+    said = "fewer_steps: takes 60 % of its epochs' steps (train.steps_share), and % of dense means of these"
+    page = tmp_path / "report.html"
+    lines = report(runs, page=page).splitlines()
+    assert [line for line in lines if "steps_share" in line] == [said]
+    assert f"<p>{html.escape(said)}.</p>" in page.read_text()
 
 
 def test_learning(runs):
