@@ -83,7 +83,8 @@ def check_time(job: Job, left: float | None) -> Finding:
     plan = config.plan
     share = plan.compute_budget if plan.entry.keeps_budgets or plan.entry.scales_images else 1.0
     expected = max(of_ranks) * share * job.total_steps
-    text = f"about {_clock(expected)} of training expected ({job.total_steps} steps)"
+    steps = f"{job.total_steps} step{'s' * (job.total_steps > 1)}"
+    text = f"about {_clock(expected)} of training expected ({steps})"
     if left is None:
         return Finding("time", "ok", f"{text}; no time limit known")
     text += f", {_clock(left)} left of the time limit"

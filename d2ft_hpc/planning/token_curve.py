@@ -40,13 +40,10 @@ class TokenCurve:
 
     def in_words(self, patch_size: Grid | None) -> str:
         """patch_size: pixels of a patch, down and across; None: not known here."""
-        parts = [
-            f"{image_size(grid, patch_size)} for {steps}"
-            for grid, steps in zip(self.grids, self.steps, strict=True)
-            if steps
-        ]
+        taken = [(grid, steps) for grid, steps in zip(self.grids, self.steps, strict=True) if steps]
+        parts = [f"{image_size(grid, patch_size)} for {steps}" for grid, steps in taken]
         never = "" if self.steps[-1] else f", {image_size(self.grids[-1], patch_size)} for none"
-        return f"{', '.join(parts)} steps{never}"
+        return f"{', '.join(parts)} step{'s' * (taken[-1][1] > 1)}{never}"
 
 
 def token_curve(

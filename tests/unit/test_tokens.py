@@ -20,7 +20,7 @@ from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.metering.flops import token_curve_of
 from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.planning import Operation, SkipPlan
-from d2ft_hpc.planning.token_curve import token_curve
+from d2ft_hpc.planning.token_curve import TokenCurve, token_curve
 from d2ft_hpc.planning.tokens import grids_of
 from d2ft_hpc.user_loop.attached import is_on_the_way
 
@@ -86,6 +86,14 @@ def test_a_curve_spreads_steps_as_evenly_as_the_budget_allows() -> None:
 
 def _entropy(shares: Sequence[float]) -> float:
     return -sum(share * np.log(share) for share in shares if share > 0)
+
+
+def test_a_curve_in_words() -> None:
+    grids, patch = ((2, 2), (4, 4)), (8, 8)
+    told = {(3, 2): "for 3, 32 x 32 pixels for 2 steps", (3, 1): "for 3, 32 x 32 pixels for 1 step"}
+    told |= {(1, 0): "for 1 step, 32 x 32 pixels for none"}
+    for steps, words in told.items():
+        assert TokenCurve(grids, steps, 0.5).in_words(patch) == f"16 x 16 pixels {words}"
 
 
 def test_a_budget_below_the_smallest_images_is_refused_with_the_least_one() -> None:
