@@ -56,6 +56,7 @@ from d2ft_hpc.user_loop.settings_kept import check_planner, settings_to_keep
 
 _MANY_SAMPLES = 1024
 """Of a micro-batch, whose size is not known before it comes: a budget that leaves nothing of so many is too small."""
+_TRAIN = "call model.train() before the loop (from_pretrained gives models that evaluate)"
 
 
 def attach(
@@ -161,7 +162,8 @@ class PlannedLoop:
         [sequence, token, ...] and `labels` are int64, -100 where nothing is to be learnt; the result is a dict. Or
         input_ids and labels as two tensors.
 
-        Raises PlanError with another planner, for what it cannot draw from, or where the budget leaves not one sample.
+        Raises PlanError with another planner, in evaluation mode, for what it cannot draw from, or where the budget
+        leaves not one sample.
         """
         given = samples if labels is None else (samples, labels)
         (chosen,) = choose_from([given], self.section, self._counter, self._begin_draw)
@@ -170,6 +172,9 @@ class PlannedLoop:
         return chosen
 
     def _begin_draw(self, samples: int) -> tuple[SampleSelection, int]:
+        if not self._model.training:
+            name = type(self._model).__name__
+            raise PlanError(f"choose() draws what trains, but {name} is in evaluation mode: {_TRAIN}")
         self._plan_batch(samples)
         if self._selection is None:
             self._selection = self._new_selection(self._plans().control.rank)
@@ -365,7 +370,7 @@ class PlannedLoop:
                 fix = (
                     "call it (not its forward or forward_features), or attach the module that does"
                     if self._model.training
-                    else "call model.train() before the loop (from_pretrained gives models that evaluate)"
+                    else _TRAIN
                 )
                 raise PlanError(
                     f"the optimiser steps, but {name} was not called in training mode, so that no plan is followed: "

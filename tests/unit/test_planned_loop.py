@@ -146,6 +146,13 @@ def test_samples_are_drawn_within_the_budget_and_never_forgotten() -> None:
     assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=0.01)
     with pytest.raises(PlanError, match="'joint' train on all"):
         Loop(planner="joint").d2ft.choose(images, labels)
+    loop.model.eval()
+    with pytest.raises(
+        PlanError, match=r"VisionTransformer is in evaluation mode: call model\.train\(\) before"
+    ):
+        loop.d2ft.choose(images, labels)
+    loop.model.train()
+    loop.step(1, slots=1)
 
 
 def test_batches_end_with_the_optimiser_s_step_or_where_it_is_left_out() -> None:
