@@ -16,7 +16,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.deepspeed_keys import zero_stage
-from d2ft_hpc.engines.deepspeed_private import after_moves, import_deepspeed, name_parts, take_step, whole
+from d2ft_hpc.engines.deepspeed_private import (
+    after_moves,
+    cast_buffers,
+    import_deepspeed,
+    name_parts,
+    take_step,
+    whole,
+)
 from d2ft_hpc.engines.deepspeed_settings import check_settings
 from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StateWriter, StepReport, evaluated, set_training
 from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
@@ -135,8 +142,7 @@ class DeepSpeedEngine:
         self._model, self.executor, self._loss_function = model, executor, loss_function
         reduce_trained_blocks(self.engine, model, executor)
         self._dtype = next(model.parameters()).dtype
-        for block in executor.blocks.values():
-            executor.subnets.family.cast_buffers(block, self._dtype)
+        cast_buffers(executor, self._dtype)
         if executor.flat is not None and hides_flat:
             name_parts(self.engine, executor.flat.parts_of)
             executor.flat.hide()

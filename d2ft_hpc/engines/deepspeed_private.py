@@ -30,6 +30,7 @@ from d2ft_hpc.engines.private_names import (
     replace,
 )
 from d2ft_hpc.errors import DivergedError
+from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.flat_parameters import Part
 from d2ft_hpc.launch.agree import AgreedError
 from d2ft_hpc.parallel.rank_layout import RankLayout
@@ -75,6 +76,12 @@ def _gather_one_by_one() -> None:
             gather(init, [parameter], *args, **kwargs)
 
     replace(Init, "_allgather_params_coalesced", one_by_one, means)
+
+
+def cast_buffers(executor: PlanExecutor, dtype: torch.dtype) -> None:
+    """Gives the parameters' type to blocks' buffers, which DeepSpeed from 0.19.8 on leaves as they are."""
+    for block in executor.blocks.values():
+        executor.subnets.family.cast_buffers(block, dtype)
 
 
 def current_slot(engine: Any) -> int:

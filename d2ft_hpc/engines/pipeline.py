@@ -17,6 +17,7 @@ from torch import Tensor, distributed, nn
 from d2ft_hpc.engines.check import check_plan
 from d2ft_hpc.engines.deepspeed_private import (
     average_over_micro_batches,
+    cast_buffers,
     exchange_both_ways,
     import_deepspeed,
     loss_of_replica,
@@ -69,9 +70,7 @@ class PipelineEngine(CutEngine):
         )
         """What `deepspeed.initialize` returned: the engine, and what belongs to it."""
         self.engine = self.made[0]
-        dtype = next(self.part.parameters()).dtype
-        for block in self.executor.blocks.values():
-            self.executor.subnets.family.cast_buffers(block, dtype)
+        cast_buffers(self.executor, next(self.part.parameters()).dtype)
         average_over_micro_batches(self.engine)
         exchange_both_ways(self.engine, self._gradient_is_needed)
         reduce_trained_blocks(self.engine, self.part, self.executor)

@@ -317,8 +317,7 @@ class BlockFamily(ABC):
         """How each parameter that heads own splits by head, by its name in the block; LoRA's included."""
 
     def cast_buffers(self, block: Any, dtype: torch.dtype) -> None:
-        """Gives the type of the block's parameters to buffers that are joined to them. DeepSpeed from 0.19.8 on casts
-        parameters alone."""
+        """Gives the type of the block's parameters to buffers that are joined to them."""
         return None
 
     def norm_axes(self, block: Any) -> dict[str, HeadAxis]:
