@@ -74,10 +74,9 @@ class BlockRunner:
         takes = keeps and not torch.compiler.is_compiling()
 
         def forward(x: Tensor) -> Tensor:
-            axes = PartAxes(subnets.head_axes, subnets.head_axes)
+            axes = PartAxes(subnets.part_axes[index], subnets.part_axes[index])
             if takes:
-                of_parts = subnets.head_axes | subnets.family.norm_axes(block)
-                axes = take_parts(block, heads, of_parts, x.device.type)
+                axes = take_parts(block, heads, axes.full, x.device.type)
             result: Tensor = run(subnets.family, block, x, heads, axes, *args, **kwargs)
             return result
 

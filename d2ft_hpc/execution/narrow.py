@@ -20,23 +20,23 @@ from d2ft_hpc.families.head_axis import HeadAxis, TakenHeads
 from d2ft_hpc.families.low_rank import parameter_of
 
 
-def take_parts(block: nn.Module, heads: BlockHeads, head_axes: HeadAxes, device_type: str) -> PartAxes:
-    """The splits by which `run_block` computes with copies of what its heads own. device_type: of the input, whose
-    autocast decides the copies' type."""
+def take_parts(block: nn.Module, heads: BlockHeads, part_axes: HeadAxes, device_type: str) -> PartAxes:
+    """The splits by which `run_block` computes with copies of what its heads own. part_axes: the block's
+    `SubnetMap.part_axes`. device_type: of the input, whose autocast decides the copies' type."""
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    named = {name: parameter_of(block, name) for name in head_axes}
+    named = {name: parameter_of(block, name) for name in part_axes}
     # LoRA's layers have two names for one weight.
-    distinct = {id(parameter): (parameter, head_axes[name]) for name, parameter in named.items()}
+    distinct = {id(parameter): (parameter, part_axes[name]) for name, parameter in named.items()}
     parameters, axes = zip(*distinct.values(), strict=True)
 
     def taken(parts: Sequence[Tensor]) -> HeadAxes:
         of_parameter = dict(zip(distinct, parts, strict=True))
         return {
-            name: TakenHeads(**vars(head_axes[name]), part=of_parameter[id(parameter)])
+            name: TakenHeads(**vars(part_axes[name]), part=of_parameter[id(parameter)])
             for name, parameter in named.items()
         }
 
-    full = forward_only = head_axes
+    full = forward_only = part_axes
     if heads.full is not None:
         full = taken(_TakeHeads.apply(heads, axes, dtype, *parameters))
     if 0 < heads.num_forward_only < heads.places.numel():

@@ -337,7 +337,8 @@ class BlockFamily(ABC):
     ) -> Sequence[Branch]:
         """What the block adds to its input, one after the other.
 
-        axes: of the block's parameters as they are now. args, kwargs: what the block's forward takes beside x.
+        axes: of the block's parameters as they are now, with those of norms across heads (`norm_axes`), if these run.
+        args, kwargs: what the block's forward takes beside x.
         """
 
     @abstractmethod

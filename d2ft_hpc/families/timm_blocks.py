@@ -95,10 +95,7 @@ class TimmBlocks(TimmFamily):
         positions = self._positions(attn, *args, **kwargs)
         name, last = timm_mlp.last(mlp)
         before, after = _norms_and_scales(block)
-        of_norms = {name: axes.get(name, own) for name, own in self.norm_axes(block).items()}
-        across = {
-            of: partial(normalise_heads, norm, of, of_norms) for of, (norm, _) in _across(block).items()
-        }
+        across = {of: partial(normalise_heads, norm, of, axes) for of, (norm, _) in _across(block).items()}
         return (
             Branch(
                 before[0],

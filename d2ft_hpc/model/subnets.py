@@ -37,14 +37,16 @@ class ParameterClass(Enum):
 class SubnetMap:
     """The subnets of one model.
 
-    head_axes: for each name inside a block ("attn.qkv.weight"), how it splits by head. layers: names inside a block
-    of the linear layers that are cut by head.
+    head_axes: for each name inside a block ("attn.qkv.weight"), how it splits by head. part_axes: by block, the same of
+    all that its heads compute with in parts: its own names of `head_axes`, and norms across heads, which no head owns.
+    layers: names inside a block of the linear layers that are cut by head.
     """
 
     family: BlockFamily
     num_blocks: int
     num_heads: int
     head_axes: dict[str, HeadAxis]
+    part_axes: tuple[dict[str, HeadAxis], ...]
     layers: tuple[str, ...]
 
     @staticmethod
@@ -84,8 +86,11 @@ class SubnetMap:
                     f"its blocks have {numbers} heads (of keys, which queries may share), not as many in each"
                 )
             raise _unsupported(model, [where])
+        parts = tuple(
+            of_block | family.norm_axes(block) for block, of_block in zip(blocks, axes, strict=True)
+        )
         layers = tuple(name for names in family.layers(blocks[0]).values() for name in names)
-        return SubnetMap(family, len(blocks), heads[0], head_axes, layers)
+        return SubnetMap(family, len(blocks), heads[0], head_axes, parts, layers)
 
     def classify(self, parameter_name: str) -> ParameterClass:
         """The class of a parameter by its name in the model."""

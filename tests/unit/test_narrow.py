@@ -39,6 +39,21 @@ def packed_gate() -> nn.Module:
 def with_lora() -> nn.Module:
     model = tiny_eva(**VARIANTS["like EVA-02 without its inner norm"])
     add_lora(model, rank=2, alpha=4, dropout=0.0)
+    return with_random_factors(model)
+
+
+def with_lora_in_a_block() -> nn.Module:
+    peft = pytest.importorskip("peft")
+    model = tiny_eva(**VARIANTS["like EVA-02 without its inner norm"])
+    config = peft.LoraConfig(
+        r=2, target_modules=["attn.proj"], layers_to_transform=[1], layers_pattern="blocks"
+    )
+    adapted: nn.Module = peft.get_peft_model(model, config).get_base_model()
+    adapted.get_submodule("head").requires_grad_(True)
+    return with_random_factors(adapted)
+
+
+def with_random_factors(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -61,6 +76,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "like DINOv2 giant": packed_gate,
     "drop path": lambda: tiny_vit(depth=3, drop_path_rate=0.2),
     "EVA-02 with LoRA": with_lora,
+    "EVA-02 with LoRA in a block": with_lora_in_a_block,
     "Llama": llama,
 }
 
