@@ -108,7 +108,7 @@ class _Unit:
         plan, slot, blocks = self._executor.plan, self._executor.slot, self.blocks.values()
         if plan is None or slot is None or plan.binding == "sample":
             return False
-        if not all(each.training for each in blocks):
+        if not (all(each.training for each in blocks) and torch.is_grad_enabled()):
             return False
         if plan is not self._plan:
             self._read(plan)

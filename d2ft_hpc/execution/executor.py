@@ -41,7 +41,7 @@ EmbeddingPolicy = Literal["frozen", "complete_path", "trained"]
 
 
 class PlanExecutor:
-    """The plan that one model follows in training; evaluation mode is always dense.
+    """The plan that one model follows in training; evaluation mode, and what takes no gradient, is always dense.
 
     The blocks keep their class, their parameter names and their parameters: only their `forward` looks the plan up.
     Made by `attach`.
@@ -247,7 +247,7 @@ class PlanExecutor:
 
     def run(self, block: nn.Module, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Block `index` under the current row; `args` are the block's own."""
-        if not self.rows or not block.training or self.subnets.family.generates(kwargs):
+        if not (self.rows and block.training and torch.is_grad_enabled()):
             replayed = self._replayed(block, index, None, x, args, kwargs)
             return self._run(block, index, None, x, *args, **kwargs) if replayed is None else replayed
         start = _clock()

@@ -291,10 +291,6 @@ class BlockFamily(ABC):
         """The arguments for running a block again by itself, after its forward got these."""
         return kwargs
 
-    def generates(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether blocks with these arguments continue a text (generation), which plans do not apply to."""
-        return False
-
     @abstractmethod
     def num_heads(self, block: Any) -> int:
         """Subnets of a block."""

@@ -20,17 +20,19 @@ class ModelHook:
     model's copies and pickles get hooks that do nothing."""
 
     def __init__(self, model: nn.Module, training: Call, evaluation: Call) -> None:
-        """training, evaluation: what to call with the forward's arguments in these modes."""
+        """What to call with the forward's arguments. training: in training mode with gradients; evaluation: else."""
         self._model = weakref.ref(model)
         self._training = torch.compiler.disable(training)
         self._evaluation = torch.compiler.disable(evaluation)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
-        if module is not self._model():
+        if (
+            module is not self._model() or in_backward()
+        ):  # which may run a model again (activation checkpointing)
             return
         if module.training and torch.is_grad_enabled():
             self._training([*args, kwargs])
-        elif not module.training:
+        else:
             self._evaluation([])
 
     def __reduce__(self) -> Any:

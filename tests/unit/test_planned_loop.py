@@ -433,17 +433,43 @@ def test_a_forward_may_be_in_the_closure_of_the_optimiser_s_step() -> None:
     assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
 
 
-def test_an_evaluation_between_micro_batches_is_no_training() -> None:
+@pytest.mark.parametrize("is_said", [True, False])
+def test_an_evaluation_between_micro_batches_is_no_training(is_said: bool) -> None:
     loop = Loop(planner="random", seed=1)
     for slot in range(SLOTS):
         images, labels = random_batch(slot, samples=12)
         (F.cross_entropy(loop.model(images), labels) / SLOTS).backward()
-        loop.model.eval()
+        loop.model.train(not is_said)
         with torch.no_grad():
             loop.model(images)
         loop.model.train()
     loop.optimizer.step()
     assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
+
+
+@pytest.mark.parametrize("wrap", [None, lambda vit: nn.Sequential(vit, nn.Identity())])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"compute_budget": 0.4, "total_steps": 8},
+        pytest.param({"compute_budget": 0.4, "total_steps": 8, "compile": True}, marks=pytest.mark.full),
+        {"planner": "random"},
+    ],
+)
+def test_without_gradients_the_whole_model_runs_in_training_mode_too(
+    settings: dict[str, Any], wrap: Any
+) -> None:
+    """A model without dropout is often evaluated without `model.eval()`."""
+    loop = Loop(wrap=wrap, **settings)
+    if "planner" in settings:
+        loop.d2ft.activate(SkipPlan(np.zeros((SLOTS, DEPTH, HEADS), np.uint8), replicas=1))
+    for step in range(2):
+        loop.step(step)
+    images, _ = random_batch(5, samples=12)
+    with torch.no_grad():
+        logits = loop.model(images)
+        torch.testing.assert_close(logits, copy.deepcopy(loop.model)(images))
+    assert not torch.allclose(logits, loop.model(images), atol=1e-3)
 
 
 def test_samples_are_scored_by_what_libraries_made_of_the_model() -> None:
