@@ -25,6 +25,7 @@ from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.execution.gradients import (
     Owners,
     Reduction,
+    in_backward,
     one_point,
     owners_of,
     require_input_gradient,
@@ -195,7 +196,11 @@ class PlanExecutor:
 
     def grid(self) -> Grid | None:
         """The grid of the images of the micro-batch that runs; None: they stay as they are."""
-        return self.rows[self._slot_of_forward()].grid if self.rows else None
+        if not self.rows:
+            return None
+        if self.slot is None:
+            raise _no_slot()
+        return self.rows[self.slot].grid
 
     @property
     def makes_graphs(self) -> bool:
@@ -233,6 +238,12 @@ class PlanExecutor:
         outside of any."""
         return self._slot if self._slot is not None or self._slot_source is None else self._slot_source()
 
+    def slot_of(self, x: Tensor) -> int | None:
+        """The slot of the micro-batch that a block's input belongs to. A block that runs again in the backward
+        (activation checkpointing) gets the tensor that it had, and others may have run forward since."""
+        slot: int | None = getattr(x, _SLOT, None) if in_backward() else None
+        return self.slot if slot is None else slot
+
     @contextmanager
     def temporarily(self, operations: np.ndarray) -> Iterator[None]:
         """Inside, every micro-batch follows `operations`, uint8 [block, head]; afterwards the plan is as before."""
@@ -250,8 +261,20 @@ class PlanExecutor:
         if not (self.rows and block.training and torch.is_grad_enabled()):
             replayed = self._replayed(block, index, None, x, args, kwargs)
             return self._run(block, index, None, x, *args, **kwargs) if replayed is None else replayed
+        slot = self.slot_of(x)
+        if slot is None:
+            raise _no_slot()
+        with nullcontext() if slot == self.slot else self.micro_batch(slot):
+            output = self._run_planned(block, index, slot, x, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            for tensor in (x, output):
+                setattr(tensor, _SLOT, slot)
+        return output
+
+    def _run_planned(
+        self, block: nn.Module, index: int, slot: int, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         start = _clock()
-        slot = self._slot_of_forward()
         if index == 0 and self._reduction is Reduction.AFTER_BACKWARD and _reduces_in_backward(block):
             raise PlanError(
                 "the model trains inside DistributedDataParallel or FSDP2, whose ranks drift apart or hang where they "
@@ -275,15 +298,6 @@ class PlanExecutor:
                 return self._run(block, index, heads, x, *args, **kwargs)
         self.lookup_seconds += _clock() - start
         return self._run(block, index, heads, x, *args, **kwargs)
-
-    def _slot_of_forward(self) -> int:
-        slot = self.slot
-        if slot is None:
-            raise PlanError(
-                "a model with a plan was called in training mode without saying which micro-batch this is: "
-                "wrap forward and backward in `with executor.micro_batch(slot):`, or call executor.deactivate()"
-            )
-        return slot
 
     def _run(
         self, block: nn.Module, index: int, heads: BlockHeads | None, x: Tensor, *args: Any, **kwargs: Any
@@ -391,6 +405,17 @@ class PlanExecutor:
             or (self.detach_incomplete and self._reduction is not Reduction.AFTER_BACKWARD)
         )
         self._runner.count_shapes(self.rows, self.blocks, self._device, self._reduction, is_passed_below)
+
+
+_SLOT = "_d2ft_slot"
+"""An attribute of blocks' inputs and outputs in training."""
+
+
+def _no_slot() -> PlanError:
+    return PlanError(
+        "a model with a plan was called in training mode without saying which micro-batch this is: wrap forward and "
+        "backward in `with executor.micro_batch(slot):`, or call executor.deactivate()"
+    )
 
 
 def _clock() -> float:

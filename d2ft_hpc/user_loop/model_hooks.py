@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from d2ft_hpc.execution.gradients import in_backward
 from d2ft_hpc.execution.optimizer_steps import call_around_steps
 
 Call = Callable[[Sequence[Any]], None]

@@ -14,7 +14,8 @@ import timm.utils
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint_sequential
 
 import d2ft_hpc
 from d2ft_hpc.errors import PlanError
@@ -196,6 +197,39 @@ def test_micro_batches_follow_their_own_rows_with_activation_checkpointing() -> 
             assert parameter.grad is None, name
         else:
             torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-5, atol=1e-6)
+
+
+def _blocks_again(model: VisionTransformer, images: Tensor) -> Tensor:
+    model.set_grad_checkpointing()
+    return model(images)
+
+
+def _halves_again(model: VisionTransformer, images: Tensor) -> Tensor:
+    x = model._pos_embed(model.patch_embed(images))
+    x = checkpoint_sequential(model.blocks, 2, x, use_reentrant=False)
+    return model.forward_head(model.norm(x))
+
+
+@pytest.mark.parametrize("forward", [_blocks_again, _halves_again])
+def test_blocks_run_again_as_they_did_after_other_micro_batches_ran(forward: Callable[..., Tensor]) -> None:
+    """As where one loss compares what two micro-batches gave."""
+    rows = np.random.default_rng(0).integers(0, 3, (3, DEPTH, HEADS)).astype(np.uint8)
+    reference = tiny_vit().double()
+    model = copy.deepcopy(reference)
+    executor = attach(model, embeddings="trained")
+    executor.activate(SkipPlan(rows, replicas=1), replica=0)
+    batches = [random_batch(slot) for slot in range(3)]
+    losses: list[Tensor] = []
+    executor.bind(lambda: len(losses) if len(losses) < 3 else 2, Reduction.AFTER_BACKWARD)
+    for images, labels in batches:
+        losses.append(F.cross_entropy(forward(model, images.double()), labels))
+    torch.stack(losses).sum().backward()
+    for (images, labels), row in zip(batches, rows, strict=True):
+        F.cross_entropy(reference_forward(reference, images.double(), row), labels).backward()
+    for (name, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        expected = torch.zeros_like(parameter) if other.grad is None else other.grad
+        torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-12, msg=name)
 
 
 def test_autocast_inside_one_context_keeps_gradients() -> None:
