@@ -147,6 +147,7 @@ class PlanExecutor:
             raise PlanError(f"the plan is for {plan.replicas} replicas and has no replica {replica}")
         rows = plan.for_replica(replica)
         grids = [plan.grid_of(slot * plan.replicas + replica) for slot in range(plan.slots)]
+        self._require_no_hooks(plan)
         if plan.grids is not None:
             self.images.take_any_size(plan)
         if plan.binding == "sample":
@@ -168,6 +169,27 @@ class PlanExecutor:
         self.micro_batch_shapes = len({row.shape for row in self.rows})
         allow_kernels_of(len(self.rows))
         self.plan = plan
+
+    def _require_no_hooks(self, plan: SkipPlan) -> None:
+        """Raises PlanError where modules that a block does not call while heads are skipped would do more than the
+        library's, as by torch's weight norm and pruning."""
+        if (
+            plan.binding == "sample" or self._reduction is Reduction.BY_BLOCK
+        ):  # whose own hooks gather weights
+            return
+        for index in np.flatnonzero((plan.operations != Operation.FULL).any(axis=(0, 2))).tolist():
+            if index not in self.blocks:
+                continue
+            modules = dict(self.blocks[index].named_modules())
+            for name in (self.subnets.family.attention, "mlp", *self.subnets.layers):
+                hooks = (*modules[name]._forward_pre_hooks.values(), *modules[name]._forward_hooks.values())
+                what = "a hook" if any(map(_does_something, hooks)) else ""
+                what = "a forward of its own" if "forward" in vars(modules[name]) else what
+                if what:
+                    raise PlanError(
+                        f"{name} of block {index} has {what}, which would not run where the plan skips heads: remove "
+                        f"it, or use planner='tokens', which skips none"
+                    )
 
     @property
     def trains(self) -> np.ndarray:
@@ -416,6 +438,11 @@ def _no_slot() -> PlanError:
         "a model with a plan was called in training mode without saying which micro-batch this is: wrap forward and "
         "backward in `with executor.micro_batch(slot):`, or call executor.deactivate()"
     )
+
+
+def _does_something(hook: Callable[..., Any]) -> bool:
+    """Not if it is one of transformers', which keep what a forward asks for; `require_skippable` refuses to ask."""
+    return hook.__module__ != "transformers.utils.output_capturing"
 
 
 def _clock() -> float:

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint_sequential
 
 import d2ft_hpc
-from d2ft_hpc.errors import PlanError
+from d2ft_hpc.errors import PlanError, UnsupportedModelError
 from d2ft_hpc.execution import optimizer_steps
 from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.execution.gradients import Reduction
@@ -230,6 +231,55 @@ def test_blocks_run_again_as_they_did_after_other_micro_batches_ran(forward: Cal
         own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         expected = torch.zeros_like(parameter) if other.grad is None else other.grad
         torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def _double(*given: Any) -> Any:
+    return 2 * given[-1]
+
+
+@pytest.mark.parametrize("name", ["blocks.1", "patch_embed"])
+def test_a_forward_of_a_module_s_own_is_neither_lost_nor_replaced(name: str) -> None:
+    model = tiny_vit()
+    library_s = model.get_submodule(name).forward
+    model.get_submodule(name).forward = lambda x, **kwargs: _double(library_s(x, **kwargs))
+    images, _ = random_batch(0)
+    expected = model(images)
+    with pytest.raises(UnsupportedModelError, match=rf"^{name} has a forward that was set on the module"):
+        attach(model)
+    assert torch.equal(model(images), expected)
+    del model.get_submodule(name).forward
+    attach(model)
+    followed = model.get_submodule(name).forward
+    model.get_submodule(name).forward = lambda x, **kwargs: _double(followed(x, **kwargs))
+    assert torch.equal(model(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda block: block.attn.register_forward_hook(_double), "attn of block 1 has a hook"),
+        (lambda block: prune.l1_unstructured(block.mlp.fc1, "weight", 0.5), "mlp.fc1 of block 1 has a hook"),
+        (
+            lambda block: setattr(block.attn, "forward", lambda x, **_: x),
+            "attn of block 1 has a forward of its own",
+        ),
+    ],
+)
+def test_what_hooks_add_to_a_block_s_modules_is_not_left_out(change: Callable[..., Any], what: str) -> None:
+    model = tiny_vit()
+    change(model.blocks[1])
+    images, _ = random_batch(0)
+    expected = model(images)
+    executor = attach(model)
+    rows = np.full((1, DEPTH, HEADS), FULL, np.uint8)
+    rows[0, 0] = SHORTCUT
+    executor.activate(SkipPlan(rows, replicas=1), replica=0)  # it skips another block
+    rows[0, 1, 0] = FORWARD_ONLY
+    with pytest.raises(PlanError, match=f"^{what}, which would not run"):
+        executor.activate(SkipPlan(rows, replicas=1), replica=0)
+    executor.activate(SkipPlan.dense(1, 1, DEPTH, HEADS), replica=0)
+    with executor.micro_batch(0):
+        assert torch.equal(model(images), expected)
 
 
 def test_autocast_inside_one_context_keeps_gradients() -> None:
