@@ -22,7 +22,7 @@ from d2ft_hpc.engines.engine import evaluated
 from d2ft_hpc.engines.gradient_norm import total_norm
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
-from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.execution.gradients import Reduction, in_backward
 from d2ft_hpc.families.table import backbone_of, find_backbone
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanState
 from d2ft_hpc.lifecycle.foresight import trial_plan
@@ -372,6 +372,11 @@ class PlannedLoop:
                     f"{fix}"
                 )
             return
+        if in_backward():
+            raise PlanError(
+                "the optimiser steps while the backward pass still runs (in a hook of a parameter), but a batch of "
+                "plans ends with the first step, before all gradients are there: step after loss.backward()"
+            )
         self._counter.stop()
         if self.record.is_on:
             self.record.gradient_norm(self._gradient_norm())

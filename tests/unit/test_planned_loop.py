@@ -627,6 +627,18 @@ def test_a_loop_may_end_while_the_optimiser_of_another_steps() -> None:
     assert loop.d2ft._steps == 1
 
 
+def test_optimisers_that_step_while_the_backward_runs_are_refused() -> None:
+    """As in torch's tutorial, one for each parameter, so that gradients take no memory. Scores of a batch would lack
+    the blocks below the first one that steps."""
+    loop = Loop(planner="joint", micro_batches=1)
+    for parameter in loop.model.parameters():
+        if parameter.requires_grad:
+            own = torch.optim.SGD([parameter], lr=1e-3)
+            parameter.register_post_accumulate_grad_hook(lambda _, own=own: own.step())
+    with pytest.raises(PlanError, match=r"while the backward pass still runs .* step after loss\.backward"):
+        loop.step(0, slots=1)
+
+
 def test_an_optimiser_of_other_parameters_is_refused() -> None:
     model = tiny_vit()
     d2ft_hpc.attach(model, planner="joint")
