@@ -23,7 +23,7 @@ from d2ft_hpc.engines.gradient_norm import total_norm
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
 from d2ft_hpc.execution.gradients import Reduction, in_backward
-from d2ft_hpc.families.table import backbone_of, find_backbone
+from d2ft_hpc.families.table import backbone_of
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanState
 from d2ft_hpc.lifecycle.foresight import trial_plan
 from d2ft_hpc.lifecycle.observed_scores import ObservedScores
@@ -266,8 +266,8 @@ class PlannedLoop:
             # The user's module computes more and calls parts of the model in any order, but images always reach its
             # first module.
             model = self.executor.subnets.family.embedding(model) or model
-        before = ModelHook(model, self._before_forward, self._before_evaluation)
-        after = ModelHook(self._model, self._after_forward, self._after_evaluation)
+        before = ModelHook(model, self._model, self._before_forward, self._before_evaluation)
+        after = ModelHook(self._model, self._model, self._after_forward, self._after_evaluation)
         model.register_forward_pre_hook(before, with_kwargs=True)
         self._model.register_forward_hook(after, with_kwargs=True)
         watch_optimizers(self._whole, self, self._before_optimizer, self._after_optimizer)
@@ -287,7 +287,7 @@ class PlannedLoop:
             self._note_accumulation()
         if not self._is_bound:
             ddp: Any = DistributedDataParallel._active_ddp_module
-            is_ddp = ddp is not None and find_backbone(ddp.module) is self._model
+            is_ddp = ddp is not None and any(each is self._model for each in ddp.module.modules())
             self.bind(ddp if is_ddp else self._whole)
         self._plan_batch()
         if self._slot < 0 and not self._has_told_of_passes:

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import weakref
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.checkpoint import checkpoint
 
 import d2ft_hpc
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
@@ -387,6 +390,57 @@ def test_a_module_inside_a_module_follows_the_plan_as_by_itself() -> None:
     for wrap in (None, nn.Sequential):
         loop = Loop(wrap=wrap, planner="joint")
         loop.d2ft.activate(plan)
+        losses.append([loop.step(step) for step in range(3)])
+    assert losses[0] == losses[1]
+
+
+class Distilled(nn.Module):
+    """A student beside a frozen teacher, which is a supported model too and comes first."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.teacher = tiny_vit(1).requires_grad_(False).eval()
+        self.student = student
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            taught = self.teacher(images)
+        logits: Tensor = self.student(images) + taught
+        return logits
+
+
+def test_a_student_beside_its_teacher_trains_under_ddp_as_without() -> None:
+    losses = []
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for wrap in (Distilled, lambda student: DistributedDataParallel(Distilled(student))):
+            loop = Loop(planner="random", seed=1)
+            loop.model = wrap(loop.model)
+            losses.append([loop.step(step) for step in range(3)])
+        del loop
+    finally:
+        gc.collect()
+        torch.distributed.destroy_process_group()
+    assert losses[0] == losses[1]
+
+
+def test_a_frozen_embedding_may_be_left_in_evaluation_mode() -> None:
+    losses = []
+    for is_left in (False, True):
+        loop = Loop(wrap=nn.Sequential, compute_budget=0.5, total_steps=4)
+        loop.model[0].patch_embed.train(not is_left)
+        losses.append([loop.step(step) for step in range(4)])
+        assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-6)
+    assert losses[0] == losses[1]
+
+
+def test_a_model_that_a_backward_runs_again_is_no_further_micro_batch() -> None:
+    losses = []
+    for runs_again in (False, True):
+        loop = Loop(planner="random", seed=1)
+        model = loop.model
+        if runs_again:
+            loop.model = partial(checkpoint, model, use_reentrant=False)
         losses.append([loop.step(step) for step in range(3)])
     assert losses[0] == losses[1]
 
