@@ -27,6 +27,7 @@ from d2ft_hpc.families.table import backbone_of
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanState
 from d2ft_hpc.lifecycle.foresight import trial_plan
 from d2ft_hpc.lifecycle.observed_scores import ObservedScores
+from d2ft_hpc.model.subnets import ParameterClass
 from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.communication_volume import DataParallel
@@ -133,6 +134,7 @@ class PlannedLoop:
         self._is_begun = False  # a batch, as opposed to what a loop does between two
         self._passes = self._made_steps = 0  # forwards since the optimiser's last step, and its steps here
         self._is_accumulating = self._had_too_many_passes = self._has_told_of_passes = False
+        self._has_told_of_changes = False
         self._data_parallel: DataParallel | None = None
         self._planned_bytes: PlannedBytes | None = None
         self._foresee()
@@ -325,6 +327,9 @@ class PlannedLoop:
             self._restore(self._restored)
             self._restored = None
         if not self._is_planned:
+            if not self._has_told_of_changes and (changed := self._changed_since_attach()):
+                plans.listener.say(f"{changed}: from here on, shares of compute are not those that are told")
+                self._has_told_of_changes = True
             plans.before_batch(self._steps)
             self._is_planned = True
 
@@ -444,16 +449,35 @@ class PlannedLoop:
                     "the model's blocks got other parameters after d2ft_hpc.attach(model), as from peft: call "
                     "get_peft_model, or what else changes blocks, before attach"
                 )
-            if (changed := np.flatnonzero(self.executor.trains != self._costs.trains)).size:
+            if changed := self._changed_since_attach():
+                raise ConfigError(f"{changed}: do so before d2ft_hpc.attach(model)")
+            if freed := self._freed_below_blocks():
                 raise ConfigError(
-                    f"blocks {changed.tolist()} were frozen, or freed, after attach had counted what they cost: do so "
-                    f"before d2ft_hpc.attach(model)"
+                    f"{freed} was freed after attach, which freezes what lies below the blocks: "
+                    f"attach(model, embeddings='trained'), or 'complete_path'"
                 )
             context = self._context(self.section, ranks, control.rank)
             self._controller = PlanController(context, self, control, self._source, PlanPrinter(control))
             tell_if_too_short(self._controller, self._position)
             tell_of_graphs(self._controller, self._device)
         return self._controller
+
+    def _changed_since_attach(self) -> str:
+        """What was done to blocks, as the beginning of a sentence; empty if nothing was."""
+        blocks = np.flatnonzero(self.executor.trains != self._costs.trains).tolist()
+        return (
+            f"blocks {blocks} were frozen, or freed, after attach had counted what they cost"
+            if blocks
+            else ""
+        )
+
+    def _freed_below_blocks(self) -> str:
+        """The name of a parameter below the blocks that trains though `attach` froze it; empty if none does."""
+        if self.section.embeddings != "frozen":
+            return ""
+        trained = (name for name, parameter in self._model.named_parameters() if parameter.requires_grad)
+        classify = self.executor.subnets.classify
+        return next((name for name in trained if classify(name) is ParameterClass.EMBEDDING), "")
 
     def _parameters_in_blocks(self) -> int:
         return sum(1 for block in self.executor.blocks.values() for _ in block.parameters())

@@ -222,6 +222,29 @@ def test_adapters_that_come_after_attach_are_refused() -> None:
         model.train()(random_batch(0)[0])
 
 
+def test_parameters_that_are_frozen_or_freed_after_attach_are_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    loop = Loop(planner="joint")
+    loop.model.requires_grad_(True)
+    with pytest.raises(ConfigError, match=r"^cls_token was freed after attach, .*embeddings='trained'"):
+        loop.step(0)
+    loop.model.blocks[0].requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"^blocks \[0\] were frozen, or freed, after attach"):
+        loop.step(0)
+
+    def frozen(model: nn.Module) -> nn.Module:
+        model.blocks[:2].requires_grad_(False)
+        return model
+
+    loop = Loop(wrap=frozen, planner="joint")
+    for step in range(4):
+        loop.step(step)
+        assert ("blocks [0, 1] were frozen, or freed" in capsys.readouterr().out) is (step == 2)
+        if step == 1:
+            loop.model.blocks.requires_grad_(True)
+
+
 def test_a_loop_that_goes_on_says_so_and_what_is_other_than_before(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
