@@ -809,6 +809,25 @@ def is_counting() -> bool:
     return _get_current_dispatch_mode() is not None
 
 
+def test_two_models_in_one_loop_are_measured_apart_or_not_at_all() -> None:
+    loops = [Loop(weights, compute_budget=0.5, total_steps=4, micro_batches=1) for weights in range(2)]
+    images, labels = random_batch(0, samples=12)
+
+    def step(groups: list[list[Loop]]) -> None:
+        for group in groups:
+            logits = [loop.model(images) for loop in group]
+            (F.cross_entropy(logits[0], labels) + F.mse_loss(logits[0], logits[-1])).backward()
+            for loop in group:
+                loop.optimizer.step()
+                loop.optimizer.zero_grad()
+
+    step([loops])  # as in mutual learning
+    assert [loop.d2ft.measured_share for loop in loops] == [None, None]
+    step([[loop] for loop in loops])
+    for loop in loops:
+        assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-6)
+
+
 def test_only_planner_samples_draws_in_any_kind_of_loop() -> None:
     """Before the plan of the batch is asked for, which ranks would make together."""
     with pytest.raises(PlanError, match=r"for planner 'samples'; with 'joint' train on all of them"):
