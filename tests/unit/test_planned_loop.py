@@ -828,6 +828,23 @@ def test_two_models_in_one_loop_are_measured_apart_or_not_at_all() -> None:
         assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.zeros(12),  # of a regression
+        torch.zeros(12, CLASSES, dtype=torch.long),  # one of several tasks, or of several classes
+        torch.zeros(11, dtype=torch.long),
+        (torch.zeros(12, dtype=torch.long), torch.zeros(12, dtype=torch.long)),
+    ],
+)
+def test_samples_are_drawn_by_classes_alone(labels: Any) -> None:
+    loop = Loop(planner="samples", compute_budget=0.7)
+    with pytest.raises(
+        PlanError, match=r"scores images by their classes, int64 \[12\], .*; labels are .*'tokens'"
+    ):
+        loop.d2ft.choose(random_batch(0, samples=12)[0], labels)
+
+
 def test_only_planner_samples_draws_in_any_kind_of_loop() -> None:
     """Before the plan of the batch is asked for, which ranks would make together."""
     with pytest.raises(PlanError, match=r"for planner 'samples'; with 'joint' train on all of them"):
