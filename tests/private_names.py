@@ -174,6 +174,8 @@ def _torch_and_timm() -> Iterator[PrivateName]:
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         yield PrivateName(f"{module}.{hooks}", f"self.{hooks}")
     yield PrivateName("torch:Tensor._version")
+    yield PrivateName("torch:_C")
+    yield PrivateName("torch:_C._current_graph_task_id")
     for operator in ("add_", "copy_", "div", "mul_", "norm", "zero_"):
         yield PrivateName(f"torch:_foreach_{operator}")
     yield PrivateName("torch.utils._python_dispatch:_get_current_dispatch_mode")

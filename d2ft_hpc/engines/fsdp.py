@@ -102,13 +102,13 @@ class _Unit:
         self._trains: list[bool] = []
         self._is_pending = False  # has gradients that wait for a reduction
 
-    def can_pass(self, index: int) -> bool:
-        """Whether block `index` can be skipped without gathering the unit; the answer is the same on all ranks, and
-        for all blocks of a pass."""
-        plan, slot, blocks = self._executor.plan, self._executor.slot, self.blocks.values()
+    def can_pass(self, index: int, x: Tensor) -> bool:
+        """Whether block `index`, which gets `x`, can be skipped without gathering the unit; the answer is the same on
+        all ranks, and for all blocks of a pass."""
+        plan, slot, blocks = self._executor.plan, self._executor.slot_of(x), self.blocks.values()
         if plan is None or slot is None or plan.binding == "sample":
             return False
-        if not all(each.training for each in blocks):
+        if not (all(each.training for each in blocks) and torch.is_grad_enabled()):
             return False
         if plan is not self._plan:
             self._read(plan)
@@ -146,7 +146,7 @@ def _passing(of_block: Any) -> Any:
 
     def call(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         passes = getattr(self, _PASSES)
-        if passes is not None and passes():
+        if passes is not None and passes(x):
             return x
         result: Tensor = of_block.__call__(self, x, *args, **kwargs)
         return result

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from d2ft_hpc.errors import ConfigError, PlanError
+from d2ft_hpc.errors import ConfigError, PlanError, UnsupportedModelError
 from d2ft_hpc.execution.absent import fill_absent_gradients
 from d2ft_hpc.execution.compilation import compile_outside_blocks
 from d2ft_hpc.execution.executor import BlockLink, EmbeddingPolicy, PlanExecutor
@@ -47,6 +47,13 @@ def attach(
     blocks = subnets.blocks(model)
     if any(hasattr(block, "_d2ft") for block in blocks):
         raise PlanError("the model has an executor already: attach once and keep what attach returned")
+    for module in filter(None, (*blocks, subnets.family.embedding(model))):
+        if "forward" in vars(module):
+            name = next(name for name, each in model.named_modules() if each is module)
+            raise UnsupportedModelError(
+                f"{name} has a forward that was set on the module, not on its class, in whose place attach sets "
+                f"another: set it after attach"
+            )
     executor = PlanExecutor(
         subnets,
         embeddings,
@@ -63,7 +70,7 @@ def attach(
     for index, block in enumerate(blocks):
         executor.link(block, index)
     executor.images.link(model)
-    if compile and subnets.family.is_composed:
+    if compile and subnets.family.composes(model):
         compile_outside_blocks(model, subnets.family, executor.images.scaled_before)
     fill_absent_gradients(model, partial(_skips, subnets))
     return executor

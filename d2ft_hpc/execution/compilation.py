@@ -50,9 +50,10 @@ def compile_outside_blocks(
     def forward(model: nn.Module, images: Any, *args: Any, **kwargs: Any) -> Tensor:
         nonlocal largest
         is_plain = isinstance(images, Tensor) and not (args or kwargs or family.recomputes(model))
-        if model.training and is_plain:
+        trains = model.training and torch.is_grad_enabled()
+        if trains and is_plain:
             largest = max(largest, len(images))
-        is_compiled = model.training and is_plain and len(images) == largest
+        is_compiled = trains and is_plain and len(images) == largest
         if not is_compiled or _is_hooked(model, family) or cannot_compile():
             result: Tensor = type(model).forward(model, images, *args, **kwargs)
             return result

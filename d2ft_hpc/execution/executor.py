@@ -25,6 +25,7 @@ from d2ft_hpc.execution.flat_parameters import FlatParameters
 from d2ft_hpc.execution.gradients import (
     Owners,
     Reduction,
+    in_backward,
     one_point,
     owners_of,
     require_input_gradient,
@@ -41,7 +42,7 @@ EmbeddingPolicy = Literal["frozen", "complete_path", "trained"]
 
 
 class PlanExecutor:
-    """The plan that one model follows in training; evaluation mode is always dense.
+    """The plan that one model follows in training; evaluation mode, and what takes no gradient, is always dense.
 
     The blocks keep their class, their parameter names and their parameters: only their `forward` looks the plan up.
     Made by `attach`.
@@ -146,6 +147,7 @@ class PlanExecutor:
             raise PlanError(f"the plan is for {plan.replicas} replicas and has no replica {replica}")
         rows = plan.for_replica(replica)
         grids = [plan.grid_of(slot * plan.replicas + replica) for slot in range(plan.slots)]
+        self._require_no_hooks(plan)
         if plan.grids is not None:
             self.images.take_any_size(plan)
         if plan.binding == "sample":
@@ -167,6 +169,27 @@ class PlanExecutor:
         self.micro_batch_shapes = len({row.shape for row in self.rows})
         allow_kernels_of(len(self.rows))
         self.plan = plan
+
+    def _require_no_hooks(self, plan: SkipPlan) -> None:
+        """Raises PlanError where modules that a block does not call while heads are skipped would do more than the
+        library's, as by torch's weight norm and pruning."""
+        if (
+            plan.binding == "sample" or self._reduction is Reduction.BY_BLOCK
+        ):  # whose own hooks gather weights
+            return
+        for index in np.flatnonzero((plan.operations != Operation.FULL).any(axis=(0, 2))).tolist():
+            if index not in self.blocks:
+                continue
+            modules = dict(self.blocks[index].named_modules())
+            for name in (self.subnets.family.attention, "mlp", *self.subnets.layers):
+                hooks = (*modules[name]._forward_pre_hooks.values(), *modules[name]._forward_hooks.values())
+                what = "a hook" if any(map(_does_something, hooks)) else ""
+                what = "a forward of its own" if "forward" in vars(modules[name]) else what
+                if what:
+                    raise PlanError(
+                        f"{name} of block {index} has {what}, which would not run where the plan skips heads: remove "
+                        f"it, or use planner='tokens', which skips none"
+                    )
 
     @property
     def trains(self) -> np.ndarray:
@@ -195,7 +218,11 @@ class PlanExecutor:
 
     def grid(self) -> Grid | None:
         """The grid of the images of the micro-batch that runs; None: they stay as they are."""
-        return self.rows[self._slot_of_forward()].grid if self.rows else None
+        if not self.rows:
+            return None
+        if self.slot is None:
+            raise _no_slot()
+        return self.rows[self.slot].grid
 
     @property
     def makes_graphs(self) -> bool:
@@ -233,6 +260,12 @@ class PlanExecutor:
         outside of any."""
         return self._slot if self._slot is not None or self._slot_source is None else self._slot_source()
 
+    def slot_of(self, x: Tensor) -> int | None:
+        """The slot of the micro-batch that a block's input belongs to. A block that runs again in the backward
+        (activation checkpointing) gets the tensor that it had, and others may have run forward since."""
+        slot: int | None = getattr(x, _SLOT, None) if in_backward() else None
+        return self.slot if slot is None else slot
+
     @contextmanager
     def temporarily(self, operations: np.ndarray) -> Iterator[None]:
         """Inside, every micro-batch follows `operations`, uint8 [block, head]; afterwards the plan is as before."""
@@ -247,11 +280,23 @@ class PlanExecutor:
 
     def run(self, block: nn.Module, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Block `index` under the current row; `args` are the block's own."""
-        if not self.rows or not block.training or self.subnets.family.generates(kwargs):
+        if not (self.rows and block.training and torch.is_grad_enabled()):
             replayed = self._replayed(block, index, None, x, args, kwargs)
             return self._run(block, index, None, x, *args, **kwargs) if replayed is None else replayed
+        slot = self.slot_of(x)
+        if slot is None:
+            raise _no_slot()
+        with nullcontext() if slot == self.slot else self.micro_batch(slot):
+            output = self._run_planned(block, index, slot, x, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            for tensor in (x, output):
+                setattr(tensor, _SLOT, slot)
+        return output
+
+    def _run_planned(
+        self, block: nn.Module, index: int, slot: int, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         start = _clock()
-        slot = self._slot_of_forward()
         if index == 0 and self._reduction is Reduction.AFTER_BACKWARD and _reduces_in_backward(block):
             raise PlanError(
                 "the model trains inside DistributedDataParallel or FSDP2, whose ranks drift apart or hang where they "
@@ -275,15 +320,6 @@ class PlanExecutor:
                 return self._run(block, index, heads, x, *args, **kwargs)
         self.lookup_seconds += _clock() - start
         return self._run(block, index, heads, x, *args, **kwargs)
-
-    def _slot_of_forward(self) -> int:
-        slot = self.slot
-        if slot is None:
-            raise PlanError(
-                "a model with a plan was called in training mode without saying which micro-batch this is: "
-                "wrap forward and backward in `with executor.micro_batch(slot):`, or call executor.deactivate()"
-            )
-        return slot
 
     def _run(
         self, block: nn.Module, index: int, heads: BlockHeads | None, x: Tensor, *args: Any, **kwargs: Any
@@ -391,6 +427,22 @@ class PlanExecutor:
             or (self.detach_incomplete and self._reduction is not Reduction.AFTER_BACKWARD)
         )
         self._runner.count_shapes(self.rows, self.blocks, self._device, self._reduction, is_passed_below)
+
+
+_SLOT = "_d2ft_slot"
+"""An attribute of blocks' inputs and outputs in training."""
+
+
+def _no_slot() -> PlanError:
+    return PlanError(
+        "a model with a plan was called in training mode without saying which micro-batch this is: wrap forward and "
+        "backward in `with executor.micro_batch(slot):`, or call executor.deactivate()"
+    )
+
+
+def _does_something(hook: Callable[..., Any]) -> bool:
+    """Not if it is one of transformers', which keep what a forward asks for; `require_skippable` refuses to ask."""
+    return hook.__module__ != "transformers.utils.output_capturing"
 
 
 def _clock() -> float:

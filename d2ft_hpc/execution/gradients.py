@@ -89,6 +89,12 @@ def zero_gradient(x: Tensor) -> Tensor:
     return result
 
 
+def in_backward() -> bool:
+    """Whether a backward pass is under way, in which checkpointed modules run again."""
+    # torch.compile traces forwards, and cannot trace the question.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def require_input_gradient(block: nn.Module) -> None:
     """Makes the input of `block` take a gradient in training, also above frozen embeddings.
 

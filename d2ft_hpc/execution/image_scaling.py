@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -119,9 +120,10 @@ class _Link:
 
     @property
     def trains(self) -> bool:
-        """Whether the model is in training mode; its embedding may be frozen and left in evaluation mode."""
+        """Whether the model trains: an evaluation may lack `model.eval()`, but takes no gradient. The embedding may be
+        frozen and left in evaluation mode."""
         model = self._model()
-        return model is not None and model.training
+        return model is not None and model.training and torch.is_grad_enabled()
 
 
 def _scaling_forward(embedding: nn.Module, *args: Any, **kwargs: Any) -> Any:

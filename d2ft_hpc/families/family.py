@@ -54,6 +54,12 @@ class Drops(NamedTuple):
         return tuple(rate_of(module) for module in self.by_sample)
 
 
+def has_own(module: nn.Module, method: str) -> bool:
+    """Whether the module, or a class that is not of timm or transformers, has a method in place of the library's."""
+    library = getattr(type(module), method).__module__.partition(".")[0]
+    return method in vars(module) or library not in ("timm", "transformers")
+
+
 def rate_of(drop: nn.Module) -> float:
     """The rate at which a module drops what it gets; 0 for a module without one, such as an identity."""
     return float(getattr(drop, "p", getattr(drop, "drop_prob", None)) or 0.0)
@@ -121,6 +127,11 @@ class BlockFamily(ABC):
         return list(model.get_submodule(self.blocks_path).children())
 
     # ---- which models fit
+
+    def composes(self, model: Any) -> bool:
+        """Whether this model's forward is `above(blocks(below(images)))`, as in its library: not where a class derived
+        from the library's, or the model itself, has another one."""
+        return self.is_composed and not any(has_own(model, name) for name in ("forward", "forward_features"))
 
     @abstractmethod
     def has(self, model: nn.Module) -> bool:
@@ -290,10 +301,6 @@ class BlockFamily(ABC):
     def afresh(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """The arguments for running a block again by itself, after its forward got these."""
         return kwargs
-
-    def generates(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether blocks with these arguments continue a text (generation), which plans do not apply to."""
-        return False
 
     @abstractmethod
     def num_heads(self, block: Any) -> int:

@@ -209,9 +209,6 @@ class TransformersFamily(BlockFamily):
     def afresh(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         return {name: value for name, value in kwargs.items() if name not in _CACHES}
 
-    def generates(self, kwargs: Mapping[str, Any]) -> bool:
-        return _cache_of(kwargs) is not None and not torch.is_grad_enabled()
-
     def drops(self, block: Any) -> Drops:
         return Drops({}, (), ())
 

@@ -75,7 +75,7 @@ class ModelPart(nn.Module):
         if self.is_first:
             # Scaled here and not only in the module of patches, which a GPU's faster way does not call. A twin for
             # images of any size, which scores samples, shares the modules and not the plan.
-            trains = self.training and self.executor.images.model is self
+            trains = self.training and torch.is_grad_enabled() and self.executor.images.model is self
             with self.executor.images.scaled_before(x) if trains else nullcontext(x) as images:
                 x, _ = self._family.below(self, images)
             x = x if self._messages is None else self._messages.split(x)

@@ -32,6 +32,8 @@ def batches_of(given: Sequence[Any], *, are_images: bool) -> list[Batch]:
             raise PlanError(
                 "choose() takes images and their labels as two tensors; only text is given by name"
             )
+        for images, labels in given:
+            _require_classes(images, labels)
         return [(images, labels) for images, labels in given]
     texts = [each if isinstance(each, Mapping) else _text(*each) for each in given]
     for text in texts:
@@ -79,6 +81,16 @@ def like(batch: Kind, tensors: Sequence[Tensor]) -> Kind:
 
 def _text(input_ids: Tensor, labels: Tensor) -> Text:
     return {"input_ids": input_ids, "labels": labels}
+
+
+def _require_classes(images: Any, labels: Any) -> None:
+    are_classes = isinstance(labels, Tensor) and labels.dim() in (1, 2)
+    are_classes = are_classes and labels.is_floating_point() == (labels.dim() == 2)
+    if not are_classes or labels.shape[0] != len(images):
+        raise PlanError(
+            f"choose() scores images by their classes, int64 [{len(images)}], or probabilities [{len(images)}, class]; "
+            f"labels are {_told(labels)}: planner 'tokens' trains for any loss"
+        )
 
 
 def _require_labels(text: Text) -> None:

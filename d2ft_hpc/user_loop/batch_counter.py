@@ -84,6 +84,7 @@ class BatchCounter:
         self._metered: Metered | None = None  # of the batch that runs
         self._before_evaluation: Metered | None = None
         self._is_scoring = False
+        self._is_disturbed = False  # another loop's batch runs at the same time, so that neither is counted
         self._counted: _Counted | None = None
         self._scored: list[tuple[int, float]] = []
         self._trained: list[tuple[int, int, float]] = []
@@ -132,8 +133,14 @@ class BatchCounter:
     def begin(self) -> None:
         """Counts from here on, in the first batch under its plan."""
         is_known = self._counted is not None and self._counted.plan is self.executor.plan
+        if self._is_disturbed:
+            return
         if BatchCounter._counting is not self and (self._metered is not None or not is_known):
-            self.end_others()
+            if (other := BatchCounter._counting) is not None:
+                # A second model in one loop: nobody can tell whose backward an operator is of.
+                self._is_disturbed = other._is_disturbed = True
+                self.end_others()
+                return
             self._metered = self._metered or Metered()
             # Not through torch.compile, whose functions hide their operators, and stay eager once they met the counter.
             self._modes = [torch.compiler.set_stance("force_eager"), OperatorCounter(self._metered)]
@@ -196,7 +203,7 @@ class BatchCounter:
         if self._metered is not None and samples:
             self._metered.flops -= score_flops
             self._counted = _Counted(plan, self._metered, work.planned_flops, dense)
-        self._metered, self._scored, self._trained = None, [], []
+        self._metered, self._scored, self._trained, self._is_disturbed = None, [], [], False
         executed = sent = math.nan
         if self._counted is not None and self._counted.plan is plan:
             executed = self._counted.metered.flops * work.planned_flops / self._counted.planned_flops

@@ -116,6 +116,11 @@ def initialize(
                 f"model is a {type(model).__name__} around a {type(backbone).__name__}: ranks that hold parts of a "
                 f"model need the {type(backbone).__name__} itself"
             )
+        if not family_of(backbone).composes(backbone):
+            raise UnsupportedModelError(
+                f"{type(backbone).__name__} has a forward of its own, which ranks that hold parts of it do not run: "
+                f"use neither tensor parallelism nor a pipeline"
+            )
         if isinstance(optimizer, Optimizer):
             raise ConfigError(
                 "optimizer= holds the parameters of the whole model, but each rank will train a part of it: give a "

@@ -10,27 +10,32 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from d2ft_hpc.execution.gradients import in_backward
 from d2ft_hpc.execution.optimizer_steps import call_around_steps
 
 Call = Callable[[Sequence[Any]], None]
 
 
 class ModelHook:
-    """A hook of one model alone, for `register_forward_pre_hook` and `register_forward_hook` with keywords: the
-    model's copies and pickles get hooks that do nothing."""
+    """A hook of one module alone, for `register_forward_pre_hook` and `register_forward_hook` with keywords: the
+    module's copies and pickles get hooks that do nothing."""
 
-    def __init__(self, model: nn.Module, training: Call, evaluation: Call) -> None:
-        """training, evaluation: what to call with the forward's arguments in these modes."""
-        self._model = weakref.ref(model)
+    def __init__(self, hooked: nn.Module, model: nn.Module, training: Call, evaluation: Call) -> None:
+        """hooked: what gets the hook. model: whose mode counts, since a frozen part may be left in evaluation mode.
+
+        What to call with the forward's arguments: training, in training mode with gradients; evaluation, else.
+        """
+        self._hooked, self._model = weakref.ref(hooked), weakref.ref(model)
         self._training = torch.compiler.disable(training)
         self._evaluation = torch.compiler.disable(evaluation)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
-        if module is not self._model():
-            return
-        if module.training and torch.is_grad_enabled():
+        model = self._model()
+        if module is not self._hooked() or model is None or in_backward():
+            return  # a backward may run a model again (activation checkpointing)
+        if model.training and torch.is_grad_enabled():
             self._training([*args, kwargs])
-        elif not module.training:
+        else:
             self._evaluation([])
 
     def __reduce__(self) -> Any:

@@ -22,11 +22,12 @@ from d2ft_hpc.engines.engine import evaluated
 from d2ft_hpc.engines.gradient_norm import total_norm
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
-from d2ft_hpc.execution.gradients import Reduction
-from d2ft_hpc.families.table import backbone_of, find_backbone
+from d2ft_hpc.execution.gradients import Reduction, in_backward
+from d2ft_hpc.families.table import backbone_of
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanState
 from d2ft_hpc.lifecycle.foresight import trial_plan
 from d2ft_hpc.lifecycle.observed_scores import ObservedScores
+from d2ft_hpc.model.subnets import ParameterClass
 from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.planning.communication_volume import DataParallel
@@ -134,6 +135,7 @@ class PlannedLoop:
         self._is_begun = False  # a batch, as opposed to what a loop does between two
         self._passes = self._made_steps = 0  # forwards since the optimiser's last step, and its steps here
         self._is_accumulating = self._had_too_many_passes = self._has_told_of_passes = False
+        self._has_told_of_changes = False
         self._data_parallel: DataParallel | None = None
         self._planned_bytes: PlannedBytes | None = None
         self._foresee()
@@ -271,8 +273,8 @@ class PlannedLoop:
             # The user's module computes more and calls parts of the model in any order, but images always reach its
             # first module.
             model = self.executor.subnets.family.embedding(model) or model
-        before = ModelHook(model, self._before_forward, self._before_evaluation)
-        after = ModelHook(self._model, self._after_forward, self._after_evaluation)
+        before = ModelHook(model, self._model, self._before_forward, self._before_evaluation)
+        after = ModelHook(self._model, self._model, self._after_forward, self._after_evaluation)
         model.register_forward_pre_hook(before, with_kwargs=True)
         self._model.register_forward_hook(after, with_kwargs=True)
         watch_optimizers(self._whole, self, self._before_optimizer, self._after_optimizer)
@@ -292,7 +294,7 @@ class PlannedLoop:
             self._note_accumulation()
         if not self._is_bound:
             ddp: Any = DistributedDataParallel._active_ddp_module
-            is_ddp = ddp is not None and find_backbone(ddp.module) is self._model
+            is_ddp = ddp is not None and any(each is self._model for each in ddp.module.modules())
             self.bind(ddp if is_ddp else self._whole)
         self._plan_batch()
         if self._slot < 0 and not self._has_told_of_passes:
@@ -330,6 +332,9 @@ class PlannedLoop:
             self._restore(self._restored)
             self._restored = None
         if not self._is_planned:
+            if not self._has_told_of_changes and (changed := self._changed_since_attach()):
+                plans.listener.say(f"{changed}: from here on, shares of compute are not those that are told")
+                self._has_told_of_changes = True
             plans.before_batch(self._steps)
             self._is_planned = True
 
@@ -377,6 +382,11 @@ class PlannedLoop:
                     f"{fix}"
                 )
             return
+        if in_backward():
+            raise PlanError(
+                "the optimiser steps while the backward pass still runs (in a hook of a parameter), but a batch of "
+                "plans ends with the first step, before all gradients are there: step after loss.backward()"
+            )
         self._counter.stop()
         if self.record.is_on:
             self.record.gradient_norm(self._gradient_norm())
@@ -444,16 +454,35 @@ class PlannedLoop:
                     "the model's blocks got other parameters after d2ft_hpc.attach(model), as from peft: call "
                     "get_peft_model, or what else changes blocks, before attach"
                 )
-            if (changed := np.flatnonzero(self.executor.trains != self._costs.trains)).size:
+            if changed := self._changed_since_attach():
+                raise ConfigError(f"{changed}: do so before d2ft_hpc.attach(model)")
+            if freed := self._freed_below_blocks():
                 raise ConfigError(
-                    f"blocks {changed.tolist()} were frozen, or freed, after attach had counted what they cost: do so "
-                    f"before d2ft_hpc.attach(model)"
+                    f"{freed} was freed after attach, which freezes what lies below the blocks: "
+                    f"attach(model, embeddings='trained'), or 'complete_path'"
                 )
             context = self._context(self.section, ranks, control.rank)
             self._controller = PlanController(context, self, control, self._source, PlanPrinter(control))
             tell_if_too_short(self._controller, self._position)
             tell_of_graphs(self._controller, self._device)
         return self._controller
+
+    def _changed_since_attach(self) -> str:
+        """What was done to blocks, as the beginning of a sentence; empty if nothing was."""
+        blocks = np.flatnonzero(self.executor.trains != self._costs.trains).tolist()
+        return (
+            f"blocks {blocks} were frozen, or freed, after attach had counted what they cost"
+            if blocks
+            else ""
+        )
+
+    def _freed_below_blocks(self) -> str:
+        """The name of a parameter below the blocks that trains though `attach` froze it; empty if none does."""
+        if self.section.embeddings != "frozen":
+            return ""
+        trained = (name for name, parameter in self._model.named_parameters() if parameter.requires_grad)
+        classify = self.executor.subnets.classify
+        return next((name for name in trained if classify(name) is ParameterClass.EMBEDDING), "")
 
     def _parameters_in_blocks(self) -> int:
         return sum(1 for block in self.executor.blocks.values() for _ in block.parameters())

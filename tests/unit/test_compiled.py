@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from d2ft_hpc.config import OptimizerConfig
 from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
@@ -19,7 +21,7 @@ from d2ft_hpc.execution.block_runner import MOST_SHAPES
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import family_of
 from d2ft_hpc.planning import SkipPlan
-from tests.models import HEADS, random_batch, tiny_vit
+from tests.models import HEADS, random_batch, tiny, tiny_vit
 from tests.reference import FORWARD_ONLY, FULL, SHORTCUT
 
 DEPTH = 3
@@ -116,6 +118,27 @@ def mixed_rows() -> np.ndarray:
         ],
         np.uint8,
     )
+
+
+class Prompted(VisionTransformer):
+    """As users derive models for visual prompt tuning."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.prompts = nn.Parameter(torch.zeros(1, 2, self.embed_dim))
+
+    def forward_features(self, x: Tensor, **masks: Any) -> Tensor:
+        x = self._pos_embed(self.patch_embed(x))
+        return self.norm(self.blocks(torch.cat([x, self.prompts.expand(len(x), -1, -1)], 1)))
+
+
+def test_a_derived_class_s_own_forward_runs(graphs: list[Any]) -> None:
+    model = tiny(Prompted, 0.05)
+    images, _ = random_batch(0)
+    expected = model(images)
+    attach(model, compile=True)
+    torch.testing.assert_close(model(images), expected)
+    assert graphs
 
 
 @pytest.mark.parametrize(

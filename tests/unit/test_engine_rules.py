@@ -11,15 +11,17 @@ import pytest
 import timm.layers
 import torch
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 import d2ft_hpc
 from d2ft_hpc.engines.check import check_plan, check_recompute
 from d2ft_hpc.engines.portable import PortableState, collect_plain, restore_plain, write_file
 from d2ft_hpc.engines.zero import ZeroRules
-from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError
+from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
 from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.user_loop.section import split
-from tests.models import DEPTH, HEADS, random_batch, tiny_vit
+from tests.models import DEPTH, HEADS, random_batch, tiny, tiny_vit
 
 loss_function = torch.nn.functional.cross_entropy
 CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
@@ -157,6 +159,18 @@ def test_an_optimizer_of_the_whole_model_cannot_train_a_part() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ConfigError, match="give a function of the parameters"):
         d2ft_hpc.initialize(model=model, optimizer=optimizer, config=TENSOR)
+
+
+def test_parts_of_a_model_with_a_forward_of_its_own_are_refused() -> None:
+    class Derived(VisionTransformer):
+        def forward_features(self, x: Tensor, **masks: Any) -> Tensor:
+            return super().forward_features(x, **masks)
+
+    model = tiny(Derived, 0.05)
+    with pytest.raises(UnsupportedModelError, match="Derived has a forward of its own"):
+        d2ft_hpc.initialize(model=model, config=TENSOR)
+    with pytest.raises(UnsupportedModelError, match="Derived has a forward of its own"):
+        d2ft_hpc.initialize(model=d2ft_hpc.PipelineModule(model, loss_function, 2), config={})
 
 
 def test_a_configuration_file_that_is_none_is_told(tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ import timm.utils
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint_sequential
 
 import d2ft_hpc
-from d2ft_hpc.errors import PlanError
+from d2ft_hpc.errors import PlanError, UnsupportedModelError
 from d2ft_hpc.execution import optimizer_steps
 from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.execution.gradients import Reduction
@@ -196,6 +198,88 @@ def test_micro_batches_follow_their_own_rows_with_activation_checkpointing() -> 
             assert parameter.grad is None, name
         else:
             torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-5, atol=1e-6)
+
+
+def _blocks_again(model: VisionTransformer, images: Tensor) -> Tensor:
+    model.set_grad_checkpointing()
+    return model(images)
+
+
+def _halves_again(model: VisionTransformer, images: Tensor) -> Tensor:
+    x = model._pos_embed(model.patch_embed(images))
+    x = checkpoint_sequential(model.blocks, 2, x, use_reentrant=False)
+    return model.forward_head(model.norm(x))
+
+
+@pytest.mark.parametrize("forward", [_blocks_again, _halves_again])
+def test_blocks_run_again_as_they_did_after_other_micro_batches_ran(forward: Callable[..., Tensor]) -> None:
+    """As where one loss compares what two micro-batches gave."""
+    rows = np.random.default_rng(0).integers(0, 3, (3, DEPTH, HEADS)).astype(np.uint8)
+    reference = tiny_vit().double()
+    model = copy.deepcopy(reference)
+    executor = attach(model, embeddings="trained")
+    executor.activate(SkipPlan(rows, replicas=1), replica=0)
+    batches = [random_batch(slot) for slot in range(3)]
+    losses: list[Tensor] = []
+    executor.bind(lambda: len(losses) if len(losses) < 3 else 2, Reduction.AFTER_BACKWARD)
+    for images, labels in batches:
+        losses.append(F.cross_entropy(forward(model, images.double()), labels))
+    torch.stack(losses).sum().backward()
+    for (images, labels), row in zip(batches, rows, strict=True):
+        F.cross_entropy(reference_forward(reference, images.double(), row), labels).backward()
+    for (name, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        expected = torch.zeros_like(parameter) if other.grad is None else other.grad
+        torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def _double(*given: Any) -> Any:
+    return 2 * given[-1]
+
+
+@pytest.mark.parametrize("name", ["blocks.1", "patch_embed"])
+def test_a_forward_of_a_module_s_own_is_neither_lost_nor_replaced(name: str) -> None:
+    model = tiny_vit()
+    library_s = model.get_submodule(name).forward
+    model.get_submodule(name).forward = lambda x, **kwargs: _double(library_s(x, **kwargs))
+    images, _ = random_batch(0)
+    expected = model(images)
+    with pytest.raises(UnsupportedModelError, match=rf"^{name} has a forward that was set on the module"):
+        attach(model)
+    assert torch.equal(model(images), expected)
+    del model.get_submodule(name).forward
+    attach(model)
+    followed = model.get_submodule(name).forward
+    model.get_submodule(name).forward = lambda x, **kwargs: _double(followed(x, **kwargs))
+    assert torch.equal(model(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda block: block.attn.register_forward_hook(_double), "attn of block 1 has a hook"),
+        (lambda block: prune.l1_unstructured(block.mlp.fc1, "weight", 0.5), "mlp.fc1 of block 1 has a hook"),
+        (
+            lambda block: setattr(block.attn, "forward", lambda x, **_: x),
+            "attn of block 1 has a forward of its own",
+        ),
+    ],
+)
+def test_what_hooks_add_to_a_block_s_modules_is_not_left_out(change: Callable[..., Any], what: str) -> None:
+    model = tiny_vit()
+    change(model.blocks[1])
+    images, _ = random_batch(0)
+    expected = model(images)
+    executor = attach(model)
+    rows = np.full((1, DEPTH, HEADS), FULL, np.uint8)
+    rows[0, 0] = SHORTCUT
+    executor.activate(SkipPlan(rows, replicas=1), replica=0)  # it skips another block
+    rows[0, 1, 0] = FORWARD_ONLY
+    with pytest.raises(PlanError, match=f"^{what}, which would not run"):
+        executor.activate(SkipPlan(rows, replicas=1), replica=0)
+    executor.activate(SkipPlan.dense(1, 1, DEPTH, HEADS), replica=0)
+    with executor.micro_batch(0):
+        assert torch.equal(model(images), expected)
 
 
 def test_autocast_inside_one_context_keeps_gradients() -> None:

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import weakref
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.checkpoint import checkpoint
 
 import d2ft_hpc
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
@@ -226,6 +229,29 @@ def test_adapters_that_come_after_attach_are_refused() -> None:
         model.train()(random_batch(0)[0])
 
 
+def test_parameters_that_are_frozen_or_freed_after_attach_are_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    loop = Loop(planner="joint")
+    loop.model.requires_grad_(True)
+    with pytest.raises(ConfigError, match=r"^cls_token was freed after attach, .*embeddings='trained'"):
+        loop.step(0)
+    loop.model.blocks[0].requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"^blocks \[0\] were frozen, or freed, after attach"):
+        loop.step(0)
+
+    def frozen(model: nn.Module) -> nn.Module:
+        model.blocks[:2].requires_grad_(False)
+        return model
+
+    loop = Loop(wrap=frozen, planner="joint")
+    for step in range(4):
+        loop.step(step)
+        assert ("blocks [0, 1] were frozen, or freed" in capsys.readouterr().out) is (step == 2)
+        if step == 1:
+            loop.model.blocks.requires_grad_(True)
+
+
 def test_a_loop_that_goes_on_says_so_and_what_is_other_than_before(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -398,6 +424,57 @@ def test_a_module_inside_a_module_follows_the_plan_as_by_itself() -> None:
     assert losses[0] == losses[1]
 
 
+class Distilled(nn.Module):
+    """A student beside a frozen teacher, which is a supported model too and comes first."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.teacher = tiny_vit(1).requires_grad_(False).eval()
+        self.student = student
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            taught = self.teacher(images)
+        logits: Tensor = self.student(images) + taught
+        return logits
+
+
+def test_a_student_beside_its_teacher_trains_under_ddp_as_without() -> None:
+    losses = []
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for wrap in (Distilled, lambda student: DistributedDataParallel(Distilled(student))):
+            loop = Loop(planner="random", seed=1)
+            loop.model = wrap(loop.model)
+            losses.append([loop.step(step) for step in range(3)])
+        del loop
+    finally:
+        gc.collect()
+        torch.distributed.destroy_process_group()
+    assert losses[0] == losses[1]
+
+
+def test_a_frozen_embedding_may_be_left_in_evaluation_mode() -> None:
+    losses = []
+    for is_left in (False, True):
+        loop = Loop(wrap=nn.Sequential, compute_budget=0.5, total_steps=4)
+        loop.model[0].patch_embed.train(not is_left)
+        losses.append([loop.step(step) for step in range(4)])
+        assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-6)
+    assert losses[0] == losses[1]
+
+
+def test_a_model_that_a_backward_runs_again_is_no_further_micro_batch() -> None:
+    losses = []
+    for runs_again in (False, True):
+        loop = Loop(planner="random", seed=1)
+        model = loop.model
+        if runs_again:
+            loop.model = partial(checkpoint, model, use_reentrant=False)
+        losses.append([loop.step(step) for step in range(3)])
+    assert losses[0] == losses[1]
+
+
 def test_what_cannot_be_followed_is_said() -> None:
     loop = Loop(planner="joint")
     loop.model.forward(torch.zeros(2, 3, 16, 16)).sum().backward()
@@ -440,17 +517,43 @@ def test_a_forward_may_be_in_the_closure_of_the_optimiser_s_step() -> None:
     assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
 
 
-def test_an_evaluation_between_micro_batches_is_no_training() -> None:
+@pytest.mark.parametrize("is_said", [True, False])
+def test_an_evaluation_between_micro_batches_is_no_training(is_said: bool) -> None:
     loop = Loop(planner="random", seed=1)
     for slot in range(SLOTS):
         images, labels = random_batch(slot, samples=12)
         (F.cross_entropy(loop.model(images), labels) / SLOTS).backward()
-        loop.model.eval()
+        loop.model.train(not is_said)
         with torch.no_grad():
             loop.model(images)
         loop.model.train()
     loop.optimizer.step()
     assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
+
+
+@pytest.mark.parametrize("wrap", [None, lambda vit: nn.Sequential(vit, nn.Identity())])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"compute_budget": 0.4, "total_steps": 8},
+        pytest.param({"compute_budget": 0.4, "total_steps": 8, "compile": True}, marks=pytest.mark.full),
+        {"planner": "random"},
+    ],
+)
+def test_without_gradients_the_whole_model_runs_in_training_mode_too(
+    settings: dict[str, Any], wrap: Any
+) -> None:
+    """A model without dropout is often evaluated without `model.eval()`."""
+    loop = Loop(wrap=wrap, **settings)
+    if "planner" in settings:
+        loop.d2ft.activate(SkipPlan(np.zeros((SLOTS, DEPTH, HEADS), np.uint8), replicas=1))
+    for step in range(2):
+        loop.step(step)
+    images, _ = random_batch(5, samples=12)
+    with torch.no_grad():
+        logits = loop.model(images)
+        torch.testing.assert_close(logits, copy.deepcopy(loop.model)(images))
+    assert not torch.allclose(logits, loop.model(images), atol=1e-3)
 
 
 def test_samples_are_scored_by_what_libraries_made_of_the_model() -> None:
@@ -608,6 +711,18 @@ def test_a_loop_may_end_while_the_optimiser_of_another_steps() -> None:
     assert loop.d2ft._steps == 1
 
 
+def test_optimisers_that_step_while_the_backward_runs_are_refused() -> None:
+    """As in torch's tutorial, one for each parameter, so that gradients take no memory. Scores of a batch would lack
+    the blocks below the first one that steps."""
+    loop = Loop(planner="joint", micro_batches=1)
+    for parameter in loop.model.parameters():
+        if parameter.requires_grad:
+            own = torch.optim.SGD([parameter], lr=1e-3)
+            parameter.register_post_accumulate_grad_hook(lambda _, own=own: own.step())
+    with pytest.raises(PlanError, match=r"while the backward pass still runs .* step after loss\.backward"):
+        loop.step(0, slots=1)
+
+
 def test_an_optimiser_of_other_parameters_is_refused() -> None:
     model = tiny_vit()
     d2ft_hpc.attach(model, planner="joint")
@@ -699,6 +814,42 @@ def test_a_loop_that_an_error_ended_counts_nothing_more() -> None:
 
 def is_counting() -> bool:
     return _get_current_dispatch_mode() is not None
+
+
+def test_two_models_in_one_loop_are_measured_apart_or_not_at_all() -> None:
+    loops = [Loop(weights, compute_budget=0.5, total_steps=4, micro_batches=1) for weights in range(2)]
+    images, labels = random_batch(0, samples=12)
+
+    def step(groups: list[list[Loop]]) -> None:
+        for group in groups:
+            logits = [loop.model(images) for loop in group]
+            (F.cross_entropy(logits[0], labels) + F.mse_loss(logits[0], logits[-1])).backward()
+            for loop in group:
+                loop.optimizer.step()
+                loop.optimizer.zero_grad()
+
+    step([loops])  # as in mutual learning
+    assert [loop.d2ft.measured_share for loop in loops] == [None, None]
+    step([[loop] for loop in loops])
+    for loop in loops:
+        assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.zeros(12),  # of a regression
+        torch.zeros(12, CLASSES, dtype=torch.long),  # one of several tasks, or of several classes
+        torch.zeros(11, dtype=torch.long),
+        (torch.zeros(12, dtype=torch.long), torch.zeros(12, dtype=torch.long)),
+    ],
+)
+def test_samples_are_drawn_by_classes_alone(labels: Any) -> None:
+    loop = Loop(planner="samples", compute_budget=0.7)
+    with pytest.raises(
+        PlanError, match=r"scores images by their classes, int64 \[12\], .*; labels are .*'tokens'"
+    ):
+        loop.d2ft.choose(random_batch(0, samples=12)[0], labels)
 
 
 def test_only_planner_samples_draws_in_any_kind_of_loop() -> None:
