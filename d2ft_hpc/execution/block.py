@@ -26,11 +26,11 @@ HeadAxes = Mapping[str, HeadAxis]
 
 
 class PartAxes(NamedTuple):
-    """How a block's parameters split by head, for FULL heads and for FORWARD_ONLY ones: the same, unless the part of
-    each kind was copied before."""
+    """How a block's parameters split by head, for FULL heads and for FORWARD_ONLY ones, None if these split alike: the
+    part of each kind may have been copied before."""
 
     full: HeadAxes
-    forward_only: HeadAxes
+    forward_only: HeadAxes | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def run_block(
     x: [sample, token, channel]; returns the same shape and dtype. args, kwargs: what the block's forward takes beside.
     """
     branches = of_others = family.branches(block, axes.full, *args, **kwargs)
-    if axes.forward_only is not axes.full:
+    if axes.forward_only is not None:
         of_others = family.branches(block, axes.forward_only, *args, **kwargs)
     for branch, beside in zip(branches, of_others, strict=True):
         x = x + _added(x, heads, branch, beside)

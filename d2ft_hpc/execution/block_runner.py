@@ -74,7 +74,7 @@ class BlockRunner:
         takes = keeps and not torch.compiler.is_compiling()
 
         def forward(x: Tensor) -> Tensor:
-            axes = PartAxes(subnets.part_axes[index], subnets.part_axes[index])
+            axes = PartAxes(subnets.part_axes[index])
             if takes:
                 axes = take_parts(block, heads, axes.full, x.device.type)
             result: Tensor = run(subnets.family, block, x, heads, axes, *args, **kwargs)

@@ -36,7 +36,7 @@ def take_parts(block: nn.Module, heads: BlockHeads, part_axes: HeadAxes, device_
             for name, parameter in named.items()
         }
 
-    full = forward_only = part_axes
+    full, forward_only = part_axes, None
     if heads.full is not None:
         full = taken(_TakeHeads.apply(heads, axes, dtype, *parameters))
     if 0 < heads.num_forward_only < heads.places.numel():
