@@ -59,7 +59,11 @@ DEFAULTS: dict[str, Any] = {
     "llrd": 1.0,  # factor on the rate from a block to the one below
     "drop": 0.0,  # stochastic depth
     "ls": 0.0,  # label smoothing
-    "res": "224",  # share:resolution/share:resolution...
+    "res": "224",  # share:resolution/share:resolution...; -224: that size, its tokens merged by the first of `merge`
+    # |-separated; pool:K: four neighbours are one from block K on; tome:N/N/...: tokens left in each block's MLP, by
+    # keys; like:N/N/...: tokens in each block, by themselves; a resolution of -1224 merges by the second, and so on
+    "merge": "",
+    "prop": 0,  # 1: attention counts a merged token as often as tokens are in it; 2: also those of small images
     "curve": 0.0,  # compute as a share of dense: shares of `levels` are chosen to meet it (instead of `res`)
     "levels": "112/168/224",
     "tail": 0.0,  # share of the steps that are at the last level at least
@@ -144,17 +148,52 @@ def parse(args: Sequence[str]) -> Settings:
     c["dim"], c["depth"], c["heads"] = (48, 3, 3) if c.tiny else (384, 12, 6)
     if c.pos == 37 and c.emb:
         sys.exit("pos=37 needs emb=0")
+    for way in c.merge.split("|") if c.merge else ():
+        how, _, amount = way.partition(":")
+        if how not in ("pool", "tome", "like") or (how != "pool" and len(amount.split("/")) != c.depth):
+            sys.exit(f"merge={way}: pool:K, or tome: or like: with {c.depth} numbers of tokens")
+        if c.drop or c.frozen:
+            sys.exit("merge goes neither with drop nor with frozen")
     if c.how == "reuse" and c.skip:
         sys.exit("how=reuse trains every image: no skip")
     return c
 
 
 # ---------------------------------------------------------------- plan and cost
+def side(r: int) -> int:
+    """Pixels along an image of this level."""
+    return abs(r) % 1000
+
+
+def merging(c: Settings, r: int) -> tuple[str, str]:
+    """How this level merges tokens, and by how much."""
+    how, _, amount = c.merge.split("|")[-r // 1000].partition(":") if r < 0 else ("", "", "")
+    return how, amount
+
+
+def patches_in_blocks(c: Settings, r: int) -> list[tuple[int, int]]:
+    """Patch tokens in the attention and in the MLP of each block."""
+    p = (side(r) // PATCH) ** 2
+    how, amount = merging(c, r)
+    if how == "pool":
+        return [(p, p) if k < int(amount) else (p // 4, p // 4) for k in range(c.depth)]
+    if how:
+        left = [min(int(n), p) for n in amount.split("/")]
+        return list(zip([p, *left] if how == "tome" else left, left, strict=False))
+    return [(p, p)] * c.depth
+
+
 def forward_flops(c: Settings, r: int) -> tuple[int, int]:
     """(patch projection, the rest) of one image's forward."""
-    p, d = (r // PATCH) ** 2, c.dim
-    n = p + 1
-    return 2 * p * 3 * PATCH**2 * d, c.depth * (24 * d * d * n + 4 * n * n * d) + 2 * d * SIZE[c.data][1]
+    d, blocks, before = c.dim, 0, (side(r) // PATCH) ** 2
+    for in_attention, in_mlp in patches_in_blocks(c, r):
+        n, m = in_attention + 1, in_mlp + 1
+        blocks += 8 * d * d * n + 4 * n * n * d + 16 * d * d * m
+        if in_mlp < before and merging(c, r)[0] != "pool":  # the likenesses, which have no gradient
+            width = d if merging(c, r)[0] == "like" else d // c.heads
+            blocks += 2 * (before // 2) ** 2 * width // 3
+        before = in_mlp
+    return 2 * (side(r) // PATCH) ** 2 * 3 * PATCH**2 * d, blocks + 2 * d * SIZE[c.data][1]
 
 
 def score_cost(c: Settings, r: int) -> int:
@@ -227,7 +266,7 @@ def plan(c: Settings) -> tuple[list[Step], float, list[tuple[float, int]]]:
     mixes = [float(m) for m in c.mix.split("/")] if c.mix else [-1.0] * len(phases)
     mixes += [mixes[-1]] * (len(phases) - len(mixes))
     for r in [r for _, r in phases] + [c.bres, c.initres] + [int(r) for r in c.evr.split("/")]:
-        if r % PATCH:
+        if side(r) % PATCH:
             sys.exit(f"{r} px is no multiple of {PATCH}")
     ends = np.cumsum([s for s, _ in phases])
     rows: list[Step] = []
@@ -339,7 +378,7 @@ def mean_and_std(c: Settings, device: torch.device) -> list[Tensor]:
 
 
 def augmented(c: Settings, u8: Tensor, size: Tensor, draws: Tensor, r: int, mean_std: list[Tensor]) -> Tensor:
-    x = u8.float() / 255
+    x, r = u8.float() / 255, side(r)
     s = c.grow * max(0.0, (r - 112) / 112)  # 0 at 112 px, `grow` at 224
     if c.aug == "rrc":
         x = cut(x, size, boxes_train(size, draws, 0.5 - 0.25 * min(s, 1)), r)
@@ -369,10 +408,10 @@ def augmented(c: Settings, u8: Tensor, size: Tensor, draws: Tensor, r: int, mean
 
 
 def seen_in_test(c: Settings, u8: Tensor, size: Tensor, r: int, mean_std: list[Tensor]) -> Tensor:
-    x = u8.float() / 255
+    x, r = u8.float() / 255, side(r)
     if c.ecrop < 1:
-        side = size.min(1, keepdim=True).values * c.ecrop
-        x = cut(x, size, torch.cat([(size - side) / 2, (size + side) / 2], 1), r)
+        square = size.min(1, keepdim=True).values * c.ecrop
+        x = cut(x, size, torch.cat([(size - square) / 2, (size + square) / 2], 1), r)
     else:
         x = resized(c, x, r)
     return (x - mean_std[0]) / mean_std[1]
@@ -421,6 +460,47 @@ def apply(block: Any, x: Tensor) -> Tensor:
     return result
 
 
+def merged(x: Tensor, count: Tensor, by: Tensor, left: int) -> tuple[Tensor, Tensor]:
+    """The likest of x's tokens become their mean, until `left` and the class token, the first, are left.
+
+    x: [image, token, width]; count: [image, token], the patches in each; by: [image, token, any], whose directions are
+    compared. As in ToMe (arXiv 2210.09461) every second token looks for the likest of the others.
+    """
+    gone = x.shape[1] - 1 - left
+    if not gone:
+        return x, count
+    with torch.no_grad():
+        likeness = F.normalize(by[:, 1:].float(), dim=-1)
+        best, partner = (likeness[:, ::2] @ likeness[:, 1::2].mT).max(-1)
+        order = best.argsort(dim=-1, descending=True)
+        goes, stays = order[:, :gone], order[:, gone:]
+        target = partner.gather(1, goes)
+
+    def joined(t: Tensor) -> Tensor:
+        first, a, b = t[:, :1], t[:, 1::2], t[:, 2::2]
+        wide = (-1, -1, t.shape[2])
+        b = b.scatter_add(1, target[:, :, None].expand(wide), a.gather(1, goes[:, :, None].expand(wide)))
+        return torch.cat([first, a.gather(1, stays[:, :, None].expand(wide)), b], 1)
+
+    mass = count[:, :, None]
+    total = joined(mass)
+    return joined(x * mass) / total, total[:, :, 0]
+
+
+def block_on_merged(block: Any, x: Tensor, count: Tensor, left: int, prop: bool) -> tuple[Tensor, Tensor]:
+    """A block on tokens that are means of `count` patches, of which `left` are left in its MLP.
+
+    x: [image, 1 + patch token, width], the class token first.
+    """
+    n, tokens, width = x.shape
+    attention = block.attn
+    q, k, v = attention.qkv(block.norm1(x)).view(n, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    often = count.log().to(q.dtype)[:, None, None].expand(-1, -1, tokens, -1) if prop else None
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=often).transpose(1, 2).reshape(n, tokens, width)
+    x, count = merged(x + block.ls1(attention.proj(out)), count, k.mean(1), left)
+    return x + block.ls2(block.mlp(block.norm2(x))), count
+
+
 class Net:
     """The model's forward: patches as one product, position embeddings by resolution, and blocks maybe compiled."""
 
@@ -428,6 +508,7 @@ class Net:
         self.c, self.model, self.grid, self.device = c, model, grid.to(device), device
         self.positions: dict[int, Tensor] = {}
         self.training_block: Callable[[Any, Tensor], Tensor] = apply
+        self.counting_block: Callable[..., tuple[Tensor, Tensor]] = block_on_merged
         if c.comp:
             import torch._dynamo as dynamo
 
@@ -436,6 +517,7 @@ class Net:
                 if hasattr(dynamo.config, limit):
                     setattr(dynamo.config, limit, 64)
             self.training_block = torch.compile(apply, dynamic=False)
+            self.counting_block = torch.compile(block_on_merged, dynamic=False)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(
@@ -455,7 +537,32 @@ class Net:
             )
         return self.positions[r]
 
-    def features(self, x: Tensor, training: bool = True) -> Tensor:
+    def on_merged(self, x: Tensor, level: int, training: bool) -> Tensor:
+        """All blocks on tokens of a level that merges them, or that attention is to count more than once.
+
+        x: [image, 1 + patch token, width].
+        """
+        n, g, prop = len(x), side(level) // PATCH, bool(self.c.prop)
+        each = (16 / g) ** 2 if self.c.prop == 2 else 1.0
+        count = torch.cat([x.new_ones(n, 1), x.new_full((n, g * g), each)], 1)
+        how = merging(self.c, level)[0]
+        for block, (before, left) in zip(self.model.blocks, patches_in_blocks(self.c, level), strict=True):
+            if how == "pool" and before < x.shape[1] - 1:  # four neighbours become their mean
+                grid = x[:, 1:].unflatten(1, (g // 2, 2, g // 2, 2)).mean((2, 4)).flatten(1, 2)
+                x = torch.cat([x[:, :1], grid], 1)
+                count = torch.cat([x.new_ones(n, 1), x.new_full((n, before), 4 * each)], 1)
+            if how == "like":
+                x, count = merged(x, count, x, left)
+            if how == "tome":  # has too many shapes to be compiled
+                x, count = block_on_merged(block, x, count, left, prop)
+            elif prop:
+                x, count = (self.counting_block if training else block_on_merged)(block, x, count, left, prop)
+            else:
+                x = (self.training_block if training else apply)(block, x)
+        return x
+
+    def features(self, x: Tensor, level: int, training: bool = True) -> Tensor:
+        """x: [image, 3, side, side], the images of a level."""
         model, n, r = self.model, len(x), x.shape[-1]
         g = r // PATCH
         with torch.autocast(self.device.type, enabled=False):
@@ -463,10 +570,13 @@ class Net:
         patches = x.view(n, 3, g, PATCH, g, PATCH).permute(0, 2, 4, 1, 3, 5).reshape(n, g * g, -1)
         p = F.linear(patches, model.patch_embed.proj.weight.flatten(1), model.patch_embed.proj.bias)
         x = torch.cat([model.cls_token.expand(n, -1, -1), p.float()], 1) + position
-        forward_only = frozen_blocks(self.c, r) if training else 0
-        for k, block in enumerate(model.blocks):
-            with torch.no_grad() if k < forward_only else nullcontext():
-                x = (self.training_block if training else apply)(block, x)
+        if level < 0 or (self.c.prop == 2 and g != 16):
+            x = self.on_merged(x, level, training)
+        else:
+            forward_only = frozen_blocks(self.c, r) if training else 0
+            for k, block in enumerate(model.blocks):
+                with torch.no_grad() if k < forward_only else nullcontext():
+                    x = (self.training_block if training else apply)(block, x)
         result: Tensor = model.norm(x[:, 0]).float()  # norm is by token: the class token's alone is needed
         return result
 
@@ -475,8 +585,8 @@ class Net:
             result: Tensor = self.model.head(f).float()
         return result
 
-    def logits(self, x: Tensor, training: bool = True) -> Tensor:
-        return self.head(self.features(x, training))
+    def logits(self, x: Tensor, level: int, training: bool = True) -> Tensor:
+        return self.head(self.features(x, level, training))
 
 
 Fit = Callable[[float], tuple[Tensor, Tensor]]
@@ -504,7 +614,7 @@ def fit_head(
     chosen = torch.from_numpy(gen.permutation(len(labels))[: c.init]).to(labels.device)
     with torch.no_grad(), net.autocast():
         parts = [
-            net.features(seen_in_test(c, pixels[i], size[i], c.initres, mean_std), training=False)
+            net.features(seen_in_test(c, pixels[i], size[i], c.initres, mean_std), c.initres, training=False)
             for i in chosen.split(500)
         ]
     f = torch.cat(parts).double()
@@ -589,7 +699,9 @@ def evaluate(
         for r in c.evr.split("/"):
             right, loss = torch.zeros(2, device=labels.device, dtype=torch.float64)
             for i in torch.arange(len(labels), device=labels.device).split(500):
-                out = net.logits(seen_in_test(c, pixels[i], size[i], int(r), mean_std), training=False)
+                out = net.logits(
+                    seen_in_test(c, pixels[i], size[i], int(r), mean_std), int(r), training=False
+                )
                 right = right + (out.argmax(1) == labels[i]).sum()
                 loss = loss + F.cross_entropy(out, labels[i], reduction="sum").double()
             top1[r], nll[r] = round(100 * float(right) / len(labels), 3), round(float(loss) / len(labels), 4)
@@ -726,26 +838,29 @@ def run(c: Settings) -> None:
             torch._foreach_lerp_(average, params, 1 - keep)
         return loss.detach()
 
-    def plain(i: Tensor, x: Tensor) -> Tensor:
-        torch._foreach_zero_(grads)
-        y = labels[i]
-        with net.autocast():
-            out = net.logits(x)
-        note(i, out, y)
-        return finish(loss_of(out, y, "mean"))
+    def plain(level: int) -> Callable[..., Tensor]:
+        def step(i: Tensor, x: Tensor) -> Tensor:
+            torch._foreach_zero_(grads)
+            y = labels[i]
+            with net.autocast():
+                out = net.logits(x, level)
+            note(i, out, y)
+            return finish(loss_of(out, y, "mean"))
 
-    def mixed(m: float, scored: bool) -> Callable[..., Tensor]:
+        return step
+
+    def mixed(m: float, scored: bool, level: int) -> Callable[..., Tensor]:
         hi_n, mid_n, _ = counts(c, m)
 
         def looked_at_twice(y: Tensor, x: Tensor, low: Tensor) -> Tensor:
             with net.autocast():
-                out = net.logits(low)
+                out = net.logits(low, c.bres)
             hi = score(out, y).argsort(descending=True)[:hi_n]
             each = loss_of(out, y, "none")
             loss = each.sum()
             if hi_n:
                 with net.autocast():
-                    more = loss_of(net.logits(x[hi]), y[hi], "sum")
+                    more = loss_of(net.logits(x[hi], level), y[hi], "sum")
                 loss = loss + more if c.rw < 0 else loss - c.rw * each[hi].sum() + c.rw * more
             average_loss: Tensor = loss / (c.b + hi_n if c.rw < 0 else c.b)
             return average_loss
@@ -755,7 +870,7 @@ def run(c: Settings) -> None:
                 return chance
             if scored:
                 with torch.no_grad(), net.autocast():
-                    worth: Tensor = score(net.logits(low), y)
+                    worth: Tensor = score(net.logits(low, c.bres), y)
                 errors.index_copy_(0, i, worth)  # also of those that then do not train
                 return worth[chance.argsort()] if c.how == "shuf" else worth
             # of the epoch before; shuf: of another image, the same one in every epoch
@@ -769,10 +884,10 @@ def run(c: Settings) -> None:
             worth = worth_of(i, y, low, chance)
             order = worth.argsort(descending=True)
             loss = torch.zeros((), device=device)
-            for part, images in ((order[:hi_n], x), (order[hi_n : hi_n + mid_n], low)):
+            for part, images, at in ((order[:hi_n], x, level), (order[hi_n : hi_n + mid_n], low, c.bres)):
                 if len(part):
                     with net.autocast():
-                        out = net.logits(images[part])
+                        out = net.logits(images[part], at)
                     note(i[part], out, y[part])
                     loss = loss + loss_of(out, y[part], "sum")
             if c.skip and errors is not None and not scored:
@@ -807,7 +922,7 @@ def run(c: Settings) -> None:
             inputs += [augmented(c, u8, wh, draws, c.bres, mean_std), chance]
         key = (r, m, scored)
         if key not in functions:
-            functions[key] = plain if m < 0 else mixed(m, scored)
+            functions[key] = plain(r) if m < 0 else mixed(m, scored, r)
         losses[s] = steps(key, functions[key], inputs)
     if cuda:
         torch.cuda.synchronize()

@@ -280,8 +280,9 @@ class PlanExecutor:
 
     def run(self, block: nn.Module, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Block `index` under the current row; `args` are the block's own."""
-        if not (self.rows and block.training and torch.is_grad_enabled()):
-            if block.training and x.requires_grad and self.plan is not None and not self.plan.is_dense:
+        follows = bool(self.rows) and block.training
+        if not (follows and torch.is_grad_enabled()):
+            if follows and x.requires_grad and self.plan is not None and not self.plan.is_dense:
                 raise PlanError(
                     "activation checkpointing is reentrant: its forward takes no gradient, so that it runs all heads, "
                     "and its backward would run the plan's alone: give checkpoint() use_reentrant=False"
