@@ -161,6 +161,7 @@ def _torch_and_timm() -> Iterator[PrivateName]:
     yield PrivateName(f"{group}.reduce_grads", "if not self.reduce_grads:")
     yield PrivateName(f"{group}.all_reduce_grads", "self.all_reduce_grads: bool = True")
     yield PrivateName(f"{group}._reshard_after_forward", "self.post_forward_mesh_info is not None")
+    yield PrivateName(f"{group}.reshard_after_backward", "self.reshard_after_backward: bool = True")
     ddp = "torch.nn.parallel.distributed:DistributedDataParallel"
     yield PrivateName(f"{ddp}._get_ddp_logging_data")
     yield PrivateName(f"{ddp}._register_builtin_comm_hook", "ALLREDUCE")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -174,17 +174,34 @@ def gathered_together(blocks: Sequence[nn.Module]) -> list[list[int]]:
     return list(units.values())
 
 
-def gathers_again(block: nn.Module) -> bool:
-    """Whether a block is gathered for the forward and again for the backward."""
-    if not isinstance(block, FSDPModule):
-        return True
-    means = "whether weights stay gathered from the forward to the backward"
-    return bool(expect(_group(block), "_reshard_after_forward", means))
+class Traffic(NamedTuple):
+    """What FSDP2 does for a block in a step of several micro-batches."""
 
+    gathers: int = 2
+    """For a micro-batch: once, or again for its backward."""
+    gathers_once: bool = False
+    """In the first micro-batch that runs the block alone, whose weights stay gathered for the others."""
+    reduces_once: bool = False
+    """In the last micro-batch alone."""
+
+
+def traffic_of(block: nn.Module) -> Traffic:
+    """As FSDP2's record stands, outside of a last micro-batch."""
+    if not isinstance(block, FSDPModule):
+        return Traffic()
+    group = _group(block)
+    again = bool(expect(group, "_reshard_after_forward", _STAYS))
+    return Traffic(
+        1 + again, not again and not expect(group, "reshard_after_backward", _STAYS), not group.reduce_grads
+    )
+
+
+_STAYS = "whether weights stay gathered from the forward to the backward, and after it"
 
 KEPT_BYTES = 2**31
-"""Weights of up to this size stay gathered from a micro-batch's forward to its backward: gathering them again takes
-Python as long as the blocks of small images take to run. A billion parameters in 16 bits; the same on every rank."""
+"""Weights of up to this size stay gathered from a step's first micro-batch to its last backward, and their gradients
+are whole until then: gathering and reducing again takes Python as long as the blocks of small images take to run. A
+billion parameters in 16 bits; the same on every rank."""
 
 
 def shard(
@@ -220,7 +237,8 @@ def shard(
 class FsdpEngine(PlainEngine):
     """Trains one replica, or one tensor-parallel rank's heads of it. torch.distributed must be initialised.
 
-    Gradients are reduced in every micro-batch, so that none is ever kept whole.
+    Where weights stay gathered, they are gathered once in a step, and gradients are reduced in its last micro-batch.
+    Else gradients are reduced in every micro-batch, so that none is ever kept whole.
     """
 
     def __init__(
@@ -234,8 +252,10 @@ class FsdpEngine(PlainEngine):
         param_dtype: torch.dtype | None = None,
         gradient_clipping: float | None = None,
         kept_bytes: int = KEPT_BYTES,
+        slots: int = 1,
     ) -> None:
-        """model: the whole one, which is spread in place. param_dtype, kept_bytes: see `shard`."""
+        """model: the whole one, which is spread in place. param_dtype, kept_bytes: see `shard`. slots: micro-batches of
+        a step, for `bytes_to_come`."""
         self._twin = copy.deepcopy(model).to("meta")
         # No state has some of them, such as rotary positions.
         self._buffers = [buffer.detach().clone() for buffer in model.buffers()]
@@ -261,6 +281,28 @@ class FsdpEngine(PlainEngine):
             model, executor, optimizer, schedule, loss_function, gradient_clipping=gradient_clipping
         )
         bind_fsdp(model, executor)
+        self._spread = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._keeps_whole = slots > 1 and self._kept_bytes > 0
+        if self._kept_bytes:
+            self._end_step(is_ending=False)
+
+    def _end_step(self, is_ending: bool) -> None:
+        """Whether the backward reduces the gradients and lets go of the weights."""
+        for module in self._spread:
+            module.set_requires_gradient_sync(is_ending, recurse=False)
+            module.set_reshard_after_backward(is_ending, recurse=False)
+
+    @contextmanager
+    def _micro_batch(self, slot: int, slots: int) -> Iterator[None]:
+        is_last = self._kept_bytes > 0 and slot == slots - 1
+        if is_last:
+            self._end_step(is_ending=True)
+        with super()._micro_batch(slot, slots):
+            yield
+        if is_last:
+            self._end_step(is_ending=False)
+            for module in self._spread:  # those that the last micro-batch did not run
+                module.reshard()
 
     def check(self, plan: SkipPlan) -> None:
         if plan.binding == "sample":
@@ -272,7 +314,8 @@ class FsdpEngine(PlainEngine):
 
     @property
     def bytes_to_come(self) -> float:
-        return super().bytes_to_come + self._kept_bytes
+        whole = sum(each.numel() * 4 for each in self._trained) if self._keeps_whole else 0
+        return super().bytes_to_come + self._kept_bytes + whole
 
     def _clip(self) -> Tensor:
         gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]

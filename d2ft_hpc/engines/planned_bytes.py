@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from torch import nn
 
-from d2ft_hpc.engines.fsdp import gathered_together, gathers_again
+from d2ft_hpc.engines.fsdp import gathered_together, traffic_of
 from d2ft_hpc.engines.replicas import trained_blocks
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.model.subnets import ParameterClass
@@ -72,7 +72,7 @@ class PlannedBytes:
             assert full is not None  # or there would be no numbers between the blocks
             self._tokens = partial(family.tokens, model)
             self._full_tokens = self._tokens(*full[1:])
-        self._gathers = 2 if data_parallel == "fsdp2" and gathers_again(subnets.blocks(model)[0]) else 1
+        self._traffic = traffic_of(subnets.blocks(model)[0])
         self._units = gathered_together(subnets.blocks(model))
         self._leaves_out = reduces_trained_blocks_only(data_parallel, precision)
         # Bytes of this rank by block; the last entry is for what is in no block.
@@ -135,7 +135,7 @@ class PlannedBytes:
                 operations[:, 0] = np.maximum(operations[:, 0], Operation.FORWARD_ONLY)
             for unit in self._units:  # is gathered where any of its blocks runs
                 operations[:, unit] = operations[:, unit].max(axis=(1, 2), keepdims=True)
-            sent = fsdp2_bytes(operations, layout.replicas, self._parameters, self._trained, self._gathers)
+            sent = fsdp2_bytes(operations, layout.replicas, self._parameters, self._trained, *self._traffic)
             return sum(sent.values())
         reduced = np.ones(self._blocks + 1, dtype=bool)
         if self._leaves_out:

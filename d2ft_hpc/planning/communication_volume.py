@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from d2ft_hpc.errors import PlanError
-from d2ft_hpc.planning.arrays import Floats, Ints, Operations
+from d2ft_hpc.planning.arrays import Flags, Floats, Ints, Operations
 from d2ft_hpc.planning.plan import Operation
 
 DataParallel = Literal["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]
@@ -89,24 +89,35 @@ def fsdp2_bytes(
     gathered_bytes: Floats,
     reduced_bytes: Floats,
     gathers: int = 2,
+    gathers_once: bool = False,
+    reduces_once: bool = False,
 ) -> dict[str, float]:
-    """By collective, what one rank sends in a step under FSDP2 that reduces in every micro-batch.
+    """By collective, what one rank sends in a step under FSDP2.
 
     operations: uint8 [row, block, head]. gathered_bytes: of the parameters, float64 [block + 1], the last of what is in
     no block. reduced_bytes: the same of the trained parameters' gradients.
 
     Each micro-batch gathers the blocks that some replica runs, for the forward and, if `gathers` is 2 and not 1, again
-    for the backward, and scatters the sums of their gradients; what is in no block is gathered once.
+    for the backward, and scatters the sums of their gradients; what is in no block is gathered once. gathers_once: only
+    the first micro-batch that runs a block gathers it. reduces_once: only the last micro-batch scatters, and also
+    runs the blocks that wait for that.
     """
-    runs = (operations != Operation.SHORTCUT).any(axis=2)
-    by_slot = runs.reshape(-1, replicas, runs.shape[1]).any(axis=1)  # [slot, block]
-    times = np.append(by_slot.sum(axis=0), len(by_slot))
-    times_each = np.append(np.full(runs.shape[1], gathers), 1)
+    slots = len(operations) // replicas
+    runs = _by_slot(operations != Operation.SHORTCUT, replicas)
+    if reduces_once:
+        runs[-1] |= _by_slot(operations == Operation.FULL, replicas).any(axis=0)
+    gathered = runs.any(axis=0) if gathers_once else runs.sum(axis=0)
+    reduced = runs[-1] if reduces_once else runs.sum(axis=0)
     payloads = {
-        "allgather": float((times_each * times * gathered_bytes).sum()),
-        "reduce_scatter": float((times * reduced_bytes).sum()),
+        "allgather": np.append(gathers * gathered, 1 if gathers_once else slots) @ gathered_bytes,
+        "reduce_scatter": np.append(reduced, 1 if reduces_once else slots) @ reduced_bytes,
     }
-    return {name: ring_bytes(name, payload, replicas) for name, payload in payloads.items()}
+    return {name: ring_bytes(name, float(payload), replicas) for name, payload in payloads.items()}
+
+
+def _by_slot(cells: Flags, replicas: int) -> Flags:
+    """cells: bool [row, block, head]. Returns bool [slot, block]: whether some head of some replica is among them."""
+    return np.asarray(cells.reshape(-1, replicas, *cells.shape[1:]).any(axis=(1, 3)), dtype=bool)
 
 
 def reduces_trained_blocks_only(engine: DataParallel, precision: str) -> bool:

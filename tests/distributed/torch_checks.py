@@ -369,6 +369,8 @@ def check_gathered_bytes(control: Control, optimizer: str) -> dict[str, Any]:
     plans["half"][: control.world_size, 1:] = 0  # first micro-batch: one block of four
     plans["half"][control.world_size :, 2] = 0  # second: three
     plans["half"][-1, 3] = 0  # skipped by one replica alone: gathered
+    plans["two blocks"] = plans["dense"].copy()
+    plans["two blocks"][:, 2:] = 0
     plans["forward only"] = np.where(plans["half"] == 2, 1, 0).astype(np.uint8)
     told = PlannedBytes(
         model,

@@ -94,6 +94,13 @@ def test_fsdp2_gathers_and_reduces_what_some_replica_runs():
     assert fsdp2_bytes(operations, 2, gathered, reduced) == {"allgather": 17.0, "reduce_scatter": 5.5}
     dense = fsdp2_bytes(np.full_like(operations, 2), 2, gathered, reduced)
     assert dense == {"allgather": 67.0, "reduce_scatter": 14.0}
+    once = fsdp2_bytes(np.full_like(operations, 2), 2, gathered, reduced, 1, True, True)
+    assert once == {"allgather": 18.5, "reduce_scatter": 7.0}
+    operations[0, 1, 0] = 2  # slot 0 trains block 1, whose gradient slot 1 reduces, and that of nothing else
+    waiting = fsdp2_bytes(operations, 2, gathered, reduced, 1, True, True)
+    assert waiting == {"allgather": 18.5, "reduce_scatter": 4.5}
+    again = fsdp2_bytes(operations, 2, gathered, reduced, 1, False, True)
+    assert again == {"allgather": 32.0, "reduce_scatter": 4.5}
     kept = fsdp2_bytes(np.full_like(operations, 2), 2, gathered, reduced, gathers=1)
     assert kept == {"allgather": 37.0, "reduce_scatter": 14.0}
 

@@ -35,4 +35,5 @@ class Fsdp2(EngineKind):
             asked.loss_function,
             param_dtype=asked.low_dtype,
             gradient_clipping=asked.config.engine.gradient_clipping,
+            slots=asked.config.data.slots,
         )
