@@ -13,4 +13,4 @@
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 source slurm/site.sh
-srun python -m d2ft_hpc doctor "${@:?usage: sbatch slurm/doctor.sh configs/X.yaml [key=value ...]}"
+srun python -m d2ft_hpc doctor "${@:?usage: sbatch slurm/doctor.sh configs/X.yaml [key=value ...]}" train.resume=auto  # as train.sh

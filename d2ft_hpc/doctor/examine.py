@@ -89,7 +89,10 @@ def _checks(config: RunConfig, control: Control, left: float | None) -> list[Fin
     findings += of_all_ranks(control, [machine.check_gpus(control, device)])
     if distributed.is_initialized():
         findings += of_all_ranks(control, machine.check_all_reduce(control, device))
-    findings += of_all_ranks(control, storage.check_output(config, control))
+    of_output = of_all_ranks(control, storage.check_output(config, control))
+    findings += of_output
+    if all(finding.status != "failed" for finding in of_output):
+        findings += of_all_ranks(control, [storage.check_start(config, control)])
     job, found = work.check_parts(config, control, device)
     findings += of_all_ranks(control, found)
     if all(part == b"1" for part in control.all_gather(b"1" if job else b"0")) and job is not None:

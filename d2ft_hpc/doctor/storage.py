@@ -10,9 +10,11 @@ import h5py
 
 from d2ft_hpc.config import RunConfig
 from d2ft_hpc.doctor.finding import Finding
+from d2ft_hpc.errors import D2ftError
 from d2ft_hpc.files.hdf5 import reason
 from d2ft_hpc.launch import Control
 from d2ft_hpc.launch.control import describe_ranks
+from d2ft_hpc.training.resume import choose_start
 from d2ft_hpc.training.run_folder import KEPT_CHECKPOINTS
 
 _CHOOSE = "choose a folder on the shared file system (scratch, work) with run.folder=..."
@@ -44,6 +46,23 @@ def check_output(config: RunConfig, control: Control) -> list[Finding]:
     if not fault:
         own.unlink(missing_ok=True)
     return findings
+
+
+def check_start(config: RunConfig, control: Control) -> Finding:
+    """Whether `train` would begin, or go on, in the run's folder; all ranks call it together."""
+    try:
+        start = choose_start(config, control)
+    except D2ftError as error:
+        return Finding("run", "failed", str(error))
+    if start.finished:
+        return Finding(
+            "run",
+            "warning",
+            f"{config.run_folder} is finished: train would do nothing",
+            "choose another run.name",
+        )
+    begins = "begins in" if start.checkpoint is None else f"goes on from {start.checkpoint.name} of"
+    return Finding("run", "ok", f"{begins} {config.run_folder}")
 
 
 def check_space(config: RunConfig, parameters: int) -> list[Finding]:

@@ -74,7 +74,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
     start = choose_start(config, control)
     if start.finished:
         if control.rank == 0:
-            further = to_train_further(config.run_folder)
+            further = to_train_further(config)
             say(f"{config.run_folder} is finished: nothing is left to do; to train further, {further}")
         return True
     watch.enter("set-up")

@@ -140,6 +140,12 @@ def _choose(config: RunConfig) -> Start:
             of_another = error if isinstance(error, ForeignCheckpointError) else of_another
             print_line(f"d2ft-hpc: warning: passed over: {error}")
             continue
+        if finished and epochs_before is not None and start.position.epochs_done < epochs_before:
+            raise CheckpointError(
+                f"train.epochs={epochs}: the run in {folder} is finished after {epochs_before}, and its newest "
+                f"checkpoint is of before its end, {checkpoint.name}, so that going on would replace what came after: "
+                f"{_anew_from_its_weights(folder)}"
+            )
         if epochs_before not in (None, epochs):
             follows = "learning rate" if config.plan.token_share is None else "learning rate and image sizes"
             print_line(
@@ -162,10 +168,11 @@ def _choose(config: RunConfig) -> Start:
     return Start()
 
 
-def to_train_further(folder: Path) -> str:
-    """What to set for a finished run."""
-    has_checkpoint = complete_checkpoints(folder / run_folder.CHECKPOINTS)
-    return "raise train.epochs" if has_checkpoint else _anew_from_its_weights(folder)
+def to_train_further(config: RunConfig) -> str:
+    """What to set for a run that is finished."""
+    checkpoints = complete_checkpoints(config.run_folder / run_folder.CHECKPOINTS)
+    ends = bool(checkpoints) and read_position(checkpoints[-1]).epochs_done >= config.train.epochs
+    return "raise train.epochs" if ends else _anew_from_its_weights(config.run_folder)
 
 
 def _anew_from_its_weights(folder: Path) -> str:

@@ -64,6 +64,16 @@ def test_every_fault_has_its_fix(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "/absent" in failed["data"]["text"] + failed["data"]["fix"]
 
 
+def test_a_run_that_is_there_already_is_found_before_train_refuses_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "model.safetensors").touch()
+    status, found = doctor_here(capsys, f"run.folder={tmp_path}")
+    assert status == 1
+    assert "model.safetensors exists already and is not overwritten" in found["run"]["text"]
+
+
 def test_a_wrong_key_is_a_finding(capsys: pytest.CaptureFixture[str]) -> None:
     status, found = doctor_here(capsys, "run.foldr=x")
     assert status == 1

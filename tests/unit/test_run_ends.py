@@ -155,15 +155,22 @@ def test_a_finished_run_that_is_resumed_says_so_and_stays_as_it_is(
     folder = copy_of(finished, tmp_path)
     same = ("train.epochs=2", "plan.replan.every=1 epoch", EVERY_EPOCH, f"train.resume={resume}")
     told = f"{folder} is finished: nothing is left to do; to train further, "
-    # Else it would go on from the one before.
-    shutil.rmtree(folder / "checkpoints" / f"step-{2 * STEPS:08d}")
     before = contents(folder)
     run(tmp_path, *same)
     assert capfd.readouterr().out == f"{told}raise train.epochs\n"
     assert contents(folder) == before
+    fix = f"choose another run.name, with model.weights={folder / 'model.safetensors'}"
+    shutil.rmtree(
+        folder / "checkpoints" / f"step-{2 * STEPS:08d}"
+    )  # from the one before, an epoch would be lost
+    before = contents(folder)
+    run(tmp_path, *same)
+    assert capfd.readouterr().out == f"{told}{fix}\n"
+    with pytest.raises(CheckpointError, match=f"is of before its end, step-{STEPS:08d}, .*: {fix}"):
+        run(tmp_path, *same, "train.epochs=3")
+    assert contents(folder) == before
     shutil.rmtree(folder / "checkpoints")
     run(tmp_path, *same)
-    fix = f"choose another run.name, with model.weights={folder / 'model.safetensors'}"
     assert capfd.readouterr().out == f"{told}{fix}\n"
 
 
