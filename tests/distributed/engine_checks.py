@@ -384,13 +384,15 @@ def check_user_boundary(control: Control, stage: int, once: bool = False) -> flo
     config = {
         **USER_CONFIG,
         "zero_optimization": {"stage": stage},
-        "d2ft": {"planner": "random", "options": {"full_share": 0.3}},
+        "d2ft": {"planner": "random"},
     }
     model, reference = model_for("sgd"), model_for("sgd")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     engine, *_ = d2ft_hpc.initialize(model=model, optimizer=optimizer, config=config)
+    plan = plan_of("random", 0, replicas)  # whose rows differ
+    engine.d2ft.activate(plan)
     executor = attach(reference)
-    executor.activate(SkipPlan(engine.d2ft.plan.operations, replicas=1), 0)
+    executor.activate(replace(plan, replicas=1), 0)
     plain = torch.optim.SGD(reference.parameters(), lr=0.05)
     for step, slots in enumerate((SLOTS, 1, SLOTS)):
         for slot in range(slots):
