@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Callable
 from types import FrameType
 from typing import Protocol
@@ -81,7 +81,7 @@ def bind_engine(
 
 def _is_called_by(module: str) -> bool:
     """Whether a function of the Python module of this name is under way."""
-    frame: FrameType | None = sys._getframe()
+    frame: FrameType | None = inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__") != module:
         frame = frame.f_back
     return frame is not None
