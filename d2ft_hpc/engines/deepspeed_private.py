@@ -84,11 +84,6 @@ def cast_buffers(executor: PlanExecutor, dtype: torch.dtype) -> None:
         executor.subnets.family.cast_buffers(block, dtype)
 
 
-def current_slot(engine: Any) -> int:
-    """The place in its batch of the micro-batch that runs forward or backward."""
-    return int(engine.micro_steps % engine.gradient_accumulation_steps())
-
-
 def loss_scale(engine: Any) -> float:
     """The factor by which `engine.backward` multiplies a loss, gradient accumulation included."""
     scale = 1.0

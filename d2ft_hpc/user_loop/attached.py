@@ -17,6 +17,7 @@ from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.lifecycle import PlanContext, PlanController, PlanCosts, PlanState
 from d2ft_hpc.lifecycle.foresight import curve_of
+from d2ft_hpc.lifecycle.observed_scores import ObservedScores
 from d2ft_hpc.metering import StepCosts, measure_costs
 from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.planning.plan import Grid
@@ -87,6 +88,22 @@ def resume(plans: PlanController, state: PlanState, step: int) -> None:
     if plan is not None:
         size = plans.engine.executor.images.patch_size
         plans.listener.say(f"from step {step + 1} on: {plan.in_words(size)}")
+
+
+def observe_again_if_incomplete(
+    plans: PlanController, source: ObservedScores, micro_batches: int, fix: str
+) -> None:
+    """As a batch of so many is done: if it lacked some, scores are those of the next one. fix: what to do if all
+    batches have so many."""
+    slots = plans.context.slots
+    if source.is_observing and micro_batches < slots:
+        plans.listener.say(
+            f"a batch of {micro_batches} micro-batch{'es' * (micro_batches > 1)} gives no scores for plans of {slots}: "
+            f"the next one runs dense, too; if every step has {micro_batches}, {fix}"
+        )
+        source.stop()
+        source.measure()
+        plans.batches = 0
 
 
 def tell_if_resumed_without_plan(plans: PlanController, optimizer: Optimizer, model: nn.Module) -> None:

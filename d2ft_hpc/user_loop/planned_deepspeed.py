@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from d2ft_hpc.engines.deepspeed import DeepSpeedEngine
-from d2ft_hpc.engines.deepspeed_private import current_slot, loss_scale
+from d2ft_hpc.engines.deepspeed_private import loss_scale
 from d2ft_hpc.engines.model_parallel import CutEngine
 from d2ft_hpc.engines.pipeline import PipelineEngine
 from d2ft_hpc.engines.planned_bytes import PlannedBytes
@@ -31,7 +31,13 @@ from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.scores import Scores
 from d2ft_hpc.scores.gradient_observer import GradientObserver
 from d2ft_hpc.selection import SampleSelection
-from d2ft_hpc.user_loop.attached import resume, tell_if_too_long, tell_if_too_short, tell_of_graphs
+from d2ft_hpc.user_loop.attached import (
+    observe_again_if_incomplete,
+    resume,
+    tell_if_too_long,
+    tell_if_too_short,
+    tell_of_graphs,
+)
 from d2ft_hpc.user_loop.batch_counter import BatchCounter, ComputeSoFar, samples_in
 from d2ft_hpc.user_loop.choosing import choose_from
 from d2ft_hpc.user_loop.part_observer import PartObserver
@@ -39,6 +45,10 @@ from d2ft_hpc.user_loop.plan_printer import PlanPrinter, compute_in_words
 from d2ft_hpc.user_loop.record import LoopRecord
 from d2ft_hpc.user_loop.section import D2ftSection
 from d2ft_hpc.user_loop.settings_kept import check_planner, settings_to_keep
+
+_TRAIN = (
+    "call engine.train() before the loop, and after evaluations (from_pretrained gives models that evaluate)"
+)
 
 
 class PlannedDeepSpeed:
@@ -79,7 +89,9 @@ class PlannedDeepSpeed:
         """The place in its batch of the micro-batch that runs, or ran last, in training."""
         self.is_boundary = False
         """Whether an optimiser step follows it."""
-        self._seen = -1
+        self._begun = -1  # the step of the batch that runs, or ran last
+        self._first_micro_step = self._passes = 0  # DeepSpeed's count as it began, and its forwards
+        self._says_boundaries = False  # the script, in place of DeepSpeed's count
         self._counter, self._planned_bytes = counter, planned_bytes
         self.record = record
         """What the script can add to its `results.h5`: `record.evaluation`, `record.close`."""
@@ -112,12 +124,15 @@ class PlannedDeepSpeed:
         (`PlannedLoop.choose`), and returns the samples that are to be trained on, in as many micro-batches of the same
         kind. All ranks call it together, between two steps.
 
-        Raises PlanError with another planner, or for what it cannot draw from.
+        Raises PlanError with another planner, in evaluation mode, or for what it cannot draw from.
         """
         return choose_from(micro_batches, self._settings, self._counter, self._begin_draw)
 
     def _begin_draw(self, samples: int) -> tuple[SampleSelection, int]:
         assert self._selection is not None
+        # A pipeline's `train_batch` sees to the mode.
+        if not (self._engine.module.training or isinstance(self._ours, PipelineEngine)):
+            raise PlanError(f"choose() draws what trains, but the engine is in evaluation mode: {_TRAIN}")
         self._turn_to("forward")
         return self._selection, int(self._engine.global_steps)
 
@@ -168,6 +183,7 @@ class PlannedDeepSpeed:
 
         def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
             found = load(*args, **kwargs)
+            self._begun = -1
             asked = inspect.signature(load).bind(*args, **kwargs).arguments
             if found[0] is not None and not asked.get("load_module_only"):
                 self._resume(Path(found[0]).parent / FILE)
@@ -195,7 +211,7 @@ class PlannedDeepSpeed:
             self._printer.held = held
             say(f"the checkpoint's plan does not fit, plans begin anew: {error}")
             return
-        self._seen, self._saved_steps = -1, steps
+        self._saved_steps = steps
         self._counter.so_far = ComputeSoFar(*saved.compute)
         if saved.observed is not None and len(saved.observed) == self.control.world_size:
             self._source.go_on(saved.observed)
@@ -221,22 +237,44 @@ class PlannedDeepSpeed:
     def _lead_steps(self) -> None:
         """Losses and the ends of batches are those that the script's `backward` and `step` see."""
         engine, backward, take_step = self._engine, self._engine.backward, self._engine.step
+        set_boundary = engine.set_gradient_accumulation_boundary
 
         def noted_backward(loss: Any, *args: Any, **kwargs: Any) -> Any:
             if isinstance(loss, torch.Tensor) and loss.numel() == 1:
                 self.record.loss(loss)
             return backward(loss, *args, **kwargs)
 
+        def noted_boundary(is_boundary: bool | None) -> None:
+            self._says_boundaries = is_boundary is not None
+            set_boundary(is_boundary)
+
         def noted_step(*args: Any, **kwargs: Any) -> Any:
+            self._require_forward()
             self._turn_to("optimizer")
             step, rate = int(engine.global_steps), float(engine.get_lr()[0])
             with self._counter.optimizer_step():
                 result = take_step(*args, **kwargs)
             if int(engine.global_steps) != step:
                 self._end_batch(step, rate)
+                fix = f'write "gradient_accumulation_steps": {self.slot + 1}'
+                observe_again_if_incomplete(self.plans, self._source, self.slot + 1, fix)
             return result
 
         engine.backward, engine.step = noted_backward, noted_step
+        engine.set_gradient_accumulation_boundary = noted_boundary
+
+    def _require_forward(self) -> None:
+        """Raises PlanError where the optimizer is about to step after a batch of which no hook of ours has seen a
+        forward in training."""
+        engine = self._engine
+        if engine.is_gradient_accumulation_boundary() and self._begun != int(engine.global_steps):
+            fix = (
+                "call engine(...), not engine.forward or engine.module" if engine.module.training else _TRAIN
+            )
+            raise PlanError(
+                f"the optimizer steps, but the engine was not called in training mode, so that no plan is followed: "
+                f"{fix}"
+            )
 
     def _end_batch(self, step: int, learning_rate: float) -> None:
         self.record.gradient_norm(self._engine.get_global_grad_norm())
@@ -255,12 +293,16 @@ class PlannedDeepSpeed:
                 self.record.pause()
             return
         # Read here and not in the blocks: torch.compile would make kernels anew for each value of DeepSpeed's counter.
-        self.slot = current_slot(self._engine)
-        self.is_boundary = bool(self._engine.is_gradient_accumulation_boundary())
         micro_step = int(self._engine.micro_steps)
-        if micro_step != self._seen and self.slot == 0:
+        if self._begun != int(self._engine.global_steps):
             self._begin_batch()
-        self._seen = micro_step
+            self._begun = int(self._engine.global_steps)
+            self._first_micro_step, self._passes = micro_step, 0
+        # Scripts that say where a batch ends may call `step` there alone, by which DeepSpeed counts.
+        self.slot = self._passes if self._says_boundaries else micro_step - self._first_micro_step
+        self.is_boundary = bool(self._engine.is_gradient_accumulation_boundary())
+        self._passes += 1
+        self._require_slots(self.slot + 1)
         self._turn_to("forward")
         samples = samples_in([*args, kwargs])
         self._counter.train(self.slot, len(samples), samples)
@@ -279,9 +321,21 @@ class PlannedDeepSpeed:
         return int(self._engine.global_steps), self._saved_steps
 
     def _begin_batch(self) -> None:
+        self._require_slots(int(self._engine.gradient_accumulation_steps()))
         self._printer.release()
         tell_if_too_long(self.plans, int(self._engine.global_steps))
         self.plans.before_batch(int(self._engine.global_steps))
+
+    def _require_slots(self, micro_batches: int) -> None:
+        """Raises PlanError where a batch gets other micro-batches than plans have rows for."""
+        slots, draws = self.plans.context.slots, self._settings.entry.binding == "sample"
+        is_changed = slots != int(self._engine.gradient_accumulation_steps())
+        if not draws and (is_changed or micro_batches > slots):
+            raise PlanError(
+                f"a step of {micro_batches} micro-batches, but plans have rows for {slots}, which "
+                f"gradient_accumulation_steps said in DeepSpeed's configuration: it has to stay so "
+                f"(set_train_batch_size changes it), and only fewer may come"
+            )
 
     def _make_observer(self) -> Observer:
         engine, subnets = self._engine, self.executor.subnets

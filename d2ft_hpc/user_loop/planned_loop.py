@@ -39,6 +39,7 @@ from d2ft_hpc.selection.build import count_scoring, selection_of
 from d2ft_hpc.user_loop.attached import (
     attached,
     loop_context,
+    observe_again_if_incomplete,
     resume,
     tell_if_resumed_without_plan,
     tell_if_too_long,
@@ -351,14 +352,8 @@ class PlannedLoop:
         self.record.end_batch(self._steps, work, plans, learning_rate, self._foreseen_bytes())
         self._slot, self._is_planned, self._is_begun = -1, False, False
         self._steps += 1
-        if self._source.is_observing and seen < self.slots:
-            plans.listener.say(
-                f"a batch of {seen} micro-batches gives no scores for plans of {self.slots} (attach's micro_batches): "
-                f"the next one runs dense, too; if every step has {seen}, attach(..., micro_batches={seen})"
-            )
-            self._source.stop()
-            self._source.measure()
-            plans.batches = 0
+        fix = f"attach(..., micro_batches={seen})"
+        observe_again_if_incomplete(plans, self._source, seen, fix)
         if plans.context.curve is None or self._steps != plans.context.total_steps:  # which may be the end
             self._plan_batch()  # now, so that a checkpoint has it
         self._turn_to("data")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from types import FrameType
 from typing import Protocol
 
 import torch.distributed as dist
@@ -17,6 +19,14 @@ from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import Reduction
 from d2ft_hpc.families.table import find_backbone
 from d2ft_hpc.planning.communication_volume import DataParallel
+
+_OTHERS = {
+    "deepspeed.runtime.engine": "DeepSpeed's engine, here or inside Accelerate, Lightning or a Trainer: make it by "
+    "d2ft_hpc.initialize, or train with DDP or FSDP2",
+    "torch.distributed.fsdp.fully_sharded_data_parallel": "FullyShardedDataParallel (FSDP1): use fully_shard (FSDP2), "
+    "which Accelerate calls fsdp_version=2",
+}
+"""Engines of others by the module whose forward calls the model, and what to do."""
 
 
 class Bound(Protocol):
@@ -49,6 +59,9 @@ def bind_engine(
 ) -> tuple[str, DataParallel | None]:
     """Binds the executor to DDP, FSDP2 or the model as it is, and returns which, in words and by name. Raises
     ConfigError as `prepare`."""
+    for caller, fix in _OTHERS.items():
+        if _is_called_by(caller):
+            raise ConfigError(f"attach does not fit plans to {fix}")
     if isinstance(model, DistributedDataParallel):
         bind_ddp(model, executor, slot_source=slot_source)
         return f"DDP over {dist.get_world_size(model.process_group)} ranks", "ddp"
@@ -64,3 +77,11 @@ def bind_engine(
             return f"FSDP2 over {dist.get_world_size()} ranks", "fsdp2"
     executor.bind(slot_source, Reduction.AFTER_BACKWARD)
     return "the model by itself, whose gradients no engine reduces", None
+
+
+def _is_called_by(module: str) -> bool:
+    """Whether a function of the Python module of this name is under way."""
+    frame: FrameType | None = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__") != module:
+        frame = frame.f_back
+    return frame is not None

@@ -47,7 +47,7 @@ from d2ft_hpc.engines.optimizer import build_optimizer, build_schedule
 from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.portable import write_file
 from d2ft_hpc.engines.zero import adds_up_wrong
-from d2ft_hpc.errors import PlanError
+from d2ft_hpc.errors import D2ftError, PlanError
 from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.launch import Control, connect, detect
 from d2ft_hpc.metering import meter
@@ -377,21 +377,24 @@ def check_user_checkpoint(control: Control, stage: int, after: int) -> dict[str,
     }
 
 
-def check_user_boundary(control: Control, stage: int) -> float:
-    """A user's loop that ends with an incomplete group of micro-batches, after which it lets DeepSpeed step."""
+def check_user_boundary(control: Control, stage: int, once: bool = False) -> float:
+    """A user's loop with incomplete groups of micro-batches, after which it lets DeepSpeed step. once: it calls `step`
+    there alone, as DeepSpeed's documentation has it."""
     replicas, rank = control.world_size, control.rank
     config = {
         **USER_CONFIG,
         "zero_optimization": {"stage": stage},
-        "d2ft": {"planner": "random", "options": {"full_share": 0.3}},
+        "d2ft": {"planner": "random"},
     }
     model, reference = model_for("sgd"), model_for("sgd")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     engine, *_ = d2ft_hpc.initialize(model=model, optimizer=optimizer, config=config)
+    plan = plan_of("random", 0, replicas)  # whose rows differ
+    engine.d2ft.activate(plan)
     executor = attach(reference)
-    executor.activate(SkipPlan(engine.d2ft.plan.operations, replicas=1), 0)
+    executor.activate(replace(plan, replicas=1), 0)
     plain = torch.optim.SGD(reference.parameters(), lr=0.05)
-    for step, slots in enumerate((SLOTS, 1)):
+    for step, slots in enumerate((SLOTS, 1, SLOTS)):
         for slot in range(slots):
             engine.set_gradient_accumulation_boundary(slot == slots - 1)
             for row in range(slot * replicas, (slot + 1) * replicas):
@@ -400,7 +403,8 @@ def check_user_boundary(control: Control, stage: int) -> float:
                     (loss_function(reference(images), labels) / (SLOTS * replicas)).backward()
                 if row % replicas == rank:
                     engine.backward(loss_function(engine(images), labels))
-                    engine.step()
+                    if slot == slots - 1 or not once:
+                        engine.step()
         plain.step()
         plain.zero_grad()
     with engine.d2ft._ours.full_model() as full:
@@ -570,6 +574,49 @@ def check_one_plan_for_all(control: Control) -> dict[str, str]:
     return {"why": engine.same_rows or "", "refused": str(refused.value)}
 
 
+def check_user_mistakes(control: Control) -> dict[str, str]:
+    """What scripts are told that do what trains under no plan, or counts batches otherwise."""
+
+    def told(planner: str, train: Callable[[Any], None]) -> str:
+        model = tiny_vit().eval()  # as from_pretrained gives it
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        config = {**USER_CONFIG, "zero_optimization": {"stage": 1}, "d2ft": {"planner": planner}}
+        engine, *_ = d2ft_hpc.initialize(model=model, optimizer=optimizer, config=config)
+        with pytest.raises(D2ftError) as refused:
+            train(engine)
+        return str(refused.value)
+
+    def batch(engine: Any, forward: Callable[..., torch.Tensor]) -> None:
+        for slot in range(SLOTS):
+            images, labels = micro_batch(0, slot * control.world_size + control.rank, 1)
+            engine.backward(loss_function(forward(images), labels))
+            engine.step()
+
+    def by_its_module(engine: Any) -> None:
+        engine.train()
+        batch(engine, engine.module)
+
+    def after_an_evaluation(engine: Any) -> None:
+        engine.train()
+        batch(engine, engine)
+        engine.eval()
+        batch(engine, engine)
+
+    def in_larger_batches(engine: Any) -> None:
+        engine.train()
+        batch(engine, engine)
+        engine.set_train_batch_size(2 * engine.train_batch_size())
+        batch(engine, engine)
+
+    return {
+        "without train()": told("joint", lambda engine: batch(engine, engine)),
+        "chosen without train()": told("samples", lambda engine: engine.d2ft.choose([random_batch(0)])),
+        "after an evaluation": told("joint", after_an_evaluation),
+        "by its module": told("joint", by_its_module),
+        "in larger batches": told("joint", in_larger_batches),
+    }
+
+
 def check_private_names(control: Control, stage: int, precision: str) -> dict[str, list[str]]:
     """What this DeepSpeed's engine lacks of the undocumented attributes that the package uses."""
     engine = deepspeed_engine(model_for("adamw"), "adamw", stage, precision=precision).engine
@@ -703,10 +750,12 @@ QUICK = (
     "user loop zero2",
     "checkpoint zero2 plan",
     "boundary zero1",
+    "boundary zero1 once",
     "flat zero1",
     "gathers",
     "one plan for all",
     "bytes",
+    "mistakes",
 )
 """What `make test` runs, on 2 ranks: every stage once, and one check of each kind."""
 FULL = (
@@ -739,11 +788,13 @@ FULL = (
     "checkpoint zero1 probe",
     "checkpoint zero2 plan",
     "boundary zero1",
+    "boundary zero2 once",
     "flat zero1",
     "flat zero2",
     "gathers",
     "one plan for all",
     "bytes",
+    "mistakes",
 )
 """What `make test-full` runs, on 2 ranks; more data-parallel ranks are in parallel_checks.py."""
 
@@ -802,10 +853,12 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
                 check_user_checkpoint, stage=stage, after=after
             )
         named[f"boundary zero{stage}"] = partial(check_user_boundary, stage=stage)
+        named[f"boundary zero{stage} once"] = partial(check_user_boundary, stage=stage, once=True)
     named["bf16 random zero1 buffers"] = check_bf16_of_buffers
     named["gathers"] = check_gathers
     named["one plan for all"] = check_one_plan_for_all
     named["bytes"] = check_bytes
+    named["mistakes"] = check_user_mistakes
     return named
 
 

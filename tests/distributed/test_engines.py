@@ -100,6 +100,15 @@ def test_a_step_after_an_incomplete_group_is_that_groups(results: dict[str, Any]
         assert difference <= 1e-6, name
 
 
+def test_scripts_that_follow_no_plan_are_refused_before_their_step(results: dict[str, Any]) -> None:
+    if "mistakes" in results:
+        told = results["mistakes"]
+        for name in ("without train()", "chosen without train()", "after an evaluation"):
+            assert "call engine.train() before the loop" in told[name], name
+        assert "call engine(...), not engine.forward or engine.module" in told["by its module"]
+        assert "a step of 4 micro-batches, but plans have rows for 2" in told["in larger batches"]
+
+
 def test_a_loop_of_ones_own_trains_on_drawn_samples(results: dict[str, Any]) -> None:
     for name, result in of_kind(results, "choose").items():
         assert result["share"] == 0.5, name  # of 8 samples; scoring takes the rest of 0.6

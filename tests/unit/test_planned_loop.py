@@ -14,13 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 import d2ft_hpc
+from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
 from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.lifecycle import make_plan
@@ -856,3 +857,29 @@ def test_only_planner_samples_draws_in_any_kind_of_loop() -> None:
     """Before the plan of the batch is asked for, which ranks would make together."""
     with pytest.raises(PlanError, match=r"for planner 'samples'; with 'joint' train on all of them"):
         choose_from([], PlanConfig(planner="joint"), Loop(planner="joint").d2ft._counter, pytest.fail)
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp1"])
+def test_engines_of_others_are_refused(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which Accelerate, Lightning and Trainer put around an attached model where they are told so."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = tiny_vit()
+        d2ft_hpc.attach(model, planner="joint")
+        if engine == "fsdp1":
+            trained: Any = FullyShardedDataParallel(
+                model, device_id=torch.device("cpu"), use_orig_params=True
+            )
+        else:
+            monkeypatch.setenv("LOCAL_RANK", "0")
+            config = {"train_batch_size": 6, "zero_optimization": {"stage": 0}}
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            trained = import_deepspeed().initialize(model=model, optimizer=optimizer, config=config)[0]
+        told = {
+            "deepspeed": "DeepSpeed's engine, .*d2ft_hpc.initialize",
+            "fsdp1": r"use fully_shard \(FSDP2\)",
+        }
+        with pytest.raises(ConfigError, match=told[engine]):
+            trained(random_batch(0)[0])
+    finally:
+        torch.distributed.destroy_process_group()
