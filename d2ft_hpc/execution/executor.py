@@ -87,6 +87,8 @@ class PlanExecutor:
         """Whether blocks that get more than x, such as rotary positions, run as CUDA graphs where others do."""
         self.micro_batch_shapes = 0
         """Different shapes of this replica's micro-batches under the plan in force."""
+        self.forward_trains = False
+        """Whether the forward under way is one that trains, where a loop says so."""
         self.lookup_seconds = 0.0
         """Seconds that following plans has taken so far on this rank, without the blocks' own work."""
 
@@ -266,6 +268,13 @@ class PlanExecutor:
         slot: int | None = getattr(x, _SLOT, None) if in_backward() else None
         return self.slot if slot is None else slot
 
+    def _require_frozen(self, block: nn.Module, index: int) -> None:
+        if any(parameter.requires_grad for parameter in block.parameters()):
+            raise PlanError(
+                f"block {index} takes no gradient in a forward that does, though its parameters are to train: give "
+                f"checkpoint() use_reentrant=False, or freeze the block before attach"
+            )
+
     @contextmanager
     def temporarily(self, operations: np.ndarray) -> Iterator[None]:
         """Inside, every micro-batch follows `operations`, uint8 [block, head]; afterwards the plan is as before."""
@@ -280,13 +289,10 @@ class PlanExecutor:
 
     def run(self, block: nn.Module, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Block `index` under the current row; `args` are the block's own."""
-        follows = bool(self.rows) and block.training
-        if not (follows and torch.is_grad_enabled()):
-            if follows and x.requires_grad and self.plan is not None and not self.plan.is_dense:
-                raise PlanError(
-                    "activation checkpointing is reentrant: its forward takes no gradient, so that it runs all heads, "
-                    "and its backward would run the plan's alone: give checkpoint() use_reentrant=False"
-                )
+        takes_gradient = block.training and torch.is_grad_enabled()
+        if not (self.rows and takes_gradient):
+            if self.forward_trains and block.training and not takes_gradient:
+                self._require_frozen(block, index)
             replayed = self._replayed(block, index, None, x, args, kwargs)
             return self._run(block, index, None, x, *args, **kwargs) if replayed is None else replayed
         slot = self.slot_of(x)

@@ -292,6 +292,7 @@ class PlannedDeepSpeed:
             if self.is_boundary:  # and that step is done
                 self.record.pause()
             return
+        self.executor.forward_trains = True
         # Read here and not in the blocks: torch.compile would make kernels anew for each value of DeepSpeed's counter.
         micro_step = int(self._engine.micro_steps)
         if self._begun != int(self._engine.global_steps):
@@ -309,6 +310,7 @@ class PlannedDeepSpeed:
 
     def _after_forward(self, engine: nn.Module, inputs: Any, output: Any) -> None:
         if self._is_training:
+            self.executor.forward_trains = False
             self._turn_to("backward")
         else:
             self._counter.end_evaluation()

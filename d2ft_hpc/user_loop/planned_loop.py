@@ -282,6 +282,7 @@ class PlannedLoop:
 
     def _before_forward(self, inputs: Sequence[Any]) -> None:
         """Called before the model's forward in training mode: the next micro-batch begins."""
+        self.executor.forward_trains = True
         if self.section.entry.binding == "sample" and not self._is_chosen:
             takes_images = self.executor.subnets.family.takes_images
             names = "images, labels" if takes_images else "batch"
@@ -307,9 +308,11 @@ class PlannedLoop:
         self._counter.train(self._slot, len(samples), samples)
 
     def _after_forward(self, inputs: Sequence[Any]) -> None:
+        self.executor.forward_trains = False
         self._turn_to("backward")
 
     def _before_evaluation(self, inputs: Sequence[Any]) -> None:
+        self.executor.forward_trains = False
         self._counter.begin_evaluation()
         if not self._is_begun:
             self.record.pause()
@@ -359,6 +362,9 @@ class PlannedLoop:
         self._turn_to("data")
 
     def _before_optimizer(self, is_own: bool) -> None:
+        self.executor.forward_trains = (
+            False  # of modules that call parts of the model, nobody sees where they end
+        )
         if not is_own:
             self._foreign_steps += self._slot >= 0
             return

@@ -282,24 +282,6 @@ def test_what_hooks_add_to_a_block_s_modules_is_not_left_out(change: Callable[..
         assert torch.equal(model(images), expected)
 
 
-def test_reentrant_checkpoints_of_blocks_that_skip_heads_are_refused() -> None:
-    """Their forward takes no gradient, as evaluations do, which run all heads."""
-    model = tiny_vit()
-    executor = attach(model, embeddings="trained")
-    executor.bind(lambda: 0, Reduction.AFTER_BACKWARD)
-
-    def forward() -> Tensor:
-        x = model._pos_embed(model.patch_embed(random_batch(0)[0]))
-        result: Tensor = checkpoint_sequential(model.blocks, DEPTH, x, use_reentrant=True)
-        return result
-
-    executor.activate(SkipPlan.dense(1, 1, DEPTH, HEADS), replica=0)
-    forward().sum().backward()
-    executor.activate(SkipPlan(np.full((1, DEPTH, HEADS), FORWARD_ONLY, np.uint8), replicas=1), replica=0)
-    with pytest.raises(PlanError, match="use_reentrant=False"):
-        forward()
-
-
 def test_autocast_inside_one_context_keeps_gradients() -> None:
     """A leaf cast without gradient in one micro-batch must not be reused by the next from autocast's cache."""
     rows = np.array([[[FORWARD_ONLY] * HEADS] * DEPTH, [[FULL, FULL, SHORTCUT]] * DEPTH], np.uint8)

@@ -476,6 +476,32 @@ def test_a_model_that_a_backward_runs_again_is_no_further_micro_batch() -> None:
     assert losses[0] == losses[1]
 
 
+class RunsAgain(nn.Module):
+    """Calls the parts of a model as loops of one's own do, its blocks by torch's reentrant checkpoints."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        model: Any = self.model
+        x = model._pos_embed(model.patch_embed(images))
+        for block in model.blocks:
+            x = checkpoint(block, x, use_reentrant=True)
+        logits: Tensor = model.forward_head(model.norm(x))
+        return logits
+
+
+@pytest.mark.parametrize("planner", ["tokens", "joint"])
+def test_blocks_that_get_no_gradient_are_told(planner: str) -> None:
+    """Where frozen embeddings take none, torch only warns, and no block trains."""
+    loop = Loop(planner=planner, wrap=RunsAgain, **({"total_steps": 4} if planner == "tokens" else {}))
+    with torch.no_grad():
+        loop.model(random_batch(0)[0])  # an evaluation
+    with pytest.raises(PlanError, match=r"block 0 takes no gradient .* use_reentrant=False"):
+        loop.step(0)
+
+
 def test_what_cannot_be_followed_is_said() -> None:
     loop = Loop(planner="joint")
     loop.model.forward(torch.zeros(2, 3, 16, 16)).sum().backward()
