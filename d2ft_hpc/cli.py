@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Builds each without memory; nothing is downloaded. All of them take a few minutes.",
     )
     models.add_argument(
-        "pattern", nargs="?", default="*", help="part of a name, or such as 'vit_*dinov3' (default: all)"
+        "pattern", nargs="?", default="*", help="part of a name, or a pattern: 'vit_*dinov3' (default: all)"
     )
     models.set_defaults(run=_models)
 
