@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
         help="which of timm's models plans can run on, and why not on others",
         description="Builds each without memory; nothing is downloaded. All of them take a few minutes.",
     )
-    models.add_argument("pattern", nargs="?", default="*", help="of names, such as '*dinov3*' (default: all)")
+    models.add_argument(
+        "pattern", nargs="?", default="*", help="part of a name, or a pattern: 'vit_*dinov3' (default: all)"
+    )
     models.set_defaults(run=_models)
 
     report = commands.add_parser("report", help="compare finished or running runs in a table and on a page")
@@ -335,7 +337,8 @@ def _models(options: argparse.Namespace) -> int:
     found = list(census(options.pattern))
     if not found:
         print_line(
-            f"timm has no model whose name matches {options.pattern!r}: a pattern is such as '*dinov3*'"
+            f"timm has no model whose name matches {options.pattern!r}: give a part of it, such as dinov3, or a "
+            "pattern, such as 'vit_*dinov3'"
         )
         return 1
     say(described(found))

@@ -15,7 +15,7 @@ from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.planning.planner import Options
 from d2ft_hpc.planning.table import PLANNERS
 from d2ft_hpc.safe_text import shown
-from d2ft_hpc.settings import Section, of_percent
+from d2ft_hpc.settings import Section, either, of_percent
 
 Kind = TypeVar("Kind")
 KindOfSection = TypeVar("KindOfSection", bound=Section)
@@ -127,14 +127,24 @@ def is_class_of(annotation: Any, kind: type[Kind]) -> TypeGuard[type[Kind]]:
 
 
 def _nearest(key: str, schema: type[BaseModel], prefix: str) -> str:
-    """The valid key that was likely meant: by its whole path, else by its last part in whatever section."""
+    """The valid keys that were likely meant: those that end in the key's word, as compute_budget does in budget, else
+    the most similar one of its section, else one by its last part in whatever section. If there is none, all that its
+    section holds."""
     valid_keys = [each for each in _keys(schema, prefix) if not key.startswith(f"{each}.")]
-    by_last_part = {valid.rsplit(".", 1)[-1]: valid for valid in valid_keys}
-    close = difflib.get_close_matches(key, valid_keys, n=1, cutoff=0.7) or [
-        by_last_part[part]
-        for part in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_last_part), n=1)
-    ]
-    return f"; did you mean {close[0]}?" if close else f"; valid here: {', '.join(schema.model_fields)}"
+    by_last_part = {each.rpartition(".")[-1]: each for each in valid_keys}
+    section, dot, last = key.rpartition(".")
+    beside = [each for each in valid_keys if each.rpartition(".")[0] == section]
+    start = f"{section}{dot}" if beside else ""  # a misspelt section is compared, too
+    inside = {each.removeprefix(start): each for each in valid_keys if each.startswith(start)}
+    close = [each for each in (beside if section else valid_keys) if each.endswith(f"_{last}")]
+    if not close or last in by_last_part:
+        close = [
+            inside[name]
+            for name in difflib.get_close_matches(key.removeprefix(start), list(inside), n=1, cutoff=0.7)
+        ] or [by_last_part[name] for name in difflib.get_close_matches(last, list(by_last_part), n=1)]
+    if close:
+        return f"; did you mean {either(close)}?"
+    return f"; valid here: {', '.join(each.removeprefix(start) for each in beside)}"
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -188,7 +188,9 @@ def checked_labels(
             f"{labels.size} labels of type {labels.dtype} for {images} images: each needs one whole number"
         )
     least, most = int(labels.min()), int(labels.max())
-    if least < 0 or most >= len(class_names):
+    if least < 0:
+        raise DataError(f"labels are {least} to {most}: they must not be negative; number the classes from 0")
+    if most >= len(class_names):
         raise DataError(
             f"labels are {least} to {most}, and there are {len(class_names)} classes, counted from 0"
         )

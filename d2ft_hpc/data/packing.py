@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from d2ft_hpc.data import decoding
-from d2ft_hpc.data.arrays import open_arrays
+from d2ft_hpc.data.arrays import open_both_splits
 from d2ft_hpc.data.images import EncodedImages, Images, PixelImages, Source
 from d2ft_hpc.data.packed import FORMAT, VERSION, describe
 from d2ft_hpc.data.sources import StoredSplit, open_source
@@ -45,11 +45,12 @@ def pack_by_name(
     See `pack`; "auto" is "original" where images have files of their own and keep their size, else "pixels".
     """
     _check_output(output)
-    splits: tuple[StoredSplit, ...] = ("train", "test")
-    sources: dict[str, Source] = {
-        split: open_arrays(root, split) if name == "arrays" else open_source(name, root, split)
-        for split in splits
-    }
+    sources: dict[str, Source]
+    if name == "arrays":
+        sources = open_both_splits(root)
+    else:
+        splits: tuple[StoredSplit, ...] = ("train", "test")
+        sources = {split: open_source(name, root, split) for split in splits}
     for source in sources.values():
         if source.remark:
             print_line(f"d2ft-hpc: warning: {source.remark}")

@@ -64,14 +64,14 @@ def _meet(config: RunConfig, environment: LaunchEnvironment) -> tuple[Control | 
         return SoloControl() if environment.rank == 0 else None, of_error(
             "ranks", error, "see `srun --mpi=list` and the mpirun of the MPI that mpi4py loads"
         )
-    hosts = len(set(control.hosts))
+    ranks, hosts = control.world_size, len(set(control.hosts))
     fragile = isinstance(control, MpiControl) and control.start_is_fragile
     text, fix = FRAGILE_START if fragile else ("", "")
     library = f" over {control.library}" if hasattr(control, "library") else ""
     return control, Finding(
         "ranks",
         "warning" if fragile else "ok",
-        f"{control.world_size} ranks on {hosts} host{'s' * (hosts > 1)} by {environment.launcher}{library}"
+        f"{ranks} rank{'s' * (ranks > 1)} on {hosts} host{'s' * (hosts > 1)} by {environment.launcher}{library}"
         f"{'. ' * fragile}{text}",
         fix,
     )

@@ -37,25 +37,34 @@ def with_lora(
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """A Linear, or one that peft has wrapped, without the variants that change more than a low-rank sum (DoRA, ...)."""
-    return type(layer) is nn.Linear or (
-        type(getattr(layer, "base_layer", None)) is nn.Linear
-        and hasattr(layer, "lora_A")
-        and not getattr(layer, "lora_variant", {})
-        and not any(getattr(layer, "use_dora", {}).values())
-        and not any(getattr(layer, "lora_bias", {}).values())
-    )
+    """A Linear, or one with peft's plain LoRA."""
+    return type(layer) is nn.Linear or (_has_lora(layer) and not _variants(layer))
+
+
+def _has_lora(layer: nn.Module) -> bool:
+    return type(getattr(layer, "base_layer", None)) is nn.Linear and hasattr(layer, "lora_A")
+
+
+def _variants(layer: Any) -> set[str]:
+    """What of a layer's LoRA changes more than a low-rank sum."""
+    if any(getattr(layer, "use_dora", {}).values()):
+        return {"DoRA"}
+    if any(getattr(layer, "lora_bias", {}).values()):
+        return {"lora_bias"}
+    return {type(variant).__name__ for variant in getattr(layer, "lora_variant", {}).values()}
 
 
 def unfit_layers(block: nn.Module, layers: Mapping[str, Sequence[str]]) -> list[str]:
     """Which of these layers, names in the block by role, cannot run by head, as phrases whose subject is the
     block."""
     named = ((name, block.get_submodule(name)) for names in layers.values() for name in names)
-    return [
-        f"has {name} of class {type(layer).__name__}, not Linear, nor Linear with peft's plain LoRA"
-        for name, layer in named
-        if not is_linear(layer)
-    ]
+    return [f"has {name} {_unfit(layer)}" for name, layer in named if not is_linear(layer)]
+
+
+def _unfit(layer: nn.Module) -> str:
+    if _has_lora(layer):
+        return f"with peft's {' and '.join(sorted(_variants(layer)))}; of its LoRA only the plain one is supported"
+    return f"of class {type(layer).__name__}, not Linear, nor Linear with peft's plain LoRA"
 
 
 def axes_of(

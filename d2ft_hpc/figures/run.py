@@ -27,7 +27,7 @@ _STEP_COLUMNS = (
 
 
 class Run:
-    """An open run. `state` says in words that it has not ended in order, and is empty if it has.
+    """An open run. `state` says in words why it is not complete, and is empty if it is.
 
     Shares are fractions; what was not recorded is NaN. Raises ResultsError if it cannot be read.
     """
@@ -37,8 +37,12 @@ class Run:
         self.results = results.open(path)
         self.path, self.complete = self.results.path, self.results.complete
         self.state = ""
-        if not self.complete:
-            self.state = "still going on" if self.results.goes_on else "did not end in order"
+        if self.results.goes_on:
+            self.state = "still going on"
+        elif not self.complete:
+            events = self.results.table("events", ["kind"])["kind"]
+            was_saved = len(events) > 0 and events[-1] == "stop"
+            self.state = "stopped; can be resumed" if was_saved else "did not end in order"
 
     @cached_property
     def config(self) -> dict[str, Any]:

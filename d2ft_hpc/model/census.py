@@ -46,8 +46,9 @@ class Support(NamedTuple):
 
 
 def census(pattern: str = "*") -> Iterator[Support]:
-    """The support of all models whose names match, one after the other."""
-    for name in timm.list_models(pattern):
+    """The support of all models whose names match, or contain a pattern without wildcards, one after the other."""
+    has_wildcard = any(character in pattern for character in "*?[")
+    for name in timm.list_models(pattern if has_wildcard else f"*{pattern}*"):
         yield support_of(name)
 
 

@@ -41,6 +41,7 @@ def test_a_healthy_place_is_found_healthy(
     assert status == 0
     assert {"ranks", "versions", "gpus", "output", "data", "model", "space", "time"} <= set(found)
     assert {finding["status"] for finding in found.values()} == {"ok"}
+    assert found["ranks"]["text"].startswith("1 rank on 1 host by ")
     assert list((tmp_path / "new").iterdir()) == []
 
 

@@ -167,8 +167,13 @@ def test_what_cannot_be_packed(folder: Path, packed: Path, tmp_path: Path) -> No
     )
     np.savez(tmp_path / "short.npz", x_train=np.zeros((2, 4, 4, 3), np.uint8), y_train=np.zeros(3, int))
     refused("3 labels", name="arrays", root=tmp_path / "short.npz")
+    arrays = {"x_train": np.zeros((3, 4, 4, 3), np.uint8), "y_train": np.array([0, 3, 2])}
+    for label in (1, 12):  # in the midst of train's and beyond
+        arrays |= {"x_test": arrays["x_train"][:2], "y_test": np.array([label, 0])}
+        np.savez(tmp_path / "other.npz", **arrays)
+        refused(rf"other\.npz: .*: {label}$", name="arrays", root=tmp_path / "other.npz")
     refused("train: is no file; an HDF5 file needs images and labels", name="arrays", root=folder / "train")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["float.npz", "short.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["float.npz", "other.npz", "short.npz"]
 
 
 def test_damage_is_noticed(packed: Path, tmp_path: Path) -> None:
@@ -314,7 +319,7 @@ def test_forms_of_arrays(form: str, tmp_path: Path) -> None:
         (PIXELS[:0], LABELS[:0], r"images are uint8 \[0"),
         (PIXELS[..., :2], LABELS, "images are uint8"),
         (PIXELS, LABELS / 2, "4 labels of type float64 for 4 images: each needs one whole number"),
-        (PIXELS, LABELS - 1, "labels are -1 to 0"),
+        (PIXELS, LABELS - 1, "labels are -1 to 0: they must not be negative"),
         (PIXELS, LABELS + 2**40, "labels go up to .*number the classes from 0"),
         (PIXELS, LABELS[:3], "3 labels of type int64 for 4 images"),
     ],

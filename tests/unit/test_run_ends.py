@@ -15,9 +15,11 @@ from d2ft_hpc.engines.optimizer import build_schedule
 from d2ft_hpc.engines.portable import restore_schedule, schedule_numbers
 from d2ft_hpc.errors import CheckpointError, ConfigError, DivergedError, LostResultsError, PlanError
 from d2ft_hpc.launch.control import SoloControl
+from d2ft_hpc.launch.step_gate import Action
 from d2ft_hpc.launch.watch import Watch
 from d2ft_hpc.lifecycle.foresight import price_of, trial_plan
 from d2ft_hpc.planning import Operation, SkipPlan
+from d2ft_hpc.report import report
 from d2ft_hpc.results import ResultsWriter
 from d2ft_hpc.results.superseded import set_aside
 from d2ft_hpc.training import plan_costs
@@ -87,6 +89,27 @@ def test_a_run_that_diverges_ends_with_what_it_had(tmp_path: Path) -> None:
     with results.open(tmp_path / "demo") as record:
         assert not record.complete
         assert "diverged" in record.table("events")["kind"].tolist()
+
+
+def test_a_report_tells_a_saved_stop_from_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class StopSoon(Watch):
+        def at_step_boundary(self, steps_done: int) -> Action | None:
+            if steps_done == 1:
+                self.request("stop")
+            return super().at_step_boundary(steps_done)
+
+    config, control = config_in(tmp_path, "train.epochs=9"), SoloControl()
+    with StopSoon(control, run_folder=config.run_folder) as watch:
+        assert not train(config, control, torch.device("cpu"), "single process", watch)
+    assert f"{config.run_folder / 'results.h5'}  (stopped; can be resumed)" in report([config.run_folder])
+
+    def crash(*_: object) -> None:
+        raise RuntimeError("crash")
+
+    monkeypatch.setattr(Watch, "at_step_boundary", crash)
+    with pytest.raises(RuntimeError, match="crash"):
+        run(tmp_path, "train.epochs=9", "train.resume=auto")
+    assert "(did not end in order)" in report([config.run_folder])
 
 
 def test_weights_that_are_not_finite_are_named() -> None:

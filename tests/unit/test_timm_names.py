@@ -376,6 +376,13 @@ def test_the_table_says_what_the_command_does(name: str) -> None:
     assert answer.endswith(f": {row.answer}")
 
 
+def test_a_part_of_names_finds_them() -> None:
+    names = [row.name for row in census("dinov3_qkvb")]
+    assert "vit_small_patch16_dinov3_qkvb" in names
+    assert names == [row.name for row in census("*dinov3_qkvb*")]
+    assert [row.name for row in census("vit_small_patch*dinov3_qkvb")] == ["vit_small_patch16_dinov3_qkvb"]
+
+
 @pytest.mark.skipif("D2FT_ALL_MODELS" not in os.environ, reason="takes five minutes: D2FT_ALL_MODELS=1")
 def test_the_table_is_the_commands_output_and_every_supported_name_is_like_one_here() -> None:
     rows = list(census())
