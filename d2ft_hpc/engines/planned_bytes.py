@@ -60,6 +60,9 @@ class PlannedBytes:
         it, whose other parameters are reduced, too. precision: "fp32", "bf16", "fp16"."""
         placement, layout = batches.placement, batches.placement.layout
         self._placement, self._slots, self._data_parallel = placement, batches.slots, data_parallel
+        if data_parallel == "zero0" and precision == "bf16" and layout.stages > 1:
+            # In pipelines, DeepSpeed's optimiser for bf16 spreads its state over the replicas without being asked.
+            self._data_parallel = "zero1"
         self._executor, subnets = executor, executor.subnets
         self._blocks, self._heads = subnets.num_blocks, subnets.num_heads
         self._newest: tuple[SkipPlan | None, dict[str, float]] | None = None
@@ -105,8 +108,7 @@ class PlannedBytes:
                 size *= -(-rows // layout.replicas) * layout.replicas / rows
             self._parameters[block] += half * size
             self._kept += half * size * getattr(parameter, "ds_persist", False)
-            # Without ZeRO, DeepSpeed's optimiser for bf16 reduces its float32 gradients, as DDP and FSDP2 do.
-            reduced = whole if data_parallel in ("ddp", "zero0", "fsdp2") else half
+            reduced = whole if data_parallel in ("ddp", "fsdp2") else half
             self._trained[block] += reduced * size * parameter.requires_grad
 
     def of(self, plan: SkipPlan, token_layout: TokenLayout) -> float:

@@ -37,6 +37,13 @@ def train(folder: Path, *overrides: str, ranks: int) -> str:
     return finished.stdout
 
 
+@pytest.mark.parametrize(("layout", "ranks"), [([], 2), (PIPELINE[:1], 4)], ids=["replicas", "pipelines"])
+def test_bytes_of_bf16_without_zero_are_as_told(tmp_path: Path, layout: list[str], ranks: int) -> None:
+    train(tmp_path, *layout, "engine.name=deepspeed", "engine.precision=bf16", ranks=ranks)
+    steps = results.open_run(tmp_path / "demo").table("steps")
+    np.testing.assert_allclose(steps["bytes_sent"], steps["planned_bytes"], rtol=0.02)
+
+
 @pytest.mark.parametrize("layout", [PIPELINE, SHARDED], ids=["pipeline", "tensor"])
 def test_train_resume_and_export(tmp_path: Path, layout: list[str]) -> None:
     shown = train(tmp_path, *layout, "train.checkpoint_every=6 steps", ranks=2)
