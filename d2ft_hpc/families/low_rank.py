@@ -42,7 +42,8 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def _has_lora(layer: nn.Module) -> bool:
-    return type(getattr(layer, "base_layer", None)) is nn.Linear and hasattr(layer, "lora_A")
+    factors = getattr(layer, "lora_A", None)  # AdaLoRA's are bare parameters
+    return type(getattr(layer, "base_layer", None)) is nn.Linear and isinstance(factors, nn.ModuleDict)
 
 
 def _variants(layer: Any) -> set[str]:

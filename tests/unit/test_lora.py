@@ -246,7 +246,7 @@ def test_disabled_and_merged_factors_count_as_in_peft() -> None:
 
 
 def test_faults(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import AdaLoraConfig, LoraConfig, inject_adapter_in_model
 
     for variant, name in (({"use_dora": True}, "DoRA"), ({"lora_bias": True}, "lora_bias")):
         model = tiny_vit()
@@ -254,6 +254,10 @@ def test_faults(monkeypatch: pytest.MonkeyPatch) -> None:
         told = rf"block 0 has attn\.qkv with peft's {name}; of its LoRA only the plain one is supported"
         with pytest.raises(UnsupportedModelError, match=told):
             SubnetMap.of(model)
+    model = tiny_vit()
+    inject_adapter_in_model(AdaLoraConfig(target_modules=["qkv"], total_step=10), model)
+    with pytest.raises(UnsupportedModelError, match=r"block 0 has attn\.qkv of class SVDLinear, not Linear"):
+        SubnetMap.of(model)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"pip install 'd2ft-hpc\[lora\]'"):
         add_lora(tiny_vit(), rank=2, alpha=2, dropout=0.0, layers=ALL)
