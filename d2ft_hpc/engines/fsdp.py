@@ -101,6 +101,7 @@ class _Unit:
         self._runs: list[bool] = []
         self._trains: list[bool] = []
         self._is_pending = False  # has gradients that wait for a reduction
+        self._was_gathered = False
 
     def can_pass(self, index: int, x: Tensor) -> bool:
         """Whether block `index`, which gets `x`, can be skipped without gathering the unit; the answer is the same on
@@ -115,9 +116,12 @@ class _Unit:
         reduces = bool(self.group.reduce_grads and self.group.all_reduce_grads)
         # By hooks of others than FSDP, such as one that keeps blocks' outputs.
         is_watched = any(len(each._forward_hooks) > 1 for each in blocks)
-        if not self._runs[slot] and not is_watched and not (reduces and self._is_pending):
+        # A backward that does not reduce asks torch for gathered weights of all units, also of such as never were.
+        is_wanted = self._is_pending if reduces else not self._was_gathered
+        if not self._runs[slot] and not is_watched and not is_wanted:
             return 0 not in self.blocks or not self._executor.detach_incomplete
         if index == max(self.blocks):  # the others have asked
+            self._was_gathered = True
             self._is_pending = not reduces and (self._is_pending or self._trains[slot])
         return False
 

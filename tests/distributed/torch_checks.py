@@ -600,6 +600,7 @@ FULL = {
         "resume ddp -> fsdp2 lora",
         "gathered bytes",
         "gathered bytes in pairs",
+        "bf16 fsdp2 tp whole blocks adamw",
         "reduced bytes",
         "refusals",
         "sharded fsdp -> fsdp",
