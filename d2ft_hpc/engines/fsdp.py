@@ -288,23 +288,23 @@ class FsdpEngine(PlainEngine):
         self._spread = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._keeps_whole = slots > 1 and self._kept_bytes > 0
         if self._kept_bytes:
-            self._end_step(is_ending=False)
+            self._set_last(False)
 
-    def _end_step(self, is_ending: bool) -> None:
-        """Whether the backward reduces the gradients and lets go of the weights."""
+    def _set_last(self, is_last: bool) -> None:
+        """In the last micro-batch alone the backward reduces the gradients and lets go of the weights."""
         for module in self._spread:
-            module.set_requires_gradient_sync(is_ending, recurse=False)
-            module.set_reshard_after_backward(is_ending, recurse=False)
+            module.set_requires_gradient_sync(is_last, recurse=False)
+            module.set_reshard_after_backward(is_last, recurse=False)
 
     @contextmanager
     def _micro_batch(self, slot: int, slots: int) -> Iterator[None]:
         is_last = self._kept_bytes > 0 and slot == slots - 1
         if is_last:
-            self._end_step(is_ending=True)
+            self._set_last(True)
         with super()._micro_batch(slot, slots):
             yield
         if is_last:
-            self._end_step(is_ending=False)
+            self._set_last(False)
             for module in self._spread:  # those that the last micro-batch did not run
                 module.reshard()
 

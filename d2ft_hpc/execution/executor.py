@@ -175,9 +175,8 @@ class PlanExecutor:
     def _require_no_hooks(self, plan: SkipPlan) -> None:
         """Raises PlanError where modules that a block does not call while heads are skipped would do more than the
         library's, as by torch's weight norm and pruning."""
-        if (
-            plan.binding == "sample" or self._reduction is Reduction.BY_BLOCK
-        ):  # whose own hooks gather weights
+        gathers_by_hooks = self._reduction is Reduction.BY_BLOCK
+        if plan.binding == "sample" or gathers_by_hooks:
             return
         for index in np.flatnonzero((plan.operations != Operation.FULL).any(axis=(0, 2))).tolist():
             if index not in self.blocks:

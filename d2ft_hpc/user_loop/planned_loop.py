@@ -362,9 +362,8 @@ class PlannedLoop:
         self._turn_to("data")
 
     def _before_optimizer(self, is_own: bool) -> None:
-        self.executor.forward_trains = (
-            False  # of modules that call parts of the model, nobody sees where they end
-        )
+        # Nobody sees where the forward of a module ends that calls parts of the model.
+        self.executor.forward_trains = False
         if not is_own:
             self._foreign_steps += self._slot >= 0
             return
