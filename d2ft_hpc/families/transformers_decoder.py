@@ -13,7 +13,7 @@ from d2ft_hpc.families.family import NO_TARGET, AnySize
 from d2ft_hpc.families.transformers_models import TransformersFamily
 
 MOST_COUNTED_TOKENS = 512
-"""Length of the sequence whose FLOPs are counted; in longer ones attention has a slightly larger share."""
+"""Length of the sequence whose FLOPs are counted; those of others follow from it (`StepCosts.relative`)."""
 
 
 class TransformersDecoder(AnySize, TransformersFamily):

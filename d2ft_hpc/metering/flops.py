@@ -44,8 +44,9 @@ class StepCosts:
     subnets: number of them in each block, int64 [block].
     trains: bool [block]. A block whose parameters are all frozen does not train; plans do not decide about it: it
     runs FULL, which counts as always run. trains_embeddings: every micro-batch's gradient goes on below the blocks.
-    score_flops: of scoring the sample; 0 where samples are not scored one by one. at: the same for images of the
-    other sizes that a run's plans have, by their patches, down and across.
+    score_flops: of scoring the sample; 0 where samples are not scored one by one. share_by_square: of a text, the share
+    of the dense FLOPs that grows with the square of its tokens (attention); the rest grows with their number. at: the
+    same for images of the other sizes that a run's plans have, by their patches, down and across.
     """
 
     outside_flops: float
@@ -55,6 +56,7 @@ class StepCosts:
     trains: Flags
     trains_embeddings: bool = False
     score_flops: float = 0.0
+    share_by_square: float = 0.0
     at: Mapping[Grid, StepCosts] = field(default_factory=dict)
 
     @property
@@ -100,6 +102,10 @@ class StepCosts:
     def always_share(self) -> float:
         """Share of the dense FLOPs that runs whatever the plan says."""
         return self.always_flops / self.dense_flops
+
+    def relative(self, tokens: float) -> float:
+        """The dense FLOPs of a sample of so many tokens, both in units of the one that was counted."""
+        return (1 - self.share_by_square) * tokens + self.share_by_square * tokens**2
 
     def planned_flops(self, rows: np.ndarray, grids: np.ndarray | None = None) -> Floats:
         """Training FLOPs of one sample under each row; rows: uint8 [row, block, head], returns float64 [row].
@@ -190,6 +196,8 @@ def measure_costs(
     family = executor.subnets.family
     around = model if whole is None else family.around(model, whole)
     costs = _costs_of_size(model, around, executor, sample_shape)
+    if len(sample_shape) == 1:
+        costs = replace(costs, share_by_square=_share_by_square(costs, around, executor, sample_shape[0]))
     if sides is None:
         return costs
     channels, height, width = sample_shape
@@ -247,6 +255,18 @@ def _costs_of_size(
         trains=executor.trains,
         trains_embeddings=executor.trains_embeddings,
     )
+
+
+def _share_by_square(costs: StepCosts, around: nn.Module, executor: PlanExecutor, tokens: int) -> float:
+    """`StepCosts.share_by_square` of a text of so many tokens, from another pass of half of them."""
+    if tokens == 1:
+        return 0.0
+    half = tokens // 2
+    with probe(around, training=True):
+        sample = executor.subnets.family.blank(around, (half,))
+        share = _count_flops(around, executor, Operation.FULL, sample) / costs.dense_flops
+    by_number, by_square = half / tokens, (half / tokens) ** 2
+    return (by_number - share) / (by_number - by_square)
 
 
 class _FusedAttention(TorchFunctionMode):

@@ -128,7 +128,8 @@ class BatchCounter:
         self._trained.append((slot, samples, 1.0 if like is None else self._size_of(like)))
 
     def _size_of(self, samples: Tensor) -> float:
-        return self.executor.subnets.family.size_of(samples, self._sample_shape)
+        """The dense FLOPs of each of these samples, in units of those that were counted of one."""
+        return self._costs.relative(self.executor.subnets.family.size_of(samples, self._sample_shape))
 
     def begin(self) -> None:
         """Counts from here on, in the first batch under its plan."""

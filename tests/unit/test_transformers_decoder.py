@@ -16,6 +16,7 @@ import d2ft_hpc
 from d2ft_hpc.errors import ConfigError, PlanError
 from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.execution.gradients import Reduction
+from d2ft_hpc.families import transformers_decoder
 from d2ft_hpc.families.table import backbone_of, family_of
 from d2ft_hpc.metering import measure_costs, meter
 from d2ft_hpc.model.subnets import ParameterClass, SubnetMap
@@ -295,6 +296,20 @@ def test_shorter_sequences_are_counted_by_their_tokens() -> None:
     loop.step(1, tokens=8)
     # Attention has a smaller share.
     assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=0.02)
+
+
+def test_texts_longer_than_what_is_counted_have_more_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers_decoder, "MOST_COUNTED_TOKENS", 4)
+    model = tiny("Llama", intermediate_size=96)
+    dense: Any = copy.deepcopy(model)
+    dense.model.embed_tokens.requires_grad_(False)
+    with meter() as metered:
+        dense(**text(0)).loss.backward()
+    loop = Loop(model)
+    loop.step(0)
+    loop.step(1)
+    micro_batches = 4
+    assert loop.d2ft._counter.so_far.dense_flops == pytest.approx(micro_batches * metered.flops, rel=1e-9)
 
 
 def test_tied_embeddings_are_frozen_with_those_below() -> None:
