@@ -258,8 +258,7 @@ class EngineConfig(Section):
     plan's micro-batches have at most 8 shapes. It pays where the GPU waits for the processor, as for small images.
     Engine `plain`: a micro-batch's forward and backward, and the scoring, are one graph each. The others: each block's
     forward and its backward, and the engine reduces as always. null: for planners that make few shapes (`tokens`,
-    `samples`, `static`, `dense`), without ZeRO 3, offloading, fp16 and recomputation, and not of blocks that get more
-    than their input, such as rotary positions, except in engine `plain`."""
+    `samples`, `static`, `dense`), without ZeRO 3, offloading, fp16 and recomputation."""
 
     @field_validator("deepspeed")
     @classmethod

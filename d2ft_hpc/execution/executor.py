@@ -83,8 +83,6 @@ class PlanExecutor:
         self._runner = BlockRunner(subnets, compile)
         self._replay = GraphReplay(recomputes) if cuda_graphs else None
         self.images = ImageScaling(subnets.family, self.grid)
-        self.graphs_read_arguments = True
-        """Whether blocks that get more than x, such as rotary positions, run as CUDA graphs where others do."""
         self.micro_batch_shapes = 0
         """Different shapes of this replica's micro-batches under the plan in force."""
         self.forward_trains = False
@@ -344,8 +342,6 @@ class PlanExecutor:
     ) -> Tensor | None:
         """Block `index` under the row of `slot`, or densely, through CUDA graphs; None where it has to run without."""
         if self._replay is None or not block.training:
-            return None
-        if (args or kwargs) and not self.graphs_read_arguments:
             return None
         if self.flat is not None and self.flat.is_unflattened:
             return None  # graphs read the flat parameters

@@ -220,8 +220,6 @@ def set_up(config: RunConfig, control: Control, device: torch.device, cores: flo
         compile=config.engine.compile,
         cuda_graphs=config.launches_graphs and not kind.graphs_micro_batches,
     )
-    # Graphs of such blocks have not been tried enough to be the default.
-    executor.graphs_read_arguments = config.engine.cuda_graphs is True
     executor.images.may_come_scaled = config.plan.token_share is not None  # by `train_batches`
     image_shape = config.data.image_shape
     costs = measure_costs(model, executor, image_shape, config.plan.sides)
