@@ -21,7 +21,6 @@ from d2ft_hpc.figures.run import Run
 from d2ft_hpc.figures.sufficient import lower_bound
 
 LINES = Path(__file__).with_name("results.jsonl")
-DENSE = ("standard", "lora")
 OLDER = ", cut at 224 px"
 
 Line = dict[str, Any]
@@ -41,13 +40,13 @@ def line_of(folder: Path) -> Line | None:
             return None
         config = run.config
         name = folder.name.partition(f"_{Path(config['data']['root']).stem}_")[0]
-        spends = config["train"]["steps_share"] if name == "fewer_steps" else config["plan"]["compute_budget"]
+        of_step = 1.0 if config["plan"]["planner"] == "dense" else config["plan"]["compute_budget"]
         return {
             "config": name,
             "data": Path(config["data"]["root"]).stem,
             "cut": "step",
             "epochs": config["train"]["epochs"],
-            "budget": 1.0 if name in DENSE else spends,
+            "budget": round(of_step * config["train"]["steps_share"], 4),
             "seed": config["run"]["seed"],
             "steps": len(run.steps["step"]),
             "tflop": round(run.total_flops / 1e12, 1),
