@@ -41,12 +41,13 @@ def line_of(folder: Path) -> Line | None:
         config = run.config
         name = folder.name.partition(f"_{Path(config['data']['root']).stem}_")[0]
         of_step = 1.0 if config["plan"]["planner"] == "dense" else config["plan"]["compute_budget"]
+        of_steps = config["train"]["steps_share"]
         return {
-            "config": name,
+            "config": name if of_step == 1.0 or of_steps == 1.0 else f"{name}, {of_steps:g} of the steps",
             "data": Path(config["data"]["root"]).stem,
             "cut": "step",
             "epochs": config["train"]["epochs"],
-            "budget": round(of_step * config["train"]["steps_share"], 4),
+            "budget": round(of_step * of_steps, 4),
             "seed": config["run"]["seed"],
             "steps": len(run.steps["step"]),
             "tflop": round(run.total_flops / 1e12, 1),

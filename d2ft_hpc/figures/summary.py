@@ -32,32 +32,34 @@ model says for the run's engine."""
 
 
 def measure(runs: Sequence[Run]) -> dict[str, Any]:
-    """The summary of each run, in order; the first is the one that times are relative to."""
+    """The summary of each run, in order; the first is the one that times are relative to. Shares of dense compute and
+    bytes are of a dense run of the same epochs, in all of their steps."""
     return {"runs": [_summary(run) for run in runs]}
 
 
 def _summary(run: Run) -> dict[str, Any]:
     steps, of_ranks = run.steps, run.rank_compute
     sent, memory = steps["bytes_sent"], steps["memory_bytes"]
+    of_steps = _steps_share(run)
     return {
         "name": run.name,
         "path": str(run.path),
         "complete": run.complete,
         "state": run.state,
         "accuracy": run.accuracy,
-        "planned_compute": run.planned_compute,
-        "measured_compute": run.measured_compute,
+        "planned_compute": of_steps * run.planned_compute,
+        "measured_compute": of_steps * run.measured_compute,
         "train_seconds": run.train_seconds,
         "preparation_seconds": run.preparation_seconds,
         "bytes_per_rank_step": float(np.nanmean(sent)) if np.isfinite(sent).any() else np.nan,
         "bytes_total": run.total_bytes,
-        "planned_bytes": share(steps["planned_bytes"], steps["dense_bytes"]),
-        "measured_bytes": share(sent, steps["dense_bytes"]),
+        "planned_bytes": of_steps * share(steps["planned_bytes"], steps["dense_bytes"]),
+        "measured_bytes": of_steps * share(sent, steps["dense_bytes"]),
         "workload_variance": float(np.var(of_ranks)) if len(of_ranks) > 1 else np.nan,
         "waiting_share": share(steps["waiting_seconds"], steps["step_seconds"]),
         "recording_share": share(steps["recording_seconds"], steps["step_seconds"]),
         "memory_bytes": float(np.nanmax(memory)) if np.isfinite(memory).any() else np.nan,
-        "steps_share": _steps_share(run),
+        "steps_share": of_steps,
         "between_replicas": _between_replicas(run),
     }
 
@@ -115,7 +117,7 @@ def _fewer_steps(run: dict[str, Any]) -> str:
     if share == 1:
         return ""
     percent = number(100 * share, ".3g")
-    return f"takes {percent} % of its epochs' steps (train.steps_share), and % of dense means of these"
+    return f"takes {percent} % of its epochs' steps (train.steps_share); % of dense is of all of them"
 
 
 def as_text(numbers: dict[str, Any]) -> str:

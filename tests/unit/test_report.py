@@ -164,15 +164,20 @@ def test_a_plan_under_which_every_block_is_gathered_saves_no_bytes(tmp_path):
 
 
 def test_runs_that_take_a_share_of_the_steps_say_so(tmp_path):
-    """Else nothing would tell such a dense run from one of all steps, but its time."""
+    """A dense run of 0.6 of the steps takes 0.6 of the dense compute."""
     runs = [
         make_run(tmp_path / name / "results.h5", 1.0, steps_share=share)
         for name, share in (("older", None), ("standard", 1.0), ("fewer_steps", 0.6))
     ]
-    said = "fewer_steps: takes 60 % of its epochs' steps (train.steps_share), and % of dense means of these"
+    said = "fewer_steps: takes 60 % of its epochs' steps (train.steps_share); % of dense is of all of them"
     page = tmp_path / "report.html"
     lines = report(runs, page=page).splitlines()
     assert [line for line in lines if "steps_share" in line] == [said]
+    with open_runs(runs) as opened:
+        numbers = summary.measure(opened)["runs"]
+    shares = ("planned_compute", "measured_compute", "planned_bytes", "measured_bytes")
+    for share in shares:
+        assert numbers[2][share] == pytest.approx(0.6 * numbers[1][share]), share
     assert f"<p>{html.escape(said)}.</p>" in page.read_text()
 
 
