@@ -74,6 +74,7 @@ def _summary(run: Run) -> dict[str, Any]:
         "recording_share": share(steps["recording_seconds"], steps["step_seconds"]),
         "memory_bytes": float(np.nanmax(memory)) if np.isfinite(memory).any() else np.nan,
         "steps_share": _steps_share(run),
+        "recomputes": run.setting("engine.activation_checkpointing") is True,
         "between_replicas": _between_replicas(run),
     }
 
@@ -84,6 +85,10 @@ def _steps_share(run: Run) -> float:
     return float(share) if isinstance(share, int | float) else 1.0  # of an older version
 
 
+_RECOMPUTES = (
+    "measured compute has the activations that are recomputed (engine.activation_checkpointing), which planned and "
+    "dense compute do not have"
+)
 _NAMES = {"ddp": "DDP", "zero0": "DeepSpeed in bf16", "zero1": "ZeRO 1", "zero2": "ZeRO 2", "zero3": "ZeRO 3"}
 
 
@@ -121,7 +126,7 @@ def notes(numbers: dict[str, Any]) -> list[str]:
     remarks = (
         (run["name"], text)
         for run in numbers["runs"]
-        for text in (_fewer_steps(run), run["between_replicas"])
+        for text in (_fewer_steps(run), _RECOMPUTES * run["recomputes"], run["between_replicas"])
     )
     told = [f"{name}: {text}" for name, text in remarks if text]
     if unlike := numbers["unlike"]:

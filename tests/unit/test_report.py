@@ -207,6 +207,17 @@ def test_loops_of_their_own_on_unlike_ranks_are_told_too(tmp_path):
     assert "in their plans: ranks (1, 2), compile (False, True)" in report(runs)
 
 
+def test_that_measured_compute_has_recomputed_activations_is_said(tmp_path):
+    engine = "{name: ddp, activation_checkpointing: true}"
+    runs = [
+        make_run(tmp_path / "plain" / "results.h5", 1.0, engine="{name: ddp}"),
+        make_run(tmp_path / "recomputes" / "results.h5", 1.0, engine=engine),
+    ]
+    said = [line for line in report(runs).splitlines() if "recomputed" in line]
+    assert len(said) == 1
+    assert said[0].startswith("recomputes: measured compute has the activations that are recomputed (engine.")
+
+
 def test_learning(runs):
     _, d2ft = learning.measure(runs, smooth=1)["runs"]
     assert d2ft["loss"].tolist() == [2.0 / (step + 1) for step in range(40)]
