@@ -116,6 +116,7 @@ def test_reentrant_recomputation_is_refused() -> None:
     ("section", "told"),
     [
         ({"compute_bugdet": 0.5}, r"d2ft\.compute_bugdet: unknown key.*did you mean d2ft\.compute_budget\?"),
+        ({"size": 8}, r"d2ft\.size: unknown key.*did you mean d2ft\.options\.image_size\?"),
         ({"compute_budget": 2.0}, r"d2ft\.compute_budget=2\.0"),
         ({"replan": {"every": "2 epochs"}}, "count steps"),
         ({"forward_score": "gradient_norm"}, r"d2ft\.forward_score"),
