@@ -127,24 +127,22 @@ def is_class_of(annotation: Any, kind: type[Kind]) -> TypeGuard[type[Kind]]:
 
 
 def _nearest(key: str, schema: type[BaseModel], prefix: str) -> str:
-    """The valid keys that were likely meant: those that end in the key's word, as compute_budget does in budget, else
-    the most similar one of its section, else one by its last part in whatever section. If there is none, all that its
-    section holds."""
-    valid_keys = [each for each in _keys(schema, prefix) if not key.startswith(f"{each}.")]
-    by_last_part = {each.rpartition(".")[-1]: each for each in valid_keys}
+    """The valid keys that were likely meant: those of its section that end in the key's word, as compute_budget does in
+    budget, else the most similar one of its section, else one by its last part in whatever section. If there is none,
+    all that its section holds."""
     section, dot, last = key.rpartition(".")
-    beside = [each for each in valid_keys if each.rpartition(".")[0] == section]
-    start = f"{section}{dot}" if beside else ""  # a misspelt section is compared, too
-    inside = {each.removeprefix(start): each for each in valid_keys if each.startswith(start)}
-    close = [each for each in (beside if section else valid_keys) if each.endswith(f"_{last}")]
-    if not close or last in by_last_part:
-        close = [
-            inside[name]
-            for name in difflib.get_close_matches(key.removeprefix(start), list(inside), n=1, cutoff=0.7)
-        ] or [by_last_part[name] for name in difflib.get_close_matches(last, list(by_last_part), n=1)]
-    if close:
+    start = section + dot
+    valid = list(_keys(schema, prefix))
+    inside = {each.removeprefix(start): each for each in valid if each.startswith(start)}
+    by_last_part = {each.rpartition(".")[-1]: each for each in valid if not key.startswith(f"{each}.")}
+    ending = [each for each in inside.values() if each.endswith(f"_{last}") and last not in by_last_part]
+    if close := ending or _similar(last, inside, 0.7) or _similar(last, by_last_part, 0.6):
         return f"; did you mean {either(close)}?"
-    return f"; valid here: {', '.join(each.removeprefix(start) for each in beside)}"
+    return f"; valid here: {', '.join(name for name in inside if '.' not in name)}"
+
+
+def _similar(name: str, keys: Mapping[str, str], cutoff: float) -> list[str]:
+    return [keys[near] for near in difflib.get_close_matches(name, list(keys), n=1, cutoff=cutoff)]
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -41,26 +41,12 @@ _NPZ = "an .npz file needs x_train, y_train, x_test and y_test"
 _HDF5 = "an HDF5 file needs images and labels (or bytes, offsets and labels) in groups train and test"
 _SHAPE = "images are uint8 [image, height, width, 3], [image, 3, height, width] or [image, height, width]"
 _SMALLER = "divide it, or store encoded images"
-_TOLD_LABELS = 5
 _OTHER_RANGE = "pixels must be uint8, 0 to 255: scale them by what their range is, such as x * 255 for 0 to 1"
 
 
 def open_arrays(path: Path, split: str) -> Source:
     """One split of a user's file, read into memory. Raises DataError if the file is not in one of these forms."""
     return _of_npz(path, split) if path.suffix.lower() == ".npz" else _of_hdf5(path, split)
-
-
-def open_both_splits(path: Path) -> dict[str, Source]:
-    """Both splits of a user's file. Raises DataError as `open_arrays`, and where no image for training has a label that
-    the test has."""
-    train, test = (open_arrays(path, split) for split in ("train", "test"))
-    unknown = np.setdiff1d(test.labels, train.labels)
-    if len(unknown):
-        first = ", ".join(map(str, unknown[:_TOLD_LABELS])) + ", ..." * (len(unknown) > _TOLD_LABELS)
-        raise DataError(
-            f"{path}: train and test must have the same classes; test has labels that no image of train has: {first}"
-        )
-    return {"train": train, "test": test}
 
 
 def _of_npz(path: Path, split: str) -> Source:

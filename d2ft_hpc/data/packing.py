@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from d2ft_hpc.data import decoding
-from d2ft_hpc.data.arrays import open_both_splits
+from d2ft_hpc.data.arrays import open_arrays
 from d2ft_hpc.data.images import EncodedImages, Images, PixelImages, Source
 from d2ft_hpc.data.packed import FORMAT, VERSION, describe
 from d2ft_hpc.data.sources import StoredSplit, open_source
@@ -28,6 +28,7 @@ from d2ft_hpc.safe_text import say
 
 Encoding = Literal["pixels", "original", "jpeg"]
 BATCH = 64
+_TOLD_LABELS = 5
 
 
 def pack_by_name(
@@ -45,12 +46,12 @@ def pack_by_name(
     See `pack`; "auto" is "original" where images have files of their own and keep their size, else "pixels".
     """
     _check_output(output)
-    sources: dict[str, Source]
-    if name == "arrays":
-        sources = open_both_splits(root)
-    else:
-        splits: tuple[StoredSplit, ...] = ("train", "test")
-        sources = {split: open_source(name, root, split) for split in splits}
+    splits: tuple[StoredSplit, ...] = ("train", "test")
+    sources: dict[str, Source] = {
+        split: open_arrays(root, split) if name == "arrays" else open_source(name, root, split)
+        for split in splits
+    }
+    _check_labels(sources["train"], sources["test"], root)
     for source in sources.values():
         if source.remark:
             print_line(f"d2ft-hpc: warning: {source.remark}")
@@ -119,6 +120,16 @@ def _check_output(output: Path) -> None:
         raise DataError(f"{output}: there is no folder {output.parent}; make it, or choose another")
     if not os.access(output.parent, os.W_OK | os.X_OK):
         raise DataError(f"{output}: {output.parent} cannot be written to; choose another folder")
+
+
+def _check_labels(train: Source, test: Source, root: Path) -> None:
+    """Raises DataError where no image for training has a label that the test has."""
+    unknown = np.setdiff1d(test.labels, train.labels)
+    if len(unknown):
+        first = ", ".join(map(str, unknown[:_TOLD_LABELS])) + ", ..." * (len(unknown) > _TOLD_LABELS)
+        raise DataError(
+            f"{root}: train and test must have the same classes; test has labels that no image of train has: {first}"
+        )
 
 
 def _write_split(group: Any, source: Source, encoder: _Encoder, flat: Path, workers: int) -> None:

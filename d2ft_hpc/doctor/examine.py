@@ -93,11 +93,11 @@ def _checks(config: RunConfig, control: Control, left: float | None) -> list[Fin
     findings += of_output
     if all(finding.status != "failed" for finding in of_output):
         findings += of_all_ranks(control, [storage.check_start(config, control)])
-    job, found = work.check_parts(config, control, device)
+    job, model, found = work.check_parts(config, control, device)
     findings += of_all_ranks(control, found)
+    if model is not None:
+        findings += storage.check_space(config, sum(parameter.numel() for parameter in model.parameters()))
     if all(part == b"1" for part in control.all_gather(b"1" if job else b"0")) and job is not None:
-        parameters = sum(parameter.numel() for parameter in job.model.parameters())
-        findings += storage.check_space(config, parameters)
         findings += work.check_plans(job)  # by rank 0, which prints
         findings += of_all_ranks(control, [work.check_time(job, left)])[:1]
     return findings

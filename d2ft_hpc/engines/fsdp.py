@@ -208,26 +208,38 @@ are whole until then: gathering and reducing again takes Python as long as the b
 billion parameters in 16 bits; the same on every rank."""
 
 
+class Spread(NamedTuple):
+    """What lies on a rank in a step beside its slices, its tensor-parallel share alone."""
+
+    stays: bool
+    """Whether all weights stay gathered from a forward to its backward."""
+    weight_bytes: float
+    """Of gathered weights: of all, or of as many blocks as there are at once."""
+    gradient_bytes: float
+    """Of gradients that are not reduced yet: of all, in steps of several micro-batches, or of a block."""
+
+
 def shard(
     model: nn.Module,
     mesh: DeviceMesh,
     param_dtype: torch.dtype | None = None,
     kept_bytes: int = KEPT_BYTES,
-) -> int:
+) -> Spread:
     """Spreads a model over a mesh of 1 dimension, or of 2 (replicas x shards): its blocks, then the rest.
 
     param_dtype: of the gathered parameters and of activations; gradients are reduced in float32. None: their own.
     kept_bytes: all of a model's weights stay gathered from a forward to its backward if they have no more, gathered.
     Then several blocks are gathered and reduced together, unless they are recomputed; else each by itself.
-    Returns the bytes that so lie beside each pass's activations.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None
     )
-    gathered = sum(each.numel() * (param_dtype or each.dtype).itemsize for each in model.parameters())
-    keeps = gathered <= kept_bytes
+    keeps = (
+        sum(each.numel() * (param_dtype or each.dtype).itemsize for each in model.parameters()) <= kept_bytes
+    )
     family = family_of(model)
     blocks = list(family.blocks(model))
+    spread = _what_lies_beside(model, blocks, param_dtype, keeps)
     # FSDP2's hooks take Python's time for each unit, and beside what the first unit sends nothing computes: as many
     # units as blocks in each. Where only some of a unit's blocks are recomputed, torch below 2.13 warns.
     size = math.isqrt(len(blocks)) if keeps and not family.recomputes(model) else 1
@@ -235,7 +247,26 @@ def shard(
         unit = blocks[begin : begin + size]
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=not keeps)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    return gathered if keeps else 0
+    return spread
+
+
+def _what_lies_beside(
+    model: nn.Module, blocks: Sequence[nn.Module], param_dtype: torch.dtype | None, stays: bool
+) -> Spread:
+    """Before the model is spread."""
+
+    def weights(module: nn.Module) -> int:
+        return sum(local(each).numel() * (param_dtype or each.dtype).itemsize for each in module.parameters())
+
+    def gradients(module: nn.Module) -> int:  # as they are reduced
+        return sum(4 * local(each).numel() for each in module.parameters() if each.requires_grad)
+
+    if stays:
+        return Spread(True, weights(model), gradients(model))
+    # In the backward: the block that runs, the next one, and the message that brings it; a block's gradients, and the
+    # message that reduces those of the one before. What is in no block stays gathered.
+    outside = weights(model) - sum(map(weights, blocks))
+    return Spread(False, outside + 3 * max(map(weights, blocks)), 2 * max(map(gradients, blocks)))
 
 
 class FsdpEngine(PlainEngine):
@@ -271,13 +302,13 @@ class FsdpEngine(PlainEngine):
         )
         if layout.is_cut:
             executor = split_heads(model, executor, mesh["tensor"], placement.owner)
-            self._kept_bytes = shard(model, mesh["replica"], param_dtype, kept_bytes)
+            self._spread = shard(model, mesh["replica"], param_dtype, kept_bytes)
             optimizer, schedule = make_optimizer(model)
         else:
             optimizer, schedule = make_optimizer(model)  # its groups say which parameters are alike
             executor.flat = FlatParameters(model, executor.blocks, optimizer.param_groups)
             names = {parameter: name for name, parameter in model.named_parameters()}
-            self._kept_bytes = shard(model, mesh["replica"], param_dtype, kept_bytes)
+            self._spread = shard(model, mesh["replica"], param_dtype, kept_bytes)
             spread = dict(model.named_parameters())
             for group in optimizer.param_groups:
                 group["params"] = [spread[names[parameter]] for parameter in group["params"]]
@@ -285,27 +316,27 @@ class FsdpEngine(PlainEngine):
             model, executor, optimizer, schedule, loss_function, gradient_clipping=gradient_clipping
         )
         bind_fsdp(model, executor)
-        self._spread = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self._keeps_whole = slots > 1 and self._kept_bytes > 0
-        if self._kept_bytes:
+        self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._slots = slots
+        if self._spread.stays:
             self._set_last(False)
 
     def _set_last(self, is_last: bool) -> None:
         """In the last micro-batch alone the backward reduces the gradients and lets go of the weights."""
-        for module in self._spread:
+        for module in self._units:
             module.set_requires_gradient_sync(is_last, recurse=False)
             module.set_reshard_after_backward(is_last, recurse=False)
 
     @contextmanager
     def _micro_batch(self, slot: int, slots: int) -> Iterator[None]:
-        is_last = self._kept_bytes > 0 and slot == slots - 1
+        is_last = self._spread.stays and slot == slots - 1
         if is_last:
             self._set_last(True)
         with super()._micro_batch(slot, slots):
             yield
         if is_last:
             self._set_last(False)
-            for module in self._spread:  # those that the last micro-batch did not run
+            for module in self._units:  # those that the last micro-batch did not run
                 module.reshard()
 
     def check(self, plan: SkipPlan) -> None:
@@ -318,8 +349,8 @@ class FsdpEngine(PlainEngine):
 
     @property
     def bytes_to_come(self) -> float:
-        whole = sum(each.numel() * 4 for each in self._trained) if self._keeps_whole else 0
-        return super().bytes_to_come + self._kept_bytes + whole
+        waits = self._slots > 1 or not self._spread.stays
+        return super().bytes_to_come + self._spread.weight_bytes + waits * self._spread.gradient_bytes
 
     def _clip(self) -> Tensor:
         gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]

@@ -26,10 +26,12 @@ _REDUCTIONS = {
 
 _NEVER_TRIED = {
     "zero_optimization.zenflow": "reduces chosen columns of gradients",
+    "zero_optimization.offload_optimizer.super_offload": "steps while the backward runs",
     "zero_optimization.zero_quantized_gradients": "reduces rounded gradients",
     "zero_optimization.zero_hpz_partition_size": "partitions weights a second time",
     "zero_optimization.mics_shard_size": "partitions weights over part of the ranks",
     "compile.deepcompile": "compiles the dense graph",
+    "data_efficiency.data_routing.random_ltd.enabled": "drops tokens of its own choice",
     "hybrid_engine.enabled": "replaces blocks for inference",
     "sparse_gradients": "sends gradients in another form",
     "sequence_parallel_size": "splits samples over ranks",
@@ -96,6 +98,11 @@ class ZeroRules:
             raise ConfigError(
                 f"{where}zero_optimization.contiguous_gradients=false: DeepSpeed {version('deepspeed')} trains wrongly "
                 f"with it, under a plan or not. Remove it, or install DeepSpeed {_ADDS_UP_FROM} or newer"
+            )
+        if not config.get("managed_gradient_accumulation", True):
+            raise ConfigError(
+                f"{where}managed_gradient_accumulation=false: DeepSpeed counts no micro-batches then, each of which "
+                f"has a row: remove it, and call step() after each of gradient_accumulation_steps micro-batches"
             )
         for key, what in _NEVER_TRIED.items():
             value = _get(config, key)

@@ -26,6 +26,14 @@ _STEP_COLUMNS = (
 )
 
 
+_MACHINE = ("device", "cpu_count", "threads_per_rank", "torch")
+"""What the record of the environment says of times."""
+_OF_TIME = ("engine.", "model.", "data.", "train.epochs", "compile", "cuda_graphs", "embeddings")
+"""Beginnings of settings that decide times; the last three are of a loop of the user's own."""
+_WITHOUT_TIME = ("engine.device", "model.weights", "data.root")
+"""Settings among them that do not; `device` is in the environment."""
+
+
 class Run:
     """An open run. `state` says in words why it is not complete, and is empty if it is.
 
@@ -67,6 +75,24 @@ class Run:
         """What runs with different seeds have in common: the configuration without section `run`, and the number of
         ranks."""
         return {key: value for key, value in self.config.items() if key != "run"} | {"ranks": self.world_size}
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What decides the times of runs beside their plans: machine, ranks and settings, as far as recorded."""
+        settings: dict[str, Any] = {}
+        for section, value in self.config.items():
+            of_section = value.items() if isinstance(value, dict) else ()
+            settings |= {str(section): value} | {f"{section}.{key}": each for key, each in of_section}
+        environment = self.results.attributes("environment")
+        return {
+            **({"ranks": self.world_size} if self.world_size else {}),
+            **{key: environment[key] for key in _MACHINE if key in environment},
+            **{
+                key: value
+                for key, value in settings.items()
+                if key.startswith(_OF_TIME) and key not in _WITHOUT_TIME
+            },
+        }
 
     @cached_property
     def steps(self) -> Table:

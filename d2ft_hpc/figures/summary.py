@@ -13,6 +13,8 @@ from d2ft_hpc.planning.communication_volume import reduces_trained_blocks_only
 from d2ft_hpc.safe_text import one_line
 
 _MB = 1e6
+_SHOWN_VALUES = 4
+"""Of each setting in which runs differ."""
 _COLUMNS: tuple[tuple[tuple[str, str, str], str, float, str], ...] = (
     (("top-1", "", "%"), "accuracy", 100, ".2f"),
     (("planned", "compute", "% of dense"), "planned_compute", 100, ".1f"),
@@ -34,7 +36,21 @@ model says for the run's engine."""
 def measure(runs: Sequence[Run]) -> dict[str, Any]:
     """The summary of each run, in order; the first is the one that times are relative to. Shares of dense compute and
     bytes are of a dense run of the same epochs, in all of their steps."""
-    return {"runs": [_summary(run) for run in runs]}
+    return {"runs": [_summary(run) for run in runs], "unlike": _unlike(runs)}
+
+
+def _unlike(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """What decides times beside the plans and is not the same in all runs that recorded it: its values, once each."""
+    conditions = [run.conditions for run in runs]
+    found: dict[str, list[Any]] = {}
+    for key in dict.fromkeys(key for each in conditions for key in each):
+        values: list[Any] = []
+        for each in conditions:
+            if key in each and each[key] not in values:
+                values.append(each[key])
+        if len(values) > 1:
+            found[key] = values
+    return found
 
 
 def _summary(run: Run) -> dict[str, Any]:
@@ -60,6 +76,7 @@ def _summary(run: Run) -> dict[str, Any]:
         "recording_share": share(steps["recording_seconds"], steps["step_seconds"]),
         "memory_bytes": float(np.nanmax(memory)) if np.isfinite(memory).any() else np.nan,
         "steps_share": of_steps,
+        "recomputes": run.setting("engine.activation_checkpointing") is True,
         "between_replicas": _between_replicas(run),
     }
 
@@ -70,6 +87,10 @@ def _steps_share(run: Run) -> float:
     return float(share) if isinstance(share, int | float) else 1.0  # of an older version
 
 
+_RECOMPUTES = (
+    "measured compute has the activations that are recomputed (engine.activation_checkpointing), which planned and "
+    "dense compute do not have"
+)
 _NAMES = {"ddp": "DDP", "zero0": "DeepSpeed in bf16", "zero1": "ZeRO 1", "zero2": "ZeRO 2", "zero3": "ZeRO 3"}
 
 
@@ -103,13 +124,24 @@ def table(numbers: dict[str, Any]) -> list[list[str]]:
 
 
 def notes(numbers: dict[str, Any]) -> list[str]:
-    """Lines for each run that needs a remark beside the table."""
+    """What to know beside the table: what makes the times of these runs unlike, and of each run what is its own."""
     remarks = (
         (run["name"], text)
         for run in numbers["runs"]
-        for text in (_fewer_steps(run), run["between_replicas"])
+        for text in (_fewer_steps(run), _RECOMPUTES * run["recomputes"], run["between_replicas"])
     )
-    return [f"{name}: {text}" for name, text in remarks if text]
+    told = [f"{name}: {text}" for name, text in remarks if text]
+    if unlike := numbers["unlike"]:
+        differ = ", ".join(f"{key} ({_some(values)})" for key, values in unlike.items())
+        told.insert(0, f"times are of unlike runs, which differ not only in their plans: {differ}")
+    return told
+
+
+def _some(values: Sequence[Any]) -> str:
+    return ", ".join(
+        [short(one_line(str(value))) for value in values[:_SHOWN_VALUES]]
+        + ["..."] * (len(values) > _SHOWN_VALUES)
+    )
 
 
 def _fewer_steps(run: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from d2ft_hpc.execution.gradients import in_backward
 from d2ft_hpc.planning.communication_volume import ring_bytes
 
 
@@ -21,6 +22,8 @@ class Metered:
 
     flops: int = 0
     """Floating-point operations of matrix products, convolutions and attention; a multiply-add counts as two."""
+    recomputes: bool = False
+    """Whether forwards ran inside a backward, as activation checkpointing makes them; `flops` has theirs, too."""
     operators: int = 0
     """Calls of operators, autograd's and collectives too, below everything that is written in Python."""
     bytes_sent: dict[str, int] = field(default_factory=dict)
@@ -62,6 +65,8 @@ class OperatorCounter(TorchDispatchMode):
         result = func(*args, **kwargs)
         if count := _FLOPS.get(func.overloadpacket):
             self._metered.flops += count(*args, **kwargs, out_val=result)
+            # A backward's own products build no graph. What engines do in its hooks may, but is no product.
+            self._metered.recomputes |= torch.is_grad_enabled() and in_backward()
         return result
 
 

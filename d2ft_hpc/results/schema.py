@@ -132,7 +132,7 @@ TABLES: dict[str, dict[str, Field]] = {
         _of_ranks("left_out_rows", "1", "rows that did not run at all", "int32"),
         _of_ranks("dense_flops", "FLOP", "what the dense model would have computed"),
         _of_ranks("planned_flops", "FLOP", "what the plan asks for, always-run parts included"),
-        _of_ranks("executed_flops", "FLOP", "what was computed"),
+        _of_ranks("executed_flops", "FLOP", "what was computed, recomputed activations included"),
         _of_ranks("bytes_sent", "B", "bytes sent to other ranks, of all kinds"),
         _of_ranks("planned_bytes", "B", "what the message model says that the plan sends"),
         _of_ranks("dense_bytes", "B", "what it says that the dense model would send"),

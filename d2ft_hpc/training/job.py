@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -190,30 +190,12 @@ def set_up(config: RunConfig, control: Control, device: torch.device, cores: flo
     random.seed(config.run.seed)
     np.random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
-    train_set, evaluation_set = _open_split(config, "train"), _open_split(config, config.data.evaluated_split)
+    statistics = pixel_statistics(config.model.name, config.model.weights)
+    train_set, evaluation_set, sampler = open_images(config, layout, *statistics)
     if control.rank == 0:
         for images in (train_set, evaluation_set):
             images.look_at_some()
-    sampler = MicroBatchSampler(
-        len(train_set),
-        micro_batch_size=config.data.micro_batch_size,
-        slots=config.data.slots,
-        replicas=layout.replicas,
-        replica=layout.replica,
-        seed=config.run.seed,
-    )
-    _check_sizes(config, train_set, sampler)
-    _check_classes(config, train_set, evaluation_set)
-    model = build_model(
-        config.model.name,
-        num_classes=train_set.num_classes,
-        weights=config.model.weights,
-        options=config.model.options,
-    )
-    _check_image_size(model, config.data.image_size)
-    if config.model.lora is not None:
-        add_lora(model, **config.model.lora.model_dump())
-    model.to(device)
+    model = make_model(config, train_set.num_classes).to(device)
     executor = attach(
         model,
         embeddings=config.model.embeddings,
@@ -252,6 +234,47 @@ def set_up(config: RunConfig, control: Control, device: torch.device, cores: flo
         selection,
         cores,
     )
+
+
+def open_images(
+    config: RunConfig,
+    layout: RankLayout,
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    std: Sequence[float] = (0.5, 0.5, 0.5),
+) -> tuple[LabelledImages, LabelledImages, MicroBatchSampler]:
+    """Images for training and for evaluation, see `open_split`, and the sampler of the former. Raises ConfigError or
+    DataError where a run cannot train on them."""
+
+    def of(split: Split) -> LabelledImages:
+        return open_split(config.data, split, mean, std, seed=config.run.seed)
+
+    train_set, evaluation_set = of("train"), of(config.data.evaluated_split)
+    sampler = MicroBatchSampler(
+        len(train_set),
+        micro_batch_size=config.data.micro_batch_size,
+        slots=config.data.slots,
+        replicas=layout.replicas,
+        replica=layout.replica,
+        seed=config.run.seed,
+    )
+    _check_sizes(config, train_set, sampler)
+    _check_classes(config, train_set, evaluation_set)
+    return train_set, evaluation_set, sampler
+
+
+def make_model(config: RunConfig, num_classes: int) -> nn.Module:
+    """As `build_model`, with LoRA's factors where the run trains those. Raises ConfigError, too, where the model does
+    not take the images."""
+    model = build_model(
+        config.model.name,
+        num_classes=num_classes,
+        weights=config.model.weights,
+        options=config.model.options,
+    )
+    _check_image_size(model, config.data.image_size)
+    if config.model.lora is not None:
+        add_lora(model, **config.model.lora.model_dump())
+    return model
 
 
 def _check_sizes(config: RunConfig, train_set: LabelledImages, sampler: MicroBatchSampler) -> None:
@@ -302,8 +325,3 @@ def _check_image_size(model: nn.Module, size: int) -> None:
             f"data.image_size={size}: the model takes {height} x {width} pixels{cut}; set "
             f"data.image_size={height}{both}"
         )
-
-
-def _open_split(config: RunConfig, split: Split) -> LabelledImages:
-    mean, std = pixel_statistics(config.model.name, config.model.weights)
-    return open_split(config.data, split, mean, std, seed=config.run.seed)

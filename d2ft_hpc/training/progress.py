@@ -75,8 +75,10 @@ class Progress:
         compute: the plan's FLOPs over the dense ones. waiting_for_data: share of the steps' seconds so far.
         """
         trained = time.perf_counter() - self._first_ended - self._idle
-        of_ideal = self._ideal_seconds / trained if self._steps > 1 else float("nan")
         per_step = trained / (self._steps - 1) if self._steps > 1 else float("nan")
+        alone = self._ideal_seconds / trained if self._steps > 1 else float("nan")
+        # Above 100 % the passes became faster than they were by themselves, and no share of the step is known.
+        passes = f" (forward and backward alone {alone:.0%})" if alone <= 1 else ""
         parts = [
             f"epoch {epoch}",
             f"step {step}/{self._total_steps}",
@@ -84,10 +86,9 @@ class Progress:
             f"lr {learning_rate:.2e}",
             f"accuracy {self._accuracy:.1%}" if self._accuracy == self._accuracy else "",
             f"compute {compute:.0%}",
-            f"{per_step:.3f} s/step  {self._images_of_step / per_step:.0f} images/s"
+            f"{per_step:.3f} s/step{passes}  {self._images_of_step / per_step:.0f} images/s"
             if per_step == per_step
             else "",
-            f"{of_ideal:.0%} of the plan's speed" if of_ideal == of_ideal else "",
             f"{waiting_for_data:.0%} waiting for images" if waiting_for_data >= WORTH_TELLING else "",
             f"{_clock((self._total_steps - step) * per_step)} left" if per_step == per_step else "",
         ]

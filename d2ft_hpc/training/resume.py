@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,52 +128,69 @@ def _choose(config: RunConfig) -> Start:
             f"train.epochs={epochs}: the run in {folder} is finished after {epochs_before}; set it back, or higher to "
             f"go on, or choose another run.name"
         )
+    start = _newest(checkpoints, config)
+    if finished and not _has_the_end(start, epochs_before):
+        lacks = (
+            "has no checkpoint to go on from"
+            if start.checkpoint is None
+            else f"its newest checkpoint is of before its end, {start.checkpoint.name}, so that going on would replace "
+            f"what came after"
+        )
+        raise CheckpointError(
+            f"train.epochs={epochs}: the run in {folder} is finished after {epochs_before}, and {lacks}: "
+            f"{_anew_from_its_weights(folder)}"
+        )
+    if start.checkpoint is None:
+        if config.train.resume is True:
+            raise CheckpointError(
+                f"train.resume=true: no checkpoint in {folder / run_folder.CHECKPOINTS}; set "
+                "train.checkpoint_every, or train.resume=auto to start without one"
+            )
+    elif epochs_before not in (None, epochs):
+        follows = "learning rate" if config.plan.token_share is None else "learning rate and image sizes"
+        print_line(
+            f"d2ft-hpc: train.epochs={epochs}, {'finished' if finished else 'begun'} with {epochs_before}: goes on "
+            f"from {start.checkpoint.name}, with the {follows} of a run of {epochs}"
+        )
+    return start
+
+
+def _newest(checkpoints: Sequence[Path], config: RunConfig) -> Start:
+    """From the newest of the run's own checkpoints that is whole, or else the beginning. Raises ForeignCheckpointError
+    where there are only another run's."""
     of_another: ForeignCheckpointError | None = None
     for checkpoint in reversed(checkpoints):
         try:
             if config.train.resume == "auto":  # nobody is there to choose an older one
                 verify(checkpoint)
             _check_of_run(checkpoint, config)
-            start = Start(checkpoint=checkpoint, position=read_position(checkpoint))
+            return _from(checkpoint)
         except CheckpointError as error:
             if config.train.resume is True:
                 raise
             of_another = error if isinstance(error, ForeignCheckpointError) else of_another
             print_line(f"d2ft-hpc: warning: passed over: {error}")
-            continue
-        if finished and epochs_before is not None and start.position.epochs_done < epochs_before:
-            raise CheckpointError(
-                f"train.epochs={epochs}: the run in {folder} is finished after {epochs_before}, and its newest "
-                f"checkpoint is of before its end, {checkpoint.name}, so that going on would replace what came after: "
-                f"{_anew_from_its_weights(folder)}"
-            )
-        if epochs_before not in (None, epochs):
-            follows = "learning rate" if config.plan.token_share is None else "learning rate and image sizes"
-            print_line(
-                f"d2ft-hpc: train.epochs={epochs}, {'finished' if finished else 'begun'} with {epochs_before}: goes on "
-                f"from {checkpoint.name}, with the {follows} of a run of {epochs}"
-            )
-        return start
     if of_another is not None:  # a new beginning would take the place of that run's record
         raise of_another
-    if finished:
-        raise CheckpointError(
-            f"train.epochs={epochs}: the run in {folder} is finished after {epochs_before} and has no checkpoint to go "
-            f"on from: {_anew_from_its_weights(folder)}"
-        )
-    if config.train.resume is True:
-        raise CheckpointError(
-            f"train.resume=true: no checkpoint in {folder / run_folder.CHECKPOINTS}; set "
-            "train.checkpoint_every, or train.resume=auto to start without one"
-        )
     return Start()
+
+
+def _from(checkpoint: Path) -> Start:
+    return Start(checkpoint=checkpoint, position=read_position(checkpoint))
+
+
+def _has_the_end(start: Start, epochs: int | None) -> bool:
+    """Whether a run that is finished after so many epochs, if that is known, can go on from there."""
+    return start.checkpoint is not None and start.position.epochs_done >= (epochs or 0)
 
 
 def to_train_further(config: RunConfig) -> str:
     """What to set for a run that is finished."""
-    checkpoints = complete_checkpoints(config.run_folder / run_folder.CHECKPOINTS)
-    ends = bool(checkpoints) and read_position(checkpoints[-1]).epochs_done >= config.train.epochs
-    return "raise train.epochs" if ends else _anew_from_its_weights(config.run_folder)
+    newest = complete_checkpoints(config.run_folder / run_folder.CHECKPOINTS)[-1:]
+    with suppress(CheckpointError):  # of a damaged one, which an older one would take the place of
+        if newest and _has_the_end(_from(newest[0]), config.train.epochs):
+            return "raise train.epochs"
+    return _anew_from_its_weights(config.run_folder)
 
 
 def _anew_from_its_weights(folder: Path) -> str:

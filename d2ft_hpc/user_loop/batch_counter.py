@@ -99,6 +99,11 @@ class BatchCounter:
             return None
         return counted.metered.flops / counted.dense_flops
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether what was measured last has activations that were computed once more, in the backward."""
+        return self._counted is not None and self._counted.metered.recomputes
+
     def promised_share(self, placement: Placement) -> float | None:
         """Of the dense compute of this rank, what the plan in force lets it do; None without a plan."""
         plan, costs = self.executor.plan, self._costs

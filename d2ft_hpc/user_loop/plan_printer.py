@@ -30,17 +30,22 @@ class PlanPrinter(PlanListener):
 
 def compute_in_words(counter: BatchCounter, context: PlanContext, steps: int) -> str:
     """Two lines of this rank, of dense training's compute: what the plan in force promises and what was measured under
-    it, and the same of all steps so far. steps: done."""
+    it, and the same of all steps so far. steps: done.
+
+    What activation checkpointing recomputes was computed, so it counts as measured; dense training and promises have
+    none.
+    """
     executor = counter.executor
     plan, promised, measured = (
         executor.plan,
         counter.promised_share(context.placement),
         counter.measured_share,
     )
+    again = " with recomputed activations" if counter.recomputes else ""
     if plan is None or promised is None:
         now = "no plan is in force, batches run dense"
     else:
-        told = "not measured yet" if measured is None else f"measured {measured:.1%}"
+        told = "not measured yet" if measured is None else f"measured {measured:.1%}{again}"
         now = f"{plan.in_words(executor.images.patch_size)}: promised {promised:.1%} of the dense compute, {told}"
     whole = ""
     if plan is not None and context.curve is not None and steps <= (context.total_steps or 0):
@@ -54,5 +59,5 @@ def compute_in_words(counter: BatchCounter, context: PlanContext, steps: int) ->
         for flops in (so_far.planned_flops, so_far.executed_flops, so_far.score_flops)
     )
     beside = f", and {scores:.1%} for the scores of heads" if scores else ""
-    told = f"promised {promised:.1%} of the dense compute, measured {measured:.1%}{beside}"
+    told = f"promised {promised:.1%} of the dense compute, measured {measured:.1%}{again}{beside}"
     return f"{now}\n{steps} steps so far: {told}{whole}"

@@ -195,13 +195,15 @@ class PlannedDeepSpeed:
         """Goes on from the file, if there is one; all ranks call it together. A plan that the configuration names
         stays. Raises CheckpointError where the file is damaged."""
         content = share(self.control, lambda: path.read_bytes() if path.exists() else b"", "the saved plan")
-        if self._settings.file is not None:
-            return
-        say = self.plans.listener.say
+        say, has_own_plan = self.plans.listener.say, self._settings.file is not None
         if not content:
-            say(f"{path} is missing, which a checkpoint of ours has: plans begin anew")
+            if not has_own_plan:
+                say(f"{path} is missing, which a checkpoint of ours has: plans begin anew")
             return
         saved = PlanState.from_bytes(content, str(path))
+        self._counter.so_far = ComputeSoFar(*saved.compute)  # whatever becomes of the plan
+        if has_own_plan:
+            return
         check_planner(saved.settings, self._settings, str(path), "the d2ft section")
         steps, held = int(self._engine.global_steps), self._printer.held
         try:
@@ -212,7 +214,6 @@ class PlannedDeepSpeed:
             say(f"the checkpoint's plan does not fit, plans begin anew: {error}")
             return
         self._saved_steps = steps
-        self._counter.so_far = ComputeSoFar(*saved.compute)
         if saved.observed is not None and len(saved.observed) == self.control.world_size:
             self._source.go_on(saved.observed)
 

@@ -343,12 +343,13 @@ def check_user_checkpoint(control: Control, stage: int, after: int) -> dict[str,
     }
     config = {**USER_CONFIG, "zero_optimization": {"stage": stage}, "d2ft": planning}
 
-    def make(seed: int) -> Any:
+    def make(seed: int, slots: int = SLOTS) -> Any:
         model = tiny_vit(seed, qkv_bias=False)
         groups = [{"params": list(part.parameters()), "lr": 1e-3} for part in model.children()]
         outside = [model.pos_embed, model.cls_token]  # frozen, as is the patch embedding
         optimizer = torch.optim.AdamW([{"params": outside, "lr": 1e-4}, *(g for g in groups if g["params"])])
-        return d2ft_hpc.initialize(model=model, optimizer=optimizer, config=config)[0]
+        settings = {**config, "gradient_accumulation_steps": slots}
+        return d2ft_hpc.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
     def train(engine: Any, steps: range) -> list[str]:
         plans = []
@@ -364,6 +365,10 @@ def check_user_checkpoint(control: Control, stage: int, after: int) -> dict[str,
     assert not hasattr(timm.utils.ModelEmaV3(engine.module).module.blocks[0], "_d2ft") or stage == 3
     before = train(engine, range(after))
     engine.save_checkpoint(folder, client_state={"own": 7})
+    told = [engine.d2ft.report()]
+    of_larger_batches = make(2, 2 * SLOTS)  # as on half of the ranks: plans do not fit and begin anew
+    of_larger_batches.load_checkpoint(folder)
+    told.append(of_larger_batches.d2ft.report())
     plans = train(engine, range(after, batches))
     _, state = other.load_checkpoint(folder)
     resumed = train(other, range(after, batches))
@@ -374,6 +379,7 @@ def check_user_checkpoint(control: Control, stage: int, after: int) -> dict[str,
         "plans": [*before, *plans],
         "resumed": [*before, *resumed],
         "own": state["own"],
+        "so far": [each.splitlines()[1] for each in told],
     }
 
 

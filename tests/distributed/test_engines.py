@@ -76,6 +76,9 @@ def test_deepspeeds_checkpoint_goes_on_under_the_same_plans(results: dict[str, A
         assert found["plans"] == ["dense", *[first] * 3, "dense", *[second] * 3], name
         assert found["difference"] == 0, name
         assert found["own"] == 7, name
+        saved, of_larger_batches = found["so far"]
+        assert of_larger_batches == saved, name
+        assert re.match(r"\d steps so far: promised ", saved), name
 
 
 def test_scripts_find_the_models_own_parameters_though_blocks_run_on_flat_ones(

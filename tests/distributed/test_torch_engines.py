@@ -89,6 +89,13 @@ def test_the_gathered_model_computes_what_the_model_did(results: dict[str, Any])
     assert results.get("full model", 0.0) <= 1e-6
 
 
+def test_fsdp2_takes_what_was_told_of_a_rank_s_share(results: dict[str, Any]) -> None:
+    if "bytes to come" in results:
+        found = results["bytes to come"]
+        assert 0.8 < found["in turn"] < 1.05
+        assert 0.9 < found["kept"] < 1.15  # units of half a model, whose messages are not told
+
+
 def test_ddp_sends_its_gradients_once_a_step(results: dict[str, Any]) -> None:
     if "reduced bytes" in results:
         assert results["reduced bytes"]["counted"] == 3 * [results["reduced bytes"]["ring"]]

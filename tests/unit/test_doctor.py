@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from d2ft_hpc.cli import main
 from d2ft_hpc.doctor.examine import seconds_left
@@ -63,6 +64,44 @@ def test_every_fault_has_its_fix(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert set(failed) == {"output", "data"}
     assert "run.folder" in failed["output"]["fix"]
     assert "/absent" in failed["data"]["text"] + failed["data"]["fix"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "failed", "ok"),
+    [
+        (["data.name=cifar10", "data.root=/absent", "model.name=vit_tinny"], {"data", "model"}, {"output"}),
+        (["data.name=cifar10", "data.root=/absent"], {"data"}, {"output", "model", "space"}),
+        (["model.name=vit_tinny"], {"model"}, {"output", "data"}),
+        (["data.micro_batch_size=9999", "model.weights=/absent"], {"data", "model"}, {"output"}),
+        (["engine.pipeline_stages=2"], {"config"}, {"output", "data", "model", "space"}),
+    ],
+    ids=["data and model", "data", "model", "batches and weights", "ranks"],
+)
+def test_what_failed_hides_nothing_else(
+    arguments: list[str], failed: set[str], ok: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, found = doctor_here(capsys, f"run.folder={tmp_path}", *arguments)
+    assert status == 1
+    assert {check for check, finding in found.items() if finding["status"] == "failed"} == failed
+    assert all(found[check]["status"] == "ok" for check in ok)
+
+
+def test_a_damaged_image_does_not_hide_plan_and_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(40):  # the last one of the second class is cut short
+        folder = tmp_path / "images" / ("train" if number < 30 else "test") / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((32, 32), 80).convert("RGB").save(folder / f"{number}.png")
+    damaged = tmp_path / "images" / "train" / "b" / "29.png"
+    content = bytearray(damaged.read_bytes())
+    content[200:400] = bytes(200)
+    damaged.write_bytes(content)
+    data = ["data.name=image_folder", f"data.root={tmp_path / 'images'}", "data.micro_batch_size=2"]
+    status, found = doctor_here(capsys, f"run.folder={tmp_path}", "data.classes=null", *data)
+    assert status == 1
+    assert found["data"]["status"] == "failed"
+    assert {found[check]["status"] for check in ("model", "space", "plan", "time")} == {"ok"}
 
 
 def test_a_run_that_is_there_already_is_found_before_train_refuses_it(

@@ -116,6 +116,7 @@ def test_reentrant_recomputation_is_refused() -> None:
     ("section", "told"),
     [
         ({"compute_bugdet": 0.5}, r"d2ft\.compute_bugdet: unknown key.*did you mean d2ft\.compute_budget\?"),
+        ({"size": 8}, r"d2ft\.size: unknown key.*did you mean d2ft\.options\.image_size\?"),
         ({"compute_budget": 2.0}, r"d2ft\.compute_budget=2\.0"),
         ({"replan": {"every": "2 epochs"}}, "count steps"),
         ({"forward_score": "gradient_norm"}, r"d2ft\.forward_score"),
@@ -141,6 +142,26 @@ TENSOR = {"tensor_parallel": {"autotp_size": 2}}
         (None, {"fp16": {"enabled": True}}, "Use stage 1, or bf16"),
         (None, {"tensor_parallel": {"autotp_size": 2, "preset_model": "llama"}}, "keep autotp_size alone"),
         (None, {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "never tried"),
+        (
+            None,
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_optimizer": {"device": "cpu", "super_offload": True},
+                }
+            },
+            r"^zero_optimization\.offload_optimizer\.super_offload=True .* never tried .*: remove it$",
+        ),
+        (
+            None,
+            {"data_efficiency": {"enabled": True, "data_routing": {"random_ltd": {"enabled": True}}}},
+            r"^data_efficiency\.data_routing\.random_ltd\.enabled=True .* never tried .*: remove it$",
+        ),
+        (
+            None,
+            {"managed_gradient_accumulation": False, "gradient_accumulation_steps": 2},
+            r"^managed_gradient_accumulation=false: .*: remove it, and call step\(\) after each of ",
+        ),
     ],
 )
 def test_what_initialize_cannot_run_is_refused_before_ranks_meet(

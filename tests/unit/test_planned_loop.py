@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import re
 import weakref
 from functools import partial
 from typing import Any
@@ -693,6 +694,27 @@ def test_a_loop_s_report_has_the_compute_of_all_its_steps_before_its_resumption_
     told = capfd.readouterr().out
     assert "from step 1 on: images of 8 x 8 pixels, all heads of all blocks, " in told
     assert "begins" not in told
+
+
+@pytest.mark.parametrize("planner", ["random", "tokens"])
+@pytest.mark.parametrize("recomputed", ["nothing", "blocks", "model"])
+def test_recomputed_activations_count_as_measured_alone_and_are_told(planner: str, recomputed: str) -> None:
+    loop = Loop(planner=planner, seed=1, total_steps=2)
+    if recomputed == "blocks":
+        loop.model.set_grad_checkpointing()
+    elif recomputed == "model":
+        loop.model = partial(checkpoint, loop.model, use_reentrant=False)
+    for step in range(2):
+        loop.step(step)
+    for line in loop.d2ft.report().splitlines():
+        told = re.search(r"promised (\S+)% of .* measured (\S+)%( with recomputed activations)?(;|$)", line)
+        assert told, line
+        promised, measured = float(told[1]), float(told[2])
+        if recomputed == "nothing":
+            assert (measured, told[3]) == (promised, None)
+        else:
+            assert 1.2 * promised < measured < 1.7 * promised
+            assert told[3]
 
 
 @pytest.mark.parametrize("planner", ["tokens", "joint"])

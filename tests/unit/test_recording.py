@@ -125,14 +125,14 @@ class Terminal(io.StringIO):
         return True
 
 
-def show_steps(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
+def show_steps(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, ideal_seconds: float = 0.8) -> str:
     """Ten steps of 1 s, with an evaluation of 7 s after the fifth."""
     now = [0.0]
     monkeypatch.setattr("d2ft_hpc.training.progress.time.perf_counter", lambda: now[0])
     progress = Progress(0, 10, 40, stream=stream)
     for step in range(1, 11):
         now[0] += 1.0
-        if progress.is_due(step, ideal_seconds=0.8):
+        if progress.is_due(step, ideal_seconds):
             progress.step(1, step, 0.5, 1e-3, 0.6, waiting_for_data=0.3 if step == 10 else 0.0)
         if step == 5:
             now[0] += 7.0
@@ -146,11 +146,16 @@ def test_progress_in_a_log_file_is_sparse_and_plain(monkeypatch: pytest.MonkeyPa
     assert first == "epoch 1  step 1/10  loss 0.5000  lr 1.00e-03  compute 60%"
     assert evaluation == "evaluation"
     assert later == (
-        "epoch 1  step 6/10  loss 0.5000  lr 1.00e-03  accuracy 90.0%  compute 60%  1.000 s/step  40 images/s  "
-        "80% of the plan's speed  0:04 left"
+        "epoch 1  step 6/10  loss 0.5000  lr 1.00e-03  accuracy 90.0%  compute 60%  "
+        "1.000 s/step (forward and backward alone 80%)  40 images/s  0:04 left"
     )
     assert last.startswith("epoch 1  step 10/10")
     assert "  30% waiting for images  " in last
+
+
+def test_passes_that_were_slower_alone_are_no_share_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = show_steps(io.StringIO(), monkeypatch, ideal_seconds=1.2)
+    assert "  1.000 s/step  40 images/s  0:04 left" in text
 
 
 def test_progress_on_a_terminal_is_one_line_that_renews_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,6 +181,48 @@ def test_runs_that_take_a_share_of_the_steps_say_so(tmp_path):
     assert f"<p>{html.escape(said)}.</p>" in page.read_text()
 
 
+def test_what_makes_times_unlike_is_said_in_one_line(tmp_path):
+    plain, compiled = "{name: ddp, compile: false}", "{name: ddp, compile: true, device: cpu}"
+    dense = make_run(tmp_path / "dense" / "results.h5", 1.0, engine=plain)
+    like = make_run(tmp_path / "like" / "results.h5", 0.6, seed=1, engine=plain)
+    unlike = make_run(tmp_path / "unlike" / "results.h5", 0.6, engine=compiled, device="H200")
+    unlike_in = "device (cpu, H200), engine.compile (False, True)"
+    said = f"times are of unlike runs, which differ not only in their plans: {unlike_in}"
+    page = tmp_path / "report.html"
+    lines = report([dense, unlike], page=page).splitlines()
+    assert [line for line in lines if "unlike runs" in line] == [said]
+    assert f"<p>{html.escape(said)}.</p>" in page.read_text()
+    assert "unlike runs" not in report([dense, like])
+
+
+def test_loops_of_their_own_on_unlike_ranks_are_told_too(tmp_path):
+    runs = []
+    for name, ranks in (("one", 1), ("two", 2)):
+        runs.append(tmp_path / name / "results.h5")
+        with ResultsWriter(runs[-1]) as writer:
+            writer.put(
+                "config", {"yaml": f"compute_budget: 0.6\ncompile: {ranks > 1}\nreplan: {{every: null}}\n"}
+            )
+            row = {
+                "dense_flops": [1.0] * ranks,
+                "step_seconds": [1.0] * ranks,
+                "planned_flops": [1.0] * ranks,
+            }
+            writer.append("steps", {"step": 0, "plan": -1, **row})
+    assert "in their plans: ranks (1, 2), compile (False, True)" in report(runs)
+
+
+def test_that_measured_compute_has_recomputed_activations_is_said(tmp_path):
+    engine = "{name: ddp, activation_checkpointing: true}"
+    runs = [
+        make_run(tmp_path / "plain" / "results.h5", 1.0, engine="{name: ddp}"),
+        make_run(tmp_path / "recomputes" / "results.h5", 1.0, engine=engine),
+    ]
+    said = [line for line in report(runs).splitlines() if "recomputed" in line]
+    assert len(said) == 1
+    assert said[0].startswith("recomputes: measured compute has the activations that are recomputed (engine.")
+
+
 def test_learning(runs):
     _, d2ft = learning.measure(runs, smooth=1)["runs"]
     assert d2ft["loss"].tolist() == [2.0 / (step + 1) for step in range(40)]

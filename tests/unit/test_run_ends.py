@@ -183,9 +183,11 @@ def test_a_finished_run_that_is_resumed_says_so_and_stays_as_it_is(
     assert capfd.readouterr().out == f"{told}raise train.epochs\n"
     assert contents(folder) == before
     fix = f"choose another run.name, with model.weights={folder / 'model.safetensors'}"
-    shutil.rmtree(
-        folder / "checkpoints" / f"step-{2 * STEPS:08d}"
-    )  # from the one before, an epoch would be lost
+    newest = folder / "checkpoints" / f"step-{2 * STEPS:08d}"
+    (newest / "position.json").write_text("{")
+    run(tmp_path, *same)
+    assert capfd.readouterr().out == f"{told}{fix}\n"
+    shutil.rmtree(newest)  # from the one before, an epoch would be lost
     before = contents(folder)
     run(tmp_path, *same)
     assert capfd.readouterr().out == f"{told}{fix}\n"

@@ -189,6 +189,36 @@ def put_tar(file: Path, *members: tuple[str, bytes]) -> None:
 PNG = FILES["train"][0]
 
 
+@pytest.mark.parametrize("name", ["huggingface", "webdataset"])
+@pytest.mark.parametrize("label", [1, 12], ids=["in the midst", "beyond"])
+def test_labels_of_the_test_that_no_image_for_training_has_are_refused(
+    name: str, label: int, tmp_path: Path
+) -> None:
+    labels = {"train": [0, 3, 2], "test": [label, 0]}
+    if name == "huggingface":
+        datasets = pytest.importorskip("datasets")
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        tables = {
+            split: datasets.Dataset.from_dict(
+                {"image": [{"bytes": PNG, "path": None}] * len(each), "label": each}, features=features
+            )
+            for split, each in labels.items()
+        }
+        datasets.DatasetDict(tables).save_to_disk(tmp_path / "data")
+    else:
+        pytest.importorskip("webdataset", reason="needs pip install 'd2ft-hpc[webdataset]'")
+        for split, each in labels.items():
+            members = [
+                (f"{key}.{kind}", content)
+                for key, own in enumerate(each)
+                for kind, content in (("png", PNG), ("cls", str(own).encode()))
+            ]
+            put_tar(tmp_path / f"data/{split}.tar", *members)
+    with pytest.raises(DataError, match=rf"data: .* same classes; test has labels .*: {label}$"):
+        pack_by_name(name, tmp_path / "data", tmp_path / "packed.h5")
+    assert not (tmp_path / "packed.h5").exists()
+
+
 @pytest.mark.parametrize(
     ("members", "told"),
     [
