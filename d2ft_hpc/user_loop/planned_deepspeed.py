@@ -214,7 +214,8 @@ class PlannedDeepSpeed:
             say(f"the checkpoint's plan does not fit, plans begin anew: {error}")
             return
         self._saved_steps = steps
-        if saved.observed is not None and len(saved.observed) == self.control.world_size:
+        ranks_and_slots = self.control.world_size, self.plans.context.slots
+        if saved.observed is not None and saved.observed.shape[:2] == ranks_and_slots:
             self._source.go_on(saved.observed)
 
     def _lead_batches(self, pipeline: PipelineEngine) -> None:
