@@ -558,6 +558,50 @@ def test_an_evaluation_between_micro_batches_is_no_training(is_said: bool) -> No
     assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
 
 
+class OfFeatures(nn.Module):
+    """Calls parts of a model, as timm's distillation of features does."""
+
+    def __init__(self, vit: Any) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.vit.forward_head(self.vit.forward_features(images))
+        return features
+
+
+@pytest.mark.parametrize("wrap", [None, OfFeatures])
+def test_a_teacher_s_forward_is_no_training(wrap: Any) -> None:
+    """Whether it comes before the student's or after it. The student's blocks skip heads by functions of autograd's,
+    which compute without gradients."""
+    loop, teacher = Loop(planner="random", seed=1, wrap=wrap), tiny_vit(1)
+    for slot in range(SLOTS):
+        images, labels = random_batch(slot, samples=12)
+        with torch.no_grad():
+            before = teacher(images)
+        logits = loop.model(images)
+        with torch.no_grad():
+            after = teacher(images)
+        (F.cross_entropy(logits, labels) + F.mse_loss(logits, before + after)).backward()
+    loop.optimizer.step()
+    assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
+
+
+def test_a_batch_without_a_step_says_nothing_of_the_next_ones_compute() -> None:
+    """As of a loop that goes on with the next batch where a loss is not finite, before any backward."""
+    loop, usual = (Loop(compute_budget=0.5, total_steps=12, micro_batches=1) for _ in range(2))
+    loop.model(random_batch(0, samples=12)[0])
+    for step in range(2):
+        loop.step(step, slots=1)
+        usual.step(step, slots=1)
+    assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
+    with_it, without = loop.d2ft._counter.so_far, usual.d2ft._counter.so_far
+    executed, planned = (
+        getattr(with_it, key) - getattr(without, key) for key in ("executed_flops", "planned_flops")
+    )
+    assert 0 < executed < 0.4 * planned  # a forward alone
+
+
 @pytest.mark.parametrize("wrap", [None, lambda vit: nn.Sequential(vit, nn.Identity())])
 @pytest.mark.parametrize(
     "settings",
