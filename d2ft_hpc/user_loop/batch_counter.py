@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.execution.compilation import keep_mode_after_compiled_call
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.gradients import in_backward
 from d2ft_hpc.metering import Metered, StepCosts
@@ -158,6 +159,7 @@ class BatchCounter:
             self._modes = [torch.compiler.set_stance("force_eager"), counter]
             for mode in self._modes:
                 mode.__enter__()
+            keep_mode_after_compiled_call()
             BatchCounter._counting = self
 
     @contextmanager

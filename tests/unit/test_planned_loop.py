@@ -587,6 +587,21 @@ def test_a_teacher_s_forward_is_no_training(wrap: Any) -> None:
     assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch._C, "_dynamo_save_local_dispatch_key_set"),
+    reason="before PyTorch 2.14 nothing keeps a mode that began in a compiled call",
+)
+def test_a_backward_after_a_compiled_forward_is_measured_too() -> None:
+    """Of a whole model that the loop itself compiles, as a Trainer does by `torch_compile`."""
+    loop = Loop(planner="random", seed=1)
+    compiled = torch.compile(loop.model, backend="eager")
+    for slot in range(SLOTS):
+        compiled(random_batch(slot, samples=12)[0]).square().mean().backward()
+    loop.optimizer.step()
+    assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
+    assert not is_counting()
+
+
 def test_a_batch_without_a_step_says_nothing_of_the_next_ones_compute() -> None:
     """As of a loop that goes on with the next batch where a loss is not finite, before any backward."""
     loop, usual = (Loop(compute_budget=0.5, total_steps=12, micro_batches=1) for _ in range(2))
