@@ -194,6 +194,27 @@ def test_scores_are_taken_from_whole_batches_of_finite_gradients(capsys: pytest.
     assert loop.d2ft.plan == twin.d2ft.plan
 
 
+def test_a_micro_batch_that_gives_blocks_no_gradient_gives_no_scores(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As of a loss that a loop leaves out before its backward, or below a classifier that begins at zero."""
+    told = "d2ft: a batch with gradients that are zero, absent or not finite gives no scores"
+    loop = Loop(planner="joint", micro_batches=2)
+    loop.model(random_batch(0)[0])
+    loop.step(0, slots=1)
+    assert told in capsys.readouterr().out
+    assert loop.d2ft.plan is None
+    loop.step(1, slots=2)
+    assert loop.d2ft.plan is not None
+    loop = Loop(planner="joint")
+    nn.init.zeros_(loop.model.head.weight)
+    loop.step(0)
+    assert told in capsys.readouterr().out
+    loop.step(1)
+    assert loop.d2ft.plan is not None
+    assert loop.d2ft._controller.scores.forward.any(axis=(1, 2)).all()
+
+
 @pytest.mark.parametrize("settings", [{"compute_budget": 0.5, "total_steps": 8}, {"planner": "joint"}])
 def test_more_passes_than_micro_batches_are_refused_at_the_first_step(settings: dict[str, Any]) -> None:
     loop = Loop(**settings)
