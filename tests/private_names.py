@@ -172,6 +172,7 @@ def _torch_and_timm() -> Iterator[PrivateName]:
     yield PrivateName(f"{schedule}._step_count", "self._step_count")
     module = "torch.nn.modules.module:Module"
     yield PrivateName(f"{module}._parameters", '"_parameters"')
+    yield PrivateName(f"{module}._is_replica", "replica._is_replica = True")
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         yield PrivateName(f"{module}.{hooks}", f"self.{hooks}")
     yield PrivateName("torch:Tensor._version")

@@ -843,6 +843,18 @@ def test_an_optimiser_of_other_parameters_is_refused() -> None:
         model(images)
 
 
+@pytest.mark.parametrize("wrap", [None, lambda vit: nn.Sequential(vit, nn.Identity())])
+def test_data_parallel_is_refused(wrap: Any) -> None:
+    """Replicas as `torch.nn.DataParallel` makes them on several GPUs: their blocks would run on the first one."""
+    model = Loop(wrap=wrap, total_steps=4).model
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():
+        replica._modules.update({name: replicas[child] for name, child in module.named_children()})
+        vars(replica).update(module._parameters)
+    with pytest.raises(ConfigError, match=r"runs in torch\.nn\.DataParallel.*by torchrun"):
+        replicas[model](random_batch(0)[0])
+
+
 def test_fsdp2_before_attach_is_refused() -> None:
     model = tiny_vit()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
