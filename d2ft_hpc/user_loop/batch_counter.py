@@ -86,7 +86,7 @@ class BatchCounter:
         self._modes: list[Any] = []
         self._metered: Metered | None = None  # of the batch that runs
         self._before_evaluation: Metered | None = None
-        self._is_scoring = self._has_run_forward = False
+        self._is_scoring = self._has_run_forward = self._has_run_backward = False
         self._is_disturbed = False  # another loop's batch runs at the same time, so that neither is counted
         self._counted: _Counted | None = None
         self._scored: list[tuple[int, float]] = []
@@ -136,8 +136,11 @@ class BatchCounter:
         self._has_run_forward = True
 
     def _counts_flops(self) -> bool:
+        if in_backward():
+            self._has_run_backward = True
+            return True
         # Inside a forward, functions of autograd's compute without gradients, too.
-        return self._is_scoring or not self._has_run_forward or torch.is_grad_enabled() or in_backward()
+        return self._is_scoring or not self._has_run_forward or torch.is_grad_enabled()
 
     def _size_of(self, samples: Tensor) -> float:
         return self.executor.subnets.family.size_of(samples, self._sample_shape)
@@ -198,10 +201,9 @@ class BatchCounter:
                 mode.__exit__(None, None, None)
             BatchCounter._counting = None
 
-    def end(self, placement: Placement, score_flops: int, *, has_stepped: bool = True) -> BatchWork:
+    def end(self, placement: Placement, score_flops: int) -> BatchWork:
         """The batch is done, under the plan that is still in force. score_flops: what was computed in it to give heads
-        scores, which is no training. has_stepped: whether the optimiser did; else the batch may have had no backward,
-        and says nothing of later ones."""
+        scores, which is no training. A batch without a backward says nothing of later ones."""
         self.stop()
         plan, costs = self.executor.plan, self._costs
         slots = [slot for slot, _, _ in self._trained]
@@ -219,8 +221,9 @@ class BatchCounter:
         if self._metered is not None and samples:
             self._metered.flops -= score_flops
             counted = _Counted(plan, self._metered, work.planned_flops, dense)
-            self._counted = counted if has_stepped else self._counted
-        self._metered, self._scored, self._trained, self._is_disturbed = None, [], [], False
+            self._counted = counted if self._has_run_backward else self._counted
+        self._metered, self._scored, self._trained = None, [], []
+        self._is_disturbed = self._has_run_backward = False
         executed = sent = math.nan
         if counted is not None and counted.plan is plan:
             executed = counted.metered.flops * work.planned_flops / counted.planned_flops

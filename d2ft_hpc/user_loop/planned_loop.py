@@ -353,10 +353,7 @@ class PlannedLoop:
         """learning_rate: NaN: the optimiser makes no step."""
         seen = self._slot + 1
         plans = self._plans()
-        has_stepped = not math.isnan(learning_rate)
-        work = self._counter.end(
-            plans.context.placement, self._source.flops_of_batch, has_stepped=has_stepped
-        )
+        work = self._counter.end(plans.context.placement, self._source.flops_of_batch)
         self.record.end_batch(self._steps, work, plans, learning_rate, self._foreseen_bytes())
         self._slot, self._is_planned, self._is_begun = -1, False, False
         self._steps += 1

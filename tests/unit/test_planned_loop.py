@@ -623,7 +623,7 @@ def test_a_backward_after_a_compiled_forward_is_measured_too() -> None:
     assert not is_counting()
 
 
-def test_a_batch_without_a_step_says_nothing_of_the_next_ones_compute() -> None:
+def test_a_batch_without_a_backward_says_nothing_of_the_next_ones_compute() -> None:
     """As of a loop that goes on with the next batch where a loss is not finite, before any backward."""
     loop, usual = (Loop(compute_budget=0.5, total_steps=12, micro_batches=1) for _ in range(2))
     loop.model(random_batch(0, samples=12)[0])
@@ -636,6 +636,14 @@ def test_a_batch_without_a_step_says_nothing_of_the_next_ones_compute() -> None:
         getattr(with_it, key) - getattr(without, key) for key in ("executed_flops", "planned_flops")
     )
     assert 0 < executed < 0.4 * planned  # a forward alone
+
+
+def test_batches_of_an_optimiser_that_is_none_of_torch_s_are_counted_once() -> None:
+    loop = Loop(compute_budget=0.5, total_steps=12, micro_batches=1)
+    for step in range(2):
+        F.cross_entropy(loop.model(random_batch(step)[0]), random_batch(step)[1]).backward()
+    assert not is_counting()
+    assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
 
 
 @pytest.mark.parametrize("wrap", [None, lambda vit: nn.Sequential(vit, nn.Identity())])
