@@ -172,11 +172,16 @@ def _torch_and_timm() -> Iterator[PrivateName]:
     yield PrivateName(f"{schedule}._step_count", "self._step_count")
     module = "torch.nn.modules.module:Module"
     yield PrivateName(f"{module}._parameters", '"_parameters"')
+    yield PrivateName(f"{module}._is_replica", "replica._is_replica = True")
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         yield PrivateName(f"{module}.{hooks}", f"self.{hooks}")
     yield PrivateName("torch:Tensor._version")
     yield PrivateName("torch:_C")
     yield PrivateName("torch:_C._current_graph_task_id")
+    for name in ("_dynamo_restore_local_dispatch_key_set", "_dynamo_save_local_dispatch_key_set"):
+        yield PrivateName(f"torch:_C.{name}", since="2.14")
+    yield PrivateName("torch:_C._PreserveDispatchKeyGuard", since="2.14")
+    yield PrivateName("torch:_C._dispatch_tls_set_dispatch_key_included", since="2.14")
     for operator in ("add_", "copy_", "div", "mul_", "norm", "zero_"):
         yield PrivateName(f"torch:_foreach_{operator}")
     yield PrivateName("torch.utils._python_dispatch:_get_current_dispatch_mode")

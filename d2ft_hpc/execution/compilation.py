@@ -23,6 +23,24 @@ def cannot_compile() -> bool:
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
+def keep_mode_after_compiled_call() -> None:
+    """For a mode that a hook has just entered, in a compiled call perhaps, so that it goes on after it. At the end of
+    such a call torch puts dispatch keys back to what they were before it, and a mode sees few operators from then on.
+
+    torch has had these functions since 2.14; before, a backward outside a compiled model is not seen whole.
+    """
+    if not hasattr(torch._C, "_dynamo_restore_local_dispatch_key_set"):
+        return
+    with torch._C._PreserveDispatchKeyGuard():
+        try:
+            torch._C._dynamo_restore_local_dispatch_key_set()
+        except RuntimeError:  # no compiled call is under way
+            return
+        for key in ("Python", "PythonTLSSnapshot"):
+            torch._C._dispatch_tls_set_dispatch_key_included(key, True)
+        torch._C._dynamo_save_local_dispatch_key_set()
+
+
 def allow_kernels_of(micro_batches: int) -> None:
     """Lets torch.compile of a whole model, which is the user's own, make kernels for this many more micro-batches.
 

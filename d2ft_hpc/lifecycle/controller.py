@@ -85,6 +85,7 @@ class PlanController:
     ) -> None:
         self.context, self.engine, self.control = context, engine, control
         self.source, self.listener = source, listener
+        self._has_told_of_no_scores = False
         self.scores: Scores | None = None
         """The scores of the newest plan; None where the planner reads none."""
         self.plans_made = 0
@@ -162,8 +163,15 @@ class PlanController:
         self.scores = None
         if reads_scores(settings):
             self.listener.enter("scoring")
-            self.scores = self.source.collect() if self.source.is_observing else self.source.measure()
+            is_observed = self.source.is_observing
+            self.scores = self.source.collect() if is_observed else self.source.measure()
             if self.scores is None:
+                if is_observed and not self._has_told_of_no_scores:
+                    self._has_told_of_no_scores = True
+                    self.listener.say(
+                        "a batch with gradients that are zero, absent or not finite gives no scores: all run dense "
+                        "until one does"
+                    )
                 self.engine.executor.deactivate()
                 self.batches = 0
                 return

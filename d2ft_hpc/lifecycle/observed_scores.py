@@ -75,13 +75,14 @@ class ObservedScores(ScoreSource):
         self._eager.close()
 
     def collect(self) -> Scores | None:
-        """None where a gradient overflowed, in fp16: then the next batch is observed."""
+        """None where a gradient overflowed, in fp16, or a micro-batch gave none to any block, as without a backward or
+        below a classifier that is zero: then the next batch is observed."""
         assert self._observer is not None
         own = self._observer.sums
         self.stop()
         control, layout = self._ranks()
         fisher = gather_scores(control, layout, own)
-        if not np.isfinite(fisher).all():
+        if not (np.isfinite(fisher).all() and fisher.any(axis=(1, 2)).all()):
             self.measure()
             return None
         flops, self._flops = sum(gathered(control, self._flops)), 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,9 +45,10 @@ class OperatorCounter(TorchDispatchMode):
     the graphs of all forwards inside until it ends, also the activations of one that ran out of memory.
     """
 
-    def __init__(self, metered: Metered) -> None:
+    def __init__(self, metered: Metered, counts_flops: Callable[[], bool] = lambda: True) -> None:
+        """counts_flops: whether those of the operator that runs are to be counted."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self._metered = metered
+        self._metered, self._counts_flops = metered, counts_flops
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -63,7 +64,7 @@ class OperatorCounter(TorchDispatchMode):
             sent = self._metered.bytes_sent.get(name, 0) + round(ring_bytes(name, payload, group_size))
             self._metered.bytes_sent[name] = sent
         result = func(*args, **kwargs)
-        if count := _FLOPS.get(func.overloadpacket):
+        if (count := _FLOPS.get(func.overloadpacket)) and self._counts_flops():
             self._metered.flops += count(*args, **kwargs, out_val=result)
             # A backward's own products build no graph. What engines do in its hooks may, but is no product.
             self._metered.recomputes |= torch.is_grad_enabled() and in_backward()

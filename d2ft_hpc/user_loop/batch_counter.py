@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from d2ft_hpc.errors import PlanError
+from d2ft_hpc.execution.compilation import keep_mode_after_compiled_call
 from d2ft_hpc.execution.executor import PlanExecutor
+from d2ft_hpc.execution.gradients import in_backward
 from d2ft_hpc.metering import Metered, StepCosts
 from d2ft_hpc.metering.flops import RankWork
 from d2ft_hpc.metering.meter import OperatorCounter
@@ -67,8 +69,9 @@ class BatchCounter:
     """Counts the first batch under every plan; later ones run the same operators on other samples, so that theirs are
     the counted ones times their share of what is planned.
 
-    Counting begins with a batch's first computation and goes on until `stop`: the loop's own lines need no change,
-    and what else it computes meanwhile, such as a teacher's layers, counts too.
+    Counting begins with a batch's first computation and goes on until `stop`: the loop's own lines need no change.
+    What else it computes meanwhile counts too, unless it comes after a forward and takes no gradient, as a teacher's
+    layers.
     """
 
     _counting: ClassVar[BatchCounter | None] = None
@@ -83,7 +86,7 @@ class BatchCounter:
         self._modes: list[Any] = []
         self._metered: Metered | None = None  # of the batch that runs
         self._before_evaluation: Metered | None = None
-        self._is_scoring = False
+        self._is_scoring = self._has_run_forward = self._has_run_backward = False
         self._is_disturbed = False  # another loop's batch runs at the same time, so that neither is counted
         self._counted: _Counted | None = None
         self._scored: list[tuple[int, float]] = []
@@ -130,7 +133,19 @@ class BatchCounter:
         """This many samples are about to train, in this place of the batch. like: samples of their size; None: they
         have the size whose FLOPs were counted."""
         self.begin()
+        self._has_run_forward = False
         self._trained.append((slot, samples, 1.0 if like is None else self._size_of(like)))
+
+    def end_forward(self) -> None:
+        """The forward is done of which `train` was told."""
+        self._has_run_forward = True
+
+    def _counts_flops(self) -> bool:
+        if in_backward():
+            self._has_run_backward = True
+            return True
+        # Inside a forward, functions of autograd's compute without gradients, too.
+        return self._is_scoring or not self._has_run_forward or torch.is_grad_enabled()
 
     def _size_of(self, samples: Tensor) -> float:
         """The dense FLOPs of each of these samples, in units of those that were counted of one."""
@@ -149,9 +164,11 @@ class BatchCounter:
                 return
             self._metered = self._metered or Metered()
             # Not through torch.compile, whose functions hide their operators, and stay eager once they met the counter.
-            self._modes = [torch.compiler.set_stance("force_eager"), OperatorCounter(self._metered)]
+            counter = OperatorCounter(self._metered, self._counts_flops)
+            self._modes = [torch.compiler.set_stance("force_eager"), counter]
             for mode in self._modes:
                 mode.__enter__()
+            keep_mode_after_compiled_call()
             BatchCounter._counting = self
 
     @contextmanager
@@ -192,7 +209,7 @@ class BatchCounter:
 
     def end(self, placement: Placement, score_flops: int) -> BatchWork:
         """The batch is done, under the plan that is still in force. score_flops: what was computed in it to give heads
-        scores, which is no training."""
+        scores, which is no training. A batch without a backward says nothing of later ones."""
         self.stop()
         plan, costs = self.executor.plan, self._costs
         slots = [slot for slot, _, _ in self._trained]
@@ -206,14 +223,17 @@ class BatchCounter:
         else:
             work = costs.work(plan, placement.layout.replica, placement.own, slots, sizes)
         dense = costs.dense_flops * sum(scored_sizes or sizes)
+        counted = self._counted
         if self._metered is not None and samples:
             self._metered.flops -= score_flops
-            self._counted = _Counted(plan, self._metered, work.planned_flops, dense)
-        self._metered, self._scored, self._trained, self._is_disturbed = None, [], [], False
+            counted = _Counted(plan, self._metered, work.planned_flops, dense)
+            self._counted = counted if self._has_run_backward else self._counted
+        self._metered, self._scored, self._trained = None, [], []
+        self._is_disturbed = self._has_run_backward = False
         executed = sent = math.nan
-        if self._counted is not None and self._counted.plan is plan:
-            executed = self._counted.metered.flops * work.planned_flops / self._counted.planned_flops
-            sent = float(sum(self._counted.metered.bytes_sent.values()))
+        if counted is not None and counted.plan is plan:
+            executed = counted.metered.flops * work.planned_flops / counted.planned_flops
+            sent = float(sum(counted.metered.bytes_sent.values()))
         done = BatchWork(
             **vars(work),
             # Ranks that share a replica's samples count them once.

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.gradients import in_backward
 from d2ft_hpc.execution.optimizer_steps import call_around_steps
 
@@ -30,6 +31,11 @@ class ModelHook:
         self._evaluation = torch.compiler.disable(evaluation)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+        if getattr(module, "_is_replica", False):
+            raise ConfigError(
+                "the model runs in torch.nn.DataParallel, as a Trainer takes it where one process sees several GPUs: "
+                "start the script by torchrun, one process for each GPU"
+            )
         model = self._model()
         if module is not self._hooked() or model is None or in_backward():
             return  # a backward may run a model again (activation checkpointing)

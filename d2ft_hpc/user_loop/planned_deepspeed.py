@@ -313,6 +313,7 @@ class PlannedDeepSpeed:
     def _after_forward(self, engine: nn.Module, inputs: Any, output: Any) -> None:
         if self._is_training:
             self.executor.forward_trains = False
+            self._counter.end_forward()
             self._turn_to("backward")
         else:
             self._counter.end_evaluation()

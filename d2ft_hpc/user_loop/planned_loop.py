@@ -275,9 +275,10 @@ class PlannedLoop:
             # first module.
             model = self.executor.subnets.family.embedding(model) or model
         before = ModelHook(model, self._model, self._before_forward, self._before_evaluation)
-        after = ModelHook(self._model, self._model, self._after_forward, self._after_evaluation)
         model.register_forward_pre_hook(before, with_kwargs=True)
-        self._model.register_forward_hook(after, with_kwargs=True)
+        for ends in {self._model, self._whole}:  # the one alone may be called, or parts of it by the other
+            after = ModelHook(ends, self._model, self._after_forward, self._after_evaluation)
+            ends.register_forward_hook(after, with_kwargs=True)
         watch_optimizers(self._whole, self, self._before_optimizer, self._after_optimizer)
 
     def _before_forward(self, inputs: Sequence[Any]) -> None:
@@ -309,6 +310,7 @@ class PlannedLoop:
 
     def _after_forward(self, inputs: Sequence[Any]) -> None:
         self.executor.forward_trains = False
+        self._counter.end_forward()
         self._turn_to("backward")
 
     def _before_evaluation(self, inputs: Sequence[Any]) -> None:

@@ -195,6 +195,27 @@ def test_scores_are_taken_from_whole_batches_of_finite_gradients(capsys: pytest.
     assert loop.d2ft.plan == twin.d2ft.plan
 
 
+def test_a_micro_batch_that_gives_blocks_no_gradient_gives_no_scores(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As of a loss that a loop leaves out before its backward, or below a classifier that begins at zero."""
+    told = "d2ft: a batch with gradients that are zero, absent or not finite gives no scores"
+    loop = Loop(planner="joint", micro_batches=2)
+    loop.model(random_batch(0)[0])
+    loop.step(0, slots=1)
+    assert told in capsys.readouterr().out
+    assert loop.d2ft.plan is None
+    loop.step(1, slots=2)
+    assert loop.d2ft.plan is not None
+    loop = Loop(planner="joint")
+    nn.init.zeros_(loop.model.head.weight)
+    loop.step(0)
+    assert told in capsys.readouterr().out
+    loop.step(1)
+    assert loop.d2ft.plan is not None
+    assert loop.d2ft._controller.scores.forward.any(axis=(1, 2)).all()
+
+
 @pytest.mark.parametrize("settings", [{"compute_budget": 0.5, "total_steps": 8}, {"planner": "joint"}])
 def test_more_passes_than_micro_batches_are_refused_at_the_first_step(settings: dict[str, Any]) -> None:
     loop = Loop(**settings)
@@ -559,6 +580,73 @@ def test_an_evaluation_between_micro_batches_is_no_training(is_said: bool) -> No
     assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
 
 
+class OfFeatures(nn.Module):
+    """Calls parts of a model, as timm's distillation of features does."""
+
+    def __init__(self, vit: Any) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.vit.forward_head(self.vit.forward_features(images))
+        return features
+
+
+@pytest.mark.parametrize("wrap", [None, OfFeatures])
+def test_a_teacher_s_forward_is_no_training(wrap: Any) -> None:
+    """Whether it comes before the student's or after it. The student's blocks skip heads by functions of autograd's,
+    which compute without gradients."""
+    loop, teacher = Loop(planner="random", seed=1, wrap=wrap), tiny_vit(1)
+    for slot in range(SLOTS):
+        images, labels = random_batch(slot, samples=12)
+        with torch.no_grad():
+            before = teacher(images)
+        logits = loop.model(images)
+        with torch.no_grad():
+            after = teacher(images)
+        (F.cross_entropy(logits, labels) + F.mse_loss(logits, before + after)).backward()
+    loop.optimizer.step()
+    assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._C, "_dynamo_save_local_dispatch_key_set"),
+    reason="before PyTorch 2.14 nothing keeps a mode that began in a compiled call",
+)
+def test_a_backward_after_a_compiled_forward_is_measured_too() -> None:
+    """Of a whole model that the loop itself compiles, as a Trainer does by `torch_compile`."""
+    loop = Loop(planner="random", seed=1)
+    compiled = torch.compile(loop.model, backend="eager")
+    for slot in range(SLOTS):
+        compiled(random_batch(slot, samples=12)[0]).square().mean().backward()
+    loop.optimizer.step()
+    assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
+    assert not is_counting()
+
+
+def test_a_batch_without_a_backward_says_nothing_of_the_next_ones_compute() -> None:
+    """As of a loop that goes on with the next batch where a loss is not finite, before any backward."""
+    loop, usual = (Loop(compute_budget=0.5, total_steps=12, micro_batches=1) for _ in range(2))
+    loop.model(random_batch(0, samples=12)[0])
+    for step in range(2):
+        loop.step(step, slots=1)
+        usual.step(step, slots=1)
+    assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
+    with_it, without = loop.d2ft._counter.so_far, usual.d2ft._counter.so_far
+    executed, planned = (
+        getattr(with_it, key) - getattr(without, key) for key in ("executed_flops", "planned_flops")
+    )
+    assert 0 < executed < 0.4 * planned  # a forward alone
+
+
+def test_batches_of_an_optimiser_that_is_none_of_torch_s_are_counted_once() -> None:
+    loop = Loop(compute_budget=0.5, total_steps=12, micro_batches=1)
+    for step in range(2):
+        F.cross_entropy(loop.model(random_batch(step)[0]), random_batch(step)[1]).backward()
+    assert not is_counting()
+    assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
+
+
 @pytest.mark.parametrize("wrap", [None, lambda vit: nn.Sequential(vit, nn.Identity())])
 @pytest.mark.parametrize(
     "settings",
@@ -783,6 +871,18 @@ def test_an_optimiser_of_other_parameters_is_refused() -> None:
         optimizer.step()
     with pytest.raises(PlanError, match="holds none of the parameters of VisionTransformer, which does not"):
         model(images)
+
+
+@pytest.mark.parametrize("wrap", [None, lambda vit: nn.Sequential(vit, nn.Identity())])
+def test_data_parallel_is_refused(wrap: Any) -> None:
+    """Replicas as `torch.nn.DataParallel` makes them on several GPUs: their blocks would run on the first one."""
+    model = Loop(wrap=wrap, total_steps=4).model
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():
+        replica._modules.update({name: replicas[child] for name, child in module.named_children()})
+        vars(replica).update(module._parameters)
+    with pytest.raises(ConfigError, match=r"runs in torch\.nn\.DataParallel.*by torchrun"):
+        replicas[model](random_batch(0)[0])
 
 
 def test_fsdp2_before_attach_is_refused() -> None:
