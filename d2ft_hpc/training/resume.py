@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,9 +123,10 @@ def _choose(config: RunConfig) -> Start:
     if finished and epochs_before == epochs:
         return Start(finished=True)
     if finished and epochs_before is not None and epochs < epochs_before:
+        further = ", or higher to go on," if _holds_its_end(checkpoints, epochs_before) else ""
         raise ConfigError(
-            f"train.epochs={epochs}: the run in {folder} is finished after {epochs_before}; set it back, or higher to "
-            f"go on, or choose another run.name"
+            f"train.epochs={epochs}: the run in {folder} is finished after {epochs_before}; set it back{further} or "
+            f"choose another run.name"
         )
     of_another: ForeignCheckpointError | None = None
     for checkpoint in reversed(checkpoints):
@@ -171,8 +172,13 @@ def _choose(config: RunConfig) -> Start:
 def to_train_further(config: RunConfig) -> str:
     """What to set for a run that is finished."""
     checkpoints = complete_checkpoints(config.run_folder / run_folder.CHECKPOINTS)
-    ends = bool(checkpoints) and read_position(checkpoints[-1]).epochs_done >= config.train.epochs
+    ends = _holds_its_end(checkpoints, config.train.epochs)
     return "raise train.epochs" if ends else _anew_from_its_weights(config.run_folder)
+
+
+def _holds_its_end(checkpoints: Sequence[Path], epochs: int) -> bool:
+    """Whether a finished run of so many epochs can be trained further from its newest checkpoint."""
+    return bool(checkpoints) and read_position(checkpoints[-1]).epochs_done >= epochs
 
 
 def _anew_from_its_weights(folder: Path) -> str:

@@ -158,12 +158,14 @@ def test_a_finished_run_and_another_number_of_epochs(
     folder = copy_of(finished, tmp_path)
     same = ("plan.replan.every=1 epoch", EVERY_EPOCH)
     auto = (*same, "train.resume=auto")
-    with pytest.raises(ConfigError, match=r"train\.epochs=1: the run in .* is finished after 2; set it back"):
+    with pytest.raises(ConfigError, match=r"is finished after 2; set it back, or higher to go on, or choose"):
         choose_start(config_in(tmp_path, *auto), SoloControl())
     start = choose_start(config_in(tmp_path, *auto, "train.epochs=3"), SoloControl())
     assert start.position.steps_done == 2 * STEPS
     assert "train.epochs=3, finished with 2: goes on from step-00000012" in capfd.readouterr().err
     shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(ConfigError, match=r"train\.epochs=1: .* is finished after 2; set it back or choose"):
+        choose_start(config_in(tmp_path, *auto), SoloControl())
     for resume in ("auto", "true"):
         with pytest.raises(CheckpointError, match=r"no checkpoint to go on from: .*model\.weights="):
             choose_start(
