@@ -262,9 +262,12 @@ def _data_info(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> int:
     from d2ft_hpc.launch.signals import StopSignals
 
-    files = [options.config, *(Path(text) for text in options.overrides if text.endswith((".yaml", ".yml")))]
-    if len(files) > 1:
-        overrides = [text for text in options.overrides if not text.endswith((".yaml", ".yml"))]
+    further = [
+        text for text in options.overrides if text.endswith((".yaml", ".yml")) and not _is_setting(text)
+    ]
+    files = [options.config, *map(Path, further)]
+    if further:
+        overrides = [text for text in options.overrides if text not in further]
         return _train_each(files, overrides)
     config = config_of(options)
 
@@ -278,6 +281,12 @@ def _train(options: argparse.Namespace) -> int:
         return 0
 
     return on_ranks(config, train, StopSignals(config.launch.stop_signals))
+
+
+def _is_setting(text: str) -> bool:
+    """Whether it is a KEY=VALUE, whose value may end like a file's name, and not a file whose name has a `=`."""
+    key, mark, _ = text.partition("=")
+    return bool(mark) and "/" not in key and not Path(text).exists()
 
 
 def _train_each(files: Sequence[Path], overrides: Sequence[str]) -> int:

@@ -18,7 +18,8 @@ _BUDGETS = {
     "train": ("steps_share",),
     "data": ("train_fraction",),
 }
-"""Keys by which runs of one method differ in what they spend."""
+"""Keys by which runs of one method differ in what they spend. Under a plan, a share of the steps or images is another
+method: at the same compute it is another accuracy, and a line over compute cannot hold both."""
 
 
 def measure(runs: Sequence[Run], reference: Sequence[Run], margin: float) -> dict[str, Any]:
@@ -89,7 +90,10 @@ def _by_seed(runs: Sequence[Run]) -> dict[int, Run]:
 def _method(run: Run) -> tuple[str, str]:
     """Configuration without seed and budgets, and the budgets, as JSON."""
     settings, budgets = run.method, {}
+    dense = run.setting("plan.planner") == "dense"
     for section, keys in _BUDGETS.items():
+        if not dense and section != "plan":
+            continue
         own = dict(settings.get(section, {}))
         budgets.update({key: own.pop(key, None) for key in keys})
         settings[section] = own

@@ -18,6 +18,9 @@ PRETRAINED = "pretrained"
 HUB = "hf-hub:"
 CLASSIFIER = "head."
 
+_PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+"""How files that torch.save made usually end. They are not read: a pickle may execute anything."""
+
 
 @dataclass(frozen=True)
 class WeightsSource:
@@ -115,4 +118,7 @@ def _shapes(path: Path) -> dict[str, list[int]]:
     except FileNotFoundError:
         raise CheckpointError(f"model.weights={path}: no such file") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"model.weights={path}: not a readable safetensors file: {error}") from None
+        fix = "; save the state dict by safetensors.torch.save_file" if path.suffix in _PICKLED else ""
+        raise CheckpointError(
+            f"model.weights={path}: not a readable safetensors file: {error}{fix}"
+        ) from None

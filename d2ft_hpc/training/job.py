@@ -182,6 +182,10 @@ def layout_of(config: RunConfig, control: Control) -> RankLayout:
 def set_up(config: RunConfig, control: Control, device: torch.device, cores: float = 1.0) -> Job:
     """Makes a job's parts. No rank waits for another here, so that each can fail by itself."""
     layout = layout_of(config, control)
+    if config.engine.precision == "fp16" and device.type == "cpu":
+        raise ConfigError(
+            "engine.precision=fp16: needs a GPU, and the run would take the CPU; set bf16, or start on a GPU node"
+        )
     kind = config.engine.kind
     kind.prepare(config)
     if control.rank == 0:

@@ -44,6 +44,7 @@ from d2ft_hpc.training.resume import (
     check_position,
     choose_start,
     fitted_to_ranks,
+    in_cut_epoch,
     to_train_further,
 )
 from d2ft_hpc.training.run_log import RunLog
@@ -84,6 +85,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
         job = set_up(fitted_to_ranks(config, start.position, replicas), control, device, cores)
         check_position(job, start)
         check_length(job, start)
+        start = in_cut_epoch(job, start)
     if control.rank == 0:
         for remark in job.remarks:
             print_line(f"d2ft-hpc: warning: {remark}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,17 @@ def check_position(job: Job, start: Start) -> None:
         )
 
 
+def in_cut_epoch(job: Job, start: Start) -> Start:
+    """Where the last epoch of the run was cut short (train.steps_share) and the run is to have more steps now: the same
+    place within that epoch."""
+    position, batches = start.position, job.sampler.batches_per_epoch
+    rest = position.epochs_done * batches - position.steps_done
+    if position.batches_done or rest == 0 or position.steps_done == job.total_steps:
+        return start
+    cut = replace(position, epochs_done=position.epochs_done - 1, batches_done=batches - rest)
+    return replace(start, position=cut)
+
+
 def check_length(job: Job, start: Start) -> None:
     """Raises ConfigError if the run has done more steps than it is now to have."""
     total, done = job.total_steps, start.position.steps_done
@@ -120,16 +131,18 @@ def _choose(config: RunConfig) -> Start:
         before = {}  # the settings of a run that never began a step do not bind this one
     check_same(before, config)
     epochs_before, epochs = values_of(before, "train").get("epochs"), config.train.epochs
-    finished = _is_finished(folder)
+    steps = _steps_if_finished(folder)
+    finished = steps is not None
     if finished and epochs_before == epochs:
         return Start(finished=True)
     if finished and epochs_before is not None and epochs < epochs_before:
+        further = ", or higher to go on," if _can_go_on(checkpoints, steps) else ""
         raise ConfigError(
-            f"train.epochs={epochs}: the run in {folder} is finished after {epochs_before}; set it back, or higher to "
-            f"go on, or choose another run.name"
+            f"train.epochs={epochs}: the run in {folder} is finished after {epochs_before}; set it back{further} or "
+            f"choose another run.name"
         )
     start = _newest(checkpoints, config)
-    if finished and not _has_the_end(start, epochs_before):
+    if steps is not None and not _has_the_end(start, steps):
         lacks = (
             "has no checkpoint to go on from"
             if start.checkpoint is None
@@ -179,32 +192,39 @@ def _from(checkpoint: Path) -> Start:
     return Start(checkpoint=checkpoint, position=read_position(checkpoint))
 
 
-def _has_the_end(start: Start, epochs: int | None) -> bool:
-    """Whether a run that is finished after so many epochs, if that is known, can go on from there."""
-    return start.checkpoint is not None and start.position.epochs_done >= (epochs or 0)
+def _has_the_end(start: Start, steps: int) -> bool:
+    """Whether a run that is finished after so many steps can go on from there."""
+    return start.checkpoint is not None and start.position.steps_done >= steps
 
 
 def to_train_further(config: RunConfig) -> str:
     """What to set for a run that is finished."""
-    newest = complete_checkpoints(config.run_folder / run_folder.CHECKPOINTS)[-1:]
-    with suppress(CheckpointError):  # of a damaged one, which an older one would take the place of
-        if newest and _has_the_end(_from(newest[0]), config.train.epochs):
-            return "raise train.epochs"
+    steps = _steps_if_finished(config.run_folder)
+    if _can_go_on(complete_checkpoints(config.run_folder / run_folder.CHECKPOINTS), steps):
+        return "raise train.epochs"
     return _anew_from_its_weights(config.run_folder)
+
+
+def _can_go_on(checkpoints: Sequence[Path], steps: int | None) -> bool:
+    """Whether the newest checkpoint of a run that is finished after so many steps is of its end."""
+    with suppress(CheckpointError):  # of a damaged one, which an older one would take the place of
+        return bool(checkpoints) and steps is not None and _has_the_end(_from(checkpoints[-1]), steps)
+    return False
 
 
 def _anew_from_its_weights(folder: Path) -> str:
     return f"choose another run.name, with model.weights={folder / run_folder.MODEL}"
 
 
-def _is_finished(folder: Path) -> bool:
+def _steps_if_finished(folder: Path) -> int | None:
+    """How many steps the run had; None if it is not finished."""
     if not (folder / run_folder.MODEL).exists():
-        return False
+        return None
     try:
         with open_run(folder) as run:
-            return run.complete
+            return len(run.table("steps", ["step"])["step"]) if run.complete else None
     except ResultsError:  # the record is lost: `record` says so, and begins a new one
-        return False
+        return None
 
 
 def _config_before(folder: Path, config: RunConfig) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from d2ft_hpc.errors import ConfigError
@@ -148,6 +149,21 @@ def tell_of_graphs(plans: PlanController, device: torch.device) -> None:
             "on a GPU steps on few tokens wait for Python: cuda_graphs=True starts blocks at once, and compile=True "
             "makes faster kernels"
         )
+
+
+def tell_of_dead_classifier(plans: PlanController, whole: nn.Module) -> None:
+    """Says that nothing learns below a linear layer that is zero and frozen, as peft leaves a new classifier."""
+    in_blocks = {module for block in plans.engine.executor.blocks.values() for module in block.modules()}
+    for name, module in whole.named_modules():
+        if not isinstance(module, nn.Linear) or module in in_blocks:
+            continue
+        weight = module.weight
+        is_whole = not isinstance(weight, DTensor) and weight.numel() > 0 and not weight.is_meta
+        if is_whole and not weight.requires_grad and not weight.any():
+            plans.listener.say(
+                f"{name} is zero and frozen, so that no gradient comes through it: let it train (peft: "
+                f"modules_to_save)"
+            )
 
 
 def tell_if_too_long(plans: PlanController, step: int) -> None:

@@ -36,6 +36,7 @@ from d2ft_hpc.user_loop.attached import (
     resume,
     tell_if_too_long,
     tell_if_too_short,
+    tell_of_dead_classifier,
     tell_of_graphs,
 )
 from d2ft_hpc.user_loop.batch_counter import BatchCounter, ComputeSoFar, samples_in
@@ -85,6 +86,7 @@ class PlannedDeepSpeed:
         self._saved_steps = 0
         tell_if_too_short(self.plans, self._position)
         tell_of_graphs(self.plans, self._engine.device)
+        tell_of_dead_classifier(self.plans, self._engine.module)
         self.slot = 0
         """The place in its batch of the micro-batch that runs, or ran last, in training."""
         self.is_boundary = False

@@ -44,6 +44,7 @@ from d2ft_hpc.user_loop.attached import (
     tell_if_resumed_without_plan,
     tell_if_too_long,
     tell_if_too_short,
+    tell_of_dead_classifier,
     tell_of_graphs,
 )
 from d2ft_hpc.user_loop.batch_counter import BatchCounter, ComputeSoFar, samples_in
@@ -467,6 +468,7 @@ class PlannedLoop:
             self._controller = PlanController(context, self, control, self._source, PlanPrinter(control))
             tell_if_too_short(self._controller, self._position)
             tell_of_graphs(self._controller, self._device)
+            tell_of_dead_classifier(self._controller, self._whole)
         return self._controller
 
     def _changed_since_attach(self) -> str:

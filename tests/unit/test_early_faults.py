@@ -108,6 +108,11 @@ def test_an_engine_of_one_process_is_refused_on_several_ranks() -> None:
         set_up(read_config(DEMO, ["engine.name=plain"]), TwoRanks(), torch.device("cpu"))
 
 
+def test_fp16_is_refused_on_a_cpu() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.precision=fp16: needs a GPU, .* set bf16"):
+        set_up(read_config(DEMO, ["engine.precision=fp16"]), SoloControl(), torch.device("cpu"))
+
+
 def test_a_batch_of_more_images_than_there_are_is_a_remark() -> None:
     config = read_config(DEMO, ["data.micro_batch_size=300", "engine.name=plain"])
     (remark,) = set_up(config, SoloControl(), torch.device("cpu")).remarks

@@ -896,6 +896,18 @@ def test_fsdp2_before_attach_is_refused() -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("is_dead", [True, False])
+def test_a_classifier_that_is_zero_and_frozen_is_told(
+    is_dead: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_vit(0)
+    model.head.requires_grad_(not is_dead)
+    torch.nn.init.zeros_(model.head.weight)
+    d2ft_hpc.attach(model, 0.6, planner="static")
+    model(random_batch(0, 4)[0]).sum().backward()
+    assert ("head is zero and frozen" in capsys.readouterr().out) == is_dead
+
+
 def test_samples_are_counted_by_images_or_text_whatever_stands_before_them() -> None:
     images, labels, scalar = torch.zeros(5, 3, 8, 8), torch.zeros(5), torch.tensor(1.0)
     ids, mask = torch.zeros(4, 7, dtype=torch.long), torch.ones(1, 1, 7, 7)

@@ -530,9 +530,11 @@ def test_figures_explain_faults(paths, tmp_path, capfd):
         assert message in capfd.readouterr().err
 
 
-def method_run(path, planner, budget, seed, accuracy, complete=True):
-    """Spends `budget` of 200 FLOP and of 10 s."""
+def method_run(path, planner, budget, seed, accuracy, complete=True, steps_share=1.0):
+    """Spends `budget` of 200 FLOP and of 10 s, times `steps_share`."""
     settings = f"run: {{name: x, seed: {seed}}}\nplan: {{planner: {planner}, compute_budget: {budget}}}\n"
+    settings += f"train: {{steps_share: {steps_share}}}\n"
+    budget *= steps_share
     writer = ResultsWriter(path)
     writer.put("config", {"yaml": settings})
     step = {"step": 0, "plan": -1, "dense_flops": [200.0], "executed_flops": [200 * budget]}
@@ -540,6 +542,30 @@ def method_run(path, planner, budget, seed, accuracy, complete=True):
     writer.append("evaluations", {"step": 1, "epoch": 1, "accuracy": accuracy, "samples": 1000})
     writer.close(complete=complete)
     return path
+
+
+def test_a_share_of_the_steps_is_a_method_of_its_own_under_a_plan_and_a_budget_of_dense_runs(tmp_path):
+    dense = [method_run(tmp_path / f"dense{seed}.h5", "dense", 1, seed, 0.8) for seed in range(2)]
+    kinds = {("tokens", 0.4, 1.0): 0.799, ("tokens", 0.5, 0.8): 0.7, ("dense", 1, 0.5): 0.6}
+    runs = [
+        method_run(
+            tmp_path / f"{kind[0]}{kind[2]}-{seed}.h5",
+            *kind[:2],
+            seed,
+            accuracy + seed / 10000,
+            steps_share=kind[2],
+        )
+        for kind, accuracy in kinds.items()
+        for seed in range(2)
+    ]
+    with open_runs([*runs, *dense]) as opened, open_runs(dense) as reference:
+        numbers = sufficient.measure(opened, reference, 0.5)
+    enough = "0.40 of the reference's compute and 0.40 of its time are enough to lose no more than 0.5 points of top-1"
+    assert sufficient.sentences(numbers)[:2] == [
+        f"planner=tokens, steps_share=1.0: {enough}",
+        "planner=tokens, steps_share=0.8: may lose more than 0.5 points of top-1 at every budget that was run",
+    ]
+    assert [len(method["budgets"]) for method in numbers["methods"]] == [1, 1, 2]
 
 
 def test_the_least_that_is_enough_is_between_the_budgets_where_the_bound_crosses_the_margin(tmp_path, capsys):

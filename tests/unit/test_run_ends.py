@@ -158,17 +158,34 @@ def test_a_finished_run_and_another_number_of_epochs(
     folder = copy_of(finished, tmp_path)
     same = ("plan.replan.every=1 epoch", EVERY_EPOCH)
     auto = (*same, "train.resume=auto")
-    with pytest.raises(ConfigError, match=r"train\.epochs=1: the run in .* is finished after 2; set it back"):
+    with pytest.raises(ConfigError, match=r"is finished after 2; set it back, or higher to go on, or choose"):
         choose_start(config_in(tmp_path, *auto), SoloControl())
     start = choose_start(config_in(tmp_path, *auto, "train.epochs=3"), SoloControl())
     assert start.position.steps_done == 2 * STEPS
     assert "train.epochs=3, finished with 2: goes on from step-00000012" in capfd.readouterr().err
     shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(ConfigError, match=r"train\.epochs=1: .* is finished after 2; set it back or choose"):
+        choose_start(config_in(tmp_path, *auto), SoloControl())
     for resume in ("auto", "true"):
         with pytest.raises(CheckpointError, match=r"no checkpoint to go on from: .*model\.weights="):
             choose_start(
                 config_in(tmp_path, *same, "train.epochs=3", f"train.resume={resume}"), SoloControl()
             )
+
+
+def test_a_finished_run_of_a_share_of_its_steps_goes_on_from_its_end(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    half = ("train.steps_share=0.5", EVERY_EPOCH)
+    run(tmp_path, *half, "train.epochs=3")
+    again = (*half, "train.resume=auto")
+    run(tmp_path, *again, "train.epochs=3")
+    assert capfd.readouterr().out.endswith("to train further, raise train.epochs\n")
+    assert len(results.open(tmp_path / "demo").table("steps")["step"]) == 1.5 * STEPS
+    folder = run(tmp_path, *again, "train.epochs=5")  # first the rest of the epoch that was cut short
+    steps = results.open(folder).table("steps")
+    assert steps["step"].tolist() == list(range(round(2.5 * STEPS)))
+    assert steps["epoch"].tolist() == [step // STEPS for step in steps["step"]]
 
 
 @pytest.mark.parametrize("resume", ["auto", "true"])

@@ -56,6 +56,11 @@ def test_a_command_that_does_not_listen_yet_is_unfinished(children: CommandRunne
     sender.join()
 
 
+def test_a_settings_value_may_end_like_a_files_name(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "configs/demo.yaml", "data.name=image_folder", "data.root=absent/photos.yaml"]) == 1
+    assert "data.root=absent/photos.yaml: no such folder" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("statuses", "expected", "begun"),
     [

@@ -181,6 +181,8 @@ def test_faults(tiny: Path, tmp_path: Path) -> None:
     refused("has no safetensors file", tmp_path)
     (tmp_path / "a.safetensors").write_bytes(b"x" * 100)
     refused("not a readable safetensors file", tmp_path)
+    torch.save({"x": torch.zeros(1)}, tmp_path / "a.pth")
+    refused(r"a\.pth: not a readable safetensors file: .*; save the state dict by safe", tmp_path / "a.pth")
     save_file({"x": torch.zeros(1)}, tmp_path / "b.safetensors")
     refused(r"has a.safetensors, b.safetensors", tmp_path)
     refused(r"lacks \d+ of vit_tiny", tmp_path / "b.safetensors")
