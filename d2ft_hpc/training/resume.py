@@ -160,10 +160,12 @@ def _choose(config: RunConfig) -> Start:
                 "train.checkpoint_every, or train.resume=auto to start without one"
             )
     elif epochs_before not in (None, epochs):
-        follows = "learning rate" if config.plan.token_share is None else "learning rate and image sizes"
+        scales = config.plan.token_share is not None
+        follows = "learning rate and image sizes" if scales else "learning rate"
+        spent = "; its steps on large images come on top of the compute budget" if scales and finished else ""
         print_line(
             f"d2ft-hpc: train.epochs={epochs}, {'finished' if finished else 'begun'} with {epochs_before}: goes on "
-            f"from {start.checkpoint.name}, with the {follows} of a run of {epochs}"
+            f"from {start.checkpoint.name}, with the {follows} of a run of {epochs}{spent}"
         )
     return start
 

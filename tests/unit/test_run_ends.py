@@ -176,13 +176,15 @@ def test_a_finished_run_and_another_number_of_epochs(
 def test_a_finished_run_of_a_share_of_its_steps_goes_on_from_its_end(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    half = ("train.steps_share=0.5", EVERY_EPOCH)
+    half = ("train.steps_share=0.5", "plan.planner=tokens", EVERY_EPOCH)
     run(tmp_path, *half, "train.epochs=3")
     again = (*half, "train.resume=auto")
     run(tmp_path, *again, "train.epochs=3")
     assert capfd.readouterr().out.endswith("to train further, raise train.epochs\n")
     assert len(results.open(tmp_path / "demo").table("steps")["step"]) == 1.5 * STEPS
     folder = run(tmp_path, *again, "train.epochs=5")  # first the rest of the epoch that was cut short
+    told = "image sizes of a run of 5; its steps on large images come on top of the compute budget"
+    assert told in capfd.readouterr().err
     steps = results.open(folder).table("steps")
     assert steps["step"].tolist() == list(range(round(2.5 * STEPS)))
     assert steps["epoch"].tolist() == [step // STEPS for step in steps["step"]]
