@@ -50,7 +50,9 @@ def check_parts(
         model, of_model = _model_alone(config)  # what failed may not be all that is wrong
         alone = (found for found in (_data_alone(config, control), of_model) if found.check != failed.check)
         return None, model, [failed, *alone]
-    remarks = (Finding("data", "warning", *remark.rsplit("; ", 1)) for remark in job.remarks)
+    remarks = (
+        Finding(_section(remark) or "data", "warning", *remark.rsplit("; ", 1)) for remark in job.remarks
+    )
     of_data = _decoded(job.train_set, job.evaluation_set)
     return job, job.model, [*remarks, of_data, _of_model(config, job.model)]
 
@@ -61,8 +63,14 @@ def _failed(part: str, error: Exception) -> Finding:
 
 def _part_of(error: Exception) -> str:
     """The check that an error of `set_up` belongs to; most of those about the configuration begin with its key."""
-    section = "data" if isinstance(error, DataError) else str(error).partition(".")[0]
-    return section if section in _FIX else "config" if isinstance(error, ConfigError) else "model"
+    section = "data" if isinstance(error, DataError) else _section(str(error))
+    return section or ("config" if isinstance(error, ConfigError) else "model")
+
+
+def _section(text: str) -> str:
+    """Of the key that a text begins with; empty if that is no check's, or none."""
+    section = text.partition(".")[0]
+    return section if section in _FIX else ""
 
 
 def _data_alone(config: RunConfig, control: Control) -> Finding:

@@ -147,15 +147,21 @@ class Job:
 
     @property
     def remarks(self) -> list[str]:
-        """What people should know about the data, a sentence each."""
+        """What people should know about data and model, a sentence each."""
         small, data, sampler = "", self.config.data, self.sampler
+        random, model = "", self.config.model
+        if model.weights is None and model.embeddings == "frozen":
+            random = (
+                "model.weights=null: all weights are random, and those below the blocks stay as they are, by "
+                "model.embeddings=frozen; set model.weights, or model.embeddings=trained"
+            )
         if sampler.batch_size > len(self.train_set):
             small = (
                 f"data.micro_batch_size={data.micro_batch_size}: a batch of {sampler.rows} micro-batches would take "
                 f"{sampler.batch_size} images, but there are {len(self.train_set)}, which make one smaller batch; use "
                 f"at most {len(self.train_set) // sampler.rows}"
             )
-        every = dict.fromkeys([self.train_set.remark, self.evaluation_set.remark, small])
+        every = dict.fromkeys([self.train_set.remark, self.evaluation_set.remark, small, random])
         return [remark for remark in every if remark]
 
     @property

@@ -119,6 +119,23 @@ def test_a_batch_of_more_images_than_there_are_is_a_remark() -> None:
     assert re.match(r"data\.micro_batch_size=300: a batch of 5 micro-batches would take 1500 images", remark)
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ((), []),
+        (
+            ("model.weights=null",),
+            ["model.weights=null: all weights are random, and those below the blocks stay"],
+        ),
+        (("model.weights=null", "model.embeddings=trained"), []),
+    ],
+)
+def test_random_weights_that_never_train_are_a_remark(settings: tuple[str, ...], told: list[str]) -> None:
+    config = read_config(DEMO, ["engine.name=plain", *settings])
+    remarks = set_up(config, SoloControl(), torch.device("cpu")).remarks
+    assert [remark.partition(" as they are")[0] for remark in remarks] == told
+
+
 def test_misspelt_options_of_models() -> None:
     with pytest.raises(
         ConfigError, match=r"model\.options\.depht=2: .* did you mean model\.options\.depth\?"
