@@ -309,9 +309,9 @@ class FsdpEngine(PlainEngine):
             executor.flat = FlatParameters(model, executor.blocks, optimizer.param_groups)
             names = {parameter: name for name, parameter in model.named_parameters()}
             self._spread = shard(model, mesh["replica"], param_dtype, kept_bytes)
-            spread = dict(model.named_parameters())
+            sliced = dict(model.named_parameters())
             for group in optimizer.param_groups:
-                group["params"] = [spread[names[parameter]] for parameter in group["params"]]
+                group["params"] = [sliced[names[parameter]] for parameter in group["params"]]
         super().__init__(
             model, executor, optimizer, schedule, loss_function, gradient_clipping=gradient_clipping
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -230,8 +230,7 @@ def _costs_of_size(
     ]
     family = executor.subnets.family
     sample = family.blank(model, sample_shape)
-    is_meta = next(model.parameters()).is_meta
-    with probe(around, training=True), _FusedAttention() if is_meta else nullcontext():
+    with _counting(around):
         try:
             dense = _count_flops(around, executor, Operation.FULL, sample)
         finally:
@@ -257,12 +256,20 @@ def _costs_of_size(
     )
 
 
+@contextmanager
+def _counting(module: nn.Module) -> Iterator[None]:
+    """Inside, passes of the module compute as training would, and leave it as it was."""
+    is_meta = next(module.parameters()).is_meta
+    with probe(module, training=True), _FusedAttention() if is_meta else nullcontext():
+        yield
+
+
 def _share_by_square(costs: StepCosts, around: nn.Module, executor: PlanExecutor, tokens: int) -> float:
     """`StepCosts.share_by_square` of a text of so many tokens, from another pass of half of them."""
     if tokens == 1:
         return 0.0
     half = tokens // 2
-    with probe(around, training=True):
+    with _counting(around):
         sample = executor.subnets.family.blank(around, (half,))
         share = _count_flops(around, executor, Operation.FULL, sample) / costs.dense_flops
     by_number, by_square = half / tokens, (half / tokens) ** 2

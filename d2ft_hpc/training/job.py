@@ -149,9 +149,9 @@ class Job:
     def remarks(self) -> list[str]:
         """What people should know about data and model, a sentence each."""
         small, data, sampler = "", self.config.data, self.sampler
-        random, model = "", self.config.model
+        untrained, model = "", self.config.model
         if model.weights is None and model.embeddings == "frozen":
-            random = (
+            untrained = (
                 "model.weights=null: all weights are random, and those below the blocks stay as they are, by "
                 "model.embeddings=frozen; set model.weights, or model.embeddings=trained"
             )
@@ -161,7 +161,7 @@ class Job:
                 f"{sampler.batch_size} images, but there are {len(self.train_set)}, which make one smaller batch; use "
                 f"at most {len(self.train_set) // sampler.rows}"
             )
-        every = dict.fromkeys([self.train_set.remark, self.evaluation_set.remark, small, random])
+        every = dict.fromkeys([self.train_set.remark, self.evaluation_set.remark, small, untrained])
         return [remark for remark in every if remark]
 
     @property

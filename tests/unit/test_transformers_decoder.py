@@ -312,6 +312,15 @@ def test_texts_longer_than_what_is_counted_have_more_attention(monkeypatch: pyte
     assert loop.d2ft._counter.so_far.dense_flops == pytest.approx(micro_batches * metered.flops, rel=1e-9)
 
 
+def test_attention_has_the_same_share_without_memory() -> None:
+    shares = []
+    for model in (tiny("Llama", intermediate_size=96), tiny("Llama", intermediate_size=96).to("meta")):
+        costs = measure_costs(model.model, attach(model.model), (TOKENS,), whole=model)
+        shares.append(costs.share_by_square)
+    assert shares[0] > 0
+    assert shares[1] == pytest.approx(shares[0], rel=1e-9)
+
+
 def test_tied_embeddings_are_frozen_with_those_below() -> None:
     tied: Any = Loop(tiny("Qwen3, tied")).model
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
