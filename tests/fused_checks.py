@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
+from d2ft_hpc.execution.accumulation import Accumulator, let_accumulate
 from d2ft_hpc.execution.block import BlockHeads
 from d2ft_hpc.execution.fused import run_fused
-from d2ft_hpc.execution.kernels import spread_heads, take_heads
+from d2ft_hpc.execution.kernels import add_heads, spread_heads, take_heads
 from d2ft_hpc.execution.narrow import slices_of
 from d2ft_hpc.families.head_axis import HeadAxis
 from d2ft_hpc.families.table import family_of
@@ -138,6 +139,29 @@ def check_frozen(device: str) -> None:
         torch.testing.assert_close(value, whole[name])
 
 
+def check_accumulation(device: str, samples: int = 6) -> None:
+    """Gradients that are added to a place are those that autograd would give, and autograd gives None for weights of
+    which some heads train."""
+    model = tiny_vit(**OPTIONS["layer_scale_and_qk_norm"]).to(device)
+    images, labels = (tensor.to(device) for tensor in random_batch(0, samples))
+    expected = gradients(model, fused_forward(model, images, rows(0)), labels)
+    accumulators = {}
+    for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        for kind in ("weight", "bias"):
+            parameter = model.blocks[1].get_parameter(f"{name}.{kind}")
+            accumulators[f"blocks.1.{name}.{kind}"] = Accumulator(torch.ones_like(parameter))
+            let_accumulate(parameter, accumulators[f"blocks.1.{name}.{kind}"])
+    own = gradients(model, fused_forward(model, images, rows(0)), labels)
+    for name, value in expected.items():
+        accumulator = accumulators.get(name)
+        if accumulator is not None and accumulator.got_any:
+            assert own[name] is None, name
+            torch.testing.assert_close(accumulator.place - 1, value, rtol=1e-4, atol=1e-6)
+        else:
+            torch.testing.assert_close(own[name], value)
+    assert sum(each.got_any for each in accumulators.values()) == 6  # all but the biases that no head owns
+
+
 def check_low_precision(device: str, autocast: bool, samples: int = 6) -> None:
     """bf16: the error against fp64 is at most twice the reference's own in bf16."""
     operations = rows(1)
@@ -176,9 +200,12 @@ def check_copies(device: str) -> None:
         places[heads] = torch.arange(len(order), device=device)
         taken = take_heads(parameters, slices, heads, 3, None)
         spread = spread_heads(taken, parameters, slices, places, len(order))
-        for axis, parameter, part, whole in zip(axes, parameters, taken, spread, strict=True):
+        totals = [torch.ones_like(parameter) for parameter in parameters]
+        add_heads(taken, totals, slices, places, len(order))
+        for axis, parameter, part, whole, total in zip(axes, parameters, taken, spread, totals, strict=True):
             expected = axis.select(parameter, heads)
             assert torch.equal(whole, axis.spread(expected, heads)), axis
+            assert torch.equal(total, whole + 1), axis
             units, inner = len(order) * axis.view_shape[axis.axis + 1], prod(axis.view_shape[axis.axis + 2 :])
             filled = part.view(prod(axis.view_shape[: axis.axis]), -1, inner)
             assert torch.equal(filled[:, :units].flatten(), expected.flatten()), axis
@@ -193,6 +220,7 @@ def main() -> None:
         check_against_reference(tiny_vit(3, **OPTIONS["odd_head_size"]), 3, "cpu", samples=2)
         for seed, model in rotary_models():
             check_against_reference(model, seed, "cpu", 2, masked_forward)
+        check_accumulation("cpu", samples=2)
         check_low_precision("cpu", autocast=True, samples=2)
     else:
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -202,6 +230,7 @@ def main() -> None:
         for seed, model in rotary_models():
             check_against_reference(model, seed, "cuda", reference=masked_forward)
         check_frozen("cuda")
+        check_accumulation("cuda")
         for autocast in (False, True):
             check_low_precision("cuda", autocast)
     print("fused blocks: ok")

@@ -2,10 +2,11 @@
 of its parameters go through autograd, so that what an engine hooks there fires as always.
 
 The blocks of a model form a chain: each reads what the one below wrote. A chain is captured whole, forwards from the
-first block to the last and backwards in turn, out of one memory pool, so that it takes as much memory as an eager pass.
-Where an engine allows, the graphs add to gradients where these lie, in one place for all chains, and autograd gets
-the very tensors, which cost no launch. What a chain keeps for its backward lies where the next pass of the same model
-writes; a pass that begins while an earlier one still waits for its backward therefore runs without graphs.
+first block to the last and backwards in turn, out of one memory pool, which all chains share, so that they take as
+much memory as an eager pass. Where an engine allows, the graphs add to gradients where these lie, in one place for all
+chains, and autograd gets the very tensors, which cost no launch. What a chain keeps for its backward lies where the
+next pass of the same model writes; a pass that begins while an earlier one still waits for its backward therefore runs
+without graphs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2ft_hpc.execution.accumulation import Accumulator, let_accumulate
 from d2ft_hpc.execution.gradients import Owners
 from d2ft_hpc.execution.gradients import stand_ins as standing_in
 
@@ -103,7 +105,8 @@ class BlockGraphs:
             # Weights or gradients have moved, or other weights train: every chain reads or writes them.
             self._chains.clear()
             self._gradients.clear()
-            self._pool = chain = None  # a pool ends with its last graph
+            self._pool = chain = None  # a pool ends with its last graph,
+            torch.cuda.empty_cache()  # and its memory is of no use to anything else
         if chain is None:
             if len(self._chains) == MOST_CHAINS:
                 return None
@@ -122,7 +125,10 @@ class BlockGraphs:
         return moved
 
     def _gradients_of(self, index: int, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """Where the graphs add to gradients of block `index`; None for a parameter that takes none."""
+        """Where the graphs add to gradients of block `index`; None for a parameter that takes none, and where autograd
+        copies them."""
+        if self._gradient_place is GradientPlace.COPIED:
+            return [None] * len(parameters)
         places: list[Tensor | None] = []
         for number, parameter in enumerate(parameters):
             if not parameter.requires_grad:
@@ -165,50 +171,47 @@ class BlockGraphs:
         read = None if indices is None else indices.clone()
         x = x.detach().clone().requires_grad_(x.requires_grad)
         blocks: dict[int, _BlockGraph] = {}
-        passed: dict[int, tuple[Tensor, Tensor, list[nn.Parameter]]] = {}
+        passed: dict[int, tuple[Tensor, Tensor, list[nn.Parameter], list[Accumulator | None]]] = {}
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for index, link in links.items():
                 stand_ins = self._stand_ins(link)
+                places = self._gradients_of(index, link.parameters)
+                _accumulate(
+                    stand_ins, [None if place is None else torch.zeros_like(place) for place in places]
+                )
                 for _ in range(_WARM_UPS):
                     _both(link, stand_ins, x, read)
+                accumulators = _accumulate(stand_ins, places)
                 with _captured(self._pool) as forward:
                     y = _on(link, stand_ins, x, read)
                 weights = stand_ins if self._copies_weights else []
                 blocks[index] = _BlockGraph(forward, x.detach(), y.detach(), [w.detach() for w in weights])
-                passed[index] = x, y, stand_ins
+                passed[index] = x, y, stand_ins, accumulators
                 x = y.detach().requires_grad_(y.requires_grad)
                 vars(x).update(vars(y))  # what a fused block computes ahead for the next one
-            gradient = torch.empty_like(x)
+            gradient = top = torch.empty_like(x)
             for index in reversed(links):
-                x, y, stand_ins = passed.pop(index)
+                x, y, stand_ins, accumulators = passed.pop(index)
                 block, gives_zeros = blocks[index], links[index].gives_zeros
-                places: list[Tensor | None] = [None] * len(stand_ins)
-                if self._gradient_place is not GradientPlace.COPIED:
-                    block.adds, places = True, self._gradients_of(index, links[index].parameters)
                 found: list[Tensor | None] = [None] * len(stand_ins)
                 if y.requires_grad:
                     with _no_autocast(), _captured(self._pool) as block.backward:
                         of_x, found = _gradients(y, x, stand_ins, gradient)
-                        if block.adds:
-                            _add(places, found)
-                    block.of_y, block.of_x = gradient, of_x
+                        found = _added(found, accumulators)
+                    block.of_y, block.of_x = _unowned(gradient), None if of_x is None else _unowned(of_x)
                     block.of_y_sum = _sum_left_with(gradient)
                     gradient = gradient if of_x is None else of_x
                 del y  # this also frees what the forward kept: later chains of the pool may use that memory
+                block.adds = self._gradient_place is not GradientPlace.COPIED
                 block.of_parameters = [
-                    torch.zeros_like(p) if part is None and gives_zeros and p.requires_grad else part
-                    for p, part in zip(stand_ins, found, strict=True)
+                    _zeros(p, place) if part is None and gives_zeros and p.requires_grad else part
+                    for p, part, place in zip(stand_ins, found, accumulators, strict=True)
                 ]
-                if block.adds:
-                    block.of_parameters = [
-                        place if part is not None else None
-                        for place, part in zip(places, block.of_parameters, strict=True)
-                    ]
                 del found
         torch.cuda.current_stream().wait_stream(stream)
-        return _Chain(links, blocks, read, beside, self._places(links))
+        return _Chain(links, blocks, read, beside, self._places(links), top)
 
 
 @contextmanager
@@ -250,10 +253,54 @@ def _sum_left_with(gradient: Tensor) -> Tensor | None:
     return None if summed is None else summed.sum
 
 
-def _add(places: Sequence[Tensor | None], parts: Sequence[Tensor | None]) -> None:
-    pairs = [(place, part) for place, part in zip(places, parts, strict=True) if part is not None]
+def _accumulate(
+    stand_ins: Sequence[nn.Parameter], places: Sequence[Tensor | None]
+) -> list[Accumulator | None]:
+    """Lets gradients be added to the places, where there are any."""
+    accumulators = [None if place is None else Accumulator(place) for place in places]
+    for parameter, accumulator in zip(stand_ins, accumulators, strict=True):
+        if accumulator is not None:
+            let_accumulate(parameter, accumulator)
+    return accumulators
+
+
+def _added(parts: Sequence[Tensor | None], accumulators: Sequence[Accumulator | None]) -> list[Tensor | None]:
+    """Adds what autograd gave to the places. Returns each parameter's gradient, or the place that has it."""
+    pairs = [
+        (accumulator.take(), part)
+        for accumulator, part in zip(accumulators, parts, strict=True)
+        if accumulator is not None and part is not None
+    ]
     if pairs:
         torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+    return [
+        part if accumulator is None else accumulator.place if accumulator.got_any else None
+        for accumulator, part in zip(accumulators, parts, strict=True)
+    ]
+
+
+def _zeros(parameter: Tensor, accumulator: Accumulator | None) -> Tensor:
+    """A gradient of zeros; the place, which is cleared before a pass adds to it."""
+    return torch.zeros_like(parameter) if accumulator is None else accumulator.place
+
+
+class _Memory:
+    """Memory on a GPU that somebody else owns."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.__cuda_array_interface__ = {
+            "shape": (storage.nbytes(),),
+            "typestr": "|u1",
+            "data": (storage.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def _unowned(tensor: Tensor) -> Tensor:
+    """A tensor in the same memory, which the graphs' pool may give to whatever is captured from now on."""
+    flat = torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype)
+    return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _both(link: Link, stand_ins: Sequence[Tensor], x: Tensor, indices: Tensor | None) -> None:
@@ -350,8 +397,14 @@ class _Chain:
         indices: Tensor | None,
         beside: Sequence[Tensor],
         places: list[int | bool],
+        top: Tensor,
     ) -> None:
-        self.links, self.blocks, self.places = links, blocks, places
+        self.links, self.blocks, self.places, self._top = links, blocks, places, top
+        for block in blocks.values():  # their memory is free for other chains of the pool
+            block.y = _unowned(block.y)
+        below = dict(zip(list(blocks.values())[1:], blocks.values(), strict=False))
+        for block, its_input in below.items():
+            block.x = its_input.y
         self._indices, self._given = indices, indices
         self._beside = beside
 

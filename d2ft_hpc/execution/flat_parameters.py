@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from d2ft_hpc.errors import CheckpointError
+from d2ft_hpc.execution.accumulation import Accumulator, accumulator_of, let_accumulate, take_apart
 from d2ft_hpc.execution.gradients import Owners, stand_ins
 
 
@@ -78,12 +79,23 @@ class _Flat:
     def running_views(self) -> list[Tensor]:
         """Each part's view of what stands for the flat parameter now, with what scripts ask of a hidden part: that it
         gets no gradient, or that hooks see its gradient."""
-        views = self.views(self.parameter)
+        flat = self.parameter
+        whole = accumulator_of(flat)
+        if whole is None:
+            views = self.views(flat)
+        else:
+            accumulators = [Accumulator(place, whole) for place in self.views(whole.place)]
+            views = take_apart(flat, self.views(flat.detach()), accumulators)
+            for view, accumulator in zip(views, accumulators, strict=True):
+                let_accumulate(view, accumulator)
         for index, part in enumerate(self.parts if self.is_hidden else ()):
             parameter = cast(nn.Parameter, part.parameter)
             if not parameter.requires_grad:
                 views[index] = views[index].detach()
             elif parameter._backward_hooks and views[index].requires_grad:
+                views[index] = views[index].view_as(
+                    views[index]
+                )  # whose gradient goes through autograd to the hooks
                 for hook in parameter._backward_hooks.values():
                     views[index].register_hook(hook)
         return views

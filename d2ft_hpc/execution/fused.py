@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2ft_hpc.execution.accumulation import Accumulator, accumulator_of
 from d2ft_hpc.execution.block import BlockHeads
 from d2ft_hpc.execution.kernels import (
     HeadSlices,
@@ -29,6 +30,7 @@ from d2ft_hpc.execution.kernels import (
     Normed,
     add_branch,
     add_branch_and_normalise,
+    add_heads,
     branch_backward,
     gelu_backward,
     gelu_join,
@@ -90,6 +92,7 @@ def run_fused(
         qkv,
         qkv_bias,
         keeps,
+        [accumulator_of(each) for each in (qkv_layer.weight, qkv_layer.bias)],
     )
     mixed, beside = parts.attend(query, key, value, heads.full, *args, **kwargs), None
     if others:
@@ -118,6 +121,10 @@ def run_fused(
         None if ahead is None else _norm(ahead),
         (proj, fc1, fc2, fc1_bias),
         keeps,
+        [
+            accumulator_of(each)
+            for each in (proj_layer.weight, fc1_layer.weight, fc2_layer.weight, fc1_layer.bias)
+        ],
     )
     if ahead is not None:
         result._d2ft_ahead = _Ahead(ahead.weight, result._version, Normed(*following_normed))
@@ -182,7 +189,9 @@ class _Enter(torch.autograd.Function):
         taken: Tensor,
         taken_bias: Tensor | None,
         keeps: bool,
+        accumulators: Sequence[Accumulator | None],
     ) -> tuple[Tensor, ...]:
+        """accumulators: of the weight and the bias."""
         samples, tokens, channels = x.shape
         rows = x.reshape(-1, channels)
         size = taken.shape[0] // (3 * heads.order.numel())
@@ -205,7 +214,7 @@ class _Enter(torch.autograd.Function):
             normed.rstd,
             taken[: heads.num_full * 3 * size] if keeps else None,
         )
-        ctx.heads, ctx.epsilon = heads, epsilon
+        ctx.heads, ctx.epsilon, ctx.accumulators = heads, epsilon, accumulators
         if len(results) > 1:
             ctx.mark_non_differentiable(*results[1])
         ctx.set_materialize_grads(False)
@@ -236,11 +245,12 @@ class _Enter(torch.autograd.Function):
                 (bias, slices[1], lambda: of_bias),
             ],
             ctx.needs_input_grad[3:5],
+            ctx.accumulators,
             heads,
         )
         of_x: Any = result.view(past.shape)
         of_x._d2ft_summed = _Summed(of_x._version, summed)
-        return of_x, of_norm_weight, of_norm_bias, *own, *[None] * 6
+        return of_x, of_norm_weight, of_norm_bias, *own, *[None] * 7
 
 
 class _Leave(torch.autograd.Function):
@@ -267,7 +277,9 @@ class _Leave(torch.autograd.Function):
         following: Norm | None,
         taken: tuple[Tensor, Tensor, Tensor, Tensor | None],
         keeps: bool,
+        accumulators: Sequence[Accumulator | None],
     ) -> tuple[Tensor, ...]:
+        """accumulators: of proj, fc1, fc2 and fc1_bias."""
         taken_proj, taken_fc1, taken_fc2, taken_bias = taken
         rows = x.reshape(-1, x.shape[-1])
         branch1 = join_heads(mixed, beside) @ taken_proj.t()
@@ -298,7 +310,7 @@ class _Leave(torch.autograd.Function):
                 else ()
             ),
         )
-        ctx.heads, ctx.epsilon = heads, epsilon
+        ctx.heads, ctx.epsilon, ctx.accumulators = heads, epsilon, accumulators
         ctx.set_materialize_grads(False)
         return result.view(x.shape), *ahead
 
@@ -352,6 +364,7 @@ class _Leave(torch.autograd.Function):
                 (fc1_bias, slices[3], lambda: hidden_sum),
             ],
             [wanted[3], wanted[8], wanted[10], wanted[9]],
+            ctx.accumulators,
             heads,
         )
         return (
@@ -368,7 +381,7 @@ class _Leave(torch.autograd.Function):
             of_fc2,
             _like(fc2_bias, of_fc2_bias),
             _like(scale2, of_scale2),
-            *[None] * 5,
+            *[None] * 6,
         )
 
 
@@ -383,23 +396,32 @@ def _like(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
 def _spread_wanted(
     parts: Sequence[tuple[Tensor | None, HeadSlices, Callable[[], Tensor]]],
     wanted: Sequence[bool],
+    accumulators: Sequence[Accumulator | None],
     heads: BlockHeads,
 ) -> list[Tensor | None]:
-    """Full-shaped gradients of the parameters that need one, None for the others.
+    """Full-shaped gradients of the parameters that need one; None for the others, and for those whose gradient is added
+    to what an accumulator has.
 
     parts: a parameter, its slices, and what computes the FULL heads' part of its gradient.
     """
     present = {
-        index: (parameter, slices, compute)
+        index: (parameter, slices, compute())
         for index, ((parameter, slices, compute), is_wanted) in enumerate(zip(parts, wanted, strict=True))
         if is_wanted and parameter is not None
     }
-    if not present:
-        return [None] * len(parts)
-    likes, slices, computes = zip(*present.values(), strict=True)
-    spread = spread_heads([compute() for compute in computes], likes, slices, heads.places, heads.num_full)
-    by_index = dict(zip(present, spread, strict=True))
-    return [by_index.get(index) for index in range(len(parts))]
+    added = {index: each.take() for index in present if (each := accumulators[index]) is not None}
+    spread = {index: present[index][0] for index in present if index not in added}
+    of = {index: (gradient, slices) for index, (_, slices, gradient) in present.items()}
+    results: list[Tensor | None] = [None] * len(parts)
+    if added:
+        gradients, slices = zip(*(of[index] for index in added), strict=True)
+        add_heads(gradients, list(added.values()), slices, heads.places, heads.num_full)
+    if spread:
+        gradients, slices = zip(*(of[index] for index in spread), strict=True)
+        whole = spread_heads(gradients, list(spread.values()), slices, heads.places, heads.num_full)
+        for index, gradient in zip(spread, whole, strict=True):
+            results[index] = gradient
+    return results
 
 
 def _take(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from math import ceil
 
 import torch
@@ -31,6 +32,17 @@ _SUMMED_COLUMNS = 16
 """Columns of partial sums that one program adds up."""
 _WHOLE_TOKENS = 2048
 """Tokens times channels, rounded up to a power of two, that a program handles at a time if it needs whole tokens."""
+
+
+class Way(IntEnum):
+    """What the copying kernel writes."""
+
+    TAKE = 0
+    """The parts of parameters that some heads own."""
+    SPREAD = 1
+    """Tensors like the parameters, of such parts, with zeros for other heads."""
+    ADD = 2
+    """The same, added to what is there."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ def take_heads(
         parameter.new_empty(each.numbers(chosen, of), dtype=dtype)
         for parameter, each in zip(parameters, slices, strict=True)
     ]
-    _copy_heads(parameters, taken, slices, heads, chosen, of, spreads=False)
+    _copy_heads(parameters, taken, slices, heads, chosen, of, Way.TAKE)
     return taken
 
 
@@ -96,8 +108,19 @@ def spread_heads(
     places: int64 [head], each head's place among the `chosen` ones; -1 or above them for the others.
     """
     whole = [torch.empty_like(like) for like in likes]
-    _copy_heads(parts, whole, slices, places, chosen, places.numel(), spreads=True)
+    _copy_heads(parts, whole, slices, places, chosen, places.numel(), Way.SPREAD)
     return whole
+
+
+def add_heads(
+    parts: Sequence[Tensor],
+    totals: Sequence[Tensor],
+    slices: Sequence[HeadSlices],
+    places: Tensor,
+    chosen: int,
+) -> None:
+    """Adds to `totals` what `spread_heads` would return, without a pass over the other heads' numbers."""
+    _copy_heads(parts, totals, slices, places, chosen, places.numel(), Way.ADD)
 
 
 def _copy_heads(
@@ -107,10 +130,10 @@ def _copy_heads(
     index: Tensor,
     chosen: int,
     of: int,
-    spreads: bool,
+    way: Way,
 ) -> None:
     if len(sources) > 6:
-        _copy_heads(sources[6:], targets[6:], slices[6:], index, chosen, of, spreads)
+        _copy_heads(sources[6:], targets[6:], slices[6:], index, chosen, of, way)
         sources, targets, slices = sources[:6], targets[:6], slices[:6]
     pointers, shapes = [], []
     for place in range(6):
@@ -118,8 +141,8 @@ def _copy_heads(
         each = slices[place] if is_used else HeadSlices(0, 1, rows=True)
         pointers += [sources[place], targets[place]] if is_used else [sources[0], targets[0]]
         shapes += [each.outer, each.inner, each.rows, each.units]
-    programs = sum(each.programs(chosen, of, spreads) for each in slices)
-    triton_kernels.copy_heads[(programs,)](*pointers, index, chosen, of, *shapes, spreads, _COPY_ELEMENTS)
+    programs = sum(each.programs(chosen, of, way is not Way.TAKE) for each in slices)
+    triton_kernels.copy_heads[(programs,)](*pointers, index, chosen, of, *shapes, int(way), _COPY_ELEMENTS)
 
 
 @dataclass(frozen=True)

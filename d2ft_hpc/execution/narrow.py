@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2ft_hpc.execution.accumulation import accumulator_of
 from d2ft_hpc.execution.block import BlockHeads, HeadAxes, PartAxes
 from d2ft_hpc.families.head_axis import HeadAxis, TakenHeads
 from d2ft_hpc.families.low_rank import parameter_of
@@ -54,6 +55,7 @@ class _TakeHeads(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         assert heads.full is not None
         ctx.heads, ctx.axes = heads, axes
+        ctx.accumulators = [accumulator_of(parameter) for parameter in parameters]
         ctx.save_for_backward(*parameters)
         ctx.set_materialize_grads(False)
         parts = _take(parameters, axes, heads.full, dtype)
@@ -64,14 +66,23 @@ class _TakeHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         parameters: tuple[Tensor, ...] = ctx.saved_tensors
-        given = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        given = {index: gradient for index, gradient in enumerate(gradients) if gradient is not None}
+        added = {index: each.take() for index in given if (each := ctx.accumulators[index]) is not None}
+        spread = [index for index in given if index not in added]
+        if added:
+            _add(
+                [given[index] for index in added],
+                list(added.values()),
+                [ctx.axes[index] for index in added],
+                ctx.heads,
+            )
         whole = _spread(
-            [gradient for gradient in gradients if gradient is not None],
-            [parameters[index] for index in given],
-            [ctx.axes[index] for index in given],
+            [given[index] for index in spread],
+            [parameters[index] for index in spread],
+            [ctx.axes[index] for index in spread],
             ctx.heads,
         )
-        by_index = dict(zip(given, whole, strict=True))
+        by_index = dict(zip(spread, whole, strict=True))
         return None, None, None, *(by_index.get(index) for index in range(len(parameters)))
 
 
@@ -109,6 +120,20 @@ def _spread(
     slices = [slices_of(axis) for axis in axes]
     flat = [part.contiguous() for part in parts]
     return kernels.spread_heads(flat, likes, slices, heads.places, heads.num_full)
+
+
+def _add(
+    parts: Sequence[Tensor], totals: Sequence[Tensor], axes: Sequence[HeadAxis], heads: BlockHeads
+) -> None:
+    """Adds to `totals` what `_spread` would return."""
+    if not parts[0].is_cuda:
+        for total, gradient in zip(totals, _spread(parts, totals, axes, heads), strict=True):
+            total.add_(gradient)
+        return
+    from d2ft_hpc.execution import kernels
+
+    slices = [slices_of(axis) for axis in axes]
+    kernels.add_heads([part.contiguous() for part in parts], totals, slices, heads.places, heads.num_full)
 
 
 def slices_of(axis: HeadAxis) -> Any:

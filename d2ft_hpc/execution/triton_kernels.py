@@ -88,29 +88,36 @@ _tile = triton.constexpr_function(tile_of)
 
 @triton.jit
 def _copy(source, target, index, program, chosen, of, OUTER: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr,
-          UNITS: tl.constexpr, SPREADS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """A tile of the target. Where it comes from is looked up once for each of its rows, or of its columns."""
+          UNITS: tl.constexpr, WAY: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """A tile of the target. Where it comes from is looked up once for each of its rows, or of its columns.
+
+    WAY: of `kernels.Way`."""
     if OUTER > 0:
+        spreads: tl.constexpr = WAY > 0
         tile: tl.constexpr = _tile(OUTER, INNER, ROWS, BLOCK)
-        width = _rows(chosen, of, UNITS, not SPREADS) * INNER if tile[2] else INNER
+        width = _rows(chosen, of, UNITS, not spreads) * INNER if tile[2] else INNER
         chunks = tl.cdiv(width, tile[1])
         row = (program // chunks * tile[0] + tl.arange(0, tile[0]))[:, None]
         column = (program % chunks * tile[1] + tl.arange(0, tile[1]))[None, :]
         within = column < width
         if tile[2]:
-            origin, is_own = _origin(column // INNER, index, chosen, of, 1, ROWS, UNITS, SPREADS)
+            origin, is_own = _origin(column // INNER, index, chosen, of, 1, ROWS, UNITS, spreads)
             inside = (row < OUTER) & within
             place = origin * INNER + column % INNER
             if INNER % 8 == 0:  # the copies of 8 numbers lie side by side on both sides
                 place = tl.max_contiguous(tl.multiple_of(place, [1, 8]), [1, 8])
                 is_own = tl.max_constancy(is_own, [1, 8])
-            place += row * _rows(chosen, of, UNITS, SPREADS) * INNER
+            place += row * _rows(chosen, of, UNITS, spreads) * INNER
         else:
-            origin, is_own = _origin(row, index, chosen, of, OUTER, ROWS, UNITS, SPREADS)
-            inside = (row < OUTER * _rows(chosen, of, UNITS, not SPREADS)) & within
+            origin, is_own = _origin(row, index, chosen, of, OUTER, ROWS, UNITS, spreads)
+            inside = (row < OUTER * _rows(chosen, of, UNITS, not spreads)) & within
             place = origin * INNER + column
         value = tl.load(source + place, mask=is_own & inside, other=0.0)
-        tl.store(target + row * width + column, value.to(target.dtype.element_ty), mask=inside)
+        at = target + row * width + column
+        if WAY == 2:
+            inside = inside & is_own
+            value = value.to(target.dtype.element_ty) + tl.load(at, mask=inside, other=0.0)
+        tl.store(at, value.to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -139,36 +146,27 @@ def copy_heads(
     OUTER3: tl.constexpr, INNER3: tl.constexpr, ROWS3: tl.constexpr, UNITS3: tl.constexpr,
     OUTER4: tl.constexpr, INNER4: tl.constexpr, ROWS4: tl.constexpr, UNITS4: tl.constexpr,
     OUTER5: tl.constexpr, INNER5: tl.constexpr, ROWS5: tl.constexpr, UNITS5: tl.constexpr,
-    SPREADS: tl.constexpr, BLOCK: tl.constexpr,
+    WAY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    spreads: tl.constexpr = WAY > 0
     program = tl.program_id(0)
-    end0 = _programs(chosen, of, OUTER0, INNER0, ROWS0, UNITS0, SPREADS, BLOCK)
-    end1 = end0 + _programs(chosen, of, OUTER1, INNER1, ROWS1, UNITS1, SPREADS, BLOCK)
-    end2 = end1 + _programs(chosen, of, OUTER2, INNER2, ROWS2, UNITS2, SPREADS, BLOCK)
-    end3 = end2 + _programs(chosen, of, OUTER3, INNER3, ROWS3, UNITS3, SPREADS, BLOCK)
-    end4 = end3 + _programs(chosen, of, OUTER4, INNER4, ROWS4, UNITS4, SPREADS, BLOCK)
+    end0 = _programs(chosen, of, OUTER0, INNER0, ROWS0, UNITS0, spreads, BLOCK)
+    end1 = end0 + _programs(chosen, of, OUTER1, INNER1, ROWS1, UNITS1, spreads, BLOCK)
+    end2 = end1 + _programs(chosen, of, OUTER2, INNER2, ROWS2, UNITS2, spreads, BLOCK)
+    end3 = end2 + _programs(chosen, of, OUTER3, INNER3, ROWS3, UNITS3, spreads, BLOCK)
+    end4 = end3 + _programs(chosen, of, OUTER4, INNER4, ROWS4, UNITS4, spreads, BLOCK)
     if program < end0:
-        _copy(source0, target0, index, program, chosen, of, OUTER0, INNER0, ROWS0, UNITS0, SPREADS, BLOCK)
+        _copy(source0, target0, index, program, chosen, of, OUTER0, INNER0, ROWS0, UNITS0, WAY, BLOCK)
     elif program < end1:
-        _copy(
-            source1, target1, index, program - end0, chosen, of, OUTER1, INNER1, ROWS1, UNITS1, SPREADS, BLOCK
-        )
+        _copy(source1, target1, index, program - end0, chosen, of, OUTER1, INNER1, ROWS1, UNITS1, WAY, BLOCK)
     elif program < end2:
-        _copy(
-            source2, target2, index, program - end1, chosen, of, OUTER2, INNER2, ROWS2, UNITS2, SPREADS, BLOCK
-        )
+        _copy(source2, target2, index, program - end1, chosen, of, OUTER2, INNER2, ROWS2, UNITS2, WAY, BLOCK)
     elif program < end3:
-        _copy(
-            source3, target3, index, program - end2, chosen, of, OUTER3, INNER3, ROWS3, UNITS3, SPREADS, BLOCK
-        )
+        _copy(source3, target3, index, program - end2, chosen, of, OUTER3, INNER3, ROWS3, UNITS3, WAY, BLOCK)
     elif program < end4:
-        _copy(
-            source4, target4, index, program - end3, chosen, of, OUTER4, INNER4, ROWS4, UNITS4, SPREADS, BLOCK
-        )
+        _copy(source4, target4, index, program - end3, chosen, of, OUTER4, INNER4, ROWS4, UNITS4, WAY, BLOCK)
     else:
-        _copy(
-            source5, target5, index, program - end4, chosen, of, OUTER5, INNER5, ROWS5, UNITS5, SPREADS, BLOCK
-        )
+        _copy(source5, target5, index, program - end4, chosen, of, OUTER5, INNER5, ROWS5, UNITS5, WAY, BLOCK)
 
 
 @triton.jit
