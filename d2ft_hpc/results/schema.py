@@ -150,7 +150,7 @@ TABLES: dict[str, dict[str, Field]] = {
     ),
     "evaluations": _fields(
         _STEP,
-        Field("epoch", "int64", "1", "epochs done before"),
+        Field("epoch", "int64", "1", "epochs begun before"),
         Field("accuracy", "float64", "1", "top-1 accuracy, 0 to 1"),
         Field("loss", "float64", "1", "mean loss"),
         Field("samples", "int64", "1", "samples evaluated"),
