@@ -84,9 +84,14 @@ def _checks(config: RunConfig, control: Control, left: float | None) -> list[Fin
 
     from d2ft_hpc.doctor import machine, storage, work
 
-    device = torch.device(device_type_of(config.engine.device))
+    asked = config.engine.device
+    lacks_gpu = (
+        asked == "cuda" and not torch.cuda.is_available()
+    )  # which `_meet` found, and the rest can do without
+    device = torch.device("cpu" if lacks_gpu else device_type_of(asked))
     findings = of_all_ranks(control, machine.check_versions(control))
-    findings += of_all_ranks(control, [machine.check_gpus(control, device)])
+    if not lacks_gpu:
+        findings += of_all_ranks(control, [machine.check_gpus(control, device)])
     if distributed.is_initialized():
         findings += of_all_ranks(control, machine.check_all_reduce(control, device))
     of_output = of_all_ranks(control, storage.check_output(config, control))
