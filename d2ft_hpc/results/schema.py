@@ -161,7 +161,7 @@ TABLES: dict[str, dict[str, Field]] = {
     "events": _fields(
         _STEP,
         Field("time", "text", "1", "when, UTC, ISO 8601"),
-        Field("kind", "text", "1", "plan, resume, checkpoint, signal, error, ..."),
+        Field("kind", "text", "1", "plan, resume, checkpoint, recompute, signal, error, ..."),
         Field("text", "text", "1", "what happened"),
         Field("seconds", "float64", "s", "time it took"),
     ),

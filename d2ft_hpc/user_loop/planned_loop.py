@@ -355,7 +355,14 @@ class PlannedLoop:
         seen = self._slot + 1
         plans = self._plans()
         work = self._counter.end(plans.context.placement, self._source.flops_of_batch)
-        self.record.end_batch(self._steps, work, plans, learning_rate, self._foreseen_bytes())
+        self.record.end_batch(
+            self._steps,
+            work,
+            plans,
+            learning_rate,
+            self._foreseen_bytes(),
+            recomputes=self._counter.recomputes,
+        )
         self._slot, self._is_planned, self._is_begun = -1, False, False
         self._steps += 1
         fix = f"attach(..., micro_batches={seen})"
