@@ -140,6 +140,10 @@ class LoopRecord:
             reset_peak(device)
         self._times.turn_to(phase)
 
+    def drop_batch(self) -> None:
+        """The batch broke off and begins anew; its time belongs to the step that comes of it."""
+        self._losses = []
+
     def pause(self) -> None:
         """What the loop did since the last step, and does until the next one begins, belongs to no step."""
         self._times = None
