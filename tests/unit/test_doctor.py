@@ -53,9 +53,9 @@ def test_an_absent_gpu_is_found_once_and_hides_nothing_else(
 ) -> None:
     status, found = doctor_here(capsys, f"run.folder={tmp_path}/new", "engine.device=cuda")
     assert status == 1
-    assert found["ranks"]["text"].startswith("engine.device=cuda: torch ")
-    assert found["ranks"]["fix"].startswith("set engine.device=cpu, or start on a GPU node")
-    assert {finding["status"] for check, finding in found.items() if check != "ranks"} == {"ok"}
+    assert found["gpus"]["text"].startswith("engine.device=cuda: torch ")
+    assert found["gpus"]["fix"].startswith("set engine.device=cpu, or start on a GPU node")
+    assert {finding["status"] for check, finding in found.items() if check != "gpus"} == {"ok"}
     assert {"data", "model", "plan"} <= set(found)
 
 
