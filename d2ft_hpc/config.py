@@ -119,6 +119,16 @@ class DataConfig(Section):
     """Number of processes that read and decode images for each rank. null: if a GPU trains and images have to be
     decoded, as many as the host's cores and /dev/shm allow, at most 16. Otherwise none."""
 
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _check_classes(cls, classes: Any) -> Any:
+        numbers = isinstance(classes, list) and all(str(each).isdecimal() for each in classes)
+        if not (classes is None or numbers):
+            raise ValueError(
+                "classes are told by their numbers in the data set, from 0; write [0, 3] or null"
+            )
+        return classes
+
     @model_validator(mode="after")
     def _check_timm(self) -> DataConfig:
         for name in sorted(MIXING & self.timm.keys()):

@@ -131,7 +131,9 @@ def _sections(runs: Sequence[Run], numbers: dict[str, Any]) -> Iterator[tuple[st
             yield "Over seeds", _figure(compare.draw(groups), caption) + _table(compare.table(groups))
         claims = paper.measure(runs)
         if any(run["claim"] for run in claims["runs"]):
-            caption = "What each run saved and lost against the dense runs of the same model and data."
+            caption = (
+                "What each run saved in a step, and lost, against the dense runs of the same model and data."
+            )
             yield "Beside the paper", _table(paper.table(claims)) + _figure(paper.draw(claims), caption)
     for title, (module, caption) in _IF_RECORDED.items():
         shown = [run for run in runs if not run.is_dense] if module in (plans, scores) else runs

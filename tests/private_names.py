@@ -176,6 +176,7 @@ def _torch_and_timm() -> Iterator[PrivateName]:
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         yield PrivateName(f"{module}.{hooks}", f"self.{hooks}")
     yield PrivateName("torch:Tensor._version")
+    yield PrivateName("torch.autograd:Variable._execution_engine")
     yield PrivateName("torch:_C")
     yield PrivateName("torch:_C._current_graph_task_id")
     for name in ("_dynamo_restore_local_dispatch_key_set", "_dynamo_save_local_dispatch_key_set"):

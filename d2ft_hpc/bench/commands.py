@@ -122,7 +122,7 @@ def read_workload(options: argparse.Namespace) -> Workload:
     from d2ft_hpc.bench.workload import Workload
     from d2ft_hpc.launch import device_type_of
 
-    return _settings(Workload, options, device=torch.device(device_type_of(options.device)))
+    return _settings(Workload, options, device=torch.device(device_type_of(options.device, "--device ")))
 
 
 def _settings(kind: type[Settings], options: argparse.Namespace, **own: Any) -> Settings:
@@ -134,7 +134,7 @@ def _settings(kind: type[Settings], options: argparse.Namespace, **own: Any) -> 
 def _speed(options: argparse.Namespace) -> int:
     from d2ft_hpc.launch import connect, detect, run_guarded
 
-    control = connect(detect(), device_type=options.device)
+    control = connect(detect(), device_type=options.device, device_setting="--device ")
 
     def run() -> None:
         from d2ft_hpc.bench.speed import speed, speed_report
@@ -168,7 +168,7 @@ def _step(options: argparse.Namespace) -> None:
     from d2ft_hpc.bench.step import Sizes, benchmark, describe
     from d2ft_hpc.launch import device_type_of
 
-    device = torch.device(device_type_of(options.device))
+    device = torch.device(device_type_of(options.device, "--device "))
     of_device = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, of_device if options.dtype == "auto" else options.dtype)
     sizes = _settings(Sizes, options, device=device, dtype=dtype)

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from d2ft_hpc.config import RunConfig, read_config
 from d2ft_hpc.doctor.finding import Finding, as_json, as_text, of_all_ranks, of_error
@@ -52,12 +53,17 @@ def seconds_left() -> float | None:
     return float(end) - time.time() if re.fullmatch("[0-9]{1,12}", end) else None
 
 
+def _device_of(config: RunConfig) -> Literal["auto", "cpu"]:
+    """Where a GPU that the run asks for is absent, the other checks take the CPU."""
+    return "cpu" if config.engine.device == "cpu" else "auto"
+
+
 def _meet(config: RunConfig, environment: LaunchEnvironment) -> tuple[Control | None, Finding]:
     """None on a rank other than 0 that stayed alone."""
     try:
         control = connect(
             environment,
-            device_type=config.engine.device,
+            device_type=_device_of(config),
             timeout_seconds=config.launch.timeout_seconds,
         )
     except LaunchError as error:
@@ -84,9 +90,9 @@ def _checks(config: RunConfig, control: Control, left: float | None) -> list[Fin
 
     from d2ft_hpc.doctor import machine, storage, work
 
-    device = torch.device(device_type_of(config.engine.device))
+    device = torch.device(device_type_of(_device_of(config)))
     findings = of_all_ranks(control, machine.check_versions(control))
-    findings += of_all_ranks(control, [machine.check_gpus(control, device)])
+    findings += of_all_ranks(control, [machine.check_gpus(control, device, config.engine.device)])
     if distributed.is_initialized():
         findings += of_all_ranks(control, machine.check_all_reduce(control, device))
     of_output = of_all_ranks(control, storage.check_output(config, control))

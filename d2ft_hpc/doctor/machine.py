@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from d2ft_hpc.doctor.finding import Finding
-from d2ft_hpc.launch import Control, gathered
+from d2ft_hpc.doctor.finding import Finding, of_error
+from d2ft_hpc.errors import LaunchError
+from d2ft_hpc.launch import Control, device_type_of, gathered
 from d2ft_hpc.launch.control import describe_ranks
 from d2ft_hpc.metering.all_reduce import fastest_all_reduce
 from d2ft_hpc.recording.provenance import ABSENT, installed_version
@@ -44,9 +46,13 @@ def check_versions(control: Control) -> list[Finding]:
     return findings or [Finding("versions", "ok", f"{shown} on all ranks")]
 
 
-def check_gpus(control: Control, device: torch.device) -> Finding:
-    """On all ranks together."""
+def check_gpus(control: Control, device: torch.device, asked_for: Literal["auto", "cpu", "cuda"]) -> Finding:
+    """On all ranks together. asked_for: by the configuration."""
     if device.type == "cpu":
+        try:
+            device_type_of(asked_for)
+        except LaunchError as error:
+            return of_error("gpus", error, "set engine.device=cpu")
         asked = next((v for v in ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE") if os.environ.get(v)), None)
         if asked is None and not Path("/dev/nvidia0").exists():
             return Finding("gpus", "ok", "no GPU here; the run takes the CPU")

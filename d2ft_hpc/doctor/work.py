@@ -19,7 +19,7 @@ from d2ft_hpc.parallel.rank_layout import RankLayout
 from d2ft_hpc.planning import Operation
 from d2ft_hpc.training.job import Job, layout_of, make_model, open_images, set_up
 from d2ft_hpc.training.model_placement import place_in_order
-from d2ft_hpc.training.plan_context import plan_context
+from d2ft_hpc.training.plan_context import compute_in_words, plan_context
 from d2ft_hpc.training.plan_costs import costs_unmeasured
 
 _FIX = {
@@ -116,13 +116,12 @@ def check_plans(job: Job) -> list[Finding]:
         plan = trial_plan(context)
     except D2ftError as error:
         return [of_error("plan", error, "raise plan.compute_budget")]
-    share, images = job.costs.planned_share(plan), ""
+    images = ""
     if context.curve is not None:
-        share *= context.curve.share
         images = f", images of {context.curve.in_words(job.executor.images.patch_size)}"
     price = price_of(plan)
     return [
-        Finding("plan", "ok", f"planner {plan.planner}, {share:.1%} of the dense compute{images}"),
+        Finding("plan", "ok", f"planner {plan.planner}, {compute_in_words(job, plan)}{images}"),
         *([Finding("plan", "warning", *price.rsplit("; ", 1))] if price else []),
     ]
 

@@ -50,10 +50,13 @@ def family_of(model: nn.Module) -> BlockFamily:
                 f"{type(model).__name__} has a {type(inside).__name__} inside, which follows plans in own loops "
                 f"(d2ft_hpc.attach), not here"
             )
-        raise UnsupportedModelError(
-            f"{type(model).__module__}.{type(model).__name__} is none of the supported models, which are "
-            f"{supported()}; d2ft-hpc models lists timm's by name"
-        )
+        module = type(model).__module__
+        told = f"{module}.{type(model).__name__} is none of the supported models"
+        if module.startswith("timm."):
+            raise UnsupportedModelError(
+                f"{told}; d2ft-hpc models lists those of timm, and says why others are not"
+            )
+        raise UnsupportedModelError(f"{told}, which are {supported()}; d2ft-hpc models lists timm's by name")
     return family
 
 

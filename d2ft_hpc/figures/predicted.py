@@ -75,8 +75,8 @@ def draw(numbers: dict[str, Any]) -> Figure:
             ylim=limits,
             title=what.capitalize(),
             aspect="equal",
-            xlabel=f"promised {what} (% of dense)",
-            ylabel=f"measured {what} (% of dense)",
+            xlabel=f"promised {what} (% of a dense step's)",
+            ylabel=f"measured {what} (% of a dense step's)",
         )
         axis.grid(alpha=0.3)
         if not drawn:

@@ -111,6 +111,12 @@ class Run:
         """All plans."""
         return self.results.table("plans")
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether measured compute has the activations that checkpointing recomputes."""
+        of_loop = "recompute" in self.results.table("events", ["kind"])["kind"]  # which has no such setting
+        return of_loop or self.setting("engine.activation_checkpointing") is True
+
     @cached_property
     def engine(self) -> EngineConfig | None:
         """The engine's configuration; None if it is not recorded, or of another version."""

@@ -76,7 +76,7 @@ def _summary(run: Run) -> dict[str, Any]:
         "recording_share": share(steps["recording_seconds"], steps["step_seconds"]),
         "memory_bytes": float(np.nanmax(memory)) if np.isfinite(memory).any() else np.nan,
         "steps_share": of_steps,
-        "recomputes": run.setting("engine.activation_checkpointing") is True,
+        "recomputes": run.recomputes,
         "between_replicas": _between_replicas(run),
     }
 
@@ -88,8 +88,8 @@ def _steps_share(run: Run) -> float:
 
 
 _RECOMPUTES = (
-    "measured compute has the activations that are recomputed (engine.activation_checkpointing), which planned and "
-    "dense compute do not have"
+    "measured compute has the activations that are recomputed (activation checkpointing), which planned and dense "
+    "compute do not have"
 )
 _NAMES = {"ddp": "DDP", "zero0": "DeepSpeed in bf16", "zero1": "ZeRO 1", "zero2": "ZeRO 2", "zero3": "ZeRO 3"}
 

@@ -60,7 +60,7 @@ def draw(numbers: dict[str, Any]) -> Figure:
         boxes(left, ranks - 0.4, ranks + 0.4, np.zeros(len(ranks)), compute, facecolor=COLOURS[0])
         variance = run["workload_variance"]
         title = f"{name}: compute" + (f" (variance {variance:.1e})" if np.isfinite(variance) else "")
-        left.set(title=title, xlabel="rank", ylabel="executed compute (% of dense)", ylim=(0, 105))
+        left.set(title=title, xlabel="rank", ylabel="executed compute (% of dense steps)", ylim=(0, 105))
         below = np.zeros(len(ranks))
         for phase, style in PHASE_STYLES.items():
             values = 1e3 * np.asarray(run["seconds"][phase])

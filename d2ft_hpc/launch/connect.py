@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 DeviceType = Literal["cpu", "cuda"]
 
 
-def device_type_of(asked: Literal["auto", "cpu", "cuda"]) -> DeviceType:
+def device_type_of(asked: Literal["auto", "cpu", "cuda"], setting: str = "engine.device=") -> DeviceType:
     """The device type that is asked for; "auto" is CUDA where torch sees a GPU. Raises LaunchError for "cuda" where
-    it sees none."""
+    it sees none. setting: how the user asks, for messages."""
     if asked == "cpu":
         return asked
     import torch
@@ -32,8 +32,8 @@ def device_type_of(asked: Literal["auto", "cpu", "cuda"]) -> DeviceType:
         return "cuda"
     if asked == "cuda":
         raise LaunchError(
-            f"engine.device=cuda (of a benchmark --device): torch {torch.__version__} sees no GPU here; set cpu, or "
-            f"start on a GPU node with a CUDA build of torch"
+            f"{setting}cuda: torch {torch.__version__} sees no GPU here; set {setting}cpu, or start on a GPU node with "
+            f"a CUDA build of torch"
         )
     return "cpu"
 
@@ -42,6 +42,7 @@ def connect(
     environment: LaunchEnvironment,
     *,
     device_type: Literal["auto", "cpu", "cuda"],
+    device_setting: str = "engine.device=",
     timeout_seconds: float = 25.0,
     collective_timeout_seconds: float = 1800.0,
 ) -> Control:
@@ -49,10 +50,10 @@ def connect(
 
     MPI starts before anything large is loaded, torch included: under Slurm's pmi2, MPICH's start may fail after it.
     The group is gloo for "cpu" and gloo plus NCCL for "cuda", whose current device is set as well; "auto" is what
-    `device_type_of` says. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are put into os.environ where
-    absent. LOCAL_RANK is 0 for a process that sees a single GPU, since it serves as the index of the device. A
-    default process group that exists already is used, and left open at the end. Call `detect` before: afterwards it
-    sees the variables set here.
+    `device_type_of` says, for whose messages `device_setting` is. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+    MASTER_PORT are put into os.environ where absent. LOCAL_RANK is 0 for a process that sees a single GPU, since it
+    serves as the index of the device. A default process group that exists already is used, and left open at the end.
+    Call `detect` before: afterwards it sees the variables set here.
 
     `timeout_seconds` is how long the ranks may take to meet; `collective_timeout_seconds` is the deadline of
     every later collective of the control plane and of torch.distributed.
@@ -70,7 +71,7 @@ def connect(
     from torch import distributed
 
     with nullcontext() if mpi is None else agreed(mpi, "choosing the devices"):
-        device_type = device_type_of(device_type)
+        device_type = device_type_of(device_type, device_setting)
         device_index = _choose_device(device_type, environment.local_rank)
     adopted = distributed.is_initialized()
     if adopted and distributed.get_world_size() != environment.world_size:

@@ -207,13 +207,16 @@ class PlanController:
         self.activate(plan)
         if curve is not None and self.plans_made == 0:
             sizes = curve.in_words(self.engine.executor.images.patch_size)
-            self.listener.say(f"images of {sizes}: {curve.share:.1%} of what full size takes over the run")
+            steps = sum(curve.steps)
+            self.listener.say(
+                f"images of {sizes}: {curve.share:.1%} of what full size takes in these {steps} steps"
+            )
         self.planning_seconds += seconds
         executor = self.engine.executor
         tokens = f", tokens {executor.token_layout}" if isinstance(executor, TensorParallelExecutor) else ""
         self.listener.say(
             f"from step {step + 1} on: {plan.in_words(executor.images.patch_size)}, "
-            f"{self.context.costs.planned_share(plan):.1%} of the dense compute, made in {seconds:.2f} s{tokens}"
+            f"{self.context.costs.planned_share(plan):.1%} of a dense step's compute, made in {seconds:.2f} s{tokens}"
         )
         self.listener.planned(plan, step, seconds)
         self.plans_made += 1

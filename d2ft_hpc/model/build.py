@@ -189,12 +189,16 @@ _HUB_FIX = (
 )
 
 
+_SUPPORTED = ["vit_*", "deit*", "eva*", "beit*", "naflexvit*"]
+"""Names of timm's that nearly always stand for models that train under plans."""
+
+
 def _check_name(name: str) -> None:
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models("*vit*"), n=1, cutoff=0.3)
+        close = difflib.get_close_matches(name, timm.list_models(_SUPPORTED), n=1)
         raise ConfigError(
             f"model.name={shown(name)}: timm has no such model"
-            + (f"; did you mean {close[0]}?" if close else "; timm.list_models('*vit*') lists them")
+            + (f"; did you mean {close[0]}?" if close else "; d2ft-hpc models lists those that train")
         )
     architecture, _, tag = name.partition(".")
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]

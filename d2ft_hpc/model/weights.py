@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +110,16 @@ def _description(config: Path) -> dict[str, Any]:
         raise CheckpointError(f"{config}: not a readable description of a model: {error}") from error
 
 
+def _fix_of(value: str) -> str:
+    """What to write in place of a value that is neither a word nor a file."""
+    if difflib.get_close_matches(value, [PRETRAINED], cutoff=0.7):
+        return f"did you mean {PRETRAINED}?"
+    return (
+        f"write {PRETRAINED}, {HUB}OWNER/NAME, the path of a safetensors file or of its folder, or null for random "
+        f"weights"
+    )
+
+
 def _shapes(path: Path) -> dict[str, list[int]]:
     if path.exists() and not path.is_file():
         raise CheckpointError(f"model.weights={path}: not a regular file")
@@ -116,7 +127,7 @@ def _shapes(path: Path) -> dict[str, list[int]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
-        raise CheckpointError(f"model.weights={path}: no such file") from None
+        raise CheckpointError(f"model.weights={path}: no such file; {_fix_of(str(path))}") from None
     except (SafetensorError, OSError) as error:
         fix = "; save the state dict by safetensors.torch.save_file" if path.suffix in _PICKLED else ""
         raise CheckpointError(

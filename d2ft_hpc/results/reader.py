@@ -42,8 +42,19 @@ def open_run(path: Path | str) -> "RunResults":
     if path.is_dir():
         path = path / "results.h5"
     if not path.is_file():
-        raise ResultsError(f"no results file at {path}: give the path of a run folder or of its results.h5")
+        raise ResultsError(f"no results file at {path}: {_where_there_is_one(path)}")
     return _open(path.resolve(), rank_files=True)
+
+
+def _where_there_is_one(absent: Path) -> str:
+    """What to give in place of a results file that is not there."""
+    folder, file = absent.parent, "results.h5"
+    if absent.name == file and (runs := sorted(folder.glob(f"*/{file}"))):
+        found = "is a run folder" if len(runs) == 1 else f"and {len(runs) - 1} more are run folders"
+        return f"{runs[0].parent} {found}; give those that you mean, or {folder / '*'}"
+    if (folder / file).is_file():
+        return f"{folder} is a run folder; give that"
+    return "give the path of a run folder or of its results.h5"
 
 
 def _open(path: Path, *, rank_files: bool) -> "RunResults":

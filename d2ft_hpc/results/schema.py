@@ -150,7 +150,7 @@ TABLES: dict[str, dict[str, Field]] = {
     ),
     "evaluations": _fields(
         _STEP,
-        Field("epoch", "int64", "1", "epochs done before"),
+        Field("epoch", "int64", "1", "epochs begun before"),
         Field("accuracy", "float64", "1", "top-1 accuracy, 0 to 1"),
         Field("loss", "float64", "1", "mean loss"),
         Field("samples", "int64", "1", "samples evaluated"),
@@ -161,7 +161,7 @@ TABLES: dict[str, dict[str, Field]] = {
     "events": _fields(
         _STEP,
         Field("time", "text", "1", "when, UTC, ISO 8601"),
-        Field("kind", "text", "1", "plan, resume, checkpoint, signal, error, ..."),
+        Field("kind", "text", "1", "plan, resume, checkpoint, recompute, signal, error, ..."),
         Field("text", "text", "1", "what happened"),
         Field("seconds", "float64", "s", "time it took"),
     ),

@@ -76,6 +76,13 @@ class Job:
         """Of each step, over all replicas."""
         return (self.sampler.batch_samples * self.num_epochs)[: self.total_steps]
 
+    def length_in_words(self, steps: int) -> str:
+        """So many steps from the beginning in epochs, of which the last may be cut short."""
+        epochs, cut = divmod(steps, self.sampler.batches_per_epoch)
+        if cut:
+            return f"{steps} steps ({steps / self.sampler.batches_per_epoch:.1f} epochs)"
+        return f"{epochs} epoch{'s' * (epochs != 1)}"
+
     def steps_of_epoch(self, epoch: int) -> int:
         return min(self.sampler.batches_per_epoch, self.total_steps - epoch * self.sampler.batches_per_epoch)
 

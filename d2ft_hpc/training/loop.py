@@ -35,7 +35,7 @@ from d2ft_hpc.training.free_memory import describe_memory, with_memory_limits
 from d2ft_hpc.training.job import Job, layout_of, set_up
 from d2ft_hpc.training.measurements import Measurements, measure_job
 from d2ft_hpc.training.model_placement import place
-from d2ft_hpc.training.plan_context import is_due, plan_context
+from d2ft_hpc.training.plan_context import compute_in_words, is_due, plan_context
 from d2ft_hpc.training.probe_scores import ProbeScores
 from d2ft_hpc.training.progress import WORTH_TELLING, Progress
 from d2ft_hpc.training.results_file import first_plan_of, open_own_results, open_results
@@ -115,6 +115,8 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
         plan = foresee_plans(run.plans)
     if control.rank == 0 and (price := price_of(plan)):
         print_line(f"d2ft-hpc: warning: {price}")
+    if control.rank == 0 and config.train.steps_share < 1:
+        print(f"the run takes {compute_in_words(job, plan)}", flush=True)
     watch.enter("opening the run's folder")
     with ExitStack() as stack, with_advice(config):
         own_writer, first_plan = None, 0

@@ -7,6 +7,7 @@ from d2ft_hpc.lifecycle import PlanContext, PlanCosts
 from d2ft_hpc.parallel.rank_layout import Placement
 from d2ft_hpc.parallel.tensor import layouts_of
 from d2ft_hpc.plan_config import PlanConfig
+from d2ft_hpc.planning import SkipPlan
 from d2ft_hpc.training.job import Job
 
 
@@ -44,6 +45,21 @@ def plan_context(job: Job, placement: Placement, costs: PlanCosts) -> PlanContex
         total_steps=job.total_steps,
         curve=job.curve,
     )
+
+
+def compute_in_words(job: Job, plan: SkipPlan) -> str:
+    """What the run's steps take under the plan's operations, and of what that is a share."""
+    curve, of_steps = job.curve, job.config.train.steps_share
+    share = (
+        job.costs.planned_share(plan)
+        if curve is None
+        else job.costs.planned_share(plan.at(None)) * curve.share
+    )
+    told = f"{share:.1%} of the dense compute"
+    if of_steps == 1:
+        return told
+    whole = f"{of_steps * share:.1%} of that of all {job.config.train.epochs} epochs"
+    return f"{told} of its {job.total_steps} steps, {whole} (train.steps_share={of_steps:g})"
 
 
 def meets_every_block(engine: EngineConfig) -> bool:

@@ -85,7 +85,7 @@ class Progress:
             f"loss {loss:.4f}",
             f"lr {learning_rate:.2e}",
             f"accuracy {self._accuracy:.1%}" if self._accuracy == self._accuracy else "",
-            f"compute {compute:.0%}",
+            f"compute {compute:.0%} of a dense step's",
             f"{per_step:.3f} s/step{passes}  {self._images_of_step / per_step:.0f} images/s"
             if per_step == per_step
             else "",

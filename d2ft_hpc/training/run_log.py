@@ -55,9 +55,8 @@ class RunLog(PlanListener):
     def evaluated(self, position: Position, result: Evaluation) -> None:
         """An evaluation of the present model."""
         self.progress.evaluated(result.accuracy, result.seconds)
-        epochs = position.epochs_done
         self.say(
-            f"evaluation after {epochs} epoch{'s' * (epochs != 1)}: accuracy {result.accuracy:.2%}, "
+            f"evaluation after {self._job.length_in_words(position.steps_done)}: accuracy {result.accuracy:.2%}, "
             f"loss {result.loss:.4f} ({result.samples} images, {result.seconds:.1f} s)"
         )
         if self.writer is not None:

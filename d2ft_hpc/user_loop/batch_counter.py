@@ -87,6 +87,7 @@ class BatchCounter:
         self._metered: Metered | None = None  # of the batch that runs
         self._before_evaluation: Metered | None = None
         self._is_scoring = self._has_run_forward = self._has_run_backward = False
+        self._was_whole = True  # the batch before
         self._is_disturbed = False  # another loop's batch runs at the same time, so that neither is counted
         self._counted: _Counted | None = None
         self._scored: list[tuple[int, float]] = []
@@ -122,10 +123,11 @@ class BatchCounter:
     def score(self, micro_batches: Iterable[Tensor]) -> Iterator[None]:
         """Inside, the samples of these micro-batches are scored, by evaluating them; some of them will train."""
         self.begin()
-        self._scored += [(len(samples), self._size_of(samples)) for samples in micro_batches]
+        scored = [(len(samples), self._size_of(samples)) for samples in micro_batches]
         self._is_scoring = True
         try:
             yield
+            self._scored += scored
         finally:
             self._is_scoring = False
 
@@ -207,9 +209,21 @@ class BatchCounter:
                 mode.__exit__(None, None, None)
             BatchCounter._counting = None
 
-    def end(self, placement: Placement, score_flops: int) -> BatchWork:
+    def drop_last(self) -> None:
+        """The last micro-batch that was told of broke off and will be run again."""
+        self._trained.pop()
+        del self._scored[len(self._trained) :]
+
+    def drop_batch(self) -> None:
+        """The batch broke off and begins anew."""
+        self.stop()
+        self._metered, self._scored, self._trained = None, [], []
+        self._is_disturbed = self._has_run_backward = False
+
+    def end(self, placement: Placement, score_flops: int, *, is_whole: bool = True) -> BatchWork:
         """The batch is done, under the plan that is still in force. score_flops: what was computed in it to give heads
-        scores, which is no training. A batch without a backward says nothing of later ones."""
+        scores, which is no training. is_whole: every micro-batch had its backward, as far as is known; a batch of which
+        one lacks it says nothing of later ones, unless the batch before lacked it, too."""
         self.stop()
         plan, costs = self.executor.plan, self._costs
         slots = [slot for slot, _, _ in self._trained]
@@ -227,7 +241,9 @@ class BatchCounter:
         if self._metered is not None and samples:
             self._metered.flops -= score_flops
             counted = _Counted(plan, self._metered, work.planned_flops, dense)
-            self._counted = counted if self._has_run_backward else self._counted
+            is_usual = self._has_run_backward and (is_whole or not self._was_whole)
+            self._counted = counted if is_usual else self._counted
+        self._was_whole = is_whole
         self._metered, self._scored, self._trained = None, [], []
         self._is_disturbed = self._has_run_backward = False
         executed = sent = math.nan
@@ -252,7 +268,7 @@ def samples_in(inputs: Iterable[Any]) -> Tensor:
 
     Raises PlanError where there is none.
     """
-    found = [(name, tensor) for name, tensor in _tensors(inputs) if tensor.dim()]
+    found = [(name, tensor) for name, tensor in tensors_in(inputs) if tensor.dim()]
     if not found:
         raise PlanError("the model was called in training without a tensor, by which its samples are counted")
     # The first of the best kind.
@@ -263,11 +279,12 @@ _SAMPLES = ("pixel_values", "patches", "input_ids", "inputs_embeds")
 """What models of transformers, and timm's for patches, call what they are about."""
 
 
-def _tensors(inputs: Iterable[Any], names: Iterable[Any] | None = None) -> Iterator[tuple[Any, Tensor]]:
+def tensors_in(inputs: Iterable[Any], names: Iterable[Any] | None = None) -> Iterator[tuple[Any, Tensor]]:
+    """Those that lie in mappings or sequences too, each with its name; None where it has none."""
     for name, each in zip(names or repeat(None), inputs, strict=False):
         if isinstance(each, Mapping):
-            yield from _tensors(each.values(), each.keys())
+            yield from tensors_in(each.values(), each.keys())
         elif isinstance(each, list | tuple):
-            yield from _tensors(each)
+            yield from tensors_in(each)
         elif isinstance(each, Tensor):
             yield name, each

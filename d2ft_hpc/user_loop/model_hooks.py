@@ -24,14 +24,15 @@ class ModelHook:
     def __init__(self, hooked: nn.Module, model: nn.Module, training: Call, evaluation: Call) -> None:
         """hooked: what gets the hook. model: whose mode counts, since a frozen part may be left in evaluation mode.
 
-        What to call with the forward's arguments: training, in training mode with gradients; evaluation, else.
+        What to call with the forward's arguments, or as a hook after it with its output (None where it raised):
+        training, in training mode with gradients; evaluation, else.
         """
         self._hooked, self._model = weakref.ref(hooked), weakref.ref(model)
         self._training = torch.compiler.disable(training)
         self._evaluation = torch.compiler.disable(evaluation)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
-        if getattr(module, "_is_replica", False):
+        if getattr(module, "_is_replica", False) and not output:
             raise ConfigError(
                 "the model runs in torch.nn.DataParallel, as a Trainer takes it where one process sees several GPUs: "
                 "start the script by torchrun, one process for each GPU"
@@ -40,7 +41,7 @@ class ModelHook:
         if module is not self._hooked() or model is None or in_backward():
             return  # a backward may run a model again (activation checkpointing)
         if model.training and torch.is_grad_enabled():
-            self._training([*args, kwargs])
+            self._training(output or [*args, kwargs])
         else:
             self._evaluation([])
 

@@ -283,7 +283,9 @@ class PlannedDeepSpeed:
     def _end_batch(self, step: int, learning_rate: float) -> None:
         self.record.gradient_norm(self._engine.get_global_grad_norm())
         work = self._counter.end(self._placement, self._source.flops_of_batch)
-        self.record.end_batch(step, work, self.plans, learning_rate, self._planned_bytes)
+        self.record.end_batch(
+            step, work, self.plans, learning_rate, self._planned_bytes, recomputes=self._counter.recomputes
+        )
         self._turn_to("data")
 
     def _turn_to(self, phase: str) -> None:

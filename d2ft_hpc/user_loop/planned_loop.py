@@ -51,6 +51,7 @@ from d2ft_hpc.user_loop.batch_counter import BatchCounter, ComputeSoFar, samples
 from d2ft_hpc.user_loop.choosing import choose_from
 from d2ft_hpc.user_loop.default_group import control_of_loop
 from d2ft_hpc.user_loop.model_hooks import ModelHook, watch_optimizers
+from d2ft_hpc.user_loop.pass_watch import PassWatch
 from d2ft_hpc.user_loop.plan_printer import PlanPrinter, compute_in_words
 from d2ft_hpc.user_loop.prepare import bind_engine
 from d2ft_hpc.user_loop.record import LoopRecord
@@ -141,6 +142,7 @@ class PlannedLoop:
         self._data_parallel: DataParallel | None = None
         self._planned_bytes: PlannedBytes | None = None
         self._foresee()
+        self._watched = PassWatch()
         self._counter = BatchCounter(self._costs, self.executor, sample_shape)
         settings = {**section.model_dump(mode="json"), "micro_batches": micro_batches}
         self.record = LoopRecord(section.results, settings, model, self.executor.subnets, self._costs)
@@ -170,12 +172,17 @@ class PlannedLoop:
         leaves not one sample.
         """
         given = samples if labels is None else (samples, labels)
-        (chosen,) = choose_from([given], self.section, self._counter, self._begin_draw)
+        try:
+            (chosen,) = choose_from([given], self.section, self._counter, self._begin_draw)
+        except torch.OutOfMemoryError:
+            self._watched.drop(self._slot + 1)
+            raise
         self._draws += 1
         self._is_chosen = True
         return chosen
 
     def _begin_draw(self, samples: int) -> tuple[SampleSelection, int]:
+        self._drop_what_broke_off()
         if not self._model.training:
             name = type(self._model).__name__
             raise PlanError(f"choose() draws what trains, but {name} is in evaluation mode: {_TRAIN}")
@@ -279,12 +286,13 @@ class PlannedLoop:
         model.register_forward_pre_hook(before, with_kwargs=True)
         for ends in {self._model, self._whole}:  # the one alone may be called, or parts of it by the other
             after = ModelHook(ends, self._model, self._after_forward, self._after_evaluation)
-            ends.register_forward_hook(after, with_kwargs=True)
+            ends.register_forward_hook(after, with_kwargs=True, always_call=True)
         watch_optimizers(self._whole, self, self._before_optimizer, self._after_optimizer)
 
     def _before_forward(self, inputs: Sequence[Any]) -> None:
         """Called before the model's forward in training mode: the next micro-batch begins."""
-        self.executor.forward_trains = True
+        self.executor.forward_trains, self._watched.is_in_forward = True, False
+        self._drop_what_broke_off()
         if self.section.entry.binding == "sample" and not self._is_chosen:
             takes_images = self.executor.subnets.family.takes_images
             names = "images, labels" if takes_images else "batch"
@@ -305,14 +313,36 @@ class PlannedLoop:
             tell_if_too_long(self._plans(), self._steps)
         self._slot, self._is_chosen, self._is_begun = self._slot + 1, False, True
         self._passes += 1
+        self._watched.is_in_forward = True
         self._turn_to("forward")
         samples = samples_in(inputs)
         self._counter.train(self._slot, len(samples), samples)
 
-    def _after_forward(self, inputs: Sequence[Any]) -> None:
+    def _after_forward(self, outputs: Sequence[Any]) -> None:
         self.executor.forward_trains = False
+        self._watched.end_forward(self._slot, outputs[0])
+        if self._watched.broke_off:
+            return
         self._counter.end_forward()
         self._turn_to("backward")
+
+    def _drop_what_broke_off(self) -> None:
+        """A pass raised and the loop goes on, as with fewer samples where memory ran out: its micro-batch is run again,
+        or the whole batch where the loop cleared the gradients."""
+        if not self._watched.broke_off:
+            return
+        if self._has_gradients():
+            self._counter.drop_last()
+            self._watched.drop(self._slot)
+            self._slot, self._passes = self._slot - 1, self._passes - 1
+        else:
+            self._counter.drop_batch()
+            self._watched.begin_batch()
+            self.record.drop_batch()
+            self._slot, self._passes = -1, 0
+        if self._source.is_observing:
+            self._source.stop()
+            self._source.measure()
 
     def _before_evaluation(self, inputs: Sequence[Any]) -> None:
         self.executor.forward_trains = False
@@ -354,8 +384,18 @@ class PlannedLoop:
         """learning_rate: NaN: the optimiser makes no step."""
         seen = self._slot + 1
         plans = self._plans()
-        work = self._counter.end(plans.context.placement, self._source.flops_of_batch)
-        self.record.end_batch(self._steps, work, plans, learning_rate, self._foreseen_bytes())
+        work = self._counter.end(
+            plans.context.placement, self._source.flops_of_batch, is_whole=self._watched.is_whole
+        )
+        self._watched.begin_batch()
+        self.record.end_batch(
+            self._steps,
+            work,
+            plans,
+            learning_rate,
+            self._foreseen_bytes(),
+            recomputes=self._counter.recomputes,
+        )
         self._slot, self._is_planned, self._is_begun = -1, False, False
         self._steps += 1
         fix = f"attach(..., micro_batches={seen})"
@@ -401,15 +441,18 @@ class PlannedLoop:
             self._end_batch(float(optimizer.param_groups[0]["lr"]))
 
     def _note_accumulation(self) -> None:
-        """A forward comes after the last one of a batch. Before the optimiser's first step, gradients tell whether it
-        is one of too many, or a loss scale left a step out, after which they are infinite or cleared."""
-        if self._made_steps:
+        """A forward comes after the last one of a batch. Gradients tell whether it is one of too many, or a loss scale
+        left a step out, after which they are infinite or cleared."""
+        if self._has_told_of_passes:
             return
-        norm = self._gradient_norm()
-        if norm is not None and 0 < float(norm) < math.inf:
+        if self._has_gradients():
             self._is_accumulating = True
         else:
             self._passes = 0
+
+    def _has_gradients(self) -> bool:
+        norm = self._gradient_norm()
+        return norm is not None and 0 < float(norm) < math.inf
 
     def _gradient_norm(self) -> Tensor | None:
         """Of the whole model, on all ranks together; None while there are no gradients."""
@@ -418,7 +461,7 @@ class PlannedLoop:
 
     def _check_passes(self, optimizer: Optimizer) -> None:
         """As the optimiser steps. Raises ConfigError at its first step where more forwards came than `micro_batches`;
-        says so later on, where only the second such step in succession is no loss scale's."""
+        says so later on, at the second such step in succession: one may follow an epoch that ended amidst a batch."""
         if not (self._made_steps or self._is_resumed):
             tell_if_resumed_without_plan(self._plans(), optimizer, self._whole)
         has_too_many = self._passes > self.slots
@@ -427,7 +470,7 @@ class PlannedLoop:
                 f"micro_batches={self.slots}, but {self._passes} forward passes came before optimizer.step(), so that "
                 f"steps are miscounted: attach(..., micro_batches={self._passes})"
             )
-            if self._is_accumulating:
+            if self._is_accumulating and not self._made_steps:
                 raise ConfigError(told)
             if self._had_too_many_passes:
                 self._plans().listener.say(told)

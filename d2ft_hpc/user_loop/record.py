@@ -86,6 +86,7 @@ class LoopRecord:
         self._device = torch.device("cpu")
         self._norm: Tensor | float = math.nan
         self._losses: list[Tensor] = []
+        self._has_told_of_recomputing = False
 
     @staticmethod
     def _take_over(path: Path) -> None:
@@ -139,6 +140,10 @@ class LoopRecord:
             reset_peak(device)
         self._times.turn_to(phase)
 
+    def drop_batch(self) -> None:
+        """The batch broke off and begins anew; its time belongs to the step that comes of it."""
+        self._losses = []
+
     def pause(self) -> None:
         """What the loop did since the last step, and does until the next one begins, belongs to no step."""
         self._times = None
@@ -154,13 +159,19 @@ class LoopRecord:
         plans: PlanController,
         learning_rate: float,
         planned_bytes: PlannedBytes | None,
+        *,
+        recomputes: bool,
     ) -> None:
         """A batch is done, under the plan that is still in force. learning_rate: NaN: the optimiser made no step.
-        planned_bytes: of this rank; None where the engine is none of ours to foresee."""
+        planned_bytes: of this rank; None where the engine is none of ours to foresee. recomputes: measured compute has
+        activations that were computed once more."""
         if self._recorder is None or self._times is None:
             return
         self._steps = step + 1
         self._record_plan(step, plans)
+        if recomputes and self._writer is not None and not self._has_told_of_recomputing:
+            note(self._writer, step, "recompute", "blocks are computed once more in the backward")
+            self._has_told_of_recomputing = True
         times = self._times
         loss = on_host(torch.stack(self._losses).mean() if self._losses else math.nan)
         norm = on_host(self._norm)

@@ -63,6 +63,8 @@ def test_the_effective_configuration_reads_back(tmp_path: Path) -> None:
         ("data.validation_fraction=10", ["data.validation_fraction=10", "write it as a share, 0.1 for 10 %"]),
         ("optimizer.warmup_share=5", ["optimizer.warmup_share=5", "write it as a share, 0.05 for 5 %"]),
         ("data.slots=1.5", ["data.slots=1.5", "integer"]),
+        ("data.classes=[cat]", ["data.classes=['cat']: classes are told by their numbers", "write [0, 3]"]),
+        ("data.classes=cat", ["data.classes='cat': classes are told by their numbers"]),
         ("train.epochs=many", ["train.epochs='many'", "integer"]),
         ("plan.planner=greedy", ["plan.planner='greedy'", "'joint'"]),
         ("plan.planner=magic", ["plan.planner='magic'", "'joint'"]),

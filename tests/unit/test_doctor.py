@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from d2ft_hpc.cli import main
@@ -44,6 +45,27 @@ def test_a_healthy_place_is_found_healthy(
     assert {finding["status"] for finding in found.values()} == {"ok"}
     assert found["ranks"]["text"].startswith("1 rank on 1 host by ")
     assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_an_absent_gpu_is_found_once_and_hides_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, found = doctor_here(capsys, f"run.folder={tmp_path}/new", "engine.device=cuda")
+    assert status == 1
+    assert found["gpus"]["text"].startswith("engine.device=cuda: torch ")
+    assert found["gpus"]["fix"].startswith("set engine.device=cpu, or start on a GPU node")
+    assert {finding["status"] for check, finding in found.items() if check != "gpus"} == {"ok"}
+    assert {"data", "model", "plan"} <= set(found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.parametrize("bench", ["speed", "step"])
+def test_an_absent_gpu_is_told_by_how_it_was_asked_for(bench: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", bench, "--device", "cuda"]) == 1
+    told = capfd.readouterr().err
+    assert " --device cuda: torch " in told
+    assert "; set --device cpu, or" in told
 
 
 def test_images_are_read_with_the_transforms_of_training(

@@ -20,6 +20,18 @@ from tests.models import random_batch
 from tests.unit.test_planned_loop import SLOTS, Loop
 
 
+@pytest.mark.parametrize("recomputes", [True, False])
+def test_a_loop_s_record_says_that_activations_were_recomputed(tmp_path: Path, recomputes: bool) -> None:
+    loop = Loop(results=str(tmp_path / "mine"), planner="random", seed=1)
+    loop.model.set_grad_checkpointing(recomputes)
+    for step in range(3):
+        loop.step(step)
+    loop.d2ft.record.close()
+    with results.open(tmp_path / "mine") as run:
+        assert [*run.table("events")["kind"]].count("recompute") == recomputes
+    assert ("\nmine: measured compute has the activations" in report([tmp_path / "mine"])) is recomputes
+
+
 @pytest.mark.parametrize(
     "settings",
     [

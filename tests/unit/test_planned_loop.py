@@ -8,6 +8,7 @@ import io
 import re
 import weakref
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 import d2ft_hpc
+from d2ft_hpc import results
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
 from d2ft_hpc.execution.attach import attach
@@ -637,6 +639,158 @@ def test_a_batch_without_a_backward_says_nothing_of_the_next_ones_compute() -> N
         getattr(with_it, key) - getattr(without, key) for key in ("executed_flops", "planned_flops")
     )
     assert 0 < executed < 0.4 * planned  # a forward alone
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_batch_that_lacks_a_backward_is_no_measure_of_others(always: bool) -> None:
+    """As of a loop that leaves out a loss that is not finite; one that always does so is measured as it is."""
+    loop = Loop(planner="random", seed=1)
+    for step in range(3):
+        for slot in range(SLOTS):
+            images, labels = random_batch(10 * step + slot, samples=12)
+            loss = F.cross_entropy(loop.model(images), labels)
+            assert is_counting() is (step < 2)
+            if slot or not (always or step == 0):
+                loss.backward()
+        loop.optimizer.step()
+        assert (loop.d2ft.measured_share is None) is (step == 0)
+    if always:
+        assert loop.d2ft.measured_share < 0.9 * loop.d2ft.promised_share
+    else:
+        assert loop.d2ft.measured_share == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
+
+
+class OutOfMemory(torch.autograd.Function):
+    """Raises in the forward or in the backward, as often as it is told to."""
+
+    left = 0
+    place = ""
+
+    @classmethod
+    def raise_in(cls, place: str, times: int = 1) -> None:
+        cls.place, cls.left = place, times
+
+    @classmethod
+    def _run(cls, place: str) -> None:
+        if cls.left and cls.place == place:
+            cls.left -= 1
+            raise torch.OutOfMemoryError(place)
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        OutOfMemory._run("forward")
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        OutOfMemory._run("backward")
+        return gradient
+
+
+def runs_out_of_memory(loop: Loop) -> Loop:
+    loop.model.blocks[-1].register_forward_hook(lambda _, inputs, output: OutOfMemory.apply(output))
+    return loop
+
+
+def try_step(loop: Loop, step: int, *, samples: int, slots: int) -> None:
+    for slot in range(slots):
+        images, labels = random_batch(10 * step + slot, samples=samples)
+        loss = F.cross_entropy(loop.model(images), labels)
+        loop.d2ft.record.loss(loss)
+        (loss / slots).backward()
+    loop.optimizer.step()
+    loop.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("place", ["forward", "backward"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("settings", [{"planner": "joint"}, {"compute_budget": 0.5, "total_steps": 6}])
+def test_a_batch_that_ran_out_of_memory_and_is_run_again_counts_once(
+    place: str,
+    micro_batches: int,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Against a loop that took the smaller batches from the beginning."""
+    told, states, losses = [], [], []
+    for name in ("usual", "again"):
+        loop = Loop(micro_batches=micro_batches, results=str(tmp_path / name), **settings)
+        runs_out_of_memory(loop)
+        for step in range(6):
+            fails = step in (0, 2, 3)
+            if name == "again" and fails:
+                OutOfMemory.raise_in(place)
+                with pytest.raises(torch.OutOfMemoryError):
+                    try_step(loop, step, samples=12, slots=micro_batches)
+                loop.optimizer.zero_grad()
+            try_step(loop, step, samples=6 if fails else 12, slots=micro_batches)
+        loop.d2ft.record.close()
+        planned = re.sub(r"made in \S+ s", "", capfd.readouterr().out)
+        told.append(planned + loop.d2ft.report())
+        states.append(loop.model.state_dict())
+        with results.open(tmp_path / name) as run:
+            losses.append(run.table("steps")["loss"])
+    assert told[0] == told[1]
+    assert "\n6 steps so far: promised" in told[0]
+    assert losses[0].tolist() == losses[1].tolist()
+    for name, weight in states[0].items():
+        assert torch.equal(weight, states[1][name]), name
+
+
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_a_micro_batch_that_ran_out_of_memory_may_be_run_again_by_itself(
+    place: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What other micro-batches gave the gradients stays. A batch that computed more is no measure of others."""
+    loop = runs_out_of_memory(Loop(micro_batches=2, compute_budget=0.5, total_steps=12))
+    shares = []
+    for step in range(3):
+        for slot in range(2):
+            images, labels = random_batch(slot, samples=12)
+            OutOfMemory.raise_in(place, times=slot if step == 0 else 0)
+            try:
+                F.cross_entropy(loop.model(images), labels).backward()
+            except torch.OutOfMemoryError:
+                F.cross_entropy(loop.model(images[:6]), labels[:6]).backward()
+            assert loop.d2ft.current_slot() == slot
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+        shares.append(loop.d2ft.measured_share)
+    assert shares[0] is None
+    assert shares[1] == pytest.approx(loop.d2ft.promised_share, rel=1e-9)
+    assert loop.d2ft.report().splitlines()[1].startswith("3 steps so far: ")
+    assert "miscounted" not in capfd.readouterr().out
+
+
+def test_samples_are_chosen_again_where_memory_ran_out() -> None:
+    loop, usual = (Loop(planner="samples", compute_budget=0.7, micro_batches=1) for _ in range(2))
+    runs_out_of_memory(loop)
+    OutOfMemory.raise_in("forward")
+    with pytest.raises(torch.OutOfMemoryError):
+        loop.d2ft.choose(*random_batch(0, samples=12))
+    for step in range(2):
+        assert loop.step(step, slots=1) == usual.step(step, slots=1)
+    assert loop.d2ft.measured_share == usual.d2ft.measured_share
+    assert loop.d2ft._counter.so_far.dense_flops == usual.d2ft._counter.so_far.dense_flops
+
+
+def test_steps_that_a_loss_scale_leaves_out_now_and_then_are_no_accumulation(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for micro_batches in (1, 2):
+        loop = Loop(micro_batches=micro_batches, compute_budget=0.5, total_steps=7)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for step in range(7):  # every second one is left out
+            for slot in range(micro_batches):
+                images, labels = random_batch(10 * step + slot)
+                loss = F.cross_entropy(loop.model(images), labels) * (torch.inf if step % 2 else 1.0)
+                scaler.scale(loss).backward()
+            scaler.step(loop.optimizer)
+            scaler.update()
+            loop.optimizer.zero_grad()
+        assert scaler.get_scale() == 4.0 / 2**3
+        assert "miscounted" not in capfd.readouterr().out
 
 
 def test_batches_of_an_optimiser_that_is_none_of_torch_s_are_counted_once() -> None:

@@ -143,10 +143,10 @@ def show_steps(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, ideal_secon
 
 def test_progress_in_a_log_file_is_sparse_and_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     first, evaluation, later, last = show_steps(io.StringIO(), monkeypatch).splitlines()
-    assert first == "epoch 1  step 1/10  loss 0.5000  lr 1.00e-03  compute 60%"
+    assert first == "epoch 1  step 1/10  loss 0.5000  lr 1.00e-03  compute 60% of a dense step's"
     assert evaluation == "evaluation"
     assert later == (
-        "epoch 1  step 6/10  loss 0.5000  lr 1.00e-03  accuracy 90.0%  compute 60%  "
+        "epoch 1  step 6/10  loss 0.5000  lr 1.00e-03  accuracy 90.0%  compute 60% of a dense step's  "
         "1.000 s/step (forward and backward alone 80%)  40 images/s  0:04 left"
     )
     assert last.startswith("epoch 1  step 10/10")

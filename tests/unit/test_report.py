@@ -220,7 +220,9 @@ def test_that_measured_compute_has_recomputed_activations_is_said(tmp_path):
     ]
     said = [line for line in report(runs).splitlines() if "recomputed" in line]
     assert len(said) == 1
-    assert said[0].startswith("recomputes: measured compute has the activations that are recomputed (engine.")
+    assert said[0].startswith(
+        "recomputes: measured compute has the activations that are recomputed (activation checkpointing)"
+    )
 
 
 def test_learning(runs):

@@ -815,8 +815,14 @@ def test_foreign_files_are_refused(tmp_path):
         open_run(tmp_path / "text.h5")
     with pytest.raises(ResultsError, match=r"newer\.h5: its schema version is 99.*update"):
         open_run(path)
-    with pytest.raises(ResultsError, match="no results file at"):
-        open_run(tmp_path / "absent")
+    write_run(tmp_path / "runs" / "a" / "results.h5")
+    for absent, told in (
+        ("absent", "give the path of a run folder"),
+        ("runs", rf"{tmp_path}/runs/a is a run folder; give those that you mean, or {tmp_path}/runs/\*$"),
+        ("runs/a/checkpoints", rf"{tmp_path}/runs/a is a run folder; give that$"),
+    ):
+        with pytest.raises(ResultsError, match=rf"no results file at {tmp_path}/{absent}\S*: {told}"):
+            open_run(tmp_path / absent)
     with h5py.File(tmp_path / "packed.h5", "w") as file:
         file.attrs["format"], file.attrs["classes"] = np.bytes_(kinds.IMAGES), [b"cat", b"dog"]
     with pytest.raises(

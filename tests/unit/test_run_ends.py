@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from d2ft_hpc import results
 from d2ft_hpc.config import RunConfig, read_config
+from d2ft_hpc.doctor.work import check_plans
 from d2ft_hpc.engines.optimizer import build_schedule
 from d2ft_hpc.engines.portable import restore_schedule, schedule_numbers
 from d2ft_hpc.errors import CheckpointError, ConfigError, DivergedError, LostResultsError, PlanError
@@ -188,6 +190,26 @@ def test_a_finished_run_of_a_share_of_its_steps_goes_on_from_its_end(
     steps = results.open(folder).table("steps")
     assert steps["step"].tolist() == list(range(round(2.5 * STEPS)))
     assert steps["epoch"].tolist() == [step // STEPS for step in steps["step"]]
+
+
+def test_a_run_of_a_share_of_its_steps_tells_the_same_compute_everywhere(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("train.steps_share=0.5", "train.epochs=3", "plan.planner=tokens")
+    folder = run(tmp_path, *settings)
+    out = capfd.readouterr().out
+    told = re.search(
+        r"the run takes ((\S+)% of the dense compute of its 9 steps, (\S+)% of that of all 3 epochs)", out
+    )
+    assert told, out
+    assert f": {told[2]}% of what full size takes in these 9 steps" in out
+    assert f"epoch 2  step 9/{round(1.5 * STEPS)}" in out
+    assert "evaluation after 1 epoch: " in out
+    assert "evaluation after 9 steps (1.5 epochs): " in out
+    assert float(told[3]) == pytest.approx(float(told[2]) / 2, abs=0.1)
+    assert f"  {told[3]}  " in report([folder])
+    (finding,) = check_plans(set_up(config_in(tmp_path, *settings), SoloControl(), torch.device("cpu")))
+    assert told[1] in finding.text
 
 
 @pytest.mark.parametrize("resume", ["auto", "true"])

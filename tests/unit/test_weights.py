@@ -134,7 +134,7 @@ def test_models_that_are_not_supported_are_refused_before_their_weights_are_look
 
 @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
 def test_options_of_models_that_are_not_supported_are_not_spoken_of(name: str) -> None:
-    told = rf"^model\.name='{name}': timm\.models\.\w+\.\w+ is none of the supported models"
+    told = rf"^model\.name='{name}': timm\.models\.\w+\.\w+ is none of the supported models; d2ft-hpc models .{{,60}}$"
     with pytest.raises(UnsupportedModelError, match=told):
         build_model(name, num_classes=3, options={"img_size": 64, "dynamic_img_size": True})
 
@@ -177,7 +177,8 @@ def test_faults(tiny: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=words):
             build_model(NAME, num_classes=3, weights=str(weights))
 
-    refused("no such file", tmp_path / "absent.safetensors")
+    refused("no such file; write pretrained, hf-hub:OWNER/NAME, .*null for", tmp_path / "absent.safetensors")
+    refused("model.weights=pretrainded: no such file; did you mean pretrained", Path("pretrainded"))
     refused("has no safetensors file", tmp_path)
     (tmp_path / "a.safetensors").write_bytes(b"x" * 100)
     refused("not a readable safetensors file", tmp_path)
@@ -195,6 +196,8 @@ def test_faults(tiny: Path, tmp_path: Path) -> None:
     refused("not a readable description", tmp_path / "folder")
     for name, words in (
         ("vit_tinny_patch16_224", "did you mean vit_tiny"),
+        ("vit_base", r"did you mean vit_base_\w+\?"),  # not gcvit_base, which cannot train under plans
+        ("google/vit-large", "d2ft-hpc models lists"),
         ("vit_tiny_patch16_224.magic", "augreg_in21k"),
     ):
         with pytest.raises(ConfigError, match=words):
