@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -402,9 +403,8 @@ class _Chain:
         self.links, self.blocks, self.places, self._top = links, blocks, places, top
         for block in blocks.values():  # their memory is free for other chains of the pool
             block.y = _unowned(block.y)
-        below = dict(zip(list(blocks.values())[1:], blocks.values(), strict=False))
-        for block, its_input in below.items():
-            block.x = its_input.y
+        for below, block in pairwise(blocks.values()):
+            block.x = below.y
         self._indices, self._given = indices, indices
         self._beside = beside
 

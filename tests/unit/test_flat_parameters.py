@@ -17,6 +17,7 @@ from d2ft_hpc.engines.plain import PlainEngine
 from d2ft_hpc.engines.portable import PortableState, write_file
 from d2ft_hpc.engines.zero import ZeroRules
 from d2ft_hpc.errors import CheckpointError
+from d2ft_hpc.execution.accumulation import Accumulator, let_accumulate
 from d2ft_hpc.execution.attach import attach
 from d2ft_hpc.execution.executor import PlanExecutor
 from d2ft_hpc.execution.flat_parameters import FlatParameters
@@ -176,6 +177,27 @@ def test_hidden_ones_do_as_scripts_say_of_the_parameters_that_they_see() -> None
         assert torch.equal(gradient, without.get(name, torch.zeros_like(gradient))), name
     assert not flat_ones["blocks.1.attn.qkv.weight"].any()
     assert flat_ones["blocks.1.attn.qkv.bias"].any()
+
+
+def test_gradients_of_parts_add_up_in_the_place_of_the_flat_one() -> None:
+    """Also those of parts whose gradient a hook of a script's changes."""
+    model: Any = tiny_vit()
+    executor, flat = hidden(model)
+    model.blocks[0].mlp.fc1.weight.register_hook(lambda gradient: 2 * gradient)
+    parameters = [each.parameter for each in flat._of_block[0]]
+
+    def loss() -> Tensor:
+        return F.cross_entropy(model(random_batch(0)[0]), random_batch(0)[1])
+
+    expected = torch.autograd.grad(loss(), parameters)
+    accumulators = [Accumulator(torch.ones_like(parameter)) for parameter in parameters]
+    for parameter, accumulator in zip(parameters, accumulators, strict=True):
+        let_accumulate(parameter, accumulator)
+    handed = torch.autograd.grad(loss(), parameters, allow_unused=True)
+    assert handed == (None,) * len(parameters)
+    for accumulator, gradient in zip(accumulators, expected, strict=True):
+        assert accumulator.got_any
+        torch.testing.assert_close(accumulator.place, gradient + 1)
 
 
 def test_an_evaluation_takes_the_weights_that_a_script_put_in_for_it() -> None:
