@@ -182,7 +182,7 @@ def test_hidden_ones_do_as_scripts_say_of_the_parameters_that_they_see() -> None
 def test_gradients_of_parts_add_up_in_the_place_of_the_flat_one() -> None:
     """Also those of parts whose gradient a hook of a script's changes."""
     model: Any = tiny_vit()
-    executor, flat = hidden(model)
+    _, flat = hidden(model)
     model.blocks[0].mlp.fc1.weight.register_hook(lambda gradient: 2 * gradient)
     parameters = [each.parameter for each in flat._of_block[0]]
 
