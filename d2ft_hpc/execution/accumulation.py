@@ -44,6 +44,17 @@ def let_accumulate(parameter: Tensor, accumulator: Accumulator) -> None:
     setattr(parameter, _ATTRIBUTE, accumulator)
 
 
+def add(gradients: Sequence[Tensor | None], accumulators: Sequence[Accumulator | None]) -> None:
+    """Adds the gradients that there are to the places that there are."""
+    pairs = [
+        (accumulator.take(), gradient)
+        for accumulator, gradient in zip(accumulators, gradients, strict=True)
+        if accumulator is not None and gradient is not None
+    ]
+    if pairs:
+        torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+
+
 def take_apart(flat: Tensor, views: Sequence[Tensor], accumulators: Sequence[Accumulator]) -> list[Tensor]:
     """Parts of a flat parameter, whose gradients autograd adds to their own places. views: of its values."""
     return list(_TakeApart.apply(flat, accumulators, *views))
@@ -60,11 +71,5 @@ class _TakeApart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
-        pairs = [
-            (accumulator.take(), gradient)
-            for accumulator, gradient in zip(ctx.accumulators, gradients, strict=True)
-            if gradient is not None
-        ]
-        if pairs:
-            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+        add(gradients, ctx.accumulators)
         return (None,) * (2 + len(gradients))

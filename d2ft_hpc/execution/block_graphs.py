@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2ft_hpc.execution.accumulation import Accumulator, let_accumulate
+from d2ft_hpc.execution.accumulation import Accumulator, add, let_accumulate
 from d2ft_hpc.execution.gradients import Owners
 from d2ft_hpc.execution.gradients import stand_ins as standing_in
 
@@ -207,8 +207,8 @@ class BlockGraphs:
                 del y  # this also frees what the forward kept: later chains of the pool may use that memory
                 block.adds = self._gradient_place is not GradientPlace.COPIED
                 block.of_parameters = [
-                    _zeros(p, place) if part is None and gives_zeros and p.requires_grad else part
-                    for p, part, place in zip(stand_ins, found, accumulators, strict=True)
+                    _zeros(p, accumulator) if part is None and gives_zeros and p.requires_grad else part
+                    for p, part, accumulator in zip(stand_ins, found, accumulators, strict=True)
                 ]
                 del found
         torch.cuda.current_stream().wait_stream(stream)
@@ -267,13 +267,7 @@ def _accumulate(
 
 def _added(parts: Sequence[Tensor | None], accumulators: Sequence[Accumulator | None]) -> list[Tensor | None]:
     """Adds what autograd gave to the places. Returns each parameter's gradient, or the place that has it."""
-    pairs = [
-        (accumulator.take(), part)
-        for accumulator, part in zip(accumulators, parts, strict=True)
-        if accumulator is not None and part is not None
-    ]
-    if pairs:
-        torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+    add(parts, accumulators)
     return [
         part if accumulator is None else accumulator.place if accumulator.got_any else None
         for accumulator, part in zip(accumulators, parts, strict=True)

@@ -80,24 +80,22 @@ class _Flat:
         """Each part's view of what stands for the flat parameter now, with what scripts ask of a hidden part: that it
         gets no gradient, or that hooks see its gradient."""
         flat = self.parameter
-        whole = accumulator_of(flat)
-        if whole is None:
+        accumulators: list[Accumulator] = []
+        if (whole := accumulator_of(flat)) is None:
             views = self.views(flat)
         else:
             accumulators = [Accumulator(place, whole) for place in self.views(whole.place)]
             views = take_apart(flat, self.views(flat.detach()), accumulators)
-            for view, accumulator in zip(views, accumulators, strict=True):
-                let_accumulate(view, accumulator)
         for index, part in enumerate(self.parts if self.is_hidden else ()):
             parameter = cast(nn.Parameter, part.parameter)
             if not parameter.requires_grad:
                 views[index] = views[index].detach()
             elif parameter._backward_hooks and views[index].requires_grad:
-                views[index] = views[index].view_as(
-                    views[index]
-                )  # whose gradient goes through autograd to the hooks
                 for hook in parameter._backward_hooks.values():
                     views[index].register_hook(hook)
+        for view, accumulator in zip(views, accumulators, strict=False):
+            if not view._backward_hooks:  # they see only what goes through autograd
+                let_accumulate(view, accumulator)
         return views
 
     def take_places(self) -> None:

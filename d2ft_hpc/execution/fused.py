@@ -30,7 +30,6 @@ from d2ft_hpc.execution.kernels import (
     Normed,
     add_branch,
     add_branch_and_normalise,
-    add_heads,
     branch_backward,
     gelu_backward,
     gelu_join,
@@ -38,7 +37,7 @@ from d2ft_hpc.execution.kernels import (
     join_qkv,
     norm_backward,
     normalise,
-    spread_heads,
+    put_heads,
     sum_partials,
     take_heads,
 )
@@ -405,23 +404,17 @@ def _spread_wanted(
     parts: a parameter, its slices, and what computes the FULL heads' part of its gradient.
     """
     present = {
-        index: (parameter, slices, compute())
+        index: (parameter, accumulators[index], slices, compute)
         for index, ((parameter, slices, compute), is_wanted) in enumerate(zip(parts, wanted, strict=True))
         if is_wanted and parameter is not None
     }
-    added = {index: each.take() for index in present if (each := accumulators[index]) is not None}
-    spread = {index: present[index][0] for index in present if index not in added}
-    of = {index: (gradient, slices) for index, (_, slices, gradient) in present.items()}
-    results: list[Tensor | None] = [None] * len(parts)
-    if added:
-        gradients, slices = zip(*(of[index] for index in added), strict=True)
-        add_heads(gradients, list(added.values()), slices, heads.places, heads.num_full)
-    if spread:
-        gradients, slices = zip(*(of[index] for index in spread), strict=True)
-        whole = spread_heads(gradients, list(spread.values()), slices, heads.places, heads.num_full)
-        for index, gradient in zip(spread, whole, strict=True):
-            results[index] = gradient
-    return results
+    if not present:
+        return [None] * len(parts)
+    likes, own, slices, computes = zip(*present.values(), strict=True)
+    gradients = [compute() for compute in computes]
+    put = put_heads(gradients, likes, own, slices, heads.places, heads.num_full)
+    by_index = dict(zip(present, put, strict=True))
+    return [by_index.get(index) for index in range(len(parts))]
 
 
 def _take(

@@ -21,6 +21,7 @@ import triton
 from torch import Tensor
 
 from d2ft_hpc.execution import triton_kernels
+from d2ft_hpc.execution.accumulation import Accumulator
 
 _COPY_ELEMENTS = 2048
 """Elements that one program copies."""
@@ -121,6 +122,30 @@ def add_heads(
 ) -> None:
     """Adds to `totals` what `spread_heads` would return, without a pass over the other heads' numbers."""
     _copy_heads(parts, totals, slices, places, chosen, places.numel(), Way.ADD)
+
+
+def put_heads(
+    parts: Sequence[Tensor],
+    likes: Sequence[Tensor],
+    accumulators: Sequence[Accumulator | None],
+    slices: Sequence[HeadSlices],
+    places: Tensor,
+    chosen: int,
+) -> list[Tensor | None]:
+    """`add_heads` for parts that have an accumulator, whose result is None, and `spread_heads` for the others."""
+    totals = [None if each is None else each.take() for each in accumulators]
+    added = [index for index, total in enumerate(totals) if total is not None]
+    spread = [index for index, total in enumerate(totals) if total is None]
+    results: list[Tensor | None] = [None] * len(parts)
+    if added:
+        its_totals = [total for total in totals if total is not None]
+        add_heads([parts[i] for i in added], its_totals, [slices[i] for i in added], places, chosen)
+    if spread:
+        its_likes, its_slices = [likes[i] for i in spread], [slices[i] for i in spread]
+        whole = spread_heads([parts[i] for i in spread], its_likes, its_slices, places, chosen)
+        for index, tensor in zip(spread, whole, strict=True):
+            results[index] = tensor
+    return results
 
 
 def _copy_heads(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2ft_hpc.execution.accumulation import accumulator_of
+from d2ft_hpc.execution.accumulation import Accumulator, accumulator_of, add
 from d2ft_hpc.execution.block import BlockHeads, HeadAxes, PartAxes
 from d2ft_hpc.families.head_axis import HeadAxis, TakenHeads
 from d2ft_hpc.families.low_rank import parameter_of
@@ -67,22 +67,14 @@ class _TakeHeads(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         parameters: tuple[Tensor, ...] = ctx.saved_tensors
         given = {index: gradient for index, gradient in enumerate(gradients) if gradient is not None}
-        added = {index: each.take() for index in given if (each := ctx.accumulators[index]) is not None}
-        spread = [index for index in given if index not in added]
-        if added:
-            _add(
-                [given[index] for index in added],
-                list(added.values()),
-                [ctx.axes[index] for index in added],
-                ctx.heads,
-            )
         whole = _spread(
-            [given[index] for index in spread],
-            [parameters[index] for index in spread],
-            [ctx.axes[index] for index in spread],
+            list(given.values()),
+            [parameters[index] for index in given],
+            [ctx.accumulators[index] for index in given],
+            [ctx.axes[index] for index in given],
             ctx.heads,
         )
-        by_index = dict(zip(spread, whole, strict=True))
+        by_index = dict(zip(given, whole, strict=True))
         return None, None, None, *(by_index.get(index) for index in range(len(parameters)))
 
 
@@ -106,34 +98,27 @@ def _take(
 
 
 def _spread(
-    parts: Sequence[Tensor], likes: Sequence[Tensor], axes: Sequence[HeadAxis], heads: BlockHeads
-) -> list[Tensor]:
-    """Gradients like the whole parameters `likes`, zeros for all heads but the FULL ones."""
+    parts: Sequence[Tensor],
+    likes: Sequence[Tensor],
+    accumulators: Sequence[Accumulator | None],
+    axes: Sequence[HeadAxis],
+    heads: BlockHeads,
+) -> Sequence[Tensor | None]:
+    """Gradients like the whole parameters `likes`, zeros for all heads but the FULL ones; None where an accumulator has
+    taken them."""
     assert heads.full is not None
     if not parts or not parts[0].is_cuda:
-        return [
+        whole = [
             axis.spread(part.to(like.dtype), heads.full)
             for part, like, axis in zip(parts, likes, axes, strict=True)
         ]
+        add(whole, accumulators)
+        return [None if taken else gradient for gradient, taken in zip(whole, accumulators, strict=True)]
     from d2ft_hpc.execution import kernels
 
     slices = [slices_of(axis) for axis in axes]
     flat = [part.contiguous() for part in parts]
-    return kernels.spread_heads(flat, likes, slices, heads.places, heads.num_full)
-
-
-def _add(
-    parts: Sequence[Tensor], totals: Sequence[Tensor], axes: Sequence[HeadAxis], heads: BlockHeads
-) -> None:
-    """Adds to `totals` what `_spread` would return."""
-    if not parts[0].is_cuda:
-        for total, gradient in zip(totals, _spread(parts, totals, axes, heads), strict=True):
-            total.add_(gradient)
-        return
-    from d2ft_hpc.execution import kernels
-
-    slices = [slices_of(axis) for axis in axes]
-    kernels.add_heads([part.contiguous() for part in parts], totals, slices, heads.places, heads.num_full)
+    return kernels.put_heads(flat, likes, accumulators, slices, heads.places, heads.num_full)
 
 
 def slices_of(axis: HeadAxis) -> Any:
