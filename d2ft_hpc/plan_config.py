@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from d2ft_hpc.interval import Interval, interval_text
 from d2ft_hpc.planning.planner import Options, Planner
 from d2ft_hpc.planning.table import PLANNERS
-from d2ft_hpc.planning.tokens import TOKENS, TokenOptions
+from d2ft_hpc.planning.tokens import TOKENS, TokenOptions, best_steps_share
 from d2ft_hpc.score_table import FISHER, SCORES, WEIGHT_MAGNITUDE
 from d2ft_hpc.settings import LONGEST, Fraction, PathText, Section, either, one_of
 
@@ -126,6 +126,12 @@ class PlanConfig(Section):
         if self.file is not None:
             return None
         return self.compute_budget if self.entry.scales_images else self.token_budget
+
+    def steps_share(self, epochs: int) -> float:
+        """The share of a run's steps in which the planner does best (`train.steps_share=auto`)."""
+        if self.file is not None or not self.entry.scales_images:
+            return 1.0
+        return best_steps_share(self.compute_budget, epochs)
 
     @property
     def sides(self) -> list[float] | None:

@@ -13,7 +13,7 @@ mkdir -p "$out"
 one() {
   local config set rest name left
   read -r config set rest <<<"$1"
-  name=$(tr ' =' '_-' <<<"$config $set $rest")
+  name=$(tr ' =' '_-' <<<"$config $set $rest" | sed -E 's/_(run|train|data|plan)\./_/g')
   left=$(( end - $(date +%s) ))
   [ -e "$out/$name/results.h5" ] && return 0
   [ "$left" -lt 30 ] && { echo "$name: not started, no time left"; return 0; }

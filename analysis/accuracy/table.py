@@ -3,7 +3,8 @@
     python -m analysis.accuracy.table add RUN...      # appends a line for each finished run to results.jsonl
     python -m analysis.accuracy.table                 # prints the tables of README.md from it
 
-Differences are paired by seed: one seed is one initial classifier, order of images and augmentation.
+Differences are paired by seed: one seed is one initial classifier, order of images and augmentation. A seed that was
+run again counts once, with the mean accuracy of its runs.
 """
 
 from __future__ import annotations
@@ -41,9 +42,12 @@ def line_of(folder: Path) -> Line | None:
         config = run.config
         name = folder.name.partition(f"_{Path(config['data']['root']).stem}_")[0]
         of_step = 1.0 if config["plan"]["planner"] == "dense" else config["plan"]["compute_budget"]
-        of_steps = config["train"]["steps_share"]
+        of_steps = run.steps_share
+        kept = name if of_step == 1.0 or of_steps == 1.0 else f"{name}, {of_steps:g} of the steps"
+        if config["train"]["steps_share"] == "auto":  # compute_budget is of all steps
+            of_step /= of_steps
         return {
-            "config": name if of_step == 1.0 or of_steps == 1.0 else f"{name}, {of_steps:g} of the steps",
+            "config": kept,
             "data": Path(config["data"]["root"]).stem,
             "cut": "step",
             "epochs": config["train"]["epochs"],
@@ -73,13 +77,24 @@ def by_task(lines: Iterable[Line]) -> Iterator[tuple[bool, str, int, Contenders,
     """LoRA or not, data set, epochs, all contenders, and the dense one among them. Older runs on photographs are a data
     set of their own."""
     tasks: dict[tuple[bool, str, int], Contenders] = defaultdict(lambda: defaultdict(dict))
-    for line in lines:
+    for line in _of_seeds(lines):
         lora = "lora" in line["config"]
         is_older = line["data"] == "caltech101" and "cut" not in line
         data = line["data"] + (OLDER if is_older else "")
         tasks[lora, data, line["epochs"]][line["config"], line["budget"]][line["seed"]] = line
     for (lora, data, epochs), contenders in sorted(tasks.items()):
         yield lora, data, epochs, contenders, contenders.get(("lora" if lora else "standard", 1.0), {})
+
+
+def _of_seeds(lines: Iterable[Line]) -> Iterator[Line]:
+    """One line for each seed of a contender, with the mean accuracy of its runs."""
+    runs: dict[tuple[object, ...], list[Line]] = defaultdict(list)
+    for line in lines:
+        runs[tuple(line.get(key) for key in ("config", "data", "cut", "epochs", "budget", "seed"))].append(
+            line
+        )
+    for again in runs.values():
+        yield again[0] | {"accuracy": float(np.mean([line["accuracy"] for line in again]))}
 
 
 def print_tables(lines: list[Line]) -> None:

@@ -133,7 +133,9 @@ def check_time(job: Job, left: float | None) -> Finding:
     own = fastest_pass(job.model, job.executor, Operation.FULL, images_shape, job.precision)
     of_ranks = gathered(job.control, own * config.data.slots)
     plan = config.plan
-    share = plan.compute_budget if plan.entry.keeps_budgets or plan.entry.scales_images else 1.0
+    share = plan.compute_budget if plan.entry.keeps_budgets else 1.0
+    if plan.entry.scales_images and job.curve is not None:
+        share = job.curve.share
     expected = max(of_ranks) * share * job.total_steps
     steps = f"{job.total_steps} step{'s' * (job.total_steps > 1)}"
     text = f"about {_clock(expected)} of training expected ({steps})"

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from d2ft_hpc import results
-from d2ft_hpc.config import EngineConfig
+from d2ft_hpc.config import EngineConfig, PlanConfig
 from d2ft_hpc.results.reader import slowest
 from d2ft_hpc.results.schema import Array, Table
 
@@ -124,6 +124,19 @@ class Run:
             return EngineConfig.model_validate(self.setting("engine"))
         except ValidationError:
             return None
+
+    @property
+    def steps_share(self) -> float:
+        """Share of its epochs' steps that the run was to take; NaN if a rule of another version decided it."""
+        share = self.setting("train.steps_share")
+        if share is None:  # of an older version
+            return 1.0
+        if share != "auto":
+            return float(share)
+        try:
+            return PlanConfig.model_validate(self.setting("plan")).steps_share(self.setting("train.epochs"))
+        except ValidationError:
+            return np.nan
 
     @property
     def replicas(self) -> int:

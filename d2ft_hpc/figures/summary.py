@@ -56,7 +56,7 @@ def _unlike(runs: Sequence[Run]) -> dict[str, list[Any]]:
 def _summary(run: Run) -> dict[str, Any]:
     steps, of_ranks = run.steps, run.rank_compute
     sent, memory = steps["bytes_sent"], steps["memory_bytes"]
-    of_steps = _steps_share(run)
+    of_steps = run.steps_share
     return {
         "name": run.name,
         "path": str(run.path),
@@ -79,12 +79,6 @@ def _summary(run: Run) -> dict[str, Any]:
         "recomputes": run.recomputes,
         "between_replicas": _between_replicas(run),
     }
-
-
-def _steps_share(run: Run) -> float:
-    """Share of its epochs' steps that the run was to take."""
-    share = run.setting("train.steps_share")
-    return float(share) if isinstance(share, int | float) else 1.0  # of an older version
 
 
 _RECOMPUTES = (
@@ -146,7 +140,7 @@ def _some(values: Sequence[Any]) -> str:
 
 def _fewer_steps(run: dict[str, Any]) -> str:
     share = run["steps_share"]
-    if share == 1:
+    if not share < 1:
         return ""
     percent = number(100 * share, ".3g")
     return f"takes {percent} % of its epochs' steps (train.steps_share); % of dense is of all of them"

@@ -59,21 +59,25 @@ def trial_plan(context: PlanContext) -> SkipPlan:
     raise PlanError(_with_keys(str(fault), settings, context.where)) from fault
 
 
-def curve_of(settings: PlanConfig, costs: StepCosts, samples: Sequence[int], where: str) -> TokenCurve | None:
+def curve_of(
+    settings: PlanConfig, costs: StepCosts, samples: Sequence[int], where: str, steps_share: float = 1.0
+) -> TokenCurve | None:
     """The resolution of each step; None: images have full size, or the one that a plan from a file says.
 
     samples: of each step of the training, as far as they are known, else all the same; at least one. where: stands
-    before the settings' keys. Raises PlanError, which names the keys, where none keeps the budget.
+    before the settings' keys. steps_share: the share that these steps are of those that the budget is a share of.
+    Raises PlanError, which names the keys, where none keeps the budget.
     """
     budget = settings.token_share
     if budget is None:
         return None
     try:
-        return token_curve_of(costs, budget, samples)
+        return token_curve_of(costs, budget / steps_share, samples)
     except PlanError as error:
         key = "compute_budget" if settings.token_budget is None else "token_budget"
+        fewer = "" if steps_share == 1 else f" in {steps_share:.1%} of the steps (train.steps_share=auto)"
         fix = f", or smaller {where}options.sides" if isinstance(settings.options, TokenOptions) else ""
-        raise PlanError(f"{where}{key}={budget:g}: {error}{fix}") from None
+        raise PlanError(f"{where}{key}={budget:g}{fewer}: {error}{fix}") from None
 
 
 def _with_keys(text: str, settings: PlanConfig, where: str) -> str:

@@ -29,6 +29,15 @@ def grids_of(full: Grid, sides: Sequence[float]) -> list[Grid]:
     return sorted(scaled | {full})
 
 
+_MANY_EPOCHS = 5
+
+
+def best_steps_share(compute_budget: float, epochs: int) -> float:
+    """The share of all epochs' steps on which their compute budget is best spent. Over many epochs a third of what is
+    spared may be steps, so that the others have larger images (analysis/tokens, r8); in few every step counts."""
+    return 1 - (1 - compute_budget) / 3 if epochs >= _MANY_EPOCHS else 1.0
+
+
 TOKENS = Planner(
     "tokens",
     "every head on images that begin small and end at full size, so that a run keeps plan.compute_budget",

@@ -63,8 +63,8 @@ class Job:
 
     @property
     def total_steps(self) -> int:
-        train = self.config.train
-        return max(round(train.epochs * self.sampler.batches_per_epoch * train.steps_share), 1)
+        all_steps = self.config.train.epochs * self.sampler.batches_per_epoch
+        return max(round(all_steps * self.config.steps_share), 1)
 
     @property
     def num_epochs(self) -> int:
@@ -99,7 +99,10 @@ class Job:
     @cached_property
     def curve(self) -> TokenCurve | None:
         """The resolution of each step's images; None: they have full size, or the one that the plan says."""
-        return curve_of(self.config.plan, self.costs, self.step_samples, "plan.")
+        train, samples = self.config.train, self.step_samples
+        of_all_epochs = train.epochs * sum(self.sampler.batch_samples)
+        share = sum(samples) / of_all_epochs if train.steps_share == "auto" else 1.0
+        return curve_of(self.config.plan, self.costs, samples, "plan.", share)
 
     def share_of_tokens(self, step: int) -> float:
         """What a dense step on images of this step's size computes, over one on images of full size."""

@@ -115,7 +115,7 @@ def train(config: RunConfig, control: Control, device: torch.device, launcher: s
         plan = foresee_plans(run.plans)
     if control.rank == 0 and (price := price_of(plan)):
         print_line(f"d2ft-hpc: warning: {price}")
-    if control.rank == 0 and config.train.steps_share < 1:
+    if control.rank == 0 and config.steps_share < 1:
         print(f"the run takes {compute_in_words(job, plan)}", flush=True)
     watch.enter("opening the run's folder")
     with ExitStack() as stack, with_advice(config):

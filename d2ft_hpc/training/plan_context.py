@@ -49,7 +49,7 @@ def plan_context(job: Job, placement: Placement, costs: PlanCosts) -> PlanContex
 
 def compute_in_words(job: Job, plan: SkipPlan) -> str:
     """What the run's steps take under the plan's operations, and of what that is a share."""
-    curve, of_steps = job.curve, job.config.train.steps_share
+    curve, of_steps = job.curve, job.config.steps_share
     share = (
         job.costs.planned_share(plan)
         if curve is None
@@ -59,7 +59,9 @@ def compute_in_words(job: Job, plan: SkipPlan) -> str:
     if of_steps == 1:
         return told
     whole = f"{of_steps * share:.1%} of that of all {job.config.train.epochs} epochs"
-    return f"{told} of its {job.total_steps} steps, {whole} (train.steps_share={of_steps:g})"
+    return (
+        f"{told} of its {job.total_steps} steps, {whole} (train.steps_share={job.config.train.steps_share})"
+    )
 
 
 def meets_every_block(engine: EngineConfig) -> bool:

@@ -212,6 +212,49 @@ def test_a_run_of_a_share_of_its_steps_tells_the_same_compute_everywhere(
     assert told[1] in finding.text
 
 
+def test_over_many_epochs_the_budget_of_all_steps_is_spent_on_fewer_of_them(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("plan.planner=tokens", "plan.compute_budget=0.4", "train.epochs=5")
+    folder = run(tmp_path, *settings)
+    steps = results.open(folder).table("steps")
+    assert len(steps["step"]) == round(0.8 * 5 * STEPS)
+    dense = 5 * steps["dense_flops"][:STEPS].sum()
+    of_one_step = steps["dense_flops"][0].sum() / dense
+    assert 0.4 - of_one_step < steps["executed_flops"].sum() / dense <= 0.4
+    planned = re.search(
+        r", (\S+)% of that of all 5 epochs \(train.steps_share=auto\)", capfd.readouterr().out
+    )
+    assert planned is not None
+    assert float(planned[1]) == pytest.approx(100 * steps["executed_flops"].sum() / dense, abs=0.1)
+    assert f"  {planned[1]}  " in report([folder])
+
+    config = config_in(tmp_path, *settings, "plan.compute_budget=0.1")
+    with pytest.raises(
+        PlanError, match=r"^plan.compute_budget=0.1 in 70.7% of the steps \(train.steps_share=auto\): "
+    ):
+        _ = set_up(config, SoloControl(), torch.device("cpu")).curve
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        (("train.epochs=4",), 1),
+        (("train.epochs=5",), 0.8),
+        (("train.epochs=5", "train.steps_share=1"), 1),
+        (("train.epochs=5", "train.steps_share=0.5"), 0.5),
+        (("train.epochs=5", "plan.planner=joint"), 1),
+        (("train.epochs=5", "plan.file=plan.npz"), 1),
+        (("train.epochs=5", "plan.compute_budget=1"), 1),
+    ],
+)
+def test_all_steps_are_run_where_they_are_asked_for_or_few(
+    tmp_path: Path, settings: tuple[str, ...], share: float
+) -> None:
+    budget = ("plan.planner=tokens", "plan.compute_budget=0.4")
+    assert config_in(tmp_path, *budget, *settings).steps_share == pytest.approx(share)
+
+
 @pytest.mark.parametrize("resume", ["auto", "true"])
 def test_a_finished_run_that_is_resumed_says_so_and_stays_as_it_is(
     finished: Path, tmp_path: Path, resume: str, capfd: pytest.CaptureFixture[str]
