@@ -29,7 +29,7 @@ from d2ft_hpc.engines.engine import LossFunction, MicroBatch, StateWriter, StepR
 from d2ft_hpc.engines.portable import PortableState, restore_schedule, schedule_numbers
 from d2ft_hpc.engines.replicas import reduce_trained_blocks
 from d2ft_hpc.engines.state_bytes import bytes_to_come
-from d2ft_hpc.engines.zero import ZeroRules
+from d2ft_hpc.engines.zero import ZeroRules, with_linear_of_torch
 from d2ft_hpc.engines.zero_state import collect, restore
 from d2ft_hpc.errors import ConfigError
 from d2ft_hpc.execution.executor import PlanExecutor
@@ -119,6 +119,8 @@ class DeepSpeedEngine:
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False)
         self.rules = ZeroRules.of(config)
+        if self.rules.stage == 3 and executor.compiles:
+            config = with_linear_of_torch(config)
         # Empty, for `full_model`, before the parameters are partitioned.
         self._twin = copy.deepcopy(model).to("meta") if self.rules.stage == 3 else None
         # Stage 3 frees a parameter by giving it another tensor, and views would keep the one that it had.

@@ -9,6 +9,7 @@ from typing import Any
 
 from packaging.version import Version
 from torch import nn
+from torch.nn import functional
 
 from d2ft_hpc.engines.deepspeed_private import import_deepspeed
 from d2ft_hpc.errors import ConfigError
@@ -146,6 +147,27 @@ class ZeroRules:
             import_deepspeed().utils.set_z3_leaf_modules(
                 model, list({type(block) for block in executor.blocks.values()})
             )
+
+
+def with_linear_of_torch(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of ZeRO 3 with which DeepSpeed leaves torch's linear function in its place. It puts one of its own there,
+    for the whole process, whose weights may get no gradient in compiled blocks.
+
+    Raises ConfigError where the settings ask for that one, or another engine has put it there.
+    """
+    zero = config["zero_optimization"]
+    if zero.get("memory_efficient_linear", False):
+        raise ConfigError(
+            "zero_optimization.memory_efficient_linear=true: compiled blocks may not train through DeepSpeed's linear "
+            "function; remove it, or compile=false"
+        )
+    if functional.linear.__module__.startswith("deepspeed"):
+        raise ConfigError(
+            "compile=true: another ZeRO 3 engine of this process has put DeepSpeed's linear function in place of "
+            "torch's, through which compiled blocks may not train; give that engine "
+            "zero_optimization.memory_efficient_linear=false"
+        )
+    return {**config, "zero_optimization": {**zero, "memory_efficient_linear": False}}
 
 
 def _get(config: Mapping[str, Any], dotted: str) -> Any:

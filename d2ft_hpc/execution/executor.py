@@ -107,13 +107,8 @@ class PlanExecutor:
             can say that anew each time, as at the end of an epoch in an incomplete batch; None: as `reduction` says.
         gradient_place: where blocks that run as CUDA graphs leave gradients.
 
-        Raises ConfigError where blocks are to be compiled and the engine is ZeRO 3.
+        Raises ConfigError where parameters below the blocks would get other gradients on other replicas.
         """
-        if reduction is Reduction.BY_BLOCK and self._runner.compiles:
-            raise ConfigError(
-                "compile=True: under ZeRO 3 compiled blocks do not train (DeepSpeed puts a linear layer of its own in "
-                "place of torch's, whose weights get no gradient then): compile=False, or use ZeRO 1 or 2"
-            )
         if self.trained_beside and reduction is not Reduction.AFTER_BACKWARD:
             raise ConfigError(
                 f"{self.trained_beside[0]} takes its gradient from the blocks that run, which differ between replicas "
@@ -227,6 +222,11 @@ class PlanExecutor:
     def makes_graphs(self) -> bool:
         """Whether blocks run as CUDA graphs where they can."""
         return self._replay is not None
+
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile makes kernels of blocks."""
+        return self._runner.compiles
 
     @property
     def is_dense(self) -> bool:

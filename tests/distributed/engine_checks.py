@@ -160,9 +160,10 @@ def deepspeed_engine(
     clipping: float | None = None,
     zero: dict[str, Any] | None = None,
     embeddings: str = "frozen",
+    compiled: bool = False,
     **more: Any,
 ) -> DeepSpeedEngine:
-    executor = attach(model, embeddings=embeddings)
+    executor = attach(model, embeddings=embeddings, compile=compiled)
     optimizer, schedule = optimizer_maker(optimizer_name, EPSILON[precision])(model)
     config = deepspeed_config(
         {"zero_optimization": {"stage": stage, **(zero or {})}},
@@ -215,17 +216,26 @@ def check_fp32(
     zero: dict[str, Any] | None = None,
     recompute: bool = False,
     embeddings: str = "frozen",
+    compiled: bool = False,
 ) -> float:
     model = model_for(optimizer_name)
     model.set_grad_checkpointing(recompute)
-    engine = deepspeed_engine(
-        model, optimizer_name, stage, clipping=clipping, zero=zero, embeddings=embeddings
-    )
+    more: dict[str, Any] = {"clipping": clipping, "zero": zero, "embeddings": embeddings}
+    engine = deepspeed_engine(model, optimizer_name, stage, compiled=compiled, **more)
     own = trained_parameters(control, engine, kind)
     reference = model_for(optimizer_name)
     return largest_difference(
         own, reference_parameters(reference, kind, optimizer_name, clipping, control.world_size, embeddings)
     )
+
+
+def check_compiled_blocks(control: Control) -> float:
+    """Under ZeRO 3, of which other checks have put DeepSpeed's linear function in place of torch's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "linear", torch._C._nn.linear)
+        difference = check_fp32(control, "one complete", 3, "adamw", zero=SMALL_BUCKETS, compiled=True)
+        assert F.linear is torch._C._nn.linear
+    return difference
 
 
 def check_bf16(control: Control, kind: str, stage: int, optimizer_name: str) -> dict[str, float]:
@@ -779,6 +789,7 @@ FULL = (
     "fp32 random zero1 recompute",
     "fp32 same zero3 recompute",
     "fp32 one complete zero3 embeddings trained by complete paths",
+    "fp32 one complete zero3 compiled blocks",
     *(f"names zero{stage} {precision}" for stage in range(4) for precision in ("fp32", "bf16")),
     *(f"resume fp32 zero{stage} -> zero{(stage + 3) % 4}" for stage in range(4)),
     *(f"resume bf16 zero{stage} -> zero{stage}" for stage in (1, 3)),
@@ -861,6 +872,7 @@ def whole_matrix(world_size: int) -> dict[str, Callable[[Control], Any]]:
         named[f"boundary zero{stage}"] = partial(check_user_boundary, stage=stage)
         named[f"boundary zero{stage} once"] = partial(check_user_boundary, stage=stage, once=True)
     named["bf16 random zero1 buffers"] = check_bf16_of_buffers
+    named["fp32 one complete zero3 compiled blocks"] = check_compiled_blocks
     named["gathers"] = check_gathers
     named["one plan for all"] = check_one_plan_for_all
     named["bytes"] = check_bytes

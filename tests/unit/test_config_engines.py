@@ -66,14 +66,6 @@ CONFIGS = Path(__file__).parents[2] / "configs"
         ),
         (["engine.deepspeed={pipeline: {stages: 2}}"], ["pipeline.stages=2", "set engine.pipeline_stages"]),
         (
-            [
-                "engine.compile=true",
-                "engine.name=deepspeed",
-                "engine.deepspeed={zero_optimization: {stage: 3}}",
-            ],
-            ["engine.compile=true", "compiled blocks do not train", "ZeRO 1 or 2"],
-        ),
-        (
             ["engine.cuda_graphs=true", "engine.name=deepspeed", "engine.tensor_parallel=2"],
             ["engine.cuda_graphs=true", "remove it"],
         ),

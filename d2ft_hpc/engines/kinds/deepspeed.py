@@ -23,11 +23,6 @@ class DeepSpeed(EngineKind):
 
     def check(self, config: RunConfig) -> None:
         engine = config.engine
-        if engine.compile and engine.zero_stage == 3:
-            raise ValueError(
-                "engine.compile=true: under ZeRO 3 compiled blocks do not train (DeepSpeed puts its own linear layer "
-                "in place of torch's); set engine.compile=false, or use ZeRO 1 or 2"
-            )
         if engine.deepspeed.get("pipeline", {}).get("stages", "auto") not in ("auto", engine.pipeline_stages):
             raise ValueError(
                 f"engine.deepspeed.pipeline.stages={engine.deepspeed['pipeline']['stages']}: set "
