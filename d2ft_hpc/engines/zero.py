@@ -150,8 +150,8 @@ class ZeroRules:
 
 
 def with_linear_of_torch(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of ZeRO 3 with which DeepSpeed leaves torch's linear function in its place. It puts one of its own there,
-    for the whole process, whose weights may get no gradient in compiled blocks.
+    """Settings of ZeRO 3 with which DeepSpeed leaves torch's linear function in its place. It puts one of its own
+    there, for the whole process, whose weights may get no gradient in compiled blocks.
 
     Raises ConfigError where the settings ask for that one, or another engine has put it there.
     """

@@ -14,7 +14,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from d2ft_hpc import results
-from d2ft_hpc.config import EngineConfig, PlanConfig
+from d2ft_hpc.config import EngineConfig
+from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.results.reader import slowest
 from d2ft_hpc.results.schema import Array, Table
 
