@@ -20,7 +20,17 @@ from d2ft_hpc.results.reader import slowest
 from d2ft_hpc.results.schema import Array, Table
 
 _STEP_COLUMNS = (
-    *("step", "plan", "loss", "dense_flops", "planned_flops", "executed_flops", "bytes_sent", "memory_bytes"),
+    *(
+        "step",
+        "epoch",
+        "plan",
+        "loss",
+        "dense_flops",
+        "planned_flops",
+        "executed_flops",
+        "bytes_sent",
+        "memory_bytes",
+    ),
     *("full_rows", "forward_only_rows", "left_out_rows", "planned_bytes", "dense_bytes"),
     *("data_seconds", "forward_seconds", "backward_seconds", "communication_seconds", "optimizer_seconds"),
     *("other_seconds", "step_seconds", "waiting_seconds", "recording_seconds"),
@@ -127,17 +137,24 @@ class Run:
             return None
 
     @property
-    def steps_share(self) -> float:
-        """Share of its epochs' steps that the run was to take; NaN if a rule of another version decided it."""
-        share = self.setting("train.steps_share")
-        if share is None:  # of an older version
-            return 1.0
-        if share != "auto":
-            return float(share)
+    def _best_steps_share(self) -> float:
         try:
             return PlanConfig.model_validate(self.setting("plan")).steps_share(self.setting("train.epochs"))
         except ValidationError:
             return np.nan
+
+    @property
+    def steps_share(self) -> float:
+        """Share of its epochs' dense compute that the run's steps have, or were to have if it is not finished; NaN if a
+        rule of another version decides that."""
+        asked, epochs = self.setting("train.steps_share"), self.setting("train.epochs")
+        if asked is None:  # of an older version
+            return 1.0
+        share = self._best_steps_share if asked == "auto" else float(asked)
+        dense, epoch = self.steps["dense_flops"], self.steps["epoch"]
+        if share < 1 and self.complete and epochs and epoch.any():  # whole epochs are known
+            share = float(total(dense) / (epochs * total(dense[epoch == 0])))
+        return share
 
     @property
     def replicas(self) -> int:

@@ -142,7 +142,7 @@ def _fewer_steps(run: dict[str, Any]) -> str:
     share = run["steps_share"]
     if not share < 1:
         return ""
-    percent = number(100 * share, ".3g")
+    percent = number(100 * share, ".1f")
     return f"takes {percent} % of its epochs' steps (train.steps_share); % of dense is of all of them"
 
 

@@ -76,6 +76,11 @@ class Job:
         """Of each step, over all replicas."""
         return (self.sampler.batch_samples * self.num_epochs)[: self.total_steps]
 
+    @property
+    def share_of_epochs(self) -> float:
+        """The share that the run's steps are of all its epochs', by samples."""
+        return sum(self.step_samples) / (self.config.train.epochs * sum(self.sampler.batch_samples))
+
     def length_in_words(self, steps: int) -> str:
         """So many steps from the beginning in epochs, of which the last may be cut short."""
         epochs, cut = divmod(steps, self.sampler.batches_per_epoch)
@@ -99,10 +104,8 @@ class Job:
     @cached_property
     def curve(self) -> TokenCurve | None:
         """The resolution of each step's images; None: they have full size, or the one that the plan says."""
-        train, samples = self.config.train, self.step_samples
-        of_all_epochs = train.epochs * sum(self.sampler.batch_samples)
-        share = sum(samples) / of_all_epochs if train.steps_share == "auto" else 1.0
-        return curve_of(self.config.plan, self.costs, samples, "plan.", share)
+        share = self.share_of_epochs if self.config.train.steps_share == "auto" else 1.0
+        return curve_of(self.config.plan, self.costs, self.step_samples, "plan.", share)
 
     def share_of_tokens(self, step: int) -> float:
         """What a dense step on images of this step's size computes, over one on images of full size."""

@@ -49,19 +49,17 @@ def plan_context(job: Job, placement: Placement, costs: PlanCosts) -> PlanContex
 
 def compute_in_words(job: Job, plan: SkipPlan) -> str:
     """What the run's steps take under the plan's operations, and of what that is a share."""
-    curve, of_steps = job.curve, job.config.steps_share
+    curve, given = job.curve, job.config.train.steps_share
     share = (
         job.costs.planned_share(plan)
         if curve is None
         else job.costs.planned_share(plan.at(None)) * curve.share
     )
     told = f"{share:.1%} of the dense compute"
-    if of_steps == 1:
+    if job.config.steps_share == 1:
         return told
-    whole = f"{of_steps * share:.1%} of that of all {job.config.train.epochs} epochs"
-    return (
-        f"{told} of its {job.total_steps} steps, {whole} (train.steps_share={job.config.train.steps_share})"
-    )
+    whole = f"{job.share_of_epochs * share:.1%} of that of all {job.config.train.epochs} epochs"
+    return f"{told} of its {job.total_steps} steps, {whole} (train.steps_share={given})"
 
 
 def meets_every_block(engine: EngineConfig) -> bool:

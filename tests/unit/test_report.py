@@ -169,7 +169,7 @@ def test_runs_that_take_a_share_of_the_steps_say_so(tmp_path):
         make_run(tmp_path / name / "results.h5", 1.0, steps_share=share)
         for name, share in (("older", None), ("standard", 1.0), ("fewer_steps", 0.6))
     ]
-    said = "fewer_steps: takes 60 % of its epochs' steps (train.steps_share); % of dense is of all of them"
+    said = "fewer_steps: takes 60.0 % of its epochs' steps (train.steps_share); % of dense is of all of them"
     page = tmp_path / "report.html"
     lines = report(runs, page=page).splitlines()
     assert [line for line in lines if "steps_share" in line] == [said]

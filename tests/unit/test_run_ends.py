@@ -206,7 +206,9 @@ def test_a_run_of_a_share_of_its_steps_tells_the_same_compute_everywhere(
     assert f"epoch 2  step 9/{round(1.5 * STEPS)}" in out
     assert "evaluation after 1 epoch: " in out
     assert "evaluation after 9 steps (1.5 epochs): " in out
-    assert float(told[3]) == pytest.approx(float(told[2]) / 2, abs=0.1)
+    dense = results.open(folder).table("steps")["dense_flops"]
+    of_epochs = dense.sum() / (3 * dense[:STEPS].sum())  # by samples, which not all steps have as many of
+    assert float(told[3]) == pytest.approx(float(told[2]) * of_epochs, abs=0.1)
     assert f"  {told[3]}  " in report([folder])
     (finding,) = check_plans(set_up(config_in(tmp_path, *settings), SoloControl(), torch.device("cpu")))
     assert told[1] in finding.text
@@ -226,7 +228,7 @@ def test_over_many_epochs_the_budget_of_all_steps_is_spent_on_fewer_of_them(
         r", (\S+)% of that of all 5 epochs \(train.steps_share=auto\)", capfd.readouterr().out
     )
     assert planned is not None
-    assert float(planned[1]) == pytest.approx(100 * steps["executed_flops"].sum() / dense, abs=0.1)
+    assert float(planned[1]) == round(100 * steps["executed_flops"].sum() / dense, 1)
     assert f"  {planned[1]}  " in report([folder])
 
     config = config_in(tmp_path, *settings, "plan.compute_budget=0.1")
