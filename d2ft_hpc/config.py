@@ -194,8 +194,8 @@ class TrainConfig(Section):
     steps_share: Fraction | Literal["auto"] = "auto"
     """Share of the epochs' steps that are run. The learning-rate schedule ends with the last of them, and
     plan.compute_budget is a share of what they cost: 0.8 of the steps at 0.5 are 0.4 of the dense compute. auto: all of
-    them; but planner `tokens` spends plan.compute_budget, a share of all steps' cost, on fewer steps of larger images
-    from five epochs on: on 0.8 of them at 0.4, on 0.87 at 0.6."""
+    them; but from ten epochs on planner `tokens` spends a plan.compute_budget below 0.6, here a share of all steps'
+    cost, on fewer steps of larger images: 0.4 on 0.8 of them, 0.3 on 0.7."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each label that is spread evenly over all classes."""
     evaluate_every_epochs: int = Field(default=1, gt=0)

@@ -29,13 +29,13 @@ def grids_of(full: Grid, sides: Sequence[float]) -> list[Grid]:
     return sorted(scaled | {full})
 
 
-_MANY_EPOCHS = 5
+_MANY_EPOCHS = 10
 
 
 def best_steps_share(compute_budget: float, epochs: int) -> float:
-    """The share of all epochs' steps on which their compute budget is best spent. Over many epochs a third of what is
-    spared may be steps, so that the others have larger images (analysis/tokens, r8); in few every step counts."""
-    return 1 - (1 - compute_budget) / 3 if epochs >= _MANY_EPOCHS else 1.0
+    """The share of all epochs' steps on which their compute budget is best spent. Over many epochs a small budget is
+    better spent on fewer steps, whose images can be larger (analysis/tokens); in few every step counts."""
+    return min(compute_budget + 0.4, 1.0) if epochs >= _MANY_EPOCHS else 1.0
 
 
 TOKENS = Planner(

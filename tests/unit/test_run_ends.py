@@ -217,15 +217,20 @@ def test_a_run_of_a_share_of_its_steps_tells_the_same_compute_everywhere(
 def test_over_many_epochs_the_budget_of_all_steps_is_spent_on_fewer_of_them(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    settings = ("plan.planner=tokens", "plan.compute_budget=0.4", "train.epochs=5")
+    settings = (
+        "plan.planner=tokens",
+        "plan.compute_budget=0.4",
+        "train.epochs=10",
+        "train.evaluate_every_epochs=10",
+    )
     folder = run(tmp_path, *settings)
     steps = results.open(folder).table("steps")
-    assert len(steps["step"]) == round(0.8 * 5 * STEPS)
-    dense = 5 * steps["dense_flops"][:STEPS].sum()
+    assert len(steps["step"]) == round(0.8 * 10 * STEPS)
+    dense = 10 * steps["dense_flops"][:STEPS].sum()
     of_one_step = steps["dense_flops"][0].sum() / dense
     assert 0.4 - of_one_step < steps["executed_flops"].sum() / dense <= 0.4
     planned = re.search(
-        r", (\S+)% of that of all 5 epochs \(train.steps_share=auto\)", capfd.readouterr().out
+        r", (\S+)% of that of all 10 epochs \(train.steps_share=auto\)", capfd.readouterr().out
     )
     assert planned is not None
     assert float(planned[1]) == round(100 * steps["executed_flops"].sum() / dense, 1)
@@ -233,7 +238,7 @@ def test_over_many_epochs_the_budget_of_all_steps_is_spent_on_fewer_of_them(
 
     config = config_in(tmp_path, *settings, "plan.compute_budget=0.1")
     with pytest.raises(
-        PlanError, match=r"^plan.compute_budget=0.1 in 70.7% of the steps \(train.steps_share=auto\): "
+        PlanError, match=r"^plan.compute_budget=0.1 in 50.0% of the steps \(train.steps_share=auto\): "
     ):
         _ = set_up(config, SoloControl(), torch.device("cpu")).curve
 
@@ -241,13 +246,13 @@ def test_over_many_epochs_the_budget_of_all_steps_is_spent_on_fewer_of_them(
 @pytest.mark.parametrize(
     ("settings", "share"),
     [
-        (("train.epochs=4",), 1),
-        (("train.epochs=5",), 0.8),
-        (("train.epochs=5", "train.steps_share=1"), 1),
-        (("train.epochs=5", "train.steps_share=0.5"), 0.5),
-        (("train.epochs=5", "plan.planner=joint"), 1),
-        (("train.epochs=5", "plan.file=plan.npz"), 1),
-        (("train.epochs=5", "plan.compute_budget=1"), 1),
+        (("train.epochs=9",), 1),
+        (("train.epochs=10",), 0.8),
+        (("train.epochs=10", "train.steps_share=1"), 1),
+        (("train.epochs=10", "train.steps_share=0.5"), 0.5),
+        (("train.epochs=10", "plan.planner=joint"), 1),
+        (("train.epochs=10", "plan.file=plan.npz"), 1),
+        (("train.epochs=10", "plan.compute_budget=0.6"), 1),
     ],
 )
 def test_all_steps_are_run_where_they_are_asked_for_or_few(
