@@ -137,9 +137,8 @@ class PlannedLoop:
         self._unseen_steps = self._foreign_steps = 0
         self._has_stepped = False
         self._is_begun = False  # a batch, as opposed to what a loop does between two
-        self._passes = self._made_steps = (
-            0  # forwards whose gradients the next step gets, and the steps made here
-        )
+        self._made_steps = 0  # of the optimiser, here
+        self._passes = 0  # forwards whose gradients its next one gets
         self._forwards = self._usual_forwards = 0  # all that came since the last step, and before it
         self._usual_steps = 0  # in succession after so many
         self._had_too_many_passes = self._has_told_of_passes = False
