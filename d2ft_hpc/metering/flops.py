@@ -214,7 +214,14 @@ def measure_costs(
     with family.taking_any_size(model):
         for grid in grids_of(full, sides):
             shape = channels, grid[0] * high, grid[1] * wide
-            at[grid] = costs if grid == full else _costs_of_size(model, around, executor, shape)
+            try:
+                at[grid] = costs if grid == full else _costs_of_size(model, around, executor, shape)
+            except (RuntimeError, AssertionError) as error:  # of a forward that is none of the library's
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} takes images of {height} x {width} pixels, but fails on {shape[1]} x "
+                    f"{shape[2]} ({str(error).partition(chr(10))[0]}): let its forward take any size, as timm's "
+                    f"dynamic_img_size does, or use a planner that leaves images as they are, such as joint"
+                ) from error
     return replace(costs, at=at)
 
 

@@ -167,10 +167,11 @@ def tell_of_dead_classifier(plans: PlanController, whole: nn.Module) -> None:
 
 
 def tell_if_too_long(plans: PlanController, step: int) -> None:
-    """As a batch begins: its `total_steps` were too few. step: of the batch, counted from 0."""
+    """As a batch ends: its `total_steps` were too few. It is too early to say so as the batch begins: a loop may end
+    with micro-batches that make no step. step: of the batch, counted from 0."""
     if plans.context.curve is not None and step == plans.context.total_steps:
         plans.listener.say(
-            f"total_steps={step}, but step {step + 1} begins: images have full size from here on, and the training "
+            f"total_steps={step}, but step {step + 1} came: images have full size from here on, and the training "
             f"spends more than its budget; give the number of all steps"
         )
 

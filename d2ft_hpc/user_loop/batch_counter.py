@@ -209,6 +209,11 @@ class BatchCounter:
                 mode.__exit__(None, None, None)
             BatchCounter._counting = None
 
+    @property
+    def passes(self) -> int:
+        """Micro-batches of the batch that runs."""
+        return len(self._trained)
+
     def drop_last(self) -> None:
         """The last micro-batch that was told of broke off and will be run again."""
         self._trained.pop()

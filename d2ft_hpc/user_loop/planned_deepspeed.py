@@ -281,6 +281,7 @@ class PlannedDeepSpeed:
             )
 
     def _end_batch(self, step: int, learning_rate: float) -> None:
+        tell_if_too_long(self.plans, step)
         self.record.gradient_norm(self._engine.get_global_grad_norm())
         work = self._counter.end(self._placement, self._source.flops_of_batch)
         self.record.end_batch(
@@ -332,7 +333,6 @@ class PlannedDeepSpeed:
     def _begin_batch(self) -> None:
         self._require_slots(int(self._engine.gradient_accumulation_steps()))
         self._printer.release()
-        tell_if_too_long(self.plans, int(self._engine.global_steps))
         self.plans.before_batch(int(self._engine.global_steps))
 
     def _require_slots(self, micro_batches: int) -> None:

@@ -10,7 +10,6 @@ from dataclasses import astuple, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -60,6 +59,8 @@ from d2ft_hpc.user_loop.settings_kept import check_planner, settings_to_keep
 
 _MANY_SAMPLES = 1024
 """Of a micro-batch, whose size is not known before it comes: a budget that leaves nothing of so many is too small."""
+_USUAL_STEPS = 5
+"""Steps that came after equally many forwards, from which on these are the loop's habit."""
 _TRAIN = "call model.train() before the loop (from_pretrained gives models that evaluate)"
 
 
@@ -125,7 +126,7 @@ class PlannedLoop:
             device = next(model.parameters()).device
             score_flops = count_scoring(self._new_selection(0), sample_shape, device)
             self._costs = replace(self._costs, score_flops=score_flops)
-        self._in_blocks = self._parameters_in_blocks()
+        self._in_blocks, self._trained_in_blocks = self._parameters_in_blocks(), self._trained_parameters()
         self._controller: PlanController | None = None
         self._restored: PlanState | None = None
         self._slot = -1  # of the micro-batch that runs, or ran last; -1 between batches
@@ -136,8 +137,11 @@ class PlannedLoop:
         self._unseen_steps = self._foreign_steps = 0
         self._has_stepped = False
         self._is_begun = False  # a batch, as opposed to what a loop does between two
-        self._passes = self._made_steps = 0  # forwards since the optimiser's last step, and its steps here
-        self._is_accumulating = self._had_too_many_passes = self._has_told_of_passes = False
+        self._made_steps = 0  # of the optimiser, here
+        self._passes = 0  # forwards whose gradients its next one gets
+        self._forwards = self._usual_forwards = 0  # all that came since the last step, and before it
+        self._usual_steps = 0  # in succession after so many
+        self._had_too_many_passes = self._has_told_of_passes = False
         self._has_told_of_changes = False
         self._data_parallel: DataParallel | None = None
         self._planned_bytes: PlannedBytes | None = None
@@ -175,7 +179,7 @@ class PlannedLoop:
         try:
             (chosen,) = choose_from([given], self.section, self._counter, self._begin_draw)
         except torch.OutOfMemoryError:
-            self._watched.drop(self._slot + 1)
+            self._watched.drop_choice()
             raise
         self._draws += 1
         self._is_chosen = True
@@ -302,25 +306,24 @@ class PlannedLoop:
             )
         if self._slot >= self.slots - 1:
             self._require_own_optimizer()
-            self._end_batch()  # the optimiser left a step out
-            self._note_accumulation()
+            if not self._goes_on():
+                self._end_batch()  # the optimiser left a step out
         if not self._is_bound:
             ddp: Any = DistributedDataParallel._active_ddp_module
             is_ddp = ddp is not None and any(each is self._model for each in ddp.module.modules())
             self.bind(ddp if is_ddp else self._whole)
         self._plan_batch()
-        if self._slot < 0 and not self._has_told_of_passes:
-            tell_if_too_long(self._plans(), self._steps)
-        self._slot, self._is_chosen, self._is_begun = self._slot + 1, False, True
-        self._passes += 1
-        self._watched.is_in_forward = True
+        self._slot = (self._slot + 1) % self.slots
+        self._is_chosen, self._is_begun = False, True
+        self._passes, self._forwards = self._passes + 1, self._forwards + 1
+        self._watched.begin_pass()
         self._turn_to("forward")
         samples = samples_in(inputs)
         self._counter.train(self._slot, len(samples), samples)
 
     def _after_forward(self, outputs: Sequence[Any]) -> None:
         self.executor.forward_trains = False
-        self._watched.end_forward(self._slot, outputs[0])
+        self._watched.end_forward(outputs[0])
         if self._watched.broke_off:
             return
         self._counter.end_forward()
@@ -333,11 +336,12 @@ class PlannedLoop:
             return
         if self._has_gradients():
             self._counter.drop_last()
-            self._watched.drop(self._slot)
+            self._watched.drop()
             self._slot, self._passes = self._slot - 1, self._passes - 1
         else:
             self._counter.drop_batch()
             self._watched.begin_batch()
+            self._watched.forget()
             self.record.drop_batch()
             self._slot, self._passes = -1, 0
         if self._source.is_observing:
@@ -382,8 +386,10 @@ class PlannedLoop:
 
     def _end_batch(self, learning_rate: float = math.nan) -> None:
         """learning_rate: NaN: the optimiser makes no step."""
-        seen = self._slot + 1
+        seen = self._counter.passes
         plans = self._plans()
+        if not self._has_told_of_passes:
+            tell_if_too_long(plans, self._steps)
         work = self._counter.end(
             plans.context.placement, self._source.flops_of_batch, is_whole=self._watched.is_whole
         )
@@ -439,16 +445,16 @@ class PlannedLoop:
         if self._slot >= 0:
             self._check_passes(optimizer)
             self._end_batch(float(optimizer.param_groups[0]["lr"]))
+            self._watched.forget()
 
-    def _note_accumulation(self) -> None:
-        """A forward comes after the last one of a batch. Gradients tell whether it is one of too many, or a loss scale
-        left a step out, after which they are infinite or cleared."""
-        if self._has_told_of_passes:
-            return
+    def _goes_on(self) -> bool:
+        """Whether a forward after the last one of a batch belongs to the same step, as where an epoch ended amidst it.
+        Gradients tell, but not before a first step, which not every optimiser shows: they are infinite or cleared where
+        a loss scale left a step out."""
         if self._has_gradients():
-            self._is_accumulating = True
-        else:
-            self._passes = 0
+            return self._made_steps > 0
+        self._passes = self._watched.awaited  # those may wait for one backward together with what comes
+        return False
 
     def _has_gradients(self) -> bool:
         norm = self._gradient_norm()
@@ -461,22 +467,29 @@ class PlannedLoop:
 
     def _check_passes(self, optimizer: Optimizer) -> None:
         """As the optimiser steps. Raises ConfigError at its first step where more forwards came than `micro_batches`;
-        says so later on, at the second such step in succession: one may follow an epoch that ended amidst a batch."""
+        says so later on, at the second such step in succession: one may follow an epoch that ended amidst a batch.
+        Forwards whose gradients do not reach the step are told where always as many come, since a loss scale leaves
+        steps out now and then."""
         if not (self._made_steps or self._is_resumed):
             tell_if_resumed_without_plan(self._plans(), optimizer, self._whole)
-        has_too_many = self._passes > self.slots
-        if has_too_many and not self._has_told_of_passes:
-            told = (
-                f"micro_batches={self.slots}, but {self._passes} forward passes came before optimizer.step(), so that "
-                f"steps are miscounted: attach(..., micro_batches={self._passes})"
-            )
-            if self._is_accumulating and not self._made_steps:
-                raise ConfigError(told)
-            if self._had_too_many_passes:
-                self._plans().listener.say(told)
-                self._has_told_of_passes = True
-        self._had_too_many_passes, self._is_accumulating = has_too_many, False
-        self._passes, self._made_steps = 0, self._made_steps + 1
+        passes, forwards = self._passes - self._watched.awaited, self._forwards
+        has_too_many = passes > self.slots
+        self._usual_steps = self._usual_steps + 1 if forwards == self._usual_forwards else 1
+        told = (
+            f"micro_batches={self.slots}, but {{}} forward passes came before optimizer.step(), so that steps are "
+            f"miscounted: attach(..., micro_batches={{}})"
+        )
+        if has_too_many and not (self._made_steps or self._has_told_of_passes):
+            raise ConfigError(told.format(passes, passes))
+        if forwards > self.slots and self._usual_steps == _USUAL_STEPS:
+            has_too_many = self._had_too_many_passes = True
+            passes = forwards
+            told += ", or call the model under torch.no_grad() where it does not train"
+        if has_too_many and self._had_too_many_passes and not self._has_told_of_passes:
+            self._plans().listener.say(told.format(passes, passes))
+            self._has_told_of_passes = True
+        self._had_too_many_passes, self._usual_forwards = has_too_many, forwards
+        self._passes, self._forwards, self._made_steps = 0, 0, self._made_steps + 1
 
     def _require_own_optimizer(self) -> None:
         """Raises PlanError where optimisers step, but so far none that has parameters of the model."""
@@ -516,12 +529,21 @@ class PlannedLoop:
 
     def _changed_since_attach(self) -> str:
         """What was done to blocks, as the beginning of a sentence; empty if nothing was."""
-        blocks = np.flatnonzero(self.executor.trains != self._costs.trains).tolist()
+        before, now = self._trained_in_blocks, self._trained_parameters()
+        blocks = [index for index, trained in now.items() if trained != before[index]]
+        parts = "" if any(now[index] == 0 or before[index] == 0 for index in blocks) else "parts of "
         return (
-            f"blocks {blocks} were frozen, or freed, after attach had counted what they cost"
+            f"{parts}blocks {blocks} were frozen, or freed, after attach had counted what they cost"
             if blocks
             else ""
         )
+
+    def _trained_parameters(self) -> dict[int, int]:
+        """How many train in each block."""
+        return {
+            index: sum(parameter.requires_grad for parameter in block.parameters())
+            for index, block in self.executor.blocks.items()
+        }
 
     def _freed_below_blocks(self) -> str:
         """The name of a parameter below the blocks that trains though `attach` froze it; empty if none does."""

@@ -126,7 +126,7 @@ def assert_trained(shown: dict[str, str]) -> None:
         )
         assert len({*shares[0]}) == 1, name
         assert 40 < float(shares[0][0]) <= 60, name
-        assert "begins: images have full size" not in shown[name], name
+        assert "came: images have full size" not in shown[name], name
     if "accelerate_fsdp2.py" in shown:
         kinds, losses = zip(
             *(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import math
 import re
 import weakref
 from functools import partial
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -244,6 +246,74 @@ def test_fewer_passes_are_silent_and_more_of_them_later_are_told_once(
         assert ("but 4 forward passes came" in capsys.readouterr().out) is (step == 3)
 
 
+def test_views_that_wait_for_one_backward_are_passes_of_one_step() -> None:
+    """As in contrastive learning."""
+    images, labels = random_batch(0)
+    for micro_batches in (2, 1):
+        loop = Loop(micro_batches=micro_batches, compute_budget=0.5, total_steps=4)
+        views = [loop.model(images) for _ in range(2)]
+        (F.cross_entropy(views[0], labels) + F.mse_loss(*views)).backward()
+        if micro_batches == 2:
+            loop.optimizer.step()
+            assert loop.d2ft.report().splitlines()[1].startswith("1 steps so far")
+            continue
+        with pytest.raises(
+            ConfigError, match=r"^micro_batches=1, but 2 forward passes .*, micro_batches=2\)$"
+        ):
+            loop.optimizer.step()
+
+
+@pytest.mark.parametrize("is_cleared", [True, False])
+def test_passes_whose_gradients_never_reach_a_step_are_told_once(
+    is_cleared: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the first pass of sharpness-aware minimization, or of an attack in training mode."""
+    loop = Loop(micro_batches=1, compute_budget=0.5, total_steps=20)
+    for step in range(8):
+        images, labels = random_batch(step)
+        loss = F.cross_entropy(loop.model(images), labels)
+        if is_cleared:
+            loss.backward()
+            loop.optimizer.zero_grad()
+        else:
+            torch.autograd.grad(loss, list(loop.model.head.parameters()))
+        F.cross_entropy(loop.model(images), labels).backward()
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+        told = "but 2 forward passes came before optimizer.step(), " in capsys.readouterr().out
+        assert told is (step == 4)
+
+
+@pytest.mark.parametrize("is_cleared", [True, False])
+def test_micro_batches_that_an_epoch_leaves_over_make_no_step(
+    is_cleared: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether the next epoch begins with their gradients or clears them: images grow with the steps that are made."""
+    loop = Loop(micro_batches=2, compute_budget=0.5, total_steps=6)
+    sizes = []
+    hook = loop.model.blocks[0].register_forward_pre_hook
+    hook(lambda _, inputs: sizes[-1].append(inputs[0].shape[1]))
+    sizes.append([])
+    for _ in range(3):
+        if is_cleared:
+            loop.optimizer.zero_grad()
+        for slot in range(5):
+            images, labels = random_batch(slot)
+            F.cross_entropy(loop.model(images), labels).backward()
+            if slot % 2:
+                loop.optimizer.step()
+                loop.optimizer.zero_grad()
+                sizes.append([])
+    assert [len(each) for each in sizes] == [2, 2, 3, 2, 3, 2, 1]
+    curve = loop.d2ft._plans().context.curve
+    assert curve is not None
+    assert [set(each) for each in sizes[:6]] == [{1 + math.prod(curve.grid_at(step))} for step in range(6)]
+    assert loop.d2ft.report().splitlines()[1].startswith("6 steps so far: ")
+    told = capsys.readouterr().out
+    assert "micro_batches" not in told
+    assert "step 7" not in told
+
+
 def test_adapters_that_come_after_attach_are_refused() -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -275,6 +345,13 @@ def test_parameters_that_are_frozen_or_freed_after_attach_are_told(
         assert ("blocks [0, 1] were frozen, or freed" in capsys.readouterr().out) is (step == 2)
         if step == 1:
             loop.model.blocks.requires_grad_(True)
+
+    loop = Loop(compute_budget=0.5, total_steps=8)
+    loop.step(0)
+    loop.model.blocks[1].mlp.requires_grad_(False)
+    loop.step(1)
+    told = r"d2ft: parts of blocks \[1\] were frozen, or freed, .* shares of compute are not those that are told\n"
+    assert re.search(told, capsys.readouterr().out)
 
 
 def test_a_loop_that_goes_on_says_so_and_what_is_other_than_before(
@@ -887,11 +964,33 @@ def test_images_that_a_plan_could_only_shrink_unasked_are_refused_before_the_fir
         model(torch.zeros(2, 3, 24, 24))
 
 
+class OfOneSize(VisionTransformer):
+    """As that of masked autoencoders' authors, of whose kind many were written."""
+
+    def forward_features(self, images: Tensor, **kwargs: Any) -> Tensor:
+        x = self.patch_embed(images)
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1) + self.pos_embed
+        return self.norm(self.blocks(x))
+
+
+def test_a_forward_for_one_image_size_is_refused_in_one_line_by_plans_that_scale_images() -> None:
+    def model() -> OfOneSize:
+        return OfOneSize(
+            img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=HEADS, num_classes=CLASSES
+        )
+
+    with pytest.raises(
+        UnsupportedModelError, match=r"^OfOneSize takes .* 16 x 16 .* fails on \d+ x .*joint$"
+    ):
+        d2ft_hpc.attach(model(), total_steps=8)
+    d2ft_hpc.attach(model(), planner="joint")
+
+
 def test_a_training_that_goes_on_beyond_its_steps_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
     loop = Loop(compute_budget=0.5, total_steps=2)
     for step in range(4):
         loop.step(step)
-    assert capfd.readouterr().out.count("total_steps=2, but step 3 begins: images have full size") == 1
+    assert capfd.readouterr().out.count("total_steps=2, but step 3 came: images have full size") == 1
 
 
 def test_a_gpu_without_graphs_is_told_of_them(capfd: pytest.CaptureFixture[str]) -> None:
