@@ -119,6 +119,22 @@ def test_a_batch_of_more_images_than_there_are_is_a_remark() -> None:
     assert re.match(r"data\.micro_batch_size=300: a batch of 5 micro-batches would take 1500 images", remark)
 
 
+def test_classes_without_training_images_are_a_remark(tmp_path: Path) -> None:
+    """As where labels begin with 1."""
+    labels = np.arange(12) % 2 * 2 + 1
+    images = np.zeros((12, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    assert main(["data", "pack", "arrays", str(tmp_path / "a.h5"), "--root", str(tmp_path / "a.npz")]) == 0
+    own = ("data.name=packed", f"data.root={tmp_path}/a.h5", "data.classes=null", "data.slots=1")
+    (remark,) = set_up(
+        read_config(DEMO, ["engine.name=plain", *own]), SoloControl(), torch.device("cpu")
+    ).remarks
+    assert remark == (
+        f"data.root={tmp_path}/a.h5: no training image is of 2 of the 4 classes (labels 0, 2), which cannot be "
+        "learned; add images of them, or number the classes 0, 1, ... without a gap"
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
