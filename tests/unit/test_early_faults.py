@@ -152,6 +152,32 @@ def test_random_weights_that_never_train_are_a_remark(settings: tuple[str, ...],
     assert [remark.partition(" as they are")[0] for remark in remarks] == told
 
 
+def test_a_model_that_cannot_be_written_tells_the_setting_that_goes_on(tmp_path: Path) -> None:
+    settings = ["data.train_fraction=0.1", "data.slots=1", "train.epochs=1", "plan.planner=dense"]
+    command = [
+        sys.executable,
+        "-m",
+        "d2ft_hpc",
+        "train",
+        str(DEMO),
+        f"run.folder={tmp_path}",
+        "engine.name=plain",
+    ]
+
+    def start(*more: str, most_kib: str) -> tuple[int, str]:
+        limited = ["bash", "-c", 'ulimit -f "$0"; exec "$@"', most_kib, *command, *settings, *more]
+        ended = subprocess.run(limited, capture_output=True, text=True, timeout=120, check=False)
+        return ended.returncode, ended.stderr
+
+    status, told = start(most_kib="150")
+    assert status == 1
+    (setting,) = re.findall(
+        r"trained model cannot be written: .* start again with (\S+)$", told, re.MULTILINE
+    )
+    assert start(setting, most_kib="unlimited")[0] == 0  # there is no checkpoint
+    assert (tmp_path / "demo" / "model.safetensors").is_file()
+
+
 def test_misspelt_options_of_models() -> None:
     with pytest.raises(
         ConfigError, match=r"model\.options\.depht=2: .* did you mean model\.options\.depth\?"
