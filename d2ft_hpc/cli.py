@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from d2ft_hpc import __version__, early_signals
 from d2ft_hpc.bench.commands import add_benches
-from d2ft_hpc.command import add_config, amount, config_of, on_ranks, share, whole_number
+from d2ft_hpc.command import add_config, amount, config_of, on_ranks, points, share, whole_number
 from d2ft_hpc.config import read_config
 from d2ft_hpc.errors import UNFINISHED, PlanError
 from d2ft_hpc.figures.command import add_figures
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument(
         "--margin",
-        type=float,
+        type=points,
         default=0.5,
         help="points of top-1 that may be lost against --reference (default: 0.5)",
     )
@@ -130,7 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--index", type=int, default=-1, help="which of the file's scores (default: the last)")
     plan.add_argument(
-        "--planner", default="makespan", help="a name as for plan.planner; a wrong one lists them all"
+        "--planner",
+        default="makespan",
+        help="a name as for plan.planner; a wrong one lists them all (default: makespan)",
     )
     plan.add_argument(
         "--load", type=path_argument, metavar="PLAN", help="look at this plan instead of solving one"
@@ -145,7 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--stages", type=whole_number(1), default=1, help="pipeline stages")
     plan.add_argument("--speeds", type=_numbers, metavar="A,B,...", help="relative speed of each rank")
     plan.add_argument("--placed", action="store_true", help="place the heads on the ranks by their scores")
-    plan.add_argument("--compute-budget", type=share(), default=0.6, help="share of the dense step")
+    plan.add_argument(
+        "--compute-budget", type=share(), default=0.6, help="share of the dense step (default: 0.6)"
+    )
     plan.add_argument("--communication-budget", type=share(), help="share of the dense step")
     plan.add_argument("--memory-budget", type=share(), help="share of the activations of a dense row")
     plan.add_argument("--save", type=path_argument, metavar="PLAN", help="where to save the plan")

@@ -60,6 +60,11 @@ def amount(text: str) -> float:
     return _number("a number above 0", zero=False, most=sys.float_info.max)(text)
 
 
+def points(text: str) -> float:
+    """For argparse: a number of percentage points."""
+    return _number("a number from 0 to 100", zero=True, most=100.0)(text)
+
+
 def _number(said: str, *, zero: bool, most: float) -> Callable[[str], float]:
     def read(text: str) -> float:
         try:

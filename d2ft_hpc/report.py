@@ -69,7 +69,7 @@ def report(
         if page is not None:  # before anything is drawn
             with _writing(page):
                 page.parent.mkdir(parents=True, exist_ok=True)
-        numbers = summary.measure(runs)
+        numbers = summary.measure(runs, references)
         enough = sufficient.measure(runs, references, margin) if references else None
         if png is not None:
             save(summary.draw(numbers), png)

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from d2ft_hpc import results
 from d2ft_hpc.config import EngineConfig
+from d2ft_hpc.launch.control import print_line
 from d2ft_hpc.plan_config import PlanConfig
 from d2ft_hpc.results.reader import slowest
 from d2ft_hpc.results.schema import Array, Table
@@ -245,10 +246,30 @@ class Run:
 
 @contextmanager
 def open_runs(paths: Sequence[Path]) -> Iterator[list[Run]]:
-    """Several runs, with names that tell them apart; inside, they are open."""
+    """Several runs, each once, with names that tell them apart; inside, they are open."""
+    paths = _with_results(paths)
     with ExitStack() as stack:
         names = distinct_names(paths)
         yield [stack.enter_context(closing(Run(path, name))) for path, name in zip(paths, names, strict=True)]
+
+
+def _with_results(paths: Sequence[Path]) -> list[Path]:
+    """Each run once, as `runs/dense runs/*/` names one twice. Folders of runs that never began are left out in words;
+    where there is nothing else they stay, and reading them says what is wrong."""
+
+    def file(path: Path) -> Path:
+        return path.resolve() / "results.h5" if path.is_dir() else path.resolve()
+
+    named: dict[Path, Path] = {}
+    for path in paths:
+        named.setdefault(file(path), path)
+    begun = [path for results_file, path in named.items() if results_file.is_file() or not path.is_dir()]
+    for path in named.values() if begun else ():
+        if path not in begun:
+            print_line(
+                f"d2ft-hpc: warning: {path}: left out, since no results.h5 is in it; its run did not begin"
+            )
+    return begun or list(named.values())
 
 
 def as_key(settings: dict[str, Any]) -> str:

@@ -21,7 +21,10 @@ def measure(runs: Sequence[Run], index: int = -1) -> dict[str, Any]:
     """
     measured = [_of_run(run, index) for run in runs if len(run.results.table("scores", ["step"])["step"])]
     if not measured:
-        raise ResultsError("no scores in these runs: planners dense and random read none")
+        planners = sorted({str(run.setting("plan.planner")) for run in runs})
+        raise ResultsError(
+            f"no scores in these runs: planner {', '.join(planners)} reads none; give runs of another, such as joint"
+        )
     return {"runs": measured}
 
 

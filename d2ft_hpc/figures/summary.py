@@ -15,6 +15,8 @@ from d2ft_hpc.safe_text import one_line
 _MB = 1e6
 _SHOWN_VALUES = 4
 """Of each setting in which runs differ."""
+_OF_ACCURACY = ("model.weights", "data.root")
+"""Settings that decide accuracy, but no times."""
 _COLUMNS: tuple[tuple[tuple[str, str, str], str, float, str], ...] = (
     (("top-1", "", "%"), "accuracy", 100, ".2f"),
     (("planned", "compute", "% of dense"), "planned_compute", 100, ".1f"),
@@ -33,15 +35,21 @@ _COLUMNS: tuple[tuple[tuple[str, str, str], str, float, str], ...] = (
 model says for the run's engine."""
 
 
-def measure(runs: Sequence[Run]) -> dict[str, Any]:
+def measure(runs: Sequence[Run], reference: Sequence[Run] = ()) -> dict[str, Any]:
     """The summary of each run, in order; the first is the one that times are relative to. Shares of dense compute and
-    bytes are of a dense run of the same epochs, in all of their steps."""
-    return {"runs": [_summary(run) for run in runs], "unlike": _unlike(runs)}
+    bytes are of a dense run of the same epochs, in all of their steps. reference: runs whose accuracy and time those
+    are compared with, too."""
+    return {
+        "runs": [_summary(run) for run in runs],
+        "compared": "times and accuracy" if reference else "times",
+        "unlike": _unlike([*runs, *reference], _OF_ACCURACY if reference else ()),
+    }
 
 
-def _unlike(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """What decides times beside the plans and is not the same in all runs that recorded it: its values, once each."""
-    conditions = [run.conditions for run in runs]
+def _unlike(runs: Sequence[Run], further: Sequence[str]) -> dict[str, list[Any]]:
+    """What decides times beside the plans, and the further settings, where not all runs that recorded it have the same:
+    its values, once each."""
+    conditions = [run.conditions | {key: run.setting(key) for key in further} for run in runs]
     found: dict[str, list[Any]] = {}
     for key in dict.fromkeys(key for each in conditions for key in each):
         values: list[Any] = []
@@ -118,7 +126,7 @@ def table(numbers: dict[str, Any]) -> list[list[str]]:
 
 
 def notes(numbers: dict[str, Any]) -> list[str]:
-    """What to know beside the table: what makes the times of these runs unlike, and of each run what is its own."""
+    """What to know beside the table: what makes what is compared unlike, and of each run what is its own."""
     remarks = (
         (run["name"], text)
         for run in numbers["runs"]
@@ -127,7 +135,9 @@ def notes(numbers: dict[str, Any]) -> list[str]:
     told = [f"{name}: {text}" for name, text in remarks if text]
     if unlike := numbers["unlike"]:
         differ = ", ".join(f"{key} ({_some(values)})" for key, values in unlike.items())
-        told.insert(0, f"times are of unlike runs, which differ not only in their plans: {differ}")
+        told.insert(
+            0, f"{numbers['compared']} are of unlike runs, which differ not only in their plans: {differ}"
+        )
     return told
 
 

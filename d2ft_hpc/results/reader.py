@@ -51,7 +51,7 @@ def _where_there_is_one(absent: Path) -> str:
     folder, file = absent.parent, "results.h5"
     if absent.name == file and (runs := sorted(folder.glob(f"*/{file}"))):
         found = "is a run folder" if len(runs) == 1 else f"and {len(runs) - 1} more are run folders"
-        return f"{runs[0].parent} {found}; give those that you mean, or {folder / '*'}"
+        return f"{runs[0].parent} {found}; give those that you mean, or {folder / '*'}/"
     if (folder / file).is_file():
         return f"{folder} is a run folder; give that"
     return "give the path of a run folder or of its results.h5"

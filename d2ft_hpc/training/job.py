@@ -174,8 +174,23 @@ class Job:
                 f"{sampler.batch_size} images, but there are {len(self.train_set)}, which make one smaller batch; use "
                 f"at most {len(self.train_set) // sampler.rows}"
             )
-        every = dict.fromkeys([self.train_set.remark, self.evaluation_set.remark, small, untrained])
+        every = dict.fromkeys(
+            [self.train_set.remark, self.evaluation_set.remark, self._absent_classes, small, untrained]
+        )
         return [remark for remark in every if remark]
+
+    @property
+    def _absent_classes(self) -> str:
+        """Says which classes have no training images, as where labels begin with 1; empty if there are none."""
+        count = self.train_set.num_classes
+        absent = sorted(set(range(count)) - set(self.train_set.labels))
+        if not absent:
+            return ""
+        labels = ", ".join(map(str, absent[:8])) + ", ..." * (len(absent) > 8)
+        return (
+            f"data.root={self.config.data.root}: no training image is of {len(absent)} of the {count} classes (labels "
+            f"{labels}), which cannot be learned; add images of them, or number the classes 0, 1, ... without a gap"
+        )
 
     @property
     def plan_shape(self) -> tuple[int, int, int]:

@@ -238,5 +238,5 @@ def _save_model(job: Job, model: nn.Module) -> None:
             save_adapter(model, job.config.run_folder / run_folder.ADAPTER)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path}: the trained model cannot be written: {error}; make room, and resume from the last checkpoint"
+            f"{path}: the trained model cannot be written: {error}; make room, and start again with train.resume=auto"
         ) from error

@@ -119,6 +119,22 @@ def test_a_batch_of_more_images_than_there_are_is_a_remark() -> None:
     assert re.match(r"data\.micro_batch_size=300: a batch of 5 micro-batches would take 1500 images", remark)
 
 
+def test_classes_without_training_images_are_a_remark(tmp_path: Path) -> None:
+    """As where labels begin with 1."""
+    labels = np.arange(12) % 2 * 2 + 1
+    images = np.zeros((12, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    assert main(["data", "pack", "arrays", str(tmp_path / "a.h5"), "--root", str(tmp_path / "a.npz")]) == 0
+    own = ("data.name=packed", f"data.root={tmp_path}/a.h5", "data.classes=null", "data.slots=1")
+    (remark,) = set_up(
+        read_config(DEMO, ["engine.name=plain", *own]), SoloControl(), torch.device("cpu")
+    ).remarks
+    assert remark == (
+        f"data.root={tmp_path}/a.h5: no training image is of 2 of the 4 classes (labels 0, 2), which cannot be "
+        "learned; add images of them, or number the classes 0, 1, ... without a gap"
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -134,6 +150,32 @@ def test_random_weights_that_never_train_are_a_remark(settings: tuple[str, ...],
     config = read_config(DEMO, ["engine.name=plain", *settings])
     remarks = set_up(config, SoloControl(), torch.device("cpu")).remarks
     assert [remark.partition(" as they are")[0] for remark in remarks] == told
+
+
+def test_a_model_that_cannot_be_written_tells_the_setting_that_goes_on(tmp_path: Path) -> None:
+    settings = ["data.train_fraction=0.1", "data.slots=1", "train.epochs=1", "plan.planner=dense"]
+    command = [
+        sys.executable,
+        "-m",
+        "d2ft_hpc",
+        "train",
+        str(DEMO),
+        f"run.folder={tmp_path}",
+        "engine.name=plain",
+    ]
+
+    def start(*more: str, most_kib: str) -> tuple[int, str]:
+        limited = ["bash", "-c", 'ulimit -f "$0"; exec "$@"', most_kib, *command, *settings, *more]
+        ended = subprocess.run(limited, capture_output=True, text=True, timeout=120, check=False)
+        return ended.returncode, ended.stderr
+
+    status, told = start(most_kib="150")
+    assert status == 1
+    (setting,) = re.findall(
+        r"trained model cannot be written: .* start again with (\S+)$", told, re.MULTILINE
+    )
+    assert start(setting, most_kib="unlimited")[0] == 0  # there is no checkpoint
+    assert (tmp_path / "demo" / "model.safetensors").is_file()
 
 
 def test_misspelt_options_of_models() -> None:

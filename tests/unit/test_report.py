@@ -523,13 +523,65 @@ def test_a_page_says_where_it_is_and_that_it_took_the_place_of_another(paths, tm
 
 
 def test_figures_explain_faults(paths, tmp_path, capfd):
+    unscored = method_run(tmp_path / "unscored.h5", "tokens", 0.5, 0, 0.7)
     for arguments, message in (
         (["learning", "absent"], "no results file at absent"),
         (["plans", str(paths[1]), "--plan", "7"], "has no plan 7"),
         (["summary", str(paths[1]), "--output", str(tmp_path / "a.xyz")], "end it with .png"),
+        (["scores", str(unscored)], "no scores in these runs: planner tokens reads none"),
     ):
         assert main(["figure", *arguments]) == 1
         assert message in capfd.readouterr().err
+
+
+def test_a_run_that_is_named_twice_counts_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    method_run(Path("runs/dense/results.h5"), "dense", 1, 0, 0.8)
+    method_run(Path("runs/tokens/results.h5"), "tokens", 0.5, 0, 0.7)
+    twice = ["runs/dense", "runs/dense/", "runs/tokens", str(tmp_path / "runs/dense/results.h5")]
+    assert main(["figure", "compare", *twice, "--json"]) == 0
+    groups = json.loads(capsys.readouterr().out)["groups"]
+    assert [group["runs"] for group in groups] == [["dense"], ["tokens"]]
+
+
+def test_a_folder_whose_run_never_began_is_left_out_in_words(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    method_run(Path("runs/a/results.h5"), "tokens", 0.5, 0, 0.7)
+    Path("runs/refused").mkdir()
+    assert main(["report", "runs/a", "runs/refused"]) == 0
+    told = capfd.readouterr()
+    assert "runs/refused: left out, since no results.h5 is in it" in told.err
+    assert "a/results.h5" in told.out
+    assert main(["report", "runs/refused"]) == 1
+    assert "no results file at runs/refused/results.h5" in capfd.readouterr().err
+
+
+def test_a_reference_on_other_data_is_told(tmp_path):
+    paths = [tmp_path / "run.h5", tmp_path / "dense.h5"]
+    for path, root, epochs in zip(paths, ("cats.h5", "dogs.h5"), (1, 3), strict=True):
+        with ResultsWriter(path) as writer:
+            writer.put(
+                "config",
+                {"yaml": f"{{run: {{seed: 0}}, data: {{root: {root}}}, train: {{epochs: {epochs}}}}}"},
+            )
+            writer.append(
+                "steps",
+                {"step": 0, "plan": -1, "dense_flops": [2.0], "executed_flops": [1.0], "step_seconds": [1.0]},
+            )
+            writer.append("evaluations", {"step": 1, "epoch": 1, "accuracy": 0.5, "samples": 10})
+    page = tmp_path / "page.html"
+    told = "times and accuracy are of unlike runs, which differ not only in their plans: "
+    told += "train.epochs (1, 3), data.root (cats.h5, dogs.h5)"
+    assert told in report(paths[:1], reference=paths[1:], page=page)
+    assert told in html.unescape(page.read_text())
+    assert "unlike" not in report(paths[:1], reference=paths[:1])
+
+
+@pytest.mark.parametrize("margin", ["-1", "nan", "half"])
+def test_a_margin_that_is_none_is_refused(margin, tmp_path, capfd):
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path), f"--margin={margin}"])
+    assert f"argument --margin: '{margin}' is not a number from 0 to 100" in capfd.readouterr().err
 
 
 def method_run(path, planner, budget, seed, accuracy, complete=True, steps_share=1.0):

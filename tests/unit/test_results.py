@@ -818,7 +818,7 @@ def test_foreign_files_are_refused(tmp_path):
     write_run(tmp_path / "runs" / "a" / "results.h5")
     for absent, told in (
         ("absent", "give the path of a run folder"),
-        ("runs", rf"{tmp_path}/runs/a is a run folder; give those that you mean, or {tmp_path}/runs/\*$"),
+        ("runs", rf"{tmp_path}/runs/a is a run folder; give those that you mean, or {tmp_path}/runs/\*/$"),
         ("runs/a/checkpoints", rf"{tmp_path}/runs/a is a run folder; give that$"),
     ):
         with pytest.raises(ResultsError, match=rf"no results file at {tmp_path}/{absent}\S*: {told}"):
