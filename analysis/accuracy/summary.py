@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from statistics import mean
 
-from analysis.accuracy.table import Line, by_task, read_lines
+from analysis.accuracy.table import Line, by_task, in_steps, read_lines
 from d2ft_hpc.planning.tokens import best_steps_share
 
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "caltech101": "Caltech-101"}
@@ -34,10 +34,7 @@ def rows(lines: Iterable[Line]) -> Iterator[tuple[float, list[str]]]:
         for (config, budget), of_seed in contenders.items():
             seeds = sorted(of_seed.keys() & dense.keys())
             rival = contenders.get(("fewer_steps", budget), {})
-            of_steps = best_steps_share(budget, epochs)
-            default = "tokens_lora" if lora else "tokens"
-            if of_steps < 1:
-                default += f", {of_steps:g} of the steps"
+            default = in_steps("tokens_lora" if lora else "tokens", best_steps_share(budget, epochs))
             if not seeds or config != default or data not in NAMES:
                 continue
             accuracy, of_dense = (

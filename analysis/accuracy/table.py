@@ -42,16 +42,14 @@ def line_of(folder: Path) -> Line | None:
         config = run.config
         name = folder.name.partition(f"_{Path(config['data']['root']).stem}_")[0]
         of_step = 1.0 if config["plan"]["planner"] == "dense" else config["plan"]["compute_budget"]
-        of_steps = run.steps_share
-        kept = name if of_step == 1.0 or of_steps == 1.0 else f"{name}, {of_steps:g} of the steps"
-        if config["train"]["steps_share"] == "auto":  # compute_budget is of all steps
-            of_step /= of_steps
+        of_steps = run.asked_steps_share
+        is_of_all = config["train"]["steps_share"] == "auto"  # and so is compute_budget then
         return {
-            "config": kept,
+            "config": name if of_step == 1.0 else in_steps(name, of_steps),
             "data": Path(config["data"]["root"]).stem,
             "cut": "step",
             "epochs": config["train"]["epochs"],
-            "budget": round(of_step * of_steps, 4),
+            "budget": round(of_step if is_of_all else of_step * of_steps, 4),
             "seed": config["run"]["seed"],
             "steps": len(run.steps["step"]),
             "tflop": round(run.total_flops / 1e12, 1),
@@ -59,6 +57,11 @@ def line_of(folder: Path) -> Line | None:
         }
     finally:
         run.close()
+
+
+def in_steps(name: str, share: float) -> str:
+    """The name of a contender that takes this share of its epochs' steps."""
+    return name if share == 1 else f"{name}, {share:g} of the steps"
 
 
 def add(folders: Iterable[Path]) -> None:

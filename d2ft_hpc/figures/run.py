@@ -21,20 +21,10 @@ from d2ft_hpc.results.reader import slowest
 from d2ft_hpc.results.schema import Array, Table
 
 _STEP_COLUMNS = (
-    *(
-        "step",
-        "epoch",
-        "plan",
-        "loss",
-        "dense_flops",
-        "planned_flops",
-        "executed_flops",
-        "bytes_sent",
-        "memory_bytes",
-    ),
+    *("step", "plan", "loss", "dense_flops", "planned_flops", "executed_flops", "bytes_sent", "memory_bytes"),
     *("full_rows", "forward_only_rows", "left_out_rows", "planned_bytes", "dense_bytes"),
     *("data_seconds", "forward_seconds", "backward_seconds", "communication_seconds", "optimizer_seconds"),
-    *("other_seconds", "step_seconds", "waiting_seconds", "recording_seconds"),
+    *("other_seconds", "step_seconds", "waiting_seconds", "recording_seconds", "epoch"),
 )
 
 
@@ -138,7 +128,11 @@ class Run:
             return None
 
     @property
-    def _best_steps_share(self) -> float:
+    def asked_steps_share(self) -> float:
+        """train.steps_share, as a number; NaN if a rule of another version decides it."""
+        asked = self.setting("train.steps_share")
+        if asked != "auto":
+            return 1.0 if asked is None else float(asked)  # None: of an older version
         try:
             return PlanConfig.model_validate(self.setting("plan")).steps_share(self.setting("train.epochs"))
         except ValidationError:
@@ -146,12 +140,8 @@ class Run:
 
     @property
     def steps_share(self) -> float:
-        """Share of its epochs' dense compute that the run's steps have, or were to have if it is not finished; NaN if a
-        rule of another version decides that."""
-        asked, epochs = self.setting("train.steps_share"), self.setting("train.epochs")
-        if asked is None:  # of an older version
-            return 1.0
-        share = self._best_steps_share if asked == "auto" else float(asked)
+        """Share of its epochs' dense compute that the run's steps have, or as asked if it is not finished."""
+        share, epochs = self.asked_steps_share, self.setting("train.epochs")
         dense, epoch = self.steps["dense_flops"], self.steps["epoch"]
         if share < 1 and self.complete and epochs and epoch.any():  # whole epochs are known
             share = float(total(dense) / (epochs * total(dense[epoch == 0])))

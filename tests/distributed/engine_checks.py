@@ -220,8 +220,15 @@ def check_fp32(
 ) -> float:
     model = model_for(optimizer_name)
     model.set_grad_checkpointing(recompute)
-    more: dict[str, Any] = {"clipping": clipping, "zero": zero, "embeddings": embeddings}
-    engine = deepspeed_engine(model, optimizer_name, stage, compiled=compiled, **more)
+    engine = deepspeed_engine(
+        model,
+        optimizer_name,
+        stage,
+        clipping=clipping,
+        zero=zero,
+        embeddings=embeddings,
+        compiled=compiled,
+    )
     own = trained_parameters(control, engine, kind)
     reference = model_for(optimizer_name)
     return largest_difference(
